@@ -1,0 +1,107 @@
+"""The bytes of one zone: a host memory node or a device's private memory.
+
+One anonymous mapping, reserved whole and committed on first touch, so a machine with eight 80 GiB devices starts on a laptop and pays for
+what it uses. Reads and writes go by *descriptor*: physical addresses (multiples of `size`) of elements that are all `size` bytes long. A
+page copy has `size` 4096; a device that loads eight-byte words across its link has `size` 8. Where the elements are one run the bytes
+are a slice; else they are gathered or scattered by numpy, never one by one in Python.
+"""
+
+from __future__ import annotations
+
+import mmap
+
+import numpy as np
+import numpy.typing as npt
+
+from hmmnet.errors import HmmnetError
+from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, Words, run_bounds
+
+MAP_NORESERVE = 0x4000
+SLICES_MAX = 8
+"""Up to this many runs, page slices beat one fancy index (which copies page by page)."""
+DISCARD_MIN_PAGES = 16
+"""Freed runs at least this long are given back to the operating system."""
+
+Bytes = npt.NDArray[np.uint8]
+
+
+class Arena:
+    """`count` pages of memory that answer to the frames ``[base, base + count)``.
+
+    Raises HmmnetError when the operating system will not reserve so much address space.
+    """
+
+    def __init__(self, base: int, count: int) -> None:
+        self.base = base
+        self.count = count
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+        try:
+            self._map = mmap.mmap(-1, count * PAGE_SIZE, flags=flags)
+        except (OSError, ValueError, OverflowError) as error:
+            raise HmmnetError(
+                f"cannot reserve {count * PAGE_SIZE >> 20} MiB of address space for frames from 0x{base:x}: {error}; "
+                "make the memories of the topology smaller, or raise the address space limit (ulimit -v)"
+            ) from error
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            self._map.madvise(mmap.MADV_HUGEPAGE)
+        self.bytes: Bytes = np.frombuffer(self._map, dtype=np.uint8)
+        self.pages = self.bytes.reshape(count, PAGE_SIZE)
+        self._origin = np.uint64(base << PAGE_SHIFT)
+
+    def covers(self, frames: Words) -> bool:
+        """Whether every one of `frames` lies here (false for none)."""
+        return len(frames) > 0 and int(frames.min()) >= self.base and int(frames.max()) < self.base + self.count
+
+    def indices(self, frames: Words) -> npt.NDArray[np.intp]:
+        """Row numbers of `frames` in `pages`."""
+        return (frames - np.uint64(self.base)).astype(np.intp)
+
+    def zero(self, frames: Words) -> None:
+        """Fill `frames` with zeros."""
+        bounds = run_bounds(frames)
+        if len(bounds) - 1 <= SLICES_MAX:
+            for i in range(len(bounds) - 1):
+                first = int(frames[bounds[i]]) - self.base
+                self.pages[first : first + int(bounds[i + 1] - bounds[i])] = 0
+        else:
+            self.pages[self.indices(frames)] = 0
+
+    def window(self, addresses: Words, size: int) -> Bytes | None:
+        """The elements as a writable view when they are one run, else None."""
+        n = len(addresses)
+        first = int(addresses[0])
+        if n > 1 and (
+            int(addresses[-1]) - first != (n - 1) * size or not bool((addresses[1:] - addresses[:-1] == np.uint64(size)).all())
+        ):
+            return None
+        offset = first - int(self._origin)
+        return self.bytes[offset : offset + n * size]
+
+    def gather(self, addresses: Words, size: int, out: Bytes | None = None) -> Bytes:
+        """The bytes of the elements, in order: a view when they are one run and `out` is None, else a copy."""
+        if out is None:
+            one = self.window(addresses, size)
+            if one is not None:
+                return one
+            out = np.empty(len(addresses) * size, dtype=np.uint8)
+        rows = ((addresses - self._origin) // np.uint64(size)).astype(np.intp)
+        table = self.bytes[: len(self.bytes) // size * size].reshape(-1, size)
+        np.take(table, rows, axis=0, out=out[: len(rows) * size].reshape(-1, size), mode="clip")
+        return out
+
+    def scatter(self, addresses: Words, size: int, data: Bytes) -> None:
+        """Write `data` to the elements, in order."""
+        one = self.window(addresses, size)
+        if one is not None:
+            one[:] = data
+            return
+        rows = ((addresses - self._origin) // np.uint64(size)).astype(np.intp)
+        self.bytes[: len(self.bytes) // size * size].reshape(-1, size)[rows] = data.reshape(-1, size)
+
+    def discard(self, frames: Words) -> None:
+        """Give the memory of long runs among `frames` (sorted) back to the operating system; they read as zero afterwards."""
+        bounds = run_bounds(frames)
+        for i in np.flatnonzero(np.diff(bounds) >= DISCARD_MIN_PAGES).tolist():
+            first = int(frames[bounds[i]]) - self.base
+            length = int(bounds[i + 1] - bounds[i])
+            self._map.madvise(mmap.MADV_DONTNEED, first * PAGE_SIZE, length * PAGE_SIZE)

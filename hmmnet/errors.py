@@ -1,0 +1,93 @@
+"""Errors, named as the kernel names them.
+
+Three families that callers must be able to tell apart:
+
+- `KernelError`: an operation answered with an errno, as a system call or an HMM function would. Part of the model, not a fault of ours.
+- `SignalError`: an access that would have killed the program (SIGSEGV, SIGBUS).
+- `HmmnetError`: the emulator itself cannot go on: bad input, a peer that broke the protocol, a peer that is gone.
+
+Every text names the place, the cause and, where there is one, the mend.
+"""
+
+from __future__ import annotations
+
+import errno as _errno
+
+
+class HmmnetError(Exception):
+    """Root of everything that hmmnet raises on purpose."""
+
+
+class KernelError(HmmnetError):
+    """A modelled kernel call failed with `errno`.
+
+    `code` is the positive errno value, `name` its name (``EINVAL``), `call` the kernel function or system call that returned it.
+    """
+
+    def __init__(self, code: int, call: str, why: str) -> None:
+        self.code = code
+        self.name = _errno.errorcode.get(code, str(code))
+        self.call = call
+        self.why = why
+        super().__init__(f"{call}: {self.name}: {why}")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (type(self), (self.code, self.call, self.why))
+
+
+class SignalError(HmmnetError):
+    """An access ended in a signal. `address` is the byte address that was touched."""
+
+    signal_name = "SIG"
+
+    def __init__(self, address: int, why: str) -> None:
+        self.address = address
+        self.why = why
+        super().__init__(f"{self.signal_name} at 0x{address:x}: {why}")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (type(self), (self.address, self.why))
+
+
+class SegmentationFault(SignalError):
+    """No mapping, or a mapping without the right (SIGSEGV)."""
+
+    signal_name = "SIGSEGV"
+
+
+class BusError(SignalError):
+    """A mapping whose data is gone or beyond the end of its file (SIGBUS)."""
+
+    signal_name = "SIGBUS"
+
+
+class TopologyError(HmmnetError):
+    """A topology cannot be used; `problems` holds every mistake found, one text each."""
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class PeerError(HmmnetError):
+    """The peer at the other end of a session is at fault, not we."""
+
+
+class ProtocolError(PeerError):
+    """A peer sent something that the protocol does not allow: garbage, a wrong version, an unknown or oversized message."""
+
+
+class PeerRefused(PeerError):
+    """A peer turned us away (version, secret, unknown name); its reason is the text."""
+
+
+class PeerLost(PeerError):
+    """A peer is gone: it said BYE, was silent for longer than the lease, or was replaced by a new incarnation."""
+
+
+class RemoteError(PeerError):
+    """The peer's handler failed in a way that is not part of the model; its text says what it reported."""
+
+
+class IommuFault(PeerError):
+    """A device accessed a frame that it holds no translation for: a driver bug, never passed over silently."""

@@ -1,0 +1,128 @@
+"""What the CPU side of a workload holds: a `Process` of the emulated machine.
+
+The same interface is served in two ways: by the host itself when the program runs inside it (tests, the demo, notebooks), and over a
+client session when it runs elsewhere. Addresses are plain integers, valid on the CPU and on every device: that is the point of HMM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """How a job on a device ended: what its kernel returned, and the job's counters (fault groups, bytes moved, seconds)."""
+
+    results: Mapping[str, Any]
+    counters: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class IoctlResult:
+    """What a device command reports: pages collected, fault rounds, and data (page bytes, or one byte a page for a snapshot)."""
+
+    cpages: int
+    faults: int
+    data: bytes = b""
+
+
+@dataclass(frozen=True)
+class Residency:
+    """Where the pages of a range live: the owners' names and, for each page, an index into them (-1: never touched, -2: in transit)."""
+
+    owners: tuple[str, ...]
+    pages: npt.NDArray[np.int16]
+
+
+@runtime_checkable
+class Handle(Protocol):
+    """An open device, as a file descriptor on its device node; it mirrors the address space of the process that opened it."""
+
+    device: str
+
+    async def ioctl(self, command: str, address: int, pages: int, data: bytes = b"", flags: int = 0) -> IoctlResult:
+        """Run a device command on ``pages`` pages from byte address `address`. Raises KernelError with the command's errno."""
+        ...
+
+    async def close(self) -> None:
+        """Drop this reference; the last one of a dmirror unit evicts the unit's memory in every process."""
+        ...
+
+
+@runtime_checkable
+class Process(Protocol):
+    """A process of the emulated machine: system calls, memory accesses, jobs. All lengths are in bytes."""
+
+    pid: int
+
+    async def mmap(self, length: int, protection: str = "rw", address: int | None = None) -> int:
+        """Anonymous private memory; `protection` of ``rw r rx w none``; at `address` (MAP_FIXED) or where there is room. KernelError as mmap(2)."""
+        ...
+
+    async def munmap(self, address: int, length: int) -> None:
+        """munmap(2)."""
+        ...
+
+    async def mprotect(self, address: int, length: int, protection: str) -> None:
+        """mprotect(2)."""
+        ...
+
+    async def madvise(self, address: int, length: int, advice: str) -> None:
+        """madvise(2); `advice` without the MADV_ prefix."""
+        ...
+
+    async def malloc(self, length: int) -> int:
+        """`length` bytes, 64-byte aligned, in memory that the process maps as needed; never freed singly."""
+        ...
+
+    async def read(self, address: int, length: int) -> bytes:
+        """CPU load of a range; faults are taken. Raises SegmentationFault, BusError."""
+        ...
+
+    async def write(self, address: int, data: bytes | bytearray | memoryview | npt.NDArray[Any]) -> None:
+        """CPU store of a range; faults are taken. Raises SegmentationFault, BusError; leading pages may have been written by then."""
+        ...
+
+    async def load(self, address: int, dtype: str = "<u8") -> int | float:
+        """CPU load of one value."""
+        ...
+
+    async def store(self, address: int, value: int | float, dtype: str = "<u8") -> None:
+        """CPU store of one value."""
+        ...
+
+    async def read_array(self, address: int, dtype: str, count: int) -> npt.NDArray[Any]:
+        """CPU load of `count` values."""
+        ...
+
+    async def pagemap(self, address: int, pages: int) -> bytes:
+        """One letter a page as the trace syntax shows them: ``-`` none, ``P`` present, ``S`` special; upper bits: +0x80 mapped exactly once ("x"), and lower-case letter for file pages."""
+        ...
+
+    async def residency(self, address: int, pages: int) -> Residency:
+        """Where the pages live now."""
+        ...
+
+    async def open(self, device: str) -> Handle:
+        """Open a device: from now on it mirrors this address space."""
+        ...
+
+    async def launch(self, kernel: str, device: str, placement: str = "demand", **arguments: Any) -> JobResult:
+        """Run a kernel on this process's addresses and wait for it. The device is opened on first use.
+
+        `placement`: ``demand`` migrates what the job faults on, ``remote`` never migrates (system memory is read over the link).
+        """
+        ...
+
+    async def migrate(self, address: int, length: int, to: str) -> int:
+        """Move pages to device `to` (or ``host``); returns how many bytes moved. Pages that cannot move stay; no error."""
+        ...
+
+    async def exit(self) -> None:
+        """Unmap everything and close all handles."""
+        ...

@@ -1,0 +1,132 @@
+"""Frames handed out in runs.
+
+Page data crosses a link fastest when both ends are one run: one slice out, one slice in. So the allocator's aim is not to be small but to
+answer *n* frames with few runs: first a free run that fits, then frames never used before, and only then pieces. Free runs are two sorted
+lists (start, end) with merging, looked up by bisection; a free of many scattered frames is merged by sorting, not one by one.
+
+Frames never handed out before are known to be zero (`zeroed`), which spares clearing them.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from typing import NamedTuple
+
+import numpy as np
+
+from hmmnet.pages import Words, run_bounds
+
+FIT_SEARCH_MAX = 64
+"""Free runs looked at for one that fits whole; beyond, fragments are taken as they come."""
+MERGE_ONE_BY_ONE_MAX = 32
+"""Runs in one free() up to which each is merged by bisection; beyond, everything is sorted at once."""
+
+
+class Allocation(NamedTuple):
+    """Frames handed out: `frames` in order, of which the last `zeroed` are known to hold zeros."""
+
+    frames: Words
+    zeroed: int
+
+
+class RunAllocator:
+    """Hands out frames ``[base, base + count)``."""
+
+    def __init__(self, base: int, count: int) -> None:
+        self._base = base
+        self._end = base + count
+        self._fresh = base
+        self._starts: list[int] = []
+        self._ends: list[int] = []
+        self.free_count = count
+
+    def allocate(self, count: int) -> Allocation | None:
+        """`count` frames in as few runs as can be had, or None when fewer are free."""
+        if count > self.free_count:
+            return None
+        self.free_count -= count
+        for i in range(min(len(self._starts), FIT_SEARCH_MAX)):
+            start = self._starts[i]
+            if self._ends[i] - start >= count:
+                self._take(i, count)
+                return Allocation(np.arange(start, start + count, dtype=np.uint64), 0)
+        if self._end - self._fresh >= count:
+            return Allocation(self._bump(count), count)
+        return self._gather(count)
+
+    def _bump(self, count: int) -> Words:
+        first = self._fresh
+        self._fresh += count
+        return np.arange(first, first + count, dtype=np.uint64)
+
+    def _take(self, i: int, count: int) -> None:
+        if self._ends[i] - self._starts[i] == count:
+            del self._starts[i], self._ends[i]
+        else:
+            self._starts[i] += count
+
+    def _gather(self, count: int) -> Allocation:
+        pieces: list[Words] = []
+        while count and self._starts:
+            start, end = self._starts[-1], self._ends[-1]
+            if end - start > count:
+                self._ends[-1] = start = end - count
+            else:
+                self._starts.pop()
+                self._ends.pop()
+            pieces.append(np.arange(start, end, dtype=np.uint64))
+            count -= end - start
+        if count:
+            pieces.append(self._bump(count))
+        return Allocation(np.concatenate(pieces), count)
+
+    def free(self, frames: Words) -> None:
+        """Take `frames` back, in any order. Frames that are not out are a bug of the caller (AssertionError)."""
+        if len(frames) == 0:
+            return
+        if len(frames) > 1:
+            frames = np.sort(frames)
+        assert int(frames[0]) >= self._base and int(frames[-1]) < self._fresh, "free of frames that were never handed out"
+        bounds = run_bounds(frames)
+        if len(bounds) - 1 <= MERGE_ONE_BY_ONE_MAX:
+            for i in range(len(bounds) - 1):
+                self._insert(int(frames[bounds[i]]), int(frames[bounds[i + 1] - 1]) + 1)
+        else:
+            self._merge(frames[bounds[:-1]], frames[bounds[1:] - 1] + np.uint64(1))
+        self.free_count += len(frames)
+
+    def _insert(self, start: int, end: int) -> None:
+        i = bisect_right(self._starts, start)
+        assert (i == 0 or self._ends[i - 1] <= start) and (i == len(self._starts) or end <= self._starts[i]), "double free of a frame"
+        joins_left = i > 0 and self._ends[i - 1] == start
+        joins_right = i < len(self._starts) and self._starts[i] == end
+        if joins_left and joins_right:
+            self._ends[i - 1] = self._ends[i]
+            del self._starts[i], self._ends[i]
+        elif joins_left:
+            self._ends[i - 1] = end
+        elif joins_right:
+            self._starts[i] = start
+        else:
+            self._starts.insert(i, start)
+            self._ends.insert(i, end)
+
+    def _merge(self, starts: Words, ends: Words) -> None:
+        starts = np.concatenate((np.array(self._starts, dtype=np.uint64), starts))
+        ends = np.concatenate((np.array(self._ends, dtype=np.uint64), ends))
+        order = np.argsort(starts)
+        starts, ends = starts[order], ends[order]
+        assert bool((starts[1:] >= ends[:-1]).all()), "double free of a frame"
+        apart = starts[1:] != ends[:-1]
+        self._starts = starts[np.concatenate(([True], apart))].tolist()
+        self._ends = ends[np.concatenate((apart, [True]))].tolist()
+
+    @property
+    def used_count(self) -> int:
+        """Frames that are out."""
+        return self._end - self._base - self.free_count
+
+    @property
+    def free_runs(self) -> int:
+        """Runs that the free frames lie in, those never used counted as one."""
+        return len(self._starts) + (self._fresh < self._end)

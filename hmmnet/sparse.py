@@ -1,0 +1,138 @@
+"""A table with one uint64 for each virtual page of a 47-bit address space, that costs memory only where it was written.
+
+Linux keeps four levels of 4 KiB tables; a walk there is a few dependent loads. Here a walk is Python, so the table has *two*
+levels: a dictionary, and leaves of 2**18 entries (1 GiB of addresses) that are anonymous mappings. The operating system commits a leaf
+512 entries at a time, which is exactly the coverage of a kernel PTE page: a 16 GiB mapping of which ten pages were touched costs ten
+4 KiB pages and sixteen empty mappings.
+
+A range operation is one numpy operation for each leaf it crosses. Host page tables, device mirrors and IOMMU domains are all this.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator
+
+import numpy as np
+
+from hmmnet.pages import Words
+
+LEAF_SHIFT = 18
+LEAF_PAGES = 1 << LEAF_SHIFT
+_MASK = LEAF_PAGES - 1
+
+
+def lazy_words(count: int) -> Words:
+    """`count` zero uint64 that the operating system commits on first write, 512 at a time."""
+    return np.frombuffer(mmap.mmap(-1, count * 8), dtype=np.uint64)
+
+
+class SparseTable:
+    """Page number -> uint64, zero where nothing was written."""
+
+    def __init__(self) -> None:
+        self._leaves: dict[int, Words] = {}
+
+    def get(self, page: int) -> int:
+        """The entry of one page."""
+        leaf = self._leaves.get(page >> LEAF_SHIFT)
+        return 0 if leaf is None else int(leaf[page & _MASK])
+
+    def set(self, page: int, value: int) -> None:
+        """Write the entry of one page."""
+        self._leaf(page >> LEAF_SHIFT)[page & _MASK] = value
+
+    def _leaf(self, key: int) -> Words:
+        leaf = self._leaves.get(key)
+        if leaf is None:
+            leaf = self._leaves[key] = lazy_words(LEAF_PAGES)
+        return leaf
+
+    def segments(self, start: int, end: int) -> Iterator[tuple[int, Words]]:
+        """Writable views that together cover ``[start, end)``, each with its first page; absent leaves are made."""
+        while start < end:
+            stop = min(end, (start | _MASK) + 1)
+            yield start, self._leaf(start >> LEAF_SHIFT)[start & _MASK : (stop - 1 & _MASK) + 1]
+            start = stop
+
+    def present(self, start: int, end: int) -> Iterator[tuple[int, Words]]:
+        """Like `segments`, in page order, but only where a leaf exists: safe for ``[0, PAGES_MAX)``."""
+        first, last = start >> LEAF_SHIFT, (end - 1) >> LEAF_SHIFT
+        if last - first < len(self._leaves):
+            keys = [key for key in range(first, last + 1) if key in self._leaves]
+        else:
+            keys = sorted(key for key in self._leaves if first <= key <= last)
+        for key in keys:
+            low = max(start, key << LEAF_SHIFT)
+            high = min(end, (key + 1) << LEAF_SHIFT)
+            if low < high:
+                yield low, self._leaves[key][low & _MASK : (high - 1 & _MASK) + 1]
+
+    def view(self, start: int, end: int) -> Words | None:
+        """A writable view of ``[start, end)`` when one leaf holds it, else None."""
+        if start >> LEAF_SHIFT != (end - 1) >> LEAF_SHIFT:
+            return None
+        return self._leaf(start >> LEAF_SHIFT)[start & _MASK : (end - 1 & _MASK) + 1]
+
+    def read(self, start: int, end: int) -> Words:
+        """A copy of the entries of ``[start, end)``."""
+        if start >> LEAF_SHIFT == (end - 1) >> LEAF_SHIFT:
+            leaf = self._leaves.get(start >> LEAF_SHIFT)
+            if leaf is not None:
+                return leaf[start & _MASK : (end - 1 & _MASK) + 1].copy()
+        out = np.zeros(end - start, dtype=np.uint64)
+        for first, part in self.present(start, end):
+            out[first - start : first - start + len(part)] = part
+        return out
+
+    def write(self, start: int, values: Words) -> None:
+        """Write `values` from page `start` on."""
+        done = 0
+        for _, part in self.segments(start, start + len(values)):
+            part[:] = values[done : done + len(part)]
+            done += len(part)
+
+    def clear(self, start: int, end: int) -> None:
+        """Zero ``[start, end)``; whole leaves are given back."""
+        for first, part in list(self.present(start, end)):
+            if len(part) == LEAF_PAGES:
+                del self._leaves[first >> LEAF_SHIFT]
+            else:
+                part[:] = 0
+
+    def gather(self, pages: Words) -> Words:
+        """The entries of `pages`, in their order."""
+        if len(pages) == 0:
+            return np.zeros(0, dtype=np.uint64)
+        keys = pages >> np.uint64(LEAF_SHIFT)
+        low, high = int(keys.min()), int(keys.max())
+        offsets = (pages & np.uint64(_MASK)).astype(np.intp)
+        if low == high:
+            leaf = self._leaves.get(low)
+            return np.zeros(len(pages), dtype=np.uint64) if leaf is None else leaf[offsets]
+        out = np.zeros(len(pages), dtype=np.uint64)
+        for key in np.unique(keys).tolist():
+            leaf = self._leaves.get(key)
+            if leaf is not None:
+                here = keys == np.uint64(key)
+                out[here] = leaf[offsets[here]]
+        return out
+
+    def scatter(self, pages: Words, values: Words | int) -> None:
+        """Write `values` (one for each page, or one for all) at `pages`."""
+        if len(pages) == 0:
+            return
+        keys = pages >> np.uint64(LEAF_SHIFT)
+        offsets = (pages & np.uint64(_MASK)).astype(np.intp)
+        low, high = int(keys.min()), int(keys.max())
+        if low == high:
+            self._leaf(low)[offsets] = values
+            return
+        for key in np.unique(keys).tolist():
+            here = keys == np.uint64(key)
+            self._leaf(key)[offsets[here]] = values if isinstance(values, int) else values[here]
+
+    @property
+    def leaf_count(self) -> int:
+        """Leaves that exist, each 1 GiB of addresses."""
+        return len(self._leaves)

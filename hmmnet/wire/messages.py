@@ -1,0 +1,378 @@
+"""Every message that host, devices and clients exchange, and how much each may hold.
+
+Structs are msgpack arrays with a leading tag. Page and frame lists are raw little-endian uint64 (`hmmnet.pages.to_wire`). Every field of
+variable length has a bound here, and a message as a whole may not exceed `MESSAGE_BYTES_MAX`, which the transport checks before
+it allocates. A decoded message is well formed, not yet meaningful: its receiver checks ranges, zones and rights.
+
+Requests are answered by the reply named in their docstring, or by `Failed`. Notes are delivered (acknowledged and repeated by the
+session) but not answered.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, TypeAlias
+
+import msgspec
+
+PROTOCOL_VERSION = 1
+PAGES_PER_MESSAGE_MAX = 1 << 20
+"""4 GiB of addresses in one page list (8 MiB); longer ranges are split by the caller."""
+MESSAGE_BYTES_MAX = 8 * PAGES_PER_MESSAGE_MAX * 3 + (1 << 16)
+"""A message holds at most three page lists and a little more."""
+NAME_MAX = 64
+TEXT_MAX = 4096
+ZONES_LISTED_MAX = 4096
+ARGUMENT_BYTES_MAX = 1 << 20
+
+PageList: TypeAlias = Annotated[bytes, msgspec.Meta(max_length=8 * PAGES_PER_MESSAGE_MAX)]
+Name: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=NAME_MAX)]
+Text: TypeAlias = Annotated[str, msgspec.Meta(max_length=TEXT_MAX)]
+Secret: TypeAlias = Annotated[bytes, msgspec.Meta(max_length=64)]
+Packed: TypeAlias = Annotated[bytes, msgspec.Meta(max_length=ARGUMENT_BYTES_MAX)]
+"""msgpack inside: arguments and results whose form the kernel or workload defines."""
+U64: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+Page: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=1 << 35)]
+PageCount: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=1 << 35)]
+
+
+class Message(msgspec.Struct, array_like=True, frozen=True, tag=True):
+    """Root of all messages; the class name is the tag on the wire."""
+
+
+# --- sessions ---------------------------------------------------------------------------------------------------------------------
+
+
+class Hello(Message):
+    """First message of a peer. Answered by `Welcome` or `Refused`. `role` is ``device``, ``client`` or ``launcher``."""
+
+    version: int
+    role: Name
+    name: Name
+    incarnation: U64
+    pid: int
+    secret: Secret
+    model: Annotated[str, msgspec.Meta(max_length=NAME_MAX)] = ""
+
+
+class Zone(msgspec.Struct, array_like=True, frozen=True):
+    """One frame zone. `kind` is ``system``, ``private`` or ``coherent``; `owner` names the device or memory it belongs to."""
+
+    zone: int
+    kind: Name
+    owner: Name
+    pages: PageCount
+
+
+class Welcome(Message):
+    """The host accepts. `config` is msgpack of the device's frozen spec; the bulk endpoints are as seen by the peer (empty for clients).
+
+    Emulated time is ``epoch_emulated_s + (CLOCK_MONOTONIC - epoch_monotonic_s) * rate``.
+    """
+
+    version: int
+    host_incarnation: U64
+    zone: int
+    zones: Annotated[list[Zone], msgspec.Meta(max_length=ZONES_LISTED_MAX)]
+    bulk_in: Annotated[str, msgspec.Meta(max_length=TEXT_MAX)]
+    bulk_out: Annotated[str, msgspec.Meta(max_length=TEXT_MAX)]
+    telemetry: Annotated[str, msgspec.Meta(max_length=TEXT_MAX)]
+    epoch_monotonic_s: float
+    epoch_emulated_s: float
+    rate: float
+    lease_s: float
+    config: Packed
+
+
+class Refused(Message):
+    """The host does not accept. `code` is ``version``, ``secret``, ``name``, ``busy`` or ``role``."""
+
+    code: Name
+    why: Text
+
+
+class Done(Message):
+    """The request was carried out; nothing to report."""
+
+
+class Failed(Message):
+    """The request was not carried out. `errno` is positive for a modelled kernel error, 0 when the peer itself failed."""
+
+    errno: int
+    call: Text
+    why: Text
+
+
+class Rate(Message):
+    """Note: the emulated clock goes on at another rate from this point on (fields as in `Welcome`)."""
+
+    epoch_monotonic_s: float
+    epoch_emulated_s: float
+    rate: float
+
+
+# --- host to device ---------------------------------------------------------------------------------------------------------------
+
+
+class OpenContext(Message):
+    """A process opens the device: make an empty mirror. `Done`."""
+
+    context: U64
+    process: int
+
+
+class CloseContext(Message):
+    """The last user of the context is gone: drop its mirror (a dmirror evicts its memory first). `Done`."""
+
+    context: U64
+
+
+class Invalidate(Message):
+    """mmu_notifier range start. The device has set the sequence, dropped its entries for [start, end) and quiesced before it answers `Done`.
+
+    `owner` is the zone of the device on whose behalf this happens, or -1.
+    """
+
+    context: U64
+    subscription: U64
+    start: Page
+    end: Page
+    event: Name
+    owner: int
+    sequence: U64
+
+
+class InvalidateEnd(Message):
+    """Note: the invalidation that began with `sequence` is over (only v25's personality needs it)."""
+
+    context: U64
+    subscription: U64
+    sequence: U64
+
+
+class CopyIn(Message):
+    """A DMA stream fills `targets` of the device's memory, in order; `zeros` become zero. `Done` once the stream is expected (it may begin earlier)."""
+
+    stream: U64
+    targets: PageList
+    zeros: PageList
+
+
+class CopyOut(Message):
+    """The device drops its entries for `pages` of `context` (0: none) and streams `frames` of its memory to the host. `Done` at once.
+
+    `pages` may be empty; entries go by frame then. The frames stay the device's until `FreeFrames`.
+    """
+
+    stream: U64
+    context: U64
+    pages: PageList
+    frames: PageList
+    start_s: float
+    bytes_per_s: float
+    latency_s: float
+
+
+class FreeFrames(Message):
+    """Note (folio_free): the last reference to these frames of the device's memory is gone."""
+
+    frames: PageList
+
+
+class Launch(Message):
+    """Run `kernel` on `context`'s addresses. `Finished`. `arguments` is a msgpack map."""
+
+    context: U64
+    job: U64
+    kernel: Name
+    arguments: Packed
+    placement: Name = "demand"
+
+
+class Ioctl(Message):
+    """A device-specific command on pages [start, start+pages) of `context`. `IoctlDone`.
+
+    A command that takes data finds it on stream `stream_in`, one that gives data sends it on `stream_out` (0: none), one page a page.
+    """
+
+    context: U64
+    command: Name
+    address: U64
+    pages: PageCount
+    stream_in: U64 = 0
+    stream_out: U64 = 0
+    flags: U64 = 0
+
+
+class IoctlDone(Message):
+    """Reply: the counts that the command reports, and small per-page results (a snapshot's bytes)."""
+
+    cpages: PageCount
+    faults: PageCount
+    data: PageList = b""
+
+
+class Finished(Message):
+    """Reply to `Launch`: msgpack maps of the kernel's results and of the job's counters. `error` is empty when the job ended well."""
+
+    results: Packed
+    counters: Packed
+    error: Text = ""
+    fault_address: U64 = 0
+
+
+class Inspect(Message):
+    """Ask a device for its figures. `Report`."""
+
+
+class Report(Message):
+    """Reply to `Inspect`: a msgpack map."""
+
+    figures: Packed
+
+
+# --- device to host ---------------------------------------------------------------------------------------------------------------
+
+
+class Subscribe(Message):
+    """mmu_interval_notifier_insert over pages [start, end). `Subscribed`. `own` filters MIGRATE and EXCLUSIVE events the device caused."""
+
+    context: U64
+    start: Page
+    end: Page
+    own: bool = True
+
+
+class Subscribed(Message):
+    """Reply: the subscription and its first sequence."""
+
+    subscription: U64
+    sequence: U64
+
+
+class Unsubscribe(Message):
+    """mmu_interval_notifier_remove. `Done` when no invalidation can reach it any more."""
+
+    context: U64
+    subscription: U64
+
+
+class RangeFault(Message):
+    """read_begin and hmm_range_fault in one. `RangeFaulted`. Times out (EBUSY) after `timeout_ms` real milliseconds; 0 never does."""
+
+    context: U64
+    subscription: U64
+    start: Page
+    pages: PageCount
+    default_flags: Annotated[int, msgspec.Meta(ge=0)]
+    flags_mask: Annotated[int, msgspec.Meta(ge=0)]
+    inputs: PageList = b""
+    timeout_ms: int = 1000
+
+
+class RangeFaulted(Message):
+    """Reply: HMM_PFN words, good as long as the subscription's sequence is still `sequence` (read_retry is the device's to check)."""
+
+    sequence: U64
+    words: PageList
+
+
+class Migrate(Message):
+    """migrate_vma on behalf of a driver. `Migrated`.
+
+    `direction` is ``device`` or ``system``. `grant` are the frames that the driver offers as destinations, position by position of the
+    range (direction device); frames whose page did not migrate come back as not used in the reply and stay the driver's.
+    """
+
+    context: U64
+    start: Page
+    pages: PageCount
+    direction: Name
+    select: int
+    grant: PageList = b""
+    cause: Name = "user"
+
+
+class Migrated(Message):
+    """Reply: final MIGRATE_PFN source words, position by position: MIGRATE is set for what moved. The device maps, then sends `MigrateDone`."""
+
+    migration: U64
+    words: PageList
+    moved: PageCount
+
+
+class MigrateDone(Message):
+    """Note: the device has updated its table; the host may finalize `migration`."""
+
+    migration: U64
+
+
+class Evict(Message):
+    """migrate_device_range: bring `frames` of the device's memory home, whoever maps them. `Evicted`."""
+
+    frames: PageList
+    cause: Name = "release"
+
+
+class Evicted(Message):
+    """Reply: how many went home; frames that were busy stay (the driver tries again)."""
+
+    moved: PageCount
+
+
+class DmaRead(Message):
+    """Read system (or coherent) memory through the IOMMU: element i is at byte `offsets[i]` of page `pages[i]`'s frame.
+
+    `pages` and `frames` say what the device believes to be mapped; `addresses` are physical, multiples of `size`. Data come as stream `stream`.
+    `Done` when the stream was sent.
+    """
+
+    context: U64
+    stream: U64
+    pages: PageList
+    addresses: PageList
+    size: Annotated[int, msgspec.Meta(ge=1, le=4096)]
+
+
+class DmaWrite(Message):
+    """As `DmaRead`, the other way. `DmaGrant` when the host is ready for the stream; the stream's last credit says that the data have landed."""
+
+    context: U64
+    stream: U64
+    pages: PageList
+    addresses: PageList
+    size: Annotated[int, msgspec.Meta(ge=1, le=4096)]
+
+
+class DmaGrant(Message):
+    """Reply to `DmaWrite`: the device may begin; pacing as in `CopyOut`."""
+
+    start_s: float
+    bytes_per_s: float
+    latency_s: float
+
+
+# --- clients ----------------------------------------------------------------------------------------------------------------------
+
+
+class Call(Message):
+    """A client's call of a machine or process operation by name. `Result`. `arguments` is a msgpack map, `data` at most one chunk."""
+
+    operation: Name
+    arguments: Packed
+    data: Annotated[bytes, msgspec.Meta(max_length=1 << 20)] = b""
+
+
+class Result(Message):
+    """Reply to `Call`: msgpack of the value, and data for reads."""
+
+    value: Packed
+    data: Annotated[bytes, msgspec.Meta(max_length=1 << 20)] = b""
+
+
+Body: TypeAlias = (
+    Hello | Welcome | Refused | Done | Failed | Rate | OpenContext | CloseContext | Invalidate | InvalidateEnd | CopyIn | CopyOut | FreeFrames
+    | Launch | Ioctl | IoctlDone | Finished | Inspect | Report | Subscribe | Subscribed | Unsubscribe | RangeFault | RangeFaulted | Migrate
+    | Migrated | MigrateDone | Evict | Evicted | DmaRead | DmaWrite | DmaGrant | Call | Result
+)  # fmt: skip
+
+Arguments: TypeAlias = dict[str, Any]

@@ -1,0 +1,143 @@
+"""The two seams inside the host: what an address space offers to HMM, and what HMM needs of a device.
+
+`mirror`, `migrate` and `notifier` are written against these and never against sockets or one kind of memory: `AddressSpace` has a
+modelled implementation (`host.mm`) and will have one over a live process; `DeviceLink` has one over sessions and DMA streams and one
+that is a plain object in tests.
+
+Waiting happens in four places only (an ack, a transfer, a page lock, the clock); everything else here is synchronous, and a
+synchronous call is atomic: no other task runs in between. That takes the place of the kernel's page table spinlocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import IntFlag, StrEnum
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from hmmnet.pages import Words
+
+
+class Event(StrEnum):
+    """enum mmu_notifier_event (include/linux/mmu_notifier.h)."""
+
+    UNMAP = "unmap"
+    CLEAR = "clear"
+    PROTECTION_VMA = "protection_vma"
+    PROTECTION_PAGE = "protection_page"
+    SOFT_DIRTY = "soft_dirty"
+    RELEASE = "release"
+    MIGRATE = "migrate"
+    EXCLUSIVE = "exclusive"
+
+
+class Select(IntFlag):
+    """enum migrate_vma_direction: what migrate_vma_setup collects."""
+
+    SYSTEM = 1
+    DEVICE_PRIVATE = 2
+    DEVICE_COHERENT = 4
+    COMPOUND = 8
+
+
+NO_OWNER = -1
+
+
+@dataclass(eq=False)
+class Migration:
+    """One run of migrate_vma over `pages` (ascending). All arrays have one element for each page.
+
+    `source` and `target` hold MIGRATE_PFN words. `saved` are the page table entries that the migration entries replaced (0: none was
+    installed). The address space fills everything except `target`, which the driver's side sets before `migrate_pages`.
+    """
+
+    pages: Words
+    source: Words
+    target: Words
+    saved: Words
+    owner: int = NO_OWNER
+    fault_frame: int | None = None
+    others: list[tuple[AddressSpace, int, int]] = field(default_factory=list)
+    """Further mappings (process, page, saved entry) replaced by migration entries."""
+
+    @property
+    def cpages(self) -> int:
+        """Pages collected and still to move."""
+        return int(np.count_nonzero(self.source & np.uint64(2)))
+
+
+@dataclass(frozen=True)
+class Walk:
+    """One look at a range, as hmm_range_fault's walkers see it, without faulting.
+
+    `words` are HMM_PFN words. `read` and `write` tell which pages want a fault and of which kind; `write` implies `read`. When `errno` is
+    not 0 the walk ended with that (positive) error at page `failed`; words beyond are the input's.
+    """
+
+    words: Words
+    read: npt.NDArray[np.bool_]
+    write: npt.NDArray[np.bool_]
+    errno: int = 0
+    failed: int = 0
+
+
+class DeviceLink(Protocol):
+    """A device as the host's HMM core sees it. Methods raise `PeerLost` when the device is gone."""
+
+    name: str
+    zone: int
+    kind: str
+    """``private`` or ``coherent``."""
+
+    async def invalidate(self, context: int, subscription: int, start: int, end: int, event: Event, owner: int, sequence: int) -> None:
+        """Return when the device has dropped [start, end) and is quiet there, or has been fenced."""
+
+    async def copy_in(self, source_frames: Words, target_frames: Words, zero_frames: Words) -> None:
+        """DMA host frames to device frames, and zero others on the device; return when all landed."""
+
+    async def copy_out(self, context: int, pages: Words, frames: Words, target_frames: Words) -> None:
+        """The device drops its entries for `pages` and its `frames` are copied to host frames; return when all landed."""
+
+    def free_frames(self, frames: Words) -> None:
+        """folio_free: tell the driver, without waiting."""
+
+
+class AddressSpace(Protocol):
+    """An mm_struct. Synchronous methods want the caller to hold what their docstring says; page arguments are page numbers."""
+
+    number: int
+
+    def walk(
+        self, start: int, end: int, inputs: Words | None, default_flags: int, flags_mask: int, owner: int
+    ) -> Walk:
+        """Table A3 for [start, end): no faulting, no waiting. Needs the mmap lock for reading."""
+        ...
+
+    async def fault_in(self, pages: Words, write: npt.NDArray[np.bool_]) -> None:
+        """handle_mm_fault for each of `pages`; waits on migration entries, brings foreign device pages home.
+
+        Needs the mmap lock for reading. Raises KernelError (EFAULT, EPERM, ENOMEM) for the first page that cannot be had.
+        """
+        ...
+
+    def check_migratable(self, start: int, end: int) -> None:
+        """The argument checks of migrate_vma_setup; [start, end) must lie in one suitable VMA. Raises KernelError(EINVAL)."""
+        ...
+
+    def collect(self, pages: Words, select: Select, owner: int, fault_frame: int | None = None) -> Migration:
+        """migrate_vma_collect and migrate_vma_unmap (A4), after the hub was told: installs migration entries, refuses pinned pages."""
+        ...
+
+    def migrate_pages(self, migration: Migration) -> None:
+        """migrate_vma_pages: moves each page's identity to its target, inserts into empty entries, clears MIGRATE where it fails."""
+        ...
+
+    def migrate_finalize(self, migration: Migration) -> None:
+        """migrate_vma_finalize: migration entries become the target, or the untouched source; frees what is left over; wakes waiters."""
+        ...
+
+
+Spaces = Sequence[AddressSpace]
