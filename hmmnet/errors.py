@@ -85,6 +85,10 @@ class PeerLost(PeerError):
     """A peer is gone: it said BYE, was silent for longer than the lease, or was replaced by a new incarnation."""
 
 
+class PeerGone(PeerLost):
+    """A peer is gone and certainly touches nothing any more: it said BYE, or its process has ended. No lease needs to be waited out."""
+
+
 class RemoteError(PeerError):
     """The peer's handler failed in a way that is not part of the model; its text says what it reported."""
 

@@ -126,3 +126,25 @@ class Process(Protocol):
     async def exit(self) -> None:
         """Unmap everything and close all handles."""
         ...
+
+
+@runtime_checkable
+class Machine(Protocol):
+    """A running machine as a workload sees it: its devices by name, and processes to be made."""
+
+    @property
+    def device_names(self) -> tuple[str, ...]:
+        """The devices of the topology, in its order."""
+        ...
+
+    def emulated_s(self) -> float:
+        """The machine's clock, in emulated seconds."""
+        ...
+
+    async def create_process(self) -> Process:
+        """A new, empty process."""
+        ...
+
+    async def report(self) -> dict[str, Any]:
+        """What the run did so far: per link asked, reached and whether the emulation kept up; counters of the profile; devices."""
+        ...

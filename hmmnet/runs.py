@@ -95,6 +95,12 @@ class RunAllocator:
             self._merge(frames[bounds[:-1]], frames[bounds[1:] - 1] + np.uint64(1))
         self.free_count += len(frames)
 
+    def free_run(self, start: int, end: int) -> None:
+        """Take frames [start, end) back: `free` without arrays. A run that is not out is a bug of the caller (AssertionError)."""
+        assert self._base <= start < end <= self._fresh, "free of frames that were never handed out"
+        self._insert(start, end)
+        self.free_count += end - start
+
     def _insert(self, start: int, end: int) -> None:
         i = bisect_right(self._starts, start)
         assert (i == 0 or self._ends[i - 1] <= start) and (i == len(self._starts) or end <= self._starts[i]), "double free of a frame"
@@ -125,6 +131,11 @@ class RunAllocator:
     def used_count(self) -> int:
         """Frames that are out."""
         return self._end - self._base - self.free_count
+
+    @property
+    def touched_count(self) -> int:
+        """Frames at the front that were handed out at least once; beyond it nothing was ever written."""
+        return self._fresh - self._base
 
     @property
     def free_runs(self) -> int:

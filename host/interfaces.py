@@ -11,14 +11,18 @@ synchronous call is atomic: no other task runs in between. That takes the place 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from enum import IntFlag, StrEnum
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from hmmnet.pages import Words
+
+if TYPE_CHECKING:
+    from .mm.rmap import Mapped
 
 
 class Event(StrEnum):
@@ -60,8 +64,8 @@ class Migration:
     saved: Words
     owner: int = NO_OWNER
     fault_frame: int | None = None
-    others: list[tuple[AddressSpace, int, int]] = field(default_factory=list)
-    """Further mappings (process, page, saved entry) replaced by migration entries."""
+    others: list[Mapped] = field(default_factory=list)
+    """Further mappings (in other processes, by row of this migration) that were replaced by migration entries."""
 
     @property
     def cpages(self) -> int:
@@ -84,16 +88,27 @@ class Walk:
     failed: int = 0
 
 
+class Acknowledgement(Protocol):
+    """The second pass of an invalidation (mmu_interval_notifier_finish): started on every device first, then waited for on each."""
+
+    async def finish(self) -> None:
+        """Return when the device has dropped the range and is quiet there, or has been fenced. Raises nothing for a lost device."""
+        ...
+
+
 class DeviceLink(Protocol):
-    """A device as the host's HMM core sees it. Methods raise `PeerLost` when the device is gone."""
+    """A device as the host's HMM core sees it. Copies raise `PeerLost` when the device is gone."""
 
     name: str
     zone: int
     kind: str
     """``private`` or ``coherent``."""
 
-    async def invalidate(self, context: int, subscription: int, start: int, end: int, event: Event, owner: int, sequence: int) -> None:
-        """Return when the device has dropped [start, end) and is quiet there, or has been fenced."""
+    def invalidate_start(
+        self, context: int, subscription: int, start: int, end: int, event: Event, owner: int, sequence: int
+    ) -> Acknowledgement | None:
+        """Tell the device to drop [start, end), without waiting; None when it has nothing left to drop (it is gone and fenced)."""
+        ...
 
     async def copy_in(self, source_frames: Words, target_frames: Words, zero_frames: Words) -> None:
         """DMA host frames to device frames, and zero others on the device; return when all landed."""
@@ -105,10 +120,47 @@ class DeviceLink(Protocol):
         """folio_free: tell the driver, without waiting."""
 
 
+class MmapLock(Protocol):
+    """The mmap lock of an address space."""
+
+    def read(self) -> AbstractAsyncContextManager[object]:
+        """Hold it for reading."""
+        ...
+
+
+class Notifier(Protocol):
+    """What changes a page table announces to."""
+
+    def invalidate(self, event: Event, start: int, end: int, owner: int = NO_OWNER) -> AbstractAsyncContextManager[object]:
+        """Entered before [start, end) changes, left afterwards."""
+        ...
+
+
+class Area(Protocol):
+    """A VMA, as far as migration looks at it."""
+
+    start: int
+    end: int
+
+
 class AddressSpace(Protocol):
     """An mm_struct. Synchronous methods want the caller to hold what their docstring says; page arguments are page numbers."""
 
     number: int
+
+    @property
+    def mmap_lock(self) -> MmapLock:
+        """The lock."""
+        ...
+
+    @property
+    def hub(self) -> Notifier:
+        """Where its changes are announced."""
+        ...
+
+    def vma_at(self, page: int) -> Area | None:
+        """The VMA of `page`."""
+        ...
 
     def walk(
         self, start: int, end: int, inputs: Words | None, default_flags: int, flags_mask: int, owner: int
@@ -133,6 +185,10 @@ class AddressSpace(Protocol):
 
     def migrate_pages(self, migration: Migration) -> None:
         """migrate_vma_pages: moves each page's identity to its target, inserts into empty entries, clears MIGRATE where it fails."""
+        ...
+
+    def migrate_restore(self, migration: Migration) -> None:
+        """Nothing is to move: the identities go back. `migrate_finalize` must follow."""
         ...
 
     def migrate_finalize(self, migration: Migration) -> None:

@@ -6,6 +6,9 @@ it allocates. A decoded message is well formed, not yet meaningful: its receiver
 
 Requests are answered by the reply named in their docstring, or by `Failed`. Notes are delivered (acknowledged and repeated by the
 session) but not answered.
+
+Streams are numbered by whoever asks for them: even numbers by the host (`CopyIn`, `CopyOut`, `Ioctl`), odd ones by the device (`DmaRead`,
+`DmaWrite`), so they never collide on a bulk channel. 0 means no stream.
 """
 
 from __future__ import annotations
@@ -42,7 +45,7 @@ class Message(msgspec.Struct, array_like=True, frozen=True, tag=True):
 # --- sessions ---------------------------------------------------------------------------------------------------------------------
 
 
-class Hello(Message):
+class Hello(Message, frozen=True):
     """First message of a peer. Answered by `Welcome` or `Refused`. `role` is ``device``, ``client`` or ``launcher``."""
 
     version: int
@@ -63,7 +66,7 @@ class Zone(msgspec.Struct, array_like=True, frozen=True):
     pages: PageCount
 
 
-class Welcome(Message):
+class Welcome(Message, frozen=True):
     """The host accepts. `config` is msgpack of the device's frozen spec; the bulk endpoints are as seen by the peer (empty for clients).
 
     Emulated time is ``epoch_emulated_s + (CLOCK_MONOTONIC - epoch_monotonic_s) * rate``.
@@ -83,18 +86,18 @@ class Welcome(Message):
     config: Packed
 
 
-class Refused(Message):
+class Refused(Message, frozen=True):
     """The host does not accept. `code` is ``version``, ``secret``, ``name``, ``busy`` or ``role``."""
 
     code: Name
     why: Text
 
 
-class Done(Message):
+class Done(Message, frozen=True):
     """The request was carried out; nothing to report."""
 
 
-class Failed(Message):
+class Failed(Message, frozen=True):
     """The request was not carried out. `errno` is positive for a modelled kernel error, 0 when the peer itself failed."""
 
     errno: int
@@ -102,7 +105,7 @@ class Failed(Message):
     why: Text
 
 
-class Rate(Message):
+class Rate(Message, frozen=True):
     """Note: the emulated clock goes on at another rate from this point on (fields as in `Welcome`)."""
 
     epoch_monotonic_s: float
@@ -113,20 +116,20 @@ class Rate(Message):
 # --- host to device ---------------------------------------------------------------------------------------------------------------
 
 
-class OpenContext(Message):
+class OpenContext(Message, frozen=True):
     """A process opens the device: make an empty mirror. `Done`."""
 
     context: U64
     process: int
 
 
-class CloseContext(Message):
+class CloseContext(Message, frozen=True):
     """The last user of the context is gone: drop its mirror (a dmirror evicts its memory first). `Done`."""
 
     context: U64
 
 
-class Invalidate(Message):
+class Invalidate(Message, frozen=True):
     """mmu_notifier range start. The device has set the sequence, dropped its entries for [start, end) and quiesced before it answers `Done`.
 
     `owner` is the zone of the device on whose behalf this happens, or -1.
@@ -141,7 +144,7 @@ class Invalidate(Message):
     sequence: U64
 
 
-class InvalidateEnd(Message):
+class InvalidateEnd(Message, frozen=True):
     """Note: the invalidation that began with `sequence` is over (only v25's personality needs it)."""
 
     context: U64
@@ -149,7 +152,7 @@ class InvalidateEnd(Message):
     sequence: U64
 
 
-class CopyIn(Message):
+class CopyIn(Message, frozen=True):
     """A DMA stream fills `targets` of the device's memory, in order; `zeros` become zero. `Done` once the stream is expected (it may begin earlier)."""
 
     stream: U64
@@ -157,7 +160,7 @@ class CopyIn(Message):
     zeros: PageList
 
 
-class CopyOut(Message):
+class CopyOut(Message, frozen=True):
     """The device drops its entries for `pages` of `context` (0: none) and streams `frames` of its memory to the host. `Done` at once.
 
     `pages` may be empty; entries go by frame then. The frames stay the device's until `FreeFrames`.
@@ -172,13 +175,13 @@ class CopyOut(Message):
     latency_s: float
 
 
-class FreeFrames(Message):
+class FreeFrames(Message, frozen=True):
     """Note (folio_free): the last reference to these frames of the device's memory is gone."""
 
     frames: PageList
 
 
-class Launch(Message):
+class Launch(Message, frozen=True):
     """Run `kernel` on `context`'s addresses. `Finished`. `arguments` is a msgpack map."""
 
     context: U64
@@ -188,10 +191,13 @@ class Launch(Message):
     placement: Name = "demand"
 
 
-class Ioctl(Message):
+class Ioctl(Message, frozen=True):
     """A device-specific command on pages [start, start+pages) of `context`. `IoctlDone`.
 
     A command that takes data finds it on stream `stream_in`, one that gives data sends it on `stream_out` (0: none), one page a page.
+    A command that fails sends nothing on `stream_out`. Every model serves ``migrate_to_dev`` and ``migrate_to_sys`` as an explicit
+    prefetch (with `stream_out` 0 the driver does not read the pages back); a gpu counts in `IoctlDone.cpages` the pages that moved
+    and fails for no page that stayed.
     """
 
     context: U64
@@ -203,7 +209,7 @@ class Ioctl(Message):
     flags: U64 = 0
 
 
-class IoctlDone(Message):
+class IoctlDone(Message, frozen=True):
     """Reply: the counts that the command reports, and small per-page results (a snapshot's bytes)."""
 
     cpages: PageCount
@@ -211,7 +217,7 @@ class IoctlDone(Message):
     data: PageList = b""
 
 
-class Finished(Message):
+class Finished(Message, frozen=True):
     """Reply to `Launch`: msgpack maps of the kernel's results and of the job's counters. `error` is empty when the job ended well."""
 
     results: Packed
@@ -220,11 +226,11 @@ class Finished(Message):
     fault_address: U64 = 0
 
 
-class Inspect(Message):
+class Inspect(Message, frozen=True):
     """Ask a device for its figures. `Report`."""
 
 
-class Report(Message):
+class Report(Message, frozen=True):
     """Reply to `Inspect`: a msgpack map."""
 
     figures: Packed
@@ -233,7 +239,7 @@ class Report(Message):
 # --- device to host ---------------------------------------------------------------------------------------------------------------
 
 
-class Subscribe(Message):
+class Subscribe(Message, frozen=True):
     """mmu_interval_notifier_insert over pages [start, end). `Subscribed`. `own` filters MIGRATE and EXCLUSIVE events the device caused."""
 
     context: U64
@@ -242,21 +248,21 @@ class Subscribe(Message):
     own: bool = True
 
 
-class Subscribed(Message):
+class Subscribed(Message, frozen=True):
     """Reply: the subscription and its first sequence."""
 
     subscription: U64
     sequence: U64
 
 
-class Unsubscribe(Message):
+class Unsubscribe(Message, frozen=True):
     """mmu_interval_notifier_remove. `Done` when no invalidation can reach it any more."""
 
     context: U64
     subscription: U64
 
 
-class RangeFault(Message):
+class RangeFault(Message, frozen=True):
     """read_begin and hmm_range_fault in one. `RangeFaulted`. Times out (EBUSY) after `timeout_ms` real milliseconds; 0 never does."""
 
     context: U64
@@ -269,18 +275,25 @@ class RangeFault(Message):
     timeout_ms: int = 1000
 
 
-class RangeFaulted(Message):
+class RangeFaulted(Message, frozen=True):
     """Reply: HMM_PFN words, good as long as the subscription's sequence is still `sequence` (read_retry is the device's to check)."""
 
     sequence: U64
     words: PageList
 
 
-class Migrate(Message):
+class Migrate(Message, frozen=True):
     """migrate_vma on behalf of a driver. `Migrated`.
 
     `direction` is ``device`` or ``system``. `grant` are the frames that the driver offers as destinations, position by position of the
-    range (direction device); frames whose page did not migrate come back as not used in the reply and stay the driver's.
+    range (direction device; 0 offers none for that page); frames whose page did not migrate come back as not used in the reply and stay
+    the driver's. `cause` says on whose behalf: ``user``, ``fault`` (a group of device faults), ``prefetch`` or ``release``.
+
+    The range may span several VMAs. Where a VMA cannot take part, migration ends there: what lies before has moved, and the reply
+    says so with `Migrated.errno` (not with `Failed`, because the driver must map what moved).
+
+    While a page that the context holds a translation for is on its way, that translation is suspended: DMA through it is answered
+    EAGAIN (`DmaRead`). It is void once the page has moved, and good again if the page stayed.
     """
 
     context: U64
@@ -292,38 +305,45 @@ class Migrate(Message):
     cause: Name = "user"
 
 
-class Migrated(Message):
-    """Reply: final MIGRATE_PFN source words, position by position: MIGRATE is set for what moved. The device maps, then sends `MigrateDone`."""
+class Migrated(Message, frozen=True):
+    """Reply: final MIGRATE_PFN source words, position by position: MIGRATE is set for what moved, WRITE where the new page is writable.
+
+    Direction device: the device maps and then sends `MigrateDone`, also when nothing moved, unless `migration` is 0. Direction system: the pages are home
+    already (the device dropped its entries when it served `CopyOut`), `migration` is 0 and no `MigrateDone` follows.
+    `errno` is positive when a VMA in the range was refused (EINVAL); the words from there on are 0.
+    """
 
     migration: U64
     words: PageList
     moved: PageCount
+    errno: int = 0
 
 
-class MigrateDone(Message):
+class MigrateDone(Message, frozen=True):
     """Note: the device has updated its table; the host may finalize `migration`."""
 
     migration: U64
 
 
-class Evict(Message):
+class Evict(Message, frozen=True):
     """migrate_device_range: bring `frames` of the device's memory home, whoever maps them. `Evicted`."""
 
     frames: PageList
     cause: Name = "release"
 
 
-class Evicted(Message):
+class Evicted(Message, frozen=True):
     """Reply: how many went home; frames that were busy stay (the driver tries again)."""
 
     moved: PageCount
 
 
-class DmaRead(Message):
+class DmaRead(Message, frozen=True):
     """Read system (or coherent) memory through the IOMMU: element i is at byte `offsets[i]` of page `pages[i]`'s frame.
 
     `pages` and `frames` say what the device believes to be mapped; `addresses` are physical, multiples of `size`. Data come as stream `stream`.
-    `Done` when the stream was sent.
+    `Done` when the stream was sent. EAGAIN while the device's own migration has one of the pages: look at the mirror again and repeat.
+    An access that the context holds no translation for is the driver's bug; it is refused (`Failed` without errno) and counted.
     """
 
     context: U64
@@ -333,7 +353,7 @@ class DmaRead(Message):
     size: Annotated[int, msgspec.Meta(ge=1, le=4096)]
 
 
-class DmaWrite(Message):
+class DmaWrite(Message, frozen=True):
     """As `DmaRead`, the other way. `DmaGrant` when the host is ready for the stream; the stream's last credit says that the data have landed."""
 
     context: U64
@@ -343,7 +363,7 @@ class DmaWrite(Message):
     size: Annotated[int, msgspec.Meta(ge=1, le=4096)]
 
 
-class DmaGrant(Message):
+class DmaGrant(Message, frozen=True):
     """Reply to `DmaWrite`: the device may begin; pacing as in `CopyOut`."""
 
     start_s: float
@@ -354,15 +374,25 @@ class DmaGrant(Message):
 # --- clients ----------------------------------------------------------------------------------------------------------------------
 
 
-class Call(Message):
-    """A client's call of a machine or process operation by name. `Result`. `arguments` is a msgpack map, `data` at most one chunk."""
+class Call(Message, frozen=True):
+    """A client's call of a machine or process operation by name. `Result`. `arguments` is a msgpack map, `data` at most one chunk.
+
+    Machine: ``devices`` -> [name], ``report`` -> map, ``create_process`` -> pid. Process operations carry ``process`` (a pid that this
+    client made) and what `hmmnet.program.Process` names: ``mmap`` (length, protection, address or nil) -> address; ``munmap``, ``mprotect``,
+    ``madvise``; ``malloc`` (length) -> address; ``read`` (address, length, at most a chunk) -> data; ``write`` (address) with data;
+    ``pagemap`` (address, pages) -> data; ``residency`` (address, pages) -> [owner names], data: int16 a page; ``migrate`` (address, length, to)
+    -> bytes; ``launch`` (kernel, device, placement, arguments: map) -> {results, counters}; ``exit``; ``open`` (device) -> handle number;
+    ``close`` (handle). ``ioctl`` (handle, command, address, pages, flags) -> {cpages, faults, length} with the first chunk of the
+    data, ``length`` bytes in all; the rest by ``fetch`` (handle, offset) -> data. Data for an ioctl beyond one chunk goes ahead in
+    ``stage`` (handle) calls, which append; ``ioctl``'s own `data` comes last. Loads, stores and arrays are made of reads and writes.
+    """
 
     operation: Name
     arguments: Packed
     data: Annotated[bytes, msgspec.Meta(max_length=1 << 20)] = b""
 
 
-class Result(Message):
+class Result(Message, frozen=True):
     """Reply to `Call`: msgpack of the value, and data for reads."""
 
     value: Packed

@@ -1,0 +1,58 @@
+"""``python -m hmmnet.devices``: one device process, or the zygote from which the launcher forks many.
+
+    python -m hmmnet.devices NAME ENDPOINT --secret-file FILE [--log-folder FOLDER]
+    python -m hmmnet.devices --zygote
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from hmmnet.lifeline import die_with_parent
+
+from .service import CONNECT_S, run_device
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m hmmnet.devices", description="A device process of an hmmnet machine.")
+    parser.add_argument("name", nargs="?", help="the device's name in the machine's topology")
+    parser.add_argument("endpoint", nargs="?", help="control endpoint of the host, such as ipc:///run/machine/control")
+    parser.add_argument("--secret-file", help="file with the machine's secret (mode 0600)")
+    parser.add_argument("--log-folder", default="", help="write JSON lines to NAME.jsonl in this folder, not warnings to stderr")
+    parser.add_argument("--connect-s", type=float, default=CONNECT_S, help="seconds to wait for the host (default: %(default)g)")
+    parser.add_argument("--zygote", action="store_true", help="serve the launcher on stdin: fork devices at its command")
+    given = parser.parse_args(arguments)
+    parent = os.getppid()
+    if given.zygote:
+        return zygote(parent)
+    if not given.name or not given.endpoint or not given.secret_file:
+        parser.error("NAME, ENDPOINT and --secret-file are needed (or --zygote)")
+    die_with_parent(parent)
+    return run_device(
+        {
+            "name": given.name,
+            "endpoint": given.endpoint,
+            "secret_file": given.secret_file,
+            "log_folder": given.log_folder,
+            "connect_s": given.connect_s,
+        }
+    )
+
+
+def zygote(launcher: int) -> int:
+    """Import all that a device may need, then fork devices at the launcher's command."""
+    from hmmnet.wire import zmq_transport  # noqa: F401 - imported for the children
+
+    from .kernels import pointers, text, vector  # noqa: F401 - imported for the children
+    from .models import dmirror, gpu  # noqa: F401 - imported for the children
+    from .zygote import serve
+
+    serve(run_device, launcher)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

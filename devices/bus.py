@@ -1,0 +1,148 @@
+"""What a device asks of the host: range faults, migrations, and DMA to memory that is not its own.
+
+The only file in which a model's requests become messages. Every request is *shielded* from cancellation: a job may be ended at any moment,
+but the host, once asked, will do its part, and expects ours (a `Migrated` wants its `MigrateDone`, a stream wants its receiver). All of
+them end in bounded time: with the answer, or with `PeerLost` when the host is gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import trio
+from hmmnet.fabric.clock import EmulatedClock
+from hmmnet.fabric.dma import BulkReceiver, BulkSender, BytesSink, BytesSource, Pace, Sink, Source
+
+from hmmnet.errors import ProtocolError
+from hmmnet.pages import Words, from_wire, to_wire
+from hmmnet.wire.messages import (
+    DmaGrant,
+    DmaRead,
+    DmaWrite,
+    Done,
+    Evict,
+    Evicted,
+    Message,
+    Migrate,
+    Migrated,
+    MigrateDone,
+    RangeFault,
+    RangeFaulted,
+    Subscribe,
+    Subscribed,
+    Unsubscribe,
+)
+
+Bytes = npt.NDArray[np.uint8]
+M = TypeVar("M", bound=Message)
+
+SELECT_SYSTEM = 1
+SELECT_DEVICE_PRIVATE = 2
+SELECT_DEVICE_COHERENT = 4
+"""enum migrate_vma_direction, as `Migrate.select` carries it."""
+
+
+class Requests(Protocol):
+    """The part of a wire session that is used here."""
+
+    async def ask(self, message: Message, answer: type[M]) -> M:
+        """The answer to a request. Raises KernelError, RemoteError, PeerLost, ProtocolError."""
+        ...
+
+    def note(self, message: Message) -> None:
+        """Tell without an answer."""
+        ...
+
+
+class Bus:
+    """The device's end of its links: the control session and one bulk stream in each direction."""
+
+    def __init__(self, session: Requests, sender: BulkSender, receiver: BulkReceiver, clock: EmulatedClock) -> None:
+        self.clock = clock
+        self._session = session
+        self._sender = sender
+        self._receiver = receiver
+        self._streams = 1
+
+    async def _ask(self, message: Message, answer: type[M]) -> M:
+        with trio.CancelScope(shield=True):
+            return await self._session.ask(message, answer)
+
+    def _new_stream(self) -> int:
+        """Streams of the device are odd."""
+        self._streams += 2
+        return self._streams
+
+    # --- mirror ---------------------------------------------------------------------------------------------------------------
+
+    async def subscribe(self, context: int, start: int, end: int) -> Subscribed:
+        """mmu_interval_notifier_insert."""
+        return await self._ask(Subscribe(context, start, end, own=True), Subscribed)
+
+    async def unsubscribe(self, context: int, subscription: int) -> None:
+        """mmu_interval_notifier_remove."""
+        await self._ask(Unsubscribe(context, subscription), Done)
+
+    async def range_fault(self, message: RangeFault) -> tuple[int, Words]:
+        """hmm_range_fault: the subscription's sequence, and one word for each page."""
+        reply = await self._ask(message, RangeFaulted)
+        return reply.sequence, _words(reply.words, message.pages, "RangeFaulted")
+
+    # --- migration ------------------------------------------------------------------------------------------------------------
+
+    async def migrate(self, message: Migrate) -> tuple[Migrated, Words]:
+        """migrate_vma: the reply, and its words."""
+        reply = await self._ask(message, Migrated)
+        return reply, _words(reply.words, message.pages, "Migrated")
+
+    def migrate_done(self, migration: int) -> None:
+        """The device table is up to date: the host may finalize."""
+        self._session.note(MigrateDone(migration))
+
+    async def evict(self, frames: Words, cause: str) -> int:
+        """migrate_device_range: how many of the own `frames` went home."""
+        return (await self._ask(Evict(to_wire(frames), cause), Evicted)).moved
+
+    # --- DMA ------------------------------------------------------------------------------------------------------------------
+
+    async def read(self, context: int, pages: Words, addresses: Words, size: int) -> Bytes:
+        """Elements of memory that is not ours, in order."""
+        stream = self._new_stream()
+        out = np.empty(len(addresses) * size, dtype=np.uint8)
+        with trio.CancelScope(shield=True):
+            async with self.expected(stream, BytesSink(memoryview(out))):
+                await self._session.ask(DmaRead(context, stream, to_wire(pages), to_wire(addresses), size), Done)
+        return out
+
+    async def write(self, context: int, pages: Words, addresses: Words, size: int, data: Bytes) -> None:
+        """Store elements to memory that is not ours; they have landed when this returns."""
+        stream = self._new_stream()
+        with trio.CancelScope(shield=True):
+            grant = await self._session.ask(DmaWrite(context, stream, to_wire(pages), to_wire(addresses), size), DmaGrant)
+            await self.send(stream, BytesSource(memoryview(data)), Pace(grant.start_s, grant.bytes_per_s, grant.latency_s))
+
+    async def send(self, stream: int, source: Source, pace: Pace) -> None:
+        """Stream to the host; returns when everything has landed there."""
+        with trio.CancelScope(shield=True):
+            await self._sender.send(stream, source, pace)
+
+    @asynccontextmanager
+    async def expected(self, stream: int, sink: Sink) -> AsyncIterator[None]:
+        """Expect a stream from the host around the request that causes it; complete when the block is left without an error."""
+        arrival = self._receiver.expect(stream, sink)
+        try:
+            yield
+        except BaseException:
+            arrival.cancel()
+            raise
+        await arrival.wait()
+
+
+def _words(raw: bytes, pages: int, what: str) -> Words:
+    if len(raw) != 8 * pages:
+        raise ProtocolError(f"the host's {what} holds {len(raw)} bytes of words for {pages} pages")
+    return from_wire(raw)

@@ -1,0 +1,310 @@
+"""One open context: a mirror, and what a driver does for it: subscribe, fault ranges in, migrate, reach foreign memory by DMA.
+
+The steps of table A4 on the device's side, with the two waits that keep data from being lost:
+
+- Before pages that the device maps *where they are* (system memory, over the link) may move, their entries are hidden and DMA under way
+  is waited for (`quiesce`); a store that is still on the wire would else land in a page that has left. Entries of pages that
+  stayed come back (test_hmm never drops them: that is how it reports success for pages that did not move).
+- An `Invalidate` is answered only when DMA on its range is over. New DMA cannot begin: the entries are gone first.
+
+Loads and stores to the device's *own* memory need no such wait. Translation and access are one stretch of synchronous code, the process has
+one thread, and messages are handled by the same thread: when a `CopyOut` drops the entries, no access is half way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from errno import EBUSY
+
+import numpy as np
+import numpy.typing as npt
+import trio
+
+from hmmnet.errors import KernelError, ProtocolError
+from hmmnet.pages import MIGRATE_PFN_MIGRATE, MIGRATE_PFN_WRITE, PAGES_MAX, Words, from_wire, to_wire
+from hmmnet.wire.messages import Migrate, RangeFault
+
+from .access import Foreign
+from .bus import SELECT_DEVICE_COHERENT, SELECT_DEVICE_PRIVATE, SELECT_SYSTEM, Bus
+from .copyengine import CopyEngines
+from .locks import RangeLock
+from .memory import Memory
+from .mirror import Mirror, Subscription, Watch, frames_of
+
+Bytes = npt.NDArray[np.uint8]
+RETRIES_MAX = 1000
+"""Stale answers to one range fault. The time limit ends the loop first unless answers come in no time at all (simulation)."""
+RANGE_FAULT_TIMEOUT_S = 1.0
+"""HMM_RANGE_DEFAULT_TIMEOUT."""
+MIGRATE_PAGES_MAX = 1 << 16
+"""Pages of one migration (256 MiB): bounds the frames granted and not yet used."""
+
+DMA_ELEMENTS_MAX = 1 << 16
+DMA_BYTES_MAX = 64 << 20
+"""Elements and bytes of one DMA request: half a megabyte of addresses, 64 chunks of data."""
+
+_MIGRATE = np.uint64(MIGRATE_PFN_MIGRATE)
+_WRITE = np.uint64(MIGRATE_PFN_WRITE)
+_NO_PAGES = np.zeros(0, dtype=np.uint64)
+
+
+@dataclass(eq=False)
+class MirroredProcess:
+    """A process as this device sees it: its contexts here (a unit may be opened twice), and the turns they take."""
+
+    number: int
+    contexts: list[Context] = field(default_factory=list)
+    turns: RangeLock = field(default_factory=RangeLock)
+
+
+@dataclass(eq=False)
+class _Dma:
+    """DMA under way on pages [first, last]."""
+
+    first: int
+    last: int
+    ended: trio.Event = field(default_factory=trio.Event)
+
+
+@dataclass
+class Traffic:
+    """Counters of what a context moved."""
+
+    migrations: int = 0
+    pages_in: int = 0
+    pages_out: int = 0
+    remote_read_bytes: int = 0
+    remote_written_bytes: int = 0
+
+    def as_map(self) -> dict[str, int]:
+        """By name."""
+        return asdict(self)
+
+    def since(self, earlier: Traffic) -> Traffic:
+        """What was added after the copy `earlier` was taken."""
+        return Traffic(**{name: count - getattr(earlier, name) for name, count in asdict(self).items()})
+
+    def add(self, other: Traffic) -> None:
+        """Take another's counts in."""
+        for name, count in asdict(other).items():
+            setattr(self, name, getattr(self, name) + count)
+
+
+@dataclass(frozen=True)
+class Moved:
+    """What a migration did: the pages that moved, in order, and the errno at which it stopped early (0: it did not)."""
+
+    pages: Words
+    errno: int = 0
+    full: bool = False
+    """The device had no frame left for some pages."""
+
+
+class Context:
+    """One mirror and its driver."""
+
+    def __init__(
+        self, mirror: Mirror, process: MirroredProcess, memory: Memory, copies: CopyEngines, bus: Bus, slab_pages: int, coherent: bool
+    ) -> None:
+        self.mirror = mirror
+        self.number = mirror.context
+        self.process = process
+        self.memory = memory
+        self.traffic = Traffic()
+        self._copies = copies
+        self._bus = bus
+        self._slab_pages = slab_pages
+        self._select_own = SELECT_DEVICE_COHERENT if coherent else SELECT_DEVICE_PRIVATE
+        self._slabs: dict[int, Subscription] = {}
+        self._dma: list[_Dma] = []
+
+    # --- subscriptions --------------------------------------------------------------------------------------------------------
+
+    def slabs(self, start: int, end: int) -> list[tuple[int, int]]:
+        """[start, end) cut at the borders of the intervals that are subscribed to."""
+        cuts: list[tuple[int, int]] = []
+        while start < end:
+            stop = min(end, (start // self._slab_pages + 1) * self._slab_pages)
+            cuts.append((start, stop))
+            start = stop
+        return cuts
+
+    async def subscription(self, page: int) -> Subscription:
+        """The subscription of the slab around `page`, inserted on first use."""
+        slab = page // self._slab_pages
+        start, end = slab * self._slab_pages, min((slab + 1) * self._slab_pages, PAGES_MAX)
+        if slab not in self._slabs:
+            async with self.process.turns.hold(start, end):
+                if slab not in self._slabs:
+                    self._slabs[slab] = await self._subscribe(start, end)
+        return self._slabs[slab]
+
+    async def _subscribe(self, start: int, end: int) -> Subscription:
+        self.mirror.subscribing()
+        try:
+            reply = await self._bus.subscribe(self.number, start, end)
+        except BaseException:
+            self.mirror.subscribe_over()
+            raise
+        return self.mirror.subscribed(reply.subscription, start, end, reply.sequence)
+
+    # --- range faults ---------------------------------------------------------------------------------------------------------
+
+    async def range_fault(
+        self, start: int, end: int, default_flags: int, inputs: Words | None = None, program: Callable[[int, Words], None] | None = None
+    ) -> Words:
+        """read_begin, hmm_range_fault, read_retry and `program` (the mirror's unless given) on [start, end), which lies in one slab.
+
+        `inputs` are words a page whose request bits count beside `default_flags`. Raises KernelError: EFAULT, EPERM, ENOMEM, and EBUSY
+        after a second.
+        """
+        subscription = await self.subscription(start)
+        request = RangeFault(
+            self.number,
+            subscription.number,
+            start,
+            end - start,
+            default_flags,
+            0 if inputs is None else (1 << 64) - 1,
+            b"" if inputs is None else to_wire(inputs),
+            int(RANGE_FAULT_TIMEOUT_S * 1000),
+        )
+        deadline_s = trio.current_time() + RANGE_FAULT_TIMEOUT_S
+        async with self.process.turns.hold(start, end):
+            for _ in range(RETRIES_MAX):
+                watch = self.mirror.watch(start, end)
+                try:
+                    sequence, words = await self._bus.range_fault(request)
+                    if self.mirror.is_current(subscription, sequence, watch, words):
+                        (program or self.mirror.program)(start, words)
+                        return words
+                finally:
+                    self.mirror.unwatch(watch)
+                if trio.current_time() > deadline_s:
+                    break
+        raise KernelError(EBUSY, "hmm_range_fault", f"pages [0x{start:x}, 0x{end:x}) changed faster than they could be read")
+
+    # --- migration ------------------------------------------------------------------------------------------------------------
+
+    async def migrate_in(self, start: int, end: int, cause: str) -> Moved:
+        """migrate_vma to this device's memory, of [start, end) in one slab and at most `MIGRATE_PAGES_MAX` pages; maps what moved."""
+        await self.subscription(start)
+        async with self.process.turns.hold(start, end):
+            offered, full = self._grant(start, end)
+            if offered is None:
+                return Moved(_NO_PAGES, full=full)
+            hidden = [(context.mirror, context.mirror.hide(start, end)) for context in self.process.contexts]
+            own = next(entries.watch for mirror, entries in hidden if mirror is self.mirror)
+            moved = _NO_PAGES
+            try:
+                for context in self.process.contexts:
+                    await context.quiesce(start, end)
+                message = Migrate(self.number, start, end - start, "device", SELECT_SYSTEM, to_wire(offered), cause)
+                reply, words = await self._bus.migrate(message)
+                places = np.flatnonzero((words & _MIGRATE != 0) & (offered != 0))
+                moved = (places + start).astype(np.uint64)
+                self._take_in(moved, offered[places], (words[places] & _WRITE) != 0, own)
+                offered[places] = 0
+            finally:
+                for mirror, entries in hidden:
+                    mirror.restore(entries, moved)
+                unused = offered[offered != 0]
+                self._copies.abandon(unused)
+                self.memory.give_back(unused)
+            if reply.migration:
+                self._bus.migrate_done(reply.migration)
+        return Moved(moved, reply.errno, full)
+
+    def _grant(self, start: int, end: int) -> tuple[Words | None, bool]:
+        """Frames to offer, position by position (0: none, the page is here already or memory is full); None when there is nothing to do."""
+        entries = self.mirror.range(start, end)
+        wanted = np.flatnonzero((entries == 0) | ~self.memory.owns(frames_of(entries)))
+        count = min(len(wanted), self.memory.free_pages)
+        full = count < len(wanted)
+        if count == 0:
+            return None, full
+        frames = self.memory.grant(count)
+        assert frames is not None, "free_pages said that there are enough"
+        offered = np.zeros(end - start, dtype=np.uint64)
+        offered[wanted[:count]] = frames
+        return offered, full
+
+    def _take_in(self, pages: Words, frames: Words, writable: npt.NDArray[np.bool_], watch: Watch) -> None:
+        """Pages moved into granted frames: they live here now, and the mirror says so unless they were invalidated meanwhile."""
+        self.memory.keep(frames)
+        kept = watch.keeps(pages)
+        self.mirror.program_own(pages[kept], frames[kept], writable[kept])
+        self.traffic.migrations += bool(len(pages))
+        self.traffic.pages_in += len(pages)
+
+    async def migrate_out(self, start: int, end: int, cause: str) -> Moved:
+        """migrate_vma of own pages in [start, end) home; the entries go when the host asks for the copy."""
+        async with self.process.turns.hold(start, end):
+            message = Migrate(self.number, start, end - start, "system", self._select_own, b"", cause)
+            reply, words = await self._bus.migrate(message)
+        places = np.flatnonzero(words & _MIGRATE != 0)
+        self.traffic.migrations += bool(len(places))
+        self.traffic.pages_out += len(places)
+        return Moved((places + start).astype(np.uint64), reply.errno)
+
+    # --- DMA ------------------------------------------------------------------------------------------------------------------
+
+    async def transfer(self, parts: Sequence[Foreign]) -> None:
+        """Do the foreign parts of an access; call it in the same stretch of code that looked their entries up.
+
+        All are registered before the first await, so an invalidation or migration that drops the entries later waits for them.
+        """
+        under_way = [_Dma(int(part.pages.min()), int(part.pages.max())) for part in parts]
+        self._dma += under_way
+        try:
+            for part in parts:
+                await self._transfer(part)
+        finally:
+            for dma in under_way:
+                self._dma.remove(dma)
+                dma.ended.set()
+
+    async def _transfer(self, part: Foreign) -> None:
+        """One part, in pieces that one message and one stream can hold."""
+        step = min(DMA_ELEMENTS_MAX, DMA_BYTES_MAX // part.size)
+        read: list[Bytes] = []
+        for first in range(0, len(part.addresses), step):
+            pages, addresses = part.pages[first : first + step], part.addresses[first : first + step]
+            if part.data is None:
+                read.append(await self._bus.read(self.number, pages, addresses, part.size))
+            else:
+                data = part.data[first * part.size : (first + len(addresses)) * part.size]
+                await self._bus.write(self.number, pages, addresses, part.size, data)
+        nbytes = len(part.addresses) * part.size
+        if part.data is None:
+            part.land(read[0] if len(read) == 1 else np.concatenate(read))
+            self.traffic.remote_read_bytes += nbytes
+        else:
+            self.traffic.remote_written_bytes += nbytes
+
+    def is_busy(self, start: int, end: int) -> bool:
+        """Whether DMA that may touch [start, end) is under way."""
+        return any(dma.first < end and start <= dma.last for dma in self._dma)
+
+    async def quiesce(self, start: int, end: int) -> None:
+        """Wait for DMA that began on [start, end) before now. With the entries gone first, none follows."""
+        for dma in [dma for dma in self._dma if dma.first < end and start <= dma.last]:
+            await dma.ended.wait()
+
+
+def checked_moved(moved: Moved, call: str) -> Moved:
+    """`moved`, unless it stopped early: then KernelError with that errno."""
+    if moved.errno:
+        raise KernelError(moved.errno, call, "a mapping in the range does not take part in migration; what lies before it has moved")
+    return moved
+
+
+def pages_listed(raw: bytes, what: str) -> Words:
+    """The page list in `raw`. Raises ProtocolError for half a word, and for a page that no address space has."""
+    if len(raw) % 8:
+        raise ProtocolError(f"{what} has {len(raw)} bytes; a page list is whole 64-bit words")
+    pages = from_wire(raw)
+    if len(pages) and int(pages.max()) >= PAGES_MAX:
+        raise ProtocolError(f"{what} names page 0x{int(pages.max()):x}, which no address space has")
+    return pages

@@ -1,0 +1,94 @@
+"""The copy engines: DMA streams into and out of this device's memory, at the host's command.
+
+One engine for each direction, as GPUs have them, so a page coming in never waits behind a page going out. Commands name frames, and
+frames are checked against what they are allowed for (see `memory`). Data move by runs of frames, a chunk at a time, without passing through
+anything that knows pages.
+
+A copy *in* may be abandoned: when a migration fails half way, the frames it was to fill go back to the allocator, and a late chunk must
+not land in a frame that is somebody else's by then.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import trio
+from hmmnet.fabric.dma import ArenaSink, ArenaSource, Arrival, BulkReceiver, BulkSender, Pace
+
+from hmmnet.errors import PeerError, ProtocolError
+from hmmnet.pages import PAGE_SIZE, Words
+from hmmnet.wire.messages import CopyIn, CopyOut
+
+from .memory import Memory, physical
+
+COPIES_MAX = 4096
+"""Copies in one direction under way at once; a host that asks for more does not wait for its own migrations."""
+
+log = logging.getLogger("hmmnet.devices")
+
+
+class CopyEngines:
+    """Both engines of one device. Streams out run in `nursery`."""
+
+    def __init__(self, memory: Memory, sender: BulkSender, receiver: BulkReceiver, nursery: trio.Nursery) -> None:
+        self.bytes_in = 0
+        self.bytes_out = 0
+        self._memory = memory
+        self._sender = sender
+        self._receiver = receiver
+        self._nursery = nursery
+        self._landing: dict[int, tuple[Arrival, Words]] = {}
+        self._leaving = 0
+
+    def copy_in(self, message: CopyIn) -> None:
+        """Expect the stream, and zero what is to be zero. Raises ProtocolError."""
+        targets = self._memory.landing(message.targets, message.zeros)
+        if message.stream == 0:
+            if len(targets):
+                raise ProtocolError("CopyIn names targets but no stream")
+            return
+        if len(targets) == 0:
+            raise ProtocolError(f"CopyIn of stream {message.stream} names no targets")
+        self._forget_landed()
+        if len(self._landing) >= COPIES_MAX or message.stream in self._landing:
+            raise ProtocolError(f"CopyIn of stream {message.stream}: it is under way, or {COPIES_MAX} others are")
+        arrival = self._receiver.expect(message.stream, ArenaSink(self._memory.arena, physical(targets), PAGE_SIZE))
+        self._landing[message.stream] = (arrival, targets)
+        self.bytes_in += len(targets) * PAGE_SIZE
+
+    def _forget_landed(self) -> None:
+        for stream in [stream for stream, (arrival, _) in self._landing.items() if arrival.done]:
+            del self._landing[stream]
+
+    def abandon(self, frames: Words) -> None:
+        """Granted `frames` (sorted) were not used: nothing may land in them any more."""
+        self._forget_landed()
+        if len(frames) == 0:
+            return
+        for stream, (arrival, targets) in list(self._landing.items()):
+            if int(targets.min()) <= int(frames[-1]) and int(targets.max()) >= int(frames[0]):
+                arrival.cancel()
+                del self._landing[stream]
+
+    def copy_out(self, message: CopyOut) -> Words:
+        """Begin to stream frames to the host; returns them, whose mappings the caller drops. Raises ProtocolError."""
+        frames = self._memory.leaving(message.frames, "CopyOut.frames")
+        if len(frames) == 0 or message.stream == 0:
+            raise ProtocolError("CopyOut names no frames, or no stream")
+        if self._leaving >= COPIES_MAX:
+            raise ProtocolError(f"CopyOut of stream {message.stream}: {COPIES_MAX} others are under way")
+        self._leaving += 1
+        pace = Pace(message.start_s, message.bytes_per_s, message.latency_s)
+        self._nursery.start_soon(self._stream_out, message.stream, frames, pace)
+        return frames
+
+    async def _stream_out(self, stream: int, frames: Words, pace: Pace) -> None:
+        try:
+            await self._sender.send(stream, ArenaSource(self._memory.arena, physical(frames), PAGE_SIZE), pace)
+            self.bytes_out += len(frames) * PAGE_SIZE
+        except PeerError as error:
+            # The host aborted the stream, or is gone: it knows, and the frames stay ours until it frees them.
+            log.warning("stream %d to the host ended early: %s", stream, error)
+        finally:
+            self._leaving -= 1
+            self._memory.left(frames)

@@ -1,0 +1,141 @@
+"""The job engine: runs kernels on virtual addresses, and replays the accesses that fault.
+
+A kernel is a generator function. It yields memory requests (see `access`) for thousands of lanes at a time and is sent what was loaded, as
+a warp is stalled on its loads and resumed with their values. Between requests it is plain numpy, so a kernel is as fast as numpy.
+
+Jobs take turns at their requests: after each one other jobs and the host's messages are served. A job whose access cannot be served ends
+with the fault address named; so does one whose kernel raises. The device goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from inspect import signature
+from typing import Any
+
+import trio
+
+from hmmnet.errors import HmmnetError
+from hmmnet.pages import Words
+
+from .access import Access, AccessError, Array, JobError, Kernel, Load, LoadRange, Request, Steps, open_access
+from .context import Context, Traffic
+from .faultbuffer import Ticket
+from .servicing import FaultService
+
+REPLAYS_MAX = 10_000
+"""Replays of one access: pages that are taken away again faster than they can be used."""
+
+
+@dataclass
+class JobCounters:
+    """What a job cost. Seconds are emulated."""
+
+    requests: int = 0
+    replays: int = 0
+    faults: int = 0
+    fault_groups: int = 0
+    fault_group_s: float = 0.0
+    emulated_s: float = 0.0
+    traffic: Traffic = field(default_factory=Traffic)
+
+    def as_map(self) -> dict[str, Any]:
+        """The counters as `Finished` carries them."""
+        return {
+            "requests": self.requests,
+            "replays": self.replays,
+            "faults": self.faults,
+            "fault_groups": self.fault_groups,
+            "fault_group_s": self.fault_group_s,
+            "emulated_s": self.emulated_s,
+            **self.traffic.as_map(),
+        }
+
+
+@dataclass(frozen=True)
+class JobOutcome:
+    """How a job ended. `error` is empty when it ended well."""
+
+    results: Mapping[str, Any]
+    counters: JobCounters
+    error: str = ""
+    fault_address: int = 0
+
+
+class Engine:
+    """Runs the jobs of one context."""
+
+    def __init__(self, context: Context, service: FaultService, clock_now: Callable[[], float]) -> None:
+        self.running = 0
+        self._context = context
+        self._service = service
+        self._now = clock_now
+
+    async def run(self, kernel: Kernel, arguments: Mapping[str, Any], placement: str) -> JobOutcome:
+        """Run a kernel to its end. Raises nothing for what a kernel does; PeerLost and cancellation pass through."""
+        counters = JobCounters()
+        before = replace(self._context.traffic)
+        began_s = self._now()
+        self.running += 1
+        error, address = "", 0
+        results: Mapping[str, Any] = {}
+        try:
+            signature(kernel).bind(**arguments)
+            results = await self._drive(kernel(**arguments), placement, counters)
+        except AccessError as fault:
+            error, address = str(fault), fault.address
+        except HmmnetError as failure:
+            error = str(failure)
+        except Exception as failure:  # noqa: BLE001 - a kernel is a user's code: whatever it raises ends the job, not the device
+            error = f"{type(failure).__name__}: {failure}"
+        finally:
+            self.running -= 1
+        counters.emulated_s = self._now() - began_s
+        counters.traffic = self._context.traffic.since(before)
+        return JobOutcome(results, counters, error, address)
+
+    async def _drive(self, steps: Steps, placement: str, counters: JobCounters) -> Mapping[str, Any]:
+        try:
+            request = next(steps)
+            while True:
+                loaded = await self._serve(request, placement, counters)
+                request = steps.send(loaded)  # type: ignore[arg-type] # a store is answered with None, which its kernel ignores
+        except StopIteration as end:
+            return end.value or {}
+        finally:
+            steps.close()
+
+    async def _serve(self, request: Request, placement: str, counters: JobCounters) -> Array | None:
+        counters.requests += 1
+        access = open_access(request)
+        for _ in range(REPLAYS_MAX):
+            step = access.advance(self._context.mirror, self._context.memory)
+            if step.foreign:
+                await self._context.transfer(step.foreign)
+            if access.is_done:
+                break
+            if len(step.missing):
+                await self._fault(access, step.missing, placement, counters)
+                counters.replays += 1
+        else:
+            raise JobError(f"an access was replayed {REPLAYS_MAX} times: its pages are taken away as fast as they come")
+        await trio.lowlevel.checkpoint()
+        return access.result(request.dtype) if isinstance(request, Load | LoadRange) else None
+
+    async def _fault(self, access: Access, missing: Words, placement: str, counters: JobCounters) -> None:
+        """Enter the misses in the fault buffer and wait until they were serviced. Raises AccessError when a page cannot be had."""
+        replayed = trio.Event()
+        ticket = Ticket(missing, access.write, placement, replayed.set)
+        self._service.buffer.push(ticket)
+        self._service.interrupt()
+        try:
+            await replayed.wait()
+        finally:
+            self._service.buffer.withdraw(ticket)
+        counters.faults += ticket.fault_count
+        counters.fault_groups += ticket.group_count
+        counters.fault_group_s += ticket.group_s
+        if ticket.fatal:
+            page = min(ticket.fatal)
+            raise AccessError(access.first_address(page), ticket.fatal[page])

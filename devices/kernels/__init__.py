@@ -1,0 +1,25 @@
+"""Kernels: generator functions that a device runs on virtual addresses.
+
+A kernel takes its arguments by name, yields memory requests (`hmmnet.devices.access`) and returns a dictionary of results. Those that
+come with hmmnet are found here by name; anybody's are found through the entry point group ``hmmnet.kernels``. Both are imported on
+first use: a device process that runs no kernel loads none.
+"""
+
+from __future__ import annotations
+
+from hmmnet.devices.access import Kernel
+from hmmnet.devices.plugins import load
+
+BUILT_IN = {
+    "vector_add": "hmmnet.devices.kernels.vector:vector_add",
+    "reduction": "hmmnet.devices.kernels.vector:reduction",
+    "list_walk": "hmmnet.devices.kernels.pointers:list_walk",
+    "tree_search": "hmmnet.devices.kernels.pointers:tree_search",
+    "word_count": "hmmnet.devices.kernels.text:word_count",
+}
+
+
+def load_kernel(name: str) -> Kernel | None:
+    """The kernel called `name`, or None when there is none."""
+    found: Kernel | None = load("hmmnet.kernels", name, BUILT_IN)
+    return found

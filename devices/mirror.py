@@ -1,0 +1,248 @@
+"""The mirrored page table of one context, and the device's half of the read-begin / read-retry protocol.
+
+What ``hmm_mirror`` drivers keep: for each page of the mirrored process that the device may use, a frame and rights. The CPU page table
+is elsewhere, in another process, so a translation is a promise with a condition: *good until you are told to drop it*.
+
+The protocol (mm/mmu_notifier.c, Documentation/mm/hmm.rst): the host answers a range fault with words and the subscription's sequence.
+Before the device programs them it compares that sequence with the one it was last told by an `Invalidate` (`is_current`). Equal:
+nothing was dropped since the words were read, program. Unequal: throw the words away and ask again. In the kernel the comparison and
+the programming happen under the driver's lock; here both are synchronous calls with no await between them, so no message can be
+handled in between.
+
+The sequence does not cover migrations that the device caused itself: drivers filter those events, and so does the host. Nor does it
+cover a `CopyOut`. Both change translations all the same, so whoever holds words in flight also holds a `Watch`: every local reason
+to drop pages is entered in the watches it overlaps, and `is_current` is false for a watch with an entry, or for words that lead to an
+own frame that is leaving. (test_hmm itself loses here: a range fault that read a device page while a CPU fault was taking it home
+programs a dead frame.)
+
+Entries: frame number from bit 8, VALID 1, WRITE 2, ATOMIC 4; 0 is no entry.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from hmmnet.pages import HMM_PFN_ERROR, HMM_PFN_FRAME_MASK, HMM_PFN_VALID, HMM_PFN_WRITE, PAGES_MAX, Words
+from hmmnet.sparse import SparseTable
+
+from .memory import Memory
+
+ENTRY_VALID = 1
+ENTRY_WRITE = 2
+ENTRY_ATOMIC = 4
+ENTRY_SHIFT = 8
+
+_SHIFT = np.uint64(ENTRY_SHIFT)
+_VALID = np.uint64(ENTRY_VALID)
+_WRITE = np.uint64(ENTRY_WRITE)
+_PFN_VALID = np.uint64(HMM_PFN_VALID)
+_PFN_USABLE = np.uint64(HMM_PFN_VALID | HMM_PFN_ERROR)
+_PFN_WRITE = np.uint64(HMM_PFN_WRITE)
+_PFN_FRAME = np.uint64(HMM_PFN_FRAME_MASK)
+_NO_PAGES = np.zeros(0, dtype=np.uint64)
+
+
+def frames_of(entries: Words) -> Words:
+    """The frame numbers in mirror entries."""
+    return entries >> _SHIFT
+
+
+def allows(entries: Words, write: bool) -> npt.NDArray[np.bool_]:
+    """Which entries permit an access."""
+    needed = _VALID | _WRITE if write else _VALID
+    return (entries & needed) == needed
+
+
+@dataclass(eq=False)
+class Subscription:
+    """An interval that the host tells us about; `sequence` is what the last invalidation set."""
+
+    number: int
+    start: int
+    end: int
+    sequence: int
+
+
+@dataclass(eq=False)
+class Watch:
+    """Words about pages [start, end) are under way; `dropped` collects the page ranges that were dropped meanwhile."""
+
+    start: int
+    end: int
+    dropped: list[tuple[int, int]] = field(default_factory=list)
+
+    def keeps(self, pages: Words) -> npt.NDArray[np.bool_]:
+        """Which of `pages` were not dropped since the watch began."""
+        kept = np.ones(len(pages), dtype=np.bool_)
+        for start, end in self.dropped:
+            kept &= (pages < np.uint64(start)) | (pages >= np.uint64(end))
+        return kept
+
+
+@dataclass(eq=False)
+class Hidden:
+    """Entries out of the table for the time of a migration."""
+
+    watch: Watch
+    pages: Words
+    entries: Words
+
+
+class Mirror:
+    """The mirror of process number `process` in context `context`. `slot` is its number in the memory's reverse map."""
+
+    def __init__(self, context: int, process: int, slot: int, memory: Memory, *, end_inclusive: bool = False) -> None:
+        self.context = context
+        self.process = process
+        self.slot = slot
+        self.end_inclusive = end_inclusive
+        """test_hmm's callback drops one page too many: the one that begins at the end of the range (xa_for_each_range is inclusive)."""
+        self.subscriptions: dict[int, Subscription] = {}
+        self._memory = memory
+        self._table = SparseTable()
+        self._watches: list[Watch] = []
+        self._early: dict[int, int] = {}
+        self._subscribing = 0
+
+    # --- lookups --------------------------------------------------------------------------------------------------------------
+
+    def translate(self, pages: Words) -> Words:
+        """The entries of `pages`."""
+        return self._table.gather(pages)
+
+    def range(self, start: int, end: int) -> Words:
+        """The entries of [start, end)."""
+        return self._table.read(start, end)
+
+    def mapped_count(self) -> int:
+        """Valid entries."""
+        return sum(int(np.count_nonzero(part)) for _, part in self._table.present(0, PAGES_MAX))
+
+    # --- subscriptions --------------------------------------------------------------------------------------------------------
+
+    def subscribing(self) -> None:
+        """A Subscribe is on its way: an Invalidate for the new subscription may overtake our reading of the reply."""
+        self._subscribing += 1
+
+    def subscribed(self, number: int, start: int, end: int, sequence: int) -> Subscription:
+        """The reply is here."""
+        made = Subscription(number, start, end, self._early.pop(number, sequence))
+        self.subscriptions[number] = made
+        self.subscribe_over()
+        return made
+
+    def subscribe_over(self) -> None:
+        """The Subscribe that `subscribing` announced is answered, or failed."""
+        self._subscribing -= 1
+        if not self._subscribing:
+            self._early.clear()
+
+    def unsubscribed(self, number: int) -> None:
+        """Nothing is told about this interval any more: its entries go."""
+        gone = self.subscriptions.pop(number, None)
+        if gone is not None:
+            self.drop(gone.start, gone.end)
+
+    # --- dropping -------------------------------------------------------------------------------------------------------------
+
+    def invalidate(self, subscription: int, start: int, end: int, sequence: int) -> None:
+        """mmu_interval_set_seq and the tearing down of [start, end), which no access survives from here on."""
+        known = self.subscriptions.get(subscription)
+        if known is not None:
+            known.sequence = sequence
+        elif self._subscribing:
+            self._early[subscription] = sequence
+        self.drop(start, min(end + self.end_inclusive, PAGES_MAX))
+
+    def drop(self, start: int, end: int) -> None:
+        """Remove the entries of [start, end) and mark what is under way for them."""
+        self._table.clear(start, end)
+        self._tell_watches(start, end)
+
+    def drop_pages(self, pages: Words) -> None:
+        """Remove the entries of single pages."""
+        if len(pages) == 0:
+            return
+        self._table.scatter(pages, 0)
+        self._tell_watches(int(pages.min()), int(pages.max()) + 1)
+
+    def drop_frames(self, pages: Words, frames: Words) -> None:
+        """Remove the entries of those `pages` (a hint from the reverse map) that lead to one of `frames` (sorted)."""
+        held = frames_of(self._table.gather(pages))
+        places = np.minimum(np.searchsorted(frames, held), len(frames) - 1)
+        self.drop_pages(pages[frames[places] == held])
+
+    def clear(self) -> None:
+        """Forget everything (close, fence)."""
+        self._table = SparseTable()
+        self._tell_watches(0, PAGES_MAX)
+
+    def _tell_watches(self, start: int, end: int, but: Watch | None = None) -> None:
+        for watch in self._watches:
+            if watch is not but and watch.start < end and start < watch.end:
+                watch.dropped.append((start, end))
+
+    # --- programming ----------------------------------------------------------------------------------------------------------
+
+    def watch(self, start: int, end: int) -> Watch:
+        """Begin to watch [start, end); end it with `unwatch`."""
+        made = Watch(start, end)
+        self._watches.append(made)
+        return made
+
+    def unwatch(self, watch: Watch) -> None:
+        """The words came and were used, or will not come."""
+        self._watches.remove(watch)
+
+    def is_current(self, subscription: Subscription, sequence: int, watch: Watch, words: Words) -> bool:
+        """mmu_interval_read_retry, the other way round: whether `words` read at `sequence` still hold. Use them before any await."""
+        if subscription.sequence != sequence or watch.dropped or subscription.number not in self.subscriptions:
+            return False
+        frames = words[(words & _PFN_USABLE) == _PFN_VALID] & _PFN_FRAME
+        own = frames[self._memory.owns(frames)]
+        return bool(self._memory.live(own).all())
+
+    def program(self, start: int, words: Words) -> None:
+        """Enter a range fault's usable words from page `start` on; entries of pages without a usable word stay as they are."""
+        usable = (words & _PFN_USABLE) == _PFN_VALID
+        if not usable.any():
+            return
+        frames = words & _PFN_FRAME
+        entries = frames << _SHIFT | _VALID | np.where(words & _PFN_WRITE != 0, _WRITE, np.uint64(0))
+        if usable.all():
+            self._table.write(start, entries)
+        else:
+            self._table.scatter((np.flatnonzero(usable) + start).astype(np.uint64), entries[usable])
+        own = usable & self._memory.owns(frames)
+        if own.any():
+            self._memory.note_mapping(self.slot, (np.flatnonzero(own) + start).astype(np.uint64), frames[own])
+
+    def program_own(self, pages: Words, frames: Words, writable: npt.NDArray[np.bool_]) -> None:
+        """Enter pages that just moved into own frames."""
+        if len(pages):
+            self._table.scatter(pages, frames << _SHIFT | _VALID | np.where(writable, _WRITE, np.uint64(0)))
+            self._memory.note_mapping(self.slot, pages, frames)
+
+    # --- migration of pages that are mapped where they are ------------------------------------------------------------------------
+
+    def hide(self, start: int, end: int) -> Hidden:
+        """Take the entries of [start, end) that lead to memory not ours out of the table, while their pages may be moving."""
+        watch = self.watch(start, end)
+        entries = self._table.read(start, end)
+        places = np.flatnonzero((entries != 0) & ~self._memory.owns(frames_of(entries)))
+        if len(places):
+            pages = (places + start).astype(np.uint64)
+            self._table.scatter(pages, 0)
+            self._tell_watches(start, end, watch)
+            return Hidden(watch, pages, entries[places])
+        return Hidden(watch, _NO_PAGES, _NO_PAGES)
+
+    def restore(self, hidden: Hidden, moved: Words) -> None:
+        """The move is over: entries of pages that stayed (not in `moved`, and not dropped meanwhile) are back."""
+        self.unwatch(hidden.watch)
+        if len(hidden.pages):
+            stayed = hidden.watch.keeps(hidden.pages) & ~np.isin(hidden.pages, moved)
+            self._table.scatter(hidden.pages[stayed], hidden.entries[stayed])

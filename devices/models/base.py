@@ -1,0 +1,359 @@
+"""What every device model has: memory, mirrors, copy engines, jobs, and an answer to each of the host's messages.
+
+The rules that a model may rely on, and must keep if it overrides a handler:
+
+- Handlers of `Invalidate` and `CopyOut` begin with a synchronous part that runs at the moment of arrival, in order: entries are gone
+  before any later message is looked at. Only then do they wait for DMA, in a task of their own.
+- Nothing in a message is trusted: frames, pages, contexts and kernels are checked, and a wrong one is refused by name. The device goes on.
+- A context that is not there holds no translation, so telling it to drop some is answered with success: it may just have been closed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict, dataclass, field
+from errno import EBADF, EEXIST, EINVAL, EMFILE, ENOENT, EOPNOTSUPP
+from typing import Any
+
+import msgspec
+import numpy as np
+import trio
+from hmmnet.fabric.clock import EmulatedClock
+from hmmnet.fabric.dma import BulkReceiver, BulkSender
+
+from hmmnet.devices.bus import Bus
+from hmmnet.devices.context import Context, MirroredProcess, Traffic, pages_listed
+from hmmnet.devices.copyengine import CopyEngines
+from hmmnet.devices.engine import Engine, JobOutcome
+from hmmnet.devices.kernels import load_kernel
+from hmmnet.devices.memory import Memory
+from hmmnet.devices.mirror import Mirror
+from hmmnet.devices.policy import POLICIES
+from hmmnet.devices.servicing import FaultService, ServiceCounts
+from hmmnet.devices.spec import Spec
+from hmmnet.errors import KernelError, ProtocolError
+from hmmnet.pages import PAGES_MAX, Words
+from hmmnet.wire.messages import (
+    ARGUMENT_BYTES_MAX,
+    TEXT_MAX,
+    CloseContext,
+    CopyIn,
+    CopyOut,
+    Finished,
+    FreeFrames,
+    Inspect,
+    Invalidate,
+    InvalidateEnd,
+    Ioctl,
+    IoctlDone,
+    Launch,
+    OpenContext,
+    Rate,
+    Report,
+)
+from hmmnet.wire.session import Session
+
+CONTEXTS_MAX = 4096
+"""Open contexts of one device."""
+JOBS_MAX = 1024
+"""Jobs that one context runs at once."""
+IDLE_S = 1.0
+"""Emulated seconds that freed memory is kept before it goes back to the operating system."""
+
+
+@dataclass
+class Wiring:
+    """What connects a model to its host. Tasks of the model run in `nursery`."""
+
+    session: Session
+    sender: BulkSender
+    receiver: BulkReceiver
+    clock: EmulatedClock
+    nursery: trio.Nursery
+
+
+@dataclass(eq=False)
+class Opened:
+    """An open context and what runs on it."""
+
+    context: Context
+    service: FaultService
+    engine: Engine
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    jobs: set[int] = field(default_factory=set)
+    closed: trio.Event = field(default_factory=trio.Event)
+
+
+class Device:
+    """The common part of all models. Subclasses say how wide their subscriptions are and which commands they take."""
+
+    slab_pages = PAGES_MAX
+    """Pages of one subscription (a power of two, aligned)."""
+    end_inclusive = False
+    """See `Mirror.end_inclusive`."""
+
+    def __init__(self, spec: Spec, zone: int, wiring: Wiring) -> None:
+        self.spec = spec
+        self.memory = Memory(zone, spec.pages)
+        self.contexts: dict[int, Opened] = {}
+        self.clock = wiring.clock
+        self.copies = CopyEngines(self.memory, wiring.sender, wiring.receiver, wiring.nursery)
+        self.bus = Bus(wiring.session, wiring.sender, wiring.receiver, wiring.clock)
+        self.jobs_finished = 0
+        self._nursery = wiring.nursery
+        self._processes: dict[int, MirroredProcess] = {}
+        self._slots: dict[int, Context] = {}
+        self._slot_last = 0
+        self._closed_traffic = Traffic()
+        self._freed = trio.Event()
+        self._attach(wiring.session)
+        self._nursery.start_soon(self._discard_idle)
+
+    def _attach(self, session: Session) -> None:
+        """Answer the host's messages."""
+        session.on(OpenContext, self.open_context)
+        session.on(CloseContext, self.close_context)
+        session.on(Invalidate, self.invalidate)
+        session.on(InvalidateEnd, self.invalidate_end)
+        session.on(CopyIn, self.copy_in)
+        session.on(CopyOut, self.copy_out)
+        session.on(FreeFrames, self.free_frames)
+        session.on(Launch, self.launch)
+        session.on(Ioctl, self.ioctl)
+        session.on(Inspect, self.inspect)
+        session.on(Rate, self.set_rate)
+
+    # --- contexts -------------------------------------------------------------------------------------------------------------
+
+    async def open_context(self, message: OpenContext) -> None:
+        """A process opens the device. Raises KernelError: EEXIST, EMFILE."""
+        if message.context in self.contexts:
+            raise KernelError(EEXIST, "open", f"context {message.context} is open")
+        if len(self.contexts) >= CONTEXTS_MAX:
+            raise KernelError(EMFILE, "open", f"{CONTEXTS_MAX} contexts are open on {self.spec.name}")
+        process = self._processes.setdefault(message.process, MirroredProcess(message.process))
+        self._slot_last += 1
+        mirror = Mirror(message.context, message.process, self._slot_last, self.memory, end_inclusive=self.end_inclusive)
+        context = Context(mirror, process, self.memory, self.copies, self.bus, self.slab_pages, self.spec.is_coherent)
+        process.contexts.append(context)
+        service = FaultService(context, self.clock.now)
+        opened = Opened(context, service, Engine(context, service, self.clock.now))
+        self.contexts[message.context] = opened
+        self._slots[self._slot_last] = context
+        self._nursery.start_soon(self._serve_context, opened)
+        await self.opened(opened)
+
+    async def opened(self, opened: Opened) -> None:
+        """For models: a context was opened."""
+
+    async def _serve_context(self, opened: Opened) -> None:
+        try:
+            with opened.scope:
+                await opened.service.run()
+        finally:
+            opened.closed.set()
+
+    async def close_context(self, message: CloseContext) -> None:
+        """The last user is gone: end the jobs, forget the mirror. Raises KernelError(EBADF)."""
+        opened = self.opened_context(message.context, "close")
+        await self.closing(opened)
+        if self.contexts.pop(message.context, None) is None:
+            raise KernelError(EBADF, "close", f"context {message.context} is being closed")
+        opened.scope.cancel()
+        await opened.closed.wait()
+        self._forget(opened.context)
+
+    async def closing(self, opened: Opened) -> None:
+        """For models: a context is about to be closed."""
+
+    def _forget(self, context: Context) -> None:
+        context.mirror.clear()
+        self._slots.pop(context.mirror.slot, None)
+        context.process.contexts.remove(context)
+        if not context.process.contexts:
+            self._processes.pop(context.process.number, None)
+        self._closed_traffic.add(context.traffic)
+
+    def opened_context(self, number: int, call: str) -> Opened:
+        """The open context `number`. Raises KernelError(EBADF)."""
+        opened = self.contexts.get(number)
+        if opened is None:
+            raise KernelError(EBADF, call, f"context {number} is not open on {self.spec.name}")
+        return opened
+
+    def fence(self) -> None:
+        """The lease is over, or the host is gone: no translation may be used any more, and no job goes on."""
+        for opened in self.contexts.values():
+            opened.scope.cancel()
+            opened.context.mirror.clear()
+
+    # --- invalidation ---------------------------------------------------------------------------------------------------------
+
+    def invalidate(self, message: Invalidate) -> Awaitable[None] | None:
+        """mmu_notifier range start: entries go now; the answer waits for DMA. Raises ProtocolError."""
+        if message.start >= message.end or message.end > PAGES_MAX:
+            raise ProtocolError(f"Invalidate of pages [0x{message.start:x}, 0x{message.end:x}), which is no range")
+        opened = self.contexts.get(message.context)
+        if opened is None:
+            return None
+        context = opened.context
+        context.mirror.invalidate(message.subscription, message.start, message.end, message.sequence)
+        return context.quiesce(message.start, message.end) if context.is_busy(message.start, message.end) else None
+
+    def invalidate_end(self, message: InvalidateEnd) -> None:
+        """Only v25's notifiers act at the end of a range; what this device mirrors was dropped at its start."""
+
+    # --- memory ---------------------------------------------------------------------------------------------------------------
+
+    def copy_in(self, message: CopyIn) -> None:
+        """A stream into granted frames. Raises ProtocolError."""
+        self.copies.copy_in(message)
+
+    def copy_out(self, message: CopyOut) -> None:
+        """A stream out of live frames, whose entries go first. Raises ProtocolError."""
+        pages = pages_listed(message.pages, "CopyOut.pages")
+        frames = self.copies.copy_out(message)
+        opened = self.contexts.get(message.context)
+        if opened is not None:
+            for context in opened.context.process.contexts:
+                context.mirror.drop_pages(pages)
+        self._drop_frames(np.sort(frames))
+
+    def free_frames(self, message: FreeFrames) -> None:
+        """folio_free. Raises ProtocolError."""
+        frames = self.memory.leaving(message.frames, "FreeFrames")
+        self._drop_frames(np.sort(frames))
+        self.memory.free(message.frames)
+        self._freed.set()
+
+    def _drop_frames(self, frames: Words) -> None:
+        """No mirror leads to `frames` (sorted) any more; words that are under way and do are refused because of the frames' state."""
+        if len(frames) == 0:
+            return
+        for slot, pages in self.memory.mappings(frames):
+            context = self._slots.get(slot)
+            if context is not None:
+                context.mirror.drop_frames(pages, frames)
+
+    async def _discard_idle(self) -> None:
+        """Give memory that stays free back to the operating system."""
+        while True:
+            await self._freed.wait()
+            self._freed = trio.Event()
+            await self.clock.sleep_until(self.clock.now() + IDLE_S)
+            while self.memory.has_idle:
+                self.memory.discard_idle()
+                await trio.lowlevel.checkpoint()
+
+    # --- jobs and commands ----------------------------------------------------------------------------------------------------
+
+    async def launch(self, message: Launch) -> Finished:
+        """Run a kernel. Raises KernelError: EBADF, ENOENT (no such kernel), EINVAL (no such placement, bad arguments), EEXIST, EMFILE."""
+        opened = self.opened_context(message.context, "launch")
+        kernel = load_kernel(message.kernel)
+        if kernel is None:
+            raise KernelError(ENOENT, "launch", f'no kernel is called "{message.kernel}"')
+        if message.placement not in POLICIES:
+            raise KernelError(EINVAL, "launch", f'no placement is called "{message.placement}": there are {", ".join(POLICIES)}')
+        if message.job in opened.jobs:
+            raise KernelError(EEXIST, "launch", f"job {message.job} runs already")
+        if len(opened.jobs) >= JOBS_MAX:
+            raise KernelError(EMFILE, "launch", f"{JOBS_MAX} jobs run in context {message.context}")
+        arguments = unpack(message.arguments)
+        opened.jobs.add(message.job)
+        try:
+            return finished(await self._job(opened, lambda: opened.engine.run(kernel, arguments, message.placement)))
+        finally:
+            opened.jobs.discard(message.job)
+            self.jobs_finished += 1
+
+    async def _job(self, opened: Opened, run: Callable[[], Awaitable[JobOutcome]]) -> JobOutcome:
+        """Run a job for as long as its context is open. Raises KernelError(EBADF) when that is closed."""
+        outcome: list[JobOutcome] = []
+        with trio.CancelScope() as scope:
+            async with trio.open_nursery() as nursery:
+
+                async def end_with_context() -> None:
+                    await opened.closed.wait()
+                    scope.cancel()
+
+                nursery.start_soon(end_with_context)
+                outcome.append(await run())
+                nursery.cancel_scope.cancel()
+        if not outcome:
+            raise KernelError(EBADF, "launch", "the context was closed while the job ran")
+        return outcome[0]
+
+    async def ioctl(self, message: Ioctl) -> IoctlDone:
+        """A command. Raises KernelError with the errno that the model's driver would return."""
+        self.opened_context(message.context, "ioctl")
+        raise KernelError(EOPNOTSUPP, "ioctl", f"a device of model {self.spec.model} has no command {message.command}")
+
+    # --- figures --------------------------------------------------------------------------------------------------------------
+
+    def inspect(self, _: Inspect) -> Report:
+        """The device's figures."""
+        return Report(msgspec.msgpack.encode(self.figures()))
+
+    def figures(self) -> dict[str, Any]:
+        """State and counters, as plain data."""
+        traffic = Traffic()
+        traffic.add(self._closed_traffic)
+        services = [opened.service.counts for opened in self.contexts.values()]
+        for opened in self.contexts.values():
+            traffic.add(opened.context.traffic)
+        return {
+            "name": self.spec.name,
+            "model": self.spec.model,
+            "kind": self.spec.kind,
+            "zone": self.memory.zone,
+            "pages": self.memory.pages,
+            "pages_used": self.memory.used_pages,
+            "pages_used_max": self.memory.used_max,
+            "contexts": len(self.contexts),
+            "jobs_running": sum(len(opened.jobs) for opened in self.contexts.values()),
+            "jobs_finished": self.jobs_finished,
+            "copied_in_bytes": self.copies.bytes_in,
+            "copied_out_bytes": self.copies.bytes_out,
+            "emulated_s": self.clock.now(),
+            **traffic.as_map(),
+            **sum_counts(services),
+        }
+
+    def set_rate(self, message: Rate) -> None:
+        """The emulated clock goes on at another rate."""
+        self.clock.adopt(message.epoch_monotonic_s, message.epoch_emulated_s, message.rate)
+
+
+def sum_counts(services: list[ServiceCounts]) -> dict[str, Any]:
+    """Fault counters of all open contexts together."""
+    total = asdict(ServiceCounts())
+    for counts in services:
+        for name, value in asdict(counts).items():
+            total[name] += value
+    return {f"fault_{name}" if name != "faults" else name: value for name, value in total.items()}
+
+
+def unpack(raw: bytes) -> dict[str, Any]:
+    """A msgpack map with text keys. Raises KernelError(EINVAL)."""
+    try:
+        return msgspec.msgpack.decode(raw, type=dict[str, Any])
+    except msgspec.MsgspecError as error:
+        raise KernelError(EINVAL, "launch", f"the kernel's arguments are no map: {error}") from error
+
+
+def finished(outcome: JobOutcome) -> Finished:
+    """The answer to a launch; results that cannot be sent are the kernel's error."""
+    counters = msgspec.msgpack.encode(outcome.counters.as_map())
+    error = outcome.error
+    results = msgspec.msgpack.encode({})
+    if not error:
+        try:
+            results = msgspec.msgpack.encode(dict(outcome.results))
+        except (TypeError, ValueError, OverflowError) as failure:
+            error = f"the kernel's results cannot be sent: {failure}"
+        if len(results) > ARGUMENT_BYTES_MAX:
+            error = f"the kernel's results have {len(results)} bytes; at most {ARGUMENT_BYTES_MAX} can be sent"
+            results = msgspec.msgpack.encode({})
+    return Finished(results, counters, error[:TEXT_MAX], outcome.fault_address)
+

@@ -1,0 +1,273 @@
+"""The kernel's own test device, as lib/test_hmm.c of Linux 6.12 behaves: the model by which the emulator is compared with a kernel.
+
+Each context mirrors a whole address space through one notifier; the units' memory is shared by all contexts. "Device access" is the driver
+reading and writing through the mirror, page by page in the original, in runs here. What looks odd is the original's:
+
+- A command works in rounds: it goes through the mirror until an entry is missing, faults *all the rest* of the range in, and goes on.
+  `faults` counts rounds. Faulting goes in windows of 64 pages, so an error in a later window leaves earlier ones mapped.
+- MIGRATE_TO_DEV reports what can be *read through the mirror* afterwards, moved or not; one unreadable page makes it ENOENT, though
+  the others moved.
+- A write fault that ends in a read-only entry (an own page shared copy-on-write: hmm_range_fault does not upgrade it) is EFAULT.
+- Invalidations drop one page too many (`end_inclusive`).
+
+One thing is not copied: a second context of the same process does not keep entries to pages that the first has migrated (the original reads
+freed memory then).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Awaitable, Callable
+from errno import EFAULT, EINVAL, ENOENT, ENOMEM, EOPNOTSUPP
+
+import numpy as np
+import numpy.typing as npt
+from hmmnet.fabric.dma import BytesSink, BytesSource, Pace
+
+from hmmnet.devices.access import Range
+from hmmnet.devices.context import MIGRATE_PAGES_MAX, Context
+from hmmnet.devices.mirror import allows
+from hmmnet.errors import KernelError
+from hmmnet.pages import (
+    DEVICE_ZONE_MIN,
+    HMM_PFN_ERROR,
+    HMM_PFN_FRAME_MASK,
+    HMM_PFN_ORDER_SHIFT,
+    HMM_PFN_REQ_FAULT,
+    HMM_PFN_REQ_WRITE,
+    HMM_PFN_VALID,
+    HMM_PFN_WRITE,
+    HUGE_SHIFT,
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    PAGES_MAX,
+    ZERO_FRAME,
+    ZONE_SHIFT,
+    Words,
+)
+from hmmnet.wire.messages import Ioctl, IoctlDone
+
+from .base import Device, Opened
+from .gpu import page_arguments
+
+Bytes = npt.NDArray[np.uint8]
+
+WINDOW_PAGES = 64
+"""The length of the driver's pfn arrays: pages of one hmm_range_fault."""
+SNAPSHOT_WINDOW_PAGES = 1 << 16
+"""Pages of one snapshot request; the original's 64 would be a message each, and a window more or less cannot be told from outside."""
+BOUNCE_PAGES_MAX = 1 << 18
+"""Pages of a command with data (1 GiB), beyond which the bounce buffer cannot be had (ENOMEM)."""
+EVICT_FRAMES_MAX = 1 << 16
+EVICT_ROUNDS_MAX = 100
+"""Frames of one eviction request; rounds in which no frame goes home before the unit gives up."""
+
+PROT_NONE = 0x00
+PROT_READ = 0x01
+PROT_WRITE = 0x02
+PROT_PMD = 0x04
+PROT_PUD = 0x08
+PROT_ZERO = 0x10
+PROT_PRIVATE_LOCAL = 0x20
+PROT_PRIVATE_REMOTE = 0x30
+PROT_COHERENT_LOCAL = 0x40
+PROT_COHERENT_REMOTE = 0x50
+PROT_ERROR = 0xFF
+"""HMM_DMIRROR_PROT_* (lib/test_hmm_uapi.h)."""
+
+_VALID = np.uint64(HMM_PFN_VALID)
+_WRITE = np.uint64(HMM_PFN_WRITE)
+_ERROR = np.uint64(HMM_PFN_ERROR)
+_FRAME = np.uint64(HMM_PFN_FRAME_MASK)
+
+
+class Dmirror(Device):
+    """One unit. Commands: ``read write migrate_to_dev migrate_to_sys snapshot release flags``."""
+
+    slab_pages = PAGES_MAX
+    end_inclusive = True
+
+    flags = 0
+    """What the last ``flags`` command set; bit 0 is FAIL_ALLOC (the next large allocation fails, and none is large yet)."""
+
+    async def opened(self, opened: Opened) -> None:
+        """dmirror_fops_open: one notifier over everything."""
+        await opened.context.subscription(0)
+
+    async def closing(self, opened: Opened) -> None:  # noqa: ARG002 - which context closes does not matter
+        """dmirror_fops_release: every page of the unit goes home, whoever maps it."""
+        await self._evict_all("release")
+
+    async def ioctl(self, message: Ioctl) -> IoctlDone:
+        """dmirror_fops_unlocked_ioctl. Raises KernelError."""
+        opened = self.opened_context(message.context, "ioctl")
+        if message.command == "release":
+            await self._evict_all("release")
+            return IoctlDone(0, 0)
+        if message.command == "flags":
+            self.flags = message.flags
+            return IoctlDone(0, 0)
+        commands: dict[str, Callable[[Context, Ioctl, int, int], Awaitable[IoctlDone]]] = {
+            "read": self._read,
+            "write": self._write,
+            "migrate_to_dev": self._migrate_to_dev,
+            "migrate_to_sys": self._migrate_to_sys,
+            "snapshot": self._snapshot,
+        }
+        command = commands.get(message.command)
+        if command is None:
+            code = EOPNOTSUPP if message.command in {"exclusive", "check_exclusive"} else EINVAL
+            raise KernelError(code, "ioctl", f"a dmirror has no command {message.command}: it has {', '.join(commands)}, release, flags")
+        start, end = page_arguments(message)
+        return await command(opened.context, message, start, end)
+
+    # --- read, write ----------------------------------------------------------------------------------------------------------
+
+    async def _read(self, context: Context, message: Ioctl, start: int, end: int) -> IoctlDone:
+        """dmirror_read."""
+        bounce = bounce_buffer(start, end)
+        faults = await self._rounds(context, start, end, bounce, write=False)
+        await self._give(message.stream_out, bounce)
+        return IoctlDone(end - start, faults)
+
+    async def _write(self, context: Context, message: Ioctl, start: int, end: int) -> IoctlDone:
+        """dmirror_write."""
+        bounce = bounce_buffer(start, end)
+        if message.stream_in:
+            async with self.bus.expected(message.stream_in, BytesSink(memoryview(bounce))):
+                pass
+        else:
+            bounce[:] = 0
+        faults = await self._rounds(context, start, end, bounce, write=True)
+        return IoctlDone(end - start, faults)
+
+    async def _rounds(self, context: Context, start: int, end: int, bounce: Bytes, *, write: bool) -> int:
+        """Go through the mirror and fault the rest in, until the range is through; returns how often it faulted."""
+        at, faults = start, 0
+        while True:
+            at += await self._through_mirror(context, at, end, bounce[(at - start) * PAGE_SIZE :], write=write)
+            if at == end:
+                return faults
+            await self._fault(context, at, end, write=write)
+            faults += 1
+
+    async def _through_mirror(self, context: Context, start: int, end: int, bounce: Bytes, *, write: bool) -> int:
+        """dmirror_do_read, dmirror_do_write: copy pages up to the first one without a suitable entry; returns how many."""
+        usable = allows(context.mirror.range(start, end), write)
+        count = end - start if usable.all() else int(np.argmin(usable))
+        if count:
+            nbytes = count * PAGE_SIZE
+            access = Range(start << PAGE_SHIFT, nbytes, bounce[:nbytes] if write else None)
+            step = access.advance(context.mirror, context.memory)
+            assert access.is_done, "every entry was looked at a moment ago"
+            await context.transfer(step.foreign)
+            if not write:
+                bounce[:nbytes] = access.data
+        return count
+
+    async def _fault(self, context: Context, start: int, end: int, *, write: bool) -> None:
+        """dmirror_fault: hmm_range_fault window by window."""
+        flags = HMM_PFN_REQ_FAULT | (HMM_PFN_REQ_WRITE if write else 0)
+        for first in range(start, end, WINDOW_PAGES):
+
+            def program(at: int, words: Words) -> None:
+                program_window(context, at, words, write=write)
+
+            await context.range_fault(first, min(first + WINDOW_PAGES, end), flags, program=program)
+
+    async def _give(self, stream: int, data: Bytes) -> None:
+        """Copy to the caller's buffer; no link is involved, so nothing is paced."""
+        if stream:
+            await self.bus.send(stream, BytesSource(memoryview(data)), Pace(0.0, math.inf, 0.0))
+
+    # --- migration ------------------------------------------------------------------------------------------------------------
+
+    async def _migrate_to_dev(self, context: Context, message: Ioctl, start: int, end: int) -> IoctlDone:
+        """dmirror_migrate_to_device; what was readable is counted, not what moved, unless nobody wants the data."""
+        moved_count = 0
+        for low in range(start, end, MIGRATE_PAGES_MAX):
+            moved = await context.migrate_in(low, min(low + MIGRATE_PAGES_MAX, end), "user")
+            moved_count += len(moved.pages)
+            if moved.errno:
+                raise KernelError(moved.errno, "migrate_vma_setup", "a mapping in the range cannot migrate; what lies before it has moved")
+        if not message.stream_out:
+            return IoctlDone(moved_count, 0)
+        bounce = bounce_buffer(start, end)
+        readable = await self._through_mirror(context, start, end, bounce, write=False)
+        if readable < end - start:
+            raise KernelError(ENOENT, "dmirror_do_read", f"page 0x{start + readable:x} did not migrate and is not mirrored")
+        await self._give(message.stream_out, bounce)
+        return IoctlDone(readable, 0)
+
+    async def _migrate_to_sys(self, context: Context, message: Ioctl, start: int, end: int) -> IoctlDone:  # noqa: ARG002 - one shape for all commands
+        """dmirror_migrate_to_system."""
+        moved_count = 0
+        for low in range(start, end, MIGRATE_PAGES_MAX):
+            moved = await context.migrate_out(low, min(low + MIGRATE_PAGES_MAX, end), "user")
+            moved_count += len(moved.pages)
+            if moved.errno:
+                raise KernelError(moved.errno, "migrate_vma_setup", "a mapping in the range cannot migrate; what lies before it has moved")
+        return IoctlDone(moved_count, 0)
+
+    async def _evict_all(self, cause: str) -> None:
+        """dmirror_device_remove_chunks: all frames go home, in every process; busy ones are tried again."""
+        fruitless = 0
+        while fruitless < EVICT_ROUNDS_MAX:
+            frames = self.memory.live_frames()[:EVICT_FRAMES_MAX]
+            if len(frames) == 0:
+                return
+            fruitless = 0 if await self.bus.evict(frames, cause) else fruitless + 1
+
+    # --- snapshot -------------------------------------------------------------------------------------------------------------
+
+    async def _snapshot(self, context: Context, message: Ioctl, start: int, end: int) -> IoctlDone:  # noqa: ARG002 - one shape for all commands
+        """dmirror_snapshot: one byte a page, nothing is faulted in or programmed."""
+        check_bounce(start, end)
+        symbols: list[bytes] = []
+
+        def look(_: int, words: Words) -> None:
+            symbols.append(self.permissions(words).tobytes())
+
+        for low in range(start, end, SNAPSHOT_WINDOW_PAGES):
+            await context.range_fault(low, min(low + SNAPSHOT_WINDOW_PAGES, end), 0, program=look)
+        return IoctlDone(end - start, 0, b"".join(symbols))
+
+    def permissions(self, words: Words) -> Bytes:
+        """dmirror_mkentry for each word."""
+        frames = words & _FRAME
+        zones = frames >> np.uint64(ZONE_SHIFT)
+        own = self.memory.owns(frames)
+        local = PROT_COHERENT_LOCAL if self.spec.is_coherent else PROT_PRIVATE_LOCAL
+        out = np.where(words & _WRITE != 0, PROT_WRITE, PROT_READ).astype(np.uint8)
+        # A foreign private page never gets here: the walker hides it. What is on another device is coherent memory.
+        out |= np.where(own, local, np.where(zones >= DEVICE_ZONE_MIN, PROT_COHERENT_REMOTE, 0)).astype(np.uint8)
+        out |= np.where(frames == ZERO_FRAME, PROT_ZERO, 0).astype(np.uint8)
+        order = words >> np.uint64(HMM_PFN_ORDER_SHIFT) & np.uint64(0x1F)
+        out |= np.where(order == HUGE_SHIFT, PROT_PMD, np.where(order == 2 * HUGE_SHIFT, PROT_PUD, 0)).astype(np.uint8)
+        out[words & _VALID == 0] = PROT_NONE
+        out[words & _ERROR != 0] = PROT_ERROR
+        return out
+
+
+def program_window(context: Context, start: int, words: Words, *, write: bool) -> None:
+    """dmirror_do_fault. Raises KernelError(EFAULT) at the first entry without the right asked for; those before it are programmed."""
+    if write:
+        refused = words & _WRITE == 0
+        if refused.any():
+            first = int(np.argmax(refused))
+            context.mirror.program(start, words[:first])
+            why = f"page 0x{start + first:x} is this device's own and read-only: a range fault does not upgrade it"
+            raise KernelError(EFAULT, "dmirror_do_fault", why)
+    context.mirror.program(start, words)
+
+
+def check_bounce(start: int, end: int) -> None:
+    """Raise KernelError(ENOMEM) for a range that no buffer could be allocated for."""
+    if end - start > BOUNCE_PAGES_MAX:
+        raise KernelError(ENOMEM, "dmirror_bounce_init", f"no buffer of {end - start} pages can be had (at most {BOUNCE_PAGES_MAX})")
+
+
+def bounce_buffer(start: int, end: int) -> Bytes:
+    """dmirror_bounce_init. Raises KernelError(ENOMEM)."""
+    check_bounce(start, end)
+    return np.empty((end - start) * PAGE_SIZE, dtype=np.uint8)

@@ -1,0 +1,32 @@
+"""Migrate on demand: a fault first grows to its aligned 64 KiB group, and the whole group moves.
+
+nvidia-uvm does the same before it looks at density (its "64 K growth"): a group is what the device's page table maps in one large entry,
+and one migration of sixteen pages costs little more than one of a single page. Neighbouring groups make one range, so a scan that
+misses on a megabyte becomes one migration.
+
+Refusals are not planned for here: pages that did not move are mapped where they are, as everywhere.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from hmmnet.pages import Words
+
+GROUP_PAGES = 16
+"""64 KiB."""
+
+
+class Demand:
+    """Grow to 64 KiB, migrate."""
+
+    def __init__(self, group_pages: int = GROUP_PAGES) -> None:
+        self._group_pages = group_pages
+
+    def ranges(self, pages: Words, write: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:  # noqa: ARG002 - a policy may tell reads from writes
+        """See `Policy.ranges`."""
+        size = self._group_pages
+        groups = np.unique(pages // np.uint64(size)).astype(np.int64)
+        cuts = np.flatnonzero(np.diff(groups) != 1) + 1
+        return [(int(part[0]) * size, (int(part[-1]) + 1) * size) for part in np.split(groups, cuts) if len(part)]

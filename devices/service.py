@@ -1,0 +1,182 @@
+"""The device process: says hello, becomes what it is told to be, serves until the host or its own time is over.
+
+A device knows only its name, where the host is, and the machine's secret. What it is (model, memory) comes with the welcome, so a
+topology is read in one place.
+
+It ends when the host says goodbye, when the host was silent for a lease (then it has stopped using its mirror first: the host may have
+given the pages to somebody else), when whoever started it is gone (`hmmnet.lifeline`, and end of file on stdin), and on SIGTERM or
+SIGINT. The same `serve` runs inside another trio run, over memory channels, for simulations and tests.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import stat
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import trio
+from hmmnet.fabric.clock import EmulatedClock
+from hmmnet.fabric.dma import BulkReceiver, BulkSender
+
+from hmmnet.errors import HmmnetError, PeerGone, PeerLost
+from hmmnet.observe.logs import log_to
+from hmmnet.wire.client import connect
+from hmmnet.wire.messages import PROTOCOL_VERSION, Hello, Welcome
+from hmmnet.wire.secrets import read_secret
+from hmmnet.wire.session import Session
+from hmmnet.wire.transport import Transport
+
+from .models import load_model
+from .models.base import Device, Wiring
+from .spec import spec_of
+
+STDIN_BYTES = 4096
+CONNECT_S = 10.0
+
+log = logging.getLogger("hmmnet.devices")
+
+
+class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How a device process is started; as JSON from the launcher's zygote, or from the command line."""
+
+    name: str
+    endpoint: str
+    secret_file: str
+    log_folder: str = ""
+    """JSON lines go to ``NAME.jsonl`` in here; empty: warnings go to stderr."""
+    connect_s: float = CONNECT_S
+
+
+async def serve(
+    transport: Transport,
+    endpoint: str,
+    name: str,
+    secret: bytes,
+    incarnation: int,
+    clock: EmulatedClock | None = None,
+    connect_s: float = CONNECT_S,
+    made: Callable[[Device], None] | None = None,
+    **timing: float,
+) -> PeerLost:
+    """Be the device called `name` until its session ends; returns why it ended. Says goodbye when cancelled.
+
+    `incarnation` must be larger than that of any earlier life of this device. `made` is shown the device once it exists. `timing`
+    are `heartbeat_s`, `lease_s`, `retry_s` of `connect`. Raises PeerRefused, PeerLost (no host), HmmnetError (no such model).
+    """
+    emulated = clock or EmulatedClock()
+    hello = Hello(PROTOCOL_VERSION, "device", name, incarnation, os.getpid(), secret)
+    over = trio.Event()
+    device: Device | None = None
+    try:
+        async with trio.open_nursery() as nursery:
+
+            def prepare(session: Session, welcome: Welcome) -> None:
+                nonlocal device
+                device = assemble(transport, session, welcome, emulated, nursery)
+                session.on_lost(lambda _: over.set())
+                if made is not None:
+                    made(device)
+
+            async with connect(transport, endpoint, hello, prepare=prepare, connect_s=connect_s, **timing) as (session, _):
+                await over.wait()
+                assert session.lost is not None, "the event is set by the loss"
+                lost = session.lost
+            if device is not None:
+                device.fence()
+            nursery.cancel_scope.cancel()
+    except BaseExceptionGroup as group:
+        raise single(group) from group
+    return lost
+
+
+def assemble(transport: Transport, session: Session, welcome: Welcome, clock: EmulatedClock, nursery: trio.Nursery) -> Device:
+    """Make the device that a welcome describes, with its bulk streams; its tasks run in `nursery`. Raises HmmnetError."""
+    spec = spec_of(welcome)
+    model = load_model(spec.model)
+    clock.adopt(welcome.epoch_monotonic_s, welcome.epoch_emulated_s, welcome.rate)
+    receiver = BulkReceiver(transport.connect_channel(welcome.bulk_in), clock)
+    sender = BulkSender(transport.connect_channel(welcome.bulk_out), clock)
+    nursery.start_soon(receiver.run)
+    nursery.start_soon(sender.run)
+    device = model(spec, welcome.zone, Wiring(session, sender, receiver, clock, nursery))
+    # Fence at the moment of the loss, before any other task runs: the lease is over.
+    session.on_lost(lambda _: device.fence())
+    return device
+
+
+def single(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The one error in a group of nested nurseries; the group itself when there are several."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error
+
+
+# --- as a process -----------------------------------------------------------------------------------------------------------------
+
+
+def run_device(settings: dict[str, Any]) -> int:
+    """Be a device process from the first line to the exit code: 0 after a goodbye or a signal, 1 when the host was lost or refused us.
+
+    `settings` are those of `Settings`. A forked child of the zygote calls this with every import done.
+    """
+    try:
+        checked = msgspec.convert(settings, Settings)
+        secret = read_secret(Path(checked.secret_file))
+        if checked.log_folder:
+            log_to(Path(checked.log_folder), checked.name)
+        lost = trio.run(_process, checked, secret)
+    except (HmmnetError, msgspec.ValidationError) as error:
+        print(f"hmmnet device {settings.get('name', '(no name)')}: {error}", file=sys.stderr)
+        return 1
+    if lost is None or isinstance(lost, PeerGone):
+        return 0
+    log.warning("the host is lost: %s", lost)
+    return 1
+
+
+async def _process(settings: Settings, secret: bytes) -> PeerLost | None:
+    """Serve; None when a signal or the end of stdin came first."""
+    from hmmnet.wire.zmq_transport import ZmqTransport
+
+    lost: PeerLost | None = None
+    with ZmqTransport() as transport:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_stop_on_signal, nursery.cancel_scope)
+            if stdin_is_a_pipe():
+                nursery.start_soon(_stop_with_stdin, nursery.cancel_scope)
+            lost = await serve(transport, settings.endpoint, settings.name, secret, time.time_ns(), connect_s=settings.connect_s)
+            nursery.cancel_scope.cancel()
+    return lost
+
+
+async def _stop_on_signal(scope: trio.CancelScope) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async for number in signals:
+            log.info("ending on %s", signal.Signals(number).name)
+            scope.cancel()
+
+
+def stdin_is_a_pipe() -> bool:
+    """Whether stdin ends when whoever started us does: a pipe or a socket, not a terminal, file or /dev/null."""
+    try:
+        mode = os.fstat(0).st_mode
+    except OSError:
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
+
+
+async def _stop_with_stdin(scope: trio.CancelScope) -> None:
+    while True:
+        await trio.lowlevel.wait_readable(0)
+        if not os.read(0, STDIN_BYTES):
+            log.info("ending: whoever started this device is gone (end of stdin)")
+            scope.cancel()
+            return

@@ -1,0 +1,214 @@
+"""The bottom half of fault handling: takes batches out of a context's fault buffer and makes their pages accessible.
+
+One pass, as nvidia-uvm's service loop makes it: drop what is no miss any more (an earlier pass grew over it), let the policy choose what
+to migrate, migrate, and map what is still missing where it is. Nothing is forced: pages that refuse to move (pinned, shared, taken by
+the CPU at this moment) are mapped over the link, and a page that is pulled away again simply faults once more when it is replayed.
+
+Two errors need finding out *which* page they mean, because a range fault fails as a whole: the range is halved until the bad page is alone.
+It is then *fatal*, and ends the jobs that touched it and nothing else.
+
+A write fault on an own page that is mapped read-only (copy-on-write after fork) is not upgraded by ``hmm_range_fault``, whatever it is
+asked (table A3): the page is sent home, where the CPU side can break the sharing, and faulted again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from errno import EBUSY
+from functools import partial
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import trio
+
+from hmmnet.errors import KernelError, PeerError
+from hmmnet.pages import HMM_PFN_REQ_FAULT, HMM_PFN_REQ_WRITE, Words
+
+from .context import MIGRATE_PAGES_MAX, Context
+from .faultbuffer import Batch, FaultBuffer
+from .mirror import ENTRY_VALID, allows, frames_of
+from .policy import POLICIES, Policy
+
+RANGES_AT_ONCE = 4
+"""Migrations or range faults of one pass that are under way together: hides the round trip, bounds what the host must juggle."""
+
+_VALID = np.uint64(ENTRY_VALID)
+Mask: TypeAlias = npt.NDArray[np.bool_]
+RangeWork: TypeAlias = Callable[[int, int], Awaitable[None]]
+_REQ_READ = HMM_PFN_REQ_FAULT
+_REQ_WRITE = HMM_PFN_REQ_FAULT | HMM_PFN_REQ_WRITE
+
+
+@dataclass
+class ServiceCounts:
+    """What the passes of a context amounted to."""
+
+    groups: int = 0
+    faults: int = 0
+    duplicates: int = 0
+    stale: int = 0
+    """Faults that an earlier pass had resolved."""
+    fatal: int = 0
+    group_s: float = 0.0
+    """Emulated seconds in all passes together."""
+
+
+class FaultService:
+    """Serves one context's fault buffer; `run` it as a task."""
+
+    def __init__(self, context: Context, clock_now: Callable[[], float]) -> None:
+        self.buffer = FaultBuffer()
+        self.counts = ServiceCounts()
+        self._context = context
+        self._now = clock_now
+        self._wake = trio.Event()
+
+    def interrupt(self) -> None:
+        """There are faults in the buffer."""
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Serve for as long as the context is open."""
+        while True:
+            batch = self.buffer.fetch()
+            if batch is None:
+                await self._wake.wait()
+                self._wake = trio.Event()
+                continue
+            began_s = self._now()
+            try:
+                fatal = await self._service(batch)
+            except PeerError as error:
+                # The host is gone or at fault: whoever waits for these pages must not wait for ever.
+                fatal = dict.fromkeys(batch.pages.tolist(), str(error))
+            self._count(batch, fatal, self._now() - began_s)
+            self.buffer.finish(batch, fatal)
+
+    def _count(self, batch: Batch, fatal: dict[int, str], seconds: float) -> None:
+        self.counts.groups += 1
+        self.counts.group_s += seconds
+        self.counts.faults += len(batch.pages)
+        self.counts.duplicates += batch.duplicates
+        self.counts.fatal += len(fatal)
+        batch.leader.group_count += 1
+        batch.leader.group_s += seconds
+        for ticket, pages in batch.parts:
+            ticket.fault_count += len(pages)
+
+    async def _service(self, batch: Batch) -> dict[int, str]:
+        policy = POLICIES[batch.placement]
+        fatal: dict[int, str] = {}
+        pages, write = self._still_missing(batch.pages, batch.write)
+        self.counts.stale += len(batch.pages) - len(pages)
+        await self._migrate(pages, write, policy)
+        pages, write = self._still_missing(pages, write)
+        pages_own = pages[write & self._read_only_own(pages)]
+        if len(pages_own):
+            await self._each(self._send_home, pieces(pages_own))
+        for wanted, flags in ((False, _REQ_READ), (True, _REQ_WRITE)):
+            some = pages[write == wanted]
+            await self._each(partial(self._map, flags, fatal), self._cut(pieces(some)))
+        return fatal
+
+    def _still_missing(self, pages: Words, write: Mask) -> tuple[Words, Mask]:
+        entries = self._context.mirror.translate(pages)
+        missing = ~np.where(write, allows(entries, True), allows(entries, False))
+        return pages[missing], write[missing]
+
+    def _read_only_own(self, pages: Words) -> Mask:
+        entries = self._context.mirror.translate(pages)
+        return (entries & _VALID != 0) & self._context.memory.owns(frames_of(entries)) & ~allows(entries, True)
+
+    async def _migrate(self, pages: Words, write: Mask, policy: Policy) -> None:
+        """Migrate what the policy chooses; where growth ran into a mapping that does not take part, just the faulted pages."""
+        if len(pages) == 0:
+            return
+
+        async def one(start: int, end: int) -> None:
+            try:
+                moved = await self._context.migrate_in(start, end, "fault")
+            except KernelError:
+                return  # mapping the pages where they are says what is wrong with them, page by page
+            if moved.errno:
+                inside = pages[(pages >= np.uint64(start)) & (pages < np.uint64(end))]
+                inside = inside[~np.isin(inside, moved.pages)]
+                exact = pieces(inside)
+                if exact != [(start, end)]:
+                    for low, high in exact:
+                        await one(low, high)
+
+        await self._each(one, self._cut(policy.ranges(pages, write)))
+
+    async def _send_home(self, start: int, end: int) -> None:
+        try:
+            await self._context.migrate_out(start, end, "fault")
+        except KernelError:
+            return  # as above
+
+    async def _map(self, flags: int, fatal: dict[int, str], start: int, end: int) -> None:
+        """Range-fault [start, end); halve it to find the page that cannot be had."""
+        try:
+            await self._context.range_fault(start, end, flags)
+        except KernelError as error:
+            if error.code == EBUSY:
+                return  # the range changes too fast to be read: the replay will fault again
+            if end - start == 1:
+                fatal[start] = str(error)
+                return
+            middle = (start + end) // 2
+            await self._map(flags, fatal, start, middle)
+            await self._map(flags, fatal, middle, end)
+            return
+        if flags == _REQ_WRITE:
+            stuck = np.arange(start, end, dtype=np.uint64)
+            stuck = stuck[self._read_only_own(stuck)]
+            for low, high in pieces(stuck):
+                await self._break_cow(low, high, fatal)
+
+    async def _break_cow(self, start: int, end: int, fatal: dict[int, str]) -> None:
+        await self._send_home(start, end)
+        for page in range(start, end):
+            try:
+                await self._context.range_fault(page, page + 1, _REQ_WRITE)
+            except KernelError as error:
+                if error.code != EBUSY:
+                    fatal[page] = str(error)
+
+    def _cut(self, ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Ranges cut at the borders of subscriptions and at the largest migration."""
+        return [
+            (low, min(low + MIGRATE_PAGES_MAX, stop))
+            for start, end in ranges
+            for first, stop in self._context.slabs(start, end)
+            for low in range(first, stop, MIGRATE_PAGES_MAX)
+        ]
+
+    async def _each(self, work: RangeWork, ranges: list[tuple[int, int]]) -> None:
+        """Do `work` on every range, a few at a time."""
+        if len(ranges) <= 1:
+            for start, end in ranges:
+                await work(start, end)
+            return
+        todo = iter(ranges)
+        errors: list[PeerError] = []
+
+        async def worker() -> None:
+            try:
+                for start, end in todo:
+                    await work(start, end)
+            except PeerError as error:
+                errors.append(error)
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(min(RANGES_AT_ONCE, len(ranges))):
+                nursery.start_soon(worker)
+        if errors:
+            raise errors[0]
+
+
+def pieces(pages: Words) -> list[tuple[int, int]]:
+    """Ascending `pages` as ranges."""
+    cuts = np.flatnonzero(np.diff(pages) != np.uint64(1)) + 1
+    return [(int(part[0]), int(part[-1]) + 1) for part in np.split(pages, cuts) if len(part)]

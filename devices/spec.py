@@ -1,0 +1,43 @@
+"""What a device is told about itself in the welcome message: its entry of the topology, as far as a device cares."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+from hmmnet.errors import ProtocolError
+from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, PAGES_MAX
+from hmmnet.wire.messages import Welcome
+
+
+class Spec(msgspec.Struct, frozen=True):
+    """The part of `hmmnet.topology.DeviceSpec` that shapes a device model; further fields are the topology's business."""
+
+    name: Annotated[str, msgspec.Meta(min_length=1)]
+    model: str = "gpu"
+    memory_bytes: Annotated[int, msgspec.Meta(ge=PAGE_SIZE, le=PAGES_MAX << PAGE_SHIFT)] = 1 << 30
+    kind: str = "private"
+    fault_capable: bool = True
+    unit: int | None = None
+
+    @property
+    def pages(self) -> int:
+        """Frames of its memory."""
+        return self.memory_bytes >> PAGE_SHIFT
+
+    @property
+    def is_coherent(self) -> bool:
+        """Whether the CPU reaches this memory in place (MEMORY_DEVICE_COHERENT)."""
+        return self.kind == "coherent"
+
+
+def spec_of(welcome: Welcome) -> Spec:
+    """The spec in a welcome. Raises ProtocolError."""
+    try:
+        spec = msgspec.msgpack.decode(welcome.config, type=Spec)
+    except msgspec.MsgspecError as error:
+        raise ProtocolError(f"the host's welcome holds no device specification: {error}") from error
+    if spec.kind not in {"private", "coherent"}:
+        raise ProtocolError(f"the host's welcome gives device {spec.name} memory of kind {spec.kind!r}; private or coherent is wanted")
+    return spec

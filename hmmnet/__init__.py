@@ -1,0 +1,32 @@
+"""hmmnet: a multi-GPU machine in software.
+
+``hmmnet.launch("two-gpus")`` starts one for the calling program, ``hmmnet.attach("NAME")`` uses one that runs already. Both are imported when
+first used, because device processes import this package too and must stay small.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .client import attach
+    from .machine import launch
+
+__all__ = ["attach", "launch"]
+
+_PLACES = {"attach": "hmmnet.client", "launch": "hmmnet.machine"}
+
+
+def __getattr__(name: str) -> Any:
+    """The public names, imported on first use."""
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(_PLACES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,263 @@
+"""The machine for programs without an event loop, or with another one: blocking calls into a trio loop in a background thread.
+
+Notebooks run asyncio, scripts run nothing; neither can ``await`` under trio. A `Blocking` runs one asynchronous context manager in a thread of
+its own; the proxies below have the methods of `Machine`, `Process` and `Handle`, without ``await``.
+
+Ctrl-C in the caller's thread cancels the call that it waits for and raises KeyboardInterrupt there, as for any blocking call. A thread that
+still runs when the interpreter ends does not hold it up: the machine's processes notice that their starter is gone.
+"""
+
+from __future__ import annotations
+
+import atexit
+import queue
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, contextmanager
+from typing import Any, Generic, TypeVar
+
+import numpy.typing as npt
+import outcome
+import trio
+
+from hmmnet.errors import HmmnetError
+from hmmnet.program import Handle, IoctlResult, JobResult, Machine, Process, Residency
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@contextmanager
+def only_error(body: BaseException | None = None) -> Iterator[None]:
+    """Let an exception group with one leaf be that leaf: a nursery inside is no business of the caller's.
+
+    When the leaf is `body`, the exception that the caller's own block was left with, nothing is raised: it goes on by itself.
+    """
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        leaf: BaseException = group
+        while isinstance(leaf, BaseExceptionGroup) and len(leaf.exceptions) == 1:
+            leaf = leaf.exceptions[0]
+        if body is not None and leaf is body:
+            return
+        if isinstance(leaf, BaseExceptionGroup):
+            raise
+        raise leaf from None
+
+
+class Blocking(Generic[T]):
+    """One asynchronous context manager, entered in a background thread with a trio loop of its own. `make` is called in that thread."""
+
+    def __init__(self, make: Callable[[], AbstractAsyncContextManager[T]]) -> None:
+        self._make = make
+        self._started: queue.SimpleQueue[outcome.Outcome[T]] = queue.SimpleQueue()
+        self._token: trio.lowlevel.TrioToken | None = None
+        self._nursery: trio.Nursery | None = None
+        self._stop = trio.Event()
+        self._outcome: outcome.Outcome[None] | None = None
+        self._thread = threading.Thread(target=self._run, name="hmmnet", daemon=True)
+
+    def start(self) -> T:
+        """Enter the context manager and return what it gives."""
+        if trio.lowlevel.in_trio_run():
+            raise HmmnetError('this would block the trio loop it is called in: use "async with" here')
+        self._thread.start()
+        try:
+            value = self._started.get().unwrap()
+        except KeyboardInterrupt:
+            self.stop()
+            raise
+        atexit.register(self.stop)
+        return value
+
+    def stop(self) -> None:
+        """Leave the context manager and wait for the thread; what it raised while leaving is raised here. Once is enough."""
+        atexit.unregister(self.stop)
+        if self._token is not None and self._thread.is_alive():
+            try:
+                self._token.run_sync_soon(self._stop.set)
+            except trio.RunFinishedError:
+                pass
+        self._thread.join()
+        if self._outcome is not None:
+            ended, self._outcome = self._outcome, None
+            ended.unwrap()
+
+    def call(self, function: Callable[..., Awaitable[R]], *args: Any, **kwargs: Any) -> R:
+        """Run a coroutine function in the loop and wait for what it returns or raises."""
+        result: queue.SimpleQueue[outcome.Outcome[R]] = queue.SimpleQueue()
+        scope = trio.CancelScope()
+
+        async def work() -> None:
+            with scope:
+                try:
+                    value = await function(*args, **kwargs)
+                except trio.Cancelled:
+                    result.put(outcome.Error(HmmnetError("the machine was ended while this call waited")))
+                    raise
+                except BaseException as error:  # noqa: BLE001 - raised again in the thread that waits for it
+                    result.put(outcome.Error(error))
+                else:
+                    result.put(outcome.Value(value))
+
+        def begin() -> None:
+            if self._nursery is None:
+                result.put(outcome.Error(HmmnetError("the machine has ended")))
+            else:
+                self._nursery.start_soon(work)
+
+        assert self._token is not None, "start() comes first"
+        try:
+            self._token.run_sync_soon(begin)
+        except trio.RunFinishedError:
+            raise HmmnetError("the machine has ended") from None
+        try:
+            return result.get().unwrap()
+        except KeyboardInterrupt:
+            try:
+                self._token.run_sync_soon(scope.cancel)
+            except trio.RunFinishedError:
+                pass
+            raise
+
+    def ask(self, function: Callable[[], R]) -> R:
+        """As `call`, for a function that does not wait."""
+
+        async def asked() -> R:
+            return function()
+
+        return self.call(asked)
+
+    def _run(self) -> None:
+        self._outcome = outcome.capture(trio.run, self._main)
+        if isinstance(self._outcome, outcome.Error):
+            self._started.put(self._outcome)  # heard if it was the start that failed
+
+    async def _main(self) -> None:
+        self._token = trio.lowlevel.current_trio_token()
+        with only_error():
+            async with self._make() as value, trio.open_nursery() as self._nursery:
+                self._started.put(outcome.Value(value))
+                await self._stop.wait()
+                self._nursery.cancel_scope.cancel()
+        self._nursery = None
+
+
+class BlockingHandle:
+    """See `hmmnet.program.Handle`."""
+
+    def __init__(self, handle: Handle, loop: Blocking[Any]) -> None:
+        self.device = handle.device
+        self._handle = handle
+        self._loop = loop
+
+    def ioctl(self, command: str, address: int, pages: int, data: bytes = b"", flags: int = 0) -> IoctlResult:
+        """See `Handle.ioctl`."""
+        return self._loop.call(self._handle.ioctl, command, address, pages, data, flags)
+
+    def close(self) -> None:
+        """See `Handle.close`."""
+        self._loop.call(self._handle.close)
+
+
+class BlockingProcess:
+    """See `hmmnet.program.Process`."""
+
+    def __init__(self, process: Process, loop: Blocking[Any]) -> None:
+        self.pid = process.pid
+        self._process = process
+        self._loop = loop
+
+    def mmap(self, length: int, protection: str = "rw", address: int | None = None) -> int:
+        """See `Process.mmap`."""
+        return self._loop.call(self._process.mmap, length, protection, address)
+
+    def munmap(self, address: int, length: int) -> None:
+        """See `Process.munmap`."""
+        self._loop.call(self._process.munmap, address, length)
+
+    def mprotect(self, address: int, length: int, protection: str) -> None:
+        """See `Process.mprotect`."""
+        self._loop.call(self._process.mprotect, address, length, protection)
+
+    def madvise(self, address: int, length: int, advice: str) -> None:
+        """See `Process.madvise`."""
+        self._loop.call(self._process.madvise, address, length, advice)
+
+    def malloc(self, length: int) -> int:
+        """See `Process.malloc`."""
+        return self._loop.call(self._process.malloc, length)
+
+    def read(self, address: int, length: int) -> bytes:
+        """See `Process.read`."""
+        return self._loop.call(self._process.read, address, length)
+
+    def write(self, address: int, data: bytes | bytearray | memoryview | npt.NDArray[Any]) -> None:
+        """See `Process.write`."""
+        self._loop.call(self._process.write, address, data)
+
+    def load(self, address: int, dtype: str = "<u8") -> int | float:
+        """See `Process.load`."""
+        return self._loop.call(self._process.load, address, dtype)
+
+    def store(self, address: int, value: int | float, dtype: str = "<u8") -> None:
+        """See `Process.store`."""
+        self._loop.call(self._process.store, address, value, dtype)
+
+    def read_array(self, address: int, dtype: str, count: int) -> npt.NDArray[Any]:
+        """See `Process.read_array`."""
+        return self._loop.call(self._process.read_array, address, dtype, count)
+
+    def pagemap(self, address: int, pages: int) -> bytes:
+        """See `Process.pagemap`."""
+        return self._loop.call(self._process.pagemap, address, pages)
+
+    def residency(self, address: int, pages: int) -> Residency:
+        """See `Process.residency`."""
+        return self._loop.call(self._process.residency, address, pages)
+
+    def open(self, device: str) -> BlockingHandle:
+        """See `Process.open`."""
+        return BlockingHandle(self._loop.call(self._process.open, device), self._loop)
+
+    def launch(self, kernel: str, device: str, placement: str = "demand", **arguments: Any) -> JobResult:
+        """See `Process.launch`."""
+        return self._loop.call(self._process.launch, kernel, device, placement, **arguments)
+
+    def migrate(self, address: int, length: int, to: str) -> int:
+        """See `Process.migrate`."""
+        return self._loop.call(self._process.migrate, address, length, to)
+
+    def exit(self) -> None:
+        """See `Process.exit`."""
+        self._loop.call(self._process.exit)
+
+
+class BlockingMachine:
+    """See `hmmnet.program.Machine`."""
+
+    def __init__(self, machine: Machine, loop: Blocking[Any]) -> None:
+        self._machine = machine
+        self._loop = loop
+
+    @property
+    def device_names(self) -> tuple[str, ...]:
+        """See `Machine.device_names`."""
+        return self._loop.ask(lambda: self._machine.device_names)
+
+    def emulated_s(self) -> float:
+        """See `Machine.emulated_s`."""
+        return self._loop.ask(self._machine.emulated_s)
+
+    def process(self) -> BlockingProcess:
+        """A new, empty process."""
+        return BlockingProcess(self._loop.call(self._machine.create_process), self._loop)
+
+    def report(self) -> dict[str, Any]:
+        """See `Machine.report`."""
+        return self._loop.call(self._machine.report)
+
+    def run(self, workload: Callable[..., Awaitable[R]], *args: Any, **kwargs: Any) -> R:
+        """Run an asynchronous workload, ``workload(machine, ...)``, and return what it returns."""
+        return self._loop.call(workload, self._machine, *args, **kwargs)

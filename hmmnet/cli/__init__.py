@@ -1,0 +1,171 @@
+"""The command line: one module for each command, imported only when its command is asked for, so that the first line stands within a second.
+
+Errors are one line, naming place, cause and mend. Exit codes: 0 done, 1 it failed, 2 it was asked wrongly, 130 ended by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+COMMANDS = {
+    "demo": "the tour: real text, two GPUs, every byte checked",
+    "up": "start a machine and keep it running",
+    "ps": "machines that run, with their devices",
+    "run": "run a workload, on a machine of its own or on a running one",
+    "logs": "what host and devices wrote",
+    "down": "end a machine",
+    "play": "play recorded kernel scripts and compare line by line",
+    "bench": "speed, as ratios to references measured in the same run",
+    "topo": "machines as data: list, show, check, draw",
+    "doctor": "what this computer has and lacks for this",
+    "clean": "remove what dead machines left behind",
+}
+"""Each command's module is ``hmmnet.cli.COMMAND`` and holds the command as a function of that name, or a group of commands as ``app``."""
+
+FAILED = 1
+WRONG_USE = 2
+INTERRUPTED = 130
+
+
+def command_names() -> tuple[str, ...]:
+    """Every command."""
+    return tuple(COMMANDS)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit the process with its code."""
+    code = run(sys.argv[1:] if arguments is None else list(arguments))
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    raise SystemExit(code)
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command; its exit code. What it has to say about errors goes to stderr."""
+    name = arguments[0] if arguments else ""
+    if name in ("", "-h", "--help", "help"):
+        print(_overview())
+        return 0 if name else WRONG_USE
+    if name == "--version":
+        from importlib.metadata import version
+
+        print(f"hmmnet {version('hmmnet')}")
+        return 0
+    if name not in COMMANDS:
+        kind = "option" if name.startswith("-") else "command"
+        return _complain("hmmnet", f'there is no {kind} "{name}"{did_you_mean(name, COMMANDS)}; "hmmnet --help" lists the commands', WRONG_USE)
+    return _run_command(name, arguments[1:])
+
+
+def _run_command(name: str, arguments: list[str]) -> int:
+    from hmmnet.errors import HmmnetError
+
+    where = f"hmmnet {name}"
+    try:
+        code = _command(name).main(args=arguments, prog_name=where, standalone_mode=False)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
+    except HmmnetError as error:
+        return _complain(where, str(error), FAILED)
+    except BaseExceptionGroup as group:
+        return _of_group(where, group)
+    except Exception as error:
+        if _is_interrupt(error):
+            return INTERRUPTED
+        text = _usage_text(error)
+        if text is None:
+            raise
+        return _complain(where, f'{text}; "{where} --help" shows how it is used', WRONG_USE)
+    return code if isinstance(code, int) else 0
+
+
+def _command(name: str) -> Any:
+    """The command as typer runs it."""
+    import typer
+
+    module = import_module(f"hmmnet.cli.{name}")
+    app = getattr(module, "app", None)
+    if app is None:
+        app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=CONTEXT)
+        app.command(name)(getattr(module, name))
+    return typer.main.get_command(app)
+
+
+CONTEXT = {"help_option_names": ["-h", "--help"]}
+
+
+def _is_interrupt(error: Exception) -> bool:
+    """Ctrl-C as typer passes it on."""
+    import typer
+
+    return isinstance(error, typer.Abort)
+
+
+def _usage_text(error: Exception) -> str | None:
+    """One line for an error in the arguments; None for any other error.
+
+    typer brings its own copy of click, or uses the installed one, depending on its version: the base class is found by its name.
+    """
+    import typer
+
+    root = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+    if not isinstance(error, root):
+        return None
+    unknown = getattr(error, "option_name", None)
+    if unknown:
+        return f'there is no option "{unknown}"{did_you_mean(unknown, getattr(error, "possibilities", None) or ())}'
+    return " ".join(str(error.format_message()).split()).rstrip(".")  # type: ignore[attr-defined]
+
+
+def _of_group(where: str, group: BaseExceptionGroup[Any]) -> int:
+    """A nursery wraps what went wrong: when it is one thing, say that thing; else let the whole be seen."""
+    from hmmnet.errors import HmmnetError
+
+    leaves = _leaves(group)
+    if any(isinstance(leaf, KeyboardInterrupt) for leaf in leaves):
+        return INTERRUPTED
+    if all(isinstance(leaf, HmmnetError) for leaf in leaves):
+        texts = dict.fromkeys(str(leaf) for leaf in leaves)
+        return _complain(where, "; ".join(texts), FAILED)
+    raise group
+
+
+def _leaves(group: BaseExceptionGroup[Any]) -> list[BaseException]:
+    leaves: list[BaseException] = []
+    for error in group.exceptions:
+        leaves += _leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
+    return leaves
+
+
+def _complain(where: str, text: str, code: int) -> int:
+    print(f"{where}: {text}", file=sys.stderr)
+    return code
+
+
+def did_you_mean(given: str, known: Sequence[str] | dict[str, str]) -> str:
+    """``; did you mean "up"?`` when one of `known` is near to `given`, else nothing."""
+    close = difflib.get_close_matches(given, list(known), n=1, cutoff=0.5)
+    return f'; did you mean "{close[0]}"?' if close else ""
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS)) + 2
+    rows = "\n".join(f"  {name:<{width}}{what}" for name, what in COMMANDS.items())
+    return f"""\
+hmmnet: a multi-GPU machine in software
+
+usage: hmmnet COMMAND [ARGUMENTS]
+
+{rows}
+
+"hmmnet COMMAND --help" tells more; "hmmnet demo" is the place to begin."""

@@ -1,0 +1,68 @@
+"""``hmmnet demo``: the tour."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from hmmnet.demo.data import Input
+
+MEBIBYTE = 1 << 20
+SEED = 1
+
+
+def demo(
+    files: Annotated[list[Path] | None, typer.Argument(help="More text files.", show_default=False)] = None,
+    given: Annotated[
+        list[Path] | None,
+        typer.Option("--input", help="Text to work on; several files may follow. Default: the standard library's sources."),
+    ] = None,
+    topology: Annotated[str, typer.Option(help="The machine: a preset's name or a TOML file.")] = "two-gpus",
+    limit_mib: Annotated[int, typer.Option(min=1, max=256, help="Read at most so much of the text.")] = 4,
+    seed: Annotated[int, typer.Option(help="Which words are looked up.")] = SEED,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what happened for programs.")] = False,
+) -> int:
+    """Run word count and tree search on all GPUs over pointers that the CPU made, by demand and after migration, and check every result.
+
+    Exit code 0 if every result is what plain Python computes, 1 if not.
+    """
+    if not as_json:
+        print("hmmnet demo: a multi-GPU machine in software, at work on real text\n", flush=True)
+    from hmmnet.demo.data import read_input
+
+    paths = [*(given or []), *(files or [])]
+    try:
+        text = read_input(paths, limit_mib * MEBIBYTE)
+    except OSError as error:
+        print(f"hmmnet demo: {error.filename}: {error.strerror}; name a text file that can be read", file=sys.stderr)
+        return 2
+    if not any(byte in _WORD_BYTES for byte in text.text[:4096]) and not any(byte in _WORD_BYTES for byte in text.text):
+        print(f"hmmnet demo: {text.source}: holds no word ([A-Za-z0-9_]); give another file to --input", file=sys.stderr)
+        return 2
+    return _conduct(text, topology, seed, as_json=as_json)
+
+
+_WORD_BYTES = frozenset(b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ_abcdefghijklmnopqrstuvwxyz")
+
+
+def _conduct(text: Input, topology: str, seed: int, *, as_json: bool) -> int:
+    import trio
+    from rich.console import Console
+
+    from hmmnet.demo.conduct import Conductor
+    from hmmnet.demo.screen import Screen
+
+    screen = Screen(Console(quiet=as_json))
+    screen.reading(text, topology)
+    outcome = trio.run(Conductor(text, topology, seed, screen.tell, screen.started).run)
+    if as_json:
+        json.dump(outcome.as_json(), sys.stdout, indent=1)
+        sys.stdout.write("\n")
+    else:
+        screen.finished(outcome)
+    return 0 if outcome.correct else 1

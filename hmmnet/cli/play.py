@@ -1,0 +1,124 @@
+"""``hmmnet play FILE...``: recorded kernel scripts, compared line by line."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from hmmnet.play.compare import Outcome
+    from hmmnet.play.script import Script
+
+PROGRESS_EVERY_S = 2.0
+"""Between progress lines; a terminal's reader wants to see life, a log's reader wants few lines."""
+
+
+def play(
+    files: Annotated[list[Path], typer.Argument(help="Trace files, each holding many scripts.", show_default=False)],
+    world: Annotated[str, typer.Option(help="What plays them: real (one host and four dmirror device processes).")] = "real",
+    only: Annotated[list[str] | None, typer.Option(help="Scripts to play, by name or pattern such as 'h0*'; may be repeated.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print counts and differences for programs.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Show every script that differs, not the first ten.")] = False,
+) -> int:
+    """Play recorded kernel scripts and compare line by line.
+
+    A real kernel's answers are the oracle. Exit code 0 only if all scripts are identical, 1 if not, 2 if a file cannot be played.
+    """
+    from hmmnet.play.script import ScriptError
+
+    try:
+        count = f"{len(files)} files" if len(files) > 1 else files[0].name
+        print(f"reading {count}", file=sys.stderr, flush=True)
+        return _play(files, world, only or [], as_json=as_json, everything=everything)
+    except (ScriptError, ValueError) as error:
+        print(f"hmmnet play: {error}", file=sys.stderr)
+        return 2
+
+
+def _play(files: Sequence[Path], world: str, only: Sequence[str], *, as_json: bool, everything: bool) -> int:
+    import trio
+    from rich.console import Console
+
+    from hmmnet.play.report import show_differences, show_summary
+    from hmmnet.play.world import launcher, play_all, prepare_all
+
+    launch = launcher(world)
+    scripts = chosen_scripts(files, only)
+    prepared = prepare_all(scripts)
+    notes = Console(stderr=True)
+    progress = Progress(notes, len(scripts))
+    try:
+        tally = trio.run(play_all, prepared, launch, progress.on_outcome)
+    finally:
+        progress.done()
+    if as_json:
+        json.dump(tally.as_json(), sys.stdout, indent=1)
+        sys.stdout.write("\n")
+    else:
+        console = Console()
+        show_differences(console, tally.outcomes, everything=everything)
+        show_summary(console, tally)
+    return 0 if tally.identical == len(scripts) else 1
+
+
+def chosen_scripts(files: Sequence[Path], only: Sequence[str]) -> list[Script]:
+    """The scripts of `files` that match `only` (none: all). Raises ScriptError, and ValueError for a pattern that matches nothing."""
+    from hmmnet.play.script import read_scripts
+
+    scripts = [script for path in files for script in read_scripts(path)]
+    if not only:
+        return scripts
+    names = [script.name for script in scripts]
+    for pattern in only:
+        if not any(matches(name, pattern) for name in names):
+            close = difflib.get_close_matches(pattern, names, n=1, cutoff=0.5)
+            raise ValueError(f"no script is called {pattern!r}" + (f'; did you mean "{close[0]}"?' if close else ""))
+    return [script for script in scripts if any(matches(script.name, pattern) for pattern in only)]
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a script is meant by `pattern`: its whole name, its number (``h07``), or a shell pattern."""
+    return fnmatch.fnmatchcase(name, pattern) or name.split("-", 1)[0] == pattern
+
+
+class Progress:
+    """How far it is: one line that is rewritten on a terminal, a line now and then in a log."""
+
+    def __init__(self, console: Console, total: int) -> None:
+        self._console = console
+        self._total = total
+        self._done = 0
+        self._equal = 0
+        self._said_s = time.monotonic()
+        what = f"playing {total} scripts on a host and four dmirror devices"
+        self._status = console.status(what) if console.is_terminal else None
+        if self._status is not None:
+            self._status.start()
+        else:
+            console.print(what, highlight=False)
+
+    def on_outcome(self, outcome: Outcome) -> None:
+        """Count one script."""
+        self._done += 1
+        self._equal += outcome.identical
+        text = f"{self._done} of {self._total} played, {self._equal} identical: {outcome.script.name}"
+        if self._status is not None:
+            self._status.update(text)
+        elif time.monotonic() - self._said_s >= PROGRESS_EVERY_S:
+            self._said_s = time.monotonic()
+            self._console.print(text, highlight=False)
+
+    def done(self) -> None:
+        """Clear the line."""
+        if self._status is not None:
+            self._status.stop()

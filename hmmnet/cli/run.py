@@ -1,0 +1,188 @@
+"""``hmmnet run WORKLOAD``: a built-in workload or ``FILE.py:FUNCTION``, on a machine of its own or on a running one."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+TOPOLOGY = "two-gpus"
+
+
+def run(
+    workload: Annotated[str, typer.Argument(help="A built-in workload's name, or FILE.py:FUNCTION.", metavar="WORKLOAD")],
+    arguments: Annotated[
+        list[str] | None, typer.Argument(help="Arguments of the workload as NAME=VALUE.", metavar="[NAME=VALUE]...", show_default=False)
+    ] = None,
+    topology: Annotated[str | None, typer.Option(help=f"Start a machine of this topology (default: {TOPOLOGY}).", show_default=False)] = None,
+    on: Annotated[str | None, typer.Option(help="Use this running machine instead of starting one.", show_default=False)] = None,
+    rate: Annotated[str, typer.Option(help="Emulated seconds for a real one: auto (measured) or a number.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the workload's report for programs.")] = False,
+) -> int:
+    """Run a workload and print its report. Exit code 0 when the workload says that its results are correct, or does not say.
+
+    A workload of your own is ``async def NAME(machine, **arguments)``; what it returns is the report.
+    """
+    import trio
+
+    from hmmnet.errors import HmmnetError
+
+    if on is not None and topology is not None:
+        raise HmmnetError("--on and --topology exclude each other: a running machine has its topology already")
+    function = find(workload)
+    given = parse_arguments(arguments or [])
+    check_arguments(workload, function, given)
+    report, seconds = trio.run(_play, machine_for(topology, on, rate), function, given)
+    shown: dict[str, Any] = dict(report) if isinstance(report, Mapping) else {"result": report}
+    if as_json:
+        print(json.dumps(shown, default=plain, indent=1))
+    else:
+        show(shown, seconds)
+    return 0 if shown.get("correct", True) else 1
+
+
+def machine_for(topology: str | None, on: str | None, rate: str) -> AbstractAsyncContextManager[Any]:
+    """The machine to run on: attached to or launched."""
+    if on is not None:
+        import hmmnet
+
+        return hmmnet.attach(on)
+    from hmmnet.machine import launch
+
+    name = topology or TOPOLOGY
+    print(f"starting {name} for this run ...", file=sys.stderr, flush=True)
+    from hmmnet.launch.rate import parse_rate
+
+    return launch(name, rate=parse_rate(rate))
+
+
+async def _play(machine: AbstractAsyncContextManager[Any], function: Callable[..., Awaitable[Any]], given: dict[str, Any]) -> tuple[Any, float]:
+    async with machine as entered:
+        print(f"running {getattr(function, '__name__', 'the workload')} on {', '.join(entered.device_names)}", file=sys.stderr, flush=True)
+        began_s = entered.emulated_s()
+        report = await function(entered, **given)
+        return report, entered.emulated_s() - began_s
+
+
+def find(workload: str) -> Callable[..., Awaitable[Any]]:
+    """The function that a workload's name means. Raises HmmnetError."""
+    if ".py:" in workload or workload.endswith(".py"):
+        return from_file(workload)
+    from hmmnet.workloads.registry import load_workload
+
+    return load_workload(workload)
+
+
+def from_file(place: str) -> Callable[..., Awaitable[Any]]:
+    """The function of ``FILE.py:FUNCTION``; its folder can be imported from, as for a script. Raises HmmnetError."""
+    import importlib.util
+
+    from hmmnet.cli import did_you_mean
+    from hmmnet.errors import HmmnetError
+
+    file, _, name = place.rpartition(":") if ":" in place else (place, "", "")
+    path = Path(file)
+    if not name:
+        raise HmmnetError(f"{place}: which function? Write {place}:FUNCTION")
+    if not path.is_file():
+        raise HmmnetError(f"{file}: there is no such file")
+    sys.path.insert(0, str(path.resolve().parent))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None, "a .py file has a loader"
+    assert spec.loader is not None, "a .py file has a loader"
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise HmmnetError(f"{error.filename}:{error.lineno}: {error.msg}") from error
+    found = getattr(module, name, None)
+    functions = [key for key, value in vars(module).items() if inspect.iscoroutinefunction(value)]
+    if found is None:
+        raise HmmnetError(f'{file} has no function "{name}"{did_you_mean(name, functions)}')
+    if not inspect.iscoroutinefunction(found):
+        raise HmmnetError(f"{place} is no coroutine function: a workload is written as async def {name}(machine, ...)")
+    return found
+
+
+def parse_arguments(pairs: list[str]) -> dict[str, Any]:
+    """``name=value`` texts; a value is read as JSON where it is JSON, else it is the text. Raises HmmnetError."""
+    from hmmnet.errors import HmmnetError
+
+    given: dict[str, Any] = {}
+    for pair in pairs:
+        name, sign, value = pair.partition("=")
+        if not sign or not name.isidentifier():
+            raise HmmnetError(f'"{pair}" is no argument: write NAME=VALUE, such as n=1000')
+        try:
+            given[name] = json.loads(value)
+        except ValueError:
+            given[name] = value
+    return given
+
+
+def check_arguments(workload: str, function: Callable[..., Any], given: Mapping[str, Any]) -> None:
+    """Whether `function` takes `given`. Raises HmmnetError."""
+    from hmmnet.cli import did_you_mean
+    from hmmnet.errors import HmmnetError
+
+    parameters = list(inspect.signature(function).parameters.values())[1:]
+    names = [parameter.name for parameter in parameters if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)]
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    for name in given:
+        if name not in names and not takes_any:
+            raise HmmnetError(f'{workload} has no argument "{name}"{did_you_mean(name, names)}; it takes: {", ".join(names) or "none"}')
+    missing = [
+        parameter.name for parameter in parameters if parameter.name in names and parameter.default is parameter.empty and parameter.name not in given
+    ]
+    if missing:
+        raise HmmnetError(f"{workload} needs {', '.join(f'{name}=...' for name in missing)}")
+
+
+def plain(value: Any) -> Any:
+    """What json does not know: numpy scalars and arrays, bytes, anything else as its text."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return value.hex() if isinstance(value, bytes) else str(value)
+
+
+def show(report: dict[str, Any], seconds: float) -> None:
+    """A report for a person: facts one a line, figures by device as a table, the verdict last."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from hmmnet.units import show_time
+
+    console = Console()
+    for name, value in report.items():
+        if name not in ("correct", "mistakes", "devices"):
+            console.print(f"{name:<12} {escape(str(value))}", highlight=False)
+    console.print(f"{'emulated':<12} {show_time(seconds)}", highlight=False)
+    devices = report.get("devices")
+    if isinstance(devices, Mapping) and devices and all(isinstance(figures, Mapping) for figures in devices.values()):
+        names = list(dict.fromkeys(name for figures in devices.values() for name in figures))
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+        table.add_column("figure")
+        for device in devices:
+            table.add_column(device, justify="right")
+        for name in names:
+            table.add_row(name, *(figure_text(figures.get(name)) for figures in devices.values()))
+        console.print(table)
+    if "correct" in report:
+        console.print("[green]every result is correct[/]" if report["correct"] else "[red]results are wrong[/]", highlight=False)
+        for mistake in report.get("mistakes", []):
+            console.print(f"  {escape(str(mistake))}", highlight=False)
+
+
+def figure_text(value: Any) -> str:
+    """One figure of a table."""
+    if value is None:
+        return ""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)

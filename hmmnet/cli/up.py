@@ -1,0 +1,194 @@
+"""``hmmnet up``: start a machine and hold it, in the foreground with its devices on the screen, or in the background."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from hmmnet.launch.directory import MachineRecord
+    from hmmnet.launch.rate import Rate
+    from hmmnet.topology.model import Topology
+
+NAME = "default"
+TRANSPORTS = ("ipc", "tcp")
+
+
+def up(
+    topology: Annotated[str, typer.Argument(help="A preset's name or a TOML file.")] = "two-gpus",
+    name: Annotated[str, typer.Option(help="What the machine is called.")] = NAME,
+    rate: Annotated[str, typer.Option(help="Emulated seconds for a real one: auto (measured) or a number.")] = "auto",
+    transport: Annotated[str, typer.Option(help="What the processes talk over: ipc, or tcp on this computer's loopback.")] = "ipc",
+    detach: Annotated[bool, typer.Option("--detach", "-d", help="Return when the machine runs, and leave it running.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the machine's record, one line after every change, for programs.")] = False,
+) -> int:
+    """Start a machine and hold it until Ctrl-C (or until "hmmnet down", with --detach)."""
+    from hmmnet.cli import did_you_mean
+    from hmmnet.launch.directory import check_name
+    from hmmnet.launch.rate import parse_rate
+    from hmmnet.topology.load import load
+
+    if transport not in TRANSPORTS:
+        raise typer.BadParameter(f'there is no transport "{transport}"{did_you_mean(transport, TRANSPORTS)}; there are: {", ".join(TRANSPORTS)}')
+    check_name(name)
+    how_fast = parse_rate(rate)
+    machine = load(topology)
+    if detach:
+        return background(machine, name, how_fast, transport, as_json=as_json)
+    return foreground(machine, name, how_fast, "tcp" if transport == "tcp" else "ipc", as_json=as_json)
+
+
+def foreground(topology: Topology, name: str, rate: Rate, transport: Literal["ipc", "tcp"], *, as_json: bool) -> int:
+    """Hold the machine here; the exit code."""
+    import trio
+
+    from hmmnet.launch.__main__ import stop_on_signal
+    from hmmnet.launch.supervisor import Supervisor
+
+    async def hold(screen: Screen) -> None:
+        supervisor = Supervisor(topology, name, rate, transport, screen.show)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(stop_on_signal, nursery.cancel_scope)
+            await nursery.start(supervisor.run)
+
+    with a_screen(as_json=as_json) as screen:
+        screen.announce(f'starting "{name}": {topology.name}, {count(len(topology.devices))}')
+        trio.run(hold, screen)
+    screen.announce(f'machine "{name}" has ended')
+    return 0
+
+
+def background(topology: Topology, name: str, rate: Rate, transport: str, *, as_json: bool) -> int:
+    """Start a launcher of its own, wait until the machine runs, and leave it; the exit code."""
+    from msgspec import to_builtins
+
+    from hmmnet.errors import HmmnetError
+    from hmmnet.launch.processes import child_environment
+
+    config = {"topology": to_builtins(topology), "name": name, "rate": rate, "transport": transport}
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", "hmmnet.launch"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=child_environment(), start_new_session=True
+    )
+    assert launcher.stdin is not None, "asked for"
+    assert launcher.stdout is not None, "asked for"
+    launcher.stdin.write(json.dumps(config).encode())
+    launcher.stdin.close()
+    record: dict[str, Any] = {}
+    try:
+        for line in launcher.stdout:
+            record = json.loads(line)
+            if "error" in record:
+                raise HmmnetError(record["error"])
+    except KeyboardInterrupt:
+        launcher.terminate()
+        launcher.wait()
+        raise
+    if record.get("state") != "running":
+        raise HmmnetError(f'the launcher of "{name}" {ended(launcher.wait())} before the machine ran; "hmmnet logs {name}" may tell why')
+    if as_json:
+        print(json.dumps(record))
+    else:
+        print(f'machine "{name}" runs in the background: {topology.name}, {count(len(topology.devices))}, process {record["pid"]}')
+        print(f'use it: hmmnet run vector_add --on {name}    see it: hmmnet ps    end it: hmmnet down {name}')
+    return 0
+
+
+def ended(status: int) -> str:
+    """How a process ended."""
+    from hmmnet.launch.processes import describe_exit
+
+    return describe_exit(status)
+
+
+def count(devices: int) -> str:
+    """``1 device``, ``2 devices``."""
+    return f"{devices} device{'' if devices == 1 else 's'}"
+
+
+class Screen:
+    """Plain lines: what changed, as it changes."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, str] = {}
+
+    def announce(self, text: str) -> None:
+        """Say something in a line of its own."""
+        print(text, flush=True)
+
+    def show(self, record: MachineRecord) -> None:
+        """The record changed."""
+        for device in record.devices:
+            if self._seen.get(device.name) != device.state and device.state != "starting":
+                self._seen[device.name] = device.state
+                self.announce(f"  {device.name} {device.state}" + (f": {device.how}" if device.how else ""))
+        if record.state == "running" and self._seen.get("") != "running":
+            self._seen[""] = "running"
+            self.announce(RUNNING.format(name=record.name, rate=record.rate))
+
+
+RUNNING = (
+    'machine "{name}" runs at {rate:.3g} emulated seconds a second; from another terminal: '
+    "hmmnet run vector_add --on {name}, hmmnet ps, hmmnet logs {name} -f; Ctrl-C ends it"
+)
+
+
+class JsonScreen(Screen):
+    """The record after every change of a state, one line each; nothing else on stdout."""
+
+    def announce(self, text: str) -> None:
+        """Nothing for programs."""
+
+    def show(self, record: MachineRecord) -> None:
+        """The record changed."""
+        from msgspec import to_builtins
+
+        states = f"{record.state} {[device.state for device in record.devices]}"
+        if self._seen.get("") != states:
+            self._seen[""] = states
+            print(json.dumps(to_builtins(record)), flush=True)
+
+
+class LiveScreen(Screen):
+    """On a terminal: a table of the devices that changes in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from rich.console import Console
+        from rich.live import Live
+
+        self._console = Console()
+        self.live = Live(console=self._console, auto_refresh=False, transient=False)
+
+    def announce(self, text: str) -> None:
+        """A line above the table."""
+        self._console.print(text, markup=False, highlight=False)
+
+    def show(self, record: MachineRecord) -> None:
+        """The record changed."""
+        from msgspec import to_builtins
+        from rich.console import Group
+        from rich.text import Text
+
+        from .ps import device_table
+
+        hint = RUNNING.format(name=record.name, rate=record.rate) if record.state == "running" else f"{record.state} ..."
+        self.live.update(Group(device_table(to_builtins(record)), Text(hint, style="dim")), refresh=True)
+
+
+@contextmanager
+def a_screen(*, as_json: bool) -> Iterator[Screen]:
+    """The screen that fits where stdout goes."""
+    if as_json:
+        yield JsonScreen()
+    elif sys.stdout.isatty():
+        screen = LiveScreen()
+        with screen.live:
+            yield screen
+    else:
+        yield Screen()

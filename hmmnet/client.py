@@ -1,0 +1,311 @@
+"""A machine that runs elsewhere, used over a client session: the same `Machine`, `Process` and `Handle` as inside the host.
+
+Every operation is one `Call` (see its docstring for the list). What is longer than a call may carry goes in pieces, a few of them under way at
+once; a piece that fails ends the operation, and those that were under way may have taken effect, as with any interrupted access.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from types import TracebackType
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import trio
+
+from hmmnet.errors import HmmnetError
+from hmmnet.launch.directory import running_machine
+from hmmnet.program import IoctlResult, JobResult, Residency
+from hmmnet.wire.client import connect
+from hmmnet.wire.messages import PROTOCOL_VERSION, Call, Hello, Rate, Result, Welcome
+from hmmnet.wire.session import PendingReply, Session
+from hmmnet.wire.transport import Transport
+from hmmnet.wire.zmq_transport import ZmqTransport
+
+from .blocking import Blocking, BlockingMachine, only_error
+
+CHUNK_BYTES = 1 << 20
+"""Data that one call or its reply carries."""
+PIECES_UNDER_WAY = 4
+"""Pieces of one operation that wait for their answers at once: enough to keep the session busy."""
+PAGES_PER_LOOK = CHUNK_BYTES // 2
+
+
+class Calls:
+    """Asks the host and reads its answers."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def begin(self, operation: str, data: bytes = b"", **arguments: Any) -> PendingReply:
+        """Send a call; `finish` gives what it returns."""
+        return self._session.begin(Call(operation, msgspec.msgpack.encode(arguments), data))
+
+    async def finish(self, pending: PendingReply) -> tuple[Any, bytes]:
+        """The value and the data of an answer. Raises the operation's KernelError or SignalError."""
+        result = await pending.wait()
+        assert isinstance(result, Result), f"a call was answered with {type(result).__name__}"
+        return msgspec.msgpack.decode(result.value), result.data
+
+    async def call(self, operation: str, data: bytes = b"", **arguments: Any) -> tuple[Any, bytes]:
+        """One call, from begin to end."""
+        return await self.finish(self.begin(operation, data, **arguments))
+
+    async def pieces(self, begin: Callable[[int, int], PendingReply], length: int, step: int) -> AsyncIterator[tuple[Any, bytes]]:
+        """The answers to ``begin(offset, size)`` for every piece of `length`, in order."""
+        waiting: deque[PendingReply] = deque()
+        for offset, size in _cut(length, step):
+            if len(waiting) == PIECES_UNDER_WAY:
+                yield await self.finish(waiting.popleft())
+            waiting.append(begin(offset, size))
+        while waiting:
+            yield await self.finish(waiting.popleft())
+
+
+def _cut(length: int, step: int) -> Iterator[tuple[int, int]]:
+    for offset in range(0, length, step):
+        yield offset, min(step, length - offset)
+
+
+class RemoteHandle:
+    """See `hmmnet.program.Handle`."""
+
+    def __init__(self, calls: Calls, process: int, device: str, number: int) -> None:
+        self.device = device
+        self._calls = calls
+        self._where = {"process": process, "handle": number}
+
+    async def ioctl(self, command: str, address: int, pages: int, data: bytes = b"", flags: int = 0) -> IoctlResult:
+        """See `Handle.ioctl`."""
+        calls = self._calls
+        last = data[len(data) - len(data) % CHUNK_BYTES :]
+        for offset in range(0, len(data) - len(last), CHUNK_BYTES):
+            await calls.call("stage", data[offset : offset + CHUNK_BYTES], **self._where)
+        done, first = await calls.call("ioctl", last, command=command, address=address, pages=pages, flags=flags, **self._where)
+        got = [first]
+        for offset in range(len(first), done["length"], CHUNK_BYTES):
+            got.append((await calls.call("fetch", offset=offset, **self._where))[1])
+        return IoctlResult(done["cpages"], done["faults"], b"".join(got))
+
+    async def close(self) -> None:
+        """See `Handle.close`."""
+        await self._calls.call("close", **self._where)
+
+
+class RemoteProcess:
+    """See `hmmnet.program.Process`."""
+
+    def __init__(self, calls: Calls, pid: int) -> None:
+        self.pid = pid
+        self._calls = calls
+
+    async def mmap(self, length: int, protection: str = "rw", address: int | None = None) -> int:
+        """See `Process.mmap`."""
+        return int((await self._calls.call("mmap", process=self.pid, length=length, protection=protection, address=address))[0])
+
+    async def munmap(self, address: int, length: int) -> None:
+        """See `Process.munmap`."""
+        await self._calls.call("munmap", process=self.pid, address=address, length=length)
+
+    async def mprotect(self, address: int, length: int, protection: str) -> None:
+        """See `Process.mprotect`."""
+        await self._calls.call("mprotect", process=self.pid, address=address, length=length, protection=protection)
+
+    async def madvise(self, address: int, length: int, advice: str) -> None:
+        """See `Process.madvise`."""
+        await self._calls.call("madvise", process=self.pid, address=address, length=length, advice=advice)
+
+    async def malloc(self, length: int) -> int:
+        """See `Process.malloc`."""
+        return int((await self._calls.call("malloc", process=self.pid, length=length))[0])
+
+    async def read(self, address: int, length: int) -> bytes:
+        """See `Process.read`."""
+
+        def begin(offset: int, size: int) -> PendingReply:
+            return self._calls.begin("read", process=self.pid, address=address + offset, length=size)
+
+        return b"".join([data async for _, data in self._calls.pieces(begin, length, CHUNK_BYTES)])
+
+    async def write(self, address: int, data: bytes | bytearray | memoryview | npt.NDArray[Any]) -> None:
+        """See `Process.write`."""
+        view = memoryview(np.ascontiguousarray(data) if isinstance(data, np.ndarray) else data).cast("B")
+
+        def begin(offset: int, size: int) -> PendingReply:
+            return self._calls.begin("write", bytes(view[offset : offset + size]), process=self.pid, address=address + offset)
+
+        async for _ in self._calls.pieces(begin, len(view), CHUNK_BYTES):
+            continue
+
+    async def load(self, address: int, dtype: str = "<u8") -> int | float:
+        """See `Process.load`."""
+        value: int | float = (await self.read_array(address, dtype, 1))[0].item()
+        return value
+
+    async def store(self, address: int, value: int | float, dtype: str = "<u8") -> None:
+        """See `Process.store`."""
+        await self.write(address, np.array([value], dtype=dtype))
+
+    async def read_array(self, address: int, dtype: str, count: int) -> npt.NDArray[Any]:
+        """See `Process.read_array`."""
+        kind = np.dtype(dtype)
+        return np.frombuffer(bytearray(await self.read(address, count * kind.itemsize)), dtype=kind)
+
+    async def pagemap(self, address: int, pages: int) -> bytes:
+        """See `Process.pagemap`."""
+        return b"".join([data async for _, data in self._calls.pieces(self._looking("pagemap", address), pages, PAGES_PER_LOOK)])
+
+    async def residency(self, address: int, pages: int) -> Residency:
+        """See `Process.residency`."""
+        owners: list[str] = []
+        parts: list[npt.NDArray[np.int16]] = []
+        async for names, data in self._calls.pieces(self._looking("residency", address), pages, PAGES_PER_LOOK):
+            owners += [name for name in names if name not in owners]
+            part = np.frombuffer(data, dtype="<i2").astype(np.int16)
+            number = np.array([owners.index(name) for name in names], dtype=np.int16)
+            known = part >= 0
+            part[known] = number[part[known]]
+            parts.append(part)
+        return Residency(tuple(owners), np.concatenate(parts) if parts else np.zeros(0, np.int16))
+
+    def _looking(self, operation: str, address: int) -> Callable[[int, int], PendingReply]:
+        def begin(offset: int, size: int) -> PendingReply:
+            return self._calls.begin(operation, process=self.pid, address=address + (offset << 12), pages=size)
+
+        return begin
+
+    async def open(self, device: str) -> RemoteHandle:
+        """See `Process.open`."""
+        number, _ = await self._calls.call("open", process=self.pid, device=device)
+        return RemoteHandle(self._calls, self.pid, device, number)
+
+    async def launch(self, kernel: str, device: str, placement: str = "demand", **arguments: Any) -> JobResult:
+        """See `Process.launch`."""
+        done, _ = await self._calls.call("launch", process=self.pid, kernel=kernel, device=device, placement=placement, arguments=arguments)
+        return JobResult(done["results"], done["counters"])
+
+    async def migrate(self, address: int, length: int, to: str) -> int:
+        """See `Process.migrate`."""
+        return int((await self._calls.call("migrate", process=self.pid, address=address, length=length, to=to))[0])
+
+    async def exit(self) -> None:
+        """See `Process.exit`."""
+        await self._calls.call("exit", process=self.pid)
+
+
+class RemoteMachine:
+    """See `hmmnet.program.Machine`. `name` is the machine's."""
+
+    def __init__(self, session: Session, welcome: Welcome, name: str) -> None:
+        self.name = name
+        self._calls = Calls(session)
+        self._devices: tuple[str, ...] = ()
+        self._clock = Rate(welcome.epoch_monotonic_s, welcome.epoch_emulated_s, welcome.rate)
+        session.on(Rate, self._set_clock)
+
+    def _set_clock(self, rate: Rate) -> None:
+        self._clock = rate
+
+    async def prepare(self) -> None:
+        """Ask for what does not change."""
+        self._devices = tuple((await self._calls.call("devices"))[0])
+
+    @property
+    def device_names(self) -> tuple[str, ...]:
+        """See `Machine.device_names`."""
+        return self._devices
+
+    def emulated_s(self) -> float:
+        """See `Machine.emulated_s`; the clock is the same for every process of one computer."""
+        clock = self._clock
+        return clock.epoch_emulated_s + (time.monotonic() - clock.epoch_monotonic_s) * clock.rate
+
+    async def create_process(self) -> RemoteProcess:
+        """See `Machine.create_process`."""
+        return RemoteProcess(self._calls, int((await self._calls.call("create_process"))[0]))
+
+    async def process(self) -> RemoteProcess:
+        """The same as `create_process`, for short programs."""
+        return await self.create_process()
+
+    async def report(self) -> dict[str, Any]:
+        """See `Machine.report`."""
+        value, _ = await self._calls.call("report")
+        return dict(value)
+
+
+@asynccontextmanager
+async def remote_machine(endpoint: str, secret: bytes, name: str, transport: Transport | None = None) -> AsyncIterator[RemoteMachine]:
+    """A session with the host that listens for clients at `endpoint`. Raises PeerRefused, PeerLost."""
+    own = transport is None
+    wire = ZmqTransport() if transport is None else transport
+    hello = Hello(
+        version=PROTOCOL_VERSION,
+        role="client",
+        name=f"client-{os.getpid()}-{secrets.token_hex(4)}",
+        incarnation=secrets.randbits(62),
+        pid=os.getpid(),
+        secret=secret,
+    )
+    try:
+        async with connect(wire, endpoint, hello) as (session, welcome):
+            machine = RemoteMachine(session, welcome, name)
+            await machine.prepare()
+            yield machine
+    finally:
+        if own:
+            wire.close()
+
+
+@asynccontextmanager
+async def _attached(name: str | None) -> AsyncIterator[RemoteMachine]:
+    directory = running_machine(name)
+    record = directory.read()
+    if record is None or not record.client_endpoint:
+        raise HmmnetError(f'machine "{directory.name}" is still starting; try again in a moment')
+    async with remote_machine(record.client_endpoint, directory.secret(), directory.name) as machine:
+        yield machine
+
+
+class Attachment:
+    """What `attach` returns: enter it with ``async with`` (in trio) or ``with`` (anywhere else)."""
+
+    def __init__(self, name: str | None) -> None:
+        self._name = name
+        self._inside: Any = None
+        self._blocking: Blocking[RemoteMachine] | None = None
+
+    async def __aenter__(self) -> RemoteMachine:
+        self._inside = _attached(self._name)
+        with only_error():
+            machine: RemoteMachine = await self._inside.__aenter__()
+        return machine
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool | None:
+        with only_error(error):
+            ended: bool | None = await self._inside.__aexit__(kind, error, trace)
+        return ended
+
+    def __enter__(self) -> BlockingMachine:
+        self._blocking = Blocking(lambda: Attachment(self._name))
+        return BlockingMachine(self._blocking.start(), self._blocking)
+
+    def __exit__(self, *error: object) -> None:
+        assert self._blocking is not None
+        self._blocking.stop()
+
+
+def attach(name: str | None = None) -> Attachment:
+    """Use the machine `name` that runs already (``hmmnet up``); None: the only one, or "default".
+
+    ``async with hmmnet.attach() as machine`` under trio, ``with hmmnet.attach() as machine`` in scripts and notebooks. Raises HmmnetError
+    when there is no such machine, PeerRefused and PeerLost when it does not answer.
+    """
+    return Attachment(name)

@@ -1,0 +1,127 @@
+"""The demo from the first line to the verdict: reads the text, launches the machine, runs the steps, adds up what came out."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import trio
+
+from hmmnet.errors import HmmnetError
+from hmmnet.program import Machine
+
+from .answers import Answers, answers_for
+from .data import Input
+from .steps import Demo, Event, facts_of
+
+SECONDS_MAX = 120.0
+"""Real seconds after which the demo gives up: something hangs. It takes less than ten."""
+
+
+class DemoTimeout(HmmnetError):  # noqa: N818 - a state of affairs
+    """The demo did not end."""
+
+
+@dataclass(frozen=True)
+class Started:
+    """The machine is up."""
+
+    topology: str
+    devices: tuple[str, ...]
+    rate: float
+    """Emulated seconds for a real second."""
+    seconds: float
+    answers: Answers
+
+
+@dataclass
+class Outcome:
+    """What a demo came to."""
+
+    source: str
+    text_bytes: int
+    words: int
+    topology: str
+    devices: tuple[str, ...]
+    mistakes: list[str]
+    report: dict[str, Any]
+    seconds: float
+    facts: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def correct(self) -> bool:
+        """Whether every result was right."""
+        return not self.mistakes
+
+    def as_json(self) -> dict[str, Any]:
+        """For programs."""
+        return {
+            "correct": self.correct,
+            "mistakes": self.mistakes,
+            "input": {"source": self.source, "bytes": self.text_bytes, "words": self.words},
+            "topology": self.topology,
+            "devices": list(self.devices),
+            "real_s": self.seconds,
+            "steps": self.facts,
+            "report": self.report,
+        }
+
+
+@dataclass
+class Conductor:
+    """Runs the demo; `tell` hears the steps, `on_start` hears that the machine is up."""
+
+    given: Input
+    topology: str
+    seed: int
+    tell: Callable[[Event], None]
+    on_start: Callable[[Started], None]
+
+    async def run(self) -> Outcome:
+        """The whole demo on a machine of its own. Raises DemoTimeout, and what launching raises."""
+        from hmmnet.machine import launch
+
+        with trio.move_on_after(SECONDS_MAX) as scope:
+            began = time.monotonic()
+            answers: list[Answers] = []
+            ready = trio.Event()
+
+            async def expect() -> None:
+                answers.append(await trio.to_thread.run_sync(answers_for, self.given.text))
+                ready.set()
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(expect)
+                async with launch(self.topology) as machine:
+                    await ready.wait()
+                    self.on_start(Started(self.topology, machine.device_names, machine.rate, time.monotonic() - began, answers[0]))
+                    return await self.perform(machine, answers[0], began)
+        assert scope.cancelled_caught
+        raise DemoTimeout(f"no end after {SECONDS_MAX:g} s; `hmmnet logs` and `hmmnet doctor` may tell why")
+
+    async def perform(self, machine: Machine, answers: Answers, began: float) -> Outcome:
+        """The steps on a machine that runs."""
+        facts: list[dict[str, Any]] = []
+
+        def hear(event: Event) -> None:
+            fact = facts_of(event)
+            if fact is not None:
+                facts.append(fact)
+            self.tell(event)
+
+        demo = Demo(machine, hear, self.given.text, answers, random.Random(self.seed))  # noqa: S311 - chance, not secrecy
+        await demo.run()
+        return Outcome(
+            source=self.given.source,
+            text_bytes=len(self.given.text),
+            words=answers.words,
+            topology=self.topology,
+            devices=tuple(machine.device_names),
+            mistakes=demo.mistakes,
+            report=await machine.report(),
+            seconds=time.monotonic() - began,
+            facts=facts,
+        )

@@ -1,0 +1,140 @@
+"""Who may use which link, and how fast: max-min fair sharing between the transfers that are under way. Pure; the caller owns time.
+
+Max-min fair means: no flow could get more without taking from one that has no more than it. It is found by progressive filling: all flows
+grow together until a link is full; its flows are fixed at that share; the rest grow on (Bertsekas and Gallager, *Data Networks*, 6.5).
+Real interconnects approach this by arbitrating packet by packet; we do it a chunk at a time, and recompute when flows come and go.
+
+A flow asks for a grant for each chunk it sends. The grants ride on what is sent anyway, so arbitration costs no message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from hmmnet.topology.model import Topology
+from hmmnet.topology.routes import Routes
+
+from .link import Link, LinkReport
+
+CATCH_UP_S = 0.020
+"""Real seconds that a late sender may make up for by sending faster; beyond, the time is lost, as it would be on a link."""
+
+
+class Grant(NamedTuple):
+    """A chunk may leave at `start_s`; the link is done with it at `finish_s`, and it is there at `arrive_s`. Emulated seconds."""
+
+    start_s: float
+    finish_s: float
+    arrive_s: float
+
+
+class Flow:
+    """One transfer on its way. Made by `Arbiter.open_flow`; must be closed."""
+
+    def __init__(self, arbiter: Arbiter, links: tuple[Link, ...], start_s: float) -> None:
+        self.links = links
+        self.latency_s = sum(link.latency_s for link in links)
+        self.bytes_per_s = float("inf")
+        self.start_s = start_s
+        self._arbiter = arbiter
+        self._next_s = start_s
+        self._bytes = 0
+        self._open = True
+
+    def grant(self, nbytes: int, now_s: float) -> Grant:
+        """When the next `nbytes` may go. Starts follow each other at the flow's rate, from absolute times, so errors do not add up."""
+        start_s = max(self._next_s, now_s - self._arbiter.catch_up_s())
+        finish_s = start_s + (nbytes / self.bytes_per_s if self.links else 0.0)
+        self._next_s = finish_s
+        self._bytes += nbytes
+        return Grant(start_s, finish_s, finish_s + self.latency_s)
+
+    def count(self, nbytes: int) -> None:
+        """The far end sends, at this flow's rate: count what it will send."""
+        self.grant(nbytes, self.start_s)
+
+    def close(self, now_s: float) -> None:
+        """Everything has arrived (or never will): the links are free for others. Closing twice does nothing."""
+        if not self._open:
+            return
+        self._open = False
+        self._arbiter.closed(self)
+        if self._bytes:
+            due_s = self._next_s + self.latency_s
+            for link in self.links:
+                link.record(self._bytes, self.start_s, due_s, now_s)
+
+
+class Arbiter:
+    """The links of one machine. `rate` tells how many emulated seconds a real one has at present."""
+
+    def __init__(self, topology: Topology, rate: Callable[[], float] = lambda: 1.0) -> None:
+        self._routes = Routes(topology)
+        self._links: dict[tuple[str, bool], Link] = {}
+        for spec in topology.links:
+            self._links[spec.name, True] = Link(spec.name, spec.a, spec.b, spec.capacity_bytes_per_s(True), spec.latency_s)
+            self._links[spec.name, False] = Link(spec.name, spec.b, spec.a, spec.capacity_bytes_per_s(False), spec.latency_s)
+        self._flows: list[Flow] = []
+        self._rate = rate
+
+    def catch_up_s(self) -> float:
+        """`CATCH_UP_S` in emulated seconds."""
+        return CATCH_UP_S * self._rate()
+
+    def route(self, source: str, target: str) -> tuple[Link, ...]:
+        """The links from `source` to `target`, by name of memory node or device. Raises TopologyError."""
+        return tuple(self._links[hop.link.name, hop.forward] for hop in self._routes.route(source, target))
+
+    def open_flow(self, source: str, target: str, now_s: float) -> Flow:
+        """A transfer begins; the rates of all flows it meets change. Raises TopologyError when there is no route."""
+        flow = Flow(self, self.route(source, target), now_s)
+        if flow.links:
+            self._flows.append(flow)
+            self._share()
+        return flow
+
+    def closed(self, flow: Flow) -> None:
+        """`flow` is over (called by it)."""
+        if flow.links:
+            self._flows.remove(flow)
+            self._share()
+
+    def _share(self) -> None:
+        if len(self._flows) == 1:
+            (flow,) = self._flows
+            flow.bytes_per_s = min(link.capacity_bytes_per_s for link in flow.links)
+            return
+        for flow, rate in zip(self._flows, max_min_rates([flow.links for flow in self._flows]), strict=True):
+            flow.bytes_per_s = rate
+
+    def report(self) -> list[LinkReport]:
+        """Both directions of every link, in the order of the topology."""
+        return [link.report() for link in self._links.values()]
+
+
+def max_min_rates(routes: list[tuple[Link, ...]]) -> list[float]:
+    """The max-min fair rate of each route, by progressive filling; infinite for a route without links."""
+    rates = [float("inf")] * len(routes)
+    room: dict[int, float] = {}
+    users: dict[int, set[int]] = {}
+    for flow, links in enumerate(routes):
+        for link in links:
+            room[id(link)] = link.capacity_bytes_per_s
+            users.setdefault(id(link), set()).add(flow)
+    while users:
+        tightest = min(users, key=lambda link: room[link] / len(users[link]))
+        share = room[tightest] / len(users[tightest])
+        for flow in sorted(users[tightest]):
+            rates[flow] = share
+            _fix(flow, share, {id(link) for link in routes[flow]}, room, users)
+    return rates
+
+
+def _fix(flow: int, share: float, links: Iterable[int], room: dict[int, float], users: dict[int, set[int]]) -> None:
+    """`flow` gets `share`, for good: take it from the room of its links."""
+    for link in links:
+        room[link] = max(room[link] - share, 0.0)
+        users[link].discard(flow)
+        if not users[link]:
+            del users[link]

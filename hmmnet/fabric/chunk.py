@@ -1,0 +1,117 @@
+"""The small messages of a DMA stream, as fixed structs: chunk headers one way, credits and aborts the other. Pure.
+
+What a peer sends is checked here for form, and against the stream it names in `stream`. A malformed header is a ProtocolError.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from typing import NamedTuple
+
+from hmmnet.errors import ProtocolError
+
+CHUNK_BYTES = 1 << 20
+"""1 MiB: below, ZeroMQ's cost for a message shows; above, nothing is gained."""
+STREAM_BYTES_MAX = 1 << 40
+MISSING_MAX = 64
+"""Chunks that one credit can ask for again; further ones are asked for by the next."""
+REASON_MAX = 512
+
+_CHUNK = struct.Struct("<4sIQQIIQd")
+_CREDIT = struct.Struct("<4sIQIId")
+_ABORT = struct.Struct("<4sIQ")
+_CHUNK_MAGIC, _CREDIT_MAGIC, _ABORT_MAGIC = b"HMc1", b"HMk1", b"HMa1"
+UNCHECKED = 1
+"""Flag of a chunk: it carries no checksum."""
+
+
+class Chunk(NamedTuple):
+    """Header of chunk `sequence` of `stream`: bytes ``[sequence * stride, ... + length)`` of `total`. It is there at `arrive_s`, emulated."""
+
+    stream: int
+    total: int
+    sequence: int
+    stride: int
+    checksum: int | None
+    arrive_s: float
+
+    @property
+    def offset(self) -> int:
+        """Where its bytes begin."""
+        return self.sequence * self.stride
+
+    @property
+    def length(self) -> int:
+        """How many bytes it has."""
+        return min(self.stride, self.total - self.offset)
+
+
+class Credit(NamedTuple):
+    """Chunks below `landed` have landed, verified; those in `missing` are wanted again. `bytes_per_s` is the pace from here on (0: as before)."""
+
+    stream: int
+    landed: int
+    missing: tuple[int, ...]
+    bytes_per_s: float
+
+
+class Abort(NamedTuple):
+    """The sender of this message has given the stream up."""
+
+    stream: int
+    reason: str
+
+
+def pack_chunk(chunk: Chunk) -> bytes:
+    """The header as bytes."""
+    flags = UNCHECKED if chunk.checksum is None else 0
+    return _CHUNK.pack(_CHUNK_MAGIC, flags, chunk.stream, chunk.total, chunk.sequence, chunk.stride, chunk.checksum or 0, chunk.arrive_s)
+
+
+def pack_credit(credit: Credit) -> bytes:
+    """The credit as bytes."""
+    missing = credit.missing[:MISSING_MAX]
+    head = _CREDIT.pack(_CREDIT_MAGIC, len(missing), credit.stream, credit.landed, 0, credit.bytes_per_s)
+    return head + struct.pack(f"<{len(missing)}I", *missing) if missing else head
+
+
+def pack_abort(abort: Abort) -> bytes:
+    """The abort as bytes."""
+    reason = abort.reason.encode()[:REASON_MAX]
+    return _ABORT.pack(_ABORT_MAGIC, len(reason), abort.stream) + reason
+
+
+def unpack_forward(header: bytes) -> Chunk | Abort:
+    """What travels with the data. Raises ProtocolError."""
+    if header[:4] != _CHUNK_MAGIC:
+        return _unpack_abort(header)
+    if len(header) != _CHUNK.size:
+        raise ProtocolError(f"chunk header of {len(header)} bytes, not {_CHUNK.size}")
+    _, flags, stream, total, sequence, stride, checksum, arrive_s = _CHUNK.unpack(header)
+    if not (0 < total <= STREAM_BYTES_MAX and 0 < stride <= CHUNK_BYTES and sequence * stride < total) or not math.isfinite(arrive_s):
+        raise ProtocolError(f"chunk {sequence} of {stride} bytes is no part of a stream of {total} bytes")
+    if flags & ~UNCHECKED:
+        raise ProtocolError(f"chunk with unknown flags {flags:#x}")
+    return Chunk(stream, total, sequence, stride, None if flags & UNCHECKED else checksum, arrive_s)
+
+
+def unpack_back(header: bytes) -> Credit | Abort:
+    """What travels against the data. Raises ProtocolError."""
+    if header[:4] != _CREDIT_MAGIC:
+        return _unpack_abort(header)
+    if len(header) < _CREDIT.size:
+        raise ProtocolError(f"credit of {len(header)} bytes, shorter than {_CREDIT.size}")
+    _, count, stream, landed, reserved, bytes_per_s = _CREDIT.unpack_from(header)
+    if reserved or count > MISSING_MAX or len(header) != _CREDIT.size + 4 * count or not bytes_per_s >= 0:
+        raise ProtocolError(f"malformed credit for stream {stream}")
+    return Credit(stream, landed, struct.unpack_from(f"<{count}I", header, _CREDIT.size), bytes_per_s)
+
+
+def _unpack_abort(header: bytes) -> Abort:
+    if header[:4] != _ABORT_MAGIC or len(header) < _ABORT.size:
+        raise ProtocolError(f"a message that begins with {bytes(header[:4])!r} has no place on a bulk channel")
+    _, length, stream = _ABORT.unpack_from(header)
+    if length > REASON_MAX or len(header) != _ABORT.size + length:
+        raise ProtocolError(f"malformed abort of stream {stream}")
+    return Abort(stream, header[_ABORT.size :].decode(errors="replace"))

@@ -1,0 +1,83 @@
+"""Emulated time: seconds of the modelled machine, which may pass slower than ours.
+
+A PCIe 4 link moves 32 GB/s; ZeroMQ on this computer perhaps 3. So that the links of a model keep their *proportions*, the machine's clock runs at
+`rate` emulated seconds for each real one, and a transfer that takes a millisecond there may take twenty here.
+
+    emulated = epoch_emulated + (CLOCK_MONOTONIC - epoch_monotonic) * rate
+
+All processes of one computer share CLOCK_MONOTONIC, so three numbers in the welcome message make them agree. The clock is a
+`trio.abc.Clock` and may drive a trio run; it need not, because a host that is embedded in somebody's program must not change what
+`trio.sleep` means there. `sleep_until` works either way. Liveness (heartbeats, leases) is always in real seconds: `real` converts at one place.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+import trio
+
+from hmmnet.errors import HmmnetError
+
+SLEEP_MIN_S = 0.001
+"""Real seconds. trio sleeps whole milliseconds, rounding up; less is accounted for and not slept."""
+
+
+class EmulatedClock(trio.abc.Clock):
+    """A clock at `rate` emulated seconds for each second of `monotonic`. Raises HmmnetError for a rate that is no positive number."""
+
+    def __init__(self, rate: float = 1.0, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self._monotonic = monotonic
+        self.epoch_monotonic_s = monotonic()
+        self.epoch_emulated_s = 0.0
+        self.rate = _checked(rate)
+
+    def now(self) -> float:
+        """Emulated seconds since the machine began."""
+        return self.epoch_emulated_s + (self._monotonic() - self.epoch_monotonic_s) * self.rate
+
+    def set_rate(self, rate: float) -> None:
+        """Go on at another rate from now on; time does not jump."""
+        self.epoch_emulated_s, self.epoch_monotonic_s = self.now(), self._monotonic()
+        self.rate = _checked(rate)
+
+    def adopt(self, epoch_monotonic_s: float, epoch_emulated_s: float, rate: float) -> None:
+        """Agree with another process's clock."""
+        if not (math.isfinite(epoch_monotonic_s) and math.isfinite(epoch_emulated_s)):
+            raise HmmnetError("the host's clock is no pair of finite numbers")
+        self.rate = _checked(rate)
+        self.epoch_monotonic_s = epoch_monotonic_s
+        self.epoch_emulated_s = epoch_emulated_s
+
+    def real_until(self, emulated_s: float) -> float:
+        """Real seconds until that emulated moment; negative when it has passed."""
+        return (emulated_s - self.now()) / self.rate
+
+    def real(self, seconds: float) -> float:
+        """What to hand to trio's timeouts of this run for `seconds` real seconds."""
+        return seconds * self.rate if trio.lowlevel.current_clock() is self else seconds
+
+    async def sleep_until(self, emulated_s: float) -> None:
+        """Return at that emulated moment, or up to a real millisecond early: what is shorter is not worth a sleep."""
+        while (left_s := self.real_until(emulated_s)) >= SLEEP_MIN_S:
+            await trio.sleep(self.real(left_s))
+
+    # --- as the clock of a trio run
+
+    def start_clock(self) -> None:
+        """The clock has been running since it was made."""
+
+    def current_time(self) -> float:
+        """As `now`."""
+        return self.now()
+
+    def deadline_to_sleep_time(self, deadline: float) -> float:
+        """Real seconds until an emulated deadline."""
+        return self.real_until(deadline)
+
+
+def _checked(rate: float) -> float:
+    if not (math.isfinite(rate) and rate > 0):
+        raise HmmnetError(f"a clock cannot run at rate {rate}: a positive number is wanted, such as 0.1 (ten times slower than real time)")
+    return rate

@@ -1,0 +1,168 @@
+"""Where a stream's bytes come from and where they go.
+
+A source hands out a chunk as a buffer: a slice of memory where the elements are one run (nothing is copied until ZeroMQ does), else a
+gathered copy. A sink offers a place to land where the elements are one run; else the chunk lands in a staging buffer and is scattered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from hmmnet.arena import Arena
+from hmmnet.pages import PAGE_SHIFT, ZONE_SHIFT, Words
+
+from .chunk import CHUNK_BYTES
+
+Bytes = npt.NDArray[np.uint8]
+_ZONE_SHIFT = np.uint64(ZONE_SHIFT + PAGE_SHIFT)
+
+
+class Memory(Protocol):
+    """Bytes by physical address; `Arena` is one, and `MultiArena` is several as one."""
+
+    def window(self, addresses: Words, size: int) -> Bytes | None:
+        """The elements as one writable view, if they are one run."""
+        ...
+
+    def gather(self, addresses: Words, size: int) -> Bytes:
+        """The bytes of the elements, in order."""
+        ...
+
+    def scatter(self, addresses: Words, size: int, data: Bytes) -> None:
+        """Write the elements, in order."""
+        ...
+
+
+class Source(Protocol):
+    """What a stream sends."""
+
+    nbytes: int
+
+    def chunk(self, offset: int, length: int) -> Any:
+        """A buffer with the bytes ``[offset, offset + length)``; it must not change until the chunk is credited."""
+        ...
+
+
+class Sink(Protocol):
+    """What a stream fills. `landing` and `put` are called with the bounds of whole chunks."""
+
+    nbytes: int
+
+    def landing(self, offset: int, length: int) -> memoryview | None:
+        """A writable view of the bytes ``[offset, offset + length)``, or None when they are not one run."""
+        ...
+
+    def put(self, offset: int, data: Bytes) -> None:
+        """Write bytes from `offset` on."""
+        ...
+
+
+class MultiArena:
+    """The memories of a host as one: each element goes to the arena of its zone."""
+
+    def __init__(self, arenas: Mapping[int, Arena]) -> None:
+        self._arenas = arenas
+
+    def _one(self, addresses: Words) -> Arena | None:
+        first, last = int(addresses[0]) >> ZONE_SHIFT + PAGE_SHIFT, int(addresses[-1]) >> ZONE_SHIFT + PAGE_SHIFT
+        if first != last or (len(addresses) > 2 and not bool((addresses >> _ZONE_SHIFT == np.uint64(first)).all())):
+            return None
+        return self._arenas[first]
+
+    def window(self, addresses: Words, size: int) -> Bytes | None:
+        """The elements as one writable view, if they are one run."""
+        arena = self._one(addresses)
+        return None if arena is None else arena.window(addresses, size)
+
+    def gather(self, addresses: Words, size: int) -> Bytes:
+        """The bytes of the elements, in order."""
+        arena = self._one(addresses)
+        if arena is not None:
+            return arena.gather(addresses, size)
+        out = np.empty(len(addresses) * size, dtype=np.uint8)
+        rows = out.reshape(-1, size)
+        for zone, here in self._split(addresses):
+            rows[here] = self._arenas[zone].gather(addresses[here], size).reshape(-1, size)
+        return out
+
+    def scatter(self, addresses: Words, size: int, data: Bytes) -> None:
+        """Write the elements, in order."""
+        arena = self._one(addresses)
+        if arena is not None:
+            arena.scatter(addresses, size, data)
+            return
+        rows = data.reshape(-1, size)
+        for zone, here in self._split(addresses):
+            self._arenas[zone].scatter(addresses[here], size, rows[here].reshape(-1))
+
+    def _split(self, addresses: Words) -> list[tuple[int, npt.NDArray[np.bool_]]]:
+        zones = addresses >> _ZONE_SHIFT
+        return [(int(zone), zones == zone) for zone in np.unique(zones)]
+
+
+class _Elements:
+    """Elements of `size` bytes at physical `addresses` (multiples of `size`, which is a power of two up to a page)."""
+
+    def __init__(self, memory: Memory, addresses: Words, size: int) -> None:
+        assert size > 0 and size & size - 1 == 0 and size <= CHUNK_BYTES, f"elements of {size} bytes do not tile a chunk"
+        self._memory = memory
+        self._addresses = addresses
+        self._size = size
+        self.nbytes = len(addresses) * size
+
+    def _slice(self, offset: int, length: int) -> Words:
+        return self._addresses[offset // self._size : (offset + length) // self._size]
+
+
+class ArenaSource(_Elements):
+    """Send elements of memory."""
+
+    def chunk(self, offset: int, length: int) -> Bytes:
+        """See `Source`."""
+        return self._memory.gather(self._slice(offset, length), self._size)
+
+
+class ArenaSink(_Elements):
+    """Fill elements of memory."""
+
+    def landing(self, offset: int, length: int) -> memoryview | None:
+        """See `Sink`."""
+        window = self._memory.window(self._slice(offset, length), self._size)
+        return None if window is None else memoryview(window)
+
+    def put(self, offset: int, data: Bytes) -> None:
+        """See `Sink`."""
+        self._memory.scatter(self._slice(offset, len(data)), self._size, data)
+
+
+class BytesSource:
+    """Send a buffer."""
+
+    def __init__(self, data: Any) -> None:
+        self._view = memoryview(data).cast("B")
+        self.nbytes = self._view.nbytes
+
+    def chunk(self, offset: int, length: int) -> memoryview:
+        """See `Source`."""
+        return self._view[offset : offset + length]
+
+
+class BytesSink:
+    """Fill a writable buffer."""
+
+    def __init__(self, data: Any) -> None:
+        self._view = memoryview(data).cast("B")
+        assert not self._view.readonly, "a sink must be writable"
+        self.nbytes = self._view.nbytes
+
+    def landing(self, offset: int, length: int) -> memoryview | None:
+        """See `Sink`."""
+        return self._view[offset : offset + length]
+
+    def put(self, offset: int, data: Bytes) -> None:
+        """See `Sink`."""
+        self._view[offset : offset + len(data)] = memoryview(data)

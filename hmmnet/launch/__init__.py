@@ -1,0 +1,1 @@
+"""Starting a machine's processes, watching them, and leaving nothing behind: runtime directories, the zygote, the host process."""

@@ -1,0 +1,113 @@
+"""The device processes of one machine: started from the zygote, watched, shown in the machine's record.
+
+What a device's end means for the machine is not decided here: `lost` is told, and the host is told through it that it need not wait a lease.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from hmmnet.errors import HmmnetError
+from hmmnet.topology.model import Topology
+
+from .directory import DeviceRecord, Directory
+from .zygote import GRACE_S, Exited, Told, ZygoteClient
+
+READY_S = 30.0
+"""Real seconds for a device from its fork to its welcome; 64 of them on a busy single core need a few."""
+
+log = logging.getLogger("hmmnet.launch")
+
+
+class Crew:
+    """The devices of `topology`. `changed` is called after every change of a record; `lost` with (name, how) when a device process ended."""
+
+    def __init__(
+        self,
+        topology: Topology,
+        directory: Directory,
+        zygote: ZygoteClient,
+        *,
+        changed: Callable[[], None],
+        lost: Callable[[str, str], None],
+    ) -> None:
+        self.records = {spec.name: DeviceRecord(spec.name, spec.model, spec.memory_bytes) for spec in topology.devices}
+        self.ending = False
+        """Set when the machine is on its way down: from then on a device's end is no loss."""
+        self._directory = directory
+        self._changed = changed
+        self._lost = lost
+        self._ended = {name: trio.Event() for name in self.records}
+        self.zygote = zygote
+
+    async def run(self) -> None:
+        """Hear of the devices' ends, until all of it is over. Raises HmmnetError when the zygote dies before `end`."""
+        await self.zygote.run(self._hear)
+        if not self.ending:
+            for name in self.records:
+                self._end(name, "its zygote is gone")
+            raise HmmnetError(f"the device zygote is gone ({self.zygote.how()}), and every device with it; see the logs in {self._directory.logs}")
+
+    async def start(self, endpoint: str) -> None:
+        """Start every device; each connects to the host's control `endpoint` by itself."""
+        await self.zygote.wait_ready()
+        for name in self.records:
+            await self.zygote.start(name, self.settings(name, endpoint, self._directory.secret_file, self._directory.logs))
+
+    @staticmethod
+    def settings(name: str, endpoint: str, secret_file: Path, log_folder: Path) -> dict[str, Any]:
+        """What a device process is told at its start; the rest comes with the host's welcome."""
+        return {"name": name, "endpoint": endpoint, "secret_file": str(secret_file), "log_folder": str(log_folder)}
+
+    def ready(self, name: str) -> None:
+        """The host has welcomed this device."""
+        record = self.records[name]
+        if record.state == "starting":
+            record.state = "ready"
+            self._changed()
+
+    async def wait_ended(self, name: str) -> str:
+        """Return how a device ended, when it has."""
+        await self._ended[name].wait()
+        return self.records[name].how
+
+    async def kill(self, name: str) -> None:
+        """SIGKILL a device and return when it is gone. Raises HmmnetError for a name that the machine does not have."""
+        if name not in self.records:
+            raise HmmnetError(f'no device is called "{name}"; this machine has {", ".join(self.records)}')
+        await self.zygote.kill(name)
+        await self._ended[name].wait()
+
+    def expect_end(self) -> None:
+        """The host is about to say goodbye to the devices: their ends are no losses any more."""
+        self.ending = True
+
+    async def end(self, grace_s: float = GRACE_S) -> None:
+        """End every device: by itself within the grace (the host said goodbye before), else by force."""
+        self.ending = True
+        await self.zygote.end(grace_s)
+
+    def _hear(self, told: Told) -> None:
+        if told.name not in self.records:
+            log.warning("the zygote told of %s, which this machine does not have", told.name)
+        elif isinstance(told, Exited):
+            self._end(told.name, told.how)
+        else:
+            self.records[told.name].pid = told.pid
+            self._changed()
+
+    def _end(self, name: str, how: str) -> None:
+        record = self.records[name]
+        if record.state == "lost":
+            return
+        record.state, record.how = "lost", how
+        self._ended[name].set()
+        if not self.ending:
+            log.error("device %s is gone: %s", name, how, extra={"fields": {"device": name, "device_pid": record.pid}})
+            self._lost(name, how)
+            self._changed()

@@ -1,0 +1,311 @@
+"""The runtime directory of a machine: who runs it, how to reach it, what it logs.
+
+One folder for each machine below ``$HMMNET_DIR``, else ``$XDG_RUNTIME_DIR/hmmnet``, else ``/tmp/hmmnet-UID``::
+
+    NAME/lock           held (flock) by the launcher as long as it lives: the kernel lets go of it however the launcher dies
+    NAME/machine.json   what runs, as of now; replaced whole, so a reader never sees half of it
+    NAME/secret         what peers must show (0600)
+    NAME/logs/          one file of JSON lines for each process
+    NAME/*              sockets; in a short folder of their own where this one's path is too long for a socket
+
+A folder whose lock nobody holds is *stale*: its machine is gone. A machine that ended well leaves no folder; one that failed leaves its record
+and its logs, until ``hmmnet clean`` or the next ``up`` of that name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import shutil
+import stat
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from hmmnet.errors import HmmnetError
+from hmmnet.wire.secrets import new_secret, read_secret, write_secret
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}\Z")
+SOCKET_PATH_MAX = 107
+"""Bytes in the path of a Unix socket (sun_path, less its final zero)."""
+SOCKET_NAME_MAX = 40
+"""Bytes kept free for a socket's own name and its slash."""
+LOCK_TRIES = 10
+LOCK_PAUSE_S = 0.02
+"""`Directory.alive` takes the lock for an instant, so a launcher that finds it taken looks again before it gives up."""
+
+
+class MachineExists(HmmnetError):
+    """A machine of this name runs already."""
+
+    def __init__(self, name: str, record: MachineRecord | None) -> None:
+        self.name = name
+        self.record = record
+        what = "starts just now" if record is None else f"runs already ({record.topology}, process {record.pid})"
+        super().__init__(
+            f'machine "{name}" {what}: use it with "hmmnet run WORKLOAD --on {name}", end it with "hmmnet down {name}", or start another with "--name OTHER"'
+        )
+
+
+class DeviceRecord(msgspec.Struct):
+    """A device process as `hmmnet ps` shows it. `state` is ``starting``, ``ready`` or ``lost``; `how` says how it was lost."""
+
+    name: str
+    model: str
+    memory_bytes: int
+    pid: int = 0
+    state: str = "starting"
+    how: str = ""
+
+
+class MachineRecord(msgspec.Struct):
+    """What `machine.json` says. `kind` is ``up`` (the command) or ``program`` (embedded); `state` ``starting``, ``running`` or ``failed``."""
+
+    name: str
+    topology: str
+    kind: str
+    pid: int
+    process_started: int
+    """Start time of process `pid` in clock ticks since boot, which tells it from a later process of that number."""
+    started_s: float
+    rate: float = 0.0
+    state: str = "starting"
+    why: str = ""
+    host_pid: int = 0
+    client_endpoint: str = ""
+    sockets: str = ""
+    """Folder of the sockets when it is not the machine's own; goes when the machine does."""
+    devices: list[DeviceRecord] = []
+
+
+def base_directory() -> Path:
+    """Where this user's machines are; made if need be. Raises HmmnetError when the place belongs to somebody else."""
+    given = os.environ.get("HMMNET_DIR")
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    if given:
+        base = Path(given)
+    elif runtime and Path(runtime).is_dir():
+        base = Path(runtime) / "hmmnet"
+    else:
+        base = Path(tempfile.gettempdir()) / f"hmmnet-{os.getuid()}"
+    try:
+        base.mkdir(mode=0o700, parents=True, exist_ok=True)
+        about = base.stat(follow_symlinks=False)
+    except OSError as error:
+        raise HmmnetError(f"{base}: cannot be used for machines: {error.strerror}; set HMMNET_DIR to a folder of your own") from error
+    if not given and (about.st_uid != os.getuid() or not stat.S_ISDIR(about.st_mode)):
+        raise HmmnetError(f"{base}: belongs to somebody else; set HMMNET_DIR to a folder of your own")
+    return base.absolute()
+
+
+def check_name(name: str) -> str:
+    """`name`, if a machine may be called that. Raises HmmnetError."""
+    if NAME.match(name) is None:
+        raise HmmnetError(f"{name!r} cannot name a machine: up to 32 letters, digits, dots, dashes and underscores, beginning with a letter or digit")
+    return name
+
+
+def process_started(pid: int) -> int:
+    """Start time of a process in clock ticks since boot; 0 when there is no such process."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return 0
+    return int(text.rpartition(")")[2].split()[19])
+
+
+def new_record(name: str, topology: str, kind: str) -> MachineRecord:
+    """The record of a machine that this process starts now."""
+    pid = os.getpid()
+    return MachineRecord(name=name, topology=topology, kind=kind, pid=pid, process_started=process_started(pid), started_s=time.time())
+
+
+class Directory:
+    """A machine's folder, from inside (the launcher, which holds its lock) or from outside (everybody else)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.name = path.name
+        self._lock: int | None = None
+        self._said = False
+
+    @property
+    def logs(self) -> Path:
+        """Folder of the log files."""
+        return self.path / "logs"
+
+    @classmethod
+    def named(cls, name: str) -> Directory:
+        """The folder of machine `name`, whether it exists or not."""
+        return cls(base_directory() / check_name(name))
+
+    @classmethod
+    def create(cls, name: str) -> Directory:
+        """Make the folder and hold its lock; what a dead machine of that name left is removed. Raises MachineExists."""
+        directory = cls.named(name)
+        for _ in range(LOCK_TRIES):
+            directory.path.mkdir(mode=0o700, exist_ok=True)
+            if directory._take_lock():
+                break
+            time.sleep(LOCK_PAUSE_S)
+        else:
+            raise MachineExists(name, directory.read())
+        directory._empty()
+        directory.logs.mkdir(mode=0o700)
+        write_secret(directory.secret_file, new_secret())
+        return directory
+
+    def _take_lock(self) -> bool:
+        path = self.path / "lock"
+        try:
+            lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except FileNotFoundError:  # the folder was removed under our hands: made again by the caller
+            return False
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            same = os.stat(path).st_ino == os.fstat(lock).st_ino
+        except OSError:
+            same = False
+        if not same:
+            os.close(lock)
+            return False
+        self._lock = lock
+        return True
+
+    def _empty(self) -> None:
+        record = self.read()
+        if record is not None:
+            _remove_sockets(record)
+        for entry in self.path.iterdir():
+            if entry.name == "lock":
+                continue
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                entry.unlink(missing_ok=True)
+
+    def alive(self) -> bool:
+        """Whether a launcher holds this folder."""
+        if self._lock is not None:
+            return True
+        try:
+            lock = os.open(self.path / "lock", os.O_RDWR | os.O_CLOEXEC)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+        finally:
+            os.close(lock)
+        return False
+
+    def read(self) -> MachineRecord | None:
+        """The record; None when there is none, or none that can be read."""
+        try:
+            return msgspec.json.decode((self.path / "machine.json").read_bytes(), type=MachineRecord)
+        except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+            return None
+
+    def write(self, record: MachineRecord) -> None:
+        """Replace the record. On a full disk the old one stays, which is said once on stderr: the machine is worth more than its record."""
+        new = self.path / "machine.json.new"
+        try:
+            new.write_bytes(msgspec.json.encode(record))
+            new.replace(self.path / "machine.json")
+        except OSError as error:
+            if not self._said:
+                self._said = True
+                print(f"hmmnet: {new}: cannot be written: {error.strerror}; \"hmmnet ps\" will not see what changes", file=sys.stderr)
+
+    @property
+    def secret_file(self) -> Path:
+        """File of what peers must show."""
+        return self.path / "secret"
+
+    def secret(self) -> bytes:
+        """What peers must show. Raises HmmnetError."""
+        return read_secret(self.secret_file)
+
+    def sockets(self) -> Path:
+        """A folder for sockets: this one, or a short one of its own under /tmp that must go with `MachineRecord.sockets`."""
+        if len(os.fsencode(self.path)) + SOCKET_NAME_MAX <= SOCKET_PATH_MAX:
+            return self.path
+        return Path(tempfile.mkdtemp(prefix=f"hmmnet-{self.name[:16]}-", dir="/tmp"))  # noqa: S108 - short on purpose; mkdtemp makes it 0700
+
+    def remove(self) -> None:
+        """Remove the folder and everything in it, and let go of the lock."""
+        record = self.read()
+        if record is not None:
+            _remove_sockets(record)
+        shutil.rmtree(self.path, ignore_errors=True)
+        self.release()
+
+    def release(self) -> None:
+        """Let go of the lock and leave the folder as it is."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def _remove_sockets(record: MachineRecord) -> None:
+    folder = Path(record.sockets)
+    if record.sockets and folder.parent == Path("/tmp") and folder.name.startswith("hmmnet-"):  # noqa: S108 - see Directory.sockets
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def directories() -> Iterator[Directory]:
+    """Every machine's folder, running or stale, by name."""
+    with contextlib.suppress(FileNotFoundError):
+        for path in sorted(base_directory().iterdir()):
+            if path.is_dir() and NAME.match(path.name) and ((path / "lock").exists() or (path / "machine.json").exists()):
+                yield Directory(path)
+
+
+def remove_stale() -> list[str]:
+    """Remove the folders of machines that are gone; their names."""
+    removed = []
+    for directory in directories():
+        if directory._take_lock():
+            directory.remove()
+            removed.append(directory.name)
+    return removed
+
+
+def running_machine(name: str | None) -> Directory:
+    """The folder of the running machine `name`; of the only one, or of "default", when None. Raises HmmnetError."""
+    running = [directory for directory in directories() if directory.alive()]
+    if name is None:
+        return _the_one(running, 'no machine runs; start one with "hmmnet up"')
+    directory = Directory.named(name)
+    if not directory.alive():
+        there = f"running: {', '.join(other.name for other in running)}" if running else f'start it with "hmmnet up --name {name}"'
+        raise HmmnetError(f'no machine "{name}" runs; {there}')
+    return directory
+
+
+def known_machine(name: str | None) -> Directory:
+    """As `running_machine`, for machines that left their logs as well; a running one is preferred when `name` is None."""
+    known = list(directories())
+    if name is None:
+        return _the_one([directory for directory in known if directory.alive()] or known, "there is no machine, and none left its logs")
+    directory = Directory.named(name)
+    if not directory.path.is_dir():
+        there = f"there are: {', '.join(other.name for other in known)}" if known else "there is none"
+        raise HmmnetError(f'there is no machine "{name}"; {there}')
+    return directory
+
+
+def _the_one(candidates: list[Directory], none: str) -> Directory:
+    chosen = [directory for directory in candidates if directory.name == "default"] or candidates
+    if not chosen:
+        raise HmmnetError(none)
+    if len(chosen) > 1:
+        raise HmmnetError(f"several machines are there, say which: {', '.join(directory.name for directory in chosen)}")
+    return chosen[0]

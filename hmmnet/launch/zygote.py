@@ -1,0 +1,146 @@
+"""The launcher's side of the zygote: ask for devices, hear of their ends.
+
+The protocol is written down in `hmmnet.devices.zygote`, which is the other end. One task reads (`run`); everybody else only asks.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import IO, Any
+
+import trio
+
+from hmmnet.errors import HmmnetError
+
+from .processes import child_environment, describe_exit, end_process
+
+READY_S = 20.0
+"""Real seconds for the zygote's imports; a cold disk needs several."""
+GRACE_S = 0.4
+"""Real seconds that devices have to end by themselves before they are killed; Ctrl-C promises to be over within one."""
+READ_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class Started:
+    """A device process was forked."""
+
+    name: str
+    pid: int
+
+
+@dataclass(frozen=True)
+class Exited:
+    """A device process ended; `how` says it in words."""
+
+    name: str
+    pid: int
+    status: int
+    how: str
+
+
+Told = Started | Exited
+
+
+class ZygoteClient:
+    """A running zygote; tests replace its `command`."""
+
+    def __init__(self, command: Sequence[str] | None = None, stderr: IO[bytes] | None = None) -> None:
+        self._ready = trio.Event()
+        self._gone = trio.Event()
+        self._received = b""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self.process = subprocess.Popen(
+                [*(command or (sys.executable, "-m", "hmmnet.devices", "--zygote"))],
+                stdin=theirs,
+                stderr=stderr,
+                env=child_environment(),
+                start_new_session=True,
+            )
+        ours.setblocking(False)
+        self._socket = trio.socket.from_stdlib_socket(ours)
+
+    async def run(self, tell: Callable[[Told], None]) -> None:
+        """Hear what the zygote says until it is gone; `tell` gets every start and end of a device."""
+        try:
+            while True:
+                data = await self._socket.recv(READ_BYTES)
+                if not data:
+                    return
+                *lines, self._received = (self._received + data).split(b"\n")
+                for line in lines:
+                    self._hear(json.loads(line), tell)
+        except (ConnectionError, trio.ClosedResourceError):  # the zygote died, or we ended it
+            return
+        finally:
+            self._gone.set()
+
+    def _hear(self, message: dict[str, Any], tell: Callable[[Told], None]) -> None:
+        if "zygote" in message:
+            self._ready.set()
+        elif "started" in message:
+            tell(Started(message["started"], message["pid"]))
+        elif "exited" in message:
+            tell(Exited(message["exited"], message["pid"], message["status"], describe_exit(message["status"])))
+
+    async def wait_ready(self) -> None:
+        """Return when the imports are done. Raises HmmnetError when the zygote ends before or needs too long."""
+        with trio.move_on_after(READY_S):
+            async with trio.open_nursery() as nursery:
+
+                async def until(event: trio.Event) -> None:
+                    await event.wait()
+                    nursery.cancel_scope.cancel()
+
+                nursery.start_soon(until, self._ready)
+                nursery.start_soon(until, self._gone)
+        if not self._ready.is_set():
+            raise HmmnetError(f"the device zygote did not start ({self.how()}); its message stands above")
+
+    async def start(self, name: str, settings: dict[str, Any]) -> None:
+        """Ask for a device."""
+        await self._send({"start": name, "settings": settings})
+
+    async def kill(self, name: str) -> None:
+        """SIGKILL a device."""
+        await self._send({"kill": name})
+
+    async def _send(self, message: dict[str, Any]) -> None:
+        data = memoryview(json.dumps(message).encode() + b"\n")
+        try:
+            while data:
+                data = data[await self._socket.send(data) :]
+        except ConnectionError as error:
+            raise HmmnetError(f"the device zygote is gone ({self.how()})") from error
+
+    @property
+    def gone(self) -> trio.Event:
+        """Set when the zygote has ended; all devices are dead then."""
+        return self._gone
+
+    def how(self) -> str:
+        """How the zygote is or ended, in words."""
+        status = self.process.poll()
+        return "it still runs" if status is None else describe_exit(status)
+
+    async def end(self, grace_s: float = GRACE_S) -> None:
+        """Let the devices end by themselves for `grace_s`, kill the others, and return when all are gone. `run` may be over by then."""
+        with trio.CancelScope(shield=True):
+            if self.process.poll() is None and not self._gone.is_set():
+                with trio.move_on_after(grace_s):
+                    await self._end_politely(grace_s)
+            self._socket.close()
+            await end_process(self.process, grace_s)
+
+    async def _end_politely(self, grace_s: float) -> None:
+        try:
+            await self._send({"end": grace_s})
+        except HmmnetError:
+            return
+        await self._gone.wait()

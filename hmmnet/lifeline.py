@@ -1,0 +1,24 @@
+"""What ties a process to the one that started it: when the starter dies, however it dies, so does this one.
+
+Two ties, because each alone has a hole. The kernel's (`PR_SET_PDEATHSIG`) acts at once, also on a process that hangs, but knows only the
+*thread* that started us, and is lost across a set-user-id program. The pipe on stdin (end of file means: the starter is gone) needs a
+process that reads, but works whoever started it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+
+PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent(parent_pid: int | None = None, signal_number: int = signal.SIGKILL) -> None:
+    """Ask the kernel to send this process `signal_number` when its parent (the thread that forked it) ends; to be called from the main thread.
+
+    `parent_pid` is who the parent should be: if it is gone already, this process ends here. None takes whoever it is now.
+    """
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal_number, 0, 0, 0)
+    if parent_pid is not None and os.getppid() != parent_pid:
+        os._exit(1)

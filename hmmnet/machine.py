@@ -1,0 +1,262 @@
+"""``hmmnet.launch``: a machine for the calling program, with the host inside it and real device processes.
+
+The host (page tables, hub, migrations) runs as tasks of the caller's own trio run, so a program's accesses cost no message; each device is
+a process. The machine shows in ``hmmnet ps`` like any other, logs into its runtime directory, and is gone when the block is left, whatever
+ends it: return, exception, cancellation, Ctrl-C, or the program's death.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Protocol
+
+import trio
+
+from hmmnet.errors import HmmnetError
+from hmmnet.fabric.clock import EmulatedClock
+from hmmnet.launch.crew import READY_S, Crew
+from hmmnet.launch.directory import DeviceRecord, Directory, MachineRecord, new_record
+from hmmnet.launch.processes import raise_file_limit
+from hmmnet.launch.zygote import ZygoteClient
+from hmmnet.observe.logs import log_to, stop_logging
+from hmmnet.program import Process
+from hmmnet.topology.load import load
+from hmmnet.topology.model import Topology
+from hmmnet.wire.transport import Transport
+from hmmnet.wire.zmq_transport import ZmqTransport
+
+from .blocking import Blocking, BlockingMachine, only_error
+from .launch.rate import Rate, emulated_rate
+
+HOST = "modelled"
+"""The address-space provider; its class is found through the entry point group ``hmmnet.host``."""
+
+log = logging.getLogger("hmmnet.launch")
+_numbers = itertools.count(1)
+
+
+class Host(Protocol):
+    """What is used of `hmmnet.host.service.Host`."""
+
+    control_endpoint: str
+    client_endpoint: str
+
+    def running(self) -> AbstractAsyncContextManager[Any]:
+        """Serve while the block runs; devices are told goodbye at its end."""
+        ...
+
+    async def device_ready(self, name: str) -> Any:
+        """Return when the device called `name` is welcomed and serves."""
+        ...
+
+    def device_exited(self, name: str, how: str) -> None:
+        """The device's process is gone: no lease needs to be waited out."""
+        ...
+
+    async def create_process(self) -> Process:
+        """A new, empty process."""
+        ...
+
+    async def report(self) -> dict[str, Any]:
+        """What the run did so far."""
+        ...
+
+
+class LaunchedMachine:
+    """A running machine; see `hmmnet.program.Machine`."""
+
+    def __init__(self, name: str, topology: Topology, host: Host, crew: Crew, clock: EmulatedClock, directory: Directory) -> None:
+        self.name = name
+        self.topology = topology
+        self.host = host
+        self.directory = directory
+        self._crew = crew
+        self._clock = clock
+
+    @property
+    def device_names(self) -> tuple[str, ...]:
+        """The devices of the topology, in its order."""
+        return self.topology.device_names
+
+    @property
+    def devices(self) -> tuple[DeviceRecord, ...]:
+        """The device processes: name, model, pid, state."""
+        return tuple(self._crew.records.values())
+
+    @property
+    def rate(self) -> float:
+        """Emulated seconds for each real second."""
+        return self._clock.rate
+
+    def emulated_s(self) -> float:
+        """The machine's clock, in emulated seconds."""
+        return self._clock.now()
+
+    async def create_process(self) -> Process:
+        """A new, empty process."""
+        return await self.host.create_process()
+
+    async def process(self) -> Process:
+        """The same as `create_process`, for short programs."""
+        return await self.host.create_process()
+
+    async def report(self) -> dict[str, Any]:
+        """Per link asked, reached and whether the emulation kept up; counters of the profile; devices."""
+        return await self.host.report()
+
+    async def kill_device(self, name: str) -> None:
+        """``kill -9`` of a device process; returns when it is gone and the host knows."""
+        await self._crew.kill(name)
+
+
+async def start_devices(host: Host, crew: Crew) -> None:
+    """Start every device and return when the host has welcomed all. Raises HmmnetError naming those that did not come."""
+    await crew.start(host.control_endpoint)
+
+    async def one(name: str) -> None:
+        await host.device_ready(name)
+        crew.ready(name)
+
+    async def until_ended(name: str) -> None:
+        how = await crew.wait_ended(name)
+        raise HmmnetError(f"device {name} {how} before it was ready; its log: hmmnet logs, or its message above")
+
+    with trio.move_on_after(READY_S) as limit:
+        async with trio.open_nursery() as watch:
+            for name in crew.records:
+                watch.start_soon(until_ended, name)
+            async with trio.open_nursery() as nursery:
+                for name in crew.records:
+                    nursery.start_soon(one, name)
+            watch.cancel_scope.cancel()
+    if limit.cancelled_caught:
+        missing = [name for name, record in crew.records.items() if record.state != "ready"]
+        raise HmmnetError(f"{len(missing)} of {len(crew.records)} devices did not come within {READY_S:g} s: {', '.join(missing[:8])}")
+
+
+def host_class(provider: str = HOST) -> Any:
+    """The host's class, by entry point. Raises HmmnetError."""
+    for entry in entry_points(group="hmmnet.host", name=provider):
+        return entry.load()
+    raise HmmnetError(f'no host "{provider}" is installed; install hmmnet itself ("pip install ." or "pip install -e ." in its folder)')
+
+
+@asynccontextmanager
+async def machine_directory(record: MachineRecord) -> AsyncIterator[Directory]:
+    """Hold the runtime directory while the block runs; it goes at the end, whatever ended it. Raises MachineExists."""
+    directory = Directory.create(record.name)
+    try:
+        sockets = directory.sockets()
+        record.sockets = "" if sockets == directory.path else str(sockets)
+        directory.write(record)
+        yield directory
+    finally:
+        directory.remove()
+
+
+@asynccontextmanager
+async def embedded(topology: Topology, name: str, rate: Rate, transport: Literal["ipc", "tcp"]) -> AsyncIterator[LaunchedMachine]:
+    """Run a machine with the host in this trio run."""
+    raise_file_limit()
+    record = new_record(name, topology, "program")
+    async with AsyncExitStack() as stack:
+        directory = await stack.enter_async_context(machine_directory(record))
+        stack.callback(stop_logging, log_to(directory.logs, "host"))
+
+        def save() -> None:
+            directory.write(record)
+
+        def lost(device: str, how: str) -> None:
+            host.device_exited(device, how)
+
+        crew = Crew(topology, directory, ZygoteClient(), changed=save, lost=lost)
+        record.devices = list(crew.records.values())
+        nursery = await stack.enter_async_context(trio.open_nursery())
+        stack.callback(nursery.cancel_scope.cancel)
+        stack.push_async_callback(crew.end)
+        nursery.start_soon(crew.run)
+        clock = EmulatedClock()
+        wire: Transport = stack.enter_context(ZmqTransport())
+        clock.set_rate(await emulated_rate(rate, topology, directory.path.parent))
+        host: Host = host_class()(topology, wire, Path(record.sockets or directory.path), directory.secret(), clock, name)
+        await stack.enter_async_context(host.running())
+        stack.callback(crew.expect_end)
+        await start_devices(host, crew)
+        record.rate, record.state, record.client_endpoint = clock.rate, "running", host.client_endpoint
+        save()
+        yield LaunchedMachine(name, topology, host, crew, clock, directory)
+
+
+class Launch:
+    """What `launch` returns: enter it with ``async with`` (in trio) or ``with`` (anywhere else)."""
+
+    def __init__(self, topology: Topology, name: str | None, rate: Rate, transport: Literal["ipc", "tcp"]) -> None:
+        self._topology = topology
+        self._name = name
+        self._rate = rate
+        self._transport = transport
+        self._inside: AbstractAsyncContextManager[LaunchedMachine] | None = None
+        self._blocking: Blocking[LaunchedMachine] | None = None
+
+    async def __aenter__(self) -> LaunchedMachine:
+        assert self._inside is None, "a launch is entered once"
+        name = self._name or f"{self._topology.name[:16]}-{os.getpid()}-{next(_numbers)}"
+        self._inside = embedded(self._topology, name, self._rate, self._transport)
+        with only_error():
+            return await self._inside.__aenter__()
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool | None:
+        assert self._inside is not None
+        with only_error(error):
+            return await self._inside.__aexit__(kind, error, trace)
+        return None
+
+    def __enter__(self) -> LaunchedBlockingMachine:
+        self._blocking = Blocking(lambda: Launch(self._topology, self._name, self._rate, self._transport))
+        return LaunchedBlockingMachine(self._blocking.start(), self._blocking)
+
+    def __exit__(self, *error: object) -> None:
+        assert self._blocking is not None
+        self._blocking.stop()
+
+
+class LaunchedBlockingMachine(BlockingMachine):
+    """A launched machine for programs without trio."""
+
+    def __init__(self, machine: LaunchedMachine, loop: Blocking[LaunchedMachine]) -> None:
+        super().__init__(machine, loop)
+        self._launched = machine
+        self.name = machine.name
+        self.topology = machine.topology
+
+    @property
+    def devices(self) -> tuple[DeviceRecord, ...]:
+        """See `LaunchedMachine.devices`."""
+        return self._launched.devices
+
+    def kill_device(self, name: str) -> None:
+        """See `LaunchedMachine.kill_device`."""
+        self._loop.call(self._launched.kill_device, name)
+
+
+def launch(
+    topology: str | Path | Topology = "two-gpus",
+    *,
+    name: str | None = None,
+    rate: Rate = "auto",
+    transport: Literal["ipc", "tcp"] = "ipc",
+) -> Launch:
+    """Start a machine for this program: ``async with hmmnet.launch(...) as machine`` under trio, ``with ...`` in scripts and notebooks.
+
+    `topology` is a preset's name, a TOML file or a `Topology`. `rate` is how many emulated seconds a real one has; ``auto`` measures what this
+    computer moves and slows the emulated clock so that the links hold. `name` is how ``hmmnet ps`` shows it. Raises
+    TopologyError here; entering raises MachineExists when `name` is taken, and HmmnetError when a device does not start.
+    """
+    return Launch(topology if isinstance(topology, Topology) else load(topology), name, rate, transport)

@@ -1,0 +1,148 @@
+"""Structured logs: one JSON object a line, one file a process, written so that a full disk cannot stop a machine.
+
+Everybody logs through the standard `logging` (``logging.getLogger("hmmnet.ROOM")``); ``extra={"fields": {...}}`` adds figures by name. A line holds
+``time_s`` (Unix time), ``process``, ``pid``, ``level``, ``logger``, ``text``, the fields, and ``traceback`` where there is one.
+
+What cannot be written is dropped: the first failure is said on stderr, once, with its cause; the next line that can be written says how many
+were lost. A file has a limit; past it, it becomes the ``.old`` one and a new one begins, so that a process holds at most twice the limit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+LOG_BYTES_MAX = 16 << 20
+"""Enough for a day of a talkative process; two files of it for each of 64 devices still fit a small disk."""
+TEXT_MAX = 16 << 10
+"""Characters of one text or traceback; longer ones are cut."""
+SUFFIX = ".jsonl"
+ROOT = "hmmnet"
+
+
+class JsonLines(logging.Handler):
+    """Appends records to a file; never raises and never stops the process for what it cannot write."""
+
+    def __init__(self, path: Path, process: str) -> None:
+        super().__init__()
+        self.path = path
+        self.lost = 0
+        self._process = process
+        self._said = False
+        self._file: int | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """See `logging.Handler.emit`."""
+        try:
+            line = self._line(record)
+        except Exception as error:  # noqa: BLE001 - a text that cannot be formatted is a bug of the caller; it is logged instead of the text
+            line = self._encode(
+                {"time_s": record.created, "level": "ERROR", "logger": record.name, "text": f"log text {record.msg!r} of {record.pathname}:{record.lineno}: {error!r}"}
+            )
+        try:
+            self._write(line)
+        except OSError as error:
+            self._fail(error)
+
+    def _line(self, record: logging.LogRecord) -> bytes:
+        entry: dict[str, Any] = {
+            "time_s": round(record.created, 6),
+            "level": record.levelname,
+            "logger": record.name,
+            "text": record.getMessage()[:TEXT_MAX],
+        }
+        fields = getattr(record, "fields", None)
+        if isinstance(fields, Mapping):
+            entry.update({name: value for name, value in fields.items() if name not in entry})
+        if record.exc_info and record.exc_info[0] is not None:
+            entry["traceback"] = logging.Formatter().formatException(record.exc_info)[-TEXT_MAX:]
+        return self._encode(entry)
+
+    def _encode(self, entry: Mapping[str, Any]) -> bytes:
+        whole = {"time_s": entry["time_s"], "process": self._process, "pid": os.getpid(), **entry}
+        return json.dumps(whole, default=str, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+
+    def _write(self, line: bytes) -> None:
+        if self._file is None:
+            self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        elif os.fstat(self._file).st_size + len(line) > LOG_BYTES_MAX:
+            os.close(self._file)
+            self._file = None
+            self.path.replace(self.path.with_suffix(self.path.suffix + ".old"))
+            self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        if self.lost:
+            lost, self.lost = self.lost, 0
+            try:
+                self._put(self._encode({"time_s": time.time(), "level": "WARNING", "logger": __name__, "text": f"{lost} lines were lost: they could not be written"}))
+            except OSError:
+                self.lost = lost
+                raise
+        self._put(line)
+
+    def _put(self, line: bytes) -> None:
+        assert self._file is not None
+        written = os.write(self._file, line)
+        if written < len(line):  # cut by a full disk: end the line if that is possible, and count it as lost
+            os.write(self._file, b"\n")
+
+    def _fail(self, error: OSError) -> None:
+        self.lost += 1
+        if not self._said:
+            self._said = True
+            with contextlib.suppress(OSError, ValueError):
+                print(f"hmmnet: {self._process}: the log cannot be written: {self.path}: {error.strerror}; the machine goes on without", file=sys.stderr)
+
+    def close(self) -> None:
+        """See `logging.Handler.close`."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+        super().close()
+
+
+def log_to(folder: Path, process: str, level: int = logging.INFO) -> JsonLines:
+    """Send this process's ``hmmnet`` logs to ``folder/PROCESS.jsonl``; the handler, to be taken off again with `stop_logging`."""
+    handler = JsonLines(folder / (process + SUFFIX), process)
+    logger = logging.getLogger(ROOT)
+    logger.addHandler(handler)
+    logger.setLevel(min(level, logger.level) if logger.level else level)
+    logger.propagate = False
+    return handler
+
+
+def stop_logging(handler: JsonLines) -> None:
+    """Take a handler of `log_to` off."""
+    logger = logging.getLogger(ROOT)
+    logger.removeHandler(handler)
+    handler.close()
+    if not logger.handlers:
+        logger.propagate = True
+
+
+def _time_of_day(time_s: float) -> str:
+    return time.strftime("%H:%M:%S", time.localtime(time_s)) + f".{int(time_s * 1000) % 1000:03d}"
+
+
+def readable(line: str) -> str:
+    """A log line as a person reads it; a line that is no JSON object comes as it is."""
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return line.rstrip("\n")
+    if not isinstance(entry, dict):
+        return line.rstrip("\n")
+    known = {"time_s", "process", "pid", "level", "logger", "text", "traceback"}
+    fields = " ".join(f"{name}={value}" for name, value in entry.items() if name not in known)
+    level = str(entry.get("level", "")).lower()
+    head = f"{_time_of_day(float(entry.get('time_s', 0)))}  {entry.get('process', '?'):<8}  {level:<7}  {entry.get('text', '')}"
+    if fields:
+        head += f"  [{fields}]"
+    trace = entry.get("traceback")
+    return head if not trace else head + "\n" + "\n".join("    " + row for row in str(trace).splitlines())

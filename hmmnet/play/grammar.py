@@ -1,0 +1,190 @@
+"""What may stand in an operation's line, taken from its usage text.
+
+An operation registers itself with the usage that SYNTAX shows, ``dwrite D R p n val``; each word of the usage names a kind of argument and
+so is also its parser and the text of its complaints. A word in brackets may be left out, an ``n`` in brackets counts as 1.
+
+Two kinds of failure are kept apart. A line that the syntax does not know is a mistake of the script (`ScriptError`). A line that the
+syntax knows and this player does not (an operation or a mapping option still to be built) is *unsupported*: the script is played up to
+there, and the word is counted.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .script import Operation, Script, ScriptError
+
+PAGES_MAX = 16384
+"""Limit of the syntax for one operation."""
+PROTECTIONS = ("rw", "r", "rx", "w", "none")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+ADVICE = _names(
+    """
+    NORMAL RANDOM SEQUENTIAL WILLNEED DONTNEED FREE REMOVE DONTFORK DOFORK MERGEABLE UNMERGEABLE HUGEPAGE NOHUGEPAGE WIPEONFORK KEEPONFORK
+    COLD PAGEOUT POPULATE_READ POPULATE_WRITE DONTNEED_LOCKED COLLAPSE
+    """
+)
+SYNTAX_OPERATIONS = _names(
+    """
+    mmap hole mmapdev munmap mprotect mremap grow madvise mlock munlock memfd ffill fsum fpunch ftrunc uffd
+    write read fill sum pte fork exit
+    open close dread dwrite todev tosys snap excl chkex release pin unpin pinread gup pup getref putref
+    """
+)
+"""Every operation that the trace syntax has, built or not."""
+MAPPING_OPTIONS = frozenset({"shared", "file", "off", "thp", "hugetlb", "populate"})
+BINDS: Mapping[str, int] = {"mmap": 1, "hole": 1, "mmapdev": 1, "open": 1, "memfd": 1, "mremap": 5}
+"""Operations that give a name to something, and which word the name is."""
+
+
+class BadArgumentError(Exception):
+    """A word does not fit; the text is the cause and the mend."""
+
+
+@dataclass(frozen=True)
+class Unsupported:
+    """An operation of the syntax that this player cannot do; `what` names it for counting."""
+
+    what: str
+
+
+def _number(word: str) -> int:
+    try:
+        value = int(word, 0)
+    except ValueError:
+        raise BadArgumentError(f"{word!r} is no number; decimal or 0x hex is wanted") from None
+    if value < 0:
+        raise BadArgumentError(f"{word!r} is negative")
+    return value
+
+
+def _bounded(limit: int, what: str) -> Callable[[str], int]:
+    def parse(word: str) -> int:
+        value = _number(word)
+        if value > limit:
+            raise BadArgumentError(f"{word!r}: {what} (at most {limit})")
+        return value
+
+    return parse
+
+
+def _one_of(choices: tuple[str, ...], what: str) -> Callable[[str], str]:
+    def parse(word: str) -> str:
+        if word not in choices:
+            raise BadArgumentError(f"{word!r} is no {what}{suggestion(word, choices)}; one of {' '.join(choices)}")
+        return word
+
+    return parse
+
+
+def suggestion(word: str, choices: Iterable[str]) -> str:
+    """``; did you mean "x"`` when one of `choices` is close to `word`, else nothing."""
+    close = difflib.get_close_matches(word, sorted(choices), n=1)
+    return f'; did you mean "{close[0]}"' if close else ""
+
+
+PARSERS: Mapping[str, Callable[[str], Any]] = {
+    "NAME": str,
+    "R": str,
+    "D": str,
+    "p": _bounded(1 << 20, "a page beyond any region"),
+    "n": _bounded(PAGES_MAX, "too many pages for one operation"),
+    "m": _bounded(PAGES_MAX, "too many pages for one region"),
+    "off": _bounded(4095, "an offset inside a page"),
+    "val": _bounded(255, "one byte"),
+    "unit": _number,
+    "PROT": _one_of(PROTECTIONS, "protection"),
+    "ADVICE": _one_of(ADVICE, "advice"),
+}
+DEFAULTS: Mapping[str, Any] = {"n": 1, "PROT": "rw"}
+KINDS: Mapping[str, str] = {"R": "region", "D": "device"}
+
+
+@dataclass(frozen=True)
+class Usage:
+    """The form of one operation: its name and the kinds of its arguments."""
+
+    name: str
+    kinds: tuple[str, ...]
+
+    @classmethod
+    def of(cls, text: str) -> Usage:
+        """Read a usage such as ``mmap NAME n [PROT]``."""
+        name, *kinds = text.split()
+        assert all(kind.strip("[]") in PARSERS for kind in kinds), f"unknown kind of argument in usage {text!r}"
+        return cls(name, tuple(kinds))
+
+    def __str__(self) -> str:
+        return " ".join((self.name, *self.kinds))
+
+    def parse(self, words: tuple[str, ...]) -> tuple[Any, ...] | Unsupported:
+        """The arguments in `words` (without the operation's name). Raises BadArgumentError."""
+        if self.name == "mmap":
+            for word in words[2:]:
+                if word.partition("=")[0] in MAPPING_OPTIONS:
+                    return Unsupported(f"mmap {word.partition('=')[0]}")
+        if len(words) > len(self.kinds):
+            raise BadArgumentError(f"{words[len(self.kinds)]!r} is one word too many")
+        values: list[Any] = []
+        for i, kind in enumerate(self.kinds):
+            plain = kind.strip("[]")
+            if i < len(words):
+                values.append(PARSERS[plain](words[i]))
+            elif kind.startswith("["):
+                values.append(DEFAULTS[plain])
+            else:
+                raise BadArgumentError(f"argument {plain} is missing")
+        return tuple(values)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A parsed operation: how to do it, or why it cannot be done."""
+
+    operation: Operation
+    arguments: tuple[Any, ...] | Unsupported
+
+
+def parse_steps(script: Script, usages: Mapping[str, Usage]) -> list[Step]:
+    """Every operation of `script`, parsed by the usages of those that are built. Raises ScriptError for a line the syntax does not have."""
+    steps: list[Step] = []
+    names: dict[str, set[str]] = {"R": set(), "D": set()}
+    for operation in script.operations:
+        try:
+            steps.append(Step(operation, _parse(operation, usages, names)))
+        except BadArgumentError as error:
+            usage = usages.get(operation.words[0])
+            form = f"; usage: {usage}" if usage else ""
+            where = f"script {script.name!r}, {operation.text!r}"
+            raise ScriptError(script.path, operation.file_line, f"{where}: {error}{form}") from None
+        _bind(operation, names)
+    return steps
+
+
+def _parse(operation: Operation, usages: Mapping[str, Usage], names: Mapping[str, set[str]]) -> tuple[Any, ...] | Unsupported:
+    name = operation.words[0]
+    usage = usages.get(name)
+    if usage is None:
+        if name not in SYNTAX_OPERATIONS:
+            raise BadArgumentError(f"unknown operation {name!r}{suggestion(name, SYNTAX_OPERATIONS)}")
+        return Unsupported(name)
+    arguments = usage.parse(operation.words[1:])
+    if not isinstance(arguments, Unsupported):
+        for kind, value in zip(usage.kinds, arguments, strict=True):
+            if kind in KINDS and value not in names[kind]:
+                raise BadArgumentError(f"no {KINDS[kind]} is called {value!r}{suggestion(value, names[kind])} at this line")
+    return arguments
+
+
+def _bind(operation: Operation, names: Mapping[str, set[str]]) -> None:
+    position = BINDS.get(operation.words[0])
+    if position is not None and position < len(operation.words):
+        names["D" if operation.words[0] == "open" else "R"].add(operation.words[position])

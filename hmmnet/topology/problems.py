@@ -1,0 +1,55 @@
+"""One mistake in a topology: where it stands, what is wrong, how to mend it; and the guess what was meant."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+CLOSE_ENOUGH = 0.6
+"""Similarity from which a name is offered as what was meant: "latancy" for "latency", not "bandwidth"."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A mistake. `line` counts from 1, 0 when it belongs to no line; `place` names the thing (``device "gpu0"``), `field` its key."""
+
+    file: str
+    line: int
+    place: str
+    field: str
+    cause: str
+    mend: str = ""
+
+    def __str__(self) -> str:
+        where = f"{self.file}:{self.line}" if self.line else self.file
+        text = ": ".join(part for part in (where, self.place, self.field, self.cause) if part)
+        return f"{text}; {self.mend}" if self.mend else text
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "file": self.file,
+            "line": self.line,
+            "place": self.place,
+            "field": self.field,
+            "cause": self.cause,
+            "mend": self.mend,
+        }
+
+
+def closest(word: str, known: Iterable[str]) -> str | None:
+    """What `word` was probably meant to be, or None."""
+    names = list(known)
+    by_fold = {name.casefold(): name for name in names}
+    if word.casefold() in by_fold:
+        return by_fold[word.casefold()]
+    found = difflib.get_close_matches(word, names, n=1, cutoff=CLOSE_ENOUGH)
+    return found[0] if found else None
+
+
+def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:
+    """``did you mean "..."?``, or `otherwise` when nothing is close."""
+    guess = closest(word, known)
+    return f'did you mean "{guess}"?' if guess is not None else otherwise

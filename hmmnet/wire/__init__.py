@@ -1,0 +1,1 @@
+"""Messages between processes: the trio-ZeroMQ bridge, transports, the codec and sessions."""

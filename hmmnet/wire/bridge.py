@@ -1,0 +1,273 @@
+"""A ZeroMQ socket that trio tasks can wait on.
+
+libzmq offers one file descriptor for a socket. It is *edge-triggered*: it becomes readable when something may have changed, in either
+direction, and any call on the socket may swallow that edge. Five rules follow, each with a failing case behind it:
+
+1. Try first. Wait on the descriptor only when libzmq has nothing for us *and* `EVENTS` was read since: reading it drains the socket's
+   mailbox, and only a drained mailbox signals again. (`EVENTS` alone answers as well, at half the price of a raised `zmq.Again`: a direction
+   that had to wait the last time asks it first.)
+2. One waiter on the descriptor: trio allows one reader for each. Others park. Whoever leaves the descriptor hands it on.
+3. Every call on the socket can eat the edge that somebody waits for. So nobody else holds the socket; every call goes through `Bridge`,
+   which reads `EVENTS` afterwards when there are waiters and wakes the one whose turn it is. The waiter on the descriptor itself
+   is woken with trio's `notify_closing`, which costs nothing until it is needed (a cancel scope for each wait would).
+4. Cancel safety: a cancelled call has had no effect. Checkpoints stand before the operation, none after it.
+5. A task that never has to wait still yields: every `IMMEDIATE_MAX` small messages, every message of `BULK_BYTES` or more.
+
+Measured on two cores: round trip at 0.8 to 0.9 of raw blocking pyzmq, frames of 1 MiB as fast as raw, ahead of `zmq.asyncio` in both.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import trio
+import zmq
+from trio.lowlevel import ParkingLot, checkpoint, checkpoint_if_cancelled, notify_closing, wait_readable
+
+from .transport import Buffer
+
+IMMEDIATE_MAX = 16
+"""Messages in a row without a yield: enough to hide the yield's price, few enough that other tasks do not notice."""
+BULK_BYTES = 64 * 1024
+"""From here on a payload is worth a yield of its own, and worth sending without a copy (pyzmq copies smaller ones anyway)."""
+
+_POLLIN = int(zmq.POLLIN)
+_POLLOUT = int(zmq.POLLOUT)
+_NOBLOCK = int(zmq.NOBLOCK)
+_SEND_FIRST = int(zmq.NOBLOCK | zmq.SNDMORE)
+_EVENTS = zmq.EVENTS
+_RCVMORE = zmq.RCVMORE
+
+
+class Bridge:
+    """Wraps `socket`, which nobody else may use from then on, not even to read an option.
+
+    Several tasks may send and receive at once. Messages are lists of parts. Raises `trio.ClosedResourceError` once closed.
+    """
+
+    def __init__(self, socket: zmq.Socket[bytes]) -> None:
+        self._socket = socket
+        self._descriptor = int(socket.getsockopt(zmq.FD))
+        plain: Any = super(zmq.Socket, socket)  # the extension's own methods: pyzmq's Python layer over them costs as much as they do
+        self._send_part: Callable[..., Any] = plain.send
+        self._receive_part: Callable[..., bytes] = plain.recv
+        self._receive_part_into: Callable[..., int] = plain.recv_into
+        self._get: Callable[[int], Any] = plain.get
+        self._set: Callable[[int, Any], None] = plain.set
+        self._receivers = ParkingLot()
+        self._senders = ParkingLot()
+        self._leading = 0
+        """What the waiter on the descriptor waits for: POLLIN, POLLOUT, or 0 when there is none."""
+        self._turn = 0
+        """Counts the waiters that the descriptor has had, so that one who comes back late does not strike out his successor."""
+        self._parked = 0
+        self._receive_waited = False
+        self._received = 0
+        self._sent = 0
+        self._closed = False
+
+    # --- sending ---------------------------------------------------------------------------------------------------------------------
+
+    def send_nowait(self, parts: Sequence[Buffer], copy: bool = True) -> None:
+        """Queue a message. With ``copy=False`` large parts stay pinned: they must not change until the peer has said that it has them.
+
+        Raises `trio.WouldBlock` when the queue is full, `trio.BrokenResourceError` when a router does not know the peer.
+        """
+        try:
+            self._send(parts, copy)
+        except zmq.Again:
+            raise trio.WouldBlock from None
+        finally:
+            if self._leading or self._parked:
+                self._settle()
+
+    async def send(self, parts: Sequence[Buffer], copy: bool = True) -> None:
+        """As `send_nowait`, and wait while the queue is full."""
+        self._sent += 1
+        if self._sent >= IMMEDIATE_MAX or len(parts[-1]) >= BULK_BYTES:
+            self._sent = 0
+            await checkpoint()
+        else:
+            await checkpoint_if_cancelled()
+        try:
+            while True:
+                try:
+                    return self._send(parts, copy)
+                except zmq.Again:
+                    await self._wait(_POLLOUT)
+        finally:
+            if self._leading or self._parked:
+                self._settle()
+
+    def _send(self, parts: Sequence[Buffer], copy: bool) -> None:
+        try:
+            if len(parts) > 1:
+                for part in parts[:-1]:
+                    self._send_part(part, _SEND_FIRST, copy)
+            self._send_part(parts[-1], _NOBLOCK, copy)
+        except zmq.ZMQError as failure:
+            if failure.errno == errno.EHOSTUNREACH:
+                raise trio.BrokenResourceError("no such peer at this router") from failure
+            raise
+
+    # --- receiving -------------------------------------------------------------------------------------------------------------------
+
+    def recv_nowait(self) -> list[bytes]:
+        """All parts of the next message. Raises `trio.WouldBlock` when there is none."""
+        return [self.recv_first_nowait(), *self.take_rest()]
+
+    async def recv(self) -> list[bytes]:
+        """All parts of the next message."""
+        return [await self.recv_first(), *self.take_rest()]
+
+    def recv_first_nowait(self) -> bytes:
+        """The first part of the next message; the others wait in the socket and must be taken, at once, while `more` is true."""
+        try:
+            return self._receive_part(_NOBLOCK)
+        except zmq.Again:
+            raise trio.WouldBlock from None
+        finally:
+            if self._leading or self._parked:
+                self._settle()
+
+    async def recv_first(self) -> bytes:
+        """As `recv_first_nowait`, and wait for a message. No checkpoint follows the receipt, so the other parts can be taken."""
+        self._received += 1
+        if self._received >= IMMEDIATE_MAX:
+            self._received = 0
+            await checkpoint()
+        elif not self._receive_waited:
+            await checkpoint_if_cancelled()
+        try:
+            if self._receive_waited:  # there was nothing the last time, so ask first; waiting is a checkpoint
+                self._receive_waited = False
+                if self._get(_EVENTS) & _POLLIN:
+                    await checkpoint_if_cancelled()
+                else:
+                    await self._wait_turn(_POLLIN)
+            while True:
+                try:
+                    return self._receive_part(_NOBLOCK)
+                except zmq.Again:
+                    await self._wait(_POLLIN)
+        finally:
+            if self._leading or self._parked:
+                self._settle()
+
+    @property
+    def more(self) -> bool:
+        """Whether parts of the message begun last still wait to be taken."""
+        return bool(self._get(_RCVMORE))
+
+    def take(self) -> bytes:
+        """The next waiting part of the message begun last; only while `more` is true."""
+        part = self._receive_part(_NOBLOCK)
+        self._taken(len(part))
+        return part
+
+    def take_into(self, view: memoryview) -> int:
+        """As `take`, landing in `view`. Returns the part's full length: what did not fit is lost, so compare it with ``len(view)``."""
+        length = self._receive_part_into(view, flags=_NOBLOCK)
+        self._taken(length)
+        return length
+
+    def take_rest(self) -> list[bytes]:
+        """All waiting parts of the message begun last; none is fine."""
+        parts = []
+        while self.more:
+            parts.append(self.take())
+        return parts
+
+    def _taken(self, length: int) -> None:
+        if length >= BULK_BYTES:
+            self._received = IMMEDIATE_MAX
+        if self._leading or self._parked:
+            self._settle()
+
+    # --- waiting ---------------------------------------------------------------------------------------------------------------------
+
+    def _settle(self) -> None:
+        """Rule 3, after any call on the socket: wake those whose direction is ready, and somebody to wait on the descriptor if nobody does."""
+        if self._closed:
+            return
+        events = self._get(_EVENTS)
+        if events & self._leading:
+            self._leading = 0
+            notify_closing(self._descriptor)
+        elif self._parked:
+            if events & _POLLIN or not self._leading:
+                self._receivers.unpark()
+            if events & _POLLOUT or not self._leading:
+                self._senders.unpark()
+
+    async def _wait(self, direction: int) -> None:
+        """After `Again`: return when `direction` may be ready, for the caller to try once more."""
+        if self._get(_EVENTS) & direction:
+            await checkpoint()
+        else:
+            await self._wait_turn(direction)
+
+    async def _wait_turn(self, direction: int) -> None:
+        """Wait on the descriptor, or park while another task does. `EVENTS` has just been read and had nothing for `direction`.
+
+        The caller goes on to try, and to `_settle` in any case: that is where the descriptor is handed on.
+        """
+        if direction == _POLLIN:
+            self._receive_waited = True
+        if self._leading:
+            self._parked += 1
+            try:
+                await (self._receivers if direction == _POLLIN else self._senders).park()
+            finally:
+                self._parked -= 1
+            return
+        self._leading = direction
+        self._turn = turn = self._turn + 1
+        try:
+            await wait_readable(self._descriptor)
+        except trio.ClosedResourceError:
+            if self._closed:
+                raise
+            # else `_settle` has seen our direction ready and taken the lead from us; somebody else may lead by now
+        finally:
+            if self._turn == turn:
+                self._leading = 0
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
+
+    # --- options and end -------------------------------------------------------------------------------------------------------------
+
+    def getsockopt(self, option: int) -> Any:
+        """Read an option of the socket (zmq_getsockopt)."""
+        value = self._get(option)
+        if self._leading or self._parked:
+            self._settle()
+        return value
+
+    def setsockopt(self, option: int, value: Any) -> None:
+        """Set an option of the socket (zmq_setsockopt)."""
+        self._set(option, value)
+        if self._leading or self._parked:
+            self._settle()
+
+    def close(self, linger_ms: int = 0) -> None:
+        """Close the socket; waiting tasks get `trio.ClosedResourceError`. What is queued is sent for at most `linger_ms`, without promise."""
+        if self._closed:
+            return
+        self._closed = True
+        self._send_part = self._receive_part = self._receive_part_into = self._get = self._set = _refuse  # no check on the hot path
+        if self._leading:
+            self._leading = 0
+            notify_closing(self._descriptor)
+        self._receivers.unpark_all()
+        self._senders.unpark_all()
+        self._socket.close(linger_ms)
+
+
+def _refuse(*_: Any, **__: Any) -> Any:
+    raise trio.ClosedResourceError("this bridge is closed")

@@ -1,0 +1,94 @@
+"""The connecting end: say hello until welcomed, then feed one channel's frames to one session."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import trio
+
+from hmmnet.errors import PeerLost, PeerRefused, ProtocolError
+
+from .codec import Kind, decode_body, decode_header, encode
+from .exchange import HEARTBEAT_S, LEASE_S, RETRY_S
+from .messages import Hello, Refused, Welcome
+from .session import Session
+from .transport import Channel, Transport
+
+CONNECT_S = 10.0
+"""How long a hello is repeated before the host counts as not there."""
+
+
+@asynccontextmanager
+async def connect(
+    transport: Transport,
+    endpoint: str,
+    hello: Hello,
+    *,
+    prepare: Callable[[Session, Welcome], None] | None = None,
+    connect_s: float = CONNECT_S,
+    heartbeat_s: float = HEARTBEAT_S,
+    lease_s: float = LEASE_S,
+    retry_s: float = RETRY_S,
+) -> AsyncIterator[tuple[Session, Welcome]]:
+    """A session with the host at `endpoint`; ends with BYE when the block is left. Times are seconds of trio's clock.
+
+    `prepare` registers handlers before the first frame after the welcome is read, so that no early request is missed; so does the block itself
+    before its first await. Raises PeerRefused with the host's reason, and PeerLost when nobody answers within `connect_s`.
+    """
+    channel = transport.connect(endpoint, transport.fresh_identity(hello.name))
+    try:
+        welcome = await _say_hello(channel, hello, endpoint, connect_s, retry_s)
+        session = Session(
+            channel.send_nowait,
+            peer_name="host",
+            role="host",
+            incarnation=welcome.host_incarnation,
+            heartbeat_s=heartbeat_s,
+            lease_s=lease_s,
+            retry_s=retry_s,
+        )
+        if prepare is not None:
+            prepare(session, welcome)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(session.run)
+            nursery.start_soon(_read, channel, session)
+            try:
+                yield session, welcome
+            finally:
+                with trio.CancelScope(shield=True):
+                    await session.bye()
+                nursery.cancel_scope.cancel()
+    finally:
+        with trio.CancelScope(shield=True):
+            await channel.aclose()
+
+
+async def _say_hello(channel: Channel, hello: Hello, endpoint: str, connect_s: float, retry_s: float) -> Welcome:
+    """The welcome. Session frames that overtake a repeated one are left to their sender, which repeats them."""
+    frame = encode(Kind.HELLO, 0, 0, hello)
+    with trio.move_on_after(connect_s):
+        while True:
+            await channel.send(frame)
+            with trio.move_on_after(retry_s):
+                while True:
+                    received, _ = await channel.receive()
+                    if decode_header(received)[0] is Kind.WELCOME:
+                        return _welcome(decode_body(received))
+    raise PeerLost(f"{endpoint}: no host answered within {connect_s:g} s; is the machine up?")
+
+
+def _welcome(body: object) -> Welcome:
+    if isinstance(body, Refused):
+        raise PeerRefused(f"the host refused us ({body.code}): {body.why}")
+    if not isinstance(body, Welcome):
+        raise ProtocolError(f"the host answered hello with {type(body).__name__}")
+    return body
+
+
+async def _read(channel: Channel, session: Session) -> None:
+    while True:
+        frame, payload = await channel.receive()
+        more = session.deliver(frame if payload is None else b"")
+        if more is not None:
+            await more

@@ -1,0 +1,306 @@
+"""Channels and listeners inside one trio run: for simulation, and for tests that want no sockets.
+
+Messages are copied when they are sent, so a sender that breaks its pin shows no more here than over a socket. Who comes first, the
+one that binds or the one that connects, does not matter. A pipe holds `PIPE_MESSAGES_MAX` messages; a sender then waits.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from types import TracebackType
+
+import trio
+from trio.lowlevel import ParkingLot, checkpoint, checkpoint_if_cancelled
+
+from hmmnet.errors import HmmnetError
+
+from .transport import CHANNEL_BYTES_MAX, FRAME_BYTES_MAX, Buffer
+
+PIPE_MESSAGES_MAX = 16_384
+"""As the queue of a control socket: more than a session or a stream ever has unacknowledged."""
+TELEMETRY_MESSAGES_MAX = 1_000
+IMMEDIATE_MAX = 16
+"""Messages in a row that a task takes or gives without a yield, as in the bridge."""
+
+Parts = tuple[bytes, ...]
+
+
+class Pipe:
+    """One direction: a bounded queue with waiters at both ends."""
+
+    def __init__(self, limit: int, max_bytes: int) -> None:
+        self.queue: deque[Parts] = deque()
+        self.closed = False
+        """The receiving end is gone: what is sent falls into the void, as it does with sockets."""
+        self._limit = limit
+        self._max_bytes = max_bytes
+        self._takers = ParkingLot()
+        self._givers = ParkingLot()
+
+    def put_nowait(self, parts: Parts) -> None:
+        """Append. Raises `trio.WouldBlock` when full. A part above the limit is lost, as a socket would drop it with its connection."""
+        if self.closed or any(len(part) > self._max_bytes for part in parts):
+            return
+        if len(self.queue) >= self._limit:
+            raise trio.WouldBlock
+        self.queue.append(parts)
+        self._takers.unpark()
+
+    async def put(self, parts: Parts) -> None:
+        """Append, waiting for room."""
+        while len(self.queue) >= self._limit and not self.closed:
+            await self._givers.park()
+        self.put_nowait(parts)
+
+    def get_nowait(self) -> Parts:
+        """Take the first. Raises `trio.WouldBlock` when empty."""
+        if self.closed:
+            raise trio.ClosedResourceError("this end is closed")
+        if not self.queue:
+            raise trio.WouldBlock
+        parts = self.queue.popleft()
+        self._givers.unpark()
+        if self.queue:
+            self._takers.unpark()
+        return parts
+
+    async def get(self) -> Parts:
+        """Take the first, waiting for it."""
+        while not self.queue and not self.closed:
+            await self._takers.park()
+        return self.get_nowait()
+
+    def close(self) -> None:
+        """The receiving end goes: its waiters get `trio.ClosedResourceError`, senders go on into the void."""
+        self.closed = True
+        self.queue.clear()
+        self._takers.unpark_all()
+        self._givers.unpark_all()
+
+
+class MemoryPayload:
+    """The second part of a message that was received."""
+
+    __slots__ = ("_part",)
+
+    def __init__(self, part: bytes) -> None:
+        self._part = part
+
+    def into(self, view: memoryview) -> int:
+        """See `Payload.into`."""
+        fits = min(len(view), len(self._part))
+        view[:fits] = self._part[:fits]
+        return len(self._part)
+
+    def take(self) -> bytes:
+        """See `Payload.take`."""
+        return self._part
+
+
+class MemoryChannel:
+    """A `Channel` over two pipes."""
+
+    def __init__(self, endpoint: str, inbound: Pipe, outbound: Pipe, address: bytes | None = None) -> None:
+        self.endpoint = endpoint
+        self.refused = 0
+        self._inbound = inbound
+        self._outbound = outbound
+        self._prefix: Parts = () if address is None else (address,)
+        self._busy = 0
+
+    async def send(self, header: Buffer, payload: Buffer | None = None) -> None:
+        """See `Channel.send`."""
+        await self._yield()
+        await self._outbound.put(self._parts(header, payload))
+
+    def send_nowait(self, header: Buffer, payload: Buffer | None = None) -> None:
+        """See `Channel.send_nowait`."""
+        self._outbound.put_nowait(self._parts(header, payload))
+
+    def _parts(self, header: Buffer, payload: Buffer | None) -> Parts:
+        if self._inbound.closed:
+            raise trio.ClosedResourceError("this channel is closed")
+        if payload is None:
+            return (*self._prefix, bytes(header))
+        return (*self._prefix, bytes(header), bytes(payload))
+
+    async def receive(self) -> tuple[bytes, MemoryPayload | None]:
+        """See `Channel.receive`."""
+        await self._yield()
+        return self._split(await self._inbound.get())
+
+    def receive_nowait(self) -> tuple[bytes, MemoryPayload | None]:
+        """See `Channel.receive_nowait`."""
+        return self._split(self._inbound.get_nowait())
+
+    @staticmethod
+    def _split(parts: Parts) -> tuple[bytes, MemoryPayload | None]:
+        return parts[0], MemoryPayload(parts[1]) if len(parts) > 1 else None
+
+    async def _yield(self) -> None:
+        self._busy += 1
+        if self._busy >= IMMEDIATE_MAX:
+            self._busy = 0
+            await checkpoint()
+        else:
+            await checkpoint_if_cancelled()
+
+    async def aclose(self) -> None:
+        """See `Channel.aclose`."""
+        self._inbound.close()
+        await checkpoint()
+
+
+class Hub:
+    """The meeting point of one listening endpoint: one pipe in, one out for each peer."""
+
+    def __init__(self) -> None:
+        self.inbound = Pipe(PIPE_MESSAGES_MAX, FRAME_BYTES_MAX)
+        self.outbound: dict[bytes, Pipe] = {}
+
+
+class MemoryListener:
+    """A `Listener` over the pipes of a hub."""
+
+    def __init__(self, endpoint: str, hub: Hub) -> None:
+        self.endpoint = endpoint
+        self._hub = hub
+        self._busy = 0
+
+    async def receive(self) -> tuple[bytes, bytes]:
+        """See `Listener.receive`."""
+        self._busy += 1
+        if self._busy >= IMMEDIATE_MAX:
+            self._busy = 0
+            await checkpoint()
+        else:
+            await checkpoint_if_cancelled()
+        return self._whole(await self._hub.inbound.get())
+
+    def receive_nowait(self) -> tuple[bytes, bytes]:
+        """See `Listener.receive_nowait`."""
+        return self._whole(self._hub.inbound.get_nowait())
+
+    @staticmethod
+    def _whole(parts: Parts) -> tuple[bytes, bytes]:
+        return parts[0], parts[1] if len(parts) == 2 else b""
+
+    async def send(self, peer: bytes, frame: Buffer) -> None:
+        """See `Listener.send`."""
+        await checkpoint_if_cancelled()
+        pipe = self._hub.outbound.get(peer)
+        if pipe is not None:
+            await pipe.put((bytes(frame),))
+
+    def send_nowait(self, peer: bytes, frame: Buffer) -> None:
+        """See `Listener.send_nowait`."""
+        pipe = self._hub.outbound.get(peer)
+        if pipe is None:
+            raise trio.WouldBlock
+        pipe.put_nowait((bytes(frame),))
+
+    async def aclose(self) -> None:
+        """See `Listener.aclose`."""
+        self._hub.inbound.close()
+        await checkpoint()
+
+
+class MemoryTransport:
+    """Makes channels of one world; both ends must come from the same transport."""
+
+    def __init__(self) -> None:
+        self._hubs: dict[str, Hub] = {}
+        self._pairs: dict[str, tuple[Pipe, Pipe]] = {}
+        self._telemetry: dict[str, Pipe] = {}
+        self._identities = 0
+
+    def __enter__(self) -> MemoryTransport:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def listen(self, endpoint: str) -> MemoryListener:
+        """See `Transport.listen`. An endpoint whose listener was closed can be listened at again, with nothing left of the old one."""
+        hub = self._hub(endpoint)
+        if hub.inbound.closed:
+            hub = self._hubs[endpoint] = Hub()
+        return MemoryListener(endpoint, hub)
+
+    def connect(self, endpoint: str, identity: bytes) -> MemoryChannel:
+        """See `Transport.connect`."""
+        hub = self._hub(endpoint)
+        pipe = hub.outbound[identity] = Pipe(PIPE_MESSAGES_MAX, FRAME_BYTES_MAX)
+        return MemoryChannel(endpoint, pipe, hub.inbound, identity)
+
+    def bind_channel(self, endpoint: str, max_bytes: int = CHANNEL_BYTES_MAX) -> MemoryChannel:
+        """See `Transport.bind_channel`."""
+        inbound, outbound = self._pair(endpoint, max_bytes)
+        return MemoryChannel(endpoint, inbound, outbound)
+
+    def connect_channel(self, endpoint: str, max_bytes: int = CHANNEL_BYTES_MAX) -> MemoryChannel:
+        """See `Transport.connect_channel`."""
+        outbound, inbound = self._pair(endpoint, max_bytes)
+        return MemoryChannel(endpoint, inbound, outbound)
+
+    def bind_telemetry(self, endpoint: str) -> MemoryChannel:
+        """See `Transport.bind_telemetry`."""
+        return MemoryChannel(endpoint, self._telemetry_pipe(endpoint), Pipe(0, 0))
+
+    def connect_telemetry(self, endpoint: str) -> MemoryChannel:
+        """See `Transport.connect_telemetry`."""
+        return LossyChannel(endpoint, Pipe(0, 0), self._telemetry_pipe(endpoint))
+
+    def fresh_identity(self, name: str) -> bytes:
+        """See `Transport.fresh_identity`: counted, so that a run repeats exactly."""
+        self._identities += 1
+        return f"{name}:{self._identities}".encode()[-255:]
+
+    def close(self) -> None:
+        """See `Transport.close`."""
+        for hub in self._hubs.values():
+            hub.inbound.close()
+            for pipe in hub.outbound.values():
+                pipe.close()
+        for pair in self._pairs.values():
+            for pipe in pair:
+                pipe.close()
+        for pipe in self._telemetry.values():
+            pipe.close()
+
+    def _hub(self, endpoint: str) -> Hub:
+        check_endpoint(endpoint)
+        return self._hubs.setdefault(endpoint, Hub())
+
+    def _pair(self, endpoint: str, max_bytes: int) -> tuple[Pipe, Pipe]:
+        check_endpoint(endpoint)
+        pair = self._pairs.get(endpoint)
+        if pair is None or pair[0].closed or pair[1].closed:
+            pair = self._pairs[endpoint] = (Pipe(PIPE_MESSAGES_MAX, max_bytes), Pipe(PIPE_MESSAGES_MAX, max_bytes))
+        return pair
+
+    def _telemetry_pipe(self, endpoint: str) -> Pipe:
+        check_endpoint(endpoint)
+        return self._telemetry.setdefault(endpoint, Pipe(TELEMETRY_MESSAGES_MAX, FRAME_BYTES_MAX))
+
+
+class LossyChannel(MemoryChannel):
+    """Telemetry's sending end: full means lost."""
+
+    async def send(self, header: Buffer, payload: Buffer | None = None) -> None:
+        """Queue, or lose."""
+        await checkpoint_if_cancelled()
+        self.send_nowait(header, payload)
+
+    def send_nowait(self, header: Buffer, payload: Buffer | None = None) -> None:
+        """Queue, or lose."""
+        try:
+            super().send_nowait(header, payload)
+        except trio.WouldBlock:
+            return
+
+
+def check_endpoint(endpoint: str) -> None:
+    """Raises HmmnetError unless `endpoint` is ``mem://name``."""
+    if not endpoint.startswith("mem://") or len(endpoint) == len("mem://"):
+        raise HmmnetError(f"{endpoint}: no endpoint of this transport; use mem://name")

@@ -1,0 +1,381 @@
+"""A session: requests with answers, notes that arrive, a peer that is known to live or known to be gone.
+
+The shell around `exchange.Exchange`. Whoever owns the transport feeds frames in with `deliver` (the server for all peers of its endpoint, the
+client for its one channel), in the order of arrival. That order is kept for handlers that run *inline*: a device must see an
+invalidation before an answer that was sent after it.
+
+The hot path is `request`: encode, one send, wait to be rescheduled by `deliver`. Repeats, heartbeats and the lease are one periodic
+task for each session, not a timer for each request.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import re
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeAlias, TypeVar
+
+import trio
+from trio.lowlevel import Abort, Task, current_task, reschedule, wait_task_rescheduled
+
+from hmmnet.errors import BusError, KernelError, PeerError, PeerGone, PeerLost, ProtocolError, RemoteError, SegmentationFault, SignalError
+
+from .codec import ANSWERS_MASK, Kind, decode_body, decode_header, encode
+from .exchange import ACKNOWLEDGE_EVERY, BYE_S, HEARTBEAT_S, LEASE_S, RETRY_S, Action, Arrival, Exchange, State
+from .messages import TEXT_MAX, Done, Failed, Message
+
+Handler: TypeAlias = Callable[[Any], "Message | Awaitable[Message | None] | None"]
+M = TypeVar("M", bound=Message)
+
+PROTOCOL_ERRORS_MAX = 16
+"""Broken frames from a welcomed peer after which it is given up."""
+
+SIGNALS: dict[str, type[SignalError]] = {kind.signal_name: kind for kind in (SegmentationFault, BusError)}
+_SIGNAL_TEXT = re.compile(r"0x([0-9a-f]{1,16}): (.*)", re.DOTALL)
+
+log = logging.getLogger("hmmnet.wire")
+
+
+class PendingReply:
+    """A request that is on its way; `wait` gives its answer, to one task."""
+
+    __slots__ = ("_answer", "_error", "_task")
+
+    def __init__(self) -> None:
+        self._answer: Message | None = None
+        self._error: Exception | None = None
+        self._task: Task | None = None
+
+    def resolve(self, answer: Message | None, error: Exception | None = None) -> None:
+        """The answer, or the error that takes its place. The first counts."""
+        if self._answer is None and self._error is None:
+            self._answer = answer
+            self._error = error
+            if self._task is not None:
+                task, self._task = self._task, None
+                reschedule(task)
+
+    @property
+    def answered(self) -> bool:
+        """Whether `wait` would not have to wait."""
+        return self._answer is not None or self._error is not None
+
+    async def wait(self) -> Message:
+        """The answer. Raises what the peer's handler raised (KernelError, SignalError; else RemoteError), PeerLost when the peer is gone.
+
+        Cancelled, it forgets the answer; the peer carries the request out all the same.
+        """
+        if self._answer is None and self._error is None:
+            self._task = current_task()
+            await wait_task_rescheduled(self._give_up)
+        if self._error is not None:
+            raise self._error
+        assert self._answer is not None
+        return self._answer
+
+    def _give_up(self, _: object) -> Abort:
+        self._task = None
+        return Abort.SUCCEEDED
+
+
+class Session:
+    """One peer, as seen from here. Made by `server.Server` and `client.connect`, after the hello.
+
+    `transmit` sends one frame without waiting, or raises `trio.WouldBlock` (the frame is then repeated in time).
+    """
+
+    def __init__(
+        self,
+        transmit: Callable[[bytes], None],
+        *,
+        peer_name: str,
+        role: str,
+        incarnation: int,
+        heartbeat_s: float = HEARTBEAT_S,
+        lease_s: float = LEASE_S,
+        retry_s: float = RETRY_S,
+    ) -> None:
+        self.peer_name = peer_name
+        self.role = role
+        self.incarnation = incarnation
+        self.lost: PeerLost | None = None
+        """Why the session is over; None while it lives."""
+        self.refused = 0
+        """Broken frames from this peer."""
+        self._transmit = transmit
+        self._heartbeat_s = heartbeat_s
+        self._exchange = Exchange(trio.current_time(), lease_s, retry_s)
+        self._waiting: dict[int, PendingReply] = {}
+        self._handlers: dict[type[Message], tuple[Handler, bool]] = {}
+        self._nursery: trio.Nursery | None = None
+        self._on_lost: list[Callable[[PeerLost], None]] = []
+        self.on_hello: Callable[[], None] | None = None
+        """The server's: send the welcome again. A client is never greeted."""
+        self._spoke = False
+        self._ended = trio.Event()
+
+    # --- asking ----------------------------------------------------------------------------------------------------------------------
+
+    def begin(self, message: Message) -> PendingReply:
+        """Send a request now; its answer comes with `wait` of what is returned. Raises PeerLost."""
+        if self.lost is not None:
+            raise self._lost_again()
+        pending = PendingReply()
+        sequence = self._exchange.next_sequence()
+        self._waiting[sequence & ANSWERS_MASK] = pending
+        self._send_kept(encode(Kind.REQUEST, sequence, self._exchange.received, message))
+        return pending
+
+    async def request(self, message: Message) -> Message:
+        """Send a request and wait for its answer. Raises KernelError, SignalError, RemoteError, PeerLost."""
+        return await self.begin(message).wait()
+
+    async def ask(self, message: Message, answer: type[M]) -> M:
+        """As `request`, for an answer of one type; another type is a ProtocolError of the peer."""
+        reply = await self.begin(message).wait()
+        if not isinstance(reply, answer):
+            raise ProtocolError(f"{self.peer_name} answered {type(message).__name__} with {type(reply).__name__}, not {answer.__name__}")
+        return reply
+
+    def note(self, message: Message) -> None:
+        """Send what needs no answer; it is repeated until it has arrived and takes effect once. Does nothing when the peer is gone."""
+        if self.lost is None:
+            sequence = self._exchange.next_sequence()
+            self._send_kept(encode(Kind.NOTE, sequence, self._exchange.received, message))
+
+    def _send_kept(self, frame: bytes) -> None:
+        """Send a frame that must arrive."""
+        if self._exchange.keep(frame, trio.current_time()):
+            self._put(frame)
+        elif self._exchange.overrun:
+            self.end(PeerLost(f"{self.peer_name} does not keep up: {self._exchange.unacknowledged} messages wait for it"))
+
+    def _send(self, kind: Kind) -> None:
+        """Send a frame that need not arrive."""
+        self._exchange.unreported = 0
+        self._put(encode(kind, 0, self._exchange.received))
+
+    def _put(self, frame: bytes) -> None:
+        self._spoke = True
+        try:
+            self._transmit(frame)
+        except trio.WouldBlock:
+            return  # no room or no connection just now: the frame counts as lost on the way, and is repeated in time
+
+    # --- answering -------------------------------------------------------------------------------------------------------------------
+
+    def on(self, kind: type[M], handler: Callable[[M], Message | Awaitable[Message | None] | None], *, inline: bool = False) -> None:
+        """Answer messages of type `kind` with `handler`.
+
+        A plain function runs at once, in the order of arrival: cheapest. So does a coroutine function with `inline`; nothing else is read
+        meanwhile (a server reads for all its peers), so it must be quick and must not wait for a peer. Other coroutine functions get a
+        task of their own. None answers `Done`. KernelError and SignalError travel to the peer as what they are; any other exception is
+        logged here and reported as our failure.
+        """
+        self._handlers[kind] = (handler, inline)
+
+    def on_lost(self, callback: Callable[[PeerLost], None]) -> None:
+        """Call `callback` once, when the session is over, whoever ended it; at once if it is. Its tasks go on: what they ask raises PeerLost."""
+        if self.lost is not None:
+            callback(self.lost)
+        else:
+            self._on_lost.append(callback)
+
+    def deliver(self, frame: bytes) -> Awaitable[None] | None:
+        """Take one frame from the peer. When an awaitable is returned, it must be awaited before the next frame is delivered.
+
+        Never raises for what a peer sent: broken frames are counted, and too many end the session.
+        """
+        try:
+            return self._deliver(frame)
+        except ProtocolError as error:
+            self._broken(error)
+            return None
+
+    def _broken(self, error: ProtocolError) -> None:
+        self.refused += 1
+        log.warning("broken frame from %s: %s", self.peer_name, error)
+        if self.refused >= PROTOCOL_ERRORS_MAX:
+            self.end(PeerLost(f"{self.peer_name} was given up after {self.refused} broken frames; the last: {error}"))
+
+    def _deliver(self, frame: bytes) -> Awaitable[None] | None:
+        kind, answers, sequence, acknowledged = decode_header(frame)
+        exchange = self._exchange
+        arrival = exchange.arrived(sequence, acknowledged, trio.current_time())
+        if exchange.waiting_for_room:
+            for ready in exchange.ready():
+                self._put(ready)
+        if arrival is not Arrival.NEW:
+            if arrival is Arrival.EARLY and self.lost is None:
+                self._send(Kind.GAP)
+            if not (arrival is Arrival.DUPLICATE and exchange.state is State.OVER):
+                return None
+        if exchange.unreported >= ACKNOWLEDGE_EVERY:
+            self._send(Kind.BEAT)
+        action = exchange.means(kind)
+        if action is Action.SERVE:
+            return self._serve(kind, sequence, frame)
+        if action is Action.RESOLVE:
+            self._resolve(answers, frame)
+        elif action is not Action.NOTHING:
+            self._act(action, kind)
+        return None
+
+    def _act(self, action: Action, kind: Kind) -> None:
+        """What is rare."""
+        if action is Action.REPEAT:
+            for frame in self._exchange.repeat(trio.current_time()):
+                self._put(frame)
+        elif action is Action.ACKNOWLEDGE_BYE:
+            self._send(Kind.BYE_ACK)
+            self.end(PeerGone(f"{self.peer_name} said goodbye"))
+        elif action is Action.END:
+            self.end(PeerGone(f"we said goodbye to {self.peer_name}"))
+        elif action is Action.WELCOME:
+            if self.on_hello is None:
+                raise ProtocolError(f"{self.peer_name} says hello, but it is the host")
+            self.on_hello()
+        elif action is Action.RESET:
+            self.end(PeerLost(f"{self.peer_name} knows no session with us: it was started anew, or has given us up"))
+        else:
+            assert action is Action.REFUSE
+            raise ProtocolError(f"{kind.name} in the middle of a session")
+
+    def _resolve(self, answers: int, frame: bytes) -> None:
+        pending = self._waiting.pop(answers, None)
+        if pending is None:
+            raise ProtocolError(f"{self.peer_name} answers request {answers}, which was not asked or is answered")
+        try:
+            body = decode_body(frame)
+        except ProtocolError as error:
+            pending.resolve(None, ProtocolError(f"{self.peer_name}: {error}"))
+            raise
+        if isinstance(body, Failed):
+            pending.resolve(None, failure(self.peer_name, body))
+        else:
+            pending.resolve(body)
+
+    def _serve(self, kind: Kind, sequence: int, frame: bytes) -> Awaitable[None] | None:
+        asked = sequence if kind is Kind.REQUEST else 0
+        try:
+            body = decode_body(frame)
+        except ProtocolError as error:
+            self._reply(asked, Failed(0, "decode", str(error)[:TEXT_MAX]))
+            raise
+        entry = self._handlers.get(type(body))
+        if entry is None:
+            self._reply(asked, Failed(0, type(body).__name__, "not a message that this end handles"))
+            raise ProtocolError(f"{type(body).__name__}, which this end does not handle")
+        try:
+            result = entry[0](body)
+        except Exception as error:  # noqa: BLE001 - becomes an answer or a log entry, see _failed()
+            self._reply(asked, self._failed(body, error))
+            return None
+        if result is None or isinstance(result, Message):
+            self._reply(asked, result)
+            return None
+        if entry[1]:
+            return self._finish(asked, body, result)
+        assert self._nursery is not None, "a session serves only inside run()"
+        self._nursery.start_soon(self._finish, asked, body, result)
+        return None
+
+    async def _finish(self, asked: int, body: Message, result: Awaitable[Message | None]) -> None:
+        try:
+            answer = await result
+        except Exception as error:  # noqa: BLE001 - becomes an answer or a log entry, see _failed()
+            answer = self._failed(body, error)
+        self._reply(asked, answer)
+
+    def _reply(self, asked: int, answer: Message | None) -> None:
+        if asked and self.lost is None:
+            sequence = self._exchange.next_sequence()
+            self._send_kept(encode(Kind.REPLY, sequence, self._exchange.received, answer or _DONE, asked & ANSWERS_MASK))
+
+    def _failed(self, body: Message, error: Exception) -> Failed:
+        call = type(body).__name__
+        if isinstance(error, KernelError):
+            return Failed(error.code, error.call[:TEXT_MAX], error.why[:TEXT_MAX])
+        if isinstance(error, SignalError):
+            return Failed(errno.EFAULT, error.signal_name, f"0x{error.address:x}: {error.why}"[:TEXT_MAX])
+        if isinstance(error, PeerError):
+            log.warning("%s of %s failed: %s", call, self.peer_name, error)
+        else:
+            log.error("%s of %s failed", call, self.peer_name, exc_info=error)
+        return Failed(0, call, f"{type(error).__name__}: {error}"[:TEXT_MAX])
+
+    # --- living and ending -----------------------------------------------------------------------------------------------------------
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve until the session is over: heartbeats, repeats, the lease, and the tasks of handlers.
+
+        Handlers that still run at the end are not cancelled: a migration must be undone or finished, not dropped. What they ask of the
+        peer raises PeerLost, and their answers go nowhere. Cancel `run` to cancel them.
+        """
+        async with trio.open_nursery() as self._nursery:
+            task_status.started()
+            await self._keep_alive()
+
+    async def _keep_alive(self) -> None:
+        exchange = self._exchange
+        before_s = trio.current_time()
+        while self.lost is None:
+            with trio.move_on_after(self._heartbeat_s):
+                await self._ended.wait()
+                return
+            now_s = trio.current_time()
+            stalled = now_s - before_s > 2 * self._heartbeat_s
+            before_s = now_s
+            if exchange.silent(now_s) and not stalled:  # after a stall of our own the peer's frames may lie unread: look once more
+                self.end(PeerLost(f"{self.peer_name} was silent for {now_s - exchange.heard_s:.1f} s, longer than its lease"))
+                return
+            for frame in exchange.overdue(now_s):
+                self._put(frame)
+            if not self._spoke or exchange.unreported:
+                self._send(Kind.BEAT)
+            self._spoke = False
+
+    def end(self, cause: PeerLost) -> None:
+        """The session is over: everything that waits for the peer gets `cause`, and `on_lost` callbacks run, once."""
+        if self.lost is not None:
+            return
+        self.lost = cause
+        self._exchange.state = State.OVER
+        waiting, self._waiting = self._waiting, {}
+        for pending in waiting.values():
+            pending.resolve(None, self._lost_again())
+        self._ended.set()
+        callbacks, self._on_lost = self._on_lost, []
+        for callback in callbacks:
+            callback(cause)
+
+    async def bye(self) -> None:
+        """Say goodbye and wait for the acknowledgement, for at most `BYE_S`; the session is over then. Frames must be delivered meanwhile."""
+        if self._exchange.state is State.LIVE:
+            self._exchange.state = State.CLOSING
+            self._send_kept(encode(Kind.BYE, self._exchange.next_sequence(), self._exchange.received))
+        with trio.move_on_after(BYE_S):
+            await self._ended.wait()
+        self.end(PeerLost(f"we said goodbye to {self.peer_name}, which did not answer"))
+
+    def _lost_again(self) -> PeerLost:
+        """A fresh exception with the same cause: one exception object raised in many tasks would collect all their tracebacks."""
+        assert self.lost is not None
+        return type(self.lost)(str(self.lost))
+
+
+_DONE = Done()
+
+
+def failure(peer_name: str, failed: Failed) -> Exception:
+    """The exception that a peer's `Failed` stands for."""
+    signal = SIGNALS.get(failed.call)
+    if signal is not None:
+        match = _SIGNAL_TEXT.fullmatch(failed.why)
+        if match is not None:
+            return signal(int(match[1], 16), match[2])
+    if failed.errno > 0:
+        return KernelError(failed.errno, failed.call, failed.why)
+    return RemoteError(f"{peer_name}: {failed.call}: {failed.why}")
+

@@ -1,0 +1,133 @@
+"""What the rest of hmmnet knows of a wire: channels to one peer, listeners for many, and the transport that makes them.
+
+Two transports fill these interfaces: `ZmqTransport` between processes, `MemoryTransport` inside one (simulation, tests). Sessions and DMA
+streams are written against this file and run over either.
+
+What a transport promises: messages arrive whole, unchanged, in the order of their sending, at most once. What it does *not* promise
+is that they arrive: ZeroMQ drops what is in flight when a connection breaks. Sessions and streams repeat what is not acknowledged.
+
+Endpoints are ``ipc:///path``, ``tcp://127.0.0.1:*`` (a free port is chosen) and ``mem://name``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, TypeAlias
+
+import numpy.typing as npt
+
+from .messages import MESSAGE_BYTES_MAX
+
+Buffer: TypeAlias = bytes | bytearray | memoryview | npt.NDArray[Any]
+"""What can be sent: contiguous, items of one byte."""
+
+FRAME_BYTES_MAX = MESSAGE_BYTES_MAX + 64
+"""A message and its frame's header. Longer ones end the connection before anything is allocated for them."""
+CHANNEL_BYTES_MAX = (1 << 20) + 4096
+"""A bulk chunk (1 MiB) and its header: the limit of a bulk channel's part unless told otherwise."""
+
+
+class Payload(Protocol):
+    """The second part of a message, still in the transport. Take it before the next `receive`, once; else it is dropped."""
+
+    def into(self, view: memoryview) -> int:
+        """Land in `view`; returns the full length. When that is more than ``len(view)``, the rest is lost."""
+        ...
+
+    def take(self) -> bytes:
+        """As a bytes object, bounded by the channel's limit."""
+        ...
+
+
+class Channel(Protocol):
+    """An ordered pipe to one peer; both ends alike."""
+
+    endpoint: str
+    """As the peer should connect to it (for tcp with the port that was chosen)."""
+    refused: int
+    """Messages dropped because they had more than two parts."""
+
+    async def send(self, header: Buffer, payload: Buffer | None = None) -> None:
+        """Queue a message of one or two parts, waiting while the queue is full.
+
+        A payload of 64 KiB or more is not copied: it must not change until the peer has said that it has it (a DMA pin).
+        """
+        ...
+
+    def send_nowait(self, header: Buffer, payload: Buffer | None = None) -> None:
+        """As `send`; raises `trio.WouldBlock` when the queue is full."""
+        ...
+
+    async def receive(self) -> tuple[bytes, Payload | None]:
+        """The next message. No checkpoint stands between its receipt and the return, so its payload can be taken at once."""
+        ...
+
+    def receive_nowait(self) -> tuple[bytes, Payload | None]:
+        """As `receive`; raises `trio.WouldBlock` when there is no message."""
+        ...
+
+    async def aclose(self) -> None:
+        """Close this end. Without promise for what is queued: say BYE first where it matters."""
+        ...
+
+
+class Listener(Protocol):
+    """One endpoint for many peers, told apart by their addresses."""
+
+    endpoint: str
+    """As peers should connect to it."""
+
+    async def receive(self) -> tuple[bytes, bytes]:
+        """The next frame: the peer's address, and the frame. A message that is not one frame comes as an empty frame."""
+        ...
+
+    def receive_nowait(self) -> tuple[bytes, bytes]:
+        """As `receive`; raises `trio.WouldBlock` when there is no frame."""
+        ...
+
+    async def send(self, peer: bytes, frame: Buffer) -> None:
+        """Queue a frame for `peer`, waiting while its queue is full or it is not connected."""
+        ...
+
+    def send_nowait(self, peer: bytes, frame: Buffer) -> None:
+        """As `send`; raises `trio.WouldBlock` instead of waiting."""
+        ...
+
+    async def aclose(self) -> None:
+        """Close the endpoint."""
+        ...
+
+
+class Transport(Protocol):
+    """Makes channels and listeners. Use it as a context manager, or `close` it."""
+
+    def listen(self, endpoint: str) -> Listener:
+        """Control: take frames from many peers."""
+        ...
+
+    def connect(self, endpoint: str, identity: bytes) -> Channel:
+        """Control: a channel to a listener, which knows us by `identity` (1 to 255 bytes, not beginning with a zero byte)."""
+        ...
+
+    def bind_channel(self, endpoint: str, max_bytes: int = CHANNEL_BYTES_MAX) -> Channel:
+        """Bulk: this end of a channel for exactly one peer."""
+        ...
+
+    def connect_channel(self, endpoint: str, max_bytes: int = CHANNEL_BYTES_MAX) -> Channel:
+        """Bulk: the other end."""
+        ...
+
+    def bind_telemetry(self, endpoint: str) -> Channel:
+        """Telemetry: takes from many, receives only."""
+        ...
+
+    def connect_telemetry(self, endpoint: str) -> Channel:
+        """Telemetry: sends only, never waits, and loses what the receiver is too slow for."""
+        ...
+
+    def fresh_identity(self, name: str) -> bytes:
+        """An identity for `connect` that no other connection has."""
+        ...
+
+    def close(self) -> None:
+        """Close everything that this transport made and is still open."""
+        ...

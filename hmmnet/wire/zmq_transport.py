@@ -1,0 +1,315 @@
+"""Channels and listeners over ZeroMQ sockets, between processes.
+
+Control is a DEALER at the peer and a ROUTER at the host; bulk is DEALER to DEALER, one pair for each direction; telemetry is PUB to SUB.
+Control has an io thread of its own, so an invalidation never queues behind a megabyte. Every socket refuses parts above its limit
+(libzmq then drops the connection before it allocates), so the largest thing that a stranger can make us hold is known.
+
+Who may connect: an ipc path is guarded by the permissions of its file (0600); tcp on loopback by the machine secret in `Hello`; tcp beyond
+loopback only with CURVE keys, which encrypt, and prove to the peer whom it talks to.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import trio
+import zmq
+
+from hmmnet.errors import HmmnetError
+
+from .bridge import BULK_BYTES, Bridge
+from .transport import CHANNEL_BYTES_MAX, FRAME_BYTES_MAX, Buffer
+
+IO_THREADS = 2
+CONTROL_THREAD = 1 << 0
+BULK_THREAD = 1 << 1
+"""Affinity masks: which io thread serves which kind of socket."""
+SOCKETS_MAX = 4096
+"""Sockets of one context: three for each device, and a topology has at most a thousand or so."""
+CONTROL_QUEUE_MAX = 16_384
+"""Frames that a control socket queues for one peer; more than a session ever has unacknowledged."""
+TELEMETRY_QUEUE_MAX = 1_000
+"""Samples that telemetry holds for a slow reader before it loses some."""
+TELEMETRY_BYTES_MAX = 1 << 20
+IPC_PATH_MAX = 107
+"""Bytes in the path of a Unix socket (sun_path, less its final zero)."""
+LINGER_MS = 200
+"""How long a closed socket goes on sending what is queued: a courtesy for the last acknowledgement, not a promise."""
+RECONNECT_MS = 20
+RECONNECT_MS_MAX = 500
+"""First and longest pause before a broken connection is tried again."""
+ROUTER_RETRY_S = 0.002
+"""A router tells nobody when one peer of many has room again: `Listener.send` looks as often as this."""
+
+
+@dataclass(frozen=True)
+class CurveKeys:
+    """Z85-encoded CURVE keys (40 bytes each) of the host and of one peer, as `zmq.curve_keypair` makes them; the host needs its own two only."""
+
+    host_public: bytes
+    host_secret: bytes = b""
+    peer_public: bytes = b""
+    peer_secret: bytes = b""
+
+
+class ZmqPayload:
+    """The second part of a message that still waits in its socket."""
+
+    __slots__ = ("_bridge",)
+
+    def __init__(self, bridge: Bridge) -> None:
+        self._bridge = bridge
+
+    def into(self, view: memoryview) -> int:
+        """See `Payload.into`."""
+        return self._bridge.take_into(view)
+
+    def take(self) -> bytes:
+        """See `Payload.take`."""
+        return self._bridge.take()
+
+
+class ZmqChannel:
+    """A `Channel` over one socket."""
+
+    def __init__(self, bridge: Bridge, endpoint: str) -> None:
+        self.endpoint = endpoint
+        self.refused = 0
+        self._bridge = bridge
+        self._payload = ZmqPayload(bridge)
+        self._begun = False
+
+    async def send(self, header: Buffer, payload: Buffer | None = None) -> None:
+        """See `Channel.send`."""
+        if payload is None:
+            await self._bridge.send((header,), copy=len(header) < BULK_BYTES)
+        else:
+            await self._bridge.send((header, payload), copy=len(payload) < BULK_BYTES)
+
+    def send_nowait(self, header: Buffer, payload: Buffer | None = None) -> None:
+        """See `Channel.send_nowait`."""
+        if payload is None:
+            self._bridge.send_nowait((header,), copy=len(header) < BULK_BYTES)
+        else:
+            self._bridge.send_nowait((header, payload), copy=len(payload) < BULK_BYTES)
+
+    async def receive(self) -> tuple[bytes, ZmqPayload | None]:
+        """See `Channel.receive`."""
+        if self._begun:
+            self._drop_rest()
+        return self._begin(await self._bridge.recv_first())
+
+    def receive_nowait(self) -> tuple[bytes, ZmqPayload | None]:
+        """See `Channel.receive_nowait`."""
+        if self._begun:
+            self._drop_rest()
+        return self._begin(self._bridge.recv_first_nowait())
+
+    def _begin(self, header: bytes) -> tuple[bytes, ZmqPayload | None]:
+        self._begun = self._bridge.more
+        return header, self._payload if self._begun else None
+
+    def _drop_rest(self) -> None:
+        self._begun = False
+        if self._bridge.more and len(self._bridge.take_rest()) > 1:
+            self.refused += 1
+
+    async def aclose(self) -> None:
+        """See `Channel.aclose`."""
+        self._bridge.close(LINGER_MS)
+        await trio.lowlevel.checkpoint()
+
+
+class ZmqListener:
+    """A `Listener` over a ROUTER socket."""
+
+    def __init__(self, bridge: Bridge, endpoint: str) -> None:
+        self.endpoint = endpoint
+        self._bridge = bridge
+
+    async def receive(self) -> tuple[bytes, bytes]:
+        """See `Listener.receive`."""
+        return self._whole(await self._bridge.recv_first())
+
+    def receive_nowait(self) -> tuple[bytes, bytes]:
+        """See `Listener.receive_nowait`."""
+        return self._whole(self._bridge.recv_first_nowait())
+
+    def _whole(self, peer: bytes) -> tuple[bytes, bytes]:
+        if not self._bridge.more:
+            return peer, b""
+        frame = self._bridge.take()
+        if self._bridge.more:
+            self._bridge.take_rest()
+            return peer, b""
+        return peer, frame
+
+    async def send(self, peer: bytes, frame: Buffer) -> None:
+        """See `Listener.send`."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        while True:
+            try:
+                return self.send_nowait(peer, frame)
+            except trio.WouldBlock:
+                await trio.sleep(ROUTER_RETRY_S)
+
+    def send_nowait(self, peer: bytes, frame: Buffer) -> None:
+        """See `Listener.send_nowait`."""
+        try:
+            self._bridge.send_nowait((peer, frame), copy=len(frame) < BULK_BYTES)
+        except trio.BrokenResourceError:
+            raise trio.WouldBlock from None
+
+    async def aclose(self) -> None:
+        """See `Listener.aclose`."""
+        self._bridge.close(LINGER_MS)
+        await trio.lowlevel.checkpoint()
+
+
+class ZmqTransport:
+    """Makes ZeroMQ sockets: `io_threads` of them run beside Python; `curve` is needed for tcp beyond this machine.
+
+    Raises HmmnetError for an endpoint that cannot be used.
+    """
+
+    def __init__(self, io_threads: int = IO_THREADS, curve: CurveKeys | None = None) -> None:
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads)
+        self._context.set(zmq.MAX_SOCKETS, SOCKETS_MAX)
+        self._split = io_threads > 1
+        self._curve = curve
+        self._bridges: list[Bridge] = []
+
+    def __enter__(self) -> ZmqTransport:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def listen(self, endpoint: str) -> ZmqListener:
+        """See `Transport.listen`."""
+        socket = self._socket(zmq.ROUTER, CONTROL_THREAD, CONTROL_QUEUE_MAX, FRAME_BYTES_MAX)
+        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a peer that reconnects is known again at once
+        bound = self._bind(socket, endpoint)
+        return ZmqListener(self._bridge(socket), bound)
+
+    def connect(self, endpoint: str, identity: bytes) -> ZmqChannel:
+        """See `Transport.connect`."""
+        socket = self._socket(zmq.DEALER, CONTROL_THREAD, CONTROL_QUEUE_MAX, FRAME_BYTES_MAX)
+        socket.setsockopt(zmq.IDENTITY, identity)
+        return self._connect(socket, endpoint)
+
+    def bind_channel(self, endpoint: str, max_bytes: int = CHANNEL_BYTES_MAX) -> ZmqChannel:
+        """See `Transport.bind_channel`."""
+        socket = self._socket(zmq.DEALER, BULK_THREAD, 0, max_bytes)
+        bound = self._bind(socket, endpoint)
+        return ZmqChannel(self._bridge(socket), bound)
+
+    def connect_channel(self, endpoint: str, max_bytes: int = CHANNEL_BYTES_MAX) -> ZmqChannel:
+        """See `Transport.connect_channel`."""
+        return self._connect(self._socket(zmq.DEALER, BULK_THREAD, 0, max_bytes), endpoint)
+
+    def bind_telemetry(self, endpoint: str) -> ZmqChannel:
+        """See `Transport.bind_telemetry`."""
+        socket = self._socket(zmq.SUB, CONTROL_THREAD, TELEMETRY_QUEUE_MAX, TELEMETRY_BYTES_MAX)
+        socket.setsockopt(zmq.SUBSCRIBE, b"")
+        bound = self._bind(socket, endpoint)
+        return ZmqChannel(self._bridge(socket), bound)
+
+    def connect_telemetry(self, endpoint: str) -> ZmqChannel:
+        """See `Transport.connect_telemetry`."""
+        return self._connect(self._socket(zmq.PUB, CONTROL_THREAD, TELEMETRY_QUEUE_MAX, TELEMETRY_BYTES_MAX), endpoint)
+
+    def fresh_identity(self, name: str) -> bytes:
+        """See `Transport.fresh_identity`. The random part also keeps strangers from speaking in a peer's name."""
+        return f"{name}:{secrets.token_hex(16)}".encode()[-255:]
+
+    def close(self) -> None:
+        """See `Transport.close`."""
+        for bridge in self._bridges:
+            bridge.close(LINGER_MS)
+        self._bridges.clear()
+        self._context.term()
+
+    def _socket(self, kind: int, thread: int, queue_max: int, max_bytes: int) -> zmq.Socket[bytes]:
+        socket = self._context.socket(kind)
+        if self._split:
+            socket.setsockopt(zmq.AFFINITY, thread)
+        socket.setsockopt(zmq.SNDHWM, queue_max)
+        socket.setsockopt(zmq.RCVHWM, queue_max)
+        socket.setsockopt(zmq.MAXMSGSIZE, max_bytes)
+        socket.setsockopt(zmq.LINGER, LINGER_MS)
+        socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
+        socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MS_MAX)
+        return socket
+
+    def _bridge(self, socket: zmq.Socket[bytes]) -> Bridge:
+        bridge = Bridge(socket)
+        self._bridges = [known for known in self._bridges if not known.closed]
+        self._bridges.append(bridge)
+        return bridge
+
+    def _bind(self, socket: zmq.Socket[bytes], endpoint: str) -> str:
+        """Bind, and tell the endpoint that peers connect to."""
+        try:
+            check_endpoint(endpoint, self._curve is not None)
+            if self._curve is not None and endpoint.startswith("tcp:"):
+                socket.setsockopt(zmq.CURVE_SERVER, 1)
+                socket.setsockopt(zmq.CURVE_SECRETKEY, self._curve.host_secret)
+            socket.bind(endpoint)
+        except zmq.ZMQError as failure:
+            socket.close(0)
+            raise HmmnetError(f"cannot listen at {endpoint}: {failure}") from failure
+        except HmmnetError:
+            socket.close(0)
+            raise
+        if endpoint.startswith("ipc://"):
+            Path(endpoint[6:]).chmod(0o600)
+        bound: bytes = socket.getsockopt(zmq.LAST_ENDPOINT)  # type: ignore[assignment]
+        return bound.rstrip(b"\0").decode()
+
+    def _connect(self, socket: zmq.Socket[bytes], endpoint: str) -> ZmqChannel:
+        try:
+            check_endpoint(endpoint, self._curve is not None)
+            if self._curve is not None and endpoint.startswith("tcp:"):
+                socket.setsockopt(zmq.CURVE_SERVERKEY, self._curve.host_public)
+                socket.setsockopt(zmq.CURVE_PUBLICKEY, self._curve.peer_public)
+                socket.setsockopt(zmq.CURVE_SECRETKEY, self._curve.peer_secret)
+            socket.connect(endpoint)
+        except zmq.ZMQError as failure:
+            socket.close(0)
+            raise HmmnetError(f"cannot connect to {endpoint}: {failure}") from failure
+        except HmmnetError:
+            socket.close(0)
+            raise
+        return ZmqChannel(self._bridge(socket), endpoint)
+
+
+def check_endpoint(endpoint: str, encrypted: bool) -> None:
+    """Raises HmmnetError for an endpoint that cannot be used, or must not be without encryption."""
+    if endpoint.startswith("ipc://"):
+        path = os.fsencode(endpoint[6:])
+        if not path or len(path) > IPC_PATH_MAX:
+            raise HmmnetError(f"{endpoint}: the path of a socket has 1 to {IPC_PATH_MAX} bytes, this one {len(path)}; use a shorter directory")
+        return
+    match = re.fullmatch(r"tcp://(\[[0-9a-fA-F:.]+\]|[^:/\[\]]+):(\d+|\*)", endpoint)
+    if match is None:
+        raise HmmnetError(f"{endpoint}: no endpoint of this transport; use ipc:///path or tcp://address:port")
+    if not (encrypted or is_loopback(match[1].strip("[]"))):
+        raise HmmnetError(f"{endpoint}: tcp beyond loopback needs CURVE keys; use 127.0.0.1, or give keys to both sides")
+
+
+def is_loopback(address: str) -> bool:
+    """Whether packets to `address` stay on this machine. A name other than ``localhost`` may mean anything, so it does not count."""
+    if address == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,88 @@
+"""Splitting one piece of work over several devices, running the shares at once, and reporting what came of it.
+
+Shares are cut at page borders of the data they write, so that two devices never pull the same page to and fro: what a multi-GPU
+program does by hand on real hardware.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import trio
+
+from hmmnet.pages import PAGE_SIZE
+from hmmnet.program import JobResult, Machine, Process
+
+from .registry import Report
+
+MISTAKES_SHOWN = 10
+"""Wrong elements that a report lists; the count is always whole."""
+
+
+def chosen_devices(machine: Machine, devices: Sequence[str] | str | None) -> tuple[str, ...]:
+    """The devices to use: those named (a list, or a text with commas), else all. Raises ValueError for a name the machine does not have."""
+    if devices is None:
+        return machine.device_names
+    names = tuple(devices.split(",")) if isinstance(devices, str) else tuple(devices)
+    unknown = [name for name in names if name not in machine.device_names]
+    if unknown or not names:
+        raise ValueError(f"no device is called {', '.join(unknown) or '(empty)'}; this machine has {', '.join(machine.device_names)}")
+    return names
+
+
+def cut(count: int, shares: int, align: int) -> list[tuple[int, int]]:
+    """``[0, count)`` in at most `shares` ranges of about equal size that begin at multiples of `align`; empty ones are left out."""
+    step = -(-count // shares)
+    step = -(-step // align) * align
+    return [(first, min(count, first + step)) for first in range(0, count, step)] if count else []
+
+
+def page_elements(itemsize: int) -> int:
+    """Elements of one page, the alignment of shares."""
+    return PAGE_SIZE // itemsize
+
+
+async def run_shares(process: Process, kernel: str, placement: str, shares: Mapping[str, Mapping[str, Any]]) -> dict[str, JobResult]:
+    """Launch `kernel` on each device of `shares` with its arguments, all at once, and wait for all."""
+    results: dict[str, JobResult] = {}
+
+    async def one(device: str, arguments: Mapping[str, Any]) -> None:
+        results[device] = await process.launch(kernel, device, placement, **arguments)
+
+    async with trio.open_nursery() as nursery:
+        for device, arguments in shares.items():
+            nursery.start_soon(one, device, arguments)
+    return {device: results[device] for device in shares}
+
+
+async def store_array(process: Process, values: npt.NDArray[Any]) -> int:
+    """Map memory of its own pages for `values`, write them, and return the address."""
+    address = await process.mmap(max(values.nbytes, 1))
+    if values.nbytes:
+        await process.write(address, np.ascontiguousarray(values).view(np.uint8).reshape(-1))
+    return address
+
+
+def mistakes_between(got: npt.NDArray[Any], expected: npt.NDArray[Any]) -> list[str]:
+    """Where two arrays differ, in words; empty when they are equal."""
+    if got.shape != expected.shape:
+        return [f"{got.shape} elements came back, {expected.shape} were expected"]
+    wrong = np.flatnonzero(got != expected)
+    texts = [f"element {i}: {got[i]} instead of {expected[i]}" for i in wrong[:MISTAKES_SHOWN].tolist()]
+    if len(wrong) > MISTAKES_SHOWN:
+        texts.append(f"and {len(wrong) - MISTAKES_SHOWN} more")
+    return texts
+
+
+def report_of(workload: str, jobs: Mapping[str, JobResult], mistakes: list[str], **facts: Any) -> Report:
+    """A workload's report."""
+    return {
+        "workload": workload,
+        "correct": not mistakes,
+        "mistakes": mistakes,
+        **facts,
+        "devices": {device: dict(job.counters) for device, job in jobs.items()},
+    }

@@ -1,0 +1,126 @@
+"""The arguments of every operation a client may call, with their bounds: what `calls.py` decodes before it believes anything."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, TypeAlias
+
+import msgspec
+
+from hmmnet.pages import ADDRESS_BITS
+from hmmnet.wire.messages import PAGES_PER_MESSAGE_MAX, Name
+
+CHUNK_BYTES = 1 << 20
+"""Data that one call or its reply carries (the bound of `Call.data`)."""
+STAGED_BYTES_MAX = 64 << 20
+"""Ioctl data that a client may pile up on one handle, and results kept for it to fetch: 16384 pages."""
+
+Address: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=1 << ADDRESS_BITS)]
+Length: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=1 << ADDRESS_BITS)]
+ChunkLength: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=CHUNK_BYTES)]
+Pages: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=PAGES_PER_MESSAGE_MAX)]
+Word: TypeAlias = Annotated[str, msgspec.Meta(max_length=32)]
+
+
+class Operation(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """Arguments of an operation on the machine."""
+
+
+class OnProcess(Operation, frozen=True):
+    """Arguments of an operation on a process."""
+
+    process: int
+
+
+class Map(OnProcess, frozen=True):
+    """``mmap``."""
+
+    length: Length
+    protection: Word = "rw"
+    address: Address | None = None
+
+
+class Range(OnProcess, frozen=True):
+    """``munmap``."""
+
+    address: Address
+    length: Length
+
+
+class Protect(Range, frozen=True):
+    """``mprotect``."""
+
+    protection: Word
+
+
+class Advise(Range, frozen=True):
+    """``madvise``."""
+
+    advice: Word
+
+
+class Allocate(OnProcess, frozen=True):
+    """``malloc``."""
+
+    length: Length
+
+
+class Read(OnProcess, frozen=True):
+    """``read``."""
+
+    address: Address
+    length: ChunkLength
+
+
+class Write(OnProcess, frozen=True):
+    """``write``; the bytes are the call's data."""
+
+    address: Address
+
+
+class Look(OnProcess, frozen=True):
+    """``pagemap`` and ``residency``."""
+
+    address: Address
+    pages: Annotated[int, msgspec.Meta(ge=0, le=CHUNK_BYTES // 2)]
+
+
+class Move(Range, frozen=True):
+    """``migrate``."""
+
+    to: Name
+
+
+class Start(OnProcess, frozen=True):
+    """``launch``."""
+
+    kernel: Name
+    device: Name
+    placement: Name = "demand"
+    arguments: dict[str, Any] = {}
+
+
+class Open(OnProcess, frozen=True):
+    """``open``."""
+
+    device: Name
+
+
+class OnHandle(OnProcess, frozen=True):
+    """``close`` and ``stage``."""
+
+    handle: int
+
+
+class Command(OnHandle, frozen=True):
+    """``ioctl``."""
+
+    command: Name
+    address: Address
+    pages: Pages
+    flags: Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)] = 0
+
+
+class Fetch(OnHandle, frozen=True):
+    """``fetch``."""
+
+    offset: Annotated[int, msgspec.Meta(ge=0, le=STAGED_BYTES_MAX)]

@@ -1,0 +1,110 @@
+"""Open devices: which process has which device open, and what opening and closing mean.
+
+A *context* is one process's mirror on one life of a device. It is shared and counted: the first `get` opens it on the device, the last `put` closes
+it. A device whose process died takes its contexts along; the next `get` opens one on the device's next life.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator, Mapping
+
+import trio
+
+from hmmnet.errors import KernelError, PeerError, PeerLost
+from hmmnet.observe.counters import Profile
+from hmmnet.wire.messages import CloseContext, Done, OpenContext
+
+from .device import Context, Device, Life
+from .hub import Hub
+from .iommu import Domain
+from .link import SessionLink
+from .mm.space import Space
+
+
+class Contexts:
+    """All contexts of the machine. `hubs` are the notifier hubs by process."""
+
+    def __init__(self, devices: Mapping[str, Device], hubs: Mapping[int, Hub], profile: Profile) -> None:
+        self.profile = profile
+        self._devices = devices
+        self._hubs = hubs
+        self._numbers = 0
+        self._opening: dict[tuple[int, str], trio.Lock] = {}
+
+    def links(self) -> list[SessionLink]:
+        """The devices that are there, in the order of the topology."""
+        return [device.life.link for device in self._devices.values() if device.life is not None]
+
+    def device(self, name: str) -> Device:
+        """A device of the topology. Raises KernelError(ENOENT)."""
+        device = self._devices.get(name)
+        if device is None:
+            raise KernelError(errno.ENOENT, "open", f'no device is called "{name}"; this machine has {", ".join(self._devices)}')
+        return device
+
+    async def get(self, space: Space, name: str) -> Context:
+        """The context of `space` on a device, opened if it is not, with one more user. Raises KernelError (ENOENT, ENODEV), PeerLost."""
+        key = (space.number, name)
+        lock = self._opening.setdefault(key, trio.Lock())
+        async with lock:
+            life = self.device(name).present()
+            context = life.context_of(space.number)
+            if context is None:
+                context = await self._open(life, space)
+            context.users += 1
+        return context
+
+    async def _open(self, life: Life, space: Space) -> Context:
+        self._numbers += 1
+        context = Context(self._numbers, life, space, self._hubs[space.number], Domain(life.name, self._numbers))
+        life.contexts[context.number] = context
+        life.link.domains[context.number] = context.domain
+        try:
+            await life.link.ask(OpenContext(context.number, space.number), Done)
+        except BaseException:
+            self._forget(context)
+            raise
+        return context
+
+    async def put(self, context: Context) -> None:
+        """One user less; the last closes the context on the device."""
+        context.users -= 1
+        if context.users == 0:
+            await self._close(context)
+
+    async def _close(self, context: Context) -> None:
+        life = context.life
+        if life.contexts.get(context.number) is not context:
+            return
+        async with self._opening[context.space.number, life.name]:
+            try:
+                if life.link.session.lost is None:
+                    await life.link.ask(CloseContext(context.number), Done)
+            except PeerLost:
+                return  # whoever deals with the loss takes the context away
+            finally:
+                await context.unsubscribe_all()
+                self._forget(context)
+
+    def _forget(self, context: Context) -> None:
+        context.life.contexts.pop(context.number, None)
+        context.life.link.domains.pop(context.number, None)
+
+    async def drop(self, space: Space) -> None:
+        """The process has exited: close whatever it has open."""
+        for context in list(self._of(space)):
+            context.users = 0
+            try:
+                await self._close(context)
+            except PeerError:
+                continue  # a device that will not close a dead process's context has nothing left to mirror
+        for key in [key for key in self._opening if key[0] == space.number]:
+            del self._opening[key]
+
+    def _of(self, space: Space) -> Iterator[Context]:
+        for device in self._devices.values():
+            if device.life is not None:
+                context = device.life.context_of(space.number)
+                if context is not None:
+                    yield context

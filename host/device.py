@@ -1,0 +1,113 @@
+"""What the host knows of one device: its place in the machine, the life it is in, and the contexts that processes opened on it.
+
+A device of the topology has many *lives*: it connects, dies, and may come back as a new incarnation with empty memory. Every life has a frame
+zone of its own, so that a frame of a dead life is never mistaken for one of the present.
+"""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import dataclass, field
+
+import trio
+
+from hmmnet.errors import KernelError
+from hmmnet.topology import DeviceSpec
+
+from .devmem import PageMap
+from .hub import Hub
+from .iommu import Domain
+from .link import SessionLink
+from .mm.space import Space
+from .notifier import Subscription
+
+
+@dataclass(eq=False)
+class Context:
+    """A process's open device: what the device mirrors, and what it may reach. `users` are the handles that share it."""
+
+    number: int
+    life: Life
+    space: Space
+    hub: Hub
+    domain: Domain
+    subscriptions: dict[int, Subscription] = field(default_factory=dict)
+    users: int = 0
+
+    async def unsubscribe_all(self) -> None:
+        """Return when no invalidation reaches the device for this context any more."""
+        while self.subscriptions:
+            _, subscription = self.subscriptions.popitem()
+            await self.hub.remove(subscription)
+
+
+@dataclass(eq=False)
+class Life:
+    """One incarnation of a device, from its hello until its loss has been dealt with."""
+
+    spec: DeviceSpec
+    incarnation: int
+    pid: int
+    link: SessionLink
+    page_map: PageMap
+    contexts: dict[int, Context] = field(default_factory=dict)
+    jobs: int = 0
+    """Jobs launched so far; their numbers."""
+
+    @property
+    def name(self) -> str:
+        """The device's name."""
+        return self.spec.name
+
+    @property
+    def zone(self) -> int:
+        """The zone of its frames."""
+        return self.link.zone
+
+    def context(self, number: int) -> Context:
+        """An open context. Raises KernelError(ESRCH) for one that was closed, or never was."""
+        found = self.contexts.get(number)
+        if found is None:
+            raise KernelError(errno.ESRCH, "context", f'device "{self.name}" has no open context {number}')
+        return found
+
+    def context_of(self, process: int) -> Context | None:
+        """The context of a process."""
+        return next((context for context in self.contexts.values() if context.space.number == process), None)
+
+
+class Device:
+    """A device of the topology, alive or not."""
+
+    def __init__(self, spec: DeviceSpec) -> None:
+        self.spec = spec
+        self.life: Life | None = None
+        self.lives = 0
+        self.last_loss = ""
+        self._changed = trio.Event()
+
+    def begin(self, life: Life) -> None:
+        """The device is there."""
+        self.life = life
+        self.lives += 1
+        changed, self._changed = self._changed, trio.Event()
+        changed.set()
+
+    def end(self, life: Life, cause: str) -> None:
+        """That life is over."""
+        self.last_loss = cause
+        if self.life is life:
+            self.life = None
+
+    async def ready(self) -> Life:
+        """The present life, or the next."""
+        while self.life is None:
+            await self._changed.wait()
+        return self.life
+
+    def present(self) -> Life:
+        """The present life. Raises KernelError(ENODEV) when the device is not there."""
+        if self.life is None:
+            why = f"it was lost: {self.last_loss}" if self.last_loss else "it has not started"
+            raise KernelError(errno.ENODEV, "open", f'device "{self.spec.name}" is not there: {why}')
+        return self.life

@@ -1,0 +1,89 @@
+"""Device memory as Linux sees it: page maps that appear and go away with their devices (mm/memremap.c, today's struct dev_pagemap).
+
+A page map gives the frames of a device's zone their struct pages. An idle frame has reference count `IDLE_REFCOUNT`; the last reference to a
+page that is let go of calls the driver's ``folio_free``. That call can come from anywhere (munmap, exit, the end of a migration), so it
+must not wait: frames are gathered and told in one note a little later, and in any case before the device is asked for anything else.
+
+Removing a page map waits, in the kernel, for the last reference, and hangs for ever when somebody leaks one. Here it does not hang: it says
+who holds what.
+
+Coherent memory (`MEMORY_DEVICE_COHERENT`) is registered as private: the CPU cannot yet reach it in place, so its pages come home when
+touched, which is right for the data and slower than the hardware.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from hmmnet.errors import HmmnetError
+from hmmnet.pages import Words
+
+from .interfaces import DeviceLink
+from .mm.frames import PhysicalMemory
+from .mm.rmap import mappings
+
+IDLE_REFCOUNT = 0
+"""References of an idle device page today; v25's personality would have 1."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who keeps frames of a device: a process by its mappings, or (process 0) references without a mapping, such as a pin."""
+
+    process: int
+    pages: int
+
+    def __str__(self) -> str:
+        return f"process {self.process} maps {self.pages} pages" if self.process else f"{self.pages} pages are held without a mapping"
+
+
+class PageMap:
+    """The struct pages of one life of a device."""
+
+    def __init__(self, memory: PhysicalMemory, link: DeviceLink, pages: int) -> None:
+        self._memory = memory
+        self.link = link
+        self.zone = memory.add_device(link.zone, "private", link.name, pages)
+        self.zone.on_free = link.free_frames
+
+    @property
+    def used_pages(self) -> int:
+        """Frames with a reference."""
+        return int(np.count_nonzero(self.zone.refcount != IDLE_REFCOUNT))
+
+    def used_frames(self) -> Words:
+        """Frames with a reference, ascending."""
+        return np.flatnonzero(self.zone.refcount != IDLE_REFCOUNT).astype(np.uint64) + np.uint64(self.zone.base)
+
+    def holders(self) -> Iterator[Holder]:
+        """Everybody who keeps a frame."""
+        frames = self.used_frames()
+        if len(frames) == 0:
+            return
+        mapped = np.zeros(len(frames), dtype=np.bool_)
+        for found in mappings(self._memory, frames):
+            mapped[found.rows] = True
+            yield Holder(found.mm.number, len(found.pages))
+        loose = int(np.count_nonzero(~mapped))
+        if loose:
+            yield Holder(0, loose)
+
+    def remove(self) -> None:
+        """memunmap_pages. Raises HmmnetError, naming the holders, while a frame has a reference."""
+        holders = [str(holder) for holder in self.holders()]
+        if holders:
+            raise HmmnetError(f'memory of device "{self.zone.owner}" (zone {self.zone.number}) cannot be removed: {"; ".join(holders)}')
+        self._memory.remove_device(self.zone.number)
+
+    def lose(self, cause: str) -> None:
+        """The device died with its memory: an access to a page whose only copy was there is a SIGBUS that names `cause`.
+
+        Without such pages the map goes away at once.
+        """
+        if self.used_pages:
+            self._memory.zone_lost(self.zone.number, cause)
+        else:
+            self._memory.remove_device(self.zone.number)

@@ -1,0 +1,101 @@
+"""DMA of a device to memory that is not its own: through the emulated IOMMU, by frame number, as a stream over its links.
+
+The device names pages and the physical addresses that it computed from its mirror. If its context's domain says the same, the data go
+straight between the host's arenas and the bulk channel; the pages cannot change hands meanwhile, because whoever invalidates them waits for
+DMA under way (`Domain.busy`).
+"""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import trio
+
+from hmmnet.errors import IommuFault, PeerError, ProtocolError
+from hmmnet.fabric.dma import ArenaSink, ArenaSource, Arrival
+from hmmnet.pages import PAGES_MAX, Words, from_wire
+from hmmnet.wire.messages import DmaGrant, DmaRead, DmaWrite
+from hmmnet.wire.session import Session
+
+from .device import Context, Life
+from .interconnect import Interconnect, OutGrant
+from .iommu import Access
+
+DMA_BYTES_MAX = 1 << 30
+"""Data of one request; a device cuts longer ones."""
+
+log = logging.getLogger("hmmnet.host")
+
+
+class Dma:
+    """Serves the DMA requests of one life of a device; streams towards us run in `nursery`."""
+
+    def __init__(self, life: Life, interconnect: Interconnect, nursery: trio.Nursery) -> None:
+        self.refused = 0
+        """Accesses that the IOMMU refused."""
+        self.last_refusal = ""
+        self._life = life
+        self._interconnect = interconnect
+        self._nursery = nursery
+
+    def attach(self, session: Session) -> None:
+        """Answer `session`."""
+        session.on(DmaRead, self.read)
+        session.on(DmaWrite, self.write)
+
+    async def read(self, message: DmaRead) -> None:
+        """Stream to the device. Raises IommuFault, ProtocolError, KernelError(EAGAIN, ESRCH), PeerLost."""
+        context = self._life.context(message.context)
+        pages, addresses = self._checked(context, message, write=False)
+        access = context.domain.begin(pages, write=False)
+        try:
+            source = ArenaSource(self._interconnect.memories, addresses, message.size)
+            await self._life.link.send(message.stream, source, int(addresses[0]) >> 12)
+        finally:
+            self._end(context, access)
+
+    def write(self, message: DmaWrite) -> DmaGrant:
+        """Be ready for a stream from the device. Raises IommuFault, ProtocolError, KernelError(EAGAIN, ESRCH)."""
+        context = self._life.context(message.context)
+        pages, addresses = self._checked(context, message, write=True)
+        link = self._life.link
+        sink = ArenaSink(self._interconnect.memories, addresses, message.size)
+        arrival = link.receiver.expect(message.stream, sink)
+        access = context.domain.begin(pages, write=True)
+        grant = self._interconnect.grant_out(link.name, int(addresses[0]) >> 12, sink.nbytes)
+        self._nursery.start_soon(self._land, context, access, arrival, grant)
+        return DmaGrant(grant.start_s, grant.bytes_per_s, grant.latency_s)
+
+    async def _land(self, context: Context, access: Access, arrival: Arrival, grant: OutGrant) -> None:
+        try:
+            async with self._life.link.transfer():
+                await arrival.wait()
+        except PeerError as error:
+            log.warning("a DMA write of %s ended early: %s", self._life.name, error)
+        finally:
+            arrival.cancel()
+            self._interconnect.end(grant)
+            self._end(context, access)
+
+    def _end(self, context: Context, access: Access) -> None:
+        context.domain.end(access)
+        self._life.link.dma_ended.unpark_all()
+
+    def _checked(self, context: Context, message: DmaRead | DmaWrite, *, write: bool) -> tuple[Words, Words]:
+        if len(message.pages) % 8 or len(message.pages) != len(message.addresses) or not message.pages:
+            raise ProtocolError(f"DMA with {len(message.pages)} bytes of pages and {len(message.addresses)} of addresses")
+        pages, addresses, size = from_wire(message.pages), from_wire(message.addresses), message.size
+        if size & (size - 1) or (addresses & np.uint64(size - 1)).any():
+            raise ProtocolError(f"DMA of elements of {size} bytes: the size is a power of two, and addresses are multiples of it")
+        if int(pages.max()) >= PAGES_MAX or len(pages) * size > DMA_BYTES_MAX:
+            raise ProtocolError(f"DMA of {len(pages)} elements of {size} bytes: beyond the address space, or over {DMA_BYTES_MAX} bytes")
+        if message.stream & 1 == 0:
+            raise ProtocolError(f"DMA on stream {message.stream}: a device's streams have odd numbers")
+        try:
+            context.domain.check(pages, addresses, write)
+        except IommuFault as fault:
+            self.refused += 1
+            self.last_refusal = str(fault)
+            raise
+        return pages, addresses

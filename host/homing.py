@@ -1,0 +1,186 @@
+"""The ways home: CPU faults on device memory, explicit migration to system memory, and eviction by frame.
+
+All end in the same few lines (`_bring`): host frames are allocated, the device drops its entries and streams, identities change over. They
+differ in what they start from. A CPU fault has the pages that a program touched (migrate_to_ram of struct dev_pagemap_ops, in test_hmm
+dmirror_devmem_fault); an explicit migration has a range; an eviction has frames of the device and no address at all
+(migrate_device_range), and takes the page away from every process that maps it, without any mmap lock.
+
+Two CPUs that touch one page at once both come here; the second finds a migration entry where the first is at work, collects nothing and
+returns, and its access looks at the page again.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Mapping
+from contextlib import AsyncExitStack
+
+import numpy as np
+
+from hmmnet.errors import BusError, KernelError, PeerLost
+from hmmnet.observe.counters import CPU_FAULT, Profile
+from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, Words, run_bounds
+
+from .interfaces import DeviceLink, Event, Migration, Select
+from .migrate import MIGRATE, SHIFT, VALID, MigrateVma, Outcome
+from .mm.collect import collect_frames, finalize, move
+from .mm.frames import PhysicalMemory
+from .mm.rmap import mappings
+from .mm.space import Space
+
+HOME_PAGES_MAX = 1 << 16
+"""Pages of one explicit migration home (256 MiB): bounds the host frames allocated before anything has landed."""
+EXACT_RUNS_MAX = 64
+"""Runs of pages up to which an eviction announces each by itself; beyond, one announcement spans them all."""
+
+
+class Homing:
+    """Brings pages of devices home. `links` are the living devices by zone; `context_of` finds a process's context on one (0: none)."""
+
+    def __init__(
+        self,
+        memory: PhysicalMemory,
+        links: Mapping[int, DeviceLink],
+        spaces: Mapping[int, Space],
+        context_of: Callable[[int, int], int],
+        profile: Profile,
+        now: Callable[[], float],
+    ) -> None:
+        self._memory = memory
+        self._links = links
+        self._spaces = spaces
+        self._context_of = context_of
+        self._profile = profile
+        self._now = now
+
+    async def migrate_to_ram(self, space: Space, pages: Words) -> None:
+        """A CPU touched device-private `pages` (consecutive, in one VMA and one zone). Hold the mmap lock for reading.
+
+        Returns when it makes sense to look again. Raises BusError when the data are lost, KernelError(ENOMEM).
+        """
+        began_s = self._now()
+        first = int(pages[0])
+        zone = space.zone_at(first)
+        link = self._links.get(zone)
+        if link is None:
+            raise self._lost(space, first, zone, "the device is gone")
+        try:
+            moved = await self._home_range(space, link, pages)
+        except PeerLost as lost:
+            raise self._lost(space, first, zone, str(lost)) from lost
+        if moved:
+            self._profile.record(CPU_FAULT, moved * PAGE_SIZE, self._now() - began_s, link.name, moved)
+
+    def _lost(self, space: Space, page: int, zone: int, cause: str) -> BusError:
+        owner = self._memory.zones[zone].owner if zone in self._memory.zones else f"zone {zone}"
+        why = f'page 0x{page:x} of process {space.number} had its only copy on device "{owner}", which was lost: {cause}'
+        return BusError(page << PAGE_SHIFT, why)
+
+    async def _home_range(self, space: Space, link: DeviceLink, pages: Words) -> int:
+        async with space.hub.invalidate(Event.MIGRATE, int(pages[0]), int(pages[-1]) + 1, link.zone):
+            migration = space.collect(pages, Select.DEVICE_PRIVATE, link.zone)
+        return await self._bring(space, link, migration)
+
+    async def _bring(self, space: Space, link: DeviceLink, migration: Migration) -> int:
+        """Copy and change over what `migration` collected; returns how many pages moved."""
+        source = migration.source
+        going = source & MIGRATE != 0
+        whole = bool(going.all())
+        pages = migration.pages if whole else migration.pages[going]
+        if len(pages) == 0:
+            return 0
+        frames = (source if whole else source[going]) >> SHIFT
+        try:
+            targets = self._allocate(len(pages))
+        except KernelError:
+            give_up(self._memory, space, migration)
+            raise
+        try:
+            await link.copy_out(self._context_of(space.number, link.zone), pages, frames, targets)
+        except BaseException:
+            give_up(self._memory, space, migration)
+            self._memory.put(targets)
+            raise
+        words = targets << SHIFT | VALID
+        if whole:
+            migration.target[:] = words
+        else:
+            migration.target[going] = words
+        space.migrate_pages(migration)
+        moved = migration.cpages
+        space.migrate_finalize(migration)
+        return moved
+
+    def _allocate(self, count: int) -> Words:
+        frames = self._memory.allocate(count, keep=slice(0, count))
+        if frames is None:
+            raise KernelError(errno.ENOMEM, "migrate_to_ram", f"{count} pages want to come home and the host's memory is used up")
+        return frames
+
+    async def migrate_to_system(self, space: Space, link: DeviceLink, start: int, end: int) -> Outcome:
+        """Move the device's pages of [start, end) home, VMA by VMA; others stay. Raises PeerLost, KernelError(ENOMEM)."""
+        words = np.zeros(end - start, dtype=np.uint64)
+        async with space.mmap_lock.read():
+            page = start
+            while page < end:
+                vma = space.vma_at(page)
+                stop = page + 1 if vma is None else min(end, vma.end, page + HOME_PAGES_MAX)
+                try:
+                    space.check_migratable(page, stop)
+                except KernelError as error:
+                    return Outcome(words, error.code)
+                work = MigrateVma(space, Select.DEVICE_PRIVATE, link.zone)
+                await work.setup(page, stop)
+                part = work.parts[0]
+                await self._bring(space, link, part)
+                words[page - start : stop - start] = part.source
+                page = stop
+        return Outcome(words)
+
+    async def evict(self, link: DeviceLink, frames: Words) -> int:
+        """migrate_device_range: bring `frames` of the device home, whoever maps them; returns how many went.
+
+        Idle frames and frames that are busy stay; the driver asks again for those. Raises PeerLost, KernelError(ENOMEM).
+        """
+        async with AsyncExitStack() as stack:
+            told: set[int] = set()
+            for mapped in mappings(self._memory, frames):
+                space = self._spaces.get(mapped.mm.number)
+                if space is not None:
+                    told.add(space.number)
+                    for start, end in exact_runs(mapped.pages):
+                        await stack.enter_async_context(space.hub.invalidate(Event.CLEAR, start, end))
+            migration = collect_frames(self._memory, frames, frozenset(told))
+        going = migration.source & MIGRATE != 0
+        if not going.any():
+            return 0
+        targets: Words | None = None
+        try:
+            targets = self._allocate(int(np.count_nonzero(going)))
+            await link.copy_out(0, np.zeros(0, dtype=np.uint64), frames[going], targets)
+        except BaseException:
+            give_up(self._memory, None, migration)
+            if targets is not None:
+                self._memory.put(targets)
+            raise
+        migration.target[going] = targets << SHIFT | VALID
+        move(self._memory, None, migration)
+        moved = migration.cpages
+        finalize(self._memory, None, migration)
+        return moved
+
+
+def give_up(memory: PhysicalMemory, space: Space | None, migration: Migration) -> None:
+    """Nothing has moved: without targets every page goes back to its old entry."""
+    mm = None if space is None else space.mm
+    move(memory, mm, migration)
+    finalize(memory, mm, migration)
+
+
+def exact_runs(pages: Words) -> list[tuple[int, int]]:
+    """`pages` as ranges, or as one that spans them when there are too many."""
+    pages = np.sort(pages)
+    bounds = run_bounds(pages)
+    if len(bounds) - 1 > EXACT_RUNS_MAX:
+        return [(int(pages[0]), int(pages[-1]) + 1)]
+    return [(int(pages[low]), int(pages[high - 1]) + 1) for low, high in zip(bounds[:-1], bounds[1:], strict=True)]

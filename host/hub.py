@@ -1,0 +1,115 @@
+"""The hub: every change of a page table is announced here before it happens, and waits here until devices have let go.
+
+One hub for each address space, around the arithmetic of `notifier.py`. An invalidation goes in two passes, as
+mmu_interval_notifier's invalidate_start and invalidate_finish do: *all* devices are told first, then all are waited for, so a
+machine with eight devices pays for the slowest and not for the sum. A device that does not answer is fenced by its link; the hub
+never gives up by itself.
+
+Whoever changes a page table writes::
+
+    async with hub.invalidate(Event.UNMAP, start, end):
+        ...  # devices are quiet in [start, end); change the table; nothing here may wait for a device
+
+With nobody subscribed that costs two attribute updates and no suspension.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+import trio
+
+from .interfaces import NO_OWNER, Acknowledgement, DeviceLink, Event
+from .notifier import MmuNotifier, Subscription
+
+FILTERED = frozenset({Event.MIGRATE, Event.EXCLUSIVE})
+"""Events that carry an owner; the owner's own subscriptions are not told of them."""
+
+
+class Invalidation:
+    """One invalidate_range_start / invalidate_range_end pair, as an async context manager. Cancelling it while it waits is safe."""
+
+    __slots__ = ("_hub", "end", "event", "owner", "start")
+
+    def __init__(self, hub: Hub, event: Event, start: int, end: int, owner: int) -> None:
+        self._hub = hub
+        self.event = event
+        self.start = start
+        self.end = end
+        self.owner = owner
+
+    async def __aenter__(self) -> None:
+        core = self._hub.core
+        found = core.start(self.start, self.end)
+        if found:
+            try:
+                for acknowledgement in self._tell(found, core.sequence):
+                    await acknowledgement.finish()
+            except BaseException:
+                self._hub.range_end()
+                raise
+
+    def _tell(self, found: list[Subscription], sequence: int) -> list[Acknowledgement]:
+        """The first pass: set each subscription's sequence and start the device's work."""
+        started: list[Acknowledgement] = []
+        filters = self.event in FILTERED
+        for subscription in found:
+            link = subscription.link
+            if filters and subscription.own and link.zone == self.owner:
+                continue
+            subscription.sequence = sequence
+            acknowledgement = link.invalidate_start(
+                subscription.context, subscription.number, self.start, self.end, self.event, self.owner, sequence
+            )
+            if acknowledgement is not None:
+                started.append(acknowledgement)
+        self._hub.messages += len(started)
+        return started
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._hub.range_end()
+
+
+class Hub:
+    """The notifier hub of one address space."""
+
+    def __init__(self) -> None:
+        self.core = MmuNotifier()
+        self.messages = 0
+        """Invalidations sent to devices so far."""
+        self._turned_even = trio.Event()
+
+    def invalidate(self, event: Event, start: int, end: int, owner: int = NO_OWNER) -> Invalidation:
+        """Announce that [start, end) changes; entering returns when every device concerned has let go of it.
+
+        `owner`: the zone of the device on whose behalf a MIGRATE or EXCLUSIVE happens. RELEASE makes later inserts fail.
+        """
+        if event is Event.RELEASE:
+            self.core.dying = True
+        return Invalidation(self, event, start, end, owner)
+
+    def range_end(self) -> None:
+        """The last active invalidation over: apply what was deferred, wake readers and removers."""
+        if self.core.end():
+            done, self._turned_even = self._turned_even, trio.Event()
+            done.set()
+
+    def insert(self, start: int, end: int, link: DeviceLink, context: int, own: bool = True) -> Subscription:
+        """Subscribe to [start, end). Raises KernelError (EOVERFLOW, EINVAL)."""
+        return self.core.insert(start, end, link, context, own)
+
+    async def remove(self, subscription: Subscription) -> None:
+        """Unsubscribe; after this returns the device is told nothing more. Must not be awaited inside an invalidation."""
+        pending = self.core.remove(subscription)
+        while pending is not None and self.core.sequence == pending:
+            await self._turned_even.wait()
+
+    async def read_begin(self, subscription: Subscription) -> int:
+        """mmu_interval_read_begin: the sequence that `read_retry` compares with; waits while the subscription is being invalidated."""
+        while self.core.must_wait(subscription):
+            await self._turned_even.wait()
+        return subscription.sequence
+
+    def read_retry(self, subscription: Subscription, sequence: int) -> bool:
+        """Whether everything read since `read_begin` is stale."""
+        return subscription.sequence != sequence

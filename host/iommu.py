@@ -1,0 +1,134 @@
+"""The emulated IOMMU: which device context may reach which frame of host memory, checked at every access.
+
+A real driver that forgets to drop a translation corrupts memory silently, weeks later. Here the host remembers what each context was
+told it may use: a translation enters its *domain* when a range fault is answered, and leaves it when an invalidation over its page
+has been acknowledged or when the page migrated away. A device names, with each DMA, the pages it believes it touches and the physical
+addresses it computed; if its domain does not say the same, the access is refused and reported as the driver bug it is.
+
+Frames of the device's own memory need no translation and never stand here.
+
+The hub does not tell a device of its own migrations, so a page that it maps and migrates at once would be written behind the copy's back.
+While such a page is on its way its translation is *suspended*: an access is neither a bug nor allowed, and is answered EAGAIN.
+
+An acknowledged invalidation promises that the device is quiet. DMA that the device began before is finished first: each access is
+registered for as long as it lasts, and whoever revokes waits for those that overlap (`Domain.busy`), which is the IOTLB flush
+with its wait for outstanding transactions.
+"""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import dataclass
+
+import numpy as np
+
+from hmmnet.errors import IommuFault, KernelError
+from hmmnet.pages import DEVICE_ZONE_MIN, HMM_PFN_ERROR, HMM_PFN_FRAME_MASK, HMM_PFN_VALID, HMM_PFN_WRITE, PAGE_SHIFT, ZONE_SHIFT, Words
+from hmmnet.sparse import SparseTable
+
+_VALID = np.uint64(1)
+_WRITE = np.uint64(2)
+_SUSPENDED = np.uint64(4)
+_FRAME_SHIFT = np.uint64(3)
+_HOST_FRAMES_END = np.uint64(DEVICE_ZONE_MIN << ZONE_SHIFT)
+_PAGE_SHIFT = np.uint64(PAGE_SHIFT)
+
+
+@dataclass(eq=False, slots=True)
+class Access:
+    """DMA under way on pages between `first` and `last`."""
+
+    first: int
+    last: int
+    write: bool
+
+
+class Domain:
+    """The translations of one device context."""
+
+    def __init__(self, device: str, context: int) -> None:
+        self.device = device
+        self.context = context
+        self.refused = 0
+        """Accesses that were refused so far."""
+        self._table = SparseTable()
+        self._accesses: list[Access] = []
+
+    def grant(self, start: int, words: Words) -> None:
+        """Take over a range fault's answer: `words` (HMM_PFN) from page `start` on replace what stood there."""
+        frames = words & np.uint64(HMM_PFN_FRAME_MASK)
+        usable = (words & np.uint64(HMM_PFN_VALID | HMM_PFN_ERROR)) == np.uint64(HMM_PFN_VALID)
+        usable &= frames < _HOST_FRAMES_END
+        entries = frames << _FRAME_SHIFT | _VALID
+        entries |= np.where(words & np.uint64(HMM_PFN_WRITE) != 0, _WRITE, np.uint64(0))
+        self._table.write(start, np.where(usable, entries, np.uint64(0)))
+
+    def revoke(self, start: int, end: int) -> None:
+        """Forget the translations of [start, end)."""
+        self._table.clear(start, end)
+
+    def revoke_pages(self, pages: Words) -> None:
+        """Forget the translations of single pages."""
+        self._table.scatter(pages, 0)
+
+    def frame(self, page: int) -> int | None:
+        """The frame that `page` translates to, or None."""
+        entry = self._table.get(page)
+        return entry >> 3 if entry & 1 else None
+
+    def suspend(self, pages: Words) -> None:
+        """`pages` are on their way to the device itself: their translations answer EAGAIN until `resume` or `revoke_pages`."""
+        entries = self._table.gather(pages)
+        held = (entries & _VALID) != 0
+        if held.any():
+            self._table.scatter(pages[held], entries[held] | _SUSPENDED)
+
+    def resume(self, pages: Words) -> None:
+        """`pages` stayed where they were: what was suspended is good again."""
+        entries = self._table.gather(pages)
+        held = (entries & _SUSPENDED) != 0
+        if held.any():
+            self._table.scatter(pages[held], entries[held] & ~_SUSPENDED)
+
+    def check(self, pages: Words, addresses: Words, write: bool) -> None:
+        """Refuse an access of physical `addresses` by way of `pages` that the domain does not cover.
+
+        Raises IommuFault; KernelError(EAGAIN) when a page is on its way to the device itself.
+        """
+        entries = self._table.gather(pages)
+        needed = _VALID | _WRITE if write else _VALID
+        bad = (entries & needed) != needed
+        bad |= entries >> _FRAME_SHIFT != addresses >> _PAGE_SHIFT
+        if not bad.any():
+            if (entries & _SUSPENDED).any():
+                raise KernelError(errno.EAGAIN, "dma", f'device "{self.device}" is migrating one of the pages itself; look again')
+            return
+        self.refused += 1
+        i = int(np.argmax(bad))
+        raise IommuFault(self._describe(int(pages[i]), int(addresses[i]), int(entries[i]), write, int(np.count_nonzero(bad))))
+
+    def _describe(self, page: int, address: int, entry: int, write: bool, count: int) -> str:
+        if not entry & 1:
+            held = "no translation for that page: it was never given one, or was told to drop it"
+        elif entry >> 3 != address >> PAGE_SHIFT:
+            held = f"that page translated to frame 0x{entry >> 3:x}"
+        else:
+            held = "a read-only translation"
+        return (
+            f'device "{self.device}" context {self.context}: DMA {"write" if write else "read"} of page 0x{page:x} at physical '
+            f"address 0x{address:x} refused ({count} elements), because it holds {held}; the driver used a mapping it must not use"
+        )
+
+    def begin(self, pages: Words, write: bool) -> Access:
+        """Register DMA on `pages`; `end` it."""
+        access = Access(int(pages.min()), int(pages.max()), write)
+        self._accesses.append(access)
+        return access
+
+    def end(self, access: Access) -> None:
+        """The DMA is over."""
+        self._accesses.remove(access)
+
+    def busy(self, start: int, end: int) -> bool:
+        """Whether DMA that touches [start, end) is still under way."""
+        return any(access.first < end and start <= access.last for access in self._accesses)

@@ -1,0 +1,236 @@
+"""A device over its session and its two bulk channels: the `DeviceLink` of real machines.
+
+Commands go over the control session, page data over the bulk channels, and never the other way round, so an invalidation does not queue behind
+a megabyte. A copy is one command and one stream; they are started together, and the copy is over when the stream has been verified at the
+far end *and* the command was answered.
+
+**When a device is lost.** Everything that waits for it must end, and what ends differs. Copies raise `PeerLost`: their caller puts the
+pages back. An invalidation must not fail, because the page table is about to change: it returns once the device can no longer
+use what it had. If it said BYE or its process has ended, that is at once. If it only fell silent it may be hung, or cut off, and it may wake up:
+then we wait until its *lease* is over, counted from the moment at which we stopped talking to it, after which it has stopped using
+its mirror by itself. That is fencing; it makes a stale access impossible even across a partition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TypeVar
+
+import numpy as np
+import trio
+
+from hmmnet.errors import KernelError, PeerGone, PeerLost, RemoteError
+from hmmnet.fabric.dma import ArenaSink, ArenaSource, Arrival, BulkReceiver, BulkSender, Sink, Source
+from hmmnet.observe.counters import DEVICE_TO_HOST, HOST_TO_DEVICE
+from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, Words, to_wire
+from hmmnet.topology import DeviceSpec
+from hmmnet.wire.messages import PAGES_PER_MESSAGE_MAX, CopyIn, CopyOut, Done, FreeFrames, Invalidate, Message
+from hmmnet.wire.session import PendingReply, Session
+
+from .interconnect import Interconnect
+from .interfaces import Event
+from .iommu import Domain
+
+FREE_DELAY_S = 0.002
+"""Real seconds that freed frames wait for more, so that a storm of single frees becomes few notes."""
+
+_SHIFT = np.uint64(PAGE_SHIFT)
+M = TypeVar("M", bound=Message)
+
+
+class Acknowledgement:
+    """An invalidation that the device works on."""
+
+    __slots__ = ("_domain", "_end", "_link", "_pending", "_start")
+
+    def __init__(self, link: SessionLink, pending: PendingReply | None, domain: Domain | None, start: int, end: int) -> None:
+        self._link = link
+        self._pending = pending
+        self._domain = domain
+        self._start = start
+        self._end = end
+
+    async def finish(self) -> None:
+        """Return when the device is quiet in the range; its translations there are revoked and DMA that was under way is over."""
+        try:
+            if self._pending is None:
+                await self._link.fenced()
+            else:
+                await self._pending.wait()
+        except PeerLost:
+            await self._link.fenced()
+        except (RemoteError, KernelError) as error:
+            self._link.condemn(f"it did not carry out an invalidation ({error})")
+            await self._link.fenced()
+        if self._domain is not None:
+            self._domain.revoke(self._start, self._end)
+            while self._domain.busy(self._start, self._end):
+                await self._link.dma_ended.park()
+
+
+class SessionLink:
+    """One life of a device, as the HMM core sees it. `lease_s` is in real seconds."""
+
+    def __init__(
+        self, spec: DeviceSpec, zone: int, session: Session, sender: BulkSender, receiver: BulkReceiver, interconnect: Interconnect, lease_s: float
+    ) -> None:
+        self.name = spec.name
+        self.zone = zone
+        self.kind = spec.kind
+        self.session = session
+        self.sender = sender
+        self.receiver = receiver
+        self.domains: dict[int, Domain] = {}
+        """Translations by context."""
+        self.dma_ended = trio.lowlevel.ParkingLot()
+        """Who waits for DMA parks here; whoever ends one wakes all."""
+        self._interconnect = interconnect
+        self._lease_s = lease_s
+        self._streams = 0
+        self._transfers: set[trio.CancelScope] = set()
+        self._freed: list[Words] = []
+        self._freed_some = trio.Event()
+        self._fenced = trio.Event()
+        self._fence_at = 0.0
+        session.on_lost(self._on_lost)
+
+    # --- losing the device ----------------------------------------------------------------------------------------------------
+
+    def _on_lost(self, cause: PeerLost) -> None:
+        self._fence_at = trio.current_time() + self._lease_s
+        if isinstance(cause, PeerGone):
+            self._fenced.set()
+        for scope in self._transfers:
+            scope.cancel()
+
+    def gone(self, how: str) -> None:
+        """The device's process has ended: no lease has to be waited out."""
+        self.session.end(PeerGone(f'device "{self.name}" {how}'))
+        self._fenced.set()
+
+    def condemn(self, why: str) -> None:
+        """The device breaks its promises: treat it as lost."""
+        self.session.end(PeerLost(f'device "{self.name}" was given up: {why}'))
+
+    async def fenced(self) -> None:
+        """Return when the lost device cannot use its mirror any more: it is gone, or its lease is over."""
+        assert self.session.lost is not None, "only a lost device is fenced"
+        with trio.move_on_at(self._fence_at):
+            await self._fenced.wait()
+        self._fenced.set()
+
+    def lost_error(self) -> PeerLost:
+        """What a transfer raises when the device is lost."""
+        return PeerLost(str(self.session.lost))
+
+    @asynccontextmanager
+    async def transfer(self) -> AsyncIterator[None]:
+        """Around everything that waits for bulk data of this device: ends with PeerLost when the device is lost."""
+        if self.session.lost is not None:
+            raise self.lost_error()
+        with trio.CancelScope() as scope:
+            self._transfers.add(scope)
+            try:
+                yield
+            finally:
+                self._transfers.discard(scope)
+        if scope.cancelled_caught:
+            raise self.lost_error()
+
+    # --- commands -------------------------------------------------------------------------------------------------------------
+
+    async def ask(self, message: Message, answer: type[M]) -> M:
+        """A request, after what the device must know before. Raises KernelError, RemoteError, PeerLost, ProtocolError."""
+        self.flush_freed()
+        return await self.session.ask(message, answer)
+
+    def invalidate_start(
+        self, context: int, subscription: int, start: int, end: int, event: Event, owner: int, sequence: int
+    ) -> Acknowledgement | None:
+        """Tell the device to drop [start, end) of `context`; None when it is gone."""
+        domain = self.domains.get(context)
+        if self.session.lost is not None and self._fenced.is_set():
+            if domain is not None:
+                domain.revoke(start, end)
+            return None
+        pending: PendingReply | None = None
+        if self.session.lost is None:
+            pending = self.session.begin(Invalidate(context, subscription, start, end, event.value, owner, sequence))
+        return Acknowledgement(self, pending, domain, start, end)
+
+    # --- copies ---------------------------------------------------------------------------------------------------------------
+
+    def new_stream(self) -> int:
+        """A stream number: even, because the host made it."""
+        self._streams += 2
+        return self._streams
+
+    async def copy_in(self, source_frames: Words, target_frames: Words, zero_frames: Words) -> None:
+        """DMA host frames to device frames, and zero others on the device. Raises PeerLost, PeerError."""
+        self.flush_freed()
+        if len(source_frames) == 0:
+            await self.session.ask(CopyIn(0, b"", to_wire(zero_frames)), Done)
+            return
+        source = ArenaSource(self._interconnect.memories, source_frames << _SHIFT, PAGE_SIZE)
+        stream = self.new_stream()
+        pending = self.session.begin(CopyIn(stream, to_wire(target_frames), to_wire(zero_frames)))
+        await self.send(stream, source, int(source_frames[0]))
+        await pending.wait()
+
+    async def send(self, stream: int, source: Source, frame: int) -> None:
+        """Stream to the device, from the memory that `frame` lies in. Raises PeerLost, PeerError."""
+        began_s = self._interconnect.now()
+        async with self.transfer():
+            await self.sender.send(stream, source, self._interconnect.pace_in(self.name, frame, source.nbytes))
+        self._interconnect.profile.record(HOST_TO_DEVICE, source.nbytes, self._interconnect.now() - began_s, self.name)
+
+    async def copy_out(self, context: int, pages: Words, frames: Words, target_frames: Words) -> None:
+        """The device drops its entries and streams `frames` to host frames. Raises PeerLost, PeerError."""
+        stream = self.new_stream()
+        sink = ArenaSink(self._interconnect.memories, target_frames << _SHIFT, PAGE_SIZE)
+        grant = self._interconnect.grant_out(self.name, int(target_frames[0]), sink.nbytes)
+        arrival = self.receiver.expect(stream, sink)
+        try:
+            message = CopyOut(
+                stream, context, to_wire(pages), to_wire(frames), grant.start_s, grant.bytes_per_s, grant.latency_s
+            )
+            pending = self.session.begin(message)
+            await self.arrive(arrival, pending, sink)
+        finally:
+            self._interconnect.end(grant)
+
+    async def arrive(self, arrival: Arrival, pending: PendingReply, sink: Sink) -> None:
+        """Wait for a stream from the device and the answer to the command that caused it; nothing lands any more after an error."""
+        began_s = self._interconnect.now()
+        try:
+            async with self.transfer():
+                await pending.wait()
+                await arrival.wait()
+        except BaseException:
+            arrival.cancel()
+            raise
+        self._interconnect.profile.record(DEVICE_TO_HOST, sink.nbytes, self._interconnect.now() - began_s, self.name)
+
+    # --- freeing --------------------------------------------------------------------------------------------------------------
+
+    def free_frames(self, frames: Words) -> None:
+        """folio_free: the device learns it soon, and before it is asked for anything else."""
+        self._freed.append(frames)
+        self._freed_some.set()
+
+    def flush_freed(self) -> None:
+        """Tell the device what was freed."""
+        if self._freed:
+            freed, self._freed = self._freed, []
+            frames = freed[0] if len(freed) == 1 else np.concatenate(freed)
+            for first in range(0, len(frames), PAGES_PER_MESSAGE_MAX):
+                self.session.note(FreeFrames(to_wire(frames[first : first + PAGES_PER_MESSAGE_MAX])))
+
+    async def run(self) -> None:
+        """Tell the device of freed frames from time to time, until cancelled."""
+        while True:
+            await self._freed_some.wait()
+            self._freed_some = trio.Event()
+            await trio.sleep(FREE_DELAY_S)
+            self.flush_freed()

@@ -1,0 +1,77 @@
+"""hmm_range_fault for a device: look at a range of the CPU page table, fault in what is wanted, and say from when the answer is good.
+
+The look itself (table A3) is `AddressSpace.walk`, one vectorised step. Here is the loop around it, as drivers write it with
+hmm_range_fault_unlocked_timeout: note the subscription's sequence, take the mmap lock for reading, walk, fault the pages that are wanted
+and not there, walk again, until nothing is left to fault. Faulting may sleep (on a migration entry, on a page that comes home from another
+device), and while it sleeps the range may be invalidated under us: then everything read so far is stale, and the loop starts over, until
+the time is up (EBUSY).
+
+The answer carries the sequence. The device compares it with its own copy, which every invalidation updates on arrival, in the same step
+in which it programs its table; that comparison is mmu_interval_read_retry, across two processes.
+"""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import dataclass
+
+import trio
+
+from hmmnet.errors import KernelError
+from hmmnet.pages import Words
+
+from .hub import Hub
+from .interfaces import AddressSpace
+from .notifier import Subscription
+
+ROUNDS_MAX = 64
+"""Rounds of faulting in one walk before it counts as stale: each page wants one fault, or few when others take it away again."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a driver asks: pages [start, start + pages); flags as in struct hmm_range; `owner` is dev_private_owner."""
+
+    start: int
+    pages: int
+    owner: int
+    default_flags: int = 0
+    flags_mask: int = 0
+    inputs: Words | None = None
+
+    @property
+    def end(self) -> int:
+        """The page behind the last."""
+        return self.start + self.pages
+
+
+async def range_fault(
+    space: AddressSpace, hub: Hub, subscription: Subscription, request: Request, deadline: float
+) -> tuple[int, Words]:
+    """The HMM_PFN words of a range and the sequence that they are good for.
+
+    `deadline` is on trio's clock (``math.inf``: none). Raises KernelError: EBUSY when the time is up, EFAULT, EPERM, ENOMEM as table A3.
+    """
+    while True:
+        if trio.current_time() > deadline:
+            raise KernelError(errno.EBUSY, "hmm_range_fault", f"pages 0x{request.start:x}+{request.pages} kept changing until the time was up")
+        sequence = await hub.read_begin(subscription)
+        async with space.mmap_lock.read():
+            words = await _walk(space, hub, subscription, request, sequence)
+        if words is not None and not hub.read_retry(subscription, sequence):
+            return sequence, words
+
+
+async def _walk(space: AddressSpace, hub: Hub, subscription: Subscription, request: Request, sequence: int) -> Words | None:
+    """hmm_range_fault under the mmap lock; None when the range went stale."""
+    for _ in range(ROUNDS_MAX):
+        walk = space.walk(request.start, request.end, request.inputs, request.default_flags, request.flags_mask, request.owner)
+        if not walk.read.any():
+            if walk.errno:
+                raise KernelError(walk.errno, "hmm_range_fault", f"page 0x{walk.failed:x} of process {space.number} cannot be had")
+            return walk.words
+        wanted = walk.read.nonzero()[0]
+        await space.fault_in((wanted + request.start).astype("<u8"), walk.write[wanted])
+        if hub.read_retry(subscription, sequence):
+            return None
+    return None

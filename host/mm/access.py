@@ -1,0 +1,302 @@
+"""CPU loads and stores, and the faults they take: the lowest layer of `Space`.
+
+A load or store first tries to finish without suspending: mapped pages and never-touched ones need nobody else. Only what is left goes
+through `_access`: take the mmap lock, and see to the page that is in the way, until there is none. A range that is accessed in one call
+is brought home from a device in batches, with the result that single loads in address order would have had.
+
+`fault_in` is the same for whoever faults on a program's behalf: hmm_range_fault, populate, pins.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from hmmnet.errors import BusError, HmmnetError, KernelError, SegmentationFault, SignalError
+from hmmnet.host.interfaces import NO_OWNER, Event
+from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, Words
+
+from . import fault, pte
+from .fault import Cause
+from .frames import PhysicalMemory
+from .locks import Gate, RwLock, give_way
+from .mm import Mm
+from .vma import VM_ACCESS, VM_READ, VM_WRITE, Vma
+
+if TYPE_CHECKING:
+    from .space import Space
+
+PAGE_MASK = PAGE_SIZE - 1
+BATCH_PAGES = 1 << 16
+"""Pages of a load or store that are made ready before they are copied: bounds the time between two looks at the table."""
+HOME_PAGES_MAX = 512
+"""Pages that one CPU access brings home from a device in one go."""
+ROUNDS_MAX = 10_000
+"""Rounds in which a fault may find its page taken away again before it counts as a bug (the kernel would go on for ever)."""
+CHECKPOINT_EVERY = 64
+"""Loads and stores without suspension, after which other tasks get a turn: a program that polls must not starve the machine."""
+
+Storable = bytes | bytearray | memoryview | npt.NDArray[Any]
+"""What a store takes: the bytes of it, in their order."""
+
+Home = Callable[["Space", Words], Awaitable[None]]
+"""migrate_to_ram: bring these pages (of one zone) home. Called with the mmap lock held for reading. BusError when the data are lost."""
+
+
+class Notifier(Protocol):
+    """What an address space needs of the hub."""
+
+    def invalidate(self, event: Event, start: int, end: int, owner: int = NO_OWNER) -> AbstractAsyncContextManager[object]:
+        """Entered before [start, end) changes, left afterwards."""
+        ...
+
+
+class CpuAccess:
+    """Process `number`'s memory as its CPU sees it; `home` is migrate_to_ram."""
+
+    def __init__(self, number: int, memory: PhysicalMemory, hub: Notifier, home: Home, family: int = 0) -> None:
+        self.number = number
+        self.memory = memory
+        self.hub = hub
+        self.home = home
+        self.mm = Mm(number, memory, family)
+        self.mmap_lock = RwLock()
+        self.cpu_faults = 0
+        """CPU faults that brought a page home, so far."""
+        self._gate = Gate()
+        self.mm.migration_ended = self._gate.open
+        self._since_checkpoint = 0
+
+    # --- without suspension -------------------------------------------------------------------------------------------------------
+
+    def try_load(self, address: int, length: int) -> bytes | None:
+        """The bytes at `address` if that needs nobody else, else None: then `load` waits for them, or raises."""
+        page = address >> PAGE_SHIFT
+        last = address + length - 1 >> PAGE_SHIFT
+        if page == last:
+            entry = self.mm.table.get(page)
+            vma = self.mm.vmas.find(page)
+            if entry & pte.KIND == pte.PRESENT and vma is not None and vma.flags & VM_ACCESS:
+                if not entry & pte.YOUNG:
+                    self.mm.table.set(page, entry | pte.YOUNG)
+                return self.memory.read_small(entry >> pte.FRAME_SHIFT, address & PAGE_MASK, length)
+        if length <= 0 or not self._try_touch(page, last + 1, write=False, keep=None):
+            return None
+        out = np.empty(length, np.uint8)
+        self._copy_out(address, out)
+        return out.tobytes()
+
+    def try_store(self, address: int, data: Storable) -> bool:
+        """Store `data` at `address` if that needs nobody else; False, and nothing stored, if it does or is not allowed."""
+        if not isinstance(data, bytes):
+            data = _flat(data)
+        length = len(data)
+        page = address >> PAGE_SHIFT
+        last = address + length - 1 >> PAGE_SHIFT
+        if page == last:
+            if self._make_writable(page):
+                self.memory.write_small(self.mm.table.get(page) >> pte.FRAME_SHIFT, address & PAGE_MASK, data)
+                return True
+        elif length and self._try_touch(page, last + 1, write=True, keep=_whole(address, length)):
+            self._copy_in(address, np.frombuffer(data, np.uint8))
+            return True
+        return False
+
+    def _make_writable(self, page: int) -> bool:
+        """One page for a store, when it is there or was never touched."""
+        entry = self.mm.table.get(page)
+        if entry & (pte.KIND | pte.WRITE) != pte.WRITABLE:
+            return self._try_touch(page, page + 1, write=True, keep=None)
+        vma = self.mm.vmas.find(page)
+        if vma is None or not vma.flags & VM_WRITE:
+            return False
+        dirty = entry | pte.YOUNG | pte.DIRTY | pte.SOFT_DIRTY
+        if dirty != entry:
+            self.mm.table.set(page, dirty)
+        return True
+
+    def _try_touch(self, start: int, end: int, *, write: bool, keep: tuple[int, int] | None) -> bool:
+        """Whether all of [start, end) could be made ready at once."""
+        if self.mmap_lock.written or end - start > BATCH_PAGES:
+            return False
+        try:
+            return self._touch(start, end, write=write, keep=keep)[0] == end
+        except SignalError:
+            return False
+
+    # --- with suspension ----------------------------------------------------------------------------------------------------------
+
+    async def load(self, address: int, length: int) -> bytes:
+        """CPU load. Raises SegmentationFault, BusError, KernelError(ENOMEM)."""
+        done = self.try_load(address, length)
+        if done is None:
+            out = np.empty(length, np.uint8)
+            await self._access(address, out, write=False)
+            return out.tobytes()
+        self._since_checkpoint += 1
+        if self._since_checkpoint >= CHECKPOINT_EVERY:
+            self._since_checkpoint = 0
+            await give_way()
+        return done
+
+    async def store(self, address: int, data: Storable) -> None:
+        """CPU store. Raises SegmentationFault, BusError, KernelError(ENOMEM); pages before the one that failed are stored then."""
+        if not isinstance(data, bytes):
+            data = _flat(data)
+        if not self.try_store(address, data):
+            await self._access(address, np.frombuffer(data, np.uint8), write=True)
+            return
+        self._since_checkpoint += 1
+        if self._since_checkpoint >= CHECKPOINT_EVERY:
+            self._since_checkpoint = 0
+            await give_way()
+
+    async def _access(self, address: int, data: npt.NDArray[np.uint8], *, write: bool) -> None:
+        """Load into (or store from) `data`, batch by batch: make pages ready, copy in the same step, see to what is in the way."""
+        done, rounds = 0, 0
+        while done < len(data):
+            position, left = address + done, len(data) - done
+            start = position >> PAGE_SHIFT
+            end = min((position + left - 1 >> PAGE_SHIFT) + 1, start + BATCH_PAGES)
+            async with self.mmap_lock.read():
+                ready, touched = self._touch(start, end, write=write, keep=_whole(position, left) if write else None)
+                length = min(left, (ready << PAGE_SHIFT) - position)
+                if length > 0:
+                    (self._copy_in if write else self._copy_out)(position, data[done : done + length])
+                    done += length
+                    rounds = 0
+                if ready < end:
+                    rounds += 1
+                    await self._resolve(ready, touched, rounds)
+            if done < len(data):
+                await give_way()
+
+    def _touch(self, start: int, end: int, *, write: bool, keep: tuple[int, int] | None) -> tuple[int, fault.Touched]:
+        """Make [start, end) ready as far as that goes now: the first page that is not, and why. `keep`: pages overwritten whole.
+
+        Raises SegmentationFault when the very first page is refused.
+        """
+        page = start
+        while page < end:
+            try:
+                vma = self.mm.check_access(page, write)
+            except SegmentationFault:
+                if page > start:
+                    return page, fault.Touched(0)
+                raise
+            stop = min(end, vma.end)
+            if stop - page == 1 and fault.touch_one(self.mm, vma, page, write):
+                page = stop
+                continue
+            pages = np.arange(page, stop, dtype=np.uint64)
+            kept = None if keep is None else slice(max(0, keep[0] - page), max(0, keep[1] - page))
+            touched = fault.touch(self.mm, vma, pages, write, kept)
+            page += touched.done
+            if page < stop:
+                return page, touched
+        return page, fault.Touched(0)
+
+    async def _resolve(self, page: int, touched: fault.Touched, rounds: int) -> None:
+        """See to what stands in the way of an access to `page`. The mmap lock is held for reading."""
+        if rounds > ROUNDS_MAX:
+            raise HmmnetError(f"page 0x{page:x} of process {self.number} was taken away {ROUNDS_MAX} times before it could be accessed")
+        end = page + touched.blocked
+        if touched.cause is Cause.MIGRATION:
+            await self.wait_migration(page)
+        elif touched.cause is Cause.DEVICE:
+            await self._bring_home(page, min(touched.blocked, HOME_PAGES_MAX))
+        elif touched.cause is Cause.COW:
+            vma = self.mm.vmas.find(page)
+            assert vma is not None, "a page to be copied lies in a VMA"
+            async with self.hub.invalidate(Event.CLEAR, page, end):
+                fault.break_cow(self.mm, vma, np.arange(page, end, dtype=np.uint64))
+        elif touched.cause is Cause.EXCLUSIVE:
+            async with self.hub.invalidate(Event.CLEAR, page, end):
+                fault.restore_exclusive(self.mm, np.arange(page, end, dtype=np.uint64))
+        elif touched.cause is Cause.MARKER:
+            raise BusError(page << PAGE_SHIFT, f"page 0x{page:x} of process {self.number} is poisoned or a guard page")
+
+    async def _bring_home(self, page: int, count: int) -> None:
+        """A CPU access found device-private pages: migrate_to_ram for up to `count` of them, all of one zone."""
+        entries = self.mm.table.read(page, page + count)
+        zones = pte.zones_of(entries)
+        same = zones == zones[0]
+        if not same.all():
+            count = int(np.argmin(same))
+        zone = self.memory.zones[int(zones[0])]
+        if zone.lost:
+            why = f'page 0x{page:x} of process {self.number} had its only copy on device "{zone.owner}", which was lost: {zone.lost}'
+            raise BusError(page << PAGE_SHIFT, why)
+        self.cpu_faults += count
+        await self._migrate_to_ram(np.arange(page, page + count, dtype=np.uint64))
+
+    async def _migrate_to_ram(self, pages: Words) -> None:
+        raise AssertionError("the address space that is built on this brings pages home")
+
+    def _copy_out(self, address: int, out: npt.NDArray[np.uint8]) -> None:
+        self.memory.read(self._frames(address, len(out)), address & PAGE_MASK, out)
+
+    def _copy_in(self, address: int, data: npt.NDArray[np.uint8]) -> None:
+        self.memory.write(self._frames(address, len(data)), address & PAGE_MASK, data)
+
+    def _frames(self, address: int, length: int) -> Words:
+        return pte.frames_of(self.mm.table.read(address >> PAGE_SHIFT, (address + length - 1 >> PAGE_SHIFT) + 1))
+
+    # --- on behalf of others ------------------------------------------------------------------------------------------------------
+
+    async def wait_migration(self, page: int) -> None:
+        """migration_entry_wait: return when `page` is under migration no more. Hold the mmap lock for reading, be in no invalidation."""
+        while self.mm.table.get(page) & pte.KIND == pte.MIGRATION:
+            await self._gate.wait()
+
+    async def fault_in(self, pages: Words, write: npt.NDArray[np.bool_]) -> None:
+        """handle_mm_fault for each of `pages` (ascending). Needs the mmap lock for reading.
+
+        Raises KernelError: EFAULT (no mapping, data lost), EPERM (no right to write), ENOMEM, for the first page that cannot be had.
+        """
+        assert self.mmap_lock.held, "fault_in without the mmap lock"
+        edges = np.flatnonzero(write[1:] != write[:-1]) + 1
+        for part, wanted in zip(np.split(pages, edges), np.split(write, edges), strict=True):
+            if len(part):
+                await self._fault_pages(part, write=bool(wanted[0]))
+
+    async def _fault_pages(self, pages: Words, *, write: bool) -> None:
+        done, rounds = 0, 0
+        while done < len(pages):
+            page = int(pages[done])
+            vma = self._faultable(page, write=write)
+            stop = int(np.searchsorted(pages, vma.end))
+            touched = fault.touch(self.mm, vma, pages[done:stop], write)
+            rounds = 0 if touched.done else rounds + 1
+            done += touched.done
+            if done < stop:
+                run = pages[done : done + touched.blocked]
+                gaps = run[1:] != run[:-1] + np.uint64(1)
+                together = int(np.argmax(gaps)) + 1 if gaps.any() else len(run)
+                try:
+                    await self._resolve(int(run[0]), fault.Touched(0, touched.cause, together), rounds)
+                except SignalError as error:
+                    raise KernelError(errno.EFAULT, "handle_mm_fault", error.why) from error
+
+    def _faultable(self, page: int, *, write: bool) -> Vma:
+        vma = self.mm.vmas.find(page)
+        if vma is None or not vma.flags & VM_READ:
+            raise KernelError(errno.EFAULT, "handle_mm_fault", f"page 0x{page:x} of process {self.number} is not readable")
+        if write and not vma.flags & VM_WRITE:
+            raise KernelError(errno.EPERM, "handle_mm_fault", f"page 0x{page:x} of process {self.number} is read-only")
+        return vma
+
+
+def _whole(address: int, length: int) -> tuple[int, int]:
+    """The pages that [address, address + length) covers whole."""
+    return address + PAGE_MASK >> PAGE_SHIFT, address + length >> PAGE_SHIFT
+
+
+def _flat(data: bytearray | memoryview | npt.NDArray[Any]) -> memoryview:
+    """The bytes of anything that holds some."""
+    return memoryview(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data if isinstance(data, np.ndarray) else data).cast("B")

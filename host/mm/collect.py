@@ -1,0 +1,390 @@
+"""migrate_vma, the address space's part (mm/migrate_device.c): table A4 over arrays.
+
+Four steps, each atomic; between them the driver copies, and time passes:
+
+- `collect`: choose the pages, lock them, replace their entries by migration entries, refuse those that somebody else holds on to. From
+  here on whoever touches such a page waits.
+- `move`: each page's identity (family, index, flags) goes to its target. Never-touched pages get their target here, unless the CPU was
+  first.
+- `restore` (only when the migration is given up): `move` never happened.
+- `finalize`: migration entries become the target, or again the source; frames that nobody needs any more go back.
+
+Nothing is destroyed before `finalize`: until then the source frame keeps its identity and its data, so a migration that is interrupted at
+any step leaves the source as it was.
+
+Between collect and finalize a page has one reference, the migration's, and no mapping: its mappings are entries that remember it. If one is
+unmapped meanwhile, `finalize` finds its entry gone; if all are, the frame is free.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+
+from hmmnet.host.interfaces import NO_OWNER, Migration, Select
+from hmmnet.pages import (
+    DEVICE_ZONE_MIN,
+    MIGRATE_PFN_MIGRATE,
+    MIGRATE_PFN_SHIFT,
+    MIGRATE_PFN_VALID,
+    MIGRATE_PFN_WRITE,
+    ZONE_SHIFT,
+    Words,
+)
+
+from . import pte, single
+from .frames import ANON, DEVICE_EXTRA_REFERENCES, LOCKED, HostZone, PhysicalMemory
+from .mm import Mm
+from .rmap import Mapped, Rows, mappings
+from .vma import VM_UFFD_MISSING, VM_WRITE
+
+BOTH = MIGRATE_PFN_VALID | MIGRATE_PFN_MIGRATE
+BLOCK_PAGES = 1 << 14
+"""Pages that one pass over arrays takes at a time: eight arrays of them fit in the processor's cache."""
+NOT_MIGRATE = np.uint64(~MIGRATE_PFN_MIGRATE & (1 << 64) - 1)
+
+Flags = npt.NDArray[np.bool_]
+
+
+def _frames(words: Words) -> Words:
+    """The frames of MIGRATE_PFN words."""
+    return words >> np.uint64(MIGRATE_PFN_SHIFT)
+
+
+def _words(frames: Words, bits: int) -> Words:
+    """MIGRATE_PFN words."""
+    return frames << np.uint64(MIGRATE_PFN_SHIFT) | np.uint64(bits)
+
+
+def collect(
+    mm: Mm, pages: Words, select: Select, owner: int, fault_frame: int | None = None, told: frozenset[int] = frozenset()
+) -> Migration:
+    """migrate_vma_collect and migrate_vma_unmap for `pages` (ascending, in VMAs that may take part).
+
+    Mirrors have been told, those of this process and of the processes `told`; a page that a further process maps stays where it is.
+    """
+    source, target, saved = (np.zeros(len(pages), np.uint64) for _ in range(3))
+    migration = Migration(pages, source, target, saved, owner, fault_frame)
+    if len(pages) == 1 and single.collect(mm, migration, select):
+        return migration
+    for at, part in enumerate(_blocks(migration)):
+        _collect(mm, part, select, told)
+        if part is not migration:
+            offset = at * BLOCK_PAGES
+            migration.others += [Mapped(one.mm, one.rows + offset, one.pages, one.entries) for one in part.others]
+    return migration
+
+
+def _collect(mm: Mm, migration: Migration, select: Select, told: frozenset[int]) -> None:
+    pages = migration.pages
+    entries = mm.table.take(pages)
+    bare = entries == 0
+    if select & Select.SYSTEM:
+        bare |= entries & (pte.KIND | pte.SPECIAL) == pte.PRESENT | pte.SPECIAL
+    if bare.any():
+        migration.source[bare & _anonymous(mm, pages)] = MIGRATE_PFN_MIGRATE
+    rows = np.flatnonzero(_wanted(entries, select, migration.owner))
+    if len(rows):
+        frames = pte.frames_of(entries if len(rows) == len(entries) else entries[rows])
+        free = _free_to_go(mm.memory, frames, migration.fault_frame)
+        if not free.all():
+            rows, frames = rows[free], frames[free]
+        rows = _others(mm.memory, mm, migration, rows, pages, frames, told)
+        _install(mm, migration, rows, entries)
+
+
+def _anonymous(mm: Mm, pages: Words) -> Flags:
+    """Which `pages` lie in anonymous VMAs."""
+    out = np.zeros(len(pages), np.bool_)
+    for vma in mm.vmas.overlapping(int(pages[0]), int(pages[-1]) + 1):
+        if vma.is_anonymous:
+            out[slice(*np.searchsorted(pages, (vma.start, vma.end)).tolist())] = True
+    return out
+
+
+def _wanted(entries: Words, select: Select, owner: int) -> Flags:
+    """Which entries are of a kind that `select` asks for."""
+    kinds = entries & (pte.KIND | pte.SPECIAL)
+    wanted = np.zeros(len(entries), np.bool_)
+    system = entries < DEVICE_ZONE_MIN << ZONE_SHIFT + pte.FRAME_SHIFT
+    if select & Select.SYSTEM:
+        wanted |= (kinds == pte.PRESENT) & system
+    if select & (Select.DEVICE_PRIVATE | Select.DEVICE_COHERENT) and owner != NO_OWNER:
+        mine = pte.zones_of(entries) == owner
+        if select & Select.DEVICE_PRIVATE:
+            wanted |= mine & (kinds == pte.DEVICE)
+        if select & Select.DEVICE_COHERENT:
+            wanted |= mine & (kinds == pte.PRESENT) & ~system
+    return wanted
+
+
+def _free_to_go(memory: PhysicalMemory, frames: Words, fault_frame: int | None) -> Flags:
+    """Which `frames` are not locked by another migration, not pinned, and held by nobody but their mappings."""
+    out = np.zeros(len(frames), np.bool_)
+    for zone, rows, where in memory.groups(frames):
+        flags = zone.flags[where]
+        extra = zone.refcount[where] - zone.mapcount[where] - (flags & ANON == 0)
+        allowed = 0 if isinstance(zone, HostZone) else DEVICE_EXTRA_REFERENCES
+        unlocked = flags & LOCKED == 0
+        if fault_frame is not None:
+            unlocked |= frames[rows] == fault_frame
+        out[rows] = unlocked & (extra <= allowed) & (zone.pincount[where] == 0)
+    return out
+
+
+def _others(
+    memory: PhysicalMemory, mm: Mm | None, migration: Migration, rows: Rows, pages: Words, frames: Words, told: frozenset[int]
+) -> Rows:
+    """Find the further mappings of `frames` (rows `rows` of `pages`), in processes `told`; returns the rows of which all are known."""
+    shared = np.flatnonzero(memory.field(frames, "mapcount") > (0 if mm is None else 1))
+    if len(shared) == 0:
+        return rows
+    found: list[Mapped] = []
+    stays = np.zeros(len(rows), np.bool_)
+    for mapped in mappings(memory, frames[shared]):
+        which = shared[mapped.rows]
+        if mapped.mm is mm:
+            other = mapped.pages != pages[rows[which]]
+            mapped, which = Mapped(mapped.mm, mapped.rows[other], mapped.pages[other], mapped.entries[other]), which[other]
+        elif mapped.mm.number not in told:
+            stays[which] = True
+        found.append(Mapped(mapped.mm, which, mapped.pages, mapped.entries))
+    for mapped in found:
+        go = ~stays[mapped.rows]
+        if go.any():
+            migration.others.append(Mapped(mapped.mm, rows[mapped.rows[go]], mapped.pages[go], mapped.entries[go]))
+    return rows[~stays]
+
+
+def _install(mm: Mm | None, migration: Migration, rows: Rows, entries: Words) -> None:
+    """Lock the frames of `rows`, replace every mapping by a migration entry."""
+    whole = len(rows) == len(entries)
+    chosen = entries if whole else entries[rows]
+    source = _words(pte.frames_of(chosen), BOTH) | pte.masked(chosen, pte.WRITE)
+    if mm is not None:
+        mm.table.put(migration.pages if whole else migration.pages[rows], _waiting(chosen))
+        migration.saved[rows] = chosen
+    migration.source[rows] = source
+    memory = None if mm is None else mm.memory
+    for mapped in migration.others:
+        mapped.mm.table.put(mapped.pages, _waiting(mapped.entries))
+        memory = mapped.mm.memory
+    if memory is None:
+        return
+    for zone, _, where in memory.groups(pte.frames_of(chosen)):
+        zone.flags[where] |= LOCKED
+        if migration.others:
+            zone.refcount[where] -= zone.mapcount[where] - 1
+        zone.mapcount[where] = 0
+
+
+def _waiting(entries: Words) -> Words:
+    """The migration entries for `entries`."""
+    return entries & ~np.uint64(pte.BITS & ~pte.CARRIED) | np.uint64(pte.MIGRATION)
+
+
+def collect_frames(memory: PhysicalMemory, frames: Words, told: frozenset[int]) -> Migration:
+    """migrate_device_range: take `frames` of a device, whoever maps them. `Migration.pages` is zero throughout: there is no range.
+
+    Frames that are idle, locked or held by others stay out (source 0); the driver comes back for them.
+    """
+    zeros = np.zeros(len(frames), np.uint64)
+    migration = Migration(zeros, zeros.copy(), zeros.copy(), zeros.copy())
+    rows = np.flatnonzero(_free_to_go(memory, frames, None) & (memory.field(frames, "mapcount") > 0))
+    if len(rows):
+        rows = _others(memory, None, migration, rows, frames, frames[rows], told)
+    if len(rows):
+        entries = np.zeros(len(frames), np.uint64)
+        entries[rows] = pte.entries_of(pte.NONE, frames[rows])
+        _install(None, migration, rows, entries)
+    return migration
+
+
+def move(memory: PhysicalMemory, mm: Mm | None, migration: Migration) -> None:
+    """migrate_vma_pages: targets take over what their sources were. Clears MIGRATE where there is no target, or where it cannot be."""
+    if len(migration.source) == 1 and single.move(memory, migration):
+        return
+    for part in _blocks(migration):
+        _move(memory, mm, part)
+
+
+def _move(memory: PhysicalMemory, mm: Mm | None, migration: Migration) -> None:
+    source, target = migration.source, migration.target
+    refused = (source & MIGRATE_PFN_MIGRATE != 0) & (target & MIGRATE_PFN_VALID == 0)
+    if refused.any():
+        source[refused] &= NOT_MIGRATE
+    if mm is not None:
+        _insert(mm, migration)
+    rows = np.flatnonzero(source & BOTH == BOTH)
+    if len(rows) == 0:
+        return
+    old, new = _frames(source[rows]), _frames(target[rows])
+    flags = memory.field(old, "flags")
+    extra = memory.field(old, "refcount") - 1 - (old >= DEVICE_ZONE_MIN << ZONE_SHIFT)
+    refused = (extra > 0) | ((flags & ANON == 0) & (new >= DEVICE_ZONE_MIN << ZONE_SHIFT))
+    if refused.any():
+        source[rows[refused]] &= NOT_MIGRATE
+        rows, old, new, flags = rows[~refused], old[~refused], new[~refused], flags[~refused]
+    mapping, index = memory.field(old, "mapping"), memory.field(old, "index")
+    for zone, part, where in memory.groups(new):
+        zone.refcount[where] = 1
+        zone.flags[where] = flags[part]
+        zone.mapping[where] = mapping[part]
+        zone.index[where] = index[part]
+
+
+def inserts(migration: Migration) -> bool:
+    """Whether `move` may fill empty entries or replace the zero page: then mirrors must be told (MIGRATE) around it."""
+    return bool((migration.source & BOTH == MIGRATE_PFN_MIGRATE).any())
+
+
+def _insert(mm: Mm, migration: Migration) -> None:
+    """migrate_vma_insert_page: a target for pages that were never touched, if they still are not."""
+    rows = np.flatnonzero(migration.source & BOTH == MIGRATE_PFN_MIGRATE)
+    if len(rows) == 0:
+        return
+    pages = migration.pages[rows]
+    entries = mm.table.take(pages)
+    ready = (entries == 0) | (entries & (pte.KIND | pte.SPECIAL) == pte.PRESENT | pte.SPECIAL)
+    bits = np.zeros(len(rows), np.uint64)
+    index = pages.copy()
+    for vma in mm.vmas.overlapping(int(pages[0]), int(pages[-1]) + 1):
+        inside = slice(int(np.searchsorted(pages, vma.start)), int(np.searchsorted(pages, vma.end)))
+        if not vma.is_anonymous or vma.flags & VM_UFFD_MISSING:
+            ready[inside] = False
+        elif inside.start < inside.stop:
+            bits[inside] = pte.MIGRATION | pte.ANON_EXCLUSIVE | (pte.WRITE | pte.DIRTY if vma.flags & VM_WRITE else 0)
+            index[inside] = mm.anon_index(vma, pages[inside])
+    ready &= bits != 0
+    if not ready.all():
+        migration.source[rows[~ready]] &= NOT_MIGRATE
+        rows, pages, bits, index = rows[ready], pages[ready], bits[ready], index[ready]
+    if len(rows) == 0:
+        return
+    frames = _frames(migration.target[rows])
+    mm.table.put(pages, pte.entries_of(pte.NONE, frames) | bits)
+    migration.source[rows] |= bits & MIGRATE_PFN_WRITE
+    mm.rss += len(rows)
+    for zone, part, where in mm.memory.groups(frames):
+        zone.refcount[where] = 1
+        zone.flags[where] = ANON | LOCKED
+        zone.mapping[where] = mm.family
+        zone.index[where] = index[part]
+
+
+def restore(memory: PhysicalMemory, mm: Mm | None, migration: Migration) -> None:
+    """The targets are gone (their device died) between `move` and `finalize`: nothing has moved. `finalize` must still follow."""
+    going = migration.source & MIGRATE_PFN_MIGRATE != 0
+    if not going.any():
+        return
+    empty = np.flatnonzero(going & (migration.source & MIGRATE_PFN_VALID == 0))
+    if len(empty) and mm is not None:
+        pages, frames = migration.pages[empty], _frames(migration.target[empty])
+        entries = mm.table.take(pages)
+        there = (entries & pte.KIND == pte.MIGRATION) & (pte.frames_of(entries) == frames)
+        mm.table.put(pages[there], 0)
+        mm.rss -= int(np.count_nonzero(there))
+    for zone, _, where in memory.groups(_frames(migration.target[going & (migration.target != 0)])):
+        zone.flags[where] = 0
+        zone.mapping[where] = 0
+        if not isinstance(zone, HostZone):
+            zone.refcount[where] = 0
+    migration.source[going] &= NOT_MIGRATE
+
+
+def finalize(memory: PhysicalMemory, mm: Mm | None, migration: Migration) -> None:
+    """migrate_vma_finalize: replace the migration entries, let go of the locks, free what is left over."""
+    if len(migration.source) == 1 and mm is not None and not migration.others and single.finalize(memory, mm, migration):
+        return
+    for part in _blocks(migration) if not migration.others else [migration]:
+        _finalize(memory, mm, part)
+    for touched in {id(one): one for one in [mm, *(mapped.mm for mapped in migration.others)]}.values():
+        if touched is not None and touched.migration_ended is not None:
+            touched.migration_ended()
+
+
+def _finalize(memory: PhysicalMemory, mm: Mm | None, migration: Migration) -> None:
+    source, target = migration.source, migration.target
+    if mm is not None and not migration.others and bool((source & BOTH == BOTH).all()):
+        came, final = _frames(source), _frames(target)
+        _settle(memory, final, _replace(mm, migration.pages, came, final, _private(memory, final)))
+        _release(memory, came)
+        return
+    going = source & MIGRATE_PFN_MIGRATE != 0
+    full = source & MIGRATE_PFN_VALID != 0
+    rows = np.flatnonzero(going | full)
+    if len(rows):
+        came, goes, full = _frames(source[rows]), going[rows], full[rows]
+        final = np.where(goes, _frames(target[rows]), came)
+        private = _private(memory, final)
+        count = np.zeros(len(rows), np.int32)
+        if mm is not None:
+            count += _replace(mm, migration.pages[rows], np.where(full, came, final), final, private)
+        for mapped in migration.others:
+            at = np.searchsorted(rows, mapped.rows)
+            count[at] += _replace(mapped.mm, mapped.pages, came[at], final[at], private[at])
+        _settle(memory, final, count)
+        _release(memory, came[goes & full])
+    unused = _frames(target[~going & (target != 0)])
+    memory.put(unused[unused < DEVICE_ZONE_MIN << ZONE_SHIFT])
+
+
+def _private(memory: PhysicalMemory, frames: Words) -> Flags:
+    """Which frames are device-private memory."""
+    out = np.zeros(len(frames), np.bool_)
+    for zone, rows, _ in memory.groups(frames):
+        out[rows] = zone.kind == "private"
+    return out
+
+
+def _replace(mm: Mm, pages: Words, held: Words, final: Words, private: Flags) -> npt.NDArray[np.int32]:
+    """Migration entries at `pages` that still hold the frames `held` become entries of `final`; 1 for each that did."""
+    entries = mm.table.take(pages)
+    there = (entries & pte.KIND == pte.MIGRATION) & (pte.frames_of(entries) == held)
+    kinds = np.where(private, np.uint64(pte.DEVICE), np.uint64(pte.PRESENT))
+    new = pte.masked(entries, pte.BITS & ~pte.KIND) | pte.entries_of(pte.NONE, final) | kinds
+    if there.all():
+        mm.table.put(pages, new)
+    else:
+        mm.table.put(pages[there], new[there])
+    count: npt.NDArray[np.int32] = there.astype(np.int32)
+    return count
+
+
+def _settle(memory: PhysicalMemory, frames: Words, count: npt.NDArray[np.int32]) -> None:
+    """`frames` end a migration with `count` mappings each, in the place of the migration's reference; the lock goes."""
+    for zone, rows, where in memory.groups(frames):
+        mapped = count[rows]
+        zone.mapcount[where] = mapped
+        zone.flags[where] &= ~np.uint32(LOCKED)
+        if not bool((mapped == 1).all()):
+            zone.refcount[where] += mapped - 1
+            memory.free_unused(zone, frames[rows], where)
+
+
+def _release(memory: PhysicalMemory, frames: Words) -> None:
+    """`frames` were moved away from: the lock and the migration's reference go."""
+    for zone, rows, where in memory.groups(frames):
+        zone.flags[where] &= ~np.uint32(LOCKED)
+        zone.refcount[where] -= 1
+        memory.free_unused(zone, frames[rows], where)
+
+
+def _blocks(migration: Migration) -> list[Migration]:
+    """`migration` in parts small enough for the processor's cache; they share its arrays."""
+    if len(migration.source) <= BLOCK_PAGES:
+        return [migration]
+    cuts = range(0, len(migration.source), BLOCK_PAGES)
+    return [
+        replace(
+            migration,
+            pages=migration.pages[at : at + BLOCK_PAGES],
+            source=migration.source[at : at + BLOCK_PAGES],
+            target=migration.target[at : at + BLOCK_PAGES],
+            saved=migration.saved[at : at + BLOCK_PAGES],
+            others=[],
+        )
+        for at in cuts
+    ]

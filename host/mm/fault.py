@@ -1,0 +1,196 @@
+"""CPU page faults over ranges (mm/memory.c): everything that can be settled without waiting.
+
+`touch` makes a list of pages of one VMA accessible, as a load or a store of each would, and stops at the first page that needs somebody
+else: a device that has the page, a migration that must end, mirrors that must be told before the entry changes. The caller
+(`space.py`) sees to that and calls again.
+
+What the kernel does per page is done here per list: never-touched pages get frames from one allocation, consecutive where they can
+be, so that a later DMA sees one run; a load of never-touched memory maps the zero page; a store to a page that this process
+has alone is made writable in place; one to a shared page (or to the zero page) is a copy, before which mirrors are told (`COW`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+import numpy.typing as npt
+
+from hmmnet.errors import KernelError
+from hmmnet.pages import ZERO_FRAME, Words
+
+from . import pte
+from .mm import Mm
+from .vma import Vma
+
+ENOMEM = 12
+
+
+class Cause(IntEnum):
+    """Why a page cannot be had at once."""
+
+    NOTHING = 0
+    DEVICE = 1
+    """Device-private: has to come home."""
+    MIGRATION = 2
+    """Under migration: wait for its end."""
+    COW = 3
+    """To be copied, after mirrors have dropped the old page."""
+    EXCLUSIVE = 4
+    """A device has atomic access: to be taken away, after it was told."""
+    MARKER = 5
+    """Poisoned, or a guard page."""
+
+
+_CAUSE = np.zeros(8, dtype=np.uint8)
+_CAUSE[pte.DEVICE] = Cause.DEVICE
+_CAUSE[pte.MIGRATION] = Cause.MIGRATION
+_CAUSE[pte.EXCLUSIVE] = Cause.EXCLUSIVE
+_CAUSE[pte.MARKER] = Cause.MARKER
+
+
+@dataclass(frozen=True, slots=True)
+class Touched:
+    """How far `touch` came: `done` pages of the list, and why not further; the `blocked` pages there have the same cause."""
+
+    done: int
+    cause: Cause = Cause.NOTHING
+    blocked: int = 0
+
+
+def touch(mm: Mm, vma: Vma, pages: Words, write: bool, keep: slice | None = None) -> Touched:
+    """Make `pages` (ascending, all in `vma`, which allows the access) ready for a load or store, as far as that goes without waiting.
+
+    `keep`: positions that the caller overwrites whole, so that new frames need not be zeroed. Raises KernelError(ENOMEM).
+    """
+    entries = mm.table.take(pages)
+    if _settled(mm, pages, entries, write):
+        return Touched(len(pages))
+    causes = _causes(mm, entries, write)
+    stop = int(np.argmax(causes > 0)) if causes.any() else len(pages)
+    if stop:
+        _settle(mm, vma, pages[:stop], entries[:stop], write, keep)
+    if stop == len(pages):
+        return Touched(stop)
+    cause = causes[stop]
+    same = causes[stop:] == cause
+    return Touched(stop, Cause(int(cause)), len(same) if same.all() else int(np.argmin(same)))
+
+
+def _settled(mm: Mm, pages: Words, entries: Words, write: bool) -> bool:
+    """The case that costs least: every page is there, with the right. Keeps the accessed and dirty bits as hardware does."""
+    if write:
+        bits = pte.YOUNG | pte.DIRTY | pte.SOFT_DIRTY
+        if not bool((entries & (pte.KIND | pte.WRITE) == pte.WRITABLE).all()):
+            return False
+    else:
+        bits = pte.YOUNG
+        if not bool((entries & pte.KIND == pte.PRESENT).all()):
+            return False
+    if not bool((entries & bits == bits).all()):
+        mm.table.put(pages, pte.with_bits(entries, bits))
+    return True
+
+
+def _causes(mm: Mm, entries: Words, write: bool) -> npt.NDArray[np.uint8]:
+    """Why each page cannot be had at once (`Cause`)."""
+    kinds = pte.kinds_of(entries)
+    causes = _CAUSE[kinds.astype(np.intp)]
+    if write:
+        shared = np.flatnonzero((entries & (pte.KIND | pte.WRITE | pte.ANON_EXCLUSIVE)) == pte.PRESENT)
+        if len(shared):
+            ours = (entries[shared] & pte.SPECIAL == 0) & (mm.memory.field(pte.frames_of(entries[shared]), "refcount") == 1)
+            causes[shared[~ours]] = Cause.COW
+    return causes
+
+
+def _settle(mm: Mm, vma: Vma, pages: Words, entries: Words, write: bool, keep: slice | None) -> None:
+    """Pages that are empty, or there: give them what the access needs."""
+    empty = entries == 0
+    if empty.any():
+        _populate(mm, vma, pages, empty, write, keep)
+    there = ~empty
+    if there.any():
+        bits = pte.WRITE | pte.YOUNG | pte.DIRTY | pte.SOFT_DIRTY | pte.ANON_EXCLUSIVE if write else pte.YOUNG
+        mm.table.put(pages[there], pte.with_bits(entries[there], bits))
+
+
+def _populate(mm: Mm, vma: Vma, pages: Words, empty: npt.NDArray[np.bool_], write: bool, keep: slice | None) -> None:
+    """do_anonymous_page for the `empty` ones of `pages`."""
+    whole = bool(empty.all())
+    new = pages if whole else pages[empty]
+    if not write:
+        mm.table.put(new, pte.entry(pte.PRESENT, ZERO_FRAME, pte.ZERO_ENTRY))
+        return
+    if keep is not None and not whole:
+        before = np.cumsum(empty)
+        low, high = min(keep.start, len(pages)), min(keep.stop, len(pages))
+        keep = slice(int(before[low - 1]) if low else 0, int(before[high - 1]) if high else 0)
+    make(mm, vma, new, pte.FRESH_WRITE, keep)
+
+
+def make(mm: Mm, vma: Vma, pages: Words, bits: int, keep: slice | None = None) -> Words:
+    """New anonymous pages at `pages`, present with `bits`; their frames. Raises KernelError(ENOMEM)."""
+    frames = mm.memory.allocate(len(pages), keep=keep)
+    if frames is None:
+        raise KernelError(ENOMEM, "page fault", f"process {mm.number} wants {len(pages)} pages and the host's memory is used up")
+    mm.memory.map_new(frames, mm.family, mm.anon_index(vma, pages))
+    mm.table.put(pages, pte.entries_of(pte.PRESENT, frames, bits))
+    mm.rss += len(pages)
+    return frames
+
+
+def break_cow(mm: Mm, vma: Vma, pages: Words) -> None:
+    """do_wp_page's copy: a private page for each of `pages` that is still present and read-only. The mirrors have been told."""
+    entries = mm.table.take(pages)
+    still = entries & (pte.KIND | pte.WRITE) == pte.PRESENT
+    pages, entries = pages[still], entries[still]
+    if len(pages) == 0:
+        return
+    old = pte.frames_of(entries)
+    zero = entries & pte.SPECIAL != 0
+    copied = np.flatnonzero(~zero)
+    new = make(mm, vma, pages, pte.FRESH_WRITE)
+    if len(copied):
+        data = np.empty(len(copied) << 12, dtype=np.uint8)
+        mm.memory.read(old[copied], 0, data)
+        mm.memory.write(new[copied], 0, data)
+        mm.memory.unmap(old[copied])
+        mm.rss -= len(copied)
+
+
+def restore_exclusive(mm: Mm, pages: Words) -> None:
+    """remove_device_exclusive_entry: those of `pages` that a device holds exclusively are ordinary again. The device has been told."""
+    entries = mm.table.take(pages)
+    held = entries & pte.KIND == pte.EXCLUSIVE
+    mm.table.put(pages[held], entries[held] ^ np.uint64(pte.EXCLUSIVE ^ pte.PRESENT))
+
+
+def zap(mm: Mm, pages: Words) -> None:
+    """Drop what is mapped at `pages` (zap_pte_range); last references go back to the allocator or the driver."""
+    entries = mm.table.take(pages)
+    mm.table.put(pages, 0)
+    kinds = entries & pte.KIND
+    counted = (kinds != pte.NONE) & (kinds != pte.MARKER) & (entries & pte.SPECIAL == 0)
+    mm.rss -= int(np.count_nonzero(counted))
+    mapped = counted & (kinds != pte.MIGRATION) & (kinds != pte.SWAP)
+    if mapped.any():
+        mm.memory.unmap(pte.frames_of(entries[mapped]))
+
+
+def protect(mm: Mm, start: int, end: int, writable: bool) -> None:
+    """change_protection for entries of [start, end) after the VMA's rights changed.
+
+    Losing the right to write takes WRITE from every kind of entry, and soft-dirty from those of a device. Getting it gives WRITE back only
+    to present pages that this process has alone and has dirtied (can_change_pte_writable); entries of a device keep what they have.
+    """
+    for _, part in mm.table.present(start, end):
+        if writable:
+            alone = pte.PRESENT | pte.ANON_EXCLUSIVE | pte.DIRTY
+            part[part & (pte.KIND | pte.ANON_EXCLUSIVE | pte.DIRTY | pte.SPECIAL) == alone] |= pte.WRITE
+        else:
+            writable_device = part & (pte.KIND | pte.WRITE) == pte.DEVICE | pte.WRITE
+            if writable_device.any():
+                part[writable_device] &= ~np.uint64(pte.SOFT_DIRTY)
+            part &= ~np.uint64(pte.WRITE)

@@ -1,0 +1,329 @@
+"""Physical memory: for every frame what Linux keeps in struct page, as arrays; and for host memory the bytes and the free lists.
+
+A zone is one memory: a NUMA node of the host, or the memory of one device, of which the host holds only this bookkeeping (the device has
+the bytes and allocates its frames). Arrays are reserved whole and committed where they are touched, so a device of 80 GiB costs what
+is in use.
+
+Reference counts are the kernel's: one for each mapping, one for each holder (a pin, a migration), and for a frame of a device 0 when it
+is idle. A frame whose count falls to zero goes back: to the allocator, or, by `on_free` (folio_free), to the driver.
+
+`mapping` and `index` say who may map a frame, for the reverse map: the family of processes that can share it by fork, and the page
+where it was first mapped (`rmap.py`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import mmap
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hmmnet.arena import MAP_NORESERVE, Arena, Bytes
+from hmmnet.pages import DEVICE_ZONE_MIN, PAGE_SHIFT, PAGE_SIZE, ZERO_FRAME, ZONE_SHIFT, ZONES_MAX, Words, is_one_run, run_bounds
+from hmmnet.runs import RunAllocator
+
+if TYPE_CHECKING:
+    from .mm import Mm
+
+LOCKED = 1
+"""The page lock: a migration owns the frame."""
+ANON = 2
+"""`mapping` is a family of processes, not a file."""
+LAZYFREE = 4
+"""MADV_FREE: clean, and may be dropped."""
+
+DEVICE_EXTRA_REFERENCES = 1
+"""A frame of a device may have this many references beyond its mappings and still migrate (migrate_vma_check_page)."""
+FREE_COMMITTED_PAGES_MAX = 1 << 18
+"""Free frames of a host zone that keep their memory (1 GiB): reuse without page faults of our own. Beyond, it is given back."""
+COPY_SLICES_MAX = 64
+"""Up to this many runs a copy goes slice by slice, else page by page inside numpy."""
+
+Index = slice | npt.NDArray[np.intp]
+
+
+def lazy_array(count: int, dtype: type[np.generic]) -> npt.NDArray[Any]:
+    """`count` zeros that the operating system commits where they are written."""
+    size = max(1, count) * np.dtype(dtype).itemsize
+    return np.frombuffer(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE), dtype=dtype)[:count]
+
+
+class Zone:
+    """One memory and its struct pages. `kind` is ``system``, ``private`` or ``coherent``; `owner` is the name of the node or device."""
+
+    def __init__(self, number: int, kind: str, owner: str, count: int) -> None:
+        self.number = number
+        self.kind = kind
+        self.owner = owner
+        self.base = number << ZONE_SHIFT
+        self.count = count
+        self.refcount: npt.NDArray[np.int32] = lazy_array(count, np.int32)
+        self.mapcount: npt.NDArray[np.int32] = lazy_array(count, np.int32)
+        self.pincount: npt.NDArray[np.int32] = lazy_array(count, np.int32)
+        self.flags: npt.NDArray[np.uint32] = lazy_array(count, np.uint32)
+        self.mapping: npt.NDArray[np.uint32] = lazy_array(count, np.uint32)
+        self.index: npt.NDArray[np.uint64] = lazy_array(count, np.uint64)
+        self.on_free: Callable[[Words], None] | None = None
+        """folio_free: called with the frames of a device zone whose last reference is gone."""
+        self.lost = ""
+        """Why the memory is gone; empty while it is there."""
+
+    def at(self, frames: Words) -> Index:
+        """Where `frames`, all of this zone, stand in the arrays: a slice when they are one run."""
+        if is_one_run(frames):
+            first = int(frames[0]) - self.base
+            return slice(first, first + len(frames))
+        return (frames - np.uint64(self.base)).astype(np.intp)
+
+    def holds(self, frames: Words) -> bool:
+        """Whether every one of `frames` is a frame of this zone (true for none)."""
+        return len(frames) == 0 or (int(frames.min()) >= self.base and int(frames.max()) < self.base + self.count)
+
+    def idle(self, frames: Words) -> bool:
+        """Whether all `frames` lie here, differ, and have no reference: what a driver may offer as a destination."""
+        if not self.holds(frames):
+            return False
+        return not self.refcount[self.at(frames)].any() and (is_one_run(frames) or len(np.unique(frames)) == len(frames))
+
+
+class HostZone(Zone):
+    """A memory node of the host: bytes and an allocator too. Frame 0 of zone 0 is the shared zero page."""
+
+    def __init__(self, number: int, owner: str, count: int) -> None:
+        super().__init__(number, "system", owner, count)
+        self.arena = Arena(self.base, count)
+        self.window = self.arena.bytes.data
+        skip = 1 if self.base == ZERO_FRAME else 0
+        self.allocator = RunAllocator(self.base + skip, count - skip)
+        self._free_committed = 0
+
+    def allocate(self, count: int, keep: slice | None = None) -> Words | None:
+        """`count` frames with one reference, zeroed but for positions `keep` (the caller overwrites those); None when there are fewer."""
+        got = self.allocator.allocate(count)
+        if got is None:
+            return None
+        dirty = count - got.zeroed
+        if dirty:
+            self._free_committed = max(0, self._free_committed - dirty)
+            head, tail = (dirty, dirty) if keep is None else (min(keep.start, dirty), min(keep.stop, dirty))
+            self.arena.zero(got.frames[:head])
+            self.arena.zero(got.frames[tail:dirty])
+        self.refcount[self.at(got.frames)] = 1
+        return got.frames
+
+    def release_one(self, frame: int) -> None:
+        """A frame without references goes back to the allocator."""
+        self.allocator.free_run(frame, frame + 1)
+        self._free_committed += 1
+
+    def release(self, frames: Words) -> None:
+        """Frames without references go back to the allocator."""
+        if len(frames) > 1 and not is_one_run(frames):
+            frames = np.sort(frames)
+        self.allocator.free(frames)
+        self._free_committed += len(frames)
+        if self._free_committed > FREE_COMMITTED_PAGES_MAX:
+            self.arena.discard(frames)
+            self._free_committed -= len(frames)
+
+
+class PhysicalMemory:
+    """All zones of the machine, and the families of processes that the reverse map knows."""
+
+    def __init__(self) -> None:
+        self.zones: dict[int, Zone] = {}
+        self.nodes: list[HostZone] = []
+        self.families: dict[int, list[Mm]] = {}
+
+    def add_node(self, owner: str, pages: int) -> HostZone:
+        """A host memory node."""
+        zone = HostZone(len(self.nodes), owner, pages)
+        assert zone.number < DEVICE_ZONE_MIN, "zone numbers of host memory are used up"
+        self.nodes.append(zone)
+        self.zones[zone.number] = zone
+        return zone
+
+    def add_device(self, number: int, kind: str, owner: str, pages: int) -> Zone:
+        """The memory of a device appears (memremap_pages)."""
+        assert DEVICE_ZONE_MIN <= number < ZONES_MAX, f"zone {number} cannot be a device's"
+        assert number not in self.zones, f"zone {number} exists"
+        zone = self.zones[number] = Zone(number, kind, owner, pages)
+        return zone
+
+    def remove_device(self, number: int) -> None:
+        """The memory of a device goes away; no frame of it may have a reference (see `Zone.refcount`)."""
+        assert not self.zones[number].refcount.any(), f"zone {number} still has referenced frames"
+        del self.zones[number]
+
+    def zone_lost(self, number: int, cause: str) -> None:
+        """The device died with its memory: from now on an access to a page whose only copy was there is a SIGBUS that names `cause`."""
+        self.zones[number].lost = cause
+        self.zones[number].on_free = None
+
+    def zone(self, frame: int) -> Zone:
+        """The zone of one frame."""
+        return self.zones[frame >> ZONE_SHIFT]
+
+    def groups(self, frames: Words) -> Iterator[tuple[Zone, slice | npt.NDArray[np.intp], Index]]:
+        """`frames` by zone: (zone, which of them, where they stand in the zone's arrays)."""
+        if len(frames) == 0:
+            return
+        if is_one_run(frames):
+            zone = self.zones[int(frames[0]) >> ZONE_SHIFT]
+            first = int(frames[0]) - zone.base
+            yield zone, slice(None), slice(first, first + len(frames))
+            return
+        low, high = int(frames.min()) >> ZONE_SHIFT, int(frames.max()) >> ZONE_SHIFT
+        if low == high:
+            zone = self.zones[low]
+            yield zone, slice(None), (frames - np.uint64(zone.base)).astype(np.intp)
+            return
+        numbers = frames >> np.uint64(ZONE_SHIFT)
+        for number in np.unique(numbers).tolist():
+            rows = np.flatnonzero(numbers == np.uint64(number))
+            zone = self.zones[number]
+            yield zone, rows, zone.at(frames[rows])
+
+    def field(self, frames: Words, name: str) -> npt.NDArray[Any]:
+        """One struct page field of each of `frames`, a copy."""
+        out: npt.NDArray[Any] | None = None
+        for zone, rows, where in self.groups(frames):
+            values = getattr(zone, name)[where]
+            if isinstance(rows, slice):
+                return values.copy() if isinstance(where, slice) else values  # type: ignore[no-any-return]
+            if out is None:
+                out = np.zeros(len(frames), dtype=values.dtype)
+            out[rows] = values
+        return np.zeros(0, np.int64) if out is None else out
+
+    # --- allocation -------------------------------------------------------------------------------------------------------------
+
+    def allocate(self, count: int, node: int = 0, keep: slice | None = None) -> Words | None:
+        """`count` zeroed host frames with one reference each, in as few runs as can be, from `node` or where there is room.
+
+        Positions `keep` need not be zeroed: the caller overwrites them. None when the host is out of memory.
+        """
+        for zone in [*self.nodes[node:], *self.nodes[:node]]:
+            frames = zone.allocate(count, keep)
+            if frames is not None:
+                return frames
+        if count > sum(zone.allocator.free_count for zone in self.nodes):
+            return None
+        parts = []
+        for zone in self.nodes:
+            part = zone.allocate(min(count, zone.allocator.free_count))
+            assert part is not None
+            parts.append(part)
+            count -= len(part)
+        return np.concatenate(parts)
+
+    def put(self, frames: Words) -> None:
+        """Drop one reference of each of `frames` (distinct); those without any left are freed."""
+        for zone, rows, where in self.groups(frames):
+            zone.refcount[where] -= 1
+            self.free_unused(zone, frames[rows], where)
+
+    def free_unused(self, zone: Zone, frames: Words, where: Index) -> None:
+        """Free those of `frames`, at `where` in `zone`, that have no reference."""
+        left = zone.refcount[where]
+        if not left.any():
+            self._free(zone, frames, where)
+        elif not left.all():
+            frames = frames[left == 0]
+            self._free(zone, frames, zone.at(frames))
+
+    def put_one(self, frame: int) -> None:
+        """`put` for one frame."""
+        zone = self.zones[frame >> ZONE_SHIFT]
+        at = frame - zone.base
+        left = int(zone.refcount[at]) - 1
+        zone.refcount[at] = left
+        if left == 0:
+            zone.flags[at] = 0
+            zone.mapping[at] = 0
+            if isinstance(zone, HostZone):
+                zone.release_one(frame)
+            elif zone.on_free is not None:
+                zone.on_free(np.array([frame], np.uint64))
+
+    def _free(self, zone: Zone, frames: Words, where: Index) -> None:
+        zone.flags[where] = 0
+        zone.mapping[where] = 0
+        if isinstance(zone, HostZone):
+            zone.release(frames)
+        elif zone.on_free is not None:
+            zone.on_free(frames)
+
+    # --- mappings ---------------------------------------------------------------------------------------------------------------
+
+    def map_new(self, frames: Words, mapping: int, index: Words) -> None:
+        """Frames that were just allocated become anonymous pages of family `mapping`, mapped once each."""
+        for zone, rows, where in self.groups(frames):
+            zone.mapcount[where] = 1
+            zone.flags[where] = ANON
+            zone.mapping[where] = mapping
+            zone.index[where] = index[rows]
+
+    def unmap(self, frames: Words) -> None:
+        """One mapping of each of `frames` (distinct) goes, with its reference."""
+        for zone, _, where in self.groups(frames):
+            zone.mapcount[where] -= 1
+        self.put(frames)
+
+    # --- bytes ------------------------------------------------------------------------------------------------------------------
+
+    def read_small(self, frame: int, offset: int, length: int) -> bytes:
+        """`length` bytes inside one host frame."""
+        zone = self.nodes[frame >> ZONE_SHIFT]
+        start = (frame - zone.base << PAGE_SHIFT) + offset
+        return bytes(zone.window[start : start + length])
+
+    def write_small(self, frame: int, offset: int, data: bytes | memoryview) -> None:
+        """Write `data` inside one host frame."""
+        zone = self.nodes[frame >> ZONE_SHIFT]
+        start = (frame - zone.base << PAGE_SHIFT) + offset
+        zone.window[start : start + len(data)] = data
+
+    def read(self, frames: Words, offset: int, out: Bytes) -> None:
+        """Copy bytes of host `frames`, beginning `offset` bytes into the first, to `out`."""
+        for zone, rows, low, high in self._pieces(frames, offset, len(out)):
+            if isinstance(rows, int):
+                out[low:high] = zone.arena.bytes[rows : rows + high - low]
+            else:
+                zone.arena.gather(rows, PAGE_SIZE, out[low:high])
+
+    def write(self, frames: Words, offset: int, data: Bytes) -> None:
+        """Copy `data` to host `frames`, beginning `offset` bytes into the first."""
+        for zone, rows, low, high in self._pieces(frames, offset, len(data)):
+            if isinstance(rows, int):
+                zone.arena.bytes[rows : rows + high - low] = data[low:high]
+            else:
+                zone.arena.scatter(rows, PAGE_SIZE, data[low:high])
+
+    def _pieces(self, frames: Words, offset: int, length: int) -> Iterator[tuple[HostZone, int | Words, int, int]]:
+        """How to copy bytes [low, high): as one slice from a byte of a zone's arena, or, where runs are short, as pages by address."""
+        bounds = run_bounds(frames)
+        if len(bounds) - 1 <= COPY_SLICES_MAX:
+            edges = (bounds * PAGE_SIZE - offset).tolist()
+            for i, frame in enumerate(frames[bounds[:-1]].tolist()):
+                zone = self.nodes[frame >> ZONE_SHIFT]
+                low, high = max(0, edges[i]), min(length, edges[i + 1])
+                yield zone, (frame - zone.base) * PAGE_SIZE + low - edges[i], low, high
+            return
+        first = 1 if offset else 0
+        last = (offset + length) // PAGE_SIZE
+        if first:
+            yield from self._pieces(frames[:1], offset, PAGE_SIZE - offset)
+        numbers = frames[first:last] >> np.uint64(ZONE_SHIFT)
+        edges_of_zones = np.concatenate(([0], np.flatnonzero(numbers[1:] != numbers[:-1]) + 1, [last - first])).tolist()
+        for low, high in itertools.pairwise(edges_of_zones):
+            zone = self.nodes[int(numbers[low])]
+            start = (first + low) * PAGE_SIZE - offset
+            yield zone, frames[first + low : first + high] << np.uint64(PAGE_SHIFT), start, start + (high - low) * PAGE_SIZE
+        if last < len(frames):
+            done = last * PAGE_SIZE - offset
+            for zone, rows, low, high in self._pieces(frames[last:], 0, length - done):
+                yield zone, rows, done + low, done + high

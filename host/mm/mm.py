@@ -1,0 +1,60 @@
+"""The state of one address space, without anything that waits: what mm_struct is in the kernel.
+
+`Mm` holds the VMAs, the page table and the counters; `fault.py`, `walk.py`, `collect.py` and `rmap.py` work on it, `space.py` adds locks
+and notifications around them. A *family* is a process with everything it forked: those can share anonymous pages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from hmmnet.errors import SegmentationFault
+from hmmnet.pages import PAGE_SHIFT, Words
+
+from .frames import PhysicalMemory
+from .pagetable import PageTable
+from .vma import Vma, VmaTree
+
+
+class Mm:
+    """Process `number`'s memory. `family` is the number of the process that it descends from by fork (its own when none)."""
+
+    def __init__(self, number: int, memory: PhysicalMemory, family: int = 0) -> None:
+        self.number = number
+        self.memory = memory
+        self.family = family or number
+        self.vmas = VmaTree()
+        self.table = PageTable()
+        self.rss = 0
+        """Anonymous pages mapped, wherever they live; those on a device count too."""
+        self.anon_vmas = 0
+        self.migration_ended: Callable[[], None] | None = None
+        """Called whenever migration entries of this process have been replaced: who waits on one looks again."""
+        memory.families.setdefault(self.family, []).append(self)
+
+    def close(self) -> None:
+        """The process is gone: the reverse map forgets it."""
+        members = self.memory.families[self.family]
+        members.remove(self)
+        if not members:
+            del self.memory.families[self.family]
+
+    def anon_index(self, vma: Vma, pages: Words) -> Words:
+        """Under which index anonymous pages of `vma` are known to the reverse map; the VMA gets its anon_vma if it has none."""
+        if not vma.anon:
+            vma.anon = self.vmas.neighbour_anon(vma)
+            if not vma.anon:
+                self.anon_vmas += 1
+                vma.anon = self.anon_vmas
+        return pages if vma.pgoff == vma.start else pages - vma.start + vma.pgoff
+
+    def check_access(self, page: int, write: bool) -> Vma:
+        """The VMA of `page` if the CPU may load (or store) there. Raises SegmentationFault."""
+        vma = self.vmas.find(page)
+        if vma is None:
+            raise SegmentationFault(page << PAGE_SHIFT, f"page 0x{page:x} of process {self.number} is not mapped")
+        if write and not vma.flags & 2:
+            raise SegmentationFault(page << PAGE_SHIFT, f"page 0x{page:x} of process {self.number} is mapped without the right to write")
+        if not vma.may_read:
+            raise SegmentationFault(page << PAGE_SHIFT, f"page 0x{page:x} of process {self.number} is mapped with PROT_NONE")
+        return vma

@@ -1,0 +1,104 @@
+"""The migration of one page, without arrays: what a CPU fault on a device page runs.
+
+The same steps as `collect.py`, with the same results (a test compares the two on the same states), for the case that decides how fast a fault
+comes home: one page, mapped by one process. Numpy pays half a microsecond for each operation, whatever the length; with one page
+that is all there is to pay. Every function answers False, having done nothing, when the case is not this one.
+"""
+
+from __future__ import annotations
+
+from hmmnet.host.interfaces import NO_OWNER, Migration, Select
+from hmmnet.pages import (
+    DEVICE_ZONE_MIN,
+    MIGRATE_PFN_MIGRATE,
+    MIGRATE_PFN_SHIFT,
+    MIGRATE_PFN_VALID,
+    ZONE_SHIFT,
+)
+
+from . import pte
+from .frames import ANON, DEVICE_EXTRA_REFERENCES, LOCKED, HostZone, PhysicalMemory
+from .mm import Mm
+
+BOTH = MIGRATE_PFN_VALID | MIGRATE_PFN_MIGRATE
+
+
+def collect(mm: Mm, migration: Migration, select: Select) -> bool:
+    """Fill `migration`, of one page, if its entry is a page that this process alone maps."""
+    page = int(migration.pages[0])
+    entry = mm.table.get(page)
+    kind = entry & pte.KIND
+    if kind not in (pte.PRESENT, pte.DEVICE) or entry & pte.SPECIAL:
+        return False
+    frame = entry >> pte.FRAME_SHIFT
+    number = frame >> ZONE_SHIFT
+    if kind == pte.DEVICE:
+        wanted = select & Select.DEVICE_PRIVATE and number == migration.owner != NO_OWNER
+    elif number < DEVICE_ZONE_MIN:
+        wanted = select & Select.SYSTEM
+    else:
+        wanted = select & Select.DEVICE_COHERENT and number == migration.owner != NO_OWNER
+    if not wanted:
+        return True
+    zone = mm.memory.zones[number]
+    at = frame - zone.base
+    flags = int(zone.flags[at])
+    if flags & LOCKED and frame != migration.fault_frame:
+        return True
+    if zone.mapcount[at] != 1 or not flags & ANON:
+        return False
+    allowed = 1 if isinstance(zone, HostZone) else 1 + DEVICE_EXTRA_REFERENCES
+    if zone.refcount[at] > allowed or zone.pincount[at]:
+        return True
+    mm.table.set(page, entry & ~(pte.BITS & ~pte.CARRIED) | pte.MIGRATION)
+    migration.saved[0] = entry
+    migration.source[0] = frame << MIGRATE_PFN_SHIFT | BOTH | entry & pte.WRITE
+    zone.flags[at] = flags | LOCKED
+    zone.mapcount[at] = 0
+    return True
+
+
+def move(memory: PhysicalMemory, migration: Migration) -> bool:
+    """migrate_vma_pages for one collected page that has a target."""
+    source, target = int(migration.source[0]), int(migration.target[0])
+    if source & BOTH != BOTH or not target & MIGRATE_PFN_VALID:
+        return False
+    old, new = source >> MIGRATE_PFN_SHIFT, target >> MIGRATE_PFN_SHIFT
+    zone, destination = memory.zones[old >> ZONE_SHIFT], memory.zones[new >> ZONE_SHIFT]
+    at, there = old - zone.base, new - destination.base
+    allowed = 1 if isinstance(zone, HostZone) else 1 + DEVICE_EXTRA_REFERENCES
+    if zone.refcount[at] > allowed or not zone.flags[at] & ANON:
+        return False
+    destination.refcount[there] = 1
+    destination.flags[there] = zone.flags[at]
+    destination.mapping[there] = zone.mapping[at]
+    destination.index[there] = zone.index[at]
+    return True
+
+
+def finalize(memory: PhysicalMemory, mm: Mm, migration: Migration) -> bool:
+    """migrate_vma_finalize for one collected page whose migration entry is still there; frees an unused host target too."""
+    source, target = int(migration.source[0]), int(migration.target[0])
+    if not source & MIGRATE_PFN_VALID:
+        return False
+    page, came = int(migration.pages[0]), source >> MIGRATE_PFN_SHIFT
+    entry = mm.table.get(page)
+    if entry & pte.KIND != pte.MIGRATION or entry >> pte.FRAME_SHIFT != came:
+        return False
+    goes = source & MIGRATE_PFN_MIGRATE
+    final = target >> MIGRATE_PFN_SHIFT if goes else came
+    zone = memory.zones[final >> ZONE_SHIFT]
+    at = final - zone.base
+    kind = pte.DEVICE if zone.kind == "private" else pte.PRESENT
+    mm.table.set(page, final << pte.FRAME_SHIFT | entry & (pte.BITS & ~pte.KIND) | kind)
+    zone.mapcount[at] = 1
+    zone.flags[at] &= ~LOCKED & 0xFFFFFFFF
+    if goes:
+        left = memory.zones[came >> ZONE_SHIFT]
+        left.flags[came - left.base] &= ~LOCKED & 0xFFFFFFFF
+        memory.put_one(came)
+    elif target and target >> MIGRATE_PFN_SHIFT + ZONE_SHIFT < DEVICE_ZONE_MIN:
+        memory.put_one(target >> MIGRATE_PFN_SHIFT)
+    if mm.migration_ended is not None:
+        mm.migration_ended()
+    return True

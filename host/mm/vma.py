@@ -1,0 +1,212 @@
+"""Virtual memory areas and the tree that holds them (mm/vma.c, mm/mmap.c).
+
+A VMA is a range of pages with one set of rights. Changing the rights of a part splits it; neighbours that have become equal merge. Which
+VMAs exist shows: mremap wants its range in one, test_hmm migrates one at a time. So the merge rules are the kernel's: equal
+flags, consecutive `pgoff`, the same file, and *compatible anon_vma*: two areas that were each touched before they met stay apart.
+
+The tree is two parallel sorted lists, looked up by bisection: with the numbers of VMAs that programs have, no tree in Python beats it.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from hmmnet.errors import KernelError
+from hmmnet.pages import ADDRESS_BITS, HUGE_PAGES, PAGE_SHIFT
+
+VM_READ = 1
+VM_WRITE = 2
+VM_EXEC = 4
+VM_ACCESS = VM_READ | VM_WRITE | VM_EXEC
+VM_SHARED = 8
+VM_LOCKED = 1 << 4
+VM_DONTCOPY = 1 << 5
+VM_WIPEONFORK = 1 << 6
+VM_HUGEPAGE = 1 << 7
+VM_NOHUGEPAGE = 1 << 8
+VM_HUGETLB = 1 << 9
+VM_MIXEDMAP = 1 << 10
+VM_PFNMAP = 1 << 11
+VM_UFFD_MISSING = 1 << 12
+VM_DAX = 1 << 13
+VM_RAND_READ = 1 << 14
+VM_SEQ_READ = 1 << 15
+VM_MERGEABLE = 1 << 16
+VM_SPECIAL = VM_MIXEDMAP | VM_PFNMAP
+
+EINVAL = 22
+PROTECTIONS_TEXT = "use letters of 'rwx', or 'none'"
+PAGES_TOP = (1 << (ADDRESS_BITS - PAGE_SHIFT)) - 1
+"""One guard page below the end of user addresses (TASK_SIZE)."""
+PAGES_BOTTOM = 16
+"""vm.mmap_min_addr: 64 KiB."""
+
+
+def protection_flags(protection: str) -> int:
+    """VM_* rights of ``rw r rx w none`` and the like. Raises KernelError(EINVAL)."""
+    if protection == "none":
+        return 0
+    flags = 0
+    for letter in protection:
+        flags |= {"r": VM_READ, "w": VM_WRITE, "x": VM_EXEC}.get(letter, 1 << 30)
+    if not flags or flags >> 30:
+        raise KernelError(EINVAL, "mmap", f"unknown protection {protection!r}; {PROTECTIONS_TEXT}")
+    return flags
+
+
+@dataclass(eq=False, slots=True)
+class Vma:
+    """Pages [start, end) with `flags`. `pgoff` is the page offset in the file, or for anonymous memory the page where it was first mapped.
+
+    `anon` is the anon_vma: 0 until the first anonymous page is made here. `file` is None for anonymous private memory.
+    """
+
+    start: int
+    end: int
+    flags: int
+    pgoff: int
+    anon: int = 0
+    file: object | None = None
+
+    @property
+    def is_anonymous(self) -> bool:
+        """vma_is_anonymous: private memory without a file behind it."""
+        return self.file is None
+
+    @property
+    def may_read(self) -> bool:
+        """Whether the CPU may load: on x86 a right to write or execute includes it."""
+        return self.flags & VM_ACCESS != 0
+
+    def merges_with(self, behind: Vma) -> bool:
+        """Whether `behind`, which begins where this ends, can be one VMA with it."""
+        return (
+            self.end == behind.start
+            and self.flags == behind.flags
+            and self.file is behind.file
+            and self.pgoff + self.end - self.start == behind.pgoff
+            and (self.anon == behind.anon or not self.anon or not behind.anon)
+        )
+
+
+class VmaTree:
+    """The VMAs of one process, disjoint and in order."""
+
+    def __init__(self) -> None:
+        self._starts: list[int] = []
+        self._vmas: list[Vma] = []
+        self._last: Vma | None = None
+
+    def __len__(self) -> int:
+        return len(self._vmas)
+
+    def all(self) -> list[Vma]:
+        """Every VMA, in order."""
+        return list(self._vmas)
+
+    def find(self, page: int) -> Vma | None:
+        """The VMA that holds `page`."""
+        last = self._last
+        if last is not None and last.start <= page < last.end:
+            return last
+        i = bisect_right(self._starts, page) - 1
+        if i >= 0 and page < self._vmas[i].end:
+            self._last = self._vmas[i]
+            return self._last
+        return None
+
+    def overlapping(self, start: int, end: int) -> list[Vma]:
+        """The VMAs that touch [start, end), in order."""
+        low, high = self._span(start, end)
+        return self._vmas[low:high]
+
+    def _span(self, start: int, end: int) -> tuple[int, int]:
+        low = bisect_right(self._starts, start) - 1
+        if low < 0 or self._vmas[low].end <= start:
+            low += 1
+        return low, bisect_left(self._starts, end, lo=low)
+
+    def covered_until(self, start: int, end: int) -> int:
+        """The first page of [start, end) that no VMA holds, or `end`."""
+        for vma in self.overlapping(start, end):
+            if vma.start > start:
+                return start
+            start = vma.end
+        return min(start, end)
+
+    def add(self, vma: Vma) -> None:
+        """Insert into free space, merging with neighbours."""
+        i = bisect_left(self._starts, vma.start)
+        self._splice(i, i, [vma])
+
+    def remove(self, start: int, end: int) -> list[Vma]:
+        """Take [start, end) out, splitting at its ends; the pieces that went."""
+        return self._replace(start, end, lambda _: None)
+
+    def update(self, start: int, end: int, change: Callable[[Vma], Vma]) -> None:
+        """Replace each piece of a VMA in [start, end) by ``change(piece)``, then merge what has become equal."""
+        self._replace(start, end, change)
+
+    def _replace(self, start: int, end: int, change: Callable[[Vma], Vma | None]) -> list[Vma]:
+        low, high = self._span(start, end)
+        pieces: list[Vma] = []
+        results: list[Vma] = []
+        for vma in self._vmas[low:high]:
+            before, piece, behind = split(vma, start, end)
+            pieces.append(piece)
+            results += [part for part in (before, change(piece), behind) if part is not None]
+        self._splice(low, high, results)
+        return pieces
+
+    def _splice(self, low: int, high: int, vmas: list[Vma]) -> None:
+        """Put `vmas` in the place of those at [low, high), merging along the seams."""
+        self._last = None
+        first, last = max(0, low - 1), min(len(self._vmas), high + 1)
+        merged: list[Vma] = []
+        for vma in self._vmas[first:low] + vmas + self._vmas[high:last]:
+            if merged and merged[-1].merges_with(vma):
+                merged[-1] = replace(merged[-1], end=vma.end, anon=merged[-1].anon or vma.anon)
+            else:
+                merged.append(vma)
+        self._vmas[first:last] = merged
+        self._starts[first:last] = [vma.start for vma in merged]
+
+    def neighbour_anon(self, vma: Vma) -> int:
+        """find_mergeable_anon_vma: the anon_vma of a neighbour that differs in access rights at most, else 0."""
+        i = bisect_left(self._starts, vma.start)
+        if i + 1 < len(self._vmas):
+            behind = self._vmas[i + 1]
+            if behind.anon and _alike(vma, behind):
+                return behind.anon
+        if i > 0:
+            before = self._vmas[i - 1]
+            if before.anon and _alike(before, vma):
+                return before.anon
+        return 0
+
+    def find_gap(self, count: int) -> int | None:
+        """Where `count` pages fit, as high as can be (get_unmapped_area); whole huge pages are aligned to one."""
+        align = HUGE_PAGES if count % HUGE_PAGES == 0 else 1
+        top = PAGES_TOP
+        for vma in reversed(self._vmas):
+            start = (top - count) // align * align
+            if start >= vma.end:
+                return start
+            top = vma.start
+        start = (top - count) // align * align
+        return start if start >= PAGES_BOTTOM else None
+
+
+def _alike(left: Vma, right: Vma) -> bool:
+    """anon_vma_compatible: whether the two would merge but for their access rights."""
+    return replace(left, flags=left.flags | VM_ACCESS, anon=0).merges_with(replace(right, flags=right.flags | VM_ACCESS))
+
+
+def split(vma: Vma, start: int, end: int) -> tuple[Vma | None, Vma, Vma | None]:
+    """`vma` in up to three: what lies before `start`, what lies in [start, end), what lies behind. The middle must not be empty."""
+    low, high = max(start, vma.start), min(end, vma.end)
+    before = replace(vma, end=low) if low > vma.start else None
+    behind = replace(vma, start=high, pgoff=vma.pgoff + high - vma.start) if high < vma.end else None
+    return before, replace(vma, start=low, end=high, pgoff=vma.pgoff + low - vma.start), behind

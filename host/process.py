@@ -1,0 +1,255 @@
+"""A process of the machine, inside the host: system calls, memory accesses, jobs (`hmmnet.program.Process`).
+
+Accesses go straight to the address space; one that finds its page mapped costs no suspension. Devices are opened on first use: a context is a
+mirror of this address space on one device, shared by every handle and job of the process there.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import Any, TypeVar
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from hmmnet.errors import KernelError, PeerLost, RemoteError, SegmentationFault
+from hmmnet.fabric.dma import BytesSink, BytesSource
+from hmmnet.observe.counters import GPU_FAULT_GROUP
+from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, Words, page_range
+from hmmnet.program import IoctlResult, JobResult, Residency
+from hmmnet.wire.messages import ARGUMENT_BYTES_MAX, PAGES_PER_MESSAGE_MAX, Finished, Ioctl, IoctlDone, Launch
+
+from .contexts import Contexts
+from .device import Context
+from .homing import Homing
+from .mm.space import Space
+
+HEAP_BYTES = 1 << 20
+"""What the heap maps at a time, at least."""
+MALLOC_ALIGN = 64
+"""A cache line."""
+PREFETCH_PAGES = 1 << 16
+"""Pages of one command of an explicit migration (256 MiB)."""
+STREAMED_OUT = frozenset({"read", "migrate_to_dev"})
+"""Commands of a dmirror whose data, a page for each page, come as a stream."""
+HOST = "host"
+
+Arrayable = bytes | bytearray | memoryview | npt.NDArray[Any]
+S = TypeVar("S", bound=np.generic)
+
+
+class Handle:
+    """An open device; see `hmmnet.program.Handle`."""
+
+    def __init__(self, process: Process, context: Context) -> None:
+        self.device = context.life.name
+        self._process = process
+        self._context = context
+        self._open = True
+
+    async def ioctl(self, command: str, address: int, pages: int, data: bytes = b"", flags: int = 0) -> IoctlResult:
+        """Run a device command. Raises KernelError with the command's errno, PeerLost when the device is gone."""
+        if not self._open:
+            raise KernelError(errno.EBADF, "ioctl", f"this handle on {self.device} is closed")
+        if not 0 <= address < 1 << 63 or not 0 <= pages <= PAGES_PER_MESSAGE_MAX:
+            raise KernelError(errno.EINVAL, "ioctl", f"0x{address:x} + {pages} pages is no range of an address space")
+        wants = command in STREAMED_OUT and self._context.life.spec.model == "dmirror"
+        return await command_device(self._context, command, address, pages, data, flags, pages if wants else 0)
+
+    async def close(self) -> None:
+        """Drop this reference. Raises KernelError(EBADF) when it is closed already."""
+        if not self._open:
+            raise KernelError(errno.EBADF, "close", f"this handle on {self.device} is closed")
+        self._open = False
+        await self._process.contexts.put(self._context)
+
+
+class Process:
+    """See `hmmnet.program.Process`."""
+
+    def __init__(self, pid: int, space: Space, contexts: Contexts, homing: Homing) -> None:
+        self.pid = pid
+        self.space = space
+        self.contexts = contexts
+        self.ended = False
+        self._homing = homing
+        self._own: dict[str, Context] = {}
+        """Contexts that jobs and migrations of this process opened; they stay open until it exits."""
+        self._heap = 0
+        self._heap_end = 0
+
+    # --- memory ---------------------------------------------------------------------------------------------------------------
+
+    async def mmap(self, length: int, protection: str = "rw", address: int | None = None) -> int:
+        """mmap(2)."""
+        self._alive("mmap")
+        return await self.space.mmap(length, protection, address)
+
+    async def munmap(self, address: int, length: int) -> None:
+        """munmap(2)."""
+        await self.space.munmap(address, length)
+
+    async def mprotect(self, address: int, length: int, protection: str) -> None:
+        """mprotect(2)."""
+        await self.space.mprotect(address, length, protection)
+
+    async def madvise(self, address: int, length: int, advice: str) -> None:
+        """madvise(2)."""
+        await self.space.madvise(address, length, advice)
+
+    async def malloc(self, length: int) -> int:
+        """`length` bytes, 64-byte aligned. Raises KernelError(ENOMEM)."""
+        size = -(-max(length, 1) // MALLOC_ALIGN) * MALLOC_ALIGN
+        if self._heap_end - self._heap < size:
+            mapped = max(HEAP_BYTES, -(-size // PAGE_SIZE) * PAGE_SIZE)
+            self._heap = await self.mmap(mapped)
+            self._heap_end = self._heap + mapped
+        address = self._heap
+        self._heap += size
+        return address
+
+    async def read(self, address: int, length: int) -> bytes:
+        """CPU load of a range."""
+        return await self.space.load(address, length) if length else b""
+
+    async def write(self, address: int, data: Arrayable) -> None:
+        """CPU store of a range."""
+        raw = as_bytes(data)
+        if len(raw):
+            await self.space.store(address, raw)
+
+    async def load(self, address: int, dtype: str = "<u8") -> int | float:
+        """CPU load of one value."""
+        kind = np.dtype(dtype)
+        value: int | float = np.frombuffer(await self.space.load(address, kind.itemsize), dtype=kind)[0].item()
+        return value
+
+    async def store(self, address: int, value: int | float, dtype: str = "<u8") -> None:
+        """CPU store of one value."""
+        await self.space.store(address, np.array([value], dtype=dtype).tobytes())
+
+    async def read_array(self, address: int, dtype: str, count: int) -> npt.NDArray[Any]:
+        """CPU load of `count` values."""
+        kind = np.dtype(dtype)
+        return np.frombuffer(bytearray(await self.read(address, count * kind.itemsize)), dtype=kind)
+
+    async def pagemap(self, address: int, pages: int) -> bytes:
+        """A byte a page, see `Process.pagemap`."""
+        return self.space.pagemap(address, pages)
+
+    async def residency(self, address: int, pages: int) -> Residency:
+        """Where the pages live now."""
+        return self.space.residency(address, pages)
+
+    # --- devices --------------------------------------------------------------------------------------------------------------
+
+    async def open(self, device: str) -> Handle:
+        """Open a device. Raises KernelError: ENOENT, ENODEV."""
+        self._alive("open")
+        return Handle(self, await self.contexts.get(self.space, device))
+
+    async def _context(self, device: str) -> Context:
+        """The context that this process keeps open itself."""
+        self._alive("open")
+        context = self._own.get(device)
+        if context is None or context.life.link.session.lost is not None:
+            context = self._own[device] = await self.contexts.get(self.space, device)
+        return context
+
+    async def launch(self, kernel: str, device: str, placement: str = "demand", **arguments: Any) -> JobResult:
+        """Run a kernel and wait for it.
+
+        Raises SegmentationFault for an access that could not be served, KernelError (ENOENT, EINVAL, ENODEV), RemoteError for a kernel that failed.
+        """
+        context = await self._context(device)
+        packed = msgspec.msgpack.encode({name: plain(value) for name, value in arguments.items()})
+        if len(packed) > ARGUMENT_BYTES_MAX:
+            raise KernelError(errno.E2BIG, "launch", f"the arguments have {len(packed)} bytes, at most {ARGUMENT_BYTES_MAX} fit; pass addresses")
+        life = context.life
+        life.jobs += 1
+        done = await life.link.ask(Launch(context.number, life.jobs, kernel, packed, placement), Finished)
+        counters = msgspec.msgpack.decode(done.counters, type=dict[str, Any])
+        groups = int(counters.get("fault_groups", 0))
+        if groups > 0:
+            moved = int(counters.get("pages_in", 0)) * PAGE_SIZE
+            self.contexts.profile.record(GPU_FAULT_GROUP, moved, float(counters.get("fault_group_s", 0.0)), device, groups)
+        if done.error and done.fault_address:
+            raise SegmentationFault(done.fault_address, f'kernel {kernel} on device "{device}": {done.error}')
+        if done.error:
+            raise RemoteError(f'kernel {kernel} on device "{device}" failed: {done.error}')
+        return JobResult(msgspec.msgpack.decode(done.results, type=dict[str, Any]), counters)
+
+    async def migrate(self, address: int, length: int, to: str) -> int:
+        """Move pages to a device, or to ``host``; returns how many bytes moved. Raises KernelError(ENOENT, ENODEV, ENOMEM), PeerLost."""
+        self._alive("migrate")
+        start, end = page_range(address, length)
+        if start >= end:
+            return 0
+        if to == HOST:
+            return await self._migrate_home(start, end) * PAGE_SIZE
+        context = await self._context(to)
+        moved = 0
+        for first in range(start, end, PREFETCH_PAGES):
+            pages = min(PREFETCH_PAGES, end - first)
+            done = await command_device(context, "migrate_to_dev", first << PAGE_SHIFT, pages, b"", 0, 0)
+            moved += done.cpages
+        return moved * PAGE_SIZE
+
+    async def _migrate_home(self, start: int, end: int) -> int:
+        moved = 0
+        for link in self.contexts.links():
+            done = await self._homing.migrate_to_system(self.space, link, start, end)
+            moved += done.moved
+        return moved
+
+    async def exit(self) -> None:
+        """exit(2): the address space goes first (its mirrors are told once), then the open devices. A second call does nothing."""
+        if self.ended:
+            return
+        self.ended = True
+        await self.space.exit()
+        await self.contexts.drop(self.space)
+
+    def _alive(self, call: str) -> None:
+        if self.ended:
+            raise KernelError(errno.ESRCH, call, f"process {self.pid} has exited")
+
+
+async def command_device(
+    context: Context, command: str, address: int, pages: int, data: bytes, flags: int, pages_out: int
+) -> IoctlResult:
+    """Send a command, with its data on a stream, and take `pages_out` pages of data from another."""
+    link = context.life.link
+    stream_in = link.new_stream() if data else 0
+    sink = BytesSink(memoryview(bytearray(pages_out * PAGE_SIZE))) if pages_out else None
+    stream_out = link.new_stream() if sink is not None else 0
+    arrival = link.receiver.expect(stream_out, sink) if sink is not None else None
+    try:
+        link.flush_freed()
+        pending = link.session.begin(Ioctl(context.number, command, address, pages, stream_in, stream_out, flags))
+        if data:
+            await link.send_bytes(stream_in, BytesSource(memoryview(data)), pending)
+        done = await pending.wait()
+        if not isinstance(done, IoctlDone):
+            raise RemoteError(f"{link.name} answered a command with {type(done).__name__}")
+        if arrival is not None:
+            async with link.transfer():
+                await arrival.wait()
+    except BaseException:
+        if arrival is not None:
+            arrival.cancel()
+        raise
+    return IoctlResult(done.cpages, done.faults, done.data if sink is None else bytes(sink.view))
+
+
+def as_bytes(data: Arrayable) -> npt.NDArray[np.uint8]:
+    """Whatever a program stores, as bytes, without a copy where it lies in one piece."""
+    if isinstance(data, np.ndarray):
+        return np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+    return np.frombuffer(data, dtype=np.uint8)
+
+
+def plain(value: Any) -> Any:
+    """A kernel argument as msgpack can carry it: numpy's numbers become Python's."""
+    return value.item() if isinstance(value, np.generic) else value

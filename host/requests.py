@@ -1,0 +1,189 @@
+"""What a device may ask of the host: each message of a session checked, then carried out.
+
+A decoded message is well formed and no more. Here its context must be one of this device's, its pages lie in an address space, its frames be
+those that it may name. What is only late (a context that was closed meanwhile) is answered with an errno, what no correct driver sends is a
+`ProtocolError`, which the session reports to the device and to our log.
+
+Handlers that can answer at once are plain functions, which the session runs in the order of arrival; the rest get a task each.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import numpy as np
+import trio
+
+from hmmnet.errors import PeerLost, ProtocolError
+from hmmnet.pages import (
+    PAGES_MAX,
+    Words,
+    from_wire,
+    to_wire,
+)
+from hmmnet.wire.messages import (
+    PAGES_PER_MESSAGE_MAX,
+    Evict,
+    Evicted,
+    Migrate,
+    MigrateDone,
+    Migrated,
+    RangeFault,
+    RangeFaulted,
+    Subscribe,
+    Subscribed,
+    Unsubscribe,
+)
+from hmmnet.wire.session import Session
+
+from .device import Context, Life
+from .homing import Homing
+from .interfaces import Select
+from .migrate import Grant, Outcome, migrate_to_device
+from .mirror import Request, range_fault
+
+SUBSCRIPTIONS_MAX = 1 << 16
+"""Intervals that one context may have inserted: slabs of 512 MiB over 32 TiB."""
+TABLE_UPDATE_S = 2.0
+"""Real seconds that a device gets between `Migrated` and `MigrateDone`, heartbeats or not, before it counts as broken."""
+
+
+class Requests:
+    """Serves the control requests of one life of a device. Migrations run on in `nursery` after their reply."""
+
+    def __init__(self, life: Life, homing: Homing, nursery: trio.Nursery) -> None:
+        self._life = life
+        self._homing = homing
+        self._nursery = nursery
+        self._table_updates: dict[int, trio.Event] = {}
+        self._migrations = 0
+
+    def attach(self, session: Session) -> None:
+        """Answer `session`."""
+        session.on(Subscribe, self.subscribe)
+        session.on(Unsubscribe, self.unsubscribe)
+        session.on(RangeFault, self.range_fault)
+        session.on(Migrate, self.migrate)
+        session.on(MigrateDone, self.migrate_done)
+        session.on(Evict, self.evict)
+
+    # --- mirror ---------------------------------------------------------------------------------------------------------------
+
+    def subscribe(self, message: Subscribe) -> Subscribed:
+        """mmu_interval_notifier_insert. Raises KernelError: EOVERFLOW, EINVAL, ESRCH."""
+        context = self._life.context(message.context)
+        if len(context.subscriptions) >= SUBSCRIPTIONS_MAX:
+            raise ProtocolError(f"context {context.number} has {SUBSCRIPTIONS_MAX} subscriptions")
+        made = context.hub.insert(message.start, message.end, self._life.link, context.number, message.own)
+        context.subscriptions[made.number] = made
+        return Subscribed(made.number, made.sequence)
+
+    async def unsubscribe(self, message: Unsubscribe) -> None:
+        """mmu_interval_notifier_remove. Raises KernelError(ESRCH)."""
+        context = self._life.context(message.context)
+        subscription = context.subscriptions.pop(message.subscription, None)
+        if subscription is None:
+            raise ProtocolError(f"context {context.number} has no subscription {message.subscription}")
+        await context.hub.remove(subscription)
+        context.domain.revoke(subscription.start, subscription.end)
+
+    async def range_fault(self, message: RangeFault) -> RangeFaulted:
+        """hmm_range_fault; the translations in the answer are granted in the same step. Raises KernelError as table A3."""
+        context = self._life.context(message.context)
+        subscription = context.subscriptions.get(message.subscription)
+        if subscription is None:
+            raise ProtocolError(f"context {context.number} has no subscription {message.subscription}")
+        inputs = _words(message.inputs, "RangeFault.inputs")
+        self._check_range(message.start, message.pages, "RangeFault")
+        if message.start < subscription.start or message.start + message.pages > subscription.end:
+            raise ProtocolError("RangeFault leaves its subscription's interval")
+        if len(inputs) not in (0, message.pages):
+            raise ProtocolError(f"RangeFault of {message.pages} pages with {len(inputs)} inputs")
+        request = Request(
+            message.start, message.pages, self._life.zone, message.default_flags, message.flags_mask, inputs if len(inputs) else None
+        )
+        deadline = trio.current_time() + message.timeout_ms / 1000 if message.timeout_ms > 0 else math.inf
+        sequence, words = await range_fault(context.space, context.hub, subscription, request, deadline)
+        context.domain.grant(message.start, words)
+        return RangeFaulted(sequence, to_wire(words))
+
+    # --- migration ------------------------------------------------------------------------------------------------------------
+
+    async def migrate(self, message: Migrate) -> Migrated:
+        """migrate_vma. Raises KernelError(ESRCH, ENOMEM)."""
+        context = self._life.context(message.context)
+        self._check_range(message.start, message.pages, "Migrate")
+        if message.direction == "system":
+            done = await self._homing.migrate_to_system(context.space, self._life.link, message.start, message.start + message.pages)
+            return Migrated(0, to_wire(done.words), done.moved, done.errno)
+        if message.direction != "device":
+            raise ProtocolError(f"Migrate in direction {message.direction!r}")
+        frames = _words(message.grant, "Migrate.grant")
+        if len(frames) != message.pages:
+            raise ProtocolError(f"Migrate of {message.pages} pages with {len(frames)} frames granted")
+        grant = Grant(self._life.page_map.zone, frames)
+        reply: Migrated = await self._nursery.start(partial(self._to_device, context, message, grant))
+        return reply
+
+    async def _to_device(
+        self, context: Context, message: Migrate, grant: Grant, *, task_status: trio.TaskStatus[Migrated] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """The whole migration; it has started, for whoever waits for the reply, when there is one."""
+        replied = False
+
+        async def announce(outcome: Outcome) -> None:
+            nonlocal replied
+            replied = True
+            moved = outcome.moved
+            self._migrations += bool(moved)
+            number = self._migrations if moved else 0
+            updated = self._table_updates[number] = trio.Event()
+            task_status.started(Migrated(number, to_wire(outcome.words), moved, outcome.errno))
+            try:
+                if moved:
+                    await self._table_updated(updated)
+            finally:
+                del self._table_updates[number]
+
+        try:
+            await migrate_to_device(
+                context.space, self._life.link, context.domain, message.start, Select(message.select), grant, announce
+            )
+        except PeerLost:
+            if not replied:
+                raise
+
+    async def _table_updated(self, updated: trio.Event) -> None:
+        link = self._life.link
+        async with link.transfer():
+            with trio.move_on_after(TABLE_UPDATE_S) as limit:
+                await updated.wait()
+            if limit.cancelled_caught:
+                link.condemn(f"it did not say that its table is up to date within {TABLE_UPDATE_S:g} s")
+                raise link.lost_error()
+
+    def migrate_done(self, message: MigrateDone) -> None:
+        """The device has updated its table."""
+        updated = self._table_updates.get(message.migration)
+        if updated is not None:
+            updated.set()
+
+    async def evict(self, message: Evict) -> Evicted:
+        """migrate_device_range. Raises KernelError(ENOMEM)."""
+        frames = _words(message.frames, "Evict.frames")
+        if len(frames) == 0:
+            return Evicted(0)
+        if not self._life.page_map.zone.holds(frames) or len(np.unique(frames)) != len(frames):
+            raise ProtocolError("Evict names frames that are not the device's own, or one twice")
+        return Evicted(await self._homing.evict(self._life.link, frames))
+
+    def _check_range(self, start: int, pages: int, call: str) -> None:
+        if not 0 < pages <= PAGES_PER_MESSAGE_MAX or start + pages > PAGES_MAX:
+            raise ProtocolError(f"{call} of pages [0x{start:x}, +{pages}): at least one, at most {PAGES_PER_MESSAGE_MAX}, inside an address space")
+
+
+def _words(raw: bytes, what: str) -> Words:
+    if len(raw) % 8:
+        raise ProtocolError(f"{what} has {len(raw)} bytes; a list is whole 64-bit words")
+    return from_wire(raw)

@@ -1,0 +1,118 @@
+"""What the demo stores: shares that together are the whole, on pages that two devices never share."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hmmnet.demo.answers import NOT_THERE, answers_for, fnv1a, word_at, wrong
+from hmmnet.demo.data import Area, devices_used, lay_out, pages_of, read_input, store, subtrees
+from hmmnet.pages import PAGE_SIZE
+
+TEXT = (" ".join(f"word{i % 1200}_{i % 7} and" for i in range(6000)) + "\n").encode()
+
+
+class Memory:
+    """A process of which only mapping and storing is asked."""
+
+    def __init__(self) -> None:
+        self.data: dict[int, bytes] = {}
+        self.end = 0x10000
+
+    async def mmap(self, length: int, protection: str = "rw", address: int | None = None) -> int:
+        at, self.end = self.end, self.end + pages_of(length) + 5 * PAGE_SIZE
+        return at
+
+    async def write(self, address: int, data: Any) -> None:
+        self.data[address] = bytes(data)
+
+    def word(self, address: int) -> int:
+        start = max(at for at in self.data if at <= address)
+        return int.from_bytes(self.data[start][address - start : address - start + 8], "little")
+
+
+def pages(area: Area) -> range:
+    assert area.address % PAGE_SIZE == 0
+    return range(area.address // PAGE_SIZE, (area.address + area.size_bytes) // PAGE_SIZE)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8])
+async def test_no_page_is_wanted_by_two_devices(count: int) -> None:
+    """Every area of every share lies on pages of its own."""
+    data = await store(Memory(), TEXT, [f"gpu{i}" for i in range(count)], random.Random(1))  # type: ignore[arg-type]
+    assert len(data.shares) == {1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 8: 8}[count]
+    taken = Counter(page for share in data.shares for area in share.areas() for page in pages(area))
+    assert max(taken.values()) == 1
+
+
+async def test_shares_are_the_whole_text_and_every_search_ends_in_its_subtree() -> None:
+    """The texts together hold every word; following the pointers that were stored finds what a dictionary finds."""
+    memory = Memory()
+    answers = answers_for(TEXT)
+    data = await store(memory, TEXT, ["gpu0", "gpu1"], random.Random(2))  # type: ignore[arg-type]
+    texts = [memory.data[s.text.address][: s.text_length] for s in data.shares]
+    assert Counter(w for t in texts for w in re.findall(rb"\w+", t)) == Counter(re.findall(rb"\w+", TEXT))
+    assert data.words.tolist() == sorted(answers.counts)
+    for share in data.shares:
+        found_some = missed_some = False
+        for key in share.wanted[:300].tolist():
+            at = share.root
+            while at and memory.word(at) != key:
+                at = memory.word(at + (8 if key < memory.word(at) else 16))
+            assert (memory.word(at + 24) if at else NOT_THERE) == answers.search(key)
+            found_some |= at != 0
+            missed_some |= at == 0
+            assert at == 0 or at // PAGE_SIZE in pages(share.tree)
+        assert found_some
+        assert missed_some
+
+
+@pytest.mark.parametrize(("count", "parts"), [(1, 2), (2, 2), (3, 2), (50, 4), (1000, 8)])
+def test_a_cut_through_the_tree_loses_no_key(count: int, parts: int) -> None:
+    above, below = subtrees(count, parts)
+    keys = sorted([*above, *(key for first, end in below for key in range(first, end))])
+    assert keys == list(range(count))
+    layout = lay_out(np.random.default_rng(count).permutation(count), parts)
+    assert len(set(layout.places.tolist())) == count
+    assert max(layout.places.tolist()) < layout.room
+    assert all(end <= start for (_, end), (start, _) in pairwise(layout.spans))
+
+
+async def test_a_text_of_one_word() -> None:
+    """One key, one device, one node."""
+    data = await store(Memory(), b"lonely", ["gpu0", "gpu1"], random.Random(3))  # type: ignore[arg-type]
+    assert [s.device for s in data.shares] == ["gpu0"]
+    assert data.shares[0].root == data.tree.address
+
+
+def test_answers_are_plain_python() -> None:
+    """Counts, first places, and a word recovered from the text."""
+    answers = answers_for(b"a bb a ccc bb a")
+    assert (answers.words, answers.counts[fnv1a(b"a")], answers.first_at[fnv1a(b"ccc")]) == (6, 3, 7)
+    assert answers.search(1) == NOT_THERE
+    assert answers.most_common(b"a bb a ccc bb a", 2, 1) == [("bb", 2), ("ccc", 1)]
+    assert word_at(b"a bb a", 2) == "bb"
+    assert wrong([1, 2, 3], [1, 5, 3]) == 1
+
+
+def test_input(tmp_path: Path) -> None:
+    """Files in order, cut at the limit; the standard library when none is named."""
+    for name, text in (("one", "first "), ("two", "second")):
+        (tmp_path / name).write_text(text)
+    given = read_input([tmp_path / "one", tmp_path / "two"], 10)
+    assert (given.text, given.files) == (b"first seco", 2)
+    assert "standard library" in read_input([], 1000).source
+    with pytest.raises(FileNotFoundError):
+        read_input([tmp_path / "three"], 10)
+
+
+def test_devices_used_are_a_power_of_two() -> None:
+    assert devices_used(["a", "b", "c"]) == ("a", "b")
+    assert len(devices_used([str(i) for i in range(64)])) == 8

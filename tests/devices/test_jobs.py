@@ -1,0 +1,202 @@
+"""Jobs on a gpu over the wire: faults, migration, remote access, errors, all against the scripted host."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import trio
+
+from tests.devices.scripted_host import counters_of, machine, results_of, u64
+
+PAGE = 0x10000
+"""The first page of the tests' mapping; aligned to a fault group."""
+
+
+async def test_vector_add_by_demand_faults() -> None:
+    """Operands migrate by faults, never-touched result pages too; the CPU reads the sum."""
+    async with machine() as (host, _):
+        n = 3000
+        a, b = np.arange(n) * 1.0, np.arange(n)[::-1] * 2.0
+        at, bt, out = host.mmap(PAGE, 6), host.mmap(PAGE + 16, 6), host.mmap(PAGE + 32, 6)
+        await host.cpu_write(at, a.tobytes())
+        await host.cpu_write(bt, b.tobytes())
+        finished = await host.launch("vector_add", a=at, b=bt, out=out, n=n)
+        assert finished.error == ""
+        assert all(host.on_device(PAGE, 6) + host.on_device(PAGE + 16, 6) + host.on_device(PAGE + 32, 6))
+        assert (np.frombuffer(await host.cpu_read(out, n * 8), "<f8") == a + b).all()
+        counters = counters_of(finished)
+        assert counters["pages_in"] == 18
+        assert counters["faults"] == 18
+        assert counters["fault_groups"] == 3
+        assert counters["remote_read_bytes"] == 0
+
+
+async def test_remote_placement_moves_nothing() -> None:
+    """System memory is read and written where it is, by DMA."""
+    async with machine() as (host, _):
+        n = 3000
+        at, out = host.mmap(PAGE, 6), host.mmap(PAGE + 16, 6)
+        await host.cpu_write(at, np.arange(n, dtype="<i8").tobytes())
+        finished = await host.launch("vector_add", placement="remote", a=at, b=at, out=out, n=n, dtype="<i8")
+        assert finished.error == ""
+        assert not any(host.on_device(PAGE, 22))
+        assert (np.frombuffer(await host.cpu_read(out, n * 8), "<i8") == np.arange(n) * 2).all()
+        counters = counters_of(finished)
+        assert counters["migrations"] == 0
+        assert counters["remote_read_bytes"] >= 2 * n * 8
+        assert counters["remote_written_bytes"] == n * 8
+
+
+async def test_pinned_pages_are_used_where_they_are() -> None:
+    """What refuses to migrate is mapped over the link, and the rest of the group moves."""
+    async with machine() as (host, _):
+        at = host.mmap(PAGE, 16)
+        await host.cpu_write(at, np.ones(16 * 512, dtype="<i8").tobytes())
+        host.pinned = {PAGE + 3, PAGE + 4}
+        finished = await host.launch("reduction", a=at, n=16 * 512)
+        assert results_of(finished) == {"sum": 16 * 512}
+        assert host.on_device(PAGE, 16) == [page not in (3, 4) for page in range(16)]
+        assert counters_of(finished)["remote_read_bytes"] == 2 * 4096
+
+
+async def test_growth_into_a_hole_falls_back_to_the_faulted_pages() -> None:
+    """A mapping of three pages in the middle of a 64 KiB group still migrates."""
+    async with machine() as (host, _):
+        at = host.mmap(PAGE + 5, 3)
+        await host.cpu_write(at, np.full(3 * 512, 2, dtype="<i8").tobytes())
+        finished = await host.launch("reduction", a=at, n=3 * 512)
+        assert results_of(finished) == {"sum": 3 * 1024}
+        assert all(host.on_device(PAGE + 5, 3))
+
+
+async def test_a_fault_on_an_unmapped_address_ends_the_job_with_the_address() -> None:
+    """The job is told where; the device goes on."""
+    async with machine() as (host, _):
+        at = host.mmap(PAGE, 2)
+        finished = await host.launch("reduction", a=at, n=3 * 512)
+        assert finished.fault_address == (PAGE + 2) * 4096
+        assert f"0x{finished.fault_address:x}" in finished.error
+        assert results_of(await host.launch("reduction", a=at, n=2 * 512)) == {"sum": 0}
+
+
+async def test_a_lane_fault_names_the_exact_address() -> None:
+    """A wild pointer is named to the byte."""
+    async with machine() as (host, _):
+        heads = host.mmap(PAGE, 1)
+        wild = 0x7000_0000_1238
+        await host.cpu_write(heads, u64([wild]).tobytes())
+        finished = await host.launch("list_walk", heads=heads, n=1, out=heads)
+        assert finished.fault_address == wild
+
+
+async def test_a_store_to_read_only_memory_is_fatal() -> None:
+    """EPERM, with the address, and nothing is written."""
+    async with machine() as (host, _):
+        at, out = host.mmap(PAGE, 1), host.mmap(PAGE + 16, 1, "r")
+        finished = await host.launch("vector_add", a=at, b=at, out=out, n=4)
+        assert finished.fault_address == out
+        assert "EPERM" in finished.error
+
+
+async def test_a_write_to_an_own_read_only_page_breaks_the_sharing_at_home() -> None:
+    """hmm_range_fault does not upgrade own pages: the page goes home, becomes writable there, and the store goes through."""
+    async with machine() as (host, _):
+        at = host.mmap(PAGE, 1)
+        await host.cpu_write(at, np.arange(512, dtype="<i8").tobytes())
+        await host.launch("reduction", a=at, n=512)
+        await host.mprotect(PAGE, 1, "r")
+        await host.mprotect(PAGE, 1, "rw")
+        assert host.on_device(PAGE) == [True]
+        finished = await host.launch("vector_add", a=at, b=at, out=at, n=512, dtype="<i8")
+        assert finished.error == ""
+        assert (np.frombuffer(await host.cpu_read(at, 4096), "<i8") == np.arange(512) * 2).all()
+
+
+async def test_many_jobs_at_once_share_faults() -> None:
+    """Eight jobs on the same data: each page faults in once."""
+    async with machine() as (host, device):
+        n = 64 * 512
+        at = host.mmap(PAGE, 64)
+        await host.cpu_write(at, np.ones(n, dtype="<i8").tobytes())
+        sums = []
+
+        async def one(job: int) -> None:
+            sums.append(results_of(await host.launch("reduction", job=job, a=at, n=n))["sum"])
+
+        async with trio.open_nursery() as nursery:
+            for job in range(8):
+                nursery.start_soon(one, job)
+        assert sums == [n] * 8
+        assert (await host.figures())["pages_in"] == 64
+        assert device.memory.used_pages == 64
+
+
+async def test_ping_pong_loses_nothing() -> None:
+    """The CPU takes pages home while jobs add to them: every increment counts."""
+    async with machine() as (host, _):
+        at, one = host.mmap(PAGE, 8), host.mmap(PAGE + 16, 8)
+        await host.cpu_write(one, np.ones(8 * 512, dtype="<i8").tobytes())
+        rounds = 10
+        with trio.move_on_after(20) as scope:
+            async with trio.open_nursery() as nursery:
+
+                async def disturb() -> None:
+                    for step in range(1000):
+                        await host.cpu_read(at + step % 8 * 4096, 8)
+                        await trio.lowlevel.checkpoint()
+
+                nursery.start_soon(disturb)
+                for _ in range(rounds):
+                    finished = await host.launch("vector_add", a=at, b=one, out=at, n=8 * 512, dtype="<i8")
+                    assert finished.error == ""
+                nursery.cancel_scope.cancel()
+        assert not scope.cancelled_caught
+        assert (np.frombuffer(await host.cpu_read(at, 8 * 4096), "<i8") == rounds).all()
+
+
+async def test_full_memory_maps_the_rest_remotely() -> None:
+    """A device of 32 pages runs over 64: what does not fit stays at home and is used there."""
+    async with machine(memory_bytes=32 << 12) as (host, device):
+        at = host.mmap(PAGE, 64)
+        await host.cpu_write(at, np.ones(64 * 512, dtype="<i8").tobytes())
+        finished = await host.launch("reduction", a=at, n=64 * 512)
+        assert results_of(finished) == {"sum": 64 * 512}
+        assert sum(host.on_device(PAGE, 64)) == 32
+        assert device.memory.free_pages == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [({"a": 0}, "missing a required argument"), ({"a": 0, "n": 1, "x": 2}, "unexpected keyword"), ({"a": 8, "n": "many"}, "argument n"), ({"a": 3, "n": 1}, "misaligned")],
+)
+async def test_bad_arguments_end_the_job(arguments: dict[str, object], complaint: str) -> None:
+    """The kernel's own complaint comes back; nothing crashes."""
+    async with machine() as (host, _):
+        finished = await host.launch("reduction", **arguments)  # type: ignore[arg-type]
+        assert complaint in finished.error
+
+
+async def test_close_ends_running_jobs() -> None:
+    """A list that bites its own tail runs until its context is closed; the device is usable afterwards."""
+    async with machine() as (host, device):
+        at = host.mmap(PAGE, 1)
+        await host.cpu_write(at, u64([at + 16, 0, at + 16, 1]).tobytes())
+        errors = []
+
+        async def endless() -> None:
+            from hmmnet.errors import KernelError
+
+            try:
+                await host.launch("list_walk", heads=at, n=1, out=at)
+            except KernelError as error:
+                errors.append(error.name)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(endless)
+            while not device.contexts[1].engine.running:
+                await trio.sleep(0.001)
+            await host.close()
+        assert errors == ["EBADF"]
+        assert device.contexts == {}
+        await host.open(2, 10)
+        assert (await host.figures())["contexts"] == 1

@@ -1,0 +1,168 @@
+"""A device's memory: life of frames, refusals, lazy clearing, reverse map."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from hmmnet.devices.memory import Memory
+from hmmnet.errors import ProtocolError
+from hmmnet.pages import PAGE_SIZE, ZONE_SHIFT, Words, to_wire
+
+ZONE = 70
+BASE = ZONE << ZONE_SHIFT
+
+
+def granted(memory: Memory, count: int) -> Words:
+    frames = memory.grant(count)
+    assert frames is not None
+    return frames
+
+
+def fill(memory: Memory, frames: Words, value: int) -> None:
+    for frame in frames.tolist():
+        memory.page_bytes(frame)[:] = value
+
+
+@pytest.fixture
+def memory() -> Memory:
+    return Memory(ZONE, 256)
+
+
+def test_frames_go_round(memory: Memory) -> None:
+    """Granted, kept, freed: the counts follow, and the frames can be had again."""
+    frames = granted(memory, 10)
+    assert (memory.used_pages, memory.free_pages) == (10, 246)
+    memory.keep(frames[:6])
+    memory.give_back(frames[6:])
+    assert memory.used_pages == 6
+    assert memory.live_frames().tolist() == frames[:6].tolist()
+    memory.free(to_wire(frames[:6]))
+    assert (memory.used_pages, memory.free_pages, memory.used_max) == (0, 256, 10)
+    assert len(granted(memory, 256)) == 256
+    assert memory.grant(1) is None
+
+
+def test_frames_are_in_one_run(memory: Memory) -> None:
+    """A grant from fresh memory is consecutive, so page data move as one slice."""
+    assert granted(memory, 20).tolist() == list(range(BASE, BASE + 20))
+
+
+def test_zeroing_is_lazy_and_right(memory: Memory) -> None:
+    """A frame that held data reads zero when a migration wants it zeroed; a fresh one is not touched at all."""
+    frames = granted(memory, 4)
+    memory.keep(frames)
+    fill(memory, frames, 0xAB)
+    memory.free(to_wire(frames))
+    again = granted(memory, 4)
+    assert again.tolist() == frames.tolist()
+    assert memory.page_bytes(int(again[0]))[0] == 0xAB
+    memory.landing(b"", to_wire(again))
+    assert not any(memory.page_bytes(frame).any() for frame in again.tolist())
+
+
+def test_a_frame_that_data_landed_in_is_dirty_even_if_unused(memory: Memory) -> None:
+    """A copy that landed in frames which then were given back must not show through as zeros later."""
+    frames = granted(memory, 2)
+    memory.landing(to_wire(frames), b"")
+    fill(memory, frames, 7)
+    memory.give_back(frames)
+    again = granted(memory, 2)
+    memory.landing(b"", to_wire(again))
+    assert not memory.page_bytes(int(again[0])).any()
+
+
+def test_idle_memory_goes_back_and_is_clean(memory: Memory) -> None:
+    """Long freed runs are given to the operating system and read zero; short ones are cleared when wanted."""
+    frames = granted(memory, 32)
+    memory.keep(frames)
+    fill(memory, frames, 1)
+    memory.free(to_wire(frames))
+    assert memory.has_idle
+    assert memory.discard_idle() == 32
+    assert not memory.has_idle
+    assert not memory.page_bytes(int(frames[5])).any()
+    lone = granted(memory, 1)
+    memory.keep(lone)
+    fill(memory, lone, 2)
+    memory.free(to_wire(lone))
+    assert memory.discard_idle() == 0
+    again = granted(memory, 1)
+    memory.landing(b"", to_wire(again))
+    assert not memory.page_bytes(int(again[0])).any()
+
+
+def test_reused_frames_are_not_discarded(memory: Memory) -> None:
+    """Frames that were granted again before the pass keep their bytes."""
+    frames = granted(memory, 32)
+    memory.keep(frames)
+    memory.free(to_wire(frames))
+    again = granted(memory, 32)
+    memory.keep(again)
+    fill(memory, again, 9)
+    assert memory.discard_idle() == 0
+    assert memory.page_bytes(int(again[31]))[100] == 9
+
+
+@pytest.mark.parametrize("offset", [-1, 256, 1 << 40])
+def test_foreign_frames_are_refused(memory: Memory, offset: int) -> None:
+    """Frames of another zone are named in the refusal."""
+    raw = to_wire(np.array([BASE + offset], dtype=np.uint64))
+    for refuse in (lambda: memory.landing(raw, b""), lambda: memory.leaving(raw, "CopyOut"), lambda: memory.free(raw)):
+        with pytest.raises(ProtocolError, match=f"0x{BASE + offset:x}"):
+            refuse()
+
+
+def test_states_are_checked(memory: Memory) -> None:
+    """Copies land in granted frames only; only live frames leave or are freed, and only once."""
+    frames = granted(memory, 2)
+    with pytest.raises(ProtocolError):
+        memory.leaving(to_wire(frames), "CopyOut")
+    with pytest.raises(ProtocolError):
+        memory.free(to_wire(frames))
+    memory.keep(frames)
+    with pytest.raises(ProtocolError):
+        memory.landing(to_wire(frames), b"")
+    with pytest.raises(ProtocolError, match="twice"):
+        memory.free(to_wire(np.repeat(frames[:1], 2)))
+    memory.free(to_wire(frames))
+    with pytest.raises(ProtocolError):
+        memory.free(to_wire(frames))
+
+
+def test_half_a_word_is_refused(memory: Memory) -> None:
+    """A frame list of 12 bytes is none."""
+    with pytest.raises(ProtocolError, match="12 bytes"):
+        memory.free(bytes(12))
+
+
+def test_leaving_frames_come_back_to_life_when_they_stay(memory: Memory) -> None:
+    """A copy home that came to nothing leaves the page here; one that succeeded is freed."""
+    frames = granted(memory, 3)
+    memory.keep(frames)
+    memory.leaving(to_wire(frames), "CopyOut")
+    assert not memory.live(frames).any()
+    memory.free(to_wire(frames[:1]))
+    memory.left(frames)
+    assert memory.live(frames).tolist() == [False, True, True]
+
+
+def test_reverse_map_finds_every_mapping(memory: Memory) -> None:
+    """A frame mapped in two mirrors is found in both; freeing forgets."""
+    frames = granted(memory, 3)
+    memory.keep(frames)
+    memory.note_mapping(1, np.array([100, 101, 102], dtype=np.uint64), frames)
+    memory.note_mapping(2, np.array([200], dtype=np.uint64), frames[1:2])
+    found = {slot: pages.tolist() for slot, pages in memory.mappings(np.sort(frames))}
+    assert found == {1: [100, 102, 101], 2: [200]}
+    memory.free(to_wire(frames))
+    assert memory.mappings(frames) == []
+
+
+def test_huge_memory_costs_nothing_until_used() -> None:
+    """A device of 64 GiB is made at once."""
+    memory = Memory(ZONE, 64 << 30 >> 12)
+    frames = granted(memory, 1)
+    memory.page_bytes(int(frames[0]))[:] = 1
+    assert memory.arena.bytes.nbytes == 64 << 30
+    assert len(memory.page_bytes(int(frames[0]))) == PAGE_SIZE

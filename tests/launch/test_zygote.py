@@ -1,0 +1,185 @@
+"""Zygote and client against each other, with children that are no devices."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+
+from hmmnet.errors import HmmnetError
+from hmmnet.launch.processes import open_pidfd
+from hmmnet.launch.zygote import Exited, Started, Told, ZygoteClient
+
+FAKE = (sys.executable, str(Path(__file__).with_name("fake_zygote.py")))
+NOTHING_THERE = (sys.executable, "-c", "raise SystemExit(3)")
+
+
+class Heard:
+    """What the zygote told, and a way to wait for the next word about a device."""
+
+    def __init__(self) -> None:
+        self.all: list[Told] = []
+        self._changed = trio.Event()
+
+    def tell(self, told: Told) -> None:
+        self.all.append(told)
+        self._changed.set()
+        self._changed = trio.Event()
+
+    async def first(self, kind: type[Told], name: str) -> Told:
+        with trio.fail_after(20):
+            while True:
+                for told in self.all:
+                    if isinstance(told, kind) and told.name == name:
+                        return told
+                await self._changed.wait()
+
+
+@asynccontextmanager
+async def zygote(heard: Heard) -> AsyncIterator[ZygoteClient]:
+    client = ZygoteClient(FAKE)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(client.run, heard.tell)
+        await client.wait_ready()
+        try:
+            yield client
+        finally:
+            await client.end(0.2)
+    assert client.process.returncode is not None
+
+
+async def gone(pid: int) -> None:
+    """Return when a process that is not our child has ended."""
+    with trio.fail_after(10):
+        try:
+            with open_pidfd(pid) as descriptor:
+                await trio.lowlevel.wait_readable(descriptor)
+        except ProcessLookupError:
+            return
+
+
+async def test_a_child_is_forked_and_its_end_reported() -> None:
+    """Start answers with the pid; exit codes come back as they are."""
+    heard = Heard()
+    async with zygote(heard) as client:
+        await client.start("gpu0", {"exit": 7})
+        started = await heard.first(Started, "gpu0")
+        exited = await heard.first(Exited, "gpu0")
+        assert isinstance(exited, Exited)
+        assert (exited.pid, exited.status, exited.how) == (started.pid, 7, "ended with exit code 7")
+
+
+async def test_a_child_that_raises_exits_with_one_and_says_why(capfd: pytest.CaptureFixture[str]) -> None:
+    """The traceback stands on stderr, the zygote lives on."""
+    heard = Heard()
+    async with zygote(heard) as client:
+        await client.start("gpu0", {"raise": "no memory on the board"})
+        exited = await heard.first(Exited, "gpu0")
+        assert isinstance(exited, Exited)
+        assert exited.status == 1
+        await client.start("gpu1", {"exit": 0})
+        await heard.first(Exited, "gpu1")
+    assert "no memory on the board" in capfd.readouterr().err
+
+
+async def test_kill_is_reported_as_the_signal() -> None:
+    """A device killed with SIGKILL says so."""
+    heard = Heard()
+    async with zygote(heard) as client:
+        await client.start("gpu0", {"sleep_s": 60})
+        await heard.first(Started, "gpu0")
+        await client.kill("gpu0")
+        exited = await heard.first(Exited, "gpu0")
+        assert isinstance(exited, Exited)
+        assert exited.how == "killed by SIGKILL"
+
+
+async def test_a_child_keeps_nothing_of_the_zygote(tmp_path: Path) -> None:
+    """No control socket, no sibling's pidfd, no thread: stdin is empty, only the standard descriptors are open."""
+    heard = Heard()
+    async with zygote(heard) as client:
+        for i in range(3):
+            await client.start(f"idle{i}", {"sleep_s": 60})
+        report = tmp_path / "report"
+        await client.start("gpu0", {"file": str(report), "exit": 0})
+        exited = await heard.first(Exited, "gpu0")
+        pid, stdin, descriptors, threads = report.read_text().split()
+        assert int(pid) == exited.pid
+        assert stdin == os.devnull
+        assert int(descriptors) <= 5  # standard ones, the report, and the listing itself
+        assert threads == "1"
+
+
+async def test_children_that_do_not_end_are_killed_after_the_grace() -> None:
+    """`end` is over soon after the grace, whatever the children do."""
+    heard = Heard()
+    with trio.fail_after(20):
+        async with zygote(heard) as client:
+            for i in range(8):
+                await client.start(f"gpu{i}", {"sleep_s": 60})
+            pids = [(await heard.first(Started, f"gpu{i}")).pid for i in range(8)]
+            began_s = trio.current_time()
+        assert trio.current_time() - began_s < 5
+        for pid in pids:
+            await gone(pid)
+
+
+async def test_a_killed_zygote_takes_its_children_along() -> None:
+    """SIGKILL leaves the zygote no chance; the kernel ends the children."""
+    heard = Heard()
+    async with zygote(heard) as client:
+        await client.start("gpu0", {"sleep_s": 60})
+        pid = (await heard.first(Started, "gpu0")).pid
+        client.process.kill()
+        await gone(pid)
+        with trio.fail_after(5):
+            await client.gone.wait()
+        with pytest.raises(HmmnetError, match="zygote is gone"):
+            while True:
+                await client.start("gpu1", {})
+                await trio.sleep(0.01)
+
+
+async def test_a_killed_launcher_takes_zygote_and_children_along() -> None:
+    """Whoever started the zygote is killed: nothing survives."""
+    program = f"""
+import trio
+from hmmnet.launch.zygote import ZygoteClient
+
+async def main():
+    def tell(told):
+        print(client.process.pid, told.pid, flush=True)
+
+    client = ZygoteClient({FAKE!r})
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(client.run, tell)
+        await client.wait_ready()
+        await client.start("gpu0", {{"sleep_s": 60}})
+
+trio.run(main)
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as launcher:
+        assert launcher.stdout is not None
+        line = await trio.to_thread.run_sync(launcher.stdout.readline)
+        zygote_pid, child_pid = map(int, line.split())
+        os.kill(launcher.pid, signal.SIGKILL)
+        await gone(zygote_pid)
+        await gone(child_pid)
+
+
+async def test_a_zygote_that_cannot_start_is_an_error_that_says_so() -> None:
+    """Not a hang, and not a traceback from deep inside."""
+    client = ZygoteClient(NOTHING_THERE)
+    with pytest.raises(ExceptionGroup) as caught:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(client.run, Heard().tell)
+            await client.wait_ready()
+    assert caught.group_contains(HmmnetError, match="did not start")
+    await client.end(0.2)

@@ -1,0 +1,112 @@
+"""Structured logs: what a line holds, and that a full disk stops nobody."""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hmmnet.observe import logs
+
+log = logging.getLogger("hmmnet.tests")
+
+
+@pytest.fixture
+def handler(tmp_path: Path) -> Iterator[logs.JsonLines]:
+    handler = logs.log_to(tmp_path, "gpu0")
+    yield handler
+    logs.stop_logging(handler)
+
+
+def lines(handler: logs.JsonLines) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in handler.path.read_text().splitlines()]
+
+
+def test_a_line_is_an_object_with_the_fields(handler: logs.JsonLines) -> None:
+    """Time, process, level, text, and figures by name."""
+    log.info("moved %d pages", 16, extra={"fields": {"bytes": 65536, "text": "not this"}})
+    (entry,) = lines(handler)
+    assert entry["process"] == "gpu0"
+    assert entry["level"] == "INFO"
+    assert entry["logger"] == "hmmnet.tests"
+    assert entry["text"] == "moved 16 pages"
+    assert entry["bytes"] == 65536
+    assert entry["time_s"] > 0
+
+
+def test_tracebacks_stay_in_their_line(handler: logs.JsonLines) -> None:
+    """One line an event, whatever is in it."""
+    try:
+        raise ValueError("two\nlines")
+    except ValueError:
+        log.exception("it failed")
+    (entry,) = lines(handler)
+    assert "ValueError: two\nlines" in entry["traceback"]
+    shown = logs.readable(json.dumps(entry))
+    assert "it failed" in shown
+    assert "    ValueError: two" in shown
+
+
+def test_a_text_that_cannot_be_formatted_is_reported_in_its_place(handler: logs.JsonLines) -> None:
+    """A bug in a log call is no reason to stop."""
+    handler.handle(logging.LogRecord("hmmnet.tests", logging.INFO, __file__, 1, "%d pages", ("many",), None))
+    (entry,) = lines(handler)
+    assert entry["level"] == "ERROR"
+    assert "%d pages" in entry["text"]
+
+
+def test_a_full_file_becomes_the_old_one(handler: logs.JsonLines, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process holds at most twice the limit."""
+    monkeypatch.setattr(logs, "LOG_BYTES_MAX", 1000)
+    for i in range(30):
+        log.info("line %d of some length", i)
+    old = handler.path.with_suffix(".jsonl.old")
+    assert old.stat().st_size <= 1000
+    assert handler.path.stat().st_size <= 1000
+    assert lines(handler)[-1]["text"].startswith("line 29")
+
+
+def test_a_disk_that_is_full_is_said_once_and_stops_nobody(tmp_path: Path) -> None:
+    """Hundreds of lines past the limit: one sentence on stderr, exit code 0, and what was written can be read."""
+    program = f"""
+import logging, resource
+from pathlib import Path
+from hmmnet.observe.logs import log_to
+log_to(Path({str(tmp_path)!r}), "gpu0")
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+for i in range(300):
+    logging.getLogger("hmmnet").info("line %d", i)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert done.stderr.count("cannot be written") == 1
+    assert "gpu0" in done.stderr
+    assert "goes on without" in done.stderr
+    assert (tmp_path / "gpu0.jsonl").stat().st_size <= 2000
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 2000
+
+
+def test_lost_lines_are_counted_when_there_is_room_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The next line that can be written says how many are missing."""
+    folder = tmp_path / "logs"
+    handler = logs.log_to(folder, "host")
+    log.info("one")
+    log.info("two")
+    folder.mkdir()
+    log.info("three")
+    logs.stop_logging(handler)
+    assert [entry["text"] for entry in lines(handler)] == ["2 lines were lost: they could not be written", "three"]
+    assert capsys.readouterr().err.count("cannot be written") == 1
+
+
+def test_lines_that_are_no_json_are_shown_as_they_are() -> None:
+    """Somebody may have written into the file."""
+    assert logs.readable("Segmentation fault\n") == "Segmentation fault"
+    assert logs.readable("[1]\n") == "[1]"

@@ -1,0 +1,68 @@
+"""Lines of scripts: parsed by usage, unsupported ones told from mistakes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hmmnet.play.grammar import SYNTAX_OPERATIONS, Unsupported, Usage, parse_steps
+from hmmnet.play.operations import OPERATIONS, usages
+from hmmnet.play.player import prepare
+from hmmnet.play.script import Operation, Script, ScriptError, read_scripts
+
+
+def script(*lines: str) -> Script:
+    operations = tuple(Operation(i, i + 1, tuple(line.split())) for i, line in enumerate(lines, 1))
+    return Script("s", "s.traces", 1, operations, ())
+
+
+def test_arguments() -> None:
+    """Numbers in decimal and hex, defaults for what may be left out."""
+    steps = parse_steps(script("open d0 1", "mmap A 4", "mmap B 0x10 none", "dwrite d0 A 1 2 0xff", "dread d0 B 3"), usages())
+    assert [s.arguments for s in steps] == [("d0", 1), ("A", 4, "rw"), ("B", 16, "none"), ("d0", "A", 1, 2, 255), ("d0", "B", 3, 1)]
+
+
+def test_what_is_not_built_is_counted_not_refused() -> None:
+    """An operation or mapping option of the syntax without a function; its names count as given."""
+    steps = parse_steps(script("mmap S 3 r shared", "mmap F 1 file=f off=2", "fork", "sum S 0 3"), usages())
+    assert [s.arguments for s in steps[:3]] == [Unsupported("mmap shared"), Unsupported("mmap file"), Unsupported("fork")]
+    assert steps[3].arguments == ("S", 0, 3)
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (["mapp A 4"], "unknown operation 'mapp'; did you mean \"mmap\""),
+        (["mmap A"], "argument n is missing; usage: mmap NAME n [PROT]"),
+        (["mmap A four"], "'four' is no number"),
+        (["mmap A -1"], "negative"),
+        (["mmap A 16385"], "too many pages"),
+        (["mmap A 4 wr"], "'wr' is no protection"),
+        (["mmap A 4 rw rw"], "one word too many"),
+        (["mmap A 4", "write A 0 4096 1"], "offset inside a page"),
+        (["mmap A 4", "write A 0 0 256"], "one byte"),
+        (["mmap A 4", "read B 0 0"], "no region is called 'B'"),
+        (["mmap A 4", "snap d0 A 0"], "no device is called 'd0'"),
+        (["mmap A 4", "madvise A 0 1 DONTNEDD"], 'did you mean "DONTNEED"'),
+    ],
+)
+def test_mistakes(lines: list[str], words: str) -> None:
+    """File, line, cause and mend."""
+    with pytest.raises(ScriptError) as caught:
+        parse_steps(script(*lines), usages())
+    assert words in str(caught.value)
+    assert caught.value.line == len(lines) + 1
+
+
+def test_usages_print_as_the_syntax_has_them() -> None:
+    assert str(Usage.of("dwrite D R p n val")) == "dwrite D R p n val"
+    assert set(OPERATIONS) <= set(SYNTAX_OPERATIONS)
+
+
+def test_every_recording_is_parsed() -> None:
+    """No line of the recordings is a mistake to the grammar."""
+    folder = Path(__file__).parent.parent / "conformance" / "recordings"
+    for path in sorted(folder.glob("*.traces")):
+        for one in read_scripts(path):
+            assert len(prepare(one)) == len(one.operations)

@@ -1,0 +1,170 @@
+"""Blocking calls into a trio loop in a thread: values, errors, Ctrl-C, and loops that end early."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+import trio
+
+from hmmnet.blocking import Blocking, only_error
+from hmmnet.errors import HmmnetError, KernelError
+
+
+class Inside:
+    """What the context manager gives."""
+
+    def __init__(self) -> None:
+        self.left = False
+        self.cancelled = False
+
+    async def double(self, value: int) -> int:
+        await trio.lowlevel.checkpoint()
+        return 2 * value
+
+    async def fail(self) -> None:
+        raise KernelError(22, "mmap", "no")
+
+    async def forever(self) -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            self.cancelled = True
+
+
+@asynccontextmanager
+async def inside(value: Inside) -> AsyncIterator[Inside]:
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(trio.sleep_forever)
+        yield value
+        value.left = True
+        nursery.cancel_scope.cancel()
+
+
+def started() -> tuple[Blocking[Inside], Inside]:
+    value = Inside()
+    loop = Blocking(lambda: inside(value))
+    assert loop.start() is value
+    return loop, value
+
+
+def test_calls_return_what_the_coroutine_returns() -> None:
+    """And the context is left when stopped."""
+    loop, value = started()
+    assert loop.call(value.double, 21) == 42
+    assert loop.ask(threading.current_thread) is not threading.current_thread()
+    loop.stop()
+    assert value.left
+
+
+def test_errors_come_as_they_are() -> None:
+    """No group around them, and the loop lives on."""
+    loop, value = started()
+    with pytest.raises(KernelError, match="EINVAL"):
+        loop.call(value.fail)
+    assert loop.call(value.double, 1) == 2
+    loop.stop()
+
+
+def test_calls_after_the_end_say_so() -> None:
+    """Not a hang."""
+    loop, value = started()
+    loop.stop()
+    with pytest.raises(HmmnetError, match="has ended"):
+        loop.call(value.double, 1)
+
+
+def test_calls_that_wait_when_the_machine_ends_get_an_error() -> None:
+    """Another thread may stop the machine."""
+    loop, value = started()
+    caught: list[BaseException] = []
+
+    def wait() -> None:
+        try:
+            loop.call(value.forever)
+        except HmmnetError as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    while not loop.ask(lambda: len(trio.lowlevel.current_root_task().child_nurseries)):
+        pass
+    loop.stop()
+    thread.join(5)
+    assert not thread.is_alive()
+    assert len(caught) == 1
+
+
+def test_ctrl_c_cancels_the_call_and_not_the_loop() -> None:
+    """KeyboardInterrupt in the calling thread; the coroutine is cancelled; the next call works."""
+    loop, value = started()
+    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        loop.call(value.forever)
+    timer.join()
+    assert loop.call(value.double, 2) == 4
+    assert value.cancelled
+    loop.stop()
+
+
+def test_a_start_that_fails_raises_in_the_caller() -> None:
+    """The first error, without a group."""
+
+    @asynccontextmanager
+    async def broken() -> AsyncIterator[None]:
+        async with trio.open_nursery():
+            raise HmmnetError("no device came")
+        yield
+
+    with pytest.raises(HmmnetError, match="no device came"):
+        Blocking(broken).start()
+
+
+def test_an_end_that_fails_raises_in_the_caller() -> None:
+    """What went wrong while leaving is not lost."""
+
+    @asynccontextmanager
+    async def broken() -> AsyncIterator[None]:
+        yield
+        raise HmmnetError("the zygote is gone")
+
+    loop = Blocking(broken)
+    loop.start()
+    with pytest.raises(HmmnetError, match="zygote"):
+        loop.stop()
+    loop.stop()
+
+
+async def test_inside_trio_the_asynchronous_form_is_asked_for() -> None:
+    """It would block the loop."""
+    with pytest.raises(HmmnetError, match="async with"):
+        Blocking(lambda: inside(Inside())).start()
+
+
+def test_it_works_where_asyncio_runs() -> None:
+    """A notebook's cell runs inside an asyncio loop."""
+
+    async def cell() -> int:
+        loop, value = started()
+        result = loop.call(value.double, 4)
+        loop.stop()
+        return result
+
+    assert asyncio.run(cell()) == 8
+
+
+def test_one_leaf_comes_out_of_its_groups() -> None:
+    """However deep; several stay together; the caller's own exception goes on by itself."""
+    leaf = ValueError("x")
+    with pytest.raises(ValueError, match="x"), only_error():
+        raise ExceptionGroup("a", [ExceptionGroup("b", [leaf])])
+    with pytest.raises(ExceptionGroup), only_error():
+        raise ExceptionGroup("a", [leaf, KeyError("y")])
+    with only_error(leaf):
+        raise ExceptionGroup("a", [leaf])

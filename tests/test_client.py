@@ -1,0 +1,280 @@
+"""A remote machine against the host's own call handling, over a memory transport: pieces, errors and handles travel as they are."""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import trio
+
+from hmmnet.client import CHUNK_BYTES, RemoteMachine, remote_machine
+from hmmnet.errors import BusError, KernelError, PeerRefused, RemoteError
+from hmmnet.host.calls import Client
+from hmmnet.program import Handle, IoctlResult, JobResult, Machine, Process, Residency
+from hmmnet.wire.memory_transport import MemoryTransport
+from hmmnet.wire.messages import Call, Hello, Refused, Welcome
+from hmmnet.wire.server import Server
+from hmmnet.wire.session import Session
+
+SECRET = bytes(32)
+BASE = 0x1000
+PLACE = "mem://clients"
+
+
+class EchoHandle:
+    """A device that gives back what it is given, behind a word that says how much that was."""
+
+    device = "dm0"
+
+    def __init__(self) -> None:
+        self.closed = False
+
+    async def ioctl(self, command: str, address: int, pages: int, data: bytes = b"", flags: int = 0) -> IoctlResult:
+        if command != "read":
+            raise KernelError(errno.ENOTTY, "ioctl", f"no command {command}")
+        return IoctlResult(pages, flags, data[::-1])
+
+    async def close(self) -> None:
+        self.closed = True
+
+
+class PlainProcess:
+    """A process with one area of memory."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.memory = bytearray(5 * CHUNK_BYTES)
+        self.handle = EchoHandle()
+        self.log: list[Any] = []
+
+    async def mmap(self, length: int, protection: str = "rw", address: int | None = None) -> int:
+        self.log.append(("mmap", length, protection, address))
+        return BASE
+
+    async def munmap(self, address: int, length: int) -> None:
+        raise KernelError(errno.EINVAL, "munmap", f"0x{address:x} is no page's address")
+
+    async def mprotect(self, address: int, length: int, protection: str) -> None:
+        self.log.append(("mprotect", address, length, protection))
+
+    async def madvise(self, address: int, length: int, advice: str) -> None:
+        self.log.append(("madvise", address, length, advice))
+
+    async def malloc(self, length: int) -> int:
+        return BASE + 64
+
+    async def read(self, address: int, length: int) -> bytes:
+        if address + length > BASE + len(self.memory):
+            raise BusError(address, "the page was on gpu1, which was killed by SIGKILL")
+        await trio.lowlevel.checkpoint()
+        return bytes(self.memory[address - BASE : address - BASE + length])
+
+    async def write(self, address: int, data: bytes | bytearray | memoryview | npt.NDArray[Any]) -> None:
+        self.memory[address - BASE : address - BASE + len(data)] = data
+
+    async def load(self, address: int, dtype: str = "<u8") -> int | float:
+        raise AssertionError("loads are made of reads")
+
+    async def store(self, address: int, value: int | float, dtype: str = "<u8") -> None:
+        raise AssertionError("stores are made of writes")
+
+    async def read_array(self, address: int, dtype: str, count: int) -> npt.NDArray[Any]:
+        raise AssertionError("arrays are made of reads")
+
+    async def pagemap(self, address: int, pages: int) -> bytes:
+        return bytes([ord("P")]) * pages
+
+    async def residency(self, address: int, pages: int) -> Residency:
+        """Piece by piece the owners come in another order."""
+        where = np.arange(pages, dtype=np.int16) % 3 - 1
+        names = ("host", "gpu0") if address == BASE else ("gpu0", "host")
+        return Residency(names, where)
+
+    async def open(self, device: str) -> Handle:
+        return self.handle
+
+    async def launch(self, kernel: str, device: str, placement: str = "demand", **arguments: Any) -> JobResult:
+        return JobResult({"kernel": kernel, **arguments}, {"device": device, "placement": placement})
+
+    async def migrate(self, address: int, length: int, to: str) -> int:
+        return length // 2
+
+    async def exit(self) -> None:
+        self.log.append("exit")
+
+
+class PlainMachine:
+    """A machine of plain processes."""
+
+    device_names = ("gpu0", "gpu1")
+
+    def __init__(self) -> None:
+        self.processes: list[PlainProcess] = []
+
+    def emulated_s(self) -> float:
+        return 0.0
+
+    async def create_process(self) -> Process:
+        self.processes.append(PlainProcess(100 + len(self.processes)))
+        return self.processes[-1]
+
+    async def report(self) -> dict[str, Any]:
+        return {"links": {"pcie0": {"kept_up": True}}}
+
+
+def welcome(hello: Hello) -> Welcome | Refused:
+    return Welcome(hello.version, 1, -1, [], "", "", "", time.monotonic(), 5.0, 0.5, 2.0, b"")
+
+
+@asynccontextmanager
+async def world() -> AsyncIterator[tuple[RemoteMachine, PlainMachine]]:
+    machine = PlainMachine()
+    transport = MemoryTransport()
+
+    def joined(session: Session, hello: Hello) -> None:
+        session.on(Call, Client(machine).call)
+
+    async with trio.open_nursery() as nursery:
+        server = Server(transport.listen(PLACE), SECRET, welcome, joined)
+        await nursery.start(server.run)
+        async with remote_machine(PLACE, SECRET, "default", transport) as remote:
+            yield remote, machine
+        nursery.cancel_scope.cancel()
+
+
+def test_remote_and_blocking_classes_fill_the_interfaces() -> None:
+    """What a workload calls is there, with the same names."""
+    from hmmnet.blocking import BlockingHandle, BlockingMachine, BlockingProcess
+    from hmmnet.client import RemoteHandle, RemoteProcess
+
+    for interface, classes in ((Process, (RemoteProcess, BlockingProcess)), (Handle, (RemoteHandle, BlockingHandle)), (Machine, (RemoteMachine,))):
+        wanted = {name for name in vars(interface) if not name.startswith("_")}
+        for kind in classes:
+            assert wanted <= set(dir(kind)), kind
+    assert {"device_names", "emulated_s", "process", "report"} <= set(dir(BlockingMachine))
+
+
+async def test_machine_operations() -> None:
+    """Names, report, clock, processes."""
+    async with world() as (remote, machine):
+        assert remote.device_names == ("gpu0", "gpu1")
+        assert (await remote.report())["links"]["pcie0"]["kept_up"] is True
+        assert 5.0 <= remote.emulated_s() < 35.0
+        assert (await remote.create_process()).pid == 100
+        assert (await remote.process()).pid == 101
+        assert isinstance(remote, Machine)
+
+
+async def test_memory_larger_than_a_call_goes_in_pieces() -> None:
+    """Reads and writes of any length and alignment."""
+    async with world() as (remote, machine):
+        process = await remote.create_process()
+        data = np.random.default_rng(1).integers(0, 255, 3 * CHUNK_BYTES + 77, dtype=np.uint8)
+        await process.write(BASE + 5, data)
+        assert await process.read(BASE + 5, len(data)) == data.tobytes()
+        assert machine.processes[0].memory[5 : 5 + len(data)] == data.tobytes()
+        assert await process.read(BASE, 0) == b""
+
+
+async def test_values_and_arrays() -> None:
+    """Loads and stores of one value and of many."""
+    async with world() as (remote, _):
+        process = await remote.create_process()
+        await process.store(BASE, (1 << 64) - 1)
+        await process.store(BASE + 8, -1.5, "<f8")
+        assert await process.load(BASE) == (1 << 64) - 1
+        assert await process.load(BASE + 8, "<f8") == -1.5
+        await process.write(BASE, np.arange(1000, dtype="<i4"))
+        values = await process.read_array(BASE, "<i4", 1000)
+        assert values.tolist() == list(range(1000))
+        values[0] = 7  # a copy of one's own, to be written to
+
+
+async def test_system_calls_with_their_arguments_and_errors() -> None:
+    """Arguments arrive as given; a kernel error arrives as itself."""
+    async with world() as (remote, machine):
+        process = await remote.create_process()
+        assert await process.mmap(4096, "r", 0x7000) == BASE
+        await process.mprotect(BASE, 4096, "none")
+        await process.madvise(BASE, 4096, "DONTNEED")
+        assert await process.malloc(10) == BASE + 64
+        assert await process.migrate(BASE, 4096, "gpu1") == 2048
+        assert machine.processes[0].log == [("mmap", 4096, "r", 0x7000), ("mprotect", BASE, 4096, "none"), ("madvise", BASE, 4096, "DONTNEED")]
+        with pytest.raises(KernelError) as caught:
+            await process.munmap(3, 4096)
+        assert (caught.value.name, caught.value.call) == ("EINVAL", "munmap")
+
+
+async def test_signals_arrive_as_signals() -> None:
+    """An access to lost data is a BusError with its address and cause."""
+    async with world() as (remote, _):
+        process = await remote.create_process()
+        end = BASE + 5 * CHUNK_BYTES
+        with pytest.raises(BusError, match="killed by SIGKILL") as caught:
+            await process.read(end - 10, 20)
+        assert caught.value.address == end - 10
+
+
+async def test_residency_joins_pieces_with_owners_in_any_order() -> None:
+    """One list of owners, indices into it, and the markers below zero untouched."""
+    async with world() as (remote, _):
+        process = await remote.create_process()
+        pages = CHUNK_BYTES // 2 + 10
+        found = await process.residency(BASE, pages)
+        assert found.owners == ("host", "gpu0")
+        assert found.pages[:3].tolist() == [-1, 0, 1]
+        assert found.pages[CHUNK_BYTES // 2 :].tolist()[:3] == [-1, 1, 0]
+        assert len(found.pages) == pages
+        assert await process.pagemap(BASE, pages) == b"P" * pages
+
+
+async def test_jobs_and_device_commands() -> None:
+    """A job's results and counters; a command's data longer than a call, both ways."""
+    async with world() as (remote, machine):
+        process = await remote.create_process()
+        done = await process.launch("vector_add", "gpu0", "remote", a=1, n=2)
+        assert done.results == {"kernel": "vector_add", "a": 1, "n": 2}
+        assert done.counters == {"device": "gpu0", "placement": "remote"}
+        handle = await process.open("dm0")
+        data = np.random.default_rng(2).integers(0, 255, 2 * CHUNK_BYTES + 4096, dtype=np.uint8).tobytes()
+        result = await handle.ioctl("read", BASE, len(data) // 4096, data, flags=3)
+        assert result == IoctlResult(len(data) // 4096, 3, data[::-1])
+        assert (await handle.ioctl("read", BASE, 0)).data == b""
+        with pytest.raises(KernelError, match="ENOTTY"):
+            await handle.ioctl("fly", BASE, 1)
+        await handle.close()
+        assert machine.processes[0].handle.closed
+        await process.exit()
+        with pytest.raises(KernelError, match="ESRCH"):
+            await process.malloc(1)
+
+
+async def test_what_the_host_cannot_make_sense_of_is_its_refusal() -> None:
+    """An argument that no struct takes ends in RemoteError, and the session lives on."""
+    async with world() as (remote, _):
+        process = await remote.create_process()
+        with pytest.raises(RemoteError, match="length"):
+            await process.malloc(-1)
+        assert await process.malloc(1) == BASE + 64
+
+
+async def test_a_wrong_secret_is_refused() -> None:
+    """With the host's reason."""
+    async with world() as (remote, machine):
+        transport = MemoryTransport()
+
+        def joined(session: Session, hello: Hello) -> None:
+            session.on(Call, Client(machine).call)
+
+        async with trio.open_nursery() as nursery:
+            await nursery.start(Server(transport.listen(PLACE), bytes([1] * 32), welcome, joined).run)
+            with pytest.raises(PeerRefused, match="secret"):
+                async with remote_machine(PLACE, SECRET, "default", transport):
+                    pytest.fail("a wrong secret was welcomed")
+            nursery.cancel_scope.cancel()
