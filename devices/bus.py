@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import trio
 from hmmnet.fabric.clock import EmulatedClock
-from hmmnet.fabric.dma import BulkReceiver, BulkSender, BytesSink, BytesSource, Pace, Sink, Source
+from hmmnet.fabric.dma import BulkReceiver, BulkSender, BytesSink, BytesSource, Pace, Pacer, Sink, Source
 
 from hmmnet.errors import ProtocolError
 from hmmnet.pages import Words, from_wire, to_wire
@@ -114,7 +114,7 @@ class Bus:
         stream = self._new_stream()
         out = np.empty(len(addresses) * size, dtype=np.uint8)
         with trio.CancelScope(shield=True):
-            async with self.expected(stream, BytesSink(memoryview(out))):
+            async with self.expected(stream, BytesSink(out)):
                 await self._session.ask(DmaRead(context, stream, to_wire(pages), to_wire(addresses), size), Done)
         return out
 
@@ -123,12 +123,12 @@ class Bus:
         stream = self._new_stream()
         with trio.CancelScope(shield=True):
             grant = await self._session.ask(DmaWrite(context, stream, to_wire(pages), to_wire(addresses), size), DmaGrant)
-            await self.send(stream, BytesSource(memoryview(data)), Pace(grant.start_s, grant.bytes_per_s, grant.latency_s))
+            await self.send(stream, BytesSource(data), Pace(grant.start_s, grant.bytes_per_s, grant.latency_s))
 
-    async def send(self, stream: int, source: Source, pace: Pace) -> None:
+    async def send(self, stream: int, source: Source, pacer: Pacer) -> None:
         """Stream to the host; returns when everything has landed there."""
         with trio.CancelScope(shield=True):
-            await self._sender.send(stream, source, pace)
+            await self._sender.send(stream, source, pacer)
 
     @asynccontextmanager
     async def expected(self, stream: int, sink: Sink) -> AsyncIterator[None]:

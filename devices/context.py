@@ -36,7 +36,7 @@ Bytes = npt.NDArray[np.uint8]
 RETRIES_MAX = 1000
 """Stale answers to one range fault. The time limit ends the loop first unless answers come in no time at all (simulation)."""
 RANGE_FAULT_TIMEOUT_S = 1.0
-"""HMM_RANGE_DEFAULT_TIMEOUT."""
+"""HMM_RANGE_DEFAULT_TIMEOUT, in real seconds."""
 MIGRATE_PAGES_MAX = 1 << 16
 """Pages of one migration (256 MiB): bounds the frames granted and not yet used."""
 
@@ -170,7 +170,7 @@ class Context:
             b"" if inputs is None else to_wire(inputs),
             int(RANGE_FAULT_TIMEOUT_S * 1000),
         )
-        deadline_s = trio.current_time() + RANGE_FAULT_TIMEOUT_S
+        deadline_s = trio.current_time() + self._bus.clock.real(RANGE_FAULT_TIMEOUT_S)
         async with self.process.turns.hold(start, end):
             for _ in range(RETRIES_MAX):
                 watch = self.mirror.watch(start, end)

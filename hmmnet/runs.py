@@ -97,7 +97,8 @@ class RunAllocator:
 
     def free_run(self, start: int, end: int) -> None:
         """Take frames [start, end) back: `free` without arrays. A run that is not out is a bug of the caller (AssertionError)."""
-        assert self._base <= start < end <= self._fresh, "free of frames that were never handed out"
+        assert self._base <= start, "free of frames below the memory"
+        assert start < end <= self._fresh, "free of frames that were never handed out"
         self._insert(start, end)
         self.free_count += end - start
 

@@ -13,13 +13,14 @@ import numpy as np
 import trio
 
 from hmmnet.errors import IommuFault, PeerError, ProtocolError
-from hmmnet.fabric.dma import ArenaSink, ArenaSource, Arrival
-from hmmnet.pages import PAGES_MAX, Words, from_wire
+from hmmnet.fabric.arbiter import Flow
+from hmmnet.fabric.dma import ArenaSink, ArenaSource, Sink
+from hmmnet.pages import PAGE_SHIFT, PAGES_MAX, Words, from_wire
 from hmmnet.wire.messages import DmaGrant, DmaRead, DmaWrite
 from hmmnet.wire.session import Session
 
 from .device import Context, Life
-from .interconnect import Interconnect, OutGrant
+from .interconnect import Interconnect
 from .iommu import Access
 
 DMA_BYTES_MAX = 1 << 30
@@ -38,6 +39,7 @@ class Dma:
         self._life = life
         self._interconnect = interconnect
         self._nursery = nursery
+        self._streams: set[int] = set()
 
     def attach(self, session: Session) -> None:
         """Answer `session`."""
@@ -51,31 +53,42 @@ class Dma:
         access = context.domain.begin(pages, write=False)
         try:
             source = ArenaSource(self._interconnect.memories, addresses, message.size)
-            await self._life.link.send(message.stream, source, int(addresses[0]) >> 12)
+            await self._life.link.send(message.stream, source, int(addresses[0]) >> PAGE_SHIFT)
         finally:
+            self._streams.discard(message.stream)
             self._end(context, access)
 
-    def write(self, message: DmaWrite) -> DmaGrant:
-        """Be ready for a stream from the device. Raises IommuFault, ProtocolError, KernelError(EAGAIN, ESRCH)."""
+    async def write(self, message: DmaWrite) -> DmaGrant:
+        """Be ready for a stream from the device. Raises IommuFault, ProtocolError, KernelError(EAGAIN, ESRCH), PeerLost."""
         context = self._life.context(message.context)
         pages, addresses = self._checked(context, message, write=True)
-        link = self._life.link
-        sink = ArenaSink(self._interconnect.memories, addresses, message.size)
-        arrival = link.receiver.expect(message.stream, sink)
         access = context.domain.begin(pages, write=True)
-        grant = self._interconnect.grant_out(link.name, int(addresses[0]) >> 12, sink.nbytes)
-        self._nursery.start_soon(self._land, context, access, arrival, grant)
-        return DmaGrant(grant.start_s, grant.bytes_per_s, grant.latency_s)
+        sink = ArenaSink(self._interconnect.memories, addresses, message.size)
+        flow: Flow = await self._nursery.start(self._land, context, access, message.stream, sink, int(addresses[0]) >> PAGE_SHIFT)
+        return DmaGrant(flow.start_s, flow.bytes_per_s, flow.latency_s)
 
-    async def _land(self, context: Context, access: Access, arrival: Arrival, grant: OutGrant) -> None:
+    async def _land(
+        self,
+        context: Context,
+        access: Access,
+        stream: int,
+        sink: Sink,
+        frame: int,
+        *,
+        task_status: trio.TaskStatus[Flow] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Take the stream; it has started, for the reply, once it is expected."""
+        started = False
         try:
-            async with self._life.link.transfer():
-                await arrival.wait()
+            async with self._life.link.coming(stream, sink, frame) as flow:
+                task_status.started(flow)
+                started = True
         except PeerError as error:
+            if not started:
+                raise
             log.warning("a DMA write of %s ended early: %s", self._life.name, error)
         finally:
-            arrival.cancel()
-            self._interconnect.end(grant)
+            self._streams.discard(stream)
             self._end(context, access)
 
     def _end(self, context: Context, access: Access) -> None:
@@ -90,12 +103,13 @@ class Dma:
             raise ProtocolError(f"DMA of elements of {size} bytes: the size is a power of two, and addresses are multiples of it")
         if int(pages.max()) >= PAGES_MAX or len(pages) * size > DMA_BYTES_MAX:
             raise ProtocolError(f"DMA of {len(pages)} elements of {size} bytes: beyond the address space, or over {DMA_BYTES_MAX} bytes")
-        if message.stream & 1 == 0:
-            raise ProtocolError(f"DMA on stream {message.stream}: a device's streams have odd numbers")
+        if message.stream & 1 == 0 or message.stream in self._streams:
+            raise ProtocolError(f"DMA on stream {message.stream}: a device's streams have odd numbers, each used once")
         try:
             context.domain.check(pages, addresses, write)
         except IommuFault as fault:
             self.refused += 1
             self.last_refusal = str(fault)
             raise
+        self._streams.add(message.stream)
         return pages, addresses

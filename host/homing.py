@@ -17,7 +17,7 @@ from contextlib import AsyncExitStack
 
 import numpy as np
 
-from hmmnet.errors import BusError, KernelError, PeerLost
+from hmmnet.errors import BusError, KernelError, PeerError
 from hmmnet.observe.counters import CPU_FAULT, Profile
 from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, Words, run_bounds
 
@@ -66,14 +66,14 @@ class Homing:
             raise self._lost(space, first, zone, "the device is gone")
         try:
             moved = await self._home_range(space, link, pages)
-        except PeerLost as lost:
-            raise self._lost(space, first, zone, str(lost)) from lost
+        except PeerError as error:
+            raise self._lost(space, first, zone, str(error)) from error
         if moved:
             self._profile.record(CPU_FAULT, moved * PAGE_SIZE, self._now() - began_s, link.name, moved)
 
     def _lost(self, space: Space, page: int, zone: int, cause: str) -> BusError:
         owner = self._memory.zones[zone].owner if zone in self._memory.zones else f"zone {zone}"
-        why = f'page 0x{page:x} of process {space.number} had its only copy on device "{owner}", which was lost: {cause}'
+        why = f'page 0x{page:x} of process {space.number} has its only copy on device "{owner}" and cannot come home: {cause}'
         return BusError(page << PAGE_SHIFT, why)
 
     async def _home_range(self, space: Space, link: DeviceLink, pages: Words) -> int:

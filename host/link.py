@@ -13,15 +13,16 @@ its mirror by itself. That is fencing; it makes a stale access impossible even a
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import TypeVar
 
 import numpy as np
 import trio
 
-from hmmnet.errors import KernelError, PeerGone, PeerLost, RemoteError
-from hmmnet.fabric.dma import ArenaSink, ArenaSource, Arrival, BulkReceiver, BulkSender, Sink, Source
+from hmmnet.errors import KernelError, PeerError, PeerGone, PeerLost, RemoteError
+from hmmnet.fabric.arbiter import Flow
+from hmmnet.fabric.dma import ArenaSink, ArenaSource, BulkReceiver, BulkSender, Sink, Source
 from hmmnet.observe.counters import DEVICE_TO_HOST, HOST_TO_DEVICE
 from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, Words, to_wire
 from hmmnet.topology import DeviceSpec
@@ -133,6 +134,10 @@ class SessionLink:
             self._transfers.add(scope)
             try:
                 yield
+            except PeerError:
+                if self.session.lost is not None:
+                    raise self.lost_error() from None
+                raise
             finally:
                 self._transfers.discard(scope)
         if scope.cancelled_caught:
@@ -180,37 +185,52 @@ class SessionLink:
 
     async def send(self, stream: int, source: Source, frame: int) -> None:
         """Stream to the device, from the memory that `frame` lies in. Raises PeerLost, PeerError."""
-        began_s = self._interconnect.now()
-        async with self.transfer():
-            await self.sender.send(stream, source, self._interconnect.pace_in(self.name, frame, source.nbytes))
-        self._interconnect.profile.record(HOST_TO_DEVICE, source.nbytes, self._interconnect.now() - began_s, self.name)
+        links = self._interconnect
+        flow = links.open_in(self.name, frame)
+        try:
+            async with self.transfer():
+                report = await self.sender.send(stream, source, flow)
+        finally:
+            flow.close(links.now())
+        links.profile.record(HOST_TO_DEVICE, source.nbytes, report.emulated_s, self.name)
 
     async def copy_out(self, context: int, pages: Words, frames: Words, target_frames: Words) -> None:
         """The device drops its entries and streams `frames` to host frames. Raises PeerLost, PeerError."""
+        if self.session.lost is not None:
+            raise self.lost_error()
         stream = self.new_stream()
         sink = ArenaSink(self._interconnect.memories, target_frames << _SHIFT, PAGE_SIZE)
-        grant = self._interconnect.grant_out(self.name, int(target_frames[0]), sink.nbytes)
-        arrival = self.receiver.expect(stream, sink)
-        try:
-            message = CopyOut(
-                stream, context, to_wire(pages), to_wire(frames), grant.start_s, grant.bytes_per_s, grant.latency_s
+        async with self.coming(stream, sink, int(target_frames[0])) as flow:
+            await self.session.request(
+                CopyOut(stream, context, to_wire(pages), to_wire(frames), flow.start_s, flow.bytes_per_s, flow.latency_s)
             )
-            pending = self.session.begin(message)
-            await self.arrive(arrival, pending, sink)
-        finally:
-            self._interconnect.end(grant)
 
-    async def arrive(self, arrival: Arrival, pending: PendingReply, sink: Sink) -> None:
-        """Wait for a stream from the device and the answer to the command that caused it; nothing lands any more after an error."""
-        began_s = self._interconnect.now()
+    @asynccontextmanager
+    async def coming(self, stream: int, sink: Sink, frame: int) -> AsyncIterator[Flow]:
+        """Expect DMA to the memory of `frame` around the command that causes it; it has landed when the block is left without an error.
+
+        After an error nothing lands any more. Raises PeerLost, PeerError.
+        """
+        links = self._interconnect
+        flow = links.open_out(self.name, frame, sink.nbytes)
+        try:
+            async with self.expected(stream, sink, lambda: flow.bytes_per_s):
+                yield flow
+        finally:
+            now_s = links.now()
+            flow.close(now_s)
+        links.profile.record(DEVICE_TO_HOST, sink.nbytes, now_s - flow.start_s, self.name)
+
+    @asynccontextmanager
+    async def expected(self, stream: int, sink: Sink, rate_of: Callable[[], float] | None = None) -> AsyncIterator[None]:
+        """As `coming`, for data that cross no link (a command's buffer): nothing is paced or counted."""
+        arrival = self.receiver.expect(stream, sink, rate_of)
         try:
             async with self.transfer():
-                await pending.wait()
+                yield
                 await arrival.wait()
-        except BaseException:
+        finally:
             arrival.cancel()
-            raise
-        self._interconnect.profile.record(DEVICE_TO_HOST, sink.nbytes, self._interconnect.now() - began_s, self.name)
 
     # --- freeing --------------------------------------------------------------------------------------------------------------
 

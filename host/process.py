@@ -7,22 +7,25 @@ mirror of this address space on one device, shared by every handle and job of th
 from __future__ import annotations
 
 import errno
-from typing import Any, TypeVar
+import logging
+from typing import Any
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
+import trio
 
-from hmmnet.errors import KernelError, PeerLost, RemoteError, SegmentationFault
+from hmmnet.errors import HmmnetError, KernelError, PeerError, RemoteError, SegmentationFault
 from hmmnet.fabric.dma import BytesSink, BytesSource
 from hmmnet.observe.counters import GPU_FAULT_GROUP
-from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, Words, page_range
+from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, page_range
 from hmmnet.program import IoctlResult, JobResult, Residency
 from hmmnet.wire.messages import ARGUMENT_BYTES_MAX, PAGES_PER_MESSAGE_MAX, Finished, Ioctl, IoctlDone, Launch
 
 from .contexts import Contexts
 from .device import Context
 from .homing import Homing
+from .link import SessionLink
 from .mm.space import Space
 
 HEAP_BYTES = 1 << 20
@@ -36,7 +39,8 @@ STREAMED_OUT = frozenset({"read", "migrate_to_dev"})
 HOST = "host"
 
 Arrayable = bytes | bytearray | memoryview | npt.NDArray[Any]
-S = TypeVar("S", bound=np.generic)
+
+log = logging.getLogger("hmmnet.host")
 
 
 class Handle:
@@ -219,28 +223,45 @@ class Process:
 async def command_device(
     context: Context, command: str, address: int, pages: int, data: bytes, flags: int, pages_out: int
 ) -> IoctlResult:
-    """Send a command, with its data on a stream, and take `pages_out` pages of data from another."""
+    """Send a command, with its data on a stream, and take `pages_out` pages of data from another. They cross no link: nothing is paced."""
     link = context.life.link
+    if link.session.lost is not None:
+        raise link.lost_error()
+    link.flush_freed()
     stream_in = link.new_stream() if data else 0
-    sink = BytesSink(memoryview(bytearray(pages_out * PAGE_SIZE))) if pages_out else None
-    stream_out = link.new_stream() if sink is not None else 0
-    arrival = link.receiver.expect(stream_out, sink) if sink is not None else None
+    stream_out = link.new_stream() if pages_out else 0
+    message = Ioctl(context.number, command, address, pages, stream_in, stream_out, flags)
+    if not pages_out:
+        done = await _commanded(link, message, data)
+        return IoctlResult(done.cpages, done.faults, done.data)
+    out = bytearray(pages_out * PAGE_SIZE)
+    async with link.expected(stream_out, BytesSink(out)):
+        done = await _commanded(link, message, data)
+    return IoctlResult(done.cpages, done.faults, bytes(out))
+
+
+async def _commanded(link: SessionLink, message: Ioctl, data: bytes) -> IoctlDone:
+    """Send a command and its data; a command that fails may never look at them."""
+    if not data:
+        return await link.session.ask(message, IoctlDone)
+    failure: HmmnetError | None = None
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_send_data, link, message.stream_in, data)
+        try:
+            done = await link.session.ask(message, IoctlDone)
+        except HmmnetError as error:
+            failure = error
+        nursery.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
+    return done
+
+
+async def _send_data(link: SessionLink, stream: int, data: bytes) -> None:
     try:
-        link.flush_freed()
-        pending = link.session.begin(Ioctl(context.number, command, address, pages, stream_in, stream_out, flags))
-        if data:
-            await link.send_bytes(stream_in, BytesSource(memoryview(data)), pending)
-        done = await pending.wait()
-        if not isinstance(done, IoctlDone):
-            raise RemoteError(f"{link.name} answered a command with {type(done).__name__}")
-        if arrival is not None:
-            async with link.transfer():
-                await arrival.wait()
-    except BaseException:
-        if arrival is not None:
-            arrival.cancel()
-        raise
-    return IoctlResult(done.cpages, done.faults, done.data if sink is None else bytes(sink.view))
+        await link.sender.send(stream, BytesSource(data))
+    except PeerError as error:
+        log.info("the data of a command to %s were not taken: %s", link.name, error)
 
 
 def as_bytes(data: Arrayable) -> npt.NDArray[np.uint8]:

@@ -116,6 +116,7 @@ class Requests:
         self._check_range(message.start, message.pages, "Migrate")
         if message.direction == "system":
             done = await self._homing.migrate_to_system(context.space, self._life.link, message.start, message.start + message.pages)
+            self._life.link.flush_freed()
             return Migrated(0, to_wire(done.words), done.moved, done.errno)
         if message.direction != "device":
             raise ProtocolError(f"Migrate in direction {message.direction!r}")
@@ -176,7 +177,9 @@ class Requests:
             return Evicted(0)
         if not self._life.page_map.zone.holds(frames) or len(np.unique(frames)) != len(frames):
             raise ProtocolError("Evict names frames that are not the device's own, or one twice")
-        return Evicted(await self._homing.evict(self._life.link, frames))
+        moved = await self._homing.evict(self._life.link, frames)
+        self._life.link.flush_freed()
+        return Evicted(moved)
 
     def _check_range(self, start: int, pages: int, call: str) -> None:
         if not 0 < pages <= PAGES_PER_MESSAGE_MAX or start + pages > PAGES_MAX:

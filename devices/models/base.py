@@ -58,7 +58,7 @@ CONTEXTS_MAX = 4096
 JOBS_MAX = 1024
 """Jobs that one context runs at once."""
 IDLE_S = 1.0
-"""Emulated seconds that freed memory is kept before it goes back to the operating system."""
+"""Real seconds that freed memory is kept before it goes back to the operating system."""
 
 
 @dataclass
@@ -240,7 +240,7 @@ class Device:
         while True:
             await self._freed.wait()
             self._freed = trio.Event()
-            await self.clock.sleep_until(self.clock.now() + IDLE_S)
+            await trio.sleep(self.clock.real(IDLE_S))
             while self.memory.has_idle:
                 self.memory.discard_idle()
                 await trio.lowlevel.checkpoint()

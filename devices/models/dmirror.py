@@ -16,13 +16,12 @@ freed memory then).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Awaitable, Callable
 from errno import EFAULT, EINVAL, ENOENT, ENOMEM, EOPNOTSUPP
 
 import numpy as np
 import numpy.typing as npt
-from hmmnet.fabric.dma import BytesSink, BytesSource, Pace
+from hmmnet.fabric.dma import UNPACED, BytesSink, BytesSource
 
 from hmmnet.devices.access import Range
 from hmmnet.devices.context import MIGRATE_PAGES_MAX, Context
@@ -134,7 +133,7 @@ class Dmirror(Device):
         """dmirror_write."""
         bounce = bounce_buffer(start, end)
         if message.stream_in:
-            async with self.bus.expected(message.stream_in, BytesSink(memoryview(bounce))):
+            async with self.bus.expected(message.stream_in, BytesSink(bounce)):
                 pass
         else:
             bounce[:] = 0
@@ -178,7 +177,7 @@ class Dmirror(Device):
     async def _give(self, stream: int, data: Bytes) -> None:
         """Copy to the caller's buffer; no link is involved, so nothing is paced."""
         if stream:
-            await self.bus.send(stream, BytesSource(memoryview(data)), Pace(0.0, math.inf, 0.0))
+            await self.bus.send(stream, BytesSource(data), UNPACED)
 
     # --- migration ------------------------------------------------------------------------------------------------------------
 

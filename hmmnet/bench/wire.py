@@ -1,7 +1,8 @@
 """Figures of the wire: the bridge beside blocking pyzmq and beside zmq.asyncio, and control messages beside a full bulk stream.
 
-Each end runs in a process of its own (`bench.wire_peers`), over ipc. All processes of a comparison live at the same time and take turns, round
-by round, so that a machine that slows down slows all of them down; figures are medians over rounds, ratios the medians of the rounds' ratios.
+Each end runs in a process of its own (`bench.wire_peers`), over ipc. All processes of a comparison live at the same time and take turns,
+round by round, so that a machine that slows down slows all of them down; figures are medians over rounds, ratios the medians of the
+rounds' ratios.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
-from typing import IO, Any, cast
+from typing import IO, Any
 
 import hmmnet
 
@@ -61,10 +62,10 @@ class Pair:
 
 
 def _start(kind: str, side: str, directory: str) -> subprocess.Popen[str]:
-    root = str(Path(cast("str", hmmnet.__file__)).parent.parent)
+    root = str(Path(hmmnet.__file__).parent.parent)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
     command = [sys.executable, "-m", "hmmnet.bench.wire_peers", kind, side, directory]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)  # noqa: S603 - our own module
 
 
 def _stream(stream: IO[str] | None) -> IO[str]:
@@ -117,7 +118,7 @@ def streams(rounds: int = ROUNDS, frames: int = FRAMES) -> list[dict[str, Any]]:
 
 
 def control_under_bulk(rounds: int = ROUNDS, count: int = ROUND_TRIPS // 4) -> list[dict[str, Any]]:
-    """``control.under_bulk``: a request and its answer beside a full bulk stream between the same two processes, over the same when idle."""
+    """``control.under_bulk``: a request and its answer beside a full bulk stream of the same two processes, over the same when idle."""
     idle, busy = [], []
     with pairs("session") as started:
         pair = started["session"]

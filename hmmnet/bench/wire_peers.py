@@ -1,7 +1,7 @@
 """The processes that `bench.wire` measures: each runs one kind of wire, at one end, as the only thing in its process.
 
-``python -m hmmnet.bench.wire_peers KIND SIDE DIRECTORY``; `KIND` is ``raw`` (blocking pyzmq), ``asyncio`` (zmq.asyncio), ``bridge`` (ours) or
-``session`` (ours, with its requests and bulk channels). The *near* side reads commands from its standard input, one a line, and
+``python -m hmmnet.bench.wire_peers KIND SIDE DIRECTORY``; `KIND` is ``raw`` (blocking pyzmq), ``asyncio`` (zmq.asyncio), ``bridge`` (ours)
+or ``session`` (ours, with its requests and bulk channels). The *near* side reads commands from its standard input, one a line, and
 answers each with one number on its standard output; the *far* side serves. Both end when their standard input does.
 
 Commands: ``rtt N`` (seconds for one round trip of 100 bytes, mean of N), ``stream N`` (seconds for N frames of 1 MiB, received into one

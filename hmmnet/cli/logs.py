@@ -72,8 +72,8 @@ class Reader:
     def read(self) -> Iterator[str]:
         """New lines, oldest first."""
         lines: list[tuple[float, str]] = []
-        for path in sorted(self._folder.glob("*.jsonl*")):
-            if self._process is None or path.name.split(".jsonl")[0] == self._process:
+        for path in sorted((*self._folder.glob("*.jsonl*"), *self._folder.glob("*.txt"))):
+            if self._process is None or path.name.split(".")[0] == self._process:
                 for line in self._new_lines(path):
                     time_s, level = _stamp(line)
                     if level >= self._level:

@@ -95,6 +95,7 @@ class Supervisor:
         self._nursery = nursery
         await self._wait(self._serving, START_S, "the host did not begin to serve")
         await self.crew.start(self._control)
+        self._save()
         await self._wait(self._all_ready, READY_S, "not every device came")
         self.record.state = "running"
         self._save()
@@ -126,8 +127,6 @@ class Supervisor:
             self._serving.set()
         elif told.get("state") == "ready":
             self.crew.ready(told["device"])
-            if all(record.state == "ready" for record in self.record.devices):
-                self._all_ready.set()
         elif told.get("state") == "lost":
             log.warning("the host lost %s: %s", told["device"], told.get("how", ""))
         self._save()
@@ -148,6 +147,8 @@ class Supervisor:
             raise HmmnetError(f"{what} within {seconds:g} s (not ready: {', '.join(missing[:8])})")
 
     def _save(self) -> None:
+        if self.record.devices and all(device.state == "ready" and device.pid for device in self.record.devices):
+            self._all_ready.set()
         self.directory.write(self.record)
         self._changed(self.record)
 

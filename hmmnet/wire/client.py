@@ -33,8 +33,8 @@ async def connect(
 ) -> AsyncIterator[tuple[Session, Welcome]]:
     """A session with the host at `endpoint`; ends with BYE when the block is left. Times are seconds of trio's clock.
 
-    `prepare` registers handlers before the first frame after the welcome is read, so that no early request is missed; so does the block itself
-    before its first await. Raises PeerRefused with the host's reason, and PeerLost when nobody answers within `connect_s`.
+    `prepare` registers handlers before the first frame after the welcome is read, so that no early request is missed; so may the block
+    itself, before its first await. Raises PeerRefused with the host's reason, and PeerLost when nobody answers within `connect_s`.
     """
     channel = transport.connect(endpoint, transport.fresh_identity(hello.name))
     try:

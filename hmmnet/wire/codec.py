@@ -14,6 +14,7 @@ Bounds are checked before anything is built: the transport refuses frames above 
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from enum import IntEnum
 
 import msgspec
@@ -58,10 +59,10 @@ _WITH_BODY = tuple(code in WITH_BODY for code in range(256))
 _SEQUENCED = tuple(code in SEQUENCED for code in range(256))
 
 _encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder(Body).decode
+_decode: Callable[[memoryview], Message] = msgspec.msgpack.Decoder(Body).decode
 
 
-class VersionMismatch(ProtocolError):
+class VersionError(ProtocolError):
     """The peer speaks another version of the protocol."""
 
 
@@ -75,7 +76,7 @@ def encode(kind: Kind, sequence: int, acknowledged: int, message: Message | None
 
 
 def decode_header(frame: bytes | memoryview) -> tuple[Kind, int, int, int]:
-    """``(kind, answers, sequence, acknowledged)`` of a frame. Raises ProtocolError, VersionMismatch."""
+    """``(kind, answers, sequence, acknowledged)`` of a frame. Raises ProtocolError, VersionError."""
     length = len(frame)
     if length < HEADER_BYTES:
         raise ProtocolError(f"frame of {length} bytes is shorter than its header of {HEADER_BYTES}")
@@ -83,7 +84,7 @@ def decode_header(frame: bytes | memoryview) -> tuple[Kind, int, int, int]:
     if magic != MAGIC:
         raise ProtocolError(f"frame begins with {bytes(magic)!r}, not {MAGIC!r}: the peer speaks something else")
     if version != PROTOCOL_VERSION:
-        raise VersionMismatch(f"peer speaks protocol version {version}, we speak {PROTOCOL_VERSION}: install the same hmmnet on both sides")
+        raise VersionError(f"peer speaks protocol version {version}, we speak {PROTOCOL_VERSION}: install the same hmmnet on both sides")
     if length > FRAME_BYTES_MAX:
         raise ProtocolError(f"frame of {length} bytes is over the limit of {FRAME_BYTES_MAX}")
     kind = _KINDS[code]

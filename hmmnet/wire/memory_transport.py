@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from types import TracebackType
+from typing import Self
 
 import trio
 from trio.lowlevel import ParkingLot, checkpoint, checkpoint_if_cancelled
@@ -214,7 +215,7 @@ class MemoryTransport:
         self._telemetry: dict[str, Pipe] = {}
         self._identities = 0
 
-    def __enter__(self) -> MemoryTransport:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -87,7 +87,7 @@ class Welcome(Message, frozen=True):
 
 
 class Refused(Message, frozen=True):
-    """The host does not accept. `code` is ``version``, ``secret``, ``name``, ``busy`` or ``role``."""
+    """The host does not accept. `code` is ``version``, ``secret``, ``name``, ``busy``, ``role`` or ``garbage``."""
 
     code: Name
     why: Text
@@ -130,7 +130,7 @@ class CloseContext(Message, frozen=True):
 
 
 class Invalidate(Message, frozen=True):
-    """mmu_notifier range start. The device has set the sequence, dropped its entries for [start, end) and quiesced before it answers `Done`.
+    """mmu_notifier range start. `Done` when the device has set the sequence, dropped its entries for [start, end) and quiesced.
 
     `owner` is the zone of the device on whose behalf this happens, or -1.
     """
@@ -153,7 +153,10 @@ class InvalidateEnd(Message, frozen=True):
 
 
 class CopyIn(Message, frozen=True):
-    """A DMA stream fills `targets` of the device's memory, in order; `zeros` become zero. `Done` once the stream is expected (it may begin earlier)."""
+    """A DMA stream fills `targets` of the device's memory, in order; `zeros` become zero.
+
+    `Done` once the stream is expected (it may begin earlier).
+    """
 
     stream: U64
     targets: PageList
@@ -308,7 +311,8 @@ class Migrate(Message, frozen=True):
 class Migrated(Message, frozen=True):
     """Reply: final MIGRATE_PFN source words, position by position: MIGRATE is set for what moved, WRITE where the new page is writable.
 
-    Direction device: the device maps and then sends `MigrateDone`, also when nothing moved, unless `migration` is 0. Direction system: the pages are home
+    Direction device: the device maps and then sends `MigrateDone`, also when nothing moved, unless `migration` is 0.
+    Direction system: the pages are home
     already (the device dropped its entries when it served `CopyOut`), `migration` is 0 and no `MigrateDone` follows.
     `errno` is positive when a VMA in the range was refused (EINVAL); the words from there on are 0.
     """
@@ -341,7 +345,8 @@ class Evicted(Message, frozen=True):
 class DmaRead(Message, frozen=True):
     """Read system (or coherent) memory through the IOMMU: element i is at byte `offsets[i]` of page `pages[i]`'s frame.
 
-    `pages` and `frames` say what the device believes to be mapped; `addresses` are physical, multiples of `size`. Data come as stream `stream`.
+    `pages` and `frames` say what the device believes to be mapped; `addresses` are physical, multiples of `size`. Data come as stream
+    `stream`.
     `Done` when the stream was sent. EAGAIN while the device's own migration has one of the pages: look at the mirror again and repeat.
     An access that the context holds no translation for is the driver's bug; it is refused (`Failed` without errno) and counted.
     """
@@ -354,7 +359,7 @@ class DmaRead(Message, frozen=True):
 
 
 class DmaWrite(Message, frozen=True):
-    """As `DmaRead`, the other way. `DmaGrant` when the host is ready for the stream; the stream's last credit says that the data have landed."""
+    """As `DmaRead`, the other way. `DmaGrant` when the host is ready for the stream, whose last credit says that the data have landed."""
 
     context: U64
     stream: U64
@@ -378,13 +383,14 @@ class Call(Message, frozen=True):
     """A client's call of a machine or process operation by name. `Result`. `arguments` is a msgpack map, `data` at most one chunk.
 
     Machine: ``devices`` -> [name], ``report`` -> map, ``create_process`` -> pid. Process operations carry ``process`` (a pid that this
-    client made) and what `hmmnet.program.Process` names: ``mmap`` (length, protection, address or nil) -> address; ``munmap``, ``mprotect``,
-    ``madvise``; ``malloc`` (length) -> address; ``read`` (address, length, at most a chunk) -> data; ``write`` (address) with data;
-    ``pagemap`` (address, pages) -> data; ``residency`` (address, pages) -> [owner names], data: int16 a page; ``migrate`` (address, length, to)
-    -> bytes; ``launch`` (kernel, device, placement, arguments: map) -> {results, counters}; ``exit``; ``open`` (device) -> handle number;
-    ``close`` (handle). ``ioctl`` (handle, command, address, pages, flags) -> {cpages, faults, length} with the first chunk of the
-    data, ``length`` bytes in all; the rest by ``fetch`` (handle, offset) -> data. Data for an ioctl beyond one chunk goes ahead in
-    ``stage`` (handle) calls, which append; ``ioctl``'s own `data` comes last. Loads, stores and arrays are made of reads and writes.
+    client made) and what `hmmnet.program.Process` names: ``mmap`` (length, protection, address or nil) -> address; ``munmap``,
+    ``mprotect``, ``madvise``; ``malloc`` (length) -> address; ``read`` (address, length, at most a chunk) -> data; ``write`` (address)
+    with data; ``pagemap`` (address, pages) -> data; ``residency`` (address, pages) -> [owner names], data: int16 a page; ``migrate``
+    (address, length, to) -> bytes; ``launch`` (kernel, device, placement, arguments: map) -> {results, counters}; ``exit``; ``open``
+    (device) -> handle number; ``close`` (handle). ``ioctl`` (handle, command, address, pages, flags) -> {cpages, faults, length} with
+    the first chunk of the data, ``length`` bytes in all; the rest by ``fetch`` (handle, offset) -> data. Data for an ioctl beyond one
+    chunk goes ahead in ``stage`` (handle) calls, which append; ``ioctl``'s own `data` comes last. Loads, stores and arrays are made of
+    reads and writes.
     """
 
     operation: Name
@@ -400,9 +406,9 @@ class Result(Message, frozen=True):
 
 
 Body: TypeAlias = (
-    Hello | Welcome | Refused | Done | Failed | Rate | OpenContext | CloseContext | Invalidate | InvalidateEnd | CopyIn | CopyOut | FreeFrames
-    | Launch | Ioctl | IoctlDone | Finished | Inspect | Report | Subscribe | Subscribed | Unsubscribe | RangeFault | RangeFaulted | Migrate
-    | Migrated | MigrateDone | Evict | Evicted | DmaRead | DmaWrite | DmaGrant | Call | Result
+    Hello | Welcome | Refused | Done | Failed | Rate | OpenContext | CloseContext | Invalidate | InvalidateEnd | CopyIn | CopyOut
+    | FreeFrames | Launch | Ioctl | IoctlDone | Finished | Inspect | Report | Subscribe | Subscribed | Unsubscribe | RangeFault
+    | RangeFaulted | Migrate | Migrated | MigrateDone | Evict | Evicted | DmaRead | DmaWrite | DmaGrant | Call | Result
 )  # fmt: skip
 
 Arguments: TypeAlias = dict[str, Any]

@@ -3,8 +3,8 @@
 A peer that has not been welcomed leaves no state behind, whatever it sends. A wrong version, a wrong secret and garbage are answered with
 `Refused` and forgotten; a frame of a session that is over is answered with RESET, so that its sender need not wait for its lease.
 
-A device has one session: a hello with its name and another incarnation is that device restarted, and the old session ends with PeerLost before
-the new one begins. The same incarnation again is a repeat, and gets its welcome again. Peers of other roles may share a name.
+A device has one session: a hello with its name and another incarnation is that device restarted, and the old session ends with PeerLost
+before the new one begins. The hello of a session that lives is a repeat, and gets its welcome again. Peers of other roles may share a name.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import trio
 
 from hmmnet.errors import PeerLost, ProtocolError
 
-from .codec import Kind, VersionMismatch, decode_body, decode_header, encode
+from .codec import Kind, VersionError, decode_body, decode_header, encode
 from .exchange import HEARTBEAT_S, LEASE_S, RETRY_S
 from .messages import PROTOCOL_VERSION, TEXT_MAX, Hello, Refused, Welcome
 from .secrets import same_secret
@@ -46,8 +46,8 @@ class Peer:
 class Server:
     """Accepts peers on `listener`.
 
-    `welcome` decides about a hello whose version and secret are right: a `Welcome` or a `Refused`. For a welcome the session is made and given to
-    `joined`, which registers handlers, before the peer hears of it; neither may wait. The three times are seconds of trio's clock.
+    `welcome` decides about a hello whose version and secret are right: a `Welcome` or a `Refused`. For a welcome the session is made and
+    given to `joined`, which registers handlers, before the peer hears of it; neither may wait. The three times are seconds of trio's clock.
     """
 
     listener: Listener
@@ -91,7 +91,7 @@ class Server:
         try:
             kind, _, _, _ = decode_header(frame)
             hello = decode_body(frame) if kind is Kind.HELLO else None
-        except VersionMismatch as error:
+        except VersionError as error:
             self._refuse(address, Refused("version", str(error)))
             return
         except ProtocolError as error:
@@ -134,9 +134,8 @@ class Server:
     def _check(self, hello: Hello, known: Peer | None) -> Refused | None:
         """Why not; None for a hello that is in order."""
         if hello.version != PROTOCOL_VERSION:
-            return Refused(
-                "version", f"you speak protocol version {hello.version}, this host speaks {PROTOCOL_VERSION}: install the same hmmnet on both sides"
-            )
+            why = f"you speak protocol version {hello.version}, this host {PROTOCOL_VERSION}: install the same hmmnet on both sides"
+            return Refused("version", why)
         if not same_secret(hello.secret, self.secret):
             return Refused("secret", "wrong machine secret: is this the machine you meant?")
         if known is None:

@@ -1,7 +1,7 @@
 """A session: requests with answers, notes that arrive, a peer that is known to live or known to be gone.
 
-The shell around `exchange.Exchange`. Whoever owns the transport feeds frames in with `deliver` (the server for all peers of its endpoint, the
-client for its one channel), in the order of arrival. That order is kept for handlers that run *inline*: a device must see an
+The shell around `exchange.Exchange`. Whoever owns the transport feeds frames in with `deliver` (the server for all peers of its endpoint,
+the client for its one channel), in the order of arrival. That order is kept for handlers that run *inline*: a device must see an
 invalidation before an answer that was sent after it.
 
 The hot path is `request`: encode, one send, wait to be rescheduled by `deliver`. Repeats, heartbeats and the lease are one periodic
@@ -176,7 +176,10 @@ class Session:
         self._handlers[kind] = (handler, inline)
 
     def on_lost(self, callback: Callable[[PeerLost], None]) -> None:
-        """Call `callback` once, when the session is over, whoever ended it; at once if it is. Its tasks go on: what they ask raises PeerLost."""
+        """Call `callback` once, when the session is over, whoever ended it; at once if it is.
+
+        `bye` calls it too, with PeerGone. Handlers' tasks go on; what they ask of the peer raises PeerLost.
+        """
         if self.lost is not None:
             callback(self.lost)
         else:
@@ -351,7 +354,7 @@ class Session:
             callback(cause)
 
     async def bye(self) -> None:
-        """Say goodbye and wait for the acknowledgement, for at most `BYE_S`; the session is over then. Frames must be delivered meanwhile."""
+        """Say goodbye and wait for the acknowledgement, for `BYE_S` at most; then it is over. Frames must be delivered meanwhile."""
         if self._exchange.state is State.LIVE:
             self._exchange.state = State.CLOSING
             self._send_kept(encode(Kind.BYE, self._exchange.next_sequence(), self._exchange.received))
@@ -378,4 +381,3 @@ def failure(peer_name: str, failed: Failed) -> Exception:
     if failed.errno > 0:
         return KernelError(failed.errno, failed.call, failed.why)
     return RemoteError(f"{peer_name}: {failed.call}: {failed.why}")
-

@@ -17,6 +17,7 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 import trio
 import zmq
@@ -50,7 +51,10 @@ ROUTER_RETRY_S = 0.002
 
 @dataclass(frozen=True)
 class CurveKeys:
-    """Z85-encoded CURVE keys (40 bytes each) of the host and of one peer, as `zmq.curve_keypair` makes them; the host needs its own two only."""
+    """Z85-encoded CURVE keys (40 bytes each) of the host and of one peer, as `zmq.curve_keypair` makes them.
+
+    The host needs its own two only, a peer all but the host's secret.
+    """
 
     host_public: bytes
     host_secret: bytes = b""
@@ -142,9 +146,7 @@ class ZmqListener:
         return self._whole(self._bridge.recv_first_nowait())
 
     def _whole(self, peer: bytes) -> tuple[bytes, bytes]:
-        if not self._bridge.more:
-            return peer, b""
-        frame = self._bridge.take()
+        frame = self._bridge.take()  # a router puts the address before what came, which is one part at least
         if self._bridge.more:
             self._bridge.take_rest()
             return peer, b""
@@ -185,7 +187,7 @@ class ZmqTransport:
         self._curve = curve
         self._bridges: list[Bridge] = []
 
-    def __enter__(self) -> ZmqTransport:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -296,7 +298,7 @@ def check_endpoint(endpoint: str, encrypted: bool) -> None:
     if endpoint.startswith("ipc://"):
         path = os.fsencode(endpoint[6:])
         if not path or len(path) > IPC_PATH_MAX:
-            raise HmmnetError(f"{endpoint}: the path of a socket has 1 to {IPC_PATH_MAX} bytes, this one {len(path)}; use a shorter directory")
+            raise HmmnetError(f"{endpoint}: a socket's path has 1 to {IPC_PATH_MAX} bytes, this one {len(path)}; use a shorter directory")
         return
     match = re.fullmatch(r"tcp://(\[[0-9a-fA-F:.]+\]|[^:/\[\]]+):(\d+|\*)", endpoint)
     if match is None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -28,9 +28,6 @@ from .locks import Gate, RwLock, give_way
 from .mm import Mm
 from .vma import VM_ACCESS, VM_READ, VM_WRITE, Vma
 
-if TYPE_CHECKING:
-    from .space import Space
-
 PAGE_MASK = PAGE_SIZE - 1
 BATCH_PAGES = 1 << 16
 """Pages of a load or store that are made ready before they are copied: bounds the time between two looks at the table."""
@@ -44,8 +41,10 @@ CHECKPOINT_EVERY = 64
 Storable = bytes | bytearray | memoryview | npt.NDArray[Any]
 """What a store takes: the bytes of it, in their order."""
 
-Home = Callable[["Space", Words], Awaitable[None]]
-"""migrate_to_ram: bring these pages (of one zone) home. Called with the mmap lock held for reading. BusError when the data are lost."""
+Home = Callable[[Any, Words], Awaitable[None]]
+"""migrate_to_ram(space, pages): bring these pages, all of one zone, home. Called with the mmap lock held for reading.
+
+Raises BusError when the data are lost. A page that is still on the device afterwards is tried again."""
 
 
 class Notifier(Protocol):
@@ -76,16 +75,15 @@ class CpuAccess:
 
     def try_load(self, address: int, length: int) -> bytes | None:
         """The bytes at `address` if that needs nobody else, else None: then `load` waits for them, or raises."""
+        if length <= 0:
+            return b""
         page = address >> PAGE_SHIFT
         last = address + length - 1 >> PAGE_SHIFT
         if page == last:
-            entry = self.mm.table.get(page)
-            vma = self.mm.vmas.find(page)
-            if entry & pte.KIND == pte.PRESENT and vma is not None and vma.flags & VM_ACCESS:
-                if not entry & pte.YOUNG:
-                    self.mm.table.set(page, entry | pte.YOUNG)
-                return self.memory.read_small(entry >> pte.FRAME_SHIFT, address & PAGE_MASK, length)
-        if length <= 0 or not self._try_touch(page, last + 1, write=False, keep=None):
+            if not self._make_readable(page):
+                return None
+            return self.memory.read_small(self.mm.table.get(page) >> pte.FRAME_SHIFT, address & PAGE_MASK, length)
+        if not self._try_touch(page, last + 1, write=False, keep=None):
             return None
         out = np.empty(length, np.uint8)
         self._copy_out(address, out)
@@ -96,16 +94,26 @@ class CpuAccess:
         if not isinstance(data, bytes):
             data = _flat(data)
         length = len(data)
+        if length == 0:
+            return True
         page = address >> PAGE_SHIFT
         last = address + length - 1 >> PAGE_SHIFT
         if page == last:
             if self._make_writable(page):
                 self.memory.write_small(self.mm.table.get(page) >> pte.FRAME_SHIFT, address & PAGE_MASK, data)
                 return True
-        elif length and self._try_touch(page, last + 1, write=True, keep=_whole(address, length)):
+        elif self._try_touch(page, last + 1, write=True, keep=_whole(address, length)):
             self._copy_in(address, np.frombuffer(data, np.uint8))
             return True
         return False
+
+    def _make_readable(self, page: int) -> bool:
+        """One page for a load, when it is there or was never touched."""
+        entry = self.mm.table.get(page)
+        if entry & (pte.KIND | pte.YOUNG) != pte.PRESENT | pte.YOUNG:
+            return self._try_touch(page, page + 1, write=False, keep=None)
+        vma = self.mm.vmas.find(page)
+        return vma is not None and vma.flags & VM_ACCESS != 0
 
     def _make_writable(self, page: int) -> bool:
         """One page for a store, when it is there or was never touched."""
@@ -233,10 +241,7 @@ class CpuAccess:
             why = f'page 0x{page:x} of process {self.number} had its only copy on device "{zone.owner}", which was lost: {zone.lost}'
             raise BusError(page << PAGE_SHIFT, why)
         self.cpu_faults += count
-        await self._migrate_to_ram(np.arange(page, page + count, dtype=np.uint64))
-
-    async def _migrate_to_ram(self, pages: Words) -> None:
-        raise AssertionError("the address space that is built on this brings pages home")
+        await self.home(self, np.arange(page, page + count, dtype=np.uint64))
 
     def _copy_out(self, address: int, out: npt.NDArray[np.uint8]) -> None:
         self.memory.read(self._frames(address, len(out)), address & PAGE_MASK, out)

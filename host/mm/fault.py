@@ -78,6 +78,35 @@ def touch(mm: Mm, vma: Vma, pages: Words, write: bool, keep: slice | None = None
     return Touched(stop, Cause(int(cause)), len(same) if same.all() else int(np.argmin(same)))
 
 
+def touch_one(mm: Mm, vma: Vma, page: int, write: bool) -> bool:
+    """`touch` for one page without arrays; False, having done nothing, where that is not the simple case. Raises KernelError(ENOMEM)."""
+    entry = mm.table.get(page)
+    if entry & pte.KIND == pte.PRESENT:
+        if not write:
+            entry |= pte.YOUNG
+        elif entry & (pte.WRITE | pte.ANON_EXCLUSIVE):
+            entry |= pte.WRITE | pte.YOUNG | pte.DIRTY | pte.SOFT_DIRTY
+        else:
+            return False
+    elif entry or not vma.is_anonymous:
+        return False
+    elif write:
+        mm.anon_prepare(vma)
+        frame = mm.memory.allocate_one(mm.family, page - vma.start + vma.pgoff)
+        if frame is None:
+            raise _out_of_memory(mm, 1)
+        mm.rss += 1
+        entry = pte.entry(pte.PRESENT, frame, pte.FRESH_WRITE)
+    else:
+        entry = pte.entry(pte.PRESENT, ZERO_FRAME, pte.ZERO_ENTRY)
+    mm.table.set(page, entry)
+    return True
+
+
+def _out_of_memory(mm: Mm, count: int) -> KernelError:
+    return KernelError(ENOMEM, "page fault", f"process {mm.number} wants {count} pages and the host's memory is used up")
+
+
 def _settled(mm: Mm, pages: Words, entries: Words, write: bool) -> bool:
     """The case that costs least: every page is there, with the right. Keeps the accessed and dirty bits as hardware does."""
     if write:
@@ -134,7 +163,7 @@ def make(mm: Mm, vma: Vma, pages: Words, bits: int, keep: slice | None = None) -
     """New anonymous pages at `pages`, present with `bits`; their frames. Raises KernelError(ENOMEM)."""
     frames = mm.memory.allocate(len(pages), keep=keep)
     if frames is None:
-        raise KernelError(ENOMEM, "page fault", f"process {mm.number} wants {len(pages)} pages and the host's memory is used up")
+        raise _out_of_memory(mm, len(pages))
     mm.memory.map_new(frames, mm.family, mm.anon_index(vma, pages))
     mm.table.put(pages, pte.entries_of(pte.PRESENT, frames, bits))
     mm.rss += len(pages)

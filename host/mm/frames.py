@@ -114,6 +114,11 @@ class HostZone(Zone):
         self.refcount[self.at(got.frames)] = 1
         return got.frames
 
+    def zero_one(self, at: int) -> None:
+        """Clear the frame at index `at`, which held something before."""
+        self.arena.pages[at] = 0
+        self._free_committed = max(0, self._free_committed - 1)
+
     def release_one(self, frame: int) -> None:
         """A frame without references goes back to the allocator."""
         self.allocator.free_run(frame, frame + 1)
@@ -219,6 +224,22 @@ class PhysicalMemory:
             parts.append(part)
             count -= len(part)
         return np.concatenate(parts)
+
+    def allocate_one(self, mapping: int, index: int) -> int | None:
+        """A zeroed frame that becomes an anonymous page of family `mapping`, mapped once: `allocate` and `map_new` for one."""
+        for zone in self.nodes:
+            got = zone.allocator.allocate(1)
+            if got is not None:
+                frame = int(got.frames[0])
+                at = frame - zone.base
+                if not got.zeroed:
+                    zone.zero_one(at)
+                zone.refcount[at] = zone.mapcount[at] = 1
+                zone.flags[at] = ANON
+                zone.mapping[at] = mapping
+                zone.index[at] = index
+                return frame
+        return None
 
     def put(self, frames: Words) -> None:
         """Drop one reference of each of `frames` (distinct); those without any left are freed."""

@@ -39,13 +39,17 @@ class Mm:
         if not members:
             del self.memory.families[self.family]
 
-    def anon_index(self, vma: Vma, pages: Words) -> Words:
-        """Under which index anonymous pages of `vma` are known to the reverse map; the VMA gets its anon_vma if it has none."""
+    def anon_prepare(self, vma: Vma) -> None:
+        """anon_vma_prepare: the VMA gets its anon_vma, a neighbour's if that will do."""
         if not vma.anon:
             vma.anon = self.vmas.neighbour_anon(vma)
             if not vma.anon:
                 self.anon_vmas += 1
                 vma.anon = self.anon_vmas
+
+    def anon_index(self, vma: Vma, pages: Words) -> Words:
+        """Under which index anonymous pages of `vma` are known to the reverse map; prepares its anon_vma."""
+        self.anon_prepare(vma)
         return pages if vma.pgoff == vma.start else pages - vma.start + vma.pgoff
 
     def check_access(self, page: int, write: bool) -> Vma:

@@ -1,7 +1,7 @@
 """The migration of one page, without arrays: what a CPU fault on a device page runs.
 
-The same steps as `collect.py`, with the same results (a test compares the two on the same states), for the case that decides how fast a fault
-comes home: one page, mapped by one process. Numpy pays half a microsecond for each operation, whatever the length; with one page
+The same steps as `collect.py`, with the same results (a test compares the two on the same states), for the case that decides how fast a
+fault comes home: one page, mapped by one process. Numpy pays half a microsecond for each operation, whatever the length; with one page
 that is all there is to pay. Every function answers False, having done nothing, when the case is not this one.
 """
 

@@ -16,13 +16,13 @@ from typing import Any
 import msgspec
 import numpy as np
 import trio
-from hmmnet.fabric.clock import EmulatedClock
-from hmmnet.fabric.dma import ArenaSink, ArenaSource, BulkReceiver, BulkSender, BytesSink, BytesSource, Pace
 
 from hmmnet.arena import Arena
 from hmmnet.devices.models.base import Device
 from hmmnet.devices.service import serve
 from hmmnet.errors import KernelError, PeerLost, SegmentationFault
+from hmmnet.fabric.clock import EmulatedClock
+from hmmnet.fabric.dma import UNPACED, ArenaSink, ArenaSource, BulkReceiver, BulkSender, BytesSink, BytesSource
 from hmmnet.pages import (
     HMM_PFN_ERROR,
     HMM_PFN_REQ_FAULT,
@@ -47,7 +47,6 @@ from hmmnet.wire.session import Session
 SECRET = bytes(range(32))
 ZONE = 70
 SYSTEM_PAGES = 1 << 14
-UNPACED = Pace(0.0, float("inf"), 0.0)
 
 
 @dataclass

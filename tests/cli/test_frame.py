@@ -1,0 +1,118 @@
+"""The command line's frame: commands that exist, errors in one line, exit codes, and the time until the first line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from hmmnet import cli
+from hmmnet.cli import COMMANDS, command_names, did_you_mean, run
+
+
+def asked(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = run(list(arguments))
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_the_overview_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    """Asked for: exit code 0; shown because nothing was asked for: 2."""
+    code, out, _ = asked(capsys, "--help")
+    assert code == 0
+    assert all(name in out for name in command_names())
+    assert asked(capsys)[0] == 2
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each module is there, and its first line says what it does."""
+    code, out, err = asked(capsys, name, "--help")
+    assert code == 0
+    assert err == ""
+    assert f"Usage: hmmnet {name}" in out
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["upp"], 'no command "upp"; did you mean "up"?'),
+        (["--verison"], 'no option "--verison"'),
+        (["up", "--nmae", "x"], 'no option "--nmae"; did you mean "--name"?'),
+        (["up", "--transport", "icp"], 'did you mean "ipc"?'),
+        (["logs", "--level", "warn"], 'did you mean "warning"?'),
+        (["run"], "WORKLOAD"),
+        (["down", "--all", "x", "y"], "y"),
+    ],
+)
+def test_wrong_use_is_one_line_with_a_mend(given: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit code 2, nothing on stdout, one line on stderr that names the place."""
+    code, out, err = asked(capsys, *given)
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert err.startswith("hmmnet")
+    assert says in err
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["up", "--name", "a/b"], "letters, digits"),
+        (["up", "--rate", "fast"], "write auto, or a number"),
+        (["up", "--rate", "0"], "out of reach"),
+        (["up", "--rate", "nan"], "out of reach"),
+        (["up", "two-gpu"], 'did you mean "two-gpus"'),
+        (["run", "vectr_add"], 'did you mean "vector_add"?'),
+        (["run", "vector_add", "m=3"], 'no argument "m"'),
+        (["run", "vector_add", "=3"], "NAME=VALUE"),
+        (["run", "nowhere.py:main"], "no such file"),
+        (["run", "vector_add", "--on", "x", "--topology", "y"], "exclude each other"),
+        (["run", "vector_add", "--on", "nobody-here"], 'no machine "nobody-here" runs'),
+        (["down", "nobody-here"], 'no machine "nobody-here" runs'),
+    ],
+)
+def test_what_cannot_be_done_is_one_line_with_a_mend(given: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit code 1."""
+    code, out, err = asked(capsys, *given)
+    assert (code, out) == (1, "")
+    assert err.count("\n") == 1
+    assert err.startswith(f"hmmnet {given[0]}: ")
+    assert says in err
+
+
+def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
+    """As installed."""
+    from importlib.metadata import version
+
+    assert asked(capsys, "--version") == (0, f"hmmnet {version('hmmnet')}\n", "")
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    """``hmmnet ... | head -1``."""
+    program = f"{sys.executable} -m hmmnet --help | head -1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("hmmnet")
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("heavy", ["rich", "numpy", "zmq", "trio", "typer"])
+def test_the_frame_loads_nothing_heavy(heavy: str) -> None:
+    """The first line stands at once because what is slow to import waits until it is needed."""
+    program = f"import sys; from hmmnet.cli import run; run(['--help']); run(['nonsense']); sys.exit({heavy!r} in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("command", ["ps", "clean", "logs", "down"])
+@pytest.mark.parametrize("heavy", ["zmq", "trio", "numpy"])
+def test_commands_that_only_look_load_no_machine(command: str, heavy: str) -> None:
+    """They read files."""
+    program = f"import sys; from hmmnet.cli import run; run([{command!r}, 'nobody-here']); sys.exit({heavy!r} in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, check=False).returncode == 0
+
+
+def test_suggestions_come_only_when_near() -> None:
+    """Otherwise nothing is said."""
+    assert did_you_mean("dwon", COMMANDS) == '; did you mean "down"?'
+    assert did_you_mean("xyzzy", COMMANDS) == ""
+    assert cli.FAILED == 1

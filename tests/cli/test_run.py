@@ -1,0 +1,99 @@
+"""``hmmnet run``: which function is meant, which arguments it gets, and its report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hmmnet.cli.run import check_arguments, find, parse_arguments, plain, show
+from hmmnet.errors import HmmnetError
+
+WORKLOAD = '''
+from beside import FACTOR
+
+async def work(machine, n=1, *, word="x", needed):
+    return {"n": FACTOR * n}
+
+def not_async(machine):
+    return {}
+'''
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    (tmp_path / "beside.py").write_text("FACTOR = 2\n")
+    path = tmp_path / "mine.py"
+    path.write_text(WORKLOAD)
+    return path
+
+
+async def test_a_function_of_a_file_runs_with_its_folder(file: Path) -> None:
+    """Imports from beside it work, as for a script."""
+    function = find(f"{file}:work")
+    assert await function(None, n=3, needed=1) == {"n": 6}
+
+
+@pytest.mark.parametrize(
+    ("place", "says"),
+    [
+        ("{file}:wrok", 'no function "wrok"; did you mean "work"?'),
+        ("{file}", "which function"),
+        ("{file}:not_async", "async def not_async"),
+        ("{file}x.py:work", "no such file"),
+    ],
+)
+def test_what_cannot_be_found_is_said(file: Path, place: str, says: str) -> None:
+    """With the mend."""
+    with pytest.raises(HmmnetError) as caught:
+        find(place.format(file=file))
+    assert says in str(caught.value)
+
+
+def test_a_file_with_a_mistake_names_its_line(tmp_path: Path) -> None:
+    """File and line, not a traceback."""
+    path = tmp_path / "broken.py"
+    path.write_text("x = 1\nasync def work(machine:\n")
+    with pytest.raises(HmmnetError, match=r"broken\.py:2: "):
+        find(f"{path}:work")
+
+
+def test_arguments_are_json_where_they_are_json() -> None:
+    """Numbers, lists, truth; everything else is text."""
+    given = parse_arguments(["n=1000", "x=1.5", "names=[1, 2]", "yes=true", "text=hello=world", "empty="])
+    assert given == {"n": 1000, "x": 1.5, "names": [1, 2], "yes": True, "text": "hello=world", "empty": ""}
+
+
+@pytest.mark.parametrize("pair", ["n", "=3", "a b=3", "1=2"])
+def test_what_is_no_pair_is_refused(pair: str) -> None:
+    """With an example."""
+    with pytest.raises(HmmnetError, match="NAME=VALUE"):
+        parse_arguments([pair])
+
+
+def test_arguments_are_checked_before_a_machine_starts(file: Path) -> None:
+    """Unknown ones with a suggestion, missing ones by name."""
+    function = find(f"{file}:work")
+    check_arguments("work", function, {"n": 1, "needed": 2})
+    with pytest.raises(HmmnetError, match='did you mean "word"'):
+        check_arguments("work", function, {"wrd": 1, "needed": 2})
+    with pytest.raises(HmmnetError, match="needs needed="):
+        check_arguments("work", function, {})
+
+
+def test_reports_are_shown_and_plain(capsys: pytest.CaptureFixture[str]) -> None:
+    """Facts, a table by device, the verdict; numpy values as numbers in JSON."""
+    report = {
+        "workload": "reduction",
+        "correct": False,
+        "mistakes": ["the sum is [7] instead of 8"],
+        "sum": 7,
+        "devices": {"gpu0": {"fault_groups": 12345, "seconds": 0.123456}, "gpu1": {"seconds": 1.0}},
+    }
+    show(report, 0.25)
+    out = capsys.readouterr().out
+    for text in ("reduction", "250 ms", "12,345", "0.1235", "results are wrong", "the sum is [7] instead of 8"):
+        assert text in out
+    assert json.dumps({"a": np.int64(3), "b": np.arange(2), "c": b"\x01", "d": Path("x")}, default=plain) == '{"a": 3, "b": [0, 1], "c": "01", "d": "x"}'
