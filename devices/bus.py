@@ -14,10 +14,10 @@ from typing import Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 import trio
-from hmmnet.fabric.clock import EmulatedClock
-from hmmnet.fabric.dma import BulkReceiver, BulkSender, BytesSink, BytesSource, Pace, Pacer, Sink, Source
 
 from hmmnet.errors import ProtocolError
+from hmmnet.fabric.clock import EmulatedClock
+from hmmnet.fabric.dma import BulkReceiver, BulkSender, BytesSink, BytesSource, Pace, Pacer, Sink, Source
 from hmmnet.pages import Words, from_wire, to_wire
 from hmmnet.wire.messages import (
     DmaGrant,
@@ -70,7 +70,8 @@ class Bus:
 
     async def _ask(self, message: Message, answer: type[M]) -> M:
         with trio.CancelScope(shield=True):
-            return await self._session.ask(message, answer)
+            reply = await self._session.ask(message, answer)
+        return reply  # noqa: RET504 - mypy cannot know that the scope swallows nothing
 
     def _new_stream(self) -> int:
         """Streams of the device are odd."""

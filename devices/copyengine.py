@@ -13,11 +13,12 @@ from __future__ import annotations
 import logging
 
 import trio
-from hmmnet.fabric.dma import ArenaSink, ArenaSource, Arrival, BulkReceiver, BulkSender, Pace
+import xxhash
 
 from hmmnet.errors import PeerError, ProtocolError
+from hmmnet.fabric.dma import ArenaSink, ArenaSource, Arrival, BulkReceiver, BulkSender, Pace
 from hmmnet.pages import PAGE_SIZE, Words
-from hmmnet.wire.messages import CopyIn, CopyOut
+from hmmnet.wire.messages import INLINE_BYTES_MAX, Copied, CopyIn, CopyOut
 
 from .memory import Memory, physical
 
@@ -69,6 +70,15 @@ class CopyEngines:
             if int(targets.min()) <= int(frames[-1]) and int(targets.max()) >= int(frames[0]):
                 arrival.cancel()
                 del self._landing[stream]
+
+    def copy_inline(self, message: CopyOut) -> tuple[Words, Copied]:
+        """The bytes of a few frames, at once; returns the frames, whose mappings the caller drops, and the answer. Raises ProtocolError."""
+        frames = self._memory.leaving(message.frames, "CopyOut.frames")
+        if len(frames) == 0 or len(frames) * PAGE_SIZE > INLINE_BYTES_MAX:
+            raise ProtocolError(f"CopyOut without a stream names {len(frames)} frames: one, and at most {INLINE_BYTES_MAX} bytes")
+        data = self._memory.load(physical(frames), PAGE_SIZE).tobytes()
+        self.bytes_out += len(data)
+        return frames, Copied(data, xxhash.xxh3_64_intdigest(data))
 
     def copy_out(self, message: CopyOut) -> Words:
         """Begin to stream frames to the host; returns them, whose mappings the caller drops. Raises ProtocolError."""

@@ -143,7 +143,8 @@ class Memory:
 
     def live(self, frames: Words) -> npt.NDArray[np.bool_]:
         """Which of the own `frames` hold a page that stays."""
-        return self._state[self.arena.indices(frames)] == LIVE
+        here: npt.NDArray[np.bool_] = self._state[self.arena.indices(frames)] == LIVE
+        return here
 
     def _listed(self, raw: bytes, what: str, low: int, high: int) -> Words:
         if len(raw) % 8:

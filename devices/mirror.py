@@ -53,7 +53,8 @@ def frames_of(entries: Words) -> Words:
 def allows(entries: Words, write: bool) -> npt.NDArray[np.bool_]:
     """Which entries permit an access."""
     needed = _VALID | _WRITE if write else _VALID
-    return (entries & needed) == needed
+    allowed: npt.NDArray[np.bool_] = (entries & needed) == needed
+    return allowed
 
 
 @dataclass(eq=False)

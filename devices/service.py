@@ -22,10 +22,10 @@ from typing import Any
 
 import msgspec
 import trio
-from hmmnet.fabric.clock import EmulatedClock
-from hmmnet.fabric.dma import BulkReceiver, BulkSender
 
 from hmmnet.errors import HmmnetError, PeerGone, PeerLost
+from hmmnet.fabric.clock import EmulatedClock
+from hmmnet.fabric.dma import BulkReceiver, BulkSender
 from hmmnet.observe.logs import log_to
 from hmmnet.wire.client import connect
 from hmmnet.wire.messages import PROTOCOL_VERSION, Hello, Welcome
@@ -92,7 +92,7 @@ async def serve(
                 device.fence()
             nursery.cancel_scope.cancel()
     except BaseExceptionGroup as group:
-        raise single(group) from group
+        raise single(group) from None
     return lost
 
 
@@ -147,13 +147,16 @@ async def _process(settings: Settings, secret: bytes) -> PeerLost | None:
     from hmmnet.wire.zmq_transport import ZmqTransport
 
     lost: PeerLost | None = None
-    with ZmqTransport() as transport:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_stop_on_signal, nursery.cancel_scope)
-            if stdin_is_a_pipe():
-                nursery.start_soon(_stop_with_stdin, nursery.cancel_scope)
-            lost = await serve(transport, settings.endpoint, settings.name, secret, time.time_ns(), connect_s=settings.connect_s)
-            nursery.cancel_scope.cancel()
+    try:
+        with ZmqTransport() as transport:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_stop_on_signal, nursery.cancel_scope)
+                if stdin_is_a_pipe():
+                    nursery.start_soon(_stop_with_stdin, nursery.cancel_scope)
+                lost = await serve(transport, settings.endpoint, settings.name, secret, time.time_ns(), connect_s=settings.connect_s)
+                nursery.cancel_scope.cancel()
+    except BaseExceptionGroup as group:
+        raise single(group) from None
     return lost
 
 

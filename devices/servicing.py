@@ -119,7 +119,8 @@ class FaultService:
 
     def _read_only_own(self, pages: Words) -> Mask:
         entries = self._context.mirror.translate(pages)
-        return (entries & _VALID != 0) & self._context.memory.owns(frames_of(entries)) & ~allows(entries, True)
+        stuck: Mask = (entries & _VALID != 0) & self._context.memory.owns(frames_of(entries)) & ~allows(entries, True)
+        return stuck
 
     async def _migrate(self, pages: Words, write: Mask, policy: Policy) -> None:
         """Migrate what the policy chooses; where growth ran into a mapping that does not take part, just the faulted pages."""

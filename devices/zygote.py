@@ -4,8 +4,10 @@ A fresh interpreter needs most of a second and 22 MB of its own; a fork needs mi
 the zygote is a still pond: no thread, no ZeroMQ context, no event loop, and `gc.freeze` so that collections in the children do not write
 to the shared objects.
 
-It talks with the launcher over the socket that it finds as its stdin, one JSON object a line. From the launcher: ``{"start": NAME, "settings": {...}}``,
-``{"kill": NAME}`` (SIGKILL), ``{"end": GRACE_S}``. To the launcher: ``{"zygote": PID}`` when it is ready, ``{"started": NAME, "pid": PID}``,
+It talks with the launcher over the socket that it finds as its stdin, one JSON object a line. From the launcher: ``{"start": NAME,
+"settings": {...}}``,
+``{"kill": NAME}`` (SIGKILL), ``{"end": GRACE_S}``. To the launcher: ``{"zygote": PID}`` when it is ready, ``{"started": NAME, "pid":
+PID}``,
 ``{"exited": NAME, "pid": PID, "status": N}`` with the exit code, or minus the signal, of every child.
 
 End of file on that socket means that the launcher is gone: all children are killed and the zygote ends. The children die with the

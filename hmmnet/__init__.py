@@ -1,7 +1,7 @@
 """hmmnet: a multi-GPU machine in software.
 
-``hmmnet.launch("two-gpus")`` starts one for the calling program, ``hmmnet.attach("NAME")`` uses one that runs already. Both are imported when
-first used, because device processes import this package too and must stay small.
+``hmmnet.launch("two-gpus")`` starts one for the calling program, ``hmmnet.attach("NAME")`` uses one that runs already. Both are imported
+when first used, because device processes import this package too and must stay small.
 """
 
 from __future__ import annotations

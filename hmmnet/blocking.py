@@ -1,7 +1,7 @@
 """The machine for programs without an event loop, or with another one: blocking calls into a trio loop in a background thread.
 
-Notebooks run asyncio, scripts run nothing; neither can ``await`` under trio. A `Blocking` runs one asynchronous context manager in a thread of
-its own; the proxies below have the methods of `Machine`, `Process` and `Handle`, without ``await``.
+Notebooks run asyncio, scripts run nothing; neither can ``await`` under trio. A `Blocking` runs one asynchronous context manager in a
+thread of its own; the proxies below have the methods of `Machine`, `Process` and `Handle`, without ``await``.
 
 Ctrl-C in the caller's thread cancels the call that it waits for and raises KeyboardInterrupt there, as for any blocking call. A thread that
 still runs when the interpreter ends does not hold it up: the machine's processes notice that their starter is gone.
@@ -13,7 +13,7 @@ import atexit
 import queue
 import threading
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, contextmanager
+from contextlib import AbstractAsyncContextManager, contextmanager, suppress
 from typing import Any, Generic, TypeVar
 
 import numpy.typing as npt
@@ -75,10 +75,8 @@ class Blocking(Generic[T]):
         """Leave the context manager and wait for the thread; what it raised while leaving is raised here. Once is enough."""
         atexit.unregister(self.stop)
         if self._token is not None and self._thread.is_alive():
-            try:
+            with suppress(trio.RunFinishedError):
                 self._token.run_sync_soon(self._stop.set)
-            except trio.RunFinishedError:
-                pass
         self._thread.join()
         if self._outcome is not None:
             ended, self._outcome = self._outcome, None
@@ -115,10 +113,8 @@ class Blocking(Generic[T]):
         try:
             return result.get().unwrap()
         except KeyboardInterrupt:
-            try:
+            with suppress(trio.RunFinishedError):
                 self._token.run_sync_soon(scope.cancel)
-            except trio.RunFinishedError:
-                pass
             raise
 
     def ask(self, function: Callable[[], R]) -> R:
@@ -137,11 +133,12 @@ class Blocking(Generic[T]):
     async def _main(self) -> None:
         self._token = trio.lowlevel.current_trio_token()
         with only_error():
-            async with self._make() as value, trio.open_nursery() as self._nursery:
+            async with self._make() as value, trio.open_nursery() as nursery:
+                self._nursery = nursery
                 self._started.put(outcome.Value(value))
                 await self._stop.wait()
-                self._nursery.cancel_scope.cancel()
-        self._nursery = None
+                self._nursery = None
+                nursery.cancel_scope.cancel()
 
 
 class BlockingHandle:
@@ -201,7 +198,7 @@ class BlockingProcess:
         """See `Process.load`."""
         return self._loop.call(self._process.load, address, dtype)
 
-    def store(self, address: int, value: int | float, dtype: str = "<u8") -> None:
+    def store(self, address: int, value: float, dtype: str = "<u8") -> None:
         """See `Process.store`."""
         self._loop.call(self._process.store, address, value, dtype)
 

@@ -1,7 +1,7 @@
 """A machine that runs elsewhere, used over a client session: the same `Machine`, `Process` and `Handle` as inside the host.
 
-Every operation is one `Call` (see its docstring for the list). What is longer than a call may carry goes in pieces, a few of them under way at
-once; a piece that fails ends the operation, and those that were under way may have taken effect, as with any interrupted access.
+Every operation is one `Call` (see its docstring for the list). What is longer than a call may carry goes in pieces, a few of them under
+way at once; a piece that fails ends the operation, and those that were under way may have taken effect, as with any interrupted access.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ from typing import Any
 import msgspec
 import numpy as np
 import numpy.typing as npt
-import trio
 
 from hmmnet.errors import HmmnetError
-from hmmnet.launch.directory import running_machine
+from hmmnet.launcher.directory import running_machine
 from hmmnet.program import IoctlResult, JobResult, Residency
 from hmmnet.wire.client import connect
 from hmmnet.wire.messages import PROTOCOL_VERSION, Call, Hello, Rate, Result, Welcome
@@ -80,7 +79,7 @@ class RemoteHandle:
     def __init__(self, calls: Calls, process: int, device: str, number: int) -> None:
         self.device = device
         self._calls = calls
-        self._where = {"process": process, "handle": number}
+        self._where: dict[str, Any] = {"process": process, "handle": number}
 
     async def ioctl(self, command: str, address: int, pages: int, data: bytes = b"", flags: int = 0) -> IoctlResult:
         """See `Handle.ioctl`."""
@@ -90,8 +89,8 @@ class RemoteHandle:
             await calls.call("stage", data[offset : offset + CHUNK_BYTES], **self._where)
         done, first = await calls.call("ioctl", last, command=command, address=address, pages=pages, flags=flags, **self._where)
         got = [first]
-        for offset in range(len(first), done["length"], CHUNK_BYTES):
-            got.append((await calls.call("fetch", offset=offset, **self._where))[1])
+        while (have := sum(map(len, got))) < done["length"]:
+            got.append((await calls.call("fetch", offset=have, **self._where))[1])
         return IoctlResult(done["cpages"], done["faults"], b"".join(got))
 
     async def close(self) -> None:
@@ -136,7 +135,7 @@ class RemoteProcess:
 
     async def write(self, address: int, data: bytes | bytearray | memoryview | npt.NDArray[Any]) -> None:
         """See `Process.write`."""
-        view = memoryview(np.ascontiguousarray(data) if isinstance(data, np.ndarray) else data).cast("B")
+        view = np.ascontiguousarray(data).data.cast("B") if isinstance(data, np.ndarray) else memoryview(data).cast("B")
 
         def begin(offset: int, size: int) -> PendingReply:
             return self._calls.begin("write", bytes(view[offset : offset + size]), process=self.pid, address=address + offset)
@@ -149,7 +148,7 @@ class RemoteProcess:
         value: int | float = (await self.read_array(address, dtype, 1))[0].item()
         return value
 
-    async def store(self, address: int, value: int | float, dtype: str = "<u8") -> None:
+    async def store(self, address: int, value: float, dtype: str = "<u8") -> None:
         """See `Process.store`."""
         await self.write(address, np.array([value], dtype=dtype))
 

@@ -13,6 +13,9 @@ from __future__ import annotations
 
 import errno as _errno
 
+_NAMES = {**_errno.errorcode, _errno.EOPNOTSUPP: "EOPNOTSUPP"}
+"""ENOTSUP has the same number, and is what Python calls it; the kernel has no ENOTSUP."""
+
 
 class HmmnetError(Exception):
     """Root of everything that hmmnet raises on purpose."""
@@ -26,7 +29,7 @@ class KernelError(HmmnetError):
 
     def __init__(self, code: int, call: str, why: str) -> None:
         self.code = code
-        self.name = _errno.errorcode.get(code, str(code))
+        self.name = _NAMES.get(code, str(code))
         self.call = call
         self.why = why
         super().__init__(f"{call}: {self.name}: {why}")

@@ -15,7 +15,8 @@ PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent(parent_pid: int | None = None, signal_number: int = signal.SIGKILL) -> None:
-    """Ask the kernel to send this process `signal_number` when its parent (the thread that forked it) ends; to be called from the main thread.
+    """Ask the kernel to send this process `signal_number` when its parent (the thread that forked it) ends; to be called from the main
+    thread.
 
     `parent_pid` is who the parent should be: if it is gone already, this process ends here. None takes whoever it is now.
     """

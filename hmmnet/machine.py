@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -21,10 +21,12 @@ import trio
 
 from hmmnet.errors import HmmnetError
 from hmmnet.fabric.clock import EmulatedClock
-from hmmnet.launch.crew import READY_S, Crew
-from hmmnet.launch.directory import DeviceRecord, Directory, MachineRecord, new_record
-from hmmnet.launch.processes import raise_file_limit
-from hmmnet.launch.zygote import ZygoteClient
+from hmmnet.fabric.measure import choose_rate, measure_bytes_per_s
+from hmmnet.launcher.crew import READY_S, Crew
+from hmmnet.launcher.directory import DeviceRecord, Directory, MachineRecord, new_record
+from hmmnet.launcher.processes import raise_file_limit
+from hmmnet.launcher.rate import Rate, check_rate
+from hmmnet.launcher.zygote import ZygoteClient
 from hmmnet.observe.logs import log_to, stop_logging
 from hmmnet.program import Process
 from hmmnet.topology.load import load
@@ -33,12 +35,11 @@ from hmmnet.wire.transport import Transport
 from hmmnet.wire.zmq_transport import ZmqTransport
 
 from .blocking import Blocking, BlockingMachine, only_error
-from .launch.rate import Rate, emulated_rate
 
 HOST = "modelled"
 """The address-space provider; its class is found through the entry point group ``hmmnet.host``."""
 
-log = logging.getLogger("hmmnet.launch")
+log = logging.getLogger("hmmnet.launcher")
 _numbers = itertools.count(1)
 
 
@@ -52,7 +53,7 @@ class Host(Protocol):
         """Serve while the block runs; devices are told goodbye at its end."""
         ...
 
-    async def device_ready(self, name: str) -> Any:
+    async def device_ready(self, name: str) -> None:
         """Return when the device called `name` is welcomed and serves."""
         ...
 
@@ -161,11 +162,43 @@ async def machine_directory(record: MachineRecord) -> AsyncIterator[Directory]:
         directory.remove()
 
 
+async def serve(host: Host, end: trio.Event, *, task_status: trio.TaskStatus[trio.Event]) -> None:
+    """Run the host until `end` is set; what is started with is an event that says that it is over."""
+    over = trio.Event()
+    try:
+        async with host.running():
+            task_status.started(over)
+            await end.wait()
+    finally:
+        over.set()
+
+
+async def to_its_end(function: Callable[..., Awaitable[None]], *arguments: Any, **keywords: Any) -> None:
+    """Run `function` whatever is cancelled around it: a host that is cancelled with its program could not say goodbye any more."""
+    with trio.CancelScope(shield=True):
+        await function(*arguments, **keywords)
+
+
+async def wait_shielded(event: trio.Event) -> None:
+    """Wait also when cancelled."""
+    with trio.CancelScope(shield=True):
+        await event.wait()
+
+
+async def choose_rate_for(topology: Topology, wire: Transport, transport: Literal["ipc", "tcp"], sockets: Path) -> float:
+    """``auto``: measure what this computer moves, and slow the clock so that the topology's links hold."""
+    endpoint = f"ipc://{sockets / 'measure'}" if transport == "ipc" else "tcp://127.0.0.1:*"
+    measured = await measure_bytes_per_s(wire, endpoint, EmulatedClock())
+    rate = choose_rate(topology, measured)
+    log.info("the clock runs at rate %g", rate, extra={"fields": {"measured_bytes_per_s": round(measured)}})
+    return rate
+
+
 @asynccontextmanager
 async def embedded(topology: Topology, name: str, rate: Rate, transport: Literal["ipc", "tcp"]) -> AsyncIterator[LaunchedMachine]:
     """Run a machine with the host in this trio run."""
     raise_file_limit()
-    record = new_record(name, topology, "program")
+    record = new_record(name, topology.name, "program")
     async with AsyncExitStack() as stack:
         directory = await stack.enter_async_context(machine_directory(record))
         stack.callback(stop_logging, log_to(directory.logs, "host"))
@@ -179,14 +212,17 @@ async def embedded(topology: Topology, name: str, rate: Rate, transport: Literal
         crew = Crew(topology, directory, ZygoteClient(), changed=save, lost=lost)
         record.devices = list(crew.records.values())
         nursery = await stack.enter_async_context(trio.open_nursery())
-        stack.callback(nursery.cancel_scope.cancel)
         stack.push_async_callback(crew.end)
-        nursery.start_soon(crew.run)
+        nursery.start_soon(to_its_end, crew.run)
         clock = EmulatedClock()
         wire: Transport = stack.enter_context(ZmqTransport())
-        clock.set_rate(await emulated_rate(rate, topology, directory.path.parent))
-        host: Host = host_class()(topology, wire, Path(record.sockets or directory.path), directory.secret(), clock, name)
-        await stack.enter_async_context(host.running())
+        sockets = Path(record.sockets or directory.path)
+        clock.set_rate(await choose_rate_for(topology, wire, transport, sockets) if rate == "auto" else rate)
+        host: Host = host_class()(topology, wire, sockets, directory.secret(), clock, name, scheme=transport)
+        end = trio.Event()
+        ended = await nursery.start(to_its_end, serve, host, end)
+        stack.push_async_callback(wait_shielded, ended)
+        stack.callback(end.set)
         stack.callback(crew.expect_end)
         await start_devices(host, crew)
         record.rate, record.state, record.client_endpoint = clock.rate, "running", host.client_endpoint
@@ -212,11 +248,10 @@ class Launch:
         with only_error():
             return await self._inside.__aenter__()
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool | None:
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         assert self._inside is not None
         with only_error(error):
-            return await self._inside.__aexit__(kind, error, trace)
-        return None
+            await self._inside.__aexit__(kind, error, trace)
 
     def __enter__(self) -> LaunchedBlockingMachine:
         self._blocking = Blocking(lambda: Launch(self._topology, self._name, self._rate, self._transport))
@@ -255,8 +290,8 @@ def launch(
 ) -> Launch:
     """Start a machine for this program: ``async with hmmnet.launch(...) as machine`` under trio, ``with ...`` in scripts and notebooks.
 
-    `topology` is a preset's name, a TOML file or a `Topology`. `rate` is how many emulated seconds a real one has; ``auto`` measures what this
-    computer moves and slows the emulated clock so that the links hold. `name` is how ``hmmnet ps`` shows it. Raises
+    `topology` is a preset's name, a TOML file or a `Topology`. `rate` is how many emulated seconds a real one has; ``auto`` measures what
+    this computer moves and slows the emulated clock so that the links hold. `name` is how ``hmmnet ps`` shows it. Raises
     TopologyError here; entering raises MachineExists when `name` is taken, and HmmnetError when a device does not start.
     """
-    return Launch(topology if isinstance(topology, Topology) else load(topology), name, rate, transport)
+    return Launch(topology if isinstance(topology, Topology) else load(topology), name, check_rate(rate), transport)

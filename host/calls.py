@@ -116,7 +116,7 @@ def serves(struct: type[T]) -> Callable[[Serve[T]], Serve[T]]:
     """Register the decorated function as the operation of its name, with arguments `struct`."""
 
     def register(serve: Serve[T]) -> Serve[T]:
-        name: str = serve.__name__  # type: ignore[attr-defined]
+        name: str = serve.__name__
         assert name not in _OPERATIONS, f"operation {name} is served twice"
         _OPERATIONS[name] = (struct, serve)
         return serve

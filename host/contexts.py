@@ -1,7 +1,7 @@
 """Open devices: which process has which device open, and what opening and closing mean.
 
-A *context* is one process's mirror on one life of a device. It is shared and counted: the first `get` opens it on the device, the last `put` closes
-it. A device whose process died takes its contexts along; the next `get` opens one on the device's next life.
+A *context* is one process's mirror on one life of a device. It is shared and counted: the first `get` opens it on the device, the last
+`put` closes it. A device whose process died takes its contexts along; the next `get` opens one on the device's next life.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What the host knows of one device: its place in the machine, the life it is in, and the contexts that processes opened on it.
 
-A device of the topology has many *lives*: it connects, dies, and may come back as a new incarnation with empty memory. Every life has a frame
-zone of its own, so that a frame of a dead life is never mistaken for one of the present.
+A device of the topology has many *lives*: it connects, dies, and may come back as a new incarnation with empty memory. Every life has a
+frame zone of its own, so that a frame of a dead life is never mistaken for one of the present.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Device memory as Linux sees it: page maps that appear and go away with their devices (mm/memremap.c, today's struct dev_pagemap).
 
-A page map gives the frames of a device's zone their struct pages. An idle frame has reference count `IDLE_REFCOUNT`; the last reference to a
-page that is let go of calls the driver's ``folio_free``. That call can come from anywhere (munmap, exit, the end of a migration), so it
+A page map gives the frames of a device's zone their struct pages. An idle frame has reference count `IDLE_REFCOUNT`; the last reference
+to a page that is let go of calls the driver's ``folio_free``. That call can come from anywhere (munmap, exit, the end of a migration), so it
 must not wait: frames are gathered and told in one note a little later, and in any case before the device is asked for anything else.
 
 Removing a page map waits, in the kernel, for the last reference, and hangs for ever when somebody leaks one. Here it does not hang: it says
@@ -52,11 +52,11 @@ class PageMap:
     @property
     def used_pages(self) -> int:
         """Frames with a reference."""
-        return int(np.count_nonzero(self.zone.refcount != IDLE_REFCOUNT))
+        return int(np.count_nonzero(self.zone.refcount[: self.zone.offered] != IDLE_REFCOUNT))
 
     def used_frames(self) -> Words:
         """Frames with a reference, ascending."""
-        return np.flatnonzero(self.zone.refcount != IDLE_REFCOUNT).astype(np.uint64) + np.uint64(self.zone.base)
+        return np.flatnonzero(self.zone.refcount[: self.zone.offered] != IDLE_REFCOUNT).astype(np.uint64) + np.uint64(self.zone.base)
 
     def holders(self) -> Iterator[Holder]:
         """Everybody who keeps a frame."""
@@ -79,11 +79,10 @@ class PageMap:
         self._memory.remove_device(self.zone.number)
 
     def lose(self, cause: str) -> None:
-        """The device died with its memory: an access to a page whose only copy was there is a SIGBUS that names `cause`.
+        """The device died with its memory: an access to a page whose only copy was there is a SIGBUS that names `cause`."""
+        self._memory.zone_lost(self.zone.number, cause)
 
-        Without such pages the map goes away at once.
-        """
-        if self.used_pages:
-            self._memory.zone_lost(self.zone.number, cause)
-        else:
+    def bury(self) -> None:
+        """Nothing is under way to or from the lost device any more: without pages that were lost with it, the map goes away."""
+        if not self.used_pages:
             self._memory.remove_device(self.zone.number)

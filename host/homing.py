@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
+from itertools import pairwise
 
 import numpy as np
 
@@ -84,10 +85,12 @@ class Homing:
     async def _bring(self, space: Space, link: DeviceLink, migration: Migration) -> int:
         """Copy and change over what `migration` collected; returns how many pages moved."""
         source = migration.source
-        going = source & MIGRATE != 0
+        going = source & (MIGRATE | VALID) == MIGRATE | VALID  # a never-touched page is collected too, and has nothing to bring
         whole = bool(going.all())
         pages = migration.pages if whole else migration.pages[going]
         if len(pages) == 0:
+            space.migrate_pages(migration)  # without a destination nothing moves
+            space.migrate_finalize(migration)
             return 0
         frames = (source if whole else source[going]) >> SHIFT
         try:
@@ -183,4 +186,4 @@ def exact_runs(pages: Words) -> list[tuple[int, int]]:
     bounds = run_bounds(pages)
     if len(bounds) - 1 > EXACT_RUNS_MAX:
         return [(int(pages[0]), int(pages[-1]) + 1)]
-    return [(int(pages[low]), int(pages[high - 1]) + 1) for low, high in zip(bounds[:-1], bounds[1:], strict=True)]
+    return [(int(pages[low]), int(pages[high - 1]) + 1) for low, high in pairwise(bounds)]

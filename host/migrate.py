@@ -65,6 +65,7 @@ class MigrateVma:
         self.parts: list[Migration] = []
         """One for each VMA."""
         self.errno = 0
+        self._over = False
 
     async def setup(self, start: int, end: int) -> None:
         """migrate_vma_setup for each VMA of [start, end), as drivers loop over a range; stops with `errno` at the first that will not do."""
@@ -109,12 +110,18 @@ class MigrateVma:
                 self.space.migrate_pages(part)
 
     def finalize(self) -> None:
-        """migrate_vma_finalize."""
+        """migrate_vma_finalize. Does nothing when the migration is over."""
+        if self._over:
+            return
+        self._over = True
         for part in self.parts:
             self.space.migrate_finalize(part)
 
     def give_up(self) -> None:
-        """Nothing moves: put every page back where it was, whatever step was reached."""
+        """Nothing moves: put every page back where it was, whatever step was reached. Does nothing when the migration is over."""
+        if self._over:
+            return
+        self._over = True
         for part in self.parts:
             self.space.migrate_restore(part)
             part.target[:] = 0
@@ -143,6 +150,7 @@ class Grant:
             if self.zone.flags[where].any():
                 raise ProtocolError(f"{self.zone.owner} offers frames that it has offered to another migration")
             self.zone.flags[where] = LOCKED
+            self.zone.offered = max(self.zone.offered, int(self._offered.max()) - self.zone.base + 1)
 
     def release(self) -> None:
         """Unlock what was not used."""
@@ -152,8 +160,12 @@ class Grant:
             self.zone.flags[where] = np.where(idle, np.uint32(0), self.zone.flags[where])
 
 
-Announce = Callable[[Outcome], Awaitable[None]]
-"""Tell the driver what moved, and return when its table is up to date. Raises PeerLost when it is gone."""
+Announce = Callable[[Outcome, Callable[[], None]], Awaitable[None]]
+"""Tell the driver what moved, and return when its table is up to date. Raises PeerLost when it is gone.
+
+The second argument finalizes. It is called at the very moment at which the driver says that it is done, before anything that it
+says next is looked at: who asked the driver for the migration finds no migration entries when it hears of its end.
+"""
 
 
 async def migrate_to_device(
@@ -177,12 +189,11 @@ async def migrate_to_device(
             domain.revoke_pages(work.pages[moved])
             words = np.zeros(count, dtype=np.uint64)
             words[: len(source)] = source
-            await announce(Outcome(words, work.errno))
+            await announce(Outcome(words, work.errno), work.finalize)
+            work.finalize()
         except BaseException:
             work.give_up()
             raise
-        else:
-            work.finalize()
         finally:
             domain.resume(work.pages)
             grant.release()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -72,12 +73,13 @@ class Handle:
 class Process:
     """See `hmmnet.program.Process`."""
 
-    def __init__(self, pid: int, space: Space, contexts: Contexts, homing: Homing) -> None:
+    def __init__(self, pid: int, space: Space, contexts: Contexts, homing: Homing, on_exit: Callable[[int], None]) -> None:
         self.pid = pid
         self.space = space
         self.contexts = contexts
         self.ended = False
         self._homing = homing
+        self._on_exit = on_exit
         self._own: dict[str, Context] = {}
         """Contexts that jobs and migrations of this process opened; they stay open until it exits."""
         self._heap = 0
@@ -129,7 +131,7 @@ class Process:
         value: int | float = np.frombuffer(await self.space.load(address, kind.itemsize), dtype=kind)[0].item()
         return value
 
-    async def store(self, address: int, value: int | float, dtype: str = "<u8") -> None:
+    async def store(self, address: int, value: float, dtype: str = "<u8") -> None:
         """CPU store of one value."""
         await self.space.store(address, np.array([value], dtype=dtype).tobytes())
 
@@ -214,6 +216,7 @@ class Process:
         self.ended = True
         await self.space.exit()
         await self.contexts.drop(self.space)
+        self._on_exit(self.pid)
 
     def _alive(self, call: str) -> None:
         if self.ended:

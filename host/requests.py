@@ -10,12 +10,15 @@ Handlers that can answer at once are plain functions, which the session runs in 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
 import trio
 
 from hmmnet.errors import PeerLost, ProtocolError
+from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.pages import (
     PAGES_MAX,
     Words,
@@ -27,8 +30,8 @@ from hmmnet.wire.messages import (
     Evict,
     Evicted,
     Migrate,
-    MigrateDone,
     Migrated,
+    MigrateDone,
     RangeFault,
     RangeFaulted,
     Subscribe,
@@ -49,14 +52,23 @@ TABLE_UPDATE_S = 2.0
 """Real seconds that a device gets between `Migrated` and `MigrateDone`, heartbeats or not, before it counts as broken."""
 
 
+@dataclass(eq=False)
+class TableUpdate:
+    """A migration that waits for its device: what is to be done at `MigrateDone`, and who is to be woken."""
+
+    finalize: Callable[[], None]
+    done: trio.Event = field(default_factory=trio.Event)
+
+
 class Requests:
     """Serves the control requests of one life of a device. Migrations run on in `nursery` after their reply."""
 
-    def __init__(self, life: Life, homing: Homing, nursery: trio.Nursery) -> None:
+    def __init__(self, life: Life, homing: Homing, clock: EmulatedClock, nursery: trio.Nursery) -> None:
         self._life = life
+        self._clock = clock
         self._homing = homing
         self._nursery = nursery
-        self._table_updates: dict[int, trio.Event] = {}
+        self._table_updates: dict[int, TableUpdate] = {}
         self._migrations = 0
 
     def attach(self, session: Session) -> None:
@@ -103,7 +115,7 @@ class Requests:
         request = Request(
             message.start, message.pages, self._life.zone, message.default_flags, message.flags_mask, inputs if len(inputs) else None
         )
-        deadline = trio.current_time() + message.timeout_ms / 1000 if message.timeout_ms > 0 else math.inf
+        deadline = trio.current_time() + self._clock.real(message.timeout_ms / 1000) if message.timeout_ms > 0 else math.inf
         sequence, words = await range_fault(context.space, context.hub, subscription, request, deadline)
         context.domain.grant(message.start, words)
         return RangeFaulted(sequence, to_wire(words))
@@ -113,6 +125,7 @@ class Requests:
     async def migrate(self, message: Migrate) -> Migrated:
         """migrate_vma. Raises KernelError(ESRCH, ENOMEM)."""
         context = self._life.context(message.context)
+        self._life.link.flush_freed()
         self._check_range(message.start, message.pages, "Migrate")
         if message.direction == "system":
             done = await self._homing.migrate_to_system(context.space, self._life.link, message.start, message.start + message.pages)
@@ -133,19 +146,19 @@ class Requests:
         """The whole migration; it has started, for whoever waits for the reply, when there is one."""
         replied = False
 
-        async def announce(outcome: Outcome) -> None:
+        async def announce(outcome: Outcome, finalize: Callable[[], None]) -> None:
             nonlocal replied
             replied = True
             moved = outcome.moved
             self._migrations += bool(moved)
             number = self._migrations if moved else 0
-            updated = self._table_updates[number] = trio.Event()
             task_status.started(Migrated(number, to_wire(outcome.words), moved, outcome.errno))
-            try:
-                if moved:
-                    await self._table_updated(updated)
-            finally:
-                del self._table_updates[number]
+            if moved:
+                update = self._table_updates[number] = TableUpdate(finalize)
+                try:
+                    await self._table_updated(update)
+                finally:
+                    del self._table_updates[number]
 
         try:
             await migrate_to_device(
@@ -155,20 +168,21 @@ class Requests:
             if not replied:
                 raise
 
-    async def _table_updated(self, updated: trio.Event) -> None:
+    async def _table_updated(self, update: TableUpdate) -> None:
         link = self._life.link
         async with link.transfer():
-            with trio.move_on_after(TABLE_UPDATE_S) as limit:
-                await updated.wait()
+            with trio.move_on_after(self._clock.real(TABLE_UPDATE_S)) as limit:
+                await update.done.wait()
             if limit.cancelled_caught:
                 link.condemn(f"it did not say that its table is up to date within {TABLE_UPDATE_S:g} s")
                 raise link.lost_error()
 
     def migrate_done(self, message: MigrateDone) -> None:
         """The device has updated its table."""
-        updated = self._table_updates.get(message.migration)
-        if updated is not None:
-            updated.set()
+        update = self._table_updates.get(message.migration)
+        if update is not None:
+            update.finalize()
+            update.done.set()
 
     async def evict(self, message: Evict) -> Evicted:
         """migrate_device_range. Raises KernelError(ENOMEM)."""

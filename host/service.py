@@ -3,41 +3,39 @@
 `Host` runs as tasks of whoever enters `running`: a program that embeds it (`hmmnet.launch`), or the host process (`__main__.py`). Devices
 connect to the control endpoint, programs in other processes to the client endpoint; both say hello with the machine's secret.
 
-**When a device is lost** its session ends first (it said BYE, fell silent, was replaced, or the launcher saw its process end). Then, in one
-synchronous step: no new work reaches it, its transfers are cancelled, and the migrations that waited for them give up, which puts the
-pages in transit back. Once its contexts have left the hubs and it is fenced, its zone is marked lost, and from then on a CPU access to a page that was
-only there is a SIGBUS that names device and cause.
+**When a device is lost** its session ends first: it said BYE, fell silent, was replaced, or the launcher saw its process end. At that
+moment, in one step: no new work reaches it, its transfers are cancelled, and its zone is marked lost, so that a CPU access to a page that
+was only there is a SIGBUS that names device and cause. Migrations that were under way give up, which puts the pages in transit back.
+Then, in a task: its contexts leave the hubs, the fence is waited for, and what is left of its page map goes away.
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import secrets
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import trio
 
-from hmmnet.errors import HmmnetError, KernelError, PeerLost
+from hmmnet.errors import PeerLost
 from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.fabric.dma import BulkReceiver, BulkSender
-from hmmnet.pages import DEVICE_ZONE_MIN, ZONES_MAX
 from hmmnet.topology import Topology
 from hmmnet.wire.exchange import HEARTBEAT_S, LEASE_S, RETRY_S
-from hmmnet.wire.messages import Call, Hello, Rate, Refused, Result, Welcome, Zone
+from hmmnet.wire.messages import Call, Hello, Rate
 from hmmnet.wire.server import Server
 from hmmnet.wire.session import Session
-from hmmnet.wire.transport import Transport
+from hmmnet.wire.transport import Listener, Transport
 
 from .admission import Admission, Connecting
 from .calls import Client
 from .contexts import Contexts
 from .device import Device, Life
+from .devmem import PageMap
 from .dma import Dma
 from .homing import Homing
 from .hub import Hub
@@ -48,4 +46,264 @@ from .mm.space import Space
 from .process import Process
 from .requests import Requests
 
+PID_FIRST = 1000
+"""Pids below could be mistaken for something of the computer's own."""
+
 log = logging.getLogger("hmmnet.host")
+
+
+class Host:
+    """A machine's host. `directory` is where ipc endpoints lie; `scheme` is ``ipc``, ``tcp`` (loopback) or ``mem``. Times are real seconds."""
+
+    def __init__(
+        self,
+        topology: Topology,
+        transport: Transport,
+        directory: Path,
+        secret: bytes,
+        clock: EmulatedClock,
+        name: str = "machine",
+        *,
+        scheme: str = "ipc",
+        heartbeat_s: float = HEARTBEAT_S,
+        lease_s: float = LEASE_S,
+        retry_s: float = RETRY_S,
+    ) -> None:
+        self.topology = topology
+        self.name = name
+        self.clock = clock
+        self.memory = PhysicalMemory()
+        for node in topology.nodes:
+            self.memory.add_node(node.name, node.pages)
+        self.interconnect = Interconnect(topology, clock, self.memory)
+        self.devices = {spec.name: Device(spec) for spec in topology.devices}
+        self.spaces: dict[int, Space] = {}
+        self.hubs: dict[int, Hub] = {}
+        self.links: dict[int, SessionLink] = {}
+        """Living devices by zone."""
+        self.homing = Homing(self.memory, self.links, self.spaces, self._context_of, self.interconnect.profile, clock.now)
+        self.contexts = Contexts(self.devices, self.hubs, self.interconnect.profile)
+        self._transport = transport
+        self._secret = secret
+        self._directory = directory
+        self._scheme = scheme
+        self._heartbeat_s, self._lease_s, self._retry_s = heartbeat_s, lease_s, retry_s
+        self._dma: dict[str, Dma] = {}
+        self._pid_next = PID_FIRST
+        self._servers: list[Server] = []
+        self._nursery: trio.Nursery | None = None
+        self._ending = False
+        self.on_change: Callable[[str, str, str], None] | None = None
+        """Called with (device, ``ready`` or ``lost``, how) whenever a device comes or goes, until the machine ends."""
+        self.control_endpoint = ""
+        """Where devices connect, while the host runs."""
+        self.client_endpoint = ""
+        """Where programs connect, while the host runs."""
+
+    # --- serving --------------------------------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[Host]:
+        """Serve while the block runs. At its end every peer is told goodbye. Raises HmmnetError when an endpoint cannot be bound."""
+        admission = Admission(
+            self.topology, self._transport, self.clock, self.memory, self._endpoint, secrets.randbits(62), self._lease_s
+        )
+        async with AsyncExitStack() as stack:
+            control = await self._listen(stack, "control")
+            clients = await self._listen(stack, "client")
+            self.control_endpoint, self.client_endpoint = control.endpoint, clients.endpoint
+
+            def device_joined(session: Session, hello: Hello) -> None:
+                self._device_joined(session, hello, admission.connecting(hello.name))
+
+            async with trio.open_nursery() as self._nursery:
+                for listener, welcome, joined in (
+                    (control, admission.device, device_joined),
+                    (clients, admission.program, self._program_joined),
+                ):
+                    real = self.clock.real
+                    server = Server(
+                        listener, self._secret, welcome, joined, real(self._heartbeat_s), real(self._lease_s), real(self._retry_s)
+                    )
+                    self._servers.append(server)
+                    await self._nursery.start(server.run)
+                try:
+                    yield self
+                finally:
+                    self._ending = True
+                    with trio.CancelScope(shield=True):
+                        await self._goodbye()
+                    self._nursery.cancel_scope.cancel()
+
+    def _endpoint(self, name: str) -> str:
+        if self._scheme == "tcp":
+            return "tcp://127.0.0.1:*"
+        return f"mem://{self.name}/{name}" if self._scheme == "mem" else f"ipc://{self._directory / name}"
+
+    async def _listen(self, stack: AsyncExitStack, name: str) -> Listener:
+        listener = self._transport.listen(self._endpoint(name))
+
+        async def close() -> None:
+            with trio.CancelScope(shield=True):
+                await listener.aclose()
+
+        stack.push_async_callback(close)
+        return listener
+
+    async def _goodbye(self) -> None:
+        async with trio.open_nursery() as nursery:
+            for server in self._servers:
+                nursery.start_soon(server.bye)
+
+    # --- devices --------------------------------------------------------------------------------------------------------------
+
+    def _device_joined(self, session: Session, hello: Hello, connecting: Connecting) -> None:
+        spec, zone = connecting.spec, connecting.zone
+        sender, receiver = BulkSender(connecting.bulk_in, self.clock), BulkReceiver(connecting.bulk_out, self.clock)
+        link = SessionLink(spec, zone, session, sender, receiver, self.interconnect, self._lease_s)
+        life = Life(spec, hello.incarnation, hello.pid, link, PageMap(self.memory, link, spec.pages))
+        self.links[zone] = link
+        self.devices[spec.name].begin(life)
+        over = trio.Event()
+
+        def lost(cause: PeerLost) -> None:
+            log.log(logging.INFO if self._ending else logging.WARNING, "device %s is lost: %s", spec.name, cause)
+            self.links.pop(zone, None)
+            self.devices[spec.name].end(life, str(cause))
+            life.page_map.lose(str(cause))
+            over.set()
+            self._tell(spec.name, "lost", str(cause))
+
+        session.on_lost(lost)
+        assert self._nursery is not None, "peers join while the host runs"
+        self._nursery.start_soon(self._live, life, session, connecting, over)
+        self._tell(spec.name, "ready", "")
+
+    def _tell(self, device: str, state: str, how: str) -> None:
+        if self.on_change is not None and not self._ending:
+            self.on_change(device, state, how)
+
+    async def _live(self, life: Life, session: Session, connecting: Connecting, over: trio.Event) -> None:
+        """Everything that runs for one life of a device, and its burial."""
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(life.link.sender.run)
+                nursery.start_soon(life.link.receiver.run)
+                nursery.start_soon(life.link.run)
+                Requests(life, self.homing, self.clock, nursery).attach(session)
+                dma = self._dma[life.name] = Dma(life, self.interconnect, nursery)
+                dma.attach(session)
+                await over.wait()
+                nursery.cancel_scope.cancel()
+            for context in list(life.contexts.values()):
+                await context.unsubscribe_all()
+            await life.link.fenced()
+            life.contexts.clear()
+            life.link.domains.clear()
+            life.page_map.bury()
+        finally:
+            with trio.CancelScope(shield=True):
+                await connecting.bulk_in.aclose()
+                await connecting.bulk_out.aclose()
+
+    async def device_ready(self, name: str) -> None:
+        """Return when the device called `name` has been welcomed. Raises KernelError(ENOENT)."""
+        await self.contexts.device(name).ready()
+
+    def device_exited(self, name: str, how: str) -> None:
+        """The launcher saw the device's process end: no lease needs to be waited out."""
+        life = self.contexts.device(name).life
+        if life is not None:
+            life.link.gone(how)
+
+    def _context_of(self, process: int, zone: int) -> int:
+        """The number of a process's context on a living device, 0 for none."""
+        link = self.links.get(zone)
+        if link is not None:
+            life = self.devices[link.name].life
+            context = None if life is None else life.context_of(process)
+            if context is not None:
+                return context.number
+        return 0
+
+    # --- programs -------------------------------------------------------------------------------------------------------------
+
+    def _program_joined(self, session: Session, hello: Hello) -> None:
+        client = Client(self)
+        session.on(Call, client.call)
+        assert self._nursery is not None, "peers join while the host runs"
+        nursery = self._nursery
+
+        def lost(cause: PeerLost) -> None:
+            log.info("program %s is gone: %s", hello.name, cause)
+            nursery.start_soon(client.gone)
+
+        session.on_lost(lost)
+
+    @property
+    def device_names(self) -> tuple[str, ...]:
+        """The devices of the topology, in its order."""
+        return self.topology.device_names
+
+    def emulated_s(self) -> float:
+        """The machine's clock, in emulated seconds."""
+        return self.clock.now()
+
+    async def create_process(self) -> Process:
+        """A new, empty process."""
+        pid = self._pid_next
+        self._pid_next += 1
+        hub = Hub()
+        space = Space(pid, self.memory, hub, self.homing.migrate_to_ram)
+        self.spaces[pid], self.hubs[pid] = space, hub
+        return Process(pid, space, self.contexts, self.homing, self._process_ended)
+
+    def _process_ended(self, pid: int) -> None:
+        self.spaces.pop(pid, None)
+        self.hubs.pop(pid, None)
+
+    def set_rate(self, rate: float) -> None:
+        """The emulated clock goes on at `rate` emulated seconds for each real one, here and at every peer."""
+        self.clock.set_rate(rate)
+        note = Rate(self.clock.epoch_monotonic_s, self.clock.epoch_emulated_s, self.clock.rate)
+        for server in self._servers:
+            for session in server.sessions:
+                session.note(note)
+
+    # --- figures --------------------------------------------------------------------------------------------------------------
+
+    async def report(self) -> dict[str, Any]:
+        """What the run did so far, as plain data.
+
+        ``links``: per link and direction what was asked and reached, and whether the emulation kept up; ``profile``: rows that
+        `hmmnet.observe.counters.Profile.from_json` reads; ``devices``, by name; the clock's ``rate`` and ``emulated_s``.
+        """
+        return {
+            "name": self.name,
+            "topology": self.topology.name,
+            "rate": self.clock.rate,
+            "emulated_s": self.clock.now(),
+            "links": [asdict(link) for link in self.interconnect.arbiter.report()],
+            "profile": self.interconnect.profile.as_json(),
+            "devices": {name: self._device_figures(device) for name, device in self.devices.items()},
+            "processes": len(self.spaces),
+            "refused_peers": sum(server.refused_count for server in self._servers),
+        }
+
+    def _device_figures(self, device: Device) -> dict[str, Any]:
+        life, dma = device.life, self._dma.get(device.spec.name)
+        return {
+            "model": device.spec.model,
+            "kind": device.spec.kind,
+            "state": "ready" if life is not None else "lost" if device.last_loss else "starting",
+            "lives": device.lives,
+            "last_loss": device.last_loss,
+            "pid": 0 if life is None else life.pid,
+            "zone": 0 if life is None else life.zone,
+            "pages": device.spec.pages,
+            "pages_used": 0 if life is None else life.page_map.used_pages,
+            "contexts": 0 if life is None else len(life.contexts),
+            "jobs": 0 if life is None else life.jobs,
+            "iommu_refused": 0 if dma is None else dma.refused,
+            "iommu_last": "" if dma is None else dma.last_refusal,
+        }

@@ -22,6 +22,7 @@ class Inside:
     def __init__(self) -> None:
         self.left = False
         self.cancelled = False
+        self.waits = threading.Event()
 
     async def double(self, value: int) -> int:
         await trio.lowlevel.checkpoint()
@@ -31,6 +32,7 @@ class Inside:
         raise KernelError(22, "mmap", "no")
 
     async def forever(self) -> None:
+        self.waits.set()
         try:
             await trio.sleep_forever()
         finally:
@@ -92,8 +94,7 @@ def test_calls_that_wait_when_the_machine_ends_get_an_error() -> None:
 
     thread = threading.Thread(target=wait)
     thread.start()
-    while not loop.ask(lambda: len(trio.lowlevel.current_root_task().child_nurseries)):
-        pass
+    assert value.waits.wait(5)
     loop.stop()
     thread.join(5)
     assert not thread.is_alive()
@@ -103,11 +104,16 @@ def test_calls_that_wait_when_the_machine_ends_get_an_error() -> None:
 def test_ctrl_c_cancels_the_call_and_not_the_loop() -> None:
     """KeyboardInterrupt in the calling thread; the coroutine is cancelled; the next call works."""
     loop, value = started()
-    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
-    timer.start()
+
+    def interrupt() -> None:
+        value.waits.wait(5)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    interrupter = threading.Thread(target=interrupt)
+    interrupter.start()
     with pytest.raises(KeyboardInterrupt):
         loop.call(value.forever)
-    timer.join()
+    interrupter.join()
     assert loop.call(value.double, 2) == 4
     assert value.cancelled
     loop.stop()

@@ -81,7 +81,7 @@ class PlainProcess:
     async def load(self, address: int, dtype: str = "<u8") -> int | float:
         raise AssertionError("loads are made of reads")
 
-    async def store(self, address: int, value: int | float, dtype: str = "<u8") -> None:
+    async def store(self, address: int, value: float, dtype: str = "<u8") -> None:
         raise AssertionError("stores are made of writes")
 
     async def read_array(self, address: int, dtype: str, count: int) -> npt.NDArray[Any]:
@@ -153,7 +153,11 @@ def test_remote_and_blocking_classes_fill_the_interfaces() -> None:
     from hmmnet.blocking import BlockingHandle, BlockingMachine, BlockingProcess
     from hmmnet.client import RemoteHandle, RemoteProcess
 
-    for interface, classes in ((Process, (RemoteProcess, BlockingProcess)), (Handle, (RemoteHandle, BlockingHandle)), (Machine, (RemoteMachine,))):
+    for interface, classes in (
+        (Process, (RemoteProcess, BlockingProcess)),
+        (Handle, (RemoteHandle, BlockingHandle)),
+        (Machine, (RemoteMachine,)),
+    ):
         wanted = {name for name in vars(interface) if not name.startswith("_")}
         for kind in classes:
             assert wanted <= set(dir(kind)), kind
@@ -162,7 +166,7 @@ def test_remote_and_blocking_classes_fill_the_interfaces() -> None:
 
 async def test_machine_operations() -> None:
     """Names, report, clock, processes."""
-    async with world() as (remote, machine):
+    async with world() as (remote, _):
         assert remote.device_names == ("gpu0", "gpu1")
         assert (await remote.report())["links"]["pcie0"]["kept_up"] is True
         assert 5.0 <= remote.emulated_s() < 35.0
@@ -205,7 +209,11 @@ async def test_system_calls_with_their_arguments_and_errors() -> None:
         await process.madvise(BASE, 4096, "DONTNEED")
         assert await process.malloc(10) == BASE + 64
         assert await process.migrate(BASE, 4096, "gpu1") == 2048
-        assert machine.processes[0].log == [("mmap", 4096, "r", 0x7000), ("mprotect", BASE, 4096, "none"), ("madvise", BASE, 4096, "DONTNEED")]
+        assert machine.processes[0].log == [
+            ("mmap", 4096, "r", 0x7000),
+            ("mprotect", BASE, 4096, "none"),
+            ("madvise", BASE, 4096, "DONTNEED"),
+        ]
         with pytest.raises(KernelError) as caught:
             await process.munmap(3, 4096)
         assert (caught.value.name, caught.value.call) == ("EINVAL", "munmap")
@@ -266,7 +274,7 @@ async def test_what_the_host_cannot_make_sense_of_is_its_refusal() -> None:
 
 async def test_a_wrong_secret_is_refused() -> None:
     """With the host's reason."""
-    async with world() as (remote, machine):
+    async with world() as (_, machine):
         transport = MemoryTransport()
 
         def joined(session: Session, hello: Hello) -> None:

@@ -18,8 +18,6 @@ from typing import Any
 import msgspec
 import numpy as np
 import trio
-from hmmnet.fabric.clock import EmulatedClock
-from hmmnet.fabric.dma import BulkReceiver, BulkSender
 
 from hmmnet.devices.bus import Bus
 from hmmnet.devices.context import Context, MirroredProcess, Traffic, pages_listed
@@ -32,11 +30,14 @@ from hmmnet.devices.policy import POLICIES
 from hmmnet.devices.servicing import FaultService, ServiceCounts
 from hmmnet.devices.spec import Spec
 from hmmnet.errors import KernelError, ProtocolError
+from hmmnet.fabric.clock import EmulatedClock
+from hmmnet.fabric.dma import BulkReceiver, BulkSender
 from hmmnet.pages import PAGES_MAX, Words
 from hmmnet.wire.messages import (
     ARGUMENT_BYTES_MAX,
     TEXT_MAX,
     CloseContext,
+    Copied,
     CopyIn,
     CopyOut,
     Finished,
@@ -209,15 +210,20 @@ class Device:
         """A stream into granted frames. Raises ProtocolError."""
         self.copies.copy_in(message)
 
-    def copy_out(self, message: CopyOut) -> None:
-        """A stream out of live frames, whose entries go first. Raises ProtocolError."""
+    def copy_out(self, message: CopyOut) -> Copied | None:
+        """A stream out of live frames (a few come with the answer), whose entries go first. Raises ProtocolError."""
         pages = pages_listed(message.pages, "CopyOut.pages")
-        frames = self.copies.copy_out(message)
+        answer: Copied | None = None
+        if message.stream:
+            frames = self.copies.copy_out(message)
+        else:
+            frames, answer = self.copies.copy_inline(message)
         opened = self.contexts.get(message.context)
         if opened is not None:
             for context in opened.context.process.contexts:
                 context.mirror.drop_pages(pages)
         self._drop_frames(np.sort(frames))
+        return answer
 
     def free_frames(self, message: FreeFrames) -> None:
         """folio_free. Raises ProtocolError."""

@@ -21,12 +21,12 @@ from errno import EFAULT, EINVAL, ENOENT, ENOMEM, EOPNOTSUPP
 
 import numpy as np
 import numpy.typing as npt
-from hmmnet.fabric.dma import UNPACED, BytesSink, BytesSource
 
 from hmmnet.devices.access import Range
 from hmmnet.devices.context import MIGRATE_PAGES_MAX, Context
 from hmmnet.devices.mirror import allows
 from hmmnet.errors import KernelError
+from hmmnet.fabric.dma import UNPACED, BytesSink, BytesSource
 from hmmnet.pages import (
     DEVICE_ZONE_MIN,
     HMM_PFN_ERROR,

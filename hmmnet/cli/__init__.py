@@ -1,4 +1,5 @@
-"""The command line: one module for each command, imported only when its command is asked for, so that the first line stands within a second.
+"""The command line: one module for each command, imported only when its command is asked for, so that the first line stands within a
+second.
 
 Errors are one line, naming place, cause and mend. Exit codes: 0 done, 1 it failed, 2 it was asked wrongly, 130 ended by Ctrl-C.
 """
@@ -60,7 +61,9 @@ def run(arguments: list[str]) -> int:
         return 0
     if name not in COMMANDS:
         kind = "option" if name.startswith("-") else "command"
-        return _complain("hmmnet", f'there is no {kind} "{name}"{did_you_mean(name, COMMANDS)}; "hmmnet --help" lists the commands', WRONG_USE)
+        return _complain(
+            "hmmnet", f'there is no {kind} "{name}"{did_you_mean(name, COMMANDS)}; "hmmnet --help" lists the commands', WRONG_USE
+        )
     return _run_command(name, arguments[1:])
 
 

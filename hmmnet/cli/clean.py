@@ -9,7 +9,7 @@ import typer
 
 def clean(as_json: Annotated[bool, typer.Option("--json", help="Print the names that were removed as a list.")] = False) -> int:
     """Remove the runtime directories of machines that are gone; running machines are not touched."""
-    from hmmnet.launch.directory import remove_stale
+    from hmmnet.launcher.directory import remove_stale
 
     removed = remove_stale()
     if as_json:

@@ -9,19 +9,21 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from hmmnet.launch.directory import Directory
+    from hmmnet.launcher.directory import Directory
 
 END_S = 5.0
 """A machine ends within a second; one that does not is killed, which nothing of it survives."""
 
 
 def down(
-    name: Annotated[str | None, typer.Argument(help='The machine; not needed when only one runs, or for "default".', show_default=False)] = None,
+    name: Annotated[
+        str | None, typer.Argument(help='The machine; not needed when only one runs, or for "default".', show_default=False)
+    ] = None,
     everything: Annotated[bool, typer.Option("--all", help="End every machine of yours.")] = False,
 ) -> int:
     """End a machine: its devices, its host, and whatever it left in its runtime directory."""
     from hmmnet.errors import HmmnetError
-    from hmmnet.launch.directory import directories, running_machine
+    from hmmnet.launcher.directory import directories, running_machine
 
     if everything:
         if name is not None:
@@ -37,7 +39,7 @@ def down(
 
 def end(directory: Directory) -> int:
     """End one machine; the exit code."""
-    from hmmnet.launch.processes import signal_process, wait_gone
+    from hmmnet.launcher.processes import signal_process, wait_gone
 
     record = directory.read()
     if record is None:
@@ -53,7 +55,10 @@ def end(directory: Directory) -> int:
     if not wait_gone(record.pid, record.process_started, END_S):
         signal_process(record.pid, record.process_started, signal.SIGKILL)
         wait_gone(record.pid, record.process_started, END_S)
-        print(f'hmmnet down: machine "{record.name}" did not end within {END_S:g} s and was killed; "hmmnet clean" removes what it left', file=sys.stderr)
+        print(
+            f'hmmnet down: machine "{record.name}" did not end within {END_S:g} s and was killed; "hmmnet clean" removes what it left',
+            file=sys.stderr,
+        )
         return 1
     print(f'machine "{record.name}" has ended')
     return 0

@@ -17,7 +17,9 @@ LEVELS = ("debug", "info", "warning", "error", "critical")
 
 
 def logs(
-    name: Annotated[str | None, typer.Argument(help='The machine; not needed when there is only one, or for "default".', show_default=False)] = None,
+    name: Annotated[
+        str | None, typer.Argument(help='The machine; not needed when there is only one, or for "default".', show_default=False)
+    ] = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what is written from now on, until Ctrl-C.")] = False,
     process: Annotated[str | None, typer.Option("--process", "-p", help="Only this process: host, launcher or a device.")] = None,
     level: Annotated[str, typer.Option(help="Only lines of at least this level: debug, info, warning, error.")] = "debug",
@@ -26,7 +28,7 @@ def logs(
     """What host and devices wrote. Works for running machines and for those that failed, until they are cleaned away."""
     from hmmnet.cli import did_you_mean
     from hmmnet.errors import HmmnetError
-    from hmmnet.launch.directory import known_machine
+    from hmmnet.launcher.directory import known_machine
 
     if level.lower() not in LEVELS:
         raise typer.BadParameter(f'there is no level "{level}"{did_you_mean(level, LEVELS)}; there are: {", ".join(LEVELS)}')
@@ -34,7 +36,9 @@ def logs(
     reader = Reader(directory.logs, process, LEVELS.index(level.lower()))
     if process is not None and process not in reader.processes() and not follow:
         names = reader.processes()
-        raise HmmnetError(f'machine "{directory.name}" has no logs of "{process}"{did_you_mean(process, names)}; there are: {", ".join(names)}')
+        raise HmmnetError(
+            f'machine "{directory.name}" has no logs of "{process}"{did_you_mean(process, names)}; there are: {", ".join(names)}'
+        )
     show(reader.read(), as_json=as_json)
     while follow:
         time.sleep(LOOK_S)

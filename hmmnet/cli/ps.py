@@ -12,7 +12,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from hmmnet.launch.directory import Directory, MachineRecord
+    from hmmnet.launcher.directory import Directory, MachineRecord
 
 DEVICES_LISTED = 16
 """A machine with more devices shows how many are in which state, and names only those that are not ready."""
@@ -23,7 +23,7 @@ def ps(
     as_json: Annotated[bool, typer.Option("--json", help="Print the records for programs.")] = False,
 ) -> int:
     """Machines that run, with their devices; and what dead machines left behind."""
-    from hmmnet.launch.directory import Directory, base_directory, directories
+    from hmmnet.launcher.directory import Directory, base_directory, directories
 
     if name is None:
         found = list(directories())
@@ -66,7 +66,7 @@ def state_of(record: MachineRecord | None, alive: bool) -> str:
 
 
 def _others() -> str:
-    from hmmnet.launch.directory import directories
+    from hmmnet.launcher.directory import directories
 
     names = [directory.name for directory in directories()]
     return f"; there are: {', '.join(names)}" if names else '; start one with "hmmnet up"'
@@ -91,10 +91,14 @@ def show(described: list[dict[str, Any]], *, everything: bool) -> None:
     gone = [entry for entry in described if not entry["alive"]]
     for entry in gone:
         if entry.get("why"):
-            console.print(f"{entry['name']}: {entry['why']}; \"hmmnet logs {entry['name']}\" tells more", markup=False, highlight=False, soft_wrap=True)
+            console.print(
+                f'{entry["name"]}: {entry["why"]}; "hmmnet logs {entry["name"]}" tells more', markup=False, highlight=False, soft_wrap=True
+            )
     if gone:
         names = ", ".join(entry["name"] for entry in gone)
-        console.print(f'left behind by machines that are gone: {names}; "hmmnet clean" removes it', markup=False, highlight=False, soft_wrap=True)
+        console.print(
+            f'left behind by machines that are gone: {names}; "hmmnet clean" removes it', markup=False, highlight=False, soft_wrap=True
+        )
 
 
 COLOURS = {"running": "green", "ready": "green", "starting": "yellow", "failed": "red", "dead": "red", "lost": "red"}

@@ -20,7 +20,9 @@ def run(
     arguments: Annotated[
         list[str] | None, typer.Argument(help="Arguments of the workload as NAME=VALUE.", metavar="[NAME=VALUE]...", show_default=False)
     ] = None,
-    topology: Annotated[str | None, typer.Option(help=f"Start a machine of this topology (default: {TOPOLOGY}).", show_default=False)] = None,
+    topology: Annotated[
+        str | None, typer.Option(help=f"Start a machine of this topology (default: {TOPOLOGY}).", show_default=False)
+    ] = None,
     on: Annotated[str | None, typer.Option(help="Use this running machine instead of starting one.", show_default=False)] = None,
     rate: Annotated[str, typer.Option(help="Emulated seconds for a real one: auto (measured) or a number.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the workload's report for programs.")] = False,
@@ -57,12 +59,14 @@ def machine_for(topology: str | None, on: str | None, rate: str) -> AbstractAsyn
 
     name = topology or TOPOLOGY
     print(f"starting {name} for this run ...", file=sys.stderr, flush=True)
-    from hmmnet.launch.rate import parse_rate
+    from hmmnet.launcher.rate import parse_rate
 
     return launch(name, rate=parse_rate(rate))
 
 
-async def _play(machine: AbstractAsyncContextManager[Any], function: Callable[..., Awaitable[Any]], given: dict[str, Any]) -> tuple[Any, float]:
+async def _play(
+    machine: AbstractAsyncContextManager[Any], function: Callable[..., Awaitable[Any]], given: dict[str, Any]
+) -> tuple[Any, float]:
     async with machine as entered:
         print(f"running {getattr(function, '__name__', 'the workload')} on {', '.join(entered.device_names)}", file=sys.stderr, flush=True)
         began_s = entered.emulated_s()
@@ -108,7 +112,8 @@ def from_file(place: str) -> Callable[..., Awaitable[Any]]:
         raise HmmnetError(f'{file} has no function "{name}"{did_you_mean(name, functions)}')
     if not inspect.iscoroutinefunction(found):
         raise HmmnetError(f"{place} is no coroutine function: a workload is written as async def {name}(machine, ...)")
-    return found
+    function: Callable[..., Awaitable[Any]] = found
+    return function
 
 
 def parse_arguments(pairs: list[str]) -> dict[str, Any]:
@@ -139,7 +144,9 @@ def check_arguments(workload: str, function: Callable[..., Any], given: Mapping[
         if name not in names and not takes_any:
             raise HmmnetError(f'{workload} has no argument "{name}"{did_you_mean(name, names)}; it takes: {", ".join(names) or "none"}')
     missing = [
-        parameter.name for parameter in parameters if parameter.name in names and parameter.default is parameter.empty and parameter.name not in given
+        parameter.name
+        for parameter in parameters
+        if parameter.name in names and parameter.default is parameter.empty and parameter.name not in given
     ]
     if missing:
         raise HmmnetError(f"{workload} needs {', '.join(f'{name}=...' for name in missing)}")

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 if TYPE_CHECKING:
-    from hmmnet.launch.directory import MachineRecord
-    from hmmnet.launch.rate import Rate
+    from hmmnet.launcher.directory import MachineRecord
+    from hmmnet.launcher.rate import Rate
     from hmmnet.topology.model import Topology
 
 NAME = "default"
@@ -30,12 +30,14 @@ def up(
 ) -> int:
     """Start a machine and hold it until Ctrl-C (or until "hmmnet down", with --detach)."""
     from hmmnet.cli import did_you_mean
-    from hmmnet.launch.directory import check_name
-    from hmmnet.launch.rate import parse_rate
+    from hmmnet.launcher.directory import check_name
+    from hmmnet.launcher.rate import parse_rate
     from hmmnet.topology.load import load
 
     if transport not in TRANSPORTS:
-        raise typer.BadParameter(f'there is no transport "{transport}"{did_you_mean(transport, TRANSPORTS)}; there are: {", ".join(TRANSPORTS)}')
+        raise typer.BadParameter(
+            f'there is no transport "{transport}"{did_you_mean(transport, TRANSPORTS)}; there are: {", ".join(TRANSPORTS)}'
+        )
     check_name(name)
     how_fast = parse_rate(rate)
     machine = load(topology)
@@ -48,8 +50,8 @@ def foreground(topology: Topology, name: str, rate: Rate, transport: Literal["ip
     """Hold the machine here; the exit code."""
     import trio
 
-    from hmmnet.launch.__main__ import stop_on_signal
-    from hmmnet.launch.supervisor import Supervisor
+    from hmmnet.launcher.__main__ import stop_on_signal
+    from hmmnet.launcher.supervisor import Supervisor
 
     async def hold(screen: Screen) -> None:
         supervisor = Supervisor(topology, name, rate, transport, screen.show)
@@ -69,11 +71,15 @@ def background(topology: Topology, name: str, rate: Rate, transport: str, *, as_
     from msgspec import to_builtins
 
     from hmmnet.errors import HmmnetError
-    from hmmnet.launch.processes import child_environment
+    from hmmnet.launcher.processes import child_environment
 
     config = {"topology": to_builtins(topology), "name": name, "rate": rate, "transport": transport}
     launcher = subprocess.Popen(
-        [sys.executable, "-m", "hmmnet.launch"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=child_environment(), start_new_session=True
+        [sys.executable, "-m", "hmmnet.launcher"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=child_environment(),
+        start_new_session=True,
     )
     assert launcher.stdin is not None, "asked for"
     assert launcher.stdout is not None, "asked for"
@@ -95,13 +101,13 @@ def background(topology: Topology, name: str, rate: Rate, transport: str, *, as_
         print(json.dumps(record))
     else:
         print(f'machine "{name}" runs in the background: {topology.name}, {count(len(topology.devices))}, process {record["pid"]}')
-        print(f'use it: hmmnet run vector_add --on {name}    see it: hmmnet ps    end it: hmmnet down {name}')
+        print(f"use it: hmmnet run vector_add --on {name}    see it: hmmnet ps    end it: hmmnet down {name}")
     return 0
 
 
 def ended(status: int) -> str:
     """How a process ended."""
-    from hmmnet.launch.processes import describe_exit
+    from hmmnet.launcher.processes import describe_exit
 
     return describe_exit(status)
 

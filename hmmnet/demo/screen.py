@@ -6,18 +6,23 @@ seen in the lines around it. Nothing waits for the end of the run except the tab
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
+from rich.table import Table
 from rich.text import Text
 
+from hmmnet.observe.counters import Profile
+from hmmnet.observe.profiler_table import profiler_table
+from hmmnet.observe.residency import ABSENT, Sample, terminal_picture
 from hmmnet.pages import PAGE_SIZE
 from hmmnet.units import show_rate, show_size, show_time
 
-from .conduct import Started
+from .conduct import Outcome, Started
 from .data import Input
 from .steps import DEMAND, Asked, Built, Checked, Event, Moved, Ran, Sampled
 from .story import Question
@@ -26,6 +31,9 @@ LABEL_WIDTH = 10
 WIDTH_MAX = 110
 """Lines longer than this are hard to read, however wide the terminal."""
 DEVICES_NAMED = 8
+PICTURE_ROWS = 6
+PICTURE_COLUMN_MIN = 4
+PICTURE_COLUMN_MAX = 14
 KERNELS = {"word_count": "word count", "tree_search": "tree search"}
 
 
@@ -52,6 +60,19 @@ class Screen:
         answers = started.answers
         common = ", ".join(f"{word} {count:,}" for word, count in answers.most_common(self._text, 4, 3))
         self.line("Python", f"{answers.words:,} words, {len(answers.counts):,} different ones ({escape(common)}): what the GPUs must find")
+
+    def finished(self, outcome: Outcome) -> None:
+        """The tables, the picture and the verdict."""
+        self._console.print()
+        self._console.print(profiler_table(Profile.from_json(outcome.report.get("profile", []))))
+        self._console.print()
+        self._console.print(Text("Where the pages live", style="italic"))
+        self._console.print(picture(self.samples, self._width))
+        self._console.print()
+        links = outcome.report.get("links", [])
+        self._console.print(links_table(links))
+        self._console.print()
+        self._console.print(Text.from_markup(verdict(outcome)), highlight=False, width=self._width)
 
     def line(self, label: str, text: str) -> None:
         """One line under a label; a long one goes on under itself."""
@@ -123,6 +144,56 @@ class Screen:
         self.line("CPU reads", f"{KERNELS[event.kernel]:<11}  {event.run:<15}  {show_time(event.seconds):>8}  {verdict}")
         if event.pages_from_devices:
             self.line("", f"[dim]{event.pages_from_devices:,} pages came home for it[/dim]")
+
+
+def picture(samples: Sequence[Sampled], width: int) -> Text:
+    """The pages of all areas, by owner, at each moment."""
+    columns = [Sample(sample.emulated_s, pages_by_owner(sample), sample.moment) for sample in samples]
+    column_width = max(PICTURE_COLUMN_MIN, width // max(len(columns), 1) - 1)
+    labelled = all(len(sample.label) <= column_width for sample in columns)
+    drawn = terminal_picture(columns, PICTURE_ROWS, min(column_width, PICTURE_COLUMN_MAX), labelled)
+    if not labelled:
+        drawn.append("\n" + "  ".join(f"{i} {sample.label}" for i, sample in enumerate(columns, 1)), style="dim")
+    return drawn
+
+
+def pages_by_owner(sample: Sampled) -> dict[str, int]:
+    """How many pages each owner holds, all areas together; the host first."""
+    pages: Counter[str] = Counter()
+    for _, residency in sample.areas:
+        for i, owner in enumerate(residency.owners):
+            pages[owner] += int((residency.pages == i).sum())
+        pages[ABSENT] += int((residency.pages == -1).sum())
+    return {owner: count for owner, count in pages.items() if count or owner == ABSENT}
+
+
+def links_table(links: Sequence[Mapping[str, Any]]) -> Table:
+    """Each direction of each link that carried something."""
+    table = Table(title="Links (emulated time)", title_justify="left", box=None, pad_edge=False)
+    for heading in ("Link", "From", "To"):
+        table.add_column(heading)
+    for heading in ("Carried", "Can do", "Asked", "Reached"):
+        table.add_column(heading, justify="right")
+    table.add_column("Emulation")
+    for link in links:
+        if link["bytes_moved"]:
+            speeds = (show_rate(link[f"{name}_bytes_per_s"]) for name in ("capacity", "asked", "reached"))
+            kept = "[green]kept up[/green]" if link["kept_up"] else "[yellow]fell behind[/yellow]"
+            table.add_row(link["link"], link["source"], link["target"], show_size(link["bytes_moved"]), *speeds, kept)
+    return table
+
+
+def verdict(outcome: Outcome) -> str:
+    """The last line."""
+    checked = sum(fact["results"] for fact in outcome.facts if fact["step"] == "check")
+    end = f"{outcome.seconds:.1f} s"
+    behind = [link for link in outcome.report.get("links", []) if link["bytes_moved"] and not link["kept_up"]]
+    note = ""
+    if behind:
+        note = f" The emulation fell behind on {len(behind)} links: their transfers took longer than the real ones would."
+    if outcome.correct:
+        return f"[bold green]RIGHT[/bold green] All {checked:,} results are what plain Python computes, in {end}.{note}"
+    return f"[bold red]WRONG[/bold red] {escape('; '.join(outcome.mistakes))} ({end}).{note}"
 
 
 def figure(counters: Mapping[str, Any], name: str) -> float:

@@ -1,9 +1,11 @@
 """Structured logs: one JSON object a line, one file a process, written so that a full disk cannot stop a machine.
 
-Everybody logs through the standard `logging` (``logging.getLogger("hmmnet.ROOM")``); ``extra={"fields": {...}}`` adds figures by name. A line holds
+Everybody logs through the standard `logging` (``logging.getLogger("hmmnet.ROOM")``); ``extra={"fields": {...}}`` adds figures by name. A
+line holds
 ``time_s`` (Unix time), ``process``, ``pid``, ``level``, ``logger``, ``text``, the fields, and ``traceback`` where there is one.
 
-What cannot be written is dropped: the first failure is said on stderr, once, with its cause; the next line that can be written says how many
+What cannot be written is dropped: the first failure is said on stderr, once, with its cause; the next line that can be written says how
+many
 were lost. A file has a limit; past it, it becomes the ``.old`` one and a new one begins, so that a process holds at most twice the limit.
 """
 
@@ -44,7 +46,12 @@ class JsonLines(logging.Handler):
             line = self._line(record)
         except Exception as error:  # noqa: BLE001 - a text that cannot be formatted is a bug of the caller; it is logged instead of the text
             line = self._encode(
-                {"time_s": record.created, "level": "ERROR", "logger": record.name, "text": f"log text {record.msg!r} of {record.pathname}:{record.lineno}: {error!r}"}
+                {
+                    "time_s": record.created,
+                    "level": "ERROR",
+                    "logger": record.name,
+                    "text": f"log text {record.msg!r} of {record.pathname}:{record.lineno}: {error!r}",
+                }
             )
         try:
             self._write(line)
@@ -80,7 +87,16 @@ class JsonLines(logging.Handler):
         if self.lost:
             lost, self.lost = self.lost, 0
             try:
-                self._put(self._encode({"time_s": time.time(), "level": "WARNING", "logger": __name__, "text": f"{lost} lines were lost: they could not be written"}))
+                self._put(
+                    self._encode(
+                        {
+                            "time_s": time.time(),
+                            "level": "WARNING",
+                            "logger": __name__,
+                            "text": f"{lost} lines were lost: they could not be written",
+                        }
+                    )
+                )
             except OSError:
                 self.lost = lost
                 raise
@@ -97,7 +113,10 @@ class JsonLines(logging.Handler):
         if not self._said:
             self._said = True
             with contextlib.suppress(OSError, ValueError):
-                print(f"hmmnet: {self._process}: the log cannot be written: {self.path}: {error.strerror}; the machine goes on without", file=sys.stderr)
+                print(
+                    f"hmmnet: {self._process}: the log cannot be written: {self.path}: {error.strerror}; the machine goes on without",
+                    file=sys.stderr,
+                )
 
     def close(self) -> None:
         """See `logging.Handler.close`."""

@@ -17,6 +17,8 @@ from typing import Annotated, Any, TypeAlias
 
 import msgspec
 
+from hmmnet.pages import PAGE_SIZE
+
 PROTOCOL_VERSION = 1
 PAGES_PER_MESSAGE_MAX = 1 << 20
 """4 GiB of addresses in one page list (8 MiB); longer ranges are split by the caller."""
@@ -26,6 +28,9 @@ NAME_MAX = 64
 TEXT_MAX = 4096
 ZONES_LISTED_MAX = 4096
 ARGUMENT_BYTES_MAX = 1 << 20
+INLINE_BYTES_MAX = 4 * PAGE_SIZE
+"""Page data that may ride on an answer over the control session: a stream of its own would cost a CPU fault twice the messages, while a
+few pages do not delay an invalidation."""
 
 PageList: TypeAlias = Annotated[bytes, msgspec.Meta(max_length=8 * PAGES_PER_MESSAGE_MAX)]
 Name: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=NAME_MAX)]
@@ -124,7 +129,11 @@ class OpenContext(Message, frozen=True):
 
 
 class CloseContext(Message, frozen=True):
-    """The last user of the context is gone: drop its mirror (a dmirror evicts its memory first). `Done`."""
+    """The last user of the context is gone: drop its mirror (a dmirror evicts its memory first). `Done`.
+
+    Jobs that still run on it end with EBADF. The device does not unsubscribe: the host removes the context's subscriptions, and an
+    `Invalidate` that comes meanwhile for a context that is closed is answered with `Done`, for nothing is mapped there.
+    """
 
     context: U64
 
@@ -132,7 +141,8 @@ class CloseContext(Message, frozen=True):
 class Invalidate(Message, frozen=True):
     """mmu_notifier range start. `Done` when the device has set the sequence, dropped its entries for [start, end) and quiesced.
 
-    `owner` is the zone of the device on whose behalf this happens, or -1.
+    `owner` is the zone of the device on whose behalf this happens, or -1. A subscription that the device does not know (yet, or any more)
+    is no error: the range goes all the same.
     """
 
     context: U64
@@ -166,7 +176,10 @@ class CopyIn(Message, frozen=True):
 class CopyOut(Message, frozen=True):
     """The device drops its entries for `pages` of `context` (0: none) and streams `frames` of its memory to the host. `Done` at once.
 
-    `pages` may be empty; entries go by frame then. The frames stay the device's until `FreeFrames`.
+    With `stream` 0 no stream follows: the frames, at most `INLINE_BYTES_MAX` bytes, come with the answer, `Copied`.
+
+    `pages` may be empty; entries go by frame in any case, in every context, and `pages` in every context of the same process. The frames
+    stay the device's until `FreeFrames`; when the stream is over and they were not freed, they hold their pages still.
     """
 
     stream: U64
@@ -176,6 +189,13 @@ class CopyOut(Message, frozen=True):
     start_s: float
     bytes_per_s: float
     latency_s: float
+
+
+class Copied(Message, frozen=True):
+    """Reply to a `CopyOut` without a stream: the bytes of its frames, in order, and their xxh3_64 checksum."""
+
+    data: Annotated[bytes, msgspec.Meta(max_length=INLINE_BYTES_MAX)]
+    checksum: Annotated[int, msgspec.Meta(ge=0)]
 
 
 class FreeFrames(Message, frozen=True):
@@ -221,7 +241,16 @@ class IoctlDone(Message, frozen=True):
 
 
 class Finished(Message, frozen=True):
-    """Reply to `Launch`: msgpack maps of the kernel's results and of the job's counters. `error` is empty when the job ended well."""
+    """Reply to `Launch`: msgpack maps of the kernel's results and of the job's counters. `error` is empty when the job ended well.
+
+    Counters (seconds are emulated): ``emulated_s``, ``requests`` (vectorised accesses), ``replays``, ``faults``, ``fault_groups`` and
+    ``fault_group_s`` (service passes and their time; a pass that serves several jobs counts for the first), ``migrations``, ``pages_in``,
+    ``pages_out``, ``remote_read_bytes``, ``remote_written_bytes`` (traffic of the job's context while it ran). `fault_address` is the
+    byte address whose access ended the job, 0 when it ended otherwise.
+
+    A launch that cannot begin is `Failed`: ENOENT (no such kernel), EINVAL (no such placement, arguments no map), EBADF (context not
+    open, or closed while the job ran), EEXIST (job number in use), EMFILE.
+    """
 
     results: Packed
     counters: Packed
@@ -234,7 +263,12 @@ class Inspect(Message, frozen=True):
 
 
 class Report(Message, frozen=True):
-    """Reply to `Inspect`: a msgpack map."""
+    """Reply to `Inspect`: a msgpack map.
+
+    ``name model kind zone pages pages_used pages_used_max contexts jobs_running jobs_finished copied_in_bytes copied_out_bytes
+    emulated_s``, the traffic counters of `Finished`, and of the fault buffers ``faults fault_groups fault_duplicates fault_stale
+    fault_fatal fault_group_s``.
+    """
 
     figures: Packed
 
@@ -407,7 +441,7 @@ class Result(Message, frozen=True):
 
 Body: TypeAlias = (
     Hello | Welcome | Refused | Done | Failed | Rate | OpenContext | CloseContext | Invalidate | InvalidateEnd | CopyIn | CopyOut
-    | FreeFrames | Launch | Ioctl | IoctlDone | Finished | Inspect | Report | Subscribe | Subscribed | Unsubscribe | RangeFault
+    | Copied | FreeFrames | Launch | Ioctl | IoctlDone | Finished | Inspect | Report | Subscribe | Subscribed | Unsubscribe | RangeFault
     | RangeFaulted | Migrate | Migrated | MigrateDone | Evict | Evicted | DmaRead | DmaWrite | DmaGrant | Call | Result
 )  # fmt: skip
 

@@ -260,12 +260,13 @@ def _insert(mm: Mm, migration: Migration) -> None:
     ready &= bits != 0
     if not ready.all():
         migration.source[rows[~ready]] &= NOT_MIGRATE
-        rows, pages, bits, index = rows[ready], pages[ready], bits[ready], index[ready]
+        rows, pages, bits, index, entries = rows[ready], pages[ready], bits[ready], index[ready], entries[ready]
     if len(rows) == 0:
         return
     frames = _frames(migration.target[rows])
     mm.table.put(pages, pte.entries_of(pte.NONE, frames) | bits)
     migration.source[rows] |= bits & MIGRATE_PFN_WRITE
+    migration.saved[rows] = entries
     mm.rss += len(rows)
     for zone, part, where in mm.memory.groups(frames):
         zone.refcount[where] = 1
@@ -284,7 +285,7 @@ def restore(memory: PhysicalMemory, mm: Mm | None, migration: Migration) -> None
         pages, frames = migration.pages[empty], _frames(migration.target[empty])
         entries = mm.table.take(pages)
         there = (entries & pte.KIND == pte.MIGRATION) & (pte.frames_of(entries) == frames)
-        mm.table.put(pages[there], 0)
+        mm.table.put(pages[there], migration.saved[empty][there])
         mm.rss -= int(np.count_nonzero(there))
     for zone, _, where in memory.groups(_frames(migration.target[going & (migration.target != 0)])):
         zone.flags[where] = 0

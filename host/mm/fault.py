@@ -212,12 +212,11 @@ def protect(mm: Mm, start: int, end: int, writable: bool) -> None:
     """change_protection for entries of [start, end) after the VMA's rights changed.
 
     Losing the right to write takes WRITE from every kind of entry, and soft-dirty from those of a device. Getting it gives WRITE back only
-    to present pages that this process has alone and has dirtied (can_change_pte_writable); entries of a device keep what they have.
+    to present pages that this process has alone (can_change_pte_writable); entries of a device keep what they have.
     """
     for _, part in mm.table.present(start, end):
         if writable:
-            alone = pte.PRESENT | pte.ANON_EXCLUSIVE | pte.DIRTY
-            part[part & (pte.KIND | pte.ANON_EXCLUSIVE | pte.DIRTY | pte.SPECIAL) == alone] |= pte.WRITE
+            part[part & (pte.KIND | pte.ANON_EXCLUSIVE | pte.SPECIAL) == pte.PRESENT | pte.ANON_EXCLUSIVE] |= np.uint64(pte.WRITE)
         else:
             writable_device = part & (pte.KIND | pte.WRITE) == pte.DEVICE | pte.WRITE
             if writable_device.any():

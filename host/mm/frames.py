@@ -70,6 +70,8 @@ class Zone:
         """folio_free: called with the frames of a device zone whose last reference is gone."""
         self.lost = ""
         """Why the memory is gone; empty while it is there."""
+        self.offered = 0
+        """Frames of a device below this index have been offered to a migration at some time; beyond, all are idle."""
 
     def at(self, frames: Words) -> Index:
         """Where `frames`, all of this zone, stand in the arrays: a slice when they are one run."""

@@ -6,8 +6,10 @@ It looks at everything, so it is slow; nothing but tests calls it.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import pairwise
 
 import numpy as np
+import numpy.typing as npt
 
 from hmmnet.pages import PAGES_MAX, Words
 
@@ -34,13 +36,13 @@ def check(memory: PhysicalMemory, mms: Iterable[Mm], *, quiet: bool = True) -> N
     assert not quiet or len(moving) == 0, f"frame 0x{int(moving[0]):x} is still behind a migration entry"
     for zone in memory.zones.values():
         inside = (frames >= zone.base) & (frames < zone.base + zone.count)
-        _check_zone(zone, frames[inside], counts[inside], quiet=quiet)
+        _check_zone(zone, frames[inside], counts[inside].astype(np.int64), quiet=quiet)
 
 
 def _check_vmas(mm: Mm) -> None:
     """VMAs are in order, apart, and as few as can be."""
     vmas = mm.vmas.all()
-    for left, right in zip(vmas, vmas[1:], strict=False):
+    for left, right in pairwise(vmas):
         assert left.start < left.end <= right.start < right.end, f"process {mm.number}: VMAs overlap at page 0x{right.start:x}"
         assert not left.merges_with(right), f"process {mm.number}: VMAs that are equal did not merge at page 0x{right.start:x}"
 
@@ -62,7 +64,8 @@ def _check_entries(memory: PhysicalMemory, mm: Mm) -> tuple[Words, Words]:
         if not vma.flags & VM_WRITE:
             assert not (entries[part] & pte.WRITE).any(), f"process {mm.number}: a writable entry in a read-only VMA at 0x{vma.start:x}"
         known = memory.field(frames[part][mapped[part]], "index") - vma.pgoff + vma.start
-        assert (known == pages[part][mapped[part]]).all(), f"process {mm.number}: a frame's index does not lead to its page at 0x{vma.start:x}"
+        same = known == pages[part][mapped[part]]
+        assert same.all(), f"process {mm.number}: a frame's index does not lead to its page in the VMA at 0x{vma.start:x}"
         assert not mapped[part].any() or vma.anon, f"process {mm.number}: anonymous pages in a VMA without anon_vma at 0x{vma.start:x}"
     assert not left.any(), f"process {mm.number}: page 0x{int(pages[np.argmax(left)]):x} is mapped outside every VMA"
     assert (memory.field(frames[mapped], "mapping") == mm.family).all(), f"process {mm.number}: a frame belongs to another family"
@@ -75,7 +78,7 @@ def _check_entries(memory: PhysicalMemory, mm: Mm) -> tuple[Words, Words]:
     return frames[mapped], frames[moving]
 
 
-def _check_zone(zone: Zone, frames: Words, counts: Words, *, quiet: bool) -> None:
+def _check_zone(zone: Zone, frames: Words, counts: npt.NDArray[np.int64], *, quiet: bool) -> None:
     """Every frame counts its mappings; what has no reference is free, and the other way round (I3)."""
     expected = np.zeros(zone.count, np.int32)
     expected[(frames - np.uint64(zone.base)).astype(np.intp)] = counts

@@ -1,7 +1,7 @@
 """System calls that change what is mapped, or how.
 
-Each takes byte addresses and lengths as its man page says, answers with the kernel's errno, and changes what it can before the page at which
-it fails. Every change to entries is announced to the hub first, VMA by VMA as the kernel does it, with the kernel's event.
+Each takes byte addresses and lengths as its man page says, answers with the kernel's errno, and changes what it can before the page at
+which it fails. Every change to entries is announced to the hub first, VMA by VMA as the kernel does it, with the kernel's event.
 """
 
 from __future__ import annotations

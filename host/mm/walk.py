@@ -54,6 +54,7 @@ class Walker:
         self.read = np.zeros(end - start, np.bool_)
         self.write = np.zeros(end - start, np.bool_)
         self.default = default_flags
+        self.given = inputs
         self.inputs = inputs if inputs is not None and flags_mask & (HMM_PFN_REQ_FAULT | HMM_PFN_REQ_WRITE) else None
         self.mask = flags_mask
         self.sticky = inputs is not None and bool((inputs & HMM_PFN_INOUT).any())
@@ -149,7 +150,7 @@ class Walker:
             if np.any(writes):
                 if not vma.flags & VM_WRITE:
                     first = int(np.argmax(writes)) if isinstance(writes, np.ndarray) else 0
-                    self.words[low + first : high] = 0 if self.inputs is None else self.inputs[low + first : high]
+                    self.words[low + first : high] = 0 if self.given is None else self.given[low + first : high]
                     raise _Stop(page + first, errno.EPERM)
                 self.read[low:high] = writes
                 self.write[low:high] = writes
@@ -162,7 +163,7 @@ class Walker:
         markers = (kind == pte.MARKER) & want & (pte.frames_of(entries) != pte.MARKER_UFFD_WP)
         if markers.any():
             first = int(np.argmax(markers))
-            if found is None or first < found[0]:
+            if found is None or first <= found[0]:
                 found = first, errno.EFAULT
         return found
 

@@ -15,7 +15,7 @@ import pytest
 from hmmnet.cli import run
 from hmmnet.cli.logs import Reader
 from hmmnet.cli.ps import how_long
-from hmmnet.launch.directory import DeviceRecord, Directory, new_record
+from hmmnet.launcher.directory import DeviceRecord, Directory, new_record
 
 
 @pytest.fixture(autouse=True)
@@ -160,7 +160,7 @@ def test_down_ends_the_launcher_and_nobody_else(capsys: pytest.CaptureFixture[st
     """A process that got the number later is not ours to end; a program's machine ends with its program."""
     program = """
 import signal, sys, time
-from hmmnet.launch.directory import Directory, new_record
+from hmmnet.launcher.directory import Directory, new_record
 directory = Directory.create("default")
 signal.signal(signal.SIGTERM, lambda *_: (directory.remove(), sys.exit(0)))
 directory.write(new_record("default", "two-gpus", "up"))

@@ -11,7 +11,7 @@ import pytest
 from hmmnet.cli.run import check_arguments, find, parse_arguments, plain, show
 from hmmnet.errors import HmmnetError
 
-WORKLOAD = '''
+WORKLOAD = """
 from beside import FACTOR
 
 async def work(machine, n=1, *, word="x", needed):
@@ -19,7 +19,7 @@ async def work(machine, n=1, *, word="x", needed):
 
 def not_async(machine):
     return {}
-'''
+"""
 
 
 @pytest.fixture
@@ -96,4 +96,7 @@ def test_reports_are_shown_and_plain(capsys: pytest.CaptureFixture[str]) -> None
     out = capsys.readouterr().out
     for text in ("reduction", "250 ms", "12,345", "0.1235", "results are wrong", "the sum is [7] instead of 8"):
         assert text in out
-    assert json.dumps({"a": np.int64(3), "b": np.arange(2), "c": b"\x01", "d": Path("x")}, default=plain) == '{"a": 3, "b": [0, 1], "c": "01", "d": "x"}'
+    assert (
+        json.dumps({"a": np.int64(3), "b": np.arange(2), "c": b"\x01", "d": Path("x")}, default=plain)
+        == '{"a": 3, "b": [0, 1], "c": "01", "d": "x"}'
+    )

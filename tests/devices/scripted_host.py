@@ -43,6 +43,7 @@ from hmmnet.wire import messages as m
 from hmmnet.wire.memory_transport import MemoryTransport
 from hmmnet.wire.server import Server
 from hmmnet.wire.session import Session
+from hmmnet.wire.transport import Transport
 
 SECRET = bytes(range(32))
 ZONE = 70
@@ -72,7 +73,7 @@ def u64(values: Any) -> Words:
 class ScriptedHost:
     """See the module. Context number 1 is the process's."""
 
-    def __init__(self, transport: MemoryTransport, spec: dict[str, Any], nursery: trio.Nursery) -> None:
+    def __init__(self, transport: Transport, spec: dict[str, Any], place: str = "mem://") -> None:
         self.spec = {"name": "gpu0", "model": "gpu", "memory_bytes": 16 << 20, **spec}
         self.zone = ZONE
         self.arena = Arena(0, SYSTEM_PAGES)
@@ -93,18 +94,32 @@ class ScriptedHost:
         """The sequence that each subscription was last told."""
         self._frames = 1
         self._streams = 0
+        self._numbers = 1000
         self._undone: dict[int, Migration] = {}
-        self._nursery = nursery
-        self._bulk = (transport.bind_channel("mem://in"), transport.bind_channel("mem://out"))
+        self._bulk = (transport.bind_channel(place + "in"), transport.bind_channel(place + "out"))
         self.sender = BulkSender(self._bulk[0], self.clock)
         self.receiver = BulkReceiver(self._bulk[1], self.clock)
         self.joined = trio.Event()
-        self.server = Server(transport.listen("mem://host"), SECRET, self._welcome, self._joined)
+        self.server = Server(transport.listen(place + "host"), SECRET, self._welcome, self._joined)
 
     def _welcome(self, hello: m.Hello) -> m.Welcome | m.Refused:
         zones = [m.Zone(0, "system", "dram", SYSTEM_PAGES), m.Zone(self.zone, "private", hello.name, 4096)]
         config = msgspec.msgpack.encode(self.spec)
-        return m.Welcome(m.PROTOCOL_VERSION, 1, self.zone, zones, "mem://in", "mem://out", "", 0.0, 0.0, 1.0, 2.0, config)
+        clock = self.clock
+        return m.Welcome(
+            version=m.PROTOCOL_VERSION,
+            host_incarnation=1,
+            zone=self.zone,
+            zones=zones,
+            bulk_in=self._bulk[0].endpoint,
+            bulk_out=self._bulk[1].endpoint,
+            telemetry="",
+            epoch_monotonic_s=clock.epoch_monotonic_s,
+            epoch_emulated_s=clock.epoch_emulated_s,
+            rate=clock.rate,
+            lease_s=2.0,
+            config=config,
+        )
 
     def _joined(self, session: Session, hello: m.Hello) -> None:
         self.session = session
@@ -143,11 +158,12 @@ class ScriptedHost:
 
     async def munmap(self, page: int, pages: int) -> None:
         """Unmap: devices drop the range first."""
+        await self._settled(range(page, page + pages))
+        cut = []
+        for start, end, rights in self.vmas:
+            cut += [(low, high, rights) for low, high in ((start, min(end, page)), (max(start, page + pages), end)) if low < high]
+        self.vmas = cut
         async with self.invalidated(page, page + pages, "unmap"):
-            cut = []
-            for start, end, rights in self.vmas:
-                cut += [(low, high, rights) for low, high in ((start, min(end, page)), (max(start, page + pages), end)) if low < high]
-            self.vmas = cut
             gone = [self.table.pop(number) for number in range(page, page + pages) if number in self.table]
         self._free(gone)
 
@@ -328,7 +344,8 @@ class ScriptedHost:
             if page in moving.pages:
                 self.table[page] = Entry(target, bool(words[i] & MIGRATE_PFN_WRITE))
                 self.domain.pop(page, None)
-        number = 1000 + len(self.messages)
+        self._numbers += 1
+        number = self._numbers
         self._undone[number] = moving
         return m.Migrated(number, to_wire(u64(words)), len(moving.pages), code)
 
@@ -460,6 +477,13 @@ class ScriptedHost:
         return [message for message in self.messages if isinstance(message, kind)]
 
 
+async def until(condition: Callable[[], bool], within_s: float = 10.0) -> None:
+    """Wait for something that no event announces: another process's end, a counter."""
+    with trio.fail_after(within_s):
+        while not condition():  # noqa: ASYNC110 - nobody could set an event
+            await trio.sleep(0.005)
+
+
 def results_of(finished: m.Finished) -> dict[str, Any]:
     return msgspec.msgpack.decode(finished.results, type=dict[str, Any])
 
@@ -469,22 +493,29 @@ def counters_of(finished: m.Finished) -> dict[str, Any]:
 
 
 @asynccontextmanager
+async def host_alone(transport: Transport, place: str = "mem://", **spec: Any) -> AsyncIterator[ScriptedHost]:
+    """A host that no device has joined yet."""
+    async with trio.open_nursery() as nursery:
+        host = ScriptedHost(transport, spec, place)
+        nursery.start_soon(host.sender.run)
+        nursery.start_soon(host.receiver.run)
+        await nursery.start(host.server.run)
+        yield host
+        assert host.driver_bugs == []
+        await host.server.bye()
+        nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
 async def machine(**spec: Any) -> AsyncIterator[tuple[ScriptedHost, Device]]:
     """A host and one device, in this run, over memory channels; the context of process 10 is open as number 1."""
     devices: list[Device] = []
     with MemoryTransport() as transport:
-        async with trio.open_nursery() as nursery:
-            host = ScriptedHost(transport, spec, nursery)
-            nursery.start_soon(host.sender.run)
-            nursery.start_soon(host.receiver.run)
-            await nursery.start(host.server.run)
+        async with trio.open_nursery() as nursery, host_alone(transport, **spec) as host:
             nursery.start_soon(serve, transport, "mem://host", host.spec["name"], SECRET, 1, None, 10.0, devices.append)
             with trio.fail_after(5):
                 await host.joined.wait()
             await host.open()
             yield host, devices[0]
-            assert host.driver_bugs == []
-            await host.server.bye()
-            nursery.cancel_scope.cancel()
 
 

@@ -103,7 +103,9 @@ def u64(*numbers: int) -> Words:
     return np.array(numbers, dtype=np.uint64)
 
 
-@pytest.mark.parametrize(("start", "count"), [(0, 7 * 512), (1, 7 * 512 - 2), (511, 3), (1023, 514), (1024, 1), (1030, 4), (0, 0), (1500, 1000)])
+@pytest.mark.parametrize(
+    ("start", "count"), [(0, 7 * 512), (1, 7 * 512 - 2), (511, 3), (1023, 514), (1024, 1), (1030, 4), (0, 0), (1500, 1000)]
+)
 def test_range_load_over_every_kind_of_page(world: World, start: int, count: int) -> None:
     """Own, foreign and zero pages, whole and in part, come out as the program would see them, in one step."""
     access = open_access(load_range(AT + start * 8, count))
@@ -210,7 +212,9 @@ def test_requests_that_no_device_takes(request_made: Any, complaint: str) -> Non
         open_access(request_made)
 
 
-@pytest.mark.parametrize("request_made", [load(u64(8, 1 << 47)), load_range((1 << 47) - 8, 2), load_range(-8, 1), store(u64((1 << 64) - 8), u64(1))])
+@pytest.mark.parametrize(
+    "request_made", [load(u64(8, 1 << 47)), load_range((1 << 47) - 8, 2), load_range(-8, 1), store(u64((1 << 64) - 8), u64(1))]
+)
 def test_addresses_outside_the_address_space_fault(request_made: Any) -> None:
     """They fault at once, with an address."""
     with pytest.raises(AccessError):

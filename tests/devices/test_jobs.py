@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import trio
 
-from tests.devices.scripted_host import counters_of, machine, results_of, u64
+from hmmnet.errors import KernelError
+from tests.devices.scripted_host import counters_of, machine, results_of, u64, until
 
 PAGE = 0x10000
 """The first page of the tests' mapping; aligned to a fault group."""
@@ -167,7 +168,12 @@ async def test_full_memory_maps_the_rest_remotely() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
-    [({"a": 0}, "missing a required argument"), ({"a": 0, "n": 1, "x": 2}, "unexpected keyword"), ({"a": 8, "n": "many"}, "argument n"), ({"a": 3, "n": 1}, "misaligned")],
+    [
+        ({"a": 0}, "missing a required argument"),
+        ({"a": 0, "n": 1, "x": 2}, "unexpected keyword"),
+        ({"a": 8, "n": "many"}, "argument n"),
+        ({"a": 3, "n": 1}, "misaligned"),
+    ],
 )
 async def test_bad_arguments_end_the_job(arguments: dict[str, object], complaint: str) -> None:
     """The kernel's own complaint comes back; nothing crashes."""
@@ -184,8 +190,6 @@ async def test_close_ends_running_jobs() -> None:
         errors = []
 
         async def endless() -> None:
-            from hmmnet.errors import KernelError
-
             try:
                 await host.launch("list_walk", heads=at, n=1, out=at)
             except KernelError as error:
@@ -193,8 +197,7 @@ async def test_close_ends_running_jobs() -> None:
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(endless)
-            while not device.contexts[1].engine.running:
-                await trio.sleep(0.001)
+            await until(lambda: device.contexts[1].engine.running > 0)
             await host.close()
         assert errors == ["EBADF"]
         assert device.contexts == {}

@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from hmmnet.devices.kernels import text as module
+from hmmnet.devices.access import JobError
 from hmmnet.devices.kernels.chunks import CHUNK_BYTES
 from hmmnet.devices.kernels.text import word_count
 from hmmnet.words import fnv1a
@@ -65,5 +65,5 @@ def test_an_empty_table_counts_words_seen() -> None:
 
 def test_absurd_table_is_refused() -> None:
     """A table that no device could hold ends the job."""
-    with pytest.raises(module.JobError):
+    with pytest.raises(JobError):
         next(word_count(0, 0, 0, 1 << 60, 0))

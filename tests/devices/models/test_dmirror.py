@@ -117,8 +117,7 @@ async def test_round_trip() -> None:
         assert await host.cpu_read(at, 4 * PAGE_SIZE) == fill(0x20, 1) + fill(0x70, 2) + fill(0x23, 1)
         reply, _ = await host.ioctl("read", PAGE, 4)
         assert reply.faults == 1
-        reply, _ = await host.ioctl("migrate_to_sys", PAGE, 4)
-        assert reply.cpages == 0
+        assert (await host.ioctl("migrate_to_sys", PAGE, 4))[0].cpages == 0
         assert device.memory.used_pages == 0
 
 
@@ -126,7 +125,9 @@ async def test_empty_and_zero_pages_migrate_as_zeros() -> None:
     """h09: never-touched and zero pages get zeroed device memory, writable."""
     async with unit() as (host, device):
         at = host.mmap(PAGE, 4)
-        for frame in device.memory.grant(64).tolist():  # type: ignore[union-attr]
+        frames = device.memory.grant(64)
+        assert frames is not None
+        for frame in frames.tolist():
             device.memory.page_bytes(frame)[:] = 0xEE
         device.memory.keep(u64(range(device.memory.base, device.memory.base + 64)))
         device.memory.free(u64(range(device.memory.base, device.memory.base + 64)).tobytes())
@@ -195,9 +196,9 @@ async def test_bad_ranges(command: str) -> None:
     """h64: no pages, an unaligned address, an end beyond the address space: EINVAL."""
     async with unit() as (host, _):
         assert await failing(host, command, PAGE, 0) == "EINVAL"
-        for address, pages in ((PAGE * PAGE_SIZE + 8, 1), ((1 << 47) - PAGE_SIZE, 2), (0, 1 << 35 | 1)):
+        for address, pages in ((PAGE * PAGE_SIZE + 8, 1), ((1 << 47) - PAGE_SIZE, 2)):
             with pytest.raises(KernelError, match="EINVAL"):
-                await host.session.ask(m.Ioctl(1, command, address, min(pages, 1 << 35), 0, 0, 0), m.IoctlDone)
+                await host.session.ask(m.Ioctl(1, command, address, pages), m.IoctlDone)
 
 
 async def test_large_ranges() -> None:
@@ -205,7 +206,7 @@ async def test_large_ranges() -> None:
     async with unit() as (host, _):
         at = host.mmap(PAGE, 130)
         await host.cpu_write(at + 64 * PAGE_SIZE, fill(2, 1))
-        reply, data = await host.ioctl("migrate_to_dev", PAGE + 60, 10)
+        _, data = await host.ioctl("migrate_to_dev", PAGE + 60, 10)
         assert data == bytes(4 * PAGE_SIZE) + fill(2, 1) + bytes(5 * PAGE_SIZE)
         assert (await host.ioctl("migrate_to_sys", PAGE, 130))[0].cpages == 10
         assert (await host.ioctl("migrate_to_dev", PAGE, 130))[0].cpages == 130
@@ -286,7 +287,7 @@ async def test_flags_are_kept() -> None:
 
 async def test_permission_bytes() -> None:
     """Every kind of word has its byte."""
-    async with unit() as (host, device):
+    async with unit() as (_, device):
         assert isinstance(device, Dmirror)
         own, other, valid = ZONE << ZONE_SHIFT, (ZONE + 1) << ZONE_SHIFT, HMM_PFN_VALID
         table = {

@@ -15,10 +15,10 @@ import pytest
 import trio
 
 from hmmnet.errors import HmmnetError
-from hmmnet.launch import supervisor as module
-from hmmnet.launch.directory import Directory, MachineExists, MachineRecord
-from hmmnet.launch.processes import open_pidfd
-from hmmnet.launch.supervisor import Supervisor
+from hmmnet.launcher import supervisor as module
+from hmmnet.launcher.directory import Directory, MachineExists, MachineRecord
+from hmmnet.launcher.processes import wait_ended
+from hmmnet.launcher.supervisor import Supervisor
 from hmmnet.topology.model import DeviceSpec, LinkSpec, MemoryNode, Topology
 
 HERE = Path(__file__).parent
@@ -78,11 +78,7 @@ async def held(name: str) -> AsyncIterator[tuple[Supervisor, Seen, trio.Nursery]
 async def gone(*pids: int) -> None:
     with trio.fail_after(10):
         for pid in pids:
-            try:
-                with open_pidfd(pid) as descriptor:
-                    await trio.lowlevel.wait_readable(descriptor)
-            except ProcessLookupError:
-                continue
+            await wait_ended(pid)
 
 
 def pids_of(record: MachineRecord) -> list[int]:
@@ -135,7 +131,7 @@ async def test_a_killed_host_ends_the_machine_and_leaves_its_logs() -> None:
     directory = Directory.named("well")
     record = directory.read()
     assert record is not None
-    assert (record.state, record.why) == ("failed", "the host process killed by SIGKILL")
+    assert (record.state, record.why) == ("failed", 'the host process killed by SIGKILL; "hmmnet logs well" tells more')
     assert not directory.alive()
     assert (directory.logs / "launcher.jsonl").exists()
     async with held("well"):

@@ -8,8 +8,8 @@ One folder for each machine below ``$HMMNET_DIR``, else ``$XDG_RUNTIME_DIR/hmmne
     NAME/logs/          one file of JSON lines for each process
     NAME/*              sockets; in a short folder of their own where this one's path is too long for a socket
 
-A folder whose lock nobody holds is *stale*: its machine is gone. A machine that ended well leaves no folder; one that failed leaves its record
-and its logs, until ``hmmnet clean`` or the next ``up`` of that name.
+A folder whose lock nobody holds is *stale*: its machine is gone. A machine that ended well leaves no folder; one that failed leaves its
+record and its logs, until ``hmmnet clean`` or the next ``up`` of that name.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ LOCK_PAUSE_S = 0.02
 """`Directory.alive` takes the lock for an instant, so a launcher that finds it taken looks again before it gives up."""
 
 
-class MachineExists(HmmnetError):
+class MachineExists(HmmnetError):  # noqa: N818 - named as what is the matter
     """A machine of this name runs already."""
 
     def __init__(self, name: str, record: MachineRecord | None) -> None:
@@ -49,7 +49,8 @@ class MachineExists(HmmnetError):
         self.record = record
         what = "starts just now" if record is None else f"runs already ({record.topology}, process {record.pid})"
         super().__init__(
-            f'machine "{name}" {what}: use it with "hmmnet run WORKLOAD --on {name}", end it with "hmmnet down {name}", or start another with "--name OTHER"'
+            f'machine "{name}" {what}: use it with "hmmnet run WORKLOAD --on {name}", end it with "hmmnet down {name}", '
+            'or start another with "--name OTHER"'
         )
 
 
@@ -65,7 +66,9 @@ class DeviceRecord(msgspec.Struct):
 
 
 class MachineRecord(msgspec.Struct):
-    """What `machine.json` says. `kind` is ``up`` (the command) or ``program`` (embedded); `state` ``starting``, ``running`` or ``failed``."""
+    """What `machine.json` says. `kind` is ``up`` (the command) or ``program`` (embedded); `state` ``starting``, ``running`` or
+    ``failed``.
+    """
 
     name: str
     topology: str
@@ -107,7 +110,9 @@ def base_directory() -> Path:
 def check_name(name: str) -> str:
     """`name`, if a machine may be called that. Raises HmmnetError."""
     if NAME.match(name) is None:
-        raise HmmnetError(f"{name!r} cannot name a machine: up to 32 letters, digits, dots, dashes and underscores, beginning with a letter or digit")
+        raise HmmnetError(
+            f"{name!r} cannot name a machine: up to 32 letters, digits, dots, dashes and underscores, beginning with a letter or digit"
+        )
     return name
 
 
@@ -151,17 +156,18 @@ class Directory:
         directory = cls.named(name)
         for _ in range(LOCK_TRIES):
             directory.path.mkdir(mode=0o700, exist_ok=True)
-            if directory._take_lock():
+            if directory.take_lock():
                 break
             time.sleep(LOCK_PAUSE_S)
         else:
             raise MachineExists(name, directory.read())
-        directory._empty()
+        directory.empty()
         directory.logs.mkdir(mode=0o700)
         write_secret(directory.secret_file, new_secret())
         return directory
 
-    def _take_lock(self) -> bool:
+    def take_lock(self) -> bool:
+        """Hold the lock, if nobody does; then whatever is in the folder is stale."""
         path = self.path / "lock"
         try:
             lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -169,7 +175,7 @@ class Directory:
             return False
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            same = os.stat(path).st_ino == os.fstat(lock).st_ino
+            same = path.stat().st_ino == os.fstat(lock).st_ino
         except OSError:
             same = False
         if not same:
@@ -178,7 +184,8 @@ class Directory:
         self._lock = lock
         return True
 
-    def _empty(self) -> None:
+    def empty(self) -> None:
+        """Remove what a dead machine left; the lock is held."""
         record = self.read()
         if record is not None:
             _remove_sockets(record)
@@ -222,7 +229,7 @@ class Directory:
         except OSError as error:
             if not self._said:
                 self._said = True
-                print(f"hmmnet: {new}: cannot be written: {error.strerror}; \"hmmnet ps\" will not see what changes", file=sys.stderr)
+                print(f'hmmnet: {new}: cannot be written: {error.strerror}; "hmmnet ps" will not see what changes', file=sys.stderr)
 
     @property
     def secret_file(self) -> Path:
@@ -237,7 +244,7 @@ class Directory:
         """A folder for sockets: this one, or a short one of its own under /tmp that must go with `MachineRecord.sockets`."""
         if len(os.fsencode(self.path)) + SOCKET_NAME_MAX <= SOCKET_PATH_MAX:
             return self.path
-        return Path(tempfile.mkdtemp(prefix=f"hmmnet-{self.name[:16]}-", dir="/tmp"))  # noqa: S108 - short on purpose; mkdtemp makes it 0700
+        return Path(tempfile.mkdtemp(prefix=f"hmmnet-{self.name[:16]}-", dir="/tmp"))
 
     def remove(self) -> None:
         """Remove the folder and everything in it, and let go of the lock."""
@@ -272,7 +279,7 @@ def remove_stale() -> list[str]:
     """Remove the folders of machines that are gone; their names."""
     removed = []
     for directory in directories():
-        if directory._take_lock():
+        if directory.take_lock():
             directory.remove()
             removed.append(directory.name)
     return removed

@@ -1,20 +1,18 @@
 """Child processes: their environment, how they ended in words, and ending them for certain.
 
-`subprocess.Popen` is called directly and not through trio: trio would start the child from a worker thread, and a child that asked to die with
-its parent dies with the *thread* that started it. Children get a session of their own, so that a Ctrl-C at the terminal
+`subprocess.Popen` is called directly and not through trio: trio would start the child from a worker thread, and a child that asked to die
+with its parent dies with the *thread* that started it. Children get a session of their own, so that a Ctrl-C at the terminal
 reaches the launcher only, which then ends them in order.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import resource
 import select
 import signal
 import site
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import trio
@@ -24,7 +22,7 @@ import hmmnet
 ENVIRONMENT = {
     "OPENBLAS_NUM_THREADS": "1",  # numpy's BLAS otherwise starts a thread for each core in each of 64 devices
     "OMP_NUM_THREADS": "1",
-    "MALLOC_TRIM_THRESHOLD_": "1073741824",  # keep freed message buffers: giving them back and faulting them in again costs a tenth of the stream
+    "MALLOC_TRIM_THRESHOLD_": "1073741824",  # keep freed message buffers: to fault them in again costs a tenth of the stream
     "MALLOC_MMAP_THRESHOLD_": "67108864",
     "PYTHONUNBUFFERED": "1",
 }
@@ -64,18 +62,21 @@ def describe_exit(status: int) -> str:
 
 async def wait_process(process: subprocess.Popen[bytes]) -> int:
     """The exit code of a child, or minus its signal."""
-    while (status := process.poll()) is None:
-        with open_pidfd(process.pid) as descriptor:
-            await trio.lowlevel.wait_readable(descriptor)
-    return status
+    while True:
+        status = process.poll()
+        if status is not None:
+            return status
+        await wait_ended(process.pid)
 
 
-@contextlib.contextmanager
-def open_pidfd(pid: int) -> Iterator[int]:
-    """A descriptor that becomes readable when the process ends. The process must not have been waited for yet."""
-    descriptor = os.pidfd_open(pid)
+async def wait_ended(pid: int) -> None:
+    """Return when a process has ended; it need not be a child of ours."""
     try:
-        yield descriptor
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        await trio.lowlevel.wait_readable(descriptor)
     finally:
         os.close(descriptor)
 
@@ -87,13 +88,6 @@ async def end_process(process: subprocess.Popen[bytes], grace_s: float) -> int:
             return await wait_process(process)
         process.kill()
         return await wait_process(process)
-
-
-def end_process_now(process: subprocess.Popen[bytes]) -> None:
-    """Kill a child and wait for it, without an event loop."""
-    if process.poll() is None:
-        process.kill()
-        process.wait()
 
 
 def signal_process(pid: int, started: int, number: int) -> bool:

@@ -1,6 +1,7 @@
 """``hmmnet up`` without its screen: the host process, the devices, the record; from start to end.
 
-Who dies, and what then: a device's end is told to the host and shown, and the machine goes on. The host's or the zygote's end is the machine's:
+Who dies, and what then: a device's end is told to the host and shown, and the machine goes on. The host's or the zygote's end is the
+machine's:
 everything else is ended, the record says why, and the logs stay. The launcher's own end takes everything along, however it comes.
 """
 
@@ -21,11 +22,11 @@ from hmmnet.topology.model import Topology
 from .crew import READY_S, Crew
 from .directory import Directory, MachineRecord, new_record
 from .host_process import START_S, HostProcess
-from .processes import raise_file_limit
+from .processes import describe_exit, raise_file_limit
 from .rate import Rate
 from .zygote import ZygoteClient
 
-log = logging.getLogger("hmmnet.launch")
+log = logging.getLogger("hmmnet.launcher")
 
 Transport = Literal["ipc", "tcp"]
 
@@ -34,13 +35,24 @@ STDERR = "stderr.txt"
 
 
 class Supervisor:
-    """One machine under a launcher. `changed` is called with the record after every change; `quiet` sends stderr of all processes to the logs."""
+    """One machine under a launcher. `changed` is called with the record after every change; `quiet` sends stderr of all processes to the
+    logs.
+    """
 
     host_command: Sequence[str] | None = None
     zygote_command: Sequence[str] | None = None
     """Other programs in the place of host and zygote, for tests."""
 
-    def __init__(self, topology: Topology, name: str, rate: Rate, transport: Transport, changed: Callable[[MachineRecord], None], *, quiet: bool = False) -> None:
+    def __init__(
+        self,
+        topology: Topology,
+        name: str,
+        rate: Rate,
+        transport: Transport,
+        changed: Callable[[MachineRecord], None],
+        *,
+        quiet: bool = False,
+    ) -> None:
         self.record = new_record(name, topology.name, "up")
         self._topology = topology
         self._rate = rate
@@ -52,16 +64,17 @@ class Supervisor:
         self._control = ""
 
     async def run(self, *, task_status: trio.TaskStatus[MachineRecord] = trio.TASK_STATUS_IGNORED) -> None:
-        """Hold the machine until cancelled; `task_status` hears when every device is ready. Raises MachineExists, and HmmnetError when the machine fails."""
+        """Hold the machine until cancelled; `task_status` hears when every device is ready. Raises MachineExists, and HmmnetError when
+        the machine fails.
+        """
         raise_file_limit()
-        directory = Directory.create(self.record.name)
+        self.directory = directory = Directory.create(self.record.name)
+        handler = log_to(directory.logs, "launcher")
         try:
             sockets = directory.sockets()
             self.record.sockets = "" if sockets == directory.path else str(sockets)
-            self.directory = directory
             self._save()
             async with AsyncExitStack() as stack:
-                stack.callback(stop_logging, log_to(directory.logs, "launcher"))
                 await self._hold(stack, task_status)
         except HmmnetError as error:
             self._fail(str(error))
@@ -72,6 +85,7 @@ class Supervisor:
                 self._fail("; ".join(map(str, leaves(errors))))
             raise
         finally:
+            stop_logging(handler)
             if self.record.state == "failed":
                 directory.release()
             else:
@@ -117,7 +131,7 @@ class Supervisor:
     async def _watch_host(self) -> None:
         status = await self.host.run()
         if not self.crew.ending:
-            raise self.host.failure(status)
+            raise self._error(f"the host process {describe_exit(status)}")
 
     def _hear(self, told: dict[str, Any]) -> None:
         if "control" in told:
@@ -137,14 +151,17 @@ class Supervisor:
         self._nursery.start_soon(self.host.tell, {"exited": name, "how": how})
 
     async def _give_up(self, why: str) -> None:
-        raise HmmnetError(why)
+        raise self._error(why)
+
+    def _error(self, why: str) -> HmmnetError:
+        return HmmnetError(f'{why}; "hmmnet logs {self.record.name}" tells more')
 
     async def _wait(self, event: trio.Event, seconds: float, what: str) -> None:
         with trio.move_on_after(seconds):
             await event.wait()
         if not event.is_set():
             missing = [record.name for record in self.record.devices if record.state != "ready"]
-            raise HmmnetError(f"{what} within {seconds:g} s (not ready: {', '.join(missing[:8])})")
+            raise self._error(f"{what} within {seconds:g} s (not ready: {', '.join(missing[:8])})")
 
     def _save(self) -> None:
         if self.record.devices and all(device.state == "ready" and device.pid for device in self.record.devices):

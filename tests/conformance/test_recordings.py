@@ -39,9 +39,14 @@ IDENTICAL = [
 """Hand scripts that use only anonymous private memory, one process, munmap, mprotect, migration, snapshot and device read and write."""
 
 
-def scripts(file: str, names: list[str]) -> list[Script]:
-    """The scripts of a recording, by name, in the order of the file."""
-    found = [script for script in read_scripts(RECORDINGS / file) if script.name in names]
+def further() -> list[str]:
+    """Names in identical.txt."""
+    return [line for line in (RECORDINGS.parent / "identical.txt").read_text().splitlines() if line and not line.startswith("#")]
+
+
+def scripts(pattern: str, names: list[str]) -> list[Script]:
+    """The scripts of the recordings that match, by name, in the order of the files."""
+    found = [script for path in sorted(RECORDINGS.glob(pattern)) for script in read_scripts(path) if script.name in names]
     assert sorted(script.name for script in found) == sorted(names)
     return found
 
@@ -58,3 +63,11 @@ async def test_hand_scripts_are_identical() -> None:
     """Every script in IDENTICAL, one after the other on one machine."""
     tally = await played(scripts("hand.traces", IDENTICAL))
     assert tally.identical == len(IDENTICAL), complaint(tally)
+
+
+async def test_everything_else_that_was_identical_stays_so() -> None:
+    """Every script in identical.txt: hand scripts with madvise(DONTNEED), and generated ones that use the same operations."""
+    names = further()
+    assert not set(names) & set(IDENTICAL)
+    tally = await played(scripts("*.traces", names))
+    assert tally.identical == len(names), complaint(tally)

@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 
 from hmmnet.errors import HmmnetError
-from hmmnet.launch.directory import (
+from hmmnet.launcher.directory import (
     Directory,
     MachineExists,
     MachineRecord,
     base_directory,
     check_name,
     directories,
+    new_record,
     process_started,
     remove_stale,
 )
@@ -31,10 +32,10 @@ def base(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         yield Path(folder)
 
 
-def record(directory: Directory, **more: str) -> MachineRecord:
-    return MachineRecord(
-        name=directory.name, topology="two-gpus", kind="up", pid=os.getpid(), process_started=process_started(os.getpid()), started_s=1.0, **more
-    )
+def record(directory: Directory, sockets: str = "") -> MachineRecord:
+    made = new_record(directory.name, "two-gpus", "up")
+    made.sockets = sockets
+    return made
 
 
 def test_create_makes_what_a_machine_needs(base: Path) -> None:
@@ -65,7 +66,7 @@ def test_a_second_machine_of_the_name_is_told_how_to_go_on() -> None:
 
 def test_what_a_killed_launcher_left_is_stale_and_can_be_taken_over(base: Path) -> None:
     """The kernel drops the lock of a dead process; its files do not stop the next machine."""
-    program = "import os; from hmmnet.launch.directory import Directory; Directory.create('dead'); os.kill(os.getpid(), 9)"
+    program = "import os; from hmmnet.launcher.directory import Directory; Directory.create('dead'); os.kill(os.getpid(), 9)"
     subprocess.run([sys.executable, "-c", program], check=False)
     stale = Directory.named("dead")
     assert stale.path.is_dir()

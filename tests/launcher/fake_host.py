@@ -1,6 +1,7 @@
 """A host that is none: it says what a host says, and writes down what it is told. Its behaviour is the machine's name.
 
-``well``: every device is ready. ``mute``: it never serves. ``fails``: it ends with exit code 3 at once. ``stuck``: as well, and it ignores SIGTERM.
+``well``: every device is ready. ``mute``: it never serves. ``fails``: it ends with exit code 3 at once. ``stuck``: as well, and it
+ignores SIGTERM.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The device processes of one machine: started from the zygote, watched, shown in the machine's record.
 
-What a device's end means for the machine is not decided here: `lost` is told, and the host is told through it that it need not wait a lease.
+What a device's end means for the machine is not decided here: `lost` is told, and the host is told through it that it need not wait a
+lease.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ from .zygote import GRACE_S, Exited, Told, ZygoteClient
 READY_S = 30.0
 """Real seconds for a device from its fork to its welcome; 64 of them on a busy single core need a few."""
 
-log = logging.getLogger("hmmnet.launch")
+log = logging.getLogger("hmmnet.launcher")
 
 
 class Crew:
-    """The devices of `topology`. `changed` is called after every change of a record; `lost` with (name, how) when a device process ended."""
+    """The devices of `topology`. `changed` is called after every change of a record; `lost` with (name, how) when a device process
+    ended.
+    """
 
     def __init__(
         self,
@@ -51,7 +54,9 @@ class Crew:
         if not self.ending:
             for name in self.records:
                 self._end(name, "its zygote is gone")
-            raise HmmnetError(f"the device zygote is gone ({self.zygote.how()}), and every device with it; see the logs in {self._directory.logs}")
+            raise HmmnetError(
+                f"the device zygote is gone ({self.zygote.how()}), and every device with it; see the logs in {self._directory.logs}"
+            )
 
     async def start(self, endpoint: str) -> None:
         """Start every device; each connects to the host's control `endpoint` by itself."""

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -23,6 +24,8 @@ READY_S = 20.0
 """Real seconds for the zygote's imports; a cold disk needs several."""
 GRACE_S = 0.4
 """Real seconds that devices have to end by themselves before they are killed; Ctrl-C promises to be over within one."""
+KILL_S = 0.3
+"""Real seconds for the zygote to kill what did not end, and to end itself."""
 READ_BYTES = 1 << 16
 
 
@@ -56,9 +59,9 @@ class ZygoteClient:
         self._received = b""
         ours, theirs = socket.socketpair()
         with theirs:
-            self.process = subprocess.Popen(
+            self.process = subprocess.Popen(  # noqa: S603 - our own interpreter
                 [*(command or (sys.executable, "-m", "hmmnet.devices", "--zygote"))],
-                stdin=theirs,
+                stdin=theirs.fileno(),
                 stderr=stderr,
                 env=child_environment(),
                 start_new_session=True,
@@ -72,13 +75,12 @@ class ZygoteClient:
             while True:
                 data = await self._socket.recv(READ_BYTES)
                 if not data:
+                    self._gone.set()
                     return
                 *lines, self._received = (self._received + data).split(b"\n")
                 for line in lines:
                     self._hear(json.loads(line), tell)
-        except (ConnectionError, trio.ClosedResourceError):  # the zygote died, or we ended it
-            return
-        finally:
+        except (OSError, trio.ClosedResourceError):  # the zygote died, or we ended it
             self._gone.set()
 
     def _hear(self, message: dict[str, Any], tell: Callable[[Told], None]) -> None:
@@ -130,17 +132,10 @@ class ZygoteClient:
         return "it still runs" if status is None else describe_exit(status)
 
     async def end(self, grace_s: float = GRACE_S) -> None:
-        """Let the devices end by themselves for `grace_s`, kill the others, and return when all are gone. `run` may be over by then."""
+        """Let the devices end by themselves for `grace_s`, kill the others, and return when all are gone, whether `run` still runs or not."""
         with trio.CancelScope(shield=True):
-            if self.process.poll() is None and not self._gone.is_set():
-                with trio.move_on_after(grace_s):
-                    await self._end_politely(grace_s)
+            if self.process.poll() is None:
+                with trio.move_on_after(grace_s), suppress(HmmnetError):
+                    await self._send({"end": grace_s})
+            await end_process(self.process, grace_s + KILL_S)
             self._socket.close()
-            await end_process(self.process, grace_s)
-
-    async def _end_politely(self, grace_s: float) -> None:
-        try:
-            await self._send({"end": grace_s})
-        except HmmnetError:
-            return
-        await self._gone.wait()

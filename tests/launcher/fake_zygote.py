@@ -5,16 +5,20 @@ from __future__ import annotations
 import os
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 from hmmnet.devices.zygote import serve
 
 
 def child(settings: dict[str, Any]) -> int | None:
-    """``exit``: a status; ``raise``: an error's text; ``sleep_s``; ``file``: where to write what a child can see of itself. A device's settings: sleep."""
+    """``exit``: a status; ``raise``: an error's text; ``sleep_s``; ``file``: where to write what a child can see of itself. A device's
+    settings: sleep.
+    """
     if "file" in settings:
-        with open(settings["file"], "w") as file:
-            print(os.getpid(), os.readlink("/proc/self/fd/0"), len(os.listdir("/proc/self/fd")), threading.active_count(), file=file)
+        descriptors = len(list(Path("/proc/self/fd").iterdir()))
+        text = f"{os.getpid()} {Path('/proc/self/fd/0').readlink()} {descriptors} {threading.active_count()}"
+        Path(settings["file"]).write_text(text)
     time.sleep(settings.get("sleep_s", 60 if "endpoint" in settings else 0))
     if "raise" in settings:
         raise RuntimeError(settings["raise"])

@@ -14,8 +14,8 @@ import pytest
 import trio
 
 from hmmnet.errors import HmmnetError
-from hmmnet.launch.processes import open_pidfd
-from hmmnet.launch.zygote import Exited, Started, Told, ZygoteClient
+from hmmnet.launcher.processes import wait_ended
+from hmmnet.launcher.zygote import Exited, Started, Told, ZygoteClient
 
 FAKE = (sys.executable, str(Path(__file__).with_name("fake_zygote.py")))
 NOTHING_THERE = (sys.executable, "-c", "raise SystemExit(3)")
@@ -58,11 +58,7 @@ async def zygote(heard: Heard) -> AsyncIterator[ZygoteClient]:
 async def gone(pid: int) -> None:
     """Return when a process that is not our child has ended."""
     with trio.fail_after(10):
-        try:
-            with open_pidfd(pid) as descriptor:
-                await trio.lowlevel.wait_readable(descriptor)
-        except ProcessLookupError:
-            return
+        await wait_ended(pid)
 
 
 async def test_a_child_is_forked_and_its_end_reported() -> None:
@@ -151,7 +147,7 @@ async def test_a_killed_launcher_takes_zygote_and_children_along() -> None:
     """Whoever started the zygote is killed: nothing survives."""
     program = f"""
 import trio
-from hmmnet.launch.zygote import ZygoteClient
+from hmmnet.launcher.zygote import ZygoteClient
 
 async def main():
     def tell(told):

@@ -1,6 +1,7 @@
-"""``python -m hmmnet.launch``: a machine in the background, for ``hmmnet up --detach``.
+"""``python -m hmmnet.launcher``: a machine in the background, for ``hmmnet up --detach``.
 
-Reads one JSON object from stdin (`topology`, `name`, `rate`, `transport`), writes one JSON object a line to stdout while the machine starts: its
+Reads one JSON object from stdin (`topology`, `name`, `rate`, `transport`), writes one JSON object a line to stdout while the machine
+starts: its
 record after every change, at last with the state ``running``, or ``{"error": TEXT}``. Then it lets go of stdout and stderr, so that
 whoever started it can go, and holds the machine until SIGTERM.
 """

@@ -1,9 +1,9 @@
 """The launcher's side of the host process: its configuration, what it tells, its end.
 
-``python -m hmmnet.host`` reads one JSON object a line from stdin. The first is its configuration (`Config`), those that follow tell of devices that
-ended: ``{"exited": NAME, "how": TEXT}``. It writes one JSON object a line to stdout: ``{"control": ENDPOINT, "client": ENDPOINT, "rate": NUMBER}``
-when it serves, then ``{"device": NAME, "state": "ready" | "lost", "how": TEXT}`` whenever a device comes or goes. It ends on SIGTERM after saying goodbye to its devices,
-and when stdin ends: then its launcher is gone.
+``python -m hmmnet.host`` reads one JSON object a line from stdin. The first is its configuration (`Config` of its ``__main__``), those
+that follow tell of devices that ended: ``{"exited": NAME, "how": TEXT}``. It writes one JSON object a line to stdout:
+``{"control": ENDPOINT, "client": ENDPOINT, "rate": NUMBER}`` when it serves, then ``{"device": NAME, "state": "ready" | "lost", "how": TEXT}``
+whenever a device comes or goes. It ends on SIGTERM after saying goodbye to its devices, and when stdin ends: then its launcher is gone.
 """
 
 from __future__ import annotations
@@ -17,9 +17,7 @@ from typing import IO, Any
 import msgspec
 import trio
 
-from hmmnet.errors import HmmnetError
-
-from .processes import child_environment, describe_exit, end_process, wait_process
+from .processes import child_environment, end_process, wait_process
 
 GRACE_S = 0.5
 """Real seconds for a host to say goodbye to its devices before it is killed."""
@@ -31,10 +29,16 @@ START_S = 30.0
 class HostProcess:
     """A host process; `hear` gets each object that it tells. `command` is replaced in tests."""
 
-    def __init__(self, config: dict[str, Any], hear: Callable[[dict[str, Any]], None], command: Sequence[str] | None = None, stderr: IO[bytes] | None = None) -> None:
+    def __init__(
+        self,
+        config: dict[str, Any],
+        hear: Callable[[dict[str, Any]], None],
+        command: Sequence[str] | None = None,
+        stderr: IO[bytes] | None = None,
+    ) -> None:
         self._hear = hear
         self._received = b""
-        self.process = subprocess.Popen(
+        self.process = subprocess.Popen(  # noqa: S603 - our own interpreter
             [*(command or (sys.executable, "-m", "hmmnet.host"))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -76,7 +80,3 @@ class HostProcess:
             await end_process(self.process, grace_s)
             await self._stdin.aclose()
             await self._stdout.aclose()
-
-    def failure(self, status: int) -> HmmnetError:
-        """What to say about a host that ended by itself."""
-        return HmmnetError(f"the host process {describe_exit(status)}")

@@ -1,0 +1,195 @@
+"""Figures of the fabric: DMA streams beside raw pyzmq and a bare AF_UNIX stream, and how exactly a pace is kept.
+
+The far end of each kind is a process of its own; all live at the same time and take turns, round by round. All move the same bytes between the same
+kinds of memory, and each counts from the first byte to the moment when the far end is known to have the last. Streams carry checksums.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import trio
+import zmq
+
+import hmmnet
+from hmmnet.fabric.clock import EmulatedClock
+from hmmnet.fabric.dma import BulkReceiver, BulkSender, BytesSink, BytesSource, Pace
+from hmmnet.wire.memory_transport import MemoryTransport
+from hmmnet.wire.zmq_transport import ZmqTransport
+
+from .dma_peers import memory, raw_give, raw_socket, raw_take, unix_give, unix_take
+from .measurement import Goal, Measurement, measured, median_ratio
+
+STREAM_BYTES = 256 << 20
+ROUNDS = 7
+DMA = Goal(0.85, at_least=True)
+EXACT = Goal(1.0, at_least=False, of="value")
+PACED_BYTES_PER_S = {"throttle.50": 50e6, "throttle.200": 200e6, "throttle.500": 500e6}
+PACED_S = 1.0
+
+
+class Far:
+    """A far process: `take` and `give` are commands to it."""
+
+    def __init__(self, kind: str, directory: str, nbytes: int) -> None:
+        root = str(Path(hmmnet.__file__ or ".").parent.parent)
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
+        command = [sys.executable, "-m", "hmmnet.bench.dma_peers", kind, directory, str(nbytes)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+
+    def ready(self) -> None:
+        """Wait until it serves."""
+        assert self._process.stdout is not None
+        if not self._process.stdout.readline():
+            raise RuntimeError(f"a process of the DMA benchmark ended early (exit status {self._process.wait()})")
+
+    def tell(self, command: str) -> None:
+        """Give a command."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(command.encode() + b"\n")
+        self._process.stdin.flush()
+
+    def close(self) -> None:
+        """End it."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=10)
+        self._process.stdout.close()
+
+
+class Reference:
+    """A raw stream in both directions: `to_far` and `to_near` move all bytes and return the seconds that took."""
+
+    def __init__(self, far: Far, data: memoryview, give: Callable[[memoryview], None], take: Callable[[memoryview], None]) -> None:
+        self._far = far
+        self._data = data
+        self._give = give
+        self._take = take
+
+    def to_far(self) -> float:
+        """Near to far."""
+        self._far.tell("take")
+        began_s = time.perf_counter()
+        self._give(self._data)
+        return time.perf_counter() - began_s
+
+    def to_near(self) -> float:
+        """Far to near."""
+        self._far.tell("give")
+        began_s = time.perf_counter()
+        self._take(self._data)
+        return time.perf_counter() - began_s
+
+
+@contextmanager
+def raw_reference(nbytes: int = STREAM_BYTES) -> Iterator[Reference]:
+    """Raw blocking pyzmq over ipc, with a process of its own at the far end: what DMA streams and whole migrations are compared with."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=2)
+    with tempfile.TemporaryDirectory(prefix="hmmnet-") as directory:
+        wire = raw_socket(context, directory, bind=True)
+        far = Far("raw", directory, nbytes)
+        try:
+            far.ready()
+            yield Reference(far, memory(nbytes), lambda data: raw_give(wire, data), lambda data: raw_take(wire, data))
+        finally:
+            far.close()
+            context.destroy(linger=0)
+
+
+@contextmanager
+def unix_reference(nbytes: int = STREAM_BYTES) -> Iterator[Reference]:
+    """A bare AF_UNIX stream."""
+    with tempfile.TemporaryDirectory(prefix="hmmnet-") as directory, socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"{directory}/unix")
+        listener.listen(1)
+        far = Far("unix", directory, nbytes)
+        wire, _ = listener.accept()
+        try:
+            far.ready()
+            yield Reference(far, memory(nbytes), lambda data: unix_give(wire, data), lambda data: unix_take(wire, data))
+        finally:
+            far.close()
+            wire.close()
+
+
+def measure_dma(rounds: int = ROUNDS, nbytes: int = STREAM_BYTES) -> list[Measurement]:
+    """``dma.to_device`` and ``dma.to_host``."""
+    return trio.run(_measure_dma, rounds, nbytes)
+
+
+async def _measure_dma(rounds: int, nbytes: int) -> list[Measurement]:
+    taken: dict[str, list[float]] = {name: [] for name in ("raw out", "raw in", "unix out", "unix in", "ours out", "ours in")}
+    data, clock = memory(nbytes), EmulatedClock()
+    with raw_reference(nbytes) as raw, unix_reference(nbytes) as unix, tempfile.TemporaryDirectory(prefix="hmmnet-") as directory, ZmqTransport() as transport:
+        sender = BulkSender(transport.bind_channel(f"ipc://{directory}/in"), clock)
+        receiver = BulkReceiver(transport.bind_channel(f"ipc://{directory}/out"), clock)
+        far = Far("ours", directory, nbytes)
+        far.ready()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(sender.run)
+            nursery.start_soon(receiver.run)
+            stream = 0
+            for lap in range(rounds + 1):
+                figures: dict[str, float] = {}
+                for reference, name in ((raw, "raw"), (unix, "unix")):
+                    figures[f"{name} out"], figures[f"{name} in"] = reference.to_far(), reference.to_near()
+                stream += 2
+                far.tell("take")
+                began_s = time.perf_counter()
+                await sender.send(stream, BytesSource(data))
+                figures["ours out"] = time.perf_counter() - began_s
+                stream += 2
+                far.tell("give")
+                began_s = time.perf_counter()
+                await receiver.expect(stream, BytesSink(data)).wait()
+                figures["ours in"] = time.perf_counter() - began_s
+                if lap:  # the first lap touches memory for the first time
+                    for name, seconds in figures.items():
+                        taken[name].append(seconds)
+            nursery.cancel_scope.cancel()
+        far.close()
+    return [_stream_figure("dma.to_device", "out", taken, nbytes), _stream_figure("dma.to_host", "in", taken, nbytes)]
+
+
+def _stream_figure(name: str, way: str, taken: dict[str, list[float]], nbytes: int) -> Measurement:
+    raw, ours = taken[f"raw {way}"], taken[f"ours {way}"]
+    unix = median_ratio(taken[f"unix {way}"], ours)
+    rate = nbytes / median(ours) / 1e9
+    return measured(name, rate, f"GB/s ({unix:.2f} of AF_UNIX)", DMA, nbytes / median(raw) / 1e9, median_ratio(raw, ours))
+
+
+def measure_throttle() -> list[Measurement]:
+    """``throttle.*``: the error in percent of a stream paced for a second, by absolute deadlines, in 1 MiB chunks."""
+    return [measured(name, trio.run(_pace_error, rate), "% error", EXACT, rate / 1e6) for name, rate in PACED_BYTES_PER_S.items()]
+
+
+async def _pace_error(bytes_per_s: float) -> float:
+    nbytes = int(bytes_per_s * PACED_S) // (1 << 20) * (1 << 20)
+    data, landing = memory(nbytes), memory(nbytes)
+    clock, transport = EmulatedClock(), MemoryTransport()
+    sender = BulkSender(transport.bind_channel("mem://paced"), clock)
+    receiver = BulkReceiver(transport.connect_channel("mem://paced"), clock)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(sender.run)
+        nursery.start_soon(receiver.run)
+        arrival = receiver.expect(2, BytesSink(landing))
+        began_s = time.perf_counter()
+        await sender.send(2, BytesSource(data), Pace(clock.now(), bytes_per_s, 0.0))
+        await arrival.wait()
+        took_s = time.perf_counter() - began_s
+        nursery.cancel_scope.cancel()
+    transport.close()
+    return abs(nbytes / bytes_per_s / took_s - 1) * 100
+
+

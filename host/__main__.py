@@ -1,0 +1,163 @@
+"""``python -m hmmnet.host``: the host as a process of its own, held by a launcher.
+
+It reads one JSON object a line from stdin: first its `Config`, then what the launcher sees, ``{"exited": DEVICE, "how": TEXT}``. It writes one
+JSON object a line to stdout: ``{"control": ENDPOINT, "client": ENDPOINT, "rate": NUMBER}`` when it serves, then
+``{"device": NAME, "state": "ready" | "lost", "how": TEXT}`` whenever a device comes or goes. It says goodbye to its peers and ends on
+SIGTERM, SIGINT, and at the end of stdin: then its launcher is gone.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import trio
+
+from hmmnet.errors import HmmnetError, KernelError
+from hmmnet.fabric.clock import EmulatedClock
+from hmmnet.fabric.measure import choose_rate, measure_bytes_per_s
+from hmmnet.lifeline import die_with_parent
+from hmmnet.observe.logs import log_to
+from hmmnet.topology import Topology
+from hmmnet.wire.secrets import read_secret
+from hmmnet.wire.zmq_transport import ZmqTransport
+
+from .service import Host
+
+LINE_BYTES_MAX = 1 << 24
+"""A configuration holds a topology of at most some thousand parts."""
+READ_BYTES = 1 << 16
+
+log = logging.getLogger("hmmnet.host")
+
+
+class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What the launcher says first. `rate` is emulated seconds for a real one; ``auto`` measures what this computer moves."""
+
+    name: str
+    topology: Topology
+    directory: str
+    secret_file: str
+    log_folder: str = ""
+    rate: float | Literal["auto"] = "auto"
+    transport: Literal["ipc", "tcp"] = "ipc"
+
+
+class Exited(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A device's process has ended."""
+
+    exited: str
+    how: str
+
+
+def tell(message: dict[str, Any]) -> None:
+    """Write one line to the launcher. When it is gone, the end of stdin says so."""
+    try:
+        sys.stdout.buffer.write(msgspec.json.encode(message) + b"\n")
+        sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        log.info("nobody reads what the host tells")
+
+
+async def lines(descriptor: int) -> AsyncIterator[bytes]:
+    """Lines from a pipe, until its end. Raises HmmnetError for one that is too long."""
+    async with trio.lowlevel.FdStream(descriptor) as stream:
+        held = b""
+        while data := await stream.receive_some(READ_BYTES):
+            *whole, held = (held + data).split(b"\n")
+            for line in whole:
+                yield line
+            if len(held) > LINE_BYTES_MAX:
+                raise HmmnetError(f"a line on stdin is longer than {LINE_BYTES_MAX} bytes")
+
+
+async def rate_for(config: Config, transport: ZmqTransport) -> float:
+    """The rate that the configuration asks for, measured if it leaves that open."""
+    if config.rate != "auto":
+        return config.rate
+    endpoint = f"ipc://{Path(config.directory) / 'measure'}" if config.transport == "ipc" else "tcp://127.0.0.1:*"
+    measured = await measure_bytes_per_s(transport, endpoint, EmulatedClock())
+    rate = choose_rate(config.topology, measured)
+    log.info("the clock runs at rate %g", rate, extra={"fields": {"measured_bytes_per_s": round(measured)}})
+    return rate
+
+
+async def serve(config: Config, commands: AsyncIterator[bytes], obeying: trio.CancelScope) -> None:
+    """Run the host until `commands` end or `obeying` is cancelled; only then it says goodbye, with all its tasks alive. Raises HmmnetError."""
+    secret = read_secret(Path(config.secret_file))
+    with ZmqTransport() as transport:
+        clock = EmulatedClock(await rate_for(config, transport))
+        host = Host(config.topology, transport, Path(config.directory), secret, clock, config.name, scheme=config.transport)
+        host.on_change = lambda device, state, how: tell({"device": device, "state": state, "how": how})
+        async with host.running():
+            tell({"control": host.control_endpoint, "client": host.client_endpoint, "rate": clock.rate})
+            with obeying:
+                async for line in commands:
+                    obey(host, line)
+
+
+def obey(host: Host, line: bytes) -> None:
+    """Do what the launcher says in one line."""
+    try:
+        told = msgspec.json.decode(line, type=Exited)
+        host.device_exited(told.exited, told.how)
+    except (msgspec.MsgspecError, KernelError) as error:
+        log.warning("the launcher told something that makes no sense: %s", error)
+
+
+async def process() -> None:
+    """The whole process."""
+    async with trio.open_nursery() as nursery:
+        obeying = trio.CancelScope()
+        nursery.start_soon(_stop_on_signal, obeying)
+        commands = lines(os.dup(0))
+        try:
+            first = await anext(commands, None)
+            if first is None:
+                raise HmmnetError("stdin ended before the configuration came; the host is started by `hmmnet up`")
+            config = decode_config(first)
+            if config.log_folder:
+                log_to(Path(config.log_folder), "host")
+            await serve(config, commands, obeying)
+        finally:
+            with trio.CancelScope(shield=True):
+                await commands.aclose()  # type: ignore[attr-defined] # it is an async generator
+        nursery.cancel_scope.cancel()
+
+
+def decode_config(line: bytes) -> Config:
+    """The configuration in the first line. Raises HmmnetError."""
+    try:
+        return msgspec.json.decode(line, type=Config)
+    except msgspec.MsgspecError as error:
+        raise HmmnetError(f"the host's configuration is wrong: {error}") from error
+
+
+async def _stop_on_signal(scope: trio.CancelScope) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async for number in signals:
+            log.info("ending on %s", signal.Signals(number).name)
+            scope.cancel()
+
+
+def main() -> int:
+    """The command; returns the exit code."""
+    die_with_parent(os.getppid())
+    failed = False
+    try:
+        trio.run(process)
+    except* HmmnetError as group:
+        failed = True
+        for error in group.exceptions:
+            print(f"hmmnet host: {error}", file=sys.stderr)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

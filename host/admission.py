@@ -1,0 +1,104 @@
+"""Who may join the machine, and as what: the decisions about a hello, and what a welcomed peer is told.
+
+Version and secret were checked before (`hmmnet.wire.server`). Here: a device must be one of the topology, and gets a zone of its own and
+a pair of bulk channels; a program gets nothing but the clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import msgspec
+
+from hmmnet.errors import HmmnetError
+from hmmnet.fabric.clock import EmulatedClock
+from hmmnet.pages import DEVICE_ZONE_MIN, ZONES_MAX
+from hmmnet.topology import DeviceSpec, Topology
+from hmmnet.wire.messages import PROTOCOL_VERSION, TEXT_MAX, Hello, Refused, Welcome, Zone
+from hmmnet.wire.transport import Channel, Transport
+
+from .mm.frames import PhysicalMemory
+
+PROGRAM_ROLES = frozenset({"client", "launcher"})
+
+
+@dataclass(frozen=True)
+class Connecting:
+    """A device that is being welcomed: its place in the machine, and our ends of its bulk channels."""
+
+    spec: DeviceSpec
+    zone: int
+    bulk_in: Channel
+    bulk_out: Channel
+
+
+class Admission:
+    """Decides about hellos. `endpoint_of` names a fresh endpoint for a short name."""
+
+    def __init__(
+        self,
+        topology: Topology,
+        transport: Transport,
+        clock: EmulatedClock,
+        memory: PhysicalMemory,
+        endpoint_of: Callable[[str], str],
+        incarnation: int,
+        lease_s: float,
+    ) -> None:
+        self._topology = topology
+        self._transport = transport
+        self._clock = clock
+        self._memory = memory
+        self._endpoint_of = endpoint_of
+        self._incarnation = incarnation
+        self._lease_s = lease_s
+        self._zone_next = DEVICE_ZONE_MIN
+        self._connecting: dict[str, Connecting] = {}
+
+    def device(self, hello: Hello) -> Welcome | Refused:
+        """Welcome a device of the topology; `connecting` then has its channels."""
+        if hello.role != "device":
+            return Refused("role", f"this endpoint is for devices, not for a {hello.role}")
+        if hello.name not in self._topology.device_names:
+            known = ", ".join(self._topology.device_names)
+            return Refused("name", f'topology "{self._topology.name}" has no device "{hello.name}"; it has {known}'[:TEXT_MAX])
+        if self._zone_next >= ZONES_MAX:
+            return Refused("busy", f"devices were restarted {ZONES_MAX - DEVICE_ZONE_MIN} times; start the machine anew")
+        zone = self._zone_next
+        try:
+            bulk_in = self._transport.bind_channel(self._endpoint_of(f"b{zone}i"))
+            bulk_out = self._transport.bind_channel(self._endpoint_of(f"b{zone}o"))
+        except HmmnetError as error:
+            return Refused("busy", str(error)[:TEXT_MAX])
+        self._zone_next += 1
+        spec = self._topology.device(hello.name)
+        self._connecting[hello.name] = Connecting(spec, zone, bulk_in, bulk_out)
+        return self._welcome(zone, bulk_in.endpoint, bulk_out.endpoint, msgspec.msgpack.encode(spec))
+
+    def connecting(self, name: str) -> Connecting:
+        """What `device` made for the device that it just welcomed."""
+        return self._connecting.pop(name)
+
+    def program(self, hello: Hello) -> Welcome | Refused:
+        """Welcome a program."""
+        if hello.role not in PROGRAM_ROLES:
+            return Refused("role", f"this endpoint is for programs, not for a {hello.role}")
+        return self._welcome(-1, "", "", b"")
+
+    def _welcome(self, zone: int, bulk_in: str, bulk_out: str, config: bytes) -> Welcome:
+        clock = self._clock
+        return Welcome(
+            version=PROTOCOL_VERSION,
+            host_incarnation=self._incarnation,
+            zone=zone,
+            zones=[Zone(found.number, found.kind, found.owner, found.count) for found in self._memory.zones.values() if not found.lost],
+            bulk_in=bulk_in,
+            bulk_out=bulk_out,
+            telemetry="",
+            epoch_monotonic_s=clock.epoch_monotonic_s,
+            epoch_emulated_s=clock.epoch_emulated_s,
+            rate=clock.rate,
+            lease_s=self._lease_s,
+            config=config,
+        )

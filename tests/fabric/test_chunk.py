@@ -1,0 +1,57 @@
+"""Stream headers survive the wire, and nothing malformed gets past them."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hmmnet.errors import ProtocolError
+from hmmnet.fabric.chunk import (
+    CHUNK_BYTES, Abort, Chunk, Credit, pack_abort, pack_chunk, pack_credit, unpack_back, unpack_forward
+)  # fmt: skip
+
+
+@given(st.integers(1, 1 << 40), st.integers(1, CHUNK_BYTES), st.integers(0, (1 << 64) - 1) | st.none())
+def test_chunks_survive(total: int, stride: int, checksum: int | None) -> None:
+    """The last chunk of any stream comes back as it was, with what is left as its length."""
+    sequence = min((total - 1) // stride, 2**32 - 1)
+    chunk = Chunk(7, total, sequence, stride, checksum, 1.5)
+    assert unpack_forward(pack_chunk(chunk)) == chunk
+    assert 0 < chunk.length <= stride
+    assert chunk.offset + chunk.length <= total
+
+
+def test_credits_and_aborts_survive() -> None:
+    """So do the messages of the other direction, and aborts of both."""
+    credit = Credit(9, 3, (4, 7), 2.5e9)
+    assert unpack_back(pack_credit(credit)) == credit
+    abort = Abort(9, "the device is gone")
+    assert unpack_back(pack_abort(abort)) == abort
+    assert unpack_forward(pack_abort(abort)) == abort
+
+
+@given(st.binary(max_size=200))
+def test_garbage_is_refused(header: bytes) -> None:
+    """Any bytes are a message or a ProtocolError."""
+    for unpack in (unpack_forward, unpack_back):
+        try:
+            unpack(header)
+        except ProtocolError:
+            continue
+
+
+@pytest.mark.parametrize(
+    "chunk",
+    [
+        Chunk(1, 0, 0, 1, 0, 0.0),
+        Chunk(1, 1 << 41, 0, 1, 0, 0.0),
+        Chunk(1, 10, 0, CHUNK_BYTES + 1, 0, 0.0),
+        Chunk(1, 10, 10, 1, 0, 0.0),
+        Chunk(1, 10, 0, 10, 0, float("nan")),
+    ],
+)
+def test_impossible_chunks_are_refused(chunk: Chunk) -> None:
+    """Empty, oversized and out-of-range chunks, and arrivals at no time."""
+    with pytest.raises(ProtocolError):
+        unpack_forward(pack_chunk(chunk))

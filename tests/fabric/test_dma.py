@@ -1,0 +1,216 @@
+"""Streams deliver every byte once, whatever the channel does, and end at both sides when one gives up.
+
+    sender --- chunks --->  receiver
+           <-- credits ---
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import numpy as np
+import pytest
+import trio
+import trio.testing
+
+from hmmnet.arena import Arena
+from hmmnet.errors import PeerError
+from hmmnet.fabric.clock import EmulatedClock
+from hmmnet.fabric.dma import ArenaSink, ArenaSource, BulkReceiver, BulkSender, BytesSink, BytesSource, MultiArena, Pace
+from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, ZONE_SHIFT, Words
+from hmmnet.wire.memory_transport import MemoryTransport
+from hmmnet.wire.transport import Channel
+
+from tests.fabric.faulty import faulty_pair
+
+MIB = 1 << 20
+
+
+@asynccontextmanager
+async def ends(near: Channel, far: Channel) -> AsyncIterator[tuple[BulkSender, BulkReceiver]]:
+    """A running sender and receiver at the ends of a channel."""
+    sender, receiver = BulkSender(near, EmulatedClock()), BulkReceiver(far, EmulatedClock())
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(sender.run)
+        nursery.start_soon(receiver.run)
+        yield sender, receiver
+        nursery.cancel_scope.cancel()
+
+
+def memory_pair() -> tuple[Channel, Channel]:
+    """Both ends of a sound channel."""
+    transport = MemoryTransport()
+    near = transport.bind_channel("mem://bulk")
+    return near, transport.connect_channel("mem://bulk")
+
+
+def pattern(nbytes: int, seed: int = 1) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+    """Bytes that differ everywhere."""
+    return np.random.default_rng(seed).integers(0, 256, nbytes, dtype=np.uint8)
+
+
+@pytest.mark.parametrize("nbytes", [1, 4096, MIB, MIB + 1, 40 * MIB])
+async def test_every_byte_arrives(nbytes: int) -> None:
+    """One byte, one page, one chunk, a bit more, and several windows."""
+    data, landing = pattern(nbytes), np.zeros(nbytes, dtype=np.uint8)
+    async with ends(*memory_pair()) as (sender, receiver):
+        arrival = receiver.expect(2, BytesSink(landing))
+        report = await sender.send(2, BytesSource(data))
+        await arrival.wait()
+    assert report.nbytes == nbytes
+    assert report.resent == 0
+    assert np.array_equal(data, landing)
+
+
+@pytest.mark.parametrize("seed", range(12))
+async def test_a_bad_channel_changes_nothing(seed: int, autojump_clock: trio.testing.MockClock) -> None:
+    """Lost, damaged, repeated and reordered messages, in both directions: every byte arrives, once. Replay: the seed is the parameter."""
+    data, landing = pattern(24 * MIB, seed), np.zeros(24 * MIB, dtype=np.uint8)
+    near, far = faulty_pair(seed, loss=0.15, damage=0.15, repeat=0.2, swap=0.3)
+    async with ends(near, far) as (sender, receiver):
+        arrival = receiver.expect(2, BytesSink(landing))
+        with trio.fail_after(300):
+            report = await sender.send(2, BytesSource(data))
+            await arrival.wait()
+    assert near.faults > 0
+    assert report.resent > 0
+    assert np.array_equal(data, landing)
+
+
+async def test_damage_is_caught_where_it_happens() -> None:
+    """A chunk whose checksum does not fit is asked for again; nothing else is."""
+    near, far = faulty_pair(3, damage=0.5)
+    data, landing = pattern(8 * MIB), np.zeros(8 * MIB, dtype=np.uint8)
+    async with ends(near, far) as (sender, receiver):
+        arrival = receiver.expect(2, BytesSink(landing))
+        report = await sender.send(2, BytesSource(data))
+        await arrival.wait()
+    assert arrival.state.corrupted == near.faults > 0
+    assert report.resent == near.faults
+    assert np.array_equal(data, landing)
+
+
+async def test_chunks_may_overtake_their_announcement() -> None:
+    """Bulk and control are different sockets: chunks that come first are parked."""
+    data, landing = pattern(3 * MIB), np.zeros(3 * MIB, dtype=np.uint8)
+    async with ends(*memory_pair()) as (sender, receiver), trio.open_nursery() as nursery:
+        nursery.start_soon(sender.send, 4, BytesSource(data))
+        await trio.testing.wait_all_tasks_blocked()
+        await receiver.expect(4, BytesSink(landing)).wait()
+    assert np.array_equal(data, landing)
+
+
+async def test_streams_share_a_channel() -> None:
+    """Several streams at once do not mix."""
+    sources = {stream: pattern(3 * MIB + stream, stream) for stream in range(2, 22, 2)}
+    landings = {stream: np.zeros(len(data), dtype=np.uint8) for stream, data in sources.items()}
+    async with ends(*memory_pair()) as (sender, receiver), trio.open_nursery() as nursery:
+        for stream, data in sources.items():
+            nursery.start_soon(receiver.expect(stream, BytesSink(landings[stream])).wait)
+            nursery.start_soon(sender.send, stream, BytesSource(data))
+    assert all(np.array_equal(sources[stream], landings[stream]) for stream in sources)
+
+
+async def test_receiver_gives_up() -> None:
+    """The sender of a stream that is expected no longer is told why, and nothing lands any more."""
+    landing = np.zeros(64 * MIB, dtype=np.uint8)
+    async with ends(*memory_pair()) as (sender, receiver):
+        arrival = receiver.expect(2, BytesSink(landing))
+        arrival.cancel()
+        with pytest.raises(PeerError, match="receiver gave it up"):
+            await sender.send(2, BytesSource(pattern(64 * MIB)))
+        with pytest.raises(PeerError):
+            await arrival.wait()
+    assert not landing.any()
+
+
+async def test_sender_gives_up() -> None:
+    """A cancelled send ends the stream at the receiver too."""
+    async with ends(*memory_pair()) as (sender, receiver):
+        arrival = receiver.expect(2, BytesSink(np.zeros(MIB, dtype=np.uint8)))
+        with trio.move_on_after(0.01):
+            await sender.send(2, BytesSource(pattern(MIB)), Pace(1e9, 1.0, 0.0))
+        with pytest.raises(PeerError, match="sender gave it up"):
+            await arrival.wait()
+
+
+async def test_a_stream_of_another_length_is_refused() -> None:
+    """A sender that means something else than the receiver does not get to write."""
+    landing = np.zeros(MIB, dtype=np.uint8)
+    async with ends(*memory_pair()) as (sender, receiver):
+        arrival = receiver.expect(2, BytesSink(landing))
+        with pytest.raises(PeerError, match="were expected"):
+            await sender.send(2, BytesSource(pattern(2 * MIB)))
+        with pytest.raises(PeerError):
+            await arrival.wait()
+    assert not landing.any()
+
+
+async def test_a_closed_channel_ends_everything() -> None:
+    """Both ends learn of it; nobody hangs."""
+    near, far = memory_pair()
+    async with ends(near, far) as (sender, receiver):
+        arrival = receiver.expect(2, BytesSink(np.zeros(MIB, dtype=np.uint8)))
+        await trio.testing.wait_all_tasks_blocked()
+        await far.aclose()
+        with pytest.raises(PeerError, match="closed"):
+            await arrival.wait()
+        await near.aclose()
+        with pytest.raises(PeerError, match="closed"):
+            await sender.send(2, BytesSource(pattern(10)))
+
+
+async def test_garbage_on_a_bulk_channel_is_dropped() -> None:
+    """Messages that are none leave the streams alone."""
+    near, far = memory_pair()
+    data, landing = pattern(MIB), np.zeros(MIB, dtype=np.uint8)
+    async with ends(near, far) as (sender, receiver):
+        await near.send(b"garbage")
+        await near.send(b"HMc1" + bytes(3), b"data")
+        await far.send(b"garbage")
+        arrival = receiver.expect(2, BytesSink(landing))
+        await sender.send(2, BytesSource(data))
+        await arrival.wait()
+        assert receiver.dropped == 2
+    assert np.array_equal(data, landing)
+
+
+@pytest.mark.parametrize("size", [8, 64, PAGE_SIZE])
+async def test_scattered_elements(size: int) -> None:
+    """Elements in any order, gathered at one end and scattered at the other, over several memories."""
+    arenas = {zone: Arena(zone << ZONE_SHIFT, 600) for zone in (0, 1)}
+    for arena in arenas.values():
+        arena.bytes[:] = pattern(len(arena.bytes), 5 + arena.base % 7)
+    target = Arena(64 << ZONE_SHIFT, 1200)
+    rng = np.random.default_rng(size)
+    rows = rng.permutation(600 * PAGE_SIZE // size)[:2000].astype(np.uint64)
+    zones: Words = rng.integers(0, 2, len(rows)).astype(np.uint64)
+    source = (zones << np.uint64(ZONE_SHIFT + PAGE_SHIFT)) + rows * np.uint64(size)
+    places = np.uint64(target.base << PAGE_SHIFT) + rng.permutation(600 * PAGE_SIZE // size)[: len(rows)].astype(np.uint64) * np.uint64(size)
+    memories = MultiArena(arenas)
+    async with ends(*memory_pair()) as (sender, receiver):
+        arrival = receiver.expect(2, ArenaSink(target, places, size))
+        await sender.send(2, ArenaSource(memories, source, size))
+        await arrival.wait()
+    assert np.array_equal(target.gather(places, size), memories.gather(source, size))
+
+
+def test_pace_is_kept_in_virtual_time() -> None:
+    """16 MiB at 100 MB/s take what arithmetic says, to the microsecond, plus the latency."""
+
+    async def main() -> float:
+        near, far = memory_pair()
+        clock = EmulatedClock(1.0, trio.current_time)
+        sender, receiver = BulkSender(near, clock), BulkReceiver(far, clock)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(sender.run)
+            nursery.start_soon(receiver.run)
+            arrival = receiver.expect(2, BytesSink(np.zeros(16 * MIB, dtype=np.uint8)))
+            await sender.send(2, BytesSource(pattern(16 * MIB)), Pace(clock.now(), 100e6, 0.25))
+            await arrival.wait()
+            nursery.cancel_scope.cancel()
+        return clock.now()
+
+    taken_s = trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+    assert taken_s == pytest.approx(16 * MIB / 100e6 + 0.25, abs=1e-3)

@@ -1,0 +1,180 @@
+"""A host with devices that are plain arenas: enough to migrate real bytes through an address space, without links or sessions."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hmmnet.arena import Arena
+from hmmnet.host.hub import Hub
+from hmmnet.host.interfaces import Event, Select
+from hmmnet.host.mm.collect import collect_frames, finalize, inserts, move
+from hmmnet.host.mm.frames import PhysicalMemory
+from hmmnet.host.mm.invariants import check
+from hmmnet.host.mm.rmap import mappings
+from hmmnet.host.mm.space import Space
+from hmmnet.pages import MIGRATE_PFN_MIGRATE, MIGRATE_PFN_SHIFT, MIGRATE_PFN_VALID, PAGE_SHIFT, PAGE_SIZE, Words, zone_of
+from hmmnet.runs import RunAllocator
+
+SHIFT = np.uint64(MIGRATE_PFN_SHIFT)
+MIGRATE = np.uint64(MIGRATE_PFN_MIGRATE)
+VALID = np.uint64(MIGRATE_PFN_VALID)
+
+
+def words(*values: int) -> Words:
+    """A list of pages or frames."""
+    return np.array(values, dtype=np.uint64)
+
+
+def span(start: int, count: int) -> Words:
+    """Consecutive pages."""
+    return np.arange(start, start + count, dtype=np.uint64)
+
+
+class Device:
+    """A device's memory: bytes, and free frames."""
+
+    def __init__(self, machine: Machine, zone: int, kind: str, count: int) -> None:
+        self.zone = machine.memory.add_device(zone, kind, f"gpu{zone - 64}", count)
+        self.zone.on_free = self.free
+        self.arena = Arena(self.zone.base, count)
+        self.allocator = RunAllocator(self.zone.base, count)
+        self.freed: list[int] = []
+
+    def free(self, frames: Words) -> None:
+        """folio_free."""
+        self.freed += frames.tolist()
+        self.allocator.free(frames)
+
+
+class Machine:
+    """One host memory, devices from zone 64 on, processes from 1 on."""
+
+    def __init__(self, host_pages: int = 4096, devices: int = 2, device_pages: int = 1024, kind: str = "private") -> None:
+        self.memory = PhysicalMemory()
+        self.memory.add_node("node0", host_pages)
+        self.devices = {64 + i: Device(self, 64 + i, kind, device_pages) for i in range(devices)}
+        self.spaces: dict[int, Space] = {}
+        self.homed: list[int] = []
+
+    def process(self) -> Space:
+        """A new process."""
+        space = Space(len(self.spaces) + 1, self.memory, Hub(), self.home)
+        self.spaces[space.number] = space
+        return space
+
+    def check(self, *, quiet: bool = True) -> None:
+        """The invariants, and that each device's allocator agrees with the books."""
+        check(self.memory, [space.mm for space in self.spaces.values() if space.mm.family in self.memory.families], quiet=quiet)
+        for device in self.devices.values():
+            if quiet and not device.zone.lost:
+                assert np.count_nonzero(device.zone.refcount) == device.allocator.used_count
+
+    def bytes_of(self, frame: int) -> bytes:
+        """What a frame holds, wherever it is."""
+        zone = zone_of(frame)
+        arena = self.devices[zone].arena if zone in self.devices else self.memory.nodes[zone].arena
+        return bytes(arena.pages[frame - arena.base])
+
+    # --- the driver's side of migrate_vma -----------------------------------------------------------------------------------------
+
+    async def home(self, space: Space, pages: Words) -> None:
+        """migrate_to_ram; the mmap lock is held."""
+        self.homed += pages.tolist()
+        zone = space.zone_at(int(pages[0]))
+        await self._collect_and_bring(space, pages, zone)
+
+    async def _collect_and_bring(self, space: Space, pages: Words, zone: int) -> int:
+        entries = space.mm.table.take(pages)
+        told = await self._tell_others(space, entries >> np.uint64(PAGE_SHIFT))
+        async with space.hub.invalidate(Event.MIGRATE, int(pages[0]), int(pages[-1]) + 1, zone):
+            migration = space.collect(pages, Select.DEVICE_PRIVATE | Select.DEVICE_COHERENT, zone, told=told)
+        going = np.flatnonzero(migration.source & (MIGRATE | VALID) == (MIGRATE | VALID))
+        frames = self.memory.allocate(len(going), keep=slice(0, len(going)))
+        assert frames is not None
+        self._copy(migration.source[going] >> SHIFT, frames)
+        migration.target[going] = frames << SHIFT | VALID
+        space.migrate_pages(migration)
+        moved = int(np.count_nonzero(migration.source[going] & MIGRATE))
+        space.migrate_finalize(migration)
+        return moved
+
+    async def _tell_others(self, space: Space, frames: Words) -> frozenset[int]:
+        """Announce to the other processes that map `frames`."""
+        told = set()
+        frames = frames[frames != 0]
+        if len(frames):
+            for mapped in mappings(self.memory, frames):
+                told.add(mapped.mm.number)
+                if mapped.mm is not space.mm:
+                    for page in mapped.pages.tolist():
+                        async with self.spaces[mapped.mm.number].hub.invalidate(Event.CLEAR, page, page + 1):
+                            pass
+        return frozenset(told)
+
+    def _copy(self, source: Words, target: Words) -> None:
+        for old, new in zip(source.tolist(), target.tolist(), strict=True):
+            zone = zone_of(new)
+            arena = self.devices[zone].arena if zone in self.devices else self.memory.nodes[zone].arena
+            arena.pages[new - arena.base] = np.frombuffer(self.bytes_of(old), np.uint8)
+
+    async def to_device(self, space: Space, zone: int, pages: Words) -> Words:
+        """migrate_vma towards a device, one VMA; the final source words."""
+        async with space.mmap_lock.read():
+            space.check_migratable(int(pages[0]), int(pages[-1]) + 1)
+            told = await self._tell_others(space, space.mm.table.take(pages) >> np.uint64(12))
+            async with space.hub.invalidate(Event.MIGRATE, int(pages[0]), int(pages[-1]) + 1, zone):
+                migration = space.collect(pages, Select.SYSTEM, zone, told=told)
+            going = np.flatnonzero(migration.source & MIGRATE)
+            device = self.devices[zone]
+            got = device.allocator.allocate(len(going))
+            assert got is not None
+            full = migration.source[going] & VALID != 0
+            self._copy(migration.source[going][full] >> SHIFT, got.frames[full])
+            device.arena.zero(got.frames[~full])
+            migration.target[going] = got.frames << SHIFT | VALID
+            if inserts(migration):
+                async with space.hub.invalidate(Event.MIGRATE, int(pages[0]), int(pages[-1]) + 1, zone):
+                    space.migrate_pages(migration)
+            else:
+                space.migrate_pages(migration)
+            device.allocator.free(got.frames[migration.source[going] & MIGRATE == 0])
+            space.migrate_finalize(migration)
+            return migration.source
+
+    async def to_system(self, space: Space, zone: int, pages: Words) -> int:
+        """migrate_vma home; how many moved."""
+        async with space.mmap_lock.read():
+            space.check_migratable(int(pages[0]), int(pages[-1]) + 1)
+            return await self._collect_and_bring(space, pages, zone)
+
+    async def evict(self, zone: int) -> int:
+        """migrate_device_range of everything that is in use on a device; how many frames went home."""
+        device = self.devices[zone]
+        frames = np.flatnonzero(device.zone.refcount).astype(np.uint64) + np.uint64(device.zone.base)
+        if len(frames) == 0:
+            return 0
+        told = set()
+        for mapped in mappings(self.memory, frames):
+            told.add(mapped.mm.number)
+            for page in mapped.pages.tolist():
+                async with self.spaces[mapped.mm.number].hub.invalidate(Event.CLEAR, page, page + 1):
+                    pass
+        migration = collect_frames(self.memory, frames, frozenset(told))
+        going = np.flatnonzero(migration.source & MIGRATE)
+        targets = self.memory.allocate(len(going), keep=slice(0, len(going)))
+        assert targets is not None
+        self._copy(frames[going], targets)
+        migration.target[going] = targets << SHIFT | VALID
+        move(self.memory, None, migration)
+        finalize(self.memory, None, migration)
+        return len(going)
+
+
+def page_bytes(value: int) -> bytes:
+    """A page of one byte value."""
+    return bytes([value & 255]) * PAGE_SIZE
+
+
+def address_of(page: int) -> int:
+    """The byte address of a page."""
+    return page << PAGE_SHIFT

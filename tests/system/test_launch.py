@@ -1,0 +1,217 @@
+"""``hmmnet.launch`` with real processes.
+
+    this process: host (page tables, hub, links) ── ipc ──┬── gpu0 (process)
+                                                          └── gpu1 (process)
+
+The oracle is numpy for what a job computes, and the operating system for which processes live.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import trio
+
+import hmmnet
+from hmmnet.errors import BusError, HmmnetError
+from hmmnet.launcher.directory import MachineExists, directories
+from hmmnet.launcher.processes import wait_ended
+from hmmnet.pages import PAGE_SIZE
+from hmmnet.program import Machine, Process
+
+ELEMENTS = 1 << 14
+
+
+@pytest.fixture(autouse=True)
+def base(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="hn-") as folder:
+        monkeypatch.setenv("HMMNET_DIR", folder)
+        yield Path(folder)
+        assert list(Path(folder).iterdir()) == []
+
+
+async def add(process: Process, device: str) -> bool:
+    """out = a + b on a device, compared with numpy."""
+    a, b, out = [await process.malloc(8 * ELEMENTS) for _ in range(3)]
+    x, y = np.arange(ELEMENTS, dtype="<f8"), np.full(ELEMENTS, 0.5)
+    await process.write(a, x)
+    await process.write(b, y)
+    await process.launch("vector_add", device, a=a, b=b, out=out, n=ELEMENTS)
+    return bool(np.array_equal(await process.read_array(out, "<f8", ELEMENTS), x + y))
+
+
+async def gone(*pids: int) -> None:
+    with trio.fail_after(10):
+        for pid in pids:
+            await wait_ended(pid)
+
+
+@pytest.mark.parametrize("transport", ["ipc", "tcp"])
+async def test_two_gpus_add_vectors(transport: str) -> None:
+    """Same pointers on CPU and devices; everything gone at the end."""
+    async with hmmnet.launch("two-gpus", rate=1.0, transport=transport) as machine:  # type: ignore[arg-type]
+        assert isinstance(machine, Machine)
+        assert machine.device_names == ("gpu0", "gpu1")
+        assert [device.state for device in machine.devices] == ["ready", "ready"]
+        process = await machine.process()
+        assert await add(process, "gpu0")
+        assert await add(process, "gpu1")
+        assert len((await machine.report())["links"]) > 0
+        pids = [device.pid for device in machine.devices]
+        (directory,) = directories()
+        record = directory.read()
+        assert record is not None
+        assert (record.state, record.kind, record.pid) == ("running", "program", os.getpid())
+    await gone(*pids)
+
+
+async def test_auto_slows_the_clock_below_the_wall() -> None:
+    """Two PCIe 4 links ask for more than one computer moves."""
+    async with hmmnet.launch("two-gpus") as machine:
+        assert 0 < machine.rate < 1
+        assert await add(await machine.process(), "gpu1")
+
+
+def test_plain_with_for_scripts_and_notebooks() -> None:
+    """The README's ten lines."""
+    with hmmnet.launch("two-gpus", rate=1.0) as machine:
+        process = machine.process()
+        a, b, out = (process.malloc(8 * ELEMENTS) for _ in range(3))
+        process.write(a, np.arange(ELEMENTS, dtype="<f8"))
+        process.write(b, np.ones(ELEMENTS, dtype="<f8"))
+        process.launch("vector_add", "gpu0", a=a, b=b, out=out, n=ELEMENTS)
+        assert process.read_array(out, "<f8", ELEMENTS).tolist() == [float(i + 1) for i in range(ELEMENTS)]
+        assert machine.run(add_on_every_device) == [True, True]
+        with pytest.raises(HmmnetError):
+            process.launch("no_such_kernel", "gpu0")
+        pids = [device.pid for device in machine.devices]
+    trio.run(gone, *pids)
+
+
+async def add_on_every_device(machine: Machine) -> list[bool]:
+    """A workload."""
+    process = await machine.create_process()
+    return [await add(process, name) for name in machine.device_names]
+
+
+async def test_an_exception_in_the_block_comes_out_as_it_is() -> None:
+    """No exception group of ours around it, and the devices are gone."""
+    with pytest.raises(ZeroDivisionError):
+        async with hmmnet.launch("two-gpus", rate=1.0) as machine:
+            pids = [device.pid for device in machine.devices]
+            raise ZeroDivisionError
+    await gone(*pids)
+
+
+async def test_a_cancelled_block_ends_the_machine() -> None:
+    """As any other way out."""
+    with trio.move_on_after(20) as scope:
+        async with hmmnet.launch("two-gpus", rate=1.0) as machine:
+            pids = [device.pid for device in machine.devices]
+            scope.cancel()
+            await trio.sleep_forever()
+    assert scope.cancelled_caught
+    await gone(*pids)
+
+
+async def test_a_name_is_used_once() -> None:
+    """The second is told; machines without a name never collide."""
+    async with hmmnet.launch("two-gpus", rate=1.0, name="mine"), hmmnet.launch("two-gpus", rate=1.0) as other:
+        assert other.name != "mine"
+        with pytest.raises(MachineExists, match="runs already"):
+            async with hmmnet.launch("two-gpus", rate=1.0, name="mine"):
+                pytest.fail("two machines of one name")
+
+
+async def test_a_killed_device_is_known_at_once() -> None:
+    """Its pages raise SIGBUS naming it; the other device and the process go on; the machine shows it as lost."""
+    async with hmmnet.launch("two-gpus", rate=1.0) as machine:
+        process = await machine.process()
+        address = await process.mmap(4 * PAGE_SIZE)
+        await process.write(address, b"x" * (4 * PAGE_SIZE))
+        assert await process.migrate(address, 4 * PAGE_SIZE, "gpu0") == 4 * PAGE_SIZE
+        began_s = trio.current_time()
+        await machine.kill_device("gpu0")
+        with pytest.raises(BusError, match="gpu0"):
+            await process.read(address, 1)
+        assert trio.current_time() - began_s < 1.5  # shorter than a lease
+        lost = machine.devices[0]
+        assert (lost.state, lost.how) == ("lost", "killed by SIGKILL")
+        assert await add(process, "gpu1")
+        with pytest.raises(HmmnetError, match="no device is called"):
+            await machine.kill_device("gpu7")
+
+
+async def test_a_killed_zygote_ends_the_block() -> None:
+    """All devices are gone with it: said as what it is."""
+    with pytest.raises(HmmnetError, match="zygote is gone"):
+        async with hmmnet.launch("two-gpus", rate=1.0) as machine:
+            pids = [device.pid for device in machine.devices]
+            os.kill(int(Path(f"/proc/{pids[0]}/stat").read_text().rpartition(")")[2].split()[1]), signal.SIGKILL)
+            await trio.sleep_forever()
+    await gone(*pids)
+
+
+async def test_inside_trio_the_plain_form_is_refused() -> None:
+    """It would block the loop."""
+    with pytest.raises(HmmnetError, match="async with"), hmmnet.launch("two-gpus", rate=1.0):
+        pytest.fail("entered")
+
+
+PROGRAM = """
+import hmmnet, sys, time
+with hmmnet.launch("two-gpus", rate=1.0) as machine:
+    print(*[device.pid for device in machine.devices], flush=True)
+    {then}
+"""
+
+
+def program(then: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", PROGRAM.format(then=then)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def pids_of(process: subprocess.Popen[bytes]) -> list[int]:
+    assert process.stdout is not None
+    return [int(word) for word in process.stdout.readline().split()]
+
+
+def test_nothing_survives_a_killed_program(base: Path) -> None:
+    """SIGKILL leaves it no chance; what remains is a stale folder."""
+    with program("time.sleep(60)") as process:
+        pids = pids_of(process)
+        assert len(pids) == 2
+        process.kill()
+        trio.run(gone, *pids)
+    stale = list(directories())
+    assert [directory.alive() for directory in stale] == [False]
+    for directory in stale:
+        directory.remove()
+
+
+def test_ctrl_c_in_a_program_ends_its_machine() -> None:
+    """KeyboardInterrupt in the program, no device left, within a second."""
+    with program("machine.process().pid; time.sleep(60)") as process:
+        pids = pids_of(process)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=10)
+        assert b"KeyboardInterrupt" in err
+        assert process.returncode == -signal.SIGINT
+    trio.run(gone, *pids)
+
+
+def test_a_program_that_never_leaves_the_block_ends_cleanly() -> None:
+    """A notebook keeps the machine in a variable; when its interpreter ends, so does the machine."""
+    text = "import hmmnet; m = hmmnet.launch('two-gpus', rate=1.0).__enter__(); print(*[d.pid for d in m.devices], flush=True)"
+    with subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        pids = pids_of(process)
+        _, err = process.communicate(timeout=20)
+        assert (process.returncode, err) == (0, b"")
+    trio.run(gone, *pids)
