@@ -11,6 +11,7 @@ not land in a frame that is somebody else's by then.
 from __future__ import annotations
 
 import logging
+from collections import deque
 
 import trio
 import xxhash
@@ -24,6 +25,9 @@ from .memory import Memory, physical
 
 COPIES_MAX = 4096
 """Copies in one direction under way at once; a host that asks for more does not wait for its own migrations."""
+
+INLINE_SETTLE_S = 0.1
+"""After an answer with pages, how long words that were under way may still come; the host frees the frames long before."""
 
 log = logging.getLogger("hmmnet.devices")
 
@@ -40,6 +44,8 @@ class CopyEngines:
         self._nursery = nursery
         self._landing: dict[int, tuple[Arrival, Words]] = {}
         self._leaving = 0
+        self._inline: deque[tuple[float, Words]] = deque()
+        """Frames copied with an answer, and when."""
 
     def copy_in(self, message: CopyIn) -> None:
         """Expect the stream, and zero what is to be zero. Raises ProtocolError."""
@@ -73,20 +79,29 @@ class CopyEngines:
 
     def copy_inline(self, message: CopyOut) -> tuple[Words, Copied]:
         """The bytes of a few frames, at once; returns the frames, whose mappings the caller drops, and the answer. Raises ProtocolError."""
+        count = len(message.frames) // 8
+        if count == 0 or count * PAGE_SIZE > INLINE_BYTES_MAX:
+            raise ProtocolError(f"CopyOut without a stream names {count} frames: one, and at most {INLINE_BYTES_MAX} bytes")
         frames = self._memory.leaving(message.frames, "CopyOut.frames")
-        if len(frames) == 0 or len(frames) * PAGE_SIZE > INLINE_BYTES_MAX:
-            raise ProtocolError(f"CopyOut without a stream names {len(frames)} frames: one, and at most {INLINE_BYTES_MAX} bytes")
         data = self._memory.load(physical(frames), PAGE_SIZE).tobytes()
         self.bytes_out += len(data)
+        self.settle_inline()
+        self._inline.append((trio.current_time(), frames))
         return frames, Copied(data, xxhash.xxh3_64_intdigest(data))
+
+    def settle_inline(self) -> None:
+        """Pages that left with an answer a while ago, and were not freed since, stay after all."""
+        until_s = trio.current_time() - INLINE_SETTLE_S
+        while self._inline and self._inline[0][0] < until_s:
+            self._memory.left(self._inline.popleft()[1])
 
     def copy_out(self, message: CopyOut) -> Words:
         """Begin to stream frames to the host; returns them, whose mappings the caller drops. Raises ProtocolError."""
-        frames = self._memory.leaving(message.frames, "CopyOut.frames")
-        if len(frames) == 0 or message.stream == 0:
+        if not message.frames or message.stream == 0:
             raise ProtocolError("CopyOut names no frames, or no stream")
         if self._leaving >= COPIES_MAX:
             raise ProtocolError(f"CopyOut of stream {message.stream}: {COPIES_MAX} others are under way")
+        frames = self._memory.leaving(message.frames, "CopyOut.frames")
         self._leaving += 1
         pace = Pace(message.start_s, message.bytes_per_s, message.latency_s)
         self._nursery.start_soon(self._stream_out, message.stream, frames, pace)

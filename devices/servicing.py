@@ -1,8 +1,9 @@
 """The bottom half of fault handling: takes batches out of a context's fault buffer and makes their pages accessible.
 
 One pass, as nvidia-uvm's service loop makes it: drop what is no miss any more (an earlier pass grew over it), let the policy choose what
-to migrate, migrate, and map what is still missing where it is. Nothing is forced: pages that refuse to move (pinned, shared, taken by
-the CPU at this moment) are mapped over the link, and a page that is pulled away again simply faults once more when it is replayed.
+to migrate, migrate, and map what is still missing where it is; what comes home from another device by that gets a second try. Nothing
+is forced: pages that refuse to move (pinned, shared, taken by the CPU at this moment) are mapped over the link, and a page that is
+pulled away again simply faults once more when it is replayed.
 
 Two errors need finding out *which* page they mean, because a range fault fails as a whole: the range is halved until the bad page is alone.
 It is then *fatal*, and ends the jobs that touched it and nothing else.
@@ -24,7 +25,7 @@ import numpy.typing as npt
 import trio
 
 from hmmnet.errors import KernelError, PeerError
-from hmmnet.pages import HMM_PFN_REQ_FAULT, HMM_PFN_REQ_WRITE, Words
+from hmmnet.pages import HMM_PFN_REQ_FAULT, HMM_PFN_REQ_WRITE, ZERO_FRAME, Words
 
 from .context import MIGRATE_PAGES_MAX, Context
 from .faultbuffer import Batch, FaultBuffer
@@ -35,6 +36,7 @@ RANGES_AT_ONCE = 4
 """Migrations or range faults of one pass that are under way together: hides the round trip, bounds what the host must juggle."""
 
 _VALID = np.uint64(ENTRY_VALID)
+_ZERO = np.uint64(ZERO_FRAME)
 Mask: TypeAlias = npt.NDArray[np.bool_]
 RangeWork: TypeAlias = Callable[[int, int], Awaitable[None]]
 _REQ_READ = HMM_PFN_REQ_FAULT
@@ -110,6 +112,7 @@ class FaultService:
         for wanted, flags in ((False, _REQ_READ), (True, _REQ_WRITE)):
             some = pages[write == wanted]
             await self._each(partial(self._map, flags, fatal), self._cut(pieces(some)))
+        await self._migrate_again(pages, write, policy)
         return fatal
 
     def _still_missing(self, pages: Words, write: Mask) -> tuple[Words, Mask]:
@@ -141,6 +144,19 @@ class FaultService:
                         await one(low, high)
 
         await self._each(one, self._cut(policy.ranges(pages, write)))
+
+    async def _migrate_again(self, pages: Words, write: Mask, policy: Policy) -> None:
+        """What another device held is at home now that it was mapped (migrate_vma passes over foreign pages): it can move here."""
+        entries = self._context.mirror.translate(pages)
+        here = (entries & _VALID != 0) & ~self._context.memory.owns(frames_of(entries)) & (frames_of(entries) != _ZERO)
+        if self._context.memory.free_pages and policy.ranges(pages[here], write[here]):
+            await self._each(partial(self._try_migrate, "fault"), self._cut(pieces(pages[here])))
+
+    async def _try_migrate(self, cause: str, start: int, end: int) -> None:
+        try:
+            await self._context.migrate_in(start, end, cause)
+        except KernelError:
+            return  # the pages are mapped where they are
 
     async def _send_home(self, start: int, end: int) -> None:
         try:

@@ -27,7 +27,7 @@ from hmmnet.fabric.dma import BulkReceiver, BulkSender, BytesSink, BytesSource, 
 from hmmnet.wire.memory_transport import MemoryTransport
 from hmmnet.wire.zmq_transport import ZmqTransport
 
-from .dma_peers import memory, raw_give, raw_socket, raw_take, unix_give, unix_take
+from .dma_peers import memory, raw_give, raw_socket, raw_take, shared_clock, unix_give, unix_take
 from .measurement import Goal, Measurement, measured, median_ratio
 
 STREAM_BYTES = 256 << 20
@@ -130,7 +130,7 @@ def measure_dma(rounds: int = ROUNDS, nbytes: int = STREAM_BYTES) -> list[Measur
 
 async def _measure_dma(rounds: int, nbytes: int) -> list[Measurement]:
     taken: dict[str, list[float]] = {name: [] for name in ("raw out", "raw in", "unix out", "unix in", "ours out", "ours in")}
-    data, clock = memory(nbytes), EmulatedClock()
+    data, clock = memory(nbytes), shared_clock()
     with raw_reference(nbytes) as raw, unix_reference(nbytes) as unix, tempfile.TemporaryDirectory(prefix="hmmnet-") as directory, ZmqTransport() as transport:
         sender = BulkSender(transport.bind_channel(f"ipc://{directory}/in"), clock)
         receiver = BulkReceiver(transport.bind_channel(f"ipc://{directory}/out"), clock)

@@ -69,6 +69,13 @@ def memory(nbytes: int) -> memoryview:
     return memoryview(np.full(nbytes, 0x5A, dtype=np.uint8))  # type: ignore[arg-type]  # numpy's arrays have the buffer protocol
 
 
+def shared_clock() -> EmulatedClock:
+    """A clock that agrees with that of every other process here: emulated time is CLOCK_MONOTONIC."""
+    clock = EmulatedClock()
+    clock.adopt(0.0, 0.0, 1.0)
+    return clock
+
+
 def _commands() -> Iterator[str]:
     print("ready", flush=True)
     for line in sys.stdin:
@@ -91,7 +98,7 @@ def _unix(directory: str, data: memoryview) -> None:
 
 
 async def _ours(directory: str, data: memoryview) -> None:
-    clock = EmulatedClock()
+    clock = shared_clock()
     with ZmqTransport() as transport:
         receiver = BulkReceiver(transport.connect_channel(f"ipc://{directory}/in"), clock)
         sender = BulkSender(transport.connect_channel(f"ipc://{directory}/out"), clock)

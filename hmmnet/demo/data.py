@@ -2,7 +2,8 @@
 
 The text's words are keyed by their hash. The tree maps a word to the byte where it occurs first; its nodes lie in the order in which a
 program reading the text would have allocated them, so a path from the root jumps all over the tree's pages. The top levels belong to the
-CPU; below them each device searches a subtree of its own, on pages of its own, so that no page is wanted in two places at once.
+CPU; below them each device searches a subtree of its own. Whatever a device touches lies on 64 KiB groups of its own, the unit that
+devices fetch, so that nothing is wanted in two places at once.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from hmmnet.pages import PAGE_SIZE, Words
+from hmmnet.pages import Words
 from hmmnet.program import Process
 from hmmnet.words import tokenize
+from hmmnet.workloads.shares import GROUP_BYTES, reserve, whole_groups
 from hmmnet.workloads.structures import TREE_NODE, as_bytes, build_tree
 from hmmnet.workloads.text import as_array, cut_text, load_text
 
@@ -27,7 +29,7 @@ MISSING_EVERY = 16
 """One search in so many is for a word that the text does not have."""
 DEVICES_MAX = 8
 """More share the work no better in ten seconds."""
-NODES_PER_PAGE = PAGE_SIZE // TREE_NODE.itemsize
+NODES_PER_GROUP = GROUP_BYTES // TREE_NODE.itemsize
 
 Index = npt.NDArray[np.intp]
 
@@ -57,9 +59,13 @@ class Share:
     wanted: Words = field(repr=False)
     """The hashes that `keys` holds."""
 
-    def areas(self) -> tuple[Area, ...]:
-        """What this device touches."""
-        return (self.text, self.words, self.tree, self.keys, self.counts, self.found)
+    def inputs(self) -> tuple[Area, ...]:
+        """What this device reads."""
+        return (self.text, self.words, self.tree, self.keys)
+
+    def outputs(self) -> tuple[Area, ...]:
+        """What this device writes."""
+        return (self.counts, self.found)
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,7 @@ class Data:
     again: tuple[Share, ...]
     """The same work with result areas of its own, for the second run."""
     tree: Area
-    """The whole tree; its first page holds the levels above the subtrees."""
+    """The whole tree; its first group holds the levels above the subtrees."""
     areas: tuple[Area, ...]
     """The memory as one picture shows it: text, words, tree, searches, results."""
 
@@ -90,11 +96,6 @@ def read_input(paths: Sequence[Path], limit: int) -> Input:
     text = load_text(paths or None, limit)
     source = ", ".join(str(p) for p in paths[:3]) + (" ..." if len(paths) > 3 else "") if paths else "Python's own standard library"
     return Input(text, source, len(paths))
-
-
-def pages_of(size_bytes: int) -> int:
-    """`size_bytes` rounded up to whole pages, in bytes; at least one page."""
-    return max(1, -(-size_bytes // PAGE_SIZE)) * PAGE_SIZE
 
 
 def subtrees(count: int, parts: int) -> tuple[list[int], list[tuple[int, int]]]:
@@ -129,23 +130,23 @@ class Layout:
         return address + int(self.places[(first + end) // 2]) * TREE_NODE.itemsize
 
     def subtree(self, subtree: int, address: int) -> Area:
-        """The pages of a subtree."""
+        """The groups of pages of a subtree."""
         start, end = self.spans[subtree]
-        return Area("tree", address + start * TREE_NODE.itemsize, pages_of((end - start) * TREE_NODE.itemsize))
+        return Area("tree", address + start * TREE_NODE.itemsize, whole_groups((end - start) * TREE_NODE.itemsize))
 
 
 def lay_out(order: Index, parts: int) -> Layout:
-    """Places for the nodes: the levels above first, then each subtree from a page border on, in it by `order` (first met, first placed)."""
+    """Places for the nodes: the levels above first, then each subtree in a group of its own, in it by `order` (first met, first placed)."""
     above, intervals = subtrees(len(order), parts)
     places = np.zeros(len(order), dtype=np.intp)
     places[above] = np.arange(len(above))
     spans: list[tuple[int, int]] = []
-    at = -(-len(above) // NODES_PER_PAGE) * NODES_PER_PAGE
+    at = -(-len(above) // NODES_PER_GROUP) * NODES_PER_GROUP
     for first, end in intervals:
         ranks = np.argsort(np.argsort(order[first:end], kind="stable"), kind="stable")
         places[first:end] = at + ranks
         spans.append((at, at + end - first))
-        at = -(-(at + end - first) // NODES_PER_PAGE) * NODES_PER_PAGE
+        at = -(-(at + end - first) // NODES_PER_GROUP) * NODES_PER_GROUP
     return Layout(places, max(at, 1), intervals, spans)
 
 
@@ -165,7 +166,7 @@ def devices_used(devices: Sequence[str]) -> tuple[str, ...]:
 
 
 async def store(process: Process, text: bytes, devices: Sequence[str], chance: random.Random, searches: int = SEARCHES) -> Data:
-    """Build everything with numpy and store it in the process's memory; each device's part lies on pages of its own. `text` has words."""
+    """Build everything with numpy and store it in the process's memory; each device's part lies on groups of its own. `text` has words."""
     words = tokenize(as_array(text))
     hashes, first_seen = np.unique(words.hashes, return_index=True)
     layout = lay_out(first_seen, len(devices_used(devices)))
@@ -218,16 +219,16 @@ async def _store_parts(process: Process, name: str, parts: Sequence[npt.NDArray[
 
 
 async def _reserve(process: Process, name: str, sizes: Sequence[int]) -> list[Area]:
-    address = await process.mmap(sum(map(pages_of, sizes)) or PAGE_SIZE)
+    address = await reserve(process, sum(map(whole_groups, sizes)))
     areas = []
     for size in sizes:
-        areas.append(Area(name, address, pages_of(size)))
-        address += pages_of(size)
+        areas.append(Area(name, address, whole_groups(size)))
+        address += whole_groups(size)
     return areas
 
 
 async def _store_tree(process: Process, keys: Words, values: Words, layout: Layout) -> Area:
-    size_bytes = pages_of(layout.room * TREE_NODE.itemsize)
-    area = Area("tree", await process.mmap(size_bytes), size_bytes)
+    size_bytes = whole_groups(layout.room * TREE_NODE.itemsize)
+    area = Area("tree", await reserve(process, size_bytes), size_bytes)
     await process.write(area.address, as_bytes(build_tree(area.address, keys, values, layout.places, layout.room).nodes))
     return area

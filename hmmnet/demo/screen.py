@@ -10,9 +10,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.markup import escape
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -24,17 +23,18 @@ from hmmnet.units import show_rate, show_size, show_time
 
 from .conduct import Outcome, Started
 from .data import Input
-from .steps import DEMAND, Asked, Built, Checked, Event, Moved, Ran, Sampled
+from .steps import DEMAND, Asked, Built, Checked, Event, Found, Moved, Ran, Sampled
 from .story import Question
 
-LABEL_WIDTH = 10
-WIDTH_MAX = 110
+LABEL_WIDTH = 9
+WIDTH_MAX = 100
 """Lines longer than this are hard to read, however wide the terminal."""
 DEVICES_NAMED = 8
 PICTURE_ROWS = 6
 PICTURE_COLUMN_MIN = 4
 PICTURE_COLUMN_MAX = 14
 KERNELS = {"word_count": "word count", "tree_search": "tree search"}
+ORACLES = {"word_count": "collections.Counter", "tree_search": "a dict"}
 
 
 class Screen:
@@ -51,36 +51,30 @@ class Screen:
         """What goes in, before anything has started."""
         self._text = given.text
         self.line("input", f"{show_size(len(given.text))} of text: {escape(given.source)}")
-        self.line("machine", f"{escape(topology)}: starting a host and its devices")
+        self.line("machine", f"starting {escape(topology)}: a host and its devices, each a process")
 
     def started(self, started: Started) -> None:
         """The machine is up."""
         devices = started.devices if len(started.devices) <= DEVICES_NAMED else (*started.devices[:2], "...", started.devices[-1])
-        self.line("", f"{', '.join(devices)} ready after {started.seconds:.1f} s; one real second is {show_time(started.rate)} emulated")
+        slow = f"; its clock runs at {started.rate:g} of ours, as fast as this computer can move the data" if started.rate < 1 else ""
+        self.line("", f"{', '.join(devices)} ready after {started.seconds:.1f} s{slow}")
         answers = started.answers
-        common = ", ".join(f"{word} {count:,}" for word, count in answers.most_common(self._text, 4, 3))
-        self.line("Python", f"{answers.words:,} words, {len(answers.counts):,} different ones ({escape(common)}): what the GPUs must find")
-
-    def finished(self, outcome: Outcome) -> None:
-        """The tables, the picture and the verdict."""
-        self._console.print()
-        self._console.print(profiler_table(Profile.from_json(outcome.report.get("profile", []))))
-        self._console.print()
-        self._console.print(Text("Where the pages live", style="italic"))
-        self._console.print(picture(self.samples, self._width))
-        self._console.print()
-        links = outcome.report.get("links", [])
-        self._console.print(links_table(links))
-        self._console.print()
-        self._console.print(Text.from_markup(verdict(outcome)), highlight=False, width=self._width)
+        common = ", ".join(f"{word} {count:,}" for word, count in answers.most_common(self._text, 3, 3))
+        self.line("Python", f"counts {answers.words:,} words, {len(answers.counts):,} different: {escape(common)} ...")
 
     def line(self, label: str, text: str) -> None:
         """One line under a label; a long one goes on under itself."""
-        body = Text.from_markup(text)
-        rows = body.wrap(self._console, max(20, self._width - LABEL_WIDTH))
-        for i, row in enumerate(rows):
-            head = Text(f"{label if i == 0 else '':<{LABEL_WIDTH}}", style="bold")
-            self._console.print(head + row, highlight=False)
+        self._indented(Text(f"{label:<{LABEL_WIDTH}}", style="bold"), Text.from_markup(text))
+
+    def _indented(self, head: Text, body: Text) -> None:
+        for row in body.wrap(self._console, max(20, self._width - len(head))):
+            row.rstrip()
+            self._console.print(head + row, highlight=False, soft_wrap=True)
+            head = Text(" " * len(head))
+
+    def step(self, label: str, what: str, run: str, seconds: float, rest: str) -> None:
+        """One measured step: what, in which run, how long in emulated time, and what there is to say."""
+        self.line(label, f"{what:<11} {run:<9} {show_time(seconds):>8}  {rest}")
 
     def tell(self, event: Event) -> None:
         """Print one event."""
@@ -94,61 +88,65 @@ class Screen:
             self._moved(event)
         elif isinstance(event, Checked):
             self._checked(event)
+        elif isinstance(event, Found):
+            self.line("", f"[dim]for one: {escape(event.word)} occurs {event.count:,} times, first at byte {event.first_at:,}[/dim]")
         else:
             self.samples.append(event)
 
     def _asked(self, question: Question) -> None:
         self._console.print()
-        self._console.print(Text(f"? {question.asked}", style="bold cyan"))
-        self._console.print(Padding(Text(question.answer), (0, 0, 0, 2)), width=self._width)
+        self._indented(Text("? ", style="bold cyan"), Text(question.asked, style="bold cyan"))
+        self._indented(Text("  "), Text(question.answer))
         self._console.print()
 
     def _built(self, event: Built) -> None:
         size_bytes = sum(area.size_bytes for area in event.data.areas)
-        share = event.data.shares[0]
+        nodes, root = len(event.data.words), event.data.shares[0].root
         self.line(
-            "CPU",
-            f"text, word lists, a search tree of {len(event.data.words):,} nodes and {event.searches:,} searches stored in CPU memory",
+            "CPU", f"stores text, word lists, {event.searches:,} searches and a search tree of {nodes:,} nodes: {show_size(size_bytes)}"
         )
-        self.line(
-            "",
-            f"[dim]{show_size(size_bytes)} at ordinary addresses; 0x{share.root:x}, a tree node, is a pointer to CPU and GPUs alike[/dim]",
-        )
+        self.line("", f"[dim]0x{root:x}, a node of the tree, is an address like any other[/dim]")
 
     def _ran(self, event: Ran) -> None:
-        faults = sum(figure(job.counters, "fault_groups") for job in event.jobs.values())
+        groups = int(sum(figure(job.counters, "fault_groups") for job in event.jobs.values()))
         fetched = PAGE_SIZE * sum(figure(job.counters, "pages_in") for job in event.jobs.values())
-        cost = f"{faults:,.0f} fault groups" + (f", {show_size(fetched)} fetched" if fetched else "") if faults else "no fault"
-        earlier = self._demand_s.get(KERNELS[event.kernel])
-        faster = (
-            f"  [green]{earlier / event.seconds:.1f} times as fast[/green]" if event.run != DEMAND and earlier and event.seconds else ""
-        )
+        cost = f"{groups:,} fault groups fetch {show_size(fetched)}" if groups else "no fault"
+        earlier = self._demand_s.get(event.kernel)
         if event.run == DEMAND:
-            self._demand_s[KERNELS[event.kernel]] = event.seconds
-        label = " and ".join(event.jobs) if len(event.jobs) < 3 else f"{len(event.jobs)} GPUs"
-        self.line(
-            "GPUs",
-            f"{KERNELS[event.kernel]:<11}  {event.run:<15}  {show_time(event.seconds):>8}  {cost}{faster}  [dim]{escape(label)}[/dim]",
-        )
+            self._demand_s[event.kernel] = event.seconds
+        elif earlier and event.seconds:
+            cost += f", [green]{earlier / event.seconds:.1f} times as fast[/green]"
+        self.step("GPUs", KERNELS[event.kernel], event.run, event.seconds, cost)
 
     def _moved(self, event: Moved) -> None:
-        speed = show_rate(event.moved_bytes / event.seconds) if event.seconds > 0 else "-"
-        where = "home to the CPU" if event.to == "host" else "each GPU's part to it"
-        self.line("migrate", f"{where:<28}  {show_time(event.seconds):>8}  {show_size(event.moved_bytes)} at {speed}")
+        speed = show_rate(event.moved_bytes / event.seconds) if event.seconds > 0 else "no time"
+        where = ("all input", "home") if event.to == "host" else ("each part", "to a GPU")
+        self.step("migrate", *where, event.seconds, f"{show_size(event.moved_bytes)} at {speed}")
 
     def _checked(self, event: Checked) -> None:
-        oracle = {"word_count": "Counter", "tree_search": "dict"}[event.kernel]
-        verdict = f"[green]{event.results:,} results, all as Python's {oracle} has them[/green]"
+        right = f"[green]{event.results:,} right, says {ORACLES[event.kernel]}[/green]"
         if event.wrong:
-            verdict = f"[red]{event.wrong:,} of {event.results:,} results are wrong[/red]"
-        self.line("CPU reads", f"{KERNELS[event.kernel]:<11}  {event.run:<15}  {show_time(event.seconds):>8}  {verdict}")
-        if event.pages_from_devices:
-            self.line("", f"[dim]{event.pages_from_devices:,} pages came home for it[/dim]")
+            right = f"[red]{event.wrong:,} of {event.results:,} wrong, says {ORACLES[event.kernel]}[/red]"
+        home = f"{event.pages_from_devices:,} pages home, " if event.pages_from_devices else ""
+        self.step("CPU", KERNELS[event.kernel], event.run, event.seconds, home + right)
+
+    def finished(self, outcome: Outcome) -> None:
+        """The tables, the picture and the verdict."""
+        parts = (
+            profiler_table(Profile.from_json(outcome.report.get("profile", []))),
+            Group(Text("Where the pages live", style="italic"), picture(self.samples, outcome.devices, self._width)),
+            links_table(outcome.report.get("links", [])),
+        )
+        for part in parts:
+            self._console.print()
+            self._console.print(part)
+        self._console.print()
+        self._indented(Text(), Text.from_markup(verdict(outcome)))
 
 
-def picture(samples: Sequence[Sampled], width: int) -> Text:
+def picture(samples: Sequence[Sampled], devices: Sequence[str], width: int) -> Text:
     """The pages of all areas, by owner, at each moment."""
-    columns = [Sample(sample.emulated_s, pages_by_owner(sample), sample.moment) for sample in samples]
+    columns = [Sample(sample.emulated_s, pages_by_owner(sample, devices), sample.moment) for sample in samples]
     column_width = max(PICTURE_COLUMN_MIN, width // max(len(columns), 1) - 1)
     labelled = all(len(sample.label) <= column_width for sample in columns)
     drawn = terminal_picture(columns, PICTURE_ROWS, min(column_width, PICTURE_COLUMN_MAX), labelled)
@@ -157,14 +155,15 @@ def picture(samples: Sequence[Sampled], width: int) -> Text:
     return drawn
 
 
-def pages_by_owner(sample: Sampled) -> dict[str, int]:
-    """How many pages each owner holds, all areas together; the host first."""
+def pages_by_owner(sample: Sampled, devices: Sequence[str]) -> dict[str, int]:
+    """How many pages each owner holds, all areas together: host memories, then devices as the topology has them, then untouched ones."""
     pages: Counter[str] = Counter()
     for _, residency in sample.areas:
         for i, owner in enumerate(residency.owners):
             pages[owner] += int((residency.pages == i).sum())
         pages[ABSENT] += int((residency.pages == -1).sum())
-    return {owner: count for owner, count in pages.items() if count or owner == ABSENT}
+    order = [*sorted(pages.keys() - {ABSENT, *devices}), *(device for device in devices if device in pages), ABSENT]
+    return {owner: pages[owner] for owner in order}
 
 
 def links_table(links: Sequence[Mapping[str, Any]]) -> Table:

@@ -14,16 +14,18 @@ from typing import Any, TypeAlias
 import numpy as np
 import trio
 
-from hmmnet.pages import PAGE_SIZE
+from hmmnet.pages import PAGE_SIZE, Words
 from hmmnet.program import JobResult, Machine, Process, Residency
 from hmmnet.workloads.shares import run_shares
 
-from .answers import Answers, wrong
+from .answers import Answers, word_at, wrong
 from .data import SEARCHES, Area, Data, Share, store
 from .story import CPU_ACCESS, DUMMY_DRIVER, MIGRATION, MIRRORING, Question
 
 DEMAND = "by demand"
-EXPLICIT = "after migration"
+EXPLICIT = "migrated"
+SHOWN_FROM = 40
+"""Searches among which the word that is shown is chosen."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,15 @@ class Checked:
 
 
 @dataclass(frozen=True)
+class Found:
+    """One word as the devices found it, for a person to look up: how often, and at which byte first."""
+
+    word: str
+    count: int
+    first_at: int
+
+
+@dataclass(frozen=True)
 class Sampled:
     """Where the pages live at this moment."""
 
@@ -83,7 +94,7 @@ class Sampled:
     areas: tuple[tuple[str, Residency], ...]
 
 
-Event: TypeAlias = Built | Asked | Ran | Moved | Checked | Sampled
+Event: TypeAlias = Built | Asked | Ran | Moved | Checked | Found | Sampled
 Tell: TypeAlias = Callable[[Event], None]
 
 
@@ -98,6 +109,9 @@ class Demo:
     chance: random.Random
     searches: int = SEARCHES
     mistakes: list[str] = field(default_factory=list)
+    counts: Words = field(default_factory=lambda: np.zeros(0, dtype=np.uint64), init=False, repr=False)
+    found: list[Words] = field(default_factory=list, init=False, repr=False)
+    """What the CPU read last."""
 
     async def run(self) -> None:
         """All steps. What came out wrong is in `mistakes` afterwards."""
@@ -119,6 +133,7 @@ class Demo:
         for run, shares in ((DEMAND, data.shares), (EXPLICIT, data.again)):
             await self.check_counts(process, data, shares, run)
             await self.check_searches(process, shares, run)
+        self.show_one(data)
         await self.sample(process, data, "read by CPU")
         self.tell(Asked(DUMMY_DRIVER))
         await process.exit()
@@ -137,13 +152,16 @@ class Demo:
             self.tell(Ran(run, kernel, jobs, self.machine.emulated_s() - began))
 
     async def move(self, process: Process, data: Data, to: str) -> None:
-        """Everything home, or each device's part to it; all devices at once."""
+        """All input home; or to each device its input and the pages that it will write; all devices at once."""
         moved: list[int] = []
 
         async def one(area: Area, target: str) -> None:
             moved.append(await process.migrate(area.address, area.size_bytes, target))
 
-        wanted = [(area, "host" if to == "host" else share.device) for share in data.shares for area in share.areas()]
+        if to == "host":
+            wanted = [(area, "host") for share in data.shares for area in share.inputs()]
+        else:
+            wanted = [(area, share.device) for share in data.again for area in (*share.inputs(), *share.outputs())]
         began = self.machine.emulated_s()
         async with trio.open_nursery() as nursery:
             for area, target in wanted:
@@ -159,6 +177,7 @@ class Demo:
         for area in areas:
             total += await process.read_array(area.address, "<u8", len(data.words))
         seconds = self.machine.emulated_s() - began
+        self.counts = total
         expected = [self.answers.counts.get(key, 0) for key in data.words.tolist()]
         bad = wrong(total.tolist(), expected) + abs(len(self.answers.counts) - len(data.words))
         self.note(Checked(run, "word_count", len(data.words), bad, seconds, away))
@@ -169,8 +188,17 @@ class Demo:
         began = self.machine.emulated_s()
         found = [await process.read_array(s.found.address, "<u8", len(s.wanted)) for s in shares]
         seconds = self.machine.emulated_s() - began
+        self.found = found
         bad = sum(wrong(got.tolist(), map(self.answers.search, s.wanted.tolist())) for got, s in zip(found, shares, strict=True))
         self.note(Checked(run, "tree_search", sum(map(len, found)), bad, seconds, away))
+
+    def show_one(self, data: Data) -> None:
+        """The longest of the first words that were looked up and found, with what the devices say of it."""
+        hits = [(int(at), int(key)) for at, key in zip(self.found[0][:SHOWN_FROM], data.again[0].wanted[:SHOWN_FROM], strict=True)]
+        words = [(word_at(self.text, at), at, key) for at, key in hits if at < len(self.text)]
+        if words:
+            word, at, key = max(words, key=lambda entry: len(entry[0]))
+            self.tell(Found(word, int(self.counts[np.searchsorted(data.words, np.uint64(key))]), at))
 
     def note(self, checked: Checked) -> None:
         """Tell, and remember what is wrong."""

@@ -1,165 +1,324 @@
-"""From TOML text to checked values: every key known, every value of the right form, every mistake noted with its line.
+"""From a TOML document to checked records: the field-by-field half of reading a topology.
 
-This is the first of two passes. Here each table is looked at by itself, against the tables of `schema`; `load` then looks at the machine that
-they describe together. Nothing is raised: mistakes are collected, so that a user sees all of a file's at once.
+Nothing stops at the first mistake. A value that is wrong is reported once and replaced by a harmless one (`Record.broken` remembers it),
+so that the rest of the file can still be checked without mistakes that only follow from others. Names that stand for many things are
+expanded here.
 """
 
 from __future__ import annotations
 
 import re
 import tomllib
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from hmmnet.units import parse_rate, parse_size, parse_time
+from hmmnet.pages import PAGE_SIZE
+from hmmnet.units import parse_rate, parse_size, parse_time, show_size
 
 from .lines import Path, key_lines
-from .problems import Problem, did_you_mean
-from .schema import NAME_PATTERN, SECTIONS, TOP, Field, Section
+from .model import MEMORY_BYTES_MAX
+from .names import expand, spread
+from .problems import Problem, closest, did_you_mean
+from .schema import LINK, SECTIONS, TOP, Field, Section
 
-_RANGE = re.compile(r"(.*)\[([0-9]+)-([0-9]+)\](.*)\Z")
-EXPANSION_MAX = 4096
-"""Things one name may stand for."""
+_TOML_LINE = re.compile(r"\s*\(at (?:line (\d+), column (\d+)|end of document)\)\Z")
+_UNIT_SUFFIX = re.compile(r"_(?:ns|us|ms|s|bytes|[kmgt]i?b(?:ps|_s|_per_s)?|bytes_per_s|[kmgt]bps)\Z", re.IGNORECASE)
+_TYPE_NAMES = {str: "text", bool: "true or false", int: "a whole number", float: "a number", list: "an array", dict: "a table"}
+_WANTED = {
+    "name": 'a name in quotes, such as "gpu0"',
+    "reference": 'a name in quotes, such as "gpu0"',
+    "text": "text in quotes",
+    "choice": "text in quotes",
+    "size": 'a size with its unit in quotes, such as "16 GiB"',
+    "sizes": 'an array of sizes, such as ["4 KiB", "2 MiB"]',
+    "rate": 'a rate with its unit in quotes, such as "31.5 GB/s"',
+    "time": 'a time with its unit in quotes, such as "500 ns"',
+    "flag": "true or false",
+    "number": "a whole number",
+}
+_HARMLESS: Mapping[str, Any] = {"size": PAGE_SIZE, "sizes": (PAGE_SIZE,), "rate": 1.0, "time": 0.0, "flag": True, "number": 1}
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One table of the file: its values by key, with defaults filled in; `at` is its place."""
+@dataclass
+class Record:
+    """One thing of one section. `index` tells which table of the file it came from; `broken` are keys whose values are made up."""
 
     section: Section
-    at: Path
+    index: int
     values: dict[str, Any]
-
-    @property
-    def label(self) -> str:
-        """How problems name it."""
-        name = self.values.get("name")
-        if name is None and self.section.key == "link":
-            name = f"{self.values.get('a', '?')} - {self.values.get('b', '?')}"
-        return f'{self.section.key} "{name}"' if name else f"{self.section.key} {int(self.at[1]) + 1}"
+    broken: set[str] = field(default_factory=set)
 
 
+@dataclass
 class Document:
-    """A parsed file: `top`, `entries` by section, and `problems` found so far."""
+    """A file, read as far as possible."""
 
-    def __init__(self, text: str, file: str) -> None:
-        self.file = file
-        self.problems: list[Problem] = []
-        self.top: dict[str, Any] = {}
-        self.entries: dict[str, list[Entry]] = {section.key: [] for section in SECTIONS}
-        self._lines: dict[Path, int] = {}
-        try:
-            data = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            self.problem(_line_of(error), "", "", f"not TOML: {error}", "see https://toml.io for the form")
-            return
-        self._lines = key_lines(text)
-        self._read(data)
+    file: str
+    top: dict[str, Any] = field(default_factory=dict)
+    records: dict[str, list[Record]] = field(default_factory=lambda: {section.key: [] for section in SECTIONS})
+    problems: list[Problem] = field(default_factory=list)
+    lines: dict[Path, int] = field(default_factory=dict)
+    whole: bool = True
+    """False when a section could not be read at all, so that "there is none" cannot be said."""
 
-    def line(self, path: Path) -> int:
-        """The line on which `path` stands; that of the nearest thing around it when it is not in the file."""
-        while path and path not in self._lines:
-            path = path[:-1]
-        return self._lines.get(path, 0)
+    def line(self, section: str, index: int, key: str = "") -> int:
+        """The line of a key, else of its table."""
+        for path in ((section, index, key), (section, key), (section, index), (section,), (key,)):
+            if path in self.lines:
+                return self.lines[path]
+        return 0
 
-    def problem(self, line: int, place: str, field: str, cause: str, mend: str = "") -> None:
+    def complain(self, line: int, place: str, key: str, cause: str, mend: str = "") -> None:
         """Note a mistake."""
-        self.problems.append(Problem(self.file, line, place, field, cause, mend))
-
-    def blame(self, entry: Entry, field: str, cause: str, mend: str = "") -> None:
-        """Note a mistake in one key of an entry."""
-        self.problem(self.line((*entry.at, field)), entry.label, field, cause, mend)
-
-    def _read(self, data: dict[str, Any]) -> None:
-        sections = {section.key: section for section in SECTIONS}
-        known = [*sections, *(field.key for field in TOP.fields)]
-        for key in data:
-            if key not in known:
-                self.problem(self.line((key,)), "", key, "unknown key", did_you_mean(key, known, f"known are {', '.join(known)}"))
-        top = Entry(TOP, (), {})
-        for field in TOP.fields:
-            if field.key in data:
-                self._value(top, field, data[field.key])
-        self.top = top.values
-        for key, section in sections.items():
-            tables = data.get(key, [])
-            if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
-                self.problem(self.line((key,)), "", key, "one table, or no table", f"write [[{key}]] with two brackets: there may be several")
-                continue
-            for index, table in enumerate(tables):
-                self.entries[key].append(self._entry(section, (key, index), table))
-
-    def _entry(self, section: Section, at: Path, table: dict[str, Any]) -> Entry:
-        entry = Entry(section, at, {})
-        for key in ("name", "a", "b"):  # first, so that problems can name the entry
-            field = section.field(key)
-            if field is not None and isinstance(table.get(key), str):
-                entry.values[key] = table[key]
-        known = [field.key for field in section.fields]
-        for key in table:
-            if key not in known:
-                other = next((field.key for field in section.fields if key in field.also), None)
-                mend = f'did you mean "{other}"?' if other else did_you_mean(key, known, f"known are {', '.join(known)}")
-                self.blame(entry, key, f'unknown key "{key}" in {section.key}', mend)
-        for field in section.fields:
-            if field.key in table:
-                self._value(entry, field, table[field.key])
-            elif field.required:
-                self.problem(self.line(at), entry.label, field.key, "is missing", field.about)
-            elif field.default is not None:
-                entry.values[field.key] = field.default
-        return entry
-
-    def _value(self, entry: Entry, field: Field, value: Any) -> None:
-        try:
-            entry.values[field.key] = _convert(field, value)
-        except ValueError as error:
-            entry.values.pop(field.key, None)
-            self.blame(entry, field.key, str(error))
+        self.problems.append(Problem(self.file, line, place, key, cause, mend))
 
 
-def _convert(field: Field, value: Any) -> Any:
-    """A checked value. Raises ValueError."""
-    if field.form == "flag":
-        return _typed(value, bool, "true or false")
-    if field.form == "number":
-        number: int = _typed(value, int, "a whole number")
-        if number < field.minimum:
-            raise ValueError(f"{number} is too small, the least is {field.minimum}")
-        return number
-    if field.form == "sizes":
-        return tuple(sorted({parse_size(_typed(size, str, 'a size in quotes, such as "4 KiB"')) for size in _typed(value, list, "a list of sizes")}))
-    text: str = _typed(value, str, "text in quotes")
-    if field.form == "size":
-        return parse_size(text)
-    if field.form == "rate":
-        return parse_rate(text)
-    if field.form == "time":
-        return parse_time(text)
-    if field.form == "choice" and text not in field.choices:
-        raise ValueError(f'"{text}" is none of {", ".join(field.choices)}; {did_you_mean(text, field.choices)}'.rstrip("; "))
-    if field.form in {"name", "reference"} and not re.fullmatch(NAME_PATTERN, text):
-        raise ValueError(f'"{text}" is no name: letters, digits, ".", "_" and "-", with at most one range such as [0-7]')
-    return text
+def read_document(text: str, file: str) -> Document:
+    """Parse and check `text`, field by field; never raises for what the text holds."""
+    document = Document(file)
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        document.whole = False
+        document.problems.append(_syntax_problem(str(error), text, file))
+        return document
+    except RecursionError:
+        document.whole = False
+        document.complain(0, "", "", "brackets are nested too deeply")
+        return document
+    document.lines = key_lines(text)
+    _read_top(document, data)
+    for section in SECTIONS:
+        for index, table in enumerate(_tables(document, section, data.get(section.key, []))):
+            document.records[section.key] += _read_table(document, section, index, table)
+    return document
 
 
-def _typed(value: Any, kind: type, wanted: str) -> Any:
-    if type(value) is not kind:
-        raise ValueError(f"{value!r} stands where {wanted} is wanted")
+def _syntax_problem(message: str, text: str, file: str) -> Problem:
+    match = _TOML_LINE.search(message)
+    line = 0
+    if match is not None:
+        line = int(match[1]) if match[1] else text.rstrip().count("\n") + 1
+        message = message[: match.start()] + (f" (column {match[2]})" if match[2] else " (at the end of the file)")
+    return Problem(file, line, "", "", f"no valid TOML: {message[:1].lower()}{message[1:]}", "text stands in quotes, tables begin with [[name]]")
+
+
+def _read_top(document: Document, data: dict[str, Any]) -> None:
+    known = [one.key for one in (*TOP.fields, *SECTIONS)]
+    for key in data:
+        if key not in known:
+            document.whole = False
+            document.complain(
+                document.lines.get((key,), 0), "", key, "unknown section or key", did_you_mean(key, known, f"known are {', '.join(known)}")
+            )
+    for one in TOP.fields:
+        value = data.get(one.key, one.default)
+        if value is not None and not isinstance(value, str):
+            document.complain(document.lines.get((one.key,), 0), "", one.key, f"{_type_name(value)} where {_WANTED['text']} is wanted")
+            value = one.default
+        document.top[one.key] = value
+
+
+def _tables(document: Document, section: Section, value: Any) -> list[dict[str, Any]]:
+    """The tables of a section, whatever stands there."""
+    mend = f"write [[{section.key}]] before each one"
+    line = document.lines.get((section.key,), 0)
+    if isinstance(value, dict):
+        document.complain(line, "", section.key, f"one table where an array of tables is wanted: [{section.key}]", mend)
+        if any(isinstance(inner, dict) for inner in value.values()):
+            document.whole = False
+            return []
+        return [value]
+    if not isinstance(value, list) or not all(isinstance(table, dict) for table in value):
+        document.whole = False
+        document.complain(line, "", section.key, f"{_type_name(value)} where an array of tables is wanted", mend)
+        return []
     return value
 
 
-def expand(name: str) -> list[str]:
-    """The names that `name` stands for: ``gpu[0-2]`` is gpu0, gpu1, gpu2. Raises ValueError for a range that is empty or too long."""
-    match = _RANGE.match(name)
-    if match is None:
-        return [name]
-    head, low, high, tail = match[1], int(match[2]), int(match[3]), match[4]
-    if not low <= high < low + EXPANSION_MAX:
-        raise ValueError(f'"{name}" stands for {max(0, high - low + 1)} things; a range goes up, and to {EXPANSION_MAX} at most')
-    return [f"{head}{number}{tail}" for number in range(low, high + 1)]
+def _read_table(document: Document, section: Section, index: int, table: dict[str, Any]) -> list[Record]:
+    reader = _TableReader(document, section, index, table)
+    reader.unknown_keys()
+    values = {one.key: reader.value(one) for one in section.fields}
+    return reader.expanded(values)
 
 
-def _line_of(error: tomllib.TOMLDecodeError) -> int:
-    found = re.search(r"line (\d+)", str(error))
-    return int(found[1]) if found else 0
+class _TableReader:
+    """Reads one table of one section."""
+
+    def __init__(self, document: Document, section: Section, index: int, table: dict[str, Any]) -> None:
+        self._document = document
+        self._section = section
+        self._index = index
+        self._table = table
+        self._broken: set[str] = set()
+        self._place = _place(section, index, table)
+
+    def _complain(self, key: str, cause: str, mend: str = "") -> None:
+        self._broken.add(key)
+        self._document.complain(self._document.line(self._section.key, self._index, key), self._place, key, cause, mend)
+
+    def unknown_keys(self) -> None:
+        """Report keys that the section does not have, each with what was probably meant."""
+        for key in self._table:
+            if self._section.field(key) is None:
+                self._complain(key, "unknown key", _mend_key(key, self._section))
+
+    def value(self, one: Field) -> Any:
+        """The value of a field, or a harmless one when it is missing or wrong."""
+        harmless = _HARMLESS.get(one.form, one.default)
+        if one.key not in self._table:
+            meant = any(_field_meant(key, self._section) is one for key in self._table if self._section.field(key) is None)
+            if one.required and not meant:
+                self._complain(one.key, "missing", f"add {one.key} = {_example(one)}")
+            if one.required:
+                self._broken.add(one.key)
+                return harmless
+            return one.default
+        try:
+            return _CONVERT[one.form](one, self._table[one.key])
+        except ValueError as error:
+            cause, _, mend = str(error).partition("\n")
+            self._complain(one.key, cause, mend)
+            return harmless
+
+    def expanded(self, values: dict[str, Any]) -> list[Record]:
+        """One record for each thing that the table stands for."""
+        names = [key for key in ("name", "a", "b", "node") if values.get(key)]
+        if self._section is LINK:
+            self._name_link(values)
+        own = [key for key in ("a", "b") if key in names] if self._section is LINK else ["name"]
+        count = max((len(values[key]) for key in own if values.get(key)), default=1)
+        columns: dict[str, list[Any]] = {}
+        for key in names if self._section is not LINK else dict.fromkeys((*names, "name")):
+            try:
+                columns[key] = spread(values[key], count) if values[key] else [None] * count
+            except ValueError:
+                self._complain(key, f"{self._table.get(key)!r} stands for {len(values[key])} things, which does not go evenly into {count}")
+                columns[key] = [values[key][0]] * count
+        if "name" in columns and count > 1 and columns["name"][0] is not None and len(values["name"]) != count:
+            self._complain("name", f"one name for {count} things", f'write a range, such as "{values["name"][0]}[0-{count - 1}]"')
+        records = []
+        for i in range(count):
+            one = values | {key: column[i] for key, column in columns.items()}
+            if values.get("unit") is not None:
+                one["unit"] = values["unit"] + i
+            records.append(Record(self._section, self._index, one, self._broken))
+        return records
+
+    def _name_link(self, values: dict[str, Any]) -> None:
+        if values["name"] is None and values["a"] and values["b"]:
+            count = max(len(values["a"]), len(values["b"]))
+            if count % len(values["a"]) == 0 and count % len(values["b"]) == 0:
+                ends = zip(spread(values["a"], count), spread(values["b"], count), strict=True)
+                values["name"] = [f"{a}-{b}" for a, b in ends]
+
+
+def _place(section: Section, index: int, table: dict[str, Any]) -> str:
+    name = table.get("name")
+    if isinstance(name, str):
+        return f'{section.key} "{name}"'
+    if section is LINK and isinstance(table.get("a"), str) and isinstance(table.get("b"), str):
+        return f'link "{table["a"]}" to "{table["b"]}"'
+    return f"{section.key} number {index + 1}"
+
+
+def _field_meant(key: str, section: Section) -> Field | None:
+    """The field that an unknown key was probably meant to be."""
+    for one in section.fields:
+        if key.casefold() in one.also:
+            return one
+    guess = closest(_UNIT_SUFFIX.sub("", key), [one.key for one in section.fields])
+    return None if guess is None else section.field(guess)
+
+
+def _mend_key(key: str, section: Section) -> str:
+    meant = _field_meant(key, section)
+    if meant is None:
+        return f"a {section.key} has {', '.join(one.key for one in section.fields)}"
+    if _UNIT_SUFFIX.search(key) and meant.form in ("size", "rate", "time"):
+        return f'did you mean "{meant.key}"? The unit stands in the value: {meant.key} = {_example(meant)}'
+    return f'did you mean "{meant.key}"?'
+
+
+def _example(one: Field) -> str:
+    return {
+        "name": '"gpu0"',
+        "reference": '"gpu0"',
+        "size": '"16 GiB"',
+        "rate": '"31.5 GB/s"',
+        "time": '"500 ns"',
+        "flag": "true",
+        "number": "1",
+    }.get(one.form, '"..."')
+
+
+def _type_name(value: Any) -> str:
+    return _TYPE_NAMES.get(type(value), "a date or time")
+
+
+def _want(one: Field, value: Any, *types: type) -> Any:
+    if type(value) not in types:
+        raise ValueError(f"{_type_name(value)} where {_WANTED[one.form]} is wanted")
+    return value
+
+
+def _names(one: Field, value: Any) -> list[str]:
+    return expand(_want(one, value, str))
+
+
+def _choice(one: Field, value: Any) -> str:
+    if _want(one, value, str) not in one.choices:
+        raise ValueError(f"{value!r} is none of {', '.join(one.choices)}\n{did_you_mean(value, one.choices)}")
+    return str(value)
+
+
+def _size(one: Field, value: Any) -> int:
+    size = parse_size(_want(one, value, str))
+    if size == 0:
+        raise ValueError(f"{value!r} is no memory at all")
+    if size > MEMORY_BYTES_MAX:
+        raise ValueError(f"{value!r} is larger than the address space of a process\nat most {show_size(MEMORY_BYTES_MAX)}")
+    if size % PAGE_SIZE:
+        raise ValueError(f"{value!r} is no whole number of 4 KiB pages\n{show_size(max(size // PAGE_SIZE, 1) * PAGE_SIZE)} would be")
+    return size
+
+
+def _sizes(one: Field, value: Any) -> tuple[int, ...]:
+    sizes = tuple(parse_size(_want(one, item, str)) for item in _want(one, value, list))
+    for size in sizes:
+        if size < PAGE_SIZE or size & (size - 1):
+            raise ValueError(f"{show_size(size)} is no page size: powers of two from 4 KiB on are")
+    if PAGE_SIZE not in sizes:
+        raise ValueError('4 KiB is missing: it is the host\'s page size, and single pages migrate\nadd "4 KiB"')
+    return tuple(sorted(set(sizes)))
+
+
+def _rate(one: Field, value: Any) -> float:
+    rate = parse_rate(_want(one, value, str))
+    if rate == 0:
+        raise ValueError(f"{value!r}: nothing would ever arrive\ngive it a bandwidth, or leave the link out")
+    return rate
+
+
+def _number(one: Field, value: Any) -> int:
+    if _want(one, value, int) < one.minimum:
+        raise ValueError(f"{value} is too small: at least {one.minimum} is wanted")
+    if value >= 1 << 31:
+        raise ValueError(f"{value} is too large")
+    return int(value)
+
+
+_CONVERT: Mapping[str, Callable[[Field, Any], Any]] = {
+    "name": _names,
+    "reference": _names,
+    "text": lambda one, value: _want(one, value, str),
+    "choice": _choice,
+    "size": _size,
+    "sizes": _sizes,
+    "rate": _rate,
+    "time": lambda one, value: parse_time(_want(one, value, str)),
+    "flag": lambda one, value: _want(one, value, bool),
+    "number": _number,
+}

@@ -1,242 +1,190 @@
-"""Topologies by name or path, checked whole.
+"""Topologies from files and presets.
 
-All mistakes of a file are reported at once (`TopologyError.problems`), each with file, line, thing, key, cause and mend. What is checked beyond the
-form: names are unique, link ends exist, nothing links to itself, every rate is more than zero, memories are whole pages and fit an
-address space, and every device has a way to its memory node, both directions.
+`load` takes what a user types: a preset's name or a path. All mistakes of a file are found in one pass and raised together as
+`TopologyError`; `check` returns them as data, with file and line, for ``hmmnet topo check`` and editors.
 """
 
 from __future__ import annotations
 
-from importlib import resources
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
 from hmmnet.errors import TopologyError
-from hmmnet.pages import PAGE_SIZE
 
-from .document import Document, Entry, expand
-from .model import DEVICES_MAX, MEMORY_BYTES_MAX, MEMORY_NODES_MAX, DeviceSpec, LinkSpec, MemoryNode, Switch, Topology
-from .problems import Problem, did_you_mean
+from .check import Where, check_topology
+from .document import Document, Record, read_document
+from .model import DeviceSpec, LinkSpec, MemoryNode, Switch, Topology
+from .problems import Problem, closest
 from .routes import Routes
 
-FILE_BYTES_MAX = 1 << 20
+TOPOLOGY_BYTES_MAX = 1 << 20
+"""The largest preset has 4 KiB; a file beyond this is no topology."""
+DEFAULT = "two-gpus"
+
+
+@dataclass(frozen=True)
+class Source:
+    """The text of a topology and what to call it in messages; `name` is the machine's name unless the text gives one."""
+
+    text: str
+    file: str
+    name: str
 
 
 def preset_names() -> list[str]:
-    """The machines that come with hmmnet, the default first."""
-    names = sorted(entry.name.removesuffix(".toml") for entry in resources.files(__package__).joinpath("presets").iterdir() if entry.name.endswith(".toml"))
-    return sorted(names, key=lambda name: name != "two-gpus")
+    """The presets, in alphabetical order."""
+    return sorted(entry.name.removesuffix(".toml") for entry in _presets().iterdir() if entry.name.endswith(".toml"))
 
 
-def read_source(name_or_path: str | Path) -> tuple[str, str]:
-    """The text of a topology and the name of its file. Raises TopologyError when there is none."""
-    wanted = str(name_or_path)
-    if wanted in preset_names():
-        return resources.files(__package__).joinpath("presets", f"{wanted}.toml").read_text(), f"{wanted}.toml"
-    path = Path(name_or_path)
-    if path.suffix != ".toml" and not path.exists():
-        mend = did_you_mean(wanted, preset_names(), f"presets are {', '.join(preset_names())}; a file ends in .toml")
-        raise TopologyError([f'no topology is called "{wanted}"; {mend}'])
+def _presets() -> Any:
+    return resources.files("hmmnet.topology.presets")
+
+
+def installed_models() -> frozenset[str]:
+    """Device models that this installation has, plug-ins included (entry points of the group ``hmmnet.devices``)."""
+    return frozenset(point.name for point in metadata.entry_points(group="hmmnet.devices"))
+
+
+def find(name_or_path: str | Path) -> Source:
+    """The text behind a preset's name or a path. A name with a slash or ``.toml`` is a path. Raises TopologyError."""
+    word = str(name_or_path)
+    if isinstance(name_or_path, str) and "/" not in word and not word.endswith(".toml"):
+        entry = _presets() / f"{word}.toml"
+        if entry.is_file():
+            return Source(entry.read_text(encoding="utf-8"), f"{word}.toml", word)
+        if not Path(word).is_file():
+            raise TopologyError([_unknown_preset(word)])
+    return _read(Path(name_or_path))
+
+
+def _unknown_preset(word: str) -> str:
+    names = preset_names()
+    guess = closest(word, names)
+    mend = f'did you mean "{guess}"?' if guess else f"there are {', '.join(names)}; a file's name ends in .toml"
+    return f'no preset and no file is called "{word}"; {mend}'
+
+
+def _read(path: Path) -> Source:
     try:
-        if path.stat().st_size > FILE_BYTES_MAX:
-            raise TopologyError([f"{path}: larger than {FILE_BYTES_MAX} bytes, so hardly a topology"])
-        return path.read_text(), str(path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise TopologyError([f"{path}: cannot be read: {error}"]) from error
+        with path.open("rb") as file:
+            raw = file.read(TOPOLOGY_BYTES_MAX + 1)
+    except OSError as error:
+        raise TopologyError([f"{path}: cannot be read: {error.strerror or error}{_mend_path(path)}"]) from None
+    if len(raw) > TOPOLOGY_BYTES_MAX:
+        raise TopologyError([f"{path}: larger than {TOPOLOGY_BYTES_MAX >> 20} MiB: this is no topology"])
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise TopologyError([f"{path}:{line}: byte 0x{raw[error.start]:02x} is no UTF-8; save the file as UTF-8"]) from None
+    return Source(text, str(path), path.stem)
 
 
-def load(name_or_path: str | Path) -> Topology:
-    """The topology of a preset's name or of a TOML file. Raises TopologyError with every mistake."""
-    text, file = read_source(name_or_path)
-    return parse(text, file)
+def _mend_path(path: Path) -> str:
+    if path.parent.is_dir() and not path.exists():
+        guess = closest(path.name, [entry.name for entry in path.parent.iterdir() if entry.suffix == ".toml"])
+        if guess is not None:
+            return f'; did you mean "{path.with_name(guess)}"?'
+        if closest(path.stem, preset_names()) == path.stem:
+            return f'; the preset of this name is written without .toml: "{path.stem}"'
+    return ""
 
 
-def parse(text: str, file: str = "<text>") -> Topology:
-    """The topology in `text`; `file` is how mistakes name it. Raises TopologyError."""
-    topology, problems = examine(text, file)
-    if topology is None:
+def load(name_or_path: str | Path = DEFAULT, models: Collection[str] | None = None) -> Topology:
+    """The machine that a preset or a file describes. Raises TopologyError with every mistake of the file."""
+    source = find(name_or_path)
+    return parse(source.text, source.file, source.name, models)
+
+
+def parse(text: str, file: str = "topology.toml", name: str = "", models: Collection[str] | None = None) -> Topology:
+    """The machine that `text` describes; `file` is what messages call it. Raises TopologyError with every mistake."""
+    topology, problems = check(text, file, name, models)
+    if problems or topology is None:
         raise TopologyError([str(problem) for problem in problems])
     return topology
 
 
-def examine(text: str, file: str) -> tuple[Topology | None, list[Problem]]:
-    """As `parse`, with the mistakes as data; the topology is None when there are any."""
-    document = Document(text, file)
-    builder = _Builder(document)
-    topology = builder.build()
-    if not document.problems:
-        builder.check_routes(topology)
-    problems = sorted(document.problems, key=lambda problem: problem.line)
-    return (None if problems else topology), problems
+def check(text: str, file: str, name: str = "", models: Collection[str] | None = None) -> tuple[Topology | None, list[Problem]]:
+    """The machine (None when there are problems) and every mistake, in the order of lines."""
+    document = read_document(text, file)
+    problems = list(document.problems)
+    topology = _build(document, name)
+    if document.whole:
+        problems += check_topology(topology, _InDocument(document), models)
+    problems = sorted(dict.fromkeys(problems), key=lambda problem: problem.line)
+    return (None if problems else _with_nodes(topology)), problems
 
 
-def check_topology(topology: Topology) -> None:
-    """Check a machine built by hand. Raises TopologyError with every mistake."""
-    problems = [f'{topology.name}: link "{link.name}": bandwidth must be more than zero' for link in topology.links if link.bandwidth_bytes_per_s <= 0]
-    names = [vertex.name for vertex in topology.vertices()]
-    problems += [f'{topology.name}: the name "{name}" is used more than once' for name in sorted({name for name in names if names.count(name) > 1})]
-    problems += [
-        f'{topology.name}: link "{link.name}": its end "{end}" does not exist' for link in topology.links for end in (link.a, link.b) if end not in names
-    ]
-    if not problems:
-        problems = [f"{topology.name}: {text}" for _, text in _unreachable(topology)]
-    if problems:
-        raise TopologyError(problems)
-
-
-def _unreachable(topology: Topology) -> list[tuple[DeviceSpec, str]]:
-    routes = Routes(topology)
-    found = []
-    for device in topology.devices:
-        for node in topology.nodes:
-            if routes.find(node.name, device.name) is None or routes.find(device.name, node.name) is None:
-                found.append((device, f'no route between memory "{node.name}" and device "{device.name}"'))
-    return found
-
-
-class _Builder:
-    """The second pass: from a document's entries to a machine."""
+class _InDocument(Where):
+    """Places in a file."""
 
     def __init__(self, document: Document) -> None:
         self._document = document
-        self._named: dict[str, Entry] = {}
-        self._device_entries: dict[str, Entry] = {}
+        self.file = document.file
 
-    def build(self) -> Topology:
-        """The machine, as far as it can be made; problems go to the document."""
-        document = self._document
-        nodes = tuple(node for entry in document.entries["memory"] for node in self._nodes(entry))
-        devices = tuple(device for entry in document.entries["device"] for device in self._devices(entry))
-        switches = tuple(switch for entry in document.entries["switch"] for switch in self._switches(entry))
-        self._count(len(nodes), len(devices))
-        links = tuple(link for entry in document.entries["link"] for link in self._links(entry))
-        self._unique_links(links)
-        name = document.top.get("name") or Path(document.file).stem
-        topology = Topology(name, document.top.get("description", ""), nodes, devices, switches, links)
-        if document.problems:
-            return topology
-        return self._with_nodes(topology)
+    def line(self, section: str, number: int, key: str) -> int:
+        """The line of `key`, or of the table when the key is not written."""
+        return self._document.line(section, self._document.records[section][number].index, key)
 
-    def _count(self, nodes: int, devices: int) -> None:
-        document = self._document
-        if not document.entries["memory"] and not document.problems:
-            document.problem(0, "", "memory", "the machine has no host memory", 'add [[memory]] with a name and a size, such as "16 GiB"')
-        if nodes > MEMORY_NODES_MAX:
-            document.problem(0, "", "memory", f"{nodes} host memories; {MEMORY_NODES_MAX} is the most")
-        if devices > DEVICES_MAX:
-            document.problem(0, "", "device", f"{devices} devices; {DEVICES_MAX} is the most")
+    def broken(self, section: str, number: int, key: str) -> bool:
+        """Whether the file's value was wrong or missing."""
+        return key in self._document.records[section][number].broken
 
-    def _names(self, entry: Entry, key: str = "name") -> list[str]:
-        try:
-            return expand(entry.values[key]) if key in entry.values else []
-        except ValueError as error:
-            self._document.blame(entry, key, str(error))
-            return []
 
-    def _new_names(self, entry: Entry) -> list[str]:
-        names = self._names(entry)
-        for name in names:
-            other = self._named.setdefault(name, entry)
-            if other is not entry:
-                line = self._document.line((*other.at, "name"))
-                self._document.blame(entry, "name", f'the name "{name}" is taken (line {line})', "names are shared by memories, devices and switches")
-        return names
+def _build(document: Document, name: str) -> Topology:
+    records = document.records
+    return Topology(
+        name=document.top.get("name") or name or Path(document.file).stem,
+        description=document.top.get("description") or "",
+        nodes=tuple(MemoryNode(_name(record), record.values["size"]) for record in records["memory"]),
+        devices=tuple(_device(record) for record in records["device"]),
+        switches=tuple(Switch(_name(record), record.values["kind"]) for record in records["switch"]),
+        links=tuple(_link(record) for record in records["link"]),
+    )
 
-    def _memory(self, entry: Entry, key: str) -> int:
-        size: int = entry.values.get(key, PAGE_SIZE)
-        if size < PAGE_SIZE or size % PAGE_SIZE:
-            self._document.blame(entry, key, f"{size} bytes are not whole pages of {PAGE_SIZE}")
-        if size > MEMORY_BYTES_MAX:
-            self._document.blame(entry, key, f"{size} bytes are larger than the address space", f"the most is {MEMORY_BYTES_MAX >> 40} TiB")
-        return size
 
-    def _nodes(self, entry: Entry) -> list[MemoryNode]:
-        size = self._memory(entry, "size")
-        return [MemoryNode(name, size) for name in self._new_names(entry)]
+def _name(record: Record) -> str:
+    return str(record.values["name"] or f"{record.section.key} number {record.index + 1}")
 
-    def _switches(self, entry: Entry) -> list[Switch]:
-        return [Switch(name, entry.values.get("kind", "pcie")) for name in self._new_names(entry)]
 
-    def _devices(self, entry: Entry) -> list[DeviceSpec]:
-        values: dict[str, Any] = entry.values
-        size = self._memory(entry, "memory")
-        sizes = values.get("page_sizes", (PAGE_SIZE,))
-        if PAGE_SIZE not in sizes:
-            self._document.blame(entry, "page_sizes", "4 KiB is not among them", "Linux hands out base pages: a device must map them")
-        names = self._new_names(entry)
-        for name in names:
-            self._device_entries[name] = entry
-        unit = values.get("unit")
-        return [
-            DeviceSpec(
-                name,
-                values.get("model", "gpu"),
-                size,
-                values.get("kind", "private"),
-                values.get("node", ""),
-                sizes,
-                values.get("fault_capable", True),
-                values.get("atomics", True),
-                None if unit is None else unit + index,
-            )
-            for index, name in enumerate(names)
-        ]
+def _device(record: Record) -> DeviceSpec:
+    values = record.values
+    return DeviceSpec(
+        name=_name(record),
+        model=values["model"],
+        memory_bytes=values["memory"],
+        kind=values["kind"],
+        node=values["node"] or "",
+        page_sizes=values["page_sizes"],
+        fault_capable=values["fault_capable"],
+        atomics=values["atomics"],
+        unit=values["unit"],
+    )
 
-    def _links(self, entry: Entry) -> list[LinkSpec]:
-        ends = [self._ends(entry, key) for key in ("a", "b")]
-        for key in ("bandwidth", "bandwidth_back"):
-            if entry.values.get(key, 1.0) <= 0:
-                self._document.blame(entry, key, "a link that carries nothing is no link", "give a rate, or take the link away")
-        if not ends[0] or not ends[1]:
-            return []
-        more, fewer = max(map(len, ends)), min(map(len, ends))
-        if more % fewer:
-            self._document.blame(entry, "b", f"{len(ends[0])} ends a do not share out evenly over {len(ends[1])} ends b")
-            return []
-        return [link for i in range(more) for link in self._link(entry, ends[0][i * len(ends[0]) // more], ends[1][i * len(ends[1]) // more], more > 1)]
 
-    def _ends(self, entry: Entry, key: str) -> list[str]:
-        names = self._names(entry, key)
-        for name in names:
-            if name not in self._named:
-                self._document.blame(entry, key, f'there is no "{name}"', did_you_mean(name, self._named))
-        return [name for name in names if name in self._named]
+def _link(record: Record) -> LinkSpec:
+    values = record.values
+    return LinkSpec(
+        name=_name(record),
+        a=values["a"] or "",
+        b=values["b"] or "",
+        kind=values["kind"],
+        bandwidth_bytes_per_s=values["bandwidth"],
+        latency_s=values["latency"],
+        bandwidth_back_bytes_per_s=values["bandwidth_back"],
+        count=values["count"],
+    )
 
-    def _link(self, entry: Entry, a: str, b: str, several: bool) -> list[LinkSpec]:
-        values = entry.values
-        if a == b:
-            self._document.blame(entry, "b", f'both ends are "{a}"', "a link joins two things")
-            return []
-        name = values.get("name")
-        if name is None or several:
-            name = f"{name}:{a}-{b}" if name else f"{a}-{b}"
-        rate, back = values.get("bandwidth", 1.0), values.get("bandwidth_back")
-        return [LinkSpec(name, a, b, values.get("kind", "pcie"), rate, values.get("latency", 0.0), back, values.get("count", 1))]
 
-    def _unique_links(self, links: tuple[LinkSpec, ...]) -> None:
-        seen: set[str] = set()
-        for link in links:
-            if link.name in seen:
-                self._document.problem(0, f'link "{link.name}"', "name", "two links have this name", "name one of them, or use count")
-            seen.add(link.name)
-
-    def _with_nodes(self, topology: Topology) -> Topology:
-        """Fill in each device's nearest memory node; check those that were named."""
-        routes = Routes(topology)
-        names = [node.name for node in topology.nodes]
-        devices = []
-        for device in topology.devices:
-            if device.node and device.node not in names:
-                self._document.blame(self._device_entries[device.name], "node", f'no memory is called "{device.node}"', did_you_mean(device.node, names))
-            node = device.node or routes.nearest_node(device) or names[0]
-            devices.append(DeviceSpec(**{**vars(device), "node": node}))
-        return Topology(topology.name, topology.description, topology.nodes, tuple(devices), topology.switches, topology.links)
-
-    def check_routes(self, topology: Topology) -> None:
-        """Every device reaches every host memory, or says why that cannot be meant."""
-        blamed: set[int] = set()
-        for device, text in _unreachable(topology):
-            entry = self._device_entries[device.name]
-            if id(entry) not in blamed:
-                blamed.add(id(entry))
-                self._document.blame(entry, "name", text, "add a [[link]] that joins their parts")
+def _with_nodes(topology: Topology) -> Topology:
+    """The same machine with every device's nearest memory node filled in."""
+    if all(device.node for device in topology.devices):
+        return topology
+    routes = Routes(topology)
+    devices = tuple(
+        device if device.node else replace(device, node=routes.nearest_node(device) or topology.nodes[0].name) for device in topology.devices
+    )
+    return replace(topology, devices=devices)

@@ -1,7 +1,7 @@
 """Splitting one piece of work over several devices, running the shares at once, and reporting what came of it.
 
-Shares are cut at page borders of the data they write, so that two devices never pull the same page to and fro: what a multi-GPU
-program does by hand on real hardware.
+Shares are cut where 64 KiB groups of pages meet, since that is what a device fetches at once: two devices never pull the same group to and
+fro. Multi-GPU programs do the same by hand on real hardware.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import numpy as np
 import numpy.typing as npt
 import trio
 
-from hmmnet.pages import PAGE_SIZE
 from hmmnet.program import JobResult, Machine, Process
 
 from .registry import Report
 
+GROUP_BYTES = 64 << 10
+"""What devices fetch when they fault on a page of it."""
 MISTAKES_SHOWN = 10
 """Wrong elements that a report lists; the count is always whole."""
 
@@ -40,9 +41,20 @@ def cut(count: int, shares: int, align: int) -> list[tuple[int, int]]:
     return [(first, min(count, first + step)) for first in range(0, count, step)] if count else []
 
 
-def page_elements(itemsize: int) -> int:
-    """Elements of one page, the alignment of shares."""
-    return PAGE_SIZE // itemsize
+def group_elements(itemsize: int) -> int:
+    """Elements of one group, the alignment of shares."""
+    return GROUP_BYTES // itemsize
+
+
+def whole_groups(size_bytes: int) -> int:
+    """`size_bytes` rounded up to whole groups, in bytes; at least one."""
+    return max(1, -(-size_bytes // GROUP_BYTES)) * GROUP_BYTES
+
+
+async def reserve(process: Process, size_bytes: int) -> int:
+    """Map whole groups for `size_bytes` and return the address where they begin."""
+    address = await process.mmap(whole_groups(size_bytes) + GROUP_BYTES)
+    return -(-address // GROUP_BYTES) * GROUP_BYTES
 
 
 async def run_shares(process: Process, kernel: str, placement: str, shares: Mapping[str, Mapping[str, Any]]) -> dict[str, JobResult]:
@@ -59,8 +71,8 @@ async def run_shares(process: Process, kernel: str, placement: str, shares: Mapp
 
 
 async def store_array(process: Process, values: npt.NDArray[Any]) -> int:
-    """Map memory of its own pages for `values`, write them, and return the address."""
-    address = await process.mmap(max(values.nbytes, 1))
+    """Map memory of its own for `values`, write them, and return the address."""
+    address = await reserve(process, values.nbytes)
     if values.nbytes:
         await process.write(address, np.ascontiguousarray(values).view(np.uint8).reshape(-1))
     return address

@@ -38,16 +38,16 @@ class Tree(NamedTuple):
     root: int
 
 
-def build_lists(address: int, values: Words, lengths: Index, places: Index) -> Lists:
+def build_lists(address: int, values: Words, lengths: Index, places: Index, room: int | None = None) -> Lists:
     """`len(lengths)` lists over `values`, list after list; node *i* lies at place ``places[i]`` of the array at `address`.
 
-    An empty list has head 0.
+    `room` is the length of that array when places are left empty (default: one for each value). An empty list has head 0.
     """
     addresses = np.uint64(address) + places.astype(np.uint64) * np.uint64(LIST_NODE.itemsize)
     following = np.append(addresses[1:], np.uint64(NULL))[: len(values)]
     ends = np.cumsum(lengths)
     following[ends[lengths > 0] - 1] = NULL
-    nodes = np.zeros(len(values), dtype=LIST_NODE)
+    nodes = np.zeros(len(values) if room is None else room, dtype=LIST_NODE)
     nodes["next"][places] = following
     nodes["value"][places] = values
     heads = np.zeros(len(lengths), dtype=np.uint64)

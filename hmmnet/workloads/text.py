@@ -17,7 +17,7 @@ from hmmnet.words import WORD_BYTES as WORD_CHARACTERS
 from hmmnet.words import tokenize
 
 from .registry import Report
-from .shares import chosen_devices, mistakes_between, report_of, run_shares, store_array
+from .shares import chosen_devices, mistakes_between, report_of, reserve, run_shares, store_array
 
 TEXT_BYTES_MAX = 4 << 20
 """Read of the input unless more is asked for: enough for thousands of pages, little enough to check in plain Python within a second."""
@@ -97,7 +97,7 @@ async def word_count(
     shares = {}
     for name, (a, b) in zip(names, cut_text(text, len(names)), strict=False):
         words_at = await store_array(process, words)
-        out_at = await process.mmap(max(words.nbytes, 1))
+        out_at = await reserve(process, words.nbytes)
         shares[name] = {"text": text_at + a, "length": b - a, "words": words_at, "n": len(words), "out": out_at}
     jobs = await run_shares(process, "word_count", placement, shares)
     got = np.zeros(len(words), dtype=np.uint64)

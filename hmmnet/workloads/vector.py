@@ -9,7 +9,7 @@ import numpy as np
 from hmmnet.program import Machine
 
 from .registry import Report
-from .shares import chosen_devices, cut, mistakes_between, page_elements, report_of, run_shares, store_array
+from .shares import chosen_devices, cut, group_elements, mistakes_between, report_of, reserve, run_shares, store_array
 
 ELEMENTS = 1 << 20
 ITEM_BYTES = 8
@@ -23,10 +23,10 @@ async def vector_add(
     random = np.random.default_rng(seed)
     a, b = random.random(n), random.random(n)
     process = await machine.create_process()
-    a_at, b_at, out_at = await store_array(process, a), await store_array(process, b), await process.mmap(max(a.nbytes, 1))
+    a_at, b_at, out_at = await store_array(process, a), await store_array(process, b), await reserve(process, a.nbytes)
     shares = {
         name: {"a": a_at + ITEM_BYTES * first, "b": b_at + ITEM_BYTES * first, "out": out_at + ITEM_BYTES * first, "n": end - first}
-        for name, (first, end) in zip(names, cut(n, len(names), page_elements(ITEM_BYTES)), strict=False)
+        for name, (first, end) in zip(names, cut(n, len(names), group_elements(ITEM_BYTES)), strict=False)
     }
     jobs = await run_shares(process, "vector_add", placement, shares)
     got = await process.read_array(out_at, "<f8", n)
@@ -44,7 +44,7 @@ async def reduction(
     at = await store_array(process, values)
     shares = {
         name: {"a": at + ITEM_BYTES * first, "n": end - first}
-        for name, (first, end) in zip(names, cut(n, len(names), page_elements(ITEM_BYTES)), strict=False)
+        for name, (first, end) in zip(names, cut(n, len(names), group_elements(ITEM_BYTES)), strict=False)
     }
     jobs = await run_shares(process, "reduction", placement, shares)
     await process.exit()

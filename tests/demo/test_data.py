@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from hmmnet.demo.answers import NOT_THERE, answers_for, fnv1a, word_at, wrong
-from hmmnet.demo.data import Area, devices_used, lay_out, pages_of, read_input, store, subtrees
+from hmmnet.demo.data import Area, devices_used, lay_out, read_input, store, subtrees
 from hmmnet.pages import PAGE_SIZE
+from hmmnet.workloads.shares import GROUP_BYTES
 
 TEXT = (" ".join(f"word{i % 1200}_{i % 7} and" for i in range(6000)) + "\n").encode()
 
@@ -27,7 +28,7 @@ class Memory:
         self.end = 0x10000
 
     async def mmap(self, length: int, protection: str = "rw", address: int | None = None) -> int:
-        at, self.end = self.end, self.end + pages_of(length) + 5 * PAGE_SIZE
+        at, self.end = self.end, self.end + -(-length // PAGE_SIZE) * PAGE_SIZE + 5 * PAGE_SIZE
         return at
 
     async def write(self, address: int, data: Any) -> None:
@@ -38,17 +39,19 @@ class Memory:
         return int.from_bytes(self.data[start][address - start : address - start + 8], "little")
 
 
-def pages(area: Area) -> range:
-    assert area.address % PAGE_SIZE == 0
-    return range(area.address // PAGE_SIZE, (area.address + area.size_bytes) // PAGE_SIZE)
+def groups(area: Area) -> range:
+    assert area.address % GROUP_BYTES == area.size_bytes % GROUP_BYTES == 0
+    return range(area.address // GROUP_BYTES, (area.address + area.size_bytes) // GROUP_BYTES)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8])
-async def test_no_page_is_wanted_by_two_devices(count: int) -> None:
-    """Every area of every share lies on pages of its own."""
+async def test_nothing_is_wanted_by_two_devices(count: int) -> None:
+    """Every area of every share lies on 64 KiB groups of its own, those of both runs."""
     data = await store(Memory(), TEXT, [f"gpu{i}" for i in range(count)], random.Random(1))  # type: ignore[arg-type]
     assert len(data.shares) == {1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 8: 8}[count]
-    taken = Counter(page for share in data.shares for area in share.areas() for page in pages(area))
+    areas = [area for share in data.shares for area in (*share.inputs(), *share.outputs())]
+    areas += [area for share in data.again for area in share.outputs()]
+    taken = Counter(group for area in areas for group in groups(area))
     assert max(taken.values()) == 1
 
 
@@ -69,7 +72,7 @@ async def test_shares_are_the_whole_text_and_every_search_ends_in_its_subtree() 
             assert (memory.word(at + 24) if at else NOT_THERE) == answers.search(key)
             found_some |= at != 0
             missed_some |= at == 0
-            assert at == 0 or at // PAGE_SIZE in pages(share.tree)
+            assert at == 0 or at // GROUP_BYTES in groups(share.tree)
         assert found_some
         assert missed_some
 

@@ -29,7 +29,7 @@ async def test_every_step_is_told_and_every_result_checked() -> None:
     assert demo.mistakes == []
     assert isinstance(events[0], Built)
     runs = [e for e in events if isinstance(e, Ran)]
-    assert [(e.run, e.kernel) for e in runs] == [(r, k) for r in ("by demand", "after migration") for k in ("word_count", "tree_search")]
+    assert [(e.run, e.kernel) for e in runs] == [(r, k) for r in ("by demand", "migrated") for k in ("word_count", "tree_search")]
     assert all(set(e.jobs) == {"gpu0", "gpu1"} and e.seconds > 0 for e in runs)
     checks = [e for e in events if isinstance(e, Checked)]
     assert [(e.results > 0, e.wrong) for e in checks] == [(True, 0)] * 4

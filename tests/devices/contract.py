@@ -22,6 +22,7 @@ from typing import Any, TypeAlias
 import msgspec
 import numpy as np
 import trio
+import xxhash
 
 from hmmnet.devices.models.base import Device
 from hmmnet.errors import KernelError, RemoteError
@@ -152,7 +153,25 @@ async def refuses_bad_copies(host: ScriptedHost, device: Device) -> None:
     await prefetch(host, PAGE, 1)
     live = to_wire(u64([host.table[PAGE].frame]))
     await refused(host, m.CopyIn(6, live, b""))
-    await refused(host, m.CopyOut(0, 1, b"", live, 0.0, INFINITE, 0.0))
+    await refused(host, m.CopyOut(0, 1, b"", b"", 0.0, INFINITE, 0.0))
+
+
+async def answers_a_copy_without_a_stream(host: ScriptedHost, device: Device) -> None:
+    """A few pages come with the answer, whole; nothing leads to them any more, and if they stay they can be used again."""
+    at = host.mmap(PAGE, 64)
+    await host.cpu_write(at, np.arange(64 * 512, dtype="<i8").tobytes())
+    await prefetch(host, PAGE, 64)
+    mirror = device.contexts[1].context.mirror
+    frames = u64([host.table[PAGE + 1].frame, host.table[PAGE + 2].frame])
+    copied = await host.session.ask(m.CopyOut(0, 1, to_wire(u64([PAGE + 1, PAGE + 2])), to_wire(frames), 0.0, INFINITE, 0.0), m.Copied)
+    assert copied.data == np.arange(512, 3 * 512, dtype="<i8").tobytes()
+    assert copied.checksum == xxhash.xxh3_64_intdigest(copied.data)
+    assert (mirror.range(PAGE, PAGE + 4) != 0).tolist() == [True, False, False, True]
+    many = to_wire(u64(host.table[PAGE + i].frame for i in range(64)))
+    await refused(host, m.CopyOut(0, 1, b"", many, 0.0, INFINITE, 0.0), m.Copied)
+    async with host.invalidated(PAGE, PAGE + 64, "soft_dirty"):
+        assert not mirror.range(PAGE, PAGE + 64).any()
+    assert results_of(await host.launch("reduction", a=at, n=64 * 512)) == {"sum": sum(range(64 * 512))}
 
 
 async def ignores_bad_frees(host: ScriptedHost, device: Device) -> None:
@@ -288,6 +307,7 @@ CHECKS: tuple[Check, ...] = (
     drops_before_it_copies_out,
     survives_late_and_unknown_invalidations,
     refuses_bad_copies,
+    answers_a_copy_without_a_stream,
     ignores_bad_frees,
     counts_contexts,
     runs_jobs,

@@ -8,25 +8,16 @@ from __future__ import annotations
 import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any
 
 import pytest
 import trio
-import trio.testing
+from trio.testing import MockClock, wait_all_tasks_blocked
 
 from hmmnet.errors import BusError, KernelError, PeerGone, PeerLost, ProtocolError, RemoteError, SegmentationFault
 from hmmnet.wire.codec import Kind, encode
 from hmmnet.wire.exchange import BACKLOG_MAX, LEASE_S, RETRY_S, WINDOW
 from hmmnet.wire.messages import CloseContext, Done, FreeFrames, Inspect, MigrateDone, OpenContext, Report, Subscribe
 from hmmnet.wire.session import PROTOCOL_ERRORS_MAX, Session
-
-
-def run_in_jumping_time(*arguments: Any, **options: Any) -> Any:
-    """trio.run under a clock that jumps to the next deadline when all wait."""
-    return trio.run(*arguments, **{**options, "clock": trio.testing.MockClock(autojump_threshold=0)})
-
-
-pytestmark = pytest.mark.trio(run=run_in_jumping_time)
 
 
 class Line:
@@ -79,7 +70,7 @@ async def world() -> AsyncIterator[World]:
         yield world
 
 
-async def test_a_request_is_answered(world: World) -> None:
+async def test_a_request_is_answered(world: World, autojump_clock: MockClock) -> None:
     """By a function, by a coroutine function, inline or not; None answers Done."""
 
     async def slow(message: CloseContext) -> None:
@@ -97,7 +88,7 @@ async def test_a_request_is_answered(world: World) -> None:
     assert await world.host.ask(OpenContext(1, 2), Done) == Done()
 
 
-async def test_answers_find_their_requests(world: World) -> None:
+async def test_answers_find_their_requests(world: World, autojump_clock: MockClock) -> None:
     """In whatever order they come."""
 
     async def answer_later(message: CloseContext) -> Report:
@@ -111,7 +102,7 @@ async def test_answers_find_their_requests(world: World) -> None:
     assert pending[0].answered
 
 
-async def test_a_long_request_holds_up_nothing(world: World) -> None:
+async def test_a_long_request_holds_up_nothing(world: World, autojump_clock: MockClock) -> None:
     """Far more requests than the window are served while one runs."""
     world.device.on(Inspect, lambda _: Report(b""))
     finish = trio.Event()
@@ -139,7 +130,7 @@ async def test_a_long_request_holds_up_nothing(world: World) -> None:
     ],
 )
 @pytest.mark.parametrize("waits", [False, True])
-async def test_a_failure_arrives_as_what_it_is(world: World, raised: Exception, arrives: Exception, waits: bool) -> None:
+async def test_a_failure_arrives_as_what_it_is(world: World, autojump_clock: MockClock, raised: Exception, arrives: Exception, waits: bool) -> None:
     """Modelled errors as themselves, everything else as RemoteError with its text; the session lives on."""
 
     def fail(_: Inspect) -> Report:
@@ -161,7 +152,7 @@ async def test_a_failure_arrives_as_what_it_is(world: World, raised: Exception, 
     assert world.device.lost is None
 
 
-async def test_a_failure_of_ours_is_logged_where_it_happened(world: World, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_failure_of_ours_is_logged_where_it_happened(world: World, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture) -> None:
     """With its traceback, at the side that raised."""
 
     def fail(_: Inspect) -> Report:
@@ -173,20 +164,20 @@ async def test_a_failure_of_ours_is_logged_where_it_happened(world: World, caplo
     assert [record.exc_info is not None for record in caplog.records if record.levelname == "ERROR"] == [True]
 
 
-async def test_an_unexpected_answer_is_the_peers_fault(world: World) -> None:
+async def test_an_unexpected_answer_is_the_peers_fault(world: World, autojump_clock: MockClock) -> None:
     """`ask` tells what came instead."""
     world.device.on(Inspect, lambda _: Done())
     with pytest.raises(ProtocolError, match="gpu0 answered Inspect with Done, not Report"):
         await world.host.ask(Inspect(), Report)
 
 
-async def test_a_request_that_nobody_handles(world: World) -> None:
+async def test_a_request_that_nobody_handles(world: World, autojump_clock: MockClock) -> None:
     """Answered at once, so that its sender does not wait."""
     with pytest.raises(RemoteError, match="not a message that this end handles"):
         await world.host.request(Inspect())
 
 
-async def test_inline_order(world: World) -> None:
+async def test_inline_order(world: World, autojump_clock: MockClock) -> None:
     """What was sent before an answer is seen before it: an invalidation, then the words that it would make stale."""
     seen: list[str] = []
     world.device.on(FreeFrames, lambda _: seen.append("note"))
@@ -209,7 +200,7 @@ async def test_inline_order(world: World) -> None:
     assert seen == ["note", "invalidate", "quiet", "answer"]
 
 
-async def test_notes_take_effect_once_each_in_order(world: World) -> None:
+async def test_notes_take_effect_once_each_in_order(world: World, autojump_clock: MockClock) -> None:
     """Over lines that lose a third and double some: nothing lost, nothing twice."""
     chance = random.Random(7)
     for line in (world.out, world.home):
@@ -224,7 +215,7 @@ async def test_notes_take_effect_once_each_in_order(world: World) -> None:
     assert world.host.lost is None
 
 
-async def test_requests_take_effect_once_each(world: World) -> None:
+async def test_requests_take_effect_once_each(world: World, autojump_clock: MockClock) -> None:
     """Over lossy lines each request is carried out once and answered once, whichever way the loss was."""
     chance = random.Random(8)
     for line in (world.out, world.home):
@@ -249,7 +240,7 @@ async def test_requests_take_effect_once_each(world: World) -> None:
     assert answers == {i: Report(bytes([i % 251])) for i in range(100)}
 
 
-async def test_a_lost_frame_is_repeated_at_once_when_others_follow(world: World) -> None:
+async def test_a_lost_frame_is_repeated_at_once_when_others_follow(world: World, autojump_clock: MockClock) -> None:
     """The receiver reports the gap; nobody waits for a timer."""
     losses = iter([0])
     world.out.fate = lambda _: next(losses, 1)
@@ -261,7 +252,7 @@ async def test_a_lost_frame_is_repeated_at_once_when_others_follow(world: World)
     assert trio.current_time() - begun_s < RETRY_S / 2
 
 
-async def test_a_full_queue_only_delays(world: World) -> None:
+async def test_a_full_queue_only_delays(world: World, autojump_clock: MockClock) -> None:
     """What the transport has no room for counts as lost on the way."""
     world.device.on(Inspect, lambda _: Report(b""))
     world.out.full = True
@@ -270,7 +261,7 @@ async def test_a_full_queue_only_delays(world: World) -> None:
     await pending.wait()
 
 
-async def test_a_cancelled_wait_leaves_the_session_in_order(world: World) -> None:
+async def test_a_cancelled_wait_leaves_the_session_in_order(world: World, autojump_clock: MockClock) -> None:
     """The request is carried out all the same, and its late answer disturbs nobody."""
     served = trio.Event()
 
@@ -288,14 +279,14 @@ async def test_a_cancelled_wait_leaves_the_session_in_order(world: World) -> Non
     assert world.host.refused == 0
 
 
-async def test_heartbeats_keep_an_idle_session(world: World) -> None:
+async def test_heartbeats_keep_an_idle_session(world: World, autojump_clock: MockClock) -> None:
     """An hour without a word from above."""
     await trio.sleep(3600)
     assert world.host.lost is None
     assert world.device.lost is None
 
 
-async def test_silence_is_loss(world: World) -> None:
+async def test_silence_is_loss(world: World, autojump_clock: MockClock) -> None:
     """After the lease both sides know; whoever waits, asks or subscribed hears it, once, with the cause."""
     causes: list[PeerLost] = []
     world.host.on_lost(causes.append)
@@ -315,7 +306,7 @@ async def test_silence_is_loss(world: World) -> None:
     assert world.device.lost is not None
 
 
-async def test_a_partition_shorter_than_the_lease_is_survived(world: World) -> None:
+async def test_a_partition_shorter_than_the_lease_is_survived(world: World, autojump_clock: MockClock) -> None:
     """What was sent meanwhile arrives afterwards."""
     world.device.on(Inspect, lambda _: Report(b"late"))
     world.out.fate = world.home.fate = lambda _: 0
@@ -325,7 +316,7 @@ async def test_a_partition_shorter_than_the_lease_is_survived(world: World) -> N
     assert await pending.wait() == Report(b"late")
 
 
-async def test_goodbye(world: World) -> None:
+async def test_goodbye(world: World, autojump_clock: MockClock) -> None:
     """Both sides are over, nobody waits, and what still waited for an answer hears it."""
     causes: list[PeerLost] = []
     world.host.on_lost(causes.append)
@@ -345,7 +336,7 @@ async def test_goodbye(world: World) -> None:
     await world.device.bye()
 
 
-async def test_goodbye_comes_after_what_was_said_before(world: World) -> None:
+async def test_goodbye_comes_after_what_was_said_before(world: World, autojump_clock: MockClock) -> None:
     """Notes sent before the BYE take effect, even when lines are lossy."""
     chance = random.Random(9)
     world.home.fate = lambda _: chance.choice((0, 1))
@@ -361,7 +352,7 @@ async def test_goodbye_comes_after_what_was_said_before(world: World) -> None:
     assert seen == list(range(len(seen)))
 
 
-async def test_both_say_goodbye_at_once(world: World) -> None:
+async def test_both_say_goodbye_at_once(world: World, autojump_clock: MockClock) -> None:
     """The two cross, and both are content."""
     async with trio.open_nursery() as nursery:
         nursery.start_soon(world.host.bye)
@@ -370,7 +361,7 @@ async def test_both_say_goodbye_at_once(world: World) -> None:
     assert isinstance(world.device.lost, PeerGone)
 
 
-async def test_goodbye_to_nobody_ends(world: World) -> None:
+async def test_goodbye_to_nobody_ends(world: World, autojump_clock: MockClock) -> None:
     """A bounded wait, then it is over."""
     world.out.fate = lambda _: 0
     begun_s = trio.current_time()
@@ -379,7 +370,7 @@ async def test_goodbye_to_nobody_ends(world: World) -> None:
     assert world.host.lost is not None
 
 
-async def test_handlers_finish_after_the_loss(world: World) -> None:
+async def test_handlers_finish_after_the_loss(world: World, autojump_clock: MockClock) -> None:
     """A migration is undone by its own code, not dropped: what it asks of the peer raises PeerLost."""
     outcome: list[str] = []
 
@@ -403,7 +394,7 @@ async def test_handlers_finish_after_the_loss(world: World) -> None:
     assert outcome == ["restored"]
 
 
-async def test_broken_frames_are_refused_and_counted(world: World) -> None:
+async def test_broken_frames_are_refused_and_counted(world: World, autojump_clock: MockClock) -> None:
     """Each is dropped without effect; a peer that sends too many is given up."""
     world.device.on(Inspect, lambda _: Report(b"still here"))
     broken = [b"", b"garbage", bytes(100), encode(Kind.BYE_ACK, 0, 0), encode(Kind.BEAT, 0, 12345), encode(Kind.HELLO, 0, 0, Inspect())]
@@ -416,7 +407,7 @@ async def test_broken_frames_are_refused_and_counted(world: World) -> None:
     assert "given up after 16 broken frames" in str(world.device.lost)
 
 
-async def test_a_request_that_cannot_be_decoded_is_answered(world: World) -> None:
+async def test_a_request_that_cannot_be_decoded_is_answered(world: World, autojump_clock: MockClock) -> None:
     """Its sender learns why; it does not repeat it forever."""
     pending = world.host.begin(Inspect())
     good = world.out.sent.pop()
@@ -426,7 +417,7 @@ async def test_a_request_that_cannot_be_decoded_is_answered(world: World) -> Non
         await pending.wait()
 
 
-async def test_an_answer_that_cannot_be_decoded_fails_its_request(world: World) -> None:
+async def test_an_answer_that_cannot_be_decoded_fails_its_request(world: World, autojump_clock: MockClock) -> None:
     """The peer's fault, told to who asked."""
     pending = world.host.begin(Inspect())
     world.host.deliver(encode(Kind.REPLY, 1, 1, Done(), answers=1).replace(b"Done", b"Gone"))
@@ -434,13 +425,13 @@ async def test_an_answer_that_cannot_be_decoded_fails_its_request(world: World) 
         await pending.wait()
 
 
-async def test_an_answer_to_nothing_is_refused(world: World) -> None:
+async def test_an_answer_to_nothing_is_refused(world: World, autojump_clock: MockClock) -> None:
     """Counted as broken."""
     world.host.deliver(encode(Kind.REPLY, 1, 0, Done(), answers=77))
     assert world.host.refused == 1
 
 
-async def test_reset_ends_the_session(world: World) -> None:
+async def test_reset_ends_the_session(world: World, autojump_clock: MockClock) -> None:
     """The other end knows nothing of us: no need to wait for the lease."""
     pending = world.device.begin(Inspect())
     world.device.deliver(encode(Kind.RESET, 0, 0))
@@ -448,7 +439,7 @@ async def test_reset_ends_the_session(world: World) -> None:
         await pending.wait()
 
 
-async def test_a_peer_that_does_not_read_is_given_up(world: World) -> None:
+async def test_a_peer_that_does_not_read_is_given_up(world: World, autojump_clock: MockClock) -> None:
     """When too much waits for it; memory has an end."""
     world.out.fate = lambda _: 0
     for _ in range(WINDOW + BACKLOG_MAX + 1):
@@ -456,7 +447,7 @@ async def test_a_peer_that_does_not_read_is_given_up(world: World) -> None:
     assert "does not keep up" in str(world.host.lost)
 
 
-async def test_one_way_traffic_is_acknowledged_before_the_window_ends(world: World) -> None:
+async def test_one_way_traffic_is_acknowledged_before_the_window_ends(world: World, autojump_clock: MockClock) -> None:
     """Notes in one burst, twice the window: all arrive without a wait for heartbeats to make room."""
     seen = 0
 
@@ -468,6 +459,6 @@ async def test_one_way_traffic_is_acknowledged_before_the_window_ends(world: Wor
     begun_s = trio.current_time()
     for i in range(2 * WINDOW):
         world.host.note(MigrateDone(i))
-    await trio.testing.wait_all_tasks_blocked()
+    await wait_all_tasks_blocked()
     assert seen == 2 * WINDOW
     assert trio.current_time() - begun_s < 0.2

@@ -24,10 +24,10 @@ def machine() -> FlatMachine:
 
 
 SMALL: list[tuple[Any, dict[str, Any]]] = [
-    (vector_add, {"n": 3000}),
-    (reduction, {"n": 3000}),
-    (list_walk, {"n": 700, "nodes": 5000}),
-    (tree_search, {"n": 1500, "keys": 400}),
+    (vector_add, {"n": 20_000}),
+    (reduction, {"n": 20_000}),
+    (list_walk, {"n": 9000, "nodes": 12_000}),
+    (tree_search, {"n": 8500, "keys": 200}),
     (word_count, {"limit": 50_000}),
 ]
 EACH = pytest.mark.parametrize(("workload", "arguments"), SMALL, ids=lambda x: getattr(x, "__name__", ""))
