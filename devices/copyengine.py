@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 
+import numpy as np
 import trio
 import xxhash
 
@@ -88,6 +89,15 @@ class CopyEngines:
         self.settle_inline()
         self._inline.append((trio.current_time(), frames))
         return frames, Copied(data, xxhash.xxh3_64_intdigest(data))
+
+    def copy_one(self, frame: int) -> Copied:
+        """`copy_inline` for one frame, without arrays. Raises ProtocolError."""
+        self._memory.leaving_one(frame, "CopyOut.frames")
+        data = self._memory.page_bytes(frame).tobytes()
+        self.bytes_out += PAGE_SIZE
+        self.settle_inline()
+        self._inline.append((trio.current_time(), np.array((frame,), dtype=np.uint64)))
+        return Copied(data, xxhash.xxh3_64_intdigest(data))
 
     def settle_inline(self) -> None:
         """Pages that left with an answer a while ago, and were not freed since, stay after all."""

@@ -38,8 +38,10 @@ may be mapped to them, they are freed next, or are live again when the copy is o
 DISCARD_PAGES_MAX = 1 << 14
 """Frames given back to the operating system in one pass (64 MiB), so that a pass stays in the low milliseconds."""
 
-_PLACE_BITS = np.uint64(36)
-_PLACE_PAGE_MASK = np.uint64((1 << 36) - 1)
+_PLACE_SHIFT = 36
+_PLACE_MASK = (1 << _PLACE_SHIFT) - 1
+_PLACE_BITS = np.uint64(_PLACE_SHIFT)
+_PLACE_PAGE_MASK = np.uint64(_PLACE_MASK)
 _PAGE_SHIFT = np.uint64(PAGE_SHIFT)
 
 
@@ -135,6 +137,13 @@ class Memory:
         self._state[self.arena.indices(frames)] = LEAVING
         return frames
 
+    def leaving_one(self, frame: int, what: str) -> None:
+        """`leaving` for one frame, without arrays."""
+        index = frame - self.base
+        if not 0 <= index < self.pages or int(self._state[index]) < LIVE:
+            raise ProtocolError(f"{what} names frame 0x{frame:x}, which is not a live frame of zone {self.zone}")
+        self._state[index] = LEAVING
+
     def left(self, frames: Words) -> None:
         """The copy is over; frames that the host does not free hold their page still."""
         indices = self.arena.indices(frames)
@@ -216,6 +225,15 @@ class Memory:
             return []
         slots = places >> _PLACE_BITS
         return [(slot, places[slots == np.uint64(slot)] & _PLACE_PAGE_MASK) for slot in np.unique(slots).tolist()]
+
+    def mappings_one(self, frame: int) -> list[tuple[int, int]]:
+        """`mappings` for one frame, without arrays: (mirror number, page)."""
+        index = frame - self.base
+        place = int(self._places[index])
+        places = {place} if place else set()
+        if self._more:
+            places |= self._more.get(index, set())
+        return [(place >> _PLACE_SHIFT, place & _PLACE_MASK) for place in sorted(places)]
 
     # --- bytes ----------------------------------------------------------------------------------------------------------------
 

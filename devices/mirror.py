@@ -176,6 +176,12 @@ class Mirror:
         places = np.minimum(np.searchsorted(frames, held), len(frames) - 1)
         self.drop_pages(pages[frames[places] == held])
 
+    def drop_page(self, page: int, frame: int) -> None:
+        """Remove the entry of `page` if it leads to the own `frame`: `drop_frames` for one, without arrays."""
+        if self._table.get(page) >> ENTRY_SHIFT == frame:
+            self._table.set(page, 0)
+            self._tell_watches(page, page + 1)
+
     def clear(self) -> None:
         """Forget everything (close, fence)."""
         self._table = SparseTable()

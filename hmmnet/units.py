@@ -1,6 +1,7 @@
 """Sizes, rates and times, read from what people write and written as people read them.
 
 Powers of 1024 have the "i" (KiB, MiB, GiB); powers of 1000 do not (kB, MB, GB): link speeds are given in the second, memories in the first.
+Case does not matter, but for one thing: a small b after a capital letter means bits (Gb/s), which is refused, not taken for bytes.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ def parse_size(text: str) -> int:
     number, unit = _split(text, "size", "16 GiB")
     if unit.lower() not in _SIZES:
         raise ValueError(f"{text!r}: unknown unit {unit!r}; use B, KiB, MiB, GiB, TiB (powers of 1024) or kB, MB, GB, TB (powers of 1000)")
+    if unit[0].isupper() and unit[-1] == "b":
+        raise ValueError(f"{text!r} counts bits; write bytes ({unit[:-1]}B), an eighth as many")
     return int(number * _SIZES[unit.lower()])
 
 

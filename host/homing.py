@@ -20,7 +20,7 @@ import numpy as np
 
 from hmmnet.errors import BusError, KernelError, PeerError
 from hmmnet.observe.counters import CPU_FAULT, Profile
-from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, Words, run_bounds
+from hmmnet.pages import MIGRATE_PFN_MIGRATE, MIGRATE_PFN_SHIFT, MIGRATE_PFN_VALID, PAGE_SHIFT, PAGE_SIZE, Words, run_bounds
 
 from .interfaces import DeviceLink, Event, Migration, Select
 from .migrate import MIGRATE, SHIFT, VALID, MigrateVma, Outcome
@@ -85,6 +85,8 @@ class Homing:
     async def _bring(self, space: Space, link: DeviceLink, migration: Migration) -> int:
         """Copy and change over what `migration` collected; returns how many pages moved."""
         source = migration.source
+        if len(source) == 1 and int(source[0]) & MIGRATE_PFN_VALID:
+            return await self._bring_one(space, link, migration)
         going = source & (MIGRATE | VALID) == MIGRATE | VALID  # a never-touched page is collected too, and has nothing to bring
         whole = bool(going.all())
         pages = migration.pages if whole else migration.pages[going]
@@ -113,6 +115,25 @@ class Homing:
         moved = migration.cpages
         space.migrate_finalize(migration)
         return moved
+
+    async def _bring_one(self, space: Space, link: DeviceLink, migration: Migration) -> int:
+        """`_bring` for one page, with as little as possible: this is what a CPU fault waits for."""
+        try:
+            targets = self._allocate(1)
+        except KernelError:
+            give_up(self._memory, space, migration)
+            raise
+        try:
+            await link.copy_out(self._context_of(space.number, link.zone), migration.pages, migration.source >> SHIFT, targets)
+        except BaseException:
+            give_up(self._memory, space, migration)
+            self._memory.put(targets)
+            raise
+        migration.target[0] = int(targets[0]) << MIGRATE_PFN_SHIFT | MIGRATE_PFN_VALID
+        space.migrate_pages(migration)
+        moved = int(migration.source[0]) & MIGRATE_PFN_MIGRATE
+        space.migrate_finalize(migration)
+        return 1 if moved else 0
 
     def _allocate(self, count: int) -> Words:
         frames = self._memory.allocate(count, keep=slice(0, count))

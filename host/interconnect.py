@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from hmmnet.fabric.arbiter import Arbiter, Flow
 from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.fabric.dma import MultiArena
 from hmmnet.observe.counters import Profile
-from hmmnet.pages import ZONE_SHIFT
+from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, ZONE_SHIFT, Words
 from hmmnet.topology import Topology
 
 from .mm.frames import PhysicalMemory
@@ -21,7 +23,15 @@ class Interconnect:
         self.arbiter = Arbiter(topology, lambda: clock.rate)
         self.profile = Profile()
         self.memories = MultiArena({node.number: node.arena for node in memory.nodes})
+        self._memory = memory
         self._nodes = {node.number: node.owner for node in memory.nodes}
+
+    def land(self, frames: Words, data: bytes) -> None:
+        """Write whole pages to host `frames`."""
+        if len(frames) == 1:
+            self._memory.write_small(int(frames[0]), 0, data)
+        else:
+            self.memories.scatter(frames << np.uint64(PAGE_SHIFT), PAGE_SIZE, np.frombuffer(data, dtype=np.uint8))
 
     def open_in(self, device: str, frame: int) -> Flow:
         """A transfer from the memory that `frame` lies in to `device`. Close it."""

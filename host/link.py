@@ -225,7 +225,7 @@ class SessionLink:
                     break
             else:
                 raise PeerError(f"{self.name} sent pages that do not match their checksum, {INLINE_TRIES} times")
-            links.memories.scatter(target_frames << _SHIFT, PAGE_SIZE, np.frombuffer(copied.data, dtype=np.uint8))
+            links.land(target_frames, copied.data)
             await links.clock.sleep_until(flow.start_s + nbytes / flow.bytes_per_s + flow.latency_s)
         finally:
             now_s = links.now()

@@ -15,13 +15,15 @@ from __future__ import annotations
 import errno
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import trio
 
 from hmmnet.errors import KernelError
-from hmmnet.pages import Words
+from hmmnet.pages import HUGE_PAGES, Words
 
 from .hub import Hub
-from .interfaces import AddressSpace
+from .interfaces import AddressSpace, Walk
 from .notifier import Subscription
 
 ROUNDS_MAX = 64
@@ -70,8 +72,27 @@ async def _walk(space: AddressSpace, hub: Hub, subscription: Subscription, reque
             if walk.errno:
                 raise KernelError(walk.errno, "hmm_range_fault", f"page 0x{walk.failed:x} of process {space.number} cannot be had")
             return walk.words
-        wanted = walk.read.nonzero()[0]
-        await space.fault_in((wanted + request.start).astype("<u8"), walk.write[wanted])
+        await space.fault_in(*_faulted_along(space, request, walk))
         if hub.read_retry(subscription, sequence):
             return None
     return None
+
+
+def _faulted_along(space: AddressSpace, request: Request, walk: Walk) -> tuple[Words, npt.NDArray[np.bool_]]:
+    """The pages that hmm_vma_fault faults for a walk, and which of them for writing.
+
+    It does not stop at the page that is missing: it faults everything from there to the end of the page table (2 MiB), the VMA or the
+    range, in the way that the first page wants. More than a detail: pages of the caller's own device behind a missing page come home.
+    """
+    wanted = walk.read.nonzero()[0]
+    stop = walk.failed if walk.errno else request.end
+    pages: list[Words] = []
+    write: list[npt.NDArray[np.bool_]] = []
+    i = 0
+    while i < len(wanted):
+        first = request.start + int(wanted[i])
+        end = min(stop, first // HUGE_PAGES * HUGE_PAGES + HUGE_PAGES, max(space.vma_end(first), first + 1))
+        pages.append(np.arange(first, end, dtype=np.uint64))
+        write.append(np.full(end - first, walk.write[wanted[i]]))
+        i = int(np.searchsorted(wanted, end - request.start))
+    return np.concatenate(pages), np.concatenate(write)

@@ -58,6 +58,8 @@ CONTEXTS_MAX = 4096
 """Open contexts of one device."""
 JOBS_MAX = 1024
 """Jobs that one context runs at once."""
+WORD_BYTES = 8
+"""A page list of one page."""
 IDLE_S = 1.0
 """Real seconds that freed memory is kept before it goes back to the operating system."""
 
@@ -212,6 +214,8 @@ class Device:
 
     def copy_out(self, message: CopyOut) -> Copied | None:
         """A stream out of live frames (a few come with the answer), whose entries go first. Raises ProtocolError."""
+        if message.stream == 0 and len(message.frames) == WORD_BYTES:
+            return self._copy_one(message)
         pages = pages_listed(message.pages, "CopyOut.pages")
         answer: Copied | None = None
         if message.stream:
@@ -223,6 +227,16 @@ class Device:
             for context in opened.context.process.contexts:
                 context.mirror.drop_pages(pages)
         self._drop_frames(np.sort(frames))
+        return answer
+
+    def _copy_one(self, message: CopyOut) -> Copied:
+        """`copy_out` of one page, which a CPU waits for: the same with as little as possible."""
+        frame = int.from_bytes(message.frames, "little")
+        answer = self.copies.copy_one(frame)
+        for slot, page in self.memory.mappings_one(frame):
+            context = self._slots.get(slot)
+            if context is not None:
+                context.mirror.drop_page(page, frame)
         return answer
 
     def free_frames(self, message: FreeFrames) -> None:

@@ -100,7 +100,7 @@ class Screen:
         self._console.print()
 
     def _built(self, event: Built) -> None:
-        size_bytes = sum(area.size_bytes for area in event.data.areas)
+        size_bytes = event.data.whole.size_bytes
         nodes, root = len(event.data.words), event.data.shares[0].root
         self.line(
             "CPU", f"stores text, word lists, {event.searches:,} searches and a search tree of {nodes:,} nodes: {show_size(size_bytes)}"
@@ -145,7 +145,7 @@ class Screen:
 
 
 def picture(samples: Sequence[Sampled], devices: Sequence[str], width: int) -> Text:
-    """The pages of all areas, by owner, at each moment."""
+    """The pages by owner, at each moment."""
     columns = [Sample(sample.emulated_s, pages_by_owner(sample, devices), sample.moment) for sample in samples]
     column_width = max(PICTURE_COLUMN_MIN, width // max(len(columns), 1) - 1)
     labelled = all(len(sample.label) <= column_width for sample in columns)
@@ -156,12 +156,11 @@ def picture(samples: Sequence[Sampled], devices: Sequence[str], width: int) -> T
 
 
 def pages_by_owner(sample: Sampled, devices: Sequence[str]) -> dict[str, int]:
-    """How many pages each owner holds, all areas together: host memories, then devices as the topology has them, then untouched ones."""
+    """How many pages each owner holds: host memories, then devices as the topology has them, then untouched ones."""
     pages: Counter[str] = Counter()
-    for _, residency in sample.areas:
-        for i, owner in enumerate(residency.owners):
-            pages[owner] += int((residency.pages == i).sum())
-        pages[ABSENT] += int((residency.pages == -1).sum())
+    for i, owner in enumerate(sample.residency.owners):
+        pages[owner] += int((sample.residency.pages == i).sum())
+    pages[ABSENT] += int((sample.residency.pages == -1).sum())
     order = [*sorted(pages.keys() - {ABSENT, *devices}), *(device for device in devices if device in pages), ABSENT]
     return {owner: pages[owner] for owner in order}
 

@@ -19,7 +19,7 @@ from hmmnet.program import JobResult, Machine, Process, Residency
 from hmmnet.workloads.shares import run_shares
 
 from .answers import Answers, word_at, wrong
-from .data import SEARCHES, Area, Data, Share, store
+from .data import SEARCHES, Area, Data, Share, from_to, store
 from .story import CPU_ACCESS, DUMMY_DRIVER, MIGRATION, MIRRORING, Question
 
 DEMAND = "by demand"
@@ -91,7 +91,7 @@ class Sampled:
 
     moment: str
     emulated_s: float
-    areas: tuple[tuple[str, Residency], ...]
+    residency: Residency
 
 
 Event: TypeAlias = Built | Asked | Ran | Moved | Checked | Found | Sampled
@@ -152,16 +152,16 @@ class Demo:
             self.tell(Ran(run, kernel, jobs, self.machine.emulated_s() - began))
 
     async def move(self, process: Process, data: Data, to: str) -> None:
-        """All input home; or to each device its input and the pages that it will write; all devices at once."""
+        """All input home; or to each device its input and the room for its results, in one piece; all devices at once."""
         moved: list[int] = []
 
         async def one(area: Area, target: str) -> None:
             moved.append(await process.migrate(area.address, area.size_bytes, target))
 
         if to == "host":
-            wanted = [(area, "host") for share in data.shares for area in share.inputs()]
+            wanted = [(share.input, "host") for share in data.shares]
         else:
-            wanted = [(area, share.device) for share in data.again for area in (*share.inputs(), *share.outputs())]
+            wanted = [(from_to(share.input, share.output), share.device) for share in data.again]
         began = self.machine.emulated_s()
         async with trio.open_nursery() as nursery:
             for area, target in wanted:
@@ -177,6 +177,7 @@ class Demo:
         for area in areas:
             total += await process.read_array(area.address, "<u8", len(data.words))
         seconds = self.machine.emulated_s() - began
+        away -= await pages_away(process, areas)
         self.counts = total
         expected = [self.answers.counts.get(key, 0) for key in data.words.tolist()]
         bad = wrong(total.tolist(), expected) + abs(len(self.answers.counts) - len(data.words))
@@ -184,10 +185,12 @@ class Demo:
 
     async def check_searches(self, process: Process, shares: tuple[Share, ...], run: str) -> None:
         """Where each word was found, against a dictionary."""
-        away = await pages_away(process, [s.found for s in shares])
+        areas = [s.found for s in shares]
+        away = await pages_away(process, areas)
         began = self.machine.emulated_s()
         found = [await process.read_array(s.found.address, "<u8", len(s.wanted)) for s in shares]
         seconds = self.machine.emulated_s() - began
+        away -= await pages_away(process, areas)
         self.found = found
         bad = sum(wrong(got.tolist(), map(self.answers.search, s.wanted.tolist())) for got, s in zip(found, shares, strict=True))
         self.note(Checked(run, "tree_search", sum(map(len, found)), bad, seconds, away))
@@ -208,8 +211,8 @@ class Demo:
 
     async def sample(self, process: Process, data: Data, moment: str) -> None:
         """Look where the pages are; looking moves nothing."""
-        areas = tuple([(area.name, await process.residency(area.address, area.size_bytes // PAGE_SIZE)) for area in data.areas])
-        self.tell(Sampled(moment, self.machine.emulated_s(), areas))
+        residency = await process.residency(data.whole.address, data.whole.size_bytes // PAGE_SIZE)
+        self.tell(Sampled(moment, self.machine.emulated_s(), residency))
 
 
 async def pages_away(process: Process, areas: list[Area]) -> int:

@@ -25,6 +25,8 @@ class Where:
     """Finds the places of things; this one knows none: a machine built in Python."""
 
     file = "topology"
+    complete = True
+    """Whether everything that the machine has could be read: else nothing is said to be missing."""
 
     def line(self, section: str, number: int, key: str) -> int:
         """The line of `key` of the thing `number` (counted as the topology does) of `section`; 0 when there is none."""
@@ -53,17 +55,19 @@ class _Check:
 def check_topology(topology: Topology, where: Where | None = None, models: Collection[str] | None = None) -> list[Problem]:
     """Everything that is wrong with `topology`; with `models`, also devices of a model that is not among them."""
     check = _Check(topology, where or Where())
-    problems = [*_counts(check), *_names(check), *_values(check), *_nodes(check), *_units(check), *_ends(check)]
+    problems = [*_counts(check), *_names(check), *_values(check), *_units(check)]
     if models is not None:
         problems += _models(check, models)
-    if _ends_stand(check):
-        problems += _reach(check)
+    if check.where.complete:
+        problems += [*_nodes(check), *_ends(check)]
+        if _ends_stand(check):
+            problems += _reach(check)
     return problems
 
 
 def _counts(check: _Check) -> Iterator[Problem]:
     topology = check.topology
-    if not topology.nodes:
+    if not topology.nodes and check.where.complete:
         yield check.general("no host memory", 'add [[memory]] with name = "ram" and size = "64 GiB"')
     if len(topology.nodes) > MEMORY_NODES_MAX:
         yield check.general(f"{len(topology.nodes)} host memories; at most {MEMORY_NODES_MAX} are possible")

@@ -59,12 +59,15 @@ class Document:
     records: dict[str, list[Record]] = field(default_factory=lambda: {section.key: [] for section in SECTIONS})
     problems: list[Problem] = field(default_factory=list)
     lines: dict[Path, int] = field(default_factory=dict)
-    whole: bool = True
-    """False when a section could not be read at all, so that "there is none" cannot be said."""
+    complete: bool = True
+    """False when a section could not be read at all, so that nobody can say "there is none"."""
+    spelled: dict[str, str] = field(default_factory=dict)
+    """Sections that the file calls by another word (``devices``): they are reported once and then read as what was meant."""
 
     def line(self, section: str, index: int, key: str = "") -> int:
         """The line of a key, else of its table."""
-        for path in ((section, index, key), (section, key), (section, index), (section,), (key,)):
+        word = self.spelled.get(section, section)
+        for path in ((word, index, key), (word, key), (word, index), (word,)):
             if path in self.lines:
                 return self.lines[path]
         return 0
@@ -80,17 +83,18 @@ def read_document(text: str, file: str) -> Document:
     try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        document.whole = False
+        document.complete = False
         document.problems.append(_syntax_problem(str(error), text, file))
         return document
     except RecursionError:
-        document.whole = False
+        document.complete = False
         document.complain(0, "", "", "brackets are nested too deeply")
         return document
     document.lines = key_lines(text)
     _read_top(document, data)
     for section in SECTIONS:
-        for index, table in enumerate(_tables(document, section, data.get(section.key, []))):
+        word = document.spelled.get(section.key, section.key)
+        for index, table in enumerate(_tables(document, section, word, data.get(word, []))):
             document.records[section.key] += _read_table(document, section, index, table)
     return document
 
@@ -105,13 +109,19 @@ def _syntax_problem(message: str, text: str, file: str) -> Problem:
 
 
 def _read_top(document: Document, data: dict[str, Any]) -> None:
-    known = [one.key for one in (*TOP.fields, *SECTIONS)]
-    for key in data:
-        if key not in known:
-            document.whole = False
-            document.complain(
-                document.lines.get((key,), 0), "", key, "unknown section or key", did_you_mean(key, known, f"known are {', '.join(known)}")
-            )
+    sections = [section.key for section in SECTIONS]
+    known = [*(one.key for one in TOP.fields), *sections]
+    for key, value in data.items():
+        if key in known:
+            continue
+        mend = did_you_mean(key, known, f"known are {', '.join(known)}")
+        document.complain(document.lines.get((key,), 0), "", key, "unknown section or key", mend)
+        if isinstance(value, (list, dict)):
+            meant = closest(key, [section for section in sections if section not in data])
+            if meant is None or meant in document.spelled:
+                document.complete = False
+            else:
+                document.spelled[meant] = key
     for one in TOP.fields:
         value = data.get(one.key, one.default)
         if value is not None and not isinstance(value, str):
@@ -120,19 +130,19 @@ def _read_top(document: Document, data: dict[str, Any]) -> None:
         document.top[one.key] = value
 
 
-def _tables(document: Document, section: Section, value: Any) -> list[dict[str, Any]]:
+def _tables(document: Document, section: Section, word: str, value: Any) -> list[dict[str, Any]]:
     """The tables of a section, whatever stands there."""
     mend = f"write [[{section.key}]] before each one"
-    line = document.lines.get((section.key,), 0)
+    line = document.lines.get((word,), 0)
     if isinstance(value, dict):
-        document.complain(line, "", section.key, f"one table where an array of tables is wanted: [{section.key}]", mend)
+        document.complain(line, "", word, f"one table where an array of tables is wanted: [{word}]", mend)
         if any(isinstance(inner, dict) for inner in value.values()):
-            document.whole = False
+            document.complete = False
             return []
         return [value]
     if not isinstance(value, list) or not all(isinstance(table, dict) for table in value):
-        document.whole = False
-        document.complain(line, "", section.key, f"{_type_name(value)} where an array of tables is wanted", mend)
+        document.complete = False
+        document.complain(line, "", word, f"{_type_name(value)} where an array of tables is wanted", mend)
         return []
     return value
 
@@ -185,20 +195,13 @@ class _TableReader:
 
     def expanded(self, values: dict[str, Any]) -> list[Record]:
         """One record for each thing that the table stands for."""
-        names = [key for key in ("name", "a", "b", "node") if values.get(key)]
         if self._section is LINK:
             self._name_link(values)
-        own = [key for key in ("a", "b") if key in names] if self._section is LINK else ["name"]
-        count = max((len(values[key]) for key in own if values.get(key)), default=1)
-        columns: dict[str, list[Any]] = {}
-        for key in names if self._section is not LINK else dict.fromkeys((*names, "name")):
-            try:
-                columns[key] = spread(values[key], count) if values[key] else [None] * count
-            except ValueError:
-                self._complain(key, f"{self._table.get(key)!r} stands for {len(values[key])} things, which does not go evenly into {count}")
-                columns[key] = [values[key][0]] * count
-        if "name" in columns and count > 1 and columns["name"][0] is not None and len(values["name"]) != count:
-            self._complain("name", f"one name for {count} things", f'write a range, such as "{values["name"][0]}[0-{count - 1}]"')
+        deciding = ("a", "b") if self._section is LINK else ("name",)
+        count = max((len(values[key]) for key in deciding if values[key]), default=1)
+        columns = {key: self._column(key, values[key], count) for key in ("name", "a", "b", "node") if key in values}
+        if count > 1 and "name" in self._table and values["name"] and len(values["name"]) != count and "name" not in self._broken:
+            self._complain("name", f"one name for {count} things", f'write a range, such as "{values["name"][0]}-[0-{count - 1}]"')
         records = []
         for i in range(count):
             one = values | {key: column[i] for key, column in columns.items()}
@@ -207,12 +210,25 @@ class _TableReader:
             records.append(Record(self._section, self._index, one, self._broken))
         return records
 
+    def _column(self, key: str, names: list[str] | None, count: int) -> list[str | None]:
+        if not names:
+            return [None] * count
+        try:
+            return list(spread(names, count))
+        except ValueError:
+            self._complain(key, f"{self._table.get(key)!r} stands for {len(names)} things, which does not go evenly into {count}")
+            return [names[0]] * count
+
     def _name_link(self, values: dict[str, Any]) -> None:
-        if values["name"] is None and values["a"] and values["b"]:
-            count = max(len(values["a"]), len(values["b"]))
-            if count % len(values["a"]) == 0 and count % len(values["b"]) == 0:
-                ends = zip(spread(values["a"], count), spread(values["b"], count), strict=True)
-                values["name"] = [f"{a}-{b}" for a, b in ends]
+        """Links are called after their ends unless they have names."""
+        a, b = values["a"], values["b"]
+        if values["name"] is not None:
+            return
+        count = max(len(a or ()), len(b or ()))
+        if a and b and count % len(a) == 0 and count % len(b) == 0:
+            values["name"] = [f"{one}-{other}" for one, other in zip(spread(a, count), spread(b, count), strict=True)]
+        else:
+            self._broken.add("name")
 
 
 def _place(section: Section, index: int, table: dict[str, Any]) -> str:

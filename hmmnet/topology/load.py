@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from importlib import metadata, resources
 from pathlib import Path
-from typing import Any
 
 from hmmnet.errors import TopologyError
 
@@ -23,6 +21,7 @@ from .routes import Routes
 TOPOLOGY_BYTES_MAX = 1 << 20
 """The largest preset has 4 KiB; a file beyond this is no topology."""
 DEFAULT = "two-gpus"
+PRESETS = Path(__file__).with_name("presets")
 
 
 @dataclass(frozen=True)
@@ -36,15 +35,13 @@ class Source:
 
 def preset_names() -> list[str]:
     """The presets, in alphabetical order."""
-    return sorted(entry.name.removesuffix(".toml") for entry in _presets().iterdir() if entry.name.endswith(".toml"))
-
-
-def _presets() -> Any:
-    return resources.files("hmmnet.topology.presets")
+    return sorted(entry.stem for entry in PRESETS.glob("*.toml"))
 
 
 def installed_models() -> frozenset[str]:
     """Device models that this installation has, plug-ins included (entry points of the group ``hmmnet.devices``)."""
+    from importlib import metadata
+
     return frozenset(point.name for point in metadata.entry_points(group="hmmnet.devices"))
 
 
@@ -52,7 +49,7 @@ def find(name_or_path: str | Path) -> Source:
     """The text behind a preset's name or a path. A name with a slash or ``.toml`` is a path. Raises TopologyError."""
     word = str(name_or_path)
     if isinstance(name_or_path, str) and "/" not in word and not word.endswith(".toml"):
-        entry = _presets() / f"{word}.toml"
+        entry = PRESETS / f"{word}.toml"
         if entry.is_file():
             return Source(entry.read_text(encoding="utf-8"), f"{word}.toml", word)
         if not Path(word).is_file():
@@ -112,8 +109,7 @@ def check(text: str, file: str, name: str = "", models: Collection[str] | None =
     document = read_document(text, file)
     problems = list(document.problems)
     topology = _build(document, name)
-    if document.whole:
-        problems += check_topology(topology, _InDocument(document), models)
+    problems += check_topology(topology, _InDocument(document), models)
     problems = sorted(dict.fromkeys(problems), key=lambda problem: problem.line)
     return (None if problems else _with_nodes(topology)), problems
 
@@ -124,6 +120,7 @@ class _InDocument(Where):
     def __init__(self, document: Document) -> None:
         self._document = document
         self.file = document.file
+        self.complete = document.complete
 
     def line(self, section: str, number: int, key: str) -> int:
         """The line of `key`, or of the table when the key is not written."""

@@ -19,8 +19,8 @@ from typing import Any, Literal
 Form = Literal["name", "reference", "text", "choice", "size", "sizes", "rate", "time", "flag", "number"]
 
 NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9_.-]*(?:\[[0-9]+-[0-9]+\][A-Za-z0-9_.-]*)?"
-SIZE_PATTERN = r"\s*[0-9]+(?:\.[0-9]+)?\s*(?:[kKmMgGtT]i?)?[bB]\s*"
-RATE_PATTERN = r"\s*[0-9]+(?:\.[0-9]+)?\s*(?:[kKmMgGtT]i?)?[bB]/[sS]\s*"
+SIZE_PATTERN = r"\s*[0-9]+(?:\.[0-9]+)?\s*(?:(?:[kKmMgGtT][iI]?)?B|(?:[kmgt][iI]?)?b)\s*"
+RATE_PATTERN = SIZE_PATTERN.removesuffix(r"\s*") + r"/[sS]\s*"
 TIME_PATTERN = r"\s*[0-9]+(?:\.[0-9]+)?\s*[nNuUmM]?[sS]\s*"
 
 

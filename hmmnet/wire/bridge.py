@@ -45,11 +45,13 @@ _RCVMORE = zmq.RCVMORE
 class Bridge:
     """Wraps `socket`, which nobody else may use from then on, not even to read an option.
 
-    Several tasks may send and receive at once. Messages are lists of parts. Raises `trio.ClosedResourceError` once closed.
+    Several tasks may send and receive at once. Messages are lists of parts. Raises `trio.ClosedResourceError` once closed. `on_close` is
+    called after the socket was closed.
     """
 
-    def __init__(self, socket: zmq.Socket[bytes]) -> None:
+    def __init__(self, socket: zmq.Socket[bytes], on_close: Callable[[], None] | None = None) -> None:
         self._socket = socket
+        self._on_close = on_close
         self._descriptor = int(socket.getsockopt(zmq.FD))
         plain: Any = super(zmq.Socket, socket)  # the extension's own methods: pyzmq's Python layer over them costs as much as they do
         self._send_part: Callable[..., Any] = plain.send
@@ -268,6 +270,8 @@ class Bridge:
         self._receivers.unpark_all()
         self._senders.unpark_all()
         self._socket.close(linger_ms)
+        if self._on_close is not None:
+            self._on_close()
 
 
 def _refuse(*_: Any, **__: Any) -> Any:

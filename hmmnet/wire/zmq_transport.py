@@ -10,10 +10,12 @@ loopback only with CURVE keys, which encrypt, and prove to the peer whom it talk
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
 import re
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -198,8 +200,7 @@ class ZmqTransport:
         socket = self._socket(zmq.ROUTER, CONTROL_THREAD, CONTROL_QUEUE_MAX, FRAME_BYTES_MAX)
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a peer that reconnects is known again at once
-        bound = self._bind(socket, endpoint)
-        return ZmqListener(self._bridge(socket), bound)
+        return ZmqListener(*self._bind(socket, endpoint))
 
     def connect(self, endpoint: str, identity: bytes) -> ZmqChannel:
         """See `Transport.connect`."""
@@ -210,8 +211,7 @@ class ZmqTransport:
     def bind_channel(self, endpoint: str, max_bytes: int = CHANNEL_BYTES_MAX) -> ZmqChannel:
         """See `Transport.bind_channel`."""
         socket = self._socket(zmq.DEALER, BULK_THREAD, 0, max_bytes)
-        bound = self._bind(socket, endpoint)
-        return ZmqChannel(self._bridge(socket), bound)
+        return ZmqChannel(*self._bind(socket, endpoint))
 
     def connect_channel(self, endpoint: str, max_bytes: int = CHANNEL_BYTES_MAX) -> ZmqChannel:
         """See `Transport.connect_channel`."""
@@ -221,8 +221,7 @@ class ZmqTransport:
         """See `Transport.bind_telemetry`."""
         socket = self._socket(zmq.SUB, CONTROL_THREAD, TELEMETRY_QUEUE_MAX, TELEMETRY_BYTES_MAX)
         socket.setsockopt(zmq.SUBSCRIBE, b"")
-        bound = self._bind(socket, endpoint)
-        return ZmqChannel(self._bridge(socket), bound)
+        return ZmqChannel(*self._bind(socket, endpoint))
 
     def connect_telemetry(self, endpoint: str) -> ZmqChannel:
         """See `Transport.connect_telemetry`."""
@@ -251,13 +250,13 @@ class ZmqTransport:
         socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MS_MAX)
         return socket
 
-    def _bridge(self, socket: zmq.Socket[bytes]) -> Bridge:
-        bridge = Bridge(socket)
+    def _bridge(self, socket: zmq.Socket[bytes], on_close: Callable[[], None] | None = None) -> Bridge:
+        bridge = Bridge(socket, on_close)
         self._bridges = [known for known in self._bridges if not known.closed]
         self._bridges.append(bridge)
         return bridge
 
-    def _bind(self, socket: zmq.Socket[bytes], endpoint: str) -> str:
+    def _bind(self, socket: zmq.Socket[bytes], endpoint: str) -> tuple[Bridge, str]:
         """Bind, and tell the endpoint that peers connect to."""
         try:
             check_endpoint(endpoint, self._curve is not None)
@@ -271,10 +270,9 @@ class ZmqTransport:
         except HmmnetError:
             socket.close(0)
             raise
-        if endpoint.startswith("ipc://"):
-            Path(endpoint[6:]).chmod(0o600)
         bound: bytes = socket.getsockopt(zmq.LAST_ENDPOINT)  # type: ignore[assignment]
-        return bound.rstrip(b"\0").decode()
+        on_close = _guard(Path(endpoint[6:])) if endpoint.startswith("ipc://") else None
+        return self._bridge(socket, on_close), bound.rstrip(b"\0").decode()
 
     def _connect(self, socket: zmq.Socket[bytes], endpoint: str) -> ZmqChannel:
         try:
@@ -291,6 +289,19 @@ class ZmqTransport:
             socket.close(0)
             raise
         return ZmqChannel(self._bridge(socket), endpoint)
+
+
+def _guard(path: Path) -> Callable[[], None]:
+    """Close a socket's file to others; and what removes it afterwards (libzmq does not), unless another process has bound it anew."""
+    path.chmod(0o600)
+    inode = path.stat().st_ino
+
+    def remove() -> None:
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_ino == inode:
+                path.unlink()
+
+    return remove
 
 
 def check_endpoint(endpoint: str, encrypted: bool) -> None:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from hmmnet.errors import BusError, HmmnetError, KernelError, SegmentationFault, SignalError
 from hmmnet.host.interfaces import NO_OWNER, Event
-from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, Words
+from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, ZONE_SHIFT, Words
 
 from . import fault, pte
 from .fault import Cause
@@ -110,6 +110,8 @@ class CpuAccess:
     def _make_readable(self, page: int) -> bool:
         """One page for a load, when it is there or was never touched."""
         entry = self.mm.table.get(page)
+        if entry & pte.KIND == pte.DEVICE:
+            return False
         if entry & (pte.KIND | pte.YOUNG) != pte.PRESENT | pte.YOUNG:
             return self._try_touch(page, page + 1, write=False, keep=None)
         vma = self.mm.vmas.find(page)
@@ -118,6 +120,8 @@ class CpuAccess:
     def _make_writable(self, page: int) -> bool:
         """One page for a store, when it is there or was never touched."""
         entry = self.mm.table.get(page)
+        if entry & pte.KIND == pte.DEVICE:
+            return False
         if entry & (pte.KIND | pte.WRITE) != pte.WRITABLE:
             return self._try_touch(page, page + 1, write=True, keep=None)
         vma = self.mm.vmas.find(page)
@@ -142,6 +146,8 @@ class CpuAccess:
     async def load(self, address: int, length: int) -> bytes:
         """CPU load. Raises SegmentationFault, BusError, KernelError(ENOMEM)."""
         done = self.try_load(address, length)
+        if done is None and await self._home_one(address, length, VM_ACCESS):
+            done = self.try_load(address, length)
         if done is None:
             out = np.empty(length, np.uint8)
             await self._access(address, out, write=False)
@@ -156,13 +162,31 @@ class CpuAccess:
         """CPU store. Raises SegmentationFault, BusError, KernelError(ENOMEM); pages before the one that failed are stored then."""
         if not isinstance(data, bytes):
             data = _flat(data)
-        if not self.try_store(address, data):
+        if not self.try_store(address, data) and not (
+            await self._home_one(address, len(data), VM_WRITE) and self.try_store(address, data)
+        ):
             await self._access(address, np.frombuffer(data, np.uint8), write=True)
             return
         self._since_checkpoint += 1
         if self._since_checkpoint >= CHECKPOINT_EVERY:
             self._since_checkpoint = 0
             await give_way()
+
+    async def _home_one(self, address: int, length: int, right: int) -> bool:
+        """The shortest way for the commonest fault: an access inside one page, which is on a device. False when it is another case."""
+        page = address >> PAGE_SHIFT
+        if address + length - 1 >> PAGE_SHIFT != page or self.mm.table.get(page) & pte.KIND != pte.DEVICE:
+            return False
+        async with self.mmap_lock.read():
+            vma = self.mm.vmas.find(page)
+            if vma is None or not vma.flags & right:
+                return False
+            entry = self.mm.table.get(page)
+            if entry & pte.KIND == pte.DEVICE:
+                self._check_there(page, entry >> pte.FRAME_SHIFT + ZONE_SHIFT)
+                self.cpu_faults += 1
+                await self.home(self, np.array((page,), dtype=np.uint64))
+        return True
 
     async def _access(self, address: int, data: npt.NDArray[np.uint8], *, write: bool) -> None:
         """Load into (or store from) `data`, batch by batch: make pages ready, copy in the same step, see to what is in the way."""
@@ -236,12 +260,15 @@ class CpuAccess:
         same = zones == zones[0]
         if not same.all():
             count = int(np.argmin(same))
-        zone = self.memory.zones[int(zones[0])]
+        self._check_there(page, int(zones[0]))
+        self.cpu_faults += count
+        await self.home(self, np.arange(page, page + count, dtype=np.uint64))
+
+    def _check_there(self, page: int, number: int) -> None:
+        zone = self.memory.zones[number]
         if zone.lost:
             why = f'page 0x{page:x} of process {self.number} had its only copy on device "{zone.owner}", which was lost: {zone.lost}'
             raise BusError(page << PAGE_SHIFT, why)
-        self.cpu_faults += count
-        await self.home(self, np.arange(page, page + count, dtype=np.uint64))
 
     def _copy_out(self, address: int, out: npt.NDArray[np.uint8]) -> None:
         self.memory.read(self._frames(address, len(out)), address & PAGE_MASK, out)

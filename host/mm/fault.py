@@ -182,18 +182,51 @@ def break_cow(mm: Mm, vma: Vma, pages: Words) -> None:
     copied = np.flatnonzero(~zero)
     new = make(mm, vma, pages, pte.FRESH_WRITE)
     if len(copied):
-        data = np.empty(len(copied) << 12, dtype=np.uint8)
-        mm.memory.read(old[copied], 0, data)
-        mm.memory.write(new[copied], 0, data)
+        mm.memory.copy(old[copied], new[copied])
         mm.memory.unmap(old[copied])
         mm.rss -= len(copied)
+
+
+def unshare(mm: Mm, vma: Vma, page: int) -> None:
+    """do_wp_page with FAULT_FLAG_UNSHARE: `page`, present and shared, becomes this process's own, still read-only. Mirrors have been told."""
+    entry = mm.table.get(page)
+    frame = entry >> pte.FRAME_SHIFT
+    if entry & (pte.KIND | pte.ANON_EXCLUSIVE) != pte.PRESENT:
+        return
+    pages, old = np.array([page], np.uint64), np.array([frame], np.uint64)
+    if entry & pte.SPECIAL:
+        make(mm, vma, pages, pte.PRESENT | pte.YOUNG | pte.ANON_EXCLUSIVE)
+    elif int(mm.memory.field(old, "refcount")[0]) == 1:
+        mm.table.set(page, entry | pte.ANON_EXCLUSIVE)
+    else:
+        new = make(mm, vma, pages, pte.PRESENT | pte.YOUNG | pte.ANON_EXCLUSIVE | entry & (pte.SOFT_DIRTY | pte.UFFD_WP))
+        mm.memory.copy(old, new)
+        mm.memory.unmap(old)
+        mm.rss -= 1
+
+
+def set_exclusive(mm: Mm, pages: Words) -> int:
+    """Give a device exclusive access to `pages` as far as they are present and writable; how many. Mirrors have been told.
+
+    The entry forgets young and dirty; what it becomes again is clean and old but for what `restore_exclusive` adds.
+    """
+    entries = mm.table.take(pages)
+    ready = entries & (pte.KIND | pte.WRITE) == pte.WRITABLE
+    count = len(pages) if ready.all() else int(np.argmin(ready))
+    kept = pte.masked(entries[:count], pte.BITS & ~(pte.KIND | pte.YOUNG | pte.DIRTY)) | pte.entries_of(pte.EXCLUSIVE, pte.frames_of(entries[:count]))
+    if count:
+        mm.table.put(pages[:count], kept)
+    return count
 
 
 def restore_exclusive(mm: Mm, pages: Words) -> None:
     """remove_device_exclusive_entry: those of `pages` that a device holds exclusively are ordinary again. The device has been told."""
     entries = mm.table.take(pages)
     held = entries & pte.KIND == pte.EXCLUSIVE
-    mm.table.put(pages[held], entries[held] ^ np.uint64(pte.EXCLUSIVE ^ pte.PRESENT))
+    back = entries[held] ^ np.uint64(pte.EXCLUSIVE ^ pte.PRESENT)
+    back[back & pte.WRITE != 0] |= np.uint64(pte.DIRTY)
+    if len(back):
+        mm.table.put(pages[held], back)
 
 
 def zap(mm: Mm, pages: Words) -> None:
@@ -206,6 +239,20 @@ def zap(mm: Mm, pages: Words) -> None:
     mapped = counted & (kinds != pte.MIGRATION) & (kinds != pte.SWAP)
     if mapped.any():
         mm.memory.unmap(pte.frames_of(entries[mapped]))
+
+
+def age(mm: Mm, start: int, end: int, bits: int) -> None:
+    """Clear `bits` (young, dirty) of present pages; entries of a device stay as they are (h15, h55)."""
+    for _, part in mm.table.present(start, end):
+        part[part & (pte.KIND | pte.SPECIAL) == pte.PRESENT] &= ~np.uint64(bits)
+
+
+def move_entries(mm: Mm, start: int, target: int, count: int) -> None:
+    """move_page_tables: the entries of `count` pages change place; whatever lives there goes along, on a device or not."""
+    entries = mm.table.read(start, start + count)
+    entries[entries != 0] |= np.uint64(pte.SOFT_DIRTY)
+    mm.table.clear(start, start + count)
+    mm.table.write(target, entries)
 
 
 def protect(mm: Mm, start: int, end: int, writable: bool) -> None:

@@ -298,6 +298,12 @@ class PhysicalMemory:
 
     # --- bytes ------------------------------------------------------------------------------------------------------------------
 
+    def copy(self, source: Words, target: Words) -> None:
+        """Copy whole host frames."""
+        data = np.empty(len(source) * PAGE_SIZE, np.uint8)
+        self.read(source, 0, data)
+        self.write(target, 0, data)
+
     def read_small(self, frame: int, offset: int, length: int) -> bytes:
         """`length` bytes inside one host frame."""
         zone = self.nodes[frame >> ZONE_SHIFT]

@@ -11,19 +11,44 @@ import errno
 import numpy as np
 
 from hmmnet.errors import KernelError
-from hmmnet.host.interfaces import Migration, Select, Walk
-from hmmnet.pages import PAGE_SHIFT, Words, zone_of
+from hmmnet.host.interfaces import Event, Migration, Select, Walk
+from hmmnet.pages import PAGE_SHIFT, PAGES_MAX, Words, zone_of
 from hmmnet.program import Residency
 
 from . import collect as migration_steps
 from . import pte
-from .syscalls import SystemCalls
+from .access import Notifier
+from .advice import Advice
+from .fault import restore_exclusive
+from .fork import copy_entries, inherit, needs_copy
+from .rmap import Mapped, mappings
 from .vma import VM_DAX, VM_HUGETLB, VM_READ, VM_SPECIAL, Vma
 from .walk import walk
 
 
-class Space(SystemCalls):
+class Space(Advice):
     """The whole address space of a process (implements `interfaces.AddressSpace`)."""
+
+    # --- fork ---------------------------------------------------------------------------------------------------------------------
+
+    async def fork(self, number: int, hub: Notifier) -> Space:
+        """dup_mmap: a child, `number`, with its own `hub`, that shares every page with this process until one of them stores.
+
+        Exclusive access of devices ends first (h26). Raises KernelError(ENOMEM); then there is no child.
+        """
+        child = Space(number, self.memory, hub, self.home, self.mm.family)
+        async with self.mmap_lock.write():
+            await self._migrations_over(0, PAGES_MAX)
+            try:
+                for vma in self.mm.vmas.all():
+                    if inherit(child.mm, vma) is not None and needs_copy(vma):
+                        async with self.hub.invalidate(Event.PROTECTION_PAGE, vma.start, vma.end):
+                            restore_exclusive(self.mm, self.mm.table.occupied(vma.start, vma.end))
+                            copy_entries(self.mm, child.mm, vma)
+            except KernelError:
+                await child.exit()
+                raise
+        return child
 
     # --- HMM ----------------------------------------------------------------------------------------------------------------------
 
@@ -78,6 +103,15 @@ class Space(SystemCalls):
         """
         assert self.mmap_lock.held, "collect without the mmap lock"
         return migration_steps.collect(self.mm, pages, select, owner, fault_frame, told)
+
+    def sharers(self, pages: Words) -> list[Mapped]:
+        """Where other processes map the frames of `pages`: their mirrors have to be told (CLEAR) before those pages are collected."""
+        entries = self.mm.table.take(pages)
+        kinds = pte.kinds_of(entries)
+        mapped = entries[((kinds == pte.PRESENT) & (entries & pte.SPECIAL == 0)) | (kinds == pte.DEVICE)]
+        frames = pte.frames_of(mapped)
+        shared = frames[self.memory.field(frames, "mapcount") > 1]
+        return [found for found in mappings(self.memory, shared) if found.mm is not self.mm] if len(shared) else []
 
     def migrate_pages(self, migration: Migration) -> None:
         """migrate_vma_pages: each page's identity goes to its target. Where `inserts(migration)`, announce a MIGRATE around this."""

@@ -1,4 +1,4 @@
-"""System calls that change what is mapped, or how.
+"""System calls that change what is mapped, or how (mm/mmap.c, mm/mprotect.c, mm/mremap.c, mm/mlock.c).
 
 Each takes byte addresses and lengths as its man page says, answers with the kernel's errno, and changes what it can before the page at
 which it fails. Every change to entries is announced to the hub first, VMA by VMA as the kernel does it, with the kernel's event.
@@ -7,18 +7,24 @@ which it fails. Every change to entries is announced to the hub first, VMA by VM
 from __future__ import annotations
 
 import errno
+from dataclasses import replace
+
+import numpy as np
 
 from hmmnet.errors import KernelError
 from hmmnet.host.interfaces import Event
 from hmmnet.pages import ADDRESS_BITS, PAGE_SHIFT, PAGES_MAX
 
-from . import fault
-from .access import PAGE_MASK, CpuAccess
-from .vma import VM_WRITE, Vma, protection_flags
+from . import fault, pte
+from .access import PAGE_MASK
+from .gup import Pins
+from .vma import VM_ACCESS, VM_LOCKED, VM_SHARED, VM_SPECIAL, VM_WRITE, Vma, protection_flags
 
 
-class SystemCalls(CpuAccess):
+class SystemCalls(Pins):
     """mmap(2) and its kin, on a process's address space."""
+
+    # --- mmap, munmap -------------------------------------------------------------------------------------------------------------
 
     async def mmap(self, length: int, protection: str = "rw", address: int | None = None, flags: int = 0) -> int:
         """mmap(2) of anonymous private memory: MAP_FIXED at `address`, or where there is room. `flags` are further VM_* bits.
@@ -26,26 +32,29 @@ class SystemCalls(CpuAccess):
         Raises KernelError: EINVAL (empty, unaligned), ENOMEM (no room).
         """
         rights = protection_flags(protection)
-        count = _whole_pages("mmap", length)
+        count = whole_pages("mmap", length)
         if count == 0:
             raise KernelError(errno.EINVAL, "mmap", "length is 0")
         async with self.mmap_lock.write():
             if address is None:
-                gap = self.mm.vmas.find_gap(count)
-                if gap is None:
-                    raise KernelError(errno.ENOMEM, "mmap", f"no gap of {count} pages in process {self.number}")
-                start = gap
+                start = self._gap(count, "mmap")
             else:
-                start = _aligned("mmap", address)
+                start = aligned("mmap", address)
                 if start + count > PAGES_MAX:
                     raise KernelError(errno.ENOMEM, "mmap", f"0x{address:x} + {length} bytes leaves the address space")
                 await self._unmap(start, start + count)
             self.mm.vmas.add(Vma(start, start + count, rights | flags, start))
         return start << PAGE_SHIFT
 
+    def _gap(self, count: int, call: str) -> int:
+        gap = self.mm.vmas.find_gap(count)
+        if gap is None:
+            raise KernelError(errno.ENOMEM, call, f"no gap of {count} pages in process {self.number}")
+        return gap
+
     async def munmap(self, address: int, length: int) -> None:
         """munmap(2). Holes in the range are fine. Raises KernelError(EINVAL): unaligned, empty, outside."""
-        start, count = _aligned("munmap", address), _whole_pages("munmap", length)
+        start, count = aligned("munmap", address), whole_pages("munmap", length)
         if count == 0 or start + count > PAGES_MAX:
             raise KernelError(errno.EINVAL, "munmap", f"0x{address:x} + {length} bytes is empty or leaves the address space")
         async with self.mmap_lock.write():
@@ -61,45 +70,6 @@ class SystemCalls(CpuAccess):
     def _zap(self, start: int, end: int) -> None:
         fault.zap(self.mm, self.mm.table.occupied(start, end))
 
-    async def mprotect(self, address: int, length: int, protection: str) -> None:
-        """mprotect(2). Raises KernelError: EINVAL (unaligned), ENOMEM at the first hole, what lies before it being changed already."""
-        rights = protection_flags(protection)
-        start, count = _aligned("mprotect", address), _whole_pages("mprotect", length)
-        end = start + count
-        async with self.mmap_lock.write():
-            covered = self.mm.vmas.covered_until(start, end)
-            for vma in self.mm.vmas.overlapping(start, covered):
-                await self._protect(max(start, vma.start), min(covered, vma.end), vma.flags & ~7 | rights, vma.flags)
-        if covered < end:
-            raise KernelError(errno.ENOMEM, "mprotect", f"page 0x{covered:x} of process {self.number} is not mapped")
-
-    async def _protect(self, start: int, end: int, flags: int, old: int) -> None:
-        if flags == old:
-            return
-
-        def change(piece: Vma) -> Vma:
-            piece.flags = flags
-            return piece
-
-        async with self.hub.invalidate(Event.PROTECTION_VMA, start, end):
-            self.mm.vmas.update(start, end, change)
-            fault.protect(self.mm, start, end, bool(flags & VM_WRITE))
-
-    async def madvise(self, address: int, length: int, advice: str) -> None:
-        """madvise(2). Raises KernelError: EINVAL (unaligned, unknown advice), ENOMEM (holes; what is mapped was advised)."""
-        start, count = _aligned("madvise", address), _whole_pages("madvise", length)
-        if advice != "DONTNEED":
-            raise KernelError(errno.EINVAL, "madvise", f"unknown advice {advice!r}")
-        end = start + count
-        async with self.mmap_lock.read():
-            for vma in self.mm.vmas.overlapping(start, end):
-                low, high = max(start, vma.start), min(end, vma.end)
-                async with self.hub.invalidate(Event.CLEAR, low, high):
-                    self._zap(low, high)
-            hole = self.mm.vmas.covered_until(start, end)
-        if hole < end:
-            raise KernelError(errno.ENOMEM, "madvise", f"page 0x{hole:x} of process {self.number} is not mapped")
-
     async def exit(self) -> None:
         """exit_mmap: mirrors are told once, for everything; then all is unmapped."""
         async with self.mmap_lock.write(), self.hub.invalidate(Event.RELEASE, 0, PAGES_MAX):
@@ -107,14 +77,163 @@ class SystemCalls(CpuAccess):
             self.mm.vmas.remove(0, PAGES_MAX)
             self.mm.close()
 
+    # --- mprotect, mlock ----------------------------------------------------------------------------------------------------------
 
-def _aligned(call: str, address: int) -> int:
+    async def mprotect(self, address: int, length: int, protection: str) -> None:
+        """mprotect(2). Raises KernelError: EINVAL (unaligned), ENOMEM at the first hole, what lies before it being changed already."""
+        rights = protection_flags(protection)
+        start, count = aligned("mprotect", address), whole_pages("mprotect", length)
+        end = start + count
+        async with self.mmap_lock.write():
+            covered = self.mm.vmas.covered_until(start, end)
+            for vma in self.mm.vmas.overlapping(start, covered):
+                await self._protect(max(start, vma.start), min(covered, vma.end), vma.flags & ~VM_ACCESS | rights, vma.flags)
+        if covered < end:
+            raise KernelError(errno.ENOMEM, "mprotect", f"page 0x{covered:x} of process {self.number} is not mapped")
+
+    async def _protect(self, start: int, end: int, flags: int, old: int) -> None:
+        if flags == old:
+            return
+        async with self.hub.invalidate(Event.PROTECTION_VMA, start, end):
+            self.mm.vmas.update(start, end, lambda piece: replace(piece, flags=flags))
+            fault.protect(self.mm, start, end, bool(flags & VM_WRITE))
+        if flags & VM_WRITE and old & (VM_WRITE | VM_SHARED | VM_LOCKED) == VM_LOCKED:
+            await self.populate(start, end)
+
+    async def mlock(self, address: int, length: int) -> None:
+        """mlock(2): pages are made, and those on a device come home. Raises KernelError: ENOMEM (a hole, or memory without access)."""
+        await self._lock_range(address, length, VM_LOCKED)
+
+    async def munlock(self, address: int, length: int) -> None:
+        """munlock(2). Raises KernelError(ENOMEM) at a hole."""
+        await self._lock_range(address, length, 0)
+
+    async def _lock_range(self, address: int, length: int, flag: int) -> None:
+        call = "mlock" if flag else "munlock"
+        start = address >> PAGE_SHIFT
+        end = start + whole_pages(call, length + (address & PAGE_MASK))
+        async with self.mmap_lock.write():
+            covered = self.mm.vmas.covered_until(start, end)
+            if covered > start:
+                self.mm.vmas.update(start, covered, lambda piece: replace(piece, flags=piece.flags & ~VM_LOCKED | flag))
+        if covered < end:
+            raise KernelError(errno.ENOMEM, call, f"page 0x{covered:x} of process {self.number} is not mapped")
+        if flag:
+            async with self.mmap_lock.read():
+                try:
+                    await self.populate(start, end)
+                except KernelError as error:
+                    raise KernelError(errno.ENOMEM, call, error.why) from error
+
+    # --- mremap -------------------------------------------------------------------------------------------------------------------
+
+    async def mremap(
+        self, address: int, old_length: int, new_length: int, new_address: int | None = None, *, may_move: bool = True, dontunmap: bool = False
+    ) -> int:
+        """mremap(2): shrink, grow in place, or move (to `new_address`: MREMAP_FIXED); the new address.
+
+        Device-private pages move with their data: entries change place, nothing is copied (h42). Raises KernelError: EFAULT (the old range is
+        not in one VMA), EINVAL (unaligned, empty, overlapping), ENOMEM (no room, or it may not move).
+        """
+        start, old, new = aligned("mremap", address), whole_pages("mremap", old_length), whole_pages("mremap", new_length)
+        if new == 0 or (dontunmap and (old != new or not may_move)) or (new_address is not None and not may_move):
+            raise KernelError(errno.EINVAL, "mremap", f"{old} to {new} pages with these flags makes no sense")
+        async with self.mmap_lock.write():
+            if self.mm.vmas.find(start) is None:
+                raise self._bad_remap(start)
+            if new_address is not None or dontunmap:
+                target = await self._fixed_target(start, old, new, new_address)
+                old = await self._shrink(start, old, new)
+                self._resizable(start, old, new)
+            else:
+                if await self._shrink(start, old, new) == new:
+                    return address
+                vma = self._resizable(start, old, new)
+                if self._grow(vma, start, old, new):
+                    await self._populate_locked(vma.flags, start + old, start + new)
+                    return address
+                if not may_move:
+                    raise KernelError(errno.ENOMEM, "mremap", f"no room behind page 0x{start + old:x} of process {self.number}")
+                target = self._gap(new, "mremap")
+            await self._move(start, old, target, new, dontunmap=dontunmap)
+        return target << PAGE_SHIFT
+
+    def _bad_remap(self, page: int) -> KernelError:
+        return KernelError(errno.EFAULT, "mremap", f"the old range at page 0x{page:x} of process {self.number} is not in one mapping")
+
+    async def _fixed_target(self, start: int, old: int, new: int, new_address: int | None) -> int:
+        """Where a moved range goes; what is there is unmapped."""
+        if new_address is None:
+            return self._gap(new, "mremap")
+        target = aligned("mremap", new_address)
+        if target + new > PAGES_MAX or (start + old > target and target + new > start):
+            raise KernelError(errno.EINVAL, "mremap", f"the new range at page 0x{target:x} overlaps the old one or leaves the address space")
+        await self._unmap(target, target + new)
+        return target
+
+    async def _shrink(self, start: int, old: int, new: int) -> int:
+        if old > new:
+            await self._unmap(start + new, start + old)
+        return min(old, new)
+
+    def _resizable(self, start: int, old: int, new: int) -> Vma:
+        """vma_to_resize: the VMA that holds the whole old range and may change its size."""
+        vma = self.mm.vmas.find(start)
+        if vma is None or start + old > vma.end or (new > old and vma.flags & VM_SPECIAL):
+            raise self._bad_remap(start)
+        if old == 0 and not vma.flags & VM_SHARED:
+            raise KernelError(errno.EINVAL, "mremap", "an old length of 0 is for shared mappings")
+        return vma
+
+    def _grow(self, vma: Vma, start: int, old: int, new: int) -> bool:
+        """Extend `vma` in place when the old range ends it and there is room behind."""
+        end = start + new
+        if start + old != vma.end or end > PAGES_MAX - 1 or self.mm.vmas.overlapping(vma.end, end):
+            return False
+        self.mm.vmas.add(Vma(vma.end, end, vma.flags, vma.pgoff + vma.end - vma.start, vma.anon, vma.forked, vma.file))
+        return True
+
+    async def _move(self, start: int, old: int, target: int, new: int, *, dontunmap: bool) -> None:
+        """move_vma: a VMA like the old at `target`, entries moved there, the old one unmapped (or emptied)."""
+        await self._migrations_over(start, start + old)
+        vma = self.mm.vmas.find(start)
+        assert vma is not None, "the range to move lies in a VMA"
+        pgoff = vma.pgoff + start - vma.start if vma.anon or vma.file is not None else target
+        self.mm.vmas.add(Vma(target, target + new, vma.flags, pgoff, vma.anon, vma.forked, vma.file))
+        async with self.hub.invalidate(Event.UNMAP, start, start + old):
+            fault.move_entries(self.mm, start, target, old)
+        if not dontunmap:
+            self.mm.vmas.remove(start, start + old)
+        else:
+            self.mm.vmas.update(start, start + old, lambda piece: self._emptied(piece, vma))
+        await self._populate_locked(vma.flags, target + old, target + new)
+
+    @staticmethod
+    def _emptied(piece: Vma, whole: Vma) -> Vma:
+        """What MREMAP_DONTUNMAP leaves: unlocked, and, when it was a whole VMA, as never touched."""
+        untouched = piece.start == whole.start and piece.end == whole.end
+        return replace(piece, flags=piece.flags & ~VM_LOCKED, anon=0 if untouched else piece.anon)
+
+    async def _populate_locked(self, flags: int, start: int, end: int) -> None:
+        if flags & VM_LOCKED and start < end:
+            await self.populate(start, end)
+
+    async def _migrations_over(self, start: int, end: int) -> None:
+        """Wait until no page of [start, end) is under migration: evictions by frame need no mmap lock, so some may be."""
+        for first, part in list(self.mm.table.present(start, end)):
+            for offset in np.flatnonzero(pte.kinds_of(part) == pte.MIGRATION).tolist():
+                await self.wait_migration(first + offset)
+
+
+def aligned(call: str, address: int) -> int:
+    """The page that begins at `address`. Raises KernelError(EINVAL)."""
     if address & PAGE_MASK or not 0 <= address < 1 << ADDRESS_BITS:
         raise KernelError(errno.EINVAL, call, f"address 0x{address:x} is not the start of a page of user memory")
     return address >> PAGE_SHIFT
 
 
-def _whole_pages(call: str, length: int) -> int:
+def whole_pages(call: str, length: int) -> int:
+    """`length` bytes in pages, rounded up. Raises KernelError when the address space is smaller."""
     if not 0 <= length <= 1 << ADDRESS_BITS:
         raise KernelError(errno.ENOMEM if call == "mmap" else errno.EINVAL, call, f"length {length} is larger than the address space")
     return length + PAGE_MASK >> PAGE_SHIFT

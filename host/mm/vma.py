@@ -60,7 +60,8 @@ def protection_flags(protection: str) -> int:
 class Vma:
     """Pages [start, end) with `flags`. `pgoff` is the page offset in the file, or for anonymous memory the page where it was first mapped.
 
-    `anon` is the anon_vma: 0 until the first anonymous page is made here. `file` is None for anonymous private memory.
+    `anon` is the anon_vma: 0 until the first anonymous page is made here. `forked`: it was inherited, so it takes in no VMA without one
+    (its anon_vma chain is not singular). `file` is None for anonymous private memory.
     """
 
     start: int
@@ -68,6 +69,7 @@ class Vma:
     flags: int
     pgoff: int
     anon: int = 0
+    forked: bool = False
     file: object | None = None
 
     @property
@@ -87,7 +89,7 @@ class Vma:
             and self.flags == behind.flags
             and self.file is behind.file
             and self.pgoff + self.end - self.start == behind.pgoff
-            and (self.anon == behind.anon or not self.anon or not behind.anon)
+            and (self.anon == behind.anon or (not (self.anon and behind.anon) and not (self.forked or behind.forked)))
         )
 
 
@@ -167,7 +169,7 @@ class VmaTree:
         merged: list[Vma] = []
         for vma in self._vmas[first:low] + vmas + self._vmas[high:last]:
             if merged and merged[-1].merges_with(vma):
-                merged[-1] = replace(merged[-1], end=vma.end, anon=merged[-1].anon or vma.anon)
+                merged[-1] = replace(merged[-1], end=vma.end, anon=merged[-1].anon or vma.anon, forked=merged[-1].forked)
             else:
                 merged.append(vma)
         self._vmas[first:last] = merged
@@ -178,11 +180,11 @@ class VmaTree:
         i = bisect_left(self._starts, vma.start)
         if i + 1 < len(self._vmas):
             behind = self._vmas[i + 1]
-            if behind.anon and _alike(vma, behind):
+            if behind.anon and not behind.forked and _alike(vma, behind):
                 return behind.anon
         if i > 0:
             before = self._vmas[i - 1]
-            if before.anon and _alike(before, vma):
+            if before.anon and not before.forked and _alike(before, vma):
                 return before.anon
         return 0
 
@@ -201,7 +203,7 @@ class VmaTree:
 
 def _alike(left: Vma, right: Vma) -> bool:
     """anon_vma_compatible: whether the two would merge but for their access rights."""
-    return replace(left, flags=left.flags | VM_ACCESS, anon=0).merges_with(replace(right, flags=right.flags | VM_ACCESS))
+    return replace(left, flags=left.flags | VM_ACCESS, anon=0).merges_with(replace(right, flags=right.flags | VM_ACCESS, anon=0))
 
 
 def split(vma: Vma, start: int, end: int) -> tuple[Vma | None, Vma, Vma | None]:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from hmmnet.demo.answers import NOT_THERE, answers_for, fnv1a, word_at, wrong
-from hmmnet.demo.data import Area, devices_used, lay_out, read_input, store, subtrees
+from hmmnet.demo.data import Area, devices_used, read_input, store, subtrees
 from hmmnet.pages import PAGE_SIZE
 from hmmnet.workloads.shares import GROUP_BYTES
 
@@ -49,8 +47,8 @@ async def test_nothing_is_wanted_by_two_devices(count: int) -> None:
     """Every area of every share lies on 64 KiB groups of its own, those of both runs."""
     data = await store(Memory(), TEXT, [f"gpu{i}" for i in range(count)], random.Random(1))  # type: ignore[arg-type]
     assert len(data.shares) == {1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 8: 8}[count]
-    areas = [area for share in data.shares for area in (*share.inputs(), *share.outputs())]
-    areas += [area for share in data.again for area in share.outputs()]
+    areas = [area for share in data.shares for area in (share.text, share.words, share.tree, share.keys, share.counts, share.found)]
+    areas += [area for share in data.again for area in (share.counts, share.found)]
     taken = Counter(group for area in areas for group in groups(area))
     assert max(taken.values()) == 1
 
@@ -82,17 +80,25 @@ def test_a_cut_through_the_tree_loses_no_key(count: int, parts: int) -> None:
     above, below = subtrees(count, parts)
     keys = sorted([*above, *(key for first, end in below for key in range(first, end))])
     assert keys == list(range(count))
-    layout = lay_out(np.random.default_rng(count).permutation(count), parts)
-    assert len(set(layout.places.tolist())) == count
-    assert max(layout.places.tolist()) < layout.room
-    assert all(end <= start for (_, end), (start, _) in pairwise(layout.spans))
+    assert len(below) <= parts
+
+
+async def test_what_a_device_needs_is_one_piece() -> None:
+    """Input and the second run's results lie behind each other; the first run's results follow; all of it is in the mapping."""
+    data = await store(Memory(), TEXT, ["gpu0", "gpu1"], random.Random(4))  # type: ignore[arg-type]
+    for first, second in zip(data.shares, data.again, strict=True):
+        assert first.input == second.input
+        assert (first.input.end, second.output.end) == (second.output.address, first.output.address)
+        assert second.output.size_bytes == first.output.size_bytes == first.counts.size_bytes + first.found.size_bytes
+        assert data.whole.address <= first.input.address
+        assert first.output.end <= data.whole.end
 
 
 async def test_a_text_of_one_word() -> None:
     """One key, one device, one node."""
     data = await store(Memory(), b"lonely", ["gpu0", "gpu1"], random.Random(3))  # type: ignore[arg-type]
     assert [s.device for s in data.shares] == ["gpu0"]
-    assert data.shares[0].root == data.tree.address
+    assert data.shares[0].root == data.shares[0].tree.address
 
 
 def test_answers_are_plain_python() -> None:

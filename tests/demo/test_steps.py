@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from typing import Any
 
-import numpy as np
-
 from hmmnet.demo.answers import answers_for
-from hmmnet.demo.steps import Asked, Built, Checked, Demo, Event, Moved, Ran, Sampled, facts_of
+from hmmnet.demo.steps import Asked, Built, Checked, Demo, Event, Found, Moved, Ran, Sampled, facts_of
 from hmmnet.demo.story import QUESTIONS
 from tests.flat_machine import FlatMachine
 
@@ -32,7 +31,8 @@ async def test_every_step_is_told_and_every_result_checked() -> None:
     assert [(e.run, e.kernel) for e in runs] == [(r, k) for r in ("by demand", "migrated") for k in ("word_count", "tree_search")]
     assert all(set(e.jobs) == {"gpu0", "gpu1"} and e.seconds > 0 for e in runs)
     checks = [e for e in events if isinstance(e, Checked)]
-    assert [(e.results > 0, e.wrong) for e in checks] == [(True, 0)] * 4
+    assert [(e.results > 0, e.wrong, e.pages_from_devices > 0) for e in checks] == [(True, 0, True)] * 4
+    assert [(e.word.startswith("word"), e.count > 0) for e in events if isinstance(e, Found)] == [(True, True)]
     assert [e.question for e in events if isinstance(e, Asked)] == list(QUESTIONS)
     assert [e.to for e in events if isinstance(e, Moved)] == ["host", "devices"]
 
@@ -40,11 +40,12 @@ async def test_every_step_is_told_and_every_result_checked() -> None:
 async def test_pictures_show_where_pages_are() -> None:
     """All at home in the beginning, on the devices after the migration, results home after the CPU read them."""
     _, events = await told(FlatMachine())
-    samples = {e.moment: dict(e.areas) for e in events if isinstance(e, Sampled)}
+    samples = {e.moment: Counter(e.residency.pages.tolist()) for e in events if isinstance(e, Sampled)}
     assert list(samples) == ["built", "by demand", "sent home", "migrated", "ran again", "read by CPU"]
-    assert set(samples["built"]["text"].pages.tolist()) == {0}
-    assert set(samples["migrated"]["text"].pages.tolist()) == {1, 2}
-    assert np.count_nonzero(samples["read by CPU"]["results"].pages) == 0
+    assert set(samples["built"]) == {0}
+    assert samples["migrated"][1] > samples["by demand"][1] > 0
+    assert samples["migrated"][1] + samples["migrated"][2] > samples["migrated"][0]
+    assert samples["read by CPU"][0] > samples["ran again"][0]
 
 
 async def test_wrong_results_are_found() -> None:

@@ -8,15 +8,38 @@ from hypothesis import strategies as st
 
 from hmmnet.errors import TopologyError
 from hmmnet.fabric.arbiter import Arbiter, max_min_rates
-from hmmnet.fabric.link import Link
-from hmmnet.topology.load import load, parse
+from hmmnet.fabric.link import INTERVALS_MAX, Link, Stretch
+from hmmnet.topology.load import parse
 
 MIB = 1 << 20
 
 
+MACHINE = """
+[[memory]]
+name = "node0"
+size = "1 GiB"
+[[switch]]
+name = "switch0"
+[[device]]
+name = "gpu[0-3]"
+memory = "1 GiB"
+[[link]]
+name = "uplink"
+a = "node0"
+b = "switch0"
+bandwidth = "31.5 GB/s"
+latency = "500 ns"
+[[link]]
+a = "switch0"
+b = "gpu[0-3]"
+bandwidth = "31.5 GB/s"
+latency = "150 ns"
+"""
+
+
 def switch() -> Arbiter:
     """Four GPUs behind one uplink of 31.5 GB/s."""
-    return Arbiter(load("pcie-switch-4"), lambda: 1.0)
+    return Arbiter(parse(MACHINE), lambda: 1.0)
 
 
 def test_one_flow_gets_the_narrowest_link() -> None:
@@ -76,6 +99,24 @@ def test_report_tells_asked_from_reached() -> None:
     idle = next(report for report in arbiter.report() if report.link == "uplink" and report.source == "switch0")
     assert idle.kept_up
     assert idle.bytes_moved == 0
+
+
+@given(st.lists(st.tuples(st.integers(0, 60), st.integers(0, 20)), max_size=40))
+def test_stretch_is_the_length_of_the_union(spans: list[tuple[int, int]]) -> None:
+    """Intervals in any order, overlapping or not, count each moment once."""
+    stretch = Stretch()
+    for start, length in spans:
+        stretch.add(float(start), float(start + length))
+    assert stretch.length_s == len({moment for start, length in spans for moment in range(start, start + length)})
+
+
+def test_a_long_run_costs_bounded_memory() -> None:
+    """Many separate transfers are summed up."""
+    stretch = Stretch()
+    for start in range(3 * INTERVALS_MAX):
+        stretch.add(float(start), start + 0.5)
+    assert len(stretch._starts) <= INTERVALS_MAX
+    assert stretch.length_s == pytest.approx(1.5 * INTERVALS_MAX)
 
 
 CAPACITIES = st.lists(st.integers(1, 100), min_size=1, max_size=6)

@@ -1,0 +1,1 @@
+"""Machines that come with hmmnet, as TOML files; each says where its figures are from."""

@@ -216,7 +216,7 @@ async def test_a_polling_program_lets_others_run() -> None:
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(other)
-        for _ in range(CHECKPOINT_EVERY + 1):
+        for _ in range(2 * CHECKPOINT_EVERY):
             await space.load(address, 1)
         assert ran.is_set()
 

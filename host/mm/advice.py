@@ -1,0 +1,117 @@
+"""madvise(2): advice that drops, makes or marks memory (mm/madvise.c).
+
+The kernel goes through the range VMA by VMA: holes are remembered and answered with ENOMEM at the end, everything mapped having been advised; a VMA
+that cannot take the advice ends the call there. Advice about pages takes the mmap lock for reading, advice about VMAs for writing.
+
+Swap is not modelled, so COLD and PAGEOUT have nothing to do but to age pages; that they leave device memory alone is the kernel's rule (h55).
+"""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import dataclass
+
+from hmmnet.errors import KernelError
+from hmmnet.host.interfaces import Event
+from hmmnet.pages import PAGE_SHIFT
+
+from . import fault, pte
+from .syscalls import SystemCalls, aligned, whole_pages
+from .vma import (
+    VM_DONTCOPY,
+    VM_HUGEPAGE,
+    VM_HUGETLB,
+    VM_LOCKED,
+    VM_MERGEABLE,
+    VM_NOHUGEPAGE,
+    VM_PFNMAP,
+    VM_RAND_READ,
+    VM_SEQ_READ,
+    VM_SHARED,
+    VM_WIPEONFORK,
+    Vma,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class FlagAdvice:
+    """Advice that only sets and clears VM_* bits; `private` wants anonymous private memory."""
+
+    set: int = 0
+    clear: int = 0
+    private: bool = False
+
+
+FLAG_ADVICE = {
+    "NORMAL": FlagAdvice(clear=VM_RAND_READ | VM_SEQ_READ),
+    "RANDOM": FlagAdvice(VM_RAND_READ, VM_SEQ_READ),
+    "SEQUENTIAL": FlagAdvice(VM_SEQ_READ, VM_RAND_READ),
+    "DONTFORK": FlagAdvice(VM_DONTCOPY),
+    "DOFORK": FlagAdvice(clear=VM_DONTCOPY),
+    "WIPEONFORK": FlagAdvice(VM_WIPEONFORK, private=True),
+    "KEEPONFORK": FlagAdvice(clear=VM_WIPEONFORK),
+    "HUGEPAGE": FlagAdvice(VM_HUGEPAGE, VM_NOHUGEPAGE),
+    "NOHUGEPAGE": FlagAdvice(VM_NOHUGEPAGE, VM_HUGEPAGE),
+    "MERGEABLE": FlagAdvice(VM_MERGEABLE),
+    "UNMERGEABLE": FlagAdvice(clear=VM_MERGEABLE),
+}
+PAGE_ADVICE = frozenset({"DONTNEED", "DONTNEED_LOCKED", "FREE", "WILLNEED", "COLD", "PAGEOUT"})
+POPULATE_ADVICE = {"POPULATE_READ": False, "POPULATE_WRITE": True}
+
+
+class Advice(SystemCalls):
+    """madvise(2)."""
+
+    async def madvise(self, address: int, length: int, advice: str) -> None:
+        """`advice` is the name without MADV_. Raises KernelError: EINVAL (unaligned, unknown, not for this memory), ENOMEM, EFAULT."""
+        if advice not in FLAG_ADVICE and advice not in PAGE_ADVICE and advice not in POPULATE_ADVICE:
+            raise KernelError(errno.EINVAL, "madvise", f"unknown advice {advice!r}")
+        start = aligned("madvise", address)
+        end = start + whole_pages("madvise", length)
+        if advice in POPULATE_ADVICE:
+            async with self.mmap_lock.read():
+                await self.populate(start, end, write=POPULATE_ADVICE[advice])
+            return
+        hole = self.mm.vmas.covered_until(start, end)
+        if advice in FLAG_ADVICE:
+            async with self.mmap_lock.write():
+                self._advise_flags(start, end, advice, FLAG_ADVICE[advice])
+        else:
+            async with self.mmap_lock.read():
+                await self._advise_pages(start, end, advice)
+        if hole < end:
+            raise KernelError(errno.ENOMEM, "madvise", f"page 0x{hole:x} of process {self.number} is not mapped")
+
+    def _advise_flags(self, start: int, end: int, advice: str, change: FlagAdvice) -> None:
+        def apply(piece: Vma) -> Vma:
+            piece.flags = piece.flags & ~change.clear | change.set
+            return piece
+
+        for vma in self.mm.vmas.overlapping(start, end):
+            if change.private and (not vma.is_anonymous or vma.flags & VM_SHARED):
+                raise self._refused(vma, advice)
+            self.mm.vmas.update(max(start, vma.start), min(end, vma.end), apply)
+
+    async def _advise_pages(self, start: int, end: int, advice: str) -> None:
+        for vma in self.mm.vmas.overlapping(start, end):
+            low, high = max(start, vma.start), min(end, vma.end)
+            forbidden = VM_PFNMAP | (VM_LOCKED if advice not in {"DONTNEED_LOCKED", "WILLNEED"} else 0)
+            if advice in {"COLD", "PAGEOUT", "FREE"}:
+                forbidden |= VM_HUGETLB
+            if advice != "WILLNEED" and (vma.flags & forbidden or (advice == "FREE" and not self._is_private(vma))):
+                raise self._refused(vma, advice)
+            if advice in {"DONTNEED", "DONTNEED_LOCKED"}:
+                async with self.hub.invalidate(Event.CLEAR, low, high):
+                    self._zap(low, high)
+            elif advice == "FREE":
+                async with self.hub.invalidate(Event.CLEAR, low, high):
+                    fault.age(self.mm, low, high, pte.YOUNG | pte.DIRTY)
+            elif advice in {"COLD", "PAGEOUT"}:
+                fault.age(self.mm, low, high, pte.YOUNG)
+
+    @staticmethod
+    def _is_private(vma: Vma) -> bool:
+        return vma.is_anonymous and not vma.flags & VM_SHARED
+
+    def _refused(self, vma: Vma, advice: str) -> KernelError:
+        return KernelError(errno.EINVAL, "madvise", f"{advice} is not for the mapping at 0x{vma.start << PAGE_SHIFT:x} of process {self.number}")

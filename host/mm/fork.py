@@ -1,0 +1,79 @@
+"""Copying an address space at fork (mm/memory.c copy_page_range, kernel/fork.c dup_mmap), over arrays.
+
+Nothing is copied but entries: both processes map the same frames, read-only, and neither has a page alone any more; the first store of either
+copies. Device-private pages are shared the same way (a page that is on the device stays there), and lose soft-dirty. The exception is
+a page that somebody has pinned: the pin must go on seeing what its process writes, so the child gets a copy at once (h58).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from hmmnet.errors import KernelError
+from hmmnet.pages import Words
+
+from . import pte
+from .mm import Mm
+from .vma import VM_DONTCOPY, VM_LOCKED, VM_UFFD_MISSING, VM_WIPEONFORK, VM_WRITE, Vma
+
+ENOMEM = 12
+
+
+def inherit(child: Mm, vma: Vma) -> Vma | None:
+    """The child's VMA for the parent's `vma`, inserted; None when it is not inherited. `needs_copy` tells whether entries follow."""
+    if vma.flags & VM_DONTCOPY:
+        return None
+    copied = replace(vma, flags=vma.flags & ~(VM_LOCKED | VM_UFFD_MISSING), anon=0, forked=False)
+    if needs_copy(vma):
+        child.anon_vmas += 1
+        copied.anon, copied.forked = child.anon_vmas, True
+    child.vmas.add(copied)
+    return copied
+
+
+def needs_copy(vma: Vma) -> bool:
+    """vma_needs_copy: a VMA where no anonymous page was ever made holds at most zero pages, which the child can fault in by itself."""
+    return bool(vma.anon) and not vma.flags & (VM_DONTCOPY | VM_WIPEONFORK)
+
+
+def copy_entries(parent: Mm, child: Mm, vma: Vma) -> None:
+    """copy_pte_range for one VMA. There must be no migration and no exclusive entries. Raises KernelError(ENOMEM)."""
+    for first, part in parent.table.present(vma.start, vma.end):
+        pages = np.flatnonzero(part).astype(np.uint64)
+        if len(pages):
+            where = pages.astype(np.intp)
+            theirs = _share(parent, child, vma, part, where, pages + np.uint64(first))
+            child.table.put(pages + np.uint64(first), theirs)
+
+
+def _share(parent: Mm, child: Mm, vma: Vma, part: Words, where: np.ndarray[tuple[int], np.dtype[np.intp]], pages: Words) -> Words:
+    """Make the entries at ``part[where]`` shared; the child's entries for them."""
+    entries = part[where]
+    counted = (entries & pte.SPECIAL == 0) & (pte.kinds_of(entries) != pte.MARKER)
+    pinned = counted & (entries & (pte.KIND | pte.ANON_EXCLUSIVE) == pte.PRESENT | pte.ANON_EXCLUSIVE)
+    if pinned.any():
+        pinned[pinned] = parent.memory.field(pte.frames_of(entries[pinned]), "pincount") > 0
+    lost = (entries & (pte.KIND | pte.WRITE)) == pte.DEVICE | pte.WRITE
+    shared = entries & ~np.uint64(pte.WRITE | pte.ANON_EXCLUSIVE)
+    shared[lost] &= ~np.uint64(pte.SOFT_DIRTY)
+    part[where] = np.where(pinned, entries, shared)
+    for zone, _, at in parent.memory.groups(pte.frames_of(entries[counted & ~pinned])):
+        zone.refcount[at] += 1
+        zone.mapcount[at] += 1
+    child.rss += int(np.count_nonzero(counted))
+    theirs = shared & ~np.uint64(pte.YOUNG)
+    if pinned.any():
+        theirs[pinned] = _copies(parent, child, vma, entries[pinned], pages[pinned])
+    return theirs
+
+
+def _copies(parent: Mm, child: Mm, vma: Vma, entries: Words, pages: Words) -> Words:
+    """copy_present_page: pages of the child's own, with the same bytes."""
+    frames = parent.memory.allocate(len(entries), keep=slice(0, len(entries)))
+    if frames is None:
+        raise KernelError(ENOMEM, "fork", f"process {child.number} wants copies of {len(entries)} pinned pages and the host's memory is used up")
+    parent.memory.copy(pte.frames_of(entries), frames)
+    parent.memory.map_new(frames, child.family, pages if vma.pgoff == vma.start else pages - vma.start + vma.pgoff)
+    return pte.entries_of(pte.PRESENT, frames, pte.DIRTY | pte.ANON_EXCLUSIVE | (pte.WRITE if vma.flags & VM_WRITE else 0))

@@ -1,0 +1,119 @@
+"""get_user_pages and pins (mm/gup.c), populate, and exclusive device access: faults that others take on the process's behalf.
+
+Whoever holds a page by reference keeps it where it is: `collect` leaves it out. A page that a device has is brought home first. A pin, more
+than a reference, promises that the process and the pinner go on seeing the same memory: a read-only pin of a page that is not the
+process's own (shared after fork, or, for a long-term pin, the zero page) *unshares* it first (h80), and fork copies pinned pages
+for the child (h58).
+"""
+
+from __future__ import annotations
+
+import errno
+
+import numpy as np
+
+from hmmnet.errors import KernelError
+from hmmnet.host.interfaces import Event
+from hmmnet.pages import Words
+
+from . import fault, pte
+from .access import CpuAccess
+from .vma import VM_HUGETLB, VM_READ, VM_SHARED, VM_SPECIAL, VM_WRITE
+
+
+class Pins(CpuAccess):
+    """References to a process's pages."""
+
+    async def get_pages(self, start: int, count: int, *, write: bool = False, pin: bool = False, longterm: bool = False) -> Words:
+        """Take a reference (`pin`: FOLL_PIN) of each of `count` pages from page `start`; the frames, fewer where a page cannot be had.
+
+        `write` and `longterm` are FOLL_WRITE and FOLL_LONGTERM. Raises KernelError(EFAULT) when not even the first can be had.
+        """
+        pages = np.arange(start, start + count, dtype=np.uint64)
+        async with self.mmap_lock.read():
+            got, refused = self._accessible(start, start + count, write=write)
+            pages = pages[:got]
+            if refused and not got:
+                raise KernelError(errno.EFAULT, "get_user_pages", f"page 0x{start:x} of process {self.number} cannot be had")
+            while True:
+                await self._fault_pages(pages, write=write)
+                if pin and not write:
+                    await self._unshare(pages, longterm=longterm)
+                entries = self.mm.table.take(pages)
+                if bool((pte.kinds_of(entries) == pte.PRESENT).all()):
+                    break
+        frames = pte.frames_of(entries)
+        held = frames[entries & pte.SPECIAL == 0]
+        for zone, _, at in self.memory.groups(held):
+            zone.refcount[at] += 1
+            if pin:
+                zone.pincount[at] += 1
+        return frames
+
+    def put_pages(self, frames: Words, *, pin: bool = False) -> None:
+        """Drop what `get_pages` took."""
+        held = frames[frames != 0]
+        if pin:
+            for zone, _, at in self.memory.groups(held):
+                zone.pincount[at] -= 1
+        self.memory.put(held)
+
+    def _accessible(self, start: int, end: int, *, write: bool) -> tuple[int, bool]:
+        """How many pages of [start, end) lie in VMAs that allow it, and whether one does not."""
+        page = start
+        for vma in self.mm.vmas.overlapping(start, end):
+            if vma.start > page or not vma.flags & VM_READ or (write and not vma.flags & VM_WRITE):
+                return page - start, True
+            page = min(end, vma.end)
+        return page - start, page < end
+
+    async def _unshare(self, pages: Words, *, longterm: bool) -> None:
+        """FAULT_FLAG_UNSHARE for a read-only pin: a page of the process's own, not writable, where it shares one."""
+        entries = self.mm.table.take(pages)
+        alone = entries & pte.ANON_EXCLUSIVE != 0
+        zero = entries & pte.SPECIAL != 0
+        for page in pages[~alone & (longterm | ~zero) & (pte.kinds_of(entries) == pte.PRESENT)].tolist():
+            vma = self.mm.vmas.find(page)
+            assert vma is not None, "an unshared page lies in a VMA"
+            async with self.hub.invalidate(Event.CLEAR, page, page + 1):
+                fault.unshare(self.mm, vma, page)
+
+    async def populate(self, start: int, end: int, *, write: bool | None = None) -> None:
+        """faultin_page_range and __mm_populate: fault [start, end) in, for writing, reading, or (None) as each VMA allows.
+
+        The mmap lock is held for reading. Raises KernelError: ENOMEM at a hole, EINVAL where the VMA does not allow it, EFAULT.
+        """
+        page = start
+        while page < end:
+            vma = self.mm.vmas.find(page)
+            if vma is None:
+                raise KernelError(errno.ENOMEM, "populate", f"page 0x{page:x} of process {self.number} is not mapped")
+            stop = min(end, vma.end)
+            wants = vma.flags & (VM_WRITE | VM_SHARED) == VM_WRITE if write is None else write
+            if not vma.flags & VM_READ or (wants and not vma.flags & VM_WRITE) or (write is not None and vma.flags & VM_SPECIAL):
+                raise KernelError(errno.EINVAL, "populate", f"page 0x{page:x} of process {self.number} does not allow it")
+            await self._fault_pages(np.arange(page, stop, dtype=np.uint64), write=wants)
+            page = stop
+
+    async def make_exclusive(self, start: int, end: int, owner: int) -> int:
+        """make_device_exclusive_range: give a device atomic access to [start, end); how many pages from `start` on it got.
+
+        It is a write fault: empty pages are made, shared ones copied, device pages brought home. Ends early where a page may not be
+        written, or is not anonymous memory. Raises KernelError(EFAULT) when not even the first can be had.
+        """
+        async with self.mmap_lock.read():
+            got, _ = self._accessible(start, end, write=True)
+            if got == 0:
+                raise KernelError(errno.EFAULT, "make_device_exclusive", f"page 0x{start:x} of process {self.number} cannot be written")
+            page = start
+            while page < start + got:
+                vma = self.mm.vmas.find(page)
+                assert vma is not None, "an accessible page lies in a VMA"
+                if vma.flags & (VM_SHARED | VM_HUGETLB | VM_SPECIAL):
+                    break
+                stop = min(start + got, vma.end)
+                pages = np.arange(page, stop, dtype=np.uint64)
+                await self._fault_pages(pages, write=True)
+                async with self.hub.invalidate(Event.EXCLUSIVE, page, stop, owner):
+                    page += fault.set_exclusive(self.mm, pages)
+        return page - start
