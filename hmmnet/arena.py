@@ -70,9 +70,7 @@ class Arena:
         """The elements as a writable view when they are one run, else None."""
         n = len(addresses)
         first = int(addresses[0])
-        if n > 1 and (
-            int(addresses[-1]) - first != (n - 1) * size or not bool((addresses[1:] - addresses[:-1] == np.uint64(size)).all())
-        ):
+        if n > 1 and (int(addresses[-1]) - first != (n - 1) * size or not bool((addresses[1:] - addresses[:-1] == np.uint64(size)).all())):
             return None
         offset = first - int(self._origin)
         return self.bytes[offset : offset + n * size]

@@ -61,7 +61,9 @@ class Process(Protocol):
     pid: int
 
     async def mmap(self, length: int, protection: str = "rw", address: int | None = None) -> int:
-        """Anonymous private memory; `protection` of ``rw r rx w none``; at `address` (MAP_FIXED) or where there is room. KernelError as mmap(2)."""
+        """Anonymous private memory; `protection` of ``rw r rx w none``; at `address` (MAP_FIXED) or where there is room. KernelError as
+        mmap(2).
+        """
         ...
 
     async def munmap(self, address: int, length: int) -> None:
@@ -92,7 +94,7 @@ class Process(Protocol):
         """CPU load of one value."""
         ...
 
-    async def store(self, address: int, value: int | float, dtype: str = "<u8") -> None:
+    async def store(self, address: int, value: float, dtype: str = "<u8") -> None:
         """CPU store of one value."""
         ...
 
@@ -101,7 +103,9 @@ class Process(Protocol):
         ...
 
     async def pagemap(self, address: int, pages: int) -> bytes:
-        """One letter a page as the trace syntax shows them: ``-`` none, ``P`` present, ``S`` special; upper bits: +0x80 mapped exactly once ("x"), and lower-case letter for file pages."""
+        """One letter a page as the trace syntax shows them: ``-`` none, ``P`` present, ``S`` special; upper bits: +0x80 mapped exactly
+        once ("x"), and lower-case letter for file pages.
+        """
         ...
 
     async def residency(self, address: int, pages: int) -> Residency:

@@ -168,6 +168,10 @@ class AddressSpace(Protocol):
         """Table A3 for [start, end): no faulting, no waiting. Needs the mmap lock for reading."""
         ...
 
+    def vma_end(self, page: int) -> int:
+        """The end of the VMA that holds `page`; `page` itself when none does."""
+        ...
+
     async def fault_in(self, pages: Words, write: npt.NDArray[np.bool_]) -> None:
         """handle_mm_fault for each of `pages`; waits on migration entries, brings foreign device pages home.
 

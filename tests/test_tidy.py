@@ -22,17 +22,18 @@ PLACES_OF_ONE_MACHINE = re.compile(r"/work/|/root/|\bhttps?://(?:files|registry|
 def tracked_files() -> list[Path]:
     """The files that git knows or would add; without git (an unpacked archive), every file."""
     listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=False)
-    if listed.returncode == 0:
-        paths = [ROOT / name for name in listed.stdout.splitlines()]
-    else:
-        paths = list(ROOT.rglob("*"))
+    paths = [ROOT / name for name in listed.stdout.splitlines()] if listed.returncode == 0 else list(ROOT.rglob("*"))
     return [path for path in paths if path.is_file() and not path.is_symlink()]
 
 
 def python_files(*folders: str) -> list[Path]:
     """Python files below `folders`, through no link."""
     roots = tuple(ROOT / folder for folder in folders)
-    return sorted(path for path in tracked_files() if path.suffix == ".py" and path.is_relative_to(ROOT) and any(root in path.parents for root in roots))
+    return sorted(
+        path
+        for path in tracked_files()
+        if path.suffix == ".py" and path.is_relative_to(ROOT) and any(root in path.parents for root in roots)
+    )
 
 
 SOURCES = [pytest.param(path, id=str(path.relative_to(ROOT))) for path in python_files(*FOLDERS)]

@@ -1,7 +1,8 @@
 """Figures of the fabric: DMA streams beside raw pyzmq and a bare AF_UNIX stream, and how exactly a pace is kept.
 
-The far end of each kind is a process of its own; all live at the same time and take turns, round by round. All move the same bytes between the same
-kinds of memory, and each counts from the first byte to the moment when the far end is known to have the last. Streams carry checksums.
+The far end of each kind is a process of its own; all live at the same time and take turns, round by round. All move the same bytes
+between the same kinds of memory, and each counts from the first byte to the moment when the far end is known to have the last. Streams
+carry checksums.
 """
 
 from __future__ import annotations
@@ -131,7 +132,12 @@ def measure_dma(rounds: int = ROUNDS, nbytes: int = STREAM_BYTES) -> list[Measur
 async def _measure_dma(rounds: int, nbytes: int) -> list[Measurement]:
     taken: dict[str, list[float]] = {name: [] for name in ("raw out", "raw in", "unix out", "unix in", "ours out", "ours in")}
     data, clock = memory(nbytes), shared_clock()
-    with raw_reference(nbytes) as raw, unix_reference(nbytes) as unix, tempfile.TemporaryDirectory(prefix="hmmnet-") as directory, ZmqTransport() as transport:
+    with (
+        raw_reference(nbytes) as raw,
+        unix_reference(nbytes) as unix,
+        tempfile.TemporaryDirectory(prefix="hmmnet-") as directory,
+        ZmqTransport() as transport,
+    ):
         sender = BulkSender(transport.bind_channel(f"ipc://{directory}/in"), clock)
         receiver = BulkReceiver(transport.bind_channel(f"ipc://{directory}/out"), clock)
         far = Far("ours", directory, nbytes)
@@ -191,5 +197,3 @@ async def _pace_error(bytes_per_s: float) -> float:
         nursery.cancel_scope.cancel()
     transport.close()
     return abs(nbytes / bytes_per_s / took_s - 1) * 100
-
-

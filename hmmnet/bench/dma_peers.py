@@ -1,8 +1,8 @@
 """The far process that `bench.dma` measures against: ``python -m hmmnet.bench.dma_peers KIND DIRECTORY BYTES``.
 
-`KIND` is ``raw`` (blocking pyzmq, DEALER to DEALER over ipc, 1 MiB frames, no copy out, received into memory), ``unix`` (a bare AF_UNIX stream) or
-``ours`` (DMA streams). It reads ``take`` and ``give`` commands, one a line, and ends with its standard input: for ``take`` it receives all
-bytes and answers when it has them, for ``give`` it sends them.
+`KIND` is ``raw`` (blocking pyzmq, DEALER to DEALER over ipc, 1 MiB frames, no copy out, received into memory), ``unix`` (a bare AF_UNIX
+stream) or ``ours`` (DMA streams). It reads ``take`` and ``give`` commands, one a line, and ends with its standard input: for ``take`` it
+receives all bytes and answers when it has them, for ``give`` it sends them.
 """
 
 from __future__ import annotations

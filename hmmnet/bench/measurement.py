@@ -35,7 +35,9 @@ class Goal:
 
 @dataclass(frozen=True)
 class Measurement:
-    """A figure of `hmmnet bench`: `value` in `unit`, the `reference` in the same unit (None: there is none), their `ratio`, the goal as text."""
+    """A figure of `hmmnet bench`: `value` in `unit`, the `reference` in the same unit (None: there is none), their `ratio`, the goal as
+    text.
+    """
 
     name: str
     value: float

@@ -31,8 +31,9 @@ class Suite:
 
 
 SUITES = (
-    Suite("wire", "measure_bridge", ("bridge.rtt", "bridge.stream_1m", "bridge.vs_asyncio_rtt", "bridge.vs_asyncio_stream")),
-    Suite("wire", "measure_control", ("control.under_bulk",)),
+    Suite("wire", "round_trips", ("bridge.rtt", "bridge.vs_asyncio_rtt", "session.rtt")),
+    Suite("wire", "streams", ("bridge.stream_1m", "bridge.vs_asyncio_stream")),
+    Suite("wire", "control_under_bulk", ("control.under_bulk",)),
     Suite("dma", "measure_dma", ("dma.to_device", "dma.to_host")),
     Suite("dma", "measure_throttle", ("throttle.50", "throttle.200", "throttle.500")),
     Suite("host", "measure_migration", ("migrate.to_device", "migrate.to_host", "fault.cpu_home")),

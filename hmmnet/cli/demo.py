@@ -24,6 +24,7 @@ def demo(
     ] = None,
     topology: Annotated[str, typer.Option(help="The machine: a preset's name or a TOML file.")] = "two-gpus",
     limit_mib: Annotated[int, typer.Option(min=1, max=256, help="Read at most so much of the text.")] = 4,
+    rate: Annotated[str, typer.Option(help="Emulated seconds for a real one: auto (measured) or a number.")] = "auto",
     seed: Annotated[int, typer.Option(help="Which words are looked up.")] = SEED,
     as_json: Annotated[bool, typer.Option("--json", help="Print what happened for programs.")] = False,
 ) -> int:
@@ -44,22 +45,24 @@ def demo(
     if not any(byte in _WORD_BYTES for byte in text.text[:4096]) and not any(byte in _WORD_BYTES for byte in text.text):
         print(f"hmmnet demo: {text.source}: holds no word ([A-Za-z0-9_]); give another file to --input", file=sys.stderr)
         return 2
-    return _conduct(text, topology, seed, as_json=as_json)
+    return _conduct(text, topology, rate, seed, as_json=as_json)
 
 
 _WORD_BYTES = frozenset(b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ_abcdefghijklmnopqrstuvwxyz")
 
 
-def _conduct(text: Input, topology: str, seed: int, *, as_json: bool) -> int:
+def _conduct(text: Input, topology: str, rate: str, seed: int, *, as_json: bool) -> int:
     import trio
     from rich.console import Console
 
     from hmmnet.demo.conduct import Conductor
     from hmmnet.demo.screen import Screen
+    from hmmnet.launcher.rate import parse_rate
 
     screen = Screen(Console(quiet=as_json))
     screen.reading(text, topology)
-    outcome = trio.run(Conductor(text, topology, seed, screen.tell, screen.started).run)
+    conductor = Conductor(text, topology, seed, screen.tell, screen.started, parse_rate(rate))
+    outcome = trio.run(conductor.run)
     if as_json:
         json.dump(outcome.as_json(), sys.stdout, indent=1)
         sys.stdout.write("\n")

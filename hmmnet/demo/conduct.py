@@ -6,7 +6,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import trio
 
@@ -79,6 +79,7 @@ class Conductor:
     seed: int
     tell: Callable[[Event], None]
     on_start: Callable[[Started], None]
+    rate: float | Literal["auto"] = "auto"
 
     async def run(self) -> Outcome:
         """The whole demo on a machine of its own. Raises DemoTimeout, and what launching raises."""
@@ -95,7 +96,7 @@ class Conductor:
 
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(expect)
-                async with launch(self.topology) as machine:
+                async with launch(self.topology, rate=self.rate) as machine:
                     await ready.wait()
                     self.on_start(Started(self.topology, machine.device_names, machine.rate, time.monotonic() - began, answers[0]))
                     return await self.perform(machine, answers[0], began)

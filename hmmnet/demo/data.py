@@ -121,9 +121,9 @@ def devices_used(devices: Sequence[str]) -> tuple[str, ...]:
 
 
 def subtrees(count: int, parts: int) -> tuple[list[int], list[tuple[int, int]]]:
-    """The keys above and the intervals of keys below a cut through the balanced tree of `count` keys, deep enough for `parts` (a power of two) subtrees.
+    """The keys above, and the intervals of keys below, a cut through the balanced tree of `count` keys: `parts` subtrees, a power of two.
 
-    Follows `build_tree`: the root of an interval is its middle.
+    A small tree gives fewer. Follows `build_tree`: the root of an interval is its middle.
     """
     above: list[int] = []
     below = [(0, count)]

@@ -34,7 +34,6 @@ PICTURE_ROWS = 6
 PICTURE_COLUMN_MIN = 4
 PICTURE_COLUMN_MAX = 14
 KERNELS = {"word_count": "word count", "tree_search": "tree search"}
-ORACLES = {"word_count": "collections.Counter", "tree_search": "a dict"}
 
 
 class Screen:
@@ -56,11 +55,11 @@ class Screen:
     def started(self, started: Started) -> None:
         """The machine is up."""
         devices = started.devices if len(started.devices) <= DEVICES_NAMED else (*started.devices[:2], "...", started.devices[-1])
-        slow = f"; its clock runs at {started.rate:g} of ours, as fast as this computer can move the data" if started.rate < 1 else ""
+        slow = f"; {show_time(started.rate)} pass there in a second here" if started.rate != 1 else ""
         self.line("", f"{', '.join(devices)} ready after {started.seconds:.1f} s{slow}")
         answers = started.answers
-        common = ", ".join(f"{word} {count:,}" for word, count in answers.most_common(self._text, 3, 3))
-        self.line("Python", f"counts {answers.words:,} words, {len(answers.counts):,} different: {escape(common)} ...")
+        common = ", ".join(f"{word} {count:,}" for word, count in answers.most_common(self._text, 2, 3))
+        self.line("Python", f"counts {answers.words:,} words, {len(answers.counts):,} different: {escape(common)}, ...")
 
     def line(self, label: str, text: str) -> None:
         """One line under a label; a long one goes on under itself."""
@@ -102,15 +101,14 @@ class Screen:
     def _built(self, event: Built) -> None:
         size_bytes = event.data.whole.size_bytes
         nodes, root = len(event.data.words), event.data.shares[0].root
-        self.line(
-            "CPU", f"stores text, word lists, {event.searches:,} searches and a search tree of {nodes:,} nodes: {show_size(size_bytes)}"
-        )
+        self.line("CPU", f"stores text, word lists, keys and a search tree of {nodes:,} nodes: {show_size(size_bytes)}")
         self.line("", f"[dim]0x{root:x}, a node of the tree, is an address like any other[/dim]")
 
     def _ran(self, event: Ran) -> None:
         groups = int(sum(figure(job.counters, "fault_groups") for job in event.jobs.values()))
         fetched = PAGE_SIZE * sum(figure(job.counters, "pages_in") for job in event.jobs.values())
-        cost = f"{groups:,} fault groups fetch {show_size(fetched)}" if groups else "no fault"
+        plural = "s" if groups > 1 else ""
+        cost = f"{groups:,} fault group{plural} fetched {show_size(fetched)}" if groups else "no fault"
         earlier = self._demand_s.get(event.kernel)
         if event.run == DEMAND:
             self._demand_s[event.kernel] = event.seconds
@@ -119,14 +117,14 @@ class Screen:
         self.step("GPUs", KERNELS[event.kernel], event.run, event.seconds, cost)
 
     def _moved(self, event: Moved) -> None:
-        speed = show_rate(event.moved_bytes / event.seconds) if event.seconds > 0 else "no time"
+        speed = show_rate(event.crossed_bytes / event.seconds) if event.seconds > 0 else "no time"
         where = ("all input", "home") if event.to == "host" else ("each part", "to a GPU")
-        self.step("migrate", *where, event.seconds, f"{show_size(event.moved_bytes)} at {speed}")
+        self.step("migrate", *where, event.seconds, f"{show_size(event.crossed_bytes)} at {speed}")
 
     def _checked(self, event: Checked) -> None:
-        right = f"[green]{event.results:,} right, says {ORACLES[event.kernel]}[/green]"
+        right = f"[green]all {event.results:,} right[/green]"
         if event.wrong:
-            right = f"[red]{event.wrong:,} of {event.results:,} wrong, says {ORACLES[event.kernel]}[/red]"
+            right = f"[red]{event.wrong:,} of {event.results:,} wrong[/red]"
         home = f"{event.pages_from_devices:,} pages home, " if event.pages_from_devices else ""
         self.step("CPU", KERNELS[event.kernel], event.run, event.seconds, home + right)
 
@@ -138,9 +136,8 @@ class Screen:
             links_table(outcome.report.get("links", [])),
         )
         for part in parts:
-            self._console.print()
             self._console.print(part)
-        self._console.print()
+            self._console.print()
         self._indented(Text(), Text.from_markup(verdict(outcome)))
 
 
@@ -186,12 +183,12 @@ def verdict(outcome: Outcome) -> str:
     checked = sum(fact["results"] for fact in outcome.facts if fact["step"] == "check")
     end = f"{outcome.seconds:.1f} s"
     behind = [link for link in outcome.report.get("links", []) if link["bytes_moved"] and not link["kept_up"]]
-    note = ""
+    note = "The emulation kept up with the links."
     if behind:
-        note = f" The emulation fell behind on {len(behind)} links: their transfers took longer than the real ones would."
+        note = f"The emulation fell behind the links ({len(behind)} directions): transfers took longer than real ones would."
     if outcome.correct:
-        return f"[bold green]RIGHT[/bold green] All {checked:,} results are what plain Python computes, in {end}.{note}"
-    return f"[bold red]WRONG[/bold red] {escape('; '.join(outcome.mistakes))} ({end}).{note}"
+        return f"[bold green]RIGHT[/bold green] All {checked:,} results are what plain Python computes, in {end}. {note}"
+    return f"[bold red]WRONG[/bold red] {escape('; '.join(outcome.mistakes))} ({end}). {note}"
 
 
 def figure(counters: Mapping[str, Any], name: str) -> float:

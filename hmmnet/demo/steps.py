@@ -24,6 +24,7 @@ from .story import CPU_ACCESS, DUMMY_DRIVER, MIGRATION, MIRRORING, Question
 
 DEMAND = "by demand"
 EXPLICIT = "migrated"
+SHOWN_LETTERS_MAX = 20
 SHOWN_FROM = 40
 """Searches among which the word that is shown is chosen."""
 
@@ -56,11 +57,11 @@ class Ran:
 
 @dataclass(frozen=True)
 class Moved:
-    """Pages were moved on purpose; `to` is ``host`` or ``devices``."""
+    """Pages were moved on purpose; `to` is ``host`` or ``devices``. Pages without data need no link: `crossed_bytes` leaves them out."""
 
     to: str
     moved_bytes: int
-    asked_bytes: int
+    crossed_bytes: int
     seconds: float
 
 
@@ -154,19 +155,21 @@ class Demo:
     async def move(self, process: Process, data: Data, to: str) -> None:
         """All input home; or to each device its input and the room for its results, in one piece; all devices at once."""
         moved: list[int] = []
+        crossed: list[int] = []
 
-        async def one(area: Area, target: str) -> None:
+        async def one(area: Area, target: str, with_data: int) -> None:
             moved.append(await process.migrate(area.address, area.size_bytes, target))
+            crossed.append(min(moved[-1], with_data))
 
         if to == "host":
-            wanted = [(share.input, "host") for share in data.shares]
+            wanted = [(share.input, "host", share.input.size_bytes) for share in data.shares]
         else:
-            wanted = [(from_to(share.input, share.output), share.device) for share in data.again]
+            wanted = [(from_to(share.input, share.output), share.device, share.input.size_bytes) for share in data.again]
         began = self.machine.emulated_s()
         async with trio.open_nursery() as nursery:
-            for area, target in wanted:
-                nursery.start_soon(one, area, target)
-        self.tell(Moved(to, sum(moved), sum(area.size_bytes for area, _ in wanted), self.machine.emulated_s() - began))
+            for arguments in wanted:
+                nursery.start_soon(one, *arguments)
+        self.tell(Moved(to, sum(moved), sum(crossed), self.machine.emulated_s() - began))
 
     async def check_counts(self, process: Process, data: Data, shares: tuple[Share, ...], run: str) -> None:
         """The devices' counts of each word, added up, against Counter's."""
@@ -199,6 +202,7 @@ class Demo:
         """The longest of the first words that were looked up and found, with what the devices say of it."""
         hits = [(int(at), int(key)) for at, key in zip(self.found[0][:SHOWN_FROM], data.again[0].wanted[:SHOWN_FROM], strict=True)]
         words = [(word_at(self.text, at), at, key) for at, key in hits if at < len(self.text)]
+        words = [entry for entry in words if len(entry[0]) <= SHOWN_LETTERS_MAX]
         if words:
             word, at, key = max(words, key=lambda entry: len(entry[0]))
             self.tell(Found(word, int(self.counts[np.searchsorted(data.words, np.uint64(key))]), at))

@@ -27,7 +27,9 @@ UNCHECKED = 1
 
 
 class Chunk(NamedTuple):
-    """Header of chunk `sequence` of `stream`: bytes ``[sequence * stride, ... + length)`` of `total`. It is there at `arrive_s`, emulated."""
+    """Header of chunk `sequence` of `stream`: bytes ``[sequence * stride, ... + length)`` of `total`. It is there at `arrive_s`,
+    emulated.
+    """
 
     stream: int
     total: int
@@ -48,7 +50,9 @@ class Chunk(NamedTuple):
 
 
 class Credit(NamedTuple):
-    """Chunks below `landed` have landed, verified; those in `missing` are wanted again. `bytes_per_s` is the pace from here on (0: as before)."""
+    """Chunks below `landed` have landed, verified; those in `missing` are wanted again. `bytes_per_s` is the pace from here on (0: as
+    before).
+    """
 
     stream: int
     landed: int

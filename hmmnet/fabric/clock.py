@@ -1,13 +1,14 @@
 """Emulated time: seconds of the modelled machine, which may pass slower than ours.
 
-A PCIe 4 link moves 32 GB/s; ZeroMQ on this computer perhaps 3. So that the links of a model keep their *proportions*, the machine's clock runs at
-`rate` emulated seconds for each real one, and a transfer that takes a millisecond there may take twenty here.
+A PCIe 4 link moves 32 GB/s; ZeroMQ on this computer perhaps 3. So that the links of a model keep their *proportions*, the machine's clock
+runs at `rate` emulated seconds for each real one, and a transfer that takes a millisecond there may take twenty here.
 
     emulated = epoch_emulated + (CLOCK_MONOTONIC - epoch_monotonic) * rate
 
 All processes of one computer share CLOCK_MONOTONIC, so three numbers in the welcome message make them agree. The clock is a
 `trio.abc.Clock` and may drive a trio run; it need not, because a host that is embedded in somebody's program must not change what
-`trio.sleep` means there. `sleep_until` works either way. Liveness (heartbeats, leases) is always in real seconds: `real` converts at one place.
+`trio.sleep` means there. `sleep_until` works either way. Liveness (heartbeats, leases) is always in real seconds: `real` converts at one
+place.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
 """DMA streams over a channel: page data as checksummed, paced, credited chunks.
 
-A `BulkSender` and a `BulkReceiver` sit at the two ends of one channel and carry any number of streams. The streams' rules are in `stream`, the
-form of their messages in `chunk`; here are the waits. Pacing is by absolute deadlines: each chunk has a moment at which it may leave,
-derived from the stream's start and not from when the last one left, and a moment at which it is there; a stream is complete when its data
-have landed *and* that moment has come. Moments closer than a millisecond are accounted for, not slept.
+A `BulkSender` and a `BulkReceiver` sit at the two ends of one channel and carry any number of streams. The streams' rules are in
+`stream`, the form of their messages in `chunk`; here are the waits. Pacing is by absolute deadlines: each chunk has a moment at which it
+may leave, derived from the stream's start and not from when the last one left, and a moment at which it is there; a stream is complete
+when its data have landed *and* that moment has come. Moments closer than a millisecond are accounted for, not slept.
 
-What goes wrong: a lost chunk is missed and asked for again, a damaged one is refused and asked for again, a repeated one is ignored. A stream that
-either end gives up is aborted at the other (`PeerError` with the reason), and whatever still arrives for it is dropped. Chunks that overtake
-the message which announces their stream are parked, within `PARKED_BYTES_MAX`; beyond, they are dropped and come again.
+What goes wrong: a lost chunk is missed and asked for again, a damaged one is refused and asked for again, a repeated one is ignored. A
+stream that either end gives up is aborted at the other (`PeerError` with the reason), and whatever still arrives for it is dropped.
+Chunks that overtake the message which announces their stream are parked, within `PARKED_BYTES_MAX`; beyond, they are dropped and come
+again.
 """
 
 from __future__ import annotations
@@ -32,8 +33,20 @@ from .ends import ArenaSink, ArenaSource, BytesSink, BytesSource, MultiArena, Si
 from .stream import ReceiveState, SendState
 
 __all__ = [
-    "ArenaSink", "ArenaSource", "Arrival", "BulkReceiver", "BulkSender", "BytesSink", "BytesSource", "MultiArena", "Pace", "Pacer",
-    "Sink", "Source", "StreamReport", "UNPACED",
+    "UNPACED",
+    "ArenaSink",
+    "ArenaSource",
+    "Arrival",
+    "BulkReceiver",
+    "BulkSender",
+    "BytesSink",
+    "BytesSource",
+    "MultiArena",
+    "Pace",
+    "Pacer",
+    "Sink",
+    "Source",
+    "StreamReport",
 ]  # fmt: skip
 
 REPEAT_S = 0.25
@@ -104,7 +117,13 @@ class _Outgoing:
         self.lot = trio.lowlevel.ParkingLot()
         self.heard = False
 
+    def check(self) -> None:
+        """Raises PeerError when the receiver has given the stream up."""
+        if self.aborted is not None:
+            raise PeerError(f"stream {self.state.stream} was given up by its receiver: {self.aborted}")
+
     def wake(self) -> None:
+        """Something was heard from the receiver."""
         self.heard = True
         self.lot.unpark_all()
 
@@ -164,8 +183,7 @@ class BulkSender:
         arrive_s = began_s
         try:
             while not out.state.done:
-                if out.aborted is not None:
-                    raise PeerError(f"stream {stream} was given up by its receiver: {out.aborted}")
+                out.check()
                 sequence = out.state.next()
                 if sequence is None:
                     await self._await_credit(out)
@@ -342,7 +360,7 @@ class BulkReceiver:
             return
         offset, length = chunk.offset, chunk.length
         place = sink.landing(offset, length)
-        view = place if place is not None else memoryview(self._staging)[:length]
+        view = place if place is not None else self._staging.data[:length]
         if payload is not None:
             got = payload.into(view)
         else:

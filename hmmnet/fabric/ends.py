@@ -15,7 +15,8 @@ import numpy.typing as npt
 from hmmnet.arena import Arena
 from hmmnet.pages import PAGE_SHIFT, ZONE_SHIFT, Words
 
-from .chunk import CHUNK_BYTES
+ELEMENT_SIZES = frozenset(1 << shift for shift in range(PAGE_SHIFT + 1))
+"""Powers of two up to a page: they tile chunks, so no element is cut in two."""
 
 Bytes = npt.NDArray[np.uint8]
 _ZONE_SHIFT = np.uint64(ZONE_SHIFT + PAGE_SHIFT)
@@ -108,7 +109,7 @@ class _Elements:
     """Elements of `size` bytes at physical `addresses` (multiples of `size`, which is a power of two up to a page)."""
 
     def __init__(self, memory: Memory, addresses: Words, size: int) -> None:
-        assert size > 0 and size & size - 1 == 0 and size <= CHUNK_BYTES, f"elements of {size} bytes do not tile a chunk"
+        assert size in ELEMENT_SIZES, f"elements of {size} bytes do not tile a chunk"
         self._memory = memory
         self._addresses = addresses
         self._size = size
@@ -132,7 +133,7 @@ class ArenaSink(_Elements):
     def landing(self, offset: int, length: int) -> memoryview | None:
         """See `Sink`."""
         window = self._memory.window(self._slice(offset, length), self._size)
-        return None if window is None else memoryview(window)
+        return None if window is None else window.data
 
     def put(self, offset: int, data: Bytes) -> None:
         """See `Sink`."""
@@ -165,4 +166,4 @@ class BytesSink:
 
     def put(self, offset: int, data: Bytes) -> None:
         """See `Sink`."""
-        self._view[offset : offset + len(data)] = memoryview(data)
+        self._view[offset : offset + len(data)] = data.data

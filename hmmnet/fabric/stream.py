@@ -1,9 +1,9 @@
 """One DMA stream at either end, without I/O: which chunks are out, which have landed, which are wanted again.
 
-The sender may have `WINDOW` chunks out. The receiver credits: every quarter of a window, at the end, and at once when something is wrong. A credit
-says how far everything has landed and which chunks beyond are missing or were damaged; those are sent again. Chunks may arrive twice
-(a repeat that was not needed) and take effect once. When the sender hears nothing, it repeats its oldest chunk, which
-draws a credit even from a receiver that has everything.
+The sender may have `WINDOW` chunks out. The receiver credits: every quarter of a window, at the end, and at once when something is wrong.
+A credit says how far everything has landed and which chunks beyond are missing or were damaged; those are sent again. Chunks may arrive
+twice (a repeat that was not needed) and take effect once. When the sender hears nothing, it repeats its oldest chunk, which draws a
+credit even from a receiver that has everything.
 
 A chunk that is out is pinned: its source pages must not change until it is credited, as a copy engine's source must not.
 """

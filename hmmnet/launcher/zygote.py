@@ -27,6 +27,7 @@ GRACE_S = 0.4
 KILL_S = 0.3
 """Real seconds for the zygote to kill what did not end, and to end itself."""
 READ_BYTES = 1 << 16
+STDERR_FILENO = 2
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class ZygoteClient:
             self.process = subprocess.Popen(  # noqa: S603 - our own interpreter
                 [*(command or (sys.executable, "-m", "hmmnet.devices", "--zygote"))],
                 stdin=theirs.fileno(),
+                stdout=STDERR_FILENO if stderr is None else stderr,  # our stdout may be a pipe that somebody reads to its end
                 stderr=stderr,
                 env=child_environment(),
                 start_new_session=True,

@@ -38,7 +38,7 @@ def profiler_table(profile: Profile, title: str = "Unified Memory profiling resu
     """The table for a terminal."""
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for heading in ("Count", "Avg Size", "Min Size", "Max Size", "Total Size", "Total Time"):
         table.add_column(heading, justify="right")
     table.add_column("Name")

@@ -9,20 +9,21 @@ A machine without devices is allowed: it is a plain Linux host, against which a 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from hmmnet.pages import PAGE_SIZE
 from hmmnet.units import show_size
 
-from .model import DEVICES_MAX, MEMORY_BYTES_MAX, MEMORY_NODES_MAX, DeviceSpec, LinkSpec, Topology
-from .names import RESERVED, expand
+from .model import DEVICES_MAX, MEMORY_BYTES_MAX, MEMORY_NODES_MAX, DeviceSpec, LinkSpec, MemoryNode, Switch, Topology
+from .names import RESERVED, why_no_single_name
 from .problems import Problem, did_you_mean
 from .routes import Routes
 
 
 class Where:
-    """Finds the places of things; this one knows none: a machine built in Python."""
+    """Finds the places of things. This one knows none, for a machine built in Python; a file's reader knows better."""
 
     file = "topology"
     complete = True
@@ -30,11 +31,20 @@ class Where:
 
     def line(self, section: str, number: int, key: str) -> int:
         """The line of `key` of the thing `number` (counted as the topology does) of `section`; 0 when there is none."""
+        del section, number, key
         return 0
 
     def broken(self, section: str, number: int, key: str) -> bool:
         """Whether that value is made up because the file's was wrong."""
+        del section, number, key
         return False
+
+
+Thing: TypeAlias = MemoryNode | DeviceSpec | Switch | LinkSpec
+
+
+def _things(topology: Topology) -> dict[str, tuple[Thing, ...]]:
+    return {"memory": topology.nodes, "device": topology.devices, "switch": topology.switches, "link": topology.links}
 
 
 @dataclass(frozen=True)
@@ -44,8 +54,7 @@ class _Check:
 
     def problem(self, section: str, number: int, key: str, cause: str, mend: str = "") -> Iterator[Problem]:
         if not self.where.broken(section, number, key):
-            things = {"memory": self.topology.nodes, "device": self.topology.devices, "switch": self.topology.switches, "link": self.topology.links}
-            place = f'{section} "{things[section][number].name}"'
+            place = f'{section} "{_things(self.topology)[section][number].name}"'
             yield Problem(self.where.file, self.where.line(section, number, key), place, key, cause, mend)
 
     def general(self, cause: str, mend: str = "") -> Problem:
@@ -82,15 +91,9 @@ def _counts(check: _Check) -> Iterator[Problem]:
 
 
 def _everything(topology: Topology) -> Iterator[tuple[str, int, str]]:
-    groups: Iterable[tuple[str, Iterable[object]]] = (
-        ("memory", topology.nodes),
-        ("device", topology.devices),
-        ("switch", topology.switches),
-        ("link", topology.links),
-    )
-    for section, things in groups:
+    for section, things in _things(topology).items():
         for number, thing in enumerate(things):
-            yield section, number, str(getattr(thing, "name", ""))
+            yield section, number, thing.name
 
 
 def _names(check: _Check) -> Iterator[Problem]:
@@ -99,12 +102,10 @@ def _names(check: _Check) -> Iterator[Problem]:
         if check.where.broken(section, number, "name"):
             continue
         if name in RESERVED and section != "memory":
-            yield from check.problem(section, number, "name", f'"{name}" means the host itself', f'call it something else, such as "{name}0"')
-        try:
-            if expand(name) != [name]:
-                raise ValueError(f"{name!r} stands for many things")
-        except ValueError as error:
-            yield from check.problem(section, number, "name", str(error))
+            mend = f'call it something else, such as "{name}0"'
+            yield from check.problem(section, number, "name", f'"{name}" means the host itself', mend)
+        if (wrong := why_no_single_name(name)) is not None:
+            yield from check.problem(section, number, "name", wrong)
         if name in first:
             other, at = first[name]
             line = check.where.line(other, at, "name")
@@ -115,7 +116,9 @@ def _names(check: _Check) -> Iterator[Problem]:
 
 
 def _other_name(section: str) -> str:
-    return "give parallel links names of their own, or one link a count" if section == "link" else "names must differ, also between sections"
+    if section == "link":
+        return "give parallel links names of their own, or one link a count"
+    return "names must differ, also between sections"
 
 
 def _values(check: _Check) -> Iterator[Problem]:
@@ -126,9 +129,8 @@ def _values(check: _Check) -> Iterator[Problem]:
         if size <= 0 or size % PAGE_SIZE:
             yield from check.problem(section, number, key, f"{size} bytes is no whole number of 4 KiB pages, or none")
         elif size > MEMORY_BYTES_MAX:
-            yield from check.problem(
-                section, number, key, f"{show_size(size)} is larger than the address space of a process", f"at most {show_size(MEMORY_BYTES_MAX)}"
-            )
+            mend = f"at most {show_size(MEMORY_BYTES_MAX)}"
+            yield from check.problem(section, number, key, f"{show_size(size)} is larger than the address space of a process", mend)
     for number, device in enumerate(check.topology.devices):
         sizes = device.page_sizes
         if PAGE_SIZE not in sizes or list(sizes) != sorted(set(sizes)) or any(size & (size - 1) for size in sizes):
@@ -201,10 +203,11 @@ def _reach(check: _Check) -> Iterator[Problem]:
         if not linked[switch.name]:
             yield from check.problem("switch", number, "name", "no link ends at this switch", "link it, or leave it out")
     home = topology.nodes[0].name
-    for section, things in (("memory", topology.nodes[1:]), ("device", topology.devices)):
-        for number, thing in enumerate(things, start=1 if section == "memory" else 0):
-            if routes.find(thing.name, home) is None:
-                yield from check.problem(section, number, "name", f'no route to the host memory "{home}"', _mend_route(thing.name, topology))
+    for section in ("memory", "device"):
+        for number, thing in enumerate(_things(topology)[section]):
+            if routes.find(home, thing.name) is None:
+                mend = _mend_route(thing.name, topology)
+                yield from check.problem(section, number, "name", f'no route to the host memory "{home}"', mend)
 
 
 def _mend_route(name: str, topology: Topology) -> str:

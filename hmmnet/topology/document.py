@@ -105,7 +105,8 @@ def _syntax_problem(message: str, text: str, file: str) -> Problem:
     if match is not None:
         line = int(match[1]) if match[1] else text.rstrip().count("\n") + 1
         message = message[: match.start()] + (f" (column {match[2]})" if match[2] else " (at the end of the file)")
-    return Problem(file, line, "", "", f"no valid TOML: {message[:1].lower()}{message[1:]}", "text stands in quotes, tables begin with [[name]]")
+    cause = f"no valid TOML: {message[:1].lower()}{message[1:]}"
+    return Problem(file, line, "", "", cause, "text stands in quotes, tables begin with [[name]]")
 
 
 def _read_top(document: Document, data: dict[str, Any]) -> None:

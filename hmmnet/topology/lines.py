@@ -1,8 +1,8 @@
 """On which line each key of a TOML document stands.
 
-``tomllib`` gives values without places. This scanner walks the same text again and notes, for every table, key and array element, the line on
-which it begins; it knows TOML's outline (headers, keys, strings, brackets) and not its values. It trusts that ``tomllib`` accepted
-the text: on anything else its answer is worthless, though it always ends.
+``tomllib`` gives values without places. This scanner walks the same text again and notes, for every table, key and array element, the
+line on which it begins; it knows TOML's outline (headers, keys, strings, brackets) and not its values. It trusts that ``tomllib``
+accepted the text: on anything else its answer is worthless, though it always ends.
 
 A place is a path: ``("link", 2, "bandwidth")`` is the key `bandwidth` of the third ``[[link]]``.
 """

@@ -1,7 +1,7 @@
 """Topologies from files and presets.
 
 `load` takes what a user types: a preset's name or a path. All mistakes of a file are found in one pass and raised together as
-`TopologyError`; `check` returns them as data, with file and line, for ``hmmnet topo check`` and editors.
+`TopologyError`; `examine` returns them as data, with file and line, for ``hmmnet topo check`` and editors.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Source:
 
 
 def preset_names() -> list[str]:
-    """The presets, in alphabetical order."""
-    return sorted(entry.stem for entry in PRESETS.glob("*.toml"))
+    """The machines that come with hmmnet, the default first."""
+    return sorted((entry.stem for entry in PRESETS.glob("*.toml")), key=lambda name: (name != DEFAULT, name))
 
 
 def installed_models() -> frozenset[str]:
@@ -98,14 +98,14 @@ def load(name_or_path: str | Path = DEFAULT, models: Collection[str] | None = No
 
 def parse(text: str, file: str = "topology.toml", name: str = "", models: Collection[str] | None = None) -> Topology:
     """The machine that `text` describes; `file` is what messages call it. Raises TopologyError with every mistake."""
-    topology, problems = check(text, file, name, models)
+    topology, problems = examine(text, file, name, models)
     if problems or topology is None:
         raise TopologyError([str(problem) for problem in problems])
     return topology
 
 
-def check(text: str, file: str, name: str = "", models: Collection[str] | None = None) -> tuple[Topology | None, list[Problem]]:
-    """The machine (None when there are problems) and every mistake, in the order of lines."""
+def examine(text: str, file: str, name: str = "", models: Collection[str] | None = None) -> tuple[Topology | None, list[Problem]]:
+    """As `parse`, with the mistakes as data, in the order of lines; the machine is None when there are any."""
     document = read_document(text, file)
     problems = list(document.problems)
     topology = _build(document, name)
@@ -180,8 +180,8 @@ def _with_nodes(topology: Topology) -> Topology:
     """The same machine with every device's nearest memory node filled in."""
     if all(device.node for device in topology.devices):
         return topology
-    routes = Routes(topology)
-    devices = tuple(
-        device if device.node else replace(device, node=routes.nearest_node(device) or topology.nodes[0].name) for device in topology.devices
-    )
+    routes = Routes(topology) if len(topology.nodes) > 1 else None
+    first = topology.nodes[0].name
+    nearest = {device.name: (routes.nearest_node(device) if routes else None) or first for device in topology.devices if not device.node}
+    devices = tuple(replace(device, node=device.node or nearest[device.name]) for device in topology.devices)
     return replace(topology, devices=devices)

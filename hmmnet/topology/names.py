@@ -19,10 +19,10 @@ T = TypeVar("T")
 
 
 def expand(text: str) -> list[str]:
-    """The names that `text` stands for. Raises ValueError, which says what is wrong."""
+    """The names that `text` stands for. Raises ValueError, which says what is wrong and, in a second line, how to mend it."""
     match = _NAME.match(text)
     if match is None:
-        raise ValueError(f"{text!r} is no name: letters, digits, dot, dash and underscore, beginning with a letter or digit; gpu[0-7] for many")
+        raise ValueError(f"{text!r} is no name\nletters, digits, dot, dash and underscore, a letter or digit first; gpu[0-7] for many")
     stem, first, last, tail = match[1], match[2], match[3], match[4]
     if first is None:
         names = [stem]
@@ -37,6 +37,15 @@ def expand(text: str) -> list[str]:
     if len(names[-1]) > NAME_LENGTH_MAX:
         raise ValueError(f"{names[-1]!r} is longer than {NAME_LENGTH_MAX} letters")
     return names
+
+
+def why_no_single_name(text: str) -> str | None:
+    """What is wrong with `text` as the name of one thing; None when it is good."""
+    try:
+        names = expand(text)
+    except ValueError as error:
+        return str(error).partition("\n")[0]
+    return None if names == [text] else f"{text!r} stands for many things"
 
 
 def spread(items: Sequence[T], count: int) -> list[T]:

@@ -1,8 +1,9 @@
 """Which links a transfer crosses.
 
 A route is the path with the fewest links; among those the *widest* (largest bottleneck capacity in the direction of travel), then the one
-with the least latency, then the one whose links come first in the file: always the same answer for the same file. Devices are ends,
-never ways through. GPUs with an NVLink between them hence use it, and go over PCIe when it is the shorter way only.
+with the least latency, then the one whose links come first in the file: always the same answer for the same file. (Ties are settled
+at each vertex on the way, as widest-shortest routing does.) Devices are ends, never ways through. Two GPUs with NVLink between them
+hence use it, though PCIe through a switch or the root complex is as short.
 
 Routes are found once for each source by a breadth-first search in layers and kept; the largest preset (64 devices) needs a millisecond.
 """
@@ -73,7 +74,7 @@ class Routes:
         return sum(hop.link.latency_s for hop in self.route(source, target))
 
     def nearest_node(self, device: DeviceSpec | str) -> str | None:
-        """The memory node with the shortest route, by the same order as routes; the first in the file among equals; None: none is reached."""
+        """The memory node with the best route, the first in the file among equals; None when no memory is reached."""
         reached = self._from(device if isinstance(device, str) else device.name)
         best: tuple[int, tuple[float, float], str] | None = None
         for node in self._topology.nodes:

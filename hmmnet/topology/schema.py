@@ -75,7 +75,13 @@ DEVICE = Section(
     (
         Field("name", "name", "Name, or names such as gpu[0-7].", required=True),
         Field("model", "text", "Device model: gpu, dmirror, or one that a plug-in brings.", default="gpu"),
-        Field("memory", "size", "Its own memory, such as 16 GiB.", required=True, also=("size", "ram", "vram", "hbm", "capacity", "memory_bytes")),
+        Field(
+            "memory",
+            "size",
+            "Its own memory, such as 16 GiB.",
+            required=True,
+            also=("size", "ram", "vram", "hbm", "capacity", "memory_bytes"),
+        ),
         Field(
             "kind",
             "choice",
@@ -84,8 +90,20 @@ DEVICE = Section(
             choices=("private", "coherent"),
         ),
         Field("node", "reference", "Nearest memory node; default: the one with the shortest route.", also=("numa", "numa_node", "host")),
-        Field("page_sizes", "sizes", "Sizes that its page table can map; 4 KiB among them.", default=(4 << 10, 64 << 10, 2 << 20), also=("pages",)),
-        Field("fault_capable", "flag", "Whether it can fault and retry (false: everything is mapped before a job).", default=True, also=("faults", "xnack")),
+        Field(
+            "page_sizes",
+            "sizes",
+            "Sizes that its page table can map; 4 KiB among them. Default: 4 KiB, 64 KiB, 2 MiB.",
+            default=(4 << 10, 64 << 10, 2 << 20),
+            also=("pages", "page_size"),
+        ),
+        Field(
+            "fault_capable",
+            "flag",
+            "Whether it can fault and retry (false: everything is mapped before a job).",
+            default=True,
+            also=("faults", "xnack"),
+        ),
         Field("atomics", "flag", "Whether it can do atomic operations on system memory.", default=True),
         Field("unit", "number", "Device number of a dmirror device; counts up along a range of names.", also=("number", "minor")),
     ),

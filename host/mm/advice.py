@@ -1,9 +1,11 @@
 """madvise(2): advice that drops, makes or marks memory (mm/madvise.c).
 
-The kernel goes through the range VMA by VMA: holes are remembered and answered with ENOMEM at the end, everything mapped having been advised; a VMA
-that cannot take the advice ends the call there. Advice about pages takes the mmap lock for reading, advice about VMAs for writing.
+The kernel goes through the range VMA by VMA: holes are remembered and answered with ENOMEM at the end, everything mapped having been
+advised; a VMA that cannot take the advice ends the call there. Advice about pages takes the mmap lock for reading, advice about VMAs for
+writing.
 
-Swap is not modelled, so COLD and PAGEOUT have nothing to do but to age pages; that they leave device memory alone is the kernel's rule (h55).
+Swap is not modelled, so COLD and PAGEOUT have nothing to do but to age pages; that they leave device memory alone is the kernel's rule
+(h55).
 """
 
 from __future__ import annotations
@@ -114,4 +116,5 @@ class Advice(SystemCalls):
         return vma.is_anonymous and not vma.flags & VM_SHARED
 
     def _refused(self, vma: Vma, advice: str) -> KernelError:
-        return KernelError(errno.EINVAL, "madvise", f"{advice} is not for the mapping at 0x{vma.start << PAGE_SHIFT:x} of process {self.number}")
+        where = f"0x{vma.start << PAGE_SHIFT:x} of process {self.number}"
+        return KernelError(errno.EINVAL, "madvise", f"{advice} is not for the mapping at {where}")

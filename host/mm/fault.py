@@ -188,7 +188,7 @@ def break_cow(mm: Mm, vma: Vma, pages: Words) -> None:
 
 
 def unshare(mm: Mm, vma: Vma, page: int) -> None:
-    """do_wp_page with FAULT_FLAG_UNSHARE: `page`, present and shared, becomes this process's own, still read-only. Mirrors have been told."""
+    """do_wp_page with FAULT_FLAG_UNSHARE: `page`, present and shared, becomes the process's own, still read-only. Mirrors have been told."""
     entry = mm.table.get(page)
     frame = entry >> pte.FRAME_SHIFT
     if entry & (pte.KIND | pte.ANON_EXCLUSIVE) != pte.PRESENT:
@@ -213,9 +213,9 @@ def set_exclusive(mm: Mm, pages: Words) -> int:
     entries = mm.table.take(pages)
     ready = entries & (pte.KIND | pte.WRITE) == pte.WRITABLE
     count = len(pages) if ready.all() else int(np.argmin(ready))
-    kept = pte.masked(entries[:count], pte.BITS & ~(pte.KIND | pte.YOUNG | pte.DIRTY)) | pte.entries_of(pte.EXCLUSIVE, pte.frames_of(entries[:count]))
     if count:
-        mm.table.put(pages[:count], kept)
+        kept = entries[:count] & ~np.uint64(pte.KIND | pte.YOUNG | pte.DIRTY)
+        mm.table.put(pages[:count], pte.with_bits(kept, pte.EXCLUSIVE))
     return count
 
 

@@ -1,8 +1,8 @@
 """Copying an address space at fork (mm/memory.c copy_page_range, kernel/fork.c dup_mmap), over arrays.
 
-Nothing is copied but entries: both processes map the same frames, read-only, and neither has a page alone any more; the first store of either
-copies. Device-private pages are shared the same way (a page that is on the device stays there), and lose soft-dirty. The exception is
-a page that somebody has pinned: the pin must go on seeing what its process writes, so the child gets a copy at once (h58).
+Nothing is copied but entries: both processes map the same frames, read-only, and neither has a page alone any more; the first store of
+either copies. Device-private pages are shared the same way (a page that is on the device stays there), and lose soft-dirty. The
+exception is a page that somebody has pinned: the pin must go on seeing what its process writes, so the child gets a copy at once (h58).
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _copies(parent: Mm, child: Mm, vma: Vma, entries: Words, pages: Words) -> Wo
     """copy_present_page: pages of the child's own, with the same bytes."""
     frames = parent.memory.allocate(len(entries), keep=slice(0, len(entries)))
     if frames is None:
-        raise KernelError(ENOMEM, "fork", f"process {child.number} wants copies of {len(entries)} pinned pages and the host's memory is used up")
+        raise KernelError(ENOMEM, "fork", f"process {child.number} wants {len(entries)} copies of pinned pages and the host's memory is used up")
     parent.memory.copy(pte.frames_of(entries), frames)
     parent.memory.map_new(frames, child.family, pages if vma.pgoff == vma.start else pages - vma.start + vma.pgoff)
     return pte.entries_of(pte.PRESENT, frames, pte.DIRTY | pte.ANON_EXCLUSIVE | (pte.WRITE if vma.flags & VM_WRITE else 0))

@@ -128,12 +128,19 @@ class SystemCalls(Pins):
     # --- mremap -------------------------------------------------------------------------------------------------------------------
 
     async def mremap(
-        self, address: int, old_length: int, new_length: int, new_address: int | None = None, *, may_move: bool = True, dontunmap: bool = False
+        self,
+        address: int,
+        old_length: int,
+        new_length: int,
+        new_address: int | None = None,
+        *,
+        may_move: bool = True,
+        dontunmap: bool = False,
     ) -> int:
         """mremap(2): shrink, grow in place, or move (to `new_address`: MREMAP_FIXED); the new address.
 
-        Device-private pages move with their data: entries change place, nothing is copied (h42). Raises KernelError: EFAULT (the old range is
-        not in one VMA), EINVAL (unaligned, empty, overlapping), ENOMEM (no room, or it may not move).
+        Device-private pages move with their data: entries change place, nothing is copied (h42). Raises KernelError: EFAULT (the old
+        range is not in one VMA), EINVAL (unaligned, empty, overlapping), ENOMEM (no room, or it may not move).
         """
         start, old, new = aligned("mremap", address), whole_pages("mremap", old_length), whole_pages("mremap", new_length)
         if new == 0 or (dontunmap and (old != new or not may_move)) or (new_address is not None and not may_move):
@@ -167,7 +174,7 @@ class SystemCalls(Pins):
             return self._gap(new, "mremap")
         target = aligned("mremap", new_address)
         if target + new > PAGES_MAX or (start + old > target and target + new > start):
-            raise KernelError(errno.EINVAL, "mremap", f"the new range at page 0x{target:x} overlaps the old one or leaves the address space")
+            raise KernelError(errno.EINVAL, "mremap", f"the new range at page 0x{target:x} overlaps the old one or is outside")
         await self._unmap(target, target + new)
         return target
 

@@ -8,7 +8,15 @@ from hypothesis import strategies as st
 
 from hmmnet.errors import ProtocolError
 from hmmnet.fabric.chunk import (
-    CHUNK_BYTES, Abort, Chunk, Credit, pack_abort, pack_chunk, pack_credit, unpack_back, unpack_forward
+    CHUNK_BYTES,
+    Abort,
+    Chunk,
+    Credit,
+    pack_abort,
+    pack_chunk,
+    pack_credit,
+    unpack_back,
+    unpack_forward,
 )  # fmt: skip
 
 

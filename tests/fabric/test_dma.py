@@ -1,7 +1,7 @@
 """Streams deliver every byte once, whatever the channel does, and end at both sides when one gives up.
 
-    sender --- chunks --->  receiver
-           <-- credits ---
+sender --- chunks --->  receiver
+       <-- credits ---
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from hmmnet.fabric.dma import ArenaSink, ArenaSource, BulkReceiver, BulkSender, 
 from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, ZONE_SHIFT, Words
 from hmmnet.wire.memory_transport import MemoryTransport
 from hmmnet.wire.transport import Channel
-
 from tests.fabric.faulty import faulty_pair
 
 MIB = 1 << 20
@@ -187,7 +186,9 @@ async def test_scattered_elements(size: int) -> None:
     rows = rng.permutation(600 * PAGE_SIZE // size)[:2000].astype(np.uint64)
     zones: Words = rng.integers(0, 2, len(rows)).astype(np.uint64)
     source = (zones << np.uint64(ZONE_SHIFT + PAGE_SHIFT)) + rows * np.uint64(size)
-    places = np.uint64(target.base << PAGE_SHIFT) + rng.permutation(600 * PAGE_SIZE // size)[: len(rows)].astype(np.uint64) * np.uint64(size)
+    places = np.uint64(target.base << PAGE_SHIFT) + rng.permutation(600 * PAGE_SIZE // size)[: len(rows)].astype(np.uint64) * np.uint64(
+        size
+    )
     memories = MultiArena(arenas)
     async with ends(*memory_pair()) as (sender, receiver):
         arrival = receiver.expect(2, ArenaSink(target, places, size))

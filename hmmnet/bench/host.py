@@ -1,0 +1,143 @@
+"""Figures of the host: whole migrations, a page that faults home, and what the bookkeeping of both costs.
+
+Migrations and faults are those of a launched machine: host here, the device a process of its own, links far faster than this computer, so that
+only our own work counts. They take turns with their references (a raw pyzmq stream of the same bytes, the bare bridge's round trip).
+The bookkeeping is measured by the host's own probe, with a device that copies nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from statistics import median
+
+import numpy as np
+import trio
+
+from hmmnet.errors import HmmnetError
+from hmmnet.machine import launch
+from hmmnet.pages import PAGE_SIZE
+from hmmnet.program import Process
+from hmmnet.topology import DeviceSpec, LinkSpec, MemoryNode, Topology
+
+from .dma import Reference, raw_reference
+from .measurement import Goal, Measurement, measured, median_ratio
+from .wire import Pair, pairs
+
+STREAM_BYTES = 256 << 20
+ROUNDS = 7
+FAULTS = 512
+"""Faults in one round: some 0.2 s."""
+ROUND_TRIPS = 1_000
+GIB = 1 << 30
+US = 1e6
+
+MIGRATE = Goal(0.75, at_least=True)
+FAULT = Goal(2.0, at_least=False)
+SNAPSHOT = Goal(10.0, at_least=False, of="value")
+BOOKKEEPING = Goal(150.0, at_least=False, of="value")
+SNAPSHOT_PAGES = 1 << 18
+BOOKKEEPING_PAGES = 1 << 16
+"""The sizes that the goals are set for; the probe measures smaller and larger ones too."""
+
+FAST_BYTES_PER_S = 1e15
+DEVICE = "gpu0"
+
+Probe = Callable[[], dict[str, dict[int, float]]]
+"""What the entry point ``bookkeeping`` in group ``hmmnet.bench`` is: figure -> pages -> nanoseconds a page."""
+
+
+def machine_topology() -> Topology:
+    """One device behind a link that never holds anything up."""
+    return Topology(
+        "bench",
+        "one device, links of no weight",
+        (MemoryNode("host", 2 * GIB),),
+        (DeviceSpec(DEVICE, "gpu", GIB, node="host"),),
+        (),
+        (LinkSpec("link", "host", DEVICE, "pcie", FAST_BYTES_PER_S, 1e-9),),
+    )
+
+
+def measure_migration(rounds: int = ROUNDS, nbytes: int = STREAM_BYTES, faults: int = FAULTS) -> list[Measurement]:
+    """``migrate.to_device``, ``migrate.to_host``, ``fault.cpu_home``."""
+    with raw_reference(nbytes) as raw, pairs("bridge") as started:
+        return trio.run(_measure_migration, raw, started["bridge"], rounds, nbytes, faults)
+
+
+async def _measure_migration(raw: Reference, bridge: Pair, rounds: int, nbytes: int, faults: int) -> list[Measurement]:
+    taken: dict[str, list[float]] = {name: [] for name in ("raw out", "raw in", "out", "in", "bridge", "fault")}
+    async with launch(machine_topology(), rate=1.0, name=f"bench-{os.getpid()}") as machine:
+        process = await machine.create_process()
+        area = await process.mmap(nbytes)
+        await process.write(area, np.arange(nbytes // 8, dtype="<u8"))
+        touched = await process.mmap(faults * PAGE_SIZE)
+        await process.write(touched, np.arange(faults * PAGE_SIZE // 8, dtype="<u8"))
+        for lap in range(rounds + 1):
+            figures = {
+                "raw out": raw.to_far(),
+                "out": await _timed_migration(process, area, nbytes, DEVICE),
+                "raw in": raw.to_near(),
+                "in": await _timed_migration(process, area, nbytes, "host"),
+                "bridge": bridge.ask("rtt", ROUND_TRIPS),
+                "fault": await _timed_faults(process, touched, faults),
+            }
+            if lap:  # the first lap touches memory for the first time
+                for name, seconds in figures.items():
+                    taken[name].append(seconds)
+        await process.exit()
+    return [
+        _rate("migrate.to_device", taken["raw out"], taken["out"], nbytes),
+        _rate("migrate.to_host", taken["raw in"], taken["in"], nbytes),
+        measured(
+            "fault.cpu_home",
+            median(taken["fault"]) * US,
+            "us",
+            FAULT,
+            median(taken["bridge"]) * US,
+            median_ratio(taken["fault"], taken["bridge"]),
+        ),
+    ]
+
+
+def _rate(name: str, raw: list[float], ours: list[float], nbytes: int) -> Measurement:
+    return measured(name, nbytes / median(ours) / 1e9, "GB/s", MIGRATE, nbytes / median(raw) / 1e9, median_ratio(raw, ours))
+
+
+async def _timed_migration(process: Process, area: int, nbytes: int, to: str) -> float:
+    began_s = time.perf_counter()
+    moved = await process.migrate(area, nbytes, to)
+    took_s = time.perf_counter() - began_s
+    if moved != nbytes:
+        raise HmmnetError(f"a benchmark's migration to {to} moved {moved} of {nbytes} bytes")
+    return took_s
+
+
+async def _timed_faults(process: Process, area: int, faults: int) -> float:
+    """Seconds for one page that a CPU load brings home."""
+    await _timed_migration(process, area, faults * PAGE_SIZE, DEVICE)
+    began_s = time.perf_counter()
+    for page in range(faults):
+        await process.load(area + page * PAGE_SIZE)
+    return (time.perf_counter() - began_s) / faults
+
+
+def measure_bookkeeping() -> list[Measurement]:
+    """``snapshot.ns_per_page`` and ``migrate.bookkeeping_ns_per_page``; figures of further sizes carry theirs in the name."""
+    probes = {entry.name: entry for entry in entry_points(group="hmmnet.bench")}
+    if "bookkeeping" not in probes:
+        raise HmmnetError('no probe "bookkeeping" is installed; install hmmnet itself ("pip install -e ." in its folder)')
+    probe: Probe = probes["bookkeeping"].load()
+    found = probe()
+    return [
+        *_by_size("snapshot.ns_per_page", found["snapshot"], SNAPSHOT_PAGES, SNAPSHOT),
+        *_by_size("migrate.bookkeeping_ns_per_page", found["migrate"], BOOKKEEPING_PAGES, BOOKKEEPING),
+    ]
+
+
+def _by_size(name: str, figures: dict[int, float], asked: int, goal: Goal) -> list[Measurement]:
+    """The figure for the size that the goal is for, then the others."""
+    order = sorted(figures, key=lambda pages: (pages != asked, pages))
+    return [measured(name if pages == asked else f"{name}.{pages}", figures[pages], "ns", goal) for pages in order]
