@@ -163,7 +163,7 @@ class Lanes:
         frames = frames_of(entries)
         physical = frames << _SHIFT | addresses & _OFFSET
         own = allowed & memory.owns(frames)
-        if own.all():
+        if len(addresses) and own.all():
             self._serve(memory, physical, self._open)
             self._open = np.zeros(0, dtype=np.intp)
             return Step([], _unique(pages[:0]))

@@ -110,11 +110,11 @@ class Engine:
         counters.requests += 1
         access = open_access(request)
         for _ in range(REPLAYS_MAX):
+            if access.is_done:
+                break
             step = access.advance(self._context.mirror, self._context.memory)
             if step.foreign:
                 await self._context.transfer(step.foreign)
-            if access.is_done:
-                break
             if len(step.missing):
                 await self._fault(access, step.missing, placement, counters)
                 counters.replays += 1

@@ -16,6 +16,7 @@ a hint: whoever uses it looks at the mirror again, so that dropping an entry cos
 from __future__ import annotations
 
 import mmap
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -106,12 +107,16 @@ class Memory:
             self._state[self.arena.indices(frames)] &= 1
             self._frames.free(frames)
 
-    def free(self, raw: bytes) -> Words:
-        """folio_free of the host's frame list `raw`; returns them. Raises ProtocolError unless all are live, each named once."""
-        frames = self._listed(raw, "FreeFrames", LIVE, LEAVING)
+    def free(self, raw: bytes, drop: Callable[[Words], None] = lambda _: None) -> Words:
+        """folio_free of the host's frame list `raw`; returns the frames, ascending. Raises ProtocolError unless all are live, each named once.
+
+        `drop` is called with them before they are forgotten, to remove what may still lead there.
+        """
+        frames = np.sort(self._listed(raw, "FreeFrames", LIVE, LEAVING))
         if len(frames):
-            if len(np.unique(frames)) != len(frames):
+            if len(frames) > 1 and (frames[1:] == frames[:-1]).any():
                 raise ProtocolError("FreeFrames names a frame twice")
+            drop(frames)
             indices = self.arena.indices(frames)
             self._state[indices] = FREE_DIRTY
             self._places[indices] = 0

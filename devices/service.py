@@ -10,6 +10,7 @@ SIGINT. The same `serve` runs inside another trio run, over memory channels, for
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import signal
@@ -63,12 +64,14 @@ async def serve(
     clock: EmulatedClock | None = None,
     connect_s: float = CONNECT_S,
     made: Callable[[Device], None] | None = None,
+    trim: Callable[[], None] = lambda: None,
     **timing: float,
 ) -> PeerLost:
     """Be the device called `name` until its session ends; returns why it ended. Says goodbye when cancelled.
 
-    `incarnation` must be larger than that of any earlier life of this device. `made` is shown the device once it exists. `timing`
-    are `heartbeat_s`, `lease_s`, `retry_s` of `connect`. Raises PeerRefused, PeerLost (no host), HmmnetError (no such model).
+    `incarnation` must be larger than that of any earlier life of this device. `made` is shown the device once it exists, `trim` is
+    called when it has become idle. `timing` are `heartbeat_s`, `lease_s`, `retry_s` of `connect`. Raises PeerRefused, PeerLost (no host),
+    HmmnetError (no such model).
     """
     emulated = clock or EmulatedClock()
     hello = Hello(PROTOCOL_VERSION, "device", name, incarnation, os.getpid(), secret)
@@ -79,7 +82,7 @@ async def serve(
 
             def prepare(session: Session, welcome: Welcome) -> None:
                 nonlocal device
-                device = assemble(transport, session, welcome, emulated, nursery)
+                device = assemble(transport, session, welcome, emulated, nursery, trim)
                 session.on_lost(lambda _: over.set())
                 if made is not None:
                     made(device)
@@ -96,7 +99,9 @@ async def serve(
     return lost
 
 
-def assemble(transport: Transport, session: Session, welcome: Welcome, clock: EmulatedClock, nursery: trio.Nursery) -> Device:
+def assemble(
+    transport: Transport, session: Session, welcome: Welcome, clock: EmulatedClock, nursery: trio.Nursery, trim: Callable[[], None]
+) -> Device:
     """Make the device that a welcome describes, with its bulk streams; its tasks run in `nursery`. Raises HmmnetError."""
     spec = spec_of(welcome)
     model = load_model(spec.model)
@@ -105,7 +110,7 @@ def assemble(transport: Transport, session: Session, welcome: Welcome, clock: Em
     sender = BulkSender(transport.connect_channel(welcome.bulk_out), clock)
     nursery.start_soon(receiver.run)
     nursery.start_soon(sender.run)
-    device = model(spec, welcome.zone, Wiring(session, sender, receiver, clock, nursery))
+    device = model(spec, welcome.zone, Wiring(session, sender, receiver, clock, nursery, trim))
     # Fence at the moment of the loss, before any other task runs: the lease is over.
     session.on_lost(lambda _: device.fence())
     return device
@@ -153,11 +158,20 @@ async def _process(settings: Settings, secret: bytes) -> PeerLost | None:
                 nursery.start_soon(_stop_on_signal, nursery.cancel_scope)
                 if stdin_is_a_pipe():
                     nursery.start_soon(_stop_with_stdin, nursery.cancel_scope)
-                lost = await serve(transport, settings.endpoint, settings.name, secret, time.time_ns(), connect_s=settings.connect_s)
+                lost = await serve(
+                    transport, settings.endpoint, settings.name, secret, time.time_ns(), connect_s=settings.connect_s, trim=trim_heap
+                )
                 nursery.cancel_scope.cancel()
     except BaseExceptionGroup as group:
         raise single(group) from None
     return lost
+
+
+def trim_heap() -> None:
+    """Give freed heap back: glibc is told to keep it, because message buffers come and go, but an idle device shall be small."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 async def _stop_on_signal(scope: trio.CancelScope) -> None:

@@ -25,17 +25,20 @@ import numpy.typing as npt
 import trio
 
 from hmmnet.errors import KernelError, PeerError
-from hmmnet.pages import HMM_PFN_REQ_FAULT, HMM_PFN_REQ_WRITE, ZERO_FRAME, Words
+from hmmnet.pages import HMM_PFN_REQ_FAULT, HMM_PFN_REQ_WRITE, HMM_PFN_WRITE, HUGE_SHIFT, ZERO_FRAME, Words
 
 from .context import MIGRATE_PAGES_MAX, Context
 from .faultbuffer import Batch, FaultBuffer
 from .mirror import ENTRY_VALID, allows, frames_of
 from .policy import POLICIES, Policy
 
+LOOK_PIECES_MIN = 3
+"""Scattered misses in 2 MiB from which on a snapshot is taken first."""
 RANGES_AT_ONCE = 4
 """Migrations or range faults of one pass that are under way together: hides the round trip, bounds what the host must juggle."""
 
 _VALID = np.uint64(ENTRY_VALID)
+_BLOCK_SHIFT = np.uint64(HUGE_SHIFT)
 _ZERO = np.uint64(ZERO_FRAME)
 Mask: TypeAlias = npt.NDArray[np.bool_]
 RangeWork: TypeAlias = Callable[[int, int], Awaitable[None]]
@@ -106,13 +109,16 @@ class FaultService:
         self.counts.stale += len(batch.pages) - len(pages)
         await self._migrate(pages, write, policy)
         pages, write = self._still_missing(pages, write)
+        missing, write_missing = pages, write
         pages_own = pages[write & self._read_only_own(pages)]
         if len(pages_own):
             await self._each(self._send_home, pieces(pages_own))
+        await self._look(pages, write)
+        pages, write = self._still_missing(pages, write)
         for wanted, flags in ((False, _REQ_READ), (True, _REQ_WRITE)):
             some = pages[write == wanted]
             await self._each(partial(self._map, flags, fatal), self._cut(pieces(some)))
-        await self._migrate_again(pages, write, policy)
+        await self._migrate_again(missing, write_missing, policy)
         return fatal
 
     def _still_missing(self, pages: Words, write: Mask) -> tuple[Words, Mask]:
@@ -144,6 +150,30 @@ class FaultService:
                         await one(low, high)
 
         await self._each(one, self._cut(policy.ranges(pages, write)))
+
+    async def _look(self, pages: Words, write: Mask) -> None:
+        """Map what needs no faulting: where misses are scattered, one snapshot of a block replaces a range fault for each of them.
+
+        Only pages that missed are entered: a neighbour that nobody touched would never be offered to the policy.
+        """
+        looks = []
+        for block in np.unique(pages >> _BLOCK_SHIFT).tolist():
+            inside = pages >> _BLOCK_SHIFT == np.uint64(block)
+            if len(pieces(pages[inside])) >= LOOK_PIECES_MIN:
+                looks.append((pages[inside], write[inside]))
+        for some, some_write in looks:
+            program = partial(self._enter, some, some_write)
+            for low, high in self._cut([(int(some[0]), int(some[-1]) + 1)]):
+                await self._context.range_fault(low, high, 0, program=program)
+
+    def _enter(self, pages: Words, write: Mask, start: int, words: Words) -> None:
+        """Enter the snapshot's words of `pages`, where they give the right that is wanted."""
+        inside = (pages >= np.uint64(start)) & (pages < np.uint64(start + len(words)))
+        places = (pages[inside] - np.uint64(start)).astype(np.intp)
+        chosen = np.zeros_like(words)
+        suits = ~write[inside] | (words[places] & np.uint64(HMM_PFN_WRITE) != 0)
+        chosen[places[suits]] = words[places[suits]]
+        self._context.mirror.program(start, chosen)
 
     async def _migrate_again(self, pages: Words, write: Mask, policy: Policy) -> None:
         """What another device held is at home now that it was mapped (migrate_vma passes over foreign pages): it can move here."""

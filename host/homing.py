@@ -35,6 +35,30 @@ EXACT_RUNS_MAX = 64
 """Runs of pages up to which an eviction announces each by itself; beyond, one announcement spans them all."""
 
 
+class HostFrames:
+    """Host frames for `count` pages on their way home (`interfaces.Destination`)."""
+
+    __slots__ = ("_count", "_frames", "_memory")
+
+    def __init__(self, memory: PhysicalMemory, count: int) -> None:
+        self._memory = memory
+        self._count = count
+        self._frames: Words | None = None
+
+    def frames(self) -> Words:
+        """The frames; they need not be zero, because each is overwritten. Raises KernelError(ENOMEM)."""
+        if self._frames is None:
+            self._frames = self._memory.allocate(self._count, keep=slice(0, self._count))
+            if self._frames is None:
+                raise KernelError(errno.ENOMEM, "migrate_to_ram", f"{self._count} pages want to come home and the host's memory is used up")
+        return self._frames
+
+    def release(self) -> None:
+        """They are not wanted after all."""
+        if self._frames is not None:
+            self._memory.put(self._frames)
+
+
 class Homing:
     """Brings pages of devices home. `links` are the living devices by zone; `context_of` finds a process's context on one (0: none)."""
 
@@ -95,18 +119,14 @@ class Homing:
             space.migrate_finalize(migration)
             return 0
         frames = (source if whole else source[going]) >> SHIFT
+        destination = HostFrames(self._memory, len(pages))
         try:
-            targets = self._allocate(len(pages))
-        except KernelError:
-            give_up(self._memory, space, migration)
-            raise
-        try:
-            await link.copy_out(self._context_of(space.number, link.zone), pages, frames, targets)
+            await link.copy_out(self._context_of(space.number, link.zone), pages, frames, destination)
         except BaseException:
             give_up(self._memory, space, migration)
-            self._memory.put(targets)
+            destination.release()
             raise
-        words = targets << SHIFT | VALID
+        words = destination.frames() << SHIFT | VALID
         if whole:
             migration.target[:] = words
         else:
@@ -118,28 +138,18 @@ class Homing:
 
     async def _bring_one(self, space: Space, link: DeviceLink, migration: Migration) -> int:
         """`_bring` for one page, with as little as possible: this is what a CPU fault waits for."""
+        destination = HostFrames(self._memory, 1)
         try:
-            targets = self._allocate(1)
-        except KernelError:
-            give_up(self._memory, space, migration)
-            raise
-        try:
-            await link.copy_out(self._context_of(space.number, link.zone), migration.pages, migration.source >> SHIFT, targets)
+            await link.copy_out(self._context_of(space.number, link.zone), migration.pages, migration.source >> SHIFT, destination)
         except BaseException:
             give_up(self._memory, space, migration)
-            self._memory.put(targets)
+            destination.release()
             raise
-        migration.target[0] = int(targets[0]) << MIGRATE_PFN_SHIFT | MIGRATE_PFN_VALID
+        migration.target[0] = int(destination.frames()[0]) << MIGRATE_PFN_SHIFT | MIGRATE_PFN_VALID
         space.migrate_pages(migration)
         moved = int(migration.source[0]) & MIGRATE_PFN_MIGRATE
         space.migrate_finalize(migration)
         return 1 if moved else 0
-
-    def _allocate(self, count: int) -> Words:
-        frames = self._memory.allocate(count, keep=slice(0, count))
-        if frames is None:
-            raise KernelError(errno.ENOMEM, "migrate_to_ram", f"{count} pages want to come home and the host's memory is used up")
-        return frames
 
     async def migrate_to_system(self, space: Space, link: DeviceLink, start: int, end: int) -> Outcome:
         """Move the device's pages of [start, end) home, VMA by VMA; others stay. Raises PeerLost, KernelError(ENOMEM)."""
@@ -178,16 +188,14 @@ class Homing:
         going = migration.source & MIGRATE != 0
         if not going.any():
             return 0
-        targets: Words | None = None
+        destination = HostFrames(self._memory, int(np.count_nonzero(going)))
         try:
-            targets = self._allocate(int(np.count_nonzero(going)))
-            await link.copy_out(0, np.zeros(0, dtype=np.uint64), frames[going], targets)
+            await link.copy_out(0, np.zeros(0, dtype=np.uint64), frames[going], destination)
         except BaseException:
             give_up(self._memory, None, migration)
-            if targets is not None:
-                self._memory.put(targets)
+            destination.release()
             raise
-        migration.target[going] = targets << SHIFT | VALID
+        migration.target[going] = destination.frames() << SHIFT | VALID
         move(self._memory, None, migration)
         moved = migration.cpages
         finalize(self._memory, None, migration)

@@ -96,6 +96,14 @@ class Acknowledgement(Protocol):
         ...
 
 
+class Destination(Protocol):
+    """Host memory for pages that come home, had when it is first asked for: a link can tell the device first, and allocate while it works."""
+
+    def frames(self) -> Words:
+        """The host frames. Raises KernelError(ENOMEM)."""
+        ...
+
+
 class DeviceLink(Protocol):
     """A device as the host's HMM core sees it. Copies raise `PeerLost` when the device is gone."""
 
@@ -113,8 +121,8 @@ class DeviceLink(Protocol):
     async def copy_in(self, source_frames: Words, target_frames: Words, zero_frames: Words) -> None:
         """DMA host frames to device frames, and zero others on the device; return when all landed."""
 
-    async def copy_out(self, context: int, pages: Words, frames: Words, target_frames: Words) -> None:
-        """The device drops its entries for `pages` and its `frames` are copied to host frames; return when all landed."""
+    async def copy_out(self, context: int, pages: Words, frames: Words, destination: Destination) -> None:
+        """The device drops its entries for `pages` and its `frames` are copied to the destination; return when all landed."""
 
     def free_frames(self, frames: Words) -> None:
         """folio_free: tell the driver, without waiting."""

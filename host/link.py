@@ -31,7 +31,7 @@ from hmmnet.wire.messages import INLINE_BYTES_MAX, PAGES_PER_MESSAGE_MAX, Copied
 from hmmnet.wire.session import PendingReply, Session
 
 from .interconnect import Interconnect
-from .interfaces import Event
+from .interfaces import Destination, Event
 from .iommu import Domain
 
 FREE_DELAY_S = 0.01
@@ -95,7 +95,9 @@ class SessionLink:
         self._streams = 0
         self._transfers: set[trio.CancelScope] = set()
         self._freed: list[Words] = []
-        self._freed_some = trio.Event()
+        self._moved: list[tuple[int, int, float, float, float]] = []
+        """Pages that came with answers and are not counted yet: frame, bytes, start, due, end."""
+        self._something_to_tell = trio.Event()
         self._fenced = trio.Event()
         self._fence_at = 0.0
         session.on_lost(self._on_lost)
@@ -198,39 +200,46 @@ class SessionLink:
             flow.close(links.now())
         links.profile.record(HOST_TO_DEVICE, source.nbytes, report.emulated_s, self.name)
 
-    async def copy_out(self, context: int, pages: Words, frames: Words, target_frames: Words) -> None:
-        """The device drops its entries and streams `frames` to host frames. Raises PeerLost, PeerError."""
+    async def copy_out(self, context: int, pages: Words, frames: Words, destination: Destination) -> None:
+        """The device drops its entries and streams `frames` to the destination. Raises PeerLost, PeerError, KernelError(ENOMEM)."""
         if self.session.lost is not None:
             raise self.lost_error()
         if len(frames) <= INLINE_PAGES_MAX:
-            await self._copy_inline(context, pages, frames, target_frames)
+            await self._copy_inline(CopyOut(0, context, to_wire(pages), to_wire(frames), 0.0, 0.0, 0.0), destination)
             return
         stream = self.new_stream()
-        sink = ArenaSink(self._interconnect.memories, target_frames << _SHIFT, PAGE_SIZE)
-        async with self.coming(stream, sink, int(target_frames[0])) as flow:
+        targets = destination.frames()
+        sink = ArenaSink(self._interconnect.memories, targets << _SHIFT, PAGE_SIZE)
+        async with self.coming(stream, sink, int(targets[0])) as flow:
             await self.session.request(
                 CopyOut(stream, context, to_wire(pages), to_wire(frames), flow.start_s, flow.bytes_per_s, flow.latency_s)
             )
 
-    async def _copy_inline(self, context: int, pages: Words, frames: Words, target_frames: Words) -> None:
-        """A few pages come with the answer: half the messages of a stream. They cross the same links."""
+    async def _copy_inline(self, message: CopyOut, destination: Destination) -> None:
+        """A few pages come with the answer: half the messages of a stream. They pass between the chunks of the flows on the same links.
+
+        What can wait is done while the device works, or later (`_settle`): a CPU waits for this.
+        """
         links = self._interconnect
-        nbytes = len(frames) * PAGE_SIZE
-        flow = links.open_out(self.name, int(target_frames[0]), nbytes)
-        try:
-            message = CopyOut(0, context, to_wire(pages), to_wire(frames), flow.start_s, flow.bytes_per_s, flow.latency_s)
-            for _ in range(INLINE_TRIES):
-                copied = await self.session.ask(message, Copied)
-                if len(copied.data) == nbytes and xxhash.xxh3_64_intdigest(copied.data) == copied.checksum:
-                    break
-            else:
+        start_s = links.now()
+        pending = self.session.begin(message)
+        targets = destination.frames()
+        first, nbytes = int(targets[0]), len(targets) * PAGE_SIZE
+        due_s = start_s + links.time_out_s(self.name, first, nbytes)
+        for attempt in range(1, INLINE_TRIES + 1):
+            copied = await pending.wait()
+            if isinstance(copied, Copied) and len(copied.data) == nbytes and xxhash.xxh3_64_intdigest(copied.data) == copied.checksum:
+                break
+            if attempt == INLINE_TRIES:
                 raise PeerError(f"{self.name} sent pages that do not match their checksum, {INLINE_TRIES} times")
-            links.land(target_frames, copied.data)
-            await links.clock.sleep_until(flow.start_s + nbytes / flow.bytes_per_s + flow.latency_s)
-        finally:
-            now_s = links.now()
-            flow.close(now_s)
-        links.profile.record(DEVICE_TO_HOST, nbytes, now_s - flow.start_s, self.name)
+            pending = self.session.begin(message)
+        links.land(targets, copied.data)
+        now_s = links.now()
+        if now_s < due_s:
+            await links.clock.sleep_until(due_s)
+            now_s = due_s
+        self._moved.append((first, nbytes, start_s, due_s, now_s))
+        self._something_to_tell.set()
 
     @asynccontextmanager
     async def coming(self, stream: int, sink: Sink, frame: int) -> AsyncIterator[Flow]:
@@ -264,7 +273,7 @@ class SessionLink:
     def free_frames(self, frames: Words) -> None:
         """folio_free: the device learns it soon, and before it is asked for anything else."""
         self._freed.append(frames)
-        self._freed_some.set()
+        self._something_to_tell.set()
 
     def flush_freed(self) -> None:
         """Tell the device what was freed."""
@@ -274,10 +283,17 @@ class SessionLink:
             for first in range(0, len(frames), PAGES_PER_MESSAGE_MAX):
                 self.session.note(FreeFrames(to_wire(frames[first : first + PAGES_PER_MESSAGE_MAX])))
 
+    def settle(self) -> None:
+        """Count the pages that came with answers."""
+        moved, self._moved = self._moved, []
+        for frame, nbytes, start_s, due_s, end_s in moved:
+            self._interconnect.count_out(self.name, frame, nbytes, start_s, due_s, end_s)
+
     async def run(self) -> None:
-        """Tell the device of freed frames from time to time, until cancelled."""
+        """Tell the device of freed frames, and settle accounts, from time to time, until cancelled."""
         while True:
-            await self._freed_some.wait()
-            self._freed_some = trio.Event()
+            await self._something_to_tell.wait()
+            self._something_to_tell = trio.Event()
             await trio.sleep(self._interconnect.clock.real(FREE_DELAY_S))
             self.flush_freed()
+            self.settle()

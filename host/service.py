@@ -278,6 +278,8 @@ class Host:
         ``links``: per link and direction what was asked and reached, and whether the emulation kept up; ``profile``: rows that
         `hmmnet.observe.counters.Profile.from_json` reads; ``devices``, by name; the clock's ``rate`` and ``emulated_s``.
         """
+        for link in self.links.values():
+            link.settle()
         return {
             "name": self.name,
             "topology": self.topology.name,

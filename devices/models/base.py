@@ -73,6 +73,8 @@ class Wiring:
     receiver: BulkReceiver
     clock: EmulatedClock
     nursery: trio.Nursery
+    trim: Callable[[], None] = lambda: None
+    """Gives memory that this process holds in reserve back to the operating system; called when the device has become idle."""
 
 
 @dataclass(eq=False)
@@ -109,6 +111,7 @@ class Device:
         self._slot_last = 0
         self._closed_traffic = Traffic()
         self._freed = trio.Event()
+        self._trim = wiring.trim
         self._attach(wiring.session)
         self._nursery.start_soon(self._discard_idle)
 
@@ -241,9 +244,7 @@ class Device:
 
     def free_frames(self, message: FreeFrames) -> None:
         """folio_free. Raises ProtocolError."""
-        frames = self.memory.leaving(message.frames, "FreeFrames")
-        self._drop_frames(np.sort(frames))
-        self.memory.free(message.frames)
+        self.memory.free(message.frames, self._drop_frames)
         self._freed.set()
 
     def _drop_frames(self, frames: Words) -> None:
@@ -264,6 +265,8 @@ class Device:
             while self.memory.has_idle:
                 self.memory.discard_idle()
                 await trio.lowlevel.checkpoint()
+            if not self._freed.is_set():
+                self._trim()
 
     # --- jobs and commands ----------------------------------------------------------------------------------------------------
 

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import trio
 import zmq
@@ -197,3 +196,11 @@ async def _pace_error(bytes_per_s: float) -> float:
         nursery.cancel_scope.cancel()
     transport.close()
     return abs(nbytes / bytes_per_s / took_s - 1) * 100
+
+
+BENCHMARKS = {
+    "dma.to_device": measure_dma,
+    "dma.to_host": measure_dma,
+    **dict.fromkeys(PACED_BYTES_PER_S, measure_throttle),
+}
+"""Which function measures what; one function may give several figures."""

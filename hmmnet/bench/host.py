@@ -141,3 +141,13 @@ def _by_size(name: str, figures: dict[int, float], asked: int, goal: Goal) -> li
     """The figure for the size that the goal is for, then the others."""
     order = sorted(figures, key=lambda pages: (pages != asked, pages))
     return [measured(name if pages == asked else f"{name}.{pages}", figures[pages], "ns", goal) for pages in order]
+
+
+BENCHMARKS = {
+    "migrate.to_device": measure_migration,
+    "migrate.to_host": measure_migration,
+    "fault.cpu_home": measure_migration,
+    "snapshot.ns_per_page": measure_bookkeeping,
+    "migrate.bookkeeping_ns_per_page": measure_bookkeeping,
+}
+"""Which function measures what; one function may give several figures."""

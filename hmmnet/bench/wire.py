@@ -65,7 +65,7 @@ def _start(kind: str, side: str, directory: str) -> subprocess.Popen[str]:
     root = str(Path(hmmnet.__file__).parent.parent)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
     command = [sys.executable, "-m", "hmmnet.bench.wire_peers", kind, side, directory]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)  # noqa: S603 - our own module
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
 
 def _stream(stream: IO[str] | None) -> IO[str]:

@@ -1,90 +1,149 @@
-"""`hmmnet topo`: machines as data. List the presets, show one, check files, draw."""
+"""``hmmnet topo``: machines as data. List the presets, show one, check files, draw."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hmmnet.topology.load import examine, load, preset_names, read_source
-from hmmnet.units import show_size
-
 from . import CONTEXT, FAILED
 
+if TYPE_CHECKING:
+    from hmmnet.topology.model import Topology
+    from hmmnet.topology.problems import Problem
+
 app = typer.Typer(
-    help="Machines as data.", add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True, context_settings=CONTEXT
+    help="Machines as data: list, show, check, draw.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    context_settings=CONTEXT,
 )
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Name = Annotated[str, typer.Argument(help="A preset's name, or a TOML file.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the data for programs.")]
+Name = Annotated[str, typer.Argument(help="A preset's name, or a TOML file.", show_default=False)]
 
 
 @app.command("ls")
 def ls(as_json: Json = False) -> None:
     """List the machines that come with hmmnet."""
+    from hmmnet.topology.load import load, preset_names
+
     topologies = [load(name) for name in preset_names()]
     if as_json:
-        print(json.dumps([{"name": t.name, "devices": len(t.devices), "links": len(t.links), "description": t.description} for t in topologies], indent=2))
+        print(json.dumps([summary(topology) for topology in topologies], indent=1))
         return
-    width = max(len(t.name) for t in topologies)
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("name", no_wrap=True)
+    table.add_column("devices", justify="right")
+    table.add_column("links", justify="right")
+    table.add_column("what it is")
     for topology in topologies:
-        print(f"{topology.name:<{width}}  {len(topology.devices):>2} devices  {topology.description}")
+        table.add_row(topology.name, str(len(topology.devices)), str(len(topology.links)), topology.description)
+    Console(highlight=False).print(table)
+
+
+def summary(topology: Topology) -> dict[str, Any]:
+    """A line of ``ls`` as data."""
+    return {
+        "name": topology.name,
+        "description": topology.description,
+        "nodes": len(topology.nodes),
+        "devices": len(topology.devices),
+        "switches": len(topology.switches),
+        "links": len(topology.links),
+        "host_memory_bytes": sum(node.memory_bytes for node in topology.nodes),
+        "device_memory_bytes": sum(device.memory_bytes for device in topology.devices),
+    }
 
 
 @app.command("show")
 def show(name: Name, as_json: Json = False) -> None:
-    """Print a machine: its parts and its links."""
+    """Show a machine: its parts, its links, and how fast everything reaches everything."""
+    from hmmnet.topology.load import load
+    from hmmnet.topology.matrix import matrix, route_rows
+
     topology = load(name)
     if as_json:
-        print(json.dumps(asdict(topology), indent=2))
+        from dataclasses import asdict
+
+        print(json.dumps({**asdict(topology), "routes": route_rows(topology)}, indent=1))
         return
     from rich.console import Console
 
-    from hmmnet.topology.draw import link_text, terminal_tree
+    from hmmnet.topology.tree import terminal_tree
 
     console = Console(highlight=False)
     console.print(terminal_tree(topology))
-    total = sum(device.memory_bytes for device in topology.devices)
-    console.print(f"{len(topology.devices)} devices with {show_size(total)}, {len(topology.links)} links; the widest: ", end="")
-    widest = max(topology.links, key=lambda link: link.capacity_bytes_per_s(True), default=None)
-    console.print("none" if widest is None else f"{widest.name} ({link_text(widest)})")
+    table = matrix(topology)
+    console.print()
+    if table is None:
+        console.print(f"{len(topology.devices)} devices: too many for a table of all routes (--json lists them)")
+    else:
+        console.print(table)
 
 
 @app.command("check")
-def check(files: Annotated[list[str], typer.Argument(help="TOML files, or presets' names.")], as_json: Json = False) -> int:
-    """Check topology files; all mistakes of each, with line and mend. Exit code 1 when there is one."""
-    found = []
+def check(files: Annotated[list[str], typer.Argument(help="TOML files, or presets' names.", show_default=False)], as_json: Json = False) -> int:
+    """Check topology files: all mistakes of each, with line and mend. Exit code 1 when there is one."""
+    found: list[Problem] = []
     for file in files:
-        text, name = read_source(file)
-        _, problems = examine(text, name)
+        topology, problems = examined(file)
         found += problems
         if not as_json:
             for problem in problems:
                 print(problem)
-            if not problems:
-                print(f"{name}: good")
+            if topology is not None:
+                print(f"{file}: good: {len(topology.devices)} devices, {len(topology.links)} links" + ("" if topology.devices else ", a plain host"))
     if as_json:
-        print(json.dumps([problem.as_json() for problem in found], indent=2))
+        print(json.dumps([problem.as_json() for problem in found], indent=1))
+    elif len(found) > 1:
+        print(f"{len(found)} mistakes", file=sys.stderr)
     return FAILED if found else 0
 
 
+def examined(file: str) -> tuple[Topology | None, list[Problem]]:
+    """The machine of a file, or what is wrong with it; a file that cannot be read is one mistake."""
+    from hmmnet.errors import TopologyError
+    from hmmnet.topology.load import examine, find, installed_models
+    from hmmnet.topology.problems import Problem
+
+    try:
+        source = find(file)
+    except TopologyError as error:
+        return None, [Problem(file, 0, "", "", str(error).removeprefix(f"{file}: "))]
+    return examine(source.text, source.file, source.name, installed_models() or None)
+
+
 @app.command("draw")
-def draw(name: Name, svg: Annotated[Path | None, typer.Option("--svg", help="Write an SVG picture to this file.")] = None) -> None:
+def draw(
+    name: Name,
+    svg: Annotated[Path | None, typer.Option("--svg", help="Write an SVG picture to this file (- for standard output).")] = None,
+) -> None:
     """Draw a machine: as a tree here, or as a picture."""
-    from hmmnet.topology import draw as pictures
+    from hmmnet.topology import draw as picture
+    from hmmnet.topology.load import load
 
     topology = load(name)
     if svg is None:
         from rich.console import Console
 
-        Console(highlight=False).print(pictures.terminal_tree(topology))
-        return
-    from hmmnet.errors import HmmnetError
+        from hmmnet.topology.tree import terminal_tree
 
-    try:
-        svg.write_text(pictures.svg(topology))
-    except OSError as error:
-        raise HmmnetError(f"{svg}: cannot be written: {error.strerror}; name another file") from error
-    print(f"{svg}: {topology.name}, {len(topology.devices)} devices")
+        Console(highlight=False).print(terminal_tree(topology))
+    elif str(svg) == "-":
+        sys.stdout.write(picture.svg(topology))
+    else:
+        from hmmnet.errors import HmmnetError
+
+        try:
+            svg.write_text(picture.svg(topology), encoding="utf-8")
+        except OSError as error:
+            raise HmmnetError(f"{svg}: cannot be written: {error.strerror or error}; name another file") from error
+        print(f"{svg}: {topology.name}, {len(topology.devices)} devices")

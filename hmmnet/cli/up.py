@@ -30,7 +30,7 @@ def up(
 ) -> int:
     """Start a machine and hold it until Ctrl-C (or until "hmmnet down", with --detach)."""
     from hmmnet.cli import did_you_mean
-    from hmmnet.launcher.directory import check_name
+    from hmmnet.launcher.directory import check_name, refuse_if_running
     from hmmnet.launcher.rate import parse_rate
     from hmmnet.topology.load import load
 
@@ -38,7 +38,7 @@ def up(
         raise typer.BadParameter(
             f'there is no transport "{transport}"{did_you_mean(transport, TRANSPORTS)}; there are: {", ".join(TRANSPORTS)}'
         )
-    check_name(name)
+    refuse_if_running(check_name(name))
     how_fast = parse_rate(rate)
     machine = load(topology)
     if detach:

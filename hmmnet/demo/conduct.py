@@ -21,7 +21,7 @@ SECONDS_MAX = 120.0
 """Real seconds after which the demo gives up: something hangs. It takes less than ten."""
 
 
-class DemoTimeout(HmmnetError):  # noqa: N818 - a state of affairs
+class DemoTimeout(HmmnetError):
     """The demo did not end."""
 
 

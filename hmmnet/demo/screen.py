@@ -33,6 +33,10 @@ DEVICES_NAMED = 8
 PICTURE_ROWS = 6
 PICTURE_COLUMN_MIN = 4
 PICTURE_COLUMN_MAX = 14
+LINKS_SHOWN = 12
+LINKS_WIDTH = 72
+"""Columns from which the capacity has room beside what was asked and reached."""
+SPEEDS = {"capacity": "Can do", "asked": "Asked", "reached": "Reached"}
 KERNELS = {"word_count": "word count", "tree_search": "tree search"}
 
 
@@ -133,7 +137,7 @@ class Screen:
         parts = (
             profiler_table(Profile.from_json(outcome.report.get("profile", []))),
             Group(Text("Where the pages live", style="italic"), picture(self.samples, outcome.devices, self._width)),
-            links_table(outcome.report.get("links", [])),
+            links_table(outcome.report.get("links", []), self._width),
         )
         for part in parts:
             self._console.print(part)
@@ -162,20 +166,22 @@ def pages_by_owner(sample: Sampled, devices: Sequence[str]) -> dict[str, int]:
     return {owner: pages[owner] for owner in order}
 
 
-def links_table(links: Sequence[Mapping[str, Any]]) -> Table:
-    """Each direction of each link that carried something."""
-    table = Table(title="Links (emulated time)", title_justify="left", box=None, pad_edge=False)
-    for heading in ("Link", "From", "To"):
-        table.add_column(heading)
-    for heading in ("Carried", "Can do", "Asked", "Reached"):
-        table.add_column(heading, justify="right")
-    table.add_column("Emulation")
-    for link in links:
-        if link["bytes_moved"]:
-            speeds = (show_rate(link[f"{name}_bytes_per_s"]) for name in ("capacity", "asked", "reached"))
-            kept = "[green]kept up[/green]" if link["kept_up"] else "[yellow]fell behind[/yellow]"
-            table.add_row(link["link"], link["source"], link["target"], show_size(link["bytes_moved"]), *speeds, kept)
-    return table
+def links_table(links: Sequence[Mapping[str, Any]], width: int) -> Group:
+    """Each direction of each link that carried something, the busiest first if there are many."""
+    used = [link for link in links if link["bytes_moved"]]
+    shown = used if len(used) <= LINKS_SHOWN else sorted(used, key=lambda link: -link["bytes_moved"])[:LINKS_SHOWN]
+    speeds = ("capacity", "asked", "reached") if width >= LINKS_WIDTH else ("asked", "reached")
+    table = Table(title="Links (emulated time)", title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("Direction", no_wrap=True)
+    for heading in ("Carried", *(SPEEDS[speed] for speed in speeds)):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("Emulation", no_wrap=True)
+    for link in shown:
+        figures = (show_rate(link[f"{speed}_bytes_per_s"]) for speed in speeds)
+        kept = "[green]kept up[/green]" if link["kept_up"] else "[yellow]behind[/yellow]"
+        table.add_row(f"{link['source']} > {link['target']}", show_size(link["bytes_moved"]), *figures, kept)
+    rest = len(used) - len(shown)
+    return Group(table, Text(f"and {rest} less busy directions", style="dim")) if rest else Group(table)
 
 
 def verdict(outcome: Outcome) -> str:

@@ -297,6 +297,13 @@ def running_machine(name: str | None) -> Directory:
     return directory
 
 
+def refuse_if_running(name: str) -> None:
+    """Raise MachineExists when a machine of that name runs; `Directory.create` decides, this only says it sooner."""
+    directory = Directory.named(name)
+    if directory.alive():
+        raise MachineExists(name, directory.read())
+
+
 def known_machine(name: str | None) -> Directory:
     """As `running_machine`, for machines that left their logs as well; a running one is preferred when `name` is None."""
     known = list(directories())

@@ -18,7 +18,7 @@ SCRIPT_SECONDS_MAX = 30.0
 """The recorder's own alarm: a script that takes longer hangs."""
 
 
-class MachineBroken(HmmnetError):  # noqa: N818 - a state, not a mistake of the caller's
+class MachineBroken(HmmnetError):
     """The machine cannot be trusted with another script; `outcome` says how far this one came."""
 
     def __init__(self, outcome: Outcome, why: str) -> None:

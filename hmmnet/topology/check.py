@@ -29,6 +29,11 @@ class Where:
     complete = True
     """Whether everything that the machine has could be read: else nothing is said to be missing."""
 
+    def place(self, section: str, number: int, name: str) -> str:
+        """What to call a thing whose own name is `name`."""
+        del number
+        return f'{section} "{name}"'
+
     def line(self, section: str, number: int, key: str) -> int:
         """The line of `key` of the thing `number` (counted as the topology does) of `section`; 0 when there is none."""
         del section, number, key
@@ -54,7 +59,7 @@ class _Check:
 
     def problem(self, section: str, number: int, key: str, cause: str, mend: str = "") -> Iterator[Problem]:
         if not self.where.broken(section, number, key):
-            place = f'{section} "{_things(self.topology)[section][number].name}"'
+            place = self.where.place(section, number, _things(self.topology)[section][number].name)
             yield Problem(self.where.file, self.where.line(section, number, key), place, key, cause, mend)
 
     def general(self, cause: str, mend: str = "") -> Problem:
@@ -109,9 +114,8 @@ def _names(check: _Check) -> Iterator[Problem]:
         if name in first:
             other, at = first[name]
             line = check.where.line(other, at, "name")
-            yield from check.problem(
-                section, number, "name", f"this name is taken by a {other}" + (f" in line {line}" if line else ""), _other_name(section)
-            )
+            cause = f'"{name}" is taken by a {other}' + (f" in line {line}" if line else "")
+            yield from check.problem(section, number, "name", cause, _other_name(section))
         first.setdefault(name, (section, number))
 
 
@@ -177,7 +181,7 @@ def _ends(check: _Check) -> Iterator[Problem]:
         for key, end in (("a", link.a), ("b", link.b)):
             if end not in known:
                 yield from check.problem("link", number, key, f'nothing is called "{end}"', did_you_mean(end, names))
-        if link.a == link.b and link.a in known:
+        if link.a == link.b and link.a in known and not check.where.broken("link", number, "a"):
             yield from check.problem("link", number, "b", f'the link leads from "{link.a}" to itself')
 
 

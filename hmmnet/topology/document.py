@@ -42,10 +42,14 @@ _HARMLESS: Mapping[str, Any] = {"size": PAGE_SIZE, "sizes": (PAGE_SIZE,), "rate"
 
 @dataclass
 class Record:
-    """One thing of one section. `index` tells which table of the file it came from; `broken` are keys whose values are made up."""
+    """One thing of one section.
+
+    `index` tells which table of the file it came from and `place` what to call that table; `broken` are keys whose values are made up.
+    """
 
     section: Section
     index: int
+    place: str
     values: dict[str, Any]
     broken: set[str] = field(default_factory=set)
 
@@ -208,7 +212,7 @@ class _TableReader:
             one = values | {key: column[i] for key, column in columns.items()}
             if values.get("unit") is not None:
                 one["unit"] = values["unit"] + i
-            records.append(Record(self._section, self._index, one, self._broken))
+            records.append(Record(self._section, self._index, self._place, one, self._broken))
         return records
 
     def _column(self, key: str, names: list[str] | None, count: int) -> list[str | None]:

@@ -1,200 +1,209 @@
-"""A machine as a picture: a tree for the terminal, an SVG for everything else.
+"""A machine as an SVG picture.
 
-Both show what matters for memory: which memories there are, through what a device is reached, and how fast. The SVG lays the vertices out in
-layers by their distance from host memory, so switch trees read downwards, and draws links between devices and switches of one layer as arcs.
+Host memories stand at the top, what hangs below them below, each parent above the middle of its children; what is reached through devices only
+(an NVLink switch) at the bottom. Links beside that tree are arcs: above the row for host memories, below it for others. A
+machine with many devices stacks those of one switch. Links are coloured by kind, and as wide as they are fast.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING
 
-from hmmnet.units import show_rate, show_size, show_time
+from hmmnet.units import show_rate, show_size
 
 from .model import DeviceSpec, LinkSpec, MemoryNode, Switch, Topology
+from .tree import about, below, link_text, uplinks
 
-if TYPE_CHECKING:
-    from rich.tree import Tree
-
-BOX_WIDTH, BOX_HEIGHT = 108, 44
-GAP_X, GAP_Y = 18, 84
+BOX_WIDTH, BOX_HEIGHT = 124, 44
+SMALL_HEIGHT = 22
+GAP_X, GAP_Y = 18, 66
 MARGIN = 24
+COLUMNS_MAX = 10
+"""Machines that are wider stack the devices of each switch."""
+ARC_HEIGHT = 16
+"""How much higher an arc is for each box that it passes over."""
 COLOURS = {MemoryNode: "#dbe9f6", DeviceSpec: "#fde3c8", Switch: "#e4e4e4"}
 COHERENT = "#d5efd3"
-LINK_COLOURS = ("#4c78a8", "#e45756", "#54a24b", "#b279a2", "#9d755d", "#8a8a8a")
+LINK_COLOURS = ("#4c78a8", "#54a24b", "#e45756", "#b279a2", "#9d755d", "#8a8a8a")
 LABELLED_LINKS_MAX = 12
-"""With more links their labels would cover the picture; the legend by kind says the same."""
+"""With more links their labels would cover the picture; the legend says the same."""
+CHARACTER_WIDTH = 6.3
+"""Of the picture's 11-pixel sans-serif, on average; only legends and labels are sized by it."""
 
 
-def about(vertex: MemoryNode | DeviceSpec | Switch) -> str:
-    """The second line of a box."""
-    if isinstance(vertex, MemoryNode):
-        return f"memory {show_size(vertex.memory_bytes)}"
-    if isinstance(vertex, DeviceSpec):
-        return f"{vertex.model} {show_size(vertex.memory_bytes)}" + (" coherent" if vertex.kind == "coherent" else "")
-    return vertex.kind
+@dataclass(frozen=True)
+class Box:
+    """Where a vertex stands: its centre, and whether it is a small one in a stack."""
+
+    x: float
+    y: float
+    row: int
+    stacked: bool = False
+
+    @property
+    def height(self) -> float:
+        """Its height."""
+        return SMALL_HEIGHT if self.stacked else BOX_HEIGHT
+
+    @property
+    def top(self) -> float:
+        """Its upper edge."""
+        return self.y - self.height / 2
+
+    @property
+    def bottom(self) -> float:
+        """Its lower edge."""
+        return self.y + self.height / 2
 
 
-def link_text(link: LinkSpec) -> str:
-    """A link in words: kind, rate in both directions where they differ, latency."""
-    forward, back = link.capacity_bytes_per_s(True), link.capacity_bytes_per_s(False)
-    rate = show_rate(forward) if forward == back else f"{show_rate(forward)} / {show_rate(back)}"
-    return f"{link.kind} {rate}, {show_time(link.latency_s)}"
+class Layout:
+    """Where everything stands. `boxes` by name; `width` and `bottom` of the whole."""
 
+    def __init__(self, topology: Topology) -> None:
+        self._topology = topology
+        self.up = uplinks(topology)
+        self._children = below(topology, self.up)
+        self._roots = [node.name for node in topology.nodes]
+        self._stacks = sum(self._columns(root, False) for root in self._roots) > COLUMNS_MAX
+        self.boxes: dict[str, Box] = {}
+        self._first_y = MARGIN + 34 + self._arcs_above() + BOX_HEIGHT / 2
+        at = 0.0
+        for root in self._roots:
+            at += self._place(root, at, 0)
+        self.columns = max(at, 3.0)
+        self._place_rest()
+        self.width = 2 * MARGIN + self.columns * (BOX_WIDTH + GAP_X) - GAP_X
+        self.bottom = max(box.bottom for box in self.boxes.values())
 
-def terminal_tree(topology: Topology) -> Tree:
-    """The machine as a tree that grows from its host memories; what is joined beside the tree stands behind each name."""
-    from rich.tree import Tree
+    def _arcs_above(self) -> float:
+        beside = [link for link in self._topology.links if link.a in self._roots and link.b in self._roots]
+        return 10 + ARC_HEIGHT * max((abs(self._roots.index(link.a) - self._roots.index(link.b)) for link in beside), default=-0.6)
 
-    root = Tree(f"[bold]{topology.name}[/]  {topology.description}")
-    parents = _parents(topology)
-    for name in [vertex.name for vertex in topology.vertices() if vertex.name not in parents]:
-        _grow(topology, root.add(_label(topology, name, None, parents)), name, parents)
-    return root
+    def _stack_of(self, name: str) -> list[str]:
+        """The children of `name` that stand in one stack."""
+        devices = [child for child in self._children[name] if isinstance(self._topology.vertex(child), DeviceSpec)]
+        return devices if len(devices) > 1 else []
 
+    def _columns(self, name: str, stacks: bool) -> float:
+        stack = self._stack_of(name) if stacks else []
+        return max(1.0, sum(self._columns(child, stacks) for child in self._children[name] if child not in stack) + bool(stack))
 
-def _parents(topology: Topology) -> dict[str, LinkSpec]:
-    """For each vertex below a host memory, the link that leads up: breadth first, devices are ends."""
-    found: dict[str, LinkSpec] = {}
-    layer = [node.name for node in topology.nodes]
-    seen = set(layer)
-    while layer:
-        following = []
-        for name in layer:
-            for link in topology.links_of(name):
-                other = link.other(name)
-                if other not in seen:
-                    seen.add(other)
-                    found[other] = link
-                    if not isinstance(topology.vertex(other), DeviceSpec):
-                        following.append(other)
-        layer = following
-    return found
+    def _x(self, column: float) -> float:
+        return MARGIN + BOX_WIDTH / 2 + column * (BOX_WIDTH + GAP_X)
 
+    def _y(self, row: int) -> float:
+        return self._first_y + row * (BOX_HEIGHT + GAP_Y)
 
-def _grow(topology: Topology, tree: Tree, name: str, parents: dict[str, LinkSpec]) -> None:
-    alike: dict[str, list[str]] = {}
-    for link in topology.links_of(name):
-        below = link.other(name)
-        if parents.get(below) is not link:
-            continue
-        if isinstance(topology.vertex(below), DeviceSpec):
-            alike.setdefault(_label(topology, below, link, parents).partition("[/]")[2], []).append(below)
-        else:
-            _grow(topology, tree.add(_label(topology, below, link, parents)), below, parents)
-    for rest, names in alike.items():
-        shown = ", ".join(names) if len(names) <= 4 else f"{names[0]} ... {names[-1]} ({len(names)})"
-        tree.add(f"[bold yellow]{shown}[/]{rest}")
+    def _place(self, name: str, first: float, row: int) -> float:
+        """Place `name` and what is below it from column `first` on; how many columns that took."""
+        stack = self._stack_of(name) if self._stacks else []
+        at = first
+        for child in self._children[name]:
+            if child not in stack:
+                at += self._place(child, at, row + 1)
+        for i, child in enumerate(stack):
+            self.boxes[child] = Box(self._x(at), self._y(row + 1) - BOX_HEIGHT / 2 + (i + 0.5) * (SMALL_HEIGHT + 4), row + 1, stacked=True)
+        columns = max(1.0, at - first + bool(stack))
+        self.boxes[name] = Box(self._x(first + (columns - 1) / 2), self._y(row), row)
+        return columns
 
-
-def _label(topology: Topology, name: str, up: LinkSpec | None, parents: dict[str, LinkSpec]) -> str:
-    vertex = topology.vertex(name)
-    colour = "blue" if isinstance(vertex, MemoryNode) else "yellow" if isinstance(vertex, DeviceSpec) else "white"
-    text = f"[bold {colour}]{name}[/]  {about(vertex)}"
-    if up is not None:
-        text += f"  [dim]{link_text(up)}[/]"
-    beside: dict[str, list[LinkSpec]] = {}
-    for link in topology.links_of(name):
-        if link is not up and parents.get(link.other(name)) is not link:
-            beside.setdefault(link.kind, []).append(link)
-    for kind, links in beside.items():
-        ends = links[0].other(name) if len(links) == 1 else f"{len(links)} others"
-        rate = sum(link.capacity_bytes_per_s(link.a == name) for link in links)
-        text += f"  [dim]+ {kind} to {ends}: {show_rate(rate)}[/]"
-    return text
-
-
-def layers(topology: Topology) -> list[list[str]]:
-    """Vertices by their distance in links from host memory; what cannot be reached comes last."""
-    found = [[node.name for node in topology.nodes]]
-    seen = set(found[0])
-    while found[-1]:
-        following: list[str] = []
-        for name in found[-1]:
-            vertex = topology.vertex(name)
-            if isinstance(vertex, DeviceSpec):
-                continue
-            for link in topology.links_of(name):
-                other = link.other(name)
-                if other not in seen:
-                    seen.add(other)
-                    following.append(other)
-        found.append(following)
-    rest = [vertex.name for vertex in topology.vertices() if vertex.name not in seen]
-    return [layer for layer in [*found, rest] if layer]
+    def _place_rest(self) -> None:
+        """What no memory reaches without passing a device: one more row, spread over the whole width."""
+        rest = [vertex.name for vertex in self._topology.vertices() if vertex.name not in self.boxes]
+        row = 1 + max((box.row for box in self.boxes.values()), default=-1)
+        lowest = max((box.bottom for box in self.boxes.values()), default=self._first_y)
+        for i, name in enumerate(rest):
+            self.boxes[name] = Box(self._x((i + 0.5) * self.columns / len(rest) - 0.5), lowest + GAP_Y + BOX_HEIGHT / 2, row)
 
 
 def svg(topology: Topology) -> str:
     """The machine as a stand-alone SVG document."""
-    rows = layers(topology)
-    widest = max(len(row) for row in rows)
-    width = 2 * MARGIN + widest * (BOX_WIDTH + GAP_X) - GAP_X
-    width = max(width, 420)
-    height = 2 * MARGIN + 30 + len(rows) * (BOX_HEIGHT + GAP_Y) - GAP_Y + 20 * len({link.kind for link in topology.links}) + 30
-    places: dict[str, tuple[float, float]] = {}
-    for depth, row in enumerate(rows):
-        step = (width - 2 * MARGIN) / len(row)
-        for i, name in enumerate(row):
-            places[name] = (MARGIN + step * (i + 0.5), MARGIN + 30 + depth * (BOX_HEIGHT + GAP_Y) + BOX_HEIGHT / 2)
+    layout = Layout(topology)
+    texts = list(dict.fromkeys((link.kind, link_text(link)) for link in topology.links))
+    colours = {kind: LINK_COLOURS[i % len(LINK_COLOURS)] for i, kind in enumerate(dict.fromkeys(kind for kind, _ in texts))}
+    height = layout.bottom + (28 if texts else 0) + 18 * len(texts) + MARGIN
+    width = max(layout.width, 2 * MARGIN + CHARACTER_WIDTH * len(topology.description))
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" viewBox="0 0 {width:.0f} {height:.0f}" font-family="sans-serif" font-size="11">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
+        f'viewBox="0 0 {width:.0f} {height:.0f}" font-family="sans-serif" font-size="11">',
         f'<rect width="{width:.0f}" height="{height:.0f}" fill="white"/>',
-        f'<text x="{MARGIN}" y="{MARGIN + 4}" font-size="15" font-weight="bold">{escape(topology.name)}</text>',
+        f'<text x="{MARGIN}" y="{MARGIN + 6}" font-size="16" font-weight="bold">{escape(topology.name)}</text>',
+        f'<text x="{MARGIN}" y="{MARGIN + 23}" fill="#555">{escape(topology.description)}</text>',
     ]
-    kinds = list(dict.fromkeys(link.kind for link in topology.links))
-    colours = {kind: LINK_COLOURS[i % len(LINK_COLOURS)] for i, kind in enumerate(kinds)}
-    parts += [_line(link, places, colours[link.kind]) for link in topology.links]
+    parts += [_line(link, layout, colours[link.kind]) for link in topology.links]
     if len(topology.links) <= LABELLED_LINKS_MAX:
-        parts += [_rate_label(link, places) for link in topology.links if places[link.a][1] != places[link.b][1]]
-    parts += [_box(topology.vertex(name), x, y) for name, (x, y) in places.items()]
-    parts += _legend(topology, height)
+        parts += [_rate_label(link, layout) for link in topology.links]
+    parts += [_box(topology.vertex(name), box) for name, box in layout.boxes.items()]
+    parts += _legend(texts, colours, layout.bottom + 36)
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-def _lift(x1: float, x2: float) -> float:
-    """How far an arc between two boxes of one layer hangs below them."""
-    return BOX_HEIGHT / 2 + 14 + abs(x2 - x1) * 0.06
+def _is_arc(one: Box, other: Box) -> bool:
+    return one.row == other.row and not one.stacked and not other.stacked
 
 
-def _line(link: LinkSpec, places: dict[str, tuple[float, float]], colour: str) -> str:
-    (x1, y1), (x2, y2) = places[link.a], places[link.b]
-    stroke = min(6.0, 1.5 + link.capacity_bytes_per_s(True) / 100e9)
-    path = f"M{x1:.0f},{y1:.0f} L{x2:.0f},{y2:.0f}"
-    if y1 == y2:
-        path = f"M{x1:.0f},{y1:.0f} Q{(x1 + x2) / 2:.0f},{y1 + 2 * _lift(x1, x2):.0f} {x2:.0f},{y2:.0f}"
+def _arc_height(one: Box, other: Box) -> float:
+    return 10 + ARC_HEIGHT * abs(one.x - other.x) / (BOX_WIDTH + GAP_X)
+
+
+def _line(link: LinkSpec, layout: Layout, colour: str) -> str:
+    upper, lower = sorted((layout.boxes[link.a], layout.boxes[link.b]), key=lambda box: (box.row, box.x))
+    if _is_arc(upper, lower):
+        edge, sign = (upper.top, -1) if upper.row == 0 else (upper.bottom, 1)
+        bend = edge + sign * _arc_height(upper, lower) * 4 / 3  # a cubic reaches three quarters of its handles' height
+        path = f"M{upper.x:.0f},{edge:.0f} C{upper.x:.0f},{bend:.0f} {lower.x:.0f},{bend:.0f} {lower.x:.0f},{edge:.0f}"
+    elif lower.stacked and link in (layout.up.get(link.a), layout.up.get(link.b)):
+        spine = lower.x - BOX_WIDTH / 2 - 8
+        path = f"M{upper.x:.0f},{upper.bottom:.0f} L{spine:.0f},{upper.bottom + 24:.0f} V{lower.y:.0f} H{lower.x:.0f}"
+    else:
+        path = f"M{upper.x:.0f},{upper.bottom:.0f} L{lower.x:.0f},{lower.top:.0f}"
     title = f"<title>{escape(link.name)}: {escape(link_text(link))}</title>"
-    return f'<path d="{path}" fill="none" stroke="{colour}" stroke-width="{stroke:.1f}">{title}</path>'
+    return f'<path d="{path}" fill="none" stroke="{colour}" stroke-width="{_stroke(link):.1f}">{title}</path>'
 
 
-def _rate_label(link: LinkSpec, places: dict[str, tuple[float, float]]) -> str:
-    (x1, y1), (x2, y2) = places[link.a], places[link.b]
-    x, y = (x1 + x2) / 2, (y1 + y2) / 2
-    text = show_rate(link.capacity_bytes_per_s(True))
-    width = 6.4 * len(text)
+def _stroke(link: LinkSpec) -> float:
+    """1 pixel for 10 GB/s, 3 for 100, 5 for 1000: the eye compares logarithms."""
+    rate = max(link.capacity_bytes_per_s(True), link.capacity_bytes_per_s(False))
+    return min(6.0, max(1.0, 1 + 2 * math.log10(rate / 10e9)))
+
+
+def _rate_label(link: LinkSpec, layout: Layout) -> str:
+    one, other = layout.boxes[link.a], layout.boxes[link.b]
+    x, y = (one.x + other.x) / 2, (one.y + other.y) / 2
+    if _is_arc(one, other):
+        y = one.top - _arc_height(one, other) if one.row == 0 else one.bottom + _arc_height(one, other)
+    text = show_rate(max(link.capacity_bytes_per_s(True), link.capacity_bytes_per_s(False)))
+    width = CHARACTER_WIDTH * len(text) + 4
     return (
-        f'<rect x="{x - width / 2:.0f}" y="{y - 8:.0f}" width="{width:.0f}" height="14" fill="white" opacity="0.9"/>'
-        f'<text x="{x:.0f}" y="{y + 3:.0f}" text-anchor="middle" fill="#333">{escape(text)}</text>'
+        f'<rect x="{x - width / 2:.0f}" y="{y - 7:.0f}" width="{width:.0f}" height="14" rx="3" fill="white"/>'
+        f'<text x="{x:.0f}" y="{y + 4:.0f}" text-anchor="middle" fill="#333">{escape(text)}</text>'
     )
 
 
-def _box(vertex: MemoryNode | DeviceSpec | Switch, x: float, y: float) -> str:
+def _box(vertex: MemoryNode | DeviceSpec | Switch, box: Box) -> str:
     colour = COHERENT if isinstance(vertex, DeviceSpec) and vertex.kind == "coherent" else COLOURS[type(vertex)]
-    corner = f'x="{x - BOX_WIDTH / 2:.0f}" y="{y - BOX_HEIGHT / 2:.0f}" width="{BOX_WIDTH}" height="{BOX_HEIGHT}"'
+    left = box.x - BOX_WIDTH / 2
+    frame = (
+        f'<rect x="{left:.0f}" y="{box.top:.0f}" width="{BOX_WIDTH}" height="{box.height:.0f}" rx="6" fill="{colour}" stroke="#555">'
+        f"<title>{escape(vertex.name)}: {escape(about(vertex))}</title></rect>"
+    )
+    if box.stacked and isinstance(vertex, DeviceSpec):
+        return (
+            f'{frame}<text x="{left + 8:.0f}" y="{box.y + 4:.0f}" font-weight="bold">{escape(vertex.name)}</text>'
+            f'<text x="{left + BOX_WIDTH - 8:.0f}" y="{box.y + 4:.0f}" text-anchor="end" font-size="10">{show_size(vertex.memory_bytes)}</text>'
+        )
     return (
-        f'<rect {corner} rx="6" fill="{colour}" stroke="#555"/>'
-        f'<text x="{x:.0f}" y="{y - 4:.0f}" text-anchor="middle" font-weight="bold">{escape(vertex.name)}</text>'
-        f'<text x="{x:.0f}" y="{y + 12:.0f}" text-anchor="middle" font-size="10">{escape(about(vertex))}</text>'
+        f'{frame}<text x="{box.x:.0f}" y="{box.y - 4:.0f}" text-anchor="middle" font-weight="bold">{escape(vertex.name)}</text>'
+        f'<text x="{box.x:.0f}" y="{box.y + 12:.0f}" text-anchor="middle" font-size="10">{escape(about(vertex))}</text>'
     )
 
 
-def _legend(topology: Topology, height: float) -> list[str]:
-    kinds: dict[str, LinkSpec] = {}
-    for link in topology.links:
-        kinds.setdefault(link.kind, link)
-    first = height - 20 * len(kinds) - 4
+def _legend(texts: list[tuple[str, str]], colours: dict[str, str], first: float) -> list[str]:
     parts = []
-    for i, link in enumerate(kinds.values()):
-        y = first + 20 * i
-        parts.append(f'<rect x="{MARGIN}" y="{y - 6:.0f}" width="22" height="3" fill="{LINK_COLOURS[i % len(LINK_COLOURS)]}"/>')
-        parts.append(f'<text x="{MARGIN + 30}" y="{y:.0f}" fill="#444">{escape(link_text(link))}</text>')
+    for i, (kind, text) in enumerate(texts):
+        y = first + 18 * i
+        parts.append(f'<rect x="{MARGIN}" y="{y - 5:.0f}" width="22" height="3" fill="{colours[kind]}"/>')
+        parts.append(f'<text x="{MARGIN + 30}" y="{y:.0f}" fill="#444">{escape(text)}</text>')
     return parts

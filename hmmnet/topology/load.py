@@ -110,8 +110,15 @@ def examine(text: str, file: str, name: str = "", models: Collection[str] | None
     problems = list(document.problems)
     topology = _build(document, name)
     problems += check_topology(topology, _InDocument(document), models)
-    problems = sorted(dict.fromkeys(problems), key=lambda problem: problem.line)
-    return (None if problems else _with_nodes(topology)), problems
+    return (None if problems else _with_nodes(topology)), _in_order(problems)
+
+
+def _in_order(problems: list[Problem]) -> list[Problem]:
+    """By line; what is wrong with all of gpu[0-63] in the same way is said once."""
+    first: dict[tuple[object, ...], Problem] = {}
+    for problem in problems:
+        first.setdefault((problem.line, problem.place, problem.field, problem.cause), problem)
+    return sorted(first.values(), key=lambda problem: problem.line)
 
 
 class _InDocument(Where):
@@ -121,6 +128,10 @@ class _InDocument(Where):
         self._document = document
         self.file = document.file
         self.complete = document.complete
+
+    def place(self, section: str, number: int, name: str) -> str:
+        """As the file calls it, gpu[0-7] and all."""
+        return self._document.records[section][number].place
 
     def line(self, section: str, number: int, key: str) -> int:
         """The line of `key`, or of the table when the key is not written."""

@@ -37,6 +37,7 @@ async def connect(
     itself, before its first await. Raises PeerRefused with the host's reason, and PeerLost when nobody answers within `connect_s`.
     """
     channel = transport.connect(endpoint, transport.fresh_identity(hello.name))
+    failure: Exception | None = None
     try:
         welcome = await _say_hello(channel, hello, endpoint, connect_s, retry_s)
         session = Session(
@@ -51,14 +52,18 @@ async def connect(
         if prepare is not None:
             prepare(session, welcome)
         async with trio.open_nursery() as nursery:
-            await nursery.start(session.run)
+            session.start(nursery)
             nursery.start_soon(_read, channel, session)
             try:
                 yield session, welcome
+            except Exception as error:  # noqa: BLE001 - raised again below: as it is, not in the nursery's group
+                failure = error
             finally:
                 with trio.CancelScope(shield=True):
                     await session.bye()
                 nursery.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
     finally:
         with trio.CancelScope(shield=True):
             await channel.aclose()

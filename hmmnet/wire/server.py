@@ -57,9 +57,9 @@ class Server:
     heartbeat_s: float = HEARTBEAT_S
     lease_s: float = LEASE_S
     retry_s: float = RETRY_S
-    refused_count: int = 0
-    _by_address: dict[bytes, Peer] = field(default_factory=dict)
-    _by_name: dict[tuple[str, str], Peer] = field(default_factory=dict)
+    refused_count: int = field(default=0, init=False)
+    _by_address: dict[bytes, Peer] = field(default_factory=dict, init=False)
+    _by_name: dict[tuple[str, str], Peer] = field(default_factory=dict, init=False)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled."""
@@ -128,7 +128,7 @@ class Server:
         peer = Peer(address, session, encode(Kind.WELCOME, 0, 0, answer), known.session.incarnation if known is not None else None)
         self._remember(peer, hello)
         self.joined(session, hello)
-        nursery.start_soon(session.run)
+        session.start(nursery)
         self._put(address, peer.welcome)
 
     def _check(self, hello: Hello, known: Peer | None) -> Refused | None:

@@ -162,6 +162,8 @@ class Session:
             self._transmit(frame)
         except trio.WouldBlock:
             return  # no room or no connection just now: the frame counts as lost on the way, and is repeated in time
+        except trio.ClosedResourceError:
+            self.end(PeerLost(f"the connection to {self.peer_name} was closed here"))
 
     # --- answering -------------------------------------------------------------------------------------------------------------------
 
@@ -280,7 +282,7 @@ class Session:
             return None
         if entry[1]:
             return self._finish(asked, body, result)
-        assert self._nursery is not None, "a session serves only inside run()"
+        assert self._nursery is not None, "a session serves only once it is started"
         self._nursery.start_soon(self._finish, asked, body, result)
         return None
 
@@ -310,15 +312,14 @@ class Session:
 
     # --- living and ending -----------------------------------------------------------------------------------------------------------
 
-    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Serve until the session is over: heartbeats, repeats, the lease, and the tasks of handlers.
+    def start(self, nursery: trio.Nursery) -> None:
+        """Serve, in tasks of `nursery`, until the session is over: heartbeats, repeats, the lease, and the tasks of handlers.
 
         Handlers that still run at the end are not cancelled: a migration must be undone or finished, not dropped. What they ask of the
-        peer raises PeerLost, and their answers go nowhere. Cancel `run` to cancel them.
+        peer raises PeerLost, and their answers go nowhere. Cancel the nursery to cancel them.
         """
-        async with trio.open_nursery() as self._nursery:
-            task_status.started()
-            await self._keep_alive()
+        self._nursery = nursery
+        nursery.start_soon(self._keep_alive)
 
     async def _keep_alive(self) -> None:
         exchange = self._exchange

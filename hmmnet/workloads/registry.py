@@ -15,7 +15,7 @@ Report: TypeAlias = dict[str, Any]
 Workload: TypeAlias = Callable[..., Awaitable[Report]]
 
 
-class UnknownWorkload(HmmnetError):  # noqa: N818 - named as what is the matter
+class UnknownWorkload(HmmnetError):
     """No installed package has a workload of this name."""
 
 

@@ -188,7 +188,7 @@ def break_cow(mm: Mm, vma: Vma, pages: Words) -> None:
 
 
 def unshare(mm: Mm, vma: Vma, page: int) -> None:
-    """do_wp_page with FAULT_FLAG_UNSHARE: `page`, present and shared, becomes the process's own, still read-only. Mirrors have been told."""
+    """do_wp_page with FAULT_FLAG_UNSHARE: `page`, present and shared, becomes the process's own, still read-only. Mirrors were told."""
     entry = mm.table.get(page)
     frame = entry >> pte.FRAME_SHIFT
     if entry & (pte.KIND | pte.ANON_EXCLUSIVE) != pte.PRESENT:

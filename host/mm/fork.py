@@ -73,7 +73,7 @@ def _copies(parent: Mm, child: Mm, vma: Vma, entries: Words, pages: Words) -> Wo
     """copy_present_page: pages of the child's own, with the same bytes."""
     frames = parent.memory.allocate(len(entries), keep=slice(0, len(entries)))
     if frames is None:
-        raise KernelError(ENOMEM, "fork", f"process {child.number} wants {len(entries)} copies of pinned pages and the host's memory is used up")
+        raise KernelError(ENOMEM, "fork", f"{len(entries)} pinned pages have to be copied and the host's memory is used up")
     parent.memory.copy(pte.frames_of(entries), frames)
     parent.memory.map_new(frames, child.family, pages if vma.pgoff == vma.start else pages - vma.start + vma.pgoff)
     return pte.entries_of(pte.PRESENT, frames, pte.DIRTY | pte.ANON_EXCLUSIVE | (pte.WRITE if vma.flags & VM_WRITE else 0))

@@ -480,7 +480,7 @@ class ScriptedHost:
 async def until(condition: Callable[[], bool], within_s: float = 10.0) -> None:
     """Wait for something that no event announces: another process's end, a counter."""
     with trio.fail_after(within_s):
-        while not condition():  # noqa: ASYNC110 - nobody could set an event
+        while not condition():
             await trio.sleep(0.005)
 
 

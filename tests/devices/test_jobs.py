@@ -7,6 +7,7 @@ import pytest
 import trio
 
 from hmmnet.errors import KernelError
+from hmmnet.workloads.structures import build_lists, build_tree
 from tests.devices.scripted_host import counters_of, machine, results_of, u64, until
 
 PAGE = 0x10000
@@ -180,6 +181,45 @@ async def test_bad_arguments_end_the_job(arguments: dict[str, object], complaint
     async with machine() as (host, _):
         finished = await host.launch("reduction", **arguments)  # type: ignore[arg-type]
         assert complaint in finished.error
+
+
+@pytest.mark.parametrize("placement", ["demand", "remote"])
+async def test_pointer_kernels_on_a_device(placement: str) -> None:
+    """Lanes that run out one by one, down to none: lists and a tree, in own and in foreign memory."""
+    async with machine() as (host, _):
+        random = np.random.default_rng(7)
+        nodes_at, heads_at, out_at = host.mmap(PAGE, 64), host.mmap(PAGE + 64, 16), host.mmap(PAGE + 80, 16)
+        values = random.integers(0, 1 << 62, 3000, dtype=np.uint64)
+        lengths = np.bincount(random.integers(0, 200, 3000), minlength=200)
+        lists = build_lists(nodes_at, values, lengths, random.permutation(3000))
+        await host.cpu_write(nodes_at, lists.nodes.tobytes())
+        await host.cpu_write(heads_at, lists.heads.tobytes())
+        finished = await host.launch("list_walk", placement, heads=heads_at, n=200, out=out_at)
+        assert finished.error == ""
+        sums = [int(part.sum(dtype=np.uint64)) for part in np.split(values, np.cumsum(lengths)[:-1])]
+        assert np.frombuffer(await host.cpu_read(out_at, 1600), "<u8").tolist() == sums
+        keys = np.unique(values)
+        tree = build_tree(nodes_at, keys[:1024], keys[:1024], random.permutation(1024))
+        await host.cpu_write(nodes_at, tree.nodes.tobytes())
+        await host.cpu_write(heads_at, keys[:1024].tobytes())
+        finished = await host.launch("tree_search", placement, root=tree.root, keys=heads_at, n=1024, out=out_at)
+        assert finished.error == ""
+        assert results_of(finished)["found"] == 1024
+        assert (np.frombuffer(await host.cpu_read(out_at, 8192), "<u8") == keys[:1024]).all()
+
+
+@pytest.mark.parametrize("kernel", ["reduction", "vector_add", "list_walk", "tree_search", "word_count"])
+async def test_kernels_of_nothing(kernel: str) -> None:
+    """No elements, no access, no error."""
+    arguments = {
+        "reduction": {"a": 0, "n": 0},
+        "vector_add": {"a": 0, "b": 0, "out": 0, "n": 0},
+        "list_walk": {"heads": 0, "n": 0, "out": 0},
+        "tree_search": {"root": 0, "keys": 0, "n": 0, "out": 0},
+        "word_count": {"text": 0, "length": 0, "words": 0, "n": 0, "out": 0},
+    }
+    async with machine() as (host, _):
+        assert (await host.launch(kernel, **arguments[kernel])).error == ""
 
 
 async def test_close_ends_running_jobs() -> None:

@@ -148,7 +148,8 @@ async def test_many_tasks_on_one_socket(narrow: tuple[Bridge, Bridge]) -> None:
 
     async def take(count: int) -> None:
         for _ in range(count):
-            got.append(number(await narrow[1].recv()))
+            message = await narrow[1].recv()
+            got.append(number(message))
 
     async def come_and_go() -> None:
         while True:
@@ -173,16 +174,16 @@ async def test_a_cancelled_call_has_no_effect(wide: tuple[Bridge, Bridge]) -> No
     """Cancelled before it begins, a send sends nothing and a receive takes nothing."""
     one, other = wide
     await one.send([b"first"])
-    with trio.CancelScope() as scope:
-        scope.cancel()
+    with trio.CancelScope() as before_send:
+        before_send.cancel()
         await one.send([b"never"])
-    assert scope.cancelled_caught
     while not other.getsockopt(zmq.EVENTS) & zmq.POLLIN:
         await trio.sleep(0.001)
-    with trio.CancelScope() as scope:
-        scope.cancel()
+    with trio.CancelScope() as before_receive:
+        before_receive.cancel()
         await other.recv()
-    assert scope.cancelled_caught
+    assert before_send.cancelled_caught
+    assert before_receive.cancelled_caught
     assert await other.recv() == [b"first"]
     await one.send([b"last"])
     assert await other.recv() == [b"last"]
@@ -198,7 +199,6 @@ async def test_parts_stay_together(wide: tuple[Bridge, Bridge]) -> None:
     assert await other.recv() == [b"a", b"", b"c"]
     landing = bytearray(100)
     assert await other.recv_first() == b"head"
-    assert other.more
     assert other.take_into(memoryview(landing)) == 100
     assert landing == bytes(range(100))
     assert not other.more
@@ -214,11 +214,13 @@ async def test_nowait(narrow: tuple[Bridge, Bridge]) -> None:
     with pytest.raises(trio.WouldBlock):
         other.recv_nowait()
     sent = 0
-    with pytest.raises(trio.WouldBlock):
-        for _ in range(1_000):
+    full = False
+    while not full:
+        try:
             one.send_nowait(numbered(sent))
             sent += 1
-            await trio.lowlevel.checkpoint()
+        except trio.WouldBlock:
+            full = True
     got: list[int] = []
     with trio.fail_after(BOUND_S):
         await drain(other, got, sent)
@@ -236,10 +238,11 @@ async def test_close_wakes_everybody(narrow: tuple[Bridge, Bridge]) -> None:
         closed.append("receiver")
 
     async def send() -> None:
-        with pytest.raises(trio.ClosedResourceError):
+        try:
             while True:
                 await one.send([bytes(1000)])
-        closed.append("sender")
+        except trio.ClosedResourceError:
+            closed.append("sender")
 
     with trio.fail_after(BOUND_S):
         async with trio.open_nursery() as nursery:

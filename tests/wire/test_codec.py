@@ -38,7 +38,7 @@ def sample(kind: type[Message]) -> Message:
         while typing.get_origin(base) is typing.Annotated:
             base = typing.get_args(base)[0]
         example_of = {int: 7, str: "name", bytes: bytes(16), float: 0.5, bool: True}
-        values.append(example_of[base] if base in example_of else [])
+        values.append(example_of.get(base, []))
     return kind(*values)
 
 

@@ -114,7 +114,6 @@ def test_the_window_bounds_what_is_under_way() -> None:
     exchange = Exchange(0.0)
     assert all(send(exchange)[1] for _ in range(WINDOW))
     assert [send(exchange)[1] for _ in range(10)] == [False] * 10
-    assert exchange.waiting_for_room
     assert exchange.ready() == []
     assert numbers(exchange.repeat(0.0)) == list(range(1, REPEAT_MAX + 1))
     exchange.arrived(0, 4, 0.0)
@@ -122,7 +121,7 @@ def test_the_window_bounds_what_is_under_way() -> None:
     assert send(exchange)[1] is False
     exchange.arrived(0, WINDOW, 0.0)
     assert numbers(exchange.ready()) == [WINDOW + i for i in range(5, 12)]
-    assert not exchange.waiting_for_room
+    assert exchange.ready() == []
     assert send(exchange)[1] is True
 
 

@@ -43,8 +43,11 @@ class Machine:
         self.lost: list[PeerLost] = []
         self.decide: Callable[[Hello], Welcome | Refused] = lambda _: WELCOME
         self.transport = transport
-        self.server = Server(transport.listen(endpoint), SECRET, lambda hello: self.decide(hello), self.on_joined, **times)
+        self.server = Server(transport.listen(endpoint), SECRET, self.on_hello, self.on_joined, **times)
         self.endpoint = self.server.listener.endpoint
+
+    def on_hello(self, greeting: Hello) -> Welcome | Refused:
+        return self.decide(greeting)
 
     def on_joined(self, session: Session, _: Hello) -> None:
         self.joined.append(session)
@@ -90,6 +93,15 @@ async def test_a_peer_joins_and_leaves(machine: Callable[..., Machine]) -> None:
         assert host.idle
 
 
+async def test_an_error_in_the_block_comes_out_as_it_is(machine: Callable[..., Machine]) -> None:
+    """Not wrapped in a group; and the goodbye is said all the same."""
+    async with running(machine()) as host:
+        with pytest.raises(KeyError, match="mine"):
+            async with connect(host.transport, host.endpoint, hello()):
+                raise KeyError("mine")
+        assert isinstance(host.lost[0], PeerGone)
+
+
 async def test_the_host_says_goodbye_to_all(machine: Callable[..., Machine]) -> None:
     """Each peer hears it once, and the host waits for all of them at once."""
     heard: list[PeerLost] = []
@@ -100,7 +112,7 @@ async def test_the_host_says_goodbye_to_all(machine: Callable[..., Machine]) -> 
         await host.server.bye()
         assert host.idle
         with trio.move_on_after(5):
-            while len(heard) < 4:  # noqa: ASYNC110 - the peers hear it in their own time
+            while len(heard) < 4:
                 await trio.sleep(0.001)
     assert all(isinstance(cause, PeerGone) for cause in heard)
 
@@ -124,9 +136,32 @@ async def test_requests_before_the_first_await_are_served(machine: Callable[...,
             async with connect(
                 host.transport, host.endpoint, hello(), prepare=lambda session, _: session.on(CloseContext, lambda _: Report(b"ready"))
             ):
-                while not answers:  # noqa: ASYNC110 - the answer goes to the host
+                while not answers:
                     await trio.sleep(0.001)
         assert answers == [Report(b"ready")]
+
+
+async def test_requests_right_behind_the_hello_are_served(machine: Callable[..., Machine]) -> None:
+    """In one burst, before the server has done anything else; by a handler that waits, too."""
+    async with running(machine()) as host:
+        register = host.on_joined
+
+        def joined(session: Session, greeting: Hello) -> None:
+            register(session, greeting)
+
+            async def slow(_: CloseContext) -> Report:
+                await trio.sleep(0.01)
+                return Report(b"slow")
+
+            session.on(CloseContext, slow)
+
+        host.server.joined = joined
+        channel = host.transport.connect(host.endpoint, b"raw")
+        await channel.send(encode(Kind.HELLO, 0, 0, hello()))
+        await channel.send(encode(Kind.REQUEST, 1, 0, CloseContext(1)))
+        await channel.send(encode(Kind.REQUEST, 2, 0, Inspect()))
+        bodies = [decode_body((await channel.receive())[0]) for _ in range(3)]
+        assert bodies == [WELCOME, Report(b"gpu0"), Report(b"slow")]
 
 
 @pytest.mark.parametrize(
@@ -164,7 +199,12 @@ async def test_a_restarted_device_replaces_its_old_self(machine: Callable[..., M
     order: list[str] = []
     async with running(machine()) as host, connect(host.transport, host.endpoint, hello(incarnation=1)) as (old, _):
         host.joined[0].on_lost(lambda cause: order.append(f"lost: {cause}"))
-        host.decide = lambda asked: (order.append("welcome"), WELCOME)[1]
+
+        def decide(_: Hello) -> Welcome:
+            order.append("welcome")
+            return WELCOME
+
+        host.decide = decide
         async with connect(host.transport, host.endpoint, hello(incarnation=2)) as (new, _):
             assert order == ["lost: gpu0 was replaced by a new incarnation of itself", "welcome"]
             assert await new.request(Inspect()) == Report(b"gpu0")
@@ -216,7 +256,7 @@ async def test_a_silent_peer_is_lost(machine: Callable[..., Machine]) -> None:
         channel = host.transport.connect(host.endpoint, b"raw")
         await channel.send(encode(Kind.HELLO, 0, 0, hello()))
         await channel.receive()
-        while not host.lost:  # noqa: ASYNC110 - the lease runs out by itself
+        while not host.lost:
             await trio.sleep(0.01)
         assert "gpu0 was silent for" in str(host.lost[0])
         assert host.idle
@@ -380,23 +420,23 @@ async def peer_process(endpoint: str, incarnation: int, mode: str = "alive") -> 
 async def test_a_killed_or_stalled_process_is_lost(place: str, mode: str) -> None:
     """kill -9, or a loop that no longer turns: the lease tells; the restarted process gets in at once, without waiting for it."""
     with ZmqTransport() as transport:
-        async with running(Machine(transport, f"ipc://{place}/control", heartbeat_s=0.1, lease_s=0.8, retry_s=0.2)) as host:
+        async with running(Machine(transport, f"ipc://{place}/control", heartbeat_s=0.1, lease_s=1.5, retry_s=0.2)) as host:
             async with peer_process(host.endpoint, 1, mode) as process:
-                while not host.joined:  # noqa: ASYNC110 - another process joins
+                while not host.joined:
                     await trio.sleep(0.01)
                 if mode == "alive":
                     await trio.sleep(1.0)
                     assert host.lost == []
                     process.kill()
-                while not host.lost:  # noqa: ASYNC110 - the lease runs out by itself
+                while not host.lost:
                     await trio.sleep(0.01)
                 assert "was silent" in str(host.lost[0])
                 assert host.idle
             async with peer_process(host.endpoint, 2):
-                while len(host.joined) < 2:  # noqa: ASYNC110 - another process joins
+                while len(host.joined) < 2:
                     await trio.sleep(0.01)
                 async with peer_process(host.endpoint, 3):
-                    while len(host.joined) < 3:  # noqa: ASYNC110 - another process joins
+                    while len(host.joined) < 3:
                         await trio.sleep(0.01)
                     assert "replaced" in str(host.lost[1])
 
@@ -404,16 +444,33 @@ async def test_a_killed_or_stalled_process_is_lost(place: str, mode: str) -> Non
 async def test_a_host_that_comes_back_resets_its_peers(place: str) -> None:
     """A new host at the old place knows no session: its peers learn it at once, not by lease."""
     endpoint = f"ipc://{place}/control"
-    with ZmqTransport() as peers:
-        with ZmqTransport() as first:
-            host = Machine(first, endpoint)
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(host.server.run)
-                context = connect(peers, endpoint, hello(), lease_s=math.inf)
-                session, _ = await context.__aenter__()
-                nursery.cancel_scope.cancel()
-        with ZmqTransport() as second:
-            async with running(Machine(second, endpoint)):
+    connected, restarted, told = trio.Event(), trio.Event(), trio.Event()
+
+    async def live() -> None:
+        with ZmqTransport() as peers:
+            async with connect(peers, endpoint, hello(), lease_s=math.inf) as (session, _):
+                connected.set()
+                await restarted.wait()
                 with pytest.raises(PeerLost, match="knows no session"):
                     await session.request(Inspect())
-        await context.__aexit__(None, None, None)
+                told.set()
+
+    async with trio.open_nursery() as nursery:
+        with ZmqTransport() as first:
+            async with running(Machine(first, endpoint)):
+                nursery.start_soon(live)
+                await connected.wait()
+        with ZmqTransport() as second:
+            async with running(Machine(second, endpoint)):
+                restarted.set()
+                await told.wait()
+
+
+async def test_a_closed_transport_ends_its_sessions() -> None:
+    """Ours to close, and then whoever still asks hears PeerLost."""
+    with MemoryTransport() as transport:
+        async with running(Machine(transport, "mem://control")) as host, connect(transport, host.endpoint, hello()) as (session, _):
+            with pytest.raises(PeerLost, match="was closed here"):
+                session._transmit = transport.bind_channel("mem://x").send_nowait
+                transport._pairs["mem://x"][0].close()
+                await session.request(Inspect())

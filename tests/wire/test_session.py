@@ -56,8 +56,8 @@ class World:
 async def joined() -> AsyncIterator[World]:
     world = World()
     async with trio.open_nursery() as nursery:
-        for run in (world.host.run, world.device.run):
-            await nursery.start(run)
+        world.host.start(nursery)
+        world.device.start(nursery)
         nursery.start_soon(world.out.carry, world.device)
         nursery.start_soon(world.home.carry, world.host)
         yield world
@@ -77,7 +77,7 @@ async def test_a_request_is_answered(world: World, autojump_clock: MockClock) ->
         await trio.sleep(1)
 
     async def inline(message: OpenContext) -> Done:
-        await trio.sleep(0)
+        await trio.lowlevel.checkpoint()
         return Done()
 
     world.device.on(Inspect, lambda _: Report(b"figures"))
@@ -130,7 +130,9 @@ async def test_a_long_request_holds_up_nothing(world: World, autojump_clock: Moc
     ],
 )
 @pytest.mark.parametrize("waits", [False, True])
-async def test_a_failure_arrives_as_what_it_is(world: World, autojump_clock: MockClock, raised: Exception, arrives: Exception, waits: bool) -> None:
+async def test_a_failure_arrives_as_what_it_is(
+    world: World, autojump_clock: MockClock, raised: Exception, arrives: Exception, waits: bool
+) -> None:
     """Modelled errors as themselves, everything else as RemoteError with its text; the session lives on."""
 
     def fail(_: Inspect) -> Report:
@@ -152,7 +154,9 @@ async def test_a_failure_arrives_as_what_it_is(world: World, autojump_clock: Moc
     assert world.device.lost is None
 
 
-async def test_a_failure_of_ours_is_logged_where_it_happened(world: World, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_failure_of_ours_is_logged_where_it_happened(
+    world: World, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
     """With its traceback, at the side that raised."""
 
     def fail(_: Inspect) -> Report:
@@ -184,7 +188,7 @@ async def test_inline_order(world: World, autojump_clock: MockClock) -> None:
 
     async def invalidate(_: CloseContext) -> None:
         seen.append("invalidate")
-        await trio.sleep(0)
+        await trio.lowlevel.checkpoint()
         seen.append("quiet")
 
     world.device.on(CloseContext, invalidate, inline=True)

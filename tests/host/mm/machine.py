@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from hmmnet.arena import Arena
@@ -54,7 +56,10 @@ class Machine:
         self.memory.add_node("node0", host_pages)
         self.devices = {64 + i: Device(self, 64 + i, kind, device_pages) for i in range(devices)}
         self.spaces: dict[int, Space] = {}
+        self.gone: set[int] = set()
         self.homed: list[int] = []
+        self.on_copy_out: Callable[[Space, Words], None] | None = None
+        """Called with the pages that are about to leave a device: where a driver drops its own entries for them."""
 
     def process(self) -> Space:
         """A new process."""
@@ -62,9 +67,20 @@ class Machine:
         self.spaces[space.number] = space
         return space
 
+    async def fork(self, parent: Space) -> Space:
+        """A child of `parent`."""
+        space = await parent.fork(len(self.spaces) + 1, Hub())
+        self.spaces[space.number] = space
+        return space
+
+    async def exit(self, space: Space) -> None:
+        """The end of a process; its number is not used again."""
+        await space.exit()
+        self.gone.add(space.number)
+
     def check(self, *, quiet: bool = True) -> None:
         """The invariants, and that each device's allocator agrees with the books."""
-        check(self.memory, [space.mm for space in self.spaces.values() if space.mm.family in self.memory.families], quiet=quiet)
+        check(self.memory, [space.mm for space in self.spaces.values() if space.number not in self.gone], quiet=quiet)
         for device in self.devices.values():
             if quiet and not device.zone.lost:
                 assert np.count_nonzero(device.zone.refcount) == device.allocator.used_count
@@ -84,13 +100,14 @@ class Machine:
         await self._collect_and_bring(space, pages, zone)
 
     async def _collect_and_bring(self, space: Space, pages: Words, zone: int) -> int:
-        entries = space.mm.table.take(pages)
-        told = await self._tell_others(space, entries >> np.uint64(PAGE_SHIFT))
+        told = await self._tell_others(space, pages)
         async with space.hub.invalidate(Event.MIGRATE, int(pages[0]), int(pages[-1]) + 1, zone):
             migration = space.collect(pages, Select.DEVICE_PRIVATE | Select.DEVICE_COHERENT, zone, told=told)
         going = np.flatnonzero(migration.source & (MIGRATE | VALID) == (MIGRATE | VALID))
         frames = self.memory.allocate(len(going), keep=slice(0, len(going)))
         assert frames is not None
+        if self.on_copy_out is not None:
+            self.on_copy_out(space, pages[going])
         self._copy(migration.source[going] >> SHIFT, frames)
         migration.target[going] = frames << SHIFT | VALID
         space.migrate_pages(migration)
@@ -98,18 +115,14 @@ class Machine:
         space.migrate_finalize(migration)
         return moved
 
-    async def _tell_others(self, space: Space, frames: Words) -> frozenset[int]:
-        """Announce to the other processes that map `frames`."""
-        told = set()
-        frames = frames[frames != 0]
-        if len(frames):
-            for mapped in mappings(self.memory, frames):
-                told.add(mapped.mm.number)
-                if mapped.mm is not space.mm:
-                    for page in mapped.pages.tolist():
-                        async with self.spaces[mapped.mm.number].hub.invalidate(Event.CLEAR, page, page + 1):
-                            pass
-        return frozenset(told)
+    async def _tell_others(self, space: Space, pages: Words) -> frozenset[int]:
+        """Announce to the other processes that map the frames of `pages`."""
+        found = space.sharers(pages)
+        for mapped in found:
+            for page in mapped.pages.tolist():
+                async with self.spaces[mapped.mm.number].hub.invalidate(Event.CLEAR, page, page + 1):
+                    pass
+        return frozenset(mapped.mm.number for mapped in found)
 
     def _copy(self, source: Words, target: Words) -> None:
         for old, new in zip(source.tolist(), target.tolist(), strict=True):
@@ -121,7 +134,7 @@ class Machine:
         """migrate_vma towards a device, one VMA; the final source words."""
         async with space.mmap_lock.read():
             space.check_migratable(int(pages[0]), int(pages[-1]) + 1)
-            told = await self._tell_others(space, space.mm.table.take(pages) >> np.uint64(12))
+            told = await self._tell_others(space, pages)
             async with space.hub.invalidate(Event.MIGRATE, int(pages[0]), int(pages[-1]) + 1, zone):
                 migration = space.collect(pages, Select.SYSTEM, zone, told=told)
             going = np.flatnonzero(migration.source & MIGRATE)
