@@ -108,9 +108,10 @@ class Memory:
             self._frames.free(frames)
 
     def free(self, raw: bytes, drop: Callable[[Words], None] = lambda _: None) -> Words:
-        """folio_free of the host's frame list `raw`; returns the frames, ascending. Raises ProtocolError unless all are live, each named once.
+        """folio_free of the host's frame list `raw`; returns the frames, ascending.
 
-        `drop` is called with them before they are forgotten, to remove what may still lead there.
+        `drop` is called with them before they are forgotten, to remove what may still lead there. Raises ProtocolError unless all are
+        live, and each is named once.
         """
         frames = np.sort(self._listed(raw, "FreeFrames", LIVE, LEAVING))
         if len(frames):

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import trio
 
-from hmmnet.errors import KernelError, PeerError
+from hmmnet.errors import HmmnetError, KernelError, PeerError
 from hmmnet.pages import HMM_PFN_REQ_FAULT, HMM_PFN_REQ_WRITE, HMM_PFN_WRITE, HUGE_SHIFT, ZERO_FRAME, Words
 
 from .context import MIGRATE_PAGES_MAX, Context
@@ -85,8 +85,8 @@ class FaultService:
             began_s = self._now()
             try:
                 fatal = await self._service(batch)
-            except PeerError as error:
-                # The host is gone or at fault: whoever waits for these pages must not wait for ever.
+            except HmmnetError as error:
+                # The host is gone or at fault, or the process is: whoever waits for these pages must not wait for ever.
                 fatal = dict.fromkeys(batch.pages.tolist(), str(error))
             self._count(batch, fatal, self._now() - began_s)
             self.buffer.finish(batch, fatal)
@@ -164,7 +164,10 @@ class FaultService:
         for some, some_write in looks:
             program = partial(self._enter, some, some_write)
             for low, high in self._cut([(int(some[0]), int(some[-1]) + 1)]):
-                await self._context.range_fault(low, high, 0, program=program)
+                try:
+                    await self._context.range_fault(low, high, 0, program=program)
+                except KernelError:
+                    return  # faulting page by page says what is wrong
 
     def _enter(self, pages: Words, write: Mask, start: int, words: Words) -> None:
         """Enter the snapshot's words of `pages`, where they give the right that is wanted."""
@@ -195,7 +198,7 @@ class FaultService:
             return  # as above
 
     async def _map(self, flags: int, fatal: dict[int, str], start: int, end: int) -> None:
-        """Range-fault [start, end); halve it to find the page that cannot be had."""
+        """Range-fault [start, end); halve it to find the first page that cannot be had. What lies behind it faults again if wanted."""
         try:
             await self._context.range_fault(start, end, flags)
         except KernelError as error:
@@ -205,8 +208,10 @@ class FaultService:
                 fatal[start] = str(error)
                 return
             middle = (start + end) // 2
+            known = len(fatal)
             await self._map(flags, fatal, start, middle)
-            await self._map(flags, fatal, middle, end)
+            if len(fatal) == known:
+                await self._map(flags, fatal, middle, end)
             return
         if flags == _REQ_WRITE:
             stuck = np.arange(start, end, dtype=np.uint64)

@@ -14,7 +14,7 @@ from hmmnet.errors import HmmnetError
 from hmmnet.program import Machine
 
 from .answers import Answers, answers_for
-from .data import Input
+from .data import SEARCHES, Input
 from .steps import Demo, Event, facts_of
 
 SECONDS_MAX = 120.0
@@ -80,6 +80,7 @@ class Conductor:
     tell: Callable[[Event], None]
     on_start: Callable[[Started], None]
     rate: float | Literal["auto"] = "auto"
+    searches: int = SEARCHES
 
     async def run(self) -> Outcome:
         """The whole demo on a machine of its own. Raises DemoTimeout, and what launching raises."""
@@ -113,7 +114,7 @@ class Conductor:
                 facts.append(fact)
             self.tell(event)
 
-        demo = Demo(machine, hear, self.given.text, answers, random.Random(self.seed))  # noqa: S311 - chance, not secrecy
+        demo = Demo(machine, hear, self.given.text, answers, random.Random(self.seed), self.searches)  # noqa: S311 - chance, not secrecy
         await demo.run()
         return Outcome(
             source=self.given.source,

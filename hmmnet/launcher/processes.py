@@ -17,7 +17,6 @@ from pathlib import Path
 
 import trio
 
-import hmmnet
 
 ENVIRONMENT = {
     "OPENBLAS_NUM_THREADS": "1",  # numpy's BLAS otherwise starts a thread for each core in each of 64 devices
@@ -33,7 +32,7 @@ FILES_MAX = 65_536
 def child_environment() -> dict[str, str]:
     """The environment of every process that is started: ours, with the settings that emulation needs, and this very hmmnet importable."""
     environment = {**os.environ, **ENVIRONMENT, "PYTHONSAFEPATH": "1"}
-    home = str(Path(hmmnet.__file__).resolve().parent.parent)
+    home = str(Path(__file__).resolve().parent.parent.parent)
     installed = {str(Path(folder).resolve()) for folder in (*site.getsitepackages(), site.getusersitepackages())}
     if home not in installed:  # a checkout
         rest = environment.get("PYTHONPATH", "")

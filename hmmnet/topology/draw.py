@@ -11,10 +11,10 @@ import math
 from dataclasses import dataclass
 from html import escape
 
-from hmmnet.units import show_rate, show_size
+from hmmnet.units import show_size
 
 from .model import DeviceSpec, LinkSpec, MemoryNode, Switch, Topology
-from .tree import about, below, link_text, uplinks
+from .tree import about, below, link_text, rate_text, uplinks
 
 BOX_WIDTH, BOX_HEIGHT = 124, 44
 SMALL_HEIGHT = 22
@@ -22,6 +22,7 @@ GAP_X, GAP_Y = 18, 66
 MARGIN = 24
 COLUMNS_MAX = 10
 """Machines that are wider stack the devices of each switch."""
+STACK_GAP = 14
 ARC_HEIGHT = 16
 """How much higher an arc is for each box that it passes over."""
 COLOURS = {MemoryNode: "#dbe9f6", DeviceSpec: "#fde3c8", Switch: "#e4e4e4"}
@@ -61,25 +62,32 @@ class Box:
 class Layout:
     """Where everything stands. `boxes` by name; `width` and `bottom` of the whole."""
 
-    def __init__(self, topology: Topology) -> None:
+    def __init__(self, topology: Topology, width_min: float = 0.0) -> None:
         self._topology = topology
         self.up = uplinks(topology)
         self._children = below(topology, self.up)
         self._roots = [node.name for node in topology.nodes]
         self._stacks = sum(self._columns(root, False) for root in self._roots) > COLUMNS_MAX
-        self.boxes: dict[str, Box] = {}
+        columns = max(1.0, sum(self._columns(root, self._stacks) for root in self._roots))
+        self.width = max(width_min, 2 * MARGIN + columns * (BOX_WIDTH + GAP_X) - GAP_X)
+        self._first_x = (self.width - (columns - 1) * (BOX_WIDTH + GAP_X)) / 2
         self._first_y = MARGIN + 34 + self._arcs_above() + BOX_HEIGHT / 2
+        self.boxes: dict[str, Box] = {}
         at = 0.0
         for root in self._roots:
             at += self._place(root, at, 0)
-        self.columns = max(at, 3.0)
-        self._place_rest()
-        self.width = 2 * MARGIN + self.columns * (BOX_WIDTH + GAP_X) - GAP_X
+        self._place_rest(columns)
         self.bottom = max(box.bottom for box in self.boxes.values())
 
     def _arcs_above(self) -> float:
         beside = [link for link in self._topology.links if link.a in self._roots and link.b in self._roots]
-        return 10 + ARC_HEIGHT * max((abs(self._roots.index(link.a) - self._roots.index(link.b)) for link in beside), default=-0.6)
+        return max((self.arc_height(link) for link in beside), default=0.0)
+
+    def arc_height(self, link: LinkSpec) -> float:
+        """How far an arc rises above its row, or hangs below it."""
+        if link.a in self._roots and link.b in self._roots:
+            return 10 + ARC_HEIGHT * abs(self._roots.index(link.a) - self._roots.index(link.b))
+        return min(GAP_Y * 0.8, 10 + ARC_HEIGHT * abs(self.boxes[link.a].x - self.boxes[link.b].x) / (BOX_WIDTH + GAP_X))
 
     def _stack_of(self, name: str) -> list[str]:
         """The children of `name` that stand in one stack."""
@@ -91,7 +99,7 @@ class Layout:
         return max(1.0, sum(self._columns(child, stacks) for child in self._children[name] if child not in stack) + bool(stack))
 
     def _x(self, column: float) -> float:
-        return MARGIN + BOX_WIDTH / 2 + column * (BOX_WIDTH + GAP_X)
+        return self._first_x + column * (BOX_WIDTH + GAP_X)
 
     def _y(self, row: int) -> float:
         return self._first_y + row * (BOX_HEIGHT + GAP_Y)
@@ -104,27 +112,27 @@ class Layout:
             if child not in stack:
                 at += self._place(child, at, row + 1)
         for i, child in enumerate(stack):
-            self.boxes[child] = Box(self._x(at), self._y(row + 1) - BOX_HEIGHT / 2 + (i + 0.5) * (SMALL_HEIGHT + 4), row + 1, stacked=True)
+            self.boxes[child] = Box(self._x(at), self._y(row) + BOX_HEIGHT / 2 + STACK_GAP + (i + 0.5) * (SMALL_HEIGHT + 4), row + 1, stacked=True)
         columns = max(1.0, at - first + bool(stack))
         self.boxes[name] = Box(self._x(first + (columns - 1) / 2), self._y(row), row)
         return columns
 
-    def _place_rest(self) -> None:
+    def _place_rest(self, columns: float) -> None:
         """What no memory reaches without passing a device: one more row, spread over the whole width."""
         rest = [vertex.name for vertex in self._topology.vertices() if vertex.name not in self.boxes]
         row = 1 + max((box.row for box in self.boxes.values()), default=-1)
         lowest = max((box.bottom for box in self.boxes.values()), default=self._first_y)
         for i, name in enumerate(rest):
-            self.boxes[name] = Box(self._x((i + 0.5) * self.columns / len(rest) - 0.5), lowest + GAP_Y + BOX_HEIGHT / 2, row)
+            self.boxes[name] = Box(self._x((i + 0.5) * columns / len(rest) - 0.5), lowest + GAP_Y + BOX_HEIGHT / 2, row)
 
 
 def svg(topology: Topology) -> str:
     """The machine as a stand-alone SVG document."""
-    layout = Layout(topology)
+    layout = Layout(topology, 2 * MARGIN + CHARACTER_WIDTH * len(topology.description))
+    width = layout.width
     texts = list(dict.fromkeys((link.kind, link_text(link)) for link in topology.links))
     colours = {kind: LINK_COLOURS[i % len(LINK_COLOURS)] for i, kind in enumerate(dict.fromkeys(kind for kind, _ in texts))}
     height = layout.bottom + (28 if texts else 0) + 18 * len(texts) + MARGIN
-    width = max(layout.width, 2 * MARGIN + CHARACTER_WIDTH * len(topology.description))
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
         f'viewBox="0 0 {width:.0f} {height:.0f}" font-family="sans-serif" font-size="11">',
@@ -144,19 +152,19 @@ def _is_arc(one: Box, other: Box) -> bool:
     return one.row == other.row and not one.stacked and not other.stacked
 
 
-def _arc_height(one: Box, other: Box) -> float:
-    return 10 + ARC_HEIGHT * abs(one.x - other.x) / (BOX_WIDTH + GAP_X)
-
-
 def _line(link: LinkSpec, layout: Layout, colour: str) -> str:
     upper, lower = sorted((layout.boxes[link.a], layout.boxes[link.b]), key=lambda box: (box.row, box.x))
     if _is_arc(upper, lower):
         edge, sign = (upper.top, -1) if upper.row == 0 else (upper.bottom, 1)
-        bend = edge + sign * _arc_height(upper, lower) * 4 / 3  # a cubic reaches three quarters of its handles' height
+        bend = edge + sign * layout.arc_height(link) * 4 / 3  # a cubic reaches three quarters of its handles' height
         path = f"M{upper.x:.0f},{edge:.0f} C{upper.x:.0f},{bend:.0f} {lower.x:.0f},{bend:.0f} {lower.x:.0f},{edge:.0f}"
     elif lower.stacked and link in (layout.up.get(link.a), layout.up.get(link.b)):
         spine = lower.x - BOX_WIDTH / 2 - 8
-        path = f"M{upper.x:.0f},{upper.bottom:.0f} L{spine:.0f},{upper.bottom + 24:.0f} V{lower.y:.0f} H{lower.x:.0f}"
+        down = f"V{lower.y:.0f} H{lower.x:.0f}"
+        if upper.x == lower.x:
+            path = f"M{upper.x:.0f},{upper.y:.0f} H{spine:.0f} {down}"
+        else:
+            path = f"M{upper.x:.0f},{upper.bottom:.0f} L{spine:.0f},{upper.bottom + STACK_GAP:.0f} {down}"
     else:
         path = f"M{upper.x:.0f},{upper.bottom:.0f} L{lower.x:.0f},{lower.top:.0f}"
     title = f"<title>{escape(link.name)}: {escape(link_text(link))}</title>"
@@ -173,8 +181,8 @@ def _rate_label(link: LinkSpec, layout: Layout) -> str:
     one, other = layout.boxes[link.a], layout.boxes[link.b]
     x, y = (one.x + other.x) / 2, (one.y + other.y) / 2
     if _is_arc(one, other):
-        y = one.top - _arc_height(one, other) if one.row == 0 else one.bottom + _arc_height(one, other)
-    text = show_rate(max(link.capacity_bytes_per_s(True), link.capacity_bytes_per_s(False)))
+        y = one.top - layout.arc_height(link) if one.row == 0 else one.bottom + layout.arc_height(link)
+    text = rate_text(link)
     width = CHARACTER_WIDTH * len(text) + 4
     return (
         f'<rect x="{x - width / 2:.0f}" y="{y - 7:.0f}" width="{width:.0f}" height="14" rx="3" fill="white"/>'

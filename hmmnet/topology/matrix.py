@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hmmnet.units import show_rate, show_time
+from hmmnet.units import show_time
 
 from .model import Topology
 from .routes import Routes
@@ -41,7 +41,7 @@ def route_rows(topology: Topology) -> list[dict[str, Any]]:
 
 
 def matrix(topology: Topology) -> Table | None:
-    """The table for a terminal, from row to column; None when the machine has too many ends for one."""
+    """The table for a terminal, in GB/s from row to column; None when the machine has too many ends for one."""
     from rich.table import Table
 
     names = ends(topology)
@@ -49,9 +49,9 @@ def matrix(topology: Topology) -> Table | None:
         return None
     cells = {(row["source"], row["target"]): row for row in route_rows(topology)}
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column("from \\ to", style="bold")
+    table.add_column("GB/s", style="bold", no_wrap=True)
     for name in names:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for source in names:
         table.add_row(source, *(_cell(cells.get((source, target)), len(names) <= ENDS_WITH_LATENCY_MAX) for target in names))
     return table
@@ -60,5 +60,5 @@ def matrix(topology: Topology) -> Table | None:
 def _cell(row: dict[str, Any] | None, latency: bool) -> str:
     if row is None:
         return "[dim]-[/dim]"
-    rate = show_rate(row["bandwidth_bytes_per_s"])
+    rate = f"{row['bandwidth_bytes_per_s'] / 1e9:.4g}"
     return f"{rate}\n[dim]{show_time(row['latency_s'])}[/dim]" if latency else rate

@@ -10,9 +10,11 @@ NAMES_MAX = 1024
 """Things one name may stand for: as many as there may be devices."""
 NAME_LENGTH_MAX = 64
 """As on the wire; a device's name is also the name of its log file."""
+NAMES_SHOWN_MAX = 4
 RESERVED = frozenset({"host"})
 """Programs say ``host`` for "whatever host memory is nearest"; the host's own log has that name, too."""
 
+_NUMBERED = re.compile(r"(.*?)(0|[1-9][0-9]*)\Z")
 _NAME = re.compile(r"([A-Za-z0-9][A-Za-z0-9_.-]*)(?:\[([0-9]+)-([0-9]+)\]([A-Za-z0-9_.-]*))?\Z")
 
 T = TypeVar("T")
@@ -53,3 +55,14 @@ def spread(items: Sequence[T], count: int) -> list[T]:
     if count % len(items):
         raise ValueError(f"{len(items)} things cannot be spread evenly over {count}")
     return [item for item in items for _ in range(count // len(items))]
+
+
+def compact(names: Sequence[str]) -> str:
+    """`names` as a file would write them: ``gpu[0-7]`` where they count up, else with commas, of many the first and last."""
+    matches = [_NUMBERED.match(name) for name in names]
+    first = matches[0]
+    if len(names) > 1 and first is not None:
+        low = int(first[2])
+        if list(names) == [f"{first[1]}{low + i}" for i in range(len(names))]:
+            return f"{first[1]}[{low}-{low + len(names) - 1}]"
+    return ", ".join(names) if len(names) <= NAMES_SHOWN_MAX else f"{names[0]} ... {names[-1]} ({len(names)})"

@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING
 from hmmnet.units import show_rate, show_size, show_time
 
 from .model import DeviceSpec, LinkSpec, MemoryNode, Switch, Topology
+from .names import compact
 
 if TYPE_CHECKING:
     from rich.tree import Tree
-
-NAMES_SHOWN_MAX = 4
 
 
 def about(vertex: MemoryNode | DeviceSpec | Switch) -> str:
@@ -31,9 +30,16 @@ def about(vertex: MemoryNode | DeviceSpec | Switch) -> str:
 
 def link_text(link: LinkSpec) -> str:
     """A link in words: kind, rate in both directions where they differ, latency."""
-    forward, back = link.capacity_bytes_per_s(True), link.capacity_bytes_per_s(False)
-    rate = show_rate(forward) if forward == back else f"{show_rate(forward)} / {show_rate(back)}"
-    return f"{link.kind} {rate}, {show_time(link.latency_s)}"
+    return f"{link.kind} {rate_text(link)}, {show_time(link.latency_s)}"
+
+
+def rate_text(link: LinkSpec) -> str:
+    """What a link carries, both ways where they differ: ``375 / 297 GB/s``."""
+    forward, back = show_rate(link.capacity_bytes_per_s(True)), show_rate(link.capacity_bytes_per_s(False))
+    if forward == back:
+        return forward
+    number, _, unit = forward.partition(" ")
+    return f"{number} / {back}" if back.endswith(f" {unit}") else f"{forward} / {back}"
 
 
 def uplinks(topology: Topology) -> dict[str, LinkSpec]:
@@ -66,9 +72,10 @@ def below(topology: Topology, up: dict[str, LinkSpec]) -> dict[str, list[str]]:
 
 def terminal_tree(topology: Topology) -> Tree:
     """The machine for a terminal."""
+    from rich.markup import escape
     from rich.tree import Tree
 
-    root = Tree(f"[bold]{topology.name}[/]  {topology.description}", guide_style="dim")
+    root = Tree(f"[bold]{escape(topology.name)}[/]  {escape(topology.description)}", guide_style="dim")
     grower = _Grower(topology)
     roots = [vertex.name for vertex in topology.vertices() if vertex.name not in grower.up]
     for names in grower.alike(roots):
@@ -100,20 +107,23 @@ class _Grower:
 
     def grow(self, tree: Tree, names: list[str], per_parent: int) -> None:
         """Add `names`, which are alike and of which each parent has `per_parent` (0: say nothing about that), and what is below."""
+        from rich.markup import escape
+
         vertex = self._topology.vertex(names[0])
         colour = "blue" if isinstance(vertex, MemoryNode) else "yellow" if isinstance(vertex, DeviceSpec) else "white"
-        shown = ", ".join(names) if len(names) <= NAMES_SHOWN_MAX else f"{names[0]} ... {names[-1]} ({len(names)})"
-        each = f"[dim]{per_parent} each:[/] " if per_parent and per_parent < len(names) else ""
-        branch = tree.add(f"{each}[bold {colour}]{shown}[/]  {self._words(names[0])}")
+        each = f"[dim]each with {per_parent}:[/] " if per_parent and per_parent < len(names) else ""
+        branch = tree.add(f"{each}[bold {colour}]{escape(compact(names))}[/]  {self._words(names[0])}")
         for group in self.alike([child for name in names for child in self._children[name]]):
             self.grow(branch, group, len(group) // len(names))
 
     def _words(self, name: str) -> str:
-        """All that is said behind a name."""
-        text = about(self._topology.vertex(name))
+        """All that is said behind a name, as rich markup."""
+        from rich.markup import escape
+
+        text = escape(about(self._topology.vertex(name)))
         up = self.up.get(name)
         if up is not None:
-            text += f"  [dim]{link_text(up)}[/]"
+            text += f"  [dim]{escape(link_text(up))}[/]"
         beside: dict[str, list[LinkSpec]] = {}
         for link in self._topology.links_of(name):
             if link is not up and self.up.get(link.other(name)) is not link:
@@ -121,5 +131,5 @@ class _Grower:
         for kind, links in beside.items():
             ends = links[0].other(name) if len(links) == 1 else f"{len(links)} others"
             rate = sum(link.capacity_bytes_per_s(link.a == name) for link in links)
-            text += f"  [dim]+ {kind} to {ends}: {show_rate(rate)}[/]"
+            text += f"  [dim]+ {escape(kind)} to {ends}: {show_rate(rate)}[/]"
         return text

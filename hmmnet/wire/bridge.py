@@ -95,20 +95,28 @@ class Bridge:
         else:
             await checkpoint_if_cancelled()
         try:
-            while True:
-                try:
-                    return self._send(parts, copy)
-                except zmq.Again:
-                    await self._wait(_POLLOUT)
+            self._send(parts, copy)
+        except zmq.Again:
+            await self._send_later(parts, copy)
         finally:
             if self._leading or self._parked:
                 self._settle()
 
+    async def _send_later(self, parts: Sequence[Buffer], copy: bool) -> None:
+        while True:
+            await self._wait(_POLLOUT)
+            try:
+                return self._send(parts, copy)
+            except zmq.Again:
+                continue
+
     def _send(self, parts: Sequence[Buffer], copy: bool) -> None:
         try:
-            if len(parts) > 1:
-                for part in parts[:-1]:
-                    self._send_part(part, _SEND_FIRST, copy)
+            if len(parts) == 1:
+                self._send_part(parts[0], _NOBLOCK, copy)
+                return
+            for part in parts[:-1]:
+                self._send_part(part, _SEND_FIRST, copy)
             self._send_part(parts[-1], _NOBLOCK, copy)
         except zmq.ZMQError as failure:
             if failure.errno == errno.EHOSTUNREACH:
@@ -141,23 +149,26 @@ class Bridge:
         if self._received >= IMMEDIATE_MAX:
             self._received = 0
             await checkpoint()
-        elif not self._receive_waited:
-            await checkpoint_if_cancelled()
         try:
-            if self._receive_waited:  # there was nothing the last time, so ask first; waiting is a checkpoint
+            if self._receive_waited and not self._get(_EVENTS) & _POLLIN:  # nothing the last time, so ask first: cheaper than `Again`
+                await self._wait_turn(_POLLIN)
+            else:
                 self._receive_waited = False
-                if self._get(_EVENTS) & _POLLIN:
-                    await checkpoint_if_cancelled()
-                else:
-                    await self._wait_turn(_POLLIN)
-            while True:
-                try:
-                    return self._receive_part(_NOBLOCK)
-                except zmq.Again:
-                    await self._wait(_POLLIN)
+                await checkpoint_if_cancelled()
+            return self._receive_part(_NOBLOCK)
+        except zmq.Again:
+            return await self._receive_later()
         finally:
             if self._leading or self._parked:
                 self._settle()
+
+    async def _receive_later(self) -> bytes:
+        while True:
+            await self._wait(_POLLIN)
+            try:
+                return self._receive_part(_NOBLOCK)
+            except zmq.Again:
+                continue
 
     @property
     def more(self) -> bool:

@@ -250,6 +250,7 @@ def _insert(mm: Mm, migration: Migration) -> None:
     ready = (entries == 0) | (entries & (pte.KIND | pte.SPECIAL) == pte.PRESENT | pte.SPECIAL)
     bits = np.zeros(len(rows), np.uint64)
     index = pages.copy()
+    anon = np.zeros(len(rows), np.uint32)
     for vma in mm.vmas.overlapping(int(pages[0]), int(pages[-1]) + 1):
         inside = slice(int(np.searchsorted(pages, vma.start)), int(np.searchsorted(pages, vma.end)))
         if not vma.is_anonymous or vma.flags & VM_UFFD_MISSING:
@@ -257,10 +258,12 @@ def _insert(mm: Mm, migration: Migration) -> None:
         elif inside.start < inside.stop:
             bits[inside] = pte.MIGRATION | pte.ANON_EXCLUSIVE | (pte.WRITE | pte.DIRTY if vma.flags & VM_WRITE else 0)
             index[inside] = mm.anon_index(vma, pages[inside])
+            anon[inside] = vma.anon
     ready &= bits != 0
     if not ready.all():
         migration.source[rows[~ready]] &= NOT_MIGRATE
-        rows, pages, bits, index, entries = rows[ready], pages[ready], bits[ready], index[ready], entries[ready]
+        rows, pages, bits, entries = rows[ready], pages[ready], bits[ready], entries[ready]
+        index, anon = index[ready], anon[ready]
     if len(rows) == 0:
         return
     frames = _frames(migration.target[rows])
@@ -271,7 +274,7 @@ def _insert(mm: Mm, migration: Migration) -> None:
     for zone, part, where in mm.memory.groups(frames):
         zone.refcount[where] = 1
         zone.flags[where] = ANON | LOCKED
-        zone.mapping[where] = mm.family
+        zone.mapping[where] = anon[part]
         zone.index[where] = index[part]
 
 

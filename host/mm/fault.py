@@ -92,7 +92,7 @@ def touch_one(mm: Mm, vma: Vma, page: int, write: bool) -> bool:
         return False
     elif write:
         mm.anon_prepare(vma)
-        frame = mm.memory.allocate_one(mm.family, page - vma.start + vma.pgoff)
+        frame = mm.memory.allocate_one(vma.anon, page - vma.start + vma.pgoff)
         if frame is None:
             raise _out_of_memory(mm, 1)
         mm.rss += 1
@@ -142,6 +142,9 @@ def _settle(mm: Mm, vma: Vma, pages: Words, entries: Words, write: bool, keep: s
     there = ~empty
     if there.any():
         bits = pte.WRITE | pte.YOUNG | pte.DIRTY | pte.SOFT_DIRTY | pte.ANON_EXCLUSIVE if write else pte.YOUNG
+        if write:
+            reused = entries[there & (entries & (pte.WRITE | pte.ANON_EXCLUSIVE) == 0)]
+            mm.memory.move_anon(pte.frames_of(reused), vma.anon)
         mm.table.put(pages[there], pte.with_bits(entries[there], bits))
 
 
@@ -164,7 +167,8 @@ def make(mm: Mm, vma: Vma, pages: Words, bits: int, keep: slice | None = None) -
     frames = mm.memory.allocate(len(pages), keep=keep)
     if frames is None:
         raise _out_of_memory(mm, len(pages))
-    mm.memory.map_new(frames, mm.family, mm.anon_index(vma, pages))
+    index = mm.anon_index(vma, pages)
+    mm.memory.map_new(frames, vma.anon, index)
     mm.table.put(pages, pte.entries_of(pte.PRESENT, frames, bits))
     mm.rss += len(pages)
     return frames
@@ -197,6 +201,7 @@ def unshare(mm: Mm, vma: Vma, page: int) -> None:
     if entry & pte.SPECIAL:
         make(mm, vma, pages, pte.PRESENT | pte.YOUNG | pte.ANON_EXCLUSIVE)
     elif int(mm.memory.field(old, "refcount")[0]) == 1:
+        mm.memory.move_anon(old, vma.anon)
         mm.table.set(page, entry | pte.ANON_EXCLUSIVE)
     else:
         new = make(mm, vma, pages, pte.PRESENT | pte.YOUNG | pte.ANON_EXCLUSIVE | entry & (pte.SOFT_DIRTY | pte.UFFD_WP))

@@ -25,10 +25,9 @@ def inherit(child: Mm, vma: Vma) -> Vma | None:
     """The child's VMA for the parent's `vma`, inserted; None when it is not inherited. `needs_copy` tells whether entries follow."""
     if vma.flags & VM_DONTCOPY:
         return None
-    copied = replace(vma, flags=vma.flags & ~(VM_LOCKED | VM_UFFD_MISSING), anon=0, forked=False)
+    copied = replace(vma, flags=vma.flags & ~(VM_LOCKED | VM_UFFD_MISSING), anon=0, chain=())
     if needs_copy(vma):
-        child.anon_vmas += 1
-        copied.anon, copied.forked = child.anon_vmas, True
+        copied.anon, copied.chain = child.memory.new_anon_vma(child.family), (vma.anon, *vma.chain)
     child.vmas.add(copied)
     return copied
 
@@ -39,7 +38,7 @@ def needs_copy(vma: Vma) -> bool:
 
 
 def copy_entries(parent: Mm, child: Mm, vma: Vma) -> None:
-    """copy_pte_range for one VMA. There must be no migration and no exclusive entries. Raises KernelError(ENOMEM)."""
+    """copy_pte_range for one VMA of the parent. There must be no migration and no exclusive entries. Raises KernelError(ENOMEM)."""
     for first, part in parent.table.present(vma.start, vma.end):
         pages = np.flatnonzero(part).astype(np.uint64)
         if len(pages):
@@ -75,5 +74,7 @@ def _copies(parent: Mm, child: Mm, vma: Vma, entries: Words, pages: Words) -> Wo
     if frames is None:
         raise KernelError(ENOMEM, "fork", f"{len(entries)} pinned pages have to be copied and the host's memory is used up")
     parent.memory.copy(pte.frames_of(entries), frames)
-    parent.memory.map_new(frames, child.family, pages if vma.pgoff == vma.start else pages - vma.start + vma.pgoff)
+    heir = child.vmas.find(int(pages[0]))
+    assert heir is not None, "entries are copied into an inherited VMA"
+    parent.memory.map_new(frames, heir.anon, child.anon_index(heir, pages))
     return pte.entries_of(pte.PRESENT, frames, pte.DIRTY | pte.ANON_EXCLUSIVE | (pte.WRITE if vma.flags & VM_WRITE else 0))

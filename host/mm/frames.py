@@ -7,8 +7,8 @@ is in use.
 Reference counts are the kernel's: one for each mapping, one for each holder (a pin, a migration), and for a frame of a device 0 when it
 is idle. A frame whose count falls to zero goes back: to the allocator, or, by `on_free` (folio_free), to the driver.
 
-`mapping` and `index` say who may map a frame, for the reverse map: the family of processes that can share it by fork, and the page
-where it was first mapped (`rmap.py`).
+`mapping` and `index` say who may map a frame, for the reverse map: the anon_vma of the VMA that it was made in, and the page where it was
+first mapped (`rmap.py`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 LOCKED = 1
 """The page lock: a migration owns the frame."""
 ANON = 2
-"""`mapping` is a family of processes, not a file."""
+"""`mapping` is an anon_vma, not a file."""
 LAZYFREE = 4
 """MADV_FREE: clean, and may be dropped."""
 
@@ -138,12 +138,18 @@ class HostZone(Zone):
 
 
 class PhysicalMemory:
-    """All zones of the machine, and the families of processes that the reverse map knows."""
+    """All zones of the machine, and the families of processes that the reverse map knows.
+
+    An anon_vma is a number here; which VMAs belong to it stands in the VMAs (`Vma.anon`, `Vma.chain`), all in processes of one family.
+    """
 
     def __init__(self) -> None:
         self.zones: dict[int, Zone] = {}
         self.nodes: list[HostZone] = []
         self.families: dict[int, list[Mm]] = {}
+        self.anon_families: dict[int, int] = {}
+        """The family of each anon_vma."""
+        self._anon_numbers = 0
 
     def add_node(self, owner: str, pages: int) -> HostZone:
         """A host memory node."""
@@ -164,6 +170,18 @@ class PhysicalMemory:
         """The memory of a device goes away; no frame of it may have a reference (see `Zone.refcount`)."""
         assert not self.zones[number].refcount.any(), f"zone {number} still has referenced frames"
         del self.zones[number]
+
+    def new_anon_vma(self, family: int) -> int:
+        """A new anon_vma for a VMA of a process of `family`."""
+        self._anon_numbers += 1
+        self.anon_families[self._anon_numbers] = family
+        return self._anon_numbers
+
+    def forget_family(self, family: int) -> None:
+        """The last process of a family is gone."""
+        del self.families[family]
+        for number in [number for number, owner in self.anon_families.items() if owner == family]:
+            del self.anon_families[number]
 
     def zone_lost(self, number: int, cause: str) -> None:
         """The device died with its memory: from now on an access to a page whose only copy was there is a SIGBUS that names `cause`."""
@@ -228,7 +246,7 @@ class PhysicalMemory:
         return np.concatenate(parts)
 
     def allocate_one(self, mapping: int, index: int) -> int | None:
-        """A zeroed frame that becomes an anonymous page of family `mapping`, mapped once: `allocate` and `map_new` for one."""
+        """A zeroed frame that becomes an anonymous page of anon_vma `mapping`, mapped once: `allocate` and `map_new` for one."""
         for zone in self.nodes:
             got = zone.allocator.allocate(1)
             if got is not None:
@@ -283,12 +301,17 @@ class PhysicalMemory:
     # --- mappings ---------------------------------------------------------------------------------------------------------------
 
     def map_new(self, frames: Words, mapping: int, index: Words) -> None:
-        """Frames that were just allocated become anonymous pages of family `mapping`, mapped once each."""
+        """Frames that were just allocated become anonymous pages of anon_vma `mapping`, mapped once each."""
         for zone, rows, where in self.groups(frames):
             zone.mapcount[where] = 1
             zone.flags[where] = ANON
             zone.mapping[where] = mapping
             zone.index[where] = index[rows]
+
+    def move_anon(self, frames: Words, mapping: int) -> None:
+        """folio_move_anon_rmap: `frames` are their one mapper's alone from now on."""
+        for zone, _, where in self.groups(frames):
+            zone.mapping[where] = mapping
 
     def unmap(self, frames: Words) -> None:
         """One mapping of each of `frames` (distinct) goes, with its reference."""

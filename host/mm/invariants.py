@@ -66,9 +66,9 @@ def _check_entries(memory: PhysicalMemory, mm: Mm) -> tuple[Words, Words]:
         known = memory.field(frames[part][mapped[part]], "index") - vma.pgoff + vma.start
         same = known == pages[part][mapped[part]]
         assert same.all(), f"process {mm.number}: a frame's index does not lead to its page in the VMA at 0x{vma.start:x}"
-        assert not mapped[part].any() or vma.anon, f"process {mm.number}: anonymous pages in a VMA without anon_vma at 0x{vma.start:x}"
+        owned = np.isin(memory.field(frames[part][mapped[part]], "mapping"), (vma.anon, *vma.chain))
+        assert owned.all(), f"process {mm.number}: a frame of an anon_vma that the VMA at 0x{vma.start:x} does not have"
     assert not left.any(), f"process {mm.number}: page 0x{int(pages[np.argmax(left)]):x} is mapped outside every VMA"
-    assert (memory.field(frames[mapped], "mapping") == mm.family).all(), f"process {mm.number}: a frame belongs to another family"
     shared = mapped & (entries & (pte.WRITE | pte.ANON_EXCLUSIVE) != 0)
     alone = memory.field(frames[shared], "mapcount") == 1
     assert alone.all(), f"process {mm.number}: a page that several map is writable or exclusive (I2)"

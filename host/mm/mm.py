@@ -27,7 +27,6 @@ class Mm:
         self.table = PageTable()
         self.rss = 0
         """Anonymous pages mapped, wherever they live; those on a device count too."""
-        self.anon_vmas = 0
         self.migration_ended: Callable[[], None] | None = None
         """Called whenever migration entries of this process have been replaced: who waits on one looks again."""
         memory.families.setdefault(self.family, []).append(self)
@@ -37,15 +36,14 @@ class Mm:
         members = self.memory.families[self.family]
         members.remove(self)
         if not members:
-            del self.memory.families[self.family]
+            self.memory.forget_family(self.family)
 
     def anon_prepare(self, vma: Vma) -> None:
         """anon_vma_prepare: the VMA gets its anon_vma, a neighbour's if that will do."""
         if not vma.anon:
             vma.anon = self.vmas.neighbour_anon(vma)
             if not vma.anon:
-                self.anon_vmas += 1
-                vma.anon = self.anon_vmas
+                vma.anon = self.memory.new_anon_vma(self.family)
 
     def anon_index(self, vma: Vma, pages: Words) -> Words:
         """Under which index anonymous pages of `vma` are known to the reverse map; prepares its anon_vma."""

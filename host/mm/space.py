@@ -21,7 +21,8 @@ from .access import Notifier
 from .advice import Advice
 from .fault import restore_exclusive
 from .fork import copy_entries, inherit, needs_copy
-from .rmap import Mapped, mappings
+from .mm import Mm
+from .rmap import places
 from .vma import VM_DAX, VM_HUGETLB, VM_READ, VM_SPECIAL, Vma
 from .walk import walk
 
@@ -104,14 +105,17 @@ class Space(Advice):
         assert self.mmap_lock.held, "collect without the mmap lock"
         return migration_steps.collect(self.mm, pages, select, owner, fault_frame, told)
 
-    def sharers(self, pages: Words) -> list[Mapped]:
-        """Where other processes map the frames of `pages`: their mirrors have to be told (CLEAR) before those pages are collected."""
+    def sharers(self, pages: Words) -> list[tuple[Mm, Words]]:
+        """Where the frames of `pages` that several processes map may be mapped, by process, this one included.
+
+        CLEAR has to be announced for those pages, page by page, before `pages` are collected; `collect` is then `told` the processes.
+        """
         entries = self.mm.table.take(pages)
         kinds = pte.kinds_of(entries)
         mapped = entries[((kinds == pte.PRESENT) & (entries & pte.SPECIAL == 0)) | (kinds == pte.DEVICE)]
         frames = pte.frames_of(mapped)
         shared = frames[self.memory.field(frames, "mapcount") > 1]
-        return [found for found in mappings(self.memory, shared) if found.mm is not self.mm] if len(shared) else []
+        return list(places(self.memory, shared)) if len(shared) else []
 
     def migrate_pages(self, migration: Migration) -> None:
         """migrate_vma_pages: each page's identity goes to its target. Where `inserts(migration)`, announce a MIGRATE around this."""

@@ -197,7 +197,7 @@ class SystemCalls(Pins):
         end = start + new
         if start + old != vma.end or end > PAGES_MAX - 1 or self.mm.vmas.overlapping(vma.end, end):
             return False
-        self.mm.vmas.add(Vma(vma.end, end, vma.flags, vma.pgoff + vma.end - vma.start, vma.anon, vma.forked, vma.file))
+        self.mm.vmas.add(Vma(vma.end, end, vma.flags, vma.pgoff + vma.end - vma.start, vma.anon, vma.chain, vma.file))
         return True
 
     async def _move(self, start: int, old: int, target: int, new: int, *, dontunmap: bool) -> None:
@@ -206,7 +206,7 @@ class SystemCalls(Pins):
         vma = self.mm.vmas.find(start)
         assert vma is not None, "the range to move lies in a VMA"
         pgoff = vma.pgoff + start - vma.start if vma.anon or vma.file is not None else target
-        self.mm.vmas.add(Vma(target, target + new, vma.flags, pgoff, vma.anon, vma.forked, vma.file))
+        self.mm.vmas.add(Vma(target, target + new, vma.flags, pgoff, vma.anon, vma.chain, vma.file))
         async with self.hub.invalidate(Event.UNMAP, start, start + old):
             fault.move_entries(self.mm, start, target, old)
         if not dontunmap:
@@ -219,7 +219,8 @@ class SystemCalls(Pins):
     def _emptied(piece: Vma, whole: Vma) -> Vma:
         """What MREMAP_DONTUNMAP leaves: unlocked, and, when it was a whole VMA, as never touched."""
         untouched = piece.start == whole.start and piece.end == whole.end
-        return replace(piece, flags=piece.flags & ~VM_LOCKED, anon=0 if untouched else piece.anon)
+        flags = piece.flags & ~VM_LOCKED
+        return replace(piece, flags=flags, anon=0, chain=()) if untouched else replace(piece, flags=flags)
 
     async def _populate_locked(self, flags: int, start: int, end: int) -> None:
         if flags & VM_LOCKED and start < end:

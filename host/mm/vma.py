@@ -60,8 +60,9 @@ def protection_flags(protection: str) -> int:
 class Vma:
     """Pages [start, end) with `flags`. `pgoff` is the page offset in the file, or for anonymous memory the page where it was first mapped.
 
-    `anon` is the anon_vma: 0 until the first anonymous page is made here. `forked`: it was inherited, so it takes in no VMA without one
-    (its anon_vma chain is not singular). `file` is None for anonymous private memory.
+    `anon` is the anon_vma: 0 until the first anonymous page is made here. `chain` are the anon_vmas of the VMAs that it descends from by
+    fork: pages of those may be mapped here too, and a VMA that has some takes in no neighbour without an anon_vma (its anon_vma_chain is
+    not singular). `file` is None for anonymous private memory.
     """
 
     start: int
@@ -69,7 +70,7 @@ class Vma:
     flags: int
     pgoff: int
     anon: int = 0
-    forked: bool = False
+    chain: tuple[int, ...] = ()
     file: object | None = None
 
     @property
@@ -89,7 +90,7 @@ class Vma:
             and self.flags == behind.flags
             and self.file is behind.file
             and self.pgoff + self.end - self.start == behind.pgoff
-            and (self.anon == behind.anon or (not (self.anon and behind.anon) and not (self.forked or behind.forked)))
+            and (self.anon == behind.anon or (not (self.anon and behind.anon) and not (self.chain or behind.chain)))
         )
 
 
@@ -169,7 +170,7 @@ class VmaTree:
         merged: list[Vma] = []
         for vma in self._vmas[first:low] + vmas + self._vmas[high:last]:
             if merged and merged[-1].merges_with(vma):
-                merged[-1] = replace(merged[-1], end=vma.end, anon=merged[-1].anon or vma.anon, forked=merged[-1].forked)
+                merged[-1] = replace(merged[-1], end=vma.end, anon=merged[-1].anon or vma.anon, chain=merged[-1].chain)
             else:
                 merged.append(vma)
         self._vmas[first:last] = merged
@@ -180,11 +181,11 @@ class VmaTree:
         i = bisect_left(self._starts, vma.start)
         if i + 1 < len(self._vmas):
             behind = self._vmas[i + 1]
-            if behind.anon and not behind.forked and _alike(vma, behind):
+            if behind.anon and not behind.chain and _alike(vma, behind):
                 return behind.anon
         if i > 0:
             before = self._vmas[i - 1]
-            if before.anon and not before.forked and _alike(before, vma):
+            if before.anon and not before.chain and _alike(before, vma):
                 return before.anon
         return 0
 

@@ -35,7 +35,7 @@ BLOCK_PAGES = 1 << 14
 Flags = npt.NDArray[np.bool_]
 
 
-class _Stop(Exception):  # noqa: N818 - ends a walk, is no error of ours
+class _Stop(Exception):
     """The walk ends at `page` with `code`."""
 
     def __init__(self, page: int, code: int) -> None:

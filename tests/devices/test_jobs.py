@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import trio
@@ -211,7 +213,7 @@ async def test_pointer_kernels_on_a_device(placement: str) -> None:
 @pytest.mark.parametrize("kernel", ["reduction", "vector_add", "list_walk", "tree_search", "word_count"])
 async def test_kernels_of_nothing(kernel: str) -> None:
     """No elements, no access, no error."""
-    arguments = {
+    arguments: dict[str, dict[str, Any]] = {
         "reduction": {"a": 0, "n": 0},
         "vector_add": {"a": 0, "b": 0, "out": 0, "n": 0},
         "list_walk": {"heads": 0, "n": 0, "out": 0},

@@ -9,10 +9,10 @@ import numpy as np
 from hmmnet.arena import Arena
 from hmmnet.host.hub import Hub
 from hmmnet.host.interfaces import Event, Select
+from hmmnet.host.mm import rmap
 from hmmnet.host.mm.collect import collect_frames, finalize, inserts, move
 from hmmnet.host.mm.frames import PhysicalMemory
 from hmmnet.host.mm.invariants import check
-from hmmnet.host.mm.rmap import mappings
 from hmmnet.host.mm.space import Space
 from hmmnet.pages import MIGRATE_PFN_MIGRATE, MIGRATE_PFN_SHIFT, MIGRATE_PFN_VALID, PAGE_SHIFT, PAGE_SIZE, Words, zone_of
 from hmmnet.runs import RunAllocator
@@ -116,13 +116,13 @@ class Machine:
         return moved
 
     async def _tell_others(self, space: Space, pages: Words) -> frozenset[int]:
-        """Announce to the other processes that map the frames of `pages`."""
+        """Announce wherever shared frames of `pages` may be mapped."""
         found = space.sharers(pages)
-        for mapped in found:
-            for page in mapped.pages.tolist():
-                async with self.spaces[mapped.mm.number].hub.invalidate(Event.CLEAR, page, page + 1):
+        for mm, places in found:
+            for page in places.tolist():
+                async with self.spaces[mm.number].hub.invalidate(Event.CLEAR, page, page + 1):
                     pass
-        return frozenset(mapped.mm.number for mapped in found)
+        return frozenset(mm.number for mm, _ in found)
 
     def _copy(self, source: Words, target: Words) -> None:
         for old, new in zip(source.tolist(), target.tolist(), strict=True):
@@ -166,11 +166,11 @@ class Machine:
         frames = np.flatnonzero(device.zone.refcount).astype(np.uint64) + np.uint64(device.zone.base)
         if len(frames) == 0:
             return 0
-        told = set()
-        for mapped in mappings(self.memory, frames):
-            told.add(mapped.mm.number)
-            for page in mapped.pages.tolist():
-                async with self.spaces[mapped.mm.number].hub.invalidate(Event.CLEAR, page, page + 1):
+        told: set[int] = set()
+        for mm, places in rmap.places(self.memory, frames):
+            told.add(mm.number)
+            for page in places.tolist():
+                async with self.spaces[mm.number].hub.invalidate(Event.CLEAR, page, page + 1):
                     pass
         migration = collect_frames(self.memory, frames, frozenset(told))
         going = np.flatnonzero(migration.source & MIGRATE)

@@ -348,11 +348,11 @@ def random_world(random: Random) -> World:
         zone.mapcount[at] = 1
         zone.pincount[at] = random.choice((0, 0, 0, 1))
         zone.flags[at] = ANON | random.choice((0, 0, 0, LOCKED))
-        zone.mapping[at], zone.index[at] = 1, 100
+        zone.index[at] = 100
         kind = pte.EXCLUSIVE if entry == "exclusive" else pte.DEVICE if zone.kind == "private" else pte.PRESENT
         world.mm.table.set(100, pte.entry(kind, frame, bits))
         world.mm.rss = 1
-        world.vma.anon = 1
+        world.vma.anon = zone.mapping[at] = world.memory.new_anon_vma(1)
     elif entry != "none":
         world.mm.table.set(100, pte.ZERO_ENTRY if entry == "zero" else pte.entry(pte.SWAP, 5))
     return world

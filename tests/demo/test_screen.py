@@ -1,0 +1,116 @@
+"""The demo's screen: every piece is there, at any width, and a wrong result cannot be overlooked."""
+
+from __future__ import annotations
+
+import io
+import random
+import time
+
+import pytest
+from rich.console import Console
+
+from hmmnet.demo.answers import answers_for
+from hmmnet.demo.conduct import Conductor, Outcome, Started
+from hmmnet.demo.data import Input
+from hmmnet.demo.screen import Screen, pages_by_owner
+from hmmnet.demo.steps import Demo, Sampled
+from hmmnet.demo.story import QUESTIONS
+from tests.flat_machine import FlatMachine
+
+TEXT = (" ".join(f"word{i % 900}" for i in range(4000))).encode()
+LINK = {
+    "link": "pcie0",
+    "source": "node0",
+    "target": "gpu0",
+    "capacity_bytes_per_s": 31.5e9,
+    "asked_bytes_per_s": 30e9,
+    "reached_bytes_per_s": 29e9,
+    "kept_up": True,
+    "bytes_moved": 1 << 20,
+    "transfers": 7,
+}
+
+
+class Reporting(FlatMachine):
+    """A machine whose report has links: `links` directions, the last of them behind when `behind`."""
+
+    def __init__(self, links: int = 2, behind: bool = False) -> None:
+        super().__init__()
+        self.links = [LINK | {"target": f"gpu{i}", "kept_up": not behind or i < links - 1} for i in range(links)]
+
+    async def report(self) -> dict[str, object]:
+        return {"links": [*self.links, LINK | {"bytes_moved": 0, "target": "idle"}], "profile": []}
+
+
+async def shown(machine: FlatMachine, width: int = 80) -> tuple[str, Outcome]:
+    out = io.StringIO()
+    screen = Screen(Console(file=out, width=width))
+    given = Input(TEXT, "some text", 1)
+    answers = answers_for(TEXT)
+    conductor = Conductor(given, "two-gpus", 7, screen.tell, screen.started)
+    screen.reading(given, "two-gpus")
+    screen.started(Started("two-gpus", machine.device_names, 0.25, 0.5, answers))
+    outcome = await conductor.perform(machine, answers, time.monotonic())
+    screen.finished(outcome)
+    return out.getvalue(), outcome
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+async def test_every_piece_is_there(width: int) -> None:
+    """Questions and answers, both runs, both moves, tables, picture, verdict; no line beyond the terminal."""
+    text, outcome = await shown(Reporting(), width)
+    assert outcome.correct
+    flat = " ".join(text.split())
+    for question in QUESTIONS:
+        assert " ".join(question.asked.split()) in flat
+        assert question.answer in flat
+    for piece in (
+        "4,000 words, 900 different",
+        "by demand",
+        "migrated",
+        "home",
+        "right",
+        "Host To Device",
+        "Where the pages live",
+        "A gpu0",
+    ):
+        assert piece in flat
+    assert "node0 > gpu1" in flat
+    assert "idle" not in flat
+    assert "RIGHT All" in flat
+    assert "kept up with the links" in flat
+    assert [line for line in text.splitlines() if len(line) > width] == []
+
+
+async def test_a_wrong_result_is_the_last_word() -> None:
+    machine = Reporting()
+    machine.error = 1
+    text, outcome = await shown(machine)
+    assert not outcome.correct
+    assert "RIGHT" not in text
+    assert "wrong" in text.split("WRONG")[0]
+    assert "results are wrong" in " ".join(text.split("WRONG")[1].split())
+    assert outcome.as_json()["correct"] is False
+
+
+async def test_an_emulation_that_fell_behind_says_so() -> None:
+    text, _ = await shown(Reporting(behind=True))
+    assert "fell behind the links (1 directions)" in " ".join(text.split())
+
+
+async def test_many_links_are_cut_to_the_busiest() -> None:
+    text, _ = await shown(Reporting(links=40))
+    assert "and 28 less busy directions" in text
+
+
+async def test_owners_stand_in_the_topologys_order() -> None:
+    """Host memories, devices, then what was never touched, whatever the order in which zones were numbered."""
+    samples: list[Sampled] = []
+    machine = FlatMachine()
+    demo = Demo(
+        machine, lambda e: samples.append(e) if isinstance(e, Sampled) else None, TEXT, answers_for(TEXT), random.Random(1), searches=100
+    )
+    await demo.run()
+    pages = pages_by_owner(samples[-1], ("gpu1", "gpu0"))
+    assert list(pages) == ["host", "gpu1", "gpu0", "untouched"]
+    assert sum(pages.values()) == len(samples[-1].residency.pages)

@@ -1,0 +1,99 @@
+"""``hmmnet play`` as a user runs it, on real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """\
+=== one
+open d0 0
+mmap A 2
+fill A 0 2 0x10
+todev d0 A 0 2
+sum A 0 2
+--- recorded
+1: open d0 0 => ok
+2: mmap A 2 => ok
+3: fill A 0 2 0x10 => ok
+4: todev d0 A 0 2 => ok cpages=2 [u10 u11]
+5: sum A 0 2 => [u10 u11]
+KERNEL WARNING
+=== two
+mmap A 1
+fork
+exit
+--- recorded
+1: mmap A 1 => ok
+2: fork => child
+3: exit => status 0
+"""
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """A short path: sockets lie in it."""
+    with tempfile.TemporaryDirectory(prefix="hm") as folder:
+        (Path(folder) / "good.traces").write_text(SCRIPT)
+        (Path(folder) / "bad.traces").write_text(SCRIPT.replace("=> [u10 u11]", "=> [u10 u99]"))
+        (Path(folder) / "typo.traces").write_text(SCRIPT.replace("todev d0 A", "todev d1 A"))
+        yield Path(folder)
+
+
+def play(place: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "HMMNET_DIR": str(place / "run"), "COLUMNS": "100"}
+    command = [sys.executable, "-m", "hmmnet", "play", *arguments]
+    return subprocess.run(command, env=environment, cwd=place, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_identical(place: Path) -> None:
+    """Exit code 0, and the verdict."""
+    done = play(place, "good.traces", "--only", "one")
+    assert done.returncode == 0
+    assert "identical: all 1 scripts answer as the recorded kernel did" in done.stdout
+
+
+def test_a_difference_is_shown_and_counted(place: Path) -> None:
+    """Exit code 1; script, line, recorded and got; for programs the same as JSON."""
+    done = play(place, "bad.traces")
+    assert done.returncode == 1
+    for words in ("bad.traces:1", "5: sum A 0 2", "recorded  [u10 u99]", "got       [u10 u11]"):
+        assert words in done.stdout
+    done = play(place, "bad.traces", "good.traces", "--only", "one", "--json")
+    out = json.loads(done.stdout)
+    difference = {"script": "one", "file": "bad.traces", "line": 5, "operation": "sum A 0 2", "recorded": "[u10 u99]", "got": "[u10 u11]"}
+    assert out == {"scripts": 2, "identical": 1, "lines": 10, "lines_equal": 9, "unsupported_ops": {}, "differences": [difference]}
+
+
+def test_what_is_not_built_is_counted(place: Path) -> None:
+    """A script that cannot be played to its end is not identical, and says why."""
+    done = play(place, "good.traces", "--json")
+    assert done.returncode == 1
+    out = json.loads(done.stdout)
+    assert (out["scripts"], out["identical"], out["lines"], out["lines_equal"]) == (2, 1, 8, 6)
+    assert out["unsupported_ops"] == {"exit": 1, "fork": 1}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["missing.traces"], "missing.traces:1: cannot be read"),
+        (["typo.traces"], "typo.traces:5: script 'one', 'todev d1 A 0 2': no device is called 'd1'; did you mean \"d0\""),
+        (["good.traces", "--world", "sim"], "world 'sim' is unknown"),
+        (["good.traces", "--only", "onne"], "no script is called 'onne'; did you mean \"one\"?"),
+        ([], "Missing argument"),
+    ],
+)
+def test_bad_use(place: Path, arguments: list[str], words: str) -> None:
+    """Exit code 2 and one line that names file, line, cause and mend."""
+    done = play(place, *arguments)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
