@@ -37,6 +37,7 @@ from hmmnet.wire.transport import Transport
 from .models import load_model
 from .models.base import Device, Wiring
 from .spec import spec_of
+from .telemetry import publish
 
 STDIN_BYTES = 4096
 CONNECT_S = 10.0
@@ -84,6 +85,9 @@ async def serve(
                 nonlocal device
                 device = assemble(transport, session, welcome, emulated, nursery, trim)
                 session.on_lost(lambda _: over.set())
+                if welcome.telemetry:
+                    samples = transport.connect_telemetry(welcome.telemetry)
+                    nursery.start_soon(publish, samples, secret, name, welcome.zone, device.figures)
                 if made is not None:
                     made(device)
 

@@ -45,6 +45,7 @@ class Admission:
         endpoint_of: Callable[[str], str],
         incarnation: int,
         lease_s: float,
+        telemetry: str = "",
     ) -> None:
         self._topology = topology
         self._transport = transport
@@ -53,6 +54,7 @@ class Admission:
         self._endpoint_of = endpoint_of
         self._incarnation = incarnation
         self._lease_s = lease_s
+        self._telemetry = telemetry
         self._zone_next = DEVICE_ZONE_MIN
         self._connecting: dict[str, Connecting] = {}
 
@@ -95,7 +97,7 @@ class Admission:
             zones=[Zone(found.number, found.kind, found.owner, found.count) for found in self._memory.zones.values() if not found.lost],
             bulk_in=bulk_in,
             bulk_out=bulk_out,
-            telemetry="",
+            telemetry=self._telemetry if zone >= 0 else "",
             epoch_monotonic_s=clock.epoch_monotonic_s,
             epoch_emulated_s=clock.epoch_emulated_s,
             rate=clock.rate,

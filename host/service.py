@@ -29,7 +29,7 @@ from hmmnet.wire.exchange import HEARTBEAT_S, LEASE_S, RETRY_S
 from hmmnet.wire.messages import Call, Hello, Rate
 from hmmnet.wire.server import Server
 from hmmnet.wire.session import Session
-from hmmnet.wire.transport import Listener, Transport
+from hmmnet.wire.transport import Channel, Listener, Transport
 
 from .admission import Admission, Connecting
 from .calls import Client
@@ -45,6 +45,7 @@ from .mm.frames import PhysicalMemory
 from .mm.space import Space
 from .process import Process
 from .requests import Requests
+from .telemetry import Telemetry
 
 PID_FIRST = 1000
 """Pids below could be mistaken for something of the computer's own."""
@@ -93,6 +94,7 @@ class Host:
         self._servers: list[Server] = []
         self._nursery: trio.Nursery | None = None
         self._ending = False
+        self._samples: Telemetry | None = None
         self.on_change: Callable[[str, str, str], None] | None = None
         """Called with (device, ``ready`` or ``lost``, how) whenever a device comes or goes, until the machine ends."""
         self.control_endpoint = ""
@@ -105,10 +107,19 @@ class Host:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[Host]:
         """Serve while the block runs. At its end every peer is told goodbye. Raises HmmnetError when an endpoint cannot be bound."""
-        admission = Admission(
-            self.topology, self._transport, self.clock, self.memory, self._endpoint, secrets.randbits(62), self._lease_s
-        )
         async with AsyncExitStack() as stack:
+            samples = await self._telemetry_channel(stack)
+            self._samples = Telemetry(samples, self._secret, self.links)
+            admission = Admission(
+                self.topology,
+                self._transport,
+                self.clock,
+                self.memory,
+                self._endpoint,
+                secrets.randbits(62),
+                self._lease_s,
+                samples.endpoint,
+            )
             control = await self._listen(stack, "control")
             clients = await self._listen(stack, "client")
             self.control_endpoint, self.client_endpoint = control.endpoint, clients.endpoint
@@ -117,6 +128,7 @@ class Host:
                 self._device_joined(session, hello, admission.connecting(hello.name))
 
             async with trio.open_nursery() as self._nursery:
+                self._nursery.start_soon(self._samples.run)
                 for listener, welcome, joined in (
                     (control, admission.device, device_joined),
                     (clients, admission.program, self._program_joined),
@@ -150,6 +162,16 @@ class Host:
         stack.push_async_callback(close)
         return listener
 
+    async def _telemetry_channel(self, stack: AsyncExitStack) -> Channel:
+        channel = self._transport.bind_telemetry(self._endpoint("telemetry"))
+
+        async def close() -> None:
+            with trio.CancelScope(shield=True):
+                await channel.aclose()
+
+        stack.push_async_callback(close)
+        return channel
+
     async def _goodbye(self) -> None:
         async with trio.open_nursery() as nursery:
             for server in self._servers:
@@ -172,6 +194,8 @@ class Host:
             self.devices[spec.name].end(life, str(cause))
             life.page_map.lose(str(cause))
             over.set()
+            if self._samples is not None:
+                self._samples.forget(zone)
             self._tell(spec.name, "lost", str(cause))
 
         session.on_lost(lost)
@@ -308,4 +332,5 @@ class Host:
             "jobs": 0 if life is None else life.jobs,
             "iommu_refused": 0 if dma is None else dma.refused,
             "iommu_last": "" if dma is None else dma.last_refusal,
+            "telemetry": {} if life is None or self._samples is None else self._samples.figures(life.zone),
         }

@@ -124,12 +124,24 @@ def test_a_start_that_fails_raises_in_the_caller() -> None:
 
     @asynccontextmanager
     async def broken() -> AsyncIterator[None]:
-        async with trio.open_nursery():
-            raise HmmnetError("no device came")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(fail)
+            yield
+
+    async def fail() -> None:
+        raise HmmnetError("no device came")
+
+    @asynccontextmanager
+    async def broken_early() -> AsyncIterator[None]:
+        await fail()
         yield
 
     with pytest.raises(HmmnetError, match="no device came"):
-        Blocking(broken).start()
+        Blocking(broken_early).start()
+    with pytest.raises(HmmnetError, match="no device came"):
+        loop = Blocking(broken)
+        loop.start()
+        loop.stop()
 
 
 def test_an_end_that_fails_raises_in_the_caller() -> None:

@@ -214,6 +214,7 @@ class Device:
     def copy_in(self, message: CopyIn) -> None:
         """A stream into granted frames. Raises ProtocolError."""
         self.copies.copy_in(message)
+        self._freed.set()  # its message buffers will be idle memory, too
 
     def copy_out(self, message: CopyOut) -> Copied | None:
         """A stream out of live frames (a few come with the answer), whose entries go first. Raises ProtocolError."""

@@ -1,8 +1,8 @@
 """Figures of whole machines: how long until every device is ready, and what a device process costs in memory.
 
-The reference for starting is what it would take without the zygote: a fresh interpreter with a device's imports for each device, as many at
-once. For 64 devices, eight times the figure of eight: 64 at once would measure the computer's swapping. The reference for memory is the private
-memory of one such interpreter.
+The reference for starting is what it would take without the zygote: a fresh interpreter with a device's imports for each device, all at
+once. For 64 devices it is eight times the figure of eight, because 64 at once would measure how the computer swaps. The reference for
+memory is the private memory of one such interpreter.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ FRESH_MAX = 8
 """Fresh interpreters started at once."""
 USED_BYTES = 16 << 20
 """Device memory that is in use while a device's memory is measured; it is taken off."""
+SETTLE_S = 2.0
+"""A device gives freed message buffers back when it was idle for a second."""
 PRIVATE_MB = Goal(10.0, at_least=False, of="value")
 
 
@@ -65,7 +67,7 @@ def fresh_interpreters(devices: int) -> float:
     at_once = min(devices, FRESH_MAX)
     command = [sys.executable, "-m", "hmmnet.devices", "--help"]
     began_s = time.perf_counter()
-    running = [subprocess.Popen(command, stdout=subprocess.DEVNULL, env=child_environment()) for _ in range(at_once)]  # noqa: S603
+    running = [subprocess.Popen(command, stdout=subprocess.DEVNULL, env=child_environment()) for _ in range(at_once)]
     for process in running:
         process.wait()
     return (time.perf_counter() - began_s) * devices / at_once
@@ -99,6 +101,7 @@ async def device_bytes(machine: LaunchedMachine) -> list[int]:
         await process.write(address, np.ones(USED_BYTES, dtype=np.uint8))
         moved = await process.migrate(address, USED_BYTES, name)
         assert moved == USED_BYTES, f"{moved} of {USED_BYTES} bytes moved to {name}"
+    await trio.sleep(SETTLE_S)
     return [private_bytes(device.pid) - USED_BYTES for device in machine.devices]
 
 

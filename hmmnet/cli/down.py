@@ -46,10 +46,8 @@ def end(directory: Directory) -> int:
         print(f'hmmnet down: machine "{directory.name}" starts just now; try again in a moment', file=sys.stderr)
         return 1
     if record.kind != "up":
-        print(
-            f'hmmnet down: machine "{record.name}" belongs to the program with process id {record.pid}: it ends with it (kill {record.pid})',
-            file=sys.stderr,
-        )
+        owner = f"the program with process id {record.pid}"
+        print(f'hmmnet down: machine "{record.name}" belongs to {owner} and ends with it (kill {record.pid})', file=sys.stderr)
         return 1
     signal_process(record.pid, record.process_started, signal.SIGTERM)
     if not wait_gone(record.pid, record.process_started, END_S):

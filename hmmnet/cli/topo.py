@@ -90,7 +90,10 @@ def show(name: Name, as_json: Json = False) -> None:
 
 
 @app.command("check")
-def check(files: Annotated[list[str], typer.Argument(help="TOML files, or presets' names.", show_default=False)], as_json: Json = False) -> int:
+def check(
+    files: Annotated[list[str], typer.Argument(help="TOML files, or presets' names.", show_default=False)],
+    as_json: Json = False,
+) -> int:
     """Check topology files: all mistakes of each, with line and mend. Exit code 1 when there is one."""
     found: list[Problem] = []
     for file in files:
@@ -100,7 +103,8 @@ def check(files: Annotated[list[str], typer.Argument(help="TOML files, or preset
             for problem in problems:
                 print(problem)
             if topology is not None:
-                print(f"{file}: good: {len(topology.devices)} devices, {len(topology.links)} links" + ("" if topology.devices else ", a plain host"))
+                plain = "" if topology.devices else ", a plain host"
+                print(f"{file}: good: {len(topology.devices)} devices, {len(topology.links)} links{plain}")
     if as_json:
         print(json.dumps([problem.as_json() for problem in found], indent=1))
     elif len(found) > 1:

@@ -41,7 +41,7 @@ LOCK_PAUSE_S = 0.02
 """`Directory.alive` takes the lock for an instant, so a launcher that finds it taken looks again before it gives up."""
 
 
-class MachineExists(HmmnetError):  # noqa: N818 - named as what is the matter
+class MachineExists(HmmnetError):
     """A machine of this name runs already."""
 
     def __init__(self, name: str, record: MachineRecord | None) -> None:

@@ -2,8 +2,9 @@
 
 ``python -m hmmnet.host`` reads one JSON object a line from stdin. The first is its configuration (`Config` of its ``__main__``), those
 that follow tell of devices that ended: ``{"exited": NAME, "how": TEXT}``. It writes one JSON object a line to stdout:
-``{"control": ENDPOINT, "client": ENDPOINT, "rate": NUMBER}`` when it serves, then ``{"device": NAME, "state": "ready" | "lost", "how": TEXT}``
-whenever a device comes or goes. It ends on SIGTERM after saying goodbye to its devices, and when stdin ends: then its launcher is gone.
+``{"control": ENDPOINT, "client": ENDPOINT, "rate": NUMBER}`` when it serves, then
+``{"device": NAME, "state": "ready" | "lost", "how": TEXT}`` whenever a device comes or goes. It ends on SIGTERM after saying goodbye to its
+devices, and when stdin ends: then its launcher is gone.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class HostProcess:
     ) -> None:
         self._hear = hear
         self._received = b""
-        self.process = subprocess.Popen(  # noqa: S603 - our own interpreter
+        self.process = subprocess.Popen(
             [*(command or (sys.executable, "-m", "hmmnet.host"))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import trio
 
-
 ENVIRONMENT = {
     "OPENBLAS_NUM_THREADS": "1",  # numpy's BLAS otherwise starts a thread for each core in each of 64 devices
     "OMP_NUM_THREADS": "1",
@@ -83,10 +82,12 @@ async def wait_ended(pid: int) -> None:
 async def end_process(process: subprocess.Popen[bytes], grace_s: float) -> int:
     """Wait `grace_s` for a child to end, then kill it; its status. The caller told it before to end."""
     with trio.CancelScope(shield=True):
-        with trio.move_on_after(grace_s):
-            return await wait_process(process)
-        process.kill()
-        return await wait_process(process)
+        with trio.move_on_after(grace_s) as grace:
+            await wait_process(process)
+        if grace.cancelled_caught:
+            process.kill()
+            await wait_process(process)
+    return process.returncode
 
 
 def signal_process(pid: int, started: int, number: int) -> bool:

@@ -60,7 +60,7 @@ class ZygoteClient:
         self._received = b""
         ours, theirs = socket.socketpair()
         with theirs:
-            self.process = subprocess.Popen(  # noqa: S603 - our own interpreter
+            self.process = subprocess.Popen(
                 [*(command or (sys.executable, "-m", "hmmnet.devices", "--zygote"))],
                 stdin=theirs.fileno(),
                 stdout=STDERR_FILENO if stderr is None else stderr,  # our stdout may be a pipe that somebody reads to its end
@@ -134,7 +134,7 @@ class ZygoteClient:
         return "it still runs" if status is None else describe_exit(status)
 
     async def end(self, grace_s: float = GRACE_S) -> None:
-        """Let the devices end by themselves for `grace_s`, kill the others, and return when all are gone, whether `run` still runs or not."""
+        """Let the devices end by themselves for `grace_s`, kill the others, return when all are gone; whether `run` still runs or not."""
         with trio.CancelScope(shield=True):
             if self.process.poll() is None:
                 with trio.move_on_after(grace_s), suppress(HmmnetError):

@@ -1,8 +1,8 @@
 """A machine as an SVG picture.
 
-Host memories stand at the top, what hangs below them below, each parent above the middle of its children; what is reached through devices only
-(an NVLink switch) at the bottom. Links beside that tree are arcs: above the row for host memories, below it for others. A
-machine with many devices stacks those of one switch. Links are coloured by kind, and as wide as they are fast.
+Host memories stand at the top, what hangs below them below, each parent above the middle of its children; what is reached through
+devices only (an NVLink switch) stands at the bottom. Links beside that tree are arcs: above the row for host memories, below it for
+others. A machine with many devices stacks those of one switch. Links are coloured by kind, and the wider the faster.
 """
 
 from __future__ import annotations
@@ -112,7 +112,8 @@ class Layout:
             if child not in stack:
                 at += self._place(child, at, row + 1)
         for i, child in enumerate(stack):
-            self.boxes[child] = Box(self._x(at), self._y(row) + BOX_HEIGHT / 2 + STACK_GAP + (i + 0.5) * (SMALL_HEIGHT + 4), row + 1, stacked=True)
+            y = self._y(row) + BOX_HEIGHT / 2 + STACK_GAP + (i + 0.5) * (SMALL_HEIGHT + 4)
+            self.boxes[child] = Box(self._x(at), y, row + 1, stacked=True)
         columns = max(1.0, at - first + bool(stack))
         self.boxes[name] = Box(self._x(first + (columns - 1) / 2), self._y(row), row)
         return columns
@@ -133,9 +134,9 @@ def svg(topology: Topology) -> str:
     texts = list(dict.fromkeys((link.kind, link_text(link)) for link in topology.links))
     colours = {kind: LINK_COLOURS[i % len(LINK_COLOURS)] for i, kind in enumerate(dict.fromkeys(kind for kind, _ in texts))}
     height = layout.bottom + (28 if texts else 0) + 18 * len(texts) + MARGIN
+    size = f'width="{width:.0f}" height="{height:.0f}" viewBox="0 0 {width:.0f} {height:.0f}"'
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
-        f'viewBox="0 0 {width:.0f} {height:.0f}" font-family="sans-serif" font-size="11">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="11">',
         f'<rect width="{width:.0f}" height="{height:.0f}" fill="white"/>',
         f'<text x="{MARGIN}" y="{MARGIN + 6}" font-size="16" font-weight="bold">{escape(topology.name)}</text>',
         f'<text x="{MARGIN}" y="{MARGIN + 23}" fill="#555">{escape(topology.description)}</text>',
@@ -190,6 +191,11 @@ def _rate_label(link: LinkSpec, layout: Layout) -> str:
     )
 
 
+def _fit(text: str, letters: int) -> str:
+    """`text` cut to `letters`, escaped; the box's title holds all of it."""
+    return escape(text if len(text) <= letters else text[: letters - 1] + "\u2026")
+
+
 def _box(vertex: MemoryNode | DeviceSpec | Switch, box: Box) -> str:
     colour = COHERENT if isinstance(vertex, DeviceSpec) and vertex.kind == "coherent" else COLOURS[type(vertex)]
     left = box.x - BOX_WIDTH / 2
@@ -199,12 +205,13 @@ def _box(vertex: MemoryNode | DeviceSpec | Switch, box: Box) -> str:
     )
     if box.stacked and isinstance(vertex, DeviceSpec):
         return (
-            f'{frame}<text x="{left + 8:.0f}" y="{box.y + 4:.0f}" font-weight="bold">{escape(vertex.name)}</text>'
-            f'<text x="{left + BOX_WIDTH - 8:.0f}" y="{box.y + 4:.0f}" text-anchor="end" font-size="10">{show_size(vertex.memory_bytes)}</text>'
+            f'{frame}<text x="{left + 8:.0f}" y="{box.y + 4:.0f}" font-weight="bold">{_fit(vertex.name, 9)}</text>'
+            f'<text x="{left + BOX_WIDTH - 8:.0f}" y="{box.y + 4:.0f}" text-anchor="end" font-size="10">'
+            f"{show_size(vertex.memory_bytes)}</text>"
         )
     return (
-        f'{frame}<text x="{box.x:.0f}" y="{box.y - 4:.0f}" text-anchor="middle" font-weight="bold">{escape(vertex.name)}</text>'
-        f'<text x="{box.x:.0f}" y="{box.y + 12:.0f}" text-anchor="middle" font-size="10">{escape(about(vertex))}</text>'
+        f'{frame}<text x="{box.x:.0f}" y="{box.y - 4:.0f}" text-anchor="middle" font-weight="bold">{_fit(vertex.name, 17)}</text>'
+        f'<text x="{box.x:.0f}" y="{box.y + 12:.0f}" text-anchor="middle" font-size="10">{_fit(about(vertex), 22)}</text>'
     )
 
 

@@ -131,6 +131,7 @@ class _InDocument(Where):
 
     def place(self, section: str, number: int, name: str) -> str:
         """As the file calls it, gpu[0-7] and all."""
+        del name
         return self._document.records[section][number].place
 
     def line(self, section: str, number: int, key: str) -> int:

@@ -1,8 +1,8 @@
 """A machine as a tree that grows from its host memories.
 
-Every vertex hangs below the link that leads to host memory on the shortest way; what is joined beside that (NVLink between GPUs, links between
-sockets) stands behind each name. Subtrees that look alike are drawn once: a reader wants to see "four switches with four GPUs each",
-not sixty-four lines.
+Every vertex hangs below the link that leads to host memory on the shortest way; what is joined beside that (NVLink between GPUs,
+links between sockets) stands behind each name. Subtrees that look alike are drawn once: a reader wants to see "four switches with
+four GPUs each", not sixty-four lines.
 """
 
 from __future__ import annotations

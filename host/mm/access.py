@@ -37,6 +37,8 @@ ROUNDS_MAX = 10_000
 """Rounds in which a fault may find its page taken away again before it counts as a bug (the kernel would go on for ever)."""
 CHECKPOINT_EVERY = 64
 """Loads and stores without suspension, after which other tasks get a turn: a program that polls must not starve the machine."""
+BULK_SHIFT = 16
+"""64 KiB of one load or store count as one more: long ones take as long as many."""
 
 Storable = bytes | bytearray | memoryview | npt.NDArray[Any]
 """What a store takes: the bytes of it, in their order."""
@@ -152,7 +154,7 @@ class CpuAccess:
             out = np.empty(length, np.uint8)
             await self._access(address, out, write=False)
             return out.tobytes()
-        self._since_checkpoint += 1
+        self._since_checkpoint += 1 + (length >> BULK_SHIFT)
         if self._since_checkpoint >= CHECKPOINT_EVERY:
             self._since_checkpoint = 0
             await give_way()
@@ -167,7 +169,7 @@ class CpuAccess:
         ):
             await self._access(address, np.frombuffer(data, np.uint8), write=True)
             return
-        self._since_checkpoint += 1
+        self._since_checkpoint += 1 + (len(data) >> BULK_SHIFT)
         if self._since_checkpoint >= CHECKPOINT_EVERY:
             self._since_checkpoint = 0
             await give_way()

@@ -37,7 +37,7 @@ from hmmnet.pages import (
 from . import pte, single
 from .frames import ANON, DEVICE_EXTRA_REFERENCES, LOCKED, HostZone, PhysicalMemory
 from .mm import Mm
-from .rmap import Mapped, Rows, mappings
+from .rmap import Mapped, Rows, mappings, places
 from .vma import VM_UFFD_MISSING, VM_WRITE
 
 BOTH = MIGRATE_PFN_VALID | MIGRATE_PFN_MIGRATE
@@ -75,6 +75,14 @@ def collect(
             offset = at * BLOCK_PAGES
             migration.others += [Mapped(one.mm, one.rows + offset, one.pages, one.entries) for one in part.others]
     return migration
+
+
+def sharers(mm: Mm, pages: Words, select: Select, owner: int) -> list[tuple[Mm, Words]]:
+    """Where the frames that several processes map, of those that `collect` would take, may be mapped (`rmap.places`)."""
+    entries = mm.table.take(pages)
+    frames = pte.frames_of(entries[_wanted(entries, select, owner)])
+    shared = frames[mm.memory.field(frames, "mapcount") > 1]
+    return list(places(mm.memory, shared)) if len(shared) else []
 
 
 def _collect(mm: Mm, migration: Migration, select: Select, told: frozenset[int]) -> None:

@@ -1,9 +1,9 @@
 """The reverse map (mm/rmap.c): which processes map a frame, and where.
 
-An anonymous frame knows the anon_vma it was made in (`mapping`) and the page where it was first mapped (`index`). Every process of the family
-that still maps it does so at that very page, unless the VMA was moved: then at the same distance into a VMA whose `pgoff` tells. So the
-search is, for each process of the family, one look into its page table at all the indices at once, and one for each VMA that lies
-elsewhere than its `pgoff`. An entry that holds the frame is a mapping; an entry that does not was unmapped, copied, or never existed.
+An anonymous frame knows the anon_vma it was made in (`mapping`) and the page where it was first mapped (`index`). Every process of the
+family that still maps it does so at that very page, unless the VMA was moved: then at the same distance into a VMA whose `pgoff` tells.
+So the search is, for each process of the family, one look into its page table at all the indices at once, and one for each VMA that
+lies elsewhere than its `pgoff`. An entry that holds the frame is a mapping; one that does not was unmapped, copied, or never existed.
 """
 
 from __future__ import annotations

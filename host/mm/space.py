@@ -22,7 +22,6 @@ from .advice import Advice
 from .fault import restore_exclusive
 from .fork import copy_entries, inherit, needs_copy
 from .mm import Mm
-from .rmap import places
 from .vma import VM_DAX, VM_HUGETLB, VM_READ, VM_SPECIAL, Vma
 from .walk import walk
 
@@ -105,17 +104,13 @@ class Space(Advice):
         assert self.mmap_lock.held, "collect without the mmap lock"
         return migration_steps.collect(self.mm, pages, select, owner, fault_frame, told)
 
-    def sharers(self, pages: Words) -> list[tuple[Mm, Words]]:
-        """Where the frames of `pages` that several processes map may be mapped, by process, this one included.
+    def sharers(self, pages: Words, select: Select, owner: int) -> list[tuple[Mm, Words]]:
+        """What else has to be told before `collect` of the same arguments: (process, pages), this process included; mostly nothing.
 
-        CLEAR has to be announced for those pages, page by page, before `pages` are collected; `collect` is then `told` the processes.
+        For pages that several processes share, CLEAR is announced page by page wherever they may be mapped; `collect` is then `told` the
+        numbers of those processes.
         """
-        entries = self.mm.table.take(pages)
-        kinds = pte.kinds_of(entries)
-        mapped = entries[((kinds == pte.PRESENT) & (entries & pte.SPECIAL == 0)) | (kinds == pte.DEVICE)]
-        frames = pte.frames_of(mapped)
-        shared = frames[self.memory.field(frames, "mapcount") > 1]
-        return list(places(self.memory, shared)) if len(shared) else []
+        return migration_steps.sharers(self.mm, pages, select, owner)
 
     def migrate_pages(self, migration: Migration) -> None:
         """migrate_vma_pages: each page's identity goes to its target. Where `inserts(migration)`, announce a MIGRATE around this."""

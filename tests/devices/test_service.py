@@ -107,7 +107,7 @@ async def test_signals_end_it_with_a_goodbye(folder: Path, number: signal.Signal
     async with running(folder) as (host, process):
         process.send_signal(number)
         assert await ended(process) == 0
-        assert host.session.lost is not None
+        await until(lambda: host.session.lost is not None)
         assert "goodbye" in str(host.session.lost)
 
 

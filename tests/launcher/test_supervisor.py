@@ -66,12 +66,12 @@ def made(name: str, seen: Seen) -> Supervisor:
 
 
 @asynccontextmanager
-async def held(name: str) -> AsyncIterator[tuple[Supervisor, Seen, trio.Nursery]]:
+async def held(name: str) -> AsyncIterator[tuple[Supervisor, Seen]]:
     seen = Seen()
     async with trio.open_nursery() as nursery:
         supervisor = made(name, seen)
         await nursery.start(supervisor.run)
-        yield supervisor, seen, nursery
+        yield supervisor, seen
         nursery.cancel_scope.cancel()
 
 
@@ -87,7 +87,7 @@ def pids_of(record: MachineRecord) -> list[int]:
 
 async def test_a_machine_starts_shows_itself_and_leaves_nothing(base: Path) -> None:
     """Record on disk while it runs; no process and no file afterwards, within a second."""
-    async with held("well") as (supervisor, seen, _):
+    async with held("well") as (supervisor, _):
         on_disk = Directory.named("well").read()
         assert on_disk is not None
         assert on_disk.state == "running"
@@ -106,7 +106,7 @@ async def test_a_machine_starts_shows_itself_and_leaves_nothing(base: Path) -> N
 
 async def test_a_killed_device_is_shown_logged_and_told_to_the_host() -> None:
     """The machine goes on without it."""
-    async with held("well") as (supervisor, seen, _):
+    async with held("well") as (supervisor, seen):
         os.kill(seen.records[-1].devices[1].pid, signal.SIGKILL)
         record = await seen.until(lambda record: record.devices[1].state == "lost")
         assert record.devices[1].how == "killed by SIGKILL"
@@ -122,7 +122,7 @@ async def test_a_killed_device_is_shown_logged_and_told_to_the_host() -> None:
 async def test_a_killed_host_ends_the_machine_and_leaves_its_logs() -> None:
     """The record says why; a machine of that name can start again."""
     with pytest.raises(ExceptionGroup) as caught:
-        async with held("well") as (_, seen, _):
+        async with held("well") as (_, seen):
             pids = pids_of(seen.records[-1])
             os.kill(pids[0], signal.SIGKILL)
             await trio.sleep_forever()
@@ -141,7 +141,7 @@ async def test_a_killed_host_ends_the_machine_and_leaves_its_logs() -> None:
 async def test_a_killed_zygote_ends_the_machine() -> None:
     """With every device, as they are its children."""
     with pytest.raises(ExceptionGroup) as caught:
-        async with held("well") as (supervisor, seen, _):
+        async with held("well") as (supervisor, seen):
             pids = pids_of(seen.records[-1])
             supervisor.crew.zygote.process.kill()
             await trio.sleep_forever()
@@ -168,7 +168,7 @@ async def test_a_host_that_never_serves_is_given_up(monkeypatch: pytest.MonkeyPa
 
 async def test_a_host_that_does_not_end_is_killed() -> None:
     """Ending is bounded, whatever the host does."""
-    async with held("stuck") as (_, seen, _):
+    async with held("stuck") as (_, seen):
         host_pid = seen.records[-1].host_pid
         began_s = trio.current_time()
     assert trio.current_time() - began_s < 3

@@ -20,6 +20,7 @@ from hmmnet.runs import RunAllocator
 SHIFT = np.uint64(MIGRATE_PFN_SHIFT)
 MIGRATE = np.uint64(MIGRATE_PFN_MIGRATE)
 VALID = np.uint64(MIGRATE_PFN_VALID)
+HOME = Select.DEVICE_PRIVATE | Select.DEVICE_COHERENT
 
 
 def words(*values: int) -> Words:
@@ -100,9 +101,9 @@ class Machine:
         await self._collect_and_bring(space, pages, zone)
 
     async def _collect_and_bring(self, space: Space, pages: Words, zone: int) -> int:
-        told = await self._tell_others(space, pages)
+        told = await self._tell_others(space, pages, HOME, zone)
         async with space.hub.invalidate(Event.MIGRATE, int(pages[0]), int(pages[-1]) + 1, zone):
-            migration = space.collect(pages, Select.DEVICE_PRIVATE | Select.DEVICE_COHERENT, zone, told=told)
+            migration = space.collect(pages, HOME, zone, told=told)
         going = np.flatnonzero(migration.source & (MIGRATE | VALID) == (MIGRATE | VALID))
         frames = self.memory.allocate(len(going), keep=slice(0, len(going)))
         assert frames is not None
@@ -115,9 +116,9 @@ class Machine:
         space.migrate_finalize(migration)
         return moved
 
-    async def _tell_others(self, space: Space, pages: Words) -> frozenset[int]:
+    async def _tell_others(self, space: Space, pages: Words, select: Select, zone: int) -> frozenset[int]:
         """Announce wherever shared frames of `pages` may be mapped."""
-        found = space.sharers(pages)
+        found = space.sharers(pages, select, zone)
         for mm, places in found:
             for page in places.tolist():
                 async with self.spaces[mm.number].hub.invalidate(Event.CLEAR, page, page + 1):
@@ -134,7 +135,7 @@ class Machine:
         """migrate_vma towards a device, one VMA; the final source words."""
         async with space.mmap_lock.read():
             space.check_migratable(int(pages[0]), int(pages[-1]) + 1)
-            told = await self._tell_others(space, pages)
+            told = await self._tell_others(space, pages, Select.SYSTEM, zone)
             async with space.hub.invalidate(Event.MIGRATE, int(pages[0]), int(pages[-1]) + 1, zone):
                 migration = space.collect(pages, Select.SYSTEM, zone, told=told)
             going = np.flatnonzero(migration.source & MIGRATE)

@@ -1,7 +1,7 @@
 """Recordings of a real kernel, played on the address space: every script about anonymous private memory is identical, line by line.
 
-The recordings lie in tests/conformance. What stands between them and the address space here is a test device in one piece (`dmirror.py`), so a
-difference is a difference in memory semantics. A KERNEL WARNING trailer is a driver's bug that is played, not compared.
+The recordings lie in tests/conformance. What stands between them and the address space here is a test device in one piece
+(`dmirror.py`), so a difference is a difference in memory semantics. A KERNEL WARNING is a driver's bug: it is played, not compared.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from .machine import Machine
 
 RECORDINGS = Path(__file__).parents[2] / "conformance" / "recordings"
 REGIONS_BASE, REGIONS_APART = 0x10000000000, 0x8000000
-NOT_PLAYED = re.compile(r"\b(shared|file=|memfd|thp|hugetlb|mmapdev|uffd|ffill|fsum|fpunch|ftrunc|COLLAPSE|HUGEPAGE|REMOVE)\b|open \w+ [2-9]|open \w+ 1\d")
+NOT_PLAYED = re.compile(r"\b(shared|file=|memfd|thp|hugetlb|mmapdev|uffd)\b|open \w+ [23]")
+"""Files, shared memory, huge pages, device mappings, userfaultfd and coherent units."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Player:
     """Plays one script; `output` is what the recording should say."""
 
     def __init__(self) -> None:
-        self.machine = Machine(host_pages=20000, device_pages=17000)
+        self.machine = Machine(host_pages=1024, device_pages=512)
         self.machine.on_copy_out = self._dropped
         self.context = Context(self.machine.process())
         self.outer: list[Context] = []
@@ -388,5 +389,6 @@ def test_hand_script(script: Script) -> None:
 @pytest.mark.parametrize("profile", PROFILES)
 def test_random_scripts(profile: str) -> None:
     """Generated scripts of one profile."""
-    found = [line for script in PLAYED if script.name.endswith(f"-{profile}") and script.name.startswith("r") for line in differences(script)]
-    assert found == []
+    scripts = [script for script in PLAYED if script.name.startswith("r") and script.name.endswith(f"-{profile}")]
+    assert len(scripts) > 50
+    assert [line for script in scripts for line in differences(script)] == []
