@@ -17,14 +17,21 @@ import numpy as np
 
 from hmmnet.pages import Words
 
+MAP_NORESERVE = 0x4000
 LEAF_SHIFT = 18
 LEAF_PAGES = 1 << LEAF_SHIFT
 _MASK = LEAF_PAGES - 1
 
 
 def lazy_words(count: int) -> Words:
-    """`count` zero uint64 that the operating system commits on first write, 512 at a time."""
-    return np.frombuffer(mmap.mmap(-1, count * 8), dtype=np.uint64)
+    """`count` zero uint64 that the operating system commits on first write, 512 at a time.
+
+    Private, because reading shared anonymous memory commits it; and no huge pages, which would commit a whole leaf at once.
+    """
+    reserved = mmap.mmap(-1, count * 8, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        reserved.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(reserved, dtype=np.uint64)
 
 
 class SparseTable:

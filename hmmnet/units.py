@@ -33,9 +33,12 @@ def parse_size(text: str) -> int:
 
 def parse_rate(text: str) -> float:
     """Bytes per second in a text such as ``32 GB/s``. Raises ValueError."""
-    if not text.strip().lower().endswith("/s"):
-        raise ValueError(f"{text!r} is no rate: a size per second is wanted, such as '32 GB/s'")
-    return float(parse_size(text.strip()[:-2]))
+    try:
+        if text.strip().lower().endswith("/s"):
+            return float(parse_size(text.strip()[:-2]))
+    except ValueError as error:
+        raise ValueError(f"{text!r} is no rate: {error}") from None
+    raise ValueError(f"{text!r} is no rate: a size per second is wanted, such as '32 GB/s'")
 
 
 def parse_time(text: str) -> float:

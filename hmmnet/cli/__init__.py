@@ -40,11 +40,12 @@ def command_names() -> tuple[str, ...]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit the process with its code."""
-    code = run(sys.argv[1:] if arguments is None else list(arguments))
     try:
+        code = run(sys.argv[1:] if arguments is None else list(arguments))
         sys.stdout.flush()
-    except BrokenPipeError:
+    except BrokenPipeError:  # whoever read our output has seen enough; the interpreter's own flush must not fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        code = 0
     raise SystemExit(code)
 
 
@@ -75,9 +76,6 @@ def _run_command(name: str, arguments: list[str]) -> int:
         code = _command(name).main(args=arguments, prog_name=where, standalone_mode=False)
     except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 0
     except HmmnetError as error:
         return _complain(where, str(error), FAILED)
     except BaseExceptionGroup as group:
@@ -127,7 +125,7 @@ def _usage_text(error: Exception) -> str | None:
     unknown = getattr(error, "option_name", None)
     if unknown:
         return f'there is no option "{unknown}"{did_you_mean(unknown, getattr(error, "possibilities", None) or ())}'
-    return " ".join(str(error.format_message()).split()).rstrip(".")  # type: ignore[attr-defined]
+    return " ".join(str(error.format_message()).split()).rstrip(".").removeprefix("Invalid value: ")  # type: ignore[attr-defined]
 
 
 def _of_group(where: str, group: BaseExceptionGroup[Any]) -> int:

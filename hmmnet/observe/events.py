@@ -7,8 +7,8 @@ Emitting is cheap where nobody listens: the emitter asks ``if bus.active:`` (one
 listens to anything, every event is built and remembered for a while, whatever it is about: else chains would have holes. A cause is
 a number; 0 is "none, or nobody listened then". Inside ``with bus.because(number):`` it need not be passed on by hand, also across awaits.
 
-The bus belongs to one thread. Callbacks are plain functions, called at once and in order; what they emit themselves is delivered after them.
-A callback that raises is a bug of the observer, not of the machine: it is logged and unsubscribed.
+The bus belongs to one thread. Callbacks are plain functions, called at once and in order; what they emit themselves is delivered
+after them. A callback that raises is a bug of the observer, not of the machine: it is logged and unsubscribed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 HISTORY_MAX = 8192
 """Events remembered for chains: a fault's chain is at most some dozens of events old, even with 64 devices that fault at once."""
@@ -178,7 +178,7 @@ class Subscription:
         """Stop listening; again does nothing."""
         self._bus._drop(self)  # noqa: SLF001 - one module
 
-    def __enter__(self) -> Subscription:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *args: object) -> None:
@@ -193,7 +193,7 @@ class Bus:
         """Whether anybody listens; emitters look here first."""
         self._now = now
         self._subscriptions: list[Subscription] = []
-        self._history: dict[int, Record[Any]] = {}
+        self._history: list[Record[Any] | None] = []
         self._last = 0
         self._waiting: deque[Record[Any]] = deque()
         self._delivering = False
@@ -202,14 +202,16 @@ class Bus:
         """Call `callback` with the record of every event that is one of `kinds` (none: of all)."""
         subscription = Subscription(self, callback, kinds)
         self._subscriptions = [*self._subscriptions, subscription]
-        self.active = True
+        if not self.active:
+            self._history = [None] * HISTORY_MAX
+            self.active = True
         return subscription
 
     def _drop(self, subscription: Subscription) -> None:
         self._subscriptions = [other for other in self._subscriptions if other is not subscription]
         self.active = bool(self._subscriptions)
         if not self.active:
-            self._history.clear()
+            self._history = []
 
     def emit(self, event: Event, cause: int | None = None) -> int:
         """Tell that `event` happened, because of `cause` (None: the one of `because`); its number, 0 when nobody listens."""
@@ -217,9 +219,7 @@ class Bus:
             return 0
         self._last += 1
         record = Record(self._last, self._now(), _current_cause.get() if cause is None else cause, event)
-        self._history[record.number] = record
-        if len(self._history) > HISTORY_MAX:
-            del self._history[next(iter(self._history))]
+        self._history[record.number % HISTORY_MAX] = record
         self._waiting.append(record)
         if not self._delivering:
             self._deliver()
@@ -255,7 +255,13 @@ class Bus:
     def chain(self, number: int) -> list[Record[Any]]:
         """The event `number` and what led to it, the root first. Shorter than it was when its beginning is forgotten."""
         found: list[Record[Any]] = []
-        while number in self._history:
-            found.append(self._history[number])
-            number = self._history[number].cause
+        while (record := self._recall(number)) is not None:
+            found.append(record)
+            number = record.cause
         return found[::-1]
+
+    def _recall(self, number: int) -> Record[Any] | None:
+        if not self._history or number <= 0:
+            return None
+        record = self._history[number % HISTORY_MAX]
+        return record if record is not None and record.number == number else None

@@ -48,7 +48,10 @@ Index = slice | npt.NDArray[np.intp]
 def lazy_array(count: int, dtype: type[np.generic]) -> npt.NDArray[Any]:
     """`count` zeros that the operating system commits where they are written."""
     size = max(1, count) * np.dtype(dtype).itemsize
-    return np.frombuffer(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE), dtype=dtype)[:count]
+    reserved = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        reserved.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(reserved, dtype=dtype)[:count]
 
 
 class Zone:

@@ -40,7 +40,7 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
         (["upp"], 'no command "upp"; did you mean "up"?'),
         (["--verison"], 'no option "--verison"'),
         (["up", "--nmae", "x"], 'no option "--nmae"; did you mean "--name"?'),
-        (["up", "--transport", "icp"], 'did you mean "ipc"?'),
+        (["up", "--transport", "ipx"], 'did you mean "ipc"?'),
         (["logs", "--level", "warn"], 'did you mean "warning"?'),
         (["run"], "WORKLOAD"),
         (["down", "--all", "x", "y"], "y"),

@@ -1,13 +1,34 @@
-"""Stand-ins for what the host talks to: a device link that remembers what it was told."""
+"""Stand-ins for what the host talks to: a device link that remembers what it was told and keeps its pages in a dictionary."""
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 import trio
 
-from hmmnet.host.interfaces import Event
-from hmmnet.pages import Words
+from hmmnet.host.devmem import PageMap
+from hmmnet.host.homing import Homing
+from hmmnet.host.hub import Hub
+from hmmnet.host.interfaces import Destination, DeviceLink, Event
+from hmmnet.host.iommu import Domain
+from hmmnet.host.migrate import Grant, Outcome, Select, migrate_to_device
+from hmmnet.host.mm.frames import PhysicalMemory
+from hmmnet.host.mm.space import Space
+from hmmnet.observe.counters import Profile
+from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, ZONE_SHIFT, Words
+
+ZONE = 64
+FIRST_FRAME = ZONE << ZONE_SHIFT
+DEVICE_PAGES = 1024
+HOST_PAGES = 4096
+
+Step = Callable[[], Awaitable[None]]
+
+
+async def nothing() -> None:
+    """A step at which nothing goes wrong."""
+    await trio.lowlevel.checkpoint()
 
 
 @dataclass
@@ -23,15 +44,20 @@ class FakeAcknowledgement:
 
 @dataclass
 class FakeLink:
-    """A device that copies nothing and answers at once, unless `hold` was called."""
+    """A device whose memory is `held`, frame by frame. `during_copy` runs in the middle of every copy and may raise."""
 
     name: str
     zone: int
     kind: str = "private"
+    memory: PhysicalMemory | None = None
+    during_copy: Step = nothing
     told: list[tuple[int, int, int, Event, int, int]] = field(default_factory=list)
     """(subscription, start, end, event, owner, sequence)"""
     finished: int = 0
-    freed: list[Words] = field(default_factory=list)
+    freed: list[int] = field(default_factory=list)
+    held: dict[int, bytes] = field(default_factory=dict)
+    dropped: list[tuple[int, list[int]]] = field(default_factory=list)
+    """(context, pages) of each copy out."""
     gate: trio.Event = field(default_factory=trio.Event)
 
     def __post_init__(self) -> None:
@@ -49,10 +75,82 @@ class FakeLink:
         return FakeAcknowledgement(self)
 
     async def copy_in(self, source_frames: Words, target_frames: Words, zero_frames: Words) -> None:
-        await trio.lowlevel.checkpoint()
+        assert self.memory is not None
+        await self.during_copy()
+        for source, target in zip(source_frames.tolist(), target_frames.tolist(), strict=True):
+            self.held[target] = self.memory.read_small(source, 0, PAGE_SIZE)
+        self.held |= dict.fromkeys(zero_frames.tolist(), bytes(PAGE_SIZE))
 
-    async def copy_out(self, context: int, pages: Words, frames: Words, target_frames: Words) -> None:
-        await trio.lowlevel.checkpoint()
+    async def copy_out(self, context: int, pages: Words, frames: Words, destination: Destination) -> None:
+        assert self.memory is not None
+        self.dropped.append((context, pages.tolist()))
+        targets = destination.frames()
+        await self.during_copy()
+        for frame, target in zip(frames.tolist(), targets.tolist(), strict=True):
+            self.memory.write_small(target, 0, self.held[frame])
 
     def free_frames(self, frames: Words) -> None:
-        self.freed.append(frames)
+        for frame in frames.tolist():
+            self.held.pop(frame, None)
+            self.freed.append(frame)
+
+
+class Bench:
+    """Host memory, one private device behind a `FakeLink`, and processes with their hubs; no sessions, no sockets."""
+
+    def __init__(self, host_pages: int = HOST_PAGES) -> None:
+        self.memory = PhysicalMemory()
+        self.memory.add_node("host", host_pages)
+        self.link = FakeLink("gpu0", ZONE, memory=self.memory)
+        self.page_map = PageMap(self.memory, self.link, DEVICE_PAGES)
+        self.links: dict[int, DeviceLink] = {ZONE: self.link}
+        self.spaces: dict[int, Space] = {}
+        self.profile = Profile()
+        self.homing = Homing(self.memory, self.links, self.spaces, lambda process, zone: process, self.profile, lambda: 0.0)
+        self.domain = Domain("gpu0", 1)
+        self.frame_next = FIRST_FRAME
+
+    def space(self, number: int = 1) -> Space:
+        self.spaces[number] = Space(number, self.memory, Hub(), self.homing.migrate_to_ram)
+        return self.spaces[number]
+
+    def hub(self, space: Space) -> Hub:
+        assert isinstance(space.hub, Hub)
+        return space.hub
+
+    def grant(self, pages: int, frames: Words | None = None) -> Grant:
+        if frames is None:
+            frames = words(*range(self.frame_next, self.frame_next + pages))
+            self.frame_next += pages
+        return Grant(self.page_map.zone, frames)
+
+    async def to_device(
+        self, space: Space, address: int, pages: int, grant: Grant | None = None, announce: Callable[[Outcome], Awaitable[None]] | None = None
+    ) -> Outcome:
+        """Migrate, and return what the driver was told."""
+        told: list[Outcome] = []
+
+        async def tell(outcome: Outcome, finalize: Callable[[], None]) -> None:
+            told.append(outcome)
+            if announce is not None:
+                await announce(outcome)
+            finalize()
+
+        await migrate_to_device(
+            space, self.link, self.domain, address >> PAGE_SHIFT, Select.SYSTEM, grant or self.grant(pages), tell
+        )
+        return told[0]
+
+    def lose(self, cause: str) -> None:
+        """The device is gone, as the service would do it."""
+        del self.links[ZONE]
+        self.page_map.lose(cause)
+
+    def host_pages_used(self) -> int:
+        return sum(node.allocator.used_count for node in self.memory.nodes)
+
+
+def words(*values: int) -> Words:
+    import numpy as np
+
+    return np.array(values, dtype=np.uint64)

@@ -104,7 +104,9 @@ class Player:
             except KernelError as error:
                 result = f"ERR {error.name}"
             self.output.append(f"{number}: {' '.join(words)} => {result}")
-            self.machine.check()
+            if not script.name.startswith("r"):
+                self.machine.check()
+        self.machine.check()
         return self.output
 
     async def operation(self, name: str, words: list[str]) -> str:

@@ -1,0 +1,54 @@
+"""Page arithmetic, and page lists as they cross the wire."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hmmnet.pages import PAGE_SIZE, ZONE_SHIFT, from_wire, is_one_run, page_range, run_bounds, to_wire, zone_of
+
+FRAMES = st.lists(st.integers(0, 40), max_size=30)
+
+
+@given(FRAMES)
+def test_runs_cover_the_list(frames: list[int]) -> None:
+    """Between two bounds numbers go up by one; at a bound they do not."""
+    words = np.array(frames, dtype=np.uint64)
+    bounds = run_bounds(words).tolist()
+    assert bounds[0] == 0
+    assert bounds[-1] == len(frames)
+    for first, end in zip(bounds, bounds[1:], strict=False):
+        assert frames[first:end] == list(range(frames[first], frames[first] + end - first))
+    for bound in bounds[1:-1]:
+        assert frames[bound] != frames[bound - 1] + 1
+
+
+@given(FRAMES)
+def test_one_run_means_two_bounds(frames: list[int]) -> None:
+    """The quick question and the full answer agree."""
+    words = np.array(frames, dtype=np.uint64)
+    assert is_one_run(words) == (len(run_bounds(words)) == 2)
+
+
+@given(st.lists(st.integers(0, 2**64 - 1), max_size=20))
+def test_lists_survive_the_wire(values: list[int]) -> None:
+    """Eight bytes a word, little endian."""
+    words = np.array(values, dtype=np.uint64)
+    raw = to_wire(words)
+    assert len(raw) == 8 * len(values)
+    assert from_wire(raw).tolist() == values
+
+
+def test_a_cut_list_is_refused() -> None:
+    """A length that is no multiple of eight is no page list."""
+    with pytest.raises(ValueError, match="multiple"):
+        from_wire(b"1234567")
+
+
+def test_ranges_and_zones() -> None:
+    """A range touches its first and last byte's pages; a frame tells its zone."""
+    assert page_range(PAGE_SIZE - 1, 2) == (0, 2)
+    assert page_range(PAGE_SIZE, PAGE_SIZE) == (1, 2)
+    assert zone_of((7 << ZONE_SHIFT) + 5) == 7

@@ -1,0 +1,66 @@
+"""A sparse table is a dictionary with zero as its default, for single pages, ranges and scattered pages alike."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hmmnet.pages import PAGES_MAX
+from hmmnet.sparse import LEAF_PAGES, SparseTable
+
+NEAR_EDGES = st.sampled_from([0, 1, 511, 512, LEAF_PAGES - 2, LEAF_PAGES - 1, LEAF_PAGES, 2 * LEAF_PAGES - 1, PAGES_MAX - 9])
+STEPS = st.lists(
+    st.tuples(st.sampled_from(["set", "write", "scatter", "clear"]), NEAR_EDGES, st.integers(1, 8), st.integers(1, 99)), max_size=25
+)
+
+
+@settings(deadline=None)
+@given(STEPS)
+def test_equals_a_dictionary(steps: list[tuple[str, int, int, int]]) -> None:
+    """Any history, read back in every way there is."""
+    table, model = SparseTable(), dict[int, int]()
+    for what, page, count, value in steps:
+        pages = list(range(page, min(page + count, PAGES_MAX)))
+        values = [value + i for i in range(len(pages))]
+        if what == "set":
+            table.set(page, value)
+            model[page] = value
+        elif what == "clear":
+            table.clear(page, page + len(pages))
+            for cleared in pages:
+                model.pop(cleared, None)
+        elif what == "write":
+            table.write(page, np.array(values, dtype=np.uint64))
+            model.update(zip(pages, values, strict=True))
+        else:
+            table.scatter(np.array(pages[::-1], dtype=np.uint64), np.array(values, dtype=np.uint64))
+            model.update(zip(pages[::-1], values, strict=True))
+    for _, page, count, _ in steps:
+        pages = list(range(max(page - 3, 0), min(page + count + 3, PAGES_MAX)))
+        expected = [model.get(each, 0) for each in pages]
+        assert [table.get(each) for each in pages] == expected
+        assert table.read(pages[0], pages[-1] + 1).tolist() == expected
+        assert table.gather(np.array(pages, dtype=np.uint64)).tolist() == expected
+    found = {first + int(i): int(part[i]) for first, part in table.present(0, PAGES_MAX) for i in np.flatnonzero(part)}
+    assert found == {page: value for page, value in model.items() if value}
+
+
+def test_whole_leaves_are_given_back() -> None:
+    """Clearing everything leaves nothing behind."""
+    table = SparseTable()
+    table.set(5, 1)
+    table.set(LEAF_PAGES * 3 + 7, 2)
+    assert table.leaf_count == 2
+    table.clear(0, PAGES_MAX)
+    assert table.leaf_count == 0
+
+
+def test_views_are_the_table() -> None:
+    """A view within one leaf writes through; across leaves there is none."""
+    table = SparseTable()
+    view = table.view(10, 20)
+    assert view is not None
+    view[3] = 42
+    assert table.get(13) == 42
+    assert table.view(LEAF_PAGES - 1, LEAF_PAGES + 1) is None
