@@ -69,6 +69,8 @@ class Arena:
     def window(self, addresses: Words, size: int) -> Bytes | None:
         """The elements as a writable view when they are one run, else None."""
         n = len(addresses)
+        if n == 0:
+            return self.bytes[:0]
         first = int(addresses[0])
         if n > 1 and (int(addresses[-1]) - first != (n - 1) * size or not bool((addresses[1:] - addresses[:-1] == np.uint64(size)).all())):
             return None

@@ -8,7 +8,6 @@ ends it: return, exception, cancellation, Ctrl-C, or the program's death.
 from __future__ import annotations
 
 import itertools
-import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
@@ -21,7 +20,7 @@ import trio
 
 from hmmnet.errors import HmmnetError
 from hmmnet.fabric.clock import EmulatedClock
-from hmmnet.fabric.measure import choose_rate, measure_bytes_per_s
+from hmmnet.fabric.measure import automatic_rate
 from hmmnet.launcher.crew import READY_S, Crew
 from hmmnet.launcher.directory import DeviceRecord, Directory, MachineRecord, new_record
 from hmmnet.launcher.processes import raise_file_limit
@@ -39,7 +38,6 @@ from .blocking import Blocking, BlockingMachine, only_error
 HOST = "modelled"
 """The address-space provider; its class is found through the entry point group ``hmmnet.host``."""
 
-log = logging.getLogger("hmmnet.launcher")
 _numbers = itertools.count(1)
 
 
@@ -185,15 +183,6 @@ async def wait_shielded(event: trio.Event) -> None:
         await event.wait()
 
 
-async def choose_rate_for(topology: Topology, wire: Transport, transport: Literal["ipc", "tcp"], sockets: Path) -> float:
-    """``auto``: measure what this computer moves, and slow the clock so that the topology's links hold."""
-    endpoint = f"ipc://{sockets / 'measure'}" if transport == "ipc" else "tcp://127.0.0.1:*"
-    measured = await measure_bytes_per_s(wire, endpoint, EmulatedClock())
-    rate = choose_rate(topology, measured)
-    log.info("the clock runs at rate %g", rate, extra={"fields": {"measured_bytes_per_s": round(measured)}})
-    return rate
-
-
 @asynccontextmanager
 async def embedded(topology: Topology, name: str, rate: Rate, transport: Literal["ipc", "tcp"]) -> AsyncIterator[LaunchedMachine]:
     """Run a machine with the host in this trio run."""
@@ -217,7 +206,8 @@ async def embedded(topology: Topology, name: str, rate: Rate, transport: Literal
         clock = EmulatedClock()
         wire: Transport = stack.enter_context(ZmqTransport())
         sockets = Path(record.sockets or directory.path)
-        clock.set_rate(await choose_rate_for(topology, wire, transport, sockets) if rate == "auto" else rate)
+        probe = f"ipc://{sockets / 'measure'}" if transport == "ipc" else "tcp://127.0.0.1:*"
+        clock.set_rate(await automatic_rate(topology, wire, probe) if rate == "auto" else rate)
         host: Host = host_class()(topology, wire, sockets, directory.secret(), clock, name, scheme=transport)
         end = trio.Event()
         ended = await nursery.start(to_its_end, serve, host, end)

@@ -72,5 +72,10 @@ def show_time(seconds: float) -> str:
     """A time as a person reads it: ``1.50 ms``."""
     for factor, unit in ((1.0, "s"), (1e3, "ms"), (1e6, "us")):
         if abs(seconds) * factor >= 1:
-            return f"{seconds * factor:.3g} {unit}"
-    return f"{seconds * 1e9:.3g} ns"
+            return f"{_three_digits(seconds * factor)} {unit}"
+    return f"{_three_digits(seconds * 1e9)} ns"
+
+
+def _three_digits(value: float) -> str:
+    """Three digits that matter, without an exponent: 1.5, 12.3, 1000."""
+    return f"{float(f'{value:.3g}'):.12g}"

@@ -21,7 +21,7 @@ import trio
 
 from hmmnet.errors import HmmnetError, KernelError
 from hmmnet.fabric.clock import EmulatedClock
-from hmmnet.fabric.measure import choose_rate, measure_bytes_per_s
+from hmmnet.fabric.measure import automatic_rate
 from hmmnet.lifeline import die_with_parent
 from hmmnet.observe.logs import log_to
 from hmmnet.topology import Topology
@@ -82,10 +82,7 @@ async def rate_for(config: Config, transport: ZmqTransport) -> float:
     if config.rate != "auto":
         return config.rate
     endpoint = f"ipc://{Path(config.directory) / 'measure'}" if config.transport == "ipc" else "tcp://127.0.0.1:*"
-    measured = await measure_bytes_per_s(transport, endpoint, EmulatedClock())
-    rate = choose_rate(config.topology, measured)
-    log.info("the clock runs at rate %g", rate, extra={"fields": {"measured_bytes_per_s": round(measured)}})
-    return rate
+    return await automatic_rate(config.topology, transport, endpoint)
 
 
 async def serve(config: Config, commands: AsyncIterator[bytes], obeying: trio.CancelScope) -> None:

@@ -107,6 +107,7 @@ class Host:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[Host]:
         """Serve while the block runs. At its end every peer is told goodbye. Raises HmmnetError when an endpoint cannot be bound."""
+        failure: Exception | None = None
         async with AsyncExitStack() as stack:
             samples = await self._telemetry_channel(stack)
             self._samples = Telemetry(samples, self._secret, self.links)
@@ -141,11 +142,15 @@ class Host:
                     await self._nursery.start(server.run)
                 try:
                     yield self
+                except Exception as error:  # noqa: BLE001 - raised again below: as it is, not in the nursery's group
+                    failure = error
                 finally:
                     self._ending = True
                     with trio.CancelScope(shield=True):
                         await self._goodbye()
                     self._nursery.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
 
     def _endpoint(self, name: str) -> str:
         if self._scheme == "tcp":

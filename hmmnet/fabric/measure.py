@@ -7,6 +7,7 @@ what counts is the sum over devices, each with the narrowest link on its way to 
 
 from __future__ import annotations
 
+import logging
 import math
 
 import numpy as np
@@ -18,6 +19,8 @@ from hmmnet.wire.transport import Transport
 
 from .clock import EmulatedClock
 from .dma import BulkReceiver, BulkSender, BytesSink, BytesSource
+
+log = logging.getLogger("hmmnet.fabric")
 
 PROBE_BYTES = 32 << 20
 """Long enough to pass the start-up of a connection, short enough (about 20 ms) to do at every start."""
@@ -49,6 +52,14 @@ async def measure_bytes_per_s(transport: Transport, endpoint: str, clock: Emulat
         await near.aclose()
         await far.aclose()
     return best
+
+
+async def automatic_rate(topology: Topology, transport: Transport, endpoint: str) -> float:
+    """What ``--rate auto`` means on this computer, over the kind of channel that `endpoint` names."""
+    measured = await measure_bytes_per_s(transport, endpoint, EmulatedClock())
+    rate = choose_rate(topology, measured)
+    log.info("the clock runs at rate %g", rate, extra={"fields": {"measured_bytes_per_s": round(measured)}})
+    return rate
 
 
 def demanded_bytes_per_s(topology: Topology) -> float:

@@ -31,8 +31,8 @@ from .vma import VM_ACCESS, VM_READ, VM_WRITE, Vma
 PAGE_MASK = PAGE_SIZE - 1
 BATCH_PAGES = 1 << 16
 """Pages of a load or store that are made ready before they are copied: bounds the time between two looks at the table."""
-HOME_PAGES_MAX = 512
-"""Pages that one CPU access brings home from a device in one go."""
+HOME_PAGES_MAX = 4096
+"""Pages that one CPU access brings home from a device in one go (16 MiB: enough to fill a stream's window, little enough to wait for)."""
 ROUNDS_MAX = 10_000
 """Rounds in which a fault may find its page taken away again before it counts as a bug (the kernel would go on for ever)."""
 CHECKPOINT_EVERY = 64
@@ -164,9 +164,7 @@ class CpuAccess:
         """CPU store. Raises SegmentationFault, BusError, KernelError(ENOMEM); pages before the one that failed are stored then."""
         if not isinstance(data, bytes):
             data = _flat(data)
-        if not self.try_store(address, data) and not (
-            await self._home_one(address, len(data), VM_WRITE) and self.try_store(address, data)
-        ):
+        if not self.try_store(address, data) and not (await self._home_one(address, len(data), VM_WRITE) and self.try_store(address, data)):
             await self._access(address, np.frombuffer(data, np.uint8), write=True)
             return
         self._since_checkpoint += 1 + (len(data) >> BULK_SHIFT)

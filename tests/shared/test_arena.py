@@ -72,3 +72,12 @@ def test_more_than_an_address_space_is_refused() -> None:
     """The error says what to change."""
     with pytest.raises(HmmnetError, match="smaller"):
         Arena(BASE, 1 << 45)
+
+
+def test_nothing_is_one_run() -> None:
+    """No elements are an empty view, not an error."""
+    arena, none = Arena(BASE, PAGES), np.zeros(0, dtype=np.uint64)
+    assert len(arena.gather(none, PAGE_SIZE)) == 0
+    arena.scatter(none, 8, np.zeros(0, dtype=np.uint8))
+    arena.zero(none)
+    arena.discard(none)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -19,7 +21,7 @@ def test_runs_cover_the_list(frames: list[int]) -> None:
     bounds = run_bounds(words).tolist()
     assert bounds[0] == 0
     assert bounds[-1] == len(frames)
-    for first, end in zip(bounds, bounds[1:], strict=False):
+    for first, end in itertools.pairwise(bounds):
         assert frames[first:end] == list(range(frames[first], frames[first] + end - first))
     for bound in bounds[1:-1]:
         assert frames[bound] != frames[bound - 1] + 1

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from hypothesis import given
+from hypothesis import strategies as st
+
 from hmmnet.units import parse_rate, parse_size, parse_time, show_rate, show_size, show_time
 
 
@@ -55,3 +58,23 @@ def test_shown() -> None:
     assert show_time(5e-7) == "500 ns"
     assert show_time(0.0123) == "12.3 ms"
     assert show_time(0) == "0 ns"
+
+
+@given(st.integers(0, 1 << 60))
+def test_a_shown_size_reads_back(size_bytes: int) -> None:
+    """What is printed can be typed, within the digits that are shown."""
+    assert parse_size(show_size(size_bytes)) == pytest.approx(size_bytes, rel=0.01)
+    assert parse_rate(show_rate(size_bytes)) == pytest.approx(size_bytes, rel=0.01)
+
+
+@given(st.floats(1e-10, 1e6))
+def test_a_shown_time_reads_back(seconds: float) -> None:
+    """No exponents, whatever the size: 999.96 ms is 1000 ms, a day is so many seconds."""
+    assert parse_time(show_time(seconds)) == pytest.approx(seconds, rel=0.01)
+
+
+@pytest.mark.parametrize("text", ["32 Gb", "1 Mib", "5 Kb"])
+def test_bits_are_not_taken_for_bytes(text: str) -> None:
+    """The slip is a factor of eight, so it is refused and named."""
+    with pytest.raises(ValueError, match="bits"):
+        parse_size(text)

@@ -1,0 +1,235 @@
+"""What programs in other processes may call: every operation reaches the process, everything malformed is refused here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from hmmnet.errors import KernelError, ProtocolError
+from hmmnet.host.arguments import CHUNK_BYTES, STAGED_BYTES_MAX
+from hmmnet.host.calls import PROCESSES_MAX, Client, operation_names
+from hmmnet.program import IoctlResult, JobResult, Residency
+from hmmnet.wire.messages import Call
+
+
+class RecordingHandle:
+    device = "gpu0"
+
+    def __init__(self, log: list[Any]) -> None:
+        self.log = log
+
+    async def ioctl(self, command: str, address: int, pages: int, data: bytes = b"", flags: int = 0) -> IoctlResult:
+        self.log.append(("ioctl", command, address, pages, len(data), flags))
+        return IoctlResult(pages, 1, bytes(pages * 4096))
+
+    async def close(self) -> None:
+        self.log.append("close")
+
+
+class RecordingProcess:
+    """Notes what it is asked; answers something recognisable."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.log: list[Any] = []
+
+    async def mmap(self, length: int, protection: str = "rw", address: int | None = None) -> int:
+        self.log.append(("mmap", length, protection, address))
+        return 0x1000
+
+    async def munmap(self, address: int, length: int) -> None:
+        self.log.append(("munmap", address, length))
+
+    async def mprotect(self, address: int, length: int, protection: str) -> None:
+        self.log.append(("mprotect", address, length, protection))
+
+    async def madvise(self, address: int, length: int, advice: str) -> None:
+        self.log.append(("madvise", address, length, advice))
+
+    async def malloc(self, length: int) -> int:
+        return length
+
+    async def read(self, address: int, length: int) -> bytes:
+        return bytes([7]) * length
+
+    async def write(self, address: int, data: bytes | bytearray | memoryview | npt.NDArray[Any]) -> None:
+        self.log.append(("write", address, bytes(data)))
+
+    async def load(self, address: int, dtype: str = "<u8") -> int:
+        return 0
+
+    async def store(self, address: int, value: float, dtype: str = "<u8") -> None:
+        return None
+
+    async def read_array(self, address: int, dtype: str, count: int) -> npt.NDArray[Any]:
+        return np.zeros(count)
+
+    async def pagemap(self, address: int, pages: int) -> bytes:
+        return b"P" * pages
+
+    async def residency(self, address: int, pages: int) -> Residency:
+        return Residency(("host", "gpu0"), np.array([0, 1, -2], dtype=np.int16))
+
+    async def open(self, device: str) -> RecordingHandle:
+        return RecordingHandle(self.log)
+
+    async def launch(self, kernel: str, device: str, placement: str = "demand", **arguments: Any) -> JobResult:
+        self.log.append((kernel, device, placement, arguments))
+        return JobResult({"sum": 1}, {"faults": 2})
+
+    async def migrate(self, address: int, length: int, to: str) -> int:
+        return length
+
+    async def exit(self) -> None:
+        self.log.append("exit")
+
+
+class RecordingMachine:
+    device_names = ("gpu0", "gpu1")
+
+    def __init__(self) -> None:
+        self.processes: list[RecordingProcess] = []
+
+    def emulated_s(self) -> float:
+        return 0.0
+
+    async def create_process(self) -> RecordingProcess:
+        self.processes.append(RecordingProcess(len(self.processes) + 1))
+        return self.processes[-1]
+
+    async def report(self) -> dict[str, Any]:
+        return {"links": []}
+
+
+async def call(client: Client, operation: str, data: bytes = b"", **arguments: Any) -> tuple[Any, bytes]:
+    result = await client.call(Call(operation, msgspec.msgpack.encode(arguments), data))
+    return msgspec.msgpack.decode(result.value), result.data
+
+
+@pytest.fixture
+async def client() -> Client:
+    """A client with process 1."""
+    client = Client(RecordingMachine())
+    assert await call(client, "create_process") == (1, b"")
+    return client
+
+
+def log_of(client: Client) -> list[Any]:
+    process = client.processes[1]
+    assert isinstance(process, RecordingProcess)
+    return process.log
+
+
+async def test_every_operation_of_a_program_is_served(client: Client) -> None:
+    """The names are those of the message's docstring."""
+    text = Call.__doc__ or ""
+    assert all(f"``{name}``" in text for name in operation_names())
+
+
+async def test_operations_reach_the_process(client: Client) -> None:
+    """Arguments arrive as given; values and data come back."""
+    assert await call(client, "devices") == (["gpu0", "gpu1"], b"")
+    assert await call(client, "report") == ({"links": []}, b"")
+    assert await call(client, "mmap", process=1, length=8192) == (0x1000, b"")
+    await call(client, "mprotect", process=1, address=4096, length=1, protection="r")
+    await call(client, "write", b"abc", process=1, address=5)
+    assert await call(client, "read", process=1, address=0, length=3) == (None, b"\7\7\7")
+    assert await call(client, "pagemap", process=1, address=0, pages=2) == (None, b"PP")
+    owners, raw = await call(client, "residency", process=1, address=0, pages=3)
+    assert (owners, np.frombuffer(raw, "<i2").tolist()) == (["host", "gpu0"], [0, 1, -2])
+    assert await call(client, "migrate", process=1, address=0, length=5, to="gpu0") == (5, b"")
+    done, _ = await call(client, "launch", process=1, kernel="k", device="gpu0", arguments={"n": 3})
+    assert done == {"results": {"sum": 1}, "counters": {"faults": 2}}
+    assert log_of(client) == [
+        ("mmap", 8192, "rw", None),
+        ("mprotect", 4096, 1, "r"),
+        ("write", 5, b"abc"),
+        ("k", "gpu0", "demand", {"n": 3}),
+    ]
+
+
+async def test_long_ioctl_data_go_in_stages_and_come_in_fetches(client: Client) -> None:
+    """What was staged comes first, the call's own data last; the result is fetched chunk by chunk."""
+    handle, _ = await call(client, "open", process=1, device="gpu0")
+    await call(client, "stage", bytes(CHUNK_BYTES), process=1, handle=handle)
+    where = {"process": 1, "handle": handle}
+    value, first = await call(client, "ioctl", b"xy", command="write", address=0, pages=300, **where)
+    assert value == {"cpages": 300, "faults": 1, "length": 300 * 4096}
+    assert log_of(client)[0] == ("ioctl", "write", 0, 300, CHUNK_BYTES + 2, 0)
+    _, rest = await call(client, "fetch", offset=len(first), **where)
+    assert len(first) + len(rest) == 300 * 4096
+    await call(client, "close", **where)
+    with pytest.raises(KernelError, match="EBADF"):
+        await call(client, "close", **where)
+
+
+@pytest.mark.parametrize(
+    ("operation", "arguments"),
+    [
+        ("mmap", {"process": 1}),
+        ("mmap", {"process": 1, "length": -1}),
+        ("mmap", {"process": 1, "length": 1 << 60}),
+        ("mmap", {"process": 1, "length": 1, "surprise": 1}),
+        ("mmap", {"process": "one", "length": 1}),
+        ("mmap", {"process": 1, "length": 1, "protection": "r" * 1000}),
+        ("read", {"process": 1, "address": 0, "length": CHUNK_BYTES + 1}),
+        ("pagemap", {"process": 1, "address": 0, "pages": 1 << 30}),
+        ("open", {"process": 1, "device": "x" * 100}),
+        ("launch", {"process": 1, "kernel": "k", "device": "d", "arguments": {"placement": 1}}),
+        ("launch", {"process": 1, "kernel": "k", "device": "d", "arguments": [1]}),
+        ("no_such_operation", {}),
+        ("__init__", {}),
+    ],
+)
+async def test_calls_that_make_no_sense_are_refused(client: Client, operation: str, arguments: dict[str, Any]) -> None:
+    """Each argument has a type and a bound; unknown ones are mistakes."""
+    with pytest.raises(ProtocolError):
+        await call(client, operation, **arguments)
+    assert log_of(client) == []
+
+
+@pytest.mark.parametrize("raw", [b"", b"\xff", b"\x81", b"\x93\1\2\3", b"\x81\xa7process\xd9\xff"])
+async def test_garbage_arguments_are_refused(client: Client, raw: bytes) -> None:
+    """Bytes that are no msgpack map."""
+    with pytest.raises(ProtocolError, match="arguments of mmap"):
+        await client.call(Call("mmap", raw))
+
+
+async def test_a_client_reaches_only_what_it_made(client: Client) -> None:
+    """Pids and handles of others do not exist for it."""
+    with pytest.raises(KernelError, match="ESRCH"):
+        await call(client, "read", process=2, address=0, length=1)
+    with pytest.raises(KernelError, match="EBADF"):
+        await call(client, "ioctl", process=1, handle=9, command="read", address=0, pages=1)
+
+
+async def test_limits(client: Client) -> None:
+    """Processes of one client, data piled up on one handle, pages of one command."""
+    for _ in range(PROCESSES_MAX - 1):
+        await call(client, "create_process")
+    with pytest.raises(KernelError, match="EAGAIN"):
+        await call(client, "create_process")
+    handle, _ = await call(client, "open", process=1, device="gpu0")
+    where = {"process": 1, "handle": handle}
+    chunk = bytes(CHUNK_BYTES)
+    for _ in range(STAGED_BYTES_MAX // CHUNK_BYTES):
+        await call(client, "stage", chunk, **where)
+    with pytest.raises(KernelError, match="E2BIG"):
+        await call(client, "stage", chunk, **where)
+    with pytest.raises(KernelError, match="E2BIG"):
+        await call(client, "ioctl", command="read", address=0, pages=STAGED_BYTES_MAX // 4096 + 1, **where)
+
+
+async def test_a_client_that_goes_away_takes_its_processes_along(client: Client) -> None:
+    """They exit, as a killed program does; exited ones are left alone."""
+    await call(client, "create_process")
+    await call(client, "exit", process=2)
+    log = log_of(client)
+    await client.gone()
+    assert log == ["exit"]
+    with pytest.raises(KernelError, match="ESRCH"):
+        await call(client, "malloc", process=1, length=1)

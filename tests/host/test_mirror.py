@@ -1,0 +1,158 @@
+"""hmm_range_fault with its loop: what it answers, when it starts over, when it gives up (semantics A3, A6)."""
+
+from __future__ import annotations
+
+import errno
+import math
+
+import pytest
+import trio
+from trio.testing import wait_all_tasks_blocked
+
+from hmmnet.errors import KernelError
+from hmmnet.host.interfaces import Event
+from hmmnet.host.mirror import Request, range_fault
+from hmmnet.host.mm.space import Space
+from hmmnet.pages import (
+    HMM_PFN_ERROR,
+    HMM_PFN_REQ_FAULT,
+    HMM_PFN_REQ_WRITE,
+    HMM_PFN_VALID,
+    HMM_PFN_WRITE,
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    PAGES_MAX,
+    Words,
+)
+
+from .fakes import ZONE, Bench, FakeLink
+
+OTHER_ZONE = 70
+READ = HMM_PFN_REQ_FAULT
+WRITE = HMM_PFN_REQ_FAULT | HMM_PFN_REQ_WRITE
+RIGHTS = HMM_PFN_VALID | HMM_PFN_WRITE | HMM_PFN_ERROR
+
+
+async def ask(bench: Bench, space: Space, address: int, pages: int, flags: int, owner: int = OTHER_ZONE, deadline: float = math.inf) -> Words:
+    """The answer of a range fault through a subscription of its own."""
+    hub = bench.hub(space)
+    subscription = hub.insert(0, PAGES_MAX, FakeLink("asker", owner), 1)
+    try:
+        sequence, words = await range_fault(space, hub, subscription, Request(address >> PAGE_SHIFT, pages, owner, flags), deadline)
+        assert not hub.read_retry(subscription, sequence)
+    finally:
+        await hub.remove(subscription)
+    return words
+
+
+def rights(words: Words) -> list[int]:
+    return [word & RIGHTS for word in words.tolist()]
+
+
+async def test_without_a_request_nothing_is_faulted() -> None:
+    """A snapshot: empty is 0, a hole is ERROR, a written page VALID and WRITE."""
+    bench = Bench()
+    space = bench.space()
+    address = await space.mmap(2 * PAGE_SIZE)
+    await space.store(address, b"x")
+    words = await ask(bench, space, address, 3, 0)
+    assert rights(words) == [HMM_PFN_VALID | HMM_PFN_WRITE, 0, HMM_PFN_ERROR]
+    assert space.pagemap(address + PAGE_SIZE, 1) == b"-"
+
+
+async def test_a_request_faults_pages_in() -> None:
+    """A read maps the zero page, a write a page of its own."""
+    bench = Bench()
+    space = bench.space()
+    address = await space.mmap(4 * PAGE_SIZE)
+    assert rights(await ask(bench, space, address, 2, READ)) == [HMM_PFN_VALID] * 2
+    assert rights(await ask(bench, space, address, 4, WRITE)) == [HMM_PFN_VALID | HMM_PFN_WRITE] * 4
+
+
+@pytest.mark.parametrize(("protection", "flags", "code"), [("r", WRITE, errno.EPERM), ("none", READ, errno.EFAULT)])
+async def test_missing_rights(protection: str, flags: int, code: int) -> None:
+    """A write to read-only memory is EPERM, anything on PROT_NONE EFAULT."""
+    bench = Bench()
+    space = bench.space()
+    address = await space.mmap(PAGE_SIZE, protection)
+    with pytest.raises(KernelError) as caught:
+        await ask(bench, space, address, 1, flags)
+    assert caught.value.code == code
+
+
+async def test_pages_before_a_hole_are_faulted_in_before_the_error() -> None:
+    """The walk goes by address: the error comes last, what was faulted in stays."""
+    bench = Bench()
+    space = bench.space()
+    address = await space.mmap(PAGE_SIZE)
+    with pytest.raises(KernelError) as caught:
+        await ask(bench, space, address, 2, WRITE)
+    assert caught.value.code == errno.EFAULT
+    assert space.pagemap(address, 1)[0] & 0x7F == ord("P")
+
+
+async def test_own_device_pages_are_reported_and_foreign_ones_come_home() -> None:
+    """dev_private_owner decides: the owner sees the device frame, another device's request pulls the page to system memory."""
+    bench = Bench()
+    space = bench.space()
+    address = await space.mmap(PAGE_SIZE)
+    await space.store(address, b"x")
+    await bench.to_device(space, address, 1)
+    own = await ask(bench, space, address, 1, READ, owner=ZONE)
+    assert (own[0] & 0xFFFF_FFFF_FFFF) >> 36 == ZONE
+    assert rights(await ask(bench, space, address, 1, 0)) == [0]
+    assert rights(await ask(bench, space, address, 1, READ)) == [HMM_PFN_VALID | HMM_PFN_WRITE]
+    assert space.pagemap(address, 1)[0] & 0x7F == ord("P")
+
+
+async def test_an_invalidation_while_faulting_starts_the_walk_over() -> None:
+    """A page that comes home takes time; the range changes meanwhile; the answer is that of a fresh walk."""
+    bench = Bench()
+    space = bench.space()
+    hub = bench.hub(space)
+    address = await space.mmap(2 * PAGE_SIZE)
+    await space.store(address, b"x")
+    await bench.to_device(space, address, 1)
+    arrived, go = trio.Event(), trio.Event()
+
+    async def slow() -> None:
+        arrived.set()
+        await go.wait()
+
+    bench.link.during_copy = slow
+    got: list[Words] = []
+
+    async def reader() -> None:
+        got.append(await ask(bench, space, address, 2, READ))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(reader)
+        await arrived.wait()
+        async with hub.invalidate(Event.CLEAR, (address >> PAGE_SHIFT) + 1, (address >> PAGE_SHIFT) + 2):
+            go.set()
+            await wait_all_tasks_blocked()
+            assert got == []
+    assert rights(got[0]) == [HMM_PFN_VALID | HMM_PFN_WRITE, HMM_PFN_VALID]
+
+
+async def test_a_range_that_keeps_changing_is_ebusy_when_the_time_is_up() -> None:
+    """As a driver's deadline around hmm_range_fault."""
+    bench = Bench()
+    space = bench.space()
+    address = await space.mmap(PAGE_SIZE)
+    with pytest.raises(KernelError) as caught:
+        await ask(bench, space, address, 1, READ, deadline=trio.current_time() - 1)
+    assert caught.value.code == errno.EBUSY
+
+
+async def test_lost_data_are_efault_for_a_device() -> None:
+    """hmm_range_fault never returns more than EFAULT for a page that is gone."""
+    bench = Bench()
+    space = bench.space()
+    address = await space.mmap(PAGE_SIZE)
+    await bench.to_device(space, address, 1)
+    bench.lose("it was killed")
+    with pytest.raises(KernelError) as caught:
+        await ask(bench, space, address, 1, READ)
+    assert caught.value.code == errno.EFAULT
+    assert "killed" in caught.value.why

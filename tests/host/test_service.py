@@ -1,0 +1,465 @@
+"""A host and scripted devices over memory channels: who may join, what flows, and what a device's death leaves behind.
+
+    program ── process ── address space ── hub ──┐
+                                                 host ══ session + bulk ══ gpu0, gpu1 (scripted)
+
+The oracle is the program: whatever happens to a device, a load gives the bytes last stored, or a BusError that names page, device and cause.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import msgspec
+import numpy as np
+import pytest
+import trio
+from trio.testing import wait_all_tasks_blocked
+
+from hmmnet.errors import BusError, KernelError, PeerLost, PeerRefused, RemoteError
+from hmmnet.host.process import Process
+from hmmnet.host.service import Host
+from hmmnet.pages import (
+    DEVICE_ZONE_MIN,
+    HMM_PFN_REQ_FAULT,
+    HMM_PFN_REQ_WRITE,
+    PAGE_SHIFT,
+    PAGE_SIZE,
+)
+from hmmnet.wire.client import connect
+from hmmnet.wire.memory_transport import MemoryTransport
+from hmmnet.wire.messages import (
+    PROTOCOL_VERSION,
+    Call,
+    CloseContext,
+    CopyIn,
+    CopyOut,
+    Evict,
+    FreeFrames,
+    Hello,
+    Invalidate,
+    Message,
+    Migrate,
+    Migrated,
+    OpenContext,
+    RangeFault,
+    Rate,
+    Result,
+    Unsubscribe,
+)
+
+from .fakes import words
+from .scripted_device import LEASE_S, SECRET, ScriptedDevice, running_host, scripted_device
+
+WRITE = HMM_PFN_REQ_FAULT | HMM_PFN_REQ_WRITE
+KILLED = "was killed by signal 9"
+
+
+@asynccontextmanager
+async def one_device() -> AsyncIterator[tuple[Host, ScriptedDevice, Process]]:
+    """A host, gpu0, and a process that has it open (context 1) and eight numbered pages."""
+    async with running_host("gpu0", "gpu1") as (host, transport), scripted_device(host, transport, "gpu0") as device:
+        process = await host.create_process()
+        await process.open("gpu0")
+        yield host, device, process
+
+
+async def pages_of(process: Process, count: int = 8) -> int:
+    """`count` pages of which every byte of the first is 1, of the next 2, ..."""
+    address = await process.mmap(count * PAGE_SIZE)
+    await process.write(address, np.repeat(np.arange(1, count + 1, dtype=np.uint8), PAGE_SIZE))
+    return address
+
+
+async def check(process: Process, address: int, count: int = 8) -> None:
+    """Every page still says its number."""
+    for i in range(count):
+        assert await process.read(address + i * PAGE_SIZE, 1) == bytes([i + 1])
+
+
+# --- joining ---------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("role", "name", "secret", "why"),
+    [
+        ("device", "gpu7", SECRET, "has no device"),
+        ("client", "gpu0", SECRET, "for devices"),
+        ("device", "gpu0", b"wrong", "secret"),
+    ],
+)
+async def test_strangers_are_refused_and_leave_nothing(role: str, name: str, secret: bytes, why: str) -> None:
+    """Unknown name, wrong role, wrong secret: a reason, and no zone, no channel."""
+    async with running_host("gpu0") as (host, transport):
+        hello = Hello(PROTOCOL_VERSION, role, name, 1, 1, secret)
+        with pytest.raises(PeerRefused, match=why):
+            async with connect(transport, host.control_endpoint, hello):
+                raise AssertionError("it was welcomed")
+        assert host.links == {}
+        assert list(host.memory.zones) == [0]
+
+
+async def test_a_device_learns_its_zone_and_what_it_is() -> None:
+    """The welcome carries spec, zones and clock; the zone is its own."""
+    async with running_host("gpu0", "gpu1") as (host, transport):
+        with trio.fail_after(5):
+            async with scripted_device(host, transport, "gpu0") as first, scripted_device(host, transport, "gpu1") as second:
+                await host.device_ready("gpu1")
+                assert (first.welcome.zone, second.welcome.zone) == (DEVICE_ZONE_MIN, DEVICE_ZONE_MIN + 1)
+                assert [zone.owner for zone in second.welcome.zones] == ["host", "gpu0"]
+                assert msgspec.msgpack.decode(first.welcome.config)["name"] == "gpu0"
+                report = await host.report()
+                assert {name: device["state"] for name, device in report["devices"].items()} == {"gpu0": "ready", "gpu1": "ready"}
+
+
+async def test_opening_a_device_that_is_not_there() -> None:
+    """ENODEV until it has started, ENOENT for a name that the topology does not have."""
+    async with running_host("gpu0") as (host, _):
+        process = await host.create_process()
+        with pytest.raises(KernelError, match="ENODEV.*not started"):
+            await process.open("gpu0")
+        with pytest.raises(KernelError, match="ENOENT.*no device"):
+            await process.open("gpu9")
+
+
+async def test_programs_join_at_the_client_endpoint() -> None:
+    """Their calls are served; when they go, their processes end."""
+    async with running_host("gpu0") as (host, transport):
+        hello = Hello(PROTOCOL_VERSION, "client", "program", 1, 1, SECRET)
+        async with connect(transport, host.client_endpoint, hello) as (session, _):
+            made = await session.ask(Call("create_process", b"\x80"), Result)
+            assert msgspec.msgpack.decode(made.value) in host.spaces
+            with pytest.raises(RemoteError, match="unknown operation"):
+                await session.ask(Call("frobnicate", b"\x80"), Result)
+        with trio.fail_after(5):
+            while host.spaces:
+                await trio.sleep(0.01)
+
+
+async def test_a_new_rate_reaches_everybody() -> None:
+    """The note has the same epoch as the host's clock."""
+    async with one_device() as (host, device, _):
+        host.set_rate(0.5)
+        with trio.fail_after(5):
+            while not device.of(Rate):
+                await trio.sleep(0.01)
+        note = device.of(Rate)[0]
+        assert isinstance(note, Rate)
+        assert (note.rate, note.epoch_emulated_s) == (0.5, host.clock.epoch_emulated_s)
+
+
+# --- handles and commands ----------------------------------------------------------------------------------------------------------------
+
+
+async def test_handles_share_a_context_that_the_last_one_closes() -> None:
+    """One OpenContext, one CloseContext; a closed handle is EBADF."""
+    async with one_device() as (_, device, process):
+        second = await process.open("gpu0")
+        assert len(device.of(OpenContext)) == 1
+        await second.close()
+        assert device.of(CloseContext) == []
+        with pytest.raises(KernelError, match="EBADF"):
+            await second.ioctl("echo", 0, 1)
+        with pytest.raises(KernelError, match="EBADF"):
+            await second.close()
+        await process.exit()
+        assert len(device.of(CloseContext)) == 1
+
+
+async def test_data_of_commands_travel_as_streams() -> None:
+    """Two megabytes in, the answer's own bytes out."""
+    async with one_device() as (_, _device, process):
+        handle = await process.open("gpu0")
+        data = bytes(range(256)) * (8 * PAGE_SIZE // 256)
+        assert (await handle.ioctl("echo", 0, 8, data)).data == data[:16]
+
+
+async def test_malloc_is_aligned_and_grows() -> None:
+    """Cache lines, one mapping for many, a mapping of its own for a large one."""
+    async with running_host("gpu0") as (host, _):
+        process = await host.create_process()
+        addresses = [await process.malloc(size) for size in (1, 100, 3 << 20, 8)]
+        assert all(address % 64 == 0 for address in addresses)
+        assert addresses[1] - addresses[0] == 64
+        for address in addresses:
+            await process.store(address, address)
+        assert [await process.load(address) for address in addresses] == addresses
+
+
+# --- migration over the wire ---------------------------------------------------------------------------------------------------------------
+
+
+async def test_pages_travel_out_and_home() -> None:
+    """Streams for many pages, the answer for few; the freed frames are told."""
+    async with one_device() as (host, device, process):
+        address = await pages_of(process)
+        assert await process.migrate(address, 8 * PAGE_SIZE, "gpu0") == 8 * PAGE_SIZE
+        assert bytes(device.arena.pages[:8, 5]) == bytes(range(1, 9))
+        await check(process, address, 1)
+        assert [message.stream for message in device.of(CopyOut) if isinstance(message, CopyOut)] == [0]
+        assert await process.migrate(address, 8 * PAGE_SIZE, "host") == 7 * PAGE_SIZE
+        await check(process, address)
+        with trio.fail_after(5):
+            while sum(len(message.frames) for message in device.of(FreeFrames) if isinstance(message, FreeFrames)) < 64:
+                await trio.sleep(0.01)
+        report = await host.report()
+        moved = {row["kind"]: row["total_bytes"] for row in report["profile"]}
+        assert moved == {"host_to_device": 8 * PAGE_SIZE, "device_to_host": 8 * PAGE_SIZE, "cpu_fault": PAGE_SIZE}
+        assert {link["bytes_moved"] for link in report["links"] if "gpu0" in (link["source"], link["target"])} == {8 * PAGE_SIZE}
+
+
+async def test_exit_tells_mirrors_once_and_frees_device_pages() -> None:
+    """RELEASE over everything, then FreeFrames, then the context is closed."""
+    async with one_device() as (host, device, process):
+        await device.subscribe(1)
+        address = await pages_of(process, 4)
+        await process.migrate(address, 4 * PAGE_SIZE, "gpu0")
+        await process.exit()
+        events = [message.event for message in device.of(Invalidate) if isinstance(message, Invalidate)]
+        assert events == ["release"]
+        kinds = [type(message) for message in device.heard]
+        assert kinds.index(Invalidate) < kinds.index(FreeFrames) < kinds.index(CloseContext)
+        assert host.spaces == {}
+
+
+# --- mirror and DMA ------------------------------------------------------------------------------------------------------------------------
+
+
+async def test_dma_goes_only_where_the_device_was_told() -> None:
+    """Granted by a range fault; refused and counted once the page was invalidated."""
+    async with one_device() as (host, device, process):
+        address = await pages_of(process, 2)
+        page = address >> PAGE_SHIFT
+        subscription = await device.subscribe(1)
+        granted = await device.range_fault(1, subscription.subscription, page, 2, WRITE)
+        where = words(page, page + 1)
+        assert await device.dma_read(1, where, granted) == b"\1" * 8 + b"\2" * 8
+        await device.dma_write(1, where, granted, b"A" * 8 + b"B" * 8)
+        with trio.fail_after(5):
+            while await process.read(address + PAGE_SIZE, 8) != b"B" * 8:
+                await trio.sleep(0.01)
+        await process.munmap(address, PAGE_SIZE)
+        with pytest.raises(RemoteError, match="IommuFault.*no translation"):
+            await device.dma_read(1, where, granted)
+        assert (await host.report())["devices"]["gpu0"]["iommu_refused"] == 1
+        assert await device.dma_read(1, where[1:], granted[1:]) == b"B" * 8
+
+
+async def test_requests_that_no_driver_sends_are_refused() -> None:
+    """Wrong contexts, ranges, frames and sizes: an answer, and the session goes on."""
+    async with one_device() as (_, device, process):
+        subscription = (await device.subscribe(1, 0, 100)).subscription
+        bad: list[Message] = [
+            RangeFault(1, subscription, 90, 20, 0, 0),
+            RangeFault(1, subscription + 5, 0, 1, 0, 0),
+            RangeFault(1, subscription, 0, 2, 0, 0, b"12345678"),
+            RangeFault(1, subscription, 0, 1, 0, 0, b"123"),
+            Migrate(1, 0, 0, "device", 1),
+            Migrate(1, 0, 1, "sideways", 1),
+            Migrate(1, 0, 2, "device", 1, bytes(8)),
+            Evict(b"\1" * 8),
+            Evict(b"\1" * 7),
+            Unsubscribe(1, 99),
+        ]
+        for message in bad:
+            with pytest.raises(RemoteError, match="ProtocolError"):
+                await device.session.request(message)
+        with pytest.raises(KernelError, match="ESRCH"):
+            await device.subscribe(42)
+        await check(process, await pages_of(process))
+
+
+# --- death -----------------------------------------------------------------------------------------------------------------------------------
+
+
+async def lost(host: Host, name: str = "gpu0") -> None:
+    with trio.fail_after(10):
+        while host.devices[name].life is not None:
+            await trio.sleep(0.01)
+
+
+@pytest.mark.parametrize("step", [Migrate, CopyIn, Migrated])
+async def test_killed_at_each_step_of_a_migration(step: type[Message]) -> None:
+    """Before the copy, in it, and before the table update: every page is back on the host, untouched, and can migrate elsewhere."""
+    async with one_device() as (host, device, process):
+        address = await pages_of(process)
+        page = address >> PAGE_SHIFT
+
+        def die(message: Message) -> None:
+            if isinstance(message, step):
+                device.vanish()
+                host.device_exited("gpu0", KILLED)
+
+        device.on_message = die
+        with trio.fail_after(10):
+            if step is Migrated:
+                await device.migrate(1, page, 8, done=False)
+                assert process.space.residency(address, 8).pages.tolist() == [-2] * 8
+                device.vanish()
+                host.device_exited("gpu0", KILLED)
+            elif step is CopyIn:
+                with pytest.raises(PeerLost):
+                    await device.migrate(1, page, 8)
+            else:
+                device.vanish()
+                host.device_exited("gpu0", KILLED)
+            await check(process, address)
+        await lost(host)
+        await process.write(address, b"\1")
+        assert process.space.residency(address, 8).owners == ("host",)
+
+
+async def test_pages_that_were_on_the_device_are_bus_errors() -> None:
+    """The others live on; the error names page, device and cause."""
+    async with one_device() as (host, device, process):
+        address = await pages_of(process)
+        await process.migrate(address, 4 * PAGE_SIZE, "gpu0")
+        await check(process, address, 1)
+        device.vanish()
+        host.device_exited("gpu0", KILLED)
+        await check(process, address, 1)
+        with pytest.raises(BusError) as caught:
+            await process.read(address + PAGE_SIZE, 1)
+        assert f"0x{(address >> PAGE_SHIFT) + 1:x}" in str(caught.value)
+        assert '"gpu0"' in str(caught.value)
+        assert KILLED in str(caught.value)
+        for i in range(4, 8):
+            assert await process.read(address + i * PAGE_SIZE, 1) == bytes([i + 1])
+        await lost(host)
+        figures = (await host.report())["devices"]["gpu0"]
+        assert figures["state"] == "lost"
+        assert KILLED in figures["last_loss"]
+
+
+async def test_killed_while_pages_come_home() -> None:
+    """The load ends in SIGBUS at once, not after a lease."""
+    async with one_device() as (host, device, process):
+        address = await pages_of(process)
+        await process.migrate(address, 8 * PAGE_SIZE, "gpu0")
+
+        def die(message: Message) -> None:
+            if isinstance(message, CopyOut):
+                device.vanish()
+                host.device_exited("gpu0", KILLED)
+
+        device.on_message = die
+        with trio.fail_after(LEASE_S), pytest.raises(BusError, match="signal 9"):
+            await process.read(address, 8 * PAGE_SIZE)
+
+
+async def test_an_invalidation_does_not_wait_for_a_dead_device() -> None:
+    """munmap goes on as soon as the launcher says that the process has ended."""
+    async with one_device() as (host, device, process):
+        await device.subscribe(1)
+        address = await pages_of(process)
+
+        def die(message: Message) -> None:
+            if isinstance(message, Invalidate):
+                device.vanish()
+                host.device_exited("gpu0", KILLED)
+
+        device.on_message = die
+        with trio.fail_after(LEASE_S):
+            await process.munmap(address, PAGE_SIZE)
+
+
+async def test_a_silent_device_is_fenced_after_its_lease() -> None:
+    """It may be alive and cut off: the page is reused only when it must have stopped by itself, two leases after its last word at most."""
+    async with one_device() as (host, device, process):
+        await device.subscribe(1)
+        address = await pages_of(process)
+        device.on_message = lambda message: device.vanish() if isinstance(message, Invalidate) else None
+        began_s = trio.current_time()
+        with trio.fail_after(10):
+            await process.munmap(address, PAGE_SIZE)
+        took_s = trio.current_time() - began_s
+        assert 2 * LEASE_S * 0.9 <= took_s
+        assert "silent" in host.devices["gpu0"].last_loss
+
+
+async def test_a_goodbye_needs_no_lease() -> None:
+    """A device that says BYE is gone: what it had is lost, nothing waits."""
+    async with running_host("gpu0") as (host, transport):
+        process = await host.create_process()
+        async with scripted_device(host, transport, "gpu0") as device:
+            await process.open("gpu0")
+            await device.subscribe(1)
+            address = await pages_of(process)
+            await process.migrate(address, PAGE_SIZE, "gpu0")
+        with trio.fail_after(LEASE_S):
+            await process.munmap(address + PAGE_SIZE, PAGE_SIZE)
+            with pytest.raises(BusError, match="goodbye"):
+                await process.read(address, 1)
+
+
+async def test_a_restarted_device_is_a_new_life() -> None:
+    """Another zone, empty memory; old pages stay lost, new work goes on."""
+    async with running_host("gpu0") as (host, transport):
+        process = await host.create_process()
+        async with scripted_device(host, transport, "gpu0") as first:
+            await process.open("gpu0")
+            address = await pages_of(process)
+            await process.migrate(address, PAGE_SIZE, "gpu0")
+            first.vanish()
+            host.device_exited("gpu0", KILLED)
+        async with scripted_device(host, transport, "gpu0", incarnation=2) as second:
+            await host.device_ready("gpu0")
+            assert second.welcome.zone == first.welcome.zone + 1
+            with pytest.raises(BusError):
+                await process.read(address, 1)
+            assert await process.migrate(address + PAGE_SIZE, PAGE_SIZE, "gpu0") == PAGE_SIZE
+            assert await process.read(address + PAGE_SIZE, 1) == b"\2"
+            assert (await host.report())["devices"]["gpu0"]["lives"] == 2
+
+
+async def test_a_device_that_never_updates_its_table_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It lives and sends heartbeats, but breaks the protocol: its migration is undone, nobody waits on the migration entries for ever."""
+    monkeypatch.setattr("hmmnet.host.requests.TABLE_UPDATE_S", 0.1)
+    async with one_device() as (host, device, process):
+        address = await pages_of(process)
+        await device.migrate(1, address >> PAGE_SHIFT, 8, done=False)
+        with trio.fail_after(10):
+            await check(process, address)
+        assert "table" in host.devices["gpu0"].last_loss
+
+
+async def test_two_processes_one_device_lost() -> None:
+    """Each loses its own pages there, and only those."""
+    async with one_device() as (host, device, first):
+        second = await host.create_process()
+        addresses = {process: await pages_of(process, 2) for process in (first, second)}
+        for process, address in addresses.items():
+            await process.migrate(address, PAGE_SIZE, "gpu0")
+        device.vanish()
+        host.device_exited("gpu0", KILLED)
+        for process, address in addresses.items():
+            with pytest.raises(BusError):
+                await process.read(address, 1)
+            assert await process.read(address + PAGE_SIZE, 1) == b"\2"
+            await process.exit()
+        await lost(host)
+        with trio.fail_after(10):
+            while len(host.memory.zones) > 1:
+                await trio.sleep(0.01)
+                if not host.memory.zones[DEVICE_ZONE_MIN].refcount.any():
+                    break
+
+
+async def test_the_host_says_goodbye_at_its_end() -> None:
+    """Devices hear it at once; the host leaves nothing behind."""
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            ended = trio.Event()
+
+            async def device(host: Host, transport: MemoryTransport) -> None:
+                async with scripted_device(host, transport, "gpu0") as made:
+                    while made.session.lost is None:
+                        await trio.sleep(0.01)
+                ended.set()
+
+            async with running_host("gpu0") as (host, transport):
+                nursery.start_soon(device, host, transport)
+                await host.device_ready("gpu0")
+                await wait_all_tasks_blocked()
+            await ended.wait()
