@@ -53,6 +53,8 @@ class Life:
     contexts: dict[int, Context] = field(default_factory=dict)
     jobs: int = 0
     """Jobs launched so far; their numbers."""
+    serving: bool = False
+    """It has answered a request: welcomed is not enough, because a device may find that it cannot be what it was told to be."""
 
     @property
     def name(self) -> str:
@@ -90,6 +92,10 @@ class Device:
         """The device is there."""
         self.life = life
         self.lives += 1
+
+    def serves(self, life: Life) -> None:
+        """That life has answered a request."""
+        life.serving = True
         changed, self._changed = self._changed, trio.Event()
         changed.set()
 
@@ -100,8 +106,8 @@ class Device:
             self.life = None
 
     async def ready(self) -> Life:
-        """The present life, or the next."""
-        while self.life is None:
+        """The present life, or the next, when it serves."""
+        while self.life is None or not self.life.serving:
             await self._changed.wait()
         return self.life
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -33,8 +34,9 @@ HEAP_BYTES = 1 << 20
 """What the heap maps at a time, at least."""
 MALLOC_ALIGN = 64
 """A cache line."""
-PREFETCH_PAGES = 1 << 16
-"""Pages of one command of an explicit migration (256 MiB)."""
+PREFETCH_PAGES = 1 << 13
+"""Pages of one piece of an explicit migration (32 MiB): a stream long enough for full speed, bookkeeping short enough to hide behind it."""
+PIECES_AT_ONCE = 2
 STREAMED_OUT = frozenset({"read", "migrate_to_dev"})
 """Commands of a dmirror whose data, a page for each page, come as a stream."""
 HOST = "host"
@@ -193,21 +195,44 @@ class Process:
         if start >= end:
             return 0
         if to == HOST:
-            return await self._migrate_home(start, end) * PAGE_SIZE
-        context = await self._context(to)
-        moved = 0
-        for first in range(start, end, PREFETCH_PAGES):
-            pages = min(PREFETCH_PAGES, end - first)
-            done = await command_device(context, "migrate_to_dev", first << PAGE_SHIFT, pages, b"", 0, 0)
-            moved += done.cpages
-        return moved * PAGE_SIZE
+            return sum([await self._in_pieces(start, end, partial(self._piece_home, link)) for link in self.contexts.links()])
+        return await self._in_pieces(start, end, partial(self._piece_out, await self._context(to)))
 
-    async def _migrate_home(self, start: int, end: int) -> int:
+    async def _piece_out(self, context: Context, start: int, end: int) -> int:
+        return (await command_device(context, "migrate_to_dev", start << PAGE_SHIFT, end - start, b"", 0, 0)).cpages
+
+    async def _piece_home(self, link: SessionLink, start: int, end: int) -> int:
+        return (await self._homing.migrate_to_system(self.space, link, start, end)).moved
+
+    async def _in_pieces(self, start: int, end: int, move: Callable[[int, int], Awaitable[int]]) -> int:
+        """Move what is mapped in [start, end), a few pieces at a time: while one streams, the next one's pages are collected. Bytes moved."""
+        pieces = iter(
+            [
+                (low, min(low + PREFETCH_PAGES, end, vma.end))
+                for vma in self.space.vmas(start, end)
+                for low in range(max(start, vma.start), min(end, vma.end), PREFETCH_PAGES)
+            ]
+        )
         moved = 0
-        for link in self.contexts.links():
-            done = await self._homing.migrate_to_system(self.space, link, start, end)
-            moved += done.moved
-        return moved
+        failures: list[HmmnetError] = []
+
+        async def work() -> None:
+            nonlocal moved
+            try:
+                for low, high in pieces:
+                    if failures:
+                        return
+                    count = await move(low, high)
+                    moved += count
+            except HmmnetError as error:
+                failures.append(error)
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(PIECES_AT_ONCE):
+                nursery.start_soon(work)
+        if failures:
+            raise failures[0]
+        return moved * PAGE_SIZE
 
     async def exit(self) -> None:
         """exit(2): the address space goes first (its mirrors are told once), then the open devices. A second call does nothing."""

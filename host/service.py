@@ -26,7 +26,7 @@ from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.fabric.dma import BulkReceiver, BulkSender
 from hmmnet.topology import Topology
 from hmmnet.wire.exchange import HEARTBEAT_S, LEASE_S, RETRY_S
-from hmmnet.wire.messages import Call, Hello, Rate
+from hmmnet.wire.messages import Call, Hello, Inspect, Rate
 from hmmnet.wire.server import Server
 from hmmnet.wire.session import Session
 from hmmnet.wire.transport import Channel, Listener, Transport
@@ -206,7 +206,6 @@ class Host:
         session.on_lost(lost)
         assert self._nursery is not None, "peers join while the host runs"
         self._nursery.start_soon(self._live, life, session, connecting, over)
-        self._tell(spec.name, "ready", "")
 
     def _tell(self, device: str, state: str, how: str) -> None:
         if self.on_change is not None and not self._ending:
@@ -222,6 +221,7 @@ class Host:
                 Requests(life, self.homing, self.clock, nursery).attach(session)
                 dma = self._dma[life.name] = Dma(life, self.interconnect, nursery)
                 dma.attach(session)
+                await self._greet(life, session)
                 await over.wait()
                 nursery.cancel_scope.cancel()
             for context in list(life.contexts.values()):
@@ -235,8 +235,19 @@ class Host:
                 await connecting.bulk_in.aclose()
                 await connecting.bulk_out.aclose()
 
+    async def _greet(self, life: Life, session: Session) -> None:
+        """The device is ready when it has answered something, whatever."""
+        try:
+            await session.request(Inspect())
+        except PeerLost:
+            return
+        except RemoteError as error:
+            log.info("device %s does not tell its figures: %s", life.name, error)
+        self.devices[life.name].serves(life)
+        self._tell(life.name, "ready", "")
+
     async def device_ready(self, name: str) -> None:
-        """Return when the device called `name` has been welcomed. Raises KernelError(ENOENT)."""
+        """Return when the device called `name` has been welcomed and has answered a first request. Raises KernelError(ENOENT)."""
         await self.contexts.device(name).ready()
 
     def device_exited(self, name: str, how: str) -> None:

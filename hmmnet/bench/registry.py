@@ -1,8 +1,8 @@
 """The benchmarks by name, and who measures each.
 
-Every file beside this one that measures has a table `BENCHMARKS`: figure -> function. One function may give several figures, in one interleaved
-run, because figures that share a reference must be measured with it. Names of figures are the public interface
-(`hmmnet bench NAME`, and what is compared over time).
+Every file beside this one that measures has a table `BENCHMARKS`: figure -> function. One function may give several figures, in one
+interleaved run, because figures that share a reference must be measured with it. Names of figures are the public interface (`hmmnet bench
+NAME`, and what is compared over time).
 """
 
 from __future__ import annotations

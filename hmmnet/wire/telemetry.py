@@ -1,7 +1,7 @@
 """Samples: what a device tells about itself now and then, on a socket of its own, and may lose.
 
-Telemetry never delays anything: PUB and SUB with a small queue, no answers, no repeats. The host keeps the newest sample of each device. A sample
-carries a proof made with the machine's secret, so that somebody else on this computer cannot paint the pictures; it is not
+Telemetry never delays anything: PUB and SUB with a small queue, no answers, no repeats. The host keeps the newest sample of each device.
+A sample carries a proof made with the machine's secret, so that somebody else on this computer cannot paint the pictures; it is not
 encrypted. Whatever does not decode, or proves nothing, is counted and dropped.
 """
 

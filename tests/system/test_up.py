@@ -322,3 +322,58 @@ trio.run(main)
     assert (done.returncode, done.stdout) == (0, "5\n"), done.stderr
     assert done.stderr.count("cannot be written") == 1
     assert "No space left on device" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_stopped_leaves_nothing(base: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """Ctrl-C, and kill: exit code 130, no traceback, no device, no file; within a second."""
+    file = tmp_path / "mine.py"
+    file.write_text("""
+import trio
+
+async def wait(machine):
+    print(*[device.pid for device in machine.devices], flush=True)
+    await trio.sleep_forever()
+""")
+    with subprocess.Popen(
+        [*COMMAND, "run", f"{file}:wait", "--rate", "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        pids = [int(word) for word in process.stdout.readline().split()]
+        began_s = time.monotonic()
+        os.killpg(process.pid, number)
+        _, err = process.communicate(timeout=30)
+        assert time.monotonic() - began_s < 1
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    gone(*pids)
+    assert list(base.iterdir()) == []
+
+
+def test_a_device_that_cannot_start_is_an_error_in_one_line(tmp_path: Path) -> None:
+    """Its own words come first, then ours, which name it; the background start says where to look."""
+    file = tmp_path / "odd.toml"
+    file.write_text("""
+name = "odd"
+[[memory]]
+name = "node0"
+size = "1 GiB"
+[[device]]
+name = "gpu0"
+model = "abacus"
+memory = "64 MiB"
+[[link]]
+a = "node0"
+b = "gpu0"
+bandwidth = "1 GB/s"
+latency = "1 us"
+""")
+    own = hmmnet_command("run", "vector_add", "--topology", str(file), "--rate", "1")
+    assert own.returncode == 1
+    assert "abacus" in own.stderr
+    assert own.stderr.splitlines()[-1].startswith("hmmnet run: device gpu0 ended with exit code 1 before it was ready")
+    back = hmmnet_command("up", str(file), "--detach", "--rate", "1")
+    assert back.returncode == 1
+    assert "device gpu0 ended with exit code 1" in back.stderr
+    assert back.stderr.count("\n") == 1
+    assert "abacus" in hmmnet_command("logs").stdout

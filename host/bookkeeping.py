@@ -1,0 +1,112 @@
+"""What migration and mirroring cost per page when nothing is copied: the probe of ``hmmnet bench``.
+
+The whole path from setup to finalize, with a device link that is a plain object and moves no byte. Found through the entry point
+``bookkeeping`` of group ``hmmnet.bench``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median
+
+import numpy as np
+import trio
+
+from hmmnet.observe.counters import Profile
+from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, ZONE_SHIFT
+
+from .devmem import PageMap
+from .homing import Homing
+from .hub import Hub
+from .interfaces import Destination, DeviceLink, Event, Select, Words
+from .iommu import Domain
+from .migrate import Grant, Outcome, migrate_to_device
+from .mm.frames import PhysicalMemory
+from .mm.space import Space
+
+SIZES = (1 << 12, 1 << 16, 1 << 18)
+ZONE = 64
+ROUNDS = {1 << 12: 31, 1 << 16: 9, 1 << 18: 5}
+POPULATE_PAGES = 1 << 12
+NS = 1e9
+
+
+class CopylessLink:
+    """A device that has every page at once."""
+
+    name = "probe"
+    zone = ZONE
+    kind = "private"
+
+    def invalidate_start(
+        self, context: int, subscription: int, start: int, end: int, event: Event, owner: int, sequence: int
+    ) -> None:
+        """Nothing to drop."""
+
+    async def copy_in(self, source_frames: Words, target_frames: Words, zero_frames: Words) -> None:
+        """Nothing to copy."""
+
+    async def copy_out(self, context: int, pages: Words, frames: Words, destination: Destination) -> None:
+        """Nothing to copy, but somewhere to copy it to."""
+        destination.frames()
+
+    def free_frames(self, frames: Words) -> None:
+        """Nothing to keep."""
+
+
+def measure() -> dict[str, dict[int, float]]:
+    """``snapshot`` and ``migrate`` (there and back, halved): pages -> nanoseconds a page, medians over rounds."""
+    return trio.run(_measure)
+
+
+async def _measure() -> dict[str, dict[int, float]]:
+    memory = PhysicalMemory()
+    memory.add_node("host", 2 * max(SIZES) + POPULATE_PAGES)
+    link = CopylessLink()
+    page_map = PageMap(memory, link, max(SIZES))
+    links: dict[int, DeviceLink] = {ZONE: link}
+    spaces: dict[int, Space] = {}
+    homing = Homing(memory, links, spaces, lambda _process, _zone: 0, Profile(), time.monotonic)
+    space = spaces[1] = Space(1, memory, Hub(), homing.migrate_to_ram)
+    found: dict[str, dict[int, float]] = {"snapshot": {}, "migrate": {}}
+    for pages in SIZES:
+        address = await space.mmap(pages * PAGE_SIZE)
+        for first in range(0, pages, POPULATE_PAGES):
+            await space.store(address + first * PAGE_SIZE, np.ones(POPULATE_PAGES * PAGE_SIZE, dtype=np.uint8))
+        snapshots, migrations = [], []
+        for lap in range(ROUNDS[pages] + 1):
+            snapshot = await _snapshot(space, address, pages)
+            migration = await _there_and_back(space, page_map, homing, link, address, pages)
+            if lap:  # the first lap touches the tables for the first time
+                snapshots.append(snapshot)
+                migrations.append(migration)
+        found["snapshot"][pages] = median(snapshots) / pages * NS
+        found["migrate"][pages] = median(migrations) / 2 / pages * NS
+        await space.munmap(address, pages * PAGE_SIZE)
+    return found
+
+
+async def _snapshot(space: Space, address: int, pages: int) -> float:
+    start = address >> PAGE_SHIFT
+    async with space.mmap_lock.read():
+        began_s = time.perf_counter()
+        space.walk(start, start + pages, None, 0, 0, ZONE)
+        return time.perf_counter() - began_s
+
+
+async def _there_and_back(space: Space, page_map: PageMap, homing: Homing, link: DeviceLink, address: int, pages: int) -> float:
+    start = address >> PAGE_SHIFT
+    frames = np.arange(ZONE << ZONE_SHIFT, (ZONE << ZONE_SHIFT) + pages, dtype=np.uint64)
+    domain = Domain(link.name, 1)
+
+    async def announce(outcome: Outcome, finalize: Callable[[], None]) -> None:
+        assert outcome.moved == pages, "every page of the probe can move"
+        finalize()
+
+    began_s = time.perf_counter()
+    await migrate_to_device(space, link, domain, start, Select.SYSTEM, Grant(page_map.zone, frames), announce)
+    done = await homing.migrate_to_system(space, link, start, start + pages)
+    took_s = time.perf_counter() - began_s
+    assert done.moved == pages, "every page of the probe comes home"
+    return took_s
