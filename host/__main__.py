@@ -1,7 +1,7 @@
 """``python -m hmmnet.host``: the host as a process of its own, held by a launcher.
 
-It reads one JSON object a line from stdin: first its `Config`, then what the launcher sees, ``{"exited": DEVICE, "how": TEXT}``. It writes one
-JSON object a line to stdout: ``{"control": ENDPOINT, "client": ENDPOINT, "rate": NUMBER}`` when it serves, then
+It reads one JSON object a line from stdin: first its `Config`, then what the launcher sees, ``{"exited": DEVICE, "how": TEXT}``. It writes
+one JSON object a line to stdout: ``{"control": ENDPOINT, "client": ENDPOINT, "rate": NUMBER}`` when it serves, then
 ``{"device": NAME, "state": "ready" | "lost", "how": TEXT}`` whenever a device comes or goes. It says goodbye to its peers and ends on
 SIGTERM, SIGINT, and at the end of stdin: then its launcher is gone.
 """
@@ -86,7 +86,7 @@ async def rate_for(config: Config, transport: ZmqTransport) -> float:
 
 
 async def serve(config: Config, commands: AsyncIterator[bytes], obeying: trio.CancelScope) -> None:
-    """Run the host until `commands` end or `obeying` is cancelled; only then it says goodbye, with all its tasks alive. Raises HmmnetError."""
+    """Run the host until `commands` end or `obeying` is cancelled; only then it says goodbye, all its tasks alive. Raises HmmnetError."""
     secret = read_secret(Path(config.secret_file))
     with ZmqTransport() as transport:
         clock = EmulatedClock(await rate_for(config, transport))

@@ -14,12 +14,12 @@ import numpy as np
 import trio
 
 from hmmnet.observe.counters import Profile
-from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, ZONE_SHIFT
+from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, ZONE_SHIFT, Words
 
 from .devmem import PageMap
 from .homing import Homing
 from .hub import Hub
-from .interfaces import Destination, DeviceLink, Event, Select, Words
+from .interfaces import Destination, DeviceLink, Event, Select
 from .iommu import Domain
 from .migrate import Grant, Outcome, migrate_to_device
 from .mm.frames import PhysicalMemory
@@ -27,7 +27,9 @@ from .mm.space import Space
 
 SIZES = (1 << 12, 1 << 16, 1 << 18)
 ZONE = 64
-ROUNDS = {1 << 12: 31, 1 << 16: 9, 1 << 18: 5}
+ROUNDS_MIN, ROUNDS_MAX = 5, 31
+ROUNDS_PAGES = 1 << 19
+"""Pages moved in all rounds of one size, about: small sizes get more rounds."""
 POPULATE_PAGES = 1 << 12
 NS = 1e9
 
@@ -47,7 +49,7 @@ class CopylessLink:
     async def copy_in(self, source_frames: Words, target_frames: Words, zero_frames: Words) -> None:
         """Nothing to copy."""
 
-    async def copy_out(self, context: int, pages: Words, frames: Words, destination: Destination) -> None:
+    async def copy_out(self, context: int, pages: Words, frames: Words, destination: Destination) -> None:  # noqa: ARG002 - DeviceLink's
         """Nothing to copy, but somewhere to copy it to."""
         destination.frames()
 
@@ -55,27 +57,27 @@ class CopylessLink:
         """Nothing to keep."""
 
 
-def measure() -> dict[str, dict[int, float]]:
+def measure(sizes: tuple[int, ...] = SIZES) -> dict[str, dict[int, float]]:
     """``snapshot`` and ``migrate`` (there and back, halved): pages -> nanoseconds a page, medians over rounds."""
-    return trio.run(_measure)
+    return trio.run(_measure, sizes)
 
 
-async def _measure() -> dict[str, dict[int, float]]:
+async def _measure(sizes: tuple[int, ...]) -> dict[str, dict[int, float]]:
     memory = PhysicalMemory()
-    memory.add_node("host", 2 * max(SIZES) + POPULATE_PAGES)
+    memory.add_node("host", 2 * max(sizes) + POPULATE_PAGES)
     link = CopylessLink()
-    page_map = PageMap(memory, link, max(SIZES))
+    page_map = PageMap(memory, link, max(sizes))
     links: dict[int, DeviceLink] = {ZONE: link}
     spaces: dict[int, Space] = {}
     homing = Homing(memory, links, spaces, lambda _process, _zone: 0, Profile(), time.monotonic)
     space = spaces[1] = Space(1, memory, Hub(), homing.migrate_to_ram)
     found: dict[str, dict[int, float]] = {"snapshot": {}, "migrate": {}}
-    for pages in SIZES:
+    for pages in sizes:
         address = await space.mmap(pages * PAGE_SIZE)
         for first in range(0, pages, POPULATE_PAGES):
-            await space.store(address + first * PAGE_SIZE, np.ones(POPULATE_PAGES * PAGE_SIZE, dtype=np.uint8))
+            await space.store(address + first * PAGE_SIZE, np.ones(min(POPULATE_PAGES, pages - first) * PAGE_SIZE, dtype=np.uint8))
         snapshots, migrations = [], []
-        for lap in range(ROUNDS[pages] + 1):
+        for lap in range(1 + min(max(ROUNDS_PAGES // pages, ROUNDS_MIN), ROUNDS_MAX)):
             snapshot = await _snapshot(space, address, pages)
             migration = await _there_and_back(space, page_map, homing, link, address, pages)
             if lap:  # the first lap touches the tables for the first time

@@ -1,8 +1,8 @@
 """Device memory as Linux sees it: page maps that appear and go away with their devices (mm/memremap.c, today's struct dev_pagemap).
 
 A page map gives the frames of a device's zone their struct pages. An idle frame has reference count `IDLE_REFCOUNT`; the last reference
-to a page that is let go of calls the driver's ``folio_free``. That call can come from anywhere (munmap, exit, the end of a migration), so it
-must not wait: frames are gathered and told in one note a little later, and in any case before the device is asked for anything else.
+to a page that is let go of calls the driver's ``folio_free``. That call can come from anywhere (munmap, exit, the end of a migration),
+so it must not wait: frames are gathered and told in one note a little later, and in any case before the device is asked for anything else.
 
 Removing a page map waits, in the kernel, for the last reference, and hangs for ever when somebody leaks one. Here it does not hang: it says
 who holds what.

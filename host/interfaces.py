@@ -97,7 +97,7 @@ class Acknowledgement(Protocol):
 
 
 class Destination(Protocol):
-    """Host memory for pages that come home, had when it is first asked for: a link can tell the device first, and allocate while it works."""
+    """Host memory for pages that come home, had when it is first asked for: a link can tell the device first, and allocate meanwhile."""
 
     def frames(self) -> Words:
         """The host frames. Raises KernelError(ENOMEM)."""

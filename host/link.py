@@ -1,13 +1,13 @@
 """A device over its session and its two bulk channels: the `DeviceLink` of real machines.
 
-Commands go over the control session, page data over the bulk channels, and never the other way round, so an invalidation does not queue behind
-a megabyte. A copy is one command and one stream; they are started together, and the copy is over when the stream has been verified at the
-far end *and* the command was answered.
+Commands go over the control session, page data over the bulk channels, so an invalidation does not queue behind a megabyte. A copy is one
+command and one stream; they are started together, and the copy is over when the stream has been verified at the far end *and* the
+command was answered. A few pages on their way home are the exception: they come with the answer, because a CPU waits for them.
 
 **When a device is lost.** Everything that waits for it must end, and what ends differs. Copies raise `PeerLost`: their caller puts the
 pages back. An invalidation must not fail, because the page table is about to change: it returns once the device can no longer
-use what it had. If it said BYE or its process has ended, that is at once. If it only fell silent it may be hung, or cut off, and it may wake up:
-then we wait until its *lease* is over, counted from the moment at which we stopped talking to it, after which it has stopped using
+use what it had. If it said BYE or its process has ended, that is at once. If it only fell silent it may be hung, or cut off, and it may
+wake up: then we wait until its *lease* is over, counted from the moment at which we stopped talking to it, after which it has stopped using
 its mirror by itself. That is fencing; it makes a stale access impossible even across a partition.
 """
 
@@ -21,7 +21,7 @@ import numpy as np
 import trio
 import xxhash
 
-from hmmnet.errors import KernelError, PeerError, PeerGone, PeerLost, RemoteError
+from hmmnet.errors import KernelError, PeerError, PeerGone, PeerLost, ProtocolError, RemoteError
 from hmmnet.fabric.arbiter import Flow
 from hmmnet.fabric.dma import ArenaSink, ArenaSource, BulkReceiver, BulkSender, Sink, Source
 from hmmnet.observe.counters import DEVICE_TO_HOST, HOST_TO_DEVICE
@@ -78,7 +78,14 @@ class SessionLink:
     """One life of a device, as the HMM core sees it. `lease_s` is in real seconds."""
 
     def __init__(
-        self, spec: DeviceSpec, zone: int, session: Session, sender: BulkSender, receiver: BulkReceiver, interconnect: Interconnect, lease_s: float
+        self,
+        spec: DeviceSpec,
+        zone: int,
+        session: Session,
+        sender: BulkSender,
+        receiver: BulkReceiver,
+        interconnect: Interconnect,
+        lease_s: float,
     ) -> None:
         self.name = spec.name
         self.zone = zone
@@ -226,20 +233,26 @@ class SessionLink:
         targets = destination.frames()
         first, nbytes = int(targets[0]), len(targets) * PAGE_SIZE
         due_s = start_s + links.time_out_s(self.name, first, nbytes)
-        for attempt in range(1, INLINE_TRIES + 1):
-            copied = await pending.wait()
-            if isinstance(copied, Copied) and len(copied.data) == nbytes and xxhash.xxh3_64_intdigest(copied.data) == copied.checksum:
+        data = self._intact(await pending.wait(), nbytes)
+        for _ in range(INLINE_TRIES - 1):
+            if data is not None:
                 break
-            if attempt == INLINE_TRIES:
-                raise PeerError(f"{self.name} sent pages that do not match their checksum, {INLINE_TRIES} times")
-            pending = self.session.begin(message)
-        links.land(targets, copied.data)
+            data = self._intact(await self.session.request(message), nbytes)
+        if data is None:
+            raise PeerError(f"{self.name} sent pages that do not match their checksum, {INLINE_TRIES} times")
+        links.land(targets, data)
         now_s = links.now()
         if now_s < due_s:
             await links.clock.sleep_until(due_s)
             now_s = due_s
         self._moved.append((first, nbytes, start_s, due_s, now_s))
         self._something_to_tell.set()
+
+    def _intact(self, answer: Message, nbytes: int) -> bytes | None:
+        """The pages in an answer; None when they were damaged on the way. Raises ProtocolError for an answer that is none."""
+        if not isinstance(answer, Copied) or len(answer.data) != nbytes:
+            raise ProtocolError(f"{self.name} answered a CopyOut of {nbytes} bytes with {type(answer).__name__}, or with others")
+        return answer.data if xxhash.xxh3_64_intdigest(answer.data) == answer.checksum else None
 
     @asynccontextmanager
     async def coming(self, stream: int, sink: Sink, frame: int) -> AsyncIterator[Flow]:

@@ -3,7 +3,7 @@
 The steps are the kernel's (mm/migrate_device.c, table A4). `MigrateVma` is one call of it over a range, with a method for each step, so
 that a reader finds them and a test can stop between them:
 
-1. `setup`      VMA by VMA: announce MIGRATE to the hub, then put *migration entries* in place of what can move; who touches such a page waits;
+1. `setup`      VMA by VMA: announce MIGRATE to the hub, then put *migration entries* in place of what can move; who touches it waits;
 2. copy         the driver's part: destinations, and a DMA stream (`DeviceLink.copy_in`, `copy_out`);
 3. `install`    migrate_vma_pages: identities change over; pages that turn out not to be movable stay (partial success is normal);
 4. the device updates its table (towards a device);
@@ -68,7 +68,7 @@ class MigrateVma:
         self._over = False
 
     async def setup(self, start: int, end: int) -> None:
-        """migrate_vma_setup for each VMA of [start, end), as drivers loop over a range; stops with `errno` at the first that will not do."""
+        """migrate_vma_setup for each VMA of [start, end), as drivers loop over a range; ends with `errno` at the first that will not do."""
         page = start
         while page < end:
             vma = self.space.vma_at(page)

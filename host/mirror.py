@@ -56,7 +56,8 @@ async def range_fault(
     """
     while True:
         if trio.current_time() > deadline:
-            raise KernelError(errno.EBUSY, "hmm_range_fault", f"pages 0x{request.start:x}+{request.pages} kept changing until the time was up")
+            why = f"pages 0x{request.start:x}+{request.pages} kept changing until the time was up"
+            raise KernelError(errno.EBUSY, "hmm_range_fault", why)
         sequence = await hub.read_begin(subscription)
         async with space.mmap_lock.read():
             words = await _walk(space, hub, subscription, request, sequence)

@@ -1,7 +1,7 @@
 """A process of the machine, inside the host: system calls, memory accesses, jobs (`hmmnet.program.Process`).
 
-Accesses go straight to the address space; one that finds its page mapped costs no suspension. Devices are opened on first use: a context is a
-mirror of this address space on one device, shared by every handle and job of the process there.
+Accesses go straight to the address space; one that finds its page mapped costs no suspension. Devices are opened on first use: a context
+is a mirror of this address space on one device, shared by every handle and job of the process there.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ HEAP_BYTES = 1 << 20
 """What the heap maps at a time, at least."""
 MALLOC_ALIGN = 64
 """A cache line."""
-PREFETCH_PAGES = 1 << 13
-"""Pages of one piece of an explicit migration (32 MiB): a stream long enough for full speed, bookkeeping short enough to hide behind it."""
+PREFETCH_PAGES = 1 << 15
+"""Pages of one piece of an explicit migration (128 MiB): long enough for full speed; its bookkeeping hides behind another's stream."""
 PIECES_AT_ONCE = 2
 STREAMED_OUT = frozenset({"read", "migrate_to_dev"})
 """Commands of a dmirror whose data, a page for each page, come as a stream."""
@@ -168,12 +168,14 @@ class Process:
     async def launch(self, kernel: str, device: str, placement: str = "demand", **arguments: Any) -> JobResult:
         """Run a kernel and wait for it.
 
-        Raises SegmentationFault for an access that could not be served, KernelError (ENOENT, EINVAL, ENODEV), RemoteError for a kernel that failed.
+        Raises SegmentationFault for an access that could not be served, KernelError (ENOENT, EINVAL, ENODEV), RemoteError for a kernel
+        that failed.
         """
         context = await self._context(device)
         packed = msgspec.msgpack.encode({name: plain(value) for name, value in arguments.items()})
         if len(packed) > ARGUMENT_BYTES_MAX:
-            raise KernelError(errno.E2BIG, "launch", f"the arguments have {len(packed)} bytes, at most {ARGUMENT_BYTES_MAX} fit; pass addresses")
+            why = f"the arguments have {len(packed)} bytes, at most {ARGUMENT_BYTES_MAX} fit; pass addresses"
+            raise KernelError(errno.E2BIG, "launch", why)
         life = context.life
         life.jobs += 1
         done = await life.link.ask(Launch(context.number, life.jobs, kernel, packed, placement), Finished)
@@ -205,7 +207,7 @@ class Process:
         return (await self._homing.migrate_to_system(self.space, link, start, end)).moved
 
     async def _in_pieces(self, start: int, end: int, move: Callable[[int, int], Awaitable[int]]) -> int:
-        """Move what is mapped in [start, end), a few pieces at a time: while one streams, the next one's pages are collected. Bytes moved."""
+        """Move what is mapped in [start, end), a few pieces at a time: while one streams, the next is collected. Returns bytes moved."""
         pieces = iter(
             [
                 (low, min(low + PREFETCH_PAGES, end, vma.end))

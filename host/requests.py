@@ -1,8 +1,8 @@
 """What a device may ask of the host: each message of a session checked, then carried out.
 
-A decoded message is well formed and no more. Here its context must be one of this device's, its pages lie in an address space, its frames be
-those that it may name. What is only late (a context that was closed meanwhile) is answered with an errno, what no correct driver sends is a
-`ProtocolError`, which the session reports to the device and to our log.
+A decoded message is well formed and no more. Here its context must be one of this device's, its pages lie in an address space, its
+frames be those that it may name. What is only late (a context that was closed meanwhile) is answered with an errno, what no correct driver
+sends is a `ProtocolError`, which the session reports to the device and to our log.
 
 Handlers that can answer at once are plain functions, which the session runs in the order of arrival; the rest get a task each.
 """
@@ -197,7 +197,8 @@ class Requests:
 
     def _check_range(self, start: int, pages: int, call: str) -> None:
         if not 0 < pages <= PAGES_PER_MESSAGE_MAX or start + pages > PAGES_MAX:
-            raise ProtocolError(f"{call} of pages [0x{start:x}, +{pages}): at least one, at most {PAGES_PER_MESSAGE_MAX}, inside an address space")
+            most = PAGES_PER_MESSAGE_MAX
+            raise ProtocolError(f"{call} of pages [0x{start:x}, +{pages}): at least one, at most {most}, inside an address space")
 
 
 def _words(raw: bytes, what: str) -> Words:

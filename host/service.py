@@ -6,7 +6,7 @@ connect to the control endpoint, programs in other processes to the client endpo
 **When a device is lost** its session ends first: it said BYE, fell silent, was replaced, or the launcher saw its process end. At that
 moment, in one step: no new work reaches it, its transfers are cancelled, and its zone is marked lost, so that a CPU access to a page that
 was only there is a SIGBUS that names device and cause. Migrations that were under way give up, which puts the pages in transit back.
-Then, in a task: its contexts leave the hubs, the fence is waited for, and what is left of its page map goes away.
+Then, in a task: the fence is waited for, its contexts leave the hubs, and what is left of its page map goes away.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 import trio
 
-from hmmnet.errors import PeerLost
+from hmmnet.errors import PeerLost, RemoteError
 from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.fabric.dma import BulkReceiver, BulkSender
 from hmmnet.topology import Topology
@@ -54,7 +54,10 @@ log = logging.getLogger("hmmnet.host")
 
 
 class Host:
-    """A machine's host. `directory` is where ipc endpoints lie; `scheme` is ``ipc``, ``tcp`` (loopback) or ``mem``. Times are real seconds."""
+    """A machine's host. `directory` is where ipc endpoints lie; `scheme` is ``ipc``, ``tcp`` (loopback) or ``mem``.
+
+    Times are in real seconds.
+    """
 
     def __init__(
         self,
@@ -224,9 +227,9 @@ class Host:
                 await self._greet(life, session)
                 await over.wait()
                 nursery.cancel_scope.cancel()
+            await life.link.fenced()  # until then every invalidation of what it mirrors waits for it
             for context in list(life.contexts.values()):
                 await context.unsubscribe_all()
-            await life.link.fenced()
             life.contexts.clear()
             life.link.domains.clear()
             life.page_map.bury()

@@ -1,8 +1,8 @@
 """Figures of the host: whole migrations, a page that faults home, and what the bookkeeping of both costs.
 
-Migrations and faults are those of a launched machine: host here, the device a process of its own, links far faster than this computer, so that
-only our own work counts. They take turns with their references (a raw pyzmq stream of the same bytes, the bare bridge's round trip).
-The bookkeeping is measured by the host's own probe, with a device that copies nothing.
+Migrations and faults are those of a launched machine: host here, the device a process of its own, links far faster than this computer,
+so that only our own work counts. They take turns with their references (a raw pyzmq stream of the same bytes, the bare bridge's round
+trip). The bookkeeping is measured by the host's own probe, with a device that copies nothing.
 """
 
 from __future__ import annotations

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import trio
 
 from hmmnet.host.devmem import PageMap
 from hmmnet.host.homing import Homing
 from hmmnet.host.hub import Hub
-from hmmnet.host.interfaces import Destination, DeviceLink, Event
+from hmmnet.host.interfaces import Destination, DeviceLink, Event, Select
 from hmmnet.host.iommu import Domain
-from hmmnet.host.migrate import Grant, Outcome, Select, migrate_to_device
+from hmmnet.host.migrate import Grant, Outcome, migrate_to_device
 from hmmnet.host.mm.frames import PhysicalMemory
 from hmmnet.host.mm.space import Space
 from hmmnet.observe.counters import Profile
@@ -125,7 +126,12 @@ class Bench:
         return Grant(self.page_map.zone, frames)
 
     async def to_device(
-        self, space: Space, address: int, pages: int, grant: Grant | None = None, announce: Callable[[Outcome], Awaitable[None]] | None = None
+        self,
+        space: Space,
+        address: int,
+        pages: int,
+        grant: Grant | None = None,
+        announce: Callable[[Outcome], Awaitable[None]] | None = None,
     ) -> Outcome:
         """Migrate, and return what the driver was told."""
         told: list[Outcome] = []
@@ -151,6 +157,4 @@ class Bench:
 
 
 def words(*values: int) -> Words:
-    import numpy as np
-
     return np.array(values, dtype=np.uint64)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import trio
@@ -44,17 +45,19 @@ from hmmnet.wire.messages import (
     Done,
     FreeFrames,
     Hello,
+    Inspect,
     Invalidate,
     Ioctl,
     IoctlDone,
     Message,
     Migrate,
-    MigrateDone,
     Migrated,
+    MigrateDone,
     OpenContext,
     RangeFault,
     RangeFaulted,
     Rate,
+    Report,
     Subscribe,
     Subscribed,
     Welcome,
@@ -65,9 +68,8 @@ from hmmnet.wire.transport import Transport
 SECRET = b"s" * 32
 HEARTBEAT_S, LEASE_S, RETRY_S = 0.05, 0.3, 0.1
 PAGES = 256
-EVERYTHING = (
-    OpenContext, CloseContext, Invalidate, CopyIn, CopyOut, FreeFrames, Ioctl, Rate
-)  # fmt: skip
+EVERYTHING = (OpenContext, CloseContext, Invalidate, CopyIn, CopyOut, FreeFrames, Ioctl, Rate)
+NO_FIGURES = Report(b"\x80")
 
 
 def topology(*names: str) -> Topology:
@@ -85,11 +87,10 @@ def topology(*names: str) -> Topology:
 @asynccontextmanager
 async def running_host(*names: str) -> AsyncIterator[tuple[Host, MemoryTransport]]:
     """A host in this trio run, with a short lease, that `names` may join over memory channels."""
-    from pathlib import Path
-
     transport = MemoryTransport()
+    clock = EmulatedClock()
     host = Host(
-        topology(*names), transport, Path(), SECRET, EmulatedClock(), scheme="mem", heartbeat_s=HEARTBEAT_S, lease_s=LEASE_S, retry_s=RETRY_S
+        topology(*names), transport, Path(), SECRET, clock, scheme="mem", heartbeat_s=HEARTBEAT_S, lease_s=LEASE_S, retry_s=RETRY_S
     )
     async with host.running():
         yield host, transport
@@ -123,14 +124,15 @@ class ScriptedDevice:
     # --- answering ----------------------------------------------------------------------------------------------------------------
 
     def attach(self) -> None:
+        self.session.on(Inspect, lambda _: NO_FIGURES)
         for kind in EVERYTHING:
             self.session.on(kind, self.answer)
 
-    def answer(self, message: Message) -> Message | None | Awaitable[Message | None]:
+    def answer(self, message: Message) -> Message | Awaitable[Message | None] | None:
         self.heard.append(message)
         self.on_message(message)
         if isinstance(message, CopyIn):
-            return self.copy_in(message)
+            self.copy_in(message)
         if isinstance(message, CopyOut):
             return self.copy_out(message)
         if isinstance(message, Ioctl):

@@ -33,7 +33,9 @@ WRITE = HMM_PFN_REQ_FAULT | HMM_PFN_REQ_WRITE
 RIGHTS = HMM_PFN_VALID | HMM_PFN_WRITE | HMM_PFN_ERROR
 
 
-async def ask(bench: Bench, space: Space, address: int, pages: int, flags: int, owner: int = OTHER_ZONE, deadline: float = math.inf) -> Words:
+async def ask(
+    bench: Bench, space: Space, address: int, pages: int, flags: int, owner: int = OTHER_ZONE, deadline: float = math.inf
+) -> Words:
     """The answer of a range fault through a subscription of its own."""
     hub = bench.hub(space)
     subscription = hub.insert(0, PAGES_MAX, FakeLink("asker", owner), 1)

@@ -1,0 +1,126 @@
+"""A device link over a session: damaged answers, wrong answers, fencing, and what a device is told before it is asked."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import numpy as np
+import pytest
+import trio
+
+from hmmnet.errors import BusError
+from hmmnet.host.process import Process
+from hmmnet.host.service import Host
+from hmmnet.pages import PAGE_SIZE
+from hmmnet.wire.memory_transport import MemoryTransport
+from hmmnet.wire.messages import Copied, CopyOut, Done, Evict, Evicted, FreeFrames, Invalidate, Ioctl, Message
+
+from .scripted_device import LEASE_S, ScriptedDevice, running_host, scripted_device
+
+Machine = tuple[Host, MemoryTransport, ScriptedDevice, Process, int]
+
+
+@pytest.fixture
+async def machine() -> AsyncIterator[Machine]:
+    """A host, gpu0, and a process with four numbered pages on it."""
+    async with running_host("gpu0") as (host, transport), scripted_device(host, transport, "gpu0") as device:
+        process = await host.create_process()
+        await process.open("gpu0")
+        address = await process.mmap(4 * PAGE_SIZE)
+        await process.write(address, np.repeat(np.arange(1, 5, dtype=np.uint8), PAGE_SIZE))
+        assert await process.migrate(address, 4 * PAGE_SIZE, "gpu0") == 4 * PAGE_SIZE
+        yield host, transport, device, process, address
+
+
+def answer_with(device: ScriptedDevice, answers: list[Message | None]) -> None:
+    """Answer the next CopyOuts with `answers`; None is the right one."""
+    right = device.copy_out
+
+    def copy_out(message: CopyOut) -> Message | None:
+        answer = answers.pop(0) if answers else None
+        return right(message) if answer is None else answer
+
+    device.copy_out = copy_out  # type: ignore[method-assign]
+
+
+async def test_a_damaged_answer_is_asked_for_again(machine: Machine) -> None:
+    """Twice damaged, the third time right: the load gets the right byte."""
+    _, _, device, process, address = machine
+    damaged = Copied(bytes(PAGE_SIZE), 1)
+    answer_with(device, [damaged, damaged])
+    assert await process.read(address, 1) == b"\1"
+    assert len(device.of(CopyOut)) == 3
+
+
+async def test_damage_that_does_not_end_is_a_bus_error_and_the_page_stays(machine: Machine) -> None:
+    """The page is still on the device: a later load succeeds."""
+    _, _, device, process, address = machine
+    answer_with(device, [Copied(bytes(PAGE_SIZE), 1)] * 3)
+    with pytest.raises(BusError, match="checksum"):
+        await process.read(address, 1)
+    assert await process.read(address, 1) == b"\1"
+
+
+@pytest.mark.parametrize("answer", [Done(), Copied(b"short", 0)], ids=["another kind", "another length"])
+async def test_an_answer_that_is_none_is_a_bus_error(machine: Machine, answer: Message) -> None:
+    """The peer's mistake is named; nothing of it lands."""
+    _, _, device, process, address = machine
+    answer_with(device, [answer])
+    with pytest.raises(BusError, match="answered a CopyOut"):
+        await process.read(address, 1)
+    assert await process.read(address, 1) == b"\1"
+
+
+async def test_freed_frames_are_told_before_anything_is_asked(machine: Machine) -> None:
+    """A command sees a driver that knows its free memory."""
+    _, _, device, process, address = machine
+    await process.munmap(address, 4 * PAGE_SIZE)
+    handle = await process.open("gpu0")
+    await handle.ioctl("echo", 0, 1)
+    kinds = [type(message) for message in device.heard]
+    assert kinds[-2:] == [FreeFrames, Ioctl]
+
+
+async def test_an_eviction_is_told_its_free_frames_with_the_answer(machine: Machine) -> None:
+    """The driver that evicts may use the frames at once."""
+    _, _, device, process, address = machine
+    frames = np.arange(device.welcome.zone << 36, (device.welcome.zone << 36) + 4, dtype="<u8").tobytes()
+    evicted = await device.session.ask(Evict(frames), Evicted)
+    assert evicted.moved == 4
+    assert len(device.of(FreeFrames)) == 1
+    assert await process.read(address, 1) == b"\1"
+    assert await device.session.ask(Evict(frames), Evicted) == Evicted(0)
+
+
+async def test_an_invalidation_that_a_device_refuses_condemns_it(machine: Machine) -> None:
+    """It cannot be trusted to have dropped anything: its session ends, and the page table change goes on after its lease."""
+    host, _, device, process, address = machine
+    await device.subscribe(1)
+
+    def refuse(message: Message) -> None:
+        if isinstance(message, Invalidate):
+            raise ZeroDivisionError("this driver is broken")
+
+    device.on_message = refuse
+    began_s = trio.current_time()
+    with trio.fail_after(10):
+        await process.munmap(address, PAGE_SIZE)
+    assert trio.current_time() - began_s >= LEASE_S * 0.9
+    assert "did not carry out an invalidation" in host.devices["gpu0"].last_loss
+
+
+async def test_a_new_incarnation_replaces_a_device_that_still_lives(machine: Machine) -> None:
+    """The old life may go on somewhere: invalidations that wait for it wait its lease out; the new one serves at once."""
+    host, transport, device, process, address = machine
+    await device.subscribe(1)
+    began_s = trio.current_time()
+    async with scripted_device(host, transport, "gpu0", incarnation=2) as second:
+        await host.device_ready("gpu0")
+        with pytest.raises(BusError, match="new incarnation"):
+            await process.read(address, 1)
+        with trio.fail_after(10):
+            await process.munmap(address, PAGE_SIZE)
+        assert trio.current_time() - began_s >= LEASE_S * 0.9
+        again = await process.mmap(PAGE_SIZE)
+        assert await process.migrate(again, PAGE_SIZE, "gpu0") == PAGE_SIZE
+        assert second.welcome.zone == device.welcome.zone + 1
