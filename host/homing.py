@@ -90,7 +90,12 @@ class Homing:
         if link is None:
             raise self._lost(space, first, zone, "the device is gone")
         try:
-            moved = await self._home_range(space, link, pages)
+            async with space.hub.invalidate(Event.MIGRATE, first, int(pages[-1]) + 1, zone):
+                migration = space.collect(pages, Select.DEVICE_PRIVATE, zone)
+            if len(pages) == 1 and int(migration.source[0]) & MIGRATE_PFN_VALID:
+                moved = await self._bring_one(space, link, migration)
+            else:
+                moved = await self._bring(space, link, migration)
         except PeerError as error:
             raise self._lost(space, first, zone, str(error)) from error
         if moved:
@@ -101,16 +106,9 @@ class Homing:
         why = f'page 0x{page:x} of process {space.number} has its only copy on device "{owner}" and cannot come home: {cause}'
         return BusError(page << PAGE_SHIFT, why)
 
-    async def _home_range(self, space: Space, link: DeviceLink, pages: Words) -> int:
-        async with space.hub.invalidate(Event.MIGRATE, int(pages[0]), int(pages[-1]) + 1, link.zone):
-            migration = space.collect(pages, Select.DEVICE_PRIVATE, link.zone)
-        return await self._bring(space, link, migration)
-
     async def _bring(self, space: Space, link: DeviceLink, migration: Migration) -> int:
         """Copy and change over what `migration` collected; returns how many pages moved."""
         source = migration.source
-        if len(source) == 1 and int(source[0]) & MIGRATE_PFN_VALID:
-            return await self._bring_one(space, link, migration)
         going = source & (MIGRATE | VALID) == MIGRATE | VALID  # a never-touched page is collected too, and has nothing to bring
         whole = bool(going.all())
         pages = migration.pages if whole else migration.pages[going]

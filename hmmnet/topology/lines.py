@@ -133,8 +133,10 @@ class _Scanner:
             if self._peek() == ",":
                 self._at += 1
                 continue
+            began = self._at
             self._note((*path, index), self._line())
             self._value((*path, index))
+            self._at += self._at == began  # a stray bracket is no value, and must not stop us
             index += 1
         self._at += 1
 
@@ -164,5 +166,8 @@ class _Scanner:
 
 
 def _unquote(quoted: str) -> str:
-    """A quoted key as the string that it means."""
-    return str(tomllib.loads(f"key = {quoted}")["key"])
+    """A quoted key as the string that it means; as it stands when it means none."""
+    try:
+        return str(tomllib.loads(f"key = {quoted}")["key"])
+    except tomllib.TOMLDecodeError:
+        return quoted

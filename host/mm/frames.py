@@ -114,9 +114,14 @@ class HostZone(Zone):
         if dirty:
             self._free_committed = max(0, self._free_committed - dirty)
             head, tail = (dirty, dirty) if keep is None else (min(keep.start, dirty), min(keep.stop, dirty))
-            self.arena.zero(got.frames[:head])
-            self.arena.zero(got.frames[tail:dirty])
-        self.refcount[self.at(got.frames)] = 1
+            if head:
+                self.arena.zero(got.frames[:head])
+            if tail < dirty:
+                self.arena.zero(got.frames[tail:dirty])
+        if count == 1:
+            self.refcount[int(got.frames[0]) - self.base] = 1
+        else:
+            self.refcount[self.at(got.frames)] = 1
         return got.frames
 
     def zero_one(self, at: int) -> None:
