@@ -1,7 +1,7 @@
 """``python -m hmmnet.devices``: one device process, or the zygote from which the launcher forks many.
 
-    python -m hmmnet.devices NAME ENDPOINT --secret-file FILE [--log-folder FOLDER]
-    python -m hmmnet.devices --zygote
+python -m hmmnet.devices NAME ENDPOINT --secret-file FILE [--log-folder FOLDER]
+python -m hmmnet.devices --zygote
 """
 
 from __future__ import annotations

@@ -41,9 +41,7 @@ class CopylessLink:
     zone = ZONE
     kind = "private"
 
-    def invalidate_start(
-        self, context: int, subscription: int, start: int, end: int, event: Event, owner: int, sequence: int
-    ) -> None:
+    def invalidate_start(self, context: int, subscription: int, start: int, end: int, event: Event, owner: int, sequence: int) -> None:
         """Nothing to drop."""
 
     async def copy_in(self, source_frames: Words, target_frames: Words, zero_frames: Words) -> None:

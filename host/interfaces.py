@@ -170,9 +170,7 @@ class AddressSpace(Protocol):
         """The VMA of `page`."""
         ...
 
-    def walk(
-        self, start: int, end: int, inputs: Words | None, default_flags: int, flags_mask: int, owner: int
-    ) -> Walk:
+    def walk(self, start: int, end: int, inputs: Words | None, default_flags: int, flags_mask: int, owner: int) -> Walk:
         """Table A3 for [start, end): no faulting, no waiting. Needs the mmap lock for reading."""
         ...
 

@@ -47,9 +47,7 @@ class Request:
         return self.start + self.pages
 
 
-async def range_fault(
-    space: AddressSpace, hub: Hub, subscription: Subscription, request: Request, deadline: float
-) -> tuple[int, Words]:
+async def range_fault(space: AddressSpace, hub: Hub, subscription: Subscription, request: Request, deadline: float) -> tuple[int, Words]:
     """The HMM_PFN words of a range and the sequence that they are good for.
 
     `deadline` is on trio's clock (``math.inf``: none). Raises KernelError: EBUSY when the time is up, EFAULT, EPERM, ENOMEM as table A3.

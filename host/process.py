@@ -250,9 +250,7 @@ class Process:
             raise KernelError(errno.ESRCH, call, f"process {self.pid} has exited")
 
 
-async def command_device(
-    context: Context, command: str, address: int, pages: int, data: bytes, flags: int, pages_out: int
-) -> IoctlResult:
+async def command_device(context: Context, command: str, address: int, pages: int, data: bytes, flags: int, pages_out: int) -> IoctlResult:
     """Send a command, with its data on a stream, and take `pages_out` pages of data from another. They cross no link: nothing is paced."""
     link = context.life.link
     if link.session.lost is not None:

@@ -380,4 +380,3 @@ def finished(outcome: JobOutcome) -> Finished:
             error = f"the kernel's results have {len(results)} bytes; at most {ARGUMENT_BYTES_MAX} can be sent"
             results = msgspec.msgpack.encode({})
     return Finished(results, counters, error[:TEXT_MAX], outcome.fault_address)
-

@@ -58,4 +58,3 @@ class PlainMemory:
         rows = request.values.reshape(-1, 1).view(np.uint8).reshape(-1, size)
         self.bytes.reshape(-1, size)[(request.addresses.astype(np.int64) - BASE) // size] = rows
         return None
-

@@ -517,5 +517,3 @@ async def machine(**spec: Any) -> AsyncIterator[tuple[ScriptedHost, Device]]:
                 await host.joined.wait()
             await host.open()
             yield host, devices[0]
-
-

@@ -14,9 +14,7 @@ from tests.devices.scripted_host import ScriptedHost, counters_of, machine, resu
 PAGE = 0x10000
 
 
-@pytest.mark.parametrize(
-    ("pages", "ranges"), [([], []), ([5], [(5, 6)]), ([1, 2, 3], [(1, 4)]), ([1, 3, 4, 9], [(1, 2), (3, 5), (9, 10)])]
-)
+@pytest.mark.parametrize(("pages", "ranges"), [([], []), ([5], [(5, 6)]), ([1, 2, 3], [(1, 4)]), ([1, 3, 4, 9], [(1, 2), (3, 5), (9, 10)])])
 def test_pieces(pages: list[int], ranges: list[tuple[int, int]]) -> None:
     """Ascending pages as ranges."""
     assert pieces(u64(pages)) == ranges

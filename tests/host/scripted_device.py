@@ -89,9 +89,7 @@ async def running_host(*names: str) -> AsyncIterator[tuple[Host, MemoryTransport
     """A host in this trio run, with a short lease, that `names` may join over memory channels."""
     transport = MemoryTransport()
     clock = EmulatedClock()
-    host = Host(
-        topology(*names), transport, Path(), SECRET, clock, scheme="mem", heartbeat_s=HEARTBEAT_S, lease_s=LEASE_S, retry_s=RETRY_S
-    )
+    host = Host(topology(*names), transport, Path(), SECRET, clock, scheme="mem", heartbeat_s=HEARTBEAT_S, lease_s=LEASE_S, retry_s=RETRY_S)
     async with host.running():
         yield host, transport
 

@@ -105,7 +105,7 @@ def test_windows_line_ends_and_byte_order_mark() -> None:
 
 
 @pytest.mark.parametrize("text", ["a = [", 'a = "', "[", "[[x", "a", "=", "a = {", "]", "'''", "a.b.", '"', "a = [[[["])
-@given(extra=st.text(alphabet='[]{}"\'=.,#\n a1\\', max_size=12))
+@given(extra=st.text(alphabet="[]{}\"'=.,#\n a1\\", max_size=12))
 def test_it_ends_on_anything(text: str, extra: str) -> None:
     """Text that is no TOML gets no answer worth having, but it gets one."""
     key_lines(text + extra)
