@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 from collections import deque
 
-import numpy as np
 import trio
 import xxhash
 
@@ -45,7 +44,7 @@ class CopyEngines:
         self._nursery = nursery
         self._landing: dict[int, tuple[Arrival, Words]] = {}
         self._leaving = 0
-        self._inline: deque[tuple[float, Words]] = deque()
+        self._inline: deque[tuple[float, int]] = deque()
         """Frames copied with an answer, and when."""
 
     def copy_in(self, message: CopyIn) -> None:
@@ -86,8 +85,8 @@ class CopyEngines:
         frames = self._memory.leaving(message.frames, "CopyOut.frames")
         data = self._memory.load(physical(frames), PAGE_SIZE).tobytes()
         self.bytes_out += len(data)
-        self.settle_inline()
-        self._inline.append((trio.current_time(), frames))
+        now_s = self.settle_inline()
+        self._inline += [(now_s, frame) for frame in frames.tolist()]
         return frames, Copied(data, xxhash.xxh3_64_intdigest(data))
 
     def copy_one(self, frame: int) -> Copied:
@@ -95,15 +94,15 @@ class CopyEngines:
         self._memory.leaving_one(frame, "CopyOut.frames")
         data = self._memory.page_bytes(frame).tobytes()
         self.bytes_out += PAGE_SIZE
-        self.settle_inline()
-        self._inline.append((trio.current_time(), np.array((frame,), dtype=np.uint64)))
+        self._inline.append((self.settle_inline(), frame))
         return Copied(data, xxhash.xxh3_64_intdigest(data))
 
-    def settle_inline(self) -> None:
-        """Pages that left with an answer a while ago, and were not freed since, stay after all."""
-        until_s = trio.current_time() - INLINE_SETTLE_S
-        while self._inline and self._inline[0][0] < until_s:
-            self._memory.left(self._inline.popleft()[1])
+    def settle_inline(self) -> float:
+        """Pages that left with an answer a while ago, and were not freed since, stay after all. Returns the time."""
+        now_s = trio.current_time()
+        while self._inline and self._inline[0][0] < now_s - INLINE_SETTLE_S:
+            self._memory.left_one(self._inline.popleft()[1])
+        return now_s
 
     def copy_out(self, message: CopyOut) -> Words:
         """Begin to stream frames to the host; returns them, whose mappings the caller drops. Raises ProtocolError."""

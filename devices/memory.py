@@ -150,6 +150,12 @@ class Memory:
             raise ProtocolError(f"{what} names frame 0x{frame:x}, which is not a live frame of zone {self.zone}")
         self._state[index] = LEAVING
 
+    def left_one(self, frame: int) -> None:
+        """`left` for one frame, without arrays."""
+        index = frame - self.base
+        if self._state[index] == LEAVING:
+            self._state[index] = LIVE
+
     def left(self, frames: Words) -> None:
         """The copy is over; frames that the host does not free hold their page still."""
         indices = self.arena.indices(frames)

@@ -54,6 +54,18 @@ class RunAllocator:
             return Allocation(self._bump(count), count)
         return self._gather(count)
 
+    def allocate_one(self) -> int | None:
+        """One frame, whatever it held; None when none is free."""
+        if not self.free_count:
+            return None
+        self.free_count -= 1
+        if self._starts:
+            frame = self._starts[0]
+            self._take(0, 1)
+            return frame
+        self._fresh += 1
+        return self._fresh - 1
+
     def _bump(self, count: int) -> Words:
         first = self._fresh
         self._fresh += count

@@ -51,6 +51,10 @@ class CopylessLink:
         """Nothing to copy, but somewhere to copy it to."""
         destination.frames()
 
+    async def fetch(self, context: int, page: int, frame: int, allocate: Callable[[], int]) -> None:  # noqa: ARG002 - DeviceLink's
+        """Nothing to copy, but somewhere to copy it to."""
+        allocate()
+
     def free_frames(self, frames: Words) -> None:
         """Nothing to keep."""
 

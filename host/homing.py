@@ -20,10 +20,11 @@ import numpy as np
 
 from hmmnet.errors import BusError, KernelError, PeerError
 from hmmnet.observe.counters import CPU_FAULT, Profile
-from hmmnet.pages import MIGRATE_PFN_MIGRATE, MIGRATE_PFN_SHIFT, MIGRATE_PFN_VALID, PAGE_SHIFT, PAGE_SIZE, Words, run_bounds
+from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, Words, run_bounds
 
 from .interfaces import DeviceLink, Event, Migration, Select
 from .migrate import MIGRATE, SHIFT, VALID, MigrateVma, Outcome
+from .mm import single
 from .mm.collect import collect_frames, finalize, move
 from .mm.frames import PhysicalMemory
 from .mm.rmap import mappings
@@ -90,11 +91,11 @@ class Homing:
         if link is None:
             raise self._lost(space, first, zone, "the device is gone")
         try:
-            async with space.hub.invalidate(Event.MIGRATE, first, int(pages[-1]) + 1, zone):
-                migration = space.collect(pages, Select.DEVICE_PRIVATE, zone)
-            if len(pages) == 1 and int(migration.source[0]) & MIGRATE_PFN_VALID:
-                moved = await self._bring_one(space, link, migration)
+            if len(pages) == 1:
+                moved = await self._home_one(space, link, first)
             else:
+                async with space.hub.invalidate(Event.MIGRATE, first, int(pages[-1]) + 1, zone):
+                    migration = space.collect(pages, Select.DEVICE_PRIVATE, zone)
                 moved = await self._bring(space, link, migration)
         except PeerError as error:
             raise self._lost(space, first, zone, str(error)) from error
@@ -134,20 +135,32 @@ class Homing:
         space.migrate_finalize(migration)
         return moved
 
-    async def _bring_one(self, space: Space, link: DeviceLink, migration: Migration) -> int:
-        """`_bring` for one page, with as little as possible: this is what a CPU fault waits for."""
-        destination = HostFrames(self._memory, 1)
+    async def _home_one(self, space: Space, link: DeviceLink, page: int) -> int:
+        """One page, with as little as possible: this is what a CPU fault waits for. `_bring`, for the general case, does the same."""
+        zone, mm, target = link.zone, space.mm, 0
+        async with space.hub.invalidate(Event.MIGRATE, page, page + 1, zone):
+            frame = single.take(mm, page, zone)
+            migration = None if frame is not None else space.collect(np.array((page,), dtype=np.uint64), Select.DEVICE_PRIVATE, zone)
+        if frame is None:
+            assert migration is not None, "collected a moment ago"
+            return await self._bring(space, link, migration)
+
+        def allocate() -> int:
+            nonlocal target
+            target = self._memory.allocate_bare() or 0
+            if not target:
+                raise KernelError(errno.ENOMEM, "migrate_to_ram", "a page wants to come home and the host's memory is used up")
+            return target
+
         try:
-            await link.copy_out(self._context_of(space.number, link.zone), migration.pages, migration.source >> SHIFT, destination)
+            await link.fetch(self._context_of(space.number, zone), page, frame, allocate)
         except BaseException:
-            give_up(self._memory, space, migration)
-            destination.release()
+            single.put_back(mm, page, frame)
+            if target:
+                self._memory.put_one(target)
             raise
-        migration.target[0] = int(destination.frames()[0]) << MIGRATE_PFN_SHIFT | MIGRATE_PFN_VALID
-        space.migrate_pages(migration)
-        moved = int(migration.source[0]) & MIGRATE_PFN_MIGRATE
-        space.migrate_finalize(migration)
-        return 1 if moved else 0
+        single.bring(mm, page, frame, target)
+        return 1
 
     async def migrate_to_system(self, space: Space, link: DeviceLink, start: int, end: int) -> Outcome:
         """Move the device's pages of [start, end) home, VMA by VMA; others stay. Raises PeerLost, KernelError(ENOMEM)."""

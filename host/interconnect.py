@@ -9,6 +9,7 @@ import numpy as np
 from hmmnet.fabric.arbiter import Arbiter, Flow
 from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.fabric.dma import MultiArena
+from hmmnet.fabric.link import Link
 from hmmnet.observe.counters import DEVICE_TO_HOST, Profile
 from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, ZONE_SHIFT, Words
 from hmmnet.topology import Topology
@@ -26,32 +27,35 @@ class Interconnect:
         self.profile = Profile()
         self.memories = MultiArena({node.number: node.arena for node in memory.nodes})
         self._memory = memory
-        self._speeds: dict[tuple[str, int], tuple[float, float]] = {}
-        """Bandwidth and latency of the way from a device to a memory."""
+        self._ways: dict[tuple[str, int], tuple[tuple[Link, ...], float, float]] = {}
         self._nodes = {node.number: node.owner for node in memory.nodes}
 
     def land(self, frames: Words, data: bytes) -> None:
         """Write whole pages to host `frames`."""
-        if len(frames) == 1:
-            self._memory.write_small(int(frames[0]), 0, data)
-        else:
-            self.memories.scatter(frames << np.uint64(PAGE_SHIFT), PAGE_SIZE, np.frombuffer(data, dtype=np.uint8))
+        self.memories.scatter(frames << np.uint64(PAGE_SHIFT), PAGE_SIZE, np.frombuffer(data, dtype=np.uint8))
+
+    def land_one(self, frame: int, data: bytes) -> None:
+        """Write one whole page to a host frame."""
+        self._memory.write_small(frame, 0, data)
 
     def time_out_s(self, device: str, frame: int, nbytes: int) -> float:
         """Emulated seconds that `nbytes` take from `device` to the memory of `frame` when nothing else is under way."""
+        _, bytes_per_s, latency_s = self._way_out(device, frame)
+        return nbytes / bytes_per_s + latency_s
+
+    def _way_out(self, device: str, frame: int) -> tuple[tuple[Link, ...], float, float]:
+        """The links from `device` to the memory of `frame`, their bandwidth and their latency."""
         key = (device, frame >> ZONE_SHIFT)
-        speed = self._speeds.get(key)
-        if speed is None:
-            route = self.arbiter.route(device, self._nodes[key[1]])
-            speed = self._speeds[key] = (
-                min((link.capacity_bytes_per_s for link in route), default=math.inf),
-                sum(link.latency_s for link in route),
-            )
-        return nbytes / speed[0] + speed[1]
+        way = self._ways.get(key)
+        if way is None:
+            links = self.arbiter.route(device, self._nodes[key[1]])
+            bytes_per_s = min((link.capacity_bytes_per_s for link in links), default=math.inf)
+            way = self._ways[key] = links, bytes_per_s, sum(link.latency_s for link in links)
+        return way
 
     def count_out(self, device: str, frame: int, nbytes: int, start_s: float, due_s: float, end_s: float) -> None:
         """Count a transfer from `device` that no flow was opened for."""
-        for link in self.arbiter.route(device, self._nodes[frame >> ZONE_SHIFT]):
+        for link in self._way_out(device, frame)[0]:
             link.record(nbytes, start_s, due_s, end_s)
         self.profile.record(DEVICE_TO_HOST, nbytes, end_s - start_s, device)
 

@@ -10,7 +10,7 @@ synchronous call is atomic: no other task runs in between. That takes the place 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from enum import IntFlag, StrEnum
@@ -123,6 +123,10 @@ class DeviceLink(Protocol):
 
     async def copy_out(self, context: int, pages: Words, frames: Words, destination: Destination) -> None:
         """The device drops its entries for `pages` and its `frames` are copied to the destination; return when all landed."""
+
+    async def fetch(self, context: int, page: int, frame: int, allocate: Callable[[], int]) -> None:
+        """`copy_out` of one page into the host frame that `allocate` gives (and raises KernelError(ENOMEM)): a CPU waits for it."""
+        ...
 
     def free_frames(self, frames: Words) -> None:
         """folio_free: tell the driver, without waiting."""

@@ -223,16 +223,28 @@ class SessionLink:
             )
 
     async def _copy_inline(self, message: CopyOut, destination: Destination) -> None:
-        """A few pages come with the answer: half the messages of a stream. They pass between the chunks of the flows on the same links.
-
-        What can wait is done while the device works, or later (`_settle`): a CPU waits for this.
-        """
-        links = self._interconnect
-        start_s = links.now()
+        """A few pages come with the answer: half the messages of a stream. They pass between the chunks of the flows on the same links."""
+        start_s = self._interconnect.now()
         pending = self.session.begin(message)
         targets = destination.frames()
-        first, nbytes = int(targets[0]), len(targets) * PAGE_SIZE
-        due_s = start_s + links.time_out_s(self.name, first, nbytes)
+        data = await self._answer(message, pending, len(targets) * PAGE_SIZE)
+        self._interconnect.land(targets, data)
+        await self._arrived(int(targets[0]), len(data), start_s)
+
+    async def fetch(self, context: int, page: int, frame: int, allocate: Callable[[], int]) -> None:
+        """`_copy_inline` of one page. What can wait is done while the device works, or later (`settle`): a CPU waits for this."""
+        links = self._interconnect
+        start_s = links.now()
+        word = page.to_bytes(8, "little"), frame.to_bytes(8, "little")
+        message = CopyOut(0, context, word[0], word[1], 0.0, 0.0, 0.0)
+        pending = self.session.begin(message)
+        target = allocate()
+        data = await self._answer(message, pending, PAGE_SIZE)
+        links.land_one(target, data)
+        await self._arrived(target, PAGE_SIZE, start_s)
+
+    async def _answer(self, message: CopyOut, pending: PendingReply, nbytes: int) -> bytes:
+        """The pages in the answer to `message`; damaged ones are asked for again. Raises PeerError."""
         data = self._intact(await pending.wait(), nbytes)
         for _ in range(INLINE_TRIES - 1):
             if data is not None:
@@ -240,12 +252,17 @@ class SessionLink:
             data = self._intact(await self.session.request(message), nbytes)
         if data is None:
             raise PeerError(f"{self.name} sent pages that do not match their checksum, {INLINE_TRIES} times")
-        links.land(targets, data)
+        return data
+
+    async def _arrived(self, frame: int, nbytes: int, start_s: float) -> None:
+        """Pages came with an answer: return at their emulated time; they are counted later."""
+        links = self._interconnect
+        due_s = start_s + links.time_out_s(self.name, frame, nbytes)
         now_s = links.now()
         if now_s < due_s:
             await links.clock.sleep_until(due_s)
             now_s = due_s
-        self._moved.append((first, nbytes, start_s, due_s, now_s))
+        self._moved.append((frame, nbytes, start_s, due_s, now_s))
         self._something_to_tell.set()
 
     def _intact(self, answer: Message, nbytes: int) -> bytes | None:

@@ -124,6 +124,13 @@ class HostZone(Zone):
             self.refcount[self.at(got.frames)] = 1
         return got.frames
 
+    def allocate_bare(self) -> int | None:
+        """One frame with one reference, whatever it holds: the caller overwrites it."""
+        frame = self.allocator.allocate_one()
+        if frame is not None:
+            self.refcount[frame - self.base] = 1
+        return frame
+
     def zero_one(self, at: int) -> None:
         """Clear the frame at index `at`, which held something before."""
         self.arena.pages[at] = 0
@@ -252,6 +259,14 @@ class PhysicalMemory:
             parts.append(part)
             count -= len(part)
         return np.concatenate(parts)
+
+    def allocate_bare(self) -> int | None:
+        """One host frame with one reference, whatever it holds: the caller overwrites it. None when the host is out of memory."""
+        for zone in self.nodes:
+            frame = zone.allocate_bare()
+            if frame is not None:
+                return frame
+        return None
 
     def allocate_one(self, mapping: int, index: int) -> int | None:
         """A zeroed frame that becomes an anonymous page of anon_vma `mapping`, mapped once: `allocate` and `map_new` for one."""

@@ -3,6 +3,8 @@
 The same steps as `collect.py`, with the same results (a test compares the two on the same states), for the case that decides how fast a
 fault comes home: one page, mapped by one process. Numpy pays half a microsecond for each operation, whatever the length; with one page
 that is all there is to pay. Every function answers False, having done nothing, when the case is not this one.
+
+`take`, `bring` and `put_back` are the CPU fault's own form of the steps: collect, then either pages and finalize in one, or neither.
 """
 
 from __future__ import annotations
@@ -102,3 +104,60 @@ def finalize(memory: PhysicalMemory, mm: Mm, migration: Migration) -> bool:
     if mm.migration_ended is not None:
         mm.migration_ended()
     return True
+
+
+def take(mm: Mm, page: int, owner: int) -> int | None:
+    """Collect the device page of zone `owner` that a CPU touched at `page`: its frame, behind a migration entry now.
+
+    None, having done nothing, when it is not there, locked, or not this process's alone.
+    """
+    entry = mm.table.get(page)
+    frame = entry >> pte.FRAME_SHIFT
+    if entry & pte.KIND != pte.DEVICE or frame >> ZONE_SHIFT != owner:
+        return None
+    zone = mm.memory.zones[owner]
+    at = frame - zone.base
+    flags = int(zone.flags[at])
+    if flags & (LOCKED | ANON) != ANON or zone.mapcount[at] != 1 or zone.pincount[at]:
+        return None
+    if zone.refcount[at] > 1 + DEVICE_EXTRA_REFERENCES:
+        return None
+    mm.table.set(page, entry & ~(pte.BITS & ~pte.CARRIED) | pte.MIGRATION)
+    zone.flags[at] = flags | LOCKED
+    zone.mapcount[at] = 0
+    return frame
+
+
+def bring(mm: Mm, page: int, frame: int, target: int) -> None:
+    """`page`, taken as device frame `frame`, lives in host frame `target` from now on; the one reference that has is handed over."""
+    memory = mm.memory
+    zone, destination = memory.zones[frame >> ZONE_SHIFT], memory.zones[target >> ZONE_SHIFT]
+    at, there = frame - zone.base, target - destination.base
+    zone.flags[at] = flags = int(zone.flags[at]) & ~LOCKED
+    entry = mm.table.get(page)
+    if entry & pte.KIND == pte.MIGRATION and entry >> pte.FRAME_SHIFT == frame:
+        destination.flags[there] = flags
+        destination.mapping[there] = zone.mapping[at]
+        destination.index[there] = zone.index[at]
+        destination.mapcount[there] = 1
+        mm.table.set(page, target << pte.FRAME_SHIFT | entry & (pte.BITS & ~pte.KIND) | pte.PRESENT)
+    else:  # unmapped meanwhile
+        memory.put_one(target)
+    memory.put_one(frame)
+    if mm.migration_ended is not None:
+        mm.migration_ended()
+
+
+def put_back(mm: Mm, page: int, frame: int) -> None:
+    """`page`, taken as `frame`, stays on its device."""
+    zone = mm.memory.zones[frame >> ZONE_SHIFT]
+    at = frame - zone.base
+    zone.flags[at] = int(zone.flags[at]) & ~LOCKED
+    entry = mm.table.get(page)
+    if entry & pte.KIND == pte.MIGRATION and entry >> pte.FRAME_SHIFT == frame:
+        zone.mapcount[at] = 1
+        mm.table.set(page, entry & ~pte.KIND | pte.DEVICE)
+    else:  # unmapped meanwhile
+        mm.memory.put_one(frame)
+    if mm.migration_ended is not None:
+        mm.migration_ended()

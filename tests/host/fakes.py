@@ -90,6 +90,13 @@ class FakeLink:
         for frame, target in zip(frames.tolist(), targets.tolist(), strict=True):
             self.memory.write_small(target, 0, self.held[frame])
 
+    async def fetch(self, context: int, page: int, frame: int, allocate: Callable[[], int]) -> None:
+        assert self.memory is not None
+        self.dropped.append((context, [page]))
+        target = allocate()
+        await self.during_copy()
+        self.memory.write_small(target, 0, self.held[frame])
+
     def free_frames(self, frames: Words) -> None:
         for frame in frames.tolist():
             self.held.pop(frame, None)

@@ -1,0 +1,109 @@
+"""One page that faults home takes a way of its own: it must end as the general way does, also when it is disturbed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import trio
+
+from hmmnet.errors import BusError, PeerLost
+from hmmnet.host.mm import pte, single
+from hmmnet.host.mm.frames import PhysicalMemory
+from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE
+
+from .fakes import Bench
+
+
+def state_of(memory: PhysicalMemory) -> dict[str, Any]:
+    """All that struct pages say, of frames that are in use, by zone."""
+    found: dict[str, Any] = {}
+    for zone in memory.zones.values():
+        used = zone.refcount[:64].nonzero()[0]
+        fields = ("refcount", "mapcount", "flags", "mapping", "index")
+        found[zone.owner] = sorted(tuple(int(getattr(zone, name)[at]) for name in fields) for at in used)
+    return found
+
+
+async def fault_home(*, general: bool, monkeypatch: pytest.MonkeyPatch, protection: str = "rw") -> tuple[dict[str, Any], int, int]:
+    """Two pages go to the device, one comes home; struct pages, the entry's bits and the resident set afterwards."""
+    if general:
+        monkeypatch.setattr(single, "take", lambda *_: None)
+    bench = Bench()
+    space = bench.space()
+    address = await space.mmap(2 * PAGE_SIZE)
+    await space.store(address, b"one" + bytes(PAGE_SIZE) + b"two")
+    if protection != "rw":
+        await space.mprotect(address, 2 * PAGE_SIZE, protection)
+    await bench.to_device(space, address, 2)
+    assert await space.load(address, 3) == b"one"
+    return state_of(bench.memory), space.mm.table.get(address >> PAGE_SHIFT) & pte.BITS, space.mm.rss
+
+
+@pytest.mark.parametrize("protection", ["rw", "r"])
+async def test_it_ends_as_the_general_way_does(protection: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frames, counts, flags, rights and the resident set."""
+    short = await fault_home(general=False, monkeypatch=monkeypatch, protection=protection)
+    assert short == await fault_home(general=True, monkeypatch=monkeypatch, protection=protection)
+
+
+@pytest.mark.parametrize("general", [False, True])
+async def test_a_page_that_is_unmapped_on_its_way_leaves_nothing(general: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MADV_DONTNEED while it travels: both frames are free, the access that waited finds zeros."""
+    if general:
+        monkeypatch.setattr(single, "take", lambda *_: None)
+    bench = Bench()
+    space = bench.space()
+    address = await space.mmap(PAGE_SIZE)
+    await space.store(address, b"x")
+    await bench.to_device(space, address, 1)
+
+    async def forget() -> None:
+        await space.madvise(address, PAGE_SIZE, "DONTNEED")
+
+    bench.link.during_copy = forget
+    assert await space.load(address, 1) == b"\0"
+    assert bench.page_map.used_pages == 0
+    assert bench.host_pages_used() == 0
+
+
+@pytest.mark.parametrize("general", [False, True])
+@pytest.mark.parametrize("unmapped", [False, True])
+async def test_a_page_that_cannot_come_home_stays_or_is_free(general: bool, unmapped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device is lost on the way: the entry is device-private again, or nothing when it was unmapped meanwhile; nothing leaks."""
+    if general:
+        monkeypatch.setattr(single, "take", lambda *_: None)
+    bench = Bench()
+    space = bench.space()
+    address = await space.mmap(PAGE_SIZE)
+    await space.store(address, b"x")
+    await bench.to_device(space, address, 1)
+
+    async def die() -> None:
+        if unmapped:
+            await space.madvise(address, PAGE_SIZE, "DONTNEED")
+        raise PeerLost("gpu0 was killed")
+
+    bench.link.during_copy = die
+    with pytest.raises(BusError, match="killed"):
+        await space.load(address, 1)
+    assert bench.host_pages_used() == 0
+    assert bench.page_map.used_pages == (0 if unmapped else 1)
+    assert space.pagemap(address, 1) == (b"-" if unmapped else b"S")
+    bench.link.during_copy = trio.lowlevel.checkpoint
+    assert await space.load(address, 1) == (b"\0" if unmapped else b"x")
+
+
+async def test_a_cancelled_load_leaves_the_page_on_the_device() -> None:
+    """Nobody waits for it for ever, and the next load gets it."""
+    bench = Bench()
+    space = bench.space()
+    address = await space.mmap(PAGE_SIZE)
+    await space.store(address, b"x")
+    await bench.to_device(space, address, 1)
+    bench.link.during_copy = trio.sleep_forever
+    with trio.move_on_after(0.01):
+        await space.load(address, 1)
+    assert not space.mmap_lock.held
+    bench.link.during_copy = trio.lowlevel.checkpoint
+    assert await space.load(address, 1) == b"x"
