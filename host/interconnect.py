@@ -23,7 +23,7 @@ class Interconnect:
     def __init__(self, topology: Topology, clock: EmulatedClock, memory: PhysicalMemory) -> None:
         self.clock = clock
         self.now = clock.now
-        self.arbiter = Arbiter(topology, lambda: clock.rate)
+        self.arbiter = Arbiter(topology)
         self.profile = Profile()
         self.memories = MultiArena({node.number: node.arena for node in memory.nodes})
         self._memory = memory

@@ -22,9 +22,8 @@ import trio
 import zmq
 
 import hmmnet
-from hmmnet.fabric.clock import EmulatedClock
+from hmmnet.fabric.chunk import CHUNK_BYTES
 from hmmnet.fabric.dma import BulkReceiver, BulkSender, BytesSink, BytesSource, Pace
-from hmmnet.wire.memory_transport import MemoryTransport
 from hmmnet.wire.zmq_transport import ZmqTransport
 
 from .dma_peers import memory, raw_give, raw_socket, raw_take, shared_clock, unix_give, unix_take
@@ -174,27 +173,29 @@ def _stream_figure(name: str, way: str, taken: dict[str, list[float]], nbytes: i
     return measured(name, rate, f"GB/s ({unix:.2f} of AF_UNIX)", DMA, nbytes / median(raw) / 1e9, median_ratio(raw, ours))
 
 
-def measure_throttle() -> list[Measurement]:
-    """``throttle.*``: the error in percent of a stream paced for a second, by absolute deadlines, in 1 MiB chunks."""
-    return [measured(name, trio.run(_pace_error, rate), "% error", EXACT, rate / 1e6) for name, rate in PACED_BYTES_PER_S.items()]
+def measure_throttle(seconds: float = PACED_S) -> list[Measurement]:
+    """``throttle.*``: the error in percent of a stream to another process, paced for so long by absolute deadlines, in 1 MiB chunks."""
+    errors = {name: trio.run(_pace_error, rate, seconds) for name, rate in PACED_BYTES_PER_S.items()}
+    return [measured(name, error, "% error", EXACT, PACED_BYTES_PER_S[name] / 1e6) for name, error in errors.items()]
 
 
-async def _pace_error(bytes_per_s: float) -> float:
-    nbytes = int(bytes_per_s * PACED_S) // (1 << 20) * (1 << 20)
-    data, landing = memory(nbytes), memory(nbytes)
-    clock, transport = EmulatedClock(), MemoryTransport()
-    sender = BulkSender(transport.bind_channel("mem://paced"), clock)
-    receiver = BulkReceiver(transport.connect_channel("mem://paced"), clock)
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(sender.run)
-        nursery.start_soon(receiver.run)
-        arrival = receiver.expect(2, BytesSink(landing))
-        began_s = time.perf_counter()
-        await sender.send(2, BytesSource(data), Pace(clock.now(), bytes_per_s, 0.0))
-        await arrival.wait()
-        took_s = time.perf_counter() - began_s
-        nursery.cancel_scope.cancel()
-    transport.close()
+async def _pace_error(bytes_per_s: float, seconds: float) -> float:
+    nbytes = max(int(bytes_per_s * seconds) // CHUNK_BYTES, 1) * CHUNK_BYTES
+    data, clock = memory(nbytes), shared_clock()
+    with tempfile.TemporaryDirectory(prefix="hmmnet-") as directory, ZmqTransport() as transport:
+        sender = BulkSender(transport.bind_channel(f"ipc://{directory}/in"), clock)
+        far = Far("ours", directory, nbytes)
+        try:
+            far.ready()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(sender.run)
+                far.tell("take")
+                began_s = time.perf_counter()
+                await sender.send(2, BytesSource(data), Pace(clock.now(), bytes_per_s, 0.0))
+                took_s = time.perf_counter() - began_s
+                nursery.cancel_scope.cancel()
+        finally:
+            far.close()
     return abs(nbytes / bytes_per_s / took_s - 1) * 100
 
 

@@ -9,28 +9,21 @@ A flow asks for a grant for each chunk it sends. The grants ride on what is sent
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Iterable
 
 from hmmnet.topology.model import Topology
 from hmmnet.topology.routes import Routes
 
 from .link import Link, LinkReport
-
-CATCH_UP_S = 0.020
-"""Real seconds that a late sender may make up for by sending faster; beyond, the time is lost, as it would be on a link."""
-
-
-class Grant(NamedTuple):
-    """A chunk may leave at `start_s`; the link is done with it at `finish_s`, and it is there at `arrive_s`. Emulated seconds."""
-
-    start_s: float
-    finish_s: float
-    arrive_s: float
+from .pace import Grant
 
 
 class Flow:
-    """One transfer on its way. Made by `Arbiter.open_flow`; must be closed."""
+    """One transfer on its way. Made by `Arbiter.open_flow`; must be closed.
+
+    Two times run along. `_next_s` is when the next chunk may leave; it skips what a late sender cannot catch up with. `_carried_s` does not
+    skip: it is when the links of the *model* are done with what was granted, whatever became of it here. Reports measure lateness by it.
+    """
 
     def __init__(self, arbiter: Arbiter, links: tuple[Link, ...], start_s: float) -> None:
         self.links = links
@@ -39,48 +32,60 @@ class Flow:
         self.start_s = start_s
         self._arbiter = arbiter
         self._next_s = start_s
+        self._carried_s = start_s
+        self._ahead = 0.0
+        """Bytes of `count` that the model has not carried yet at `_carried_s`."""
         self._bytes = 0
         self._open = True
 
-    def grant(self, nbytes: int, now_s: float) -> Grant:
-        """When the next `nbytes` may go. Starts follow each other at the flow's rate, from absolute times, so errors do not add up."""
-        start_s = max(self._next_s, now_s - self._arbiter.catch_up_s())
-        finish_s = start_s + (nbytes / self.bytes_per_s if self.links else 0.0)
-        self._next_s = finish_s
+    def grant(self, nbytes: int, now_s: float, catch_up_s: float = 0.0) -> Grant:
+        """When the next `nbytes` may go. A sender that is late may make up for `catch_up_s` (see `pace`)."""
+        start_s = max(self._next_s, now_s - catch_up_s)
+        takes_s = nbytes / self.bytes_per_s
+        self._next_s = finish_s = start_s + takes_s
+        self._carried_s += takes_s
         self._bytes += nbytes
         return Grant(start_s, finish_s, finish_s + self.latency_s)
 
     def count(self, nbytes: int) -> None:
-        """The far end sends, at this flow's rate: count what it will send."""
-        self.grant(nbytes, self.start_s)
+        """The far end sends `nbytes` from the start on, at this flow's rate: count them."""
+        self._ahead += nbytes
+        self._bytes += nbytes
+
+    def change_rate(self, bytes_per_s: float, now_s: float) -> None:
+        """Go on at another rate (called by the arbiter)."""
+        if self._ahead:
+            carried = min(self._ahead, max(now_s - self._carried_s, 0.0) * self.bytes_per_s)
+            self._ahead -= carried
+            self._carried_s += carried / self.bytes_per_s
+        self.bytes_per_s = bytes_per_s
+
+    @property
+    def due_s(self) -> float:
+        """When everything granted so far is there, at the present rate, on the model's links."""
+        return self._carried_s + self._ahead / self.bytes_per_s + self.latency_s
 
     def close(self, now_s: float) -> None:
         """Everything has arrived (or never will): the links are free for others. Closing twice does nothing."""
         if not self._open:
             return
         self._open = False
-        self._arbiter.closed(self)
+        self._arbiter.closed(self, now_s)
         if self._bytes:
-            due_s = self._next_s + self.latency_s
             for link in self.links:
-                link.record(self._bytes, self.start_s, due_s, now_s)
+                link.record(self._bytes, self.start_s, self.due_s, now_s)
 
 
 class Arbiter:
-    """The links of one machine. `rate` tells how many emulated seconds a real one has at present."""
+    """The links of one machine."""
 
-    def __init__(self, topology: Topology, rate: Callable[[], float] = lambda: 1.0) -> None:
+    def __init__(self, topology: Topology) -> None:
         self._routes = Routes(topology)
         self._links: dict[tuple[str, bool], Link] = {}
         for spec in topology.links:
             self._links[spec.name, True] = Link(spec.name, spec.a, spec.b, spec.capacity_bytes_per_s(True), spec.latency_s)
             self._links[spec.name, False] = Link(spec.name, spec.b, spec.a, spec.capacity_bytes_per_s(False), spec.latency_s)
         self._flows: list[Flow] = []
-        self._rate = rate
-
-    def catch_up_s(self) -> float:
-        """`CATCH_UP_S` in emulated seconds."""
-        return CATCH_UP_S * self._rate()
 
     def route(self, source: str, target: str) -> tuple[Link, ...]:
         """The links from `source` to `target`, by name of memory node or device. Raises TopologyError."""
@@ -91,22 +96,22 @@ class Arbiter:
         flow = Flow(self, self.route(source, target), now_s)
         if flow.links:
             self._flows.append(flow)
-            self._share()
+            self._share(now_s)
         return flow
 
-    def closed(self, flow: Flow) -> None:
+    def closed(self, flow: Flow, now_s: float) -> None:
         """`flow` is over (called by it)."""
         if flow.links:
             self._flows.remove(flow)
-            self._share()
+            self._share(now_s)
 
-    def _share(self) -> None:
+    def _share(self, now_s: float) -> None:
         if len(self._flows) == 1:
             (flow,) = self._flows
-            flow.bytes_per_s = min(link.capacity_bytes_per_s for link in flow.links)
+            flow.change_rate(min(link.capacity_bytes_per_s for link in flow.links), now_s)
             return
         for flow, rate in zip(self._flows, max_min_rates([flow.links for flow in self._flows]), strict=True):
-            flow.bytes_per_s = rate
+            flow.change_rate(rate, now_s)
 
     def report(self) -> list[LinkReport]:
         """Both directions of every link, in the order of the topology."""
@@ -127,7 +132,7 @@ def max_min_rates(routes: list[tuple[Link, ...]]) -> list[float]:
         share = room[tightest] / len(users[tightest])
         for flow in sorted(users[tightest]):
             rates[flow] = share
-            _fix(flow, share, {id(link) for link in routes[flow]}, room, users)
+            _fix(flow, share, dict.fromkeys(id(link) for link in routes[flow]), room, users)
     return rates
 
 

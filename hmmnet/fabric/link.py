@@ -91,15 +91,16 @@ class Link:
         self._taken.add(start_s, max(arrived_s, due_s))
 
     def report(self) -> LinkReport:
-        """The figures so far."""
+        """The figures so far. A late flow is accounted as if it had been in time, beside others: rates end at the capacity all the same."""
         granted_s, taken_s = self._granted.length_s, self._taken.length_s
+        least_s = self.bytes_moved / self.capacity_bytes_per_s
         return LinkReport(
             self.name,
             self.source,
             self.target,
             self.capacity_bytes_per_s,
-            self.bytes_moved / granted_s if granted_s else 0.0,
-            self.bytes_moved / taken_s if taken_s else 0.0,
+            self.bytes_moved / max(granted_s, least_s) if self.bytes_moved else 0.0,
+            self.bytes_moved / max(taken_s, least_s) if self.bytes_moved else 0.0,
             taken_s <= granted_s * (1 + TOLERANCE) + self.transfers * LAUNCH_S,
             self.bytes_moved,
             self.transfers,

@@ -15,7 +15,7 @@ import trio
 
 from hmmnet.topology.model import Topology
 from hmmnet.topology.routes import Routes
-from hmmnet.wire.transport import Transport
+from hmmnet.wire.transport import Channel, Transport
 
 from .clock import EmulatedClock
 from .dma import BulkReceiver, BulkSender, BytesSink, BytesSource
@@ -33,8 +33,17 @@ FLOWS_AT_ONCE_MAX = 4
 
 async def measure_bytes_per_s(transport: Transport, endpoint: str, clock: EmulatedClock) -> float:
     """Move `PROBE_BYTES` through a channel bound at `endpoint`, with checksums, twice; the better figure."""
-    near, far = transport.bind_channel(endpoint), None
+    near = transport.bind_channel(endpoint)
     far = transport.connect_channel(near.endpoint)
+    try:
+        return await _measure_between(near, far, clock)
+    finally:
+        with trio.CancelScope(shield=True):
+            await near.aclose()
+            await far.aclose()
+
+
+async def _measure_between(near: Channel, far: Channel, clock: EmulatedClock) -> float:
     sender, receiver = BulkSender(near, clock), BulkReceiver(far, clock)
     data, landing = np.ones(PROBE_BYTES, dtype=np.uint8), np.zeros(PROBE_BYTES, dtype=np.uint8)
     best = 0.0
@@ -48,9 +57,6 @@ async def measure_bytes_per_s(transport: Transport, endpoint: str, clock: Emulat
             await arrival.wait()
             best = max(best, PROBE_BYTES / ((clock.now() - began_s) / clock.rate))
         nursery.cancel_scope.cancel()
-    with trio.CancelScope(shield=True):
-        await near.aclose()
-        await far.aclose()
     return best
 
 

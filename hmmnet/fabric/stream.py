@@ -6,21 +6,27 @@ twice (a repeat that was not needed) and take effect once. When the sender hears
 credit even from a receiver that has everything.
 
 A chunk that is out is pinned: its source pages must not change until it is credited, as a copy engine's source must not.
+
+What a peer may not do (ProtocolError): send another length or cut than was agreed, run ahead of its window, or credit what was not sent.
 """
 
 from __future__ import annotations
 
-from hmmnet.errors import ProtocolError
+from hmmnet.errors import PeerError, ProtocolError
 
 from .chunk import CHUNK_BYTES, MISSING_MAX, Chunk, Credit
 
 WINDOW = 16
 """Chunks out at once. Latency wants few, throughput 8 to 16; 16 MiB of source pages are pinned then."""
 CREDIT_EVERY = WINDOW // 4
+TRIES_MAX = 32
+"""Times that one chunk may come damaged. Noise does not do that; a peer that computes another checksum does."""
+REPEATS_MAX = 240
+"""Repeats in a row that nobody answers: a minute. A dead peer is known within its lease; this one lives, and has forgotten the stream."""
 
 
 class SendState:
-    """A stream that is being sent: `total` bytes in chunks."""
+    """A stream that is being sent: `total` bytes in chunks of `stride`."""
 
     def __init__(self, stream: int, total: int, stride: int = CHUNK_BYTES) -> None:
         assert total > 0, "an empty stream has nothing to wait for"
@@ -32,6 +38,7 @@ class SendState:
         self.resent = 0
         self._next = 0
         self._again: list[int] = []
+        self._unanswered = 0
 
     @property
     def done(self) -> bool:
@@ -53,74 +60,88 @@ class SendState:
     def credit(self, credit: Credit) -> None:
         """Take a credit. Raises ProtocolError when it credits what was never sent."""
         wanted = credit.missing
-        if credit.landed > self._next or any(sequence >= self._next for sequence in wanted):
+        if credit.landed > self._next or (wanted and max(wanted) >= self._next):
             raise ProtocolError(f"stream {self.stream}: credit up to chunk {max((credit.landed, *wanted))}, {self._next} were sent")
+        self._unanswered = 0
         self.landed = max(self.landed, credit.landed)
         for sequence in wanted:
             if sequence >= self.landed and sequence not in self._again:
                 self._again.append(sequence)
 
     def timeout(self) -> None:
-        """Nothing was heard for a while: repeat the oldest chunk that is out."""
+        """Nothing was heard for a while: repeat the oldest chunk that is out. Raises PeerError after `REPEATS_MAX` in a row."""
+        if self._unanswered == REPEATS_MAX:
+            raise PeerError(f"stream {self.stream}: chunk {self.landed} was repeated {REPEATS_MAX} times, and nobody answered")
         if self.landed < self._next and self.landed not in self._again:
+            self._unanswered += 1
             self._again.append(self.landed)
 
 
 class ReceiveState:
-    """A stream that is being received."""
+    """A stream that is being received: `total` bytes in chunks of `stride`."""
 
-    def __init__(self, stream: int, total: int) -> None:
+    def __init__(self, stream: int, total: int, stride: int = CHUNK_BYTES) -> None:
         self.stream = stream
         self.total = total
+        self.stride = min(stride, total)
+        self.chunks = -(-total // self.stride) if total else 0
         self.landed = 0
         self.corrupted = 0
         self.duplicates = 0
         self.arrive_s = float("-inf")
-        self._stride = 0
         self._ahead: set[int] = set()
         self._highest = -1
         self._asked: set[int] = set()
+        self._damaged: dict[int, int] = {}
         self._since_credit = 0
 
     @property
     def done(self) -> bool:
         """Whether everything has landed."""
-        return self._stride > 0 and self.landed * self._stride >= self.total
+        return self.landed == self.chunks
 
     def wants(self, chunk: Chunk) -> bool:
         """Whether to take a chunk's data; False for a repeat. Raises ProtocolError for a chunk of another stream than was expected."""
         if chunk.total != self.total:
             raise ProtocolError(f"stream {self.stream}: a chunk of {chunk.total} bytes in all, {self.total} were expected")
-        if self._stride == 0:
-            self._stride = chunk.stride
-        elif chunk.stride != self._stride:
-            raise ProtocolError(f"stream {self.stream}: chunks of {self._stride} bytes became chunks of {chunk.stride}")
+        if chunk.stride != self.stride:
+            raise ProtocolError(f"stream {self.stream}: cut into chunks of {chunk.stride} bytes, not of {self.stride}")
+        if chunk.sequence >= self.landed + WINDOW:
+            raise ProtocolError(f"stream {self.stream}: chunk {chunk.sequence} is beyond the window; {self.landed} have landed")
         if chunk.sequence < self.landed or chunk.sequence in self._ahead:
             self.duplicates += 1
             return False
         return True
 
     def take(self, chunk: Chunk, intact: bool) -> Credit | None:
-        """A wanted chunk's data came; returns the credit to send now, if any."""
-        self._highest = max(self._highest, chunk.sequence)
-        self._asked.discard(chunk.sequence)
+        """A wanted chunk's data came; returns the credit to send now, if any. Raises ProtocolError when it was damaged too often."""
+        sequence = chunk.sequence
+        self._highest = max(self._highest, sequence)
         if not intact:
-            self.corrupted += 1
-            self._asked.add(chunk.sequence)
-            return self.credit((chunk.sequence,))
+            return self._refuse(sequence)
+        self._asked.discard(sequence)
+        self._damaged.pop(sequence, None)
         self.arrive_s = max(self.arrive_s, chunk.arrive_s)
         self._since_credit += 1
-        if chunk.sequence == self.landed:
+        if sequence == self.landed:
             self.landed += 1
             while self.landed in self._ahead:
                 self._ahead.remove(self.landed)
                 self.landed += 1
         else:
-            self._ahead.add(chunk.sequence)
+            self._ahead.add(sequence)
         gaps = self._new_gaps()
         if gaps or self.done or self._since_credit >= CREDIT_EVERY:
             return self.credit(gaps)
         return None
+
+    def _refuse(self, sequence: int) -> Credit:
+        self.corrupted += 1
+        times = self._damaged[sequence] = self._damaged.get(sequence, 0) + 1
+        if times == TRIES_MAX:
+            raise ProtocolError(f"stream {self.stream}: chunk {sequence} did not fit its checksum {times} times")
+        self._asked.add(sequence)
+        return self.credit((sequence,))
 
     def _new_gaps(self) -> tuple[int, ...]:
         """Chunks passed over that were not asked for yet: the channel keeps order, so they are lost."""

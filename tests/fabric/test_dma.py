@@ -16,6 +16,7 @@ import trio.testing
 
 from hmmnet.arena import Arena
 from hmmnet.errors import PeerError
+from hmmnet.fabric.chunk import Credit, pack_credit
 from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.fabric.dma import ArenaSink, ArenaSource, BulkReceiver, BulkSender, BytesSink, BytesSource, MultiArena, Pace
 from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, ZONE_SHIFT, Words
@@ -98,6 +99,141 @@ async def test_chunks_may_overtake_their_announcement() -> None:
         await trio.testing.wait_all_tasks_blocked()
         await receiver.expect(4, BytesSink(landing)).wait()
     assert np.array_equal(data, landing)
+
+
+async def test_repeats_of_a_parked_chunk_are_parked_once(autojump_clock: trio.testing.MockClock) -> None:
+    """A sender that waits long for its stream to be expected repeats a chunk many times; the receiver holds it once."""
+    data, landing = pattern(3 * MIB), np.zeros(3 * MIB, dtype=np.uint8)
+    async with ends(*memory_pair()) as (sender, receiver), trio.open_nursery() as nursery:
+        nursery.start_soon(sender.send, 4, BytesSource(data))
+        await trio.sleep(30)
+        assert receiver.dropped > 50
+        assert receiver._parked_bytes == 3 * MIB
+        await receiver.expect(4, BytesSink(landing)).wait()
+        assert receiver._parked_bytes == 0
+    assert np.array_equal(data, landing)
+
+
+async def test_a_sender_does_not_wait_for_ever(autojump_clock: trio.testing.MockClock) -> None:
+    """A peer that lives but expects nothing is an error after a minute."""
+    async with ends(*memory_pair()) as (sender, _):
+        with pytest.raises(PeerError, match="nobody answered"):
+            await sender.send(4, BytesSource(pattern(MIB)))
+    assert 55 < trio.current_time() < 70
+
+
+async def test_an_abort_may_overtake_the_announcement() -> None:
+    """A stream that its sender gave up before the receiver heard of it ends as soon as it is expected."""
+    async with ends(*memory_pair()) as (sender, receiver):
+        with trio.move_on_after(0.01) as scope:
+            await sender.send(2, BytesSource(pattern(MIB)))
+        assert scope.cancelled_caught
+        await trio.testing.wait_all_tasks_blocked()
+        assert receiver._parked_bytes == 0
+        with pytest.raises(PeerError, match="sender gave it up"):
+            await receiver.expect(2, BytesSink(np.zeros(MIB, dtype=np.uint8))).wait()
+
+
+async def test_a_parked_chunk_of_another_length_ends_the_stream() -> None:
+    """Found out when the stream is expected: the waiter learns it, and so does the sender."""
+    async with ends(*memory_pair()) as (sender, receiver), trio.open_nursery() as nursery:
+
+        async def send() -> None:
+            with pytest.raises(PeerError, match="were expected"):
+                await sender.send(4, BytesSource(pattern(2 * MIB)))
+
+        nursery.start_soon(send)
+        await trio.testing.wait_all_tasks_blocked()
+        with pytest.raises(PeerError, match="were expected"):
+            await receiver.expect(4, BytesSink(np.zeros(MIB, dtype=np.uint8))).wait()
+
+
+async def test_a_channel_that_damages_everything_is_given_up() -> None:
+    """Both ends say why, instead of sending the same chunk for ever."""
+    async with ends(*faulty_pair(1, damage=1.0)) as (sender, receiver):
+        arrival = receiver.expect(2, BytesSink(np.zeros(MIB, dtype=np.uint8)))
+        with pytest.raises(PeerError, match="did not fit its checksum"):
+            await sender.send(2, BytesSource(pattern(MIB)))
+        with pytest.raises(PeerError, match="did not fit its checksum"):
+            await arrival.wait()
+
+
+async def test_without_checksums_damage_is_not_seen() -> None:
+    """They can be turned off, and then nothing is asked for again."""
+    near, far = faulty_pair(1, damage=1.0)
+    data, landing = pattern(MIB), np.zeros(MIB, dtype=np.uint8)
+    sender, receiver = BulkSender(near, EmulatedClock(), checksums=False), BulkReceiver(far, EmulatedClock())
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(sender.run)
+        nursery.start_soon(receiver.run)
+        arrival = receiver.expect(2, BytesSink(landing))
+        await sender.send(2, BytesSource(data))
+        await arrival.wait()
+        nursery.cancel_scope.cancel()
+    assert np.count_nonzero(data != landing) == 1
+
+
+async def test_nothing_is_sent_of_nothing() -> None:
+    """An empty stream is complete at both ends without a message."""
+    near, far = faulty_pair(1)
+    async with ends(near, far) as (sender, receiver):
+        arrival = receiver.expect(2, BytesSink(bytearray()))
+        assert (await sender.send(2, BytesSource(b""))).nbytes == 0
+        await arrival.wait()
+    assert near.sent == far.sent == 0
+
+
+async def test_a_page_is_one_message_each_way() -> None:
+    """What a small transfer costs on the wire."""
+    near, far = faulty_pair(1)
+    async with ends(near, far) as (sender, receiver):
+        arrival = receiver.expect(2, BytesSink(bytearray(PAGE_SIZE)))
+        await sender.send(2, BytesSource(pattern(PAGE_SIZE)))
+        await arrival.wait()
+    assert (near.sent, far.sent) == (1, 1)
+
+
+async def test_source_stays_pinned_until_it_is_credited() -> None:
+    """`send` returns no earlier than the credit, however long ago the last chunk left."""
+    near, far = memory_pair()
+    sender = BulkSender(near, EmulatedClock())
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(sender.run)
+        ended = trio.Event()
+
+        async def send() -> None:
+            await sender.send(2, BytesSource(pattern(MIB)))
+            ended.set()
+
+        nursery.start_soon(send)
+        await far.receive()
+        await trio.testing.wait_all_tasks_blocked()
+        assert not ended.is_set()
+        await far.send(pack_credit(Credit(2, 1, (), 0.0)))
+        await ended.wait()
+        nursery.cancel_scope.cancel()
+
+
+async def test_credits_carry_the_rate_to_a_far_sender() -> None:
+    """The arbiter's new rate reaches a `Pace`."""
+    pace, rates = Pace(0.0, 1e12, 0.0), iter([2e12, 3e12])
+    async with ends(*memory_pair()) as (sender, receiver):
+        arrival = receiver.expect(2, BytesSink(bytearray(8 * MIB)), lambda: next(rates))
+        await sender.send(2, BytesSource(pattern(8 * MIB)), pace)
+        await arrival.wait()
+    assert pace.bytes_per_s == 3e12
+
+
+async def test_a_cancelled_wait_lets_nothing_land() -> None:
+    """From that moment on; the sender learns it."""
+    landing = np.zeros(MIB, dtype=np.uint8)
+    async with ends(*memory_pair()) as (sender, receiver):
+        arrival = receiver.expect(2, BytesSink(landing))
+        with trio.move_on_after(0.01):
+            await arrival.wait()
+        with pytest.raises(PeerError, match="receiver gave it up"):
+            await sender.send(2, BytesSource(pattern(MIB)))
+    assert not landing.any()
 
 
 async def test_streams_share_a_channel() -> None:

@@ -1,0 +1,235 @@
+"""The receiving end of a bulk channel: chunks land where their stream's sink says, are checked there, and are credited.
+
+A chunk lands in destination memory itself where that is one run, else in a staging buffer from which it is scattered once its checksum has
+been found to fit. (In the first case a damaged chunk leaves garbage behind until its repeat comes. Nobody looks: memory that DMA has not
+finished is not mapped.)
+
+Control and bulk are different sockets, so chunks may overtake the message that announces their stream. They are parked, within
+`PARKED_BYTES_MAX`; beyond, they are dropped and come again. An abort may overtake it as well, and is remembered.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import OrderedDict
+from collections.abc import Callable
+
+import numpy as np
+import trio
+import xxhash
+
+from hmmnet.errors import PeerError, ProtocolError
+from hmmnet.wire.transport import Channel, Payload
+
+from .chunk import CHUNK_BYTES, Abort, Chunk, Credit, pack_abort, pack_credit, unpack_forward
+from .clock import EmulatedClock
+from .ends import Sink
+from .stream import ReceiveState
+
+PARKED_BYTES_MAX = 64 << 20
+"""Data that may wait for their stream's announcement: four windows."""
+ENDED_MAX = 1024
+"""Ended streams that are remembered, to answer repeats of their chunks."""
+
+log = logging.getLogger("hmmnet.fabric")
+
+
+class Arrival:
+    """A stream that is expected. Its `wait` returns when all of it has landed."""
+
+    def __init__(self, receiver: BulkReceiver, stream: int, sink: Sink, rate_of: Callable[[], float] | None) -> None:
+        self.state = ReceiveState(stream, sink.nbytes)
+        self.sink = sink
+        self.rate_of = rate_of
+        self._receiver = receiver
+        self._event = trio.Event()
+        self._error: str | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether it is over, well or not."""
+        return self._event.is_set()
+
+    async def wait(self) -> None:
+        """Return when everything has landed and its emulated time has come. Raises PeerError when the sender gave up or is gone.
+
+        Cancelled, the stream is no longer expected (see `cancel`).
+        """
+        try:
+            await self._event.wait()
+        except trio.Cancelled:
+            self.cancel()
+            raise
+        if self._error is not None:
+            raise PeerError(f"stream {self.state.stream}: {self._error}")
+        await self._receiver.clock.sleep_until(self.state.arrive_s)
+
+    def cancel(self) -> None:
+        """Nothing may land any more, from this moment on; the sender is told."""
+        if not self.done:
+            self._receiver.give_up(self, "the receiver gave it up")
+
+    def end(self, error: str | None) -> None:
+        """It is over (called by the receiver)."""
+        self._error = error
+        self._event.set()
+
+
+class BulkReceiver:
+    """The receiving end of a channel. `run` must run while streams are expected."""
+
+    def __init__(self, channel: Channel, clock: EmulatedClock) -> None:
+        self.clock = clock
+        self.dropped = 0
+        self._channel = channel
+        self._expected: dict[int, Arrival] = {}
+        self._parked: dict[int, dict[int, tuple[Chunk, bytes]]] = {}
+        self._parked_bytes = 0
+        self._ended: OrderedDict[int, Credit | Abort] = OrderedDict()
+        """The last word on a stream that is over."""
+        self._staging = np.empty(CHUNK_BYTES, dtype=np.uint8)
+        self._closed: str | None = None
+
+    def expect(self, stream: int, sink: Sink, rate_of: Callable[[], float] | None = None) -> Arrival:
+        """A stream of exactly ``sink.nbytes`` will come. `rate_of` gives the pace to tell the sender with each credit."""
+        assert stream not in self._expected, f"stream {stream} is expected already"
+        arrival = Arrival(self, stream, sink, rate_of)
+        last_word = self._ended.get(stream)
+        if self._closed is not None or sink.nbytes == 0:
+            arrival.end(self._closed)
+        elif isinstance(last_word, Abort):
+            arrival.end(last_word.reason)
+        else:
+            self._expected[stream] = arrival
+            self._land_parked(arrival)
+        return arrival
+
+    def _land_parked(self, arrival: Arrival) -> None:
+        for chunk, data in self._unpark(arrival.state.stream):
+            if arrival.done:
+                return
+            try:
+                self._land(arrival, chunk, None, data)
+            except ProtocolError as error:
+                self._drop(error)
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Take chunks until cancelled, or until the channel is closed."""
+        task_status.started()
+        receive = self._channel.receive
+        try:
+            while True:
+                header, payload = await receive()
+                try:
+                    self._take(header, payload)
+                except ProtocolError as error:
+                    self._drop(error)
+        except trio.ClosedResourceError:
+            self.fail("the bulk channel was closed")
+
+    def _drop(self, error: ProtocolError) -> None:
+        self.dropped += 1
+        log.warning("bulk channel %s: %s", self._channel.endpoint, error)
+
+    def fail(self, reason: str) -> None:
+        """The peer is gone: all streams end with PeerError."""
+        self._closed = reason
+        for arrival in list(self._expected.values()):
+            self._end(arrival, Abort(arrival.state.stream, reason), reason)
+
+    def give_up(self, arrival: Arrival, reason: str) -> None:
+        """Expect that stream no longer, and tell its sender."""
+        abort = Abort(arrival.state.stream, reason)
+        self._end(arrival, abort, reason)
+        self._answer(abort)
+
+    def _end(self, arrival: Arrival, last_word: Credit | Abort, error: str | None) -> None:
+        self._expected.pop(arrival.state.stream, None)
+        self._remember(last_word)
+        arrival.end(error)
+
+    def _remember(self, last_word: Credit | Abort) -> None:
+        self._ended[last_word.stream] = last_word
+        if len(self._ended) > ENDED_MAX:
+            self._ended.popitem(last=False)
+
+    def _take(self, header: bytes, payload: Payload | None) -> None:
+        message = unpack_forward(header)
+        arrival = self._expected.get(message.stream)
+        if isinstance(message, Abort):
+            self._take_abort(message, arrival)
+        elif payload is None:
+            raise ProtocolError(f"stream {message.stream}: a chunk without data")
+        elif arrival is not None:
+            self._land(arrival, message, payload, None)
+        elif message.stream in self._ended:
+            self._answer(self._ended[message.stream])
+        else:
+            self._park(message, payload)
+
+    def _take_abort(self, abort: Abort, arrival: Arrival | None) -> None:
+        if arrival is not None:
+            self._end(arrival, abort, abort.reason)
+        elif abort.stream not in self._ended:
+            self._unpark(abort.stream)
+            self._remember(abort)
+
+    def _land(self, arrival: Arrival, chunk: Chunk, payload: Payload | None, held: bytes | None) -> None:
+        """Put a chunk where it belongs, check it, credit it."""
+        state, sink = arrival.state, arrival.sink
+        try:
+            if not state.wants(chunk):
+                self._answer(self._paced(arrival, state.again()))
+                return
+            offset, length = chunk.offset, chunk.length
+            place = sink.landing(offset, length)
+            view = place if place is not None else self._staging.data[:length]
+            got = payload.into(view) if payload is not None else _copy(held or b"", view)
+            intact = got == length and (chunk.checksum is None or xxhash.xxh3_64_intdigest(view) == chunk.checksum)
+            if intact and place is None:
+                sink.put(offset, self._staging[:length])
+            credit = state.take(chunk, intact)
+        except ProtocolError as error:
+            self.give_up(arrival, str(error))
+            raise
+        if credit is not None:
+            credit = self._paced(arrival, credit)
+            self._answer(credit)
+            if state.done:
+                self._end(arrival, credit, None)
+
+    def _paced(self, arrival: Arrival, credit: Credit) -> Credit:
+        if arrival.rate_of is None:
+            return credit
+        rate = arrival.rate_of()
+        return credit._replace(bytes_per_s=rate) if math.isfinite(rate) else credit
+
+    def _park(self, chunk: Chunk, payload: Payload) -> None:
+        """A chunk has overtaken the control message that announces its stream: keep it, if it is new and there is room."""
+        parked = self._parked.get(chunk.stream, {})
+        if chunk.sequence in parked or self._parked_bytes + chunk.length > PARKED_BYTES_MAX:
+            self.dropped += 1
+            return
+        data = payload.take()
+        self._parked_bytes += len(data)
+        self._parked.setdefault(chunk.stream, parked)[chunk.sequence] = (chunk, data)
+
+    def _unpark(self, stream: int) -> list[tuple[Chunk, bytes]]:
+        """What was parked for `stream`, which is not parked any more."""
+        parked = list(self._parked.pop(stream, {}).values())
+        self._parked_bytes -= sum(len(data) for _, data in parked)
+        return parked
+
+    def _answer(self, message: Credit | Abort) -> None:
+        try:
+            self._channel.send_nowait(pack_credit(message) if isinstance(message, Credit) else pack_abort(message))
+        except (trio.WouldBlock, trio.ClosedResourceError):
+            self.dropped += 1  # the sender repeats when it hears nothing
+
+
+def _copy(data: bytes, view: memoryview) -> int:
+    """As `Payload.into`, for data that were parked."""
+    if len(data) == len(view):
+        view[:] = data
+    return len(data)
