@@ -179,7 +179,6 @@ class Context:
                     if self.mirror.is_current(subscription, sequence, watch, words):
                         (program or self.mirror.program)(start, words)
                         return words
-                    self._copies.settle_inline()
                 finally:
                     self.mirror.unwatch(watch)
                 if trio.current_time() > deadline_s:

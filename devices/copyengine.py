@@ -11,8 +11,8 @@ not land in a frame that is somebody else's by then.
 from __future__ import annotations
 
 import logging
-from collections import deque
 
+import numpy as np
 import trio
 import xxhash
 
@@ -25,9 +25,6 @@ from .memory import Memory, physical
 
 COPIES_MAX = 4096
 """Copies in one direction under way at once; a host that asks for more does not wait for its own migrations."""
-
-INLINE_SETTLE_S = 0.1
-"""After an answer with pages, how long words that were under way may still come; the host frees the frames long before."""
 
 log = logging.getLogger("hmmnet.devices")
 
@@ -44,8 +41,6 @@ class CopyEngines:
         self._nursery = nursery
         self._landing: dict[int, tuple[Arrival, Words]] = {}
         self._leaving = 0
-        self._inline: deque[tuple[float, int]] = deque()
-        """Frames copied with an answer, and when."""
 
     def copy_in(self, message: CopyIn) -> None:
         """Expect the stream, and zero what is to be zero. Raises ProtocolError."""
@@ -68,12 +63,12 @@ class CopyEngines:
             del self._landing[stream]
 
     def abandon(self, frames: Words) -> None:
-        """Granted `frames` (sorted) were not used: nothing may land in them any more."""
+        """Granted `frames` were not used: nothing may land in them any more."""
         self._forget_landed()
         if len(frames) == 0:
             return
         for stream, (arrival, targets) in list(self._landing.items()):
-            if int(targets.min()) <= int(frames[-1]) and int(targets.max()) >= int(frames[0]):
+            if np.isin(targets, frames).any():
                 arrival.cancel()
                 del self._landing[stream]
 
@@ -82,27 +77,17 @@ class CopyEngines:
         count = len(message.frames) // 8
         if count == 0 or count * PAGE_SIZE > INLINE_BYTES_MAX:
             raise ProtocolError(f"CopyOut without a stream names {count} frames: one, and at most {INLINE_BYTES_MAX} bytes")
-        frames = self._memory.leaving(message.frames, "CopyOut.frames")
+        frames = self._memory.depart(message.frames, "CopyOut.frames")
         data = self._memory.load(physical(frames), PAGE_SIZE).tobytes()
         self.bytes_out += len(data)
-        now_s = self.settle_inline()
-        self._inline += [(now_s, frame) for frame in frames.tolist()]
         return frames, Copied(data, xxhash.xxh3_64_intdigest(data))
 
     def copy_one(self, frame: int) -> Copied:
         """`copy_inline` for one frame, without arrays. Raises ProtocolError."""
-        self._memory.leaving_one(frame, "CopyOut.frames")
+        self._memory.depart_one(frame, "CopyOut.frames")
         data = self._memory.page_bytes(frame).tobytes()
         self.bytes_out += PAGE_SIZE
-        self._inline.append((self.settle_inline(), frame))
         return Copied(data, xxhash.xxh3_64_intdigest(data))
-
-    def settle_inline(self) -> float:
-        """Pages that left with an answer a while ago, and were not freed since, stay after all. Returns the time."""
-        now_s = trio.current_time()
-        while self._inline and self._inline[0][0] < now_s - INLINE_SETTLE_S:
-            self._memory.left_one(self._inline.popleft()[1])
-        return now_s
 
     def copy_out(self, message: CopyOut) -> Words:
         """Begin to stream frames to the host; returns them, whose mappings the caller drops. Raises ProtocolError."""
@@ -110,7 +95,7 @@ class CopyEngines:
             raise ProtocolError("CopyOut names no frames, or no stream")
         if self._leaving >= COPIES_MAX:
             raise ProtocolError(f"CopyOut of stream {message.stream}: {COPIES_MAX} others are under way")
-        frames = self._memory.leaving(message.frames, "CopyOut.frames")
+        frames = self._memory.depart(message.frames, "CopyOut.frames")
         self._leaving += 1
         pace = Pace(message.start_s, message.bytes_per_s, message.latency_s)
         self._nursery.start_soon(self._stream_out, message.stream, frames, pace)
@@ -125,4 +110,3 @@ class CopyEngines:
             log.warning("stream %d to the host ended early: %s", stream, error)
         finally:
             self._leaving -= 1
-            self._memory.left(frames)

@@ -5,6 +5,11 @@ frame is the driver's to keep. Here the host holds the counts, so the device kee
 with it everything that the host asks: a copy may land only in frames that were *granted* to a migration, only *live* frames are copied
 out or freed. A peer that mixes frames up is told so; it cannot corrupt a page.
 
+A frame that was copied out is about to be freed, or its page stays after all, and the device does not know which. What it must know is
+whether words that lead to the frame were read before it was copied or after. So copies out are counted, and each frame keeps the number
+of its last *departure*: words are good when they were asked for after it (`stays`). Neither a clock nor a further state of the frame would
+do, as frames are freed and used again within the time that words are under way.
+
 Freed frames are not cleared when they are freed (a GPU does not either) but when a zeroed frame is wanted, or when they have lain
 idle and `discard_idle` gives their memory back to the operating system, which is the cheapest way to zero it.
 
@@ -32,9 +37,7 @@ FREE_DIRTY = 1
 GRANTED_CLEAN = 2
 GRANTED_DIRTY = 3
 LIVE = 4
-LEAVING = 5
-"""Clean frames are known to hold zeros. FREE | 2 = GRANTED: granting sets a bit. Leaving frames are on their way to the host: nothing
-may be mapped to them, they are freed next, or are live again when the copy is over and the page stayed after all."""
+"""Clean frames are known to hold zeros. FREE | 2 = GRANTED: granting sets a bit."""
 
 DISCARD_PAGES_MAX = 1 << 14
 """Frames given back to the operating system in one pass (64 MiB), so that a pass stays in the low milliseconds."""
@@ -66,6 +69,9 @@ class Memory:
         self._frames = RunAllocator(self.base, pages)
         self._state = _lazy_bytes(pages)
         self._places = lazy_words(pages)
+        self._departed = lazy_words(pages)
+        self.departures = 0
+        """Copies out so far."""
         self._more: dict[int, set[int]] = {}
         self._idle: list[Words] = []
         self.used_max = 0
@@ -113,7 +119,7 @@ class Memory:
         `drop` is called with them before they are forgotten, to remove what may still lead there. Raises ProtocolError unless all are
         live, and each is named once.
         """
-        frames = np.sort(self._listed(raw, "FreeFrames", LIVE, LEAVING))
+        frames = np.sort(self._listed(raw, "FreeFrames", LIVE, LIVE))
         if len(frames):
             if len(frames) > 1 and (frames[1:] == frames[:-1]).any():
                 raise ProtocolError("FreeFrames names a frame twice")
@@ -137,34 +143,25 @@ class Memory:
             self.arena.zero(dirty)
         return frames
 
-    def leaving(self, raw: bytes, what: str) -> Words:
-        """Live frames that will be the host's: nothing may be mapped to them any more. Raises ProtocolError unless all are live."""
-        frames = self._listed(raw, what, LIVE, LEAVING)
-        self._state[self.arena.indices(frames)] = LEAVING
+    def depart(self, raw: bytes, what: str) -> Words:
+        """Frames that are copied out now; the caller drops what leads there. Raises ProtocolError unless all are live."""
+        frames = self._listed(raw, what, LIVE, LIVE)
+        self.departures += 1
+        self._departed[self.arena.indices(frames)] = self.departures
         return frames
 
-    def leaving_one(self, frame: int, what: str) -> None:
-        """`leaving` for one frame, without arrays."""
+    def depart_one(self, frame: int, what: str) -> None:
+        """`depart` for one frame, without arrays."""
         index = frame - self.base
-        if not 0 <= index < self.pages or int(self._state[index]) < LIVE:
+        if not 0 <= index < self.pages or self._state[index] != LIVE:
             raise ProtocolError(f"{what} names frame 0x{frame:x}, which is not a live frame of zone {self.zone}")
-        self._state[index] = LEAVING
+        self.departures += 1
+        self._departed[index] = self.departures
 
-    def left_one(self, frame: int) -> None:
-        """`left` for one frame, without arrays."""
-        index = frame - self.base
-        if self._state[index] == LEAVING:
-            self._state[index] = LIVE
-
-    def left(self, frames: Words) -> None:
-        """The copy is over; frames that the host does not free hold their page still."""
+    def stays(self, frames: Words, since: int) -> npt.NDArray[np.bool_]:
+        """Which of the own `frames` hold a page, and have not been copied out since `departures` was `since`."""
         indices = self.arena.indices(frames)
-        here = indices[self._state[indices] == LEAVING]
-        self._state[here] = LIVE
-
-    def live(self, frames: Words) -> npt.NDArray[np.bool_]:
-        """Which of the own `frames` hold a page that stays."""
-        here: npt.NDArray[np.bool_] = self._state[self.arena.indices(frames)] == LIVE
+        here: npt.NDArray[np.bool_] = (self._state[indices] == LIVE) & (self._departed[indices] <= np.uint64(since))
         return here
 
     def _listed(self, raw: bytes, what: str, low: int, high: int) -> Words:

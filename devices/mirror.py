@@ -12,8 +12,8 @@ handled in between.
 The sequence does not cover migrations that the device caused itself: drivers filter those events, and so does the host. Nor does it
 cover a `CopyOut`. Both change translations all the same, so whoever holds words in flight also holds a `Watch`: every local reason
 to drop pages is entered in the watches it overlaps, and `is_current` is false for a watch with an entry, or for words that lead to an
-own frame that is leaving. (test_hmm itself loses here: a range fault that read a device page while a CPU fault was taking it home
-programs a dead frame.)
+own frame that was copied out since the watch began. (test_hmm itself loses here: a range fault that read a device page while a CPU
+fault was taking it home programs a dead frame.)
 
 Entries: frame number from bit 8, VALID 1, WRITE 2, ATOMIC 4; 0 is no entry.
 """
@@ -69,10 +69,14 @@ class Subscription:
 
 @dataclass(eq=False)
 class Watch:
-    """Words about pages [start, end) are under way; `dropped` collects the page ranges that were dropped meanwhile."""
+    """Words about pages [start, end) are under way; `dropped` collects the page ranges that were dropped meanwhile.
+
+    `since` is how many copies out the memory had counted before (`Memory.departures`).
+    """
 
     start: int
     end: int
+    since: int
     dropped: list[tuple[int, int]] = field(default_factory=list)
 
     def keeps(self, pages: Words) -> npt.NDArray[np.bool_]:
@@ -196,7 +200,7 @@ class Mirror:
 
     def watch(self, start: int, end: int) -> Watch:
         """Begin to watch [start, end); end it with `unwatch`."""
-        made = Watch(start, end)
+        made = Watch(start, end, self._memory.departures)
         self._watches.append(made)
         return made
 
@@ -210,7 +214,7 @@ class Mirror:
             return False
         frames = words[(words & _PFN_USABLE) == _PFN_VALID] & _PFN_FRAME
         own = frames[self._memory.owns(frames)]
-        return bool(self._memory.live(own).all())
+        return bool(self._memory.stays(own, watch.since).all())
 
     def program(self, start: int, words: Words) -> None:
         """Enter a range fault's usable words from page `start` on; entries of pages without a usable word stay as they are."""

@@ -111,7 +111,9 @@ def test_foreign_frames_are_refused(memory: Memory, offset: int) -> None:
     with pytest.raises(ProtocolError, match=named):
         memory.landing(raw, b"")
     with pytest.raises(ProtocolError, match=named):
-        memory.leaving(raw, "CopyOut")
+        memory.depart(raw, "CopyOut")
+    with pytest.raises(ProtocolError, match=named):
+        memory.depart_one(BASE + offset, "CopyOut")
     with pytest.raises(ProtocolError, match=named):
         memory.free(raw)
 
@@ -120,7 +122,9 @@ def test_states_are_checked(memory: Memory) -> None:
     """Copies land in granted frames only; only live frames leave or are freed, and only once."""
     frames = granted(memory, 2)
     with pytest.raises(ProtocolError):
-        memory.leaving(to_wire(frames), "CopyOut")
+        memory.depart(to_wire(frames), "CopyOut")
+    with pytest.raises(ProtocolError):
+        memory.depart_one(int(frames[0]), "CopyOut")
     with pytest.raises(ProtocolError):
         memory.free(to_wire(frames))
     memory.keep(frames)
@@ -139,15 +143,30 @@ def test_half_a_word_is_refused(memory: Memory) -> None:
         memory.free(bytes(12))
 
 
-def test_leaving_frames_come_back_to_life_when_they_stay(memory: Memory) -> None:
-    """A copy home that came to nothing leaves the page here; one that succeeded is freed."""
-    frames = granted(memory, 3)
+def test_what_was_asked_before_a_copy_out_is_stale(memory: Memory) -> None:
+    """Words asked for earlier are not good, later ones are: the page may have stayed. A freed frame is nobody's."""
+    frames = granted(memory, 4)
     memory.keep(frames)
-    memory.leaving(to_wire(frames), "CopyOut")
-    assert not memory.live(frames).any()
+    before = memory.departures
+    memory.depart(to_wire(frames[:2]), "CopyOut")
+    memory.depart_one(int(frames[2]), "CopyOut")
+    assert memory.stays(frames, before).tolist() == [False, False, False, True]
+    assert memory.stays(frames, memory.departures).all()
     memory.free(to_wire(frames[:1]))
-    memory.left(frames)
-    assert memory.live(frames).tolist() == [False, True, True]
+    assert memory.stays(frames, memory.departures).tolist() == [False, True, True, True]
+
+
+def test_a_frame_used_again_does_not_make_old_words_good(memory: Memory) -> None:
+    """Copied out, freed, granted and filled anew: words from before the copy still mean the old page."""
+    frames = granted(memory, 1)
+    memory.keep(frames)
+    before = memory.departures
+    memory.depart_one(int(frames[0]), "CopyOut")
+    memory.free(to_wire(frames))
+    again = granted(memory, 1)
+    memory.keep(again)
+    assert again.tolist() == frames.tolist()
+    assert not memory.stays(again, before).any()
 
 
 def test_reverse_map_finds_every_mapping(memory: Memory) -> None:

@@ -66,13 +66,14 @@ def test_read_retry(mirror: Mirror, subscription: Subscription) -> None:
     assert not mirror.is_current(subscription, 7, watch, words(SYSTEM))
 
 
-def test_words_that_lead_to_a_leaving_frame_are_stale(mirror: Mirror, subscription: Subscription, memory: Memory) -> None:
-    """A page that a CPU fault is taking home cannot be mapped any more, although no sequence changed."""
+def test_words_from_before_a_copy_out_are_stale(mirror: Mirror, subscription: Subscription, memory: Memory) -> None:
+    """A page that a CPU fault is taking home cannot be mapped any more, although no sequence changed; if it stays, it can."""
     frames = own_frames(memory, 1)
     watch = mirror.watch(10, 11)
     assert mirror.is_current(subscription, 3, watch, words(int(frames[0])))
-    memory.leaving(to_wire(frames), "CopyOut")
+    memory.depart(to_wire(frames), "CopyOut")
     assert not mirror.is_current(subscription, 3, watch, words(int(frames[0])))
+    assert mirror.is_current(subscription, 3, mirror.watch(10, 11), words(int(frames[0])))
 
 
 def test_invalidation_overtakes_the_reply_to_subscribe(mirror: Mirror) -> None:
