@@ -2,7 +2,7 @@
 
 The far end of each kind is a process of its own; all live at the same time and take turns, round by round. All move the same bytes
 between the same kinds of memory, and each counts from the first byte to the moment when the far end is known to have the last. Streams
-carry checksums.
+carry checksums. All processes keep freed buffers, as every process of hmmnet does (`wire.allocator`).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import zmq
 import hmmnet
 from hmmnet.fabric.chunk import CHUNK_BYTES
 from hmmnet.fabric.dma import BulkReceiver, BulkSender, BytesSink, BytesSource, Pace
+from hmmnet.wire.allocator import keep_freed_buffers
 from hmmnet.wire.zmq_transport import ZmqTransport
 
 from .dma_peers import memory, raw_give, raw_socket, raw_take, shared_clock, unix_give, unix_take
@@ -94,6 +95,7 @@ class Reference:
 @contextmanager
 def raw_reference(nbytes: int = STREAM_BYTES) -> Iterator[Reference]:
     """Raw blocking pyzmq over ipc, with a process of its own at the far end: what DMA streams and whole migrations are compared with."""
+    keep_freed_buffers()
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=2)
     with tempfile.TemporaryDirectory(prefix="hmmnet-") as directory:
         wire = raw_socket(context, directory, bind=True)

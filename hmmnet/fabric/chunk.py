@@ -24,11 +24,14 @@ _ABORT = struct.Struct("<4sIQ")
 _CHUNK_MAGIC, _CREDIT_MAGIC, _ABORT_MAGIC = b"HMc1", b"HMk1", b"HMa1"
 UNCHECKED = 1
 """Flag of a chunk: it carries no checksum."""
+PROBE = 2
+"""Flag of a chunk: its sender has heard nothing for a while and wants to be told everything."""
 
 
 class Chunk(NamedTuple):
-    """Header of chunk `sequence` of `stream`: bytes ``[sequence * stride, ... + length)`` of `total`. It is there at `arrive_s`,
-    emulated.
+    """Header of chunk `sequence` of `stream`: bytes ``[sequence * stride, ... + length)`` of `total`.
+
+    It is there at `arrive_s`, emulated. A `probe` is to be answered in any case.
     """
 
     stream: int
@@ -37,6 +40,7 @@ class Chunk(NamedTuple):
     stride: int
     checksum: int | None
     arrive_s: float
+    probe: bool = False
 
     @property
     def offset(self) -> int:
@@ -69,7 +73,7 @@ class Abort(NamedTuple):
 
 def pack_chunk(chunk: Chunk) -> bytes:
     """The header as bytes."""
-    flags = UNCHECKED if chunk.checksum is None else 0
+    flags = (UNCHECKED if chunk.checksum is None else 0) | (PROBE if chunk.probe else 0)
     return _CHUNK.pack(_CHUNK_MAGIC, flags, chunk.stream, chunk.total, chunk.sequence, chunk.stride, chunk.checksum or 0, chunk.arrive_s)
 
 
@@ -95,9 +99,9 @@ def unpack_forward(header: bytes) -> Chunk | Abort:
     _, flags, stream, total, sequence, stride, checksum, arrive_s = _CHUNK.unpack(header)
     if not (0 < total <= STREAM_BYTES_MAX and 0 < stride <= CHUNK_BYTES and sequence * stride < total) or not math.isfinite(arrive_s):
         raise ProtocolError(f"chunk {sequence} of {stride} bytes is no part of a stream of {total} bytes")
-    if flags & ~UNCHECKED:
+    if flags & ~(UNCHECKED | PROBE):
         raise ProtocolError(f"chunk with unknown flags {flags:#x}")
-    return Chunk(stream, total, sequence, stride, None if flags & UNCHECKED else checksum, arrive_s)
+    return Chunk(stream, total, sequence, stride, None if flags & UNCHECKED else checksum, arrive_s, flags & PROBE != 0)
 
 
 def unpack_back(header: bytes) -> Credit | Abort:

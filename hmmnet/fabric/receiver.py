@@ -180,7 +180,8 @@ class BulkReceiver:
         state, sink = arrival.state, arrival.sink
         try:
             if not state.wants(chunk):
-                self._answer(self._paced(arrival, state.again()))
+                if chunk.probe:
+                    self._answer(self._paced(arrival, state.again()))
                 return
             offset, length = chunk.offset, chunk.length
             place = sink.landing(offset, length)

@@ -15,7 +15,7 @@ import xxhash
 from hmmnet.errors import PeerError, ProtocolError
 from hmmnet.wire.transport import Channel
 
-from .chunk import Abort, Chunk, Credit, pack_abort, pack_chunk, unpack_back
+from .chunk import Abort, Credit, pack_abort, pack_chunk, unpack_back
 from .clock import EmulatedClock
 from .ends import Source
 from .pace import CATCH_UP_S, UNPACED, Pace, Pacer
@@ -136,7 +136,7 @@ class BulkSender:
         await clock.sleep_until(grant.start_s)
         data = source.chunk(offset, length)
         checksum = xxhash.xxh3_64_intdigest(data) if self._checksums else None
-        header = pack_chunk(Chunk(state.stream, state.total, sequence, state.stride, checksum, grant.arrive_s))
+        header = pack_chunk(state.chunk(sequence, checksum, grant.arrive_s))
         try:
             await self._channel.send(header, data)
         except trio.ClosedResourceError:

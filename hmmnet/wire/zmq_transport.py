@@ -26,6 +26,7 @@ import zmq
 
 from hmmnet.errors import HmmnetError
 
+from .allocator import keep_freed_buffers
 from .bridge import BULK_BYTES, Bridge
 from .transport import CHANNEL_BYTES_MAX, FRAME_BYTES_MAX, Buffer
 
@@ -183,6 +184,7 @@ class ZmqTransport:
     """
 
     def __init__(self, io_threads: int = IO_THREADS, curve: CurveKeys | None = None) -> None:
+        keep_freed_buffers()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads)
         self._context.set(zmq.MAX_SOCKETS, SOCKETS_MAX)
         self._split = io_threads > 1

@@ -43,20 +43,21 @@ class FaultyChannel:
             raise trio.ClosedResourceError
         self.sent += 1
         data = None if payload is None else bytes(memoryview(payload).cast("B"))
-        dice = self._random.random
-        if dice() < self._loss:
+        # five throws each time, so that faults do not depend on how tasks take turns
+        lost, damaged, repeated, swapped, where = (self._random.random() for _ in range(5))
+        if lost < self._loss:
             self.faults += 1
             return
-        if data and dice() < self._damage:
+        if data and damaged < self._damage:
             self.faults += 1
-            at = self._random.randrange(len(data))
+            at = int(where * len(data))
             data = data[:at] + bytes([data[at] ^ 0x10]) + data[at + 1 :]
         inbox = self.peer._inbox
         inbox.append((bytes(header), data))
-        if dice() < self._repeat:
+        if repeated < self._repeat:
             self.faults += 1
             inbox.append((bytes(header), data))
-        if len(inbox) > 1 and dice() < self._swap:
+        if len(inbox) > 1 and swapped < self._swap:
             self.faults += 1
             inbox[-1], inbox[-2] = inbox[-2], inbox[-1]
         self.peer._lot.unpark_all()

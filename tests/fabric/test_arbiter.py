@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hmmnet.errors import TopologyError
@@ -161,6 +161,7 @@ def test_what_the_far_end_has_sent_already_is_not_slowed_down() -> None:
 CAPACITIES = st.lists(st.integers(1, 100), min_size=1, max_size=6)
 
 
+@settings(deadline=None)
 @given(CAPACITIES, st.data())
 def test_rates_are_max_min_fair(capacities: list[int], data: st.DataObject) -> None:
     """No link is over its capacity, and each flow has a full link on which nobody gets more than it."""
@@ -180,6 +181,7 @@ VERTICES = ("node0", "gpu0", "gpu1", "gpu2", "gpu3")
 EVENTS = st.lists(st.tuples(st.sampled_from(("open", "grant", "count", "close")), st.integers(0, 99), st.integers(1, 8)), max_size=60)
 
 
+@settings(deadline=None)
 @given(EVENTS)
 def test_flows_come_and_go(events: list[tuple[str, int, int]]) -> None:
     """At every moment links are within their capacity; no byte is lost or counted twice; nothing is due before its links can carry it."""
@@ -213,6 +215,7 @@ def test_flows_come_and_go(events: list[tuple[str, int, int]]) -> None:
         assert report.reached_bytes_per_s <= report.asked_bytes_per_s * (1 + 1e-9)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 6), st.integers(1, 400), st.integers(0, 2**32 - 1))
 def test_chunks_of_concurrent_flows_fit_the_link(count: int, chunks: int, seed: int) -> None:
     """Sent in time, chunks of flows that share a link never carry more over it than its capacity allows, in any window of time."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hmmnet.errors import ProtocolError
@@ -20,11 +20,12 @@ from hmmnet.fabric.chunk import (
 )  # fmt: skip
 
 
-@given(st.integers(1, 1 << 40), st.integers(1, CHUNK_BYTES), st.integers(0, (1 << 64) - 1) | st.none())
-def test_chunks_survive(total: int, stride: int, checksum: int | None) -> None:
+@settings(deadline=None)
+@given(st.integers(1, 1 << 40), st.integers(1, CHUNK_BYTES), st.integers(0, (1 << 64) - 1) | st.none(), st.booleans())
+def test_chunks_survive(total: int, stride: int, checksum: int | None, probe: bool) -> None:
     """The last chunk of any stream comes back as it was, with what is left as its length."""
     sequence = min((total - 1) // stride, 2**32 - 1)
-    chunk = Chunk(7, total, sequence, stride, checksum, 1.5)
+    chunk = Chunk(7, total, sequence, stride, checksum, 1.5, probe)
     assert unpack_forward(pack_chunk(chunk)) == chunk
     assert 0 < chunk.length <= stride
     assert chunk.offset + chunk.length <= total
@@ -39,6 +40,7 @@ def test_credits_and_aborts_survive() -> None:
     assert unpack_forward(pack_abort(abort)) == abort
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_garbage_is_refused(header: bytes) -> None:
     """Any bytes are a message or a ProtocolError."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hmmnet.fabric.link import INTERVALS_MAX, LAUNCH_S, Link, Stretch
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 60), st.integers(0, 20)), max_size=40))
 def test_stretch_is_the_length_of_the_union(spans: list[tuple[int, int]]) -> None:
     """Intervals in any order, overlapping or not, count each moment once."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hmmnet.fabric.pace import UNPACED, Pace
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0.0, 0.02), min_size=1, max_size=50))
 def test_small_delays_do_not_add_up(delays: list[float]) -> None:
     """However late each chunk really leaves, within the bound, the last is there when arithmetic says."""
