@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit the process with its code."""
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # so that "kill" ends as cleanly as Ctrl-C
     try:
-        code = run(sys.argv[1:] if arguments is None else list(arguments))
+        code = exit_code(sys.argv[1:] if arguments is None else list(arguments))
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read our output has seen enough; the interpreter's own flush must not fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     raise SystemExit(code)
 
 
-def run(arguments: list[str]) -> int:
+def exit_code(arguments: list[str]) -> int:
     """Run one command; its exit code. What it has to say about errors goes to stderr."""
     name = arguments[0] if arguments else ""
     if name in ("", "-h", "--help", "help"):

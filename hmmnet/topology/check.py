@@ -17,7 +17,7 @@ from hmmnet.pages import PAGE_SIZE
 from hmmnet.units import show_size
 
 from .model import DEVICES_MAX, MEMORY_BYTES_MAX, MEMORY_NODES_MAX, DeviceSpec, LinkSpec, MemoryNode, Switch, Topology
-from .names import RESERVED, why_no_single_name
+from .names import RESERVED, compact, why_no_single_name
 from .problems import Problem, did_you_mean
 from .routes import Routes
 
@@ -72,7 +72,7 @@ def check_topology(topology: Topology, where: Where | None = None, models: Colle
     problems = [*_counts(check), *_names(check), *_values(check), *_units(check)]
     if models is not None:
         problems += _models(check, models)
-    if check.where.complete:
+    if check.where.complete and _names_stand(check):
         problems += [*_nodes(check), *_ends(check)]
         if _ends_stand(check):
             problems += _reach(check)
@@ -177,23 +177,32 @@ def _models(check: _Check, models: Collection[str]) -> Iterator[Problem]:
 def _ends(check: _Check) -> Iterator[Problem]:
     names = [vertex.name for vertex in check.topology.vertices()]
     known = set(names)
+    unknown: dict[tuple[str, int, str], tuple[int, list[str]]] = {}
     for number, link in enumerate(check.topology.links):
         for key, end in (("a", link.a), ("b", link.b)):
             if end not in known:
-                yield from check.problem("link", number, key, f'nothing is called "{end}"', did_you_mean(end, names))
+                place = check.where.place("link", number, link.name)
+                unknown.setdefault((place, check.where.line("link", number, key), key), (number, []))[1].append(end)
         if link.a == link.b and link.a in known and not check.where.broken("link", number, "a"):
             yield from check.problem("link", number, "b", f'the link leads from "{link.a}" to itself')
+    for (_, _, key), (number, ends) in unknown.items():
+        missing = list(dict.fromkeys(ends))
+        yield from check.problem("link", number, key, f'nothing is called "{compact(missing)}"', did_you_mean(missing[0], names))
+
+
+def _names_stand(check: _Check) -> bool:
+    """Whether all names could be read: else what refers to a name may be right."""
+    return not any(check.where.broken(section, number, "name") for section, number, _ in _everything(check.topology) if section != "link")
 
 
 def _ends_stand(check: _Check) -> bool:
     """Whether all ends are known: else "no route" would only repeat it."""
     known = {vertex.name for vertex in check.topology.vertices()}
-    broken = any(check.where.broken(section, number, "name") for section, number, _ in _everything(check.topology) if section != "link")
     ends = all(
         link.a in known and link.b in known and not check.where.broken("link", i, "a") and not check.where.broken("link", i, "b")
         for i, link in enumerate(check.topology.links)
     )
-    return ends and not broken and bool(check.topology.nodes)
+    return ends and bool(check.topology.nodes)
 
 
 def _reach(check: _Check) -> Iterator[Problem]:

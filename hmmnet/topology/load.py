@@ -82,11 +82,11 @@ def _read(path: Path) -> Source:
 
 def _mend_path(path: Path) -> str:
     if path.parent.is_dir() and not path.exists():
+        if path.stem in preset_names():
+            return f'; the preset of this name is written without .toml: "{path.stem}"'
         guess = closest(path.name, [entry.name for entry in path.parent.iterdir() if entry.suffix == ".toml"])
         if guess is not None:
             return f'; did you mean "{path.with_name(guess)}"?'
-        if closest(path.stem, preset_names()) == path.stem:
-            return f'; the preset of this name is written without .toml: "{path.stem}"'
     return ""
 
 

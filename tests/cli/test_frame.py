@@ -8,11 +8,11 @@ import sys
 import pytest
 
 from hmmnet import cli
-from hmmnet.cli import COMMANDS, command_names, did_you_mean, run
+from hmmnet.cli import COMMANDS, command_names, did_you_mean, exit_code
 
 
 def asked(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    code = run(list(arguments))
+    code = exit_code(list(arguments))
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 
@@ -99,7 +99,9 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
 @pytest.mark.parametrize("heavy", ["rich", "numpy", "zmq", "trio", "typer"])
 def test_the_frame_loads_nothing_heavy(heavy: str) -> None:
     """The first line stands at once because what is slow to import waits until it is needed."""
-    program = f"import sys; from hmmnet.cli import run; run(['--help']); run(['nonsense']); sys.exit({heavy!r} in sys.modules)"
+    program = (
+        f"import sys; from hmmnet.cli import exit_code; exit_code(['--help']); exit_code(['nonsense']); sys.exit({heavy!r} in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, check=False).returncode == 0
 
 
@@ -107,7 +109,7 @@ def test_the_frame_loads_nothing_heavy(heavy: str) -> None:
 @pytest.mark.parametrize("heavy", ["zmq", "trio", "numpy"])
 def test_commands_that_only_look_load_no_machine(command: str, heavy: str) -> None:
     """They read files."""
-    program = f"import sys; from hmmnet.cli import run; run([{command!r}, 'nobody-here']); sys.exit({heavy!r} in sys.modules)"
+    program = f"import sys; from hmmnet.cli import exit_code; exit_code([{command!r}, 'nobody-here']); sys.exit({heavy!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, check=False).returncode == 0
 
 

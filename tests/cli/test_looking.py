@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from hmmnet.cli import run
+from hmmnet.cli import exit_code
 from hmmnet.cli.logs import Reader
 from hmmnet.cli.ps import how_long
 from hmmnet.launcher.directory import DeviceRecord, Directory, new_record
@@ -46,7 +46,7 @@ def test_ps_shows_machines_and_their_devices(capsys: pytest.CaptureFixture[str])
     assert record is not None
     record.devices[1].state, record.devices[1].how = "lost", "killed by SIGKILL"
     directory.write(record)
-    assert run(["ps"]) == 0
+    assert exit_code(["ps"]) == 0
     out = capsys.readouterr().out
     for text in ("default", "running", "two-gpus", "1 of 2 ready", "gpu0", "4000", "16 GiB", "lost (killed by SIGKILL)"):
         assert text in out
@@ -60,12 +60,12 @@ def test_ps_of_many_devices_names_those_that_are_not_ready(capsys: pytest.Captur
     assert record is not None
     record.devices[7].state = "lost"
     directory.write(record)
-    assert run(["ps"]) == 0
+    assert exit_code(["ps"]) == 0
     out = capsys.readouterr().out
     assert "63 gpu ready" in out
     assert "gpu7 " in out
     assert "gpu8 " not in out
-    assert run(["ps", "big"]) == 0
+    assert exit_code(["ps", "big"]) == 0
     assert "gpu8 " in capsys.readouterr().out
     directory.remove()
 
@@ -79,24 +79,24 @@ def test_ps_reports_what_is_stale_and_how_to_clean(capsys: pytest.CaptureFixture
     failed.write(record)
     failed.release()
     machine("dead").release()
-    assert run(["ps"]) == 0
+    assert exit_code(["ps"]) == 0
     out = capsys.readouterr().out
     assert "killed by SIGKILL" in out
     assert "gone: dead, failed" in out
     assert "hmmnet clean" in out
-    assert run(["ps", "--json"]) == 0
+    assert exit_code(["ps", "--json"]) == 0
     entries = {entry["name"]: entry for entry in json.loads(capsys.readouterr().out)}
     assert (entries["dead"]["state"], entries["failed"]["state"], entries["dead"]["alive"]) == ("dead", "failed", False)
-    assert run(["clean", "--json"]) == 0
+    assert exit_code(["clean", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == ["dead", "failed"]
-    assert run(["ps"]) == 0
+    assert exit_code(["ps"]) == 0
     assert "no machine runs" in capsys.readouterr().out
 
 
 def test_a_folder_without_a_record_is_shown_too(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A launcher that was killed in its first moments."""
     Directory.create("young").release()
-    assert run(["ps"]) == 0
+    assert exit_code(["ps"]) == 0
     assert "young" in capsys.readouterr().out
 
 
@@ -107,14 +107,14 @@ def test_logs_come_in_the_order_of_time(capsys: pytest.CaptureFixture[str]) -> N
     (directory.logs / "host.jsonl").write_text(line(3, "host", "third"))
     (directory.logs / "gpu0.jsonl").write_text(line(2, "gpu0", "second") + line(4, "gpu0", "fourth", "ERROR"))
     (directory.logs / "stderr.txt").write_text("Segmentation fault\n")
-    assert run(["logs"]) == 0
+    assert exit_code(["logs"]) == 0
     out = capsys.readouterr().out
     assert [word for word in out.split() if word in {"first", "second", "third", "fourth", "Segmentation"}] == [
         "first", "second", "third", "fourth", "Segmentation",
     ]  # fmt: skip
-    assert run(["logs", "default", "--process", "gpu0", "--level", "error", "--json"]) == 0
+    assert exit_code(["logs", "default", "--process", "gpu0", "--level", "error", "--json"]) == 0
     assert [json.loads(row)["text"] for row in capsys.readouterr().out.splitlines()] == ["fourth"]
-    assert run(["logs", "-p", "gpu1"]) == 1
+    assert exit_code(["logs", "-p", "gpu1"]) == 1
     assert 'did you mean "gpu0"?' in capsys.readouterr().err
     directory.remove()
 
@@ -139,7 +139,7 @@ def test_logs_of_a_machine_that_failed_can_be_read(capsys: pytest.CaptureFixture
     directory = machine("default", state="failed")
     (directory.logs / "launcher.jsonl").write_text(line(1, "launcher", "the host is gone"))
     directory.release()
-    assert run(["logs", "-f"]) == 0
+    assert exit_code(["logs", "-f"]) == 0
     captured = capsys.readouterr()
     assert "the host is gone" in captured.out
     assert "has ended" in captured.err
@@ -148,10 +148,10 @@ def test_logs_of_a_machine_that_failed_can_be_read(capsys: pytest.CaptureFixture
 def test_several_machines_must_be_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
     """Unless one is called default."""
     one, two = machine("one"), machine("two")
-    assert run(["logs"]) == 1
+    assert exit_code(["logs"]) == 1
     assert "say which: one, two" in capsys.readouterr().err
     default = machine("default")
-    assert run(["logs"]) == 0
+    assert exit_code(["logs"]) == 0
     for directory in (one, two, default):
         directory.remove()
 
@@ -170,18 +170,18 @@ time.sleep(60)
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as launcher:
         assert launcher.stdout is not None
         launcher.stdout.readline()
-        assert run(["down"]) == 0
+        assert exit_code(["down"]) == 0
         assert launcher.wait(10) == 0
     assert 'machine "default" has ended' in capsys.readouterr().out
 
     directory = machine("mine", kind="program")
-    assert run(["down", "mine"]) == 1
+    assert exit_code(["down", "mine"]) == 1
     assert f"process id {os.getpid()}" in capsys.readouterr().err
     record = directory.read()
     assert record is not None
     record.kind, record.process_started = "up", record.process_started + 1
     directory.write(record)
-    assert run(["down", "mine"]) == 0  # we live: the record's process is another one, long gone
+    assert exit_code(["down", "mine"]) == 0  # we live: the record's process is another one, long gone
     directory.remove()
 
 
