@@ -150,8 +150,8 @@ class Bridge:
             self._received = 0
             await checkpoint()
         try:
-            if self._receive_waited and not self._get(_EVENTS) & _POLLIN:  # nothing the last time, so ask first: cheaper than `Again`
-                await self._wait_turn(_POLLIN)
+            if self._receive_waited and not (events := self._get(_EVENTS)) & _POLLIN:  # nothing the last time: ask, cheaper than `Again`
+                await self._wait_turn(_POLLIN, events)
             else:
                 self._receive_waited = False
                 await checkpoint_if_cancelled()
@@ -207,29 +207,43 @@ class Bridge:
         if self._closed:
             return
         events = self._get(_EVENTS)
+        if self._leading:
+            self._wake(events)
+        else:  # one of them takes the descriptor
+            self._wake_parked(_POLLIN | _POLLOUT)
+
+    def _wake(self, events: int) -> None:
+        """`EVENTS` has been read, and with it the edge was taken from those who wait: wake the ones that it is for."""
         if events & self._leading:
             self._leading = 0
             notify_closing(self._descriptor)
-        elif self._parked:
-            if events & _POLLIN or not self._leading:
-                self._receivers.unpark()
-            if events & _POLLOUT or not self._leading:
-                self._senders.unpark()
+        if self._parked:
+            self._wake_parked(events)
+
+    def _wake_parked(self, events: int) -> None:
+        if events & _POLLIN:
+            self._receivers.unpark()
+        if events & _POLLOUT:
+            self._senders.unpark()
 
     async def _wait(self, direction: int) -> None:
         """After `Again`: return when `direction` may be ready, for the caller to try once more."""
-        if self._get(_EVENTS) & direction:
+        events = self._get(_EVENTS)
+        if events & direction:
             await checkpoint()
         else:
-            await self._wait_turn(direction)
+            await self._wait_turn(direction, events)
 
-    async def _wait_turn(self, direction: int) -> None:
-        """Wait on the descriptor, or park while another task does. `EVENTS` has just been read and had nothing for `direction`.
+    async def _wait_turn(self, direction: int, events: int) -> None:
+        """Wait on the descriptor, or park while another task does. `events` have just been read and have nothing for `direction`.
 
-        The caller goes on to try, and to `_settle` in any case: that is where the descriptor is handed on.
+        They may have something for others: one who comes back from the descriptor only to wait on it again must not keep to himself what he
+        read there. The caller goes on to try, and to `_settle` in any case: that is where the descriptor is handed on.
         """
         if direction == _POLLIN:
             self._receive_waited = True
+        if self._leading or self._parked:
+            self._wake(events)
         if self._leading:
             self._parked += 1
             try:

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 import trio
+import trio.testing
 import zmq
 
 from hmmnet.wire.bridge import IMMEDIATE_MAX, Bridge
@@ -29,7 +30,7 @@ def numbered(value: int) -> list[bytes]:
 def context() -> Iterator[zmq.Context[zmq.Socket[bytes]]]:
     context = zmq.Context(2)
     yield context
-    context.term()
+    context.destroy(0)  # whatever a failed test has left open
 
 
 def sockets(context: zmq.Context[zmq.Socket[bytes]], place: str, queue_max: int) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
@@ -225,6 +226,32 @@ async def test_nowait(narrow: tuple[Bridge, Bridge]) -> None:
     with trio.fail_after(BOUND_S):
         await drain(other, got, sent)
     assert got == list(range(sent))
+
+
+@pytest.mark.parametrize("receiver_leads", [True, False])
+async def test_the_leader_shares_what_it_reads(context: zmq.Context[zmq.Socket[bytes]], place: str, receiver_leads: bool) -> None:
+    """A sender and a receiver wait for a peer. Its arrival wakes whoever is at the descriptor; the other's message must not wait on."""
+    socket, peer = context.socket(zmq.DEALER), context.socket(zmq.DEALER)
+    socket.bind(f"ipc://{place}/socket")
+    one, other, got = Bridge(socket), Bridge(peer), []
+
+    async def receive() -> None:
+        got.append(await one.recv())
+
+    async def send() -> None:
+        await one.send([b"to the peer"])
+
+    with trio.fail_after(BOUND_S):
+        async with trio.open_nursery() as nursery:
+            for task in (receive, send) if receiver_leads else (send, receive):
+                nursery.start_soon(task)
+                await trio.testing.wait_all_tasks_blocked()
+            peer.connect(f"ipc://{place}/socket")
+            assert await other.recv() == [b"to the peer"]
+            await other.send([b"back"])
+    assert got == [[b"back"]]
+    one.close()
+    other.close()
 
 
 async def test_close_wakes_everybody(narrow: tuple[Bridge, Bridge]) -> None:
