@@ -10,8 +10,9 @@ whether words that lead to the frame were read before it was copied or after. So
 of its last *departure*: words are good when they were asked for after it (`stays`). Neither a clock nor a further state of the frame would
 do, as frames are freed and used again within the time that words are under way.
 
-Freed frames are not cleared when they are freed (a GPU does not either) but when a zeroed frame is wanted, or when they have lain
-idle and `discard_idle` gives their memory back to the operating system, which is the cheapest way to zero it.
+Freed frames are not cleared when they are freed (a GPU does not either) but when a zeroed frame is wanted, or when nobody has wanted
+them for a while and `discard_idle` gives their memory back to the operating system, which is the cheapest way to zero it. Not sooner:
+frames are often wanted again at once, and committing memory costs about as much as filling it.
 
 The reverse map answers "which mirror entries lead to this frame" for evictions by frame number (``migrate_device_range``). It keeps the
 latest mapping of each frame in an array and the rare further ones (the same page in several processes after fork) in a dictionary. It is
@@ -21,6 +22,7 @@ a hint: whoever uses it looks at the mirror again, so that dropping an entry cos
 from __future__ import annotations
 
 import mmap
+from collections import deque
 from collections.abc import Callable
 
 import numpy as np
@@ -28,7 +30,7 @@ import numpy.typing as npt
 
 from hmmnet.arena import DISCARD_MIN_PAGES, Arena
 from hmmnet.errors import ProtocolError
-from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, ZONE_SHIFT, Words, from_wire, run_bounds
+from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, ZONE_SHIFT, Words, ascending, from_wire, run_bounds
 from hmmnet.runs import RunAllocator
 from hmmnet.sparse import lazy_words
 
@@ -39,6 +41,8 @@ GRANTED_DIRTY = 3
 LIVE = 4
 """Clean frames are known to hold zeros. FREE | 2 = GRANTED: granting sets a bit."""
 
+IDLE_ROUNDS = 8
+"""Calls of `grow_older` until freed frames are idle."""
 DISCARD_PAGES_MAX = 1 << 14
 """Frames given back to the operating system in one pass (64 MiB), so that a pass stays in the low milliseconds."""
 
@@ -73,7 +77,10 @@ class Memory:
         self.departures = 0
         """Copies out so far."""
         self._more: dict[int, set[int]] = {}
-        self._idle: list[Words] = []
+        self._round = 0
+        self._freed_in = _lazy_bytes(pages)
+        """The round in which each frame was freed last (its low byte)."""
+        self._freed: deque[tuple[int, Words]] = deque()
         self.used_max = 0
         """The most frames that were out at once."""
 
@@ -119,7 +126,7 @@ class Memory:
         `drop` is called with them before they are forgotten, to remove what may still lead there. Raises ProtocolError unless all are
         live, and each is named once.
         """
-        frames = np.sort(self._listed(raw, "FreeFrames", LIVE, LIVE))
+        frames = ascending(self._listed(raw, "FreeFrames", LIVE, LIVE))
         if len(frames):
             if len(frames) > 1 and (frames[1:] == frames[:-1]).any():
                 raise ProtocolError("FreeFrames names a frame twice")
@@ -127,10 +134,11 @@ class Memory:
             indices = self.arena.indices(frames)
             self._state[indices] = FREE_DIRTY
             self._places[indices] = 0
+            self._freed_in[indices] = self._round & 0xFF
             for index in self._more.keys() & set(indices.tolist()) if self._more else ():
                 del self._more[index]
             self._frames.free(frames)
-            self._idle.append(frames)
+            self._freed.append((self._round, frames))
         return frames
 
     def landing(self, targets: bytes, zeros: bytes) -> Words:
@@ -184,15 +192,27 @@ class Memory:
         """All frames that hold a page, ascending."""
         return (np.flatnonzero(self._state[: self._frames.touched_count] >= LIVE) + self.base).astype(np.uint64)
 
-    def discard_idle(self) -> int:
-        """Give memory of freed frames that are free still back to the operating system; returns how many. Again while `has_idle`.
+    def grow_older(self) -> None:
+        """Some time has passed: frames that were freed `IDLE_ROUNDS` calls ago and not wanted since are idle now."""
+        self._round += 1
 
-        They are clean afterwards. The caller lets some time pass after a free, because frames are often wanted again at once.
-        """
+    @property
+    def has_idle(self) -> bool:
+        """Whether there may be idle frames that still hold memory."""
+        return bool(self._freed) and self._freed[0][0] + IDLE_ROUNDS <= self._round
+
+    @property
+    def has_freed(self) -> bool:
+        """Whether frames were freed that may be idle later."""
+        return bool(self._freed)
+
+    def discard_idle(self) -> int:
+        """Give memory of idle frames back to the operating system; returns how many. Again while `has_idle`. They are clean afterwards."""
         discarded = 0
-        while self._idle and discarded < DISCARD_PAGES_MAX:
-            frames = np.sort(self._idle.pop(0))
-            frames = frames[self._state[self.arena.indices(frames)] == FREE_DIRTY]
+        while self.has_idle and discarded < DISCARD_PAGES_MAX:
+            freed_in, frames = self._freed.popleft()
+            indices = self.arena.indices(frames)
+            frames = frames[(self._state[indices] == FREE_DIRTY) & (self._freed_in[indices] == freed_in & 0xFF)]
             if len(frames):
                 discarded += self._discard(frames)
         return discarded
@@ -203,11 +223,6 @@ class Memory:
         clean = long_runs(frames)
         self._state[self.arena.indices(clean)] = FREE_CLEAN
         return len(clean)
-
-    @property
-    def has_idle(self) -> bool:
-        """Whether frames were freed whose memory has not been looked at since."""
-        return bool(self._idle)
 
     # --- reverse map ----------------------------------------------------------------------------------------------------------
 
@@ -233,6 +248,8 @@ class Memory:
         if len(places) == 0:
             return []
         slots = places >> _PLACE_BITS
+        if bool((slots == slots[0]).all()):
+            return [(int(slots[0]), places & _PLACE_PAGE_MASK)]
         return [(slot, places[slots == np.uint64(slot)] & _PLACE_PAGE_MASK) for slot in np.unique(slots).tolist()]
 
     def mappings_one(self, frame: int) -> list[tuple[int, int]]:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hmmnet.pages import Words, run_bounds
+from hmmnet.pages import Words, ascending, run_bounds
 
 FIT_SEARCH_MAX = 64
 """Free runs looked at for one that fits whole; beyond, fragments are taken as they come."""
@@ -96,8 +96,7 @@ class RunAllocator:
         """Take `frames` back, in any order. Frames that are not out are a bug of the caller (AssertionError)."""
         if len(frames) == 0:
             return
-        if len(frames) > 1:
-            frames = np.sort(frames)
+        frames = ascending(frames)
         assert int(frames[0]) >= self._base and int(frames[-1]) < self._fresh, "free of frames that were never handed out"
         bounds = run_bounds(frames)
         if len(bounds) - 1 <= MERGE_ONE_BY_ONE_MAX:

@@ -20,7 +20,7 @@ import numpy as np
 
 from hmmnet.errors import BusError, KernelError, PeerError
 from hmmnet.observe.counters import CPU_FAULT, Profile
-from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, Words, run_bounds
+from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, Words, ascending, run_bounds
 
 from .interfaces import DeviceLink, Event, Migration, Select
 from .migrate import MIGRATE, SHIFT, VALID, MigrateVma, Outcome
@@ -222,7 +222,7 @@ def give_up(memory: PhysicalMemory, space: Space | None, migration: Migration) -
 
 def exact_runs(pages: Words) -> list[tuple[int, int]]:
     """`pages` as ranges, or as one that spans them when there are too many."""
-    pages = np.sort(pages)
+    pages = ascending(pages)
     bounds = run_bounds(pages)
     if len(bounds) - 1 > EXACT_RUNS_MAX:
         return [(int(pages[0]), int(pages[-1]) + 1)]

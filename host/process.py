@@ -34,8 +34,9 @@ HEAP_BYTES = 1 << 20
 """What the heap maps at a time, at least."""
 MALLOC_ALIGN = 64
 """A cache line."""
-PREFETCH_PAGES = 1 << 15
-"""Pages of one piece of an explicit migration (128 MiB): long enough for full speed; its bookkeeping hides behind another's stream."""
+PREFETCH_PAGES = 1 << 16
+"""Pages of one piece of an explicit migration (256 MiB). Long, because one stream is faster than two side by side; the bookkeeping of what
+follows hides behind it."""
 PIECES_AT_ONCE = 2
 STREAMED_OUT = frozenset({"read", "migrate_to_dev"})
 """Commands of a dmirror whose data, a page for each page, come as a stream."""

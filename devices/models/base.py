@@ -16,7 +16,6 @@ from errno import EBADF, EEXIST, EINVAL, EMFILE, ENOENT, EOPNOTSUPP
 from typing import Any
 
 import msgspec
-import numpy as np
 import trio
 
 from hmmnet.devices.bus import Bus
@@ -32,7 +31,7 @@ from hmmnet.devices.spec import Spec
 from hmmnet.errors import KernelError, ProtocolError
 from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.fabric.dma import BulkReceiver, BulkSender
-from hmmnet.pages import PAGES_MAX, Words
+from hmmnet.pages import PAGES_MAX, Words, ascending
 from hmmnet.wire.messages import (
     ARGUMENT_BYTES_MAX,
     TEXT_MAX,
@@ -61,7 +60,7 @@ JOBS_MAX = 1024
 WORD_BYTES = 8
 """A page list of one page."""
 IDLE_S = 1.0
-"""Real seconds that freed memory is kept before it goes back to the operating system."""
+"""Real seconds after which message buffers in reserve go back to the operating system; freed frames go after `IDLE_ROUNDS` times that."""
 
 
 @dataclass
@@ -230,7 +229,7 @@ class Device:
         if opened is not None:
             for context in opened.context.process.contexts:
                 context.mirror.drop_pages(pages)
-        self._drop_frames(np.sort(frames))
+        self._drop_frames(ascending(frames))
         return answer
 
     def _copy_one(self, message: CopyOut) -> Copied:
@@ -258,16 +257,19 @@ class Device:
                 context.mirror.drop_frames(pages, frames)
 
     async def _discard_idle(self) -> None:
-        """Give memory that stays free back to the operating system."""
+        """Give memory that is not wanted any more back to the operating system."""
         while True:
             await self._freed.wait()
             self._freed = trio.Event()
             await trio.sleep(self.clock.real(IDLE_S))
+            self.memory.grow_older()
             while self.memory.has_idle:
                 self.memory.discard_idle()
                 await trio.lowlevel.checkpoint()
             if not self._freed.is_set():
                 self._trim()
+            if self.memory.has_freed:
+                self._freed.set()
 
     # --- jobs and commands ----------------------------------------------------------------------------------------------------
 

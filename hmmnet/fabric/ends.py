@@ -114,6 +114,8 @@ class _Elements:
         self._addresses = addresses
         self._size = size
         self.nbytes = len(addresses) * size
+        self._window = memory.window(addresses, size)
+        """All elements as one view, when they are one run: then no chunk needs to look at addresses."""
 
     def _slice(self, offset: int, length: int) -> Words:
         return self._addresses[offset // self._size : (offset + length) // self._size]
@@ -124,6 +126,8 @@ class ArenaSource(_Elements):
 
     def chunk(self, offset: int, length: int) -> Bytes:
         """See `Source`."""
+        if self._window is not None:
+            return self._window[offset : offset + length]
         return self._memory.gather(self._slice(offset, length), self._size)
 
 
@@ -132,6 +136,8 @@ class ArenaSink(_Elements):
 
     def landing(self, offset: int, length: int) -> memoryview | None:
         """See `Sink`."""
+        if self._window is not None:
+            return self._window[offset : offset + length].data
         window = self._memory.window(self._slice(offset, length), self._size)
         return None if window is None else window.data
 

@@ -79,7 +79,7 @@ def collect(
 
 def sharers(mm: Mm, pages: Words, select: Select, owner: int) -> list[tuple[Mm, Words]]:
     """Where the frames that several processes map, of those that `collect` would take, may be mapped (`rmap.places`)."""
-    entries = mm.table.take(pages)
+    entries = mm.table.gather(pages)
     frames = pte.frames_of(entries[_wanted(entries, select, owner)])
     shared = frames[mm.memory.field(frames, "mapcount") > 1]
     return list(places(mm.memory, shared)) if len(shared) else []
@@ -87,7 +87,7 @@ def sharers(mm: Mm, pages: Words, select: Select, owner: int) -> list[tuple[Mm, 
 
 def _collect(mm: Mm, migration: Migration, select: Select, told: frozenset[int]) -> None:
     pages = migration.pages
-    entries = mm.table.take(pages)
+    entries = mm.table.gather(pages)
     bare = entries == 0
     if select & Select.SYSTEM:
         bare |= entries & (pte.KIND | pte.SPECIAL) == pte.PRESENT | pte.SPECIAL
@@ -172,12 +172,12 @@ def _install(mm: Mm | None, migration: Migration, rows: Rows, entries: Words) ->
     chosen = entries if whole else entries[rows]
     source = _words(pte.frames_of(chosen), BOTH) | pte.masked(chosen, pte.WRITE)
     if mm is not None:
-        mm.table.put(migration.pages if whole else migration.pages[rows], _waiting(chosen))
+        mm.table.scatter(migration.pages if whole else migration.pages[rows], _waiting(chosen))
         migration.saved[rows] = chosen
     migration.source[rows] = source
     memory = None if mm is None else mm.memory
     for mapped in migration.others:
-        mapped.mm.table.put(mapped.pages, _waiting(mapped.entries))
+        mapped.mm.table.scatter(mapped.pages, _waiting(mapped.entries))
         memory = mapped.mm.memory
     if memory is None:
         return
@@ -254,7 +254,7 @@ def _insert(mm: Mm, migration: Migration) -> None:
     if len(rows) == 0:
         return
     pages = migration.pages[rows]
-    entries = mm.table.take(pages)
+    entries = mm.table.gather(pages)
     ready = (entries == 0) | (entries & (pte.KIND | pte.SPECIAL) == pte.PRESENT | pte.SPECIAL)
     bits = np.zeros(len(rows), np.uint64)
     index = pages.copy()
@@ -275,7 +275,7 @@ def _insert(mm: Mm, migration: Migration) -> None:
     if len(rows) == 0:
         return
     frames = _frames(migration.target[rows])
-    mm.table.put(pages, pte.entries_of(pte.NONE, frames) | bits)
+    mm.table.scatter(pages, pte.entries_of(pte.NONE, frames) | bits)
     migration.source[rows] |= bits & MIGRATE_PFN_WRITE
     migration.saved[rows] = entries
     mm.rss += len(rows)
@@ -294,9 +294,9 @@ def restore(memory: PhysicalMemory, mm: Mm | None, migration: Migration) -> None
     empty = np.flatnonzero(going & (migration.source & MIGRATE_PFN_VALID == 0))
     if len(empty) and mm is not None:
         pages, frames = migration.pages[empty], _frames(migration.target[empty])
-        entries = mm.table.take(pages)
+        entries = mm.table.gather(pages)
         there = (entries & pte.KIND == pte.MIGRATION) & (pte.frames_of(entries) == frames)
-        mm.table.put(pages[there], migration.saved[empty][there])
+        mm.table.scatter(pages[there], migration.saved[empty][there])
         mm.rss -= int(np.count_nonzero(there))
     for zone, _, where in memory.groups(_frames(migration.target[going & (migration.target != 0)])):
         zone.flags[where] = 0
@@ -353,14 +353,14 @@ def _private(memory: PhysicalMemory, frames: Words) -> Flags:
 
 def _replace(mm: Mm, pages: Words, held: Words, final: Words, private: Flags) -> npt.NDArray[np.int32]:
     """Migration entries at `pages` that still hold the frames `held` become entries of `final`; 1 for each that did."""
-    entries = mm.table.take(pages)
+    entries = mm.table.gather(pages)
     there = (entries & pte.KIND == pte.MIGRATION) & (pte.frames_of(entries) == held)
     kinds = np.where(private, np.uint64(pte.DEVICE), np.uint64(pte.PRESENT))
     new = pte.masked(entries, pte.BITS & ~pte.KIND) | pte.entries_of(pte.NONE, final) | kinds
     if there.all():
-        mm.table.put(pages, new)
+        mm.table.scatter(pages, new)
     else:
-        mm.table.put(pages[there], new[there])
+        mm.table.scatter(pages[there], new[there])
     count: npt.NDArray[np.int32] = there.astype(np.int32)
     return count
 

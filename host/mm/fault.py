@@ -64,7 +64,7 @@ def touch(mm: Mm, vma: Vma, pages: Words, write: bool, keep: slice | None = None
 
     `keep`: positions that the caller overwrites whole, so that new frames need not be zeroed. Raises KernelError(ENOMEM).
     """
-    entries = mm.table.take(pages)
+    entries = mm.table.gather(pages)
     if _settled(mm, pages, entries, write):
         return Touched(len(pages))
     causes = _causes(mm, entries, write)
@@ -118,7 +118,7 @@ def _settled(mm: Mm, pages: Words, entries: Words, write: bool) -> bool:
         if not bool((entries & pte.KIND == pte.PRESENT).all()):
             return False
     if not bool((entries & bits == bits).all()):
-        mm.table.put(pages, pte.with_bits(entries, bits))
+        mm.table.scatter(pages, pte.with_bits(entries, bits))
     return True
 
 
@@ -145,7 +145,7 @@ def _settle(mm: Mm, vma: Vma, pages: Words, entries: Words, write: bool, keep: s
         if write:
             reused = entries[there & (entries & (pte.WRITE | pte.ANON_EXCLUSIVE) == 0)]
             mm.memory.move_anon(pte.frames_of(reused), vma.anon)
-        mm.table.put(pages[there], pte.with_bits(entries[there], bits))
+        mm.table.scatter(pages[there], pte.with_bits(entries[there], bits))
 
 
 def _populate(mm: Mm, vma: Vma, pages: Words, empty: npt.NDArray[np.bool_], write: bool, keep: slice | None) -> None:
@@ -153,7 +153,7 @@ def _populate(mm: Mm, vma: Vma, pages: Words, empty: npt.NDArray[np.bool_], writ
     whole = bool(empty.all())
     new = pages if whole else pages[empty]
     if not write:
-        mm.table.put(new, pte.entry(pte.PRESENT, ZERO_FRAME, pte.ZERO_ENTRY))
+        mm.table.scatter(new, pte.entry(pte.PRESENT, ZERO_FRAME, pte.ZERO_ENTRY))
         return
     if keep is not None and not whole:
         before = np.cumsum(empty)
@@ -169,14 +169,14 @@ def make(mm: Mm, vma: Vma, pages: Words, bits: int, keep: slice | None = None) -
         raise _out_of_memory(mm, len(pages))
     index = mm.anon_index(vma, pages)
     mm.memory.map_new(frames, vma.anon, index)
-    mm.table.put(pages, pte.entries_of(pte.PRESENT, frames, bits))
+    mm.table.scatter(pages, pte.entries_of(pte.PRESENT, frames, bits))
     mm.rss += len(pages)
     return frames
 
 
 def break_cow(mm: Mm, vma: Vma, pages: Words) -> None:
     """do_wp_page's copy: a private page for each of `pages` that is still present and read-only. The mirrors have been told."""
-    entries = mm.table.take(pages)
+    entries = mm.table.gather(pages)
     still = entries & (pte.KIND | pte.WRITE) == pte.PRESENT
     pages, entries = pages[still], entries[still]
     if len(pages) == 0:
@@ -215,29 +215,29 @@ def set_exclusive(mm: Mm, pages: Words) -> int:
 
     The entry forgets young and dirty; what it becomes again is clean and old but for what `restore_exclusive` adds.
     """
-    entries = mm.table.take(pages)
+    entries = mm.table.gather(pages)
     ready = entries & (pte.KIND | pte.WRITE) == pte.WRITABLE
     count = len(pages) if ready.all() else int(np.argmin(ready))
     if count:
         kept = entries[:count] & ~np.uint64(pte.KIND | pte.YOUNG | pte.DIRTY)
-        mm.table.put(pages[:count], pte.with_bits(kept, pte.EXCLUSIVE))
+        mm.table.scatter(pages[:count], pte.with_bits(kept, pte.EXCLUSIVE))
     return count
 
 
 def restore_exclusive(mm: Mm, pages: Words) -> None:
     """remove_device_exclusive_entry: those of `pages` that a device holds exclusively are ordinary again. The device has been told."""
-    entries = mm.table.take(pages)
+    entries = mm.table.gather(pages)
     held = entries & pte.KIND == pte.EXCLUSIVE
     back = entries[held] ^ np.uint64(pte.EXCLUSIVE ^ pte.PRESENT)
     back[back & pte.WRITE != 0] |= np.uint64(pte.DIRTY)
     if len(back):
-        mm.table.put(pages[held], back)
+        mm.table.scatter(pages[held], back)
 
 
 def zap(mm: Mm, pages: Words) -> None:
     """Drop what is mapped at `pages` (zap_pte_range); last references go back to the allocator or the driver."""
-    entries = mm.table.take(pages)
-    mm.table.put(pages, 0)
+    entries = mm.table.gather(pages)
+    mm.table.scatter(pages, 0)
     kinds = entries & pte.KIND
     counted = (kinds != pte.NONE) & (kinds != pte.MARKER) & (entries & pte.SPECIAL == 0)
     mm.rss -= int(np.count_nonzero(counted))

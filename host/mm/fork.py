@@ -44,7 +44,7 @@ def copy_entries(parent: Mm, child: Mm, vma: Vma) -> None:
         if len(pages):
             where = pages.astype(np.intp)
             theirs = _share(parent, child, vma, part, where, pages + np.uint64(first))
-            child.table.put(pages + np.uint64(first), theirs)
+            child.table.scatter(pages + np.uint64(first), theirs)
 
 
 def _share(parent: Mm, child: Mm, vma: Vma, part: Words, where: np.ndarray[tuple[int], np.dtype[np.intp]], pages: Words) -> Words:

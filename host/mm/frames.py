@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hmmnet.arena import MAP_NORESERVE, Arena, Bytes
-from hmmnet.pages import DEVICE_ZONE_MIN, PAGE_SHIFT, PAGE_SIZE, ZERO_FRAME, ZONE_SHIFT, ZONES_MAX, Words, is_one_run, run_bounds
+from hmmnet.pages import DEVICE_ZONE_MIN, PAGE_SHIFT, PAGE_SIZE, ZERO_FRAME, ZONE_SHIFT, ZONES_MAX, Words, ascending, is_one_run, run_bounds
 from hmmnet.runs import RunAllocator
 
 if TYPE_CHECKING:
@@ -143,8 +143,7 @@ class HostZone(Zone):
 
     def release(self, frames: Words) -> None:
         """Frames without references go back to the allocator."""
-        if len(frames) > 1 and not is_one_run(frames):
-            frames = np.sort(frames)
+        frames = ascending(frames)
         self.allocator.free(frames)
         self._free_committed += len(frames)
         if self._free_committed > FREE_COMMITTED_PAGES_MAX:

@@ -39,7 +39,7 @@ class Pins(CpuAccess):
                 await self._fault_pages(pages, write=write)
                 if pin and not write:
                     await self._unshare(pages, longterm=longterm)
-                entries = self.mm.table.take(pages)
+                entries = self.mm.table.gather(pages)
                 if bool((pte.kinds_of(entries) == pte.PRESENT).all()):
                     break
         frames = pte.frames_of(entries)
@@ -69,7 +69,7 @@ class Pins(CpuAccess):
 
     async def _unshare(self, pages: Words, *, longterm: bool) -> None:
         """FAULT_FLAG_UNSHARE for a read-only pin: a page of the process's own, not writable, where it shares one."""
-        entries = self.mm.table.take(pages)
+        entries = self.mm.table.gather(pages)
         alone = entries & pte.ANON_EXCLUSIVE != 0
         zero = entries & pte.SPECIAL != 0
         for page in pages[~alone & (longterm | ~zero) & (pte.kinds_of(entries) == pte.PRESENT)].tolist():

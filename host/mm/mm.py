@@ -10,9 +10,9 @@ from collections.abc import Callable
 
 from hmmnet.errors import SegmentationFault
 from hmmnet.pages import PAGE_SHIFT, Words
+from hmmnet.sparse import SparseTable
 
 from .frames import PhysicalMemory
-from .pagetable import PageTable
 from .vma import Vma, VmaTree
 
 
@@ -24,7 +24,8 @@ class Mm:
         self.memory = memory
         self.family = family or number
         self.vmas = VmaTree()
-        self.table = PageTable()
+        self.table = SparseTable()
+        """The page table: virtual page -> entry (`pte`)."""
         self.rss = 0
         """Anonymous pages mapped, wherever they live; those on a device count too."""
         self.migration_ended: Callable[[], None] | None = None

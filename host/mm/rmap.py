@@ -89,7 +89,7 @@ def _in_process(mm: Mm, rows: Rows, indices: Words, frames: Words) -> Iterator[M
 
 
 def _look(mm: Mm, rows: Rows, pages: Words, frames: Words) -> Mapped:
-    entries = mm.table.take(pages)
+    entries = mm.table.gather(pages)
     kinds = entries & pte.KIND
     hit = (pte.frames_of(entries) == frames) & (
         ((kinds == pte.PRESENT) & (entries & pte.SPECIAL == 0)) | (kinds == pte.DEVICE) | (kinds == pte.EXCLUSIVE)

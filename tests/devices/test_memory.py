@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hmmnet.devices.memory import Memory
+from hmmnet.devices.memory import IDLE_ROUNDS, Memory
 from hmmnet.errors import ProtocolError
 from hmmnet.pages import PAGE_SIZE, ZONE_SHIFT, Words, to_wire
 
@@ -72,20 +72,27 @@ def test_a_frame_that_data_landed_in_is_dirty_even_if_unused(memory: Memory) -> 
     assert not memory.page_bytes(int(again[0])).any()
 
 
+def idle(memory: Memory) -> int:
+    """Let all freed frames become idle, and discard them."""
+    for _ in range(IDLE_ROUNDS):
+        memory.grow_older()
+    return memory.discard_idle()
+
+
 def test_idle_memory_goes_back_and_is_clean(memory: Memory) -> None:
     """Long freed runs are given to the operating system and read zero; short ones are cleared when wanted."""
     frames = granted(memory, 32)
     memory.keep(frames)
     fill(memory, frames, 1)
     memory.free(to_wire(frames))
-    assert memory.discard_idle() == 32
-    assert not memory.has_idle
+    assert idle(memory) == 32
+    assert not memory.has_freed
     assert not memory.page_bytes(int(frames[5])).any()
     lone = granted(memory, 1)
     memory.keep(lone)
     fill(memory, lone, 2)
     memory.free(to_wire(lone))
-    assert memory.discard_idle() == 0
+    assert idle(memory) == 0
     again = granted(memory, 1)
     memory.landing(b"", to_wire(again))
     assert not memory.page_bytes(int(again[0])).any()
@@ -99,8 +106,27 @@ def test_reused_frames_are_not_discarded(memory: Memory) -> None:
     again = granted(memory, 32)
     memory.keep(again)
     fill(memory, again, 9)
-    assert memory.discard_idle() == 0
+    assert idle(memory) == 0
     assert memory.page_bytes(int(again[31]))[100] == 9
+
+
+def test_frames_freed_lately_are_not_discarded(memory: Memory) -> None:
+    """Not before their time, and not with the batch that they were freed in the time before."""
+    frames = granted(memory, 32)
+    memory.keep(frames)
+    memory.free(to_wire(frames))
+    memory.grow_older()
+    assert not memory.has_idle
+    assert memory.discard_idle() == 0
+    memory.keep(granted(memory, 16))
+    fill(memory, frames, 3)
+    memory.free(to_wire(frames[:16]))
+    for _ in range(IDLE_ROUNDS - 1):
+        memory.grow_older()
+    assert memory.discard_idle() == 16
+    assert [memory.page_bytes(frame).any() for frame in frames.tolist()] == [True] * 16 + [False] * 16
+    memory.grow_older()
+    assert memory.discard_idle() == 16
 
 
 @pytest.mark.parametrize("offset", [-1, 256, 1 << 40])
