@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from pathlib import Path
 
 import pytest
 
@@ -23,6 +24,8 @@ from hmmnet.wire.exchange import (
     State,
 )
 
+README = Path(__file__).parents[2] / "hmmnet" / "README.md"
+
 
 def send(exchange: Exchange, now_s: float = 0.0) -> tuple[int, bool]:
     """A new frame, which is its own number; and whether it may go."""
@@ -37,6 +40,19 @@ def numbers(frames: list[bytes]) -> list[int]:
 def test_every_state_and_kind_is_decided() -> None:
     """The table is total: no frame in any state meets a hole."""
     assert set(TRANSITIONS) == set(itertools.product(State, Kind))
+
+
+def test_the_table_is_drawn_as_it_is() -> None:
+    """hmmnet/README.md shows the transitions; when they change, what to put there is what this test prints."""
+    drawn = [f"| frame | {' | '.join(state.name for state in State)} |", "| --- |" + " --- |" * len(State)]
+    for kind in Kind:
+        cells = []
+        for state in State:
+            after, action = TRANSITIONS[state, kind]
+            cells.append(action.name.lower().replace("_", " ") + ("" if after is state else f" → {after.name}"))
+        drawn.append(f"| {kind.name} | {' | '.join(cells)} |")
+    print("\n".join(drawn))
+    assert "\n".join(drawn) in README.read_text()
 
 
 def test_over_is_final() -> None:
