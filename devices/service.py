@@ -10,10 +10,8 @@ SIGINT. The same `serve` runs inside another trio run, over memory channels, for
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
-import signal
 import stat
 import sys
 import time
@@ -27,6 +25,7 @@ import trio
 from hmmnet.errors import HmmnetError, PeerGone, PeerLost
 from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.fabric.dma import BulkReceiver, BulkSender
+from hmmnet.lifeline import stop_on_signal
 from hmmnet.observe.logs import log_to
 from hmmnet.wire.client import connect
 from hmmnet.wire.messages import PROTOCOL_VERSION, Hello, Welcome
@@ -153,36 +152,29 @@ def run_device(settings: dict[str, Any]) -> int:
 
 async def _process(settings: Settings, secret: bytes) -> PeerLost | None:
     """Serve; None when a signal or the end of stdin came first."""
+    from hmmnet.wire.allocator import give_back_buffers
     from hmmnet.wire.zmq_transport import ZmqTransport
 
     lost: PeerLost | None = None
     try:
         with ZmqTransport() as transport:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(_stop_on_signal, nursery.cancel_scope)
+                nursery.start_soon(stop_on_signal, nursery.cancel_scope)
                 if stdin_is_a_pipe():
                     nursery.start_soon(_stop_with_stdin, nursery.cancel_scope)
                 lost = await serve(
-                    transport, settings.endpoint, settings.name, secret, time.time_ns(), connect_s=settings.connect_s, trim=trim_heap
+                    transport,
+                    settings.endpoint,
+                    settings.name,
+                    secret,
+                    time.time_ns(),
+                    connect_s=settings.connect_s,
+                    trim=give_back_buffers,
                 )
                 nursery.cancel_scope.cancel()
     except BaseExceptionGroup as group:
         raise single(group) from None
     return lost
-
-
-def trim_heap() -> None:
-    """Give freed heap back: glibc is told to keep it, because message buffers come and go, but an idle device shall be small."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
-async def _stop_on_signal(scope: trio.CancelScope) -> None:
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        async for number in signals:
-            log.info("ending on %s", signal.Signals(number).name)
-            scope.cancel()
 
 
 def stdin_is_a_pipe() -> bool:

@@ -8,10 +8,15 @@ process that reads, but works whoever started it.
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import signal
 
+import trio
+
 PR_SET_PDEATHSIG = 1
+
+log = logging.getLogger("hmmnet.lifeline")
 
 
 def die_with_parent(parent_pid: int | None = None, signal_number: int = signal.SIGKILL) -> None:
@@ -23,3 +28,11 @@ def die_with_parent(parent_pid: int | None = None, signal_number: int = signal.S
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal_number, 0, 0, 0)
     if parent_pid is not None and os.getppid() != parent_pid:
         os._exit(1)
+
+
+async def stop_on_signal(scope: trio.CancelScope) -> None:
+    """Cancel `scope` at SIGTERM or SIGINT, again at each further one; runs until it is cancelled."""
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async for number in signals:
+            log.info("ending on %s", signal.Signals(number).name)
+            scope.cancel()

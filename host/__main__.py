@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -22,7 +21,7 @@ import trio
 from hmmnet.errors import HmmnetError, KernelError
 from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.fabric.measure import automatic_rate
-from hmmnet.lifeline import die_with_parent
+from hmmnet.lifeline import die_with_parent, stop_on_signal
 from hmmnet.observe.logs import log_to
 from hmmnet.topology import Topology
 from hmmnet.wire.secrets import read_secret
@@ -112,7 +111,7 @@ async def process() -> None:
     """The whole process."""
     async with trio.open_nursery() as nursery:
         obeying = trio.CancelScope()
-        nursery.start_soon(_stop_on_signal, obeying)
+        nursery.start_soon(stop_on_signal, obeying)
         commands = lines(os.dup(0))
         try:
             first = await anext(commands, None)
@@ -134,13 +133,6 @@ def decode_config(line: bytes) -> Config:
         return msgspec.json.decode(line, type=Config)
     except msgspec.MsgspecError as error:
         raise HmmnetError(f"the host's configuration is wrong: {error}") from error
-
-
-async def _stop_on_signal(scope: trio.CancelScope) -> None:
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        async for number in signals:
-            log.info("ending on %s", signal.Signals(number).name)
-            scope.cancel()
 
 
 def main() -> int:

@@ -30,3 +30,10 @@ def keep_freed_buffers() -> bool:
         return False
     mallopt.argtypes, mallopt.restype = (ctypes.c_int, ctypes.c_int), ctypes.c_int
     return bool(mallopt(_M_TRIM_THRESHOLD, KEPT_BYTES_MAX) and mallopt(_M_MMAP_THRESHOLD, MAPPED_BYTES_MIN))
+
+
+def give_back_buffers() -> None:
+    """Give what `keep_freed_buffers` has kept back to the operating system: when nothing moves, a process shall be small."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

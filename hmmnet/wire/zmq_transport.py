@@ -15,7 +15,7 @@ import ipaddress
 import os
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -260,37 +260,38 @@ class ZmqTransport:
 
     def _bind(self, socket: zmq.Socket[bytes], endpoint: str) -> tuple[Bridge, str]:
         """Bind, and tell the endpoint that peers connect to."""
-        try:
+        with _usable(socket, "listen at", endpoint):
             check_endpoint(endpoint, self._curve is not None)
             if self._curve is not None and endpoint.startswith("tcp:"):
                 socket.setsockopt(zmq.CURVE_SERVER, 1)
                 socket.setsockopt(zmq.CURVE_SECRETKEY, self._curve.host_secret)
             socket.bind(endpoint)
-        except zmq.ZMQError as failure:
-            socket.close(0)
-            raise HmmnetError(f"cannot listen at {endpoint}: {failure}") from failure
-        except HmmnetError:
-            socket.close(0)
-            raise
         bound: bytes = socket.getsockopt(zmq.LAST_ENDPOINT)  # type: ignore[assignment]
         on_close = _guard(Path(endpoint[6:])) if endpoint.startswith("ipc://") else None
         return self._bridge(socket, on_close), bound.rstrip(b"\0").decode()
 
     def _connect(self, socket: zmq.Socket[bytes], endpoint: str) -> ZmqChannel:
-        try:
+        with _usable(socket, "connect to", endpoint):
             check_endpoint(endpoint, self._curve is not None)
             if self._curve is not None and endpoint.startswith("tcp:"):
                 socket.setsockopt(zmq.CURVE_SERVERKEY, self._curve.host_public)
                 socket.setsockopt(zmq.CURVE_PUBLICKEY, self._curve.peer_public)
                 socket.setsockopt(zmq.CURVE_SECRETKEY, self._curve.peer_secret)
             socket.connect(endpoint)
-        except zmq.ZMQError as failure:
-            socket.close(0)
-            raise HmmnetError(f"cannot connect to {endpoint}: {failure}") from failure
-        except HmmnetError:
-            socket.close(0)
-            raise
         return ZmqChannel(self._bridge(socket), endpoint)
+
+
+@contextlib.contextmanager
+def _usable(socket: zmq.Socket[bytes], deed: str, endpoint: str) -> Iterator[None]:
+    """Close a socket that cannot be used after all. Raises HmmnetError."""
+    try:
+        yield
+    except zmq.ZMQError as failure:
+        socket.close(0)
+        raise HmmnetError(f"cannot {deed} {endpoint}: {failure}") from failure
+    except HmmnetError:
+        socket.close(0)
+        raise
 
 
 def _guard(path: Path) -> Callable[[], None]:
