@@ -14,14 +14,14 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
-from itertools import pairwise
 
 import numpy as np
 
 from hmmnet.errors import BusError, KernelError, PeerError
 from hmmnet.observe.counters import CPU_FAULT, Profile
-from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, Words, ascending, run_bounds
+from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, Words
 
+from .announce import announced, clear
 from .interfaces import DeviceLink, Event, Migration, Select
 from .migrate import MIGRATE, SHIFT, VALID, MigrateVma, Outcome
 from .mm import single
@@ -32,8 +32,6 @@ from .mm.space import Space
 
 HOME_PAGES_MAX = 1 << 16
 """Pages of one explicit migration home (256 MiB): bounds the host frames allocated before anything has landed."""
-EXACT_RUNS_MAX = 64
-"""Runs of pages up to which an eviction announces each by itself; beyond, one announcement spans them all."""
 
 
 class HostFrames:
@@ -74,7 +72,7 @@ class Homing:
     ) -> None:
         self._memory = memory
         self._links = links
-        self._spaces = spaces
+        self.spaces = spaces
         self._context_of = context_of
         self._profile = profile
         self._now = now
@@ -94,9 +92,7 @@ class Homing:
             if len(pages) == 1:
                 moved = await self._home_one(space, link, first)
             else:
-                async with space.hub.invalidate(Event.MIGRATE, first, int(pages[-1]) + 1, zone):
-                    migration = space.collect(pages, Select.DEVICE_PRIVATE, zone)
-                moved = await self._bring(space, link, migration)
+                moved = await self._bring(space, link, await self._collect(space, pages, zone))
         except PeerError as error:
             raise self._lost(space, first, zone, str(error)) from error
         if moved:
@@ -106,6 +102,10 @@ class Homing:
         owner = self._memory.zones[zone].owner if zone in self._memory.zones else f"zone {zone}"
         why = f'page 0x{page:x} of process {space.number} has its only copy on device "{owner}" and cannot come home: {cause}'
         return BusError(page << PAGE_SHIFT, why)
+
+    async def _collect(self, space: Space, pages: Words, zone: int) -> Migration:
+        async with announced(space, self.spaces, pages, Select.DEVICE_PRIVATE, zone) as told:
+            return space.collect(pages, Select.DEVICE_PRIVATE, zone, told=told)
 
     async def _bring(self, space: Space, link: DeviceLink, migration: Migration) -> int:
         """Copy and change over what `migration` collected; returns how many pages moved."""
@@ -140,10 +140,8 @@ class Homing:
         zone, mm, target = link.zone, space.mm, 0
         async with space.hub.invalidate(Event.MIGRATE, page, page + 1, zone):
             frame = single.take(mm, page, zone)
-            migration = None if frame is not None else space.collect(np.array((page,), dtype=np.uint64), Select.DEVICE_PRIVATE, zone)
         if frame is None:
-            assert migration is not None, "collected a moment ago"
-            return await self._bring(space, link, migration)
+            return await self._bring(space, link, await self._collect(space, np.array((page,), dtype=np.uint64), zone))
 
         def allocate() -> int:
             nonlocal target
@@ -174,7 +172,7 @@ class Homing:
                     space.check_migratable(page, stop)
                 except KernelError as error:
                     return Outcome(words, error.code)
-                work = MigrateVma(space, Select.DEVICE_PRIVATE, link.zone)
+                work = MigrateVma(space, self.spaces, Select.DEVICE_PRIVATE, link.zone)
                 await work.setup(page, stop)
                 part = work.parts[0]
                 await self._bring(space, link, part)
@@ -190,11 +188,7 @@ class Homing:
         async with AsyncExitStack() as stack:
             told: set[int] = set()
             for mapped in mappings(self._memory, frames):
-                space = self._spaces.get(mapped.mm.number)
-                if space is not None:
-                    told.add(space.number)
-                    for start, end in exact_runs(mapped.pages):
-                        await stack.enter_async_context(space.hub.invalidate(Event.CLEAR, start, end))
+                told |= await clear(stack, self.spaces, mapped.mm, mapped.pages)
             migration = collect_frames(self._memory, frames, frozenset(told))
         going = migration.source & MIGRATE != 0
         if not going.any():
@@ -218,12 +212,3 @@ def give_up(memory: PhysicalMemory, space: Space | None, migration: Migration) -
     mm = None if space is None else space.mm
     move(memory, mm, migration)
     finalize(memory, mm, migration)
-
-
-def exact_runs(pages: Words) -> list[tuple[int, int]]:
-    """`pages` as ranges, or as one that spans them when there are too many."""
-    pages = ascending(pages)
-    bounds = run_bounds(pages)
-    if len(bounds) - 1 > EXACT_RUNS_MAX:
-        return [(int(pages[0]), int(pages[-1]) + 1)]
-    return [(int(pages[low]), int(pages[high - 1]) + 1) for low, high in pairwise(bounds)]

@@ -22,6 +22,7 @@ import numpy.typing as npt
 from hmmnet.pages import Words
 
 if TYPE_CHECKING:
+    from .mm.mm import Mm
     from .mm.rmap import Mapped
 
 
@@ -193,8 +194,16 @@ class AddressSpace(Protocol):
         """The argument checks of migrate_vma_setup; [start, end) must lie in one suitable VMA. Raises KernelError(EINVAL)."""
         ...
 
-    def collect(self, pages: Words, select: Select, owner: int, fault_frame: int | None = None) -> Migration:
-        """migrate_vma_collect and migrate_vma_unmap (A4), after the hub was told: installs migration entries, refuses pinned pages."""
+    def sharers(self, pages: Words, select: Select, owner: int) -> list[tuple[Mm, Words]]:
+        """Where pages that several processes share may be mapped, of those that `collect` would take: (process, pages)."""
+        ...
+
+    def collect(
+        self, pages: Words, select: Select, owner: int, fault_frame: int | None = None, told: frozenset[int] = frozenset()
+    ) -> Migration:
+        """migrate_vma_collect and migrate_vma_unmap (A4), after everybody was told (`announce.announced`): installs migration entries,
+        refuses pinned pages and those that a process not in `told` shares.
+        """
         ...
 
     def migrate_pages(self, migration: Migration) -> None:

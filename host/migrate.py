@@ -18,7 +18,7 @@ This file has the steps and the way to a device; `homing.py` has the ways home.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +26,7 @@ import numpy as np
 from hmmnet.errors import KernelError, ProtocolError
 from hmmnet.pages import MIGRATE_PFN_MIGRATE, MIGRATE_PFN_SHIFT, MIGRATE_PFN_VALID, Words
 
+from .announce import announced
 from .interfaces import AddressSpace, DeviceLink, Event, Migration, Select
 from .iommu import Domain
 from .mm.collect import inserts
@@ -56,10 +57,14 @@ def joined(arrays: list[Words]) -> Words:
 
 
 class MigrateVma:
-    """One migration of pages of `space` that is done in the name of zone `owner`. Hold the mmap lock for reading."""
+    """One migration of pages of `space` that is done in the name of zone `owner`. Hold the mmap lock for reading.
 
-    def __init__(self, space: AddressSpace, select: Select, owner: int) -> None:
+    `spaces` are all processes by number: pages that are shared move for everybody who maps them.
+    """
+
+    def __init__(self, space: AddressSpace, spaces: Mapping[int, AddressSpace], select: Select, owner: int) -> None:
         self.space = space
+        self.spaces = spaces
         self.select = select
         self.owner = owner
         self.parts: list[Migration] = []
@@ -78,8 +83,9 @@ class MigrateVma:
             except KernelError as error:
                 self.errno = error.code
                 return
-            async with self.space.hub.invalidate(Event.MIGRATE, page, stop, self.owner):
-                self.parts.append(self.space.collect(np.arange(page, stop, dtype=np.uint64), self.select, self.owner))
+            pages = np.arange(page, stop, dtype=np.uint64)
+            async with announced(self.space, self.spaces, pages, self.select, self.owner) as told:
+                self.parts.append(self.space.collect(pages, self.select, self.owner, told=told))
             page = stop
 
     @property
@@ -169,7 +175,14 @@ says next is looked at: who asked the driver for the migration finds no migratio
 
 
 async def migrate_to_device(
-    space: AddressSpace, link: DeviceLink, domain: Domain, start: int, select: Select, grant: Grant, announce: Announce
+    space: AddressSpace,
+    spaces: Mapping[int, AddressSpace],
+    link: DeviceLink,
+    domain: Domain,
+    start: int,
+    select: Select,
+    grant: Grant,
+    announce: Announce,
 ) -> None:
     """Move pages [start, start + len(grant.frames)) into the frames that the driver granted.
 
@@ -179,7 +192,7 @@ async def migrate_to_device(
     count = len(grant.frames)
     async with space.mmap_lock.read():
         grant.take()
-        work = MigrateVma(space, select, link.zone)
+        work = MigrateVma(space, spaces, select, link.zone)
         try:
             await work.setup(start, start + count)
             await _copy_in(work, link, domain, start, grant.frames)

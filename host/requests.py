@@ -161,7 +161,9 @@ class Requests:
                     del self._table_updates[number]
 
         try:
-            await migrate_to_device(context.space, self._life.link, context.domain, message.start, Select(message.select), grant, announce)
+            await migrate_to_device(
+                context.space, self._homing.spaces, self._life.link, context.domain, message.start, Select(message.select), grant, announce
+            )
         except PeerLost:
             if not replied:
                 raise

@@ -149,7 +149,9 @@ class Bench:
                 await announce(outcome)
             finalize()
 
-        await migrate_to_device(space, self.link, self.domain, address >> PAGE_SHIFT, Select.SYSTEM, grant or self.grant(pages), tell)
+        await migrate_to_device(
+            space, self.spaces, self.link, self.domain, address >> PAGE_SHIFT, Select.SYSTEM, grant or self.grant(pages), tell
+        )
         return told[0]
 
     def lose(self, cause: str) -> None:

@@ -10,7 +10,6 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from hmmnet.errors import BusError, KernelError, PeerError, PeerLost
-from hmmnet.host.homing import exact_runs
 from hmmnet.host.interfaces import Event
 from hmmnet.host.mm.space import Space
 from hmmnet.observe.counters import CPU_FAULT
@@ -250,9 +249,3 @@ async def test_device_lost_during_eviction() -> None:
 
 async def _raise(error: Exception) -> None:
     raise error
-
-
-def test_runs_are_exact_until_there_are_too_many() -> None:
-    """Few runs are announced one by one, many as the range that spans them."""
-    assert exact_runs(words(9, 3, 4, 5)) == [(3, 6), (9, 10)]
-    assert exact_runs(words(*range(0, 400, 2))) == [(0, 399)]

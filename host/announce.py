@@ -1,0 +1,59 @@
+"""Who has to be told before pages move: the mirrors of every process that maps them.
+
+Most pages have one mapping, and the MIGRATE of the process whose range it is tells everybody. After fork pages are shared; then CLEAR is
+announced too, page by page, wherever they may be mapped (try_to_migrate walks the reverse map the same way), the process itself included.
+All announcements stand until the pages are collected, so nobody mirrors one anew in between; who came to share a page after the
+announcements (a further fork) was not told, and `collect` leaves such a page where it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from hmmnet.pages import Words, ascending, run_bounds
+
+from .interfaces import AddressSpace, Event, Select
+
+if TYPE_CHECKING:
+    from .mm.mm import Mm
+
+EXACT_RUNS_MAX = 64
+"""Runs of pages up to which each is announced by itself; beyond, one announcement spans them all."""
+
+
+@asynccontextmanager
+async def announced(
+    space: AddressSpace, spaces: Mapping[int, AddressSpace], pages: Words, select: Select, owner: int
+) -> AsyncIterator[frozenset[int]]:
+    """While the block runs, nobody mirrors `pages` (ascending, of one VMA) that `collect` with the same arguments may take.
+
+    Yields the processes that were told beyond their own MIGRATE, for `collect`. Hold the mmap lock for reading.
+    """
+    async with AsyncExitStack() as stack:
+        told = set()
+        for mm, places in space.sharers(pages, select, owner):
+            told |= await clear(stack, spaces, mm, places)
+        await stack.enter_async_context(space.hub.invalidate(Event.MIGRATE, int(pages[0]), int(pages[-1]) + 1, owner))
+        yield frozenset(told)
+
+
+async def clear(stack: AsyncExitStack, spaces: Mapping[int, AddressSpace], mm: Mm, pages: Words) -> set[int]:
+    """Announce CLEAR for `pages` of a process until `stack` is left; its number, or nothing when it has ended."""
+    space = spaces.get(mm.number)
+    if space is None:
+        return set()
+    for start, end in exact_runs(pages):
+        await stack.enter_async_context(space.hub.invalidate(Event.CLEAR, start, end))
+    return {mm.number}
+
+
+def exact_runs(pages: Words) -> list[tuple[int, int]]:
+    """`pages` as ranges, or as one that spans them when there are too many."""
+    pages = ascending(pages)
+    bounds = run_bounds(pages)
+    if len(bounds) - 1 > EXACT_RUNS_MAX:
+        return [(int(pages[0]), int(pages[-1]) + 1)]
+    return [(int(pages[low]), int(pages[high - 1]) + 1) for low, high in pairwise(bounds)]
