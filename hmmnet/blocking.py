@@ -21,7 +21,7 @@ import outcome
 import trio
 
 from hmmnet.errors import HmmnetError
-from hmmnet.program import Handle, IoctlResult, JobResult, Machine, Process, Residency
+from hmmnet.program import Handle, IoctlResult, JobResult, Machine, PageReferences, Process, Residency
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -146,6 +146,7 @@ class BlockingHandle:
 
     def __init__(self, handle: Handle, loop: Blocking[Any]) -> None:
         self.device = handle.device
+        self.number = handle.number
         self._handle = handle
         self._loop = loop
 
@@ -158,6 +159,23 @@ class BlockingHandle:
         self._loop.call(self._handle.close)
 
 
+class BlockingReferences:
+    """See `hmmnet.program.PageReferences`."""
+
+    def __init__(self, held: PageReferences, loop: Blocking[Any]) -> None:
+        self.count = held.count
+        self._held = held
+        self._loop = loop
+
+    def read(self, pages: int, first: int = 0) -> bytes:
+        """See `PageReferences.read`."""
+        return self._loop.call(self._held.read, pages, first)
+
+    def put(self) -> None:
+        """See `PageReferences.put`."""
+        self._loop.call(self._held.put)
+
+
 class BlockingProcess:
     """See `hmmnet.program.Process`."""
 
@@ -166,9 +184,16 @@ class BlockingProcess:
         self._process = process
         self._loop = loop
 
-    def mmap(self, length: int, protection: str = "rw", address: int | None = None) -> int:
+    @property
+    def handles(self) -> dict[int, BlockingHandle]:
+        """See `Process.handles`."""
+        return {
+            number: BlockingHandle(handle, self._loop) for number, handle in self._loop.ask(lambda: dict(self._process.handles)).items()
+        }
+
+    def mmap(self, length: int, protection: str = "rw", address: int | None = None, *, populate: bool = False) -> int:
         """See `Process.mmap`."""
-        return self._loop.call(self._process.mmap, length, protection, address)
+        return self._loop.call(self._process.mmap, length, protection, address, populate=populate)
 
     def munmap(self, address: int, length: int) -> None:
         """See `Process.munmap`."""
@@ -181,6 +206,25 @@ class BlockingProcess:
     def madvise(self, address: int, length: int, advice: str) -> None:
         """See `Process.madvise`."""
         self._loop.call(self._process.madvise, address, length, advice)
+
+    def mlock(self, address: int, length: int) -> None:
+        """See `Process.mlock`."""
+        self._loop.call(self._process.mlock, address, length)
+
+    def munlock(self, address: int, length: int) -> None:
+        """See `Process.munlock`."""
+        self._loop.call(self._process.munlock, address, length)
+
+    def mremap(self, address: int, old: int, new: int, target: int | None = None, *, may_move: bool = True, dontunmap: bool = False) -> int:
+        """See `Process.mremap`."""
+        return self._loop.call(self._process.mremap, address, old, new, target, may_move=may_move, dontunmap=dontunmap)
+
+    def get_user_pages(
+        self, address: int, pages: int, *, write: bool = False, pin: bool = False, longterm: bool = False
+    ) -> BlockingReferences:
+        """See `Process.get_user_pages`."""
+        held = self._loop.call(self._process.get_user_pages, address, pages, write=write, pin=pin, longterm=longterm)
+        return BlockingReferences(held, self._loop)
 
     def malloc(self, length: int) -> int:
         """See `Process.malloc`."""
@@ -225,6 +269,10 @@ class BlockingProcess:
     def migrate(self, address: int, length: int, to: str) -> int:
         """See `Process.migrate`."""
         return self._loop.call(self._process.migrate, address, length, to)
+
+    def fork(self) -> BlockingProcess:
+        """See `Process.fork`."""
+        return BlockingProcess(self._loop.call(self._process.fork), self._loop)
 
     def exit(self) -> None:
         """See `Process.exit`."""

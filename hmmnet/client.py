@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from hmmnet.errors import HmmnetError
 from hmmnet.launcher.directory import running_machine
+from hmmnet.pages import PAGE_SIZE
 from hmmnet.program import IoctlResult, JobResult, Residency
 from hmmnet.wire.client import connect
 from hmmnet.wire.messages import PROTOCOL_VERSION, Call, Hello, Rate, Result, Welcome
@@ -76,10 +77,12 @@ def _cut(length: int, step: int) -> Iterator[tuple[int, int]]:
 class RemoteHandle:
     """See `hmmnet.program.Handle`."""
 
-    def __init__(self, calls: Calls, process: int, device: str, number: int) -> None:
+    def __init__(self, calls: Calls, process: RemoteProcess, device: str, number: int) -> None:
         self.device = device
+        self.number = number
         self._calls = calls
-        self._where: dict[str, Any] = {"process": process, "handle": number}
+        self._process = process
+        self._where: dict[str, Any] = {"process": process.pid, "handle": number}
 
     async def ioctl(self, command: str, address: int, pages: int, data: bytes = b"", flags: int = 0) -> IoctlResult:
         """See `Handle.ioctl`."""
@@ -95,7 +98,32 @@ class RemoteHandle:
 
     async def close(self) -> None:
         """See `Handle.close`."""
+        self._process.handles.pop(self.number, None)
         await self._calls.call("close", **self._where)
+
+
+class RemoteReferences:
+    """See `hmmnet.program.PageReferences`."""
+
+    def __init__(self, calls: Calls, process: int, reference: int, count: int) -> None:
+        self.count = count
+        self._calls = calls
+        self._where: dict[str, Any] = {"process": process, "reference": reference}
+        self._held = True
+
+    async def read(self, pages: int, first: int = 0) -> bytes:
+        """See `PageReferences.read`."""
+
+        def begin(offset: int, count: int) -> PendingReply:
+            return self._calls.begin("read_pages", first=first + offset, pages=count, **self._where)
+
+        return b"".join([data async for _, data in self._calls.pieces(begin, pages, CHUNK_BYTES // PAGE_SIZE)])
+
+    async def put(self) -> None:
+        """See `PageReferences.put`."""
+        if self._held:
+            self._held = False
+            await self._calls.call("put_pages", **self._where)
 
 
 class RemoteProcess:
@@ -103,11 +131,13 @@ class RemoteProcess:
 
     def __init__(self, calls: Calls, pid: int) -> None:
         self.pid = pid
+        self.handles: dict[int, RemoteHandle] = {}
         self._calls = calls
 
-    async def mmap(self, length: int, protection: str = "rw", address: int | None = None) -> int:
+    async def mmap(self, length: int, protection: str = "rw", address: int | None = None, *, populate: bool = False) -> int:
         """See `Process.mmap`."""
-        return int((await self._calls.call("mmap", process=self.pid, length=length, protection=protection, address=address))[0])
+        where: dict[str, Any] = {"length": length, "protection": protection, "address": address, "populate": populate}
+        return int((await self._calls.call("mmap", process=self.pid, **where))[0])
 
     async def munmap(self, address: int, length: int) -> None:
         """See `Process.munmap`."""
@@ -120,6 +150,29 @@ class RemoteProcess:
     async def madvise(self, address: int, length: int, advice: str) -> None:
         """See `Process.madvise`."""
         await self._calls.call("madvise", process=self.pid, address=address, length=length, advice=advice)
+
+    async def mlock(self, address: int, length: int) -> None:
+        """See `Process.mlock`."""
+        await self._calls.call("mlock", process=self.pid, address=address, length=length)
+
+    async def munlock(self, address: int, length: int) -> None:
+        """See `Process.munlock`."""
+        await self._calls.call("munlock", process=self.pid, address=address, length=length)
+
+    async def mremap(
+        self, address: int, old: int, new: int, target: int | None = None, *, may_move: bool = True, dontunmap: bool = False
+    ) -> int:
+        """See `Process.mremap`."""
+        where: dict[str, Any] = {"address": address, "old": old, "new": new, "target": target, "may_move": may_move, "dontunmap": dontunmap}
+        return int((await self._calls.call("mremap", process=self.pid, **where))[0])
+
+    async def get_user_pages(
+        self, address: int, pages: int, *, write: bool = False, pin: bool = False, longterm: bool = False
+    ) -> RemoteReferences:
+        """See `Process.get_user_pages`; at most 16384 pages at once."""
+        how: dict[str, Any] = {"write": write, "pin": pin, "longterm": longterm}
+        held, _ = await self._calls.call("get_user_pages", process=self.pid, address=address, pages=pages, **how)
+        return RemoteReferences(self._calls, self.pid, held["reference"], held["count"])
 
     async def malloc(self, length: int) -> int:
         """See `Process.malloc`."""
@@ -183,7 +236,8 @@ class RemoteProcess:
     async def open(self, device: str) -> RemoteHandle:
         """See `Process.open`."""
         number, _ = await self._calls.call("open", process=self.pid, device=device)
-        return RemoteHandle(self._calls, self.pid, device, number)
+        handle = self.handles[number] = RemoteHandle(self._calls, self, device, number)
+        return handle
 
     async def launch(self, kernel: str, device: str, placement: str = "demand", **arguments: Any) -> JobResult:
         """See `Process.launch`."""
@@ -194,8 +248,17 @@ class RemoteProcess:
         """See `Process.migrate`."""
         return int((await self._calls.call("migrate", process=self.pid, address=address, length=length, to=to))[0])
 
+    async def fork(self) -> RemoteProcess:
+        """See `Process.fork`."""
+        made, _ = await self._calls.call("fork", process=self.pid)
+        child = RemoteProcess(self._calls, made["process"])
+        for number, device in made["handles"].items():
+            child.handles[number] = RemoteHandle(self._calls, child, device, number)
+        return child
+
     async def exit(self) -> None:
         """See `Process.exit`."""
+        self.handles.clear()
         await self._calls.call("exit", process=self.pid)
 
 

@@ -41,9 +41,14 @@ class Residency:
 
 @runtime_checkable
 class Handle(Protocol):
-    """An open device, as a file descriptor on its device node; it mirrors the address space of the process that opened it."""
+    """An open device, as a file descriptor on its device node; it mirrors the address space of the process that opened it.
+
+    That stays so when a child inherits it: used in the child, it acts on the memory of the process that opened it.
+    """
 
     device: str
+    number: int
+    """The file descriptor: its key in `Process.handles`."""
 
     async def ioctl(self, command: str, address: int, pages: int, data: bytes = b"", flags: int = 0) -> IoctlResult:
         """Run a device command on ``pages`` pages from byte address `address`. Raises KernelError with the command's errno."""
@@ -55,14 +60,36 @@ class Handle(Protocol):
 
 
 @runtime_checkable
+class PageReferences(Protocol):
+    """References to the pages of a process, as get_user_pages gives them: while they are held, the pages stay where they are."""
+
+    count: int
+    """How many pages were had."""
+
+    async def read(self, pages: int, first: int = 0) -> bytes:
+        """What `pages` pages from the `first` on hold now, whatever the process maps there by now. Raises KernelError(EINVAL)."""
+        ...
+
+    async def put(self) -> None:
+        """Let the pages go. Once; a second call does nothing."""
+        ...
+
+
+@runtime_checkable
 class Process(Protocol):
     """A process of the emulated machine: system calls, memory accesses, jobs. All lengths are in bytes."""
 
     pid: int
 
-    async def mmap(self, length: int, protection: str = "rw", address: int | None = None) -> int:
-        """Anonymous private memory; `protection` of ``rw r rx w none``; at `address` (MAP_FIXED) or where there is room. KernelError as
-        mmap(2).
+    @property
+    def handles(self) -> Mapping[int, Handle]:
+        """The open devices by file descriptor; a child has those of its parent under the same numbers."""
+        ...
+
+    async def mmap(self, length: int, protection: str = "rw", address: int | None = None, *, populate: bool = False) -> int:
+        """Anonymous private memory; `protection` of ``rw r rx w none``; at `address` (MAP_FIXED) or where there is room.
+
+        `populate` faults it in at once as far as that goes (MAP_POPULATE). Raises KernelError as mmap(2).
         """
         ...
 
@@ -76,6 +103,29 @@ class Process(Protocol):
 
     async def madvise(self, address: int, length: int, advice: str) -> None:
         """madvise(2); `advice` without the MADV_ prefix."""
+        ...
+
+    async def mremap(
+        self, address: int, old: int, new: int, target: int | None = None, *, may_move: bool = True, dontunmap: bool = False
+    ) -> int:
+        """mremap(2) of `old` bytes to `new`; to `target` (MREMAP_FIXED) when that is given. Returns where they are."""
+        ...
+
+    async def mlock(self, address: int, length: int) -> None:
+        """mlock(2): fault the range in and keep it."""
+        ...
+
+    async def munlock(self, address: int, length: int) -> None:
+        """munlock(2)."""
+        ...
+
+    async def get_user_pages(
+        self, address: int, pages: int, *, write: bool = False, pin: bool = False, longterm: bool = False
+    ) -> PageReferences:
+        """References to `pages` pages (`pin`: FOLL_PIN, `write`: FOLL_WRITE, `longterm`: FOLL_LONGTERM), fewer where one cannot be had.
+
+        Pages that a device has come home first. Raises KernelError(EFAULT) when not even the first can be had.
+        """
         ...
 
     async def malloc(self, length: int) -> int:
@@ -125,6 +175,13 @@ class Process(Protocol):
 
     async def migrate(self, address: int, length: int, to: str) -> int:
         """Move pages to device `to` (or ``host``); returns how many bytes moved. Pages that cannot move stay; no error."""
+        ...
+
+    async def fork(self) -> Process:
+        """fork(2): a child that shares every page until one of the two stores, and inherits the open handles.
+
+        Raises KernelError(ENOMEM).
+        """
         ...
 
     async def exit(self) -> None:

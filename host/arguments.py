@@ -6,13 +6,16 @@ from typing import Annotated, Any, TypeAlias
 
 import msgspec
 
-from hmmnet.pages import ADDRESS_BITS
+from hmmnet.pages import ADDRESS_BITS, PAGE_SIZE
 from hmmnet.wire.messages import PAGES_PER_MESSAGE_MAX, Name
 
 CHUNK_BYTES = 1 << 20
 """Data that one call or its reply carries (the bound of `Call.data`)."""
 STAGED_BYTES_MAX = 64 << 20
 """Ioctl data that a client may pile up on one handle, and results kept for it to fetch: 16384 pages."""
+
+REFERENCES_MAX = 1 << 14
+"""Pages of one get_user_pages over a client session (64 MiB)."""
 
 Address: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=1 << ADDRESS_BITS)]
 Length: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=1 << ADDRESS_BITS)]
@@ -37,10 +40,11 @@ class Map(OnProcess, frozen=True):
     length: Length
     protection: Word = "rw"
     address: Address | None = None
+    populate: bool = False
 
 
 class Range(OnProcess, frozen=True):
-    """``munmap``."""
+    """``munmap``, ``mlock``, ``munlock``."""
 
     address: Address
     length: Length
@@ -56,6 +60,40 @@ class Advise(Range, frozen=True):
     """``madvise``."""
 
     advice: Word
+
+
+class Remap(OnProcess, frozen=True):
+    """``mremap``."""
+
+    address: Address
+    old: Length
+    new: Length
+    target: Address | None = None
+    may_move: bool = True
+    dontunmap: bool = False
+
+
+class Refer(OnProcess, frozen=True):
+    """``get_user_pages``."""
+
+    address: Address
+    pages: Annotated[int, msgspec.Meta(gt=0, le=REFERENCES_MAX)]
+    write: bool = False
+    pin: bool = False
+    longterm: bool = False
+
+
+class Referred(OnProcess, frozen=True):
+    """``put_pages``."""
+
+    reference: int
+
+
+class ReadReferred(Referred, frozen=True):
+    """``read_pages``."""
+
+    first: Annotated[int, msgspec.Meta(ge=0, le=REFERENCES_MAX)]
+    pages: Annotated[int, msgspec.Meta(ge=0, le=CHUNK_BYTES // PAGE_SIZE)]
 
 
 class Allocate(OnProcess, frozen=True):

@@ -21,7 +21,7 @@ import numpy as np
 
 from hmmnet.errors import KernelError, ProtocolError
 from hmmnet.pages import PAGE_SIZE
-from hmmnet.program import Handle, Machine, Process
+from hmmnet.program import Handle, Machine, PageReferences, Process
 from hmmnet.wire.messages import Call, Result
 
 from .arguments import (
@@ -41,6 +41,10 @@ from .arguments import (
     Protect,
     Range,
     Read,
+    ReadReferred,
+    Refer,
+    Referred,
+    Remap,
     Start,
     Write,
 )
@@ -48,6 +52,8 @@ from .arguments import (
 PROCESSES_MAX = 256
 """Processes of one client; each costs an address space."""
 HANDLES_MAX = 4096
+REFERENCE_SETS_MAX = 4096
+"""Times that one client may hold pages at once."""
 
 Answer: TypeAlias = tuple[Any, bytes]
 """A value that msgpack can carry, and data."""
@@ -69,7 +75,8 @@ class Client:
         self.machine = machine
         self.processes: dict[int, Process] = {}
         self.handles: dict[tuple[int, int], OpenHandle] = {}
-        self.handle_numbers = 0
+        self.references: dict[int, PageReferences] = {}
+        self.reference_numbers = 0
 
     async def call(self, message: Call) -> Result:
         """Serve one call. Raises KernelError and SignalError of the operation, ProtocolError for a call that makes no sense."""
@@ -88,6 +95,9 @@ class Client:
         """The client is gone: end its processes."""
         processes, self.processes = self.processes, {}
         self.handles.clear()
+        references, self.references = self.references, {}
+        for held in references.values():
+            await held.put()
         for process in processes.values():
             await process.exit()
 
@@ -98,11 +108,28 @@ class Client:
             raise KernelError(errno.ESRCH, "call", f"this client has no process {arguments.process}")
         return found
 
+    def room_for(self, handles: int, call: str) -> None:
+        """Raises KernelError(EMFILE) when so many more handles are too many."""
+        if len(self.handles) + handles > HANDLES_MAX:
+            raise KernelError(errno.EMFILE, call, f"a client may have {HANDLES_MAX} handles")
+
+    def room_for_process(self, call: str) -> None:
+        """Raises KernelError(EAGAIN) when one more process is too many."""
+        if len(self.processes) >= PROCESSES_MAX:
+            raise KernelError(errno.EAGAIN, call, f"a client may have {PROCESSES_MAX} processes")
+
     def handle(self, arguments: OnHandle) -> OpenHandle:
         """The handle that a call names. Raises KernelError(EBADF)."""
         found = self.handles.get((arguments.process, arguments.handle))
         if found is None:
             raise KernelError(errno.EBADF, "call", f"process {arguments.process} has no handle {arguments.handle}")
+        return found
+
+    def referred(self, arguments: Referred) -> PageReferences:
+        """The referenced pages that a call names. Raises KernelError(EINVAL)."""
+        found = self.references.get(arguments.reference)
+        if found is None:
+            raise KernelError(errno.EINVAL, "call", f"no pages are held under number {arguments.reference}")
         return found
 
 
@@ -147,8 +174,7 @@ async def report(client: Client, _arguments: Operation, _data: bytes) -> Answer:
 @serves(Operation)
 async def create_process(client: Client, _arguments: Operation, _data: bytes) -> Answer:
     """A new process; its pid."""
-    if len(client.processes) >= PROCESSES_MAX:
-        raise KernelError(errno.EAGAIN, "create_process", f"a client may have {PROCESSES_MAX} processes")
+    client.room_for_process("create_process")
     process = await client.machine.create_process()
     client.processes[process.pid] = process
     return process.pid, b""
@@ -160,7 +186,8 @@ async def create_process(client: Client, _arguments: Operation, _data: bytes) ->
 @serves(Map)
 async def mmap(client: Client, arguments: Map, _data: bytes) -> Answer:
     """mmap(2); the address."""
-    return await client.process(arguments).mmap(arguments.length, arguments.protection, arguments.address), b""
+    process = client.process(arguments)
+    return await process.mmap(arguments.length, arguments.protection, arguments.address, populate=arguments.populate), b""
 
 
 @serves(Range)
@@ -181,6 +208,58 @@ async def mprotect(client: Client, arguments: Protect, _data: bytes) -> Answer:
 async def madvise(client: Client, arguments: Advise, _data: bytes) -> Answer:
     """madvise(2)."""
     await client.process(arguments).madvise(arguments.address, arguments.length, arguments.advice)
+    return None, b""
+
+
+@serves(Range)
+async def mlock(client: Client, arguments: Range, _data: bytes) -> Answer:
+    """mlock(2)."""
+    await client.process(arguments).mlock(arguments.address, arguments.length)
+    return None, b""
+
+
+@serves(Range)
+async def munlock(client: Client, arguments: Range, _data: bytes) -> Answer:
+    """munlock(2)."""
+    await client.process(arguments).munlock(arguments.address, arguments.length)
+    return None, b""
+
+
+@serves(Remap)
+async def mremap(client: Client, arguments: Remap, _data: bytes) -> Answer:
+    """mremap(2); the address."""
+    moved = await client.process(arguments).mremap(
+        arguments.address, arguments.old, arguments.new, arguments.target, may_move=arguments.may_move, dontunmap=arguments.dontunmap
+    )
+    return moved, b""
+
+
+@serves(Refer)
+async def get_user_pages(client: Client, arguments: Refer, _data: bytes) -> Answer:
+    """References to pages; their number, and how many there are."""
+    process = client.process(arguments)
+    if len(client.references) >= REFERENCE_SETS_MAX:
+        raise KernelError(errno.EMFILE, "get_user_pages", f"a client may hold pages {REFERENCE_SETS_MAX} times")
+    held = await process.get_user_pages(
+        arguments.address, arguments.pages, write=arguments.write, pin=arguments.pin, longterm=arguments.longterm
+    )
+    client.reference_numbers += 1
+    client.references[client.reference_numbers] = held
+    return {"reference": client.reference_numbers, "count": held.count}, b""
+
+
+@serves(ReadReferred)
+async def read_pages(client: Client, arguments: ReadReferred, _data: bytes) -> Answer:
+    """What referenced pages hold."""
+    return None, await client.referred(arguments).read(arguments.pages, arguments.first)
+
+
+@serves(Referred)
+async def put_pages(client: Client, arguments: Referred, _data: bytes) -> Answer:
+    """Let referenced pages go."""
+    held = client.referred(arguments)
+    del client.references[arguments.reference]
+    await held.put()
     return None, b""
 
 
@@ -223,6 +302,19 @@ async def migrate(client: Client, arguments: Move, _data: bytes) -> Answer:
 
 
 @serves(OnProcess)
+async def fork(client: Client, arguments: OnProcess, _data: bytes) -> Answer:
+    """fork(2); the child's pid, and the devices of its handles by number."""
+    parent = client.process(arguments)
+    client.room_for_process("fork")
+    client.room_for(len(parent.handles), "fork")
+    child = await parent.fork()
+    client.processes[child.pid] = child
+    for number, handle in child.handles.items():
+        client.handles[child.pid, number] = OpenHandle(handle)
+    return {"process": child.pid, "handles": {number: handle.device for number, handle in child.handles.items()}}, b""
+
+
+@serves(OnProcess)
 async def exit(client: Client, arguments: OnProcess, _data: bytes) -> Answer:  # noqa: A001 - the operation's name
     """End a process."""
     process = client.process(arguments)
@@ -250,12 +342,10 @@ async def launch(client: Client, arguments: Start, _data: bytes) -> Answer:
 @serves(Open)
 async def open(client: Client, arguments: Open, _data: bytes) -> Answer:  # noqa: A001 - the operation's name
     """Open a device; the number of the handle."""
-    if len(client.handles) >= HANDLES_MAX:
-        raise KernelError(errno.EMFILE, "open", f"a client may have {HANDLES_MAX} handles")
+    client.room_for(1, "open")
     handle = await client.process(arguments).open(arguments.device)
-    client.handle_numbers += 1
-    client.handles[arguments.process, client.handle_numbers] = OpenHandle(handle)
-    return client.handle_numbers, b""
+    client.handles[arguments.process, handle.number] = OpenHandle(handle)
+    return handle.number, b""
 
 
 @serves(OnHandle)

@@ -7,11 +7,11 @@ A *context* is one process's mirror on one life of a device. It is shared and co
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import trio
 
-from hmmnet.errors import KernelError, PeerError, PeerLost
+from hmmnet.errors import KernelError, PeerLost
 from hmmnet.observe.counters import Profile
 from hmmnet.wire.messages import CloseContext, Done, OpenContext
 
@@ -77,7 +77,9 @@ class Contexts:
         life = context.life
         if life.contexts.get(context.number) is not context:
             return
-        async with self._opening[context.space.number, life.name]:
+        async with self._opening.setdefault((context.space.number, life.name), trio.Lock()):
+            if context.users:
+                return  # somebody has opened it again meanwhile
             try:
                 if life.link.session.lost is None:
                     await life.link.ask(CloseContext(context.number), Done)
@@ -86,25 +88,15 @@ class Contexts:
             finally:
                 await context.unsubscribe_all()
                 self._forget(context)
+        if context.space.number not in self._hubs:
+            self.process_ended(context.space)
 
     def _forget(self, context: Context) -> None:
         context.life.contexts.pop(context.number, None)
         context.life.link.domains.pop(context.number, None)
 
-    async def drop(self, space: Space) -> None:
-        """The process has exited: close whatever it has open."""
-        for context in list(self._of(space)):
-            context.users = 0
-            try:
-                await self._close(context)
-            except PeerError:
-                continue  # a device that will not close a dead process's context has nothing left to mirror
-        for key in [key for key in self._opening if key[0] == space.number]:
-            del self._opening[key]
-
-    def _of(self, space: Space) -> Iterator[Context]:
+    def process_ended(self, space: Space) -> None:
+        """The process has ended; what a child still has open of it stays open until that closes it."""
         for device in self._devices.values():
-            if device.life is not None:
-                context = device.life.context_of(space.number)
-                if context is not None:
-                    yield context
+            if device.life is None or device.life.context_of(space.number) is None:
+                self._opening.pop((space.number, device.spec.name), None)

@@ -6,7 +6,9 @@ is a mirror of this address space on one device, shared by every handle and job 
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import itertools
 import logging
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -20,7 +22,7 @@ import trio
 from hmmnet.errors import HmmnetError, KernelError, PeerError, RemoteError, SegmentationFault
 from hmmnet.fabric.dma import BytesSink, BytesSource
 from hmmnet.observe.counters import GPU_FAULT_GROUP
-from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, page_range
+from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, Words, page_range
 from hmmnet.program import IoctlResult, JobResult, Residency
 from hmmnet.wire.messages import ARGUMENT_BYTES_MAX, PAGES_PER_MESSAGE_MAX, Finished, Ioctl, IoctlDone, Launch
 
@@ -41,47 +43,96 @@ PIECES_AT_ONCE = 2
 STREAMED_OUT = frozenset({"read", "migrate_to_dev"})
 """Commands of a dmirror whose data, a page for each page, come as a stream."""
 HOST = "host"
+FD_FIRST = 3
+"""The first file descriptor that open(2) gives out."""
 
 Arrayable = bytes | bytearray | memoryview | npt.NDArray[Any]
 
 log = logging.getLogger("hmmnet.host")
 
 
+class OpenFile:
+    """An open device, as struct file: the handles that fork makes of one share it, and the last close lets its context go."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.references = 0
+
+
 class Handle:
     """An open device; see `hmmnet.program.Handle`."""
 
-    def __init__(self, process: Process, context: Context) -> None:
-        self.device = context.life.name
+    def __init__(self, process: Process, number: int, file: OpenFile) -> None:
+        self.device = file.context.life.name
+        self.number = number
+        self.file = file
         self._process = process
-        self._context = context
-        self._open = True
+        file.references += 1
 
     async def ioctl(self, command: str, address: int, pages: int, data: bytes = b"", flags: int = 0) -> IoctlResult:
         """Run a device command. Raises KernelError with the command's errno, PeerLost when the device is gone."""
-        if not self._open:
-            raise KernelError(errno.EBADF, "ioctl", f"this handle on {self.device} is closed")
+        self._check_open("ioctl")
         if not 0 <= address < 1 << 63 or not 0 <= pages <= PAGES_PER_MESSAGE_MAX:
             raise KernelError(errno.EINVAL, "ioctl", f"0x{address:x} + {pages} pages is no range of an address space")
-        wants = command in STREAMED_OUT and self._context.life.spec.model == "dmirror"
-        return await command_device(self._context, command, address, pages, data, flags, pages if wants else 0)
+        context = self.file.context
+        wants = command in STREAMED_OUT and context.life.spec.model == "dmirror"
+        return await command_device(context, command, address, pages, data, flags, pages if wants else 0)
 
     async def close(self) -> None:
         """Drop this reference. Raises KernelError(EBADF) when it is closed already."""
-        if not self._open:
-            raise KernelError(errno.EBADF, "close", f"this handle on {self.device} is closed")
-        self._open = False
-        await self._process.contexts.put(self._context)
+        self._check_open("close")
+        del self._process.handles[self.number]
+        self.file.references -= 1
+        if self.file.references == 0:
+            await self._process.contexts.put(self.file.context)
+
+    def _check_open(self, call: str) -> None:
+        if self._process.handles.get(self.number) is not self:
+            raise KernelError(errno.EBADF, call, f"this handle on {self.device} is closed")
+
+
+class HeldPages:
+    """See `hmmnet.program.PageReferences`."""
+
+    def __init__(self, space: Space, frames: Words, *, pin: bool) -> None:
+        self.count = len(frames)
+        self._space = space
+        self._frames = frames
+        self._pin = pin
+
+    async def read(self, pages: int, first: int = 0) -> bytes:
+        """What they hold. Raises KernelError(EINVAL) when they were let go, or are fewer."""
+        if not 0 <= first <= first + pages <= len(self._frames):
+            raise KernelError(errno.EINVAL, "read", f"{len(self._frames)} pages are held, not {first} + {pages}")
+        data = np.empty(pages * PAGE_SIZE, np.uint8)
+        self._space.memory.read(self._frames[first : first + pages], 0, data)
+        return data.tobytes()
+
+    async def put(self) -> None:
+        """Let them go."""
+        frames, self._frames = self._frames, self._frames[:0]
+        self._space.put_pages(frames, pin=self._pin)
 
 
 class Process:
     """See `hmmnet.program.Process`."""
 
-    def __init__(self, pid: int, space: Space, contexts: Contexts, homing: Homing, on_exit: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        pid: int,
+        space: Space,
+        contexts: Contexts,
+        homing: Homing,
+        on_fork: Callable[[Process], Awaitable[Process]],
+        on_exit: Callable[[int], None],
+    ) -> None:
         self.pid = pid
         self.space = space
         self.contexts = contexts
+        self.handles: dict[int, Handle] = {}
         self.ended = False
         self._homing = homing
+        self._on_fork = on_fork
         self._on_exit = on_exit
         self._own: dict[str, Context] = {}
         """Contexts that jobs and migrations of this process opened; they stay open until it exits."""
@@ -90,10 +141,14 @@ class Process:
 
     # --- memory ---------------------------------------------------------------------------------------------------------------
 
-    async def mmap(self, length: int, protection: str = "rw", address: int | None = None) -> int:
+    async def mmap(self, length: int, protection: str = "rw", address: int | None = None, *, populate: bool = False) -> int:
         """mmap(2)."""
         self._alive("mmap")
-        return await self.space.mmap(length, protection, address)
+        mapped = await self.space.mmap(length, protection, address)
+        if populate:
+            with contextlib.suppress(KernelError):  # mm_populate: what cannot be had is had later, or never
+                await self.space.madvise(mapped, length, "POPULATE_WRITE" if "w" in protection else "POPULATE_READ")
+        return mapped
 
     async def munmap(self, address: int, length: int) -> None:
         """munmap(2)."""
@@ -106,6 +161,28 @@ class Process:
     async def madvise(self, address: int, length: int, advice: str) -> None:
         """madvise(2)."""
         await self.space.madvise(address, length, advice)
+
+    async def mremap(
+        self, address: int, old: int, new: int, target: int | None = None, *, may_move: bool = True, dontunmap: bool = False
+    ) -> int:
+        """mremap(2)."""
+        return await self.space.mremap(address, old, new, target, may_move=may_move, dontunmap=dontunmap)
+
+    async def mlock(self, address: int, length: int) -> None:
+        """mlock(2)."""
+        await self.space.mlock(address, length)
+
+    async def munlock(self, address: int, length: int) -> None:
+        """munlock(2)."""
+        await self.space.munlock(address, length)
+
+    async def get_user_pages(
+        self, address: int, pages: int, *, write: bool = False, pin: bool = False, longterm: bool = False
+    ) -> HeldPages:
+        """See `Process.get_user_pages`."""
+        self._alive("get_user_pages")
+        frames = await self.space.get_pages(address >> PAGE_SHIFT, pages, write=write, pin=pin, longterm=longterm)
+        return HeldPages(self.space, frames, pin=pin)
 
     async def malloc(self, length: int) -> int:
         """`length` bytes, 64-byte aligned. Raises KernelError(ENOMEM)."""
@@ -156,7 +233,10 @@ class Process:
     async def open(self, device: str) -> Handle:
         """Open a device. Raises KernelError: ENOENT, ENODEV."""
         self._alive("open")
-        return Handle(self, await self.contexts.get(self.space, device))
+        file = OpenFile(await self.contexts.get(self.space, device))
+        number = next(number for number in itertools.count(FD_FIRST) if number not in self.handles)
+        handle = self.handles[number] = Handle(self, number, file)
+        return handle
 
     async def _context(self, device: str) -> Context:
         """The context that this process keeps open itself."""
@@ -237,14 +317,28 @@ class Process:
             raise failures[0]
         return moved * PAGE_SIZE
 
+    async def fork(self) -> Process:
+        """fork(2). Raises KernelError: ENOMEM, ESRCH."""
+        self._alive("fork")
+        child = await self._on_fork(self)
+        for number, handle in self.handles.items():
+            child.handles[number] = Handle(child, number, handle.file)
+        child._heap, child._heap_end = self._heap, self._heap_end  # noqa: SLF001 - one of its own kind
+        return child
+
     async def exit(self) -> None:
         """exit(2): the address space goes first (its mirrors are told once), then the open devices. A second call does nothing."""
         if self.ended:
             return
         self.ended = True
         await self.space.exit()
-        await self.contexts.drop(self.space)
+        closing: list[Callable[[], Awaitable[None]]] = [handle.close for handle in self.handles.values()]
+        closing += [partial(self.contexts.put, context) for context in self._own.values()]
+        for close in closing:
+            with contextlib.suppress(PeerError):  # a device that will not close a dead process's context has nothing left to mirror
+                await close()
         self._on_exit(self.pid)
+        self.contexts.process_ended(self.space)
 
     def _alive(self, call: str) -> None:
         if self.ended:

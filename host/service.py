@@ -294,12 +294,20 @@ class Host:
 
     async def create_process(self) -> Process:
         """A new, empty process."""
-        pid = self._pid_next
-        self._pid_next += 1
         hub = Hub()
-        space = Space(pid, self.memory, hub, self.homing.migrate_to_ram)
-        self.spaces[pid], self.hubs[pid] = space, hub
-        return Process(pid, space, self.contexts, self.homing, self._process_ended)
+        return self._process(Space(self._next_pid(), self.memory, hub, self.homing.migrate_to_ram), hub)
+
+    async def _fork(self, parent: Process) -> Process:
+        hub = Hub()
+        return self._process(await parent.space.fork(self._next_pid(), hub), hub)
+
+    def _next_pid(self) -> int:
+        self._pid_next += 1
+        return self._pid_next - 1
+
+    def _process(self, space: Space, hub: Hub) -> Process:
+        self.spaces[space.number], self.hubs[space.number] = space, hub
+        return Process(space.number, space, self.contexts, self.homing, self._fork, self._process_ended)
 
     def _process_ended(self, pid: int) -> None:
         self.spaces.pop(pid, None)

@@ -16,11 +16,12 @@ import trio
 from hmmnet.client import CHUNK_BYTES, RemoteMachine, remote_machine
 from hmmnet.errors import BusError, KernelError, PeerRefused, RemoteError
 from hmmnet.host.calls import Client
-from hmmnet.program import Handle, IoctlResult, JobResult, Machine, Process, Residency
+from hmmnet.program import Handle, IoctlResult, JobResult, Machine, PageReferences, Process, Residency
 from hmmnet.wire.memory_transport import MemoryTransport
 from hmmnet.wire.messages import Call, Hello, Refused, Welcome
 from hmmnet.wire.server import Server
 from hmmnet.wire.session import Session
+from tests.logged_calls import LoggedCalls
 
 SECRET = bytes(32)
 BASE = 0x1000
@@ -31,6 +32,7 @@ class EchoHandle:
     """A device that gives back what it is given, behind a word that says how much that was."""
 
     device = "dm0"
+    number = 3
 
     def __init__(self) -> None:
         self.closed = False
@@ -44,27 +46,16 @@ class EchoHandle:
         self.closed = True
 
 
-class PlainProcess:
+class PlainProcess(LoggedCalls):
     """A process with one area of memory."""
 
     def __init__(self, pid: int) -> None:
-        self.pid = pid
+        super().__init__(pid)
         self.memory = bytearray(5 * CHUNK_BYTES)
         self.handle = EchoHandle()
-        self.log: list[Any] = []
-
-    async def mmap(self, length: int, protection: str = "rw", address: int | None = None) -> int:
-        self.log.append(("mmap", length, protection, address))
-        return BASE
 
     async def munmap(self, address: int, length: int) -> None:
         raise KernelError(errno.EINVAL, "munmap", f"0x{address:x} is no page's address")
-
-    async def mprotect(self, address: int, length: int, protection: str) -> None:
-        self.log.append(("mprotect", address, length, protection))
-
-    async def madvise(self, address: int, length: int, advice: str) -> None:
-        self.log.append(("madvise", address, length, advice))
 
     async def malloc(self, length: int) -> int:
         return BASE + 64
@@ -97,6 +88,7 @@ class PlainProcess:
         return Residency(names, where)
 
     async def open(self, device: str) -> Handle:
+        self.handles[3] = self.handle
         return self.handle
 
     async def launch(self, kernel: str, device: str, placement: str = "demand", **arguments: Any) -> JobResult:
@@ -104,9 +96,6 @@ class PlainProcess:
 
     async def migrate(self, address: int, length: int, to: str) -> int:
         return length // 2
-
-    async def exit(self) -> None:
-        self.log.append("exit")
 
 
 class PlainMachine:
@@ -150,15 +139,16 @@ async def world() -> AsyncIterator[tuple[RemoteMachine, PlainMachine]]:
 
 def test_remote_and_blocking_classes_fill_the_interfaces() -> None:
     """What a workload calls is there, with the same names."""
-    from hmmnet.blocking import BlockingHandle, BlockingMachine, BlockingProcess
-    from hmmnet.client import RemoteHandle, RemoteProcess
+    from hmmnet.blocking import BlockingHandle, BlockingMachine, BlockingProcess, BlockingReferences
+    from hmmnet.client import RemoteHandle, RemoteProcess, RemoteReferences
 
     for interface, classes in (
         (Process, (RemoteProcess, BlockingProcess)),
         (Handle, (RemoteHandle, BlockingHandle)),
+        (PageReferences, (RemoteReferences, BlockingReferences)),
         (Machine, (RemoteMachine,)),
     ):
-        wanted = {name for name in vars(interface) if not name.startswith("_")}
+        wanted = {name for name, value in vars(interface).items() if callable(value) and not name.startswith("_")}
         for kind in classes:
             assert wanted <= set(dir(kind)), kind
     assert {"device_names", "emulated_s", "process", "report"} <= set(dir(BlockingMachine))
@@ -204,15 +194,21 @@ async def test_system_calls_with_their_arguments_and_errors() -> None:
     """Arguments arrive as given; a kernel error arrives as itself."""
     async with world() as (remote, machine):
         process = await remote.create_process()
-        assert await process.mmap(4096, "r", 0x7000) == BASE
+        assert await process.mmap(4096, "r", 0x7000, populate=True) == 0x1000
         await process.mprotect(BASE, 4096, "none")
         await process.madvise(BASE, 4096, "DONTNEED")
+        await process.mlock(BASE, 4096)
+        await process.munlock(BASE, 4096)
+        assert await process.mremap(BASE, 4096, 8192, may_move=False) == 0x2000
         assert await process.malloc(10) == BASE + 64
         assert await process.migrate(BASE, 4096, "gpu1") == 2048
         assert machine.processes[0].log == [
-            ("mmap", 4096, "r", 0x7000),
+            ("mmap", 4096, "r", 0x7000, True),
             ("mprotect", BASE, 4096, "none"),
             ("madvise", BASE, 4096, "DONTNEED"),
+            ("mlock", BASE, 4096),
+            ("munlock", BASE, 4096),
+            ("mremap", BASE, 4096, 8192, None, False, False),
         ]
         with pytest.raises(KernelError) as caught:
             await process.munmap(3, 4096)
@@ -261,6 +257,26 @@ async def test_jobs_and_device_commands() -> None:
         await process.exit()
         with pytest.raises(KernelError, match="ESRCH"):
             await process.malloc(1)
+
+
+async def test_a_child_and_held_pages() -> None:
+    """A child has its parent's handles, each on its own; pages are held until they are put."""
+    async with world() as (remote, machine):
+        process = await remote.create_process()
+        handle = await process.open("dm0")
+        child = await process.fork()
+        assert child.pid == process.pid + 1
+        assert {number: found.device for number, found in child.handles.items()} == {handle.number: "dm0"}
+        await child.handles[handle.number].close()
+        assert not child.handles
+        assert list(process.handles) == [handle.number]
+        held = await process.get_user_pages(BASE, 2, write=True, longterm=True)
+        assert await held.read(held.count) == bytes([0, 1]) * 4096
+        await held.put()
+        await held.put()
+        assert machine.processes[0].log[-2:] == [("get_user_pages", BASE, 2, True, False, True), "put"]
+        await process.exit()
+        assert not process.handles
 
 
 async def test_what_the_host_cannot_make_sense_of_is_its_refusal() -> None:

@@ -417,14 +417,16 @@ class Call(Message, frozen=True):
     """A client's call of a machine or process operation by name. `Result`. `arguments` is a msgpack map, `data` at most one chunk.
 
     Machine: ``devices`` -> [name], ``report`` -> map, ``create_process`` -> pid. Process operations carry ``process`` (a pid that this
-    client made) and what `hmmnet.program.Process` names: ``mmap`` (length, protection, address or nil) -> address; ``munmap``,
-    ``mprotect``, ``madvise``; ``malloc`` (length) -> address; ``read`` (address, length, at most a chunk) -> data; ``write`` (address)
-    with data; ``pagemap`` (address, pages) -> data; ``residency`` (address, pages) -> [owner names], data: int16 a page; ``migrate``
-    (address, length, to) -> bytes; ``launch`` (kernel, device, placement, arguments: map) -> {results, counters}; ``exit``; ``open``
-    (device) -> handle number; ``close`` (handle). ``ioctl`` (handle, command, address, pages, flags) -> {cpages, faults, length} with
-    the first chunk of the data, ``length`` bytes in all; the rest by ``fetch`` (handle, offset) -> data. Data for an ioctl beyond one
-    chunk goes ahead in ``stage`` (handle) calls, which append; ``ioctl``'s own `data` comes last. Loads, stores and arrays are made of
-    reads and writes.
+    client made) and what `hmmnet.program.Process` names: ``mmap`` (length, protection, address or nil, populate) -> address;
+    ``munmap``, ``mprotect``, ``madvise``, ``mlock``, ``munlock``; ``mremap`` (address, old, new, target or nil, may_move, dontunmap) ->
+    address; ``get_user_pages`` (address, pages, write, pin, longterm) -> {reference, count}, ``read_pages`` (reference, first, pages)
+    -> data, ``put_pages`` (reference); ``fork`` -> {process, handles: number -> device}; ``malloc`` (length) -> address; ``read``
+    (address, length, at most a chunk) -> data; ``write`` (address) with data; ``pagemap`` (address, pages) -> data; ``residency``
+    (address, pages) -> [owner names], data: int16 a page; ``migrate`` (address, length, to) -> bytes; ``launch`` (kernel, device,
+    placement, arguments: map) -> {results, counters}; ``exit``; ``open`` (device) -> handle number; ``close`` (handle). ``ioctl``
+    (handle, command, address, pages, flags) -> {cpages, faults, length} with the first chunk of the data, ``length`` bytes in all; the
+    rest by ``fetch`` (handle, offset) -> data. Data for an ioctl beyond one chunk goes ahead in ``stage`` (handle) calls, which append;
+    ``ioctl``'s own `data` comes last. Loads, stores and arrays are made of reads and writes.
     """
 
     operation: Name

@@ -11,13 +11,15 @@ import pytest
 
 from hmmnet.errors import KernelError, ProtocolError
 from hmmnet.host.arguments import CHUNK_BYTES, STAGED_BYTES_MAX
-from hmmnet.host.calls import PROCESSES_MAX, Client, operation_names
+from hmmnet.host.calls import HANDLES_MAX, PROCESSES_MAX, Client, operation_names
 from hmmnet.program import IoctlResult, JobResult, Residency
 from hmmnet.wire.messages import Call
+from tests.logged_calls import LoggedCalls
 
 
 class RecordingHandle:
     device = "gpu0"
+    number = 3
 
     def __init__(self, log: list[Any]) -> None:
         self.log = log
@@ -30,25 +32,11 @@ class RecordingHandle:
         self.log.append("close")
 
 
-class RecordingProcess:
+class RecordingProcess(LoggedCalls):
     """Notes what it is asked; answers something recognisable."""
-
-    def __init__(self, pid: int) -> None:
-        self.pid = pid
-        self.log: list[Any] = []
-
-    async def mmap(self, length: int, protection: str = "rw", address: int | None = None) -> int:
-        self.log.append(("mmap", length, protection, address))
-        return 0x1000
 
     async def munmap(self, address: int, length: int) -> None:
         self.log.append(("munmap", address, length))
-
-    async def mprotect(self, address: int, length: int, protection: str) -> None:
-        self.log.append(("mprotect", address, length, protection))
-
-    async def madvise(self, address: int, length: int, advice: str) -> None:
-        self.log.append(("madvise", address, length, advice))
 
     async def malloc(self, length: int) -> int:
         return length
@@ -75,7 +63,8 @@ class RecordingProcess:
         return Residency(("host", "gpu0"), np.array([0, 1, -2], dtype=np.int16))
 
     async def open(self, device: str) -> RecordingHandle:
-        return RecordingHandle(self.log)
+        handle = self.handles[3] = RecordingHandle(self.log)
+        return handle
 
     async def launch(self, kernel: str, device: str, placement: str = "demand", **arguments: Any) -> JobResult:
         self.log.append((kernel, device, placement, arguments))
@@ -83,9 +72,6 @@ class RecordingProcess:
 
     async def migrate(self, address: int, length: int, to: str) -> int:
         return length
-
-    async def exit(self) -> None:
-        self.log.append("exit")
 
 
 class RecordingMachine:
@@ -145,11 +131,41 @@ async def test_operations_reach_the_process(client: Client) -> None:
     done, _ = await call(client, "launch", process=1, kernel="k", device="gpu0", arguments={"n": 3})
     assert done == {"results": {"sum": 1}, "counters": {"faults": 2}}
     assert log_of(client) == [
-        ("mmap", 8192, "rw", None),
+        ("mmap", 8192, "rw", None, False),
         ("mprotect", 4096, 1, "r"),
         ("write", 5, b"abc"),
         ("k", "gpu0", "demand", {"n": 3}),
     ]
+
+
+async def test_a_child_has_the_handles_of_its_parent(client: Client) -> None:
+    """Under the same numbers, and within the client's limits."""
+    handle, _ = await call(client, "open", process=1, device="gpu0")
+    assert await call(client, "fork", process=1) == ({"process": 2, "handles": {handle: "gpu0"}}, b"")
+    done, _ = await call(client, "ioctl", process=2, handle=handle, command="write", address=0, pages=1)
+    assert done["cpages"] == 1
+    await call(client, "exit", process=2)
+    with pytest.raises(KernelError, match="EBADF"):
+        await call(client, "close", process=2, handle=handle)
+    client.handles.update({(9, number): client.handles[1, handle] for number in range(HANDLES_MAX - 1)})
+    with pytest.raises(KernelError, match="EMFILE"):
+        await call(client, "fork", process=1)
+
+
+async def test_pages_are_held_until_put_or_the_client_is_gone(client: Client) -> None:
+    """References have numbers of their own; what was not let go is, at the latest, when the client goes."""
+    where: dict[str, Any] = {"process": 1, "address": 4096, "pages": 2}
+    held, _ = await call(client, "get_user_pages", pin=True, **where)
+    assert held["count"] == 2
+    assert (await call(client, "read_pages", process=1, reference=held["reference"], first=1, pages=1))[1] == b"\1" * 4096
+    await call(client, "put_pages", process=1, reference=held["reference"])
+    with pytest.raises(KernelError, match="EINVAL"):
+        await call(client, "put_pages", process=1, reference=held["reference"])
+    await call(client, "get_user_pages", **where)
+    log = log_of(client)
+    await client.gone()
+    gup = ("get_user_pages", 4096, 2, False)
+    assert log == [(*gup, True, False), "put", (*gup, False, False), "put", "exit"]
 
 
 async def test_long_ioctl_data_go_in_stages_and_come_in_fetches(client: Client) -> None:

@@ -1,0 +1,67 @@
+"""System calls of a process that does nothing but note them: what test doubles of `hmmnet.program.Process` have in common."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+from hmmnet.program import Handle
+
+
+class LoggedReferences:
+    """Two pages that are held."""
+
+    count = 2
+
+    def __init__(self, log: list[Any]) -> None:
+        self.log = log
+
+    async def read(self, pages: int, first: int = 0) -> bytes:
+        return bytes(range(first, first + pages)) * 4096
+
+    async def put(self) -> None:
+        self.log.append("put")
+
+
+class LoggedCalls:
+    """A process that notes its system calls in `log`; its child is another of its kind, with the next number."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.handles: dict[int, Handle] = {}
+        self.log: list[Any] = []
+
+    async def mmap(self, length: int, protection: str = "rw", address: int | None = None, *, populate: bool = False) -> int:
+        self.log.append(("mmap", length, protection, address, populate))
+        return 0x1000
+
+    async def mprotect(self, address: int, length: int, protection: str) -> None:
+        self.log.append(("mprotect", address, length, protection))
+
+    async def madvise(self, address: int, length: int, advice: str) -> None:
+        self.log.append(("madvise", address, length, advice))
+
+    async def mlock(self, address: int, length: int) -> None:
+        self.log.append(("mlock", address, length))
+
+    async def munlock(self, address: int, length: int) -> None:
+        self.log.append(("munlock", address, length))
+
+    async def mremap(
+        self, address: int, old: int, new: int, target: int | None = None, *, may_move: bool = True, dontunmap: bool = False
+    ) -> int:
+        self.log.append(("mremap", address, old, new, target, may_move, dontunmap))
+        return 0x2000
+
+    async def get_user_pages(
+        self, address: int, pages: int, *, write: bool = False, pin: bool = False, longterm: bool = False
+    ) -> LoggedReferences:
+        self.log.append(("get_user_pages", address, pages, write, pin, longterm))
+        return LoggedReferences(self.log)
+
+    async def fork(self) -> Self:
+        child = type(self)(self.pid + 1)
+        child.handles.update(self.handles)
+        return child
+
+    async def exit(self) -> None:
+        self.log.append("exit")
