@@ -26,6 +26,8 @@ from hmmnet.wire.messages import (
     Done,
     Evict,
     Evicted,
+    Exclusive,
+    MakeExclusive,
     Message,
     Migrate,
     Migrated,
@@ -92,6 +94,13 @@ class Bus:
         """hmm_range_fault: the subscription's sequence, and one word for each page."""
         reply = await self._ask(message, RangeFaulted)
         return reply.sequence, _words(reply.words, message.pages, "RangeFaulted")
+
+    async def make_exclusive(self, context: int, subscription: int, start: int, pages: int) -> tuple[int, Words]:
+        """make_device_exclusive_range: the subscription's sequence, and words of the pages that were had, from the first on."""
+        reply = await self._ask(MakeExclusive(context, subscription, start, pages), Exclusive)
+        if len(reply.words) > 8 * pages:
+            raise ProtocolError(f"Exclusive with {len(reply.words)} bytes for {pages} pages")
+        return reply.sequence, _words(reply.words, len(reply.words) // 8, "Exclusive")
 
     # --- migration ------------------------------------------------------------------------------------------------------------
 

@@ -185,6 +185,21 @@ class Context:
                     break
         raise KernelError(EBUSY, "hmm_range_fault", f"pages [0x{start:x}, 0x{end:x}) changed faster than they could be read")
 
+    async def make_exclusive(self, start: int, end: int) -> int:
+        """make_device_exclusive_range on [start, end) in one slab, all or nothing mapped; returns how many pages were had.
+
+        Raises KernelError: EFAULT when not even the first can be had, ENOMEM, EBUSY when others take them back all the time.
+        """
+        subscription = await self.subscription(start)
+        async with self.process.turns.hold(start, end):
+            for _ in range(RETRIES_MAX):
+                sequence, words = await self._bus.make_exclusive(self.number, subscription.number, start, end - start)
+                if subscription.sequence == sequence:
+                    if len(words) == end - start:
+                        self.mirror.program_exclusive(start, words)
+                    return len(words)
+        raise KernelError(EBUSY, "make_device_exclusive", f"pages [0x{start:x}, 0x{end:x}) were taken back faster than they could be had")
+
     # --- migration ------------------------------------------------------------------------------------------------------------
 
     async def migrate_in(self, start: int, end: int, cause: str) -> Moved:
@@ -233,7 +248,7 @@ class Context:
     def _take_in(self, pages: Words, frames: Words, writable: npt.NDArray[np.bool_], watch: Watch) -> None:
         """Pages moved into granted frames: they live here now, and the mirror says so unless they were invalidated meanwhile."""
         self.memory.keep(frames)
-        kept = watch.keeps(pages)
+        kept = watch.brings(pages)
         self.mirror.program_own(pages[kept], frames[kept], writable[kept])
         self.traffic.migrations += bool(len(pages))
         self.traffic.pages_in += len(pages)

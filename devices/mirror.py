@@ -71,20 +71,30 @@ class Subscription:
 class Watch:
     """Words about pages [start, end) are under way; `dropped` collects the page ranges that were dropped meanwhile.
 
-    `since` is how many copies out the memory had counted before (`Memory.departures`).
+    `announced` are those dropped for a migration of this device: they came before their pages were collected, so what the migration then
+    brings is good. `since` is how many copies out the memory had counted before (`Memory.departures`).
     """
 
     start: int
     end: int
     since: int
     dropped: list[tuple[int, int]] = field(default_factory=list)
+    announced: list[tuple[int, int]] = field(default_factory=list)
 
     def keeps(self, pages: Words) -> npt.NDArray[np.bool_]:
         """Which of `pages` were not dropped since the watch began."""
-        kept = np.ones(len(pages), dtype=np.bool_)
-        for start, end in self.dropped:
-            kept &= (pages < np.uint64(start)) | (pages >= np.uint64(end))
-        return kept
+        return _outside(pages, self.dropped) & _outside(pages, self.announced)
+
+    def brings(self, pages: Words) -> npt.NDArray[np.bool_]:
+        """Which of `pages`, that a migration has brought here, were not dropped after it had collected them."""
+        return _outside(pages, self.dropped)
+
+
+def _outside(pages: Words, ranges: list[tuple[int, int]]) -> npt.NDArray[np.bool_]:
+    outside = np.ones(len(pages), dtype=np.bool_)
+    for start, end in ranges:
+        outside &= (pages < np.uint64(start)) | (pages >= np.uint64(end))
+    return outside
 
 
 @dataclass(eq=False)
@@ -122,6 +132,10 @@ class Mirror:
         """The entries of [start, end)."""
         return self._table.read(start, end)
 
+    def has_exclusive(self, start: int, end: int) -> bool:
+        """Whether a page of [start, end) is mapped for exclusive access."""
+        return any(bool((part & np.uint64(ENTRY_ATOMIC)).any()) for _, part in self._table.present(start, end))
+
     def mapped_count(self) -> int:
         """Valid entries."""
         return sum(int(np.count_nonzero(part)) for _, part in self._table.present(0, PAGES_MAX))
@@ -153,19 +167,22 @@ class Mirror:
 
     # --- dropping -------------------------------------------------------------------------------------------------------------
 
-    def invalidate(self, subscription: int, start: int, end: int, sequence: int) -> None:
-        """mmu_interval_set_seq and the tearing down of [start, end), which no access survives from here on."""
+    def invalidate(self, subscription: int, start: int, end: int, sequence: int, *, announced: bool = False) -> None:
+        """mmu_interval_set_seq and the tearing down of [start, end), which no access survives from here on.
+
+        `announced`: for a migration of this device, which has not collected the pages yet (see `Watch`).
+        """
         known = self.subscriptions.get(subscription)
         if known is not None:
             known.sequence = sequence
         elif self._subscribing:
             self._early[subscription] = sequence
-        self.drop(start, min(end + self.end_inclusive, PAGES_MAX))
+        self.drop(start, min(end + self.end_inclusive, PAGES_MAX), announced=announced)
 
-    def drop(self, start: int, end: int) -> None:
+    def drop(self, start: int, end: int, *, announced: bool = False) -> None:
         """Remove the entries of [start, end) and mark what is under way for them."""
         self._table.clear(start, end)
-        self._tell_watches(start, end)
+        self._tell_watches(start, end, announced=announced)
 
     def drop_pages(self, pages: Words) -> None:
         """Remove the entries of single pages."""
@@ -191,10 +208,10 @@ class Mirror:
         self._table = SparseTable()
         self._tell_watches(0, PAGES_MAX)
 
-    def _tell_watches(self, start: int, end: int, but: Watch | None = None) -> None:
+    def _tell_watches(self, start: int, end: int, but: Watch | None = None, *, announced: bool = False) -> None:
         for watch in self._watches:
             if watch is not but and watch.start < end and start < watch.end:
-                watch.dropped.append((start, end))
+                (watch.announced if announced else watch.dropped).append((start, end))
 
     # --- programming ----------------------------------------------------------------------------------------------------------
 
@@ -210,7 +227,7 @@ class Mirror:
 
     def is_current(self, subscription: Subscription, sequence: int, watch: Watch, words: Words) -> bool:
         """mmu_interval_read_retry, the other way round: whether `words` read at `sequence` still hold. Use them before any await."""
-        if subscription.sequence != sequence or watch.dropped or subscription.number not in self.subscriptions:
+        if subscription.sequence != sequence or watch.dropped or watch.announced or subscription.number not in self.subscriptions:
             return False
         frames = words[(words & _PFN_USABLE) == _PFN_VALID] & _PFN_FRAME
         own = frames[self._memory.owns(frames)]
@@ -236,6 +253,10 @@ class Mirror:
         if len(pages):
             self._table.scatter(pages, frames << _SHIFT | _VALID | np.where(writable, _WRITE, np.uint64(0)))
             self._memory.note_mapping(self.slot, pages, frames)
+
+    def program_exclusive(self, start: int, words: Words) -> None:
+        """Enter pages from `start` on that this device has to itself."""
+        self._table.write(start, (words & _PFN_FRAME) << _SHIFT | np.uint64(ENTRY_VALID | ENTRY_ATOMIC))
 
     # --- migration of pages that are mapped where they are ------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from hmmnet.pages import Words, ascending, run_bounds
 
-from .interfaces import AddressSpace, Event, Select
+from .interfaces import NO_OWNER, AddressSpace, Event, Select
 
 if TYPE_CHECKING:
     from .mm.mm import Mm
@@ -35,18 +35,18 @@ async def announced(
     async with AsyncExitStack() as stack:
         told = set()
         for mm, places in space.sharers(pages, select, owner):
-            told |= await clear(stack, spaces, mm, places)
+            told |= await clear(stack, spaces, mm, places, owner)
         await stack.enter_async_context(space.hub.invalidate(Event.MIGRATE, int(pages[0]), int(pages[-1]) + 1, owner))
         yield frozenset(told)
 
 
-async def clear(stack: AsyncExitStack, spaces: Mapping[int, AddressSpace], mm: Mm, pages: Words) -> set[int]:
-    """Announce CLEAR for `pages` of a process until `stack` is left; its number, or nothing when it has ended."""
+async def clear(stack: AsyncExitStack, spaces: Mapping[int, AddressSpace], mm: Mm, pages: Words, owner: int = NO_OWNER) -> set[int]:
+    """Announce CLEAR for `pages` of a process until `stack` is left, for zone `owner`; its number, or nothing when it has ended."""
     space = spaces.get(mm.number)
     if space is None:
         return set()
     for start, end in exact_runs(pages):
-        await stack.enter_async_context(space.hub.invalidate(Event.CLEAR, start, end))
+        await stack.enter_async_context(space.hub.invalidate(Event.CLEAR, start, end, owner))
     return {mm.number}
 
 

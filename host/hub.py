@@ -22,9 +22,6 @@ import trio
 from .interfaces import NO_OWNER, Acknowledgement, DeviceLink, Event
 from .notifier import MmuNotifier, Subscription
 
-FILTERED = frozenset({Event.MIGRATE, Event.EXCLUSIVE})
-"""Events that carry an owner; the owner's own subscriptions are not told of them."""
-
 
 class Invalidation:
     """One invalidate_range_start / invalidate_range_end pair, as an async context manager. Cancelling it while it waits is safe."""
@@ -52,7 +49,7 @@ class Invalidation:
     def _tell(self, found: list[Subscription], sequence: int) -> list[Acknowledgement]:
         """The first pass: set each subscription's sequence and start the device's work."""
         started: list[Acknowledgement] = []
-        filters = self.event in FILTERED
+        filters = self.event is Event.MIGRATE
         for subscription in found:
             link = subscription.link
             if filters and subscription.own and link.zone == self.owner:

@@ -55,13 +55,19 @@ class Domain:
         self._accesses: list[Access] = []
 
     def grant(self, start: int, words: Words) -> None:
-        """Take over a range fault's answer: `words` (HMM_PFN) from page `start` on replace what stood there."""
+        """Take over what `words` (HMM_PFN) from page `start` on lead to.
+
+        A page without a usable word keeps its translation: if it has one, then of a page that is the device's exclusively.
+        """
         frames = words & np.uint64(HMM_PFN_FRAME_MASK)
         usable = (words & np.uint64(HMM_PFN_VALID | HMM_PFN_ERROR)) == np.uint64(HMM_PFN_VALID)
         usable &= frames < _HOST_FRAMES_END
         entries = frames << _FRAME_SHIFT | _VALID
         entries |= np.where(words & np.uint64(HMM_PFN_WRITE) != 0, _WRITE, np.uint64(0))
-        self._table.write(start, np.where(usable, entries, np.uint64(0)))
+        if usable.all():
+            self._table.write(start, entries)
+        else:
+            self._table.scatter((np.flatnonzero(usable) + start).astype(np.uint64), entries[usable])
 
     def revoke(self, start: int, end: int) -> None:
         """Forget the translations of [start, end)."""

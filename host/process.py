@@ -40,7 +40,7 @@ PREFETCH_PAGES = 1 << 16
 """Pages of one piece of an explicit migration (256 MiB). Long, because one stream is faster than two side by side; the bookkeeping of what
 follows hides behind it."""
 PIECES_AT_ONCE = 2
-STREAMED_OUT = frozenset({"read", "migrate_to_dev"})
+STREAMED_OUT = frozenset({"read", "migrate_to_dev", "exclusive"})
 """Commands of a dmirror whose data, a page for each page, come as a stream."""
 HOST = "host"
 FD_FIRST = 3

@@ -29,6 +29,8 @@ from hmmnet.wire.messages import (
     PAGES_PER_MESSAGE_MAX,
     Evict,
     Evicted,
+    Exclusive,
+    MakeExclusive,
     Migrate,
     Migrated,
     MigrateDone,
@@ -45,6 +47,7 @@ from .homing import Homing
 from .interfaces import Select
 from .migrate import Grant, Outcome, migrate_to_device
 from .mirror import Request, range_fault
+from .notifier import Subscription
 
 SUBSCRIPTIONS_MAX = 1 << 16
 """Intervals that one context may have inserted: slabs of 512 MiB over 32 TiB."""
@@ -79,6 +82,7 @@ class Requests:
         session.on(Migrate, self.migrate)
         session.on(MigrateDone, self.migrate_done)
         session.on(Evict, self.evict)
+        session.on(MakeExclusive, self.make_exclusive)
 
     # --- mirror ---------------------------------------------------------------------------------------------------------------
 
@@ -102,10 +106,7 @@ class Requests:
 
     async def range_fault(self, message: RangeFault) -> RangeFaulted:
         """hmm_range_fault; the translations in the answer are granted in the same step. Raises KernelError as table A3."""
-        context = self._life.context(message.context)
-        subscription = context.subscriptions.get(message.subscription)
-        if subscription is None:
-            raise ProtocolError(f"context {context.number} has no subscription {message.subscription}")
+        context, subscription = self._subscription(message.context, message.subscription)
         inputs = _words(message.inputs, "RangeFault.inputs")
         self._check_range(message.start, message.pages, "RangeFault")
         if message.start < subscription.start or message.start + message.pages > subscription.end:
@@ -194,6 +195,30 @@ class Requests:
         moved = await self._homing.evict(self._life.link, frames)
         self._life.link.flush_freed()
         return Evicted(moved)
+
+    # --- exclusive access -----------------------------------------------------------------------------------------------------
+
+    async def make_exclusive(self, message: MakeExclusive) -> Exclusive:
+        """make_device_exclusive_range; the translations in the answer are granted in the same step. Raises KernelError(EFAULT, ENOMEM)."""
+        context, subscription = self._subscription(message.context, message.subscription)
+        self._check_range(message.start, message.pages, "MakeExclusive")
+        end = message.start + message.pages
+        if message.start < subscription.start or end > subscription.end:
+            raise ProtocolError("MakeExclusive leaves its subscription's interval")
+        while True:
+            got = await context.space.make_exclusive(message.start, end, self._life.zone)
+            if not context.hub.core.must_wait(subscription):
+                break
+            await context.hub.read_begin(subscription)  # what is being invalidated now has no sequence of its own yet
+        words = context.space.exclusive_words(message.start, message.start + got)
+        context.domain.grant(message.start, words)
+        return Exclusive(subscription.sequence, to_wire(words))
+
+    def _subscription(self, context: int, subscription: int) -> tuple[Context, Subscription]:
+        found = self._life.context(context)
+        if subscription not in found.subscriptions:
+            raise ProtocolError(f"context {context} has no subscription {subscription}")
+        return found, found.subscriptions[subscription]
 
     def _check_range(self, start: int, pages: int, call: str) -> None:
         if not 0 < pages <= PAGES_PER_MESSAGE_MAX or start + pages > PAGES_MAX:

@@ -202,7 +202,8 @@ class Device:
         if opened is None:
             return None
         context = opened.context
-        context.mirror.invalidate(message.subscription, message.start, message.end, message.sequence)
+        announced = message.owner == self.memory.zone
+        context.mirror.invalidate(message.subscription, message.start, message.end, message.sequence, announced=announced)
         return context.quiesce(message.start, message.end) if context.is_busy(message.start, message.end) else None
 
     def invalidate_end(self, message: InvalidateEnd) -> None:

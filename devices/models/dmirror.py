@@ -17,7 +17,7 @@ freed memory then).
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from errno import EFAULT, EINVAL, ENOENT, ENOMEM, EOPNOTSUPP
+from errno import EBUSY, EFAULT, EINVAL, ENOENT, ENOMEM, EPERM
 
 import numpy as np
 import numpy.typing as npt
@@ -81,7 +81,7 @@ _FRAME = np.uint64(HMM_PFN_FRAME_MASK)
 
 
 class Dmirror(Device):
-    """One unit. Commands: ``read write migrate_to_dev migrate_to_sys snapshot release flags``."""
+    """One unit. Commands: ``read write migrate_to_dev migrate_to_sys snapshot exclusive check_exclusive release flags``."""
 
     slab_pages = PAGES_MAX
     end_inclusive = True
@@ -112,11 +112,12 @@ class Dmirror(Device):
             "migrate_to_dev": self._migrate_to_dev,
             "migrate_to_sys": self._migrate_to_sys,
             "snapshot": self._snapshot,
+            "exclusive": self._exclusive,
+            "check_exclusive": self._check_exclusive,
         }
         command = commands.get(message.command)
         if command is None:
-            code = EOPNOTSUPP if message.command in {"exclusive", "check_exclusive"} else EINVAL
-            raise KernelError(code, "ioctl", f"a dmirror has no command {message.command}: it has {', '.join(commands)}, release, flags")
+            raise KernelError(EINVAL, "ioctl", f"a dmirror has no command {message.command}: it has {', '.join(commands)}, release, flags")
         start, end = page_arguments(message)
         return await command(opened.context, message, start, end)
 
@@ -191,10 +192,16 @@ class Dmirror(Device):
                 raise KernelError(moved.errno, "migrate_vma_setup", "a mapping in the range cannot migrate; what lies before it has moved")
         if not message.stream_out:
             return IoctlDone(moved_count, 0)
+        return await self._read_back(context, message, start, end)
+
+    async def _read_back(self, context: Context, message: Ioctl, start: int, end: int) -> IoctlDone:
+        """The range through the mirror, without faulting. Raises KernelError(ENOENT) at a page that is not mirrored."""
         bounce = bounce_buffer(start, end)
         readable = await self._through_mirror(context, start, end, bounce, write=False)
         if readable < end - start:
-            raise KernelError(ENOENT, "dmirror_do_read", f"page 0x{start + readable:x} did not migrate and is not mirrored")
+            raise KernelError(
+                ENOENT, "dmirror_do_read", f"page 0x{start + readable:x} is not mirrored (it did not move, or was taken back)"
+            )
         await self._give(message.stream_out, bounce)
         return IoctlDone(readable, 0)
 
@@ -216,6 +223,27 @@ class Dmirror(Device):
             if len(frames) == 0:
                 return
             fruitless = 0 if await self.bus.evict(frames, cause) else fruitless + 1
+
+    # --- exclusive access -----------------------------------------------------------------------------------------------------
+
+    async def _exclusive(self, context: Context, message: Ioctl, start: int, end: int) -> IoctlDone:
+        """dmirror_exclusive: window by window, and each window wholly or not at all; then what can be read through the mirror."""
+        for first in range(start, end, WINDOW_PAGES):
+            stop = min(first + WINDOW_PAGES, end)
+            try:
+                got = await context.make_exclusive(first, stop)
+            except KernelError:
+                got = 0
+            if got < stop - first:
+                why = f"page 0x{first + got:x} cannot be had exclusively; the windows of {WINDOW_PAGES} pages before its own are exclusive"
+                raise KernelError(EBUSY, "dmirror_exclusive", why)
+        return await self._read_back(context, message, start, end)
+
+    async def _check_exclusive(self, context: Context, message: Ioctl, start: int, end: int) -> IoctlDone:  # noqa: ARG002 - one shape for all commands
+        """dmirror_check_atomic: EPERM while the mirror holds a page of the range for exclusive access."""
+        if context.mirror.has_exclusive(start, end):
+            raise KernelError(EPERM, "dmirror_check_atomic", f"a page of [0x{start:x}, 0x{end:x}) is held for exclusive access")
+        return IoctlDone(0, 0)
 
     # --- snapshot -------------------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,8 @@
 """What may stand in an operation's line, taken from its usage text.
 
 An operation registers itself with the usage that SYNTAX shows, ``dwrite D R p n val``; each word of the usage names a kind of argument and
-so is also its parser and the text of its complaints. A word in brackets may be left out, an ``n`` in brackets counts as 1.
+so is also its parser and the text of its complaints. A word in brackets may be left out, an ``n`` in brackets counts as 1. A word in
+brackets that is no kind, ``[fast]``, stands for itself: the argument is whether it is there.
 
 Two kinds of failure are kept apart. A line that the syntax does not know is a mistake of the script (`ScriptError`). A line that the
 syntax knows and this player does not (an operation or a mapping option still to be built) is *unsupported*: the script is played up to
@@ -40,7 +41,7 @@ SYNTAX_OPERATIONS = _names(
     """
 )
 """Every operation that the trace syntax has, built or not."""
-MAPPING_OPTIONS = frozenset({"shared", "file", "off", "thp", "hugetlb", "populate"})
+MAPPING_OPTIONS = frozenset({"shared", "file", "off", "thp", "hugetlb"})
 BINDS: Mapping[str, int] = {"mmap": 1, "hole": 1, "mmapdev": 1, "open": 1, "memfd": 1, "mremap": 5}
 """Operations that give a name to something, and which word the name is."""
 
@@ -114,16 +115,19 @@ class Usage:
 
     name: str
     kinds: tuple[str, ...]
+    flags: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, text: str) -> Usage:
         """Read a usage such as ``mmap NAME n [PROT]``."""
-        name, *kinds = text.split()
-        assert all(kind.strip("[]") in PARSERS for kind in kinds), f"unknown kind of argument in usage {text!r}"
-        return cls(name, tuple(kinds))
+        name, *words = text.split()
+        kinds = tuple(word for word in words if word.strip("[]") in PARSERS)
+        flags = tuple(word.strip("[]") for word in words[len(kinds) :])
+        assert words == [*kinds, *(f"[{flag}]" for flag in flags)], f"unknown kind of argument in usage {text!r}"
+        return cls(name, kinds, flags)
 
     def __str__(self) -> str:
-        return " ".join((self.name, *self.kinds))
+        return " ".join((self.name, *self.kinds, *(f"[{flag}]" for flag in self.flags)))
 
     def parse(self, words: tuple[str, ...]) -> tuple[Any, ...] | Unsupported:
         """The arguments in `words` (without the operation's name). Raises BadArgumentError."""
@@ -131,6 +135,9 @@ class Usage:
             for word in words[2:]:
                 if word.partition("=")[0] in MAPPING_OPTIONS:
                     return Unsupported(f"mmap {word.partition('=')[0]}")
+        required = sum(not kind.startswith("[") for kind in self.kinds)
+        flags = {word for word in words[required:] if word in self.flags}
+        words = (*words[:required], *(word for word in words[required:] if word not in flags))
         if len(words) > len(self.kinds):
             raise BadArgumentError(f"{words[len(self.kinds)]!r} is one word too many")
         values: list[Any] = []
@@ -142,7 +149,7 @@ class Usage:
                 values.append(DEFAULTS[plain])
             else:
                 raise BadArgumentError(f"argument {plain} is missing")
-        return tuple(values)
+        return (*values, *(flag in flags for flag in self.flags))
 
 
 @dataclass(frozen=True)
@@ -178,7 +185,7 @@ def _parse(operation: Operation, usages: Mapping[str, Usage], names: Mapping[str
         return Unsupported(name)
     arguments = usage.parse(operation.words[1:])
     if not isinstance(arguments, Unsupported):
-        for kind, value in zip(usage.kinds, arguments, strict=True):
+        for kind, value in zip(usage.kinds, arguments, strict=False):
             if kind in KINDS and value not in names[kind]:
                 raise BadArgumentError(f"no {KINDS[kind]} is called {value!r}{suggestion(value, names[kind])} at this line")
     return arguments

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from hmmnet.errors import BusError, KernelError, SegmentationFault, SignalError
 from hmmnet.pages import PAGE_SIZE
-from hmmnet.program import Handle, Process
+from hmmnet.program import Handle, PageReferences, Process
 
 from .grammar import Usage
 from .tokens import listed, page_token, page_tokens, pagemap_symbol, snapshot_symbol
@@ -35,22 +35,64 @@ class Region:
 
 
 @dataclass
-class Stage:
-    """What a script acts on: one process, its named regions and its open devices."""
+class Scene:
+    """What one process of a script has: regions and open devices by name."""
 
     process: Process
-    device_of: Callable[[int], str]
-    """The device that has a unit number. Raises KernelError(ENOENT)."""
     regions: dict[str, Region] = field(default_factory=dict)
     handles: dict[str, Handle] = field(default_factory=dict)
-    left_open: list[Handle] = field(default_factory=list)
-    """Handles whose name was given to another: open until the process ends."""
     regions_made: int = 0
+
+    def child(self, process: Process) -> Scene:
+        """The same for `process`, which this one has forked."""
+        regions = {name: Region(region.base, region.pages) for name, region in self.regions.items()}
+        handles = {name: process.handles[handle.number] for name, handle in self.handles.items()}
+        return Scene(process, regions, handles, self.regions_made)
+
+
+class Stage:
+    """What a script acts on: the innermost process of its forks. `device_of` finds a device by unit (KernelError ENOENT)."""
+
+    def __init__(self, process: Process, device_of: Callable[[int], str]) -> None:
+        self.device_of = device_of
+        self.scenes = [Scene(process)]
+        self.pinned: PageReferences | None = None
+        """The recorder's one pin set."""
+        self.referenced: list[PageReferences] = []
+        """What lies in the recorder's pipe."""
+
+    @property
+    def scene(self) -> Scene:
+        """The process that acts now."""
+        return self.scenes[-1]
+
+    @property
+    def process(self) -> Process:
+        """The process that acts now."""
+        return self.scene.process
+
+    @property
+    def regions(self) -> dict[str, Region]:
+        """Its regions."""
+        return self.scene.regions
+
+    @property
+    def handles(self) -> dict[str, Handle]:
+        """Its open devices. One whose name was given to another stays open until the process ends."""
+        return self.scene.handles
+
+    async def end(self) -> None:
+        """The script is over: what it holds is let go, its processes end, the innermost first."""
+        for held in (self.pinned, *self.referenced):
+            if held is not None:
+                await held.put()
+        while self.scenes:
+            await self.scenes.pop().process.exit()
 
     def new_region(self, name: str, pages: int) -> Region:
         """Take the next place; it is taken whether or not the call that follows succeeds."""
-        region = Region(REGIONS_BASE + self.regions_made * REGION_STRIDE, pages)
-        self.regions_made += 1
+        region = Region(REGIONS_BASE + self.scene.regions_made * REGION_STRIDE, pages)
+        self.scene.regions_made += 1
         self.regions[name] = region
         return region
 
@@ -113,11 +155,11 @@ def pattern(value: int, pages: int) -> npt.NDArray[np.uint8]:
 # --- address space ----------------------------------------------------------------------------------------------------------------
 
 
-@operation("mmap NAME n [PROT]")
-async def mmap(stage: Stage, name: str, pages: int, protection: str) -> str:
+@operation("mmap NAME n [PROT] [populate]")
+async def mmap(stage: Stage, name: str, pages: int, protection: str, populate: bool) -> str:
     """MAP_PRIVATE | MAP_ANONYMOUS at the region's place."""
     region = stage.new_region(name, pages)
-    await stage.process.mmap(pages * PAGE_SIZE, protection, region.base)
+    await stage.process.mmap(pages * PAGE_SIZE, protection, region.base, populate=populate)
     return "ok"
 
 
@@ -139,6 +181,37 @@ async def munmap(stage: Stage, region: str, page: int, pages: int) -> str:
 async def mprotect(stage: Stage, region: str, page: int, pages: int, protection: str) -> str:
     """mprotect(2)."""
     await stage.process.mprotect(stage.address(region, page), pages * PAGE_SIZE, protection)
+    return "ok"
+
+
+@operation("mremap R p n m NAME [dontunmap]")
+async def mremap(stage: Stage, region: str, page: int, pages: int, new: int, name: str, dontunmap: bool) -> str:
+    """mremap(2) with MREMAP_MAYMOVE | MREMAP_FIXED to a new region's place."""
+    target = stage.new_region(name, new).base
+    await stage.process.mremap(stage.address(region, page), pages * PAGE_SIZE, new * PAGE_SIZE, target, dontunmap=dontunmap)
+    return "ok"
+
+
+@operation("grow R m")
+async def grow(stage: Stage, region: str, pages: int) -> str:
+    """mremap(2) in place: the one operation that changes a region's size."""
+    found = stage.regions[region]
+    await stage.process.mremap(found.base, found.pages * PAGE_SIZE, pages * PAGE_SIZE, may_move=False)
+    found.pages = pages
+    return "ok"
+
+
+@operation("mlock R p n")
+async def mlock(stage: Stage, region: str, page: int, pages: int) -> str:
+    """mlock(2)."""
+    await stage.process.mlock(stage.address(region, page), pages * PAGE_SIZE)
+    return "ok"
+
+
+@operation("munlock R p n")
+async def munlock(stage: Stage, region: str, page: int, pages: int) -> str:
+    """munlock(2)."""
+    await stage.process.munlock(stage.address(region, page), pages * PAGE_SIZE)
     return "ok"
 
 
@@ -198,16 +271,107 @@ async def pte(stage: Stage, region: str, page: int, pages: int) -> str:
     return listed([pagemap_symbol(value) for value in await stage.process.pagemap(stage.address(region, page), pages)])
 
 
+# --- processes --------------------------------------------------------------------------------------------------------------------
+
+
+@operation("fork")
+async def fork(stage: Stage) -> str:
+    """fork(2); what follows, up to the exit, is the child's."""
+    stage.scenes.append(stage.scene.child(await stage.process.fork()))
+    return "child"
+
+
+@operation("exit")
+async def exit_child(stage: Stage) -> str:
+    """The child ends, and its parent, which has waited for it, goes on."""
+    await stage.scenes.pop().process.exit()
+    return "status 0"
+
+
+# --- page references --------------------------------------------------------------------------------------------------------------
+
+
+@operation("pin R p n [w] [fast]")
+async def pin(stage: Stage, region: str, page: int, pages: int, write: bool, fast: bool) -> str:  # noqa: ARG001 - fast finds the same pages
+    """PIN_LONGTERM_TEST_START of gup_test: all pages or none, one pin set at a time."""
+    if stage.pinned is not None:
+        raise KernelError(errno.EINVAL, "pin", "a pin set is taken; unpin it first")
+    held = await stage.process.get_user_pages(stage.address(region, page), pages, write=write, pin=True, longterm=True)
+    if held.count < pages:
+        await held.put()
+        raise KernelError(errno.EFAULT, "pin", f"{held.count} of {pages} pages could be had")
+    stage.pinned = held
+    return "ok"
+
+
+@operation("unpin")
+async def unpin(stage: Stage) -> str:
+    """PIN_LONGTERM_TEST_STOP."""
+    held, stage.pinned = stage.pinned, None
+    if held is not None:
+        await held.put()
+    return "ok"
+
+
+@operation("pinread n")
+async def pinread(stage: Stage, pages: int) -> str:
+    """PIN_LONGTERM_TEST_READ: what the pinned pages hold."""
+    if stage.pinned is None:
+        raise KernelError(errno.EINVAL, "pinread", "nothing is pinned")
+    return f"ok {listed(page_tokens(await stage.pinned.read(min(pages, stage.pinned.count))))}"
+
+
+async def get_and_put(stage: Stage, region: str, page: int, pages: int, *, write: bool, pin: bool) -> str:
+    """Take a reference of each page and drop it at once, up to the first that cannot be had."""
+    got = 0
+    for i in range(pages):
+        try:
+            held = await stage.process.get_user_pages(stage.address(region, page + i), 1, write=write, pin=pin)
+        except KernelError:
+            break
+        await held.put()
+        got += 1
+    return f"ok got={got}"
+
+
+@operation("gup R p n [w]")
+async def gup(stage: Stage, region: str, page: int, pages: int, write: bool) -> str:
+    """get_user_pages, and put."""
+    return await get_and_put(stage, region, page, pages, write=write, pin=False)
+
+
+@operation("pup R p n [w]")
+async def pup(stage: Stage, region: str, page: int, pages: int, write: bool) -> str:
+    """pin_user_pages, and unpin."""
+    return await get_and_put(stage, region, page, pages, write=write, pin=True)
+
+
+@operation("getref R p n")
+async def getref(stage: Stage, region: str, page: int, pages: int) -> str:
+    """vmsplice(2): plain references that lie in a pipe."""
+    held = await stage.process.get_user_pages(stage.address(region, page), pages)
+    stage.referenced.append(held)
+    return f"ok got={held.count}"
+
+
+@operation("putref")
+async def putref(stage: Stage) -> str:
+    """Read the pipe back, which drops the references."""
+    tokens: list[str] = []
+    referenced, stage.referenced = stage.referenced, []
+    for held in referenced:
+        tokens += page_tokens(await held.read(held.count))
+        await held.put()
+    return f"ok {listed(tokens)}"
+
+
 # --- device (test_hmm ioctls) -----------------------------------------------------------------------------------------------------
 
 
 @operation("open NAME unit")
 async def open_device(stage: Stage, name: str, unit: int) -> str:
     """Open /dev/hmm_dmirrorUNIT."""
-    handle = await stage.process.open(stage.device_of(unit))
-    if name in stage.handles:
-        stage.left_open.append(stage.handles[name])
-    stage.handles[name] = handle
+    stage.handles[name] = await stage.process.open(stage.device_of(unit))
     return "ok"
 
 
@@ -254,6 +418,20 @@ async def snapshot(stage: Stage, name: str, region: str, page: int, pages: int) 
     """HMM_DMIRROR_SNAPSHOT; never faults."""
     done = await stage.handle(name).ioctl("snapshot", stage.address(region, page), pages)
     return f"ok cpages={done.cpages} {listed([snapshot_symbol(value) for value in done.data])}"
+
+
+@operation("excl D R p [n]")
+async def exclusive(stage: Stage, name: str, region: str, page: int, pages: int) -> str:
+    """HMM_DMIRROR_EXCLUSIVE; the driver reads the range back through its mirror."""
+    done = await stage.handle(name).ioctl("exclusive", stage.address(region, page), pages)
+    return f"ok cpages={done.cpages} {listed(page_tokens(done.data))}"
+
+
+@operation("chkex D R p [n]")
+async def check_exclusive(stage: Stage, name: str, region: str, page: int, pages: int) -> str:
+    """HMM_DMIRROR_CHECK_EXCLUSIVE."""
+    await stage.handle(name).ioctl("check_exclusive", stage.address(region, page), pages)
+    return "ok"
 
 
 @operation("release D")

@@ -47,7 +47,7 @@ async def play(script: Script, steps: Sequence[Step], process: Process, device_o
                     why = f"{UNSUPPORTED}: {step.arguments.what}"
                     break
                 got[step.operation.number] = await answer(stage, step)
-            await process.exit()
+            await stage.end()
         except HmmnetError as error:
             broken = f"{type(error).__name__}: {error}"
     if scope.cancelled_caught:

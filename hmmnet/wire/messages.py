@@ -141,7 +141,8 @@ class CloseContext(Message, frozen=True):
 class Invalidate(Message, frozen=True):
     """mmu_notifier range start. `Done` when the device has set the sequence, dropped its entries for [start, end) and quiesced.
 
-    `owner` is the zone of the device on whose behalf this happens, or -1. A subscription that the device does not know (yet, or any more)
+    `owner` is the zone of the device for whose migration or exclusive access this happens, or -1; the pages are not collected before
+    everybody has answered. A subscription that the device does not know (yet, or any more)
     is no error: the range goes all the same.
     """
 
@@ -376,6 +377,26 @@ class Evicted(Message, frozen=True):
     moved: PageCount
 
 
+class MakeExclusive(Message, frozen=True):
+    """make_device_exclusive_range for `pages` pages from `start`, which lie in the interval of `subscription`. `Exclusive`."""
+
+    context: U64
+    subscription: U64
+    start: Page
+    pages: PageCount
+
+
+class Exclusive(Message, frozen=True):
+    """Reply: HMM_PFN words of the pages that the device has to itself now, from the first on; fewer where one cannot be had.
+
+    They were so at `sequence` of the subscription, and are until an invalidation changes that. The device may reach the frames as after a
+    range fault.
+    """
+
+    sequence: U64
+    words: PageList
+
+
 class DmaRead(Message, frozen=True):
     """Read system (or coherent) memory through the IOMMU: element i is at byte `offsets[i]` of page `pages[i]`'s frame.
 
@@ -444,7 +465,8 @@ class Result(Message, frozen=True):
 Body: TypeAlias = (
     Hello | Welcome | Refused | Done | Failed | Rate | OpenContext | CloseContext | Invalidate | InvalidateEnd | CopyIn | CopyOut
     | Copied | FreeFrames | Launch | Ioctl | IoctlDone | Finished | Inspect | Report | Subscribe | Subscribed | Unsubscribe | RangeFault
-    | RangeFaulted | Migrate | Migrated | MigrateDone | Evict | Evicted | DmaRead | DmaWrite | DmaGrant | Call | Result
+    | RangeFaulted | Migrate | Migrated | MigrateDone | Evict | Evicted | MakeExclusive | Exclusive
+    | DmaRead | DmaWrite | DmaGrant | Call | Result
 )  # fmt: skip
 
 Arguments: TypeAlias = dict[str, Any]

@@ -14,7 +14,7 @@ import numpy as np
 
 from hmmnet.errors import KernelError
 from hmmnet.host.interfaces import Event
-from hmmnet.pages import Words
+from hmmnet.pages import HMM_PFN_VALID, HMM_PFN_WRITE, Words
 
 from . import fault, pte
 from .access import CpuAccess
@@ -117,3 +117,10 @@ class Pins(CpuAccess):
                 async with self.hub.invalidate(Event.EXCLUSIVE, page, stop, owner):
                     page += fault.set_exclusive(self.mm, pages)
         return page - start
+
+    def exclusive_words(self, start: int, end: int) -> Words:
+        """HMM_PFN words of the pages from `start` on that a device has exclusively, up to the first that it does not (any more)."""
+        entries = self.mm.table.read(start, end)
+        held = entries & pte.KIND == pte.EXCLUSIVE
+        count = len(entries) if held.all() else int(np.argmin(held))
+        return pte.frames_of(entries[:count]) | np.uint64(HMM_PFN_VALID | HMM_PFN_WRITE)

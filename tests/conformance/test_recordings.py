@@ -66,7 +66,7 @@ async def test_hand_scripts_are_identical() -> None:
 
 
 async def test_everything_else_that_was_identical_stays_so() -> None:
-    """Every script in identical.txt: hand scripts with madvise(DONTNEED), and generated ones that use the same operations."""
+    """Every script in identical.txt: anonymous private memory with everything that programs and dmirror devices do to it."""
     names = further()
     assert not set(names) & set(IDENTICAL)
     tally = await played(scripts("*.traces", names))

@@ -130,6 +130,7 @@ class ScriptedHost:
             m.Migrate: self._migrate,
             m.MigrateDone: self._migrate_done,
             m.Evict: self._evict,
+            m.MakeExclusive: self._make_exclusive,
             m.DmaRead: self._dma_read,
             m.DmaWrite: self._dma_write,
         }
@@ -289,6 +290,21 @@ class ScriptedHost:
                 self.domain[page] = Entry(word & ((1 << 53) - 1), bool(word & HMM_PFN_WRITE))
         await self._pause(message)
         return m.RangeFaulted(sequence, to_wire(u64(words)))
+
+    async def _make_exclusive(self, message: m.MakeExclusive) -> m.Exclusive:
+        words = []
+        for page in range(message.start, message.start + message.pages):
+            rights = self.rights(page)
+            if rights is None or "w" not in rights:
+                break
+            entry = await self._system_entry(page, write=True)
+            self.domain[page] = Entry(entry.frame, write=True)
+            words.append(entry.frame | HMM_PFN_VALID | HMM_PFN_WRITE)
+        if not words:
+            raise KernelError(errno.EFAULT, "make_device_exclusive", f"page 0x{message.start:x}")
+        sequence = self.told[message.subscription]
+        await self._pause(message)
+        return m.Exclusive(sequence, to_wire(u64(words)))
 
     async def _walk(self, page: int, want: bool, want_write: bool) -> int:
         rights = self.rights(page)

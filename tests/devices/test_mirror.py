@@ -66,6 +66,17 @@ def test_read_retry(mirror: Mirror, subscription: Subscription) -> None:
     assert not mirror.is_current(subscription, 7, watch, words(SYSTEM))
 
 
+def test_what_a_migration_announces_is_not_held_against_it(mirror: Mirror, subscription: Subscription) -> None:
+    """Shared pages are cleared in every mirror before they are collected: older words are stale, what the migration brings is good."""
+    watch = mirror.watch(10, 20)
+    mirror.invalidate(5, 12, 13, 7, announced=True)
+    assert not mirror.is_current(subscription, 7, watch, words(SYSTEM))
+    assert watch.keeps(pages(11, 12)).tolist() == [True, False]
+    assert watch.brings(pages(11, 12)).tolist() == [True, True]
+    mirror.invalidate(5, 12, 13, 9)
+    assert watch.brings(pages(11, 12)).tolist() == [True, False]
+
+
 def test_words_from_before_a_copy_out_are_stale(mirror: Mirror, subscription: Subscription, memory: Memory) -> None:
     """A page that a CPU fault is taking home cannot be mapped any more, although no sequence changed; if it stays, it can."""
     frames = own_frames(memory, 1)

@@ -20,9 +20,10 @@ from hmmnet.program import IoctlResult, Residency
 class FakeHandle:
     """An open unit; commands as test_hmm has them, without rights of device entries."""
 
-    def __init__(self, process: FakeProcess, device: str) -> None:
+    def __init__(self, process: FakeProcess, device: str, number: int) -> None:
         self.process = process
         self.device = device
+        self.number = number
         self.mirrored: set[int] = set()
 
     async def ioctl(self, command: str, address: int, pages: int, data: bytes = b"", flags: int = 0) -> IoctlResult:
@@ -80,6 +81,7 @@ class FakeHandle:
         return IoctlResult(len(wanted), 0, bytes(byte(page) for page in wanted))
 
     async def close(self) -> None:
+        del self.process.handles[self.number]
         self.process.bring_home(self.device)
 
 
@@ -92,7 +94,8 @@ class FakeProcess:
         self.rights: dict[int, str] = {}
         self.memory: dict[int, bytes] = {}
         self.on: dict[int, str] = {}
-        self.handles: list[FakeHandle] = []
+        self.handles: dict[int, FakeHandle] = {}
+        self.children: list[FakeProcess] = []
         self.exited = False
 
     def page(self, page: int) -> bytes:
@@ -100,11 +103,12 @@ class FakeProcess:
 
     def bring_home(self, device: str) -> None:
         self.on = {page: name for page, name in self.on.items() if name != device}
-        for handle in self.handles:
+        for handle in self.handles.values():
             handle.mirrored.clear()
 
-    async def mmap(self, length: int, protection: str = "rw", address: int | None = None) -> int:
+    async def mmap(self, length: int, protection: str = "rw", address: int | None = None, *, populate: bool = False) -> int:
         assert address is not None
+        assert not populate
         if length == 0:
             raise KernelError(errno.EINVAL, "mmap", "no length")
         self.rights.update(dict.fromkeys(range(*page_range(address, length)), protection))
@@ -135,7 +139,7 @@ class FakeProcess:
                 raise SegmentationFault(page * PAGE_SIZE, "no mapping")
             self.memory.setdefault(page, bytes(PAGE_SIZE))
             if self.on.pop(page, None):
-                for handle in self.handles:
+                for handle in self.handles.values():
                     handle.mirrored.discard(page)
         return pages
 
@@ -169,14 +173,21 @@ class FakeProcess:
         raise AssertionError("scripts never ask for residency")
 
     async def open(self, device: str) -> FakeHandle:
-        self.handles.append(FakeHandle(self, device))
-        return self.handles[-1]
+        number = len(self.handles) + 3
+        self.handles[number] = FakeHandle(self, device, number)
+        return self.handles[number]
 
     async def launch(self, kernel: str, device: str, placement: str = "demand", **arguments: Any) -> Any:
         raise AssertionError("scripts launch nothing")
 
     async def migrate(self, address: int, length: int, to: str) -> int:
         raise AssertionError("scripts migrate by ioctl")
+
+    async def fork(self) -> FakeProcess:
+        child = FakeProcess()
+        child.rights, child.memory, child.handles = dict(self.rights), dict(self.memory), dict(self.handles)
+        self.children.append(child)
+        return child
 
     async def exit(self) -> None:
         self.exited = True

@@ -20,21 +20,41 @@ def script(*lines: str) -> Script:
 def test_arguments() -> None:
     """Numbers in decimal and hex, defaults for what may be left out."""
     steps = parse_steps(script("open d0 1", "mmap A 4", "mmap B 0x10 none", "dwrite d0 A 1 2 0xff", "dread d0 B 3"), usages())
-    assert [s.arguments for s in steps] == [("d0", 1), ("A", 4, "rw"), ("B", 16, "none"), ("d0", "A", 1, 2, 255), ("d0", "B", 3, 1)]
+    assert [s.arguments for s in steps] == [
+        ("d0", 1),
+        ("A", 4, "rw", False),
+        ("B", 16, "none", False),
+        ("d0", "A", 1, 2, 255),
+        ("d0", "B", 3, 1),
+    ]
 
 
 def test_what_is_not_built_is_counted_not_refused() -> None:
     """An operation or mapping option of the syntax without a function; its names count as given."""
-    steps = parse_steps(script("mmap S 3 r shared", "mmap F 1 file=f off=2", "fork", "sum S 0 3"), usages())
-    assert [s.arguments for s in steps[:3]] == [Unsupported("mmap shared"), Unsupported("mmap file"), Unsupported("fork")]
+    steps = parse_steps(script("mmap S 3 r shared", "mmap F 1 file=f off=2", "memfd f 3", "sum S 0 3"), usages())
+    assert [s.arguments for s in steps[:3]] == [Unsupported("mmap shared"), Unsupported("mmap file"), Unsupported("memfd")]
     assert steps[3].arguments == ("S", 0, 3)
+
+
+def test_words_that_stand_for_themselves() -> None:
+    """In any order behind the required arguments, and with or without what may be left out."""
+    lines = ("mmap A 4 populate", "mmap A 4 r populate", "mmap A 4", "pin A 0 4 fast w", "pin A 0 4 w", "mremap A 0 1 2 B dontunmap")
+    steps = parse_steps(script(*lines), usages())
+    assert [s.arguments for s in steps] == [
+        ("A", 4, "rw", True),
+        ("A", 4, "r", True),
+        ("A", 4, "rw", False),
+        ("A", 0, 4, True, True),
+        ("A", 0, 4, True, False),
+        ("A", 0, 1, 2, "B", True),
+    ]
 
 
 @pytest.mark.parametrize(
     ("lines", "words"),
     [
         (["mapp A 4"], "unknown operation 'mapp'; did you mean \"mmap\""),
-        (["mmap A"], "argument n is missing; usage: mmap NAME n [PROT]"),
+        (["mmap A"], "argument n is missing; usage: mmap NAME n [PROT] [populate]"),
         (["mmap A four"], "'four' is no number"),
         (["mmap A -1"], "negative"),
         (["mmap A 16385"], "too many pages"),

@@ -82,14 +82,38 @@ async def test_differences_are_told(process: Any, device_of: DeviceOf) -> None:
 
 async def test_a_script_stops_at_what_is_not_built(process: Any, device_of: DeviceOf) -> None:
     """Lines up to there are compared; every unbuilt line is counted; one entry says why it stopped."""
-    script = scripted("mmap A 1 => ok", "fork => child", "read A 0 0 => ok 00", "exit => status 0", "sum A 0 1 => [z]")
+    script = scripted("mmap A 1 => ok", "memfd F 1 => ok", "read A 0 0 => ok 00", "ffill F 0 1 1 => ok", "sum A 0 1 => [z]")
     outcome = await play(script, prepare(script), process, device_of)
     assert outcome.stopped
     assert not outcome.identical
     assert (outcome.lines, outcome.lines_equal) == (5, 1)
     tally = Tally([outcome]).as_json()
-    assert tally["unsupported_ops"] == {"exit": 1, "fork": 1}
-    assert [(d["line"], d["got"], d["why"]) for d in tally["differences"]] == [(2, None, "unsupported operation: fork")]
+    assert tally["unsupported_ops"] == {"ffill": 1, "memfd": 1}
+    assert [(d["line"], d["got"], d["why"]) for d in tally["differences"]] == [(2, None, "unsupported operation: memfd")]
+
+
+async def test_a_child_has_what_its_parent_had(process: Any, device_of: DeviceOf) -> None:
+    """Regions and devices by name, each process its own; at the end all processes have ended, the innermost first."""
+    script = scripted(
+        "mmap A 1 => ok",
+        "open d0 0 => ok",
+        "fork => child",
+        "mmap B 1 => ok",
+        "write B 0 0 5 => ok",
+        "fork => child",
+        "read B 0 0 => ok 05",
+        "exit => status 0",
+        "dread d0 A 0 1 => ok cpages=1 faults=1 [z]",
+        "exit => status 0",
+        "mmap C 1 => ok",
+        "read C 0 0 => ok 00",
+        "fork => child",
+    )
+    outcome = await play(script, prepare(script), process, device_of)
+    assert outcome.differences == ()
+    assert process.exited
+    assert all(child.exited for child in process.children)
+    assert len(process.rights) == 2
 
 
 async def test_a_trailer_that_tells_of_harm_counts(process: Any, device_of: DeviceOf) -> None:
@@ -132,7 +156,7 @@ async def test_a_name_given_again_leaves_the_old_handle_open(process: Any, devic
     """As a C program's file descriptor would be."""
     script = scripted("open d0 0 => ok", "open d0 1 => ok", "open d9 9 => ERR ENOENT", "close d0 => ok", "close d0 => ERR EBADF")
     assert (await play(script, prepare(script), process, device_of)).identical
-    assert [h.device for h in process.handles] == ["dmirror0", "dmirror1"]
+    assert [handle.device for handle in process.handles.values()] == ["dmirror0"]
 
 
 def test_errno_names() -> None:

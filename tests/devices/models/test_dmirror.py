@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hmmnet.devices.models.dmirror import Dmirror
+from hmmnet.devices.models.dmirror import WINDOW_PAGES, Dmirror
 from hmmnet.errors import KernelError
 from hmmnet.pages import HMM_PFN_ERROR, HMM_PFN_ORDER_SHIFT, HMM_PFN_VALID, HMM_PFN_WRITE, PAGE_SIZE, ZONE_SHIFT
 from hmmnet.wire import messages as m
@@ -260,11 +260,55 @@ async def test_migration_without_taking_the_data() -> None:
         assert reply.cpages == 3
 
 
-@pytest.mark.parametrize(("command", "name"), [("exclusive", "EOPNOTSUPP"), ("check_exclusive", "EOPNOTSUPP"), ("dance", "EINVAL")])
-async def test_other_commands_are_refused(command: str, name: str) -> None:
+async def test_other_commands_are_refused() -> None:
     """By name, with the errno that says why."""
     async with unit() as (host, _):
-        assert await failing(host, command, PAGE, 1) == name
+        assert await failing(host, "dance", PAGE, 1) == "EINVAL"
+
+
+async def test_exclusive_access_lasts_until_it_is_taken_back() -> None:
+    """The range reads through the mirror, and check_exclusive says EPERM; the next invalidation ends that, for one page too many."""
+    async with unit() as (host, _):
+        at = host.mmap(PAGE, 4)
+        await host.cpu_write(at, fill(0x10, 4))
+        done = await host.session.ask(m.Ioctl(1, "exclusive", at, 4), m.IoctlDone)
+        assert (done.cpages, done.faults) == (4, 0)
+        for page in range(4):
+            assert await failing(host, "check_exclusive", PAGE + page, 1) == "EPERM"
+        async with host.invalidated(PAGE, PAGE + 1, "clear"):
+            pass
+        await host.session.ask(m.Ioctl(1, "check_exclusive", at, 2), m.IoctlDone)
+        assert await failing(host, "check_exclusive", PAGE, 3) == "EPERM"
+
+
+async def test_a_window_is_exclusive_wholly_or_not_at_all() -> None:
+    """A page that may not be written makes its window EBUSY, the window before keeps what it has; a hole likewise."""
+    async with unit() as (host, _):
+        at = host.mmap(PAGE, WINDOW_PAGES + 1)
+        host.mmap(PAGE + WINDOW_PAGES + 1, 3, "r")
+        assert await failing(host, "exclusive", PAGE, WINDOW_PAGES + 4) == "EBUSY"
+        assert await failing(host, "check_exclusive", PAGE, 1) == "EPERM"
+        await host.session.ask(m.Ioctl(1, "check_exclusive", at + WINDOW_PAGES * PAGE_SIZE, 1), m.IoctlDone)
+        assert await failing(host, "exclusive", PAGE + WINDOW_PAGES + 10, 1) == "EBUSY"
+
+
+async def test_an_answer_that_an_invalidation_overtook_is_asked_for_again() -> None:
+    """The pages were taken back before the device looked at the answer: it maps nothing of it."""
+    async with unit() as (host, _):
+        at = host.mmap(PAGE, 2)
+        times = 0
+
+        async def take_back() -> None:
+            nonlocal times
+            times += 1
+            if times == 1:
+                async with host.invalidated(PAGE, PAGE + 2, "clear"):
+                    pass
+
+        host.pauses[m.MakeExclusive] = take_back
+        await host.session.ask(m.Ioctl(1, "exclusive", at, 2), m.IoctlDone)
+        assert times == 2
+        assert await failing(host, "check_exclusive", PAGE, 2) == "EPERM"
 
 
 async def test_absurd_sizes_are_refused() -> None:
