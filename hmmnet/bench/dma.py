@@ -7,27 +7,23 @@ carry checksums. All processes keep freed buffers, as every process of hmmnet do
 
 from __future__ import annotations
 
-import os
 import socket
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from statistics import median
 
 import trio
 import zmq
 
-import hmmnet
 from hmmnet.fabric.chunk import CHUNK_BYTES
 from hmmnet.fabric.dma import BulkReceiver, BulkSender, BytesSink, BytesSource, Pace
 from hmmnet.wire.allocator import keep_freed_buffers
 from hmmnet.wire.zmq_transport import ZmqTransport
 
 from .dma_peers import memory, raw_give, raw_socket, raw_take, shared_clock, unix_give, unix_take
+from .far import Far
 from .measurement import Goal, Measurement, measured, median_ratio
 
 STREAM_BYTES = 256 << 20
@@ -38,34 +34,9 @@ PACED_BYTES_PER_S = {"throttle.50": 50e6, "throttle.200": 200e6, "throttle.500":
 PACED_S = 1.0
 
 
-class Far:
-    """A far process: `take` and `give` are commands to it."""
-
-    def __init__(self, kind: str, directory: str, nbytes: int) -> None:
-        root = str(Path(hmmnet.__file__ or ".").parent.parent)
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
-        command = [sys.executable, "-m", "hmmnet.bench.dma_peers", kind, directory, str(nbytes)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
-
-    def ready(self) -> None:
-        """Wait until it serves."""
-        assert self._process.stdout is not None
-        if not self._process.stdout.readline():
-            raise RuntimeError(f"a process of the DMA benchmark ended early (exit status {self._process.wait()})")
-
-    def tell(self, command: str) -> None:
-        """Give a command."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(command.encode() + b"\n")
-        self._process.stdin.flush()
-
-    def close(self) -> None:
-        """End it."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.close()
-        self._process.wait(timeout=10)
-        self._process.stdout.close()
+def dma_peer(kind: str, directory: str, nbytes: int) -> Far:
+    """A far process; `take` and `give` are commands to it."""
+    return Far("hmmnet.bench.dma_peers", kind, directory, str(nbytes))
 
 
 class Reference:
@@ -99,9 +70,9 @@ def raw_reference(nbytes: int = STREAM_BYTES) -> Iterator[Reference]:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=2)
     with tempfile.TemporaryDirectory(prefix="hmmnet-") as directory:
         wire = raw_socket(context, directory, bind=True)
-        far = Far("raw", directory, nbytes)
+        far = dma_peer("raw", directory, nbytes)
         try:
-            far.ready()
+            far.answer()
             yield Reference(far, memory(nbytes), lambda data: raw_give(wire, data), lambda data: raw_take(wire, data))
         finally:
             far.close()
@@ -114,10 +85,10 @@ def unix_reference(nbytes: int = STREAM_BYTES) -> Iterator[Reference]:
     with tempfile.TemporaryDirectory(prefix="hmmnet-") as directory, socket.socket(socket.AF_UNIX) as listener:
         listener.bind(f"{directory}/unix")
         listener.listen(1)
-        far = Far("unix", directory, nbytes)
+        far = dma_peer("unix", directory, nbytes)
         wire, _ = listener.accept()
         try:
-            far.ready()
+            far.answer()
             yield Reference(far, memory(nbytes), lambda data: unix_give(wire, data), lambda data: unix_take(wire, data))
         finally:
             far.close()
@@ -140,8 +111,8 @@ async def _measure_dma(rounds: int, nbytes: int) -> list[Measurement]:
     ):
         sender = BulkSender(transport.bind_channel(f"ipc://{directory}/in"), clock)
         receiver = BulkReceiver(transport.bind_channel(f"ipc://{directory}/out"), clock)
-        far = Far("ours", directory, nbytes)
-        far.ready()
+        far = dma_peer("ours", directory, nbytes)
+        far.answer()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(sender.run)
             nursery.start_soon(receiver.run)
@@ -186,9 +157,9 @@ async def _pace_error(bytes_per_s: float, seconds: float) -> float:
     data, clock = memory(nbytes), shared_clock()
     with tempfile.TemporaryDirectory(prefix="hmmnet-") as directory, ZmqTransport() as transport:
         sender = BulkSender(transport.bind_channel(f"ipc://{directory}/in"), clock)
-        far = Far("ours", directory, nbytes)
+        far = dma_peer("ours", directory, nbytes)
         try:
-            far.ready()
+            far.answer()
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(sender.run)
                 far.tell("take")

@@ -8,21 +8,21 @@ memory is the private memory of one such interpreter.
 from __future__ import annotations
 
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 import trio
 
-from hmmnet.launcher.processes import child_environment
 from hmmnet.launcher.zygote import ZygoteClient
 from hmmnet.machine import LaunchedMachine, launch
 from hmmnet.topology.load import load
 from hmmnet.topology.model import DeviceSpec, LinkSpec, MemoryNode, Topology
 
+from .far import start
 from .measurement import Goal, Measurement, measured, median_ratio
 
 STARTS = {"start.2_devices": 2, "start.8_devices": 8, "start.64_devices": 64}
@@ -65,12 +65,14 @@ def starting(devices: int) -> float:
 def fresh_interpreters(devices: int) -> float:
     """Seconds until `devices` interpreters, each from nothing, have the imports of a device."""
     at_once = min(devices, FRESH_MAX)
-    command = [sys.executable, "-m", "hmmnet.devices", "--help"]
-    began_s = time.perf_counter()
-    running = [subprocess.Popen(command, stdout=subprocess.DEVNULL, env=child_environment()) for _ in range(at_once)]
-    for process in running:
-        process.wait()
-    return (time.perf_counter() - began_s) * devices / at_once
+    with ExitStack() as stack:
+        began_s = time.perf_counter()
+        running = [stack.enter_context(start("-m", "hmmnet.devices", "--help", stdout=subprocess.DEVNULL)) for _ in range(at_once)]
+        for process in running:
+            stack.callback(process.kill)
+        for process in running:
+            process.wait()
+        return (time.perf_counter() - began_s) * devices / at_once
 
 
 def start_benchmark(name: str, devices: int) -> Callable[[], Sequence[Measurement]]:

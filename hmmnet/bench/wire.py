@@ -7,18 +7,13 @@ rounds' ratios.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from statistics import median
-from typing import IO, Any
+from typing import Any
 
-import hmmnet
-
+from .far import Far
 from .measurement import Goal, measured, median_ratio
 
 ROUNDS = 9
@@ -41,36 +36,17 @@ class Pair:
     """Two processes, one kind of wire between them."""
 
     def __init__(self, kind: str, directory: str) -> None:
-        self._far = _start(kind, "far", directory)
-        self._near = _start(kind, "near", directory)
+        self._far, self._near = (Far("hmmnet.bench.wire_peers", kind, side, directory) for side in ("far", "near"))
 
     def ask(self, command: str, count: int) -> float:
         """What the near process measured, in seconds."""
-        _stream(self._near.stdin).write(f"{command} {count}\n")
-        _stream(self._near.stdin).flush()
-        line = _stream(self._near.stdout).readline()
-        if not line:
-            raise RuntimeError(f"a process of the wire benchmark ended early (exit status {self._near.wait()})")
-        return float(line)
+        self._near.tell(f"{command} {count}")
+        return float(self._near.answer())
 
     def close(self) -> None:
         """End both."""
-        for process in (self._near, self._far):
-            _stream(process.stdin).close()
-            process.wait(timeout=10)
-            _stream(process.stdout).close()
-
-
-def _start(kind: str, side: str, directory: str) -> subprocess.Popen[str]:
-    root = str(Path(hmmnet.__file__).parent.parent)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
-    command = [sys.executable, "-m", "hmmnet.bench.wire_peers", kind, side, directory]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-
-
-def _stream(stream: IO[str] | None) -> IO[str]:
-    assert stream is not None
-    return stream
+        self._near.close()
+        self._far.close()
 
 
 @contextmanager

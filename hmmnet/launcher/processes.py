@@ -20,8 +20,6 @@ import trio
 ENVIRONMENT = {
     "OPENBLAS_NUM_THREADS": "1",  # numpy's BLAS otherwise starts a thread for each core in each of 64 devices
     "OMP_NUM_THREADS": "1",
-    "MALLOC_TRIM_THRESHOLD_": "1073741824",  # keep freed message buffers: to fault them in again costs a tenth of the stream
-    "MALLOC_MMAP_THRESHOLD_": "67108864",
     "PYTHONUNBUFFERED": "1",
 }
 FILES_MAX = 65_536

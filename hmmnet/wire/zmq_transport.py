@@ -238,7 +238,7 @@ class ZmqTransport:
         for bridge in self._bridges:
             bridge.close(LINGER_MS)
         self._bridges.clear()
-        self._context.term()
+        self._context.destroy(LINGER_MS)  # also a socket whose making a Ctrl-C has interrupted: `term` alone would wait for it for ever
 
     def _socket(self, kind: int, thread: int, queue_max: int, max_bytes: int) -> zmq.Socket[bytes]:
         socket = self._context.socket(kind)

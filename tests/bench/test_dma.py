@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from hmmnet.bench.dma import BENCHMARKS, Far, measure_dma, measure_throttle
+from hmmnet.bench.dma import BENCHMARKS, dma_peer, measure_dma, measure_throttle
 
 
 def test_streams_beside_their_references() -> None:
@@ -29,7 +29,7 @@ def test_paces() -> None:
 
 def test_a_far_process_that_ends_is_an_error_and_no_hang(tmp_path: object) -> None:
     """What it measures cannot be had."""
-    far = Far("unix", f"{tmp_path}/nowhere", 4096)
+    far = dma_peer("unix", f"{tmp_path}/nowhere", 4096)
     with pytest.raises(RuntimeError, match="ended early"):
-        far.ready()
+        far.answer()
     far.close()

@@ -344,3 +344,17 @@ async def test_a_memory_endpoint_can_be_used_again() -> None:
         listener = transport.listen("mem://control")
         await transport.connect("mem://control", b"peer").send(b"hello")
         assert await listener.receive() == (b"peer", b"hello")
+
+
+def test_a_socket_that_nobody_has_closed_holds_nothing_up(monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    """Ctrl-C can come between a socket and what closes it."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    transport = ZmqTransport()
+    monkeypatch.setattr(transport, "_bridge", interrupted)
+    with pytest.raises(KeyboardInterrupt) as caught:  # its traceback holds the socket
+        transport.bind_channel(f"ipc://{place}/x")
+    transport.close()
+    assert caught.value.args == ()
