@@ -1,6 +1,7 @@
 """The other processes of a benchmark, which take commands from the measuring one, a line each.
 
-They are in sessions of their own: a Ctrl-C at the terminal is for the measuring process, which ends them. There is nothing in them
+They are in process groups of their own: a Ctrl-C at the terminal is for the measuring process, which ends them. (Not in sessions: Linux shares
+processor time between sessions first, so that threads of two would be treated unlike those of one.) There is nothing in them
 to be lost, so they are ended without ceremony; if the measuring process is killed, their standard input ends, and so do they.
 """
 
@@ -16,7 +17,7 @@ from hmmnet.launcher.processes import child_environment
 def start(*arguments: str, stdout: int = subprocess.PIPE) -> subprocess.Popen[str]:
     """A Python process with hmmnet importable."""
     return subprocess.Popen(
-        [sys.executable, *arguments], stdin=subprocess.PIPE, stdout=stdout, text=True, env=child_environment(), start_new_session=True
+        [sys.executable, *arguments], stdin=subprocess.PIPE, stdout=stdout, text=True, env=child_environment(), process_group=0
     )
 
 

@@ -52,9 +52,12 @@ class Measurement:
         return asdict(self)
 
 
-def measured(name: str, value: float, unit: str, goal: Goal, reference: float | None = None, ratio: float | None = None) -> Measurement:
-    """Judge a figure against its goal."""
-    return Measurement(name, value, unit, reference, ratio, str(goal), goal.met_by(value, ratio))
+def measured(
+    name: str, value: float, unit: str, goal: Goal | None, reference: float | None = None, ratio: float | None = None
+) -> Measurement:
+    """Judge a figure against its goal; one without a goal is there for comparison and cannot miss it."""
+    met = goal is None or goal.met_by(value, ratio)
+    return Measurement(name, value, unit, reference, ratio, "" if goal is None else str(goal), met)
 
 
 def median_ratio(numerators: list[float], denominators: list[float]) -> float:

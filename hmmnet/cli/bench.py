@@ -61,11 +61,17 @@ def _line(measurement: Measurement) -> str:
 def _table(found: list[Measurement]) -> Table:
     from rich.table import Table
 
-    table = Table(title="Ratios count: machines differ", title_justify="left")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for heading, justify in COLUMNS:
-        table.add_column(heading, justify=justify)
+        table.add_column(heading, justify=justify, no_wrap=True)
     for m in found:
         reference = "" if m.reference is None else f"{m.reference:.4g}"
         ratio = "" if m.ratio is None else f"{m.ratio:.2f}"
-        table.add_row(m.name, f"{m.value:.4g} {m.unit}", reference, ratio, m.goal, "[green]met[/]" if m.met else "[red]missed[/]")
+        table.add_row(m.name, f"{m.value:.4g} {m.unit}", reference, ratio, m.goal, _verdict(m))
     return table
+
+
+def _verdict(m: Measurement) -> str:
+    if not m.goal:
+        return ""
+    return "[green]met[/]" if m.met else "[red]missed[/]"

@@ -12,7 +12,13 @@ from hmmnet.bench.dma import BENCHMARKS, dma_peer, measure_dma, measure_throttle
 def test_streams_beside_their_references() -> None:
     """Both directions against processes of their own, each with a ratio of the same run."""
     found = measure_dma(rounds=1, nbytes=(4 << 20) + 4096)
-    assert [figure.name for figure in found] == ["dma.to_device", "dma.to_host"]
+    assert [figure.name for figure in found] == [
+        "dma.to_device",
+        "dma.to_host",
+        "dma.vs_unix_to_device",
+        "dma.vs_unix_to_host",
+    ]
+    assert [bool(figure.goal) for figure in found] == [True, True, False, False]
     for figure in found:
         assert figure.value > 0
         assert figure.reference is not None
