@@ -1,8 +1,8 @@
 """The other processes of a benchmark, which take commands from the measuring one, a line each.
 
-They are in process groups of their own: a Ctrl-C at the terminal is for the measuring process, which ends them. (Not in sessions: Linux shares
-processor time between sessions first, so that threads of two would be treated unlike those of one.) There is nothing in them
-to be lost, so they are ended without ceremony; if the measuring process is killed, their standard input ends, and so do they.
+They are in process groups of their own: a Ctrl-C at the terminal is for the measuring process, which ends them. (Not in sessions: Linux
+shares processor time between sessions first, so that threads of two would be treated unlike those of one.) There is nothing in them to be
+lost, so they are ended without ceremony; if the measuring process is killed, their standard input ends, and so do they.
 """
 
 from __future__ import annotations
