@@ -11,8 +11,9 @@ from hmmnet.program import Process
 
 from .compare import UNSUPPORTED, Outcome, compare
 from .grammar import Step, Unsupported, parse_steps
-from .operations import OPERATIONS, Stage, signal_word, usages
+from .operations import OPERATIONS, signal_word, usages
 from .script import Script
+from .stage import Stage
 
 SCRIPT_SECONDS_MAX = 30.0
 """The recorder's own alarm: a script that takes longer hangs."""

@@ -13,9 +13,9 @@ import trio.testing
 
 from hmmnet.errors import BusError, KernelError, PeerLost
 from hmmnet.play.compare import Tally
-from hmmnet.play.operations import REGION_STRIDE, REGIONS_BASE
 from hmmnet.play.player import SCRIPT_SECONDS_MAX, MachineBroken, play, prepare
 from hmmnet.play.script import Script, parse_scripts, read_scripts
+from hmmnet.play.stage import REGION_STRIDE, REGIONS_BASE
 
 DeviceOf = Callable[[int], str]
 HAND = Path(__file__).parent.parent / "conformance" / "recordings" / "hand.traces"

@@ -1,0 +1,137 @@
+"""What a process holds beyond its memory: open devices, and references to pages.
+
+An open file is shared by the handles that fork makes of one, and stays open until the last of them is closed. A command goes to the device
+over its session; data of more than a few words go beside it, as streams that cross no link: they are the caller's buffers, not pages.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from typing import TYPE_CHECKING
+
+import numpy as np
+import trio
+
+from hmmnet.errors import HmmnetError, KernelError, PeerError
+from hmmnet.fabric.dma import BytesSink, BytesSource
+from hmmnet.pages import PAGE_SIZE, Words
+from hmmnet.program import IoctlResult
+from hmmnet.wire.messages import PAGES_PER_MESSAGE_MAX, Ioctl, IoctlDone
+
+from .device import Context
+from .link import SessionLink
+from .mm.space import Space
+
+if TYPE_CHECKING:
+    from .process import Process
+
+STREAMED_OUT = frozenset({"read", "migrate_to_dev", "exclusive"})
+"""Commands of a dmirror whose data, a page for each page, come as a stream."""
+
+log = logging.getLogger("hmmnet.host")
+
+
+class OpenFile:
+    """An open device, as struct file: the handles that fork makes of one share it, and the last close lets its context go."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.references = 0
+
+
+class Handle:
+    """An open device; see `hmmnet.program.Handle`."""
+
+    def __init__(self, process: Process, number: int, file: OpenFile) -> None:
+        self.device = file.context.life.name
+        self.number = number
+        self.file = file
+        self._process = process
+        file.references += 1
+
+    async def ioctl(self, command: str, address: int, pages: int, data: bytes = b"", flags: int = 0) -> IoctlResult:
+        """Run a device command. Raises KernelError with the command's errno, PeerLost when the device is gone."""
+        self._check_open("ioctl")
+        if not 0 <= address < 1 << 63 or not 0 <= pages <= PAGES_PER_MESSAGE_MAX:
+            raise KernelError(errno.EINVAL, "ioctl", f"0x{address:x} + {pages} pages is no range of an address space")
+        context = self.file.context
+        wants = command in STREAMED_OUT and context.life.spec.model == "dmirror"
+        return await command_device(context, command, address, pages, data, flags, pages if wants else 0)
+
+    async def close(self) -> None:
+        """Drop this reference. Raises KernelError(EBADF) when it is closed already."""
+        self._check_open("close")
+        del self._process.handles[self.number]
+        self.file.references -= 1
+        if self.file.references == 0:
+            await self._process.contexts.put(self.file.context)
+
+    def _check_open(self, call: str) -> None:
+        if self._process.handles.get(self.number) is not self:
+            raise KernelError(errno.EBADF, call, f"this handle on {self.device} is closed")
+
+
+class HeldPages:
+    """See `hmmnet.program.PageReferences`."""
+
+    def __init__(self, space: Space, frames: Words, *, pin: bool) -> None:
+        self.count = len(frames)
+        self._space = space
+        self._frames = frames
+        self._pin = pin
+
+    async def read(self, pages: int, first: int = 0) -> bytes:
+        """What they hold. Raises KernelError(EINVAL) when they were let go, or are fewer."""
+        if not 0 <= first <= first + pages <= len(self._frames):
+            raise KernelError(errno.EINVAL, "read", f"{len(self._frames)} pages are held, not {first} + {pages}")
+        data = np.empty(pages * PAGE_SIZE, np.uint8)
+        self._space.memory.read(self._frames[first : first + pages], 0, data)
+        return data.tobytes()
+
+    async def put(self) -> None:
+        """Let them go."""
+        frames, self._frames = self._frames, self._frames[:0]
+        self._space.put_pages(frames, pin=self._pin)
+
+
+async def command_device(context: Context, command: str, address: int, pages: int, data: bytes, flags: int, pages_out: int) -> IoctlResult:
+    """Send a command, with its data on a stream, and take `pages_out` pages of data from another. They cross no link: nothing is paced."""
+    link = context.life.link
+    if link.session.lost is not None:
+        raise link.lost_error()
+    link.flush_freed()
+    stream_in = link.new_stream() if data else 0
+    stream_out = link.new_stream() if pages_out else 0
+    message = Ioctl(context.number, command, address, pages, stream_in, stream_out, flags)
+    if not pages_out:
+        done = await _commanded(link, message, data)
+        return IoctlResult(done.cpages, done.faults, done.data)
+    out = bytearray(pages_out * PAGE_SIZE)
+    async with link.expected(stream_out, BytesSink(out)):
+        done = await _commanded(link, message, data)
+    return IoctlResult(done.cpages, done.faults, bytes(out))
+
+
+async def _commanded(link: SessionLink, message: Ioctl, data: bytes) -> IoctlDone:
+    """Send a command and its data; a command that fails may never look at them."""
+    if not data:
+        return await link.session.ask(message, IoctlDone)
+    failure: HmmnetError | None = None
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_send_data, link, message.stream_in, data)
+        try:
+            done = await link.session.ask(message, IoctlDone)
+        except HmmnetError as error:
+            failure = error
+        nursery.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
+    return done
+
+
+async def _send_data(link: SessionLink, stream: int, data: bytes) -> None:
+    try:
+        await link.sender.send(stream, BytesSource(data))
+    except PeerError as error:
+        log.info("the data of a command to %s were not taken: %s", link.name, error)
