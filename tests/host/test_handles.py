@@ -1,0 +1,104 @@
+"""Open devices and held pages: whose they are after fork, and when they are let go.
+
+parent ── fork ──> child          both hold file 3, which mirrors the parent
+   └──────┬──────────┘
+          gpu0 (scripted)
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from hmmnet.errors import KernelError
+from hmmnet.host.process import Process
+from hmmnet.host.service import Host
+from hmmnet.pages import PAGE_SIZE
+from hmmnet.wire.messages import CloseContext, OpenContext
+
+from .scripted_device import ScriptedDevice, running_host, scripted_device
+
+
+@asynccontextmanager
+async def family() -> AsyncIterator[tuple[Host, ScriptedDevice, Process, Process]]:
+    """A process that has gpu0 open, and its child."""
+    async with running_host("gpu0") as (host, transport), scripted_device(host, transport, "gpu0") as device:
+        parent = await host.create_process()
+        await parent.open("gpu0")
+        yield host, device, parent, await parent.fork()
+
+
+def closed(device: ScriptedDevice) -> list[int]:
+    """The contexts that the device was told to close."""
+    return [message.context for message in device.of(CloseContext) if isinstance(message, CloseContext)]
+
+
+async def test_a_child_holds_its_parents_files_under_their_numbers() -> None:
+    """And opens its own, with a context of its own, under the next free number."""
+    async with family() as (_, device, parent, child):
+        assert {number: handle.device for number, handle in child.handles.items()} == {3: "gpu0"}
+        assert child.handles[3].file is parent.handles[3].file
+        own = await child.open("gpu0")
+        assert own.number == 4
+        assert [(m.context, m.process) for m in device.of(OpenContext) if isinstance(m, OpenContext)] == [(1, parent.pid), (2, child.pid)]
+        await child.handles[3].close()
+        assert (await child.open("gpu0")).number == 3
+
+
+async def test_the_last_close_closes() -> None:
+    """Each process its own reference: a handle is closed once, the file with the last."""
+    async with family() as (_, device, parent, child):
+        handle = child.handles[3]
+        await handle.close()
+        with pytest.raises(KernelError, match="EBADF"):
+            await handle.close()
+        assert closed(device) == []
+        await parent.handles[3].close()
+        assert closed(device) == [1]
+
+
+async def test_a_file_outlives_the_process_that_opened_it() -> None:
+    """The parent is gone, the child holds on; when it ends, the file is closed and nobody knows either any more."""
+    async with family() as (host, device, parent, child):
+        await parent.exit()
+        assert closed(device) == []
+        await child.exit()
+        assert closed(device) == [1]
+        assert host.spaces == {}
+        assert not any(life.contexts for one in host.devices.values() if (life := one.life) is not None)
+
+
+async def test_held_pages_show_what_they_hold_until_they_are_put() -> None:
+    """Pinned pages stay the parent's: the child gets copies. What was put cannot be read, and putting twice does nothing."""
+    async with running_host("gpu0") as (host, _):
+        parent = await host.create_process()
+        address = await parent.mmap(3 * PAGE_SIZE)
+        await parent.write(address, bytes([1]) * PAGE_SIZE + bytes([2]) * PAGE_SIZE)
+        held = await parent.get_user_pages(address, 3, write=True, pin=True, longterm=True)
+        assert held.count == 3
+        child = await parent.fork()
+        await parent.write(address + PAGE_SIZE, b"\x09")
+        assert (await held.read(1, first=1))[:2] == b"\x09\x02"
+        assert await child.read(address + PAGE_SIZE, 1) == b"\x02"
+        with pytest.raises(KernelError, match="EINVAL"):
+            await held.read(3, first=1)
+        await parent.exit()
+        assert (await held.read(1))[:1] == b"\x01"
+        used = host.memory.nodes[0].allocator.used_count
+        await held.put()
+        await held.put()
+        assert host.memory.nodes[0].allocator.used_count == used - 3
+        with pytest.raises(KernelError, match="EINVAL"):
+            await held.read(1)
+
+
+async def test_pages_that_cannot_be_had() -> None:
+    """The first one is EFAULT; a later one makes it fewer."""
+    async with running_host("gpu0") as (host, _):
+        process = await host.create_process()
+        address = await process.mmap(2 * PAGE_SIZE)
+        assert (await process.get_user_pages(address, 5)).count == 2
+        with pytest.raises(KernelError, match="EFAULT"):
+            await process.get_user_pages(address + 2 * PAGE_SIZE, 1)
