@@ -16,6 +16,7 @@ import numpy as np
 import trio
 import zmq
 
+from hmmnet.bench.far import quietly
 from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.fabric.dma import BulkReceiver, BulkSender, BytesSink, BytesSource
 from hmmnet.wire.allocator import keep_freed_buffers
@@ -132,4 +133,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    quietly(main)

@@ -7,10 +7,13 @@ lost, so they are ended without ceremony; if the measuring process is killed, th
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import IO
 
+from hmmnet.errors import PeerError
 from hmmnet.launcher.processes import child_environment
 
 
@@ -51,3 +54,11 @@ class Far:
 def _stream(stream: IO[str] | None) -> IO[str]:
     assert stream is not None, "it was started with pipes"
     return stream
+
+
+def quietly(main: Callable[[], None]) -> None:
+    """Be such a process: run `main`, and end without a word when the measuring one was interrupted, its pipes and streams with it."""
+    try:
+        main()
+    except* (BrokenPipeError, PeerError):
+        os._exit(1)

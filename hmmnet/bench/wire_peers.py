@@ -22,6 +22,7 @@ import trio
 import zmq
 import zmq.asyncio
 
+from hmmnet.bench.far import quietly
 from hmmnet.wire.bridge import Bridge
 from hmmnet.wire.client import connect
 from hmmnet.wire.messages import PROTOCOL_VERSION, Hello, Inspect, Report, Welcome
@@ -257,4 +258,4 @@ def main(kind: str, side: str, directory: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    quietly(lambda: main(*sys.argv[1:]))

@@ -25,7 +25,7 @@ def test_ends_quietly_and_leaves_nothing(figure: str, tmp_path: Path) -> None:
         said = process.stderr.read()
     assert process.returncode == 130
     assert figure in first
-    assert "Traceback" not in said
+    assert "Traceback" not in said, said
     assert not list(tmp_path.glob("hmmnet-*"))
     listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
     assert str(tmp_path) not in listed
