@@ -4,8 +4,9 @@ Control is a DEALER at the peer and a ROUTER at the host; bulk is DEALER to DEAL
 Control has an io thread of its own, so an invalidation never queues behind a megabyte. Every socket refuses parts above its limit
 (libzmq then drops the connection before it allocates), so the largest thing that a stranger can make us hold is known.
 
-Who may connect: an ipc path is guarded by the permissions of its file (0600); tcp on loopback by the machine secret in `Hello`; tcp beyond
-loopback only with CURVE keys, which encrypt, and prove to the peer whom it talks to.
+Who may connect: an ipc path is guarded by the permissions of its file (0600); control on loopback tcp by the machine secret in `Hello`, but
+bulk there by nothing yet, so any user of the computer can connect; tcp beyond loopback only with CURVE keys, which encrypt, and prove to
+the peer whom it talks to.
 """
 
 from __future__ import annotations
