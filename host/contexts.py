@@ -88,8 +88,8 @@ class Contexts:
             finally:
                 await context.unsubscribe_all()
                 self._forget(context)
-        if context.space.number not in self._hubs:
-            self.process_ended(context.space)
+                if context.space.number not in self._hubs:
+                    self.process_ended(context.space)
 
     def _forget(self, context: Context) -> None:
         context.life.contexts.pop(context.number, None)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import logging
-from typing import TYPE_CHECKING
 
 import numpy as np
 import trio
@@ -19,14 +18,12 @@ from hmmnet.pages import PAGE_SIZE, Words
 from hmmnet.program import IoctlResult
 from hmmnet.wire.messages import PAGES_PER_MESSAGE_MAX, Ioctl, IoctlDone
 
+from .contexts import Contexts
 from .device import Context
 from .link import SessionLink
 from .mm.space import Space
 
-if TYPE_CHECKING:
-    from .process import Process
-
-STREAMED_OUT = frozenset({"read", "migrate_to_dev", "exclusive"})
+STREAMED_OUT = frozenset({"read", "read_unlocked", "migrate_to_dev", "exclusive"})
 """Commands of a dmirror whose data, a page for each page, come as a stream."""
 
 log = logging.getLogger("hmmnet.host")
@@ -35,19 +32,27 @@ log = logging.getLogger("hmmnet.host")
 class OpenFile:
     """An open device, as struct file: the handles that fork makes of one share it, and the last close lets its context go."""
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, contexts: Contexts) -> None:
         self.context = context
         self.references = 0
+        self._contexts = contexts
+
+    async def let_go(self) -> None:
+        """One reference less."""
+        self.references -= 1
+        if self.references == 0:
+            await self._contexts.put(self.context)
 
 
 class Handle:
-    """An open device; see `hmmnet.program.Handle`."""
+    """An open device under `number` in the `table` of a process; see `hmmnet.program.Handle`."""
 
-    def __init__(self, process: Process, number: int, file: OpenFile) -> None:
+    def __init__(self, table: dict[int, Handle], number: int, file: OpenFile) -> None:
         self.device = file.context.life.name
         self.number = number
         self.file = file
-        self._process = process
+        self._table = table
+        table[number] = self
         file.references += 1
 
     async def ioctl(self, command: str, address: int, pages: int, data: bytes = b"", flags: int = 0) -> IoctlResult:
@@ -62,13 +67,11 @@ class Handle:
     async def close(self) -> None:
         """Drop this reference. Raises KernelError(EBADF) when it is closed already."""
         self._check_open("close")
-        del self._process.handles[self.number]
-        self.file.references -= 1
-        if self.file.references == 0:
-            await self._process.contexts.put(self.file.context)
+        del self._table[self.number]
+        await self.file.let_go()
 
     def _check_open(self, call: str) -> None:
-        if self._process.handles.get(self.number) is not self:
+        if self._table.get(self.number) is not self:
             raise KernelError(errno.EBADF, call, f"this handle on {self.device} is closed")
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 from hmmnet.fabric.arbiter import Arbiter, Flow
-from hmmnet.fabric.clock import EmulatedClock
+from hmmnet.fabric.clock import SLEEP_MIN_S, EmulatedClock
 from hmmnet.fabric.dma import MultiArena
-from hmmnet.fabric.link import Link
+from hmmnet.fabric.singles import Singles
 from hmmnet.observe.counters import DEVICE_TO_HOST, Profile
 from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, ZONE_SHIFT, Words
 from hmmnet.topology import Topology
@@ -27,7 +25,7 @@ class Interconnect:
         self.profile = Profile()
         self.memories = MultiArena({node.number: node.arena for node in memory.nodes})
         self._memory = memory
-        self._ways: dict[tuple[str, int], tuple[tuple[Link, ...], float, float]] = {}
+        self._ways: dict[tuple[str, int], Singles] = {}
         self._nodes = {node.number: node.owner for node in memory.nodes}
 
     def land(self, frames: Words, data: bytes) -> None:
@@ -38,24 +36,31 @@ class Interconnect:
         """Write one whole page to a host frame."""
         self._memory.write_small(frame, 0, data)
 
-    def time_out_s(self, device: str, frame: int, nbytes: int) -> float:
-        """Emulated seconds that `nbytes` take from `device` to the memory of `frame` when nothing else is under way."""
-        _, bytes_per_s, latency_s = self._way_out(device, frame)
-        return nbytes / bytes_per_s + latency_s
+    async def pass_out(self, device: str, frame: int, nbytes: int, start_s: float) -> tuple[float, float, float]:
+        """`nbytes` from `device` to the memory of `frame`, ready at `start_s` and here already: return at their emulated time.
 
-    def _way_out(self, device: str, frame: int) -> tuple[tuple[Link, ...], float, float]:
-        """The links from `device` to the memory of `frame`, their bandwidth and their latency."""
+        Returns when the model let them leave, when they were due, and when they were there. No flow is opened for them (see `Singles`).
+        """
+        way = self._way_out(device, frame)
+        begin_s, due_s = way.turn(nbytes, start_s)
+        now_s = self.now()
+        if now_s < due_s:
+            if self.clock.real_until(due_s) >= SLEEP_MIN_S:
+                with way.held(self.now):
+                    await self.clock.sleep_until(due_s)
+            now_s = due_s
+        return begin_s, due_s, now_s
+
+    def _way_out(self, device: str, frame: int) -> Singles:
         key = (device, frame >> ZONE_SHIFT)
         way = self._ways.get(key)
         if way is None:
-            links = self.arbiter.route(device, self._nodes[key[1]])
-            bytes_per_s = min((link.capacity_bytes_per_s for link in links), default=math.inf)
-            way = self._ways[key] = links, bytes_per_s, sum(link.latency_s for link in links)
+            way = self._ways[key] = Singles(self.arbiter, device, self._nodes[key[1]])
         return way
 
     def count_out(self, device: str, frame: int, nbytes: int, start_s: float, due_s: float, end_s: float) -> None:
-        """Count a transfer from `device` that no flow was opened for."""
-        for link in self._way_out(device, frame)[0]:
+        """Count what `pass_out` let through."""
+        for link in self._way_out(device, frame).links:
             link.record(nbytes, start_s, due_s, end_s)
         self.profile.record(DEVICE_TO_HOST, nbytes, end_s - start_s, device)
 

@@ -256,13 +256,8 @@ class SessionLink:
 
     async def _arrived(self, frame: int, nbytes: int, start_s: float) -> None:
         """Pages came with an answer: return at their emulated time; they are counted later."""
-        links = self._interconnect
-        due_s = start_s + links.time_out_s(self.name, frame, nbytes)
-        now_s = links.now()
-        if now_s < due_s:
-            await links.clock.sleep_until(due_s)
-            now_s = due_s
-        self._moved.append((frame, nbytes, start_s, due_s, now_s))
+        times = await self._interconnect.pass_out(self.name, frame, nbytes, start_s)
+        self._moved.append((frame, nbytes, *times))
         self._something_to_tell.set()
 
     def _intact(self, answer: Message, nbytes: int) -> bytes | None:

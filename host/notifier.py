@@ -39,7 +39,7 @@ SEQUENCE_FIRST = 2
 class Subscription:
     """One mmu_interval_notifier: pages [start, end) that a device context mirrors.
 
-    `sequence` is what the last invalidation stored (mmu_interval_set_seq). `own` filters MIGRATE and EXCLUSIVE events that the
+    `sequence` is what the last invalidation stored (mmu_interval_set_seq). `own` filters MIGRATE events that the
     device of `link` caused itself, as drivers do in their callback.
     """
 

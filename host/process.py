@@ -165,10 +165,9 @@ class Process:
     async def open(self, device: str) -> Handle:
         """Open a device. Raises KernelError: ENOENT, ENODEV."""
         self._alive("open")
-        file = OpenFile(await self.contexts.get(self.space, device))
+        file = OpenFile(await self.contexts.get(self.space, device), self.contexts)
         number = next(number for number in itertools.count(FD_FIRST) if number not in self.handles)
-        handle = self.handles[number] = Handle(self, number, file)
-        return handle
+        return Handle(self.handles, number, file)
 
     async def _context(self, device: str) -> Context:
         """The context that this process keeps open itself."""
@@ -254,7 +253,7 @@ class Process:
         self._alive("fork")
         child = await self._on_fork(self)
         for number, handle in self.handles.items():
-            child.handles[number] = Handle(child, number, handle.file)
+            Handle(child.handles, number, handle.file)
         child._heap, child._heap_end = self._heap, self._heap_end  # noqa: SLF001 - one of its own kind
         return child
 
@@ -264,8 +263,9 @@ class Process:
             return
         self.ended = True
         await self.space.exit()
-        closing: list[Callable[[], Awaitable[None]]] = [handle.close for handle in self.handles.values()]
+        closing: list[Callable[[], Awaitable[None]]] = [handle.file.let_go for handle in self.handles.values()]
         closing += [partial(self.contexts.put, context) for context in self._own.values()]
+        self.handles.clear()  # from here on they are closed, for whoever holds one still
         for close in closing:
             with contextlib.suppress(PeerError):  # a device that will not close a dead process's context has nothing left to mirror
                 await close()

@@ -210,6 +210,7 @@ class Requests:
             if not context.hub.core.must_wait(subscription):
                 break
             await context.hub.read_begin(subscription)  # what is being invalidated now has no sequence of its own yet
+        self._subscription(message.context, message.subscription)  # without one nothing would ever take back what is granted now
         words = context.space.exclusive_words(message.start, message.start + got)
         context.domain.grant(message.start, words)
         return Exclusive(subscription.sequence, to_wire(words))

@@ -81,7 +81,7 @@ _FRAME = np.uint64(HMM_PFN_FRAME_MASK)
 
 
 class Dmirror(Device):
-    """One unit. Commands: ``read write migrate_to_dev migrate_to_sys snapshot exclusive check_exclusive release flags``."""
+    """One unit. Commands: ``read read_unlocked write migrate_to_dev migrate_to_sys snapshot exclusive check_exclusive release flags``."""
 
     slab_pages = PAGES_MAX
     end_inclusive = True
@@ -108,6 +108,7 @@ class Dmirror(Device):
             return IoctlDone(0, 0)
         commands: dict[str, Callable[[Context, Ioctl, int, int], Awaitable[IoctlDone]]] = {
             "read": self._read,
+            "read_unlocked": self._read,  # differs in how the range fault holds the mmap lock, which nobody outside can see
             "write": self._write,
             "migrate_to_dev": self._migrate_to_dev,
             "migrate_to_sys": self._migrate_to_sys,
@@ -232,7 +233,7 @@ class Dmirror(Device):
             stop = min(first + WINDOW_PAGES, end)
             try:
                 got = await context.make_exclusive(first, stop)
-            except KernelError:
+            except KernelError:  # as the driver: whatever make_device_exclusive_range says, a window that is not had is EBUSY
                 got = 0
             if got < stop - first:
                 why = f"page 0x{first + got:x} cannot be had exclusively; the windows of {WINDOW_PAGES} pages before its own are exclusive"

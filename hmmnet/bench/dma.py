@@ -159,8 +159,7 @@ async def _pace_error(bytes_per_s: float, seconds: float) -> float:
     data, clock = memory(nbytes), shared_clock()
     with tempfile.TemporaryDirectory(prefix="hmmnet-") as directory, ZmqTransport() as transport:
         sender = BulkSender(transport.bind_channel(f"ipc://{directory}/in"), clock)
-        far = dma_peer("ours", directory, nbytes)
-        try:
+        with closing(dma_peer("ours", directory, nbytes)) as far:
             far.answer()
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(sender.run)
@@ -169,8 +168,6 @@ async def _pace_error(bytes_per_s: float, seconds: float) -> float:
                 await sender.send(2, BytesSource(data), Pace(clock.now(), bytes_per_s, 0.0))
                 took_s = time.perf_counter() - began_s
                 nursery.cancel_scope.cancel()
-        finally:
-            far.close()
     return abs(nbytes / bytes_per_s / took_s - 1) * 100
 
 

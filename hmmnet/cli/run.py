@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import sys
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,7 +29,8 @@ def run(
 ) -> int:
     """Run a workload and print its report. Exit code 0 when the workload says that its results are correct, or does not say.
 
-    A workload of your own is ``async def NAME(machine, **arguments)``; what it returns is the report.
+    A workload of your own is ``async def NAME(machine, **arguments)``; what it returns is the report. Below it stands what the machine's
+    links carried since it started; with --json as "links".
     """
     import trio
 
@@ -40,12 +41,12 @@ def run(
     function = find(workload)
     given = parse_arguments(arguments or [])
     check_arguments(workload, function, given)
-    report, seconds = trio.run(_play, machine_for(topology, on, rate), function, given)
+    report, links, seconds = trio.run(_play, machine_for(topology, on, rate), function, given)
     shown: dict[str, Any] = dict(report) if isinstance(report, Mapping) else {"result": report}
     if as_json:
-        print(json.dumps(shown, default=plain, indent=1))
+        print(json.dumps({"links": links, **shown}, default=plain, indent=1))
     else:
-        show(shown, seconds)
+        show(shown, links, seconds)
     return 0 if shown.get("correct", True) else 1
 
 
@@ -66,12 +67,13 @@ def machine_for(topology: str | None, on: str | None, rate: str) -> AbstractAsyn
 
 async def _play(
     machine: AbstractAsyncContextManager[Any], function: Callable[..., Awaitable[Any]], given: dict[str, Any]
-) -> tuple[Any, float]:
+) -> tuple[Any, list[dict[str, Any]], float]:
     async with machine as entered:
         print(f"running {getattr(function, '__name__', 'the workload')} on {', '.join(entered.device_names)}", file=sys.stderr, flush=True)
         began_s = entered.emulated_s()
         report = await function(entered, **given)
-        return report, entered.emulated_s() - began_s
+        seconds = entered.emulated_s() - began_s
+        return report, (await entered.report())["links"], seconds
 
 
 def find(workload: str) -> Callable[..., Awaitable[Any]]:
@@ -159,12 +161,13 @@ def plain(value: Any) -> Any:
     return value.hex() if isinstance(value, bytes) else str(value)
 
 
-def show(report: dict[str, Any], seconds: float) -> None:
-    """A report for a person: facts one a line, figures by device as a table, the verdict last."""
+def show(report: dict[str, Any], links: Sequence[Mapping[str, Any]], seconds: float) -> None:
+    """A report for a person: facts one a line, figures by device and by link as tables, the verdict last."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
+    from hmmnet.observe.links_table import links_table
     from hmmnet.units import show_time
 
     console = Console()
@@ -182,6 +185,8 @@ def show(report: dict[str, Any], seconds: float) -> None:
         for name in names:
             table.add_row(name, *(figure_text(figures.get(name)) for figures in devices.values()))
         console.print(table)
+    if any(link["bytes_moved"] for link in links):
+        console.print(links_table(links, console.width))
     if "correct" in report:
         console.print("[green]every result is correct[/]" if report["correct"] else "[red]results are wrong[/]", highlight=False)
         for mistake in report.get("mistakes", []):

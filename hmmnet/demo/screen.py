@@ -12,10 +12,10 @@ from typing import Any
 
 from rich.console import Console, Group
 from rich.markup import escape
-from rich.table import Table
 from rich.text import Text
 
 from hmmnet.observe.counters import Profile
+from hmmnet.observe.links_table import links_table
 from hmmnet.observe.profiler_table import profiler_table
 from hmmnet.observe.residency import ABSENT, Sample, terminal_picture
 from hmmnet.pages import PAGE_SIZE
@@ -33,10 +33,6 @@ DEVICES_NAMED = 8
 PICTURE_ROWS = 6
 PICTURE_COLUMN_MIN = 4
 PICTURE_COLUMN_MAX = 14
-LINKS_SHOWN = 12
-LINKS_WIDTH = 72
-"""Columns from which the capacity has room beside what was asked and reached."""
-SPEEDS = {"capacity": "Can do", "asked": "Asked", "reached": "Reached"}
 KERNELS = {"word_count": "word count", "tree_search": "tree search"}
 
 
@@ -164,24 +160,6 @@ def pages_by_owner(sample: Sampled, devices: Sequence[str]) -> dict[str, int]:
     pages[ABSENT] += int((sample.residency.pages == -1).sum())
     order = [*sorted(pages.keys() - {ABSENT, *devices}), *(device for device in devices if device in pages), ABSENT]
     return {owner: pages[owner] for owner in order}
-
-
-def links_table(links: Sequence[Mapping[str, Any]], width: int) -> Group:
-    """Each direction of each link that carried something, the busiest first if there are many."""
-    used = [link for link in links if link["bytes_moved"]]
-    shown = used if len(used) <= LINKS_SHOWN else sorted(used, key=lambda link: -link["bytes_moved"])[:LINKS_SHOWN]
-    speeds = ("capacity", "asked", "reached") if width >= LINKS_WIDTH else ("asked", "reached")
-    table = Table(title="Links (emulated time)", title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("Direction", no_wrap=True)
-    for heading in ("Carried", *(SPEEDS[speed] for speed in speeds)):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("Emulation", no_wrap=True)
-    for link in shown:
-        figures = (show_rate(link[f"{speed}_bytes_per_s"]) for speed in speeds)
-        kept = "[green]kept up[/green]" if link["kept_up"] else "[yellow]behind[/yellow]"
-        table.add_row(f"{link['source']} > {link['target']}", show_size(link["bytes_moved"]), *figures, kept)
-    rest = len(used) - len(shown)
-    return Group(table, Text(f"and {rest} less busy directions", style="dim")) if rest else Group(table)
 
 
 def verdict(outcome: Outcome) -> str:

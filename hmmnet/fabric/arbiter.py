@@ -4,7 +4,8 @@ Max-min fair means: no flow could get more without taking from one that has no m
 grow together until a link is full; its flows are fixed at that share; the rest grow on (Bertsekas and Gallager, *Data Networks*, 6.5).
 Real interconnects approach this by arbitrating packet by packet; we do it a chunk at a time, and recompute when flows come and go.
 
-A flow asks for a grant for each chunk it sends. The grants ride on what is sent anyway, so arbitration costs no message.
+A flow asks for a grant for each chunk it sends. The grants ride on what is sent anyway, so arbitration costs no message. What is too short
+for a flow takes turns instead (`singles`); a flow that opens meanwhile begins behind it.
 """
 
 from __future__ import annotations
@@ -93,9 +94,12 @@ class Arbiter:
 
     def open_flow(self, source: str, target: str, now_s: float) -> Flow:
         """A transfer begins; the rates of all flows it meets change. Raises TopologyError when there is no route."""
-        flow = Flow(self, self.route(source, target), now_s)
-        if flow.links:
+        links = self.route(source, target)
+        flow = Flow(self, links, max([now_s, *(link.free_s for link in links)]))
+        if links:
             self._flows.append(flow)
+            for link in links:
+                link.flows += 1
             self._share(now_s)
         return flow
 
@@ -103,6 +107,8 @@ class Arbiter:
         """`flow` is over (called by it)."""
         if flow.links:
             self._flows.remove(flow)
+            for link in flow.links:
+                link.flows -= 1
             self._share(now_s)
 
     def _share(self, now_s: float) -> None:

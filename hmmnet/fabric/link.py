@@ -80,6 +80,10 @@ class Link:
         self.latency_s = latency_s
         self.bytes_moved = 0
         self.transfers = 0
+        self.flows = 0
+        """Flows that are open over this link (`arbiter.Arbiter` counts them)."""
+        self.free_s = float("-inf")
+        """When the last transfer without a flow has passed (`singles.Singles` sets it)."""
         self._granted = Stretch()
         self._taken = Stretch()
 

@@ -164,8 +164,10 @@ def parse_steps(script: Script, usages: Mapping[str, Usage]) -> list[Step]:
     """Every operation of `script`, parsed by the usages of those that are built. Raises ScriptError for a line the syntax does not have."""
     steps: list[Step] = []
     names: dict[str, set[str]] = {"R": set(), "D": set()}
+    children = 0
     for operation in script.operations:
         try:
+            children = _children(operation, children)
             steps.append(Step(operation, _parse(operation, usages, names)))
         except BadArgumentError as error:
             usage = usages.get(operation.words[0])
@@ -174,6 +176,14 @@ def parse_steps(script: Script, usages: Mapping[str, Usage]) -> list[Step]:
             raise ScriptError(script.path, operation.file_line, f"{where}: {error}{form}") from None
         _bind(operation, names)
     return steps
+
+
+def _children(operation: Operation, before: int) -> int:
+    """How many children have been forked and not ended after `operation`."""
+    after = before + {"fork": 1, "exit": -1}.get(operation.words[0], 0)
+    if after < 0:
+        raise BadArgumentError("there is no child to exit: no fork comes before")
+    return after
 
 
 def _parse(operation: Operation, usages: Mapping[str, Usage], names: Mapping[str, set[str]]) -> tuple[Any, ...] | Unsupported:
@@ -185,7 +195,7 @@ def _parse(operation: Operation, usages: Mapping[str, Usage], names: Mapping[str
         return Unsupported(name)
     arguments = usage.parse(operation.words[1:])
     if not isinstance(arguments, Unsupported):
-        for kind, value in zip(usage.kinds, arguments, strict=False):
+        for kind, value in zip(usage.kinds, arguments[: len(usage.kinds)], strict=True):
             if kind in KINDS and value not in names[kind]:
                 raise BadArgumentError(f"no {KINDS[kind]} is called {value!r}{suggestion(value, names[kind])} at this line")
     return arguments

@@ -278,7 +278,7 @@ class Report(Message, frozen=True):
 
 
 class Subscribe(Message, frozen=True):
-    """mmu_interval_notifier_insert over pages [start, end). `Subscribed`. `own` filters MIGRATE and EXCLUSIVE events the device caused."""
+    """mmu_interval_notifier_insert over pages [start, end). `Subscribed`. `own` filters MIGRATE events the device caused."""
 
     context: U64
     start: Page

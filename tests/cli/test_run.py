@@ -92,9 +92,13 @@ def test_reports_are_shown_and_plain(capsys: pytest.CaptureFixture[str]) -> None
         "sum": 7,
         "devices": {"gpu0": {"fault_groups": 12345, "seconds": 0.123456}, "gpu1": {"seconds": 1.0}},
     }
-    show(report, 0.25)
+    links = [
+        {"source": "gpu0", "target": "node0", "bytes_moved": 4096, "kept_up": True}
+        | {f"{speed}_bytes_per_s": 1e9 for speed in ("capacity", "asked", "reached")}
+    ]
+    show(report, links, 0.25)
     out = capsys.readouterr().out
-    for text in ("reduction", "250 ms", "12,345", "0.1235", "results are wrong", "the sum is [7] instead of 8"):
+    for text in ("reduction", "250 ms", "12,345", "0.1235", "gpu0 > node0", "kept up", "results are wrong", "the sum is [7] instead of 8"):
         assert text in out
     assert (
         json.dumps({"a": np.int64(3), "b": np.arange(2), "c": b"\x01", "d": Path("x")}, default=plain)

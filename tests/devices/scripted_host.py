@@ -463,7 +463,7 @@ class ScriptedHost:
     ) -> tuple[m.IoctlDone, bytes]:
         """Run a command; the reply and the data that it gave."""
         stream_in = self.new_stream() if data else 0
-        gives = command in {"read", "migrate_to_dev"} and self.spec["model"] == "dmirror"
+        gives = command in {"read", "read_unlocked", "migrate_to_dev"} and self.spec["model"] == "dmirror"
         stream_out = self.new_stream() if gives else 0
         out = bytearray(pages * PAGE_SIZE if gives else 0)
         arrival = self.receiver.expect(stream_out, BytesSink(memoryview(out))) if gives else None

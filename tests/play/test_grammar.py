@@ -64,6 +64,7 @@ def test_words_that_stand_for_themselves() -> None:
         (["mmap A 4", "write A 0 0 256"], "one byte"),
         (["mmap A 4", "read B 0 0"], "no region is called 'B'"),
         (["mmap A 4", "snap d0 A 0"], "no device is called 'd0'"),
+        (["fork", "exit", "exit"], "no child to exit"),
         (["mmap A 4", "madvise A 0 1 DONTNEDD"], 'did you mean "DONTNEED"'),
     ],
 )

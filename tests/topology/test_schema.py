@@ -6,7 +6,7 @@ import copy
 import tomllib
 from typing import Any
 
-import jsonschema  # type: ignore[import-untyped]
+import jsonschema  # type: ignore[import-untyped]  # it has no types of its own
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st

@@ -38,17 +38,18 @@ async def failing(host: ScriptedHost, command: str, page: int, pages: int, data:
     return caught.value.name
 
 
-async def test_read() -> None:
+@pytest.mark.parametrize("command", ["read", "read_unlocked"])
+async def test_read(command: str) -> None:
     """h01: written, zero and never-touched pages are read in one fault round, and in none the second time."""
     async with unit() as (host, _):
         at = host.mmap(PAGE, 4)
         await host.cpu_write(at, fill(0x11, 1))
         await host.cpu_read(at + PAGE_SIZE, 1)
-        reply, data = await host.ioctl("read", PAGE, 4)
+        reply, data = await host.ioctl(command, PAGE, 4)
         assert (reply.cpages, reply.faults) == (4, 1)
         assert data == fill(0x11, 1) + bytes(3 * PAGE_SIZE)
         assert await snapshot(host, PAGE, 4) == [WRITE, ZERO | READ, ZERO | READ, ZERO | READ]
-        reply, _ = await host.ioctl("read", PAGE, 4)
+        reply, _ = await host.ioctl(command, PAGE, 4)
         assert reply.faults == 0
 
 

@@ -1,0 +1,57 @@
+"""Transfers of a page or a few, which a CPU waits for: too short for a flow and its messages. Pure; the caller owns time.
+
+All that go the same way share it one after the other, by absolute times: whoever comes while others pass has a turn behind them. Where
+flows are open on the way, singles pass at the share that one more flow would get. While somebody really sleeps until his turn is over
+(`Singles.held`) there *is* one more flow, so that the others go slower by as much; what is shorter than a sleep they do not notice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from .arbiter import Arbiter, Flow
+
+
+class Singles:
+    """The way from memory `source` to memory `target`. Raises TopologyError when there is none."""
+
+    def __init__(self, arbiter: Arbiter, source: str, target: str) -> None:
+        self.links = arbiter.route(source, target)
+        self._arbiter = arbiter
+        self._ends = source, target
+        self._bytes_per_s = min((link.capacity_bytes_per_s for link in self.links), default=math.inf)
+        self._latency_s = sum(link.latency_s for link in self.links)
+        self._next_s = -math.inf
+        self._flow: Flow | None = None
+        self._holders = 0
+
+    def turn(self, nbytes: int, start_s: float) -> tuple[float, float]:
+        """`nbytes` are ready to leave at `start_s`: when they leave, and when they are there."""
+        begin_s = max(start_s, self._next_s)
+        if self._flow is not None:
+            self._next_s = begin_s + nbytes / self._flow.bytes_per_s
+        elif any(link.flows for link in self.links):
+            self._next_s = begin_s + nbytes / min(link.capacity_bytes_per_s / (link.flows + 1) for link in self.links)
+        else:
+            for link in self.links:
+                begin_s = max(begin_s, link.free_s)
+            self._next_s = begin_s + nbytes / self._bytes_per_s
+            for link in self.links:
+                link.free_s = begin_s + nbytes / link.capacity_bytes_per_s
+        return begin_s, self._next_s + self._latency_s
+
+    @contextmanager
+    def held(self, now: Callable[[], float]) -> Iterator[None]:
+        """Around a sleep until a turn is over: flows on the way share it with the sleepers, who count as one."""
+        if self._flow is None:
+            self._flow = self._arbiter.open_flow(*self._ends, now())
+        self._holders += 1
+        try:
+            yield
+        finally:
+            self._holders -= 1
+            if not self._holders:
+                self._flow.close(now())
+                self._flow = None

@@ -1,0 +1,35 @@
+"""What each link carried, as a table for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from hmmnet.units import show_rate, show_size
+
+LINKS_SHOWN = 12
+WIDE = 72
+"""Columns from which the capacity has room beside what was asked and reached."""
+SPEEDS = {"capacity": "Can do", "asked": "Asked", "reached": "Reached"}
+
+
+def links_table(links: Sequence[Mapping[str, Any]], width: int) -> Group:
+    """Each direction of each link that carried something, the busiest first if there are many."""
+    used = [link for link in links if link["bytes_moved"]]
+    shown = used if len(used) <= LINKS_SHOWN else sorted(used, key=lambda link: -link["bytes_moved"])[:LINKS_SHOWN]
+    speeds = ("capacity", "asked", "reached") if width >= WIDE else ("asked", "reached")
+    table = Table(title="Links (emulated time)", title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("Direction", no_wrap=True)
+    for heading in ("Carried", *(SPEEDS[speed] for speed in speeds)):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("Emulation", no_wrap=True)
+    for link in shown:
+        figures = (show_rate(link[f"{speed}_bytes_per_s"]) for speed in speeds)
+        kept = "[green]kept up[/green]" if link["kept_up"] else "[yellow]behind[/yellow]"
+        table.add_row(f"{link['source']} > {link['target']}", show_size(link["bytes_moved"]), *figures, kept)
+    rest = len(used) - len(shown)
+    return Group(table, Text(f"and {rest} less busy directions", style="dim")) if rest else Group(table)

@@ -1,0 +1,105 @@
+"""Transfers without a flow keep to their links: one after the other, and beside flows at a fair share."""
+
+from __future__ import annotations
+
+import pytest
+
+from hmmnet.fabric.arbiter import Arbiter
+from hmmnet.fabric.singles import Singles
+from hmmnet.topology.load import parse
+
+MACHINE = """
+[[memory]]
+name = "node0"
+size = "1 GiB"
+[[switch]]
+name = "switch0"
+[[device]]
+name = "gpu[0-1]"
+memory = "1 GiB"
+[[link]]
+name = "uplink"
+a = "node0"
+b = "switch0"
+bandwidth = "10 MB/s"
+latency = "2 ms"
+[[link]]
+a = "switch0"
+b = "gpu[0-1]"
+bandwidth = "20 MB/s"
+latency = "1 ms"
+"""
+KB = 1000
+MS = 1e-3
+
+
+def machine() -> tuple[Arbiter, Singles, Singles]:
+    """Two devices behind an uplink of 10 bytes a microsecond, 3 ms away from the host."""
+    arbiter = Arbiter(parse(MACHINE))
+    return arbiter, Singles(arbiter, "gpu0", "node0"), Singles(arbiter, "gpu1", "node0")
+
+
+def test_alone_a_transfer_takes_its_bytes_and_its_latency() -> None:
+    """10 kB at the uplink's 10 MB/s, and 3 ms."""
+    _, way, _ = machine()
+    begin_s, due_s = way.turn(10 * KB, 5.0)
+    assert begin_s == 5.0
+    assert due_s == pytest.approx(5.0 + 1 * MS + 3 * MS)
+
+
+def test_transfers_pass_one_after_the_other() -> None:
+    """A hundred that are ready at once are there no earlier than the link allows, latency counted once."""
+    _, way, _ = machine()
+    turns = [way.turn(10 * KB, 0.0) for _ in range(100)]
+    assert [begin for begin, _ in turns] == [pytest.approx(i * MS) for i in range(100)]
+    assert turns[-1][1] == pytest.approx(100 * MS + 3 * MS)
+
+
+def test_a_late_one_does_not_wait_for_a_link_that_is_free_again() -> None:
+    """Turns are by absolute times, not by how many came before."""
+    _, way, _ = machine()
+    way.turn(10 * KB, 0.0)
+    assert way.turn(10 * KB, 1.0)[0] == 1.0
+
+
+def test_two_devices_take_turns_on_the_link_they_share() -> None:
+    """The second device's pages are behind those of the first on the uplink."""
+    _, first, second = machine()
+    first.turn(10 * KB, 0.0)
+    assert second.turn(10 * KB, 0.0)[0] == pytest.approx(1 * MS)
+
+
+def test_a_flow_begins_behind_the_turns_already_given() -> None:
+    """A stream that opens now cannot use the link in a moment that is promised."""
+    arbiter, way, _ = machine()
+    way.turn(50 * KB, 0.0)
+    flow = arbiter.open_flow("gpu1", "node0", 1 * MS)
+    assert flow.grant(10 * KB, 1 * MS).start_s == pytest.approx(5 * MS)
+
+
+def test_beside_a_flow_turns_are_given_at_half_the_link() -> None:
+    """As max-min sharing with one more flow would have it."""
+    arbiter, way, _ = machine()
+    arbiter.open_flow("gpu1", "node0", 0.0)
+    assert way.turn(10 * KB, 0.0)[1] == pytest.approx(2 * MS + 3 * MS)
+    assert way.turn(10 * KB, 0.0)[0] == pytest.approx(2 * MS)
+
+
+def test_while_one_sleeps_the_flow_is_slower() -> None:
+    """The sleepers count as one flow, however many; the last to leave gives the link back."""
+    arbiter, way, _ = machine()
+    flow = arbiter.open_flow("gpu1", "node0", 0.0)
+    assert flow.bytes_per_s == 10e6
+    with way.held(lambda: 0.0):
+        with way.held(lambda: 0.0):
+            assert flow.bytes_per_s == 5e6
+            assert way.turn(10 * KB, 0.0)[1] == pytest.approx(2 * MS + 3 * MS)
+        assert flow.bytes_per_s == 5e6
+    assert flow.bytes_per_s == 10e6
+
+
+def test_holding_does_not_slow_down_who_is_alone() -> None:
+    """The sleepers' flow is no competitor of their own turns."""
+    _, way, _ = machine()
+    with way.held(lambda: 0.0):
+        assert way.turn(10 * KB, 0.0)[1] == pytest.approx(1 * MS + 3 * MS)
