@@ -12,7 +12,7 @@ import sys
 
 from hmmnet.lifeline import die_with_parent
 
-from .service import CONNECT_S, run_device
+from .service import CONNECT_S, PATIENCE_S, run_device
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -23,6 +23,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--secret-file", help="file with the machine's secret (mode 0600)")
     parser.add_argument("--log-folder", default="", help="write JSON lines to NAME.jsonl in this folder, not warnings to stderr")
     parser.add_argument("--connect-s", type=float, default=CONNECT_S, help="seconds to wait for the host (default: %(default)g)")
+    patience = "seconds of the host's silence, after its lease, until the device ends (default: %(default)g)"
+    parser.add_argument("--patience-s", type=float, default=PATIENCE_S, help=patience)
     parser.add_argument("--zygote", action="store_true", help="serve the launcher on stdin: fork devices at its command")
     given = parser.parse_args(arguments)
     parent = os.getppid()
@@ -38,6 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
             "secret_file": given.secret_file,
             "log_folder": given.log_folder,
             "connect_s": given.connect_s,
+            "patience_s": given.patience_s,
         }
     )
 

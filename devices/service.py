@@ -3,14 +3,18 @@
 A device knows only its name, where the host is, and the machine's secret. What it is (model, memory) comes with the welcome, so a
 topology is read in one place.
 
-It ends when the host says goodbye, when the host was silent for a lease (then it has stopped using its mirror first: the host may have
-given the pages to somebody else), when whoever started it is gone (`hmmnet.lifeline`, and end of file on stdin), and on SIGTERM or
-SIGINT. The same `serve` runs inside another trio run, over memory channels, for simulations and tests.
+When the host is silent for a lease, the device drops its mirror: the host may take it for lost and give the pages to somebody else. It
+keeps its memory, and goes on with the host's next word; a program that embeds the host may have computed, or stood in a debugger.
+
+It ends when the host says goodbye, or says that it does not know the device any more; when the host's process has ended, or, where that is
+not known, has been silent for `PATIENCE_S` more; when whoever started the device is gone (`hmmnet.lifeline`, and end of file on stdin); and
+on SIGTERM or SIGINT. The same `serve` runs inside another trio run, over memory channels, for simulations and tests.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import stat
 import sys
@@ -25,7 +29,7 @@ import trio
 from hmmnet.errors import HmmnetError, PeerGone, PeerLost
 from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.fabric.dma import BulkReceiver, BulkSender
-from hmmnet.lifeline import stop_on_signal
+from hmmnet.lifeline import stop_on_signal, wait_ended
 from hmmnet.observe.logs import log_to
 from hmmnet.wire.client import connect
 from hmmnet.wire.messages import PROTOCOL_VERSION, Hello, Welcome
@@ -40,6 +44,8 @@ from .telemetry import publish
 
 STDIN_BYTES = 4096
 CONNECT_S = 10.0
+PATIENCE_S = 60.0
+"""Silence after the lease until a device ends that cannot see its host's process: long enough for a network that is being mended."""
 
 log = logging.getLogger("hmmnet.devices")
 
@@ -52,7 +58,10 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     secret_file: str
     log_folder: str = ""
     """JSON lines go to ``NAME.jsonl`` in here; empty: warnings go to stderr."""
+    host_pid: int = 0
+    """The host's process, when it runs on this computer; 0 when that is not known."""
     connect_s: float = CONNECT_S
+    patience_s: float = PATIENCE_S
 
 
 async def serve(
@@ -70,8 +79,8 @@ async def serve(
     """Be the device called `name` until its session ends; returns why it ended. Says goodbye when cancelled.
 
     `incarnation` must be larger than that of any earlier life of this device. `made` is shown the device once it exists, `trim` is
-    called when it has become idle. `timing` are `heartbeat_s`, `lease_s`, `retry_s` of `connect`. Raises PeerRefused, PeerLost (no host),
-    HmmnetError (no such model).
+    called when it has become idle. `timing` are `heartbeat_s`, `lease_s`, `retry_s`, `patience_s` of `connect`. Raises PeerRefused,
+    PeerLost (no host), HmmnetError (no such model).
     """
     emulated = clock or EmulatedClock()
     hello = Hello(PROTOCOL_VERSION, "device", name, incarnation, os.getpid(), secret)
@@ -114,7 +123,8 @@ def assemble(
     nursery.start_soon(receiver.run)
     nursery.start_soon(sender.run)
     device = model(spec, welcome.zone, Wiring(session, sender, receiver, clock, nursery, trim))
-    # Fence at the moment of the loss, before any other task runs: the lease is over.
+    # At the moment of the loss, before any other task runs: the lease is over.
+    session.on_silent(device.drop_mirrors)
     session.on_lost(lambda _: device.fence())
     return device
 
@@ -151,7 +161,7 @@ def run_device(settings: dict[str, Any]) -> int:
 
 
 async def _process(settings: Settings, secret: bytes) -> PeerLost | None:
-    """Serve; None when a signal or the end of stdin came first."""
+    """Serve; None when a signal, the end of stdin or of the host's process came first."""
     from hmmnet.wire.allocator import give_back_buffers
     from hmmnet.wire.zmq_transport import ZmqTransport
 
@@ -162,6 +172,8 @@ async def _process(settings: Settings, secret: bytes) -> PeerLost | None:
                 nursery.start_soon(stop_on_signal, nursery.cancel_scope)
                 if stdin_is_a_pipe():
                     nursery.start_soon(_stop_with_stdin, nursery.cancel_scope)
+                if settings.host_pid:
+                    nursery.start_soon(_stop_with_host, settings.host_pid, nursery.cancel_scope)
                 lost = await serve(
                     transport,
                     settings.endpoint,
@@ -170,6 +182,7 @@ async def _process(settings: Settings, secret: bytes) -> PeerLost | None:
                     time.time_ns(),
                     connect_s=settings.connect_s,
                     trim=give_back_buffers,
+                    patience_s=math.inf if settings.host_pid else settings.patience_s,
                 )
                 nursery.cancel_scope.cancel()
     except BaseExceptionGroup as group:
@@ -193,3 +206,9 @@ async def _stop_with_stdin(scope: trio.CancelScope) -> None:
             log.info("ending: whoever started this device is gone (end of stdin)")
             scope.cancel()
             return
+
+
+async def _stop_with_host(pid: int, scope: trio.CancelScope) -> None:
+    await wait_ended(pid)
+    log.warning("ending: the host is lost, its process %d has ended", pid)
+    scope.cancel()

@@ -1,8 +1,8 @@
 """What ties a process to the one that started it: when the starter dies, however it dies, so does this one.
 
-Two ties, because each alone has a hole. The kernel's (`PR_SET_PDEATHSIG`) acts at once, also on a process that hangs, but knows only the
-*thread* that started us, and is lost across a set-user-id program. The pipe on stdin (end of file means: the starter is gone) needs a
-process that reads, but works whoever started it.
+Ties of three kinds, because each alone has a hole. The kernel's (`PR_SET_PDEATHSIG`) acts at once, also on a process that hangs, but knows
+only the *thread* that started us, and is lost across a set-user-id program. The pipe on stdin (end of file means: the starter is gone)
+needs a process that reads, but works whoever started it. A pidfd (`wait_ended`) needs one too, and works for any process of this computer.
 """
 
 from __future__ import annotations
@@ -36,3 +36,15 @@ async def stop_on_signal(scope: trio.CancelScope) -> None:
         async for number in signals:
             log.info("ending on %s", signal.Signals(number).name)
             scope.cancel()
+
+
+async def wait_ended(pid: int) -> None:
+    """Return when a process has ended; it need not be a child of ours."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        await trio.lowlevel.wait_readable(descriptor)
+    finally:
+        os.close(descriptor)

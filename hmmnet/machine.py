@@ -117,7 +117,7 @@ class LaunchedMachine:
 
 async def start_devices(host: Host, crew: Crew) -> None:
     """Start every device and return when the host has welcomed all. Raises HmmnetError naming those that did not come."""
-    await crew.start(host.control_endpoint)
+    await crew.start(host.control_endpoint, os.getpid())
 
     async def one(name: str) -> None:
         await host.device_ready(name)

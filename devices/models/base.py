@@ -186,11 +186,16 @@ class Device:
             raise KernelError(EBADF, call, f"context {number} is not open on {self.spec.name}")
         return opened
 
+    def drop_mirrors(self) -> None:
+        """The lease is over: no translation may be used any more. Jobs fault, and wait for the host."""
+        for opened in self.contexts.values():
+            opened.context.mirror.clear()
+
     def fence(self) -> None:
-        """The lease is over, or the host is gone: no translation may be used any more, and no job goes on."""
+        """The host is gone: no translation may be used any more, and no job goes on."""
+        self.drop_mirrors()
         for opened in self.contexts.values():
             opened.scope.cancel()
-            opened.context.mirror.clear()
 
     # --- invalidation ---------------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import trio
@@ -58,16 +57,21 @@ class Crew:
                 f"the device zygote is gone ({self.zygote.how()}), and every device with it; see the logs in {self._directory.logs}"
             )
 
-    async def start(self, endpoint: str) -> None:
-        """Start every device; each connects to the host's control `endpoint` by itself."""
+    async def start(self, endpoint: str, host_pid: int) -> None:
+        """Start every device; each connects to the host's control `endpoint` by itself, and ends with the process `host_pid`."""
         await self.zygote.wait_ready()
         for name in self.records:
-            await self.zygote.start(name, self.settings(name, endpoint, self._directory.secret_file, self._directory.logs))
+            await self.zygote.start(name, self.settings(name, endpoint, host_pid))
 
-    @staticmethod
-    def settings(name: str, endpoint: str, secret_file: Path, log_folder: Path) -> dict[str, Any]:
+    def settings(self, name: str, endpoint: str, host_pid: int) -> dict[str, Any]:
         """What a device process is told at its start; the rest comes with the host's welcome."""
-        return {"name": name, "endpoint": endpoint, "secret_file": str(secret_file), "log_folder": str(log_folder)}
+        return {
+            "name": name,
+            "endpoint": endpoint,
+            "secret_file": str(self._directory.secret_file),
+            "log_folder": str(self._directory.logs),
+            "host_pid": host_pid,
+        }
 
     def ready(self, name: str) -> None:
         """The host has welcomed this device."""

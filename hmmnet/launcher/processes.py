@@ -17,6 +17,8 @@ from pathlib import Path
 
 import trio
 
+from hmmnet.lifeline import wait_ended
+
 ENVIRONMENT = {
     "OPENBLAS_NUM_THREADS": "1",  # numpy's BLAS otherwise starts a thread for each core in each of 64 devices
     "OMP_NUM_THREADS": "1",
@@ -63,18 +65,6 @@ async def wait_process(process: subprocess.Popen[bytes]) -> int:
         if status is not None:
             return status
         await wait_ended(process.pid)
-
-
-async def wait_ended(pid: int) -> None:
-    """Return when a process has ended; it need not be a child of ours."""
-    try:
-        descriptor = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    try:
-        await trio.lowlevel.wait_readable(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 async def end_process(process: subprocess.Popen[bytes], grace_s: float) -> int:

@@ -108,7 +108,7 @@ class Supervisor:
         nursery.start_soon(self._watch_host)
         self._nursery = nursery
         await self._wait(self._serving, START_S, "the host did not begin to serve")
-        await self.crew.start(self._control)
+        await self.crew.start(self._control, self.host.process.pid)
         self._save()
         await self._wait(self._all_ready, READY_S, "not every device came")
         self.record.state = "running"

@@ -10,7 +10,7 @@ import trio
 from hmmnet.errors import PeerLost, PeerRefused, ProtocolError
 
 from .codec import Kind, decode_body, decode_header, encode
-from .exchange import HEARTBEAT_S, LEASE_S, RETRY_S
+from .exchange import HEARTBEAT_S, RETRY_S
 from .messages import Hello, Refused, Welcome
 from .session import Session
 from .transport import Channel, Transport
@@ -28,13 +28,15 @@ async def connect(
     prepare: Callable[[Session, Welcome], None] | None = None,
     connect_s: float = CONNECT_S,
     heartbeat_s: float = HEARTBEAT_S,
-    lease_s: float = LEASE_S,
+    lease_s: float | None = None,
     retry_s: float = RETRY_S,
+    patience_s: float = 0.0,
 ) -> AsyncIterator[tuple[Session, Welcome]]:
     """A session with the host at `endpoint`; ends with BYE when the block is left. Times are seconds of trio's clock.
 
     `prepare` registers handlers before the first frame after the welcome is read, so that no early request is missed; so may the block
-    itself, before its first await. Raises PeerRefused with the host's reason, and PeerLost when nobody answers within `connect_s`.
+    itself, before its first await. `lease_s` is what the host's welcome says unless given; for `patience_s` see `Session`.
+    Raises PeerRefused with the host's reason, and PeerLost when nobody answers within `connect_s`.
     """
     channel = transport.connect(endpoint, transport.fresh_identity(hello.name))
     failure: Exception | None = None
@@ -46,8 +48,9 @@ async def connect(
             role="host",
             incarnation=welcome.host_incarnation,
             heartbeat_s=heartbeat_s,
-            lease_s=lease_s,
+            lease_s=welcome.lease_s if lease_s is None else lease_s,
             retry_s=retry_s,
+            patience_s=patience_s,
         )
         if prepare is not None:
             prepare(session, welcome)

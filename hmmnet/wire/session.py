@@ -82,7 +82,8 @@ class PendingReply:
 class Session:
     """One peer, as seen from here. Made by `server.Server` and `client.connect`, after the hello.
 
-    `transmit` sends one frame without waiting, or raises `trio.WouldBlock` (the frame is then repeated in time).
+    `transmit` sends one frame without waiting, or raises `trio.WouldBlock` (the frame is then repeated in time). A peer that is silent for
+    longer than `lease_s` may think us gone (`on_silent`); it is lost when it has been silent for `patience_s` more.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class Session:
         heartbeat_s: float = HEARTBEAT_S,
         lease_s: float = LEASE_S,
         retry_s: float = RETRY_S,
+        patience_s: float = 0.0,
     ) -> None:
         self.peer_name = peer_name
         self.role = role
@@ -105,11 +107,14 @@ class Session:
         """Broken frames from this peer."""
         self._transmit = transmit
         self._heartbeat_s = heartbeat_s
+        self._patience_s = patience_s
+        self._silent = False
         self._exchange = Exchange(trio.current_time(), lease_s, retry_s)
         self._waiting: dict[int, PendingReply] = {}
         self._handlers: dict[type[Message], tuple[Handler, bool]] = {}
         self._nursery: trio.Nursery | None = None
         self._on_lost: list[Callable[[PeerLost], None]] = []
+        self._on_silent: list[Callable[[], None]] = []
         self.on_hello: Callable[[], None] | None = None
         """The server's: send the welcome again. A client is never greeted."""
         self._spoke = False
@@ -186,6 +191,13 @@ class Session:
             callback(self.lost)
         else:
             self._on_lost.append(callback)
+
+    def on_silent(self, callback: Callable[[], None]) -> None:
+        """Call `callback` whenever the peer was silent for longer than the lease: it may have given what we had of it to somebody else.
+
+        After a stall of our own it is called too: we cannot know when the peer was heard last.
+        """
+        self._on_silent.append(callback)
 
     def deliver(self, frame: bytes) -> Awaitable[None] | None:
         """Take one frame from the peer. When an awaitable is returned, it must be awaited before the next frame is delivered.
@@ -331,14 +343,29 @@ class Session:
             now_s = trio.current_time()
             stalled = now_s - before_s > 2 * self._heartbeat_s
             before_s = now_s
-            if exchange.silent(now_s) and not stalled:  # after a stall of our own the peer's frames may lie unread: look once more
-                self.end(PeerLost(f"{self.peer_name} was silent for {now_s - exchange.heard_s:.1f} s, longer than its lease"))
+            if not self._in_touch(now_s, stalled=stalled):
                 return
             for frame in exchange.overdue(now_s):
                 self._put(frame)
             if not self._spoke or exchange.unreported:
                 self._send(Kind.BEAT)
             self._spoke = False
+
+    def _in_touch(self, now_s: float, *, stalled: bool) -> bool:
+        """Whether the session goes on. After a stall of our own the peer's frames may lie unread: nobody is lost by that."""
+        if not self._exchange.silent(now_s):
+            self._silent = False
+            return True
+        silence_s = now_s - self._exchange.heard_s
+        if not self._silent:
+            self._silent = True
+            log.info("%s is silent for %.1f s, longer than its lease", self.peer_name, silence_s)
+            for callback in self._on_silent:
+                callback()
+        if stalled or silence_s <= self._exchange.lease_s + self._patience_s:
+            return True
+        self.end(PeerLost(f"{self.peer_name} was silent for {silence_s:.1f} s, longer than its lease"))
+        return False
 
     def end(self, cause: PeerLost) -> None:
         """The session is over: everything that waits for the peer gets `cause`, and `on_lost` callbacks run, once."""

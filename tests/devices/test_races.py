@@ -230,6 +230,22 @@ async def test_two_contexts_of_one_process_keep_their_data() -> None:
         assert (np.frombuffer(await host.cpu_read(at, 16 * PAGE_SIZE), "<i8") == rounds).all()
 
 
+async def test_a_lapsed_lease_costs_the_mirror_and_nothing_else() -> None:
+    """Translations go at once; a job that runs meanwhile faults, and ends right when the host is back."""
+    async with machine() as (host, device):
+        at = await filled(host, 4)
+        await host.ioctl("migrate_to_dev", PAGE, 2)
+        await host.launch("reduction", a=at, n=4 * 512)
+        mirror = device.contexts[1].context.mirror
+        assert mirror.mapped_count() == 4
+        used = device.memory.used_pages
+        device.drop_mirrors()
+        assert mirror.mapped_count() == 0
+        assert device.memory.used_pages == used
+        assert results_of(await host.launch("reduction", a=at, n=4 * 512)) == {"sum": 4 * 512}
+        assert mirror.mapped_count() == 4
+
+
 async def test_fencing_forgets_and_ends_jobs() -> None:
     """When the host is lost the mirror is empty at once."""
     async with machine() as (host, device):

@@ -39,10 +39,10 @@ def folder() -> Iterator[Path]:
     shutil.rmtree(path)
 
 
-def start(folder: Path, stdin: int = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
+def start(folder: Path, *options: str, stdin: int = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "hmmnet.devices", "gpu0", f"ipc://{folder}/host", "--secret-file", str(folder / "secret")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"}
-    return subprocess.Popen([*command, "--log-folder", str(folder)], stdin=stdin, stderr=subprocess.PIPE, env=environment)
+    return subprocess.Popen([*command, "--log-folder", str(folder), *options], stdin=stdin, stderr=subprocess.PIPE, env=environment)
 
 
 def start_launcher(script: str) -> subprocess.Popen[bytes]:
@@ -74,7 +74,7 @@ async def running(folder: Path, stdin: int = subprocess.DEVNULL) -> AsyncIterato
     """A host here and a device in a process of its own, which is killed if a test leaves it."""
     with ZmqTransport() as transport:
         async with host_alone(transport, f"ipc://{folder}/") as host:
-            process = start(folder, stdin)
+            process = start(folder, stdin=stdin)
             try:
                 with trio.fail_after(END_S):
                     await host.joined.wait()
@@ -141,10 +141,10 @@ async def test_death_of_the_parent_ends_it(folder: Path) -> None:
 
 
 async def test_a_silent_host_ends_it(folder: Path) -> None:
-    """When the lease is over it stops by itself, says so in its log, and its exit code says that this was no ordinary end."""
+    """When lease and patience are over it stops by itself, says so in its log, and its exit code says that this was no ordinary end."""
     with ZmqTransport() as transport:
         async with host_alone(transport, f"ipc://{folder}/") as host:
-            process = start(folder)
+            process = start(folder, "--patience-s", "0.1")
             with trio.fail_after(END_S):
                 await host.joined.wait()
             # The host freezes: it neither reads nor sends until the device has ended.

@@ -17,8 +17,8 @@ import trio
 from hmmnet.errors import HmmnetError
 from hmmnet.launcher import supervisor as module
 from hmmnet.launcher.directory import Directory, MachineExists, MachineRecord
-from hmmnet.launcher.processes import wait_ended
 from hmmnet.launcher.supervisor import Supervisor
+from hmmnet.lifeline import wait_ended
 from hmmnet.topology.model import DeviceSpec, LinkSpec, MemoryNode, Topology
 
 HERE = Path(__file__).parent
@@ -183,7 +183,7 @@ async def test_a_device_that_dies_before_the_machine_is_ready_is_an_error() -> N
         async with trio.open_nursery() as nursery:
             nursery.start_soon(supervisor.run)
             await seen.until(lambda record: record.host_pid > 0)
-            nursery.start_soon(supervisor.crew.start, "ipc:///nowhere")
+            nursery.start_soon(supervisor.crew.start, "ipc:///nowhere", os.getpid())
             record = await seen.until(lambda record: record.devices[0].pid > 0)
             os.kill(record.devices[0].pid, signal.SIGKILL)
     assert caught.group_contains(HmmnetError, match="gpu0 killed by SIGKILL before", depth=None)

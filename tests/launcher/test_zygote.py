@@ -14,8 +14,8 @@ import pytest
 import trio
 
 from hmmnet.errors import HmmnetError
-from hmmnet.launcher.processes import wait_ended
 from hmmnet.launcher.zygote import Exited, Started, Told, ZygoteClient
+from hmmnet.lifeline import wait_ended
 
 FAKE = (sys.executable, str(Path(__file__).with_name("fake_zygote.py")))
 NOTHING_THERE = (sys.executable, "-c", "raise SystemExit(3)")

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,9 +24,10 @@ import trio
 import hmmnet
 from hmmnet.errors import BusError, HmmnetError
 from hmmnet.launcher.directory import MachineExists, directories
-from hmmnet.launcher.processes import wait_ended
+from hmmnet.lifeline import wait_ended
 from hmmnet.pages import PAGE_SIZE
 from hmmnet.program import Machine, Process
+from hmmnet.wire.exchange import LEASE_S
 
 ELEMENTS = 1 << 14
 
@@ -52,6 +54,27 @@ async def gone(*pids: int) -> None:
     with trio.fail_after(10):
         for pid in pids:
             await wait_ended(pid)
+
+
+async def test_a_program_that_stalls_keeps_its_devices() -> None:
+    """Twice as long as the lease without a turn for the loop, with a job under way: what is on the devices is there afterwards."""
+    async with hmmnet.launch("two-gpus", rate=1.0) as machine:
+        process = await machine.process()
+        address = await process.malloc(1 << 20)
+        await process.write(address, np.full(1 << 20, 7, np.uint8))
+        await process.migrate(address, 1 << 20, "gpu1")
+        results: list[bool] = []
+
+        async def job() -> None:
+            results.append(await add(process, "gpu1"))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(job)
+            await trio.sleep(0.01)
+            time.sleep(2 * LEASE_S)  # noqa: ASYNC251 - what a debugger or a long computation does to the loop
+        assert results == [True]
+        assert [device.state for device in machine.devices] == ["ready", "ready"]
+        assert await process.read(address, 1 << 20) == b"\7" * (1 << 20)
 
 
 @pytest.mark.parametrize("transport", ["ipc", "tcp"])

@@ -29,7 +29,7 @@ import trio
 import hmmnet
 from hmmnet.errors import BusError, PeerLost
 from hmmnet.launcher.directory import Directory
-from hmmnet.launcher.processes import wait_ended
+from hmmnet.lifeline import wait_ended
 from hmmnet.pages import PAGE_SIZE
 
 COMMAND = (sys.executable, "-m", "hmmnet")

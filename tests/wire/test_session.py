@@ -46,15 +46,15 @@ class Line:
 class World:
     """A device's session and the host's, and the two lines between them."""
 
-    def __init__(self) -> None:
+    def __init__(self, patience_s: float) -> None:
         self.out, self.home = Line(), Line()
-        self.host = Session(self.out.transmit, peer_name="gpu0", role="device", incarnation=1)
-        self.device = Session(self.home.transmit, peer_name="host", role="host", incarnation=1)
+        self.host = Session(self.out.transmit, peer_name="gpu0", role="device", incarnation=1, patience_s=patience_s)
+        self.device = Session(self.home.transmit, peer_name="host", role="host", incarnation=1, patience_s=patience_s)
 
 
 @asynccontextmanager
-async def joined() -> AsyncIterator[World]:
-    world = World()
+async def joined(patience_s: float = 0.0) -> AsyncIterator[World]:
+    world = World(patience_s)
     async with trio.open_nursery() as nursery:
         world.host.start(nursery)
         world.device.start(nursery)
@@ -308,6 +308,26 @@ async def test_silence_is_loss(world: World, autojump_clock: MockClock) -> None:
     assert late == causes
     await trio.sleep(1)
     assert world.device.lost is not None
+
+
+async def test_patience_outlasts_the_lease(autojump_clock: MockClock) -> None:
+    """The silence is told once, at the lease's end; what was asked meanwhile is answered when the peer comes back; then it begins anew."""
+    async with joined(patience_s=10 * LEASE_S) as world:
+        world.device.on(Inspect, lambda _: Report(b"late"))
+        told: list[float] = []
+        world.host.on_silent(lambda: told.append(trio.current_time()))
+        begun_s = trio.current_time()
+        for _ in range(2):
+            world.out.fate = world.home.fate = lambda _: 0
+            pending = world.host.begin(Inspect())
+            await trio.sleep(5 * LEASE_S)
+            world.out.fate = world.home.fate = lambda _: 1
+            assert await pending.wait() == Report(b"late")
+        assert len(told) == 2
+        assert LEASE_S < told[0] - begun_s < LEASE_S + 1
+        world.out.fate = world.home.fate = lambda _: 0
+        with pytest.raises(PeerLost, match="gpu0 was silent for 22"):
+            await world.host.request(Inspect())
 
 
 async def test_a_partition_shorter_than_the_lease_is_survived(world: World, autojump_clock: MockClock) -> None:
