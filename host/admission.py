@@ -68,15 +68,16 @@ class Admission:
         if self._zone_next >= ZONES_MAX:
             return Refused("busy", f"devices were restarted {ZONES_MAX - DEVICE_ZONE_MIN} times; start the machine anew")
         zone = self._zone_next
+        key = self._transport.fresh_identity("bulk")
         try:
-            bulk_in = self._transport.bind_channel(self._endpoint_of(f"b{zone}i"))
-            bulk_out = self._transport.bind_channel(self._endpoint_of(f"b{zone}o"))
+            bulk_in = self._transport.bind_channel(self._endpoint_of(f"b{zone}i"), key=key)
+            bulk_out = self._transport.bind_channel(self._endpoint_of(f"b{zone}o"), key=key)
         except HmmnetError as error:
             return Refused("busy", str(error)[:TEXT_MAX])
         self._zone_next += 1
         spec = self._topology.device(hello.name)
         self._connecting[hello.name] = Connecting(spec, zone, bulk_in, bulk_out)
-        return self._welcome(zone, bulk_in.endpoint, bulk_out.endpoint, msgspec.msgpack.encode(spec))
+        return self._welcome(zone, bulk_in.endpoint, bulk_out.endpoint, key, msgspec.msgpack.encode(spec))
 
     def connecting(self, name: str) -> Connecting:
         """What `device` made for the device that it just welcomed."""
@@ -86,9 +87,9 @@ class Admission:
         """Welcome a program."""
         if hello.role not in PROGRAM_ROLES:
             return Refused("role", f"this endpoint is for programs, not for a {hello.role}")
-        return self._welcome(-1, "", "", b"")
+        return self._welcome(-1, "", "", b"", b"")
 
-    def _welcome(self, zone: int, bulk_in: str, bulk_out: str, config: bytes) -> Welcome:
+    def _welcome(self, zone: int, bulk_in: str, bulk_out: str, bulk_key: bytes, config: bytes) -> Welcome:
         clock = self._clock
         return Welcome(
             version=PROTOCOL_VERSION,
@@ -97,6 +98,7 @@ class Admission:
             zones=[Zone(found.number, found.kind, found.owner, found.count) for found in self._memory.zones.values() if not found.lost],
             bulk_in=bulk_in,
             bulk_out=bulk_out,
+            bulk_key=bulk_key,
             telemetry=self._telemetry if zone >= 0 else "",
             epoch_monotonic_s=clock.epoch_monotonic_s,
             epoch_emulated_s=clock.epoch_emulated_s,

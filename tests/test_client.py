@@ -118,7 +118,7 @@ class PlainMachine:
 
 
 def welcome(hello: Hello) -> Welcome | Refused:
-    return Welcome(hello.version, 1, -1, [], "", "", "", time.monotonic(), 5.0, 0.5, 2.0, b"")
+    return Welcome(hello.version, 1, -1, [], "", "", b"", "", time.monotonic(), 5.0, 0.5, 2.0, b"")
 
 
 @asynccontextmanager

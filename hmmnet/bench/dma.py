@@ -22,7 +22,7 @@ from hmmnet.fabric.dma import BulkReceiver, BulkSender, BytesSink, BytesSource, 
 from hmmnet.wire.allocator import keep_freed_buffers
 from hmmnet.wire.zmq_transport import ZmqTransport
 
-from .dma_peers import memory, raw_give, raw_socket, raw_take, shared_clock, unix_give, unix_take
+from .dma_peers import KEY, memory, raw_give, raw_socket, raw_take, shared_clock, unix_give, unix_take
 from .far import Far
 from .measurement import Goal, Measurement, measured, median_ratio
 
@@ -110,8 +110,8 @@ async def _measure_dma(rounds: int, nbytes: int) -> list[Measurement]:
         ZmqTransport() as transport,
         closing(dma_peer("ours", directory, nbytes)) as far,
     ):
-        sender = BulkSender(transport.bind_channel(f"ipc://{directory}/in"), clock)
-        receiver = BulkReceiver(transport.bind_channel(f"ipc://{directory}/out"), clock)
+        sender = BulkSender(transport.bind_channel(f"ipc://{directory}/in", key=KEY), clock)
+        receiver = BulkReceiver(transport.bind_channel(f"ipc://{directory}/out", key=KEY), clock)
         far.answer()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(sender.run)
@@ -158,7 +158,7 @@ async def _pace_error(bytes_per_s: float, seconds: float) -> float:
     nbytes = max(int(bytes_per_s * seconds) // CHUNK_BYTES, 1) * CHUNK_BYTES
     data, clock = memory(nbytes), shared_clock()
     with tempfile.TemporaryDirectory(prefix="hmmnet-") as directory, ZmqTransport() as transport:
-        sender = BulkSender(transport.bind_channel(f"ipc://{directory}/in"), clock)
+        sender = BulkSender(transport.bind_channel(f"ipc://{directory}/in", key=KEY), clock)
         with closing(dma_peer("ours", directory, nbytes)) as far:
             far.answer()
             async with trio.open_nursery() as nursery:

@@ -24,6 +24,8 @@ from hmmnet.wire.zmq_transport import ZmqTransport
 
 FRAME_BYTES = 1 << 20
 QUEUE_FRAMES = 16
+KEY = b"bench"
+"""Of the bulk channels: real machines have one each."""
 """At each end; more gains nothing."""
 
 
@@ -102,8 +104,8 @@ def _unix(directory: str, data: memoryview) -> None:
 async def _ours(directory: str, data: memoryview) -> None:
     clock = shared_clock()
     with ZmqTransport() as transport:
-        receiver = BulkReceiver(transport.connect_channel(f"ipc://{directory}/in"), clock)
-        sender = BulkSender(transport.connect_channel(f"ipc://{directory}/out"), clock)
+        receiver = BulkReceiver(transport.connect_channel(f"ipc://{directory}/in", key=KEY), clock)
+        sender = BulkSender(transport.connect_channel(f"ipc://{directory}/out", key=KEY), clock)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(receiver.run)
             nursery.start_soon(sender.run)

@@ -174,13 +174,13 @@ async def bridge_near(directory: str) -> None:
 async def session_far(directory: str) -> None:
     """A host: answers `Inspect`, and swallows what comes on the bulk channel, with a credit for each frame."""
     with ZmqTransport() as transport:
-        welcome = Welcome(PROTOCOL_VERSION, 1, 0, [], "", "", "", 0.0, 0.0, 1.0, 2.0, b"")
+        welcome = Welcome(PROTOCOL_VERSION, 1, 0, [], "", "", b"", "", 0.0, 0.0, 1.0, 2.0, b"")
 
         def joined(session: Session, _: Hello) -> None:
             session.on(Inspect, lambda _: Report(SMALL))
 
         server = Server(transport.listen(f"ipc://{directory}/control"), SECRET, lambda _: welcome, joined, lease_s=60.0)
-        bulk = transport.bind_channel(f"ipc://{directory}/bulk")
+        bulk = transport.bind_channel(f"ipc://{directory}/bulk", key=SECRET)
         landing = memoryview(bytearray(FRAME_BYTES))
         async with trio.open_nursery() as nursery:
             nursery.start_soon(server.run)
@@ -195,7 +195,7 @@ async def session_near(directory: str) -> None:
     """A device: asks, alone or beside a stream with `WINDOW_FRAMES` frames under way."""
     hello = Hello(PROTOCOL_VERSION, "client", "bench", 1, os.getpid(), SECRET)
     with ZmqTransport() as transport:
-        bulk = transport.connect_channel(f"ipc://{directory}/bulk")
+        bulk = transport.connect_channel(f"ipc://{directory}/bulk", key=SECRET)
         async with connect(transport, f"ipc://{directory}/control", hello, lease_s=60.0) as (session, _), trio.open_nursery() as nursery:
             scope = trio.CancelScope()
             for command, count in _commands():

@@ -33,8 +33,9 @@ FLOWS_AT_ONCE_MAX = 4
 
 async def measure_bytes_per_s(transport: Transport, endpoint: str, clock: EmulatedClock) -> float:
     """Move `PROBE_BYTES` through a channel bound at `endpoint`, with checksums, twice; the better figure."""
-    near = transport.bind_channel(endpoint)
-    far = transport.connect_channel(near.endpoint)
+    key = transport.fresh_identity("measure")
+    near = transport.bind_channel(endpoint, key=key)
+    far = transport.connect_channel(near.endpoint, key=key)
     try:
         return await _measure_between(near, far, clock)
     finally:

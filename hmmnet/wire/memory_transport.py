@@ -211,7 +211,7 @@ class MemoryTransport:
 
     def __init__(self) -> None:
         self._hubs: dict[str, Hub] = {}
-        self._pairs: dict[str, tuple[Pipe, Pipe]] = {}
+        self._pairs: dict[tuple[str, bytes], tuple[Pipe, Pipe]] = {}
         self._telemetry: dict[str, Pipe] = {}
         self._identities = 0
 
@@ -234,14 +234,14 @@ class MemoryTransport:
         pipe = hub.outbound[identity] = Pipe(PIPE_MESSAGES_MAX, FRAME_BYTES_MAX)
         return MemoryChannel(endpoint, pipe, hub.inbound, identity)
 
-    def bind_channel(self, endpoint: str, max_bytes: int = CHANNEL_BYTES_MAX) -> MemoryChannel:
+    def bind_channel(self, endpoint: str, max_bytes: int = CHANNEL_BYTES_MAX, key: bytes = b"") -> MemoryChannel:
         """See `Transport.bind_channel`."""
-        inbound, outbound = self._pair(endpoint, max_bytes)
+        inbound, outbound = self._pair(endpoint, max_bytes, key)
         return MemoryChannel(endpoint, inbound, outbound)
 
-    def connect_channel(self, endpoint: str, max_bytes: int = CHANNEL_BYTES_MAX) -> MemoryChannel:
+    def connect_channel(self, endpoint: str, max_bytes: int = CHANNEL_BYTES_MAX, key: bytes = b"") -> MemoryChannel:
         """See `Transport.connect_channel`."""
-        outbound, inbound = self._pair(endpoint, max_bytes)
+        outbound, inbound = self._pair(endpoint, max_bytes, key)
         return MemoryChannel(endpoint, inbound, outbound)
 
     def bind_telemetry(self, endpoint: str) -> MemoryChannel:
@@ -273,11 +273,11 @@ class MemoryTransport:
         check_endpoint(endpoint)
         return self._hubs.setdefault(endpoint, Hub())
 
-    def _pair(self, endpoint: str, max_bytes: int) -> tuple[Pipe, Pipe]:
+    def _pair(self, endpoint: str, max_bytes: int, key: bytes) -> tuple[Pipe, Pipe]:
         check_endpoint(endpoint)
-        pair = self._pairs.get(endpoint)
+        pair = self._pairs.get((endpoint, key))
         if pair is None or pair[0].closed or pair[1].closed:
-            pair = self._pairs[endpoint] = (Pipe(PIPE_MESSAGES_MAX, max_bytes), Pipe(PIPE_MESSAGES_MAX, max_bytes))
+            pair = self._pairs[endpoint, key] = (Pipe(PIPE_MESSAGES_MAX, max_bytes), Pipe(PIPE_MESSAGES_MAX, max_bytes))
         return pair
 
     def _telemetry_pipe(self, endpoint: str) -> Pipe:

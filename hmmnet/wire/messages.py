@@ -72,7 +72,8 @@ class Zone(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Welcome(Message, frozen=True):
-    """The host accepts. `config` is msgpack of the device's frozen spec; the bulk endpoints are as seen by the peer (empty for clients).
+    """The host accepts. `config` is msgpack of the device's frozen spec; the bulk endpoints are as seen by the peer (empty for clients);
+    `bulk_key` opens both.
 
     Emulated time is ``epoch_emulated_s + (CLOCK_MONOTONIC - epoch_monotonic_s) * rate``.
     """
@@ -83,6 +84,7 @@ class Welcome(Message, frozen=True):
     zones: Annotated[list[Zone], msgspec.Meta(max_length=ZONES_LISTED_MAX)]
     bulk_in: Annotated[str, msgspec.Meta(max_length=TEXT_MAX)]
     bulk_out: Annotated[str, msgspec.Meta(max_length=TEXT_MAX)]
+    bulk_key: Annotated[bytes, msgspec.Meta(max_length=NAME_MAX)]
     telemetry: Annotated[str, msgspec.Meta(max_length=TEXT_MAX)]
     epoch_monotonic_s: float
     epoch_emulated_s: float

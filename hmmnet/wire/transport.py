@@ -44,7 +44,7 @@ class Channel(Protocol):
     endpoint: str
     """As the peer should connect to it (for tcp with the port that was chosen)."""
     refused: int
-    """Messages dropped because they had more than two parts."""
+    """Messages dropped because they had more than two parts, or came from somebody else than the peer."""
 
     async def send(self, header: Buffer, payload: Buffer | None = None) -> None:
         """Queue a message of one or two parts, waiting while the queue is full.
@@ -108,11 +108,11 @@ class Transport(Protocol):
         """Control: a channel to a listener, which knows us by `identity` (1 to 255 bytes, not beginning with a zero byte)."""
         ...
 
-    def bind_channel(self, endpoint: str, max_bytes: int = CHANNEL_BYTES_MAX) -> Channel:
-        """Bulk: this end of a channel for exactly one peer."""
+    def bind_channel(self, endpoint: str, max_bytes: int = CHANNEL_BYTES_MAX, key: bytes = b"") -> Channel:
+        """Bulk: this end of a channel for exactly one peer: the one that has the `key` (as `fresh_identity` makes them); empty: anybody."""
         ...
 
-    def connect_channel(self, endpoint: str, max_bytes: int = CHANNEL_BYTES_MAX) -> Channel:
+    def connect_channel(self, endpoint: str, max_bytes: int = CHANNEL_BYTES_MAX, key: bytes = b"") -> Channel:
         """Bulk: the other end."""
         ...
 
@@ -125,7 +125,7 @@ class Transport(Protocol):
         ...
 
     def fresh_identity(self, name: str) -> bytes:
-        """An identity for `connect` that no other connection has."""
+        """An identity for `connect`, or a channel's key, that no other has and nobody can guess."""
         ...
 
     def close(self) -> None:

@@ -1,12 +1,13 @@
 """Channels and listeners over ZeroMQ sockets, between processes.
 
-Control is a DEALER at the peer and a ROUTER at the host; bulk is DEALER to DEALER, one pair for each direction; telemetry is PUB to SUB.
-Control has an io thread of its own, so an invalidation never queues behind a megabyte. Every socket refuses parts above its limit
-(libzmq then drops the connection before it allocates), so the largest thing that a stranger can make us hold is known.
+Control is a DEALER at the peer and a ROUTER at the host; so is bulk, one pair for each direction, where the router hears and answers one
+peer only; telemetry is PUB to SUB. Control has an io thread of its own, so an invalidation never queues behind a megabyte. Every socket
+refuses parts above its limit (libzmq then drops the connection before it allocates), so the largest thing that a stranger can make us hold
+is known.
 
-Who may connect: an ipc path is guarded by the permissions of its file (0600); control on loopback tcp by the machine secret in `Hello`, but
-bulk there by nothing yet, so any user of the computer can connect; tcp beyond loopback only with CURVE keys, which encrypt, and prove to
-the peer whom it talks to.
+Who may connect: an ipc path is guarded by the permissions of its file (0600); control by the machine secret in `Hello`; bulk by the
+channel's key, a random identity that only the welcomed peer was told; telemetry by the proof in each sample. tcp beyond loopback needs
+CURVE keys besides, which encrypt, and prove to the peer whom it talks to.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ RECONNECT_MS = 20
 RECONNECT_MS_MAX = 500
 """First and longest pause before a broken connection is tried again."""
 ROUTER_RETRY_S = 0.002
-"""A router tells nobody when one peer of many has room again: `Listener.send` looks as often as this."""
+"""A router tells nobody when one peer of many has room again, or comes: who waits for that looks as often as this."""
+BULK_QUEUE_MAX = 64
+"""Messages that a bulk channel reads ahead of us from anybody who connects; more than the windows of a few streams."""
 
 
 @dataclass(frozen=True)
@@ -84,42 +87,64 @@ class ZmqPayload:
 
 
 class ZmqChannel:
-    """A `Channel` over one socket."""
+    """A `Channel` over one socket. A router's talks to the `peer` of that identity, and drops what others send."""
 
-    def __init__(self, bridge: Bridge, endpoint: str) -> None:
+    def __init__(self, bridge: Bridge, endpoint: str, peer: bytes = b"") -> None:
         self.endpoint = endpoint
         self.refused = 0
         self._bridge = bridge
         self._payload = ZmqPayload(bridge)
+        self._peer = peer
+        self._to = (peer,) if peer else ()
         self._begun = False
 
     async def send(self, header: Buffer, payload: Buffer | None = None) -> None:
         """See `Channel.send`."""
-        if payload is None:
-            await self._bridge.send((header,), copy=len(header) < BULK_BYTES)
-        else:
-            await self._bridge.send((header, payload), copy=len(payload) < BULK_BYTES)
+        parts = (*self._to, header) if payload is None else (*self._to, header, payload)
+        while True:
+            try:
+                await self._bridge.send(parts, copy=len(parts[-1]) < BULK_BYTES)
+            except trio.BrokenResourceError:  # the peer is not there yet, or is coming again
+                await trio.sleep(ROUTER_RETRY_S)
+            else:
+                return
 
     def send_nowait(self, header: Buffer, payload: Buffer | None = None) -> None:
         """See `Channel.send_nowait`."""
-        if payload is None:
-            self._bridge.send_nowait((header,), copy=len(header) < BULK_BYTES)
-        else:
-            self._bridge.send_nowait((header, payload), copy=len(payload) < BULK_BYTES)
+        parts = (*self._to, header) if payload is None else (*self._to, header, payload)
+        try:
+            self._bridge.send_nowait(parts, copy=len(parts[-1]) < BULK_BYTES)
+        except trio.BrokenResourceError:
+            raise trio.WouldBlock from None
 
     async def receive(self) -> tuple[bytes, ZmqPayload | None]:
         """See `Channel.receive`."""
-        if self._begun:
-            self._drop_rest()
-        return self._begin(await self._bridge.recv_first())
+        while True:
+            if self._begun:
+                self._drop_rest()
+            first = await self._bridge.recv_first()
+            if not self._peer or self._is_peer(first):
+                return self._begin(first)
 
     def receive_nowait(self) -> tuple[bytes, ZmqPayload | None]:
         """See `Channel.receive_nowait`."""
-        if self._begun:
-            self._drop_rest()
-        return self._begin(self._bridge.recv_first_nowait())
+        while True:
+            if self._begun:
+                self._drop_rest()
+            first = self._bridge.recv_first_nowait()
+            if not self._peer or self._is_peer(first):
+                return self._begin(first)
 
-    def _begin(self, header: bytes) -> tuple[bytes, ZmqPayload | None]:
+    def _is_peer(self, sender: bytes) -> bool:
+        """Whether the message just begun is the peer's; another's is dropped."""
+        if sender == self._peer:
+            return True
+        self._bridge.take_rest()
+        self.refused += 1
+        return False
+
+    def _begin(self, first: bytes) -> tuple[bytes, ZmqPayload | None]:
+        header = self._bridge.take() if self._peer else first
         self._begun = self._bridge.more
         return header, self._payload if self._begun else None
 
@@ -211,14 +236,21 @@ class ZmqTransport:
         socket.setsockopt(zmq.IDENTITY, identity)
         return self._connect(socket, endpoint)
 
-    def bind_channel(self, endpoint: str, max_bytes: int = CHANNEL_BYTES_MAX) -> ZmqChannel:
+    def bind_channel(self, endpoint: str, max_bytes: int = CHANNEL_BYTES_MAX, key: bytes = b"") -> ZmqChannel:
         """See `Transport.bind_channel`."""
-        socket = self._socket(zmq.DEALER, BULK_THREAD, 0, max_bytes)
-        return ZmqChannel(*self._bind(socket, endpoint))
+        socket = self._socket(zmq.ROUTER if key else zmq.DEALER, BULK_THREAD, 0, max_bytes)
+        if key:
+            socket.setsockopt(zmq.RCVHWM, BULK_QUEUE_MAX)
+            socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+            socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        return ZmqChannel(*self._bind(socket, endpoint), key)
 
-    def connect_channel(self, endpoint: str, max_bytes: int = CHANNEL_BYTES_MAX) -> ZmqChannel:
+    def connect_channel(self, endpoint: str, max_bytes: int = CHANNEL_BYTES_MAX, key: bytes = b"") -> ZmqChannel:
         """See `Transport.connect_channel`."""
-        return self._connect(self._socket(zmq.DEALER, BULK_THREAD, 0, max_bytes), endpoint)
+        socket = self._socket(zmq.DEALER, BULK_THREAD, 0, max_bytes)
+        if key:
+            socket.setsockopt(zmq.IDENTITY, key)
+        return self._connect(socket, endpoint)
 
     def bind_telemetry(self, endpoint: str) -> ZmqChannel:
         """See `Transport.bind_telemetry`."""

@@ -113,6 +113,7 @@ class ScriptedHost:
             zones=zones,
             bulk_in=self._bulk[0].endpoint,
             bulk_out=self._bulk[1].endpoint,
+            bulk_key=b"",
             telemetry="",
             epoch_monotonic_s=clock.epoch_monotonic_s,
             epoch_emulated_s=clock.epoch_emulated_s,

@@ -216,8 +216,8 @@ async def scripted_device(host: Host, transport: Transport, name: str, incarnati
 
         def prepare(session: Session, welcome: Welcome) -> None:
             clock.adopt(welcome.epoch_monotonic_s, welcome.epoch_emulated_s, welcome.rate)
-            receiver = BulkReceiver(transport.connect_channel(welcome.bulk_in), clock)
-            sender = BulkSender(transport.connect_channel(welcome.bulk_out), clock)
+            receiver = BulkReceiver(transport.connect_channel(welcome.bulk_in, key=welcome.bulk_key), clock)
+            sender = BulkSender(transport.connect_channel(welcome.bulk_out, key=welcome.bulk_key), clock)
             arena = Arena(welcome.zone << ZONE_SHIFT, PAGES)
             device = ScriptedDevice(name, session, welcome, sender, receiver, nursery, arena)
             nursery.start_soon(receiver.run)

@@ -28,7 +28,7 @@ from hmmnet.wire.zmq_transport import ZmqTransport
 
 SECRET = b"s" * 32
 BOUND_S = 20
-WELCOME = Welcome(PROTOCOL_VERSION, 77, 64, [], "", "", "", 0.0, 0.0, 1.0, 2.0, b"")
+WELCOME = Welcome(PROTOCOL_VERSION, 77, 64, [], "", "", b"", "", 0.0, 0.0, 1.0, 2.0, b"")
 
 
 def hello(name: str = "gpu0", incarnation: int = 1, role: str = "device", version: int = PROTOCOL_VERSION, secret: bytes = SECRET) -> Hello:
@@ -472,5 +472,5 @@ async def test_a_closed_transport_ends_its_sessions() -> None:
         async with running(Machine(transport, "mem://control")) as host, connect(transport, host.endpoint, hello()) as (session, _):
             with pytest.raises(PeerLost, match="was closed here"):
                 session._transmit = transport.bind_channel("mem://x").send_nowait
-                transport._pairs["mem://x"][0].close()
+                transport._pairs["mem://x", b""][0].close()
                 await session.request(Inspect())

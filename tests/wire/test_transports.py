@@ -35,16 +35,17 @@ def wire(request: pytest.FixtureRequest, place: str) -> Iterator[tuple[Transport
             yield sockets, lambda name: f"ipc://{place}/{name}" if request.param == "ipc" else "tcp://127.0.0.1:*"
 
 
-def pair(wire: tuple[Transport, Endpoint], name: str = "bulk") -> tuple[Channel, Channel]:
+def pair(wire: tuple[Transport, Endpoint], name: str = "bulk", key: bytes = b"key") -> tuple[Channel, Channel]:
     transport, endpoint = wire
-    bound = transport.bind_channel(endpoint(name))
-    return bound, transport.connect_channel(bound.endpoint)
+    bound = transport.bind_channel(endpoint(name), key=key)
+    return bound, transport.connect_channel(bound.endpoint, key=key)
 
 
-async def test_a_channel_carries_both_ways(wire: tuple[Transport, Endpoint]) -> None:
+@pytest.mark.parametrize("key", [b"", b"key"])
+async def test_a_channel_carries_both_ways(wire: tuple[Transport, Endpoint], key: bytes) -> None:
     """Headers alone, and headers with payloads small and large, in order, in both directions."""
     with trio.fail_after(BOUND_S):
-        for source, target in (pair(wire, "out"), pair(wire, "home")[::-1]):
+        for source, target in (pair(wire, "out", key), pair(wire, "home", key)[::-1]):
             for payload in (None, b"", b"small", LARGE, memoryview(LARGE)[: BULK_BYTES + 1]):
                 await source.send(b"header", payload)
             for expected in (None, b"", b"small", LARGE, LARGE[: BULK_BYTES + 1]):
@@ -259,6 +260,43 @@ async def test_curve_encrypts_and_refuses_strangers() -> None:
             assert await listener.receive() == (b"right", b"hello")
             with trio.move_on_after(0.2):
                 raise AssertionError(await listener.receive())
+
+
+async def test_a_bulk_channel_has_one_peer(wire: tuple[Transport, Endpoint]) -> None:
+    """Who connects without the key, or with another, is neither heard nor sent anything; who has it may come late, and again."""
+    transport, endpoint = wire
+    with trio.fail_after(BOUND_S):
+        bound = transport.bind_channel(endpoint("bulk"), key=b"key")
+        strangers = [transport.connect_channel(bound.endpoint, key=key) for key in (b"", b"other")]
+        for stranger in strangers:
+            await stranger.send(b"forged", LARGE)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(bound.send, b"private", LARGE)
+            await trio.sleep(0.05)
+            peer = transport.connect_channel(bound.endpoint, key=b"key")
+            header, payload = await peer.receive()
+            assert header == b"private"
+            assert payload is not None
+            assert payload.take() == LARGE
+        await peer.send(b"mine")
+        assert (await bound.receive())[0] == b"mine"
+        for stranger in strangers:
+            with pytest.raises(trio.WouldBlock):
+                stranger.receive_nowait()
+
+
+@pytest.mark.parametrize("kind", ["ipc", "tcp"])
+async def test_the_peer_of_a_bulk_channel_may_come_again(place: str, kind: str) -> None:
+    """Over a new connection, with the same key."""
+    with trio.fail_after(BOUND_S), ZmqTransport() as transport:
+        bound = transport.bind_channel(f"ipc://{place}/bulk" if kind == "ipc" else "tcp://127.0.0.1:*", key=b"key")
+        for _ in range(2):
+            peer = transport.connect_channel(bound.endpoint, key=b"key")
+            await peer.send(b"here")
+            assert (await bound.receive())[0] == b"here"
+            await bound.send(b"there", LARGE)
+            assert (await peer.receive())[0] == b"there"
+            await peer.aclose()
 
 
 async def test_oversized_messages_end_the_connection(place: str) -> None:
