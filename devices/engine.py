@@ -64,16 +64,17 @@ class JobOutcome:
 
 
 class Engine:
-    """Runs the jobs of one context."""
+    """Runs the jobs of one context. Where the hardware cannot fault (`can_fault`), a page that is not mapped ends the job."""
 
-    def __init__(self, context: Context, service: FaultService, clock_now: Callable[[], float]) -> None:
+    def __init__(self, context: Context, service: FaultService, clock_now: Callable[[], float], *, can_fault: bool = True) -> None:
         self.running = 0
+        self._can_fault = can_fault
         self._context = context
         self._service = service
         self._now = clock_now
 
     async def run(self, kernel: Kernel, arguments: Mapping[str, Any], placement: str) -> JobOutcome:
-        """Run a kernel to its end. Raises nothing for what a kernel does; PeerLost and cancellation pass through."""
+        """Run a kernel to its end. Raises nothing for what a kernel does or what its accesses meet; cancellation passes through."""
         counters = JobCounters()
         before = replace(self._context.traffic)
         began_s = self._now()
@@ -125,6 +126,12 @@ class Engine:
 
     async def _fault(self, access: Access, missing: Words, placement: str, counters: JobCounters) -> None:
         """Enter the misses in the fault buffer and wait until they were serviced. Raises AccessError when a page cannot be had."""
+        if not self._can_fault:
+            page = int(missing.min())
+            why = (
+                f"page 0x{page:x} is not mapped on this device, which cannot fault (fault_capable = false): migrate it there before the job"
+            )
+            raise AccessError(access.first_address(page), why)
         replayed = trio.Event()
         ticket = Ticket(missing, access.write, placement, replayed.set)
         self._service.buffer.push(ticket)

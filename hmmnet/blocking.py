@@ -295,9 +295,13 @@ class BlockingMachine:
         """See `Machine.emulated_s`."""
         return self._loop.ask(self._machine.emulated_s)
 
-    def process(self) -> BlockingProcess:
-        """A new, empty process."""
-        return BlockingProcess(self._loop.call(self._machine.create_process), self._loop)
+    def create_process(self, node: str = "") -> BlockingProcess:
+        """See `Machine.create_process`."""
+        return BlockingProcess(self._loop.call(self._machine.create_process, node), self._loop)
+
+    def process(self, node: str = "") -> BlockingProcess:
+        """The same as `create_process`, for short programs."""
+        return self.create_process(node)
 
     def report(self) -> dict[str, Any]:
         """See `Machine.report`."""

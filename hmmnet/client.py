@@ -289,13 +289,13 @@ class RemoteMachine:
         clock = self._clock
         return clock.epoch_emulated_s + (time.monotonic() - clock.epoch_monotonic_s) * clock.rate
 
-    async def create_process(self) -> RemoteProcess:
+    async def create_process(self, node: str = "") -> RemoteProcess:
         """See `Machine.create_process`."""
-        return RemoteProcess(self._calls, int((await self._calls.call("create_process"))[0]))
+        return RemoteProcess(self._calls, int((await self._calls.call("create_process", node=node))[0]))
 
-    async def process(self) -> RemoteProcess:
+    async def process(self, node: str = "") -> RemoteProcess:
         """The same as `create_process`, for short programs."""
-        return await self.create_process()
+        return await self.create_process(node)
 
     async def report(self) -> dict[str, Any]:
         """See `Machine.report`."""

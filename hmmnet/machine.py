@@ -59,7 +59,7 @@ class Host(Protocol):
         """The device's process is gone: no lease needs to be waited out."""
         ...
 
-    async def create_process(self) -> Process:
+    async def create_process(self, node: str = "") -> Process:
         """A new, empty process."""
         ...
 
@@ -98,13 +98,13 @@ class LaunchedMachine:
         """The machine's clock, in emulated seconds."""
         return self._clock.now()
 
-    async def create_process(self) -> Process:
+    async def create_process(self, node: str = "") -> Process:
         """A new, empty process."""
-        return await self.host.create_process()
+        return await self.host.create_process(node)
 
-    async def process(self) -> Process:
+    async def process(self, node: str = "") -> Process:
         """The same as `create_process`, for short programs."""
-        return await self.host.create_process()
+        return await self.host.create_process(node)
 
     async def report(self) -> dict[str, Any]:
         """Per link asked, reached and whether the emulation kept up; counters of the profile; devices."""

@@ -202,8 +202,11 @@ class Machine(Protocol):
         """The machine's clock, in emulated seconds."""
         ...
 
-    async def create_process(self) -> Process:
-        """A new, empty process."""
+    async def create_process(self, node: str = "") -> Process:
+        """A new, empty process. Its memory comes from host memory `node` (default: the topology's first) while that has room.
+
+        Raises HmmnetError when the topology has no such memory.
+        """
         ...
 
     async def report(self) -> dict[str, Any]:

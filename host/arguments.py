@@ -7,7 +7,7 @@ from typing import Annotated, Any, TypeAlias
 import msgspec
 
 from hmmnet.pages import ADDRESS_BITS, PAGE_SIZE
-from hmmnet.wire.messages import PAGES_PER_MESSAGE_MAX, Name
+from hmmnet.wire.messages import NAME_MAX, PAGES_PER_MESSAGE_MAX, Name
 
 CHUNK_BYTES = 1 << 20
 """Data that one call or its reply carries (the bound of `Call.data`)."""
@@ -26,6 +26,12 @@ Word: TypeAlias = Annotated[str, msgspec.Meta(max_length=32)]
 
 class Operation(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """Arguments of an operation on the machine."""
+
+
+class Create(Operation, frozen=True):
+    """``create_process``."""
+
+    node: Annotated[str, msgspec.Meta(max_length=NAME_MAX)] = ""
 
 
 class OnProcess(Operation, frozen=True):

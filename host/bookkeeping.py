@@ -40,6 +40,7 @@ class CopylessLink:
     name = "probe"
     zone = ZONE
     kind = "private"
+    node = 0
 
     def invalidate_start(self, context: int, subscription: int, start: int, end: int, event: Event, owner: int, sequence: int) -> None:
         """Nothing to drop."""

@@ -30,6 +30,7 @@ from .arguments import (
     Advise,
     Allocate,
     Command,
+    Create,
     Fetch,
     Look,
     Map,
@@ -171,11 +172,11 @@ async def report(client: Client, _arguments: Operation, _data: bytes) -> Answer:
     return await client.machine.report(), b""
 
 
-@serves(Operation)
-async def create_process(client: Client, _arguments: Operation, _data: bytes) -> Answer:
+@serves(Create)
+async def create_process(client: Client, arguments: Create, _data: bytes) -> Answer:
     """A new process; its pid."""
     client.room_for_process("create_process")
-    process = await client.machine.create_process()
+    process = await client.machine.create_process(arguments.node)
     client.processes[process.pid] = process
     return process.pid, b""
 

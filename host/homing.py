@@ -35,19 +35,20 @@ HOME_PAGES_MAX = 1 << 16
 
 
 class HostFrames:
-    """Host frames for `count` pages on their way home (`interfaces.Destination`)."""
+    """Host frames for `count` pages on their way home, from `node` if it has room (`interfaces.Destination`)."""
 
-    __slots__ = ("_count", "_frames", "_memory")
+    __slots__ = ("_count", "_frames", "_memory", "_node")
 
-    def __init__(self, memory: PhysicalMemory, count: int) -> None:
+    def __init__(self, memory: PhysicalMemory, count: int, node: int) -> None:
         self._memory = memory
+        self._node = node
         self._count = count
         self._frames: Words | None = None
 
     def frames(self) -> Words:
         """The frames; they need not be zero, because each is overwritten. Raises KernelError(ENOMEM)."""
         if self._frames is None:
-            self._frames = self._memory.allocate(self._count, keep=slice(0, self._count))
+            self._frames = self._memory.allocate(self._count, self._node, keep=slice(0, self._count))
             if self._frames is None:
                 raise KernelError(errno.ENOMEM, "migrate_to_ram", f"{self._count} pages want to come home and the host's memory is used up")
         return self._frames
@@ -118,7 +119,7 @@ class Homing:
             space.migrate_finalize(migration)
             return 0
         frames = (source if whole else source[going]) >> SHIFT
-        destination = HostFrames(self._memory, len(pages))
+        destination = HostFrames(self._memory, len(pages), space.mm.node)
         try:
             await link.copy_out(self._context_of(space.number, link.zone), pages, frames, destination)
         except BaseException:
@@ -145,7 +146,7 @@ class Homing:
 
         def allocate() -> int:
             nonlocal target
-            target = self._memory.allocate_bare() or 0
+            target = self._memory.allocate_bare(mm.node) or 0
             if not target:
                 raise KernelError(errno.ENOMEM, "migrate_to_ram", "a page wants to come home and the host's memory is used up")
             return target
@@ -193,7 +194,7 @@ class Homing:
         going = migration.source & MIGRATE != 0
         if not going.any():
             return 0
-        destination = HostFrames(self._memory, int(np.count_nonzero(going)))
+        destination = HostFrames(self._memory, int(np.count_nonzero(going)), link.node)
         try:
             await link.copy_out(0, np.zeros(0, dtype=np.uint64), frames[going], destination)
         except BaseException:

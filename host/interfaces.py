@@ -112,6 +112,8 @@ class DeviceLink(Protocol):
     zone: int
     kind: str
     """``private`` or ``coherent``."""
+    node: int
+    """The host memory nearest to it."""
 
     def invalidate_start(
         self, context: int, subscription: int, start: int, end: int, event: Event, owner: int, sequence: int
@@ -183,10 +185,11 @@ class AddressSpace(Protocol):
         """The end of the VMA that holds `page`; `page` itself when none does."""
         ...
 
-    async def fault_in(self, pages: Words, write: npt.NDArray[np.bool_]) -> None:
+    async def fault_in(self, pages: Words, write: npt.NDArray[np.bool_], node: int | None = None) -> None:
         """handle_mm_fault for each of `pages`; waits on migration entries, brings foreign device pages home.
 
-        Needs the mmap lock for reading. Raises KernelError (EFAULT, EPERM, ENOMEM) for the first page that cannot be had.
+        New frames come from host memory `node`, or where the process prefers. Needs the mmap lock for reading. Raises KernelError (EFAULT,
+        EPERM, ENOMEM) for the first page that cannot be had.
         """
         ...
 

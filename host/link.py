@@ -81,6 +81,7 @@ class SessionLink:
         self,
         spec: DeviceSpec,
         zone: int,
+        node: int,
         session: Session,
         sender: BulkSender,
         receiver: BulkReceiver,
@@ -89,6 +90,7 @@ class SessionLink:
     ) -> None:
         self.name = spec.name
         self.zone = zone
+        self.node = node
         self.kind: str = spec.kind
         self.session = session
         self.sender = sender

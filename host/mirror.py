@@ -40,6 +40,8 @@ class Request:
     default_flags: int = 0
     flags_mask: int = 0
     inputs: Words | None = None
+    node: int | None = None
+    """The host memory nearest to the device: pages that nobody has touched yet are made there, as by a driver's thread on that node."""
 
     @property
     def end(self) -> int:
@@ -71,7 +73,7 @@ async def _walk(space: AddressSpace, hub: Hub, subscription: Subscription, reque
             if walk.errno:
                 raise KernelError(walk.errno, "hmm_range_fault", f"page 0x{walk.failed:x} of process {space.number} cannot be had")
             return walk.words
-        await space.fault_in(*_faulted_along(space, request, walk))
+        await space.fault_in(*_faulted_along(space, request, walk), request.node)
         if hub.read_retry(subscription, sequence):
             return None
     return None

@@ -190,7 +190,7 @@ class Host:
     def _device_joined(self, session: Session, hello: Hello, connecting: Connecting) -> None:
         spec, zone = connecting.spec, connecting.zone
         sender, receiver = BulkSender(connecting.bulk_in, self.clock), BulkReceiver(connecting.bulk_out, self.clock)
-        link = SessionLink(spec, zone, session, sender, receiver, self.interconnect, self._lease_s)
+        link = SessionLink(spec, zone, self.memory.node_named(spec.node), session, sender, receiver, self.interconnect, self._lease_s)
         life = Life(spec, hello.incarnation, hello.pid, link, PageMap(self.memory, link, spec.pages))
         self.links[zone] = link
         self.devices[spec.name].begin(life)
@@ -292,10 +292,13 @@ class Host:
         """The machine's clock, in emulated seconds."""
         return self.clock.now()
 
-    async def create_process(self) -> Process:
-        """A new, empty process."""
+    async def create_process(self, node: str = "") -> Process:
+        """A new, empty process. Its memory comes from host memory `node` (default: the first) while that has room. Raises HmmnetError."""
+        number = self.memory.node_named(node) if node else 0
         hub = Hub()
-        return self._process(Space(self._next_pid(), self.memory, hub, self.homing.migrate_to_ram), hub)
+        space = Space(self._next_pid(), self.memory, hub, self.homing.migrate_to_ram)
+        space.mm.node = number
+        return self._process(space, hub)
 
     async def _fork(self, parent: Process) -> Process:
         hub = Hub()

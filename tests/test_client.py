@@ -105,12 +105,14 @@ class PlainMachine:
 
     def __init__(self) -> None:
         self.processes: list[PlainProcess] = []
+        self.nodes: list[str] = []
 
     def emulated_s(self) -> float:
         return 0.0
 
-    async def create_process(self) -> Process:
+    async def create_process(self, node: str = "") -> Process:
         self.processes.append(PlainProcess(100 + len(self.processes)))
+        self.nodes.append(node)
         return self.processes[-1]
 
     async def report(self) -> dict[str, Any]:
@@ -156,12 +158,13 @@ def test_remote_and_blocking_classes_fill_the_interfaces() -> None:
 
 async def test_machine_operations() -> None:
     """Names, report, clock, processes."""
-    async with world() as (remote, _):
+    async with world() as (remote, machine):
         assert remote.device_names == ("gpu0", "gpu1")
         assert (await remote.report())["links"]["pcie0"]["kept_up"] is True
         assert 5.0 <= remote.emulated_s() < 35.0
         assert (await remote.create_process()).pid == 100
-        assert (await remote.process()).pid == 101
+        assert (await remote.process(node="node1")).pid == 101
+        assert machine.nodes == ["", "node1"]
         assert isinstance(remote, Machine)
 
 

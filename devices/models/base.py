@@ -142,7 +142,7 @@ class Device:
         context = Context(mirror, process, self.memory, self.copies, self.bus, self.slab_pages, self.spec.is_coherent)
         process.contexts.append(context)
         service = FaultService(context, self.clock.now)
-        opened = Opened(context, service, Engine(context, service, self.clock.now))
+        opened = Opened(context, service, Engine(context, service, self.clock.now, can_fault=self.spec.fault_capable))
         self.contexts[message.context] = opened
         self._slots[self._slot_last] = context
         self._nursery.start_soon(self._serve_context, opened)

@@ -100,7 +100,7 @@ DEVICE = Section(
         Field(
             "fault_capable",
             "flag",
-            "Whether it can fault and retry (false: everything is mapped before a job).",
+            "Whether it can fault and retry (false: a job fails at the first page that was not migrated before).",
             default=True,
             also=("faults", "xnack"),
         ),

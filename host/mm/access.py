@@ -286,8 +286,8 @@ class CpuAccess:
         while self.mm.table.get(page) & pte.KIND == pte.MIGRATION:
             await self._gate.wait()
 
-    async def fault_in(self, pages: Words, write: npt.NDArray[np.bool_]) -> None:
-        """handle_mm_fault for each of `pages` (ascending). Needs the mmap lock for reading.
+    async def fault_in(self, pages: Words, write: npt.NDArray[np.bool_], node: int | None = None) -> None:
+        """handle_mm_fault for each of `pages` (ascending). Needs the mmap lock for reading. New frames come from `node`, if that is given.
 
         Raises KernelError: EFAULT (no mapping, data lost), EPERM (no right to write), ENOMEM, for the first page that cannot be had.
         """
@@ -295,15 +295,15 @@ class CpuAccess:
         edges = np.flatnonzero(write[1:] != write[:-1]) + 1
         for part, wanted in zip(np.split(pages, edges), np.split(write, edges), strict=True):
             if len(part):
-                await self._fault_pages(part, write=bool(wanted[0]))
+                await self._fault_pages(part, write=bool(wanted[0]), node=node)
 
-    async def _fault_pages(self, pages: Words, *, write: bool) -> None:
+    async def _fault_pages(self, pages: Words, *, write: bool, node: int | None = None) -> None:
         done, rounds = 0, 0
         while done < len(pages):
             page = int(pages[done])
             vma = self._faultable(page, write=write)
             stop = int(np.searchsorted(pages, vma.end))
-            touched = fault.touch(self.mm, vma, pages[done:stop], write)
+            touched = fault.touch(self.mm, vma, pages[done:stop], write, node=node)
             rounds = 0 if touched.done else rounds + 1
             done += touched.done
             if done < stop:

@@ -59,10 +59,11 @@ class Touched:
     blocked: int = 0
 
 
-def touch(mm: Mm, vma: Vma, pages: Words, write: bool, keep: slice | None = None) -> Touched:
+def touch(mm: Mm, vma: Vma, pages: Words, write: bool, keep: slice | None = None, node: int | None = None) -> Touched:
     """Make `pages` (ascending, all in `vma`, which allows the access) ready for a load or store, as far as that goes without waiting.
 
-    `keep`: positions that the caller overwrites whole, so that new frames need not be zeroed. Raises KernelError(ENOMEM).
+    `keep`: positions that the caller overwrites whole, so that new frames need not be zeroed. `node`: where new frames should come from,
+    when not from the process's own. Raises KernelError(ENOMEM).
     """
     entries = mm.table.gather(pages)
     if _settled(mm, pages, entries, write):
@@ -70,7 +71,7 @@ def touch(mm: Mm, vma: Vma, pages: Words, write: bool, keep: slice | None = None
     causes = _causes(mm, entries, write)
     stop = int(np.argmax(causes > 0)) if causes.any() else len(pages)
     if stop:
-        _settle(mm, vma, pages[:stop], entries[:stop], write, keep)
+        _settle(mm, vma, pages[:stop], entries[:stop], write, keep, mm.node if node is None else node)
     if stop == len(pages):
         return Touched(stop)
     cause = causes[stop]
@@ -92,7 +93,7 @@ def touch_one(mm: Mm, vma: Vma, page: int, write: bool) -> bool:
         return False
     elif write:
         mm.anon_prepare(vma)
-        frame = mm.memory.allocate_one(vma.anon, page - vma.start + vma.pgoff)
+        frame = mm.memory.allocate_one(vma.anon, page - vma.start + vma.pgoff, mm.node)
         if frame is None:
             raise _out_of_memory(mm, 1)
         mm.rss += 1
@@ -134,11 +135,11 @@ def _causes(mm: Mm, entries: Words, write: bool) -> npt.NDArray[np.uint8]:
     return causes
 
 
-def _settle(mm: Mm, vma: Vma, pages: Words, entries: Words, write: bool, keep: slice | None) -> None:
+def _settle(mm: Mm, vma: Vma, pages: Words, entries: Words, write: bool, keep: slice | None, node: int) -> None:
     """Pages that are empty, or there: give them what the access needs."""
     empty = entries == 0
     if empty.any():
-        _populate(mm, vma, pages, empty, write, keep)
+        _populate(mm, vma, pages, empty, write, keep, node)
     there = ~empty
     if there.any():
         bits = pte.WRITE | pte.YOUNG | pte.DIRTY | pte.SOFT_DIRTY | pte.ANON_EXCLUSIVE if write else pte.YOUNG
@@ -148,7 +149,7 @@ def _settle(mm: Mm, vma: Vma, pages: Words, entries: Words, write: bool, keep: s
         mm.table.scatter(pages[there], pte.with_bits(entries[there], bits))
 
 
-def _populate(mm: Mm, vma: Vma, pages: Words, empty: npt.NDArray[np.bool_], write: bool, keep: slice | None) -> None:
+def _populate(mm: Mm, vma: Vma, pages: Words, empty: npt.NDArray[np.bool_], write: bool, keep: slice | None, node: int) -> None:
     """do_anonymous_page for the `empty` ones of `pages`."""
     whole = bool(empty.all())
     new = pages if whole else pages[empty]
@@ -159,12 +160,12 @@ def _populate(mm: Mm, vma: Vma, pages: Words, empty: npt.NDArray[np.bool_], writ
         before = np.cumsum(empty)
         low, high = min(keep.start, len(pages)), min(keep.stop, len(pages))
         keep = slice(int(before[low - 1]) if low else 0, int(before[high - 1]) if high else 0)
-    make(mm, vma, new, pte.FRESH_WRITE, keep)
+    make(mm, vma, new, pte.FRESH_WRITE, keep, node)
 
 
-def make(mm: Mm, vma: Vma, pages: Words, bits: int, keep: slice | None = None) -> Words:
+def make(mm: Mm, vma: Vma, pages: Words, bits: int, keep: slice | None = None, node: int | None = None) -> Words:
     """New anonymous pages at `pages`, present with `bits`; their frames. Raises KernelError(ENOMEM)."""
-    frames = mm.memory.allocate(len(pages), keep=keep)
+    frames = mm.memory.allocate(len(pages), mm.node if node is None else node, keep=keep)
     if frames is None:
         raise _out_of_memory(mm, len(pages))
     index = mm.anon_index(vma, pages)

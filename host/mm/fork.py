@@ -70,7 +70,7 @@ def _share(parent: Mm, child: Mm, vma: Vma, part: Words, where: np.ndarray[tuple
 
 def _copies(parent: Mm, child: Mm, vma: Vma, entries: Words, pages: Words) -> Words:
     """copy_present_page: pages of the child's own, with the same bytes."""
-    frames = parent.memory.allocate(len(entries), keep=slice(0, len(entries)))
+    frames = parent.memory.allocate(len(entries), parent.node, keep=slice(0, len(entries)))
     if frames is None:
         raise KernelError(ENOMEM, "fork", f"{len(entries)} pinned pages have to be copied and the host's memory is used up")
     parent.memory.copy(pte.frames_of(entries), frames)

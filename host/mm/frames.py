@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import itertools
 import mmap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from hmmnet.arena import MAP_NORESERVE, Arena, Bytes
+from hmmnet.errors import HmmnetError
 from hmmnet.pages import DEVICE_ZONE_MIN, PAGE_SHIFT, PAGE_SIZE, ZERO_FRAME, ZONE_SHIFT, ZONES_MAX, Words, ascending, is_one_run, run_bounds
 from hmmnet.runs import RunAllocator
 
@@ -240,36 +241,47 @@ class PhysicalMemory:
 
     # --- allocation -------------------------------------------------------------------------------------------------------------
 
+    def node_named(self, owner: str) -> int:
+        """The number of the host memory `owner`. Raises HmmnetError when there is none."""
+        for zone in self.nodes:
+            if zone.owner == owner:
+                return zone.number
+        raise HmmnetError(f'no host memory is called "{owner}"; there are {", ".join(zone.owner for zone in self.nodes)}')
+
+    def _from(self, node: int) -> Sequence[HostZone]:
+        """The nodes in the order in which they are asked for frames: `node` first, as the preferred node of a memory policy."""
+        return [*self.nodes[node:], *self.nodes[:node]] if node else self.nodes
+
     def allocate(self, count: int, node: int = 0, keep: slice | None = None) -> Words | None:
         """`count` zeroed host frames with one reference each, in as few runs as can be, from `node` or where there is room.
 
         Positions `keep` need not be zeroed: the caller overwrites them. None when the host is out of memory.
         """
-        for zone in [*self.nodes[node:], *self.nodes[:node]]:
+        for zone in self._from(node):
             frames = zone.allocate(count, keep)
             if frames is not None:
                 return frames
         if count > sum(zone.allocator.free_count for zone in self.nodes):
             return None
         parts = []
-        for zone in self.nodes:
+        for zone in self._from(node):
             part = zone.allocate(min(count, zone.allocator.free_count))
             assert part is not None
             parts.append(part)
             count -= len(part)
         return np.concatenate(parts)
 
-    def allocate_bare(self) -> int | None:
+    def allocate_bare(self, node: int = 0) -> int | None:
         """One host frame with one reference, whatever it holds: the caller overwrites it. None when the host is out of memory."""
-        for zone in self.nodes:
+        for zone in self._from(node):
             frame = zone.allocate_bare()
             if frame is not None:
                 return frame
         return None
 
-    def allocate_one(self, mapping: int, index: int) -> int | None:
+    def allocate_one(self, mapping: int, index: int, node: int = 0) -> int | None:
         """A zeroed frame that becomes an anonymous page of anon_vma `mapping`, mapped once: `allocate` and `map_new` for one."""
-        for zone in self.nodes:
+        for zone in self._from(node):
             got = zone.allocator.allocate(1)
             if got is not None:
                 frame = int(got.frames[0])

@@ -23,6 +23,8 @@ class Mm:
         self.number = number
         self.memory = memory
         self.family = family or number
+        self.node = 0
+        """The host memory that new pages come from while it has room (numactl --preferred); a child inherits it."""
         self.vmas = VmaTree()
         self.table = SparseTable()
         """The page table: virtual page -> entry (`pte`)."""

@@ -63,6 +63,22 @@ async def test_pinned_pages_are_used_where_they_are() -> None:
         assert counters_of(finished)["remote_read_bytes"] == 2 * 4096
 
 
+async def test_a_device_that_cannot_fault_fails_loudly() -> None:
+    """At the first page that is not mapped, with the mend; after a migration the job runs, and without a fault."""
+    async with machine(fault_capable=False) as (host, _):
+        at = host.mmap(PAGE, 4)
+        await host.cpu_write(at, np.ones(4 * 512, dtype="<i8").tobytes())
+        finished = await host.launch("reduction", a=at, n=4 * 512)
+        assert "cannot fault" in finished.error
+        assert "migrate it there before" in finished.error
+        assert finished.fault_address == at
+        assert not any(host.on_device(PAGE, 4))
+        await host.ioctl("migrate_to_dev", PAGE, 4)
+        finished = await host.launch("reduction", a=at, n=4 * 512)
+        assert results_of(finished) == {"sum": 4 * 512}
+        assert counters_of(finished)["faults"] == 0
+
+
 async def test_growth_into_a_hole_falls_back_to_the_faulted_pages() -> None:
     """A mapping of three pages in the middle of a 64 KiB group still migrates."""
     async with machine() as (host, _):

@@ -50,6 +50,7 @@ class FakeLink:
     name: str
     zone: int
     kind: str = "private"
+    node: int = 0
     memory: PhysicalMemory | None = None
     during_copy: Step = nothing
     told: list[tuple[int, int, int, Event, int, int]] = field(default_factory=list)

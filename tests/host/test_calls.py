@@ -83,7 +83,7 @@ class RecordingMachine:
     def emulated_s(self) -> float:
         return 0.0
 
-    async def create_process(self) -> RecordingProcess:
+    async def create_process(self, node: str = "") -> RecordingProcess:
         self.processes.append(RecordingProcess(len(self.processes) + 1))
         return self.processes[-1]
 

@@ -238,3 +238,33 @@ def test_a_program_that_never_leaves_the_block_ends_cleanly() -> None:
         _, err = process.communicate(timeout=20)
         assert (process.returncode, err) == (0, b"")
     trio.run(gone, *pids)
+
+
+async def test_memory_comes_from_the_node_that_is_asked_for() -> None:
+    """A process's from the node it was made on, at home again too; what a job touches first from the node beside its device."""
+
+    async def owners(process: Process, address: int) -> list[str]:
+        residency = await process.residency(address, 4)
+        return [residency.owners[i] for i in residency.pages.tolist()]
+
+    async with hmmnet.launch("mi300a-4", rate=1.0) as machine:
+        with pytest.raises(HmmnetError, match='no host memory is called "node4"; there are node0, node1, node2, node3'):
+            await machine.create_process("node4")
+        for node in ("node0", "node2"):
+            process = await machine.create_process(node)
+            address = await process.malloc(4 * PAGE_SIZE)
+            await process.write(address, bytes(4 * PAGE_SIZE))
+            assert await owners(process, address) == [node] * 4
+            assert await process.migrate(address, 4 * PAGE_SIZE, "apu1") == 4 * PAGE_SIZE
+            assert await owners(process, address) == ["apu1"] * 4
+            assert await process.read(address, 1) == b"\0"
+            await process.migrate(address, 4 * PAGE_SIZE, "host")
+            assert await owners(process, address) == [node] * 4
+        out = await process.malloc(4 * PAGE_SIZE)
+        count = 4 * PAGE_SIZE // 8
+        await process.launch("vector_add", "apu1", placement="remote", a=address, b=address, out=out, n=count)
+        assert await owners(process, out) == ["node1"] * 4
+        child = await process.fork()
+        own = await child.malloc(4 * PAGE_SIZE)
+        await child.write(own, bytes(4 * PAGE_SIZE))
+        assert await owners(child, own) == ["node2"] * 4
