@@ -14,7 +14,7 @@ one thread, and messages are handled by the same thread: when a `CopyOut` drops 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from errno import EBUSY
 
 import numpy as np
@@ -96,9 +96,9 @@ class Moved:
     """What a migration did: the pages that moved, in order, and the errno at which it stopped early (0: it did not)."""
 
     pages: Words
+    tried_until: int
+    """The device had no frames left for pages from here on."""
     errno: int = 0
-    full: bool = False
-    """The device had no frame left for some pages."""
 
 
 class Context:
@@ -203,12 +203,25 @@ class Context:
     # --- migration ------------------------------------------------------------------------------------------------------------
 
     async def migrate_in(self, start: int, end: int, cause: str) -> Moved:
-        """migrate_vma to this device's memory, of [start, end) in one slab and at most `MIGRATE_PAGES_MAX` pages; maps what moved."""
+        """migrate_vma to this device's memory, of [start, end) in one slab and at most `MIGRATE_PAGES_MAX` pages; maps what moved.
+
+        Frames are offered before it is known which pages will move. Where they were too few for all and some come back unused, the pages
+        behind are tried too.
+        """
+        moved = await self._migrate_offered(start, end, cause)
+        parts = [moved.pages]
+        while moved.tried_until < end and not moved.errno and self.memory.free_pages:
+            moved = await self._migrate_offered(moved.tried_until, end, cause)
+            parts.append(moved.pages)
+        return replace(moved, pages=np.concatenate(parts)) if len(parts) > 1 else moved
+
+    async def _migrate_offered(self, start: int, end: int, cause: str) -> Moved:
+        """`migrate_in` as far as there are frames to offer."""
         await self.subscription(start)
         async with self.process.turns.hold(start, end):
-            offered, full = self._grant(start, end)
+            offered, tried_until = self._grant(start, end)
             if offered is None:
-                return Moved(_NO_PAGES, full=full)
+                return Moved(_NO_PAGES, tried_until)
             hidden = [(context.mirror, context.mirror.hide(start, end)) for context in self.process.contexts]
             own = next(entries.watch for mirror, entries in hidden if mirror is self.mirror)
             moved = _NO_PAGES
@@ -229,21 +242,24 @@ class Context:
                 self.memory.give_back(unused)
             if reply.migration:
                 self._bus.migrate_done(reply.migration)
-        return Moved(moved, reply.errno, full)
+        return Moved(moved, tried_until, reply.errno)
 
-    def _grant(self, start: int, end: int) -> tuple[Words | None, bool]:
-        """Frames to offer, position by position (0: none, the page is here already or memory is full); None when there is nothing to do."""
+    def _grant(self, start: int, end: int) -> tuple[Words | None, int]:
+        """Frames to offer, position by position (0: none, the page is here already or memory is full), and the page behind the last one.
+
+        None when there is nothing to do.
+        """
         entries = self.mirror.range(start, end)
         wanted = np.flatnonzero((entries == 0) | ~self.memory.owns(frames_of(entries)))
         count = min(len(wanted), self.memory.free_pages)
-        full = count < len(wanted)
+        tried_until = end if count == len(wanted) else start + int(wanted[count])
         if count == 0:
-            return None, full
+            return None, tried_until
         frames = self.memory.grant(count)
         assert frames is not None, "free_pages said that there are enough"
         offered = np.zeros(end - start, dtype=np.uint64)
         offered[wanted[:count]] = frames
-        return offered, full
+        return offered, tried_until
 
     def _take_in(self, pages: Words, frames: Words, writable: npt.NDArray[np.bool_], watch: Watch) -> None:
         """Pages moved into granted frames: they live here now, and the mirror says so unless they were invalidated meanwhile."""
@@ -261,7 +277,7 @@ class Context:
         places = np.flatnonzero(words & _MIGRATE != 0)
         self.traffic.migrations += bool(len(places))
         self.traffic.pages_out += len(places)
-        return Moved((places + start).astype(np.uint64), reply.errno)
+        return Moved((places + start).astype(np.uint64), end, reply.errno)
 
     # --- DMA ------------------------------------------------------------------------------------------------------------------
 
@@ -306,13 +322,6 @@ class Context:
         """Wait for DMA that began on [start, end) before now. With the entries gone first, none follows."""
         for dma in [dma for dma in self._dma if dma.first < end and start <= dma.last]:
             await dma.ended.wait()
-
-
-def checked_moved(moved: Moved, call: str) -> Moved:
-    """`moved`, unless it stopped early: then KernelError with that errno."""
-    if moved.errno:
-        raise KernelError(moved.errno, call, "a mapping in the range does not take part in migration; what lies before it has moved")
-    return moved
 
 
 def pages_listed(raw: bytes, what: str) -> Words:

@@ -60,7 +60,7 @@ class JobOutcome:
     results: Mapping[str, Any]
     counters: JobCounters
     error: str = ""
-    fault_address: int = 0
+    fault_address: int | None = None
 
 
 class Engine:
@@ -79,7 +79,7 @@ class Engine:
         before = replace(self._context.traffic)
         began_s = self._now()
         self.running += 1
-        error, address = "", 0
+        error, address = "", None
         results: Mapping[str, Any] = {}
         try:
             signature(kernel).bind(**arguments)

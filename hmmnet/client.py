@@ -6,6 +6,7 @@ way at once; a piece that fails ends the operation, and those that were under wa
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import time
@@ -19,7 +20,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from hmmnet.errors import HmmnetError
+from hmmnet.checks import check_pages, check_range, plain_arguments
+from hmmnet.errors import HmmnetError, KernelError
 from hmmnet.launcher.directory import running_machine
 from hmmnet.pages import PAGE_SIZE
 from hmmnet.program import IoctlResult, JobResult, Residency
@@ -45,8 +47,12 @@ class Calls:
         self._session = session
 
     def begin(self, operation: str, data: bytes = b"", **arguments: Any) -> PendingReply:
-        """Send a call; `finish` gives what it returns."""
-        return self._session.begin(Call(operation, msgspec.msgpack.encode(arguments), data))
+        """Send a call; `finish` gives what it returns. Raises KernelError(EINVAL) for what no message can hold."""
+        try:
+            packed = msgspec.msgpack.encode(arguments)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise KernelError(errno.EINVAL, operation, f"the arguments cannot be sent: {error}") from error
+        return self._session.begin(Call(operation, packed, data))
 
     async def finish(self, pending: PendingReply) -> tuple[Any, bytes]:
         """The value and the data of an answer. Raises the operation's KernelError or SignalError."""
@@ -180,6 +186,7 @@ class RemoteProcess:
 
     async def read(self, address: int, length: int) -> bytes:
         """See `Process.read`."""
+        check_range("read", address, length)
 
         def begin(offset: int, size: int) -> PendingReply:
             return self._calls.begin("read", process=self.pid, address=address + offset, length=size)
@@ -212,10 +219,12 @@ class RemoteProcess:
 
     async def pagemap(self, address: int, pages: int) -> bytes:
         """See `Process.pagemap`."""
+        check_pages("pagemap", address, pages)
         return b"".join([data async for _, data in self._calls.pieces(self._looking("pagemap", address), pages, PAGES_PER_LOOK)])
 
     async def residency(self, address: int, pages: int) -> Residency:
         """See `Process.residency`."""
+        check_pages("residency", address, pages)
         owners: list[str] = []
         parts: list[npt.NDArray[np.int16]] = []
         async for names, data in self._calls.pieces(self._looking("residency", address), pages, PAGES_PER_LOOK):
@@ -241,7 +250,8 @@ class RemoteProcess:
 
     async def launch(self, kernel: str, device: str, placement: str = "demand", **arguments: Any) -> JobResult:
         """See `Process.launch`."""
-        done, _ = await self._calls.call("launch", process=self.pid, kernel=kernel, device=device, placement=placement, arguments=arguments)
+        where: dict[str, Any] = {"kernel": kernel, "device": device, "placement": placement}
+        done, _ = await self._calls.call("launch", process=self.pid, arguments=plain_arguments(kernel, arguments), **where)
         return JobResult(done["results"], done["counters"])
 
     async def migrate(self, address: int, length: int, to: str) -> int:

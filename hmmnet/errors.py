@@ -48,6 +48,11 @@ class SignalError(HmmnetError):
         self.why = why
         super().__init__(f"{self.signal_name} at 0x{address:x}: {why}")
 
+    def narrow(self, address: int) -> None:
+        """The access began at `address`: where that is further on than the page that was named, it is the byte that was touched."""
+        if address > self.address:
+            self.__init__(address, self.why)  # type: ignore[misc]  # an exception keeps its text where only its constructor writes
+
     def __reduce__(self) -> tuple[object, ...]:
         return (type(self), (self.address, self.why))
 

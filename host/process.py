@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 import trio
 
-from hmmnet.errors import HmmnetError, KernelError, PeerError, RemoteError, SegmentationFault
+from hmmnet.checks import check_pages, check_range, plain_arguments
+from hmmnet.errors import HmmnetError, KernelError, PeerError, RemoteError
 from hmmnet.observe.counters import GPU_FAULT_GROUP
 from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, page_range
 from hmmnet.program import JobResult, Residency
@@ -113,11 +114,14 @@ class Process:
     ) -> HeldPages:
         """See `Process.get_user_pages`."""
         self._alive("get_user_pages")
+        check_range("get_user_pages", address, pages)
         frames = await self.space.get_pages(address >> PAGE_SHIFT, pages, write=write, pin=pin, longterm=longterm)
         return HeldPages(self.space, frames, pin=pin)
 
     async def malloc(self, length: int) -> int:
-        """`length` bytes, 64-byte aligned. Raises KernelError(ENOMEM)."""
+        """`length` bytes, 64-byte aligned. Raises KernelError: ENOMEM, EINVAL."""
+        if length < 0:
+            raise KernelError(errno.EINVAL, "malloc", f"{length} bytes cannot be had")
         size = -(-max(length, 1) // MALLOC_ALIGN) * MALLOC_ALIGN
         if self._heap_end - self._heap < size:
             mapped = max(HEAP_BYTES, -(-size // PAGE_SIZE) * PAGE_SIZE)
@@ -129,23 +133,28 @@ class Process:
 
     async def read(self, address: int, length: int) -> bytes:
         """CPU load of a range."""
+        check_range("read", address, length)
         return await self.space.load(address, length) if length else b""
 
     async def write(self, address: int, data: Arrayable) -> None:
         """CPU store of a range."""
         raw = as_bytes(data)
+        check_range("write", address, len(raw))
         if len(raw):
             await self.space.store(address, raw)
 
     async def load(self, address: int, dtype: str = "<u8") -> int | float:
         """CPU load of one value."""
         kind = np.dtype(dtype)
+        check_range("load", address, kind.itemsize)
         value: int | float = np.frombuffer(await self.space.load(address, kind.itemsize), dtype=kind)[0].item()
         return value
 
     async def store(self, address: int, value: float, dtype: str = "<u8") -> None:
         """CPU store of one value."""
-        await self.space.store(address, np.array([value], dtype=dtype).tobytes())
+        raw = np.array([value], dtype=dtype).tobytes()
+        check_range("store", address, len(raw))
+        await self.space.store(address, raw)
 
     async def read_array(self, address: int, dtype: str, count: int) -> npt.NDArray[Any]:
         """CPU load of `count` values."""
@@ -154,10 +163,12 @@ class Process:
 
     async def pagemap(self, address: int, pages: int) -> bytes:
         """A byte a page, see `Process.pagemap`."""
+        check_pages("pagemap", address, pages)
         return self.space.pagemap(address, pages)
 
     async def residency(self, address: int, pages: int) -> Residency:
         """Where the pages live now."""
+        check_pages("residency", address, pages)
         return self.space.residency(address, pages)
 
     # --- devices --------------------------------------------------------------------------------------------------------------
@@ -180,11 +191,11 @@ class Process:
     async def launch(self, kernel: str, device: str, placement: str = "demand", **arguments: Any) -> JobResult:
         """Run a kernel and wait for it.
 
-        Raises SegmentationFault for an access that could not be served, KernelError (ENOENT, EINVAL, ENODEV), RemoteError for a kernel
-        that failed.
+        Raises SegmentationFault or BusError for an access that could not be served, KernelError (ENOENT, EINVAL, E2BIG, ENODEV),
+        RemoteError for a kernel that failed.
         """
         context = await self._context(device)
-        packed = msgspec.msgpack.encode({name: plain(value) for name, value in arguments.items()})
+        packed = msgspec.msgpack.encode(plain_arguments(kernel, arguments))
         if len(packed) > ARGUMENT_BYTES_MAX:
             why = f"the arguments have {len(packed)} bytes, at most {ARGUMENT_BYTES_MAX} fit; pass addresses"
             raise KernelError(errno.E2BIG, "launch", why)
@@ -196,8 +207,8 @@ class Process:
         if groups > 0:
             moved = int(counters.get("pages_in", 0)) * PAGE_SIZE
             self.contexts.profile.record(GPU_FAULT_GROUP, moved, float(counters.get("fault_group_s", 0.0)), device, groups)
-        if done.error and done.fault_address:
-            raise SegmentationFault(done.fault_address, f'kernel {kernel} on device "{device}": {done.error}')
+        if done.error and done.fault_address is not None:
+            raise self.space.signal_for(done.fault_address)(done.fault_address, f'kernel {kernel} on device "{device}": {done.error}')
         if done.error:
             raise RemoteError(f'kernel {kernel} on device "{device}" failed: {done.error}')
         return JobResult(msgspec.msgpack.decode(done.results, type=dict[str, Any]), counters)
@@ -205,6 +216,7 @@ class Process:
     async def migrate(self, address: int, length: int, to: str) -> int:
         """Move pages to a device, or to ``host``; returns how many bytes moved. Raises KernelError(ENOENT, ENODEV, ENOMEM), PeerLost."""
         self._alive("migrate")
+        check_range("migrate", address, length)
         start, end = page_range(address, length)
         if start >= end:
             return 0
@@ -282,8 +294,3 @@ def as_bytes(data: Arrayable) -> npt.NDArray[np.uint8]:
     if isinstance(data, np.ndarray):
         return np.ascontiguousarray(data).reshape(-1).view(np.uint8)
     return np.frombuffer(data, dtype=np.uint8)
-
-
-def plain(value: Any) -> Any:
-    """A kernel argument as msgpack can carry it: numpy's numbers become Python's."""
-    return value.item() if isinstance(value, np.generic) else value

@@ -249,7 +249,7 @@ class Finished(Message, frozen=True):
     Counters (seconds are emulated): ``emulated_s``, ``requests`` (vectorised accesses), ``replays``, ``faults``, ``fault_groups`` and
     ``fault_group_s`` (service passes and their time; a pass that serves several jobs counts for the first), ``migrations``, ``pages_in``,
     ``pages_out``, ``remote_read_bytes``, ``remote_written_bytes`` (traffic of the job's context while it ran). `fault_address` is the
-    byte address whose access ended the job, 0 when it ended otherwise.
+    byte address whose access ended the job, nil when it ended otherwise.
 
     A launch that cannot begin is `Failed`: ENOENT (no such kernel), EINVAL (no such placement, arguments no map), EBADF (context not
     open, or closed while the job ran), EEXIST (job number in use), EMFILE.
@@ -258,7 +258,7 @@ class Finished(Message, frozen=True):
     results: Packed
     counters: Packed
     error: Text = ""
-    fault_address: U64 = 0
+    fault_address: U64 | None = None
 
 
 class Inspect(Message, frozen=True):

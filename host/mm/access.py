@@ -140,7 +140,7 @@ class CpuAccess:
             return False
         try:
             return self._touch(start, end, write=write, keep=keep)[0] == end
-        except SignalError:
+        except (SignalError, KernelError):
             return False
 
     # --- with suspension ----------------------------------------------------------------------------------------------------------
@@ -148,12 +148,14 @@ class CpuAccess:
     async def load(self, address: int, length: int) -> bytes:
         """CPU load. Raises SegmentationFault, BusError, KernelError(ENOMEM)."""
         done = self.try_load(address, length)
-        if done is None and await self._home_one(address, length, VM_ACCESS):
-            done = self.try_load(address, length)
-        if done is None:
-            out = np.empty(length, np.uint8)
-            await self._access(address, out, write=False)
-            return out.tobytes()
+        try:
+            if done is None and await self._home_one(address, length, VM_ACCESS):
+                done = self.try_load(address, length)
+            if done is None:
+                return await self._load_all(address, length)
+        except SignalError as error:
+            error.narrow(address)
+            raise
         self._since_checkpoint += 1 + (length >> BULK_SHIFT)
         if self._since_checkpoint >= CHECKPOINT_EVERY:
             self._since_checkpoint = 0
@@ -164,13 +166,38 @@ class CpuAccess:
         """CPU store. Raises SegmentationFault, BusError, KernelError(ENOMEM); pages before the one that failed are stored then."""
         if not isinstance(data, bytes):
             data = _flat(data)
-        if not self.try_store(address, data) and not (await self._home_one(address, len(data), VM_WRITE) and self.try_store(address, data)):
-            await self._access(address, np.frombuffer(data, np.uint8), write=True)
-            return
+        if not self.try_store(address, data):
+            try:
+                if not (await self._home_one(address, len(data), VM_WRITE) and self.try_store(address, data)):
+                    await self._access(address, np.frombuffer(data, np.uint8), write=True)
+                    return
+            except SignalError as error:
+                error.narrow(address)
+                raise
         self._since_checkpoint += 1 + (len(data) >> BULK_SHIFT)
         if self._since_checkpoint >= CHECKPOINT_EVERY:
             self._since_checkpoint = 0
             await give_way()
+
+    async def _load_all(self, address: int, length: int) -> bytes:
+        while True:
+            out = self._room(address, length)
+            await self._access(address, out, write=False)
+            if len(out) == length:
+                return out.tobytes()
+            await self._access(address + len(out), np.empty(1, np.uint8), write=False)  # nothing was mapped here; if it is now, begin anew
+
+    def _room(self, address: int, length: int) -> npt.NDArray[np.uint8]:
+        """Where to load `length` bytes to; shorter where the mapping ends, lest a wrong length cost memory. Raises KernelError(ENOMEM)."""
+        end = address + length - 1 >> PAGE_SHIFT
+        page = address >> PAGE_SHIFT
+        while page <= end and (vma := self.mm.vmas.find(page)) is not None:
+            page = vma.end
+        length = min(length, max(0, (page << PAGE_SHIFT) - address))
+        try:
+            return np.empty(length, np.uint8)
+        except MemoryError:
+            raise KernelError(errno.ENOMEM, "load", f"{length} bytes do not fit into this program at once; load them in pieces") from None
 
     async def _home_one(self, address: int, length: int, right: int) -> bool:
         """The shortest way for the commonest fault: an access inside one page, which is on a device. False when it is another case."""
@@ -190,13 +217,19 @@ class CpuAccess:
 
     async def _access(self, address: int, data: npt.NDArray[np.uint8], *, write: bool) -> None:
         """Load into (or store from) `data`, batch by batch: make pages ready, copy in the same step, see to what is in the way."""
-        done, rounds = 0, 0
+        done, rounds, batch = 0, 0, BATCH_PAGES
         while done < len(data):
             position, left = address + done, len(data) - done
             start = position >> PAGE_SHIFT
-            end = min((position + left - 1 >> PAGE_SHIFT) + 1, start + BATCH_PAGES)
+            end = min((position + left - 1 >> PAGE_SHIFT) + 1, start + batch)
             async with self.mmap_lock.read():
-                ready, touched = self._touch(start, end, write=write, keep=_whole(position, left) if write else None)
+                try:
+                    ready, touched = self._touch(start, end, write=write, keep=_whole(position, left) if write else None)
+                except KernelError:
+                    if end - start == 1:
+                        raise
+                    batch = (end - start) // 2  # memory is short: store as far as it goes
+                    continue
                 length = min(left, (ready << PAGE_SHIFT) - position)
                 if length > 0:
                     (self._copy_in if write else self._copy_out)(position, data[done : done + length])
@@ -269,6 +302,15 @@ class CpuAccess:
         if zone.lost:
             why = f'page 0x{page:x} of process {self.number} had its only copy on device "{zone.owner}", which was lost: {zone.lost}'
             raise BusError(page << PAGE_SHIFT, why)
+
+    def signal_for(self, address: int) -> type[SignalError]:
+        """What an access to `address` that cannot be served ends with: SIGBUS where the data is gone, else SIGSEGV."""
+        entry = self.mm.table.get(address >> PAGE_SHIFT)
+        if entry & pte.KIND == pte.DEVICE:
+            gone = bool(self.memory.zones[entry >> pte.FRAME_SHIFT + ZONE_SHIFT].lost)
+        else:
+            gone = entry & pte.KIND == pte.MARKER
+        return BusError if gone else SegmentationFault
 
     def _copy_out(self, address: int, out: npt.NDArray[np.uint8]) -> None:
         self.memory.read(self._frames(address, len(out)), address & PAGE_MASK, out)

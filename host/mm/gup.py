@@ -29,10 +29,9 @@ class Pins(CpuAccess):
 
         `write` and `longterm` are FOLL_WRITE and FOLL_LONGTERM. Raises KernelError(EFAULT) when not even the first can be had.
         """
-        pages = np.arange(start, start + count, dtype=np.uint64)
         async with self.mmap_lock.read():
             got, refused = self._accessible(start, start + count, write=write)
-            pages = pages[:got]
+            pages = np.arange(start, start + got, dtype=np.uint64)
             if refused and not got:
                 raise KernelError(errno.EFAULT, "get_user_pages", f"page 0x{start:x} of process {self.number} cannot be had")
             while True:

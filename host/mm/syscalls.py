@@ -241,7 +241,9 @@ def aligned(call: str, address: int) -> int:
 
 
 def whole_pages(call: str, length: int) -> int:
-    """`length` bytes in pages, rounded up. Raises KernelError when the address space is smaller."""
-    if not 0 <= length <= 1 << ADDRESS_BITS:
+    """`length` bytes in pages, rounded up. Raises KernelError when it is negative, or more than the address space."""
+    if length < 0:
+        raise KernelError(errno.EINVAL, call, f"length {length} is negative")
+    if length > 1 << ADDRESS_BITS:
         raise KernelError(errno.ENOMEM if call == "mmap" else errno.EINVAL, call, f"length {length} is larger than the address space")
     return length + PAGE_MASK >> PAGE_SHIFT

@@ -63,6 +63,17 @@ async def test_pinned_pages_are_used_where_they_are() -> None:
         assert counters_of(finished)["remote_read_bytes"] == 2 * 4096
 
 
+async def test_a_migration_goes_on_behind_pages_that_cannot_move() -> None:
+    """Memory for 16 pages, and the first 16 of 64 are pinned: the frames that they did not take go to those behind."""
+    async with machine(memory_bytes=16 << 12) as (host, _):
+        at = host.mmap(PAGE, 64)
+        await host.cpu_write(at, np.ones(64 * 512, dtype="<i8").tobytes())
+        host.pinned = set(range(PAGE, PAGE + 16))
+        reply, _ = await host.ioctl("migrate_to_dev", PAGE, 64)
+        assert reply.cpages == 16
+        assert host.on_device(PAGE, 64) == [16 <= i < 32 for i in range(64)]
+
+
 async def test_a_device_that_cannot_fault_fails_loudly() -> None:
     """At the first page that is not mapped, with the mend; after a migration the job runs, and without a fault."""
     async with machine(fault_capable=False) as (host, _):

@@ -175,7 +175,9 @@ async def test_unmapping_while_a_job_runs() -> None:
             await begun.wait()
             await host.munmap(PAGE + 32, 32)
         if finished[0].error:
-            assert (PAGE + 32) * PAGE_SIZE <= finished[0].fault_address < (PAGE + 64) * PAGE_SIZE
+            address = finished[0].fault_address
+            assert address is not None
+            assert (PAGE + 32) * PAGE_SIZE <= address < (PAGE + 64) * PAGE_SIZE
         else:
             assert results_of(finished[0]) == {"sum": 64 * 512}
         assert results_of(await host.launch("reduction", a=at, n=32 * 512)) == {"sum": 32 * 512}

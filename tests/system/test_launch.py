@@ -22,7 +22,7 @@ import pytest
 import trio
 
 import hmmnet
-from hmmnet.errors import BusError, HmmnetError
+from hmmnet.errors import BusError, HmmnetError, SegmentationFault
 from hmmnet.launcher.directory import MachineExists, directories
 from hmmnet.lifeline import wait_ended
 from hmmnet.pages import PAGE_SIZE
@@ -168,6 +168,12 @@ async def test_a_killed_device_is_known_at_once() -> None:
         assert trio.current_time() - began_s < 1.5  # shorter than a lease
         lost = machine.devices[0]
         assert (lost.state, lost.how) == ("lost", "killed by SIGKILL")
+        with pytest.raises(BusError, match="gpu1"):
+            await process.launch("reduction", "gpu1", a=address + 8, n=1)
+        for nowhere in (0, address + (1 << 30)):
+            with pytest.raises(SegmentationFault) as caught:
+                await process.launch("reduction", "gpu1", a=nowhere, n=1)
+            assert caught.value.address == nowhere
         assert await add(process, "gpu1")
         with pytest.raises(HmmnetError, match="no device is called"):
             await machine.kill_device("gpu7")

@@ -35,7 +35,7 @@ def sample(kind: type[Message]) -> Message:
     values: list[object] = []
     for field in msgspec.structs.fields(kind):
         base = field.type
-        while typing.get_origin(base) is typing.Annotated:
+        while typing.get_origin(base) in (typing.Annotated, typing.Union):  # of a union, the first
             base = typing.get_args(base)[0]
         example_of = {int: 7, str: "name", bytes: bytes(16), float: 0.5, bool: True}
         values.append(example_of.get(base, []))

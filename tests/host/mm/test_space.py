@@ -133,6 +133,32 @@ async def test_signals_name_the_place() -> None:
         await space.load(address, 1)
 
 
+async def test_signals_name_the_byte() -> None:
+    """Inside the first page the byte where the access began, behind it the first byte of the page; of any length."""
+    space = Machine().process()
+    address = await space.mmap(2 * PAGE)
+    await space.munmap(address + PAGE, PAGE)
+    for where, length, byte in ((PAGE + 5, 1, PAGE + 5), (PAGE + 5, 3 * PAGE, PAGE + 5), (5, PAGE, PAGE), (0, 1 << 46, PAGE)):
+        with pytest.raises(SegmentationFault) as held:
+            await space.load(address + where, length)
+        assert held.value.address == address + byte
+        assert str(held.value).startswith(f"SIGSEGV at 0x{address + byte:x}: page 0x{address // PAGE + 1:x} ")
+    with pytest.raises(SegmentationFault) as held:
+        await space.store(address + PAGE + 9, b"xy")
+    assert held.value.address == address + PAGE + 9
+
+
+async def test_a_store_that_memory_is_too_small_for_stores_what_fits() -> None:
+    """Page by page until there is none left."""
+    machine = Machine(host_pages=101)
+    space = machine.process()
+    address = await space.mmap(150 * PAGE)
+    with pytest.raises(KernelError, match="ENOMEM"):
+        await space.store(address, b"z" * 150 * PAGE)
+    assert await space.load(address, 100 * PAGE) == b"z" * 100 * PAGE
+    assert space.pagemap(address, 150).count(b"-") == 50
+
+
 async def test_a_store_that_fails_has_stored_what_lies_before() -> None:
     """As instructions do, one after the other."""
     space = Machine().process()

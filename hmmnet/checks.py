@@ -1,0 +1,42 @@
+"""What a program may ask of a process, whichever way it reaches it: mistakes become a KernelError here, before anything is allocated."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from .errors import KernelError
+from .pages import ADDRESS_BITS, PAGE_SHIFT, PAGES_MAX
+
+LOOK_PAGES_MAX = 1 << 28
+"""Pages that one look at a page table tells of: 1 TiB of addresses."""
+
+
+def check_range(call: str, address: int, length: int) -> None:
+    """Raises KernelError(EINVAL) for what is negative. Where a range ends is not checked: that is a matter of what is mapped."""
+    if address < 0 or length < 0:
+        raise KernelError(errno.EINVAL, call, f"{length} bytes at {address:#x} are no range of addresses")
+
+
+def check_pages(call: str, address: int, pages: int) -> None:
+    """Raises KernelError(EINVAL) unless `pages` pages from the one at `address` are pages of an address space, and few enough to list."""
+    if address < 0 or pages < 0 or (address >> PAGE_SHIFT) + pages > PAGES_MAX:
+        raise KernelError(errno.EINVAL, call, f"{pages} pages at {address:#x} are no range of an address space of 2^{ADDRESS_BITS} bytes")
+    if pages > LOOK_PAGES_MAX:
+        raise KernelError(errno.EINVAL, call, f"{pages} pages are too many at once; ask for {LOOK_PAGES_MAX} at a time")
+
+
+def plain_arguments(kernel: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """A kernel's arguments as a message can hold them; numpy's numbers become Python's. Raises KernelError(EINVAL), naming the argument."""
+    plain: dict[str, Any] = {}
+    for name, value in arguments.items():
+        plain[name] = value.item() if isinstance(value, np.generic) else value
+        try:
+            msgspec.msgpack.encode(plain[name])
+        except (TypeError, ValueError, OverflowError) as error:
+            raise KernelError(errno.EINVAL, "launch", f"argument {name} of {kernel} cannot be sent to a device: {error}") from error
+    return plain

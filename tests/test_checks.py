@@ -1,0 +1,74 @@
+"""What a program asks for that cannot be: a KernelError that says what, before anything is allocated."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import numpy as np
+import pytest
+
+from hmmnet.checks import LOOK_PAGES_MAX, check_pages, check_range, plain_arguments
+from hmmnet.errors import KernelError, SegmentationFault
+from hmmnet.host.process import Process
+from hmmnet.pages import PAGES_MAX
+from tests.host.scripted_device import running_host
+
+
+@pytest.mark.parametrize(("address", "length"), [(-1, 1), (0, -1)])
+def test_ranges(address: int, length: int) -> None:
+    """Negative ones are none."""
+    with pytest.raises(KernelError, match=f"read: EINVAL: {length} bytes at {address:#x} are no range"):
+        check_range("read", address, length)
+
+
+@pytest.mark.parametrize(("address", "pages"), [(-1, 1), (0, -1), (0, PAGES_MAX + 1), (0, LOOK_PAGES_MAX + 1)])
+def test_page_counts(address: int, pages: int) -> None:
+    """Negative, beyond the address space, or more than is told at once."""
+    with pytest.raises(KernelError, match="pagemap: EINVAL"):
+        check_pages("pagemap", address, pages)
+
+
+@pytest.mark.parametrize("value", [10**30, object(), {1: {2: object()}}])
+def test_arguments_that_no_message_holds(value: object) -> None:
+    """The argument is named."""
+    with pytest.raises(KernelError, match="EINVAL: argument n of reduction cannot be sent to a device"):
+        plain_arguments("reduction", {"a": np.uint64(3), "n": value})
+
+
+@pytest.fixture
+async def process() -> AsyncIterator[Process]:
+    async with running_host("gpu0") as (host, _):
+        yield await host.create_process()
+
+
+async def test_a_load_beyond_the_address_space_is_a_signal(process: Process) -> None:
+    """At the first byte that is not mapped, however long it is."""
+    address = await process.mmap(4096)
+    for start, length in ((address, 1 << 46), (1 << 47, 8), (1 << 70, 8)):
+        with pytest.raises(SegmentationFault) as caught:
+            await process.read(start, length)
+        assert caught.value.address == (address + 4096 if start == address else start)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda p: p.read(-5, 1),
+        lambda p: p.read(4096, -1),
+        lambda p: p.write(-5, b"x"),
+        lambda p: p.load(-8),
+        lambda p: p.store(-8, 1),
+        lambda p: p.read_array(4096, "<f8", -3),
+        lambda p: p.pagemap(0, 1 << 40),
+        lambda p: p.residency(0, -1),
+        lambda p: p.get_user_pages(-1, 2),
+        lambda p: p.malloc(-1),
+        lambda p: p.mmap(-1),
+        lambda p: p.munmap(4096, -4096),
+        lambda p: p.migrate(4096, -1, "gpu0"),
+    ],
+)
+async def test_every_call_of_a_process_checks(process: Process, call: Callable[[Process], Awaitable[object]]) -> None:
+    """EINVAL, and no Python error of another kind."""
+    with pytest.raises(KernelError, match="EINVAL"):
+        await call(process)
