@@ -36,7 +36,6 @@ from hmmnet.wire.messages import (
     RangeFaulted,
     Subscribe,
     Subscribed,
-    Unsubscribe,
 )
 
 Bytes = npt.NDArray[np.uint8]
@@ -85,10 +84,6 @@ class Bus:
     async def subscribe(self, context: int, start: int, end: int) -> Subscribed:
         """mmu_interval_notifier_insert."""
         return await self._ask(Subscribe(context, start, end, own=True), Subscribed)
-
-    async def unsubscribe(self, context: int, subscription: int) -> None:
-        """mmu_interval_notifier_remove."""
-        await self._ask(Unsubscribe(context, subscription), Done)
 
     async def range_fault(self, message: RangeFault) -> tuple[int, Words]:
         """hmm_range_fault: the subscription's sequence, and one word for each page."""

@@ -159,12 +159,6 @@ class Mirror:
         if not self._subscribing:
             self._early.clear()
 
-    def unsubscribed(self, number: int) -> None:
-        """Nothing is told about this interval any more: its entries go."""
-        gone = self.subscriptions.pop(number, None)
-        if gone is not None:
-            self.drop(gone.start, gone.end)
-
     # --- dropping -------------------------------------------------------------------------------------------------------------
 
     def invalidate(self, subscription: int, start: int, end: int, sequence: int, *, announced: bool = False) -> None:

@@ -59,6 +59,10 @@ class Host(Protocol):
         """The device's process is gone: no lease needs to be waited out."""
         ...
 
+    def set_rate(self, rate: float) -> None:
+        """The emulated clock goes on at another rate, here and at every peer."""
+        ...
+
     async def create_process(self, node: str = "") -> Process:
         """A new, empty process."""
         ...
@@ -97,6 +101,10 @@ class LaunchedMachine:
     def emulated_s(self) -> float:
         """The machine's clock, in emulated seconds."""
         return self._clock.now()
+
+    def set_rate(self, rate: float) -> None:
+        """Go on at `rate` emulated seconds for each real second, in every process of the machine. Raises HmmnetError."""
+        self.host.set_rate(rate)
 
     async def create_process(self, node: str = "") -> Process:
         """A new, empty process."""

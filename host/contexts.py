@@ -17,9 +17,9 @@ from hmmnet.wire.messages import CloseContext, Done, OpenContext
 
 from .device import Context, Device, Life
 from .hub import Hub
+from .interfaces import AddressSpace
 from .iommu import Domain
 from .link import SessionLink
-from .mm.space import Space
 
 
 class Contexts:
@@ -43,7 +43,7 @@ class Contexts:
             raise KernelError(errno.ENOENT, "open", f'no device is called "{name}"; this machine has {", ".join(self._devices)}')
         return device
 
-    async def get(self, space: Space, name: str) -> Context:
+    async def get(self, space: AddressSpace, name: str) -> Context:
         """The context of `space` on a device, opened if it is not, with one more user. Raises KernelError (ENOENT, ENODEV), PeerLost."""
         key = (space.number, name)
         lock = self._opening.setdefault(key, trio.Lock())
@@ -55,7 +55,7 @@ class Contexts:
             context.users += 1
         return context
 
-    async def _open(self, life: Life, space: Space) -> Context:
+    async def _open(self, life: Life, space: AddressSpace) -> Context:
         self._numbers += 1
         context = Context(self._numbers, life, space, self._hubs[space.number], Domain(life.name, self._numbers))
         life.contexts[context.number] = context
@@ -95,7 +95,7 @@ class Contexts:
         context.life.contexts.pop(context.number, None)
         context.life.link.domains.pop(context.number, None)
 
-    def process_ended(self, space: Space) -> None:
+    def process_ended(self, space: AddressSpace) -> None:
         """The process has ended; what a child still has open of it stays open until that closes it."""
         for device in self._devices.values():
             if device.life is None or device.life.context_of(space.number) is None:

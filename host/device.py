@@ -16,9 +16,9 @@ from hmmnet.topology import DeviceSpec
 
 from .devmem import PageMap
 from .hub import Hub
+from .interfaces import AddressSpace
 from .iommu import Domain
 from .link import SessionLink
-from .mm.space import Space
 from .notifier import Subscription
 
 
@@ -28,7 +28,7 @@ class Context:
 
     number: int
     life: Life
-    space: Space
+    space: AddressSpace
     hub: Hub
     domain: Domain
     subscriptions: dict[int, Subscription] = field(default_factory=dict)

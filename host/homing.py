@@ -22,13 +22,11 @@ from hmmnet.observe.counters import CPU_FAULT, Profile
 from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, Words
 
 from .announce import announced, clear
-from .interfaces import DeviceLink, Event, Migration, Select
+from .interfaces import AddressSpace, DeviceLink, Event, Migration, Select
 from .migrate import MIGRATE, SHIFT, VALID, MigrateVma, Outcome
-from .mm import single
 from .mm.collect import collect_frames, finalize, move
 from .mm.frames import PhysicalMemory
 from .mm.rmap import mappings
-from .mm.space import Space
 
 HOME_PAGES_MAX = 1 << 16
 """Pages of one explicit migration home (256 MiB): bounds the host frames allocated before anything has landed."""
@@ -66,7 +64,7 @@ class Homing:
         self,
         memory: PhysicalMemory,
         links: Mapping[int, DeviceLink],
-        spaces: Mapping[int, Space],
+        spaces: Mapping[int, AddressSpace],
         context_of: Callable[[int, int], int],
         profile: Profile,
         now: Callable[[], float],
@@ -78,7 +76,7 @@ class Homing:
         self._profile = profile
         self._now = now
 
-    async def migrate_to_ram(self, space: Space, pages: Words) -> None:
+    async def migrate_to_ram(self, space: AddressSpace, pages: Words) -> None:
         """A CPU touched device-private `pages` (consecutive, in one VMA and one zone). Hold the mmap lock for reading.
 
         Returns when it makes sense to look again. Raises BusError when the data are lost, KernelError(ENOMEM).
@@ -99,16 +97,16 @@ class Homing:
         if moved:
             self._profile.record(CPU_FAULT, moved * PAGE_SIZE, self._now() - began_s, link.name, moved)
 
-    def _lost(self, space: Space, page: int, zone: int, cause: str) -> BusError:
+    def _lost(self, space: AddressSpace, page: int, zone: int, cause: str) -> BusError:
         owner = self._memory.zones[zone].owner if zone in self._memory.zones else f"zone {zone}"
         why = f'page 0x{page:x} of process {space.number} has its only copy on device "{owner}" and cannot come home: {cause}'
         return BusError(page << PAGE_SHIFT, why)
 
-    async def _collect(self, space: Space, pages: Words, zone: int) -> Migration:
+    async def _collect(self, space: AddressSpace, pages: Words, zone: int) -> Migration:
         async with announced(space, self.spaces, pages, Select.DEVICE_PRIVATE, zone) as told:
             return space.collect(pages, Select.DEVICE_PRIVATE, zone, told=told)
 
-    async def _bring(self, space: Space, link: DeviceLink, migration: Migration) -> int:
+    async def _bring(self, space: AddressSpace, link: DeviceLink, migration: Migration) -> int:
         """Copy and change over what `migration` collected; returns how many pages moved."""
         source = migration.source
         going = source & (MIGRATE | VALID) == MIGRATE | VALID  # a never-touched page is collected too, and has nothing to bring
@@ -119,7 +117,7 @@ class Homing:
             space.migrate_finalize(migration)
             return 0
         frames = (source if whole else source[going]) >> SHIFT
-        destination = HostFrames(self._memory, len(pages), space.mm.node)
+        destination = HostFrames(self._memory, len(pages), space.node)
         try:
             await link.copy_out(self._context_of(space.number, link.zone), pages, frames, destination)
         except BaseException:
@@ -136,17 +134,17 @@ class Homing:
         space.migrate_finalize(migration)
         return moved
 
-    async def _home_one(self, space: Space, link: DeviceLink, page: int) -> int:
+    async def _home_one(self, space: AddressSpace, link: DeviceLink, page: int) -> int:
         """One page, with as little as possible: this is what a CPU fault waits for. `_bring`, for the general case, does the same."""
-        zone, mm, target = link.zone, space.mm, 0
+        zone, target = link.zone, 0
         async with space.hub.invalidate(Event.MIGRATE, page, page + 1, zone):
-            frame = single.take(mm, page, zone)
+            frame = space.take_one(page, zone)
         if frame is None:
             return await self._bring(space, link, await self._collect(space, np.array((page,), dtype=np.uint64), zone))
 
         def allocate() -> int:
             nonlocal target
-            target = self._memory.allocate_bare(mm.node) or 0
+            target = self._memory.allocate_bare(space.node) or 0
             if not target:
                 raise KernelError(errno.ENOMEM, "migrate_to_ram", "a page wants to come home and the host's memory is used up")
             return target
@@ -154,14 +152,14 @@ class Homing:
         try:
             await link.fetch(self._context_of(space.number, zone), page, frame, allocate)
         except BaseException:
-            single.put_back(mm, page, frame)
+            space.put_back_one(page, frame)
             if target:
                 self._memory.put_one(target)
             raise
-        single.bring(mm, page, frame, target)
+        space.bring_one(page, frame, target)
         return 1
 
-    async def migrate_to_system(self, space: Space, link: DeviceLink, start: int, end: int) -> Outcome:
+    async def migrate_to_system(self, space: AddressSpace, link: DeviceLink, start: int, end: int) -> Outcome:
         """Move the device's pages of [start, end) home, VMA by VMA; others stay. Raises PeerLost, KernelError(ENOMEM)."""
         words = np.zeros(end - start, dtype=np.uint64)
         async with space.mmap_lock.read():
@@ -208,8 +206,11 @@ class Homing:
         return moved
 
 
-def give_up(memory: PhysicalMemory, space: Space | None, migration: Migration) -> None:
+def give_up(memory: PhysicalMemory, space: AddressSpace | None, migration: Migration) -> None:
     """Nothing has moved: without targets every page goes back to its old entry."""
-    mm = None if space is None else space.mm
-    move(memory, mm, migration)
-    finalize(memory, mm, migration)
+    if space is None:
+        move(memory, None, migration)
+        finalize(memory, None, migration)
+    else:
+        space.migrate_pages(migration)
+        space.migrate_finalize(migration)

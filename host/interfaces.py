@@ -10,7 +10,7 @@ synchronous call is atomic: no other task runs in between. That takes the place 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from enum import IntFlag, StrEnum
@@ -164,6 +164,11 @@ class AddressSpace(Protocol):
     number: int
 
     @property
+    def node(self) -> int:
+        """The host memory that new pages come from while it has room."""
+        ...
+
+    @property
     def mmap_lock(self) -> MmapLock:
         """The lock."""
         ...
@@ -181,6 +186,10 @@ class AddressSpace(Protocol):
         """Table A3 for [start, end): no faulting, no waiting. Needs the mmap lock for reading."""
         ...
 
+    def zone_at(self, page: int) -> int:
+        """The zone that the entry of `page` leads to (0 for an empty one, too)."""
+        ...
+
     def vma_end(self, page: int) -> int:
         """The end of the VMA that holds `page`; `page` itself when none does."""
         ...
@@ -191,6 +200,14 @@ class AddressSpace(Protocol):
         New frames come from host memory `node`, or where the process prefers. Needs the mmap lock for reading. Raises KernelError (EFAULT,
         EPERM, ENOMEM) for the first page that cannot be had.
         """
+        ...
+
+    async def make_exclusive(self, start: int, end: int, owner: int) -> int:
+        """make_device_exclusive_range: how many pages from `start` on a device got. Raises KernelError(EFAULT) for none, ENOMEM."""
+        ...
+
+    def exclusive_words(self, start: int, end: int) -> Words:
+        """HMM_PFN words of the pages from `start` on that a device has exclusively, up to the first that it does not."""
         ...
 
     def check_migratable(self, start: int, end: int) -> None:
@@ -221,5 +238,14 @@ class AddressSpace(Protocol):
         """migrate_vma_finalize: migration entries become the target, or the untouched source; frees what is left over; wakes waiters."""
         ...
 
+    def take_one(self, page: int, zone: int) -> int | None:
+        """`collect` for the one device page of `zone` that a CPU waits for; its frame. None, having done nothing, for any other case."""
+        ...
 
-Spaces = Sequence[AddressSpace]
+    def bring_one(self, page: int, frame: int, target: int) -> None:
+        """What was taken has been copied to host frame `target` and lives there from now on."""
+        ...
+
+    def put_back_one(self, page: int, frame: int) -> None:
+        """What was taken stays where it was."""
+        ...

@@ -26,6 +26,7 @@ def demo(
     limit_mib: Annotated[int, typer.Option(min=1, max=256, help="Read at most so much of the text.")] = 4,
     rate: Annotated[str, typer.Option(help="Emulated seconds for a real one: auto (measured) or a number.")] = "auto",
     seed: Annotated[int, typer.Option(help="Which words are looked up.")] = SEED,
+    svg: Annotated[Path | None, typer.Option(help="Write where the pages live over time to this file.", show_default=False)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print what happened for programs.")] = False,
 ) -> int:
     """Run word count and tree search on all GPUs over pointers that the CPU made, by demand and after migration, and check every result.
@@ -45,24 +46,31 @@ def demo(
     if not any(byte in _WORD_BYTES for byte in text.text[:4096]) and not any(byte in _WORD_BYTES for byte in text.text):
         print(f"hmmnet demo: {text.source}: holds no word ([A-Za-z0-9_]); give another file to --input", file=sys.stderr)
         return 2
-    return _conduct(text, topology, rate, seed, as_json=as_json)
+    return _conduct(text, topology, rate, seed, svg, as_json=as_json)
 
 
 _WORD_BYTES = frozenset(b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ_abcdefghijklmnopqrstuvwxyz")
 
 
-def _conduct(text: Input, topology: str, rate: str, seed: int, *, as_json: bool) -> int:
+def _conduct(text: Input, topology: str, rate: str, seed: int, svg: Path | None, *, as_json: bool) -> int:
     import trio
     from rich.console import Console
 
     from hmmnet.demo.conduct import Conductor
-    from hmmnet.demo.screen import Screen
+    from hmmnet.demo.screen import Screen, columns_of
+    from hmmnet.errors import HmmnetError
     from hmmnet.launcher.rate import parse_rate
+    from hmmnet.observe.residency import svg_picture
 
     screen = Screen(Console(quiet=as_json))
     screen.reading(text, topology)
     conductor = Conductor(text, topology, seed, screen.tell, screen.started, parse_rate(rate))
     outcome = trio.run(conductor.run)
+    if svg is not None:
+        try:
+            svg.write_text(svg_picture(columns_of(screen.samples, outcome.devices)), encoding="utf-8")
+        except OSError as error:
+            raise HmmnetError(f"{svg}: cannot be written: {error.strerror or error}; name another file") from error
     if as_json:
         json.dump(outcome.as_json(), sys.stdout, indent=1)
         sys.stdout.write("\n")

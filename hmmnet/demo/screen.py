@@ -143,13 +143,18 @@ class Screen:
 
 def picture(samples: Sequence[Sampled], devices: Sequence[str], width: int) -> Text:
     """The pages by owner, at each moment."""
-    columns = [Sample(sample.emulated_s, pages_by_owner(sample, devices), sample.moment) for sample in samples]
+    columns = columns_of(samples, devices)
     column_width = max(PICTURE_COLUMN_MIN, width // max(len(columns), 1) - 1)
     labelled = all(len(sample.label) <= column_width for sample in columns)
     drawn = terminal_picture(columns, PICTURE_ROWS, min(column_width, PICTURE_COLUMN_MAX), labelled)
     if not labelled:
         drawn.append("\n" + "  ".join(f"{i} {sample.label}" for i, sample in enumerate(columns, 1)), style="dim")
     return drawn
+
+
+def columns_of(samples: Sequence[Sampled], devices: Sequence[str]) -> list[Sample]:
+    """The samples as a picture has them, for a terminal or (`residency.svg_picture`) a file."""
+    return [Sample(sample.emulated_s, pages_by_owner(sample, devices), sample.moment) for sample in samples]
 
 
 def pages_by_owner(sample: Sampled, devices: Sequence[str]) -> dict[str, int]:

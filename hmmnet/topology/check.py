@@ -90,7 +90,7 @@ def _counts(check: _Check) -> Iterator[Problem]:
     total = sum(node.memory_bytes for node in topology.nodes)
     if len(topology.nodes) > 1 and total > MEMORY_BYTES_MAX and all(node.memory_bytes <= MEMORY_BYTES_MAX for node in topology.nodes):
         yield check.general(
-            f"the host memories together ({show_size(total)}) are larger than the address space of the host process",
+            f"the host memories together ({show_size(total)}) are larger than half the address space of the host process",
             f"at most {show_size(MEMORY_BYTES_MAX)}",
         )
 
@@ -134,7 +134,7 @@ def _values(check: _Check) -> Iterator[Problem]:
             yield from check.problem(section, number, key, f"{size} bytes is no whole number of 4 KiB pages, or none")
         elif size > MEMORY_BYTES_MAX:
             mend = f"at most {show_size(MEMORY_BYTES_MAX)}"
-            yield from check.problem(section, number, key, f"{show_size(size)} is larger than the address space of a process", mend)
+            yield from check.problem(section, number, key, f"{show_size(size)} is larger than half the address space of a process", mend)
     for number, device in enumerate(check.topology.devices):
         sizes = device.page_sizes
         if PAGE_SIZE not in sizes or list(sizes) != sorted(set(sizes)) or any(size & (size - 1) for size in sizes):

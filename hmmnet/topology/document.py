@@ -300,7 +300,7 @@ def _size(one: Field, value: Any) -> int:
     if size == 0:
         raise ValueError(f"{value!r} is no memory at all")
     if size > MEMORY_BYTES_MAX:
-        raise ValueError(f"{value!r} is larger than the address space of a process\nat most {show_size(MEMORY_BYTES_MAX)}")
+        raise ValueError(f"{value!r} is larger than half the address space of a process\nat most {show_size(MEMORY_BYTES_MAX)}")
     if size % PAGE_SIZE:
         raise ValueError(f"{value!r} is no whole number of 4 KiB pages\n{show_size(max(size // PAGE_SIZE, 1) * PAGE_SIZE)} would be")
     return size

@@ -17,8 +17,8 @@ from typing import Literal
 
 from hmmnet.pages import ADDRESS_BITS, DEVICE_ZONE_MIN, PAGE_SIZE
 
-MEMORY_BYTES_MAX = 1 << ADDRESS_BITS
-"""A memory is one mapping of the process that holds it, which has 47 bits of addresses; a zone could hold twice as much."""
+MEMORY_BYTES_MAX = 1 << (ADDRESS_BITS - 1)
+"""A memory is one mapping of the process that holds it, which has 47 bits of addresses and needs some for the rest."""
 MEMORY_NODES_MAX = DEVICE_ZONE_MIN
 """Zone numbers below `DEVICE_ZONE_MIN` are host memory nodes, in the topology's order."""
 DEVICES_MAX = 1024

@@ -33,8 +33,6 @@ LOCKED = 1
 """The page lock: a migration owns the frame."""
 ANON = 2
 """`mapping` is an anon_vma, not a file."""
-LAZYFREE = 4
-"""MADV_FREE: clean, and may be dropped."""
 
 DEVICE_EXTRA_REFERENCES = 1
 """A frame of a device may have this many references beyond its mappings and still migrate (migrate_vma_check_page)."""

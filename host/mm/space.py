@@ -16,7 +16,7 @@ from hmmnet.pages import PAGE_SHIFT, PAGES_MAX, Words, zone_of
 from hmmnet.program import Residency
 
 from . import collect as migration_steps
-from . import pte
+from . import pte, single
 from .access import Notifier
 from .advice import Advice
 from .fault import restore_exclusive
@@ -61,6 +61,11 @@ class Space(Advice):
         """The end of the VMA that holds `page`; `page` itself when none does."""
         vma = self.mm.vmas.find(page)
         return page if vma is None else vma.end
+
+    @property
+    def node(self) -> int:
+        """See `Mm.node`."""
+        return self.mm.node
 
     def zone_at(self, page: int) -> int:
         """The zone that the entry of `page` leads to (0 for an empty one, too)."""
@@ -121,14 +126,21 @@ class Space(Advice):
         """The targets' device died after `migrate_pages`: nothing has moved. `migrate_finalize` must follow."""
         migration_steps.restore(self.memory, self.mm, migration)
 
-    def migrate_abort(self, migration: Migration) -> None:
-        """Give a migration up at any step before `migrate_finalize`: every page is back where it was, waiters wake."""
-        migration_steps.restore(self.memory, self.mm, migration)
-        migration_steps.finalize(self.memory, self.mm, migration)
-
     def migrate_finalize(self, migration: Migration) -> None:
         """migrate_vma_finalize: entries become the target or the untouched source, leftovers are freed, waiters wake."""
         migration_steps.finalize(self.memory, self.mm, migration)
+
+    def take_one(self, page: int, zone: int) -> int | None:
+        """See `single.take`."""
+        return single.take(self.mm, page, zone)
+
+    def bring_one(self, page: int, frame: int, target: int) -> None:
+        """See `single.bring`."""
+        single.bring(self.mm, page, frame, target)
+
+    def put_back_one(self, page: int, frame: int) -> None:
+        """See `single.put_back`."""
+        single.put_back(self.mm, page, frame)
 
     # --- views --------------------------------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from xml.etree import ElementTree as ET
 
 import pytest
 
@@ -48,8 +49,9 @@ def test_on_two_files(place: Path) -> None:
 def test_json(place: Path) -> None:
     """One JSON document on stdout: what was checked, what was moved, and the machine's report."""
     (place / "one").write_text(TEXT)
-    done = demo(place, "--json", "--input", str(place / "one"), "--rate", "0.01", "--seed", "9")
+    done = demo(place, "--json", "--input", str(place / "one"), "--rate", "0.01", "--seed", "9", "--svg", str(place / "where.svg"))
     assert (done.returncode, done.stderr) == (0, "")
+    assert "gpu0" in "".join(ET.parse(place / "where.svg").getroot().itertext())
     out = json.loads(done.stdout)
     assert out["correct"] is True
     assert out["input"]["words"] == len(TEXT.split())

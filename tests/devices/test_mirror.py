@@ -142,14 +142,6 @@ def test_a_migration_makes_other_words_stale(mirror: Mirror, subscription: Subsc
     assert mirror.mapped_count() == 1
 
 
-def test_unsubscribed_interval_is_dropped(mirror: Mirror, subscription: Subscription) -> None:
-    """What nobody will tell us about any more cannot stay."""
-    mirror.program(0, words(SYSTEM))
-    mirror.unsubscribed(5)
-    assert mirror.mapped_count() == 0
-    assert not mirror.is_current(subscription, 3, mirror.watch(0, 1), words(SYSTEM))
-
-
 def test_clear_forgets_everything(mirror: Mirror, subscription: Subscription) -> None:
     """After close or fencing there is no entry, and nothing under way may be programmed."""
     mirror.program(1 << 34, words(SYSTEM))

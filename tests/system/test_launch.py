@@ -254,6 +254,8 @@ async def test_memory_comes_from_the_node_that_is_asked_for() -> None:
         return [residency.owners[i] for i in residency.pages.tolist()]
 
     async with hmmnet.launch("mi300a-4", rate=1.0) as machine:
+        machine.set_rate(0.5)
+        assert machine.rate == 0.5
         with pytest.raises(HmmnetError, match='no host memory is called "node4"; there are node0, node1, node2, node3'):
             await machine.create_process("node4")
         for node in ("node0", "node2"):

@@ -45,7 +45,7 @@ CASES = {
     "bare": ('memory = "1 GiB"', "memory = 16", 7, "memory", "a whole number where a size", ""),
     "empty": ('memory = "1 GiB"', 'memory = "0 B"', 7, "memory", "no memory at all", ""),
     "odd": ('memory = "1 GiB"', 'memory = "5000 B"', 7, "memory", "no whole number of 4 KiB pages", "4 KiB would be"),
-    "large": ('size = "1 GiB"', 'size = "129 TiB"', 3, "size", "larger than the address space", "at most 128 TiB"),
+    "large": ('size = "1 GiB"', 'size = "65 TiB"', 3, "size", "larger than half the address space", "at most 64 TiB"),
     "zero": ('"10 GB/s"', '"0 GB/s"', 12, "bandwidth", "nothing would ever arrive", "leave the link out"),
     "bits": ('"10 GB/s"', '"10 Gb/s"', 12, "bandwidth", "bits", ""),
     "time": ('"1 us"', '"1"', 13, "latency", "is no time", ""),

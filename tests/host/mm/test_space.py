@@ -275,7 +275,8 @@ async def test_cpu_access_waits_for_a_migration() -> None:
         assert done == []
         assert space.pagemap(address, 3)[:2] == b"SS"
         assert space.residency(address, 3).pages.tolist() == [-2, -2, 0]
-        space.migrate_abort(migration)
+        space.migrate_restore(migration)
+        space.migrate_finalize(migration)
     assert sorted(done) == ["fault", "load"]
     machine.check()
 

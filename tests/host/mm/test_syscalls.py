@@ -263,7 +263,8 @@ async def test_pages_of_processes_that_were_not_told_stay() -> None:
         for count in (1, 2):
             migration = parent.collect(span(address // PAGE + 2 - count, count), Select.SYSTEM, 64)
             assert [bool(word) for word in migration.source.tolist()] == [True, False][2 - count :]
-            parent.migrate_abort(migration)
+            parent.migrate_restore(migration)
+            parent.migrate_finalize(migration)
     machine.check()
 
 
