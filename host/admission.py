@@ -69,11 +69,15 @@ class Admission:
             return Refused("busy", f"devices were restarted {ZONES_MAX - DEVICE_ZONE_MIN} times; start the machine anew")
         zone = self._zone_next
         key = self._transport.fresh_identity("bulk")
+        bound: list[Channel] = []
         try:
-            bulk_in = self._transport.bind_channel(self._endpoint_of(f"b{zone}i"), key=key)
-            bulk_out = self._transport.bind_channel(self._endpoint_of(f"b{zone}o"), key=key)
+            for endpoint in (self._endpoint_of(f"b{zone}{end}") for end in "io"):
+                bound.append(self._transport.bind_channel(endpoint, key=key))  # noqa: PERF401 - what was bound before an error is closed
         except HmmnetError as error:
+            for channel in bound:
+                channel.close()
             return Refused("busy", str(error)[:TEXT_MAX])
+        bulk_in, bulk_out = bound
         self._zone_next += 1
         spec = self._topology.device(hello.name)
         self._connecting[hello.name] = Connecting(spec, zone, bulk_in, bulk_out)

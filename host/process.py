@@ -23,7 +23,7 @@ from hmmnet.errors import HmmnetError, KernelError, PeerError, RemoteError
 from hmmnet.observe.counters import GPU_FAULT_GROUP
 from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, page_range
 from hmmnet.program import JobResult, Residency
-from hmmnet.wire.messages import ARGUMENT_BYTES_MAX, Finished, Launch
+from hmmnet.wire.messages import ARGUMENT_BYTES_MAX, EndJob, Finished, Launch
 
 from .contexts import Contexts
 from .device import Context
@@ -189,7 +189,7 @@ class Process:
         return context
 
     async def launch(self, kernel: str, device: str, placement: str = "demand", **arguments: Any) -> JobResult:
-        """Run a kernel and wait for it.
+        """Run a kernel and wait for it; cancelled, it ends on the device too.
 
         Raises SegmentationFault or BusError for an access that could not be served, KernelError (ENOENT, EINVAL, E2BIG, ENODEV),
         RemoteError for a kernel that failed.
@@ -201,7 +201,12 @@ class Process:
             raise KernelError(errno.E2BIG, "launch", why)
         life = context.life
         life.jobs += 1
-        done = await life.link.ask(Launch(context.number, life.jobs, kernel, packed, placement), Finished)
+        job = life.jobs
+        try:
+            done = await life.link.ask(Launch(context.number, job, kernel, packed, placement), Finished)
+        except trio.Cancelled:
+            life.link.session.note(EndJob(context.number, job))
+            raise
         counters = msgspec.msgpack.decode(done.counters, type=dict[str, Any])
         groups = int(counters.get("fault_groups", 0))
         if groups > 0:

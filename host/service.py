@@ -72,6 +72,7 @@ class Host:
         heartbeat_s: float = HEARTBEAT_S,
         lease_s: float = LEASE_S,
         retry_s: float = RETRY_S,
+        incarnation: int | None = None,
     ) -> None:
         self.topology = topology
         self.name = name
@@ -92,6 +93,7 @@ class Host:
         self._directory = directory
         self._scheme = scheme
         self._heartbeat_s, self._lease_s, self._retry_s = heartbeat_s, lease_s, retry_s
+        self._incarnation = secrets.randbits(62) if incarnation is None else incarnation
         self._dma: dict[str, Dma] = {}
         self._pid_next = PID_FIRST
         self._servers: list[Server] = []
@@ -120,7 +122,7 @@ class Host:
                 self.clock,
                 self.memory,
                 self._endpoint,
-                secrets.randbits(62),
+                self._incarnation,
                 self._lease_s,
                 samples.endpoint,
             )

@@ -121,13 +121,24 @@ def test_readme_commands_exist() -> None:
 
 
 def test_test_command_of_readme_is_what_ci_runs() -> None:
-    """`.ci/run` takes the test command out of the README; the marked block must be there, once."""
-    blocks = re.findall(r"<!-- tests -->\n```sh\n(.+?)\n```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    assert len(blocks) == 1
-    assert "README.md" in (ROOT / ".ci" / "run").read_text()
+    """What `.ci/run` cuts out of the README is the marked block, whole; then it runs it."""
+    block = re.findall(r"<!-- tests -->\n```sh\n(.+?\n)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    lines = (ROOT / ".ci" / "run").read_text().splitlines()
+    (cut,) = [line for line in lines if "README.md" in line and line.startswith("sed")]
+    command, _, target = cut.rpartition(" > ")
+    assert subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True).stdout == block[0]
+    assert len(block) == 1
+    assert f"bash -euo pipefail {target} || status=$?" in lines
 
 
 def test_version_is_in_the_changelog() -> None:
-    """The version that is built has its section in the changelog."""
+    """The version that is built has its section, or changes after the newest release are listed and the version is ahead of it."""
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
-    assert re.search(rf"^## \[(?:Unreleased|{re.escape(version)})\]", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
+    text = (ROOT / "CHANGELOG.md").read_text()
+    sections = re.findall(r"^## \[(.+?)\]", text, flags=re.MULTILINE)
+    released = [tuple(map(int, section.split("."))) for section in sections if section != "Unreleased"]
+    assert released == sorted(released, reverse=True)
+    if version not in sections:
+        assert sections[0] == "Unreleased"
+        assert re.search(r"^## \[Unreleased\]\n\n### \w+\n- ", text, flags=re.MULTILINE), "no change is listed"
+        assert not released or tuple(map(int, version.split("."))) > released[0]

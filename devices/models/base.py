@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass, field
-from errno import EBADF, EEXIST, EINVAL, EMFILE, ENOENT, EOPNOTSUPP
+from errno import EBADF, EEXIST, EINTR, EINVAL, EMFILE, ENOENT, EOPNOTSUPP
 from typing import Any
 
 import msgspec
@@ -39,6 +39,7 @@ from hmmnet.wire.messages import (
     Copied,
     CopyIn,
     CopyOut,
+    EndJob,
     Finished,
     FreeFrames,
     Inspect,
@@ -84,7 +85,7 @@ class Opened:
     service: FaultService
     engine: Engine
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
-    jobs: set[int] = field(default_factory=set)
+    jobs: dict[int, trio.CancelScope] = field(default_factory=dict)
     closed: trio.Event = field(default_factory=trio.Event)
 
 
@@ -124,6 +125,7 @@ class Device:
         session.on(CopyOut, self.copy_out)
         session.on(FreeFrames, self.free_frames)
         session.on(Launch, self.launch)
+        session.on(EndJob, self.end_job)
         session.on(Ioctl, self.ioctl)
         session.on(Inspect, self.inspect)
         session.on(Rate, self.set_rate)
@@ -292,17 +294,23 @@ class Device:
         if len(opened.jobs) >= JOBS_MAX:
             raise KernelError(EMFILE, "launch", f"{JOBS_MAX} jobs run in context {message.context}")
         arguments = unpack(message.arguments)
-        opened.jobs.add(message.job)
+        scope = opened.jobs[message.job] = trio.CancelScope()
         try:
-            return finished(await self._job(opened, lambda: opened.engine.run(kernel, arguments, message.placement)))
+            return finished(await self._job(opened, scope, lambda: opened.engine.run(kernel, arguments, message.placement)))
         finally:
-            opened.jobs.discard(message.job)
+            del opened.jobs[message.job]
             self.jobs_finished += 1
 
-    async def _job(self, opened: Opened, run: Callable[[], Awaitable[JobOutcome]]) -> JobOutcome:
-        """Run a job for as long as its context is open. Raises KernelError(EBADF) when that is closed."""
+    def end_job(self, message: EndJob) -> None:
+        """Nobody waits for this job any more."""
+        opened = self.contexts.get(message.context)
+        if opened is not None and message.job in opened.jobs:
+            opened.jobs[message.job].cancel()
+
+    async def _job(self, opened: Opened, scope: trio.CancelScope, run: Callable[[], Awaitable[JobOutcome]]) -> JobOutcome:
+        """Run a job until its end, that of its context (KernelError(EBADF)), or until `scope` is cancelled (EINTR)."""
         outcome: list[JobOutcome] = []
-        with trio.CancelScope() as scope:
+        with scope:
             async with trio.open_nursery() as nursery:
 
                 async def end_with_context() -> None:
@@ -312,8 +320,10 @@ class Device:
                 nursery.start_soon(end_with_context)
                 outcome.append(await run())
                 nursery.cancel_scope.cancel()
-        if not outcome:
+        if not outcome and opened.closed.is_set():
             raise KernelError(EBADF, "launch", "the context was closed while the job ran")
+        if not outcome:
+            raise KernelError(EINTR, "launch", "the job was ended, because nobody waited for it any more")
         return outcome[0]
 
     async def ioctl(self, message: Ioctl) -> IoctlDone:

@@ -52,7 +52,7 @@ from .gpu import page_arguments
 Bytes = npt.NDArray[np.uint8]
 
 WINDOW_PAGES = 64
-"""The length of the driver's pfn arrays: pages of one hmm_range_fault."""
+"""The length of the driver's pfn arrays in Linux 6.12, which was recorded (32 today): pages of one hmm_range_fault."""
 SNAPSHOT_WINDOW_PAGES = 1 << 16
 """Pages of one snapshot request; the original's 64 would be a message each, and a window more or less cannot be told from outside."""
 BOUNCE_PAGES_MAX = 1 << 18

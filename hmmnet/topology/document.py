@@ -122,17 +122,24 @@ def _read_top(document: Document, data: dict[str, Any]) -> None:
         mend = did_you_mean(key, known, f"known are {', '.join(known)}")
         document.complain(document.lines.get((key,), 0), "", key, "unknown section or key", mend)
         if isinstance(value, (list, dict)):
-            meant = closest(key, [section for section in sections if section not in data])
-            if meant is None or meant in document.spelled:
-                document.complete = False
-            else:
+            missing = [section for section in sections if section not in data]
+            meant = closest(key, missing)
+            if meant is not None and meant not in document.spelled:
                 document.spelled[meant] = key
+            elif not {"memory", "device"}.isdisjoint(missing) or _names_something(value):
+                document.complete = False
     for one in TOP.fields:
         value = data.get(one.key, one.default)
         if value is not None and not isinstance(value, str):
             document.complain(document.lines.get((one.key,), 0), "", one.key, f"{_type_name(value)} where {_WANTED['text']} is wanted")
             value = one.default
         document.top[one.key] = value
+
+
+def _names_something(value: list[Any] | dict[str, Any]) -> bool:
+    """Whether an unknown section may define what others refer to."""
+    tables = [value] if isinstance(value, dict) else value
+    return any("name" in table for table in tables if isinstance(table, dict))
 
 
 def _tables(document: Document, section: Section, word: str, value: Any) -> list[dict[str, Any]]:

@@ -146,9 +146,13 @@ class MemoryChannel:
         else:
             await checkpoint_if_cancelled()
 
+    def close(self) -> None:
+        """See `Channel.close`."""
+        self._inbound.close()
+
     async def aclose(self) -> None:
         """See `Channel.aclose`."""
-        self._inbound.close()
+        self.close()
         await checkpoint()
 
 

@@ -217,6 +217,13 @@ class Launch(Message, frozen=True):
     placement: Name = "demand"
 
 
+class EndJob(Message, frozen=True):
+    """Note: nobody waits for this job any more, end it. Its launch is then `Failed` with EINTR; a job that is over is over."""
+
+    context: U64
+    job: U64
+
+
 class Ioctl(Message, frozen=True):
     """A device-specific command on pages [start, start+pages) of `context`. `IoctlDone`.
 
@@ -252,7 +259,7 @@ class Finished(Message, frozen=True):
     byte address whose access ended the job, nil when it ended otherwise.
 
     A launch that cannot begin is `Failed`: ENOENT (no such kernel), EINVAL (no such placement, arguments no map), EBADF (context not
-    open, or closed while the job ran), EEXIST (job number in use), EMFILE.
+    open, or closed while the job ran), EEXIST (job number in use), EMFILE. So is one that was ended: EINTR.
     """
 
     results: Packed
@@ -400,9 +407,9 @@ class Exclusive(Message, frozen=True):
 
 
 class DmaRead(Message, frozen=True):
-    """Read system (or coherent) memory through the IOMMU: element i is at byte `offsets[i]` of page `pages[i]`'s frame.
+    """Read system (or coherent) memory through the IOMMU: element i has `size` bytes at physical `addresses[i]`.
 
-    `pages` and `frames` say what the device believes to be mapped; `addresses` are physical, multiples of `size`. Data come as stream
+    `pages[i]` is the virtual page that the device believes to be mapped there; addresses are multiples of `size`. Data come as stream
     `stream`.
     `Done` when the stream was sent. EAGAIN while the device's own migration has one of the pages: look at the mirror again and repeat.
     An access that the context holds no translation for is the driver's bug; it is refused (`Failed` without errno) and counted.
@@ -466,8 +473,8 @@ class Result(Message, frozen=True):
 
 Body: TypeAlias = (
     Hello | Welcome | Refused | Done | Failed | Rate | OpenContext | CloseContext | Invalidate | InvalidateEnd | CopyIn | CopyOut
-    | Copied | FreeFrames | Launch | Ioctl | IoctlDone | Finished | Inspect | Report | Subscribe | Subscribed | Unsubscribe | RangeFault
-    | RangeFaulted | Migrate | Migrated | MigrateDone | Evict | Evicted | MakeExclusive | Exclusive
+    | Copied | FreeFrames | Launch | EndJob | Ioctl | IoctlDone | Finished | Inspect | Report | Subscribe | Subscribed | Unsubscribe
+    | RangeFault | RangeFaulted | Migrate | Migrated | MigrateDone | Evict | Evicted | MakeExclusive | Exclusive
     | DmaRead | DmaWrite | DmaGrant | Call | Result
 )  # fmt: skip
 

@@ -110,12 +110,12 @@ class Server:
         if refused is not None:
             self._refuse(address, refused)
             return
-        if known is not None:
-            known.session.end(PeerLost(f"{hello.name} was replaced by a new incarnation of itself"))
         answer = self.welcome(hello)
         if isinstance(answer, Refused):
             self._refuse(address, answer)
             return
+        if known is not None:
+            known.session.end(PeerLost(f"{hello.name} was replaced by a new incarnation of itself"))
         session = Session(
             lambda frame: self.listener.send_nowait(address, frame),
             peer_name=hello.name,

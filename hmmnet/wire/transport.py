@@ -65,8 +65,12 @@ class Channel(Protocol):
         """As `receive`; raises `trio.WouldBlock` when there is no message."""
         ...
 
-    async def aclose(self) -> None:
+    def close(self) -> None:
         """Close this end. Without promise for what is queued: say BYE first where it matters."""
+        ...
+
+    async def aclose(self) -> None:
+        """As `close`, with a checkpoint."""
         ...
 
 

@@ -153,9 +153,13 @@ class ZmqChannel:
         if self._bridge.more and len(self._bridge.take_rest()) > 1:
             self.refused += 1
 
+    def close(self) -> None:
+        """See `Channel.close`."""
+        self._bridge.close(LINGER_MS)
+
     async def aclose(self) -> None:
         """See `Channel.aclose`."""
-        self._bridge.close(LINGER_MS)
+        self.close()
         await trio.lowlevel.checkpoint()
 
 

@@ -83,10 +83,14 @@ class FaultyChannel:
             await self._lot.park()
         return self.receive_nowait()
 
-    async def aclose(self) -> None:
+    def close(self) -> None:
         """Close this end."""
         self._closed = True
         self._lot.unpark_all()
+
+    async def aclose(self) -> None:
+        """Close this end."""
+        self.close()
         await trio.lowlevel.checkpoint()
 
 

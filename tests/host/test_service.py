@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -17,7 +18,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from hmmnet.errors import BusError, KernelError, PeerLost, PeerRefused, RemoteError
+from hmmnet.errors import BusError, HmmnetError, KernelError, PeerLost, PeerRefused, RemoteError
 from hmmnet.host.process import Process
 from hmmnet.host.service import Host
 from hmmnet.pages import (
@@ -28,7 +29,7 @@ from hmmnet.pages import (
     PAGE_SIZE,
 )
 from hmmnet.wire.client import connect
-from hmmnet.wire.memory_transport import MemoryTransport
+from hmmnet.wire.memory_transport import MemoryChannel, MemoryTransport
 from hmmnet.wire.messages import (
     PROTOCOL_VERSION,
     Call,
@@ -98,6 +99,27 @@ async def test_strangers_are_refused_and_leave_nothing(role: str, name: str, sec
                 raise AssertionError("it was welcomed")
         assert host.links == {}
         assert list(host.memory.zones) == [0]
+
+
+async def test_a_second_channel_that_cannot_be_bound_costs_no_first_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device is told why, and may come again; a device of that name that runs goes on."""
+    async with running_host("gpu0") as (host, transport), scripted_device(host, transport, "gpu0") as device:
+        closed: list[str] = []
+        bind = transport.bind_channel
+
+        def bind_one(endpoint: str, *arguments: Any, **options: Any) -> MemoryChannel:
+            if endpoint.endswith("o"):
+                raise HmmnetError(f"cannot listen at {endpoint}: too many open files")
+            channel = bind(endpoint, *arguments, **options)
+            monkeypatch.setattr(channel, "close", lambda: closed.append(endpoint))
+            return channel
+
+        with monkeypatch.context() as patch, pytest.raises(PeerRefused, match="too many open files"):
+            patch.setattr(transport, "bind_channel", bind_one)
+            async with connect(transport, host.control_endpoint, Hello(PROTOCOL_VERSION, "device", "gpu0", 9, 1, SECRET)):
+                raise AssertionError("it was welcomed")
+        assert [endpoint[-1] for endpoint in closed] == ["i"]
+        assert device.session.lost is None
 
 
 async def test_a_device_learns_its_zone_and_what_it_is() -> None:

@@ -246,6 +246,22 @@ def test_a_program_that_never_leaves_the_block_ends_cleanly() -> None:
     trio.run(gone, *pids)
 
 
+async def test_a_cancelled_job_ends_on_the_device() -> None:
+    """A walk along a list that is a ring: when nobody waits for it any more, the device has no job, and takes the next."""
+    async with hmmnet.launch("two-gpus", rate=1.0) as machine:
+        process = await machine.process()
+        ring = await process.malloc(128)
+        await process.store(ring, ring + 64)
+        await process.store(ring + 64, ring + 64)
+        with trio.move_on_after(0.2) as waited:
+            await process.launch("list_walk", "gpu0", heads=ring, n=1, out=ring + 8)
+        assert waited.cancelled_caught
+        with trio.fail_after(5):  # two samples of telemetry
+            while (await machine.report())["devices"]["gpu0"]["telemetry"].get("jobs_finished") != 1:
+                await trio.sleep(0.05)
+        assert await add(process, "gpu0")
+
+
 async def test_memory_comes_from_the_node_that_is_asked_for() -> None:
     """A process's from the node it was made on, at home again too; what a job touches first from the node beside its device."""
 

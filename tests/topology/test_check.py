@@ -97,6 +97,13 @@ def test_many_unknown_ends_are_said_once() -> None:
     assert [(line, cause) for line, _, cause, _ in found] == [(11, 'nothing is called "gpu[4-63]"')]
 
 
+def test_an_unknown_section_hides_no_other_mistake() -> None:
+    """Beside [[fan]], which means nothing, a device without a link is found; not where the section may define what is missed."""
+    alone = GOOD[: GOOD.index("[[link]]")]
+    assert {field for _, field, _, _ in mistakes(alone + "[[fan]]\nspeed = 3\n")} == {"fan", "name"}
+    assert {field for _, field, _, _ in mistakes(alone + '[[fan]]\nname = "hub"\n')} == {"fan"}
+
+
 def test_no_devices_are_allowed() -> None:
     """A plain host is a machine: what a workload is compared with."""
     topology = parse('[[memory]]\nname = "ram"\nsize = "1 GiB"\n', "plain.toml")

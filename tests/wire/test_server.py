@@ -195,18 +195,19 @@ async def test_a_refused_impostor_does_not_disturb_the_device(machine: Callable[
 
 
 async def test_a_restarted_device_replaces_its_old_self(machine: Callable[..., Machine]) -> None:
-    """The old session ends, with the reason, before the new one begins; the old process is told."""
-    order: list[str] = []
+    """The old session ends, with the reason, before the new one begins; the old process is told. A refused restart ends nothing."""
+    lost: list[tuple[str, int]] = []
     async with running(machine()) as host, connect(host.transport, host.endpoint, hello(incarnation=1)) as (old, _):
-        host.joined[0].on_lost(lambda cause: order.append(f"lost: {cause}"))
-
-        def decide(_: Hello) -> Welcome:
-            order.append("welcome")
-            return WELCOME
-
+        host.joined[0].on_lost(lambda cause: lost.append((str(cause), len(host.joined))))
+        decide = host.decide
+        host.decide = lambda _: Refused("busy", "no room for another life")
+        with pytest.raises(PeerRefused, match="no room for another life"):
+            async with connect(host.transport, host.endpoint, hello(incarnation=7)):
+                raise AssertionError("welcomed")
+        assert await old.request(Inspect()) == Report(b"gpu0")
         host.decide = decide
         async with connect(host.transport, host.endpoint, hello(incarnation=2)) as (new, _):
-            assert order == ["lost: gpu0 was replaced by a new incarnation of itself", "welcome"]
+            assert lost == [("gpu0 was replaced by a new incarnation of itself", 1)]
             assert await new.request(Inspect()) == Report(b"gpu0")
             assert [session.incarnation for session in host.server.sessions] == [2]
             with pytest.raises(PeerLost, match="knows no session with us"):
