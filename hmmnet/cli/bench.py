@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from hmmnet.bench.measurement import Measurement
     from hmmnet.bench.registry import Suite
 
+WIDTH_MAX = 1000
+"""Longer than any line of the table."""
 COLUMNS: tuple[tuple[str, Literal["left", "right"]], ...] = (
     ("figure", "left"),
     ("value", "right"),
@@ -43,9 +45,7 @@ def bench(
     if as_json:
         print(json.dumps([measurement.as_dict() for measurement in found], indent=2))
     else:
-        from rich.console import Console
-
-        Console(highlight=False).print(_table(found))
+        print_table(found)
     return 0 if all(measurement.met for measurement in found) else FAILED
 
 
@@ -58,12 +58,23 @@ def _line(measurement: Measurement) -> str:
     return f"  {measurement.name}: {measurement.value:.4g} {measurement.unit}{ratio}"
 
 
+def print_table(found: list[Measurement]) -> None:
+    """All figures on standard output. A narrow terminal folds their names; what is not a terminal gets the lines as long as they are."""
+    from rich.console import Console
+
+    table = _table(found)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, console.measure(table, options=console.options.update(max_width=WIDTH_MAX)).maximum)
+    console.print(table)
+
+
 def _table(found: list[Measurement]) -> Table:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for heading, justify in COLUMNS:
-        table.add_column(heading, justify=justify, no_wrap=True)
+        table.add_column(heading, justify=justify, no_wrap=heading != "figure", overflow="fold")
     for m in found:
         reference = "" if m.reference is None else f"{m.reference:.4g}"
         ratio = "" if m.ratio is None else f"{m.ratio:.2f}"
