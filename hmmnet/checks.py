@@ -8,10 +8,13 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from .errors import KernelError
 from .pages import ADDRESS_BITS, PAGE_SHIFT, PAGES_MAX
 
+Arrayable = bytes | bytearray | memoryview | npt.NDArray[Any]
+"""What a program stores."""
 LOOK_PAGES_MAX = 1 << 28
 """Pages that one look at a page table tells of: 1 TiB of addresses."""
 
@@ -40,3 +43,10 @@ def plain_arguments(kernel: str, arguments: Mapping[str, Any]) -> dict[str, Any]
         except (TypeError, ValueError, OverflowError) as error:
             raise KernelError(errno.EINVAL, "launch", f"argument {name} of {kernel} cannot be sent to a device: {error}") from error
     return plain
+
+
+def as_bytes(data: Arrayable) -> npt.NDArray[np.uint8]:
+    """Whatever a program stores, as bytes, without a copy where it lies in one piece."""
+    if isinstance(data, np.ndarray):
+        return np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+    return np.frombuffer(data, dtype=np.uint8)

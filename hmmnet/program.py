@@ -76,6 +76,35 @@ class PageReferences(Protocol):
 
 
 @runtime_checkable
+class MemoryFile(Protocol):
+    """A file in memory, as memfd_create(2) gives it: pages that processes can map, shared or private. Lengths and offsets are in bytes.
+
+    It lasts as long as somebody has it: this object, or a mapping.
+    """
+
+    @property
+    def size(self) -> int:
+        """Its length; `write` beyond the end and `truncate` change it."""
+        ...
+
+    async def read(self, offset: int, length: int) -> bytes:
+        """pread(2): fewer bytes at the end of the file; holes read as zero. Raises KernelError(EINVAL)."""
+        ...
+
+    async def write(self, offset: int, data: bytes | bytearray | memoryview | npt.NDArray[Any]) -> None:
+        """pwrite(2): whoever maps the file sees it, devices too. Raises KernelError: EINVAL, EFBIG, ENOMEM."""
+        ...
+
+    async def punch(self, offset: int, length: int) -> None:
+        """fallocate(2) with FALLOC_FL_PUNCH_HOLE: reads as zero from then on; whole pages are freed, and mirrors told. KernelError(EINVAL)."""
+        ...
+
+    async def truncate(self, length: int) -> None:
+        """ftruncate(2): an access to a mapped page behind the end is SIGBUS from then on. Raises KernelError: EINVAL, EFBIG."""
+        ...
+
+
+@runtime_checkable
 class Process(Protocol):
     """A process of the emulated machine: system calls, memory accesses, jobs. All lengths are in bytes."""
 
@@ -86,11 +115,26 @@ class Process(Protocol):
         """The open devices by file descriptor; a child has those of its parent under the same numbers."""
         ...
 
-    async def mmap(self, length: int, protection: str = "rw", address: int | None = None, *, populate: bool = False) -> int:
-        """Anonymous private memory; `protection` of ``rw r rx w none``; at `address` (MAP_FIXED) or where there is room.
+    async def mmap(
+        self,
+        length: int,
+        protection: str = "rw",
+        address: int | None = None,
+        *,
+        populate: bool = False,
+        shared: bool = False,
+        file: MemoryFile | None = None,
+        offset: int = 0,
+    ) -> int:
+        """Map memory; `protection` of ``rw r rx w none``; at `address` (MAP_FIXED) or where there is room.
 
-        `populate` faults it in at once as far as that goes (MAP_POPULATE). Raises KernelError as mmap(2).
+        Anonymous, or `file` from byte `offset` on; private, or `shared` (MAP_SHARED): with children that are forked, and with all who map the
+        file. `populate` faults it in at once as far as that goes (MAP_POPULATE). Raises KernelError as mmap(2).
         """
+        ...
+
+    async def memfd_create(self, length: int) -> MemoryFile:
+        """A new file of `length` bytes, all zero. Raises KernelError: EINVAL, EFBIG."""
         ...
 
     async def munmap(self, address: int, length: int) -> None:

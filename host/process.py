@@ -18,15 +18,16 @@ import numpy as np
 import numpy.typing as npt
 import trio
 
-from hmmnet.checks import check_pages, check_range, plain_arguments
+from hmmnet.checks import Arrayable, as_bytes, check_pages, check_range, plain_arguments
 from hmmnet.errors import HmmnetError, KernelError, PeerError, RemoteError
 from hmmnet.observe.counters import GPU_FAULT_GROUP
 from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, page_range
-from hmmnet.program import JobResult, Residency
+from hmmnet.program import JobResult, MemoryFile, Residency
 from hmmnet.wire.messages import ARGUMENT_BYTES_MAX, EndJob, Finished, Launch
 
 from .contexts import Contexts
 from .device import Context
+from .files import MemFd
 from .handles import Handle, HeldPages, OpenFile, command_device
 from .homing import Homing
 from .link import SessionLink
@@ -44,7 +45,6 @@ HOST = "host"
 FD_FIRST = 3
 """The first file descriptor that open(2) gives out."""
 
-Arrayable = bytes | bytearray | memoryview | npt.NDArray[Any]
 
 
 class Process:
@@ -74,14 +74,32 @@ class Process:
 
     # --- memory ---------------------------------------------------------------------------------------------------------------
 
-    async def mmap(self, length: int, protection: str = "rw", address: int | None = None, *, populate: bool = False) -> int:
+    async def mmap(
+        self,
+        length: int,
+        protection: str = "rw",
+        address: int | None = None,
+        *,
+        populate: bool = False,
+        shared: bool = False,
+        file: MemoryFile | None = None,
+        offset: int = 0,
+    ) -> int:
         """mmap(2)."""
         self._alive("mmap")
-        mapped = await self.space.mmap(length, protection, address)
+        if file is not None and not isinstance(file, MemFd):
+            raise KernelError(errno.EBADF, "mmap", f"{type(file).__name__} is no file of this machine; take one from memfd_create")
+        opened = None if file is None else file.file
+        mapped = await self.space.mmap(length, protection, address, shared=shared, file=opened, offset=offset)
         if populate:
             with contextlib.suppress(KernelError):  # mm_populate: what cannot be had is had later, or never
-                await self.space.madvise(mapped, length, "POPULATE_WRITE" if "w" in protection else "POPULATE_READ")
+                await self.space.madvise(mapped, length, "POPULATE_WRITE" if "w" in protection and not shared else "POPULATE_READ")
         return mapped
+
+    async def memfd_create(self, length: int) -> MemFd:
+        """memfd_create(2) and ftruncate(2)."""
+        self._alive("memfd_create")
+        return MemFd(self.space.memory, length, self.space.node)
 
     async def munmap(self, address: int, length: int) -> None:
         """munmap(2)."""
@@ -292,10 +310,3 @@ class Process:
     def _alive(self, call: str) -> None:
         if self.ended:
             raise KernelError(errno.ESRCH, call, f"process {self.pid} has exited")
-
-
-def as_bytes(data: Arrayable) -> npt.NDArray[np.uint8]:
-    """Whatever a program stores, as bytes, without a copy where it lies in one piece."""
-    if isinstance(data, np.ndarray):
-        return np.ascontiguousarray(data).reshape(-1).view(np.uint8)
-    return np.frombuffer(data, dtype=np.uint8)

@@ -41,9 +41,11 @@ SYNTAX_OPERATIONS = _names(
     """
 )
 """Every operation that the trace syntax has, built or not."""
-MAPPING_OPTIONS = frozenset({"shared", "file", "off", "thp", "hugetlb"})
+MAPPING_OPTIONS = frozenset({"thp", "hugetlb"})
 BINDS: Mapping[str, int] = {"mmap": 1, "hole": 1, "mmapdev": 1, "open": 1, "memfd": 1, "mremap": 5}
 """Operations that give a name to something, and which word the name is."""
+BINDS_KIND: Mapping[str, str] = {"open": "D", "memfd": "F"}
+"""What they name, if it is not a region."""
 
 
 class BadArgumentError(Exception):
@@ -96,6 +98,7 @@ PARSERS: Mapping[str, Callable[[str], Any]] = {
     "NAME": str,
     "R": str,
     "D": str,
+    "F": str,
     "p": _bounded(1 << 20, "a page beyond any region"),
     "n": _bounded(PAGES_MAX, "too many pages for one operation"),
     "m": _bounded(PAGES_MAX, "too many pages for one region"),
@@ -106,7 +109,7 @@ PARSERS: Mapping[str, Callable[[str], Any]] = {
     "ADVICE": _one_of(ADVICE, "advice"),
 }
 DEFAULTS: Mapping[str, Any] = {"n": 1, "PROT": "rw"}
-KINDS: Mapping[str, str] = {"R": "region", "D": "device"}
+KINDS: Mapping[str, str] = {"R": "region", "D": "device", "F": "file", "file=F": "file"}
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,8 @@ class Usage:
 
     name: str
     kinds: tuple[str, ...]
+    options: tuple[str, ...] = ()
+    """Words ``name=KIND`` that may follow in any order; None for one that does not."""
     flags: tuple[str, ...] = ()
 
     @classmethod
@@ -122,12 +127,14 @@ class Usage:
         """Read a usage such as ``mmap NAME n [PROT]``."""
         name, *words = text.split()
         kinds = tuple(word for word in words if word.strip("[]") in PARSERS)
-        flags = tuple(word.strip("[]") for word in words[len(kinds) :])
-        assert words == [*kinds, *(f"[{flag}]" for flag in flags)], f"unknown kind of argument in usage {text!r}"
-        return cls(name, kinds, flags)
+        options = tuple(word.strip("[]") for word in words if "=" in word)
+        flags = tuple(word.strip("[]") for word in words[len(kinds) + len(options) :])
+        usage = cls(name, kinds, options, flags)
+        assert str(usage) == text, f"unknown kind of argument in usage {text!r}"
+        return usage
 
     def __str__(self) -> str:
-        return " ".join((self.name, *self.kinds, *(f"[{flag}]" for flag in self.flags)))
+        return " ".join((self.name, *self.kinds, *(f"[{word}]" for word in (*self.options, *self.flags))))
 
     def parse(self, words: tuple[str, ...]) -> tuple[Any, ...] | Unsupported:
         """The arguments in `words` (without the operation's name). Raises BadArgumentError."""
@@ -137,6 +144,14 @@ class Usage:
                     return Unsupported(f"mmap {word.partition('=')[0]}")
         required = sum(not kind.startswith("[") for kind in self.kinds)
         flags = {word for word in words[required:] if word in self.flags}
+        options: list[Any] = []
+        for option in self.options:
+            name, _, kind = option.partition("=")
+            given = [word for word in words[required:] if word.startswith(f"{name}=")]
+            if len(given) > 1:
+                raise BadArgumentError(f"{given[1]!r}: {name} was given before")
+            options.append(PARSERS[kind](given[0].partition("=")[2]) if given else None)
+            words = (*words[:required], *(word for word in words[required:] if word not in given))
         words = (*words[:required], *(word for word in words[required:] if word not in flags))
         if len(words) > len(self.kinds):
             raise BadArgumentError(f"{words[len(self.kinds)]!r} is one word too many")
@@ -149,7 +164,7 @@ class Usage:
                 values.append(DEFAULTS[plain])
             else:
                 raise BadArgumentError(f"argument {plain} is missing")
-        return (*values, *(flag in flags for flag in self.flags))
+        return (*values, *options, *(flag in flags for flag in self.flags))
 
 
 @dataclass(frozen=True)
@@ -163,7 +178,7 @@ class Step:
 def parse_steps(script: Script, usages: Mapping[str, Usage]) -> list[Step]:
     """Every operation of `script`, parsed by the usages of those that are built. Raises ScriptError for a line the syntax does not have."""
     steps: list[Step] = []
-    names: dict[str, set[str]] = {"R": set(), "D": set()}
+    names: dict[str, set[str]] = {"R": set(), "D": set(), "F": set()}
     children = 0
     for operation in script.operations:
         try:
@@ -195,13 +210,13 @@ def _parse(operation: Operation, usages: Mapping[str, Usage], names: Mapping[str
         return Unsupported(name)
     arguments = usage.parse(operation.words[1:])
     if not isinstance(arguments, Unsupported):
-        for kind, value in zip(usage.kinds, arguments[: len(usage.kinds)], strict=True):
-            if kind in KINDS and value not in names[kind]:
-                raise BadArgumentError(f"no {KINDS[kind]} is called {value!r}{suggestion(value, names[kind])} at this line")
+        for kind, value in zip((*usage.kinds, *usage.options), arguments, strict=False):
+            if kind in KINDS and value is not None and value not in names[kind[-1]]:
+                raise BadArgumentError(f"no {KINDS[kind]} is called {value!r}{suggestion(value, names[kind[-1]])} at this line")
     return arguments
 
 
 def _bind(operation: Operation, names: Mapping[str, set[str]]) -> None:
     position = BINDS.get(operation.words[0])
     if position is not None and position < len(operation.words):
-        names["D" if operation.words[0] == "open" else "R"].add(operation.words[position])
+        names[BINDS_KIND.get(operation.words[0], "R")].add(operation.words[position])

@@ -68,11 +68,15 @@ def pattern(value: int, pages: int) -> npt.NDArray[np.uint8]:
 # --- address space ----------------------------------------------------------------------------------------------------------------
 
 
-@operation("mmap NAME n [PROT] [populate]")
-async def mmap(stage: Stage, name: str, pages: int, protection: str, populate: bool) -> str:
-    """MAP_PRIVATE | MAP_ANONYMOUS at the region's place."""
+@operation("mmap NAME n [PROT] [file=F] [off=n] [populate] [shared]")
+async def mmap(
+    stage: Stage, name: str, pages: int, protection: str, file: str | None, offset: int | None, populate: bool, shared: bool
+) -> str:
+    """mmap(2) at the region's place."""
     region = stage.new_region(name, pages)
-    await stage.process.mmap(pages * PAGE_SIZE, protection, region.base, populate=populate)
+    mapped = None if file is None else stage.files[file]
+    where = (offset or 0) * PAGE_SIZE
+    await stage.process.mmap(pages * PAGE_SIZE, protection, region.base, populate=populate, shared=shared, file=mapped, offset=where)
     return "ok"
 
 
@@ -132,6 +136,40 @@ async def munlock(stage: Stage, region: str, page: int, pages: int) -> str:
 async def madvise(stage: Stage, region: str, page: int, pages: int, advice: str) -> str:
     """madvise(2)."""
     await stage.process.madvise(stage.address(region, page), pages * PAGE_SIZE, advice)
+    return "ok"
+
+
+@operation("memfd NAME n")
+async def memfd(stage: Stage, name: str, pages: int) -> str:
+    """memfd_create(2) and ftruncate(2)."""
+    stage.files[name] = await stage.process.memfd_create(pages * PAGE_SIZE)
+    return "ok"
+
+
+@operation("ffill F p n val")
+async def ffill(stage: Stage, file: str, page: int, pages: int, value: int) -> str:
+    """pwrite(2), page by page."""
+    await stage.files[file].write(page * PAGE_SIZE, pattern(value, pages))
+    return "ok"
+
+
+@operation("fsum F p [n]")
+async def fsum(stage: Stage, file: str, page: int, pages: int) -> str:
+    """pread(2), page by page up to the end of the file."""
+    return f"ok {listed(page_tokens(await stage.files[file].read(page * PAGE_SIZE, pages * PAGE_SIZE)))}"
+
+
+@operation("fpunch F p n")
+async def fpunch(stage: Stage, file: str, page: int, pages: int) -> str:
+    """fallocate(2) with FALLOC_FL_PUNCH_HOLE."""
+    await stage.files[file].punch(page * PAGE_SIZE, pages * PAGE_SIZE)
+    return "ok"
+
+
+@operation("ftrunc F n")
+async def ftrunc(stage: Stage, file: str, pages: int) -> str:
+    """ftruncate(2)."""
+    await stage.files[file].truncate(pages * PAGE_SIZE)
     return "ok"
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from hmmnet.errors import KernelError
 from hmmnet.pages import PAGE_SIZE
-from hmmnet.program import Handle, PageReferences, Process
+from hmmnet.program import Handle, MemoryFile, PageReferences, Process
 
 REGIONS_BASE = 0x100_0000_0000
 REGION_STRIDE = 0x800_0000
@@ -30,13 +30,14 @@ class Scene:
     process: Process
     regions: dict[str, Region] = field(default_factory=dict)
     handles: dict[str, Handle] = field(default_factory=dict)
+    files: dict[str, MemoryFile] = field(default_factory=dict)
     regions_made: int = 0
 
     def child(self, process: Process) -> Scene:
         """The same for `process`, which this one has forked."""
         regions = {name: Region(region.base, region.pages) for name, region in self.regions.items()}
         handles = {name: process.handles[handle.number] for name, handle in self.handles.items()}
-        return Scene(process, regions, handles, self.regions_made)
+        return Scene(process, regions, handles, dict(self.files), self.regions_made)
 
 
 class Stage:
@@ -69,6 +70,11 @@ class Stage:
     def handles(self) -> dict[str, Handle]:
         """Its open devices. One whose name was given to another stays open until the process ends."""
         return self.scene.handles
+
+    @property
+    def files(self) -> dict[str, MemoryFile]:
+        """Its files."""
+        return self.scene.files
 
     async def end(self) -> None:
         """The script is over: what it holds is let go, its processes end, the innermost first."""

@@ -23,6 +23,7 @@ from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, ZONE_SHIFT, Words
 
 from . import fault, pte
 from .fault import Cause
+from .filemap import end_in
 from .frames import PhysicalMemory
 from .locks import Gate, RwLock, give_way
 from .mm import Mm
@@ -285,6 +286,8 @@ class CpuAccess:
                 fault.restore_exclusive(self.mm, np.arange(page, end, dtype=np.uint64))
         elif touched.cause is Cause.MARKER:
             raise BusError(page << PAGE_SHIFT, f"page 0x{page:x} of process {self.number} is poisoned or a guard page")
+        elif touched.cause is Cause.BEYOND:
+            raise BusError(page << PAGE_SHIFT, f"page 0x{page:x} of process {self.number} lies beyond the end of the file that is mapped there")
 
     async def _bring_home(self, page: int, count: int) -> None:
         """A CPU access found device-private pages: migrate_to_ram for up to `count` of them, all of one zone."""
@@ -309,7 +312,9 @@ class CpuAccess:
         if entry & pte.KIND == pte.DEVICE:
             gone = bool(self.memory.zones[entry >> pte.FRAME_SHIFT + ZONE_SHIFT].lost)
         else:
-            gone = entry & pte.KIND == pte.MARKER
+            vma = self.mm.vmas.find(address >> PAGE_SHIFT)
+            beyond = vma is not None and vma.file is not None and vma.may_read and address >> PAGE_SHIFT >= end_in(vma)
+            gone = entry & pte.KIND == pte.MARKER or (entry == 0 and beyond)
         return BusError if gone else SegmentationFault
 
     def _copy_out(self, address: int, out: npt.NDArray[np.uint8]) -> None:

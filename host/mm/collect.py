@@ -129,13 +129,16 @@ def _wanted(entries: Words, select: Select, owner: int) -> Flags:
 
 
 def _free_to_go(memory: PhysicalMemory, frames: Words, fault_frame: int | None) -> Flags:
-    """Which `frames` are not locked by another migration, not pinned, and held by nobody but their mappings."""
+    """Which `frames` are anonymous, not locked by another migration, not pinned, and held by nobody but their mappings.
+
+    The kernel takes pages of files, too, and lets them go where the migration has a private destination (migrate_vma_pages): they stay.
+    """
     out = np.zeros(len(frames), np.bool_)
     for zone, rows, where in memory.groups(frames):
         flags = zone.flags[where]
-        extra = zone.refcount[where] - zone.mapcount[where] - (flags & ANON == 0)
+        extra = zone.refcount[where] - zone.mapcount[where]
         allowed = 0 if isinstance(zone, HostZone) else DEVICE_EXTRA_REFERENCES
-        unlocked = flags & LOCKED == 0
+        unlocked = (flags & LOCKED == 0) & (flags & ANON != 0)
         if fault_frame is not None:
             unlocked |= frames[rows] == fault_frame
         out[rows] = unlocked & (extra <= allowed) & (zone.pincount[where] == 0)

@@ -21,8 +21,9 @@ from hmmnet.errors import KernelError
 from hmmnet.pages import ZERO_FRAME, Words
 
 from . import pte
+from .filemap import end_in, file_offsets, map_file, read_fault
 from .mm import Mm
-from .vma import Vma
+from .vma import VM_SHARED, Vma
 
 ENOMEM = 12
 
@@ -41,6 +42,8 @@ class Cause(IntEnum):
     """A device has atomic access: to be taken away, after it was told."""
     MARKER = 5
     """Poisoned, or a guard page."""
+    BEYOND = 6
+    """Behind the end of the file that is mapped."""
 
 
 _CAUSE = np.zeros(8, dtype=np.uint8)
@@ -68,7 +71,10 @@ def touch(mm: Mm, vma: Vma, pages: Words, write: bool, keep: slice | None = None
     entries = mm.table.gather(pages)
     if _settled(mm, pages, entries, write):
         return Touched(len(pages))
-    causes = _causes(mm, entries, write)
+    causes = _causes(mm, vma, entries, write)
+    if vma.file is not None:
+        beyond = int(np.searchsorted(pages, end_in(vma)))
+        causes[beyond:][entries[beyond:] == 0] = Cause.BEYOND
     stop = int(np.argmax(causes > 0)) if causes.any() else len(pages)
     if stop:
         _settle(mm, vma, pages[:stop], entries[:stop], write, keep, mm.node if node is None else node)
@@ -123,11 +129,11 @@ def _settled(mm: Mm, pages: Words, entries: Words, write: bool) -> bool:
     return True
 
 
-def _causes(mm: Mm, entries: Words, write: bool) -> npt.NDArray[np.uint8]:
+def _causes(mm: Mm, vma: Vma, entries: Words, write: bool) -> npt.NDArray[np.uint8]:
     """Why each page cannot be had at once (`Cause`)."""
     kinds = pte.kinds_of(entries)
     causes = _CAUSE[kinds.astype(np.intp)]
-    if write:
+    if write and not vma.flags & VM_SHARED:
         shared = np.flatnonzero((entries & (pte.KIND | pte.WRITE | pte.ANON_EXCLUSIVE)) == pte.PRESENT)
         if len(shared):
             ours = (entries[shared] & pte.SPECIAL == 0) & (mm.memory.field(pte.frames_of(entries[shared]), "refcount") == 1)
@@ -142,17 +148,21 @@ def _settle(mm: Mm, vma: Vma, pages: Words, entries: Words, write: bool, keep: s
         _populate(mm, vma, pages, empty, write, keep, node)
     there = ~empty
     if there.any():
-        bits = pte.WRITE | pte.YOUNG | pte.DIRTY | pte.SOFT_DIRTY | pte.ANON_EXCLUSIVE if write else pte.YOUNG
-        if write:
+        bits = pte.WRITE | pte.YOUNG | pte.DIRTY | pte.SOFT_DIRTY if write else pte.YOUNG
+        if write and not vma.flags & VM_SHARED:
+            bits |= pte.ANON_EXCLUSIVE
             reused = entries[there & (entries & (pte.WRITE | pte.ANON_EXCLUSIVE) == 0)]
             mm.memory.move_anon(pte.frames_of(reused), vma.anon)
         mm.table.scatter(pages[there], pte.with_bits(entries[there], bits))
 
 
 def _populate(mm: Mm, vma: Vma, pages: Words, empty: npt.NDArray[np.bool_], write: bool, keep: slice | None, node: int) -> None:
-    """do_anonymous_page for the `empty` ones of `pages`."""
+    """do_anonymous_page, or do_fault where a file is mapped, for the `empty` ones of `pages`."""
     whole = bool(empty.all())
     new = pages if whole else pages[empty]
+    if vma.file is not None:
+        _populate_from_file(mm, vma, new, write, node)
+        return
     if not write:
         mm.table.scatter(new, pte.entry(pte.PRESENT, ZERO_FRAME, pte.ZERO_ENTRY))
         return
@@ -161,6 +171,19 @@ def _populate(mm: Mm, vma: Vma, pages: Words, empty: npt.NDArray[np.bool_], writ
         low, high = min(keep.start, len(pages)), min(keep.stop, len(pages))
         keep = slice(int(before[low - 1]) if low else 0, int(before[high - 1]) if high else 0)
     make(mm, vma, new, pte.FRESH_WRITE, keep, node)
+
+
+def _populate_from_file(mm: Mm, vma: Vma, pages: Words, write: bool, node: int) -> None:
+    """do_read_fault, do_shared_fault or do_cow_fault for each of `pages`, which are empty and inside the file."""
+    if not write:
+        read_fault(mm, vma, pages, node)
+        return
+    assert vma.file is not None, "a VMA with a file"
+    frames = vma.file.filled(file_offsets(vma, pages), node)
+    if vma.flags & VM_SHARED:
+        map_file(mm, vma, pages, frames, write=True)
+    else:
+        mm.memory.copy(frames, make(mm, vma, pages, pte.FRESH_WRITE, slice(0, len(pages)), node))
 
 
 def make(mm: Mm, vma: Vma, pages: Words, bits: int, keep: slice | None = None, node: int | None = None) -> Words:
@@ -261,15 +284,16 @@ def move_entries(mm: Mm, start: int, target: int, count: int) -> None:
     mm.table.write(target, entries)
 
 
-def protect(mm: Mm, start: int, end: int, writable: bool) -> None:
+def protect(mm: Mm, start: int, end: int, writable: bool, shared: bool = False) -> None:
     """change_protection for entries of [start, end) after the VMA's rights changed.
 
     Losing the right to write takes WRITE from every kind of entry, and soft-dirty from those of a device. Getting it gives WRITE back only
-    to present pages that this process has alone (can_change_pte_writable); entries of a device keep what they have.
+    to present pages that this process has alone (can_change_pte_writable), in a `shared` mapping to all; entries of a device keep theirs.
     """
+    alone = 0 if shared else pte.ANON_EXCLUSIVE
     for _, part in mm.table.present(start, end):
         if writable:
-            part[part & (pte.KIND | pte.ANON_EXCLUSIVE | pte.SPECIAL) == pte.PRESENT | pte.ANON_EXCLUSIVE] |= np.uint64(pte.WRITE)
+            part[part & (pte.KIND | alone | pte.SPECIAL) == pte.PRESENT | alone] |= np.uint64(pte.WRITE)
         else:
             writable_device = part & (pte.KIND | pte.WRITE) == pte.DEVICE | pte.WRITE
             if writable_device.any():

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import mmap
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from hmmnet.pages import DEVICE_ZONE_MIN, PAGE_SHIFT, PAGE_SIZE, ZERO_FRAME, ZON
 from hmmnet.runs import RunAllocator
 
 if TYPE_CHECKING:
+    from .filemap import File
     from .mm import Mm
 
 LOCKED = 1
@@ -162,7 +164,9 @@ class PhysicalMemory:
         self.families: dict[int, list[Mm]] = {}
         self.anon_families: dict[int, int] = {}
         """The family of each anon_vma."""
-        self._anon_numbers = 0
+        self.files: weakref.WeakValueDictionary[int, File] = weakref.WeakValueDictionary()
+        """Files by number; frames of their page caches carry it as `mapping`."""
+        self._numbers = 0
 
     def add_node(self, owner: str, pages: int) -> HostZone:
         """A host memory node."""
@@ -186,9 +190,14 @@ class PhysicalMemory:
 
     def new_anon_vma(self, family: int) -> int:
         """A new anon_vma for a VMA of a process of `family`."""
-        self._anon_numbers += 1
-        self.anon_families[self._anon_numbers] = family
-        return self._anon_numbers
+        self._numbers += 1
+        self.anon_families[self._numbers] = family
+        return self._numbers
+
+    def new_file_number(self) -> int:
+        """A number for a file, which no anon_vma has."""
+        self._numbers += 1
+        return self._numbers
 
     def forget_family(self, family: int) -> None:
         """The last process of a family is gone."""

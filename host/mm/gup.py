@@ -18,6 +18,7 @@ from hmmnet.pages import HMM_PFN_VALID, HMM_PFN_WRITE, Words
 
 from . import fault, pte
 from .access import CpuAccess
+from .frames import ANON
 from .vma import VM_HUGETLB, VM_READ, VM_SHARED, VM_SPECIAL, VM_WRITE
 
 
@@ -70,10 +71,14 @@ class Pins(CpuAccess):
         """FAULT_FLAG_UNSHARE for a read-only pin: a page of the process's own, not writable, where it shares one."""
         entries = self.mm.table.gather(pages)
         alone = entries & pte.ANON_EXCLUSIVE != 0
-        zero = entries & pte.SPECIAL != 0
-        for page in pages[~alone & (longterm | ~zero) & (pte.kinds_of(entries) == pte.PRESENT)].tolist():
+        present = pte.kinds_of(entries) == pte.PRESENT
+        anonymous = present & (entries & pte.SPECIAL == 0)
+        anonymous[anonymous] = self.memory.field(pte.frames_of(entries[anonymous]), "flags") & ANON != 0
+        for page in pages[present & ~alone & (longterm | anonymous)].tolist():
             vma = self.mm.vmas.find(page)
             assert vma is not None, "an unshared page lies in a VMA"
+            if vma.flags & VM_SHARED:
+                continue  # nothing to break: whoever maps the file sees the same page
             async with self.hub.invalidate(Event.CLEAR, page, page + 1):
                 fault.unshare(self.mm, vma, page)
 
@@ -108,11 +113,13 @@ class Pins(CpuAccess):
             while page < start + got:
                 vma = self.mm.vmas.find(page)
                 assert vma is not None, "an accessible page lies in a VMA"
-                if vma.flags & (VM_SHARED | VM_HUGETLB | VM_SPECIAL):
+                if vma.flags & (VM_HUGETLB | VM_SPECIAL):
                     break
                 stop = min(start + got, vma.end)
                 pages = np.arange(page, stop, dtype=np.uint64)
                 await self._fault_pages(pages, write=True)
+                if vma.flags & VM_SHARED:
+                    break
                 async with self.hub.invalidate(Event.EXCLUSIVE, page, stop, owner):
                     page += fault.set_exclusive(self.mm, pages)
         return page - start

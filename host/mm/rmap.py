@@ -59,12 +59,31 @@ def places(memory: PhysicalMemory, frames: Words) -> Iterator[tuple[Mm, Words]]:
     """
     indices = memory.field(frames, "index")
     anon_vmas = memory.field(frames, "mapping")
+    yield from _places_of_files(memory, indices, anon_vmas)
     for family, rows in _by_family(memory, anon_vmas):
         for mm in memory.families[family]:
             found = [_inside(vma, indices[rows], anon_vmas[rows]) for vma in mm.vmas.all() if vma.anon]
             pages = np.concatenate(found) if found else indices[:0]
             if len(pages):
                 yield mm, np.unique(pages)
+
+
+def _places_of_files(memory: PhysicalMemory, indices: Words, numbers: npt.NDArray[np.uint32]) -> Iterator[tuple[Mm, Words]]:
+    """`places` for frames of page caches: wherever a process maps that page of the file (rmap_walk_file)."""
+    for number in np.unique(numbers).tolist():
+        file = memory.files.get(number)
+        if file is None:
+            continue
+        offsets = indices[numbers == number]
+        for space in list(file.mappers.values()):
+            parts = [
+                offsets[(offsets >= vma.pgoff) & (offsets < vma.pgoff + vma.end - vma.start)] - vma.pgoff + vma.start
+                for vma in space.mm.vmas.all()
+                if vma.file is file
+            ]
+            pages = np.concatenate(parts) if parts else offsets[:0]
+            if len(pages):
+                yield space.mm, np.unique(pages)
 
 
 def _inside(vma: Vma, indices: Words, anon_vmas: npt.NDArray[np.uint32]) -> Words:

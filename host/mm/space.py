@@ -21,6 +21,7 @@ from .access import Notifier
 from .advice import Advice
 from .fault import restore_exclusive
 from .fork import copy_entries, inherit, needs_copy
+from .frames import ANON
 from .mm import Mm
 from .vma import VM_DAX, VM_HUGETLB, VM_READ, VM_SPECIAL, Vma
 from .walk import walk
@@ -42,7 +43,10 @@ class Space(Advice):
             await self._migrations_over(0, PAGES_MAX)
             try:
                 for vma in self.mm.vmas.all():
-                    if inherit(child.mm, vma) is not None and needs_copy(vma):
+                    inherited = inherit(child.mm, vma)
+                    if inherited is not None and inherited.file is not None:
+                        inherited.file.mappers[number] = child
+                    if inherited is not None and needs_copy(vma):
                         async with self.hub.invalidate(Event.PROTECTION_PAGE, vma.start, vma.end):
                             restore_exclusive(self.mm, self.mm.table.occupied(vma.start, vma.end))
                             copy_entries(self.mm, child.mm, vma)
@@ -145,7 +149,7 @@ class Space(Advice):
     # --- views --------------------------------------------------------------------------------------------------------------------
 
     def pagemap(self, address: int, pages: int) -> bytes:
-        """/proc/PID/pagemap, a byte a page: ``-`` none, ``P`` present, ``S`` special; + 0x80 when mapped exactly once."""
+        """/proc/PID/pagemap, a byte a page: ``-`` none, ``P`` present (``p``: a page of a file), ``S`` special; + 0x80 when mapped once."""
         start = address >> PAGE_SHIFT
         entries = self.mm.table.read(start, start + pages)
         kinds = entries & pte.KIND
@@ -154,6 +158,7 @@ class Space(Advice):
         out[kinds == pte.PRESENT] = ord("P")
         once = np.flatnonzero(entries & (pte.KIND | pte.SPECIAL) == pte.PRESENT)
         if len(once):
+            out[once[self.memory.field(pte.frames_of(entries[once]), "flags") & ANON == 0]] = ord("p")
             out[once[self.memory.field(pte.frames_of(entries[once]), "mapcount") == 1]] |= 0x80
         return out.tobytes()
 

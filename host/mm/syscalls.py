@@ -17,6 +17,7 @@ from hmmnet.pages import ADDRESS_BITS, PAGE_SHIFT, PAGES_MAX
 
 from . import fault, pte
 from .access import PAGE_MASK
+from .filemap import File
 from .gup import Pins
 from .vma import VM_ACCESS, VM_LOCKED, VM_SHARED, VM_SPECIAL, VM_WRITE, Vma, protection_flags
 
@@ -26,15 +27,29 @@ class SystemCalls(Pins):
 
     # --- mmap, munmap -------------------------------------------------------------------------------------------------------------
 
-    async def mmap(self, length: int, protection: str = "rw", address: int | None = None, flags: int = 0) -> int:
-        """mmap(2) of anonymous private memory: MAP_FIXED at `address`, or where there is room. `flags` are further VM_* bits.
+    async def mmap(
+        self,
+        length: int,
+        protection: str = "rw",
+        address: int | None = None,
+        flags: int = 0,
+        *,
+        shared: bool = False,
+        file: File | None = None,
+        offset: int = 0,
+    ) -> int:
+        """mmap(2): MAP_FIXED at `address`, or where there is room; MAP_SHARED or MAP_PRIVATE; of `file` from byte `offset` on, or anonymous.
 
-        Raises KernelError: EINVAL (empty, unaligned), ENOMEM (no room).
+        `flags` are further VM_* bits. Raises KernelError: EINVAL (empty, unaligned), ENOMEM (no room).
         """
         rights = protection_flags(protection)
         count = whole_pages("mmap", length)
         if count == 0:
             raise KernelError(errno.EINVAL, "mmap", "length is 0")
+        if offset & PAGE_MASK or offset < 0:
+            raise KernelError(errno.EINVAL, "mmap", f"offset {offset} is not the start of a page of the file")
+        if shared and file is None:
+            file = File(self.memory, count << PAGE_SHIFT)  # shmem_zero_setup
         async with self.mmap_lock.write():
             if address is None:
                 start = self._gap(count, "mmap")
@@ -43,7 +58,10 @@ class SystemCalls(Pins):
                 if start + count > PAGES_MAX:
                     raise KernelError(errno.ENOMEM, "mmap", f"0x{address:x} + {length} bytes leaves the address space")
                 await self._unmap(start, start + count)
-            self.mm.vmas.add(Vma(start, start + count, rights | flags, start))
+            rights |= flags | (VM_SHARED if shared else 0)
+            if file is not None:
+                file.mappers[self.number] = self
+            self.mm.vmas.add(Vma(start, start + count, rights, start if file is None else offset >> PAGE_SHIFT, file=file))
         return start << PAGE_SHIFT
 
     def _gap(self, count: int, call: str) -> int:
@@ -74,7 +92,9 @@ class SystemCalls(Pins):
         """exit_mmap: mirrors are told once, for everything; then all is unmapped."""
         async with self.mmap_lock.write(), self.hub.invalidate(Event.RELEASE, 0, PAGES_MAX):
             self._zap(0, PAGES_MAX)
-            self.mm.vmas.remove(0, PAGES_MAX)
+            for vma in self.mm.vmas.remove(0, PAGES_MAX):
+                if vma.file is not None:
+                    vma.file.mappers.pop(self.number, None)
             self.mm.close()
 
     # --- mprotect, mlock ----------------------------------------------------------------------------------------------------------
@@ -96,7 +116,7 @@ class SystemCalls(Pins):
             return
         async with self.hub.invalidate(Event.PROTECTION_VMA, start, end):
             self.mm.vmas.update(start, end, lambda piece: replace(piece, flags=flags))
-            fault.protect(self.mm, start, end, bool(flags & VM_WRITE))
+            fault.protect(self.mm, start, end, bool(flags & VM_WRITE), bool(flags & VM_SHARED))
         if flags & VM_WRITE and old & (VM_WRITE | VM_SHARED | VM_LOCKED) == VM_LOCKED:
             await self.populate(start, end)
 

@@ -12,9 +12,13 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from hmmnet.errors import KernelError
 from hmmnet.pages import ADDRESS_BITS, HUGE_PAGES, PAGE_SHIFT
+
+if TYPE_CHECKING:
+    from .filemap import File
 
 VM_READ = 1
 VM_WRITE = 2
@@ -71,7 +75,7 @@ class Vma:
     pgoff: int
     anon: int = 0
     chain: tuple[int, ...] = ()
-    file: object | None = None
+    file: File | None = None
 
     @property
     def is_anonymous(self) -> bool:

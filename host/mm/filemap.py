@@ -1,0 +1,202 @@
+"""Files in memory and their page cache (mm/filemap.c, mm/shmem.c): what memfd_create gives, and what lies behind MAP_SHARED | MAP_ANONYMOUS.
+
+A file is a size and a table from page offset to frame, sparse: a *hole* has no frame until somebody stores there, or maps it. The cache holds
+one reference of each frame; mappings and pins add theirs. A cached frame is not ANON: its `mapping` is the file's number and its `index` the
+page offset, as `folio->mapping` and `folio->index`.
+
+What a CPU fault does depends on the mapping (do_fault):
+
+- a *load* maps the cached page, a hole being filled first, and with it what is cached nearby (`do_fault_around`, 16 pages);
+- a *store* to a shared mapping maps the cached page, writable;
+- a *store* to a private one is a copy: an anonymous page with the file's bytes, that is the process's alone from then on.
+
+A page behind the end of the file is SIGBUS. `Mappers` (the kernel's i_mmap) are the address spaces that have mapped the file: whoever
+punches or truncates asks each where.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hmmnet.errors import KernelError
+from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, PAGES_MAX, Words
+from hmmnet.sparse import SparseTable
+
+from . import pte
+from .frames import PhysicalMemory
+from .mm import Mm
+from .vma import VM_SHARED, VM_WRITE, Vma
+
+if TYPE_CHECKING:
+    from .access import CpuAccess
+
+FAULT_AROUND_PAGES = 16
+"""fault_around_bytes, 64 KiB: what one fault on a file maps when it is cached."""
+PTRS_PER_PTE = 512
+ENOMEM = 12
+
+
+class File:
+    """A file of `size` bytes, all holes. Its frames go back when nobody has it any more: no handle, no mapping."""
+
+    def __init__(self, memory: PhysicalMemory, size: int) -> None:
+        self.memory = memory
+        self.size = size
+        self.number = memory.new_file_number()
+        self.mappers: dict[int, CpuAccess] = {}
+        """i_mmap: the address spaces that have mapped the file, by number."""
+        self._cache = SparseTable()
+        memory.files[self.number] = self
+        weakref.finalize(self, _forget, memory, self._cache)
+
+    @property
+    def pages(self) -> int:
+        """Pages up to the end of the file."""
+        return self.size + PAGE_SIZE - 1 >> PAGE_SHIFT
+
+    def cached(self, offsets: Words) -> Words:
+        """The frames at page `offsets`; 0 for holes."""
+        return self._cache.gather(offsets)
+
+    def filled(self, offsets: Words, node: int) -> Words:
+        """The frames at page `offsets` (distinct); holes get zeroed ones, from `node` if it has room. Raises KernelError(ENOMEM)."""
+        frames = self._cache.gather(offsets)
+        holes = frames == 0
+        if holes.any():
+            new = self.memory.allocate(int(np.count_nonzero(holes)), node)
+            if new is None:
+                raise KernelError(ENOMEM, "page fault", f"a file wants {np.count_nonzero(holes)} pages and the host's memory is used up")
+            for zone, rows, at in self.memory.groups(new):
+                zone.mapping[at] = self.number
+                zone.index[at] = offsets[holes][rows]
+            self._cache.scatter(offsets[holes], new)
+            frames[holes] = new
+        return frames
+
+    def read(self, offset: int, length: int) -> bytes:
+        """pread(2): `length` bytes from byte `offset` on, fewer at the end of the file. Holes read as zero and stay holes."""
+        length = max(0, min(length, self.size - offset))
+        if length == 0:
+            return b""
+        offsets = _covering(offset, length)
+        out = np.zeros(len(offsets) * PAGE_SIZE, np.uint8)
+        frames = self.cached(offsets)
+        there = np.flatnonzero(frames)
+        data = np.empty(len(there) * PAGE_SIZE, np.uint8)
+        if len(there):
+            self.memory.read(frames[there], 0, data)
+            out.reshape(-1, PAGE_SIZE)[there] = data.reshape(-1, PAGE_SIZE)
+        first = offset & PAGE_SIZE - 1
+        return out[first : first + length].tobytes()
+
+    def write(self, offset: int, data: bytes, node: int) -> None:
+        """pwrite(2): the file grows where `data` goes beyond its end. Raises KernelError(ENOMEM)."""
+        if not data:
+            return
+        frames = self.filled(_covering(offset, len(data)), node)
+        self.memory.write(frames, offset & PAGE_SIZE - 1, np.frombuffer(data, np.uint8))
+        self.size = max(self.size, offset + len(data))
+
+    def zero(self, offset: int, length: int) -> None:
+        """Clear bytes inside one page, where there is one."""
+        frame = self._cache.get(offset >> PAGE_SHIFT)
+        if frame and length > 0:
+            self.memory.write_small(frame, offset & PAGE_SIZE - 1, bytes(length))
+
+    def drop(self, first: int, end: int) -> None:
+        """truncate_inode_pages: pages [first, end) become holes. Nobody maps them any more; who pinned one keeps it."""
+        offsets = self._cache.occupied(first, end)
+        frames = self._cache.gather(offsets)
+        self._cache.clear(first, end)
+        _put(self.memory, frames)
+
+
+def _covering(offset: int, length: int) -> Words:
+    """The page offsets that bytes [offset, offset + length) touch."""
+    return np.arange(offset >> PAGE_SHIFT, (offset + length - 1 >> PAGE_SHIFT) + 1, dtype=np.uint64)
+
+
+def _put(memory: PhysicalMemory, frames: Words) -> None:
+    """The cache lets go of `frames`."""
+    for zone, _, at in memory.groups(frames):
+        zone.mapping[at] = 0
+        zone.index[at] = 0
+    memory.put(frames)
+
+
+def _forget(memory: PhysicalMemory, cache: SparseTable) -> None:
+    """A file is gone."""
+    _put(memory, cache.gather(cache.occupied(0, PAGES_MAX)))
+
+
+# --- in an address space ----------------------------------------------------------------------------------------------------------
+
+
+def file_offsets(vma: Vma, pages: Words) -> Words:
+    """linear_page_index: where in the file `pages` of `vma` lie."""
+    return pages - np.uint64(vma.start) + np.uint64(vma.pgoff)
+
+
+def end_in(vma: Vma) -> int:
+    """The first page of `vma` that lies beyond the end of its file, or the end of the VMA."""
+    assert vma.file is not None, "a VMA with a file"
+    return min(vma.end, max(vma.start, vma.start + vma.file.pages - vma.pgoff))
+
+
+def map_file(mm: Mm, vma: Vma, pages: Words, frames: Words, *, write: bool) -> None:
+    """set_pte_range: cached `frames` become present at `pages`; writable where the mapping is shared and may write."""
+    bits = pte.YOUNG | (pte.WRITE if vma.flags & (VM_SHARED | VM_WRITE) == VM_SHARED | VM_WRITE else 0)
+    if write:
+        bits |= pte.DIRTY | pte.SOFT_DIRTY
+    mm.table.scatter(pages, pte.entries_of(pte.PRESENT, frames, bits))
+    mm.rss += len(pages)
+    for zone, _, at in mm.memory.groups(frames):
+        zone.refcount[at] += 1
+        zone.mapcount[at] += 1
+
+
+def read_fault(mm: Mm, vma: Vma, pages: Words, node: int) -> None:
+    """do_read_fault for each of `pages` (ascending, empty, inside the file): they are mapped, and what is cached around them."""
+    file = vma.file
+    assert file is not None, "a VMA with a file"
+    around = _around(mm, vma, pages)
+    map_file(mm, vma, pages, file.filled(file_offsets(vma, pages), node), write=False)
+    around = around[mm.table.gather(around) == 0]
+    frames = file.cached(file_offsets(vma, around))
+    there = frames != 0
+    if there.any():
+        map_file(mm, vma, around[there], frames[there], write=False)
+
+
+def _around(mm: Mm, vma: Vma, pages: Words) -> Words:
+    """do_fault_around: the pages of the windows of all faults. A page that an earlier window has mapped does not fault, so it opens none.
+
+    A window is the aligned block of 16 around the fault; where the VMA begins inside the block, 16 pages from there on (mm/memory.c).
+    """
+    file = vma.file
+    assert file is not None, "a VMA with a file"
+    start, end = vma.start, end_in(vma)
+    block = pages // FAULT_AROUND_PAGES * FAULT_AROUND_PAGES
+    low = np.maximum(block, start)
+    if start % FAULT_AROUND_PAGES and low[0] == start:
+        covered = (low > start) & (pages < start + FAULT_AROUND_PAGES) & (pages // PTRS_PER_PTE == pages[0] // PTRS_PER_PTE)
+        low = low[~(covered & (file.cached(file_offsets(vma, pages)) != 0))]
+    low = np.unique(low)
+    table_end = (low // PTRS_PER_PTE + 1) * PTRS_PER_PTE
+    high = np.minimum(np.minimum(low + FAULT_AROUND_PAGES, table_end), end)
+    grid = low[:, None] + np.arange(FAULT_AROUND_PAGES, dtype=np.uint64)
+    return np.unique(grid[grid < high[:, None]])
+
+
+def ranges_of(mm: Mm, file: File, first: int, end: int) -> Iterator[tuple[Vma, int, int]]:
+    """Where `mm` maps pages [first, end) of `file`: (VMA, first page, end)."""
+    for vma in mm.vmas.all():
+        if vma.file is file:
+            low = max(vma.start, vma.start + first - vma.pgoff)
+            high = min(vma.end, vma.start + end - vma.pgoff)
+            if low < high:
+                yield vma, low, high

@@ -1,0 +1,92 @@
+"""Cutting and punching files that somebody may have mapped (mm/truncate.c, shmem_fallocate): what writes to page tables from the file's side.
+
+Every mapping of the pages goes first, in every process, and mirrors are told (CLEAR); then the page cache drops them. A truncation takes the
+private copies along that processes have made of those pages (even_cows of unmap_mapping_range), wherever they live; a hole does not.
+
+No mmap lock is held, as in the kernel, so a process may map the file while mirrors are being told: whoever is new is told too, before
+anything changes, and the change itself is one step.
+"""
+
+from __future__ import annotations
+
+import errno
+from contextlib import AsyncExitStack
+
+import numpy as np
+
+from hmmnet.errors import KernelError
+from hmmnet.host.interfaces import Event
+from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, PAGES_MAX
+
+from . import fault, pte
+from .filemap import File, ranges_of
+from .frames import ANON
+from .mm import Mm
+
+FILE_PAGES_MAX = PAGES_MAX
+"""MAX_LFS_FILESIZE, as far as it can be mapped."""
+
+
+def check_size(call: str, length: int) -> None:
+    """Raises KernelError: EINVAL (negative), EFBIG."""
+    if length < 0:
+        raise KernelError(errno.EINVAL, call, f"{length} bytes are no size of a file")
+    if length > FILE_PAGES_MAX << PAGE_SHIFT:
+        raise KernelError(errno.EFBIG, call, f"{length} bytes are more than a file can have")
+
+
+async def truncate(file: File, length: int) -> None:
+    """ftruncate(2): what lies behind byte `length` is gone; a growing file gets a hole. Raises KernelError: EINVAL, EFBIG."""
+    check_size("ftruncate", length)
+    before, file.size = file.size, length
+    if length < before:
+        first = length + PAGE_SIZE - 1 >> PAGE_SHIFT
+        await _unmap(file, first, FILE_PAGES_MAX, even_cows=True)
+        file.zero(length, -length % PAGE_SIZE)
+
+
+async def punch(file: File, offset: int, length: int) -> None:
+    """fallocate(2) with FALLOC_FL_PUNCH_HOLE: whole pages become a hole, bytes of the pages at the edges zero. Raises KernelError(EINVAL)."""
+    if offset < 0 or length <= 0:
+        raise KernelError(errno.EINVAL, "fallocate", f"a hole of {length} bytes at byte {offset} makes no sense")
+    end = min(offset + length, FILE_PAGES_MAX << PAGE_SHIFT)
+    first, last = offset + PAGE_SIZE - 1 >> PAGE_SHIFT, end >> PAGE_SHIFT
+    if first > last:
+        file.zero(offset, end - offset)
+        return
+    if first < last:
+        await _unmap(file, first, last, even_cows=False)
+    file.zero(offset, (first << PAGE_SHIFT) - offset)
+    file.zero(last << PAGE_SHIFT, end - (last << PAGE_SHIFT))
+
+
+async def _unmap(file: File, first: int, end: int, *, even_cows: bool) -> None:
+    """unmap_mapping_range, and truncate_inode_pages, of pages [first, end)."""
+    told: set[tuple[int, int, int]] = set()
+    async with AsyncExitStack() as stack:
+        while fresh := _mapped(file, first, end) - told:
+            for number, low, high in sorted(fresh):
+                told.add((number, low, high))
+                space = file.mappers.get(number)
+                if space is not None:
+                    await stack.enter_async_context(space.hub.invalidate(Event.CLEAR, low, high))
+        for space in file.mappers.values():
+            for _, low, high in ranges_of(space.mm, file, first, end):
+                _zap(space.mm, low, high, even_cows=even_cows)
+        file.drop(first, end)
+
+
+def _mapped(file: File, first: int, end: int) -> set[tuple[int, int, int]]:
+    """Where pages [first, end) are mapped: (process, first page, end)."""
+    return {(space.number, low, high) for space in file.mappers.values() for _, low, high in ranges_of(space.mm, file, first, end)}
+
+
+def _zap(mm: Mm, low: int, high: int, *, even_cows: bool) -> None:
+    pages = mm.table.occupied(low, high)
+    if not even_cows and len(pages):
+        entries = mm.table.gather(pages)
+        of_file = entries & (pte.KIND | pte.SPECIAL) == pte.PRESENT
+        of_file[of_file] = mm.memory.field(pte.frames_of(entries[of_file]), "flags") & ANON == 0
+        pages = pages[of_file]
+    if len(pages):
+        fault.zap(mm, pages)
