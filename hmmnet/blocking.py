@@ -21,7 +21,7 @@ import outcome
 import trio
 
 from hmmnet.errors import HmmnetError
-from hmmnet.program import Handle, IoctlResult, JobResult, Machine, PageReferences, Process, Residency
+from hmmnet.program import Handle, IoctlResult, JobResult, Machine, MemoryFile, PageReferences, Process, Residency
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -176,6 +176,39 @@ class BlockingReferences:
         self._loop.call(self._held.put)
 
 
+class BlockingFile:
+    """See `hmmnet.program.MemoryFile`."""
+
+    def __init__(self, file: MemoryFile, loop: Blocking[Any]) -> None:
+        self.file = file
+        self._loop = loop
+
+    @property
+    def size(self) -> int:
+        """See `MemoryFile.size`."""
+        return self._loop.ask(lambda: self.file.size)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """See `MemoryFile.read`."""
+        return self._loop.call(self.file.read, offset, length)
+
+    def write(self, offset: int, data: bytes | bytearray | memoryview | npt.NDArray[Any]) -> None:
+        """See `MemoryFile.write`."""
+        self._loop.call(self.file.write, offset, data)
+
+    def punch(self, offset: int, length: int) -> None:
+        """See `MemoryFile.punch`."""
+        self._loop.call(self.file.punch, offset, length)
+
+    def truncate(self, length: int) -> None:
+        """See `MemoryFile.truncate`."""
+        self._loop.call(self.file.truncate, length)
+
+    def close(self) -> None:
+        """See `MemoryFile.close`."""
+        self._loop.call(self.file.close)
+
+
 class BlockingProcess:
     """See `hmmnet.program.Process`."""
 
@@ -191,9 +224,25 @@ class BlockingProcess:
             number: BlockingHandle(handle, self._loop) for number, handle in self._loop.ask(lambda: dict(self._process.handles)).items()
         }
 
-    def mmap(self, length: int, protection: str = "rw", address: int | None = None, *, populate: bool = False) -> int:
+    def mmap(
+        self,
+        length: int,
+        protection: str = "rw",
+        address: int | None = None,
+        *,
+        populate: bool = False,
+        shared: bool = False,
+        file: BlockingFile | None = None,
+        offset: int = 0,
+    ) -> int:
         """See `Process.mmap`."""
-        return self._loop.call(self._process.mmap, length, protection, address, populate=populate)
+        mapped = None if file is None else file.file
+        where: dict[str, Any] = {"populate": populate, "shared": shared, "file": mapped, "offset": offset}
+        return self._loop.call(self._process.mmap, length, protection, address, **where)
+
+    def memfd_create(self, length: int) -> BlockingFile:
+        """See `Process.memfd_create`."""
+        return BlockingFile(self._loop.call(self._process.memfd_create, length), self._loop)
 
     def munmap(self, address: int, length: int) -> None:
         """See `Process.munmap`."""

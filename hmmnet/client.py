@@ -20,11 +20,11 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from hmmnet.checks import check_pages, check_range, plain_arguments
+from hmmnet.checks import Arrayable, as_bytes, check_pages, check_range, plain_arguments
 from hmmnet.errors import HmmnetError, KernelError
 from hmmnet.launcher.directory import running_machine
 from hmmnet.pages import PAGE_SIZE
-from hmmnet.program import IoctlResult, JobResult, Residency
+from hmmnet.program import IoctlResult, JobResult, MemoryFile, Residency
 from hmmnet.wire.client import connect
 from hmmnet.wire.messages import PROTOCOL_VERSION, Call, Hello, Rate, Result, Welcome
 from hmmnet.wire.session import PendingReply, Session
@@ -132,6 +132,55 @@ class RemoteReferences:
             await self._calls.call("put_pages", **self._where)
 
 
+class RemoteFile:
+    """See `hmmnet.program.MemoryFile`."""
+
+    def __init__(self, calls: Calls, number: int, size: int) -> None:
+        self.size = size
+        self._calls = calls
+        self._number: int | None = number
+
+    def number(self, call: str) -> int:
+        """What the host knows it by. Raises KernelError(EBADF) when it is closed."""
+        if self._number is None:
+            raise KernelError(errno.EBADF, call, "the file is closed")
+        return self._number
+
+    async def read(self, offset: int, length: int) -> bytes:
+        """See `MemoryFile.read`."""
+        number = self.number("pread")
+        check_range("pread", offset, length)
+        length = max(0, min(length, self.size - offset))
+
+        def begin(at: int, count: int) -> PendingReply:
+            return self._calls.begin("file_read", file=number, offset=offset + at, length=count)
+
+        return b"".join([data async for _, data in self._calls.pieces(begin, length, CHUNK_BYTES)])
+
+    async def write(self, offset: int, data: Arrayable) -> None:
+        """See `MemoryFile.write`."""
+        number = self.number("pwrite")
+        raw = as_bytes(data)
+        for at in range(0, len(raw), CHUNK_BYTES):
+            chunk = raw[at : at + CHUNK_BYTES].tobytes()
+            self.size, _ = await self._calls.call("file_write", chunk, file=number, offset=offset + at)
+
+    async def punch(self, offset: int, length: int) -> None:
+        """See `MemoryFile.punch`."""
+        await self._calls.call("file_punch", file=self.number("fallocate"), offset=offset, length=length)
+
+    async def truncate(self, length: int) -> None:
+        """See `MemoryFile.truncate`."""
+        await self._calls.call("file_truncate", file=self.number("ftruncate"), length=length)
+        self.size = length
+
+    async def close(self) -> None:
+        """See `MemoryFile.close`."""
+        number, self._number = self._number, None
+        if number is not None:
+            await self._calls.call("file_close", file=number)
+
+
 class RemoteProcess:
     """See `hmmnet.program.Process`."""
 
@@ -140,10 +189,28 @@ class RemoteProcess:
         self.handles: dict[int, RemoteHandle] = {}
         self._calls = calls
 
-    async def mmap(self, length: int, protection: str = "rw", address: int | None = None, *, populate: bool = False) -> int:
+    async def mmap(
+        self,
+        length: int,
+        protection: str = "rw",
+        address: int | None = None,
+        *,
+        populate: bool = False,
+        shared: bool = False,
+        file: MemoryFile | None = None,
+        offset: int = 0,
+    ) -> int:
         """See `Process.mmap`."""
+        if file is not None and not isinstance(file, RemoteFile):
+            raise KernelError(errno.EBADF, "mmap", f"{type(file).__name__} is no file of this machine; take one from memfd_create")
         where: dict[str, Any] = {"length": length, "protection": protection, "address": address, "populate": populate}
-        return int((await self._calls.call("mmap", process=self.pid, **where))[0])
+        number = None if file is None else file.number("mmap")
+        return int((await self._calls.call("mmap", process=self.pid, shared=shared, file=number, offset=offset, **where))[0])
+
+    async def memfd_create(self, length: int) -> RemoteFile:
+        """See `Process.memfd_create`."""
+        number, _ = await self._calls.call("memfd_create", process=self.pid, length=length)
+        return RemoteFile(self._calls, number, length)
 
     async def munmap(self, address: int, length: int) -> None:
         """See `Process.munmap`."""

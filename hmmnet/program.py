@@ -79,7 +79,7 @@ class PageReferences(Protocol):
 class MemoryFile(Protocol):
     """A file in memory, as memfd_create(2) gives it: pages that processes can map, shared or private. Lengths and offsets are in bytes.
 
-    It lasts as long as somebody has it: this object, or a mapping.
+    It lasts as long as somebody has it: this object until `close`, or a mapping. Whatever is asked after `close` is KernelError(EBADF).
     """
 
     @property
@@ -96,11 +96,15 @@ class MemoryFile(Protocol):
         ...
 
     async def punch(self, offset: int, length: int) -> None:
-        """fallocate(2) with FALLOC_FL_PUNCH_HOLE: reads as zero from then on; whole pages are freed, and mirrors told. KernelError(EINVAL)."""
+        """fallocate(2) with FALLOC_FL_PUNCH_HOLE: it reads as zero then; whole pages are freed, mirrors told. KernelError(EINVAL)."""
         ...
 
     async def truncate(self, length: int) -> None:
         """ftruncate(2): an access to a mapped page behind the end is SIGBUS from then on. Raises KernelError: EINVAL, EFBIG."""
+        ...
+
+    async def close(self) -> None:
+        """close(2). A second time does nothing."""
         ...
 
 
@@ -128,8 +132,8 @@ class Process(Protocol):
     ) -> int:
         """Map memory; `protection` of ``rw r rx w none``; at `address` (MAP_FIXED) or where there is room.
 
-        Anonymous, or `file` from byte `offset` on; private, or `shared` (MAP_SHARED): with children that are forked, and with all who map the
-        file. `populate` faults it in at once as far as that goes (MAP_POPULATE). Raises KernelError as mmap(2).
+        Anonymous, or `file` from byte `offset` on; private, or `shared` (MAP_SHARED) with forked children and with all who map the file.
+        `populate` faults it in at once as far as that goes (MAP_POPULATE). Raises KernelError as mmap(2).
         """
         ...
 

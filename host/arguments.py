@@ -41,12 +41,41 @@ class OnProcess(Operation, frozen=True):
 
 
 class Map(OnProcess, frozen=True):
-    """``mmap``."""
+    """``mmap``; `file` is a number from ``memfd_create``."""
 
     length: Length
     protection: Word = "rw"
     address: Address | None = None
     populate: bool = False
+    shared: bool = False
+    file: int | None = None
+    offset: Length = 0
+
+
+class CreateFile(OnProcess, frozen=True):
+    """``memfd_create``."""
+
+    length: Length
+
+
+class OnFile(Operation, frozen=True):
+    """Arguments of an operation on a file."""
+
+    file: int
+
+
+class FilePart(OnFile, frozen=True):
+    """``file_write``, ``file_punch``, ``file_truncate`` (`length` alone counts)."""
+
+    offset: Length = 0
+    length: Length = 0
+
+
+class FileChunk(OnFile, frozen=True):
+    """``file_read``."""
+
+    offset: Length
+    length: ChunkLength
 
 
 class Range(OnProcess, frozen=True):

@@ -21,7 +21,7 @@ import numpy as np
 
 from hmmnet.errors import KernelError, ProtocolError
 from hmmnet.pages import PAGE_SIZE
-from hmmnet.program import Handle, Machine, PageReferences, Process
+from hmmnet.program import Handle, Machine, MemoryFile, PageReferences, Process
 from hmmnet.wire.messages import Call, Result
 
 from .arguments import (
@@ -31,10 +31,14 @@ from .arguments import (
     Allocate,
     Command,
     Create,
+    CreateFile,
     Fetch,
+    FileChunk,
+    FilePart,
     Look,
     Map,
     Move,
+    OnFile,
     OnHandle,
     OnProcess,
     Open,
@@ -55,6 +59,8 @@ PROCESSES_MAX = 256
 HANDLES_MAX = 4096
 REFERENCE_SETS_MAX = 4096
 """Times that one client may hold pages at once."""
+FILES_MAX = 4096
+"""Files that one client may have."""
 
 Answer: TypeAlias = tuple[Any, bytes]
 """A value that msgpack can carry, and data."""
@@ -78,6 +84,8 @@ class Client:
         self.handles: dict[tuple[int, int], OpenHandle] = {}
         self.references: dict[int, PageReferences] = {}
         self.reference_numbers = 0
+        self.files: dict[int, MemoryFile] = {}
+        self.file_numbers = 0
 
     async def call(self, message: Call) -> Result:
         """Serve one call. Raises KernelError and SignalError of the operation, ProtocolError for a call that makes no sense."""
@@ -96,6 +104,7 @@ class Client:
         """The client is gone: end its processes."""
         processes, self.processes = self.processes, {}
         self.handles.clear()
+        self.files.clear()
         references, self.references = self.references, {}
         for held in references.values():
             await held.put()
@@ -131,6 +140,13 @@ class Client:
         found = self.references.get(arguments.reference)
         if found is None:
             raise KernelError(errno.EINVAL, "call", f"no pages are held under number {arguments.reference}")
+        return found
+
+    def file(self, number: int) -> MemoryFile:
+        """The file that a call names. Raises KernelError(EBADF)."""
+        found = self.files.get(number)
+        if found is None:
+            raise KernelError(errno.EBADF, "call", f"this client has no file {number}")
         return found
 
 
@@ -188,7 +204,70 @@ async def create_process(client: Client, arguments: Create, _data: bytes) -> Ans
 async def mmap(client: Client, arguments: Map, _data: bytes) -> Answer:
     """mmap(2); the address."""
     process = client.process(arguments)
-    return await process.mmap(arguments.length, arguments.protection, arguments.address, populate=arguments.populate), b""
+    address = await process.mmap(
+        arguments.length,
+        arguments.protection,
+        arguments.address,
+        populate=arguments.populate,
+        shared=arguments.shared,
+        file=None if arguments.file is None else client.file(arguments.file),
+        offset=arguments.offset,
+    )
+    return address, b""
+
+
+# --- files ------------------------------------------------------------------------------------------------------------------------
+
+
+@serves(CreateFile)
+async def memfd_create(client: Client, arguments: CreateFile, _data: bytes) -> Answer:
+    """memfd_create(2); the file's number."""
+    process = client.process(arguments)
+    if len(client.files) >= FILES_MAX:
+        raise KernelError(errno.EMFILE, "memfd_create", f"a client may have {FILES_MAX} files")
+    made = await process.memfd_create(arguments.length)
+    client.file_numbers += 1
+    client.files[client.file_numbers] = made
+    return client.file_numbers, b""
+
+
+@serves(FileChunk)
+async def file_read(client: Client, arguments: FileChunk, _data: bytes) -> Answer:
+    """pread(2) of a chunk."""
+    return None, await client.file(arguments.file).read(arguments.offset, arguments.length)
+
+
+@serves(FilePart)
+async def file_write(client: Client, arguments: FilePart, data: bytes) -> Answer:
+    """pwrite(2) of the data; the file's size."""
+    file = client.file(arguments.file)
+    await file.write(arguments.offset, data)
+    return file.size, b""
+
+
+@serves(FilePart)
+async def file_punch(client: Client, arguments: FilePart, _data: bytes) -> Answer:
+    """A hole."""
+    await client.file(arguments.file).punch(arguments.offset, arguments.length)
+    return None, b""
+
+
+@serves(FilePart)
+async def file_truncate(client: Client, arguments: FilePart, _data: bytes) -> Answer:
+    """ftruncate(2)."""
+    await client.file(arguments.file).truncate(arguments.length)
+    return None, b""
+
+
+@serves(OnFile)
+async def file_close(client: Client, arguments: OnFile, _data: bytes) -> Answer:
+    """close(2)."""
+    await client.file(arguments.file).close()
+    del client.files[arguments.file]
+    return None, b""
+
+
+# --- more of a process's memory ---------------------------------------------------------------------------------------------------
 
 
 @serves(Range)

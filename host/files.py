@@ -6,7 +6,6 @@ import errno
 
 from hmmnet.checks import Arrayable, as_bytes
 from hmmnet.errors import KernelError
-from hmmnet.pages import PAGE_SIZE
 
 from .mm.filemap import File
 from .mm.frames import PhysicalMemory
@@ -14,39 +13,51 @@ from .mm.truncate import check_size, punch, truncate
 
 
 class MemFd:
-    """A memfd; `hmmnet.program.MemoryFile`. `node` is where its pages come from while there is room."""
+    """See `hmmnet.program.MemoryFile`. Its pages come from host memory `node` while that has room. Raises KernelError: EINVAL, EFBIG."""
 
     def __init__(self, memory: PhysicalMemory, length: int, node: int) -> None:
         check_size("memfd_create", length)
-        self.file = File(memory, length)
+        self._file: File | None = File(memory, length)
         self._node = node
+
+    def file(self, call: str) -> File:
+        """What is open. Raises KernelError(EBADF)."""
+        if self._file is None:
+            raise KernelError(errno.EBADF, call, "the file is closed")
+        return self._file
 
     @property
     def size(self) -> int:
         """Its length in bytes."""
-        return self.file.size
+        return self.file("fstat").size
 
     async def read(self, offset: int, length: int) -> bytes:
         """pread(2)."""
+        file = self.file("pread")
         _check("pread", offset, length)
-        return self.file.read(offset, length)
+        return file.read(offset, length)
 
     async def write(self, offset: int, data: Arrayable) -> None:
         """pwrite(2)."""
+        file = self.file("pwrite")
         raw = as_bytes(data)
         _check("pwrite", offset, len(raw))
         check_size("pwrite", offset + len(raw))
-        self.file.write(offset, bytes(raw), self._node)
+        file.write(offset, raw, self._node)
 
     async def punch(self, offset: int, length: int) -> None:
         """fallocate(2) with FALLOC_FL_PUNCH_HOLE."""
-        await punch(self.file, offset, length)
+        await punch(self.file("fallocate"), offset, length)
 
     async def truncate(self, length: int) -> None:
         """ftruncate(2)."""
-        await truncate(self.file, length)
+        await truncate(self.file("ftruncate"), length)
+
+    async def close(self) -> None:
+        """close(2)."""
+        self._file = None
 
 
 def _check(call: str, offset: int, length: int) -> None:
     if offset < 0 or length < 0:
-        raise KernelError(errno.EINVAL, call, f"{length} bytes at byte {offset} of a file make no sense (pages have {PAGE_SIZE})")
+        raise KernelError(errno.EINVAL, call, f"{length} bytes at byte {offset} are no part of a file")

@@ -46,7 +46,6 @@ FD_FIRST = 3
 """The first file descriptor that open(2) gives out."""
 
 
-
 class Process:
     """See `hmmnet.program.Process`."""
 
@@ -89,7 +88,7 @@ class Process:
         self._alive("mmap")
         if file is not None and not isinstance(file, MemFd):
             raise KernelError(errno.EBADF, "mmap", f"{type(file).__name__} is no file of this machine; take one from memfd_create")
-        opened = None if file is None else file.file
+        opened = None if file is None else file.file("mmap")
         mapped = await self.space.mmap(length, protection, address, shared=shared, file=opened, offset=offset)
         if populate:
             with contextlib.suppress(KernelError):  # mm_populate: what cannot be had is had later, or never

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Self
 
-from hmmnet.program import Handle
+import numpy.typing as npt
+
+from hmmnet.program import Handle, MemoryFile
 
 
 class LoggedReferences:
@@ -22,6 +24,35 @@ class LoggedReferences:
         self.log.append("put")
 
 
+class PlainFile:
+    """A file of bytes."""
+
+    def __init__(self, length: int) -> None:
+        self.data = bytearray(length)
+        self.holes: list[tuple[int, int]] = []
+        self.closed = False
+
+    @property
+    def size(self) -> int:
+        return len(self.data)
+
+    async def read(self, offset: int, length: int) -> bytes:
+        return bytes(self.data[offset : offset + length])
+
+    async def write(self, offset: int, data: bytes | bytearray | memoryview | npt.NDArray[Any]) -> None:
+        self.data = self.data.ljust(offset, b"\0")
+        self.data[offset : offset + len(data)] = bytes(data)
+
+    async def punch(self, offset: int, length: int) -> None:
+        self.holes.append((offset, length))
+
+    async def truncate(self, length: int) -> None:
+        self.data = self.data[:length].ljust(length, b"\0")
+
+    async def close(self) -> None:
+        self.closed = True
+
+
 class LoggedCalls:
     """A process that notes its system calls in `log`; its child is another of its kind, with the next number."""
 
@@ -30,9 +61,22 @@ class LoggedCalls:
         self.handles: dict[int, Handle] = {}
         self.log: list[Any] = []
 
-    async def mmap(self, length: int, protection: str = "rw", address: int | None = None, *, populate: bool = False) -> int:
-        self.log.append(("mmap", length, protection, address, populate))
+    async def mmap(
+        self,
+        length: int,
+        protection: str = "rw",
+        address: int | None = None,
+        *,
+        populate: bool = False,
+        shared: bool = False,
+        file: MemoryFile | None = None,
+        offset: int = 0,
+    ) -> int:
+        self.log.append(("mmap", length, protection, address, populate, shared, file, offset))
         return 0x1000
+
+    async def memfd_create(self, length: int) -> MemoryFile:
+        return PlainFile(length)
 
     async def mprotect(self, address: int, length: int, protection: str) -> None:
         self.log.append(("mprotect", address, length, protection))

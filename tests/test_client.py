@@ -21,7 +21,7 @@ from hmmnet.wire.memory_transport import MemoryTransport
 from hmmnet.wire.messages import Call, Hello, Refused, Welcome
 from hmmnet.wire.server import Server
 from hmmnet.wire.session import Session
-from tests.logged_calls import LoggedCalls
+from tests.logged_calls import LoggedCalls, PlainFile
 
 SECRET = bytes(32)
 BASE = 0x1000
@@ -206,7 +206,7 @@ async def test_system_calls_with_their_arguments_and_errors() -> None:
         assert await process.malloc(10) == BASE + 64
         assert await process.migrate(BASE, 4096, "gpu1") == 2048
         assert machine.processes[0].log == [
-            ("mmap", 4096, "r", 0x7000, True),
+            ("mmap", 4096, "r", 0x7000, True, False, None, 0),
             ("mprotect", BASE, 4096, "none"),
             ("madvise", BASE, 4096, "DONTNEED"),
             ("mlock", BASE, 4096),
@@ -216,6 +216,31 @@ async def test_system_calls_with_their_arguments_and_errors() -> None:
         with pytest.raises(KernelError) as caught:
             await process.munmap(3, 4096)
         assert (caught.value.name, caught.value.call) == ("EINVAL", "munmap")
+
+
+async def test_files_over_a_session() -> None:
+    """Long reads and writes go in chunks; the size is known here; a closed file, or another machine's, is EBADF."""
+    async with world() as (remote, machine):
+        process = await remote.create_process()
+        file = await process.memfd_create(10)
+        data = np.arange(CHUNK_BYTES // 2, dtype="<u4")
+        await file.write(8, data)
+        assert file.size == 8 + data.nbytes
+        assert await file.read(8, 1 << 40) == data.tobytes()
+        await file.punch(0, 4)
+        await process.mmap(4096, "r", shared=True, file=file)
+        *_, (_, _, _, _, _, shared, opened, _) = machine.processes[0].log
+        assert shared
+        assert isinstance(opened, PlainFile)
+        assert opened.holes == [(0, 4)]
+        await file.truncate(5)
+        assert (file.size, opened.size) == (5, 5)
+        await file.close()
+        await file.close()
+        assert opened.closed
+        for use in (file.read(0, 1), process.mmap(4096, file=file), process.mmap(4096, file=opened)):
+            with pytest.raises(KernelError, match="EBADF"):
+                await use
 
 
 async def test_signals_arrive_as_signals() -> None:

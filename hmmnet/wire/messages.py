@@ -447,7 +447,10 @@ class Call(Message, frozen=True):
     """A client's call of a machine or process operation by name. `Result`. `arguments` is a msgpack map, `data` at most one chunk.
 
     Machine: ``devices`` -> [name], ``report`` -> map, ``create_process`` (node) -> pid. Process operations carry ``process`` (a pid that
-    this client made) and what `hmmnet.program.Process` names: ``mmap`` (length, protection, address or nil, populate) -> address;
+    this client made) and what `hmmnet.program.Process` names: ``mmap`` (length, protection, address or nil, populate, shared,
+    file or nil, offset) -> address;
+    ``memfd_create`` (length) -> file number; ``file_read`` (file, offset, length) -> data, ``file_write`` (file, offset) with data -> size,
+    ``file_punch`` (file, offset, length), ``file_truncate`` (file, length), ``file_close`` (file);
     ``munmap``, ``mprotect``, ``madvise``, ``mlock``, ``munlock``; ``mremap`` (address, old, new, target or nil, may_move, dontunmap) ->
     address; ``get_user_pages`` (address, pages, write, pin, longterm) -> {reference, count}, ``read_pages`` (reference, first, pages)
     -> data, ``put_pages`` (reference); ``fork`` -> {process, handles: number -> device}; ``malloc`` (length) -> address; ``read``

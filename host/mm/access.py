@@ -287,7 +287,7 @@ class CpuAccess:
         elif touched.cause is Cause.MARKER:
             raise BusError(page << PAGE_SHIFT, f"page 0x{page:x} of process {self.number} is poisoned or a guard page")
         elif touched.cause is Cause.BEYOND:
-            raise BusError(page << PAGE_SHIFT, f"page 0x{page:x} of process {self.number} lies beyond the end of the file that is mapped there")
+            raise BusError(page << PAGE_SHIFT, f"page 0x{page:x} of process {self.number} lies behind the end of the file mapped there")
 
     async def _bring_home(self, page: int, count: int) -> None:
         """A CPU access found device-private pages: migrate_to_ram for up to `count` of them, all of one zone."""

@@ -21,7 +21,7 @@ from hmmnet.errors import KernelError
 from hmmnet.pages import ZERO_FRAME, Words
 
 from . import pte
-from .filemap import end_in, file_offsets, map_file, read_fault
+from .filemap import end_in, fault_around, file_offsets, map_file, read_fault
 from .mm import Mm
 from .vma import VM_SHARED, Vma
 
@@ -81,6 +81,8 @@ def touch(mm: Mm, vma: Vma, pages: Words, write: bool, keep: slice | None = None
     if stop == len(pages):
         return Touched(stop)
     cause = causes[stop]
+    if cause == Cause.BEYOND and not write:
+        fault_around(mm, vma, pages[stop : stop + 1])
     same = causes[stop:] == cause
     return Touched(stop, Cause(int(cause)), len(same) if same.all() else int(np.argmin(same)))
 

@@ -1,8 +1,8 @@
-"""Files in memory and their page cache (mm/filemap.c, mm/shmem.c): what memfd_create gives, and what lies behind MAP_SHARED | MAP_ANONYMOUS.
+"""Files in memory and their page cache (mm/filemap.c, mm/shmem.c): what memfd_create gives, and what is behind MAP_SHARED|MAP_ANONYMOUS.
 
-A file is a size and a table from page offset to frame, sparse: a *hole* has no frame until somebody stores there, or maps it. The cache holds
-one reference of each frame; mappings and pins add theirs. A cached frame is not ANON: its `mapping` is the file's number and its `index` the
-page offset, as `folio->mapping` and `folio->index`.
+A file is a size and a table from page offset to frame, sparse: a *hole* has no frame until somebody stores there, or maps it. The cache
+holds one reference of each frame; mappings and pins add theirs. A cached frame is not ANON: its `mapping` is the file's number and its
+`index` the page offset, as `folio->mapping` and `folio->index`.
 
 What a CPU fault does depends on the mapping (do_fault):
 
@@ -10,8 +10,8 @@ What a CPU fault does depends on the mapping (do_fault):
 - a *store* to a shared mapping maps the cached page, writable;
 - a *store* to a private one is a copy: an anonymous page with the file's bytes, that is the process's alone from then on.
 
-A page behind the end of the file is SIGBUS. `Mappers` (the kernel's i_mmap) are the address spaces that have mapped the file: whoever
-punches or truncates asks each where.
+A page behind the end of the file is SIGBUS. `File.mappers` (the kernel's i_mmap) are the address spaces that have mapped the file: whoever
+punches or truncates (`truncate.py`) asks each where. No entry of these pages is ever a migration entry: pages of files stay where they are.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from hmmnet.arena import Bytes
 from hmmnet.errors import KernelError
 from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, PAGES_MAX, Words
 from hmmnet.sparse import SparseTable
@@ -93,12 +94,12 @@ class File:
         first = offset & PAGE_SIZE - 1
         return out[first : first + length].tobytes()
 
-    def write(self, offset: int, data: bytes, node: int) -> None:
+    def write(self, offset: int, data: Bytes, node: int) -> None:
         """pwrite(2): the file grows where `data` goes beyond its end. Raises KernelError(ENOMEM)."""
-        if not data:
+        if len(data) == 0:
             return
         frames = self.filled(_covering(offset, len(data)), node)
-        self.memory.write(frames, offset & PAGE_SIZE - 1, np.frombuffer(data, np.uint8))
+        self.memory.write(frames, offset & PAGE_SIZE - 1, data)
         self.size = max(self.size, offset + len(data))
 
     def zero(self, offset: int, length: int) -> None:
@@ -161,19 +162,32 @@ def map_file(mm: Mm, vma: Vma, pages: Words, frames: Words, *, write: bool) -> N
 
 def read_fault(mm: Mm, vma: Vma, pages: Words, node: int) -> None:
     """do_read_fault for each of `pages` (ascending, empty, inside the file): they are mapped, and what is cached around them."""
-    file = vma.file
-    assert file is not None, "a VMA with a file"
-    around = _around(mm, vma, pages)
-    map_file(mm, vma, pages, file.filled(file_offsets(vma, pages), node), write=False)
-    around = around[mm.table.gather(around) == 0]
-    frames = file.cached(file_offsets(vma, around))
+    assert vma.file is not None, "a VMA with a file"
+    windows = _windows(vma, pages)
+    map_file(mm, vma, pages, vma.file.filled(file_offsets(vma, pages), node), write=False)
+    _map_cached(mm, vma, windows)
+
+
+def fault_around(mm: Mm, vma: Vma, pages: Words) -> None:
+    """do_fault_around alone. It comes before the fault itself, so also a load behind the end of the file maps its neighbours.
+
+    The load itself is SIGBUS (recording r00308).
+    """
+    _map_cached(mm, vma, _windows(vma, pages))
+
+
+def _map_cached(mm: Mm, vma: Vma, pages: Words) -> None:
+    """filemap_map_pages: those of `pages` that are empty and cached become present."""
+    assert vma.file is not None, "a VMA with a file"
+    pages = pages[mm.table.gather(pages) == 0]
+    frames = vma.file.cached(file_offsets(vma, pages))
     there = frames != 0
     if there.any():
-        map_file(mm, vma, around[there], frames[there], write=False)
+        map_file(mm, vma, pages[there], frames[there], write=False)
 
 
-def _around(mm: Mm, vma: Vma, pages: Words) -> Words:
-    """do_fault_around: the pages of the windows of all faults. A page that an earlier window has mapped does not fault, so it opens none.
+def _windows(vma: Vma, pages: Words) -> Words:
+    """The pages around all of `pages` (ascending) that fault. One that an earlier window maps does not fault, so it opens none.
 
     A window is the aligned block of 16 around the fault; where the VMA begins inside the block, 16 pages from there on (mm/memory.c).
     """

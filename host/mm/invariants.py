@@ -14,9 +14,9 @@ import numpy.typing as npt
 from hmmnet.pages import PAGES_MAX, Words
 
 from . import pte
-from .frames import LOCKED, HostZone, PhysicalMemory, Zone
+from .frames import ANON, LOCKED, HostZone, PhysicalMemory, Zone
 from .mm import Mm
-from .vma import VM_WRITE
+from .vma import VM_WRITE, Vma
 
 
 def check(memory: PhysicalMemory, mms: Iterable[Mm], *, quiet: bool = True) -> None:
@@ -66,16 +66,24 @@ def _check_entries(memory: PhysicalMemory, mm: Mm) -> tuple[Words, Words]:
         known = memory.field(frames[part][mapped[part]], "index") - vma.pgoff + vma.start
         same = known == pages[part][mapped[part]]
         assert same.all(), f"process {mm.number}: a frame's index does not lead to its page in the VMA at 0x{vma.start:x}"
-        owned = np.isin(memory.field(frames[part][mapped[part]], "mapping"), (vma.anon, *vma.chain))
-        assert owned.all(), f"process {mm.number}: a frame of an anon_vma that the VMA at 0x{vma.start:x} does not have"
+        owned = np.isin(memory.field(frames[part][mapped[part]], "mapping"), (vma.anon, *vma.chain, *vma_file(vma)))
+        assert owned.all(), f"process {mm.number}: a frame of an anon_vma or a file that the VMA at 0x{vma.start:x} does not have"
     assert not left.any(), f"process {mm.number}: page 0x{int(pages[np.argmax(left)]):x} is mapped outside every VMA"
-    shared = mapped & (entries & (pte.WRITE | pte.ANON_EXCLUSIVE) != 0)
+    anonymous = mapped.copy()
+    anonymous[mapped] = memory.field(frames[mapped], "flags") & ANON != 0
+    assert not (entries[mapped & ~anonymous] & pte.ANON_EXCLUSIVE).any(), f"process {mm.number}: a page of a file that is one process's own"
+    shared = anonymous & (entries & (pte.WRITE | pte.ANON_EXCLUSIVE) != 0)
     alone = memory.field(frames[shared], "mapcount") == 1
     assert alone.all(), f"process {mm.number}: a page that several map is writable or exclusive (I2)"
     locked = memory.field(frames[moving], "flags") & LOCKED != 0
     assert locked.all(), f"process {mm.number}: a migration entry whose frame is not locked"
     assert not memory.field(frames[moving], "mapcount").any(), f"process {mm.number}: a frame under migration counts as mapped"
     return frames[mapped], frames[moving]
+
+
+def vma_file(vma: Vma) -> tuple[int, ...]:
+    """The number of the file that `vma` maps, if it does."""
+    return () if vma.file is None else (vma.file.number,)
 
 
 def _check_zone(zone: Zone, frames: Words, counts: npt.NDArray[np.int64], *, quiet: bool) -> None:

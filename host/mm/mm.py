@@ -29,7 +29,7 @@ class Mm:
         self.table = SparseTable()
         """The page table: virtual page -> entry (`pte`)."""
         self.rss = 0
-        """Anonymous pages mapped, wherever they live; those on a device count too."""
+        """Pages mapped, wherever they live; those on a device count too, the zero page does not."""
         self.migration_ended: Callable[[], None] | None = None
         """Called whenever migration entries of this process have been replaced: who waits on one looks again."""
         memory.families.setdefault(self.family, []).append(self)

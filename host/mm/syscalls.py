@@ -38,7 +38,7 @@ class SystemCalls(Pins):
         file: File | None = None,
         offset: int = 0,
     ) -> int:
-        """mmap(2): MAP_FIXED at `address`, or where there is room; MAP_SHARED or MAP_PRIVATE; of `file` from byte `offset` on, or anonymous.
+        """mmap(2): MAP_FIXED at `address`, or where there is room; of `file` from byte `offset` on, or anonymous; private or `shared`.
 
         `flags` are further VM_* bits. Raises KernelError: EINVAL (empty, unaligned), ENOMEM (no room).
         """

@@ -1,7 +1,7 @@
-"""Cutting and punching files that somebody may have mapped (mm/truncate.c, shmem_fallocate): what writes to page tables from the file's side.
+"""Cutting and punching files that somebody may have mapped (mm/truncate.c, shmem_fallocate): page tables change from the file's side.
 
-Every mapping of the pages goes first, in every process, and mirrors are told (CLEAR); then the page cache drops them. A truncation takes the
-private copies along that processes have made of those pages (even_cows of unmap_mapping_range), wherever they live; a hole does not.
+Every mapping of the pages goes first, in every process, and mirrors are told (CLEAR); then the page cache drops them. A truncation takes
+along the private copies that processes have made of those pages (even_cows of unmap_mapping_range), wherever they live; a hole does not.
 
 No mmap lock is held, as in the kernel, so a process may map the file while mirrors are being told: whoever is new is told too, before
 anything changes, and the change itself is one step.
@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import errno
 from contextlib import AsyncExitStack
-
-import numpy as np
 
 from hmmnet.errors import KernelError
 from hmmnet.host.interfaces import Event
@@ -46,7 +44,7 @@ async def truncate(file: File, length: int) -> None:
 
 
 async def punch(file: File, offset: int, length: int) -> None:
-    """fallocate(2) with FALLOC_FL_PUNCH_HOLE: whole pages become a hole, bytes of the pages at the edges zero. Raises KernelError(EINVAL)."""
+    """fallocate(2) with FALLOC_FL_PUNCH_HOLE: whole pages become a hole, bytes at the edges zero. Raises KernelError(EINVAL)."""
     if offset < 0 or length <= 0:
         raise KernelError(errno.EINVAL, "fallocate", f"a hole of {length} bytes at byte {offset} makes no sense")
     end = min(offset + length, FILE_PAGES_MAX << PAGE_SHIFT)

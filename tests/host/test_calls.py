@@ -11,10 +11,10 @@ import pytest
 
 from hmmnet.errors import KernelError, ProtocolError
 from hmmnet.host.arguments import CHUNK_BYTES, STAGED_BYTES_MAX
-from hmmnet.host.calls import HANDLES_MAX, PROCESSES_MAX, Client, operation_names
+from hmmnet.host.calls import FILES_MAX, HANDLES_MAX, PROCESSES_MAX, Client, operation_names
 from hmmnet.program import IoctlResult, JobResult, Residency
 from hmmnet.wire.messages import Call
-from tests.logged_calls import LoggedCalls
+from tests.logged_calls import LoggedCalls, PlainFile
 
 
 class RecordingHandle:
@@ -131,11 +131,35 @@ async def test_operations_reach_the_process(client: Client) -> None:
     done, _ = await call(client, "launch", process=1, kernel="k", device="gpu0", arguments={"n": 3})
     assert done == {"results": {"sum": 1}, "counters": {"faults": 2}}
     assert log_of(client) == [
-        ("mmap", 8192, "rw", None, False),
+        ("mmap", 8192, "rw", None, False, False, None, 0),
         ("mprotect", 4096, 1, "r"),
         ("write", 5, b"abc"),
         ("k", "gpu0", "demand", {"n": 3}),
     ]
+
+
+async def test_files(client: Client) -> None:
+    """Numbers of the client's own, that mmap takes; unknown and closed ones are EBADF, and too many EMFILE."""
+    number, _ = await call(client, "memfd_create", process=1, length=8)
+    assert await call(client, "file_write", b"abc", file=number, offset=6) == (9, b"")
+    assert await call(client, "file_read", file=number, offset=5, length=10) == (None, b"\0abc")
+    await call(client, "file_truncate", file=number, length=4)
+    await call(client, "file_punch", file=number, offset=1, length=2)
+    await call(client, "mmap", process=1, length=4096, shared=True, file=number, offset=4096)
+    file = client.files[number]
+    assert isinstance(file, PlainFile)
+    assert (file.size, file.holes) == (4, [(1, 2)])
+    assert log_of(client) == [("mmap", 4096, "rw", None, False, True, file, 4096)]
+    client.files.update(dict.fromkeys(range(10, 9 + FILES_MAX), file))
+    with pytest.raises(KernelError, match="EMFILE"):
+        await call(client, "memfd_create", process=1, length=1)
+    await call(client, "file_close", file=number)
+    assert file.closed
+    for use in (call(client, "file_close", file=number), call(client, "file_read", file=number, offset=0, length=1)):
+        with pytest.raises(KernelError, match="EBADF"):
+            await use
+    await client.gone()
+    assert not client.files
 
 
 async def test_a_child_has_the_handles_of_its_parent(client: Client) -> None:

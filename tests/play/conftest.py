@@ -14,7 +14,7 @@ import pytest
 
 from hmmnet.errors import KernelError, SegmentationFault
 from hmmnet.pages import PAGE_SIZE, page_range
-from hmmnet.program import IoctlResult, Residency
+from hmmnet.program import IoctlResult, MemoryFile, Residency
 
 
 class FakeHandle:
@@ -106,9 +106,19 @@ class FakeProcess:
         for handle in self.handles.values():
             handle.mirrored.clear()
 
-    async def mmap(self, length: int, protection: str = "rw", address: int | None = None, *, populate: bool = False) -> int:
+    async def mmap(
+        self,
+        length: int,
+        protection: str = "rw",
+        address: int | None = None,
+        *,
+        populate: bool = False,
+        shared: bool = False,
+        file: MemoryFile | None = None,
+        offset: int = 0,
+    ) -> int:
         assert address is not None
-        assert not populate
+        assert (populate, shared, file, offset) == (False, False, None, 0)
         if length == 0:
             raise KernelError(errno.EINVAL, "mmap", "no length")
         self.rights.update(dict.fromkeys(range(*page_range(address, length)), protection))

@@ -22,8 +22,8 @@ def test_arguments() -> None:
     steps = parse_steps(script("open d0 1", "mmap A 4", "mmap B 0x10 none", "dwrite d0 A 1 2 0xff", "dread d0 B 3"), usages())
     assert [s.arguments for s in steps] == [
         ("d0", 1),
-        ("A", 4, "rw", False),
-        ("B", 16, "none", False),
+        ("A", 4, "rw", None, None, False, False),
+        ("B", 16, "none", None, None, False, False),
         ("d0", "A", 1, 2, 255),
         ("d0", "B", 3, 1),
     ]
@@ -31,9 +31,19 @@ def test_arguments() -> None:
 
 def test_what_is_not_built_is_counted_not_refused() -> None:
     """An operation or mapping option of the syntax without a function; its names count as given."""
-    steps = parse_steps(script("mmap S 3 r shared", "mmap F 1 file=f off=2", "memfd f 3", "sum S 0 3"), usages())
-    assert [s.arguments for s in steps[:3]] == [Unsupported("mmap shared"), Unsupported("mmap file"), Unsupported("memfd")]
+    steps = parse_steps(script("mmap S 3 r thp", "mmap F 1 hugetlb", "mmapdev M d 3", "sum S 0 3"), usages())
+    assert [s.arguments for s in steps[:3]] == [Unsupported("mmap thp"), Unsupported("mmap hugetlb"), Unsupported("mmapdev")]
     assert steps[3].arguments == ("S", 0, 3)
+
+
+def test_options_with_a_value() -> None:
+    """In any order; a file must have been made, and each may come once."""
+    steps = parse_steps(script("memfd f 3", "mmap A 4 shared off=0x2 file=f", "mmap B 1 r file=f populate"), usages())
+    assert [s.arguments for s in steps[1:]] == [("A", 4, "rw", "f", 2, False, True), ("B", 1, "r", "f", None, True, False)]
+    with pytest.raises(ScriptError, match="no file is called 'g'"):
+        parse_steps(script("memfd f 3", "mmap A 4 file=g"), usages())
+    with pytest.raises(ScriptError, match="off was given before"):
+        parse_steps(script("mmap A 4 off=1 off=2"), usages())
 
 
 def test_words_that_stand_for_themselves() -> None:
@@ -41,9 +51,9 @@ def test_words_that_stand_for_themselves() -> None:
     lines = ("mmap A 4 populate", "mmap A 4 r populate", "mmap A 4", "pin A 0 4 fast w", "pin A 0 4 w", "mremap A 0 1 2 B dontunmap")
     steps = parse_steps(script(*lines), usages())
     assert [s.arguments for s in steps] == [
-        ("A", 4, "rw", True),
-        ("A", 4, "r", True),
-        ("A", 4, "rw", False),
+        ("A", 4, "rw", None, None, True, False),
+        ("A", 4, "r", None, None, True, False),
+        ("A", 4, "rw", None, None, False, False),
         ("A", 0, 4, True, True),
         ("A", 0, 4, True, False),
         ("A", 0, 1, 2, "B", True),
@@ -54,7 +64,7 @@ def test_words_that_stand_for_themselves() -> None:
     ("lines", "words"),
     [
         (["mapp A 4"], "unknown operation 'mapp'; did you mean \"mmap\""),
-        (["mmap A"], "argument n is missing; usage: mmap NAME n [PROT] [populate]"),
+        (["mmap A"], "argument n is missing; usage: mmap NAME n [PROT] [file=F] [off=n] [populate] [shared]"),
         (["mmap A four"], "'four' is no number"),
         (["mmap A -1"], "negative"),
         (["mmap A 16385"], "too many pages"),

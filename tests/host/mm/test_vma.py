@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hmmnet.errors import KernelError
+from hmmnet.host.mm.filemap import File
+from hmmnet.host.mm.frames import PhysicalMemory
 from hmmnet.host.mm.vma import PAGES_TOP, VM_EXEC, VM_READ, VM_WRITE, Vma, VmaTree, protection_flags
 
 RW = VM_READ | VM_WRITE
@@ -46,7 +48,7 @@ def test_neighbours_merge_on_both_sides() -> None:
     [
         pytest.param(Vma(20, 30, VM_READ, 20), id="other rights"),
         pytest.param(Vma(20, 30, RW, 5), id="pgoff not consecutive"),
-        pytest.param(Vma(20, 30, RW, 20, file=object()), id="a file"),
+        pytest.param(Vma(20, 30, RW, 20, file=File(PhysicalMemory(), 4096)), id="a file"),
         pytest.param(Vma(20, 30, RW, 20, anon=2), id="another anon_vma"),
         pytest.param(Vma(21, 30, RW, 21), id="a hole between"),
     ],

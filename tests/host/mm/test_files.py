@@ -1,0 +1,406 @@
+"""Files in memory: holes, fault-around, shared and private mappings, truncation, punching, and who is told.
+
+Oracle: mm/filemap.c, mm/shmem.c, mm/truncate.c; the recordings show the rest (h38 to h41, and the profile *shared*).
+"""
+
+from __future__ import annotations
+
+import errno
+import gc
+
+import numpy as np
+import pytest
+import trio
+from trio.testing import wait_all_tasks_blocked
+
+from hmmnet.errors import BusError, KernelError
+from hmmnet.host.files import MemFd
+from hmmnet.host.hub import Hub
+from hmmnet.host.interfaces import Event
+from hmmnet.host.mm import pte
+from hmmnet.host.mm.space import Space
+from hmmnet.pages import PAGE_SIZE
+from tests.host.fakes import FakeLink
+
+from .machine import Machine, page_bytes, span
+
+PAGE = PAGE_SIZE
+BASE = 1 << 30
+
+
+def memfd(machine: Machine, pages: int) -> MemFd:
+    return MemFd(machine.memory, pages * PAGE, 0)
+
+
+async def filled(machine: Machine, pages: int) -> MemFd:
+    """A file whose page i holds the byte i + 1 throughout."""
+    file = memfd(machine, pages)
+    await file.write(0, b"".join(page_bytes(i + 1) for i in range(pages)))
+    return file
+
+
+async def mapped(space: Space, file: MemFd, pages: int, at: int = BASE, *, shared: bool = True, first: int = 0, rights: str = "rw") -> int:
+    return await space.mmap(pages * PAGE, rights, at, shared=shared, file=file.file("mmap"), offset=first * PAGE)
+
+
+def symbols(space: Space, address: int, pages: int) -> str:
+    """pagemap's letters, without the count of mappings."""
+    return bytes(value & 0x7F for value in space.pagemap(address, pages)).decode()
+
+
+def used(machine: Machine) -> int:
+    return sum(node.allocator.used_count for node in machine.memory.nodes)
+
+
+async def test_reading_a_hole_leaves_it_a_hole() -> None:
+    """pread of what was never written is zero and costs nothing; at the end of the file it is short."""
+    machine = Machine()
+    file = memfd(machine, 4)
+    await file.write(PAGE + 7, b"abc")
+    assert used(machine) == 1
+    assert await file.read(PAGE, 12) == bytes(7) + b"abc" + bytes(2)
+    assert await file.read(3 * PAGE, 5 * PAGE) == bytes(PAGE)
+    assert await file.read(9 * PAGE, 1) == b""
+    assert used(machine) == 1
+    await file.write(6 * PAGE, b"x")
+    assert file.size == 6 * PAGE + 1
+
+
+async def test_wrong_calls_have_their_errno() -> None:
+    """Sizes and offsets that make no sense; a closed file; an offset inside a page."""
+    machine = Machine()
+    file = memfd(machine, 1)
+    space = machine.process()
+    with pytest.raises(KernelError) as held:
+        memfd(machine, -1)
+    assert held.value.code == errno.EINVAL
+    with pytest.raises(KernelError) as held:
+        await file.truncate(1 << 60)
+    assert held.value.code == errno.EFBIG
+    for call in (file.read(-1, 1), file.write(-1, b"x"), file.punch(0, 0), file.punch(-1, 5), file.truncate(-1)):
+        with pytest.raises(KernelError) as held:
+            await call
+        assert held.value.code == errno.EINVAL
+    with pytest.raises(KernelError) as held:
+        await space.mmap(PAGE, file=file.file("mmap"), offset=12)
+    assert held.value.code == errno.EINVAL
+    await file.close()
+    await file.close()
+    with pytest.raises(KernelError) as held:
+        await file.read(0, 1)
+    assert held.value.code == errno.EBADF
+
+
+async def test_all_who_share_a_file_see_one_page() -> None:
+    """Two processes, one of them by another offset, and pread: the same bytes, one frame."""
+    machine = Machine()
+    file = await filled(machine, 4)
+    one, two = machine.process(), machine.process()
+    await mapped(one, file, 4)
+    await mapped(two, file, 2, first=2)
+    await one.store(BASE + 2 * PAGE + 5, b"shared")
+    assert await two.load(BASE + 5, 6) == b"shared"
+    await two.store(BASE + PAGE, b"!")
+    assert await file.read(3 * PAGE, 2) == b"!\x04"
+    assert used(machine) == 4
+    machine.check()
+    await machine.exit(one)
+    await machine.exit(two)
+    assert used(machine) == 4
+
+
+async def test_a_private_store_is_a_copy() -> None:
+    """The file keeps its bytes; the copy is anonymous and the process's own; what was not stored to follows the file."""
+    machine = Machine()
+    file = await filled(machine, 3)
+    space = machine.process()
+    await mapped(space, file, 3, shared=False)
+    await space.store(BASE, b"mine")  # never mapped: do_cow_fault
+    assert await space.load(BASE + PAGE, 1) == b"\x02"
+    await space.store(BASE + PAGE, b"too")  # mapped read-only: do_wp_page
+    await file.write(2 * PAGE, b"new")
+    assert await space.load(BASE, 6) == b"mine\x01\x01"
+    assert await space.load(BASE + PAGE, 4) == b"too\x02"
+    assert await space.load(BASE + 2 * PAGE, 4) == b"new\x03"
+    assert await file.read(0, 2 * PAGE) == page_bytes(1) + page_bytes(2)
+    assert symbols(space, BASE, 3) == "PPp"
+    machine.check()
+
+
+async def test_a_load_maps_what_is_cached_around_it() -> None:
+    """The aligned block of 16 pages; holes only where they are touched; a VMA that begins inside a block has 16 from its start."""
+    machine = Machine()
+    file = await filled(machine, 40)
+    await file.punch(5 * PAGE, 2 * PAGE)
+    space = machine.process()
+    await mapped(space, file, 40)
+    await space.load(BASE + 20 * PAGE, 1)
+    assert symbols(space, BASE, 40) == "-" * 16 + "p" * 16 + "-" * 8
+    await space.load(BASE + 6 * PAGE, 1)
+    assert symbols(space, BASE, 40) == "p" * 5 + "-" + "p" * 26 + "-" * 8
+    inside = 2 * BASE + 3 * PAGE
+    await mapped(space, file, 37, inside, first=3)
+    await space.load(inside, 1)
+    assert symbols(space, inside, 37) == "pp-" + "p" * 13 + "-" * 21
+    await space.store(inside + 30 * PAGE, b"x")
+    assert symbols(space, inside, 37) == "pp-" + "p" * 13 + "-" * 14 + "p" + "-" * 6
+    machine.check()
+
+
+@pytest.mark.parametrize("seed", range(60))
+async def test_a_long_load_maps_as_single_loads_do(seed: int) -> None:
+    """One access to many pages and one access each end with the same page table, whatever is a hole and wherever the VMA begins."""
+    rng = np.random.default_rng(seed)
+    stored = np.flatnonzero(rng.random(80) < rng.random()).tolist()
+    address = BASE + int(rng.integers(0, 600)) * PAGE
+    skip, first, count = int(rng.integers(0, 12)), int(rng.integers(0, 50)), int(rng.integers(1, 50))
+    end = min(60, first + count)
+    tables = []
+    for whole in (False, True):
+        machine = Machine()
+        file = memfd(machine, 80)
+        for page in stored:
+            await file.write(page * PAGE, page_bytes(page + 1))
+        space = machine.process()
+        await mapped(space, file, 60, address, first=skip)
+        if whole:
+            await space.load(address + first * PAGE, (end - first) * PAGE)
+        else:
+            for page in range(first, end):
+                await space.load(address + page * PAGE, 1)
+        tables.append(symbols(space, address, 60))
+        machine.check()
+    assert tables[0] == tables[1]
+
+
+async def test_behind_the_end_is_sigbus() -> None:
+    """Not mapped: SIGSEGV; mapped, but behind the file's end: SIGBUS that names the byte. A file that grows is there."""
+    machine = Machine()
+    file = await filled(machine, 1)
+    space = machine.process()
+    await mapped(space, file, 3)
+    for access in (space.load(BASE + PAGE + 9, 1), space.store(BASE + PAGE + 9, b"x")):
+        with pytest.raises(BusError) as held:
+            await access
+        assert held.value.address == BASE + PAGE + 9
+    assert space.signal_for(BASE + PAGE) is BusError
+    await file.truncate(2 * PAGE)
+    assert await space.load(BASE + PAGE + 9, 1) == b"\0"
+    with pytest.raises(BusError):
+        await space.load(BASE + PAGE, 2 * PAGE)
+
+
+async def test_truncation_takes_private_copies_and_a_hole_does_not() -> None:
+    """even_cows: the copy of a page behind the new end is gone, on a device too; a punched page's copy stays."""
+    machine = Machine()
+    file = await filled(machine, 4)
+    space = machine.process()
+    await mapped(space, file, 4, shared=False)
+    await space.store(BASE, b"a")
+    await space.store(BASE + 3 * PAGE, b"d")
+    await space.load(BASE + PAGE, 1)
+    await machine.to_device(space, 64, span(BASE // PAGE + 3, 1))
+    await file.punch(0, 2 * PAGE)
+    assert symbols(space, BASE, 4) == "P-pS"
+    assert await space.load(BASE, 2) == b"a\x01"
+    assert await space.load(BASE + PAGE, 1) == b"\0"
+    await file.truncate(2 * PAGE)
+    assert symbols(space, BASE, 4) == "Pp--"
+    with pytest.raises(BusError):
+        await space.load(BASE + 3 * PAGE, 1)
+    assert machine.devices[64].freed
+    machine.check()
+
+
+async def test_parts_of_pages() -> None:
+    """A size or a hole that ends inside a page zeroes the rest of it, and a page that grows again shows zeros there."""
+    machine = Machine()
+    file = await filled(machine, 3)
+    await file.truncate(2 * PAGE + 100)
+    await file.truncate(3 * PAGE)
+    assert await file.read(2 * PAGE, PAGE) == b"\x03" * 100 + bytes(PAGE - 100)
+    await file.punch(PAGE - 10, PAGE + 20)
+    assert await file.read(PAGE - 12, PAGE + 24) == b"\x01\x01" + bytes(PAGE + 20) + b"\x03\x03"
+    await file.punch(5, 10)
+    assert await file.read(4, 12) == b"\x01" + bytes(10) + b"\x01"
+    assert used(machine) == 2
+
+
+@pytest.mark.parametrize("cut", ["truncate", "punch"])
+async def test_mirrors_are_told_before_pages_go(cut: str) -> None:
+    """CLEAR for exactly the range, in every process that maps it, while the pages are still there; who maps meanwhile is told, too."""
+    machine = Machine()
+    file = await filled(machine, 4)
+    one, two, late = (machine.process() for _ in range(3))
+    links = [FakeLink("gpu0", 64) for _ in range(3)]
+    for space, link in zip((one, two, late), links, strict=True):
+        assert isinstance(space.hub, Hub)
+        space.hub.insert(0, 1 << 30, link, 1)
+    await mapped(one, file, 4)
+    await mapped(two, file, 3, first=1)
+    for space in (one, two):
+        await space.load(BASE, 1)
+    gate = links[0].hold()
+    async with trio.open_nursery() as nursery:
+        if cut == "truncate":
+            nursery.start_soon(file.truncate, 2 * PAGE)
+        else:
+            nursery.start_soon(file.punch, 2 * PAGE, 2 * PAGE)
+        await wait_all_tasks_blocked()
+        assert symbols(one, BASE, 4) == "pppp"
+        await mapped(late, file, 4)
+        if cut == "punch":
+            await late.load(BASE, 1)
+            assert symbols(late, BASE, 4) == "pppp"
+        gate.set()
+    page = BASE // PAGE
+    assert [link.told[-1][1:4] for link in links] == [
+        (page + 2, page + 4, Event.CLEAR),
+        (page + 1, page + 3, Event.CLEAR),
+        (page + 2, page + 4, Event.CLEAR),
+    ]
+    assert symbols(one, BASE, 4) == "pp--"
+    assert symbols(two, BASE, 3) == "p--"
+    assert symbols(late, BASE, 4) == ("pp--" if cut == "punch" else "----")
+    machine.check()
+
+
+async def test_who_pinned_a_page_keeps_it() -> None:
+    """A reference outlives the hole: the pinner goes on seeing the old bytes, the file has new ones."""
+    machine = Machine()
+    file = await filled(machine, 1)
+    space = machine.process()
+    await mapped(space, file, 1)
+    held = await space.get_pages(BASE // PAGE, 1, pin=True, longterm=True)
+    await file.punch(0, PAGE)
+    assert await space.load(BASE, 1) == b"\0"
+    out = np.empty(PAGE, np.uint8)
+    machine.memory.read(held, 0, out)
+    assert out.tobytes() == page_bytes(1)
+    assert used(machine) == 2
+    space.put_pages(held, pin=True)
+    assert used(machine) == 1
+
+
+async def test_a_long_term_pin_breaks_a_private_mapping_only() -> None:
+    """gup_must_unshare: read-only, long-term, of a file's page in a private mapping becomes a copy; short or shared does not."""
+    machine = Machine()
+    file = await filled(machine, 1)
+    space = machine.process()
+    await mapped(space, file, 1, shared=False)
+    await mapped(space, file, 1, 2 * BASE)
+    for address, longterm, letter in ((BASE, False, "p"), (2 * BASE, True, "p"), (BASE, True, "P")):
+        space.put_pages(await space.get_pages(address // PAGE, 1, pin=True, longterm=longterm), pin=True)
+        assert symbols(space, address, 1) == letter
+    machine.check()
+
+
+async def test_pages_of_files_do_not_migrate_their_copies_do() -> None:
+    """Whatever is tried: one page or several, shared or private. Entries stay as they were."""
+    machine = Machine()
+    file = await filled(machine, 4)
+    space = machine.process()
+    await mapped(space, file, 2)
+    await mapped(space, file, 4, 2 * BASE, shared=False)
+    await space.store(BASE, b"x")
+    await space.store(2 * BASE + PAGE, b"y")
+    await space.load(2 * BASE, 1)
+    entries = space.mm.table.read(BASE // PAGE, BASE // PAGE + 2).tolist()
+    await machine.to_device(space, 64, span(BASE // PAGE, 1))
+    await machine.to_device(space, 64, span(BASE // PAGE, 2))
+    assert space.mm.table.read(BASE // PAGE, BASE // PAGE + 2).tolist() == entries
+    await machine.to_device(space, 64, span(2 * BASE // PAGE, 4))
+    assert symbols(space, 2 * BASE, 4) == "pSpp"
+    machine.check()
+
+
+async def test_fork_shares_what_is_shared() -> None:
+    """The child of a shared mapping faults it in by itself and sees stores both ways; of a private one it has the copies."""
+    machine = Machine()
+    file = await filled(machine, 2)
+    parent = machine.process()
+    anonymous = await parent.mmap(2 * PAGE, "rw", 3 * BASE, shared=True)
+    await mapped(parent, file, 2, shared=False)
+    await parent.store(anonymous, b"before")
+    await parent.store(BASE, b"copy")
+    await parent.load(BASE + PAGE, 1)
+    child = await machine.fork(parent)
+    assert symbols(child, anonymous, 2) == "--"
+    assert symbols(child, BASE, 2) == "Pp"
+    await child.store(anonymous + PAGE, b"after")
+    await child.store(BASE, b"own!")
+    assert await parent.load(anonymous + PAGE, 5) == b"after"
+    assert await parent.load(BASE, 4) == b"copy"
+    machine.check()
+    await machine.exit(parent)
+    assert await child.load(anonymous, 6) == b"before"
+    await file.punch(0, 2 * PAGE)
+    assert await child.load(BASE + PAGE, 1) == b"\0"
+    machine.check()
+
+
+async def test_a_file_without_owners_gives_its_frames_back() -> None:
+    """The last of handle and mappings: closed, unmapped, exited, in any order."""
+    machine = Machine()
+    for order in ("close first", "unmap first", "exit"):
+        file = await filled(machine, 8)
+        space = machine.process()
+        await mapped(space, file, 8)
+        await space.load(BASE, 8 * PAGE)
+        if order == "close first":
+            await file.close()
+            assert await space.load(BASE + 7 * PAGE, 1) == b"\x08"
+            await space.munmap(BASE, 8 * PAGE)
+        elif order == "unmap first":
+            await space.munmap(BASE, 8 * PAGE)
+            assert used(machine) == 8
+            await file.close()
+        else:
+            await file.close()
+            await machine.exit(space)
+        gc.collect()
+        assert used(machine) == 0, order
+
+
+async def test_mprotect_gives_a_shared_mapping_its_right_back() -> None:
+    """Entries of a shared mapping become writable with the VMA; those of a private one wait for the store that copies."""
+    machine = Machine()
+    file = await filled(machine, 1)
+    space = machine.process()
+    await mapped(space, file, 1)
+    await mapped(space, file, 1, 2 * BASE, shared=False)
+    for address, writable in ((BASE, True), (2 * BASE, False)):
+        await space.load(address, 1)
+        await space.mprotect(address, PAGE, "r")
+        assert not space.mm.table.get(address // PAGE) & pte.WRITE
+        await space.mprotect(address, PAGE, "rw")
+        assert bool(space.mm.table.get(address // PAGE) & pte.WRITE) is writable
+        await space.store(address, b"w")
+    assert await file.read(0, 1) == b"w"
+    machine.check()
+
+
+async def test_exclusive_access_is_for_anonymous_memory() -> None:
+    """A shared page is made, and not given; a private file's page is copied, and given."""
+    machine = Machine()
+    file = await filled(machine, 1)
+    space = machine.process()
+    shared = await space.mmap(PAGE, "rw", 2 * BASE, shared=True)
+    await mapped(space, file, 1, shared=False)
+    assert await space.make_exclusive(shared // PAGE, shared // PAGE + 1, 64) == 0
+    assert symbols(space, shared, 1) == "p"
+    assert await space.make_exclusive(BASE // PAGE, BASE // PAGE + 1, 64) == 1
+    assert symbols(space, BASE, 1) == "S"
+
+
+async def test_no_memory_for_a_hole() -> None:
+    """ENOMEM, and what was there stays."""
+    machine = Machine(host_pages=8)
+    file = await filled(machine, 4)
+    space = machine.process()
+    await mapped(space, file, 4)
+    big = await space.mmap(16 * PAGE, "rw", 2 * BASE, shared=True)
+    with pytest.raises(KernelError) as held:
+        await space.store(big, bytes(16 * PAGE))
+    assert held.value.code == errno.ENOMEM
+    assert await space.load(BASE, 4 * PAGE) == b"".join(page_bytes(i + 1) for i in range(4))
