@@ -19,6 +19,7 @@ from hmmnet.pages import PAGE_SHIFT
 
 from . import fault, pte
 from .syscalls import SystemCalls, aligned, whole_pages
+from .truncate import punch
 from .vma import (
     VM_DONTCOPY,
     VM_HUGEPAGE,
@@ -58,6 +59,7 @@ FLAG_ADVICE = {
     "UNMERGEABLE": FlagAdvice(clear=VM_MERGEABLE),
 }
 PAGE_ADVICE = frozenset({"DONTNEED", "DONTNEED_LOCKED", "FREE", "WILLNEED", "COLD", "PAGEOUT"})
+REMOVE = "REMOVE"
 POPULATE_ADVICE = {"POPULATE_READ": False, "POPULATE_WRITE": True}
 
 
@@ -66,7 +68,7 @@ class Advice(SystemCalls):
 
     async def madvise(self, address: int, length: int, advice: str) -> None:
         """`advice` is the name without MADV_. Raises KernelError: EINVAL (unaligned, unknown, not for this memory), ENOMEM, EFAULT."""
-        if advice not in FLAG_ADVICE and advice not in PAGE_ADVICE and advice not in POPULATE_ADVICE:
+        if advice != REMOVE and advice not in FLAG_ADVICE and advice not in PAGE_ADVICE and advice not in POPULATE_ADVICE:
             raise KernelError(errno.EINVAL, "madvise", f"unknown advice {advice!r}")
         start = aligned("madvise", address)
         end = start + whole_pages("madvise", length)
@@ -78,6 +80,8 @@ class Advice(SystemCalls):
         if advice in FLAG_ADVICE:
             async with self.mmap_lock.write():
                 self._advise_flags(start, end, advice, FLAG_ADVICE[advice])
+        elif advice == REMOVE:
+            await self._remove(start, end)
         else:
             async with self.mmap_lock.read():
                 await self._advise_pages(start, end, advice)
@@ -93,6 +97,23 @@ class Advice(SystemCalls):
             if change.private and (not vma.is_anonymous or vma.flags & VM_SHARED):
                 raise self._refused(vma, advice)
             self.mm.vmas.update(max(start, vma.start), min(end, vma.end), apply)
+
+    async def _remove(self, start: int, end: int) -> None:
+        """madvise_remove: a hole in the file behind each shared mapping, for everybody. The mmap lock is not held meanwhile, as there."""
+        page = start
+        while page < end:
+            async with self.mmap_lock.read():
+                vma = next(iter(self.mm.vmas.overlapping(page, end)), None)
+                if vma is None:
+                    return
+                if vma.flags & VM_LOCKED or vma.file is None:
+                    raise self._refused(vma, REMOVE)
+                if not vma.flags & VM_SHARED:
+                    raise KernelError(errno.EACCES, "madvise", f"{REMOVE} is for shared mappings; page 0x{page:x} is in a private one")
+                low, high, file = max(page, vma.start), min(end, vma.end), vma.file
+                offset = low - vma.start + vma.pgoff
+            await punch(file, offset << PAGE_SHIFT, high - low << PAGE_SHIFT)
+            page = high
 
     async def _advise_pages(self, start: int, end: int, advice: str) -> None:
         for vma in self.mm.vmas.overlapping(start, end):

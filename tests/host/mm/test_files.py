@@ -404,3 +404,26 @@ async def test_no_memory_for_a_hole() -> None:
         await space.store(big, bytes(16 * PAGE))
     assert held.value.code == errno.ENOMEM
     assert await space.load(BASE, 4 * PAGE) == b"".join(page_bytes(i + 1) for i in range(4))
+
+
+async def test_madvise_remove_is_a_hole_for_everybody() -> None:
+    """In each shared mapping of the range; private ones are EACCES, anonymous and locked ones EINVAL, and a gap is told at the end."""
+    machine = Machine()
+    file = await filled(machine, 4)
+    one, two = machine.process(), machine.process()
+    await mapped(one, file, 4)
+    await mapped(two, file, 4)
+    await two.load(BASE, 4 * PAGE)
+    with pytest.raises(KernelError, match="ENOMEM"):
+        await one.madvise(BASE + PAGE, 4 * PAGE, "REMOVE")
+    assert await two.load(BASE, 4 * PAGE) == page_bytes(1) + bytes(3 * PAGE)
+    await mapped(one, file, 1, 2 * BASE, shared=False)
+    await one.mmap(PAGE, "rw", 3 * BASE)
+    for address, name in ((2 * BASE, "EACCES"), (3 * BASE, "EINVAL")):
+        with pytest.raises(KernelError, match=name):
+            await one.madvise(address, PAGE, "REMOVE")
+    await one.mlock(BASE, PAGE)
+    with pytest.raises(KernelError, match="EINVAL"):
+        await one.madvise(BASE, PAGE, "REMOVE")
+    assert await file.read(0, 1) == b"\x01"
+    machine.check()
