@@ -147,16 +147,16 @@ class BlockingHandle:
     def __init__(self, handle: Handle, loop: Blocking[Any]) -> None:
         self.device = handle.device
         self.number = handle.number
-        self._handle = handle
+        self.handle = handle
         self._loop = loop
 
     def ioctl(self, command: str, address: int, pages: int, data: bytes = b"", flags: int = 0) -> IoctlResult:
         """See `Handle.ioctl`."""
-        return self._loop.call(self._handle.ioctl, command, address, pages, data, flags)
+        return self._loop.call(self.handle.ioctl, command, address, pages, data, flags)
 
     def close(self) -> None:
         """See `Handle.close`."""
-        self._loop.call(self._handle.close)
+        self._loop.call(self.handle.close)
 
 
 class BlockingReferences:
@@ -232,11 +232,11 @@ class BlockingProcess:
         *,
         populate: bool = False,
         shared: bool = False,
-        file: BlockingFile | None = None,
+        file: BlockingFile | BlockingHandle | None = None,
         offset: int = 0,
     ) -> int:
         """See `Process.mmap`."""
-        mapped = None if file is None else file.file
+        mapped = file.file if isinstance(file, BlockingFile) else None if file is None else file.handle
         where: dict[str, Any] = {"populate": populate, "shared": shared, "file": mapped, "offset": offset}
         return self._loop.call(self._process.mmap, length, protection, address, **where)
 

@@ -24,7 +24,7 @@ from hmmnet.checks import Arrayable, as_bytes, check_pages, check_range, plain_a
 from hmmnet.errors import HmmnetError, KernelError
 from hmmnet.launcher.directory import running_machine
 from hmmnet.pages import PAGE_SIZE
-from hmmnet.program import IoctlResult, JobResult, MemoryFile, Residency
+from hmmnet.program import Handle, IoctlResult, JobResult, MemoryFile, Residency
 from hmmnet.wire.client import connect
 from hmmnet.wire.messages import PROTOCOL_VERSION, Call, Hello, Rate, Result, Welcome
 from hmmnet.wire.session import PendingReply, Session
@@ -197,10 +197,19 @@ class RemoteProcess:
         *,
         populate: bool = False,
         shared: bool = False,
-        file: MemoryFile | None = None,
+        file: MemoryFile | Handle | None = None,
         offset: int = 0,
     ) -> int:
         """See `Process.mmap`."""
+        if isinstance(file, RemoteHandle):
+            mapping: dict[str, Any] = {
+                "length": length,
+                "protection": protection,
+                "address": address,
+                "shared": shared,
+                "handle": file.number,
+            }
+            return int((await self._calls.call("mmap", process=self.pid, **mapping))[0])
         if file is not None and not isinstance(file, RemoteFile):
             raise KernelError(errno.EBADF, "mmap", f"{type(file).__name__} is no file of this machine; take one from memfd_create")
         where: dict[str, Any] = {"length": length, "protection": protection, "address": address, "populate": populate}

@@ -127,12 +127,13 @@ class Process(Protocol):
         *,
         populate: bool = False,
         shared: bool = False,
-        file: MemoryFile | None = None,
+        file: MemoryFile | Handle | None = None,
         offset: int = 0,
     ) -> int:
         """Map memory; `protection` of ``rw r rx w none``; at `address` (MAP_FIXED) or where there is room.
 
         Anonymous, or `file` from byte `offset` on; private, or `shared` (MAP_SHARED) with forked children and with all who map the file.
+        An open dmirror device can be mapped like a file: pages that the driver makes and inserts (VM_MIXEDMAP); other devices are ENODEV.
         `populate` faults it in at once as far as that goes (MAP_POPULATE). Raises KernelError as mmap(2).
         """
         ...

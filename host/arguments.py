@@ -41,7 +41,7 @@ class OnProcess(Operation, frozen=True):
 
 
 class Map(OnProcess, frozen=True):
-    """``mmap``; `file` is a number from ``memfd_create``."""
+    """``mmap``; `file` is a number from ``memfd_create``, `handle` one from ``open``."""
 
     length: Length
     protection: Word = "rw"
@@ -49,6 +49,7 @@ class Map(OnProcess, frozen=True):
     populate: bool = False
     shared: bool = False
     file: int | None = None
+    handle: int | None = None
     offset: Length = 0
 
 

@@ -204,13 +204,18 @@ async def create_process(client: Client, arguments: Create, _data: bytes) -> Ans
 async def mmap(client: Client, arguments: Map, _data: bytes) -> Answer:
     """mmap(2); the address."""
     process = client.process(arguments)
+    mapped: MemoryFile | Handle | None = None
+    if arguments.handle is not None:
+        mapped = client.handle(OnHandle(arguments.process, arguments.handle)).handle
+    elif arguments.file is not None:
+        mapped = client.file(arguments.file)
     address = await process.mmap(
         arguments.length,
         arguments.protection,
         arguments.address,
         populate=arguments.populate,
         shared=arguments.shared,
-        file=None if arguments.file is None else client.file(arguments.file),
+        file=mapped,
         offset=arguments.offset,
     )
     return address, b""

@@ -64,6 +64,12 @@ class Handle:
         wants = command in STREAMED_OUT and context.life.spec.model == "dmirror"
         return await command_device(context, command, address, pages, data, flags, pages if wants else 0)
 
+    def check_mappable(self) -> None:
+        """Raises KernelError: EBADF when it is closed, ENODEV when the device has nothing to map."""
+        self._check_open("mmap")
+        if self.file.context.life.spec.model != "dmirror":
+            raise KernelError(errno.ENODEV, "mmap", f"{self.device} has no pages to map; devices of model dmirror have")
+
     async def close(self) -> None:
         """Drop this reference. Raises KernelError(EBADF) when it is closed already."""
         self._check_open("close")

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import trio
 
+from hmmnet import program
 from hmmnet.checks import Arrayable, as_bytes, check_pages, check_range, plain_arguments
 from hmmnet.errors import HmmnetError, KernelError, PeerError, RemoteError
 from hmmnet.observe.counters import GPU_FAULT_GROUP
@@ -81,11 +82,14 @@ class Process:
         *,
         populate: bool = False,
         shared: bool = False,
-        file: MemoryFile | None = None,
+        file: MemoryFile | program.Handle | None = None,
         offset: int = 0,
     ) -> int:
         """mmap(2)."""
         self._alive("mmap")
+        if isinstance(file, Handle):
+            file.check_mappable()
+            return await self.space.mmap_inserted(length, protection, address, shared=shared)
         if file is not None and not isinstance(file, MemFd):
             raise KernelError(errno.EBADF, "mmap", f"{type(file).__name__} is no file of this machine; take one from memfd_create")
         opened = None if file is None else file.file("mmap")

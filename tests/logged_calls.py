@@ -69,7 +69,7 @@ class LoggedCalls:
         *,
         populate: bool = False,
         shared: bool = False,
-        file: MemoryFile | None = None,
+        file: MemoryFile | Handle | None = None,
         offset: int = 0,
     ) -> int:
         self.log.append(("mmap", length, protection, address, populate, shared, file, offset))

@@ -243,6 +243,15 @@ async def test_files_over_a_session() -> None:
                 await use
 
 
+async def test_a_device_is_mapped_like_a_file() -> None:
+    """mmap of an open handle reaches the process with its own handle."""
+    async with world() as (remote, machine):
+        process = await remote.create_process()
+        handle = await process.open("gpu0")
+        await process.mmap(4096, shared=True, file=handle)
+        assert machine.processes[0].log[-1] == ("mmap", 4096, "rw", None, False, True, machine.processes[0].handle, 0)
+
+
 async def test_signals_arrive_as_signals() -> None:
     """An access to lost data is a BusError with its address and cause."""
     async with world() as (remote, _):

@@ -80,6 +80,14 @@ async def mmap(
     return "ok"
 
 
+@operation("mmapdev NAME D n")
+async def mmapdev(stage: Stage, name: str, device: str, pages: int) -> str:
+    """mmap(2) of the device file."""
+    region = stage.new_region(name, pages)
+    await stage.process.mmap(pages * PAGE_SIZE, "rw", region.base, shared=True, file=stage.handle(device))
+    return "ok"
+
+
 @operation("hole NAME n")
 async def hole(stage: Stage, name: str, pages: int) -> str:
     """A name for addresses that nothing is mapped at."""

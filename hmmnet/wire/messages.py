@@ -448,7 +448,7 @@ class Call(Message, frozen=True):
 
     Machine: ``devices`` -> [name], ``report`` -> map, ``create_process`` (node) -> pid. Process operations carry ``process`` (a pid that
     this client made) and what `hmmnet.program.Process` names: ``mmap`` (length, protection, address or nil, populate, shared,
-    file or nil, offset) -> address;
+    file or nil, handle or nil, offset) -> address;
     ``memfd_create`` (length) -> file number; ``file_read`` (file, offset, length) -> data, ``file_write`` (file, offset) with data -> size,
     ``file_punch`` (file, offset, length), ``file_truncate`` (file, length), ``file_close`` (file);
     ``munmap``, ``mprotect``, ``madvise``, ``mlock``, ``munlock``; ``mremap`` (address, old, new, target or nil, may_move, dontunmap) ->

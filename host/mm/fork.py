@@ -16,7 +16,7 @@ from hmmnet.pages import Words
 
 from . import pte
 from .mm import Mm
-from .vma import VM_DONTCOPY, VM_LOCKED, VM_UFFD_MISSING, VM_WIPEONFORK, VM_WRITE, Vma
+from .vma import VM_DONTCOPY, VM_LOCKED, VM_SHARED, VM_SPECIAL, VM_UFFD_MISSING, VM_WIPEONFORK, VM_WRITE, Vma
 
 ENOMEM = 12
 
@@ -26,15 +26,15 @@ def inherit(child: Mm, vma: Vma) -> Vma | None:
     if vma.flags & VM_DONTCOPY:
         return None
     copied = replace(vma, flags=vma.flags & ~(VM_LOCKED | VM_UFFD_MISSING), anon=0, chain=())
-    if needs_copy(vma):
+    if vma.anon and needs_copy(vma):
         copied.anon, copied.chain = child.memory.new_anon_vma(child.family), (vma.anon, *vma.chain)
     child.vmas.add(copied)
     return copied
 
 
 def needs_copy(vma: Vma) -> bool:
-    """vma_needs_copy: a VMA where no anonymous page was ever made holds at most zero pages, which the child can fault in by itself."""
-    return bool(vma.anon) and not vma.flags & (VM_DONTCOPY | VM_WIPEONFORK)
+    """vma_needs_copy: what a VMA without anonymous pages holds the child can fault in by itself, unless a driver inserted it."""
+    return bool(vma.anon or vma.flags & VM_SPECIAL) and not vma.flags & (VM_DONTCOPY | VM_WIPEONFORK)
 
 
 def copy_entries(parent: Mm, child: Mm, vma: Vma) -> None:
@@ -55,7 +55,7 @@ def _share(parent: Mm, child: Mm, vma: Vma, part: Words, where: np.ndarray[tuple
     if pinned.any():
         pinned[pinned] = parent.memory.field(pte.frames_of(entries[pinned]), "pincount") > 0
     lost = (entries & (pte.KIND | pte.WRITE)) == pte.DEVICE | pte.WRITE
-    shared = entries & ~np.uint64(pte.WRITE | pte.ANON_EXCLUSIVE)
+    shared = entries.copy() if vma.flags & VM_SHARED else entries & ~np.uint64(pte.WRITE | pte.ANON_EXCLUSIVE)
     shared[lost] &= ~np.uint64(pte.SOFT_DIRTY)
     part[where] = np.where(pinned, entries, shared)
     for zone, _, at in parent.memory.groups(pte.frames_of(entries[counted & ~pinned])):

@@ -17,9 +17,9 @@ from hmmnet.pages import ADDRESS_BITS, PAGE_SHIFT, PAGES_MAX
 
 from . import fault, pte
 from .access import PAGE_MASK
-from .filemap import File
+from .filemap import File, file_offsets, map_file
 from .gup import Pins
-from .vma import VM_ACCESS, VM_LOCKED, VM_SHARED, VM_SPECIAL, VM_WRITE, Vma, protection_flags
+from .vma import VM_ACCESS, VM_LOCKED, VM_MIXEDMAP, VM_SHARED, VM_SPECIAL, VM_WRITE, Vma, protection_flags
 
 
 class SystemCalls(Pins):
@@ -63,6 +63,21 @@ class SystemCalls(Pins):
                 file.mappers[self.number] = self
             self.mm.vmas.add(Vma(start, start + count, rights, start if file is None else offset >> PAGE_SHIFT, file=file))
         return start << PAGE_SHIFT
+
+    async def mmap_inserted(self, length: int, protection: str, address: int | None, *, shared: bool) -> int:
+        """mmap(2) of a device file whose driver makes the pages and inserts them all at once (vm_insert_page; VM_MIXEDMAP).
+
+        Such a mapping does not fault: what is dropped from it is SIGBUS. Raises KernelError as `mmap`.
+        """
+        file = File(self.memory, whole_pages("mmap", length) << PAGE_SHIFT)
+        mapped = await self.mmap(length, protection, address, VM_MIXEDMAP, shared=shared, file=file)
+        vma = self.mm.vmas.find(mapped >> PAGE_SHIFT)
+        if vma is not None and vma.file is file:
+            pages = np.arange(vma.start, vma.end, dtype=np.uint64)
+            pages = pages[self.mm.table.gather(pages) == 0]
+            map_file(self.mm, vma, pages, file.filled(file_offsets(vma, pages), self.mm.node), write=False)
+        file.size = 0
+        return mapped
 
     def _gap(self, count: int, call: str) -> int:
         gap = self.mm.vmas.find_gap(count)

@@ -27,9 +27,8 @@ NOT_YET = {
     "c06-mprotect-exclusive-close",
     "h36-snapshot-thp",
     "h37-hugetlb",
-    "h48-mixedmap",
 }
-"""Recordings that do not come out identical: CPU access in place to coherent memory, huge pages, device mappings. Names only leave."""
+"""Recordings that do not come out identical: CPU access in place to coherent memory, huge pages. Names only leave."""
 
 
 async def played(chosen: list[Script]) -> Tally:

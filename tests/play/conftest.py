@@ -14,7 +14,7 @@ import pytest
 
 from hmmnet.errors import KernelError, SegmentationFault
 from hmmnet.pages import PAGE_SIZE, page_range
-from hmmnet.program import IoctlResult, MemoryFile, Residency
+from hmmnet.program import Handle, IoctlResult, MemoryFile, Residency
 
 
 class FakeHandle:
@@ -114,7 +114,7 @@ class FakeProcess:
         *,
         populate: bool = False,
         shared: bool = False,
-        file: MemoryFile | None = None,
+        file: MemoryFile | Handle | None = None,
         offset: int = 0,
     ) -> int:
         assert address is not None

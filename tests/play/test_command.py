@@ -28,11 +28,11 @@ sum A 0 2
 KERNEL WARNING
 === two
 mmap A 1
-mmapdev M d0 1
+mmap M 1 thp
 uffd A 0 1
 --- recorded
 1: mmap A 1 => ok
-2: mmapdev M d0 1 => ok
+2: mmap M 1 thp => ok
 3: uffd A 0 1 => ok
 """
 
@@ -78,7 +78,7 @@ def test_what_is_not_built_is_counted(place: Path) -> None:
     assert done.returncode == 1
     out = json.loads(done.stdout)
     assert (out["scripts"], out["identical"], out["lines"], out["lines_equal"]) == (2, 1, 8, 6)
-    assert out["unsupported_ops"] == {"mmapdev": 1, "uffd": 1}
+    assert out["unsupported_ops"] == {"mmap thp": 1, "uffd": 1}
 
 
 @pytest.mark.parametrize(

@@ -31,8 +31,8 @@ def test_arguments() -> None:
 
 def test_what_is_not_built_is_counted_not_refused() -> None:
     """An operation or mapping option of the syntax without a function; its names count as given."""
-    steps = parse_steps(script("mmap S 3 r thp", "mmap F 1 hugetlb", "mmapdev M d 3", "sum S 0 3"), usages())
-    assert [s.arguments for s in steps[:3]] == [Unsupported("mmap thp"), Unsupported("mmap hugetlb"), Unsupported("mmapdev")]
+    steps = parse_steps(script("mmap S 3 r thp", "mmap F 1 hugetlb", "uffd S 0 3", "sum S 0 3"), usages())
+    assert [s.arguments for s in steps[:3]] == [Unsupported("mmap thp"), Unsupported("mmap hugetlb"), Unsupported("uffd")]
     assert steps[3].arguments == ("S", 0, 3)
 
 

@@ -82,14 +82,14 @@ async def test_differences_are_told(process: Any, device_of: DeviceOf) -> None:
 
 async def test_a_script_stops_at_what_is_not_built(process: Any, device_of: DeviceOf) -> None:
     """Lines up to there are compared; every unbuilt line is counted; one entry says why it stopped."""
-    script = scripted("mmap A 1 => ok", "mmapdev M d0 1 => ok", "read A 0 0 => ok 00", "uffd A 0 1 => ok", "sum A 0 1 => [z]")
+    script = scripted("mmap A 1 => ok", "mmap M 1 thp => ok", "read A 0 0 => ok 00", "uffd A 0 1 => ok", "sum A 0 1 => [z]")
     outcome = await play(script, prepare(script), process, device_of)
     assert outcome.stopped
     assert not outcome.identical
     assert (outcome.lines, outcome.lines_equal) == (5, 1)
     tally = Tally([outcome]).as_json()
-    assert tally["unsupported_ops"] == {"mmapdev": 1, "uffd": 1}
-    assert [(d["line"], d["got"], d["why"]) for d in tally["differences"]] == [(2, None, "unsupported operation: mmapdev")]
+    assert tally["unsupported_ops"] == {"mmap thp": 1, "uffd": 1}
+    assert [(d["line"], d["got"], d["why"]) for d in tally["differences"]] == [(2, None, "unsupported operation: mmap thp")]
 
 
 async def test_a_child_has_what_its_parent_had(process: Any, device_of: DeviceOf) -> None:

@@ -427,3 +427,32 @@ async def test_madvise_remove_is_a_hole_for_everybody() -> None:
         await one.madvise(BASE, PAGE, "REMOVE")
     assert await file.read(0, 1) == b"\x01"
     machine.check()
+
+
+async def test_pages_that_a_driver_inserts() -> None:
+    """All there at once, shared with a forked child, never migrated; what is dropped is SIGBUS, and the frames go with the mapping."""
+    machine = Machine()
+    space = machine.process()
+    await space.mmap_inserted(2 * PAGE, "rw", BASE, shared=True)
+    assert symbols(space, BASE, 2) == "pp"
+    await space.store(BASE, b"device")
+    child = await machine.fork(space)
+    assert symbols(child, BASE, 2) == "pp"
+    await child.store(BASE + PAGE, b"child")
+    assert await space.load(BASE + PAGE, 5) == b"child"
+    machine.check()
+    with pytest.raises(KernelError, match="EINVAL"):
+        await machine.to_device(space, 64, span(BASE // PAGE, 1))
+    assert await space.make_exclusive(BASE // PAGE, BASE // PAGE + 1, 64) == 0
+    await space.madvise(BASE, PAGE, "DONTNEED")
+    with pytest.raises(BusError):
+        await space.load(BASE, 1)
+    assert await child.load(BASE, 6) == b"device"
+    private = await space.mmap_inserted(PAGE, "rw", 2 * BASE, shared=False)
+    await space.store(private, b"copy")
+    assert symbols(space, private, 1) == "P"
+    machine.check()
+    await machine.exit(space)
+    await machine.exit(child)
+    gc.collect()
+    assert used(machine) == 0
