@@ -33,6 +33,14 @@ def check_pages(call: str, address: int, pages: int) -> None:
         raise KernelError(errno.EINVAL, call, f"{pages} pages are too many at once; ask for {LOOK_PAGES_MAX} at a time")
 
 
+def check_file(call: str, offset: int, length: int) -> None:
+    """Raises KernelError for a part of a file that makes no sense: EINVAL (negative), EFBIG (beyond what can be mapped)."""
+    if offset < 0 or length < 0:
+        raise KernelError(errno.EINVAL, call, f"{length} bytes at byte {offset} are no part of a file")
+    if offset + length > 1 << ADDRESS_BITS:
+        raise KernelError(errno.EFBIG, call, f"byte {offset + length} is farther than a file can reach (2^{ADDRESS_BITS} bytes)")
+
+
 def plain_arguments(kernel: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """A kernel's arguments as a message can hold them; numpy's numbers become Python's. Raises KernelError(EINVAL), naming the argument."""
     plain: dict[str, Any] = {}

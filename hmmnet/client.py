@@ -20,7 +20,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from hmmnet.checks import Arrayable, as_bytes, check_pages, check_range, plain_arguments
+from hmmnet.checks import Arrayable, as_bytes, check_file, check_pages, check_range, plain_arguments
 from hmmnet.errors import HmmnetError, KernelError
 from hmmnet.launcher.directory import running_machine
 from hmmnet.pages import PAGE_SIZE
@@ -149,7 +149,8 @@ class RemoteFile:
     async def read(self, offset: int, length: int) -> bytes:
         """See `MemoryFile.read`."""
         number = self.number("pread")
-        check_range("pread", offset, length)
+        check_file("pread", offset, 0)
+        check_file("pread", 0, length)
         length = max(0, min(length, self.size - offset))
 
         def begin(at: int, count: int) -> PendingReply:
@@ -161,16 +162,20 @@ class RemoteFile:
         """See `MemoryFile.write`."""
         number = self.number("pwrite")
         raw = as_bytes(data)
+        check_file("pwrite", offset, len(raw))
         for at in range(0, len(raw), CHUNK_BYTES):
             chunk = raw[at : at + CHUNK_BYTES].tobytes()
             self.size, _ = await self._calls.call("file_write", chunk, file=number, offset=offset + at)
 
     async def punch(self, offset: int, length: int) -> None:
         """See `MemoryFile.punch`."""
+        check_file("fallocate", offset, 0)
+        check_file("fallocate", 0, length)
         await self._calls.call("file_punch", file=self.number("fallocate"), offset=offset, length=length)
 
     async def truncate(self, length: int) -> None:
         """See `MemoryFile.truncate`."""
+        check_file("ftruncate", 0, length)
         await self._calls.call("file_truncate", file=self.number("ftruncate"), length=length)
         self.size = length
 
@@ -201,6 +206,7 @@ class RemoteProcess:
         offset: int = 0,
     ) -> int:
         """See `Process.mmap`."""
+        check_file("mmap", offset, 0)
         if isinstance(file, RemoteHandle):
             mapping: dict[str, Any] = {
                 "length": length,
@@ -218,6 +224,7 @@ class RemoteProcess:
 
     async def memfd_create(self, length: int) -> RemoteFile:
         """See `Process.memfd_create`."""
+        check_file("memfd_create", 0, length)
         number, _ = await self._calls.call("memfd_create", process=self.pid, length=length)
         return RemoteFile(self._calls, number, length)
 

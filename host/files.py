@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import errno
 
-from hmmnet.checks import Arrayable, as_bytes
+from hmmnet.checks import Arrayable, as_bytes, check_file
 from hmmnet.errors import KernelError
 
 from .mm.filemap import File
 from .mm.frames import PhysicalMemory
-from .mm.truncate import check_size, punch, truncate
+from .mm.truncate import punch, truncate
 
 
 class MemFd:
     """See `hmmnet.program.MemoryFile`. Its pages come from host memory `node` while that has room. Raises KernelError: EINVAL, EFBIG."""
 
     def __init__(self, memory: PhysicalMemory, length: int, node: int) -> None:
-        check_size("memfd_create", length)
+        check_file("memfd_create", 0, length)
         self._file: File | None = File(memory, length)
         self._node = node
 
@@ -34,15 +34,15 @@ class MemFd:
     async def read(self, offset: int, length: int) -> bytes:
         """pread(2)."""
         file = self.file("pread")
-        _check("pread", offset, length)
+        check_file("pread", offset, 0)
+        check_file("pread", 0, length)
         return file.read(offset, length)
 
     async def write(self, offset: int, data: Arrayable) -> None:
         """pwrite(2)."""
         file = self.file("pwrite")
         raw = as_bytes(data)
-        _check("pwrite", offset, len(raw))
-        check_size("pwrite", offset + len(raw))
+        check_file("pwrite", offset, len(raw))
         file.write(offset, raw, self._node)
 
     async def punch(self, offset: int, length: int) -> None:
@@ -51,13 +51,9 @@ class MemFd:
 
     async def truncate(self, length: int) -> None:
         """ftruncate(2)."""
+        check_file("ftruncate", 0, length)
         await truncate(self.file("ftruncate"), length)
 
     async def close(self) -> None:
         """close(2)."""
         self._file = None
-
-
-def _check(call: str, offset: int, length: int) -> None:
-    if offset < 0 or length < 0:
-        raise KernelError(errno.EINVAL, call, f"{length} bytes at byte {offset} are no part of a file")

@@ -233,6 +233,18 @@ async def test_files_over_a_session() -> None:
         assert shared
         assert isinstance(opened, PlainFile)
         assert opened.holes == [(0, 4)]
+        for use, name in (
+            (process.memfd_create(-1), "EINVAL"),
+            (file.read(-1, 1), "EINVAL"),
+            (file.read(0, 1 << 60), "EFBIG"),
+            (file.write(-1, b"x"), "EINVAL"),
+            (file.write(1 << 47, b"x"), "EFBIG"),
+            (file.punch(0, -1), "EINVAL"),
+            (file.truncate(1 << 60), "EFBIG"),
+            (process.mmap(4096, file=file, offset=-4096), "EINVAL"),
+        ):
+            with pytest.raises(KernelError, match=name):
+                await use
         await file.truncate(5)
         assert (file.size, opened.size) == (5, 5)
         await file.close()

@@ -54,8 +54,8 @@ def select(name: str | None) -> list[Suite]:
     if not chosen:
         figures = [figure for suite in found for figure in suite.figures]
         guess = get_close_matches(str(name), [*figures, *sorted({figure.split(".")[0] for figure in figures})], n=1)
-        hint = f'; did you mean "{guess[0]}"?' if guess else ""
-        raise HmmnetError(f'no benchmark is called "{name}"{hint} The names are: {", ".join(figures)}')
+        hint = f'; did you mean "{guess[0]}"? There' if guess else "; there"
+        raise HmmnetError(f'no benchmark is called "{name}"{hint} are {", ".join(figures)}')
     return chosen
 
 

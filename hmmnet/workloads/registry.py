@@ -32,5 +32,5 @@ def load_workload(name: str) -> Workload:
         return workload
     names = workload_names()
     close = difflib.get_close_matches(name, names, n=1)
-    hint = f'; did you mean "{close[0]}"?' if close else ""
-    raise UnknownWorkload(f"workload {name!r} is unknown{hint} There are: {', '.join(names)}")
+    hint = f'; did you mean "{close[0]}"? There' if close else "; there"
+    raise UnknownWorkload(f"workload {name!r} is unknown{hint} are {', '.join(names)}")

@@ -46,8 +46,8 @@ class SystemCalls(Pins):
         count = whole_pages("mmap", length)
         if count == 0:
             raise KernelError(errno.EINVAL, "mmap", "length is 0")
-        if offset & PAGE_MASK or offset < 0:
-            raise KernelError(errno.EINVAL, "mmap", f"offset {offset} is not the start of a page of the file")
+        if offset & PAGE_MASK or not 0 <= offset <= PAGES_MAX << PAGE_SHIFT:
+            raise KernelError(errno.EINVAL, "mmap", f"offset {offset} is not the start of a page of a file")
         if shared and file is None:
             file = File(self.memory, count << PAGE_SHIFT)  # shmem_zero_setup
         async with self.mmap_lock.write():

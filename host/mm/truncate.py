@@ -25,17 +25,8 @@ FILE_PAGES_MAX = PAGES_MAX
 """MAX_LFS_FILESIZE, as far as it can be mapped."""
 
 
-def check_size(call: str, length: int) -> None:
-    """Raises KernelError: EINVAL (negative), EFBIG."""
-    if length < 0:
-        raise KernelError(errno.EINVAL, call, f"{length} bytes are no size of a file")
-    if length > FILE_PAGES_MAX << PAGE_SHIFT:
-        raise KernelError(errno.EFBIG, call, f"{length} bytes are more than a file can have")
-
-
 async def truncate(file: File, length: int) -> None:
-    """ftruncate(2): what lies behind byte `length` is gone; a growing file gets a hole. Raises KernelError: EINVAL, EFBIG."""
-    check_size("ftruncate", length)
+    """ftruncate(2): what lies behind byte `length` is gone; a growing file gets a hole."""
     before, file.size = file.size, length
     if length < before:
         first = length + PAGE_SIZE - 1 >> PAGE_SHIFT
