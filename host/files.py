@@ -43,7 +43,8 @@ class MemFd:
         file = self.file("pwrite")
         raw = as_bytes(data)
         check_file("pwrite", offset, len(raw))
-        file.write(offset, raw, self._node)
+        async with file.lock.write():
+            file.write(offset, raw, self._node)
 
     async def punch(self, offset: int, length: int) -> None:
         """fallocate(2) with FALLOC_FL_PUNCH_HOLE."""

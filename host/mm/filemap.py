@@ -29,6 +29,7 @@ from hmmnet.sparse import SparseTable
 
 from . import pte
 from .frames import PhysicalMemory
+from .locks import RwLock
 from .mm import Mm
 from .vma import VM_SHARED, VM_WRITE, Vma
 
@@ -50,6 +51,8 @@ class File:
         self.number = memory.new_file_number()
         self.mappers: dict[int, CpuAccess] = {}
         """i_mmap: the address spaces that have mapped the file, by number."""
+        self.lock = RwLock()
+        """i_rwsem: whoever writes, cuts or punches has it for writing. Outside all other locks, so inside it devices may be waited for."""
         self._cache = SparseTable()
         memory.files[self.number] = self
         weakref.finalize(self, _forget, memory, self._cache)

@@ -26,12 +26,17 @@ FILE_PAGES_MAX = PAGES_MAX
 
 
 async def truncate(file: File, length: int) -> None:
-    """ftruncate(2): what lies behind byte `length` is gone; a growing file gets a hole."""
-    before, file.size = file.size, length
-    if length < before:
-        first = length + PAGE_SIZE - 1 >> PAGE_SHIFT
-        await _unmap(file, first, FILE_PAGES_MAX, even_cows=True)
-        file.zero(length, -length % PAGE_SIZE)
+    """ftruncate(2): what lies behind byte `length` is gone; a growing file gets a hole. Cancelled, it has had no effect."""
+    async with file.lock.write():
+        before, file.size = file.size, length
+        if length < before:
+            first = length + PAGE_SIZE - 1 >> PAGE_SHIFT
+            try:
+                await _unmap(file, first, FILE_PAGES_MAX, even_cows=True)
+            except BaseException:
+                file.size = before
+                raise
+            file.zero(length, -length % PAGE_SIZE)
 
 
 async def punch(file: File, offset: int, length: int) -> None:
@@ -40,13 +45,14 @@ async def punch(file: File, offset: int, length: int) -> None:
         raise KernelError(errno.EINVAL, "fallocate", f"a hole of {length} bytes at byte {offset} makes no sense")
     end = min(offset + length, FILE_PAGES_MAX << PAGE_SHIFT)
     first, last = offset + PAGE_SIZE - 1 >> PAGE_SHIFT, end >> PAGE_SHIFT
-    if first > last:
-        file.zero(offset, end - offset)
-        return
-    if first < last:
-        await _unmap(file, first, last, even_cows=False)
-    file.zero(offset, (first << PAGE_SHIFT) - offset)
-    file.zero(last << PAGE_SHIFT, end - (last << PAGE_SHIFT))
+    async with file.lock.write():
+        if first > last:
+            file.zero(offset, end - offset)
+            return
+        if first < last:
+            await _unmap(file, first, last, even_cows=False)
+        file.zero(offset, (first << PAGE_SHIFT) - offset)
+        file.zero(last << PAGE_SHIFT, end - (last << PAGE_SHIFT))
 
 
 async def _unmap(file: File, first: int, end: int, *, even_cows: bool) -> None:

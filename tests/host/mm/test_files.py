@@ -456,3 +456,48 @@ async def test_pages_that_a_driver_inserts() -> None:
     await machine.exit(child)
     gc.collect()
     assert used(machine) == 0
+
+
+async def test_a_write_waits_for_a_truncation() -> None:
+    """While mirrors are being told, a write behind the new end must not be taken and then dropped with what lay there before."""
+    machine = Machine()
+    file = await filled(machine, 4)
+    space = machine.process()
+    await mapped(space, file, 4)
+    link = FakeLink("gpu0", 64)
+    assert isinstance(space.hub, Hub)
+    space.hub.insert(0, 1 << 30, link, 1)
+    gate = link.hold()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(file.truncate, PAGE)
+        await wait_all_tasks_blocked()
+        nursery.start_soon(file.write, 2 * PAGE, b"kept")
+        await wait_all_tasks_blocked()
+        assert file.size == PAGE
+        gate.set()
+    assert file.size == 2 * PAGE + 4
+    assert await file.read(PAGE, 2 * PAGE) == bytes(PAGE) + b"kept"
+    machine.check()
+
+
+async def test_a_truncation_that_is_cancelled_leaves_the_pages() -> None:
+    """Cancelled while mirrors are told: it has had no effect, and it can be done again."""
+    machine = Machine()
+    file = await filled(machine, 4)
+    space = machine.process()
+    await mapped(space, file, 4)
+    await space.load(BASE, 1)
+    link = FakeLink("gpu0", 64)
+    assert isinstance(space.hub, Hub)
+    space.hub.insert(0, 1 << 30, link, 1)
+    gate = link.hold()
+    with trio.move_on_after(0.01) as scope:
+        await file.truncate(PAGE)
+    assert scope.cancelled_caught
+    assert symbols(space, BASE, 4) == "pppp"
+    assert file.size == 4 * PAGE
+    gate.set()
+    assert await space.load(BASE + 3 * PAGE, 1) == b"\x04"
+    await file.truncate(PAGE)
+    assert symbols(space, BASE, 4) == "p---"
+    machine.check()
