@@ -31,6 +31,7 @@ from .vma import (
     VM_RAND_READ,
     VM_SEQ_READ,
     VM_SHARED,
+    VM_SPECIAL,
     VM_WIPEONFORK,
     Vma,
 )
@@ -108,6 +109,8 @@ class Advice(SystemCalls):
                     return
                 if vma.flags & VM_LOCKED or vma.file is None:
                     raise self._refused(vma, REMOVE)
+                if vma.flags & VM_SPECIAL:
+                    raise KernelError(errno.ENODEV, "madvise", f"{REMOVE} is for files; page 0x{page:x} maps a device")
                 if not vma.flags & VM_SHARED:
                     raise KernelError(errno.EACCES, "madvise", f"{REMOVE} is for shared mappings; page 0x{page:x} is in a private one")
                 low, high, file = max(page, vma.start), min(end, vma.end), vma.file

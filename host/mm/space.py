@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 
 import numpy as np
+import trio
 
 from hmmnet.errors import KernelError
 from hmmnet.host.interfaces import Event, Migration, Select, Walk
@@ -50,8 +51,9 @@ class Space(Advice):
                         async with self.hub.invalidate(Event.PROTECTION_PAGE, vma.start, vma.end):
                             restore_exclusive(self.mm, self.mm.table.occupied(vma.start, vma.end))
                             copy_entries(self.mm, child.mm, vma)
-            except KernelError:
-                await child.exit()
+            except BaseException:  # cancelled, too: half a child would hold on to pages for ever
+                with trio.CancelScope(shield=True):
+                    await child.exit()
                 raise
         return child
 

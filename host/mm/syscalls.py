@@ -71,13 +71,24 @@ class SystemCalls(Pins):
         """
         file = File(self.memory, whole_pages("mmap", length) << PAGE_SHIFT)
         mapped = await self.mmap(length, protection, address, VM_MIXEDMAP, shared=shared, file=file)
-        vma = self.mm.vmas.find(mapped >> PAGE_SHIFT)
-        if vma is not None and vma.file is file:
-            pages = np.arange(vma.start, vma.end, dtype=np.uint64)
-            pages = pages[self.mm.table.gather(pages) == 0]
-            map_file(self.mm, vma, pages, file.filled(file_offsets(vma, pages), self.mm.node), write=False)
+        try:
+            vma = self.mm.vmas.find(mapped >> PAGE_SHIFT)
+            if vma is not None and vma.file is file:
+                self._insert(vma, file)
+        except KernelError:
+            file.size = 0
+            await self.munmap(mapped, length)
+            raise
         file.size = 0
         return mapped
+
+    def _insert(self, vma: Vma, file: File) -> None:
+        """vm_insert_page for every page of `vma`. Raises KernelError(ENOMEM)."""
+        if vma.end - vma.start > sum(node.allocator.free_count for node in self.memory.nodes):
+            raise KernelError(errno.ENOMEM, "mmap", f"the driver wants {vma.end - vma.start} pages and the host's memory is used up")
+        pages = np.arange(vma.start, vma.end, dtype=np.uint64)
+        pages = pages[self.mm.table.gather(pages) == 0]
+        map_file(self.mm, vma, pages, file.filled(file_offsets(vma, pages), self.mm.node), write=False)
 
     def _gap(self, count: int, call: str) -> int:
         gap = self.mm.vmas.find_gap(count)
@@ -98,18 +109,24 @@ class SystemCalls(Pins):
             low, high = max(start, vma.start), min(end, vma.end)
             async with self.hub.invalidate(Event.UNMAP, low, high):
                 self._zap(low, high)
-                self.mm.vmas.remove(low, high)
+                for piece in self.mm.vmas.remove(low, high):
+                    self._forget_file(piece)
+
+    def _forget_file(self, vma: Vma) -> None:
+        """`vma` was unmapped: its file forgets this address space unless it is mapped elsewhere in it."""
+        if vma.file is not None and all(other.file is not vma.file for other in self.mm.vmas.all()):
+            vma.file.mappers.pop(self.number, None)
 
     def _zap(self, start: int, end: int) -> None:
+        """Drop the entries of [start, end), which lies in one VMA: so no frame is there twice."""
         fault.zap(self.mm, self.mm.table.occupied(start, end))
 
     async def exit(self) -> None:
         """exit_mmap: mirrors are told once, for everything; then all is unmapped."""
         async with self.mmap_lock.write(), self.hub.invalidate(Event.RELEASE, 0, PAGES_MAX):
-            self._zap(0, PAGES_MAX)
             for vma in self.mm.vmas.remove(0, PAGES_MAX):
-                if vma.file is not None:
-                    vma.file.mappers.pop(self.number, None)
+                self._zap(vma.start, vma.end)  # one by one: a file that is mapped twice has a frame in both
+                self._forget_file(vma)
             self.mm.close()
 
     # --- mprotect, mlock ----------------------------------------------------------------------------------------------------------

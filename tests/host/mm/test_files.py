@@ -501,3 +501,84 @@ async def test_a_truncation_that_is_cancelled_leaves_the_pages() -> None:
     await file.truncate(PAGE)
     assert symbols(space, BASE, 4) == "p---"
     machine.check()
+
+
+async def test_a_file_mapped_twice_in_one_process() -> None:
+    """Its frames are there twice: both mappings count, and both let go at exit."""
+    machine = Machine()
+    file = await filled(machine, 4)
+    space = machine.process()
+    await mapped(space, file, 4)
+    await mapped(space, file, 4, 2 * BASE)
+    await space.load(BASE, 4 * PAGE)
+    await space.load(2 * BASE, 4 * PAGE)
+    machine.check()
+    await file.close()
+    await machine.exit(space)
+    gc.collect()
+    assert used(machine) == 0
+
+
+async def test_a_file_forgets_who_has_unmapped_it() -> None:
+    """With the last mapping of a process, whether it is unmapped or exits; not before."""
+    machine = Machine()
+    file = await filled(machine, 4)
+    one, two = machine.process(), machine.process()
+    await mapped(one, file, 4)
+    await mapped(one, file, 4, 2 * BASE)
+    await mapped(two, file, 4)
+    await one.munmap(BASE, 4 * PAGE)
+    await one.munmap(2 * BASE, 2 * PAGE)
+    assert set(file.file("test").mappers) == {one.number, two.number}
+    await one.munmap(2 * BASE + 2 * PAGE, 2 * PAGE)
+    assert set(file.file("test").mappers) == {two.number}
+    await machine.exit(two)
+    assert not file.file("test").mappers
+
+
+async def test_inserted_pages_that_do_not_fit_leave_nothing() -> None:
+    """ENOMEM before anything is allocated for them, however many are asked for; the range is free again."""
+    machine = Machine(host_pages=64)
+    space = machine.process()
+    for length in (100 * PAGE, 1 << 46):
+        with pytest.raises(KernelError, match="ENOMEM"):
+            await space.mmap_inserted(length, "rw", BASE, shared=True)
+        assert len(space.mm.vmas) == 0
+    gc.collect()
+    assert used(machine) == 0
+
+
+async def test_remove_is_not_for_devices() -> None:
+    """ENODEV, and the driver's pages stay."""
+    space = Machine().process()
+    await space.mmap_inserted(PAGE, "rw", BASE, shared=True)
+    with pytest.raises(KernelError, match="ENODEV"):
+        await space.madvise(BASE, PAGE, "REMOVE")
+    assert await space.load(BASE, 1) == b"\0"
+
+
+async def test_a_cancelled_fork_leaves_no_child() -> None:
+    """Cancelled while mirrors are told: pages, families and files know the parent alone, and its exit frees everything."""
+    machine = Machine()
+    file = await filled(machine, 2)
+    parent = machine.process()
+    await parent.mmap(2 * PAGE, "rw", BASE)
+    await parent.store(BASE, bytes(2 * PAGE))
+    await mapped(parent, file, 2, 2 * BASE)
+    await parent.mmap(2 * PAGE, "rw", 3 * BASE)
+    await parent.store(3 * BASE, bytes(2 * PAGE))
+    link = FakeLink("gpu0", 64)
+    assert isinstance(parent.hub, Hub)
+    parent.hub.insert(3 * BASE // PAGE, 3 * BASE // PAGE + 8, link, 1)
+    gate = link.hold()
+    with trio.move_on_after(0.01) as scope:
+        await parent.fork(2, Hub())
+    assert scope.cancelled_caught
+    gate.set()
+    assert machine.memory.families[parent.mm.family] == [parent.mm]
+    assert set(file.file("test").mappers) == {parent.number}
+    machine.check()
+    await machine.exit(parent)
+    await file.close()
+    gc.collect()
+    assert used(machine) == 0
