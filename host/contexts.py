@@ -44,7 +44,7 @@ class Contexts:
         return device
 
     async def get(self, space: AddressSpace, name: str) -> Context:
-        """The context of `space` on a device, opened if it is not, with one more user. Raises KernelError (ENOENT, ENODEV), PeerLost."""
+        """The context of `space` on a device, opened if it is not, with one more user. Raises KernelError, PeerLost."""
         key = (space.number, name)
         lock = self._opening.setdefault(key, trio.Lock())
         async with lock:
@@ -56,12 +56,16 @@ class Contexts:
         return context
 
     async def _open(self, life: Life, space: AddressSpace) -> Context:
+        hub = self._hubs.get(space.number)
+        if hub is None:
+            raise KernelError(errno.ESRCH, "open", f"process {space.number} has exited")
         self._numbers += 1
-        context = Context(self._numbers, life, space, self._hubs[space.number], Domain(life.name, self._numbers))
+        context = Context(self._numbers, life, space, hub, Domain(life.name, self._numbers))
         life.contexts[context.number] = context
         life.link.domains[context.number] = context.domain
         try:
-            await life.link.ask(OpenContext(context.number, space.number), Done)
+            with trio.CancelScope(shield=True):  # once asked, the device opens it whether we wait or not; a lost device ends the wait
+                await life.link.ask(OpenContext(context.number, space.number), Done)
         except BaseException:
             self._forget(context)
             raise
@@ -77,6 +81,10 @@ class Contexts:
         life = context.life
         if life.contexts.get(context.number) is not context:
             return
+        with trio.CancelScope(shield=True):  # half closed it would stay for ever; a lost device ends the wait
+            await self._close_it(context, life)
+
+    async def _close_it(self, context: Context, life: Life) -> None:
         async with self._opening.setdefault((context.space.number, life.name), trio.Lock()):
             if context.users:
                 return  # somebody has opened it again meanwhile

@@ -64,6 +64,10 @@ class Process:
         self.contexts = contexts
         self.handles: dict[int, Handle] = {}
         self.ended = False
+        """`exit` has begun; nothing new may be asked."""
+        self._exiting = trio.Lock()
+        self._unmapped = False
+        self._gone = False
         self._homing = homing
         self._on_fork = on_fork
         self._on_exit = on_exit
@@ -197,7 +201,7 @@ class Process:
     async def open(self, device: str) -> Handle:
         """Open a device. Raises KernelError: ENOENT, ENODEV."""
         self._alive("open")
-        file = OpenFile(await self.contexts.get(self.space, device), self.contexts)
+        file = OpenFile(await self._acquired(device), self.contexts)
         number = next(number for number in itertools.count(FD_FIRST) if number not in self.handles)
         return Handle(self.handles, number, file)
 
@@ -206,7 +210,19 @@ class Process:
         self._alive("open")
         context = self._own.get(device)
         if context is None or context.life.link.session.lost is not None:
-            context = self._own[device] = await self.contexts.get(self.space, device)
+            context = await self._acquired(device)
+            if self._own.get(device) is context:
+                await self.contexts.put(context)  # another task opened it meanwhile, and one use is enough
+            self._own[device] = context
+        return context
+
+    async def _acquired(self, device: str) -> Context:
+        """A use of this process's context on a device. Raises KernelError(ESRCH) when the process exits meanwhile."""
+        context = await self.contexts.get(self.space, device)
+        if self.ended:
+            with contextlib.suppress(PeerError):
+                await self.contexts.put(context)
+            self._alive("open")
         return context
 
     async def launch(self, kernel: str, device: str, placement: str = "demand", **arguments: Any) -> JobResult:
@@ -296,19 +312,28 @@ class Process:
         return child
 
     async def exit(self) -> None:
-        """exit(2): the address space goes first (its mirrors are told once), then the open devices. A second call does nothing."""
-        if self.ended:
-            return
-        self.ended = True
-        await self.space.exit()
-        closing: list[Callable[[], Awaitable[None]]] = [handle.file.let_go for handle in self.handles.values()]
-        closing += [partial(self.contexts.put, context) for context in self._own.values()]
-        self.handles.clear()  # from here on they are closed, for whoever holds one still
-        for close in closing:
-            with contextlib.suppress(PeerError):  # a device that will not close a dead process's context has nothing left to mirror
-                await close()
-        self._on_exit(self.pid)
-        self.contexts.process_ended(self.space)
+        """exit(2): the address space goes first (its mirrors are told once), then the open devices.
+
+        A second call waits for the first, and finishes what a cancelled one has left.
+        """
+        async with self._exiting:
+            if self._gone:
+                return
+            self.ended = True
+            if not self._unmapped:
+                await self.space.exit()
+                self._unmapped = True
+            while self.handles:
+                handle = self.handles.pop(next(iter(self.handles)))  # from here on it is closed, for whoever holds it still
+                with contextlib.suppress(PeerError):  # a device that will not close a dead process's context has nothing left to mirror
+                    await handle.file.let_go()
+            while self._own:
+                _, context = self._own.popitem()
+                with contextlib.suppress(PeerError):
+                    await self.contexts.put(context)
+            self._gone = True
+            self._on_exit(self.pid)
+            self.contexts.process_ended(self.space)
 
     def _alive(self, call: str) -> None:
         if self.ended:

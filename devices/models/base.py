@@ -281,8 +281,11 @@ class Device:
 
     # --- jobs and commands ----------------------------------------------------------------------------------------------------
 
-    async def launch(self, message: Launch) -> Finished:
-        """Run a kernel. Raises KernelError: EBADF, ENOENT (no such kernel), EINVAL (no such placement, bad arguments), EEXIST, EMFILE."""
+    def launch(self, message: Launch) -> Awaitable[Finished]:
+        """Run a kernel. Raises KernelError: EBADF, ENOENT (no such kernel), EINVAL (no such placement, bad arguments), EEXIST, EMFILE.
+
+        The job is known from the moment of arrival, so that an `EndJob` that comes right behind finds it.
+        """
         opened = self.opened_context(message.context, "launch")
         kernel = load_kernel(message.kernel)
         if kernel is None:
@@ -295,10 +298,13 @@ class Device:
             raise KernelError(EMFILE, "launch", f"{JOBS_MAX} jobs run in context {message.context}")
         arguments = unpack(message.arguments)
         scope = opened.jobs[message.job] = trio.CancelScope()
+        return self._launched(message.job, opened, scope, lambda: opened.engine.run(kernel, arguments, message.placement))
+
+    async def _launched(self, job: int, opened: Opened, scope: trio.CancelScope, run: Callable[[], Awaitable[JobOutcome]]) -> Finished:
         try:
-            return finished(await self._job(opened, scope, lambda: opened.engine.run(kernel, arguments, message.placement)))
+            return finished(await self._job(opened, scope, run))
         finally:
-            del opened.jobs[message.job]
+            del opened.jobs[job]
             self.jobs_finished += 1
 
     def end_job(self, message: EndJob) -> None:

@@ -24,9 +24,9 @@ from hmmnet.wire.zmq_transport import ZmqTransport
 
 FRAME_BYTES = 1 << 20
 QUEUE_FRAMES = 16
+"""At each end; more gains nothing."""
 KEY = b"bench"
 """Of the bulk channels: real machines have one each."""
-"""At each end; more gains nothing."""
 
 
 def raw_socket(context: zmq.Context[zmq.Socket[bytes]], directory: str, *, bind: bool) -> zmq.Socket[bytes]:

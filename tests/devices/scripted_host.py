@@ -8,9 +8,11 @@ is written from the messages' docstrings, not from the real host, so that the tw
 from __future__ import annotations
 
 import errno
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -524,12 +526,13 @@ async def host_alone(transport: Transport, place: str = "mem://", **spec: Any) -
 
 
 @asynccontextmanager
-async def machine(**spec: Any) -> AsyncIterator[tuple[ScriptedHost, Device]]:
-    """A host and one device, in this run, over memory channels; the context of process 10 is open as number 1."""
+async def machine(timing: Mapping[str, Any] = MappingProxyType({}), **spec: Any) -> AsyncIterator[tuple[ScriptedHost, Device]]:
+    """A host and one device, in this run, over memory channels; the context of process 10 is open as number 1. `timing` is `serve`'s."""
     devices: list[Device] = []
     with MemoryTransport() as transport:
         async with trio.open_nursery() as nursery, host_alone(transport, **spec) as host:
-            nursery.start_soon(serve, transport, "mem://host", host.spec["name"], SECRET, 1, None, 10.0, devices.append)
+            served = partial(serve, transport, "mem://host", host.spec["name"], SECRET, 1, made=devices.append, **timing)
+            nursery.start_soon(served)
             with trio.fail_after(5):
                 await host.joined.wait()
             await host.open()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import trio
 
 from hmmnet.errors import KernelError
+from hmmnet.wire import messages as m
 from hmmnet.workloads.structures import build_lists, build_tree
 from tests.devices.scripted_host import counters_of, machine, results_of, u64, until
 
@@ -272,3 +274,17 @@ async def test_close_ends_running_jobs() -> None:
         assert device.contexts == {}
         await host.open(2, 10)
         assert (await host.figures())["contexts"] == 1
+
+
+async def test_an_end_right_behind_the_launch_finds_the_job() -> None:
+    """Both arrive in one go: the job is known from the launch's arrival, and ends although the host never answers its faults."""
+    async with machine() as (host, device):
+        at = host.mmap(PAGE, 4)
+        never = trio.Event()
+        host.pauses[m.RangeFault] = host.pauses[m.Migrate] = never.wait
+        asked = host.session.begin(m.Launch(1, 77, "reduction", msgspec.msgpack.encode({"a": at, "n": 4 * 512}), "demand"))
+        host.session.note(m.EndJob(1, 77))
+        with trio.fail_after(5), pytest.raises(KernelError, match="EINTR"):
+            await asked.wait()
+        assert device.contexts[1].jobs == {}
+        never.set()

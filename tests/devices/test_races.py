@@ -15,7 +15,7 @@ from hmmnet.devices.locks import RangeLock
 from hmmnet.errors import KernelError
 from hmmnet.pages import PAGE_SIZE, to_wire
 from hmmnet.wire import messages as m
-from tests.devices.scripted_host import ScriptedHost, counters_of, machine, results_of, u64
+from tests.devices.scripted_host import ScriptedHost, counters_of, machine, results_of, u64, until
 
 PAGE = 0x10000
 
@@ -244,6 +244,21 @@ async def test_a_lapsed_lease_costs_the_mirror_and_nothing_else() -> None:
         device.drop_mirrors()
         assert mirror.mapped_count() == 0
         assert device.memory.used_pages == used
+        assert results_of(await host.launch("reduction", a=at, n=4 * 512)) == {"sum": 4 * 512}
+        assert mirror.mapped_count() == 4
+
+
+async def test_a_host_that_falls_silent_costs_the_mirror() -> None:
+    """No frame comes for longer than the lease: the translations go by themselves. The host speaks again, and the job ends right."""
+    async with machine({"lease_s": 0.4, "heartbeat_s": 0.05, "patience_s": 30.0}) as (host, device):
+        at = await filled(host, 4)
+        await host.launch("reduction", a=at, n=4 * 512)
+        mirror = device.contexts[1].context.mirror
+        assert mirror.mapped_count() == 4
+        speak = host.server.listener.send_nowait
+        host.server.listener.send_nowait = lambda *_: None  # type: ignore[method-assign]
+        await until(lambda: mirror.mapped_count() == 0)
+        host.server.listener.send_nowait = speak  # type: ignore[method-assign]
         assert results_of(await host.launch("reduction", a=at, n=4 * 512)) == {"sum": 4 * 512}
         assert mirror.mapped_count() == 4
 

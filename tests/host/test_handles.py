@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
+import trio
 
 from hmmnet.errors import KernelError
 from hmmnet.host.process import Process
@@ -102,3 +103,83 @@ async def test_pages_that_cannot_be_had() -> None:
         assert (await process.get_user_pages(address, 5)).count == 2
         with pytest.raises(KernelError, match="EFAULT"):
             await process.get_user_pages(address + 2 * PAGE_SIZE, 1)
+
+
+def contexts(host: Host) -> int:
+    """How many contexts the host keeps."""
+    return sum(len(life.contexts) for one in host.devices.values() if (life := one.life) is not None)
+
+
+def balance(device: ScriptedDevice) -> int:
+    """How many contexts the device was told to open and not to close."""
+    return len(device.of(OpenContext)) - len(device.of(CloseContext))
+
+
+async def test_two_first_uses_at_once_are_one() -> None:
+    """Two jobs of a process that has not used the device yet: one context, which its exit closes."""
+    async with running_host("gpu0") as (host, transport), scripted_device(host, transport, "gpu0") as device:
+        process = await host.create_process()
+        address = await process.mmap(PAGE_SIZE)
+        async with trio.open_nursery() as nursery:
+            for _ in range(2):
+                nursery.start_soon(process.migrate, address, PAGE_SIZE, "gpu0")
+        assert balance(device) == 1
+        await process.exit()
+        assert (contexts(host), balance(device)) == (0, 0)
+
+
+async def test_an_open_that_is_cancelled_leaves_no_context() -> None:
+    """However far it had come: what the device has opened is closed with the process at the latest, on both sides."""
+    async with running_host("gpu0") as (host, transport), scripted_device(host, transport, "gpu0") as device:
+        for turns in range(12):
+            process = await host.create_process()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(process.open, "gpu0")
+                for _ in range(turns):
+                    await trio.lowlevel.checkpoint()
+                nursery.cancel_scope.cancel()
+            await process.exit()
+            assert (contexts(host), balance(device)) == (0, 0), turns
+        assert device.of(OpenContext)
+
+
+async def test_an_open_that_the_exit_overtakes_is_refused() -> None:
+    """ESRCH, and nothing stays open; after the exit, too."""
+    async with running_host("gpu0") as (host, transport), scripted_device(host, transport, "gpu0") as device:
+        process = await host.create_process()
+        errors: list[KernelError] = []
+
+        async def late() -> None:
+            try:
+                await process.open("gpu0")
+            except KernelError as error:
+                errors.append(error)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(late)
+            while not contexts(host):
+                await trio.lowlevel.checkpoint()
+            nursery.start_soon(process.exit)
+        assert [error.name for error in errors] == ["ESRCH"]
+        assert (contexts(host), balance(device), dict(process.handles)) == (0, 0, {})
+        with pytest.raises(KernelError, match="ESRCH"):
+            await process.open("gpu0")
+
+
+async def test_a_cancelled_exit_is_finished_by_the_next() -> None:
+    """Cancelled while it waits for the address space, it has begun: nothing new is served. Called again, it frees everything."""
+    async with running_host("gpu0") as (host, _):
+        process = await host.create_process()
+        address = await process.mmap(8 * PAGE_SIZE)
+        await process.write(address, bytes(8 * PAGE_SIZE))
+        async with process.space.mmap_lock.read():
+            with trio.move_on_after(0.01) as scope:
+                await process.exit()
+        assert scope.cancelled_caught
+        with pytest.raises(KernelError, match="ESRCH"):
+            await process.mmap(PAGE_SIZE)
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(process.exit)
+        assert host.spaces == {}
+        assert sum(node.allocator.used_count for node in host.memory.nodes) == 0

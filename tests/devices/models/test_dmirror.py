@@ -5,6 +5,8 @@ The script names in the docstrings are those of tests/conformance; there the sam
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -18,7 +20,7 @@ PAGE = 0x10000000
 NONE, READ, WRITE, ERROR, ZERO, LOCAL = 0, 1, 2, 0xFF, 0x10, 0x20
 
 
-def unit(**spec: object):  # type: ignore[no-untyped-def]
+def unit(**spec: Any):  # type: ignore[no-untyped-def]
     return machine(name="unit0", model="dmirror", unit=0, **spec)
 
 
