@@ -11,14 +11,16 @@ import os
 import secrets
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from contextlib import aclosing, asynccontextmanager
+from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
+import trio
 
 from hmmnet.checks import Arrayable, as_bytes, check_file, check_pages, check_range, plain_arguments
 from hmmnet.errors import HmmnetError, KernelError
@@ -26,7 +28,7 @@ from hmmnet.launcher.directory import running_machine
 from hmmnet.pages import PAGE_SIZE
 from hmmnet.program import Handle, IoctlResult, JobResult, MemoryFile, Residency
 from hmmnet.wire.client import connect
-from hmmnet.wire.messages import PROTOCOL_VERSION, Call, Hello, Rate, Result, Welcome
+from hmmnet.wire.messages import PROTOCOL_VERSION, Call, Hello, Message, Rate, Recall, Result, Welcome
 from hmmnet.wire.session import PendingReply, Session
 from hmmnet.wire.transport import Transport
 from hmmnet.wire.zmq_transport import ZmqTransport
@@ -38,6 +40,8 @@ CHUNK_BYTES = 1 << 20
 PIECES_UNDER_WAY = 4
 """Pieces of one operation that wait for their answers at once: enough to keep the session busy."""
 PAGES_PER_LOOK = CHUNK_BYTES // 2
+Undo: TypeAlias = tuple[str, dict[str, Any]]
+"""An operation and its arguments."""
 
 
 class Calls:
@@ -45,14 +49,15 @@ class Calls:
 
     def __init__(self, session: Session) -> None:
         self._session = session
+        self._number = 0
 
-    def begin(self, operation: str, data: bytes = b"", **arguments: Any) -> PendingReply:
-        """Send a call; `finish` gives what it returns. Raises KernelError(EINVAL) for what no message can hold."""
+    def begin(self, operation: str, data: bytes = b"", number: int = 0, **arguments: Any) -> PendingReply:
+        """Send a call; `finish` gives what it returns. Raises KernelError(EINVAL) for what no message can hold, PeerLost."""
         try:
             packed = msgspec.msgpack.encode(arguments)
         except (TypeError, ValueError, OverflowError) as error:
             raise KernelError(errno.EINVAL, operation, f"the arguments cannot be sent: {error}") from error
-        return self._session.begin(Call(operation, packed, data))
+        return self._session.begin(Call(operation, packed, data, number))
 
     async def finish(self, pending: PendingReply) -> tuple[Any, bytes]:
         """The value and the data of an answer. Raises the operation's KernelError or SignalError."""
@@ -64,7 +69,30 @@ class Calls:
         """One call, from begin to end."""
         return await self.finish(self.begin(operation, data, **arguments))
 
-    async def pieces(self, begin: Callable[[int, int], PendingReply], length: int, step: int) -> AsyncIterator[tuple[Any, bytes]]:
+    async def recallable(self, operation: str, undo: Callable[[Any], Undo] | None = None, **arguments: Any) -> Any:
+        """The value of a call that may run long, or makes something. Cancelled, it ends at the host too.
+
+        What it has made by then is unmade: `undo` gives the call that does it.
+        """
+        self._number += 1
+        number = self._number
+        pending = self.begin(operation, number=number, **arguments)
+        try:
+            value, _ = await self.finish(pending)
+        except trio.Cancelled:
+            self._session.note(Recall(number))
+            if undo is not None:
+                pending.leave(partial(self._undo, undo))
+            raise
+        return value
+
+    def _undo(self, undo: Callable[[Any], Undo], answer: Message) -> None:
+        assert isinstance(answer, Result), f"a call was answered with {type(answer).__name__}"
+        operation, arguments = undo(msgspec.msgpack.decode(answer.value))
+        if self._session.lost is None:
+            self.begin(operation, **arguments)
+
+    async def pieces(self, begin: Callable[[int, int], PendingReply], length: int, step: int) -> AsyncGenerator[tuple[Any, bytes], None]:
         """The answers to ``begin(offset, size)`` for every piece of `length`, in order."""
         waiting: deque[PendingReply] = deque()
         for offset, size in _cut(length, step):
@@ -136,9 +164,15 @@ class RemoteFile:
     """See `hmmnet.program.MemoryFile`."""
 
     def __init__(self, calls: Calls, number: int, size: int) -> None:
-        self.size = size
+        self._size = size
         self._calls = calls
         self._number: int | None = number
+
+    @property
+    def size(self) -> int:
+        """See `MemoryFile.size`. Of what was cancelled it knows when the answer has come."""
+        self.number("fstat")
+        return self._size
 
     def number(self, call: str) -> int:
         """What the host knows it by. Raises KernelError(EBADF) when it is closed."""
@@ -151,12 +185,17 @@ class RemoteFile:
         number = self.number("pread")
         check_file("pread", offset, 0)
         check_file("pread", 0, length)
-        length = max(0, min(length, self.size - offset))
+        read: list[bytes] = []
 
         def begin(at: int, count: int) -> PendingReply:
             return self._calls.begin("file_read", file=number, offset=offset + at, length=count)
 
-        return b"".join([data async for _, data in self._calls.pieces(begin, length, CHUNK_BYTES)])
+        async with aclosing(self._calls.pieces(begin, length, CHUNK_BYTES)) as pieces:
+            async for _, data in pieces:
+                read.append(data)
+                if len(data) < CHUNK_BYTES:
+                    break  # the end of the file
+        return b"".join(read)
 
     async def write(self, offset: int, data: Arrayable) -> None:
         """See `MemoryFile.write`."""
@@ -165,7 +204,19 @@ class RemoteFile:
         check_file("pwrite", offset, len(raw))
         for at in range(0, len(raw), CHUNK_BYTES):
             chunk = raw[at : at + CHUNK_BYTES].tobytes()
-            self.size, _ = await self._calls.call("file_write", chunk, file=number, offset=offset + at)
+            await self._resized(self._calls.begin("file_write", chunk, file=number, offset=offset + at))
+
+    async def _resized(self, pending: PendingReply) -> None:
+        """Wait for an answer that says how long the file is now."""
+        try:
+            self._size, _ = await self._calls.finish(pending)
+        except trio.Cancelled:
+            pending.leave(self._late)  # it takes effect all the same
+            raise
+
+    def _late(self, answer: Message) -> None:
+        assert isinstance(answer, Result), f"a call was answered with {type(answer).__name__}"
+        self._size = msgspec.msgpack.decode(answer.value)
 
     async def punch(self, offset: int, length: int) -> None:
         """See `MemoryFile.punch`."""
@@ -176,8 +227,7 @@ class RemoteFile:
     async def truncate(self, length: int) -> None:
         """See `MemoryFile.truncate`."""
         check_file("ftruncate", 0, length)
-        await self._calls.call("file_truncate", file=self.number("ftruncate"), length=length)
-        self.size = length
+        await self._resized(self._calls.begin("file_truncate", file=self.number("ftruncate"), length=length))
 
     async def close(self) -> None:
         """See `MemoryFile.close`."""
@@ -225,7 +275,8 @@ class RemoteProcess:
     async def memfd_create(self, length: int) -> RemoteFile:
         """See `Process.memfd_create`."""
         check_file("memfd_create", 0, length)
-        number, _ = await self._calls.call("memfd_create", process=self.pid, length=length)
+        calls = self._calls
+        number = await calls.recallable("memfd_create", lambda made: ("file_close", {"file": made}), process=self.pid, length=length)
         return RemoteFile(self._calls, number, length)
 
     async def munmap(self, address: int, length: int) -> None:
@@ -260,7 +311,8 @@ class RemoteProcess:
     ) -> RemoteReferences:
         """See `Process.get_user_pages`; at most 16384 pages at once."""
         how: dict[str, Any] = {"write": write, "pin": pin, "longterm": longterm}
-        held, _ = await self._calls.call("get_user_pages", process=self.pid, address=address, pages=pages, **how)
+        undo = self._undone("put_pages", lambda made: {"reference": made["reference"]})
+        held = await self._calls.recallable("get_user_pages", undo, process=self.pid, address=address, pages=pages, **how)
         return RemoteReferences(self._calls, self.pid, held["reference"], held["count"])
 
     async def malloc(self, length: int) -> int:
@@ -319,6 +371,10 @@ class RemoteProcess:
             parts.append(part)
         return Residency(tuple(owners), np.concatenate(parts) if parts else np.zeros(0, np.int16))
 
+    def _undone(self, operation: str, arguments: Callable[[Any], dict[str, Any]]) -> Callable[[Any], Undo]:
+        """Undo with an operation of this process."""
+        return lambda made: (operation, {"process": self.pid, **arguments(made)})
+
     def _looking(self, operation: str, address: int) -> Callable[[int, int], PendingReply]:
         def begin(offset: int, size: int) -> PendingReply:
             return self._calls.begin(operation, process=self.pid, address=address + (offset << 12), pages=size)
@@ -327,23 +383,24 @@ class RemoteProcess:
 
     async def open(self, device: str) -> RemoteHandle:
         """See `Process.open`."""
-        number, _ = await self._calls.call("open", process=self.pid, device=device)
+        undo = self._undone("close", lambda made: {"handle": made})
+        number = await self._calls.recallable("open", undo, process=self.pid, device=device)
         handle = self.handles[number] = RemoteHandle(self._calls, self, device, number)
         return handle
 
     async def launch(self, kernel: str, device: str, placement: str = "demand", **arguments: Any) -> JobResult:
         """See `Process.launch`."""
         where: dict[str, Any] = {"kernel": kernel, "device": device, "placement": placement}
-        done, _ = await self._calls.call("launch", process=self.pid, arguments=plain_arguments(kernel, arguments), **where)
+        done = await self._calls.recallable("launch", process=self.pid, arguments=plain_arguments(kernel, arguments), **where)
         return JobResult(done["results"], done["counters"])
 
     async def migrate(self, address: int, length: int, to: str) -> int:
         """See `Process.migrate`."""
-        return int((await self._calls.call("migrate", process=self.pid, address=address, length=length, to=to))[0])
+        return int(await self._calls.recallable("migrate", process=self.pid, address=address, length=length, to=to))
 
     async def fork(self) -> RemoteProcess:
         """See `Process.fork`."""
-        made, _ = await self._calls.call("fork", process=self.pid)
+        made = await self._calls.recallable("fork", lambda made: ("exit", {"process": made["process"]}), process=self.pid)
         child = RemoteProcess(self._calls, made["process"])
         for number, device in made["handles"].items():
             child.handles[number] = RemoteHandle(self._calls, child, device, number)
@@ -384,7 +441,8 @@ class RemoteMachine:
 
     async def create_process(self, node: str = "") -> RemoteProcess:
         """See `Machine.create_process`."""
-        return RemoteProcess(self._calls, int((await self._calls.call("create_process", node=node))[0]))
+        made = await self._calls.recallable("create_process", lambda made: ("exit", {"process": made}), node=node)
+        return RemoteProcess(self._calls, int(made))
 
     async def process(self, node: str = "") -> RemoteProcess:
         """The same as `create_process`, for short programs."""

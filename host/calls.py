@@ -1,9 +1,8 @@
 """What a client may ask for: names of operations become method calls, after every argument was checked.
 
-A client is a program in another process (or the command line). It is trusted with the machine secret and with nothing else: each operation
-has a struct (`arguments.py`) that says which arguments it takes and how large they may be, so a malformed call ends in a refusal
-here and never in an exception further in. A client reaches only the processes and handles that it made itself; when it goes
-away, they are ended as the kernel ends a killed program's.
+Each operation has a struct (`arguments.py`) that says which arguments it takes and how large they may be, so a malformed call ends in a
+refusal of the `Client` and never in an exception further in. An operation may be cancelled at any await: what it makes for the client
+is the client's (in `processes`, `handles`, `files`, `references`) in the same step in which it is made.
 
 The operations are listed, with their arguments, in the docstring of `hmmnet.wire.messages.Call`. To add one, write its struct and a
 function under ``@serves(STRUCT)``; the function's name is the operation's.
@@ -12,17 +11,14 @@ function under ``@serves(STRUCT)``; the function's name is the operation's.
 from __future__ import annotations
 
 import errno
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
-from typing import Any, TypeAlias, TypeVar
+from collections.abc import Callable
+from typing import Any
 
-import msgspec
 import numpy as np
 
 from hmmnet.errors import KernelError, ProtocolError
 from hmmnet.pages import PAGE_SIZE
-from hmmnet.program import Handle, Machine, MemoryFile, PageReferences, Process
-from hmmnet.wire.messages import Call, Result
+from hmmnet.program import Handle, Machine, MemoryFile
 
 from .arguments import (
     CHUNK_BYTES,
@@ -53,105 +49,7 @@ from .arguments import (
     Start,
     Write,
 )
-
-PROCESSES_MAX = 256
-"""Processes of one client; each costs an address space."""
-HANDLES_MAX = 4096
-REFERENCE_SETS_MAX = 4096
-"""Times that one client may hold pages at once."""
-FILES_MAX = 4096
-"""Files that one client may have."""
-
-Answer: TypeAlias = tuple[Any, bytes]
-"""A value that msgpack can carry, and data."""
-
-
-@dataclass(eq=False)
-class OpenHandle:
-    """A client's handle, with ioctl data on their way in and out."""
-
-    handle: Handle
-    staged: bytearray = field(default_factory=bytearray)
-    result: bytes = b""
-
-
-class Client:
-    """One client session's view of `machine`."""
-
-    def __init__(self, machine: Machine) -> None:
-        self.machine = machine
-        self.processes: dict[int, Process] = {}
-        self.handles: dict[tuple[int, int], OpenHandle] = {}
-        self.references: dict[int, PageReferences] = {}
-        self.reference_numbers = 0
-        self.files: dict[int, MemoryFile] = {}
-        self.file_numbers = 0
-
-    async def call(self, message: Call) -> Result:
-        """Serve one call. Raises KernelError and SignalError of the operation, ProtocolError for a call that makes no sense."""
-        entry = _OPERATIONS.get(message.operation)
-        if entry is None:
-            raise ProtocolError(f"unknown operation {message.operation!r}; known are {', '.join(sorted(_OPERATIONS))}")
-        struct, serve = entry
-        try:
-            arguments = msgspec.msgpack.decode(message.arguments, type=struct)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            raise ProtocolError(f"arguments of {message.operation}: {error}") from error
-        value, data = await serve(self, arguments, message.data)
-        return Result(msgspec.msgpack.encode(value), data)
-
-    async def gone(self) -> None:
-        """The client is gone: end its processes."""
-        processes, self.processes = self.processes, {}
-        self.handles.clear()
-        self.files.clear()
-        references, self.references = self.references, {}
-        for held in references.values():
-            await held.put()
-        for process in processes.values():
-            await process.exit()
-
-    def process(self, arguments: OnProcess) -> Process:
-        """The process that a call names. Raises KernelError(ESRCH)."""
-        found = self.processes.get(arguments.process)
-        if found is None:
-            raise KernelError(errno.ESRCH, "call", f"this client has no process {arguments.process}")
-        return found
-
-    def room_for(self, handles: int, call: str) -> None:
-        """Raises KernelError(EMFILE) when so many more handles are too many."""
-        if len(self.handles) + handles > HANDLES_MAX:
-            raise KernelError(errno.EMFILE, call, f"a client may have {HANDLES_MAX} handles")
-
-    def room_for_process(self, call: str) -> None:
-        """Raises KernelError(EAGAIN) when one more process is too many."""
-        if len(self.processes) >= PROCESSES_MAX:
-            raise KernelError(errno.EAGAIN, call, f"a client may have {PROCESSES_MAX} processes")
-
-    def handle(self, arguments: OnHandle) -> OpenHandle:
-        """The handle that a call names. Raises KernelError(EBADF)."""
-        found = self.handles.get((arguments.process, arguments.handle))
-        if found is None:
-            raise KernelError(errno.EBADF, "call", f"process {arguments.process} has no handle {arguments.handle}")
-        return found
-
-    def referred(self, arguments: Referred) -> PageReferences:
-        """The referenced pages that a call names. Raises KernelError(EINVAL)."""
-        found = self.references.get(arguments.reference)
-        if found is None:
-            raise KernelError(errno.EINVAL, "call", f"no pages are held under number {arguments.reference}")
-        return found
-
-    def file(self, number: int) -> MemoryFile:
-        """The file that a call names. Raises KernelError(EBADF)."""
-        found = self.files.get(number)
-        if found is None:
-            raise KernelError(errno.EBADF, "call", f"this client has no file {number}")
-        return found
-
-
-T = TypeVar("T", bound=Operation)
-Serve: TypeAlias = Callable[[Client, T, bytes], Awaitable[Answer]]
+from .clients import FILES_MAX, REFERENCE_SETS_MAX, Answer, Client, OpenHandle, Serve, T
 
 _OPERATIONS: dict[str, tuple[type[Any], Serve[Any]]] = {}
 
@@ -171,6 +69,11 @@ def serves(struct: type[T]) -> Callable[[Serve[T]], Serve[T]]:
 def operation_names() -> tuple[str, ...]:
     """What a client can call."""
     return tuple(_OPERATIONS)
+
+
+def new_client(machine: Machine) -> Client:
+    """A client that may call all of them."""
+    return Client(machine, _OPERATIONS)
 
 
 # --- the machine ------------------------------------------------------------------------------------------------------------------
@@ -244,7 +147,7 @@ async def file_read(client: Client, arguments: FileChunk, _data: bytes) -> Answe
 
 @serves(FilePart)
 async def file_write(client: Client, arguments: FilePart, data: bytes) -> Answer:
-    """pwrite(2) of the data; the file's size."""
+    """pwrite(2) of the data; the size then."""
     file = client.file(arguments.file)
     await file.write(arguments.offset, data)
     return file.size, b""
@@ -259,16 +162,17 @@ async def file_punch(client: Client, arguments: FilePart, _data: bytes) -> Answe
 
 @serves(FilePart)
 async def file_truncate(client: Client, arguments: FilePart, _data: bytes) -> Answer:
-    """ftruncate(2)."""
-    await client.file(arguments.file).truncate(arguments.length)
-    return None, b""
+    """ftruncate(2); the size then."""
+    file = client.file(arguments.file)
+    await file.truncate(arguments.length)
+    return file.size, b""
 
 
 @serves(OnFile)
 async def file_close(client: Client, arguments: OnFile, _data: bytes) -> Answer:
     """close(2)."""
     await client.file(arguments.file).close()
-    del client.files[arguments.file]
+    client.files.pop(arguments.file, None)
     return None, b""
 
 
@@ -403,10 +307,10 @@ async def fork(client: Client, arguments: OnProcess, _data: bytes) -> Answer:
 async def exit(client: Client, arguments: OnProcess, _data: bytes) -> Answer:  # noqa: A001 - the operation's name
     """End a process."""
     process = client.process(arguments)
-    del client.processes[arguments.process]
     for key in [key for key in client.handles if key[0] == arguments.process]:
         del client.handles[key]
     await process.exit()
+    client.processes.pop(arguments.process, None)
     return None, b""
 
 

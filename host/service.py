@@ -26,13 +26,13 @@ from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.fabric.dma import BulkReceiver, BulkSender
 from hmmnet.topology import Topology
 from hmmnet.wire.exchange import HEARTBEAT_S, LEASE_S, RETRY_S
-from hmmnet.wire.messages import Call, Hello, Inspect, Rate
+from hmmnet.wire.messages import Call, Hello, Inspect, Rate, Recall
 from hmmnet.wire.server import Server
 from hmmnet.wire.session import Session
 from hmmnet.wire.transport import Channel, Listener, Transport
 
 from .admission import Admission, Connecting
-from .calls import Client
+from .calls import new_client
 from .contexts import Contexts
 from .device import Device, Life
 from .devmem import PageMap
@@ -274,8 +274,9 @@ class Host:
     # --- programs -------------------------------------------------------------------------------------------------------------
 
     def _program_joined(self, session: Session, hello: Hello) -> None:
-        client = Client(self)
+        client = new_client(self)
         session.on(Call, client.call)
+        session.on(Recall, client.recall)
         assert self._nursery is not None, "peers join while the host runs"
         nursery = self._nursery
 

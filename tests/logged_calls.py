@@ -60,6 +60,8 @@ class LoggedCalls:
         self.pid = pid
         self.handles: dict[int, Handle] = {}
         self.log: list[Any] = []
+        self.children: list[Self] = []
+        self.files: list[PlainFile] = []
 
     async def mmap(
         self,
@@ -76,7 +78,8 @@ class LoggedCalls:
         return 0x1000
 
     async def memfd_create(self, length: int) -> MemoryFile:
-        return PlainFile(length)
+        self.files.append(PlainFile(length))
+        return self.files[-1]
 
     async def mprotect(self, address: int, length: int, protection: str) -> None:
         self.log.append(("mprotect", address, length, protection))
@@ -105,6 +108,7 @@ class LoggedCalls:
     async def fork(self) -> Self:
         child = type(self)(self.pid + 1)
         child.handles.update(self.handles)
+        self.children.append(child)
         return child
 
     async def exit(self) -> None:

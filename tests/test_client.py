@@ -6,6 +6,7 @@ import errno
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,10 @@ import trio
 
 from hmmnet.client import CHUNK_BYTES, RemoteMachine, remote_machine
 from hmmnet.errors import BusError, KernelError, PeerRefused, RemoteError
-from hmmnet.host.calls import Client
+from hmmnet.host.calls import new_client
 from hmmnet.program import Handle, IoctlResult, JobResult, Machine, PageReferences, Process, Residency
 from hmmnet.wire.memory_transport import MemoryTransport
-from hmmnet.wire.messages import Call, Hello, Refused, Welcome
+from hmmnet.wire.messages import Call, Hello, Recall, Refused, Welcome
 from hmmnet.wire.server import Server
 from hmmnet.wire.session import Session
 from tests.logged_calls import LoggedCalls, PlainFile
@@ -92,6 +93,12 @@ class PlainProcess(LoggedCalls):
         return self.handle
 
     async def launch(self, kernel: str, device: str, placement: str = "demand", **arguments: Any) -> JobResult:
+        if kernel == "endless":
+            self.log.append("begun")
+            try:
+                await trio.sleep_forever()
+            finally:
+                self.log.append("ended")
         return JobResult({"kernel": kernel, **arguments}, {"device": device, "placement": placement})
 
     async def migrate(self, address: int, length: int, to: str) -> int:
@@ -111,7 +118,7 @@ class PlainMachine:
         return 0.0
 
     async def create_process(self, node: str = "") -> Process:
-        self.processes.append(PlainProcess(100 + len(self.processes)))
+        self.processes.append(PlainProcess(100 * (1 + len(self.processes))))
         self.nodes.append(node)
         return self.processes[-1]
 
@@ -129,7 +136,9 @@ async def world() -> AsyncIterator[tuple[RemoteMachine, PlainMachine]]:
     transport = MemoryTransport()
 
     def joined(session: Session, hello: Hello) -> None:
-        session.on(Call, Client(machine).call)
+        client = new_client(machine)
+        session.on(Call, client.call)
+        session.on(Recall, client.recall)
 
     async with trio.open_nursery() as nursery:
         server = Server(transport.listen(PLACE), SECRET, welcome, joined)
@@ -163,7 +172,7 @@ async def test_machine_operations() -> None:
         assert (await remote.report())["links"]["pcie0"]["kept_up"] is True
         assert 5.0 <= remote.emulated_s() < 35.0
         assert (await remote.create_process()).pid == 100
-        assert (await remote.process(node="node1")).pid == 101
+        assert (await remote.process(node="node1")).pid == 200
         assert machine.nodes == ["", "node1"]
         assert isinstance(remote, Machine)
 
@@ -328,6 +337,68 @@ async def test_a_child_and_held_pages() -> None:
         assert not process.handles
 
 
+async def test_a_cancelled_job_ends_at_the_host() -> None:
+    """The client's task stops waiting at once, and the host's, which waits for the device, right after."""
+    async with world() as (remote, machine):
+        process = await remote.create_process()
+        for begun in (True, False):
+            with trio.fail_after(5), trio.CancelScope() as scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(process.launch, "endless", "gpu0")
+                    while begun and machine.processes[0].log[-1:] != ["begun"]:
+                        await trio.sleep(0.001)
+                    scope.cancel()
+            with trio.fail_after(5):
+                while machine.processes[0].log[-1] != "ended":
+                    await trio.sleep(0.001)
+        assert (await process.launch("k", "gpu0")).results == {"kernel": "k"}
+
+
+async def test_what_a_cancelled_call_has_made_is_unmade() -> None:
+    """The answer finds nobody: the child, the file, the handle and the pages that it tells of go away again."""
+    async with world() as (remote, machine):
+        process = await remote.create_process()
+        plain = machine.processes[0]
+        with trio.fail_after(5):
+            for make in (remote.create_process, process.fork, partial(process.open, "dm0"), partial(process.memfd_create, 8)):
+                with trio.CancelScope() as scope:
+                    scope.cancel()
+                    await make()
+                assert scope.cancelled_caught
+            with trio.CancelScope() as scope:
+                scope.cancel()
+                await process.get_user_pages(BASE, 2)
+            while plain.log[-1:] != ["put"] or not plain.handle.closed:
+                await trio.sleep(0.001)
+        assert machine.processes[1].log == ["exit"]
+        assert [child.log for child in plain.children] == [["exit"]]
+        assert [file.closed for file in plain.files] == [True]
+
+
+async def test_a_cancelled_write_counts_when_it_has_come() -> None:
+    """The host carries it out all the same, and says how long the file is then; a closed file has no length."""
+    async with world() as (remote, _):
+        process = await remote.create_process()
+        file = await process.memfd_create(0)
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await file.write(0, b"12345")
+        with trio.fail_after(5):
+            while file.size == 0:
+                await trio.sleep(0.001)
+        assert (file.size, await file.read(0, 100)) == (5, b"12345")
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await file.truncate(2)
+        with trio.fail_after(5):
+            while file.size != 2:
+                await trio.sleep(0.001)
+        assert await file.read(0, 100) == b"12"
+        await file.close()
+        with pytest.raises(KernelError, match="EBADF"):
+            _ = file.size
+
+
 async def test_what_the_host_cannot_make_sense_of_is_its_refusal() -> None:
     """An argument that no struct takes ends in RemoteError, and the session lives on."""
     async with world() as (remote, _):
@@ -343,7 +414,7 @@ async def test_a_wrong_secret_is_refused() -> None:
         transport = MemoryTransport()
 
         def joined(session: Session, hello: Hello) -> None:
-            session.on(Call, Client(machine).call)
+            session.on(Call, new_client(machine).call)
 
         async with trio.open_nursery() as nursery:
             await nursery.start(Server(transport.listen(PLACE), bytes([1] * 32), welcome, joined).run)

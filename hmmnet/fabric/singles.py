@@ -1,8 +1,9 @@
 """Transfers of a page or a few, which a CPU waits for: too short for a flow and its messages. Pure; the caller owns time.
 
-All that go the same way share it one after the other, by absolute times: whoever comes while others pass has a turn behind them. Where
-flows are open on the way, singles pass at the share that one more flow would get. While somebody really sleeps until his turn is over
-(`Singles.held`) there *is* one more flow, so that the others go slower by as much; what is shorter than a sleep they do not notice.
+They share every link one after the other, by absolute times: whoever comes while others pass, from whatever device, has a turn behind them.
+Where flows are open on the way, singles pass at the share that one more flow would get, all of them together. While somebody really sleeps
+until his turn is over (`Singles.held`) there *is* one more flow, so that the others go slower by as much; what is shorter than a sleep
+they do not notice.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ class Singles:
         self.links = arbiter.route(source, target)
         self._arbiter = arbiter
         self._ends = source, target
-        self._bytes_per_s = min((link.capacity_bytes_per_s for link in self.links), default=math.inf)
         self._latency_s = sum(link.latency_s for link in self.links)
         self._next_s = -math.inf
         self._flow: Flow | None = None
@@ -32,14 +32,15 @@ class Singles:
         begin_s = max(start_s, self._next_s)
         if self._flow is not None:
             self._next_s = begin_s + nbytes / self._flow.bytes_per_s
-        elif any(link.flows for link in self.links):
-            self._next_s = begin_s + nbytes / min(link.capacity_bytes_per_s / (link.flows + 1) for link in self.links)
-        else:
-            for link in self.links:
-                begin_s = max(begin_s, link.free_s)
-            self._next_s = begin_s + nbytes / self._bytes_per_s
-            for link in self.links:
-                link.free_s = begin_s + nbytes / link.capacity_bytes_per_s
+            return begin_s, self._next_s + self._latency_s
+        for link in self.links:
+            begin_s = max(begin_s, link.free_s)
+        takes_s = 0.0
+        for link in self.links:
+            share_s = nbytes * (link.flows + 1) / link.capacity_bytes_per_s
+            link.free_s = begin_s + share_s
+            takes_s = max(takes_s, share_s)
+        self._next_s = begin_s + takes_s
         return begin_s, self._next_s + self._latency_s
 
     @contextmanager

@@ -450,7 +450,7 @@ class Call(Message, frozen=True):
     this client made) and what `hmmnet.program.Process` names: ``mmap`` (length, protection, address or nil, populate, shared,
     file or nil, handle or nil, offset) -> address;
     ``memfd_create`` (length) -> file number; ``file_read`` (file, offset, length) -> data, ``file_write`` (file, offset) with data -> size,
-    ``file_punch`` (file, offset, length), ``file_truncate`` (file, length), ``file_close`` (file);
+    ``file_punch`` (file, offset, length), ``file_truncate`` (file, length) -> size, ``file_close`` (file);
     ``munmap``, ``mprotect``, ``madvise``, ``mlock``, ``munlock``; ``mremap`` (address, old, new, target or nil, may_move, dontunmap) ->
     address; ``get_user_pages`` (address, pages, write, pin, longterm) -> {reference, count}, ``read_pages`` (reference, first, pages)
     -> data, ``put_pages`` (reference); ``fork`` -> {process, handles: number -> device}; ``malloc`` (length) -> address; ``read``
@@ -460,11 +460,20 @@ class Call(Message, frozen=True):
     (handle, command, address, pages, flags) -> {cpages, faults, length} with the first chunk of the data, ``length`` bytes in all; the
     rest by ``fetch`` (handle, offset) -> data. Data for an ioctl beyond one chunk goes ahead in ``stage`` (handle) calls, which append;
     ``ioctl``'s own `data` comes last. Loads, stores and arrays are made of reads and writes.
+
+    `number` is the client's own for a call that it may want to recall; 0 for none.
     """
 
     operation: Name
     arguments: Packed
     data: Annotated[bytes, msgspec.Meta(max_length=1 << 20)] = b""
+    number: U64 = 0
+
+
+class Recall(Message, frozen=True):
+    """Note: the client does not wait for this call any more, end it where it is. It is then `Failed` with EINTR, unless it is over."""
+
+    number: U64
 
 
 class Result(Message, frozen=True):
@@ -478,7 +487,7 @@ Body: TypeAlias = (
     Hello | Welcome | Refused | Done | Failed | Rate | OpenContext | CloseContext | Invalidate | InvalidateEnd | CopyIn | CopyOut
     | Copied | FreeFrames | Launch | EndJob | Ioctl | IoctlDone | Finished | Inspect | Report | Subscribe | Subscribed | Unsubscribe
     | RangeFault | RangeFaulted | Migrate | Migrated | MigrateDone | Evict | Evicted | MakeExclusive | Exclusive
-    | DmaRead | DmaWrite | DmaGrant | Call | Result
+    | DmaRead | DmaWrite | DmaGrant | Call | Recall | Result
 )  # fmt: skip
 
 Arguments: TypeAlias = dict[str, Any]

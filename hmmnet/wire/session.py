@@ -40,11 +40,12 @@ log = logging.getLogger("hmmnet.wire")
 class PendingReply:
     """A request that is on its way; `wait` gives its answer, to one task."""
 
-    __slots__ = ("_answer", "_error", "_task")
+    __slots__ = ("_answer", "_error", "_late", "_task")
 
     def __init__(self) -> None:
         self._answer: Message | None = None
         self._error: Exception | None = None
+        self._late: Callable[[Message], None] | None = None
         self._task: Task | None = None
 
     def resolve(self, answer: Message | None, error: Exception | None = None) -> None:
@@ -55,6 +56,8 @@ class PendingReply:
             if self._task is not None:
                 task, self._task = self._task, None
                 reschedule(task)
+            elif self._late is not None and answer is not None:
+                self._late(answer)
 
     @property
     def answered(self) -> bool:
@@ -73,6 +76,15 @@ class PendingReply:
             raise self._error
         assert self._answer is not None
         return self._answer
+
+    def leave(self, late: Callable[[Message], None]) -> None:
+        """Nobody will `wait` any more; an answer that comes all the same, or came while we were being cancelled, goes to `late`.
+
+        It must not raise.
+        """
+        self._late = late
+        if self._answer is not None:
+            late(self._answer)
 
     def _give_up(self, _: object) -> Abort:
         self._task = None

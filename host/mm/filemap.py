@@ -82,12 +82,18 @@ class File:
         return frames
 
     def read(self, offset: int, length: int) -> bytes:
-        """pread(2): `length` bytes from byte `offset` on, fewer at the end of the file. Holes read as zero and stay holes."""
+        """pread(2): `length` bytes from byte `offset` on, fewer at the end of the file. Holes read as zero and stay holes.
+
+        Raises KernelError(ENOMEM) for more than this program can hold.
+        """
         length = max(0, min(length, self.size - offset))
         if length == 0:
             return b""
+        try:
+            out = np.zeros(((offset + length - 1 >> PAGE_SHIFT) - (offset >> PAGE_SHIFT) + 1) * PAGE_SIZE, np.uint8)
+        except MemoryError:
+            raise KernelError(ENOMEM, "pread", f"{length} bytes do not fit into this program at once; read them in pieces") from None
         offsets = _covering(offset, length)
-        out = np.zeros(len(offsets) * PAGE_SIZE, np.uint8)
         frames = self.cached(offsets)
         there = np.flatnonzero(frames)
         data = np.empty(len(there) * PAGE_SIZE, np.uint8)

@@ -21,6 +21,13 @@ from .access import CpuAccess
 from .frames import ANON
 from .vma import VM_HUGETLB, VM_READ, VM_SHARED, VM_SPECIAL, VM_WRITE
 
+POPULATE_PAGES_MAX = 1 << 28
+"""Pages that one call faults in: 1 TiB, whose page tables alone take 2 GiB."""
+REFER_PAGES_MAX = 1 << 24
+"""Pages that one call takes references of: 64 GiB, 128 MiB of struct page pointers in the kernel."""
+BATCH_PAGES = 1 << 18
+"""Pages faulted in at once: what is asked for beyond the host's memory costs no more than that."""
+
 
 class Pins(CpuAccess):
     """References to a process's pages."""
@@ -28,8 +35,10 @@ class Pins(CpuAccess):
     async def get_pages(self, start: int, count: int, *, write: bool = False, pin: bool = False, longterm: bool = False) -> Words:
         """Take a reference (`pin`: FOLL_PIN) of each of `count` pages from page `start`; the frames, fewer where a page cannot be had.
 
-        `write` and `longterm` are FOLL_WRITE and FOLL_LONGTERM. Raises KernelError(EFAULT) when not even the first can be had.
+        `write` and `longterm` are FOLL_WRITE and FOLL_LONGTERM. Raises KernelError: EFAULT when not even the first can be had, ENOMEM.
         """
+        if count > REFER_PAGES_MAX:
+            raise KernelError(errno.ENOMEM, "get_user_pages", f"{count} pages are too many at once; {REFER_PAGES_MAX} can be had")
         async with self.mmap_lock.read():
             got, refused = self._accessible(start, start + count, write=write)
             pages = np.arange(start, start + got, dtype=np.uint64)
@@ -87,6 +96,8 @@ class Pins(CpuAccess):
 
         The mmap lock is held for reading. Raises KernelError: ENOMEM at a hole, EINVAL where the VMA does not allow it, EFAULT.
         """
+        if end - start > POPULATE_PAGES_MAX:
+            raise KernelError(errno.ENOMEM, "populate", f"{end - start} pages are too many at once; {POPULATE_PAGES_MAX} can be had")
         page = start
         while page < end:
             vma = self.mm.vmas.find(page)
@@ -96,7 +107,8 @@ class Pins(CpuAccess):
             wants = vma.flags & (VM_WRITE | VM_SHARED) == VM_WRITE if write is None else write
             if not vma.flags & VM_READ or (wants and not vma.flags & VM_WRITE) or (write is not None and vma.flags & VM_SPECIAL):
                 raise KernelError(errno.EINVAL, "populate", f"page 0x{page:x} of process {self.number} does not allow it")
-            await self._fault_pages(np.arange(page, stop, dtype=np.uint64), write=wants)
+            for low in range(page, stop, BATCH_PAGES):
+                await self._fault_pages(np.arange(low, min(stop, low + BATCH_PAGES), dtype=np.uint64), write=wants)
             page = stop
 
     async def make_exclusive(self, start: int, end: int, owner: int) -> int:

@@ -85,6 +85,16 @@ def test_beside_a_flow_turns_are_given_at_half_the_link() -> None:
     assert way.turn(10 * KB, 0.0)[0] == pytest.approx(2 * MS)
 
 
+def test_beside_a_flow_two_devices_have_one_share_together() -> None:
+    """Whoever comes second waits for the first on the link they share, so that no link carries more than it can."""
+    arbiter, first, second = machine()
+    flow = arbiter.open_flow("gpu1", "node0", 0.0)
+    ways = (first, second)
+    last_s = max(ways[i % 2].turn(10 * KB, 0.0)[1] for i in range(100)) - 3 * MS
+    assert last_s == pytest.approx(100 * 2 * MS)
+    assert 100 * 10 * KB / last_s + flow.bytes_per_s / 2 <= 10e6
+
+
 def test_while_one_sleeps_the_flow_is_slower() -> None:
     """The sleepers count as one flow, however many; the last to leave gives the link back."""
     arbiter, way, _ = machine()

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import errno
+from contextlib import suppress
 from typing import Any
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 import pytest
+import trio
+import trio.testing
 
 from hmmnet.errors import KernelError, ProtocolError
 from hmmnet.host.arguments import CHUNK_BYTES, STAGED_BYTES_MAX
-from hmmnet.host.calls import FILES_MAX, HANDLES_MAX, PROCESSES_MAX, Client, operation_names
+from hmmnet.host.calls import new_client, operation_names
+from hmmnet.host.clients import FILES_MAX, HANDLES_MAX, PROCESSES_MAX, Client
 from hmmnet.program import IoctlResult, JobResult, Residency
-from hmmnet.wire.messages import Call
+from hmmnet.wire.messages import Call, Recall
+from tests.host.scripted_device import running_host
 from tests.logged_calls import LoggedCalls, PlainFile
 
 
@@ -67,6 +73,11 @@ class RecordingProcess(LoggedCalls):
         return handle
 
     async def launch(self, kernel: str, device: str, placement: str = "demand", **arguments: Any) -> JobResult:
+        if kernel == "endless":
+            try:
+                await trio.sleep_forever()
+            finally:
+                self.log.append("ended")
         self.log.append((kernel, device, placement, arguments))
         return JobResult({"sum": 1}, {"faults": 2})
 
@@ -99,7 +110,7 @@ async def call(client: Client, operation: str, data: bytes = b"", **arguments: A
 @pytest.fixture
 async def client() -> Client:
     """A client with process 1."""
-    client = Client(RecordingMachine())
+    client = new_client(RecordingMachine())
     assert await call(client, "create_process") == (1, b"")
     return client
 
@@ -273,3 +284,59 @@ async def test_a_client_that_goes_away_takes_its_processes_along(client: Client)
     assert log == ["exit"]
     with pytest.raises(KernelError, match="ESRCH"):
         await call(client, "malloc", process=1, length=1)
+
+
+async def test_calls_end_when_they_are_recalled_and_with_the_client(client: Client) -> None:
+    """By the client's number, which no two calls under way share; what is over is over. A call without a number ends with the client."""
+    process = client.processes[1]
+    assert isinstance(process, RecordingProcess)
+    errors: list[int] = []
+
+    async def launch(number: int) -> None:
+        arguments = msgspec.msgpack.encode({"process": 1, "kernel": "endless", "device": "gpu0"})
+        with pytest.raises(KernelError) as caught:
+            await client.call(Call("launch", arguments, b"", number))
+        errors.append(caught.value.code)
+
+    client.recall(Recall(7))
+    with trio.fail_after(5):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(launch, 7)
+            nursery.start_soon(launch, 0)
+            await trio.testing.wait_all_tasks_blocked()
+            with pytest.raises(ProtocolError, match="call 7 is under way already"):
+                client.call(Call("devices", msgspec.msgpack.encode({}), b"", 7))
+            client.recall(Recall(0))
+            client.recall(Recall(7))
+            await trio.testing.wait_all_tasks_blocked()
+            assert errors == [errno.EINTR]
+            assert process.log == ["ended"]
+            await client.gone()
+            assert process.log == ["ended", "ended", "exit"]
+    assert errors == [errno.EINTR] * 2
+
+
+@pytest.mark.parametrize("operation", ["fork", "get_user_pages", "exit", "create_process"])
+async def test_a_client_that_goes_away_leaves_nothing_of_what_it_waits_for(operation: str) -> None:
+    """A call that waits for the address space is dropped with its client: no child stays, no page held, no frame used."""
+    async with running_host("gpu0") as (host, _):
+        client = new_client(host)
+        pid, _ = await call(client, "create_process")
+        address, _ = await call(client, "mmap", process=pid, length=4 * 4096)
+        await call(client, "write", bytes(4 * 4096), process=pid, address=address)
+        await call(client, "get_user_pages", process=pid, address=address, pages=1, pin=True)
+        more = {"address": address, "pages": 4, "pin": True} if operation == "get_user_pages" else {}
+
+        async def ask() -> None:
+            with suppress(KernelError):
+                await call(client, operation, **({} if operation == "create_process" else {"process": pid}), **more)
+
+        with trio.fail_after(5):
+            async with trio.open_nursery() as nursery:
+                async with host.spaces[pid].mmap_lock.write():
+                    nursery.start_soon(ask)
+                    await trio.testing.wait_all_tasks_blocked()
+                    nursery.start_soon(client.gone)
+                    await trio.testing.wait_all_tasks_blocked()
+        assert (await host.report())["processes"] == 0
+        assert sum(node.allocator.used_count for node in host.memory.nodes) == 0

@@ -11,45 +11,16 @@ import gc
 import numpy as np
 import pytest
 import trio
-from trio.testing import wait_all_tasks_blocked
 
 from hmmnet.errors import BusError, KernelError
 from hmmnet.host.files import MemFd
 from hmmnet.host.hub import Hub
-from hmmnet.host.interfaces import Event
 from hmmnet.host.mm import pte
-from hmmnet.host.mm.space import Space
-from hmmnet.pages import PAGE_SIZE
+from hmmnet.host.mm.gup import BATCH_PAGES
 from tests.host.fakes import FakeLink
 
+from .files import BASE, PAGE, filled, mapped, memfd, symbols, used
 from .machine import Machine, page_bytes, span
-
-PAGE = PAGE_SIZE
-BASE = 1 << 30
-
-
-def memfd(machine: Machine, pages: int) -> MemFd:
-    return MemFd(machine.memory, pages * PAGE, 0)
-
-
-async def filled(machine: Machine, pages: int) -> MemFd:
-    """A file whose page i holds the byte i + 1 throughout."""
-    file = memfd(machine, pages)
-    await file.write(0, b"".join(page_bytes(i + 1) for i in range(pages)))
-    return file
-
-
-async def mapped(space: Space, file: MemFd, pages: int, at: int = BASE, *, shared: bool = True, first: int = 0, rights: str = "rw") -> int:
-    return await space.mmap(pages * PAGE, rights, at, shared=shared, file=file.file("mmap"), offset=first * PAGE)
-
-
-def symbols(space: Space, address: int, pages: int) -> str:
-    """pagemap's letters, without the count of mappings."""
-    return bytes(value & 0x7F for value in space.pagemap(address, pages)).decode()
-
-
-def used(machine: Machine) -> int:
-    return sum(node.allocator.used_count for node in machine.memory.nodes)
 
 
 async def test_reading_a_hole_leaves_it_a_hole() -> None:
@@ -171,115 +142,6 @@ async def test_a_long_load_maps_as_single_loads_do(seed: int) -> None:
         tables.append(symbols(space, address, 60))
         machine.check()
     assert tables[0] == tables[1]
-
-
-async def test_behind_the_end_is_sigbus() -> None:
-    """Not mapped: SIGSEGV; mapped, but behind the file's end: SIGBUS that names the byte. A file that grows is there."""
-    machine = Machine()
-    file = await filled(machine, 1)
-    space = machine.process()
-    await mapped(space, file, 3)
-    for access in (space.load(BASE + PAGE + 9, 1), space.store(BASE + PAGE + 9, b"x")):
-        with pytest.raises(BusError) as held:
-            await access
-        assert held.value.address == BASE + PAGE + 9
-    assert space.signal_for(BASE + PAGE) is BusError
-    await file.truncate(2 * PAGE)
-    assert await space.load(BASE + PAGE + 9, 1) == b"\0"
-    with pytest.raises(BusError):
-        await space.load(BASE + PAGE, 2 * PAGE)
-
-
-async def test_truncation_takes_private_copies_and_a_hole_does_not() -> None:
-    """even_cows: the copy of a page behind the new end is gone, on a device too; a punched page's copy stays."""
-    machine = Machine()
-    file = await filled(machine, 4)
-    space = machine.process()
-    await mapped(space, file, 4, shared=False)
-    await space.store(BASE, b"a")
-    await space.store(BASE + 3 * PAGE, b"d")
-    await space.load(BASE + PAGE, 1)
-    await machine.to_device(space, 64, span(BASE // PAGE + 3, 1))
-    await file.punch(0, 2 * PAGE)
-    assert symbols(space, BASE, 4) == "P-pS"
-    assert await space.load(BASE, 2) == b"a\x01"
-    assert await space.load(BASE + PAGE, 1) == b"\0"
-    await file.truncate(2 * PAGE)
-    assert symbols(space, BASE, 4) == "Pp--"
-    with pytest.raises(BusError):
-        await space.load(BASE + 3 * PAGE, 1)
-    assert machine.devices[64].freed
-    machine.check()
-
-
-async def test_parts_of_pages() -> None:
-    """A size or a hole that ends inside a page zeroes the rest of it, and a page that grows again shows zeros there."""
-    machine = Machine()
-    file = await filled(machine, 3)
-    await file.truncate(2 * PAGE + 100)
-    await file.truncate(3 * PAGE)
-    assert await file.read(2 * PAGE, PAGE) == b"\x03" * 100 + bytes(PAGE - 100)
-    await file.punch(PAGE - 10, PAGE + 20)
-    assert await file.read(PAGE - 12, PAGE + 24) == b"\x01\x01" + bytes(PAGE + 20) + b"\x03\x03"
-    await file.punch(5, 10)
-    assert await file.read(4, 12) == b"\x01" + bytes(10) + b"\x01"
-    assert used(machine) == 2
-
-
-@pytest.mark.parametrize("cut", ["truncate", "punch"])
-async def test_mirrors_are_told_before_pages_go(cut: str) -> None:
-    """CLEAR for exactly the range, in every process that maps it, while the pages are still there; who maps meanwhile is told, too."""
-    machine = Machine()
-    file = await filled(machine, 4)
-    one, two, late = (machine.process() for _ in range(3))
-    links = [FakeLink("gpu0", 64) for _ in range(3)]
-    for space, link in zip((one, two, late), links, strict=True):
-        assert isinstance(space.hub, Hub)
-        space.hub.insert(0, 1 << 30, link, 1)
-    await mapped(one, file, 4)
-    await mapped(two, file, 3, first=1)
-    for space in (one, two):
-        await space.load(BASE, 1)
-    gate = links[0].hold()
-    async with trio.open_nursery() as nursery:
-        if cut == "truncate":
-            nursery.start_soon(file.truncate, 2 * PAGE)
-        else:
-            nursery.start_soon(file.punch, 2 * PAGE, 2 * PAGE)
-        await wait_all_tasks_blocked()
-        assert symbols(one, BASE, 4) == "pppp"
-        await mapped(late, file, 4)
-        if cut == "punch":
-            await late.load(BASE, 1)
-            assert symbols(late, BASE, 4) == "pppp"
-        gate.set()
-    page = BASE // PAGE
-    assert [link.told[-1][1:4] for link in links] == [
-        (page + 2, page + 4, Event.CLEAR),
-        (page + 1, page + 3, Event.CLEAR),
-        (page + 2, page + 4, Event.CLEAR),
-    ]
-    assert symbols(one, BASE, 4) == "pp--"
-    assert symbols(two, BASE, 3) == "p--"
-    assert symbols(late, BASE, 4) == ("pp--" if cut == "punch" else "----")
-    machine.check()
-
-
-async def test_who_pinned_a_page_keeps_it() -> None:
-    """A reference outlives the hole: the pinner goes on seeing the old bytes, the file has new ones."""
-    machine = Machine()
-    file = await filled(machine, 1)
-    space = machine.process()
-    await mapped(space, file, 1)
-    held = await space.get_pages(BASE // PAGE, 1, pin=True, longterm=True)
-    await file.punch(0, PAGE)
-    assert await space.load(BASE, 1) == b"\0"
-    out = np.empty(PAGE, np.uint8)
-    machine.memory.read(held, 0, out)
-    assert out.tobytes() == page_bytes(1)
-    assert used(machine) == 2
-    space.put_pages(held, pin=True)
-    assert used(machine) == 1
 
 
 async def test_a_long_term_pin_breaks_a_private_mapping_only() -> None:
@@ -406,29 +268,6 @@ async def test_no_memory_for_a_hole() -> None:
     assert await space.load(BASE, 4 * PAGE) == b"".join(page_bytes(i + 1) for i in range(4))
 
 
-async def test_madvise_remove_is_a_hole_for_everybody() -> None:
-    """In each shared mapping of the range; private ones are EACCES, anonymous and locked ones EINVAL, and a gap is told at the end."""
-    machine = Machine()
-    file = await filled(machine, 4)
-    one, two = machine.process(), machine.process()
-    await mapped(one, file, 4)
-    await mapped(two, file, 4)
-    await two.load(BASE, 4 * PAGE)
-    with pytest.raises(KernelError, match="ENOMEM"):
-        await one.madvise(BASE + PAGE, 4 * PAGE, "REMOVE")
-    assert await two.load(BASE, 4 * PAGE) == page_bytes(1) + bytes(3 * PAGE)
-    await mapped(one, file, 1, 2 * BASE, shared=False)
-    await one.mmap(PAGE, "rw", 3 * BASE)
-    for address, name in ((2 * BASE, "EACCES"), (3 * BASE, "EINVAL")):
-        with pytest.raises(KernelError, match=name):
-            await one.madvise(address, PAGE, "REMOVE")
-    await one.mlock(BASE, PAGE)
-    with pytest.raises(KernelError, match="EINVAL"):
-        await one.madvise(BASE, PAGE, "REMOVE")
-    assert await file.read(0, 1) == b"\x01"
-    machine.check()
-
-
 async def test_pages_that_a_driver_inserts() -> None:
     """All there at once, shared with a forked child, never migrated; what is dropped is SIGBUS, and the frames go with the mapping."""
     machine = Machine()
@@ -458,49 +297,61 @@ async def test_pages_that_a_driver_inserts() -> None:
     assert used(machine) == 0
 
 
-async def test_a_write_waits_for_a_truncation() -> None:
-    """While mirrors are being told, a write behind the new end must not be taken and then dropped with what lay there before."""
+async def test_a_store_to_a_shared_page_is_dirty() -> None:
+    """A store that maps the page marks it as one to a mapped page does, soft-dirty too; a load does not."""
     machine = Machine()
-    file = await filled(machine, 4)
+    file = await filled(machine, 40)
     space = machine.process()
-    await mapped(space, file, 4)
-    link = FakeLink("gpu0", 64)
-    assert isinstance(space.hub, Hub)
-    space.hub.insert(0, 1 << 30, link, 1)
-    gate = link.hold()
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(file.truncate, PAGE)
-        await wait_all_tasks_blocked()
-        nursery.start_soon(file.write, 2 * PAGE, b"kept")
-        await wait_all_tasks_blocked()
-        assert file.size == PAGE
-        gate.set()
-    assert file.size == 2 * PAGE + 4
-    assert await file.read(PAGE, 2 * PAGE) == bytes(PAGE) + b"kept"
+    await mapped(space, file, 40)
+    await space.store(BASE, b"x")
+    await space.load(BASE + 32 * PAGE, 1)
+    marks = pte.YOUNG | pte.WRITE | pte.DIRTY | pte.SOFT_DIRTY
+    assert space.mm.table.get(BASE >> 12) & marks == marks
+    assert space.mm.table.get((BASE >> 12) + 32) & marks == pte.YOUNG | pte.WRITE
+
+
+async def test_a_child_may_store_to_inserted_pages_that_are_shared() -> None:
+    """copy_present_pte takes the right to write from private mappings only: nobody faults on this one again, a device neither."""
+    machine = Machine()
+    space = machine.process()
+    await space.mmap_inserted(2 * PAGE, "rw", BASE, shared=True)
+    child = await machine.fork(space)
+    assert all(of.mm.table.get(BASE >> 12) & pte.WRITE for of in (space, child))
+    await space.store(BASE, b"one")
+    await child.store(BASE + PAGE, b"two")
+    assert await child.load(BASE, 3) == b"one"
+    assert await space.load(BASE + PAGE, 3) == b"two"
     machine.check()
 
 
-async def test_a_truncation_that_is_cancelled_leaves_the_pages() -> None:
-    """Cancelled while mirrors are told: it has had no effect, and it can be done again."""
+async def test_lengths_beyond_all_memory_are_refused() -> None:
+    """A file may be longer than what its reader can hold; a mapping longer than what can be had of it: ENOMEM, nothing used."""
     machine = Machine()
-    file = await filled(machine, 4)
+    file = MemFd(machine.memory, 1 << 46, 0)
+    with pytest.raises(KernelError, match="ENOMEM"):
+        await file.read(0, 1 << 46)
     space = machine.process()
-    await mapped(space, file, 4)
-    await space.load(BASE, 1)
-    link = FakeLink("gpu0", 64)
-    assert isinstance(space.hub, Hub)
-    space.hub.insert(0, 1 << 30, link, 1)
-    gate = link.hold()
-    with trio.move_on_after(0.01) as scope:
-        await file.truncate(PAGE)
-    assert scope.cancelled_caught
-    assert symbols(space, BASE, 4) == "pppp"
-    assert file.size == 4 * PAGE
-    gate.set()
-    assert await space.load(BASE + 3 * PAGE, 1) == b"\x04"
-    await file.truncate(PAGE)
-    assert symbols(space, BASE, 4) == "p---"
-    machine.check()
+    await space.mmap(1 << 45, "rw", BASE)
+    for refused in (
+        space.madvise(BASE, 1 << 45, "POPULATE_READ"),
+        space.madvise(BASE, 1 << 45, "POPULATE_WRITE"),
+        space.mlock(BASE, 1 << 45),
+        space.get_pages(BASE >> 12, 1 << 33),
+    ):
+        with pytest.raises(KernelError, match="ENOMEM"):
+            await refused
+    assert used(machine) == 0
+    assert space.mm.rss == 0
+
+
+async def test_populating_takes_more_than_one_batch() -> None:
+    """Reading more than the host has is possible: it is the zero page everywhere."""
+    machine = Machine()
+    space = machine.process()
+    await space.mmap(BATCH_PAGES + 8 << 12, "rw", BASE)
+    await space.madvise(BASE, BATCH_PAGES + 8 << 12, "POPULATE_READ")
+    assert set(symbols(space, BASE, BATCH_PAGES + 8)) == {"P"}
+    assert used(machine) == 0
 
 
 async def test_a_file_mapped_twice_in_one_process() -> None:
@@ -546,15 +397,6 @@ async def test_inserted_pages_that_do_not_fit_leave_nothing() -> None:
         assert len(space.mm.vmas) == 0
     gc.collect()
     assert used(machine) == 0
-
-
-async def test_remove_is_not_for_devices() -> None:
-    """ENODEV, and the driver's pages stay."""
-    space = Machine().process()
-    await space.mmap_inserted(PAGE, "rw", BASE, shared=True)
-    with pytest.raises(KernelError, match="ENODEV"):
-        await space.madvise(BASE, PAGE, "REMOVE")
-    assert await space.load(BASE, 1) == b"\0"
 
 
 async def test_a_cancelled_fork_leaves_no_child() -> None:

@@ -1,0 +1,156 @@
+"""A program in another process, as the host knows it: what it made, what it may have, and what it waits for.
+
+It is trusted with the machine secret and with nothing else. It reaches only the processes, handles, files and held pages that it made
+itself; when it goes away they are ended as the kernel ends a killed program's: what it waits for is cancelled first, so that a
+call under way cannot make something that nobody would ever end.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias, TypeVar
+
+import msgspec
+import trio
+
+from hmmnet.errors import KernelError, ProtocolError
+from hmmnet.program import Handle, Machine, MemoryFile, PageReferences, Process
+from hmmnet.wire.messages import Call, Recall, Result
+
+from .arguments import OnHandle, OnProcess, Operation, Referred
+
+PROCESSES_MAX = 256
+"""Processes of one client; each costs an address space."""
+HANDLES_MAX = 4096
+REFERENCE_SETS_MAX = 4096
+"""Times that one client may hold pages at once."""
+FILES_MAX = 4096
+"""Files that one client may have."""
+
+Answer: TypeAlias = tuple[Any, bytes]
+"""A value that msgpack can carry, and data."""
+
+
+@dataclass(eq=False)
+class OpenHandle:
+    """A client's handle, with ioctl data on their way in and out."""
+
+    handle: Handle
+    staged: bytearray = field(default_factory=bytearray)
+    result: bytes = b""
+
+
+T = TypeVar("T", bound=Operation)
+Serve: TypeAlias = "Callable[[Client, T, bytes], Awaitable[Answer]]"
+Operations: TypeAlias = "Mapping[str, tuple[type[Operation], Serve[Any]]]"
+"""Operations by name: the struct of the arguments, and what serves it."""
+
+
+class Client:
+    """One client session's view of `machine`, served by `operations`."""
+
+    def __init__(self, machine: Machine, operations: Operations) -> None:
+        self.machine = machine
+        self._operations = operations
+        self._under_way: dict[object, trio.CancelScope] = {}
+        """Calls that are being served: by the client's number, or a key of our own where it gave none."""
+        self._gone = False
+        self._idle = trio.Event()
+        self.processes: dict[int, Process] = {}
+        self.handles: dict[tuple[int, int], OpenHandle] = {}
+        self.references: dict[int, PageReferences] = {}
+        self.reference_numbers = 0
+        self.files: dict[int, MemoryFile] = {}
+        self.file_numbers = 0
+
+    def call(self, message: Call) -> Awaitable[Result]:
+        """Serve one call, which is known from its arrival on, so that a `Recall` right behind finds it.
+
+        Raises KernelError and SignalError of the operation, KernelError(EINTR) when it was recalled, ProtocolError for what makes no sense.
+        """
+        entry = self._operations.get(message.operation)
+        if entry is None:
+            raise ProtocolError(f"unknown operation {message.operation!r}; known are {', '.join(sorted(self._operations))}")
+        struct, serve = entry
+        try:
+            arguments = msgspec.msgpack.decode(message.arguments, type=struct)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise ProtocolError(f"arguments of {message.operation}: {error}") from error
+        key = message.number or object()
+        if key in self._under_way:
+            raise ProtocolError(f"call {message.number} is under way already")
+        self._under_way[key] = trio.CancelScope()
+        return self._serve(key, message.operation, serve(self, arguments, message.data))
+
+    async def _serve(self, key: object, operation: str, serving: Awaitable[Answer]) -> Result:
+        try:
+            with self._under_way[key]:
+                value, data = await serving
+                return Result(msgspec.msgpack.encode(value), data)
+        finally:
+            del self._under_way[key]
+            if self._gone and not self._under_way:
+                self._idle.set()
+        raise KernelError(errno.EINTR, operation, "the client does not wait for it any more")
+
+    def recall(self, message: Recall) -> None:
+        """The client does not wait for a call any more: it ends where it is. One that is over is over."""
+        scope = self._under_way.get(message.number)
+        if scope is not None:
+            scope.cancel()
+
+    async def gone(self) -> None:
+        """The client is gone: end its calls, then its processes."""
+        self._gone = True
+        for scope in self._under_way.values():
+            scope.cancel()
+        if self._under_way:
+            await self._idle.wait()
+        processes, self.processes = self.processes, {}
+        self.handles.clear()
+        self.files.clear()
+        references, self.references = self.references, {}
+        for held in references.values():
+            await held.put()
+        for process in processes.values():
+            await process.exit()
+
+    def process(self, arguments: OnProcess) -> Process:
+        """The process that a call names. Raises KernelError(ESRCH)."""
+        found = self.processes.get(arguments.process)
+        if found is None:
+            raise KernelError(errno.ESRCH, "call", f"this client has no process {arguments.process}")
+        return found
+
+    def room_for(self, handles: int, call: str) -> None:
+        """Raises KernelError(EMFILE) when so many more handles are too many."""
+        if len(self.handles) + handles > HANDLES_MAX:
+            raise KernelError(errno.EMFILE, call, f"a client may have {HANDLES_MAX} handles")
+
+    def room_for_process(self, call: str) -> None:
+        """Raises KernelError(EAGAIN) when one more process is too many."""
+        if len(self.processes) >= PROCESSES_MAX:
+            raise KernelError(errno.EAGAIN, call, f"a client may have {PROCESSES_MAX} processes")
+
+    def handle(self, arguments: OnHandle) -> OpenHandle:
+        """The handle that a call names. Raises KernelError(EBADF)."""
+        found = self.handles.get((arguments.process, arguments.handle))
+        if found is None:
+            raise KernelError(errno.EBADF, "call", f"process {arguments.process} has no handle {arguments.handle}")
+        return found
+
+    def referred(self, arguments: Referred) -> PageReferences:
+        """The referenced pages that a call names. Raises KernelError(EINVAL)."""
+        found = self.references.get(arguments.reference)
+        if found is None:
+            raise KernelError(errno.EINVAL, "call", f"no pages are held under number {arguments.reference}")
+        return found
+
+    def file(self, number: int) -> MemoryFile:
+        """The file that a call names. Raises KernelError(EBADF)."""
+        found = self.files.get(number)
+        if found is None:
+            raise KernelError(errno.EBADF, "call", f"this client has no file {number}")
+        return found
