@@ -250,7 +250,11 @@ class Mirror:
 
     def program_exclusive(self, start: int, words: Words) -> None:
         """Enter pages from `start` on that this device has to itself."""
-        self._table.write(start, (words & _PFN_FRAME) << _SHIFT | np.uint64(ENTRY_VALID | ENTRY_ATOMIC))
+        frames = words & _PFN_FRAME
+        self._table.write(start, frames << _SHIFT | np.uint64(ENTRY_VALID | ENTRY_ATOMIC))
+        own = self._memory.owns(frames)
+        if own.any():
+            self._memory.note_mapping(self.slot, (np.flatnonzero(own) + start).astype(np.uint64), frames[own])
 
     # --- migration of pages that are mapped where they are ------------------------------------------------------------------------
 

@@ -20,6 +20,8 @@ class Spec(msgspec.Struct, frozen=True):
     kind: str = "private"
     fault_capable: bool = True
     unit: int | None = None
+    memory_file: str = ""
+    """Where its memory is, if it is shared with the host because it is coherent."""
 
     @property
     def pages(self) -> int:

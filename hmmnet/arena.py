@@ -1,9 +1,10 @@
-"""The bytes of one zone: a host memory node or a device's private memory.
+"""The bytes of one zone: a host memory node or a device's memory.
 
-One anonymous mapping, reserved whole and committed on first touch, so a machine with eight 80 GiB devices starts on a laptop and pays for
-what it uses. Reads and writes go by *descriptor*: physical addresses (multiples of `size`) of elements that are all `size` bytes long. A
-page copy has `size` 4096; a device that loads eight-byte words across its link has `size` 8. Where the elements are one run the bytes
-are a slice; else they are gathered or scattered by numpy, never one by one in Python.
+One mapping, anonymous, or shared between host and device where the memory is coherent (the CPU reaches it in place). It is reserved whole
+and committed on first touch, so a machine with eight 80 GiB devices starts on a laptop and pays for what it uses. Reads and writes go by
+*descriptor*: physical addresses (multiples of `size`) of elements that are all `size` bytes long. A page copy has `size` 4096; a device
+that loads eight-byte words across its link has `size` 8. Where the elements are one run the bytes are a slice; else they are gathered or
+scattered by numpy, never one by one in Python.
 """
 
 from __future__ import annotations
@@ -26,23 +27,25 @@ Bytes = npt.NDArray[np.uint8]
 
 
 class Arena:
-    """`count` pages of memory that answer to the frames ``[base, base + count)``.
+    """`count` pages of memory that answer to the frames ``[base, base + count)``; those of the open file `descriptor`, if one is given.
 
     Raises HmmnetError when the operating system will not reserve so much address space.
     """
 
-    def __init__(self, base: int, count: int) -> None:
+    def __init__(self, base: int, count: int, descriptor: int = -1) -> None:
         self.base = base
         self.count = count
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+        own = descriptor < 0
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS if own else mmap.MAP_SHARED
+        self._discard = mmap.MADV_DONTNEED if own else mmap.MADV_REMOVE
         try:
-            self._map = mmap.mmap(-1, count * PAGE_SIZE, flags=flags)
+            self._map = mmap.mmap(descriptor, count * PAGE_SIZE, flags=flags | MAP_NORESERVE)
         except (OSError, ValueError, OverflowError) as error:
             raise HmmnetError(
                 f"cannot reserve {count * PAGE_SIZE >> 20} MiB of address space for frames from 0x{base:x}: {error}; "
                 "make the memories of the topology smaller, or raise the address space limit (ulimit -v)"
             ) from error
-        if hasattr(mmap, "MADV_HUGEPAGE"):
+        if own and hasattr(mmap, "MADV_HUGEPAGE"):
             self._map.madvise(mmap.MADV_HUGEPAGE)
         self.bytes: Bytes = np.frombuffer(self._map, dtype=np.uint8)
         self.pages = self.bytes.reshape(count, PAGE_SIZE)
@@ -104,4 +107,4 @@ class Arena:
         for i in np.flatnonzero(np.diff(bounds) >= DISCARD_MIN_PAGES).tolist():
             first = int(frames[bounds[i]]) - self.base
             length = int(bounds[i + 1] - bounds[i])
-            self._map.madvise(mmap.MADV_DONTNEED, first * PAGE_SIZE, length * PAGE_SIZE)
+            self._map.madvise(self._discard, first * PAGE_SIZE, length * PAGE_SIZE)

@@ -1,19 +1,21 @@
 """Who may join the machine, and as what: the decisions about a hello, and what a welcomed peer is told.
 
-Version and secret were checked before (`hmmnet.wire.server`). Here: a device must be one of the topology, and gets a zone of its own and
-a pair of bulk channels; a program gets nothing but the clock.
+Version and secret were checked before (`hmmnet.wire.server`). Here: a device must be one of the topology, and gets a zone of its own, a
+pair of bulk channels and, if its memory is coherent, a file to share it with us; a program gets nothing but the clock.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import msgspec
 
+from hmmnet.arena import Arena
 from hmmnet.errors import HmmnetError
 from hmmnet.fabric.clock import EmulatedClock
-from hmmnet.pages import DEVICE_ZONE_MIN, ZONES_MAX
+from hmmnet.pages import DEVICE_ZONE_MIN, PAGE_SIZE, ZONE_SHIFT, ZONES_MAX
 from hmmnet.topology import DeviceSpec, Topology
 from hmmnet.wire.messages import PROTOCOL_VERSION, TEXT_MAX, Hello, Refused, Welcome, Zone
 from hmmnet.wire.transport import Channel, Transport
@@ -25,12 +27,33 @@ PROGRAM_ROLES = frozenset({"client", "launcher"})
 
 @dataclass(frozen=True)
 class Connecting:
-    """A device that is being welcomed: its place in the machine, and our ends of its bulk channels."""
+    """A device that is being welcomed: its place in the machine, our ends of its bulk channels, and the memory that it shares with us."""
 
     spec: DeviceSpec
     zone: int
     bulk_in: Channel
     bulk_out: Channel
+    shared: SharedMemory | None
+
+
+class SharedMemory:
+    """Coherent memory: a file without a name, which a process of the same user on this computer opens by our descriptor."""
+
+    def __init__(self, name: str, zone: int, pages: int) -> None:
+        self._descriptor = os.memfd_create(f"hmmnet-{name}", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(self._descriptor, pages * PAGE_SIZE)
+            self.arena = Arena(zone << ZONE_SHIFT, pages, self._descriptor)
+        except BaseException:
+            self.close()
+            raise
+        self.path = f"/proc/{os.getpid()}/fd/{self._descriptor}"
+
+    def close(self) -> None:
+        """The device has opened it, or never will; what is mapped stays mapped."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
 
 
 class Admission:
@@ -68,20 +91,25 @@ class Admission:
         if self._zone_next >= ZONES_MAX:
             return Refused("busy", f"devices were restarted {ZONES_MAX - DEVICE_ZONE_MIN} times; start the machine anew")
         zone = self._zone_next
+        spec = self._topology.device(hello.name)
         key = self._transport.fresh_identity("bulk")
         bound: list[Channel] = []
+        shared: SharedMemory | None = None
         try:
+            shared = SharedMemory(spec.name, zone, spec.pages) if spec.kind == "coherent" else None
             for endpoint in (self._endpoint_of(f"b{zone}{end}") for end in "io"):
                 bound.append(self._transport.bind_channel(endpoint, key=key))  # noqa: PERF401 - what was bound before an error is closed
-        except HmmnetError as error:
+        except (HmmnetError, OSError) as error:
             for channel in bound:
                 channel.close()
+            if shared is not None:
+                shared.close()
             return Refused("busy", str(error)[:TEXT_MAX])
         bulk_in, bulk_out = bound
         self._zone_next += 1
-        spec = self._topology.device(hello.name)
-        self._connecting[hello.name] = Connecting(spec, zone, bulk_in, bulk_out)
-        return self._welcome(zone, bulk_in.endpoint, bulk_out.endpoint, key, msgspec.msgpack.encode(spec))
+        self._connecting[hello.name] = Connecting(spec, zone, bulk_in, bulk_out, shared)
+        config = asdict(spec) | {"memory_file": shared.path if shared is not None else ""}
+        return self._welcome(zone, bulk_in.endpoint, bulk_out.endpoint, key, msgspec.msgpack.encode(config))
 
     def connecting(self, name: str) -> Connecting:
         """What `device` made for the device that it just welcomed."""

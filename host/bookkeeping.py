@@ -103,7 +103,7 @@ async def _snapshot(space: Space, address: int, pages: int) -> float:
 async def _there_and_back(space: Space, page_map: PageMap, homing: Homing, link: DeviceLink, address: int, pages: int) -> float:
     start = address >> PAGE_SHIFT
     frames = np.arange(ZONE << ZONE_SHIFT, (ZONE << ZONE_SHIFT) + pages, dtype=np.uint64)
-    domain = Domain(link.name, 1)
+    domain = Domain(link.name, 1, link.zone)
 
     async def announce(outcome: Outcome, finalize: Callable[[], None]) -> None:
         assert outcome.moved == pages, "every page of the probe can move"

@@ -60,7 +60,7 @@ class Contexts:
         if hub is None:
             raise KernelError(errno.ESRCH, "open", f"process {space.number} has exited")
         self._numbers += 1
-        context = Context(self._numbers, life, space, hub, Domain(life.name, self._numbers))
+        context = Context(self._numbers, life, space, hub, Domain(life.name, self._numbers, life.zone))
         life.contexts[context.number] = context
         life.link.domains[context.number] = context.domain
         try:

@@ -7,21 +7,25 @@ so it must not wait: frames are gathered and told in one note a little later, an
 Removing a page map waits, in the kernel, for the last reference, and hangs for ever when somebody leaks one. Here it does not hang: it says
 who holds what.
 
-Coherent memory (`MEMORY_DEVICE_COHERENT`) is registered as private: the CPU cannot yet reach it in place, so its pages come home when
-touched, which is right for the data and slower than the hardware.
+The CPU reaches coherent memory (`MEMORY_DEVICE_COHERENT`) in place: host and device map the same file, as a coherent link has them share
+one memory, and entries that lead there are present like any other. That wants both on one computer, which a coherent link does, too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
 import numpy as np
 
+from hmmnet.arena import Arena
 from hmmnet.errors import HmmnetError
 from hmmnet.pages import Words
 
-from .interfaces import DeviceLink
+from .announce import clear
+from .interfaces import AddressSpace, DeviceLink
+from .mm import pte
 from .mm.frames import PhysicalMemory
 from .mm.rmap import mappings
 
@@ -41,12 +45,12 @@ class Holder:
 
 
 class PageMap:
-    """The struct pages of one life of a device."""
+    """The struct pages of one life of a device. `arena` are the bytes of coherent memory."""
 
-    def __init__(self, memory: PhysicalMemory, link: DeviceLink, pages: int) -> None:
+    def __init__(self, memory: PhysicalMemory, link: DeviceLink, pages: int, arena: Arena | None = None) -> None:
         self._memory = memory
         self.link = link
-        self.zone = memory.add_device(link.zone, "private", link.name, pages)
+        self.zone = memory.add_device(link.zone, link.kind, link.name, pages, arena)
         self.zone.on_free = link.free_frames
 
     @property
@@ -80,9 +84,21 @@ class PageMap:
 
     def lose(self, cause: str) -> None:
         """The device died with its memory: an access to a page whose only copy was there is a SIGBUS that names `cause`."""
+        coherent = self.zone.kind == "coherent"
         self._memory.zone_lost(self.zone.number, cause)
+        if coherent:
+            for mapped in mappings(self._memory, self.used_frames()):
+                mapped.mm.table.scatter(mapped.pages, mapped.entries & ~np.uint64(pte.KIND) | np.uint64(pte.DEVICE))
 
-    def bury(self) -> None:
+    async def withdraw(self, spaces: Mapping[int, AddressSpace]) -> None:
+        """Other devices may mirror coherent memory in place: return when none reaches what was lost."""
+        async with AsyncExitStack() as stack:
+            for mapped in mappings(self._memory, self.used_frames()):
+                await clear(stack, spaces, mapped.mm, mapped.pages)
+
+    def bury(self) -> bool:
         """Nothing is under way to or from the lost device any more: without pages that were lost with it, the map goes away."""
-        if not self.used_pages:
-            self._memory.remove_device(self.zone.number)
+        if self.used_pages:
+            return False
+        self._memory.remove_device(self.zone.number)
+        return True

@@ -77,9 +77,10 @@ class Homing:
         self._now = now
 
     async def migrate_to_ram(self, space: AddressSpace, pages: Words) -> None:
-        """A CPU touched device-private `pages` (consecutive, in one VMA and one zone). Hold the mmap lock for reading.
+        """A CPU touched device-private `pages` (consecutive, in one VMA and one zone), or wants coherent ones for good (FOLL_LONGTERM).
 
-        Returns when it makes sense to look again. Raises BusError when the data are lost, KernelError(ENOMEM).
+        Hold the mmap lock for reading. Returns when it makes sense to look again. Raises BusError when the data are lost,
+        KernelError(ENOMEM).
         """
         began_s = self._now()
         first = int(pages[0])
@@ -88,10 +89,10 @@ class Homing:
         if link is None:
             raise self._lost(space, first, zone, "the device is gone")
         try:
-            if len(pages) == 1:
+            if len(pages) == 1 and link.kind == "private":
                 moved = await self._home_one(space, link, first)
             else:
-                moved = await self._bring(space, link, await self._collect(space, pages, zone))
+                moved = await self._bring(space, link, await self._collect(space, pages, link))
         except PeerError as error:
             raise self._lost(space, first, zone, str(error)) from error
         if moved:
@@ -102,9 +103,10 @@ class Homing:
         why = f'page 0x{page:x} of process {space.number} has its only copy on device "{owner}" and cannot come home: {cause}'
         return BusError(page << PAGE_SHIFT, why)
 
-    async def _collect(self, space: AddressSpace, pages: Words, zone: int) -> Migration:
-        async with announced(space, self.spaces, pages, Select.DEVICE_PRIVATE, zone) as told:
-            return space.collect(pages, Select.DEVICE_PRIVATE, zone, told=told)
+    async def _collect(self, space: AddressSpace, pages: Words, link: DeviceLink) -> Migration:
+        select, zone = memory_of(link), link.zone
+        async with announced(space, self.spaces, pages, select, zone) as told:
+            return space.collect(pages, select, zone, told=told)
 
     async def _bring(self, space: AddressSpace, link: DeviceLink, migration: Migration) -> int:
         """Copy and change over what `migration` collected; returns how many pages moved."""
@@ -140,7 +142,7 @@ class Homing:
         async with space.hub.invalidate(Event.MIGRATE, page, page + 1, zone):
             frame = space.take_one(page, zone)
         if frame is None:
-            return await self._bring(space, link, await self._collect(space, np.array((page,), dtype=np.uint64), zone))
+            return await self._bring(space, link, await self._collect(space, np.array((page,), dtype=np.uint64), link))
 
         def allocate() -> int:
             nonlocal target
@@ -171,7 +173,7 @@ class Homing:
                     space.check_migratable(page, stop)
                 except KernelError as error:
                     return Outcome(words, error.code)
-                work = MigrateVma(space, self.spaces, Select.DEVICE_PRIVATE, link.zone)
+                work = MigrateVma(space, self.spaces, memory_of(link), link.zone)
                 await work.setup(page, stop)
                 part = work.parts[0]
                 await self._bring(space, link, part)
@@ -204,6 +206,11 @@ class Homing:
         moved = migration.cpages
         finalize(self._memory, None, migration)
         return moved
+
+
+def memory_of(link: DeviceLink) -> Select:
+    """What migrate_vma has to select to take pages of this device."""
+    return Select.DEVICE_COHERENT if link.kind == "coherent" else Select.DEVICE_PRIVATE
 
 
 def give_up(memory: PhysicalMemory, space: AddressSpace | None, migration: Migration) -> None:

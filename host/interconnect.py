@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 
 from hmmnet.fabric.arbiter import Arbiter, Flow
@@ -12,7 +14,7 @@ from hmmnet.observe.counters import DEVICE_TO_HOST, Profile
 from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, ZONE_SHIFT, Words
 from hmmnet.topology import Topology
 
-from .mm.frames import PhysicalMemory
+from .mm.frames import CpuZone, PhysicalMemory, Zone
 
 
 class Interconnect:
@@ -23,10 +25,37 @@ class Interconnect:
         self.now = clock.now
         self.arbiter = Arbiter(topology)
         self.profile = Profile()
-        self.memories = MultiArena({node.number: node.arena for node in memory.nodes})
+        self._arenas = {node.number: node.arena for node in memory.nodes}
+        self.memories = MultiArena(self._arenas)
         self._memory = memory
-        self._ways: dict[tuple[str, int], Singles] = {}
+        self._ways: dict[tuple[str, str], Singles] = {}
         self._nodes = {node.number: node.owner for node in memory.nodes}
+        """Where on the links each zone lies that the CPU, or another device, reaches."""
+
+    def attach(self, zone: Zone, node: str) -> None:
+        """The memory of a device is there. If it is coherent, the CPU, beside memory `node`, and other devices reach it over its links."""
+        if isinstance(zone, CpuZone):
+            self._arenas[zone.number] = zone.arena
+            self._nodes[zone.number] = zone.owner
+            zone.crossed = partial(self._crossed, zone.owner, node)
+
+    def detach(self, zone: Zone) -> None:
+        """That memory is gone."""
+        self._arenas.pop(zone.number, None)
+        self._nodes.pop(zone.number, None)
+
+    def _crossed(self, device: str, node: str, nbytes: int, stored: bool) -> None:
+        """The CPU has reached `nbytes` of a device's memory: they take their turn on the links, and whoever wanted them owes the time."""
+        way = self._way(node, device) if stored else self._way(device, node)
+        begin_s, due_s = way.turn(nbytes, self.now())
+        for link in way.links:
+            link.record(nbytes, begin_s, due_s, due_s)
+        if self.clock.real_until(due_s) >= SLEEP_MIN_S:
+            self._memory.owed = partial(self._pass_time, way, due_s)
+
+    async def _pass_time(self, way: Singles, due_s: float) -> None:
+        with way.held(self.now):
+            await self.clock.sleep_until(due_s)
 
     def land(self, frames: Words, data: bytes) -> None:
         """Write whole pages to host `frames`."""
@@ -52,10 +81,13 @@ class Interconnect:
         return begin_s, due_s, now_s
 
     def _way_out(self, device: str, frame: int) -> Singles:
-        key = (device, frame >> ZONE_SHIFT)
+        return self._way(device, self._nodes[frame >> ZONE_SHIFT])
+
+    def _way(self, source: str, target: str) -> Singles:
+        key = (source, target)
         way = self._ways.get(key)
         if way is None:
-            way = self._ways[key] = Singles(self.arbiter, device, self._nodes[key[1]])
+            way = self._ways[key] = Singles(self.arbiter, source, target)
         return way
 
     def count_out(self, device: str, frame: int, nbytes: int, start_s: float, due_s: float, end_s: float) -> None:

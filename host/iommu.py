@@ -1,4 +1,4 @@
-"""The emulated IOMMU: which device context may reach which frame of host memory, checked at every access.
+"""The emulated IOMMU: which device context may reach which frame of host memory, or of another device's, checked at every access.
 
 A real driver that forgets to drop a translation corrupts memory silently, weeks later. Here the host remembers what each context was
 told it may use: a translation enters its *domain* when a range fault is answered, and leaves it when an invalidation over its page
@@ -23,14 +23,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from hmmnet.errors import IommuFault, KernelError
-from hmmnet.pages import DEVICE_ZONE_MIN, HMM_PFN_ERROR, HMM_PFN_FRAME_MASK, HMM_PFN_VALID, HMM_PFN_WRITE, PAGE_SHIFT, ZONE_SHIFT, Words
+from hmmnet.pages import HMM_PFN_ERROR, HMM_PFN_FRAME_MASK, HMM_PFN_VALID, HMM_PFN_WRITE, PAGE_SHIFT, ZONE_SHIFT, Words
 from hmmnet.sparse import SparseTable
 
 _VALID = np.uint64(1)
 _WRITE = np.uint64(2)
 _SUSPENDED = np.uint64(4)
 _FRAME_SHIFT = np.uint64(3)
-_HOST_FRAMES_END = np.uint64(DEVICE_ZONE_MIN << ZONE_SHIFT)
 _PAGE_SHIFT = np.uint64(PAGE_SHIFT)
 
 
@@ -44,11 +43,12 @@ class Access:
 
 
 class Domain:
-    """The translations of one device context."""
+    """The translations of one context of a device whose own memory is `zone`."""
 
-    def __init__(self, device: str, context: int) -> None:
+    def __init__(self, device: str, context: int, zone: int) -> None:
         self.device = device
         self.context = context
+        self.zone = zone
         self.refused = 0
         """Accesses that were refused so far."""
         self._table = SparseTable()
@@ -61,7 +61,7 @@ class Domain:
         """
         frames = words & np.uint64(HMM_PFN_FRAME_MASK)
         usable = (words & np.uint64(HMM_PFN_VALID | HMM_PFN_ERROR)) == np.uint64(HMM_PFN_VALID)
-        usable &= frames < _HOST_FRAMES_END
+        usable &= frames >> np.uint64(ZONE_SHIFT) != np.uint64(self.zone)
         entries = frames << _FRAME_SHIFT | _VALID
         entries |= np.where(words & np.uint64(HMM_PFN_WRITE) != 0, _WRITE, np.uint64(0))
         if usable.all():

@@ -193,7 +193,9 @@ class Host:
         spec, zone = connecting.spec, connecting.zone
         sender, receiver = BulkSender(connecting.bulk_in, self.clock), BulkReceiver(connecting.bulk_out, self.clock)
         link = SessionLink(spec, zone, self.memory.node_named(spec.node), session, sender, receiver, self.interconnect, self._lease_s)
-        life = Life(spec, hello.incarnation, hello.pid, link, PageMap(self.memory, link, spec.pages))
+        arena = None if connecting.shared is None else connecting.shared.arena
+        life = Life(spec, hello.incarnation, hello.pid, link, PageMap(self.memory, link, spec.pages, arena))
+        self.interconnect.attach(life.page_map.zone, spec.node)
         self.links[zone] = link
         self.devices[spec.name].begin(life)
         over = trio.Event()
@@ -230,12 +232,16 @@ class Host:
                 await over.wait()
                 nursery.cancel_scope.cancel()
             await life.link.fenced()  # until then every invalidation of what it mirrors waits for it
+            await life.page_map.withdraw(self.spaces)
             for context in list(life.contexts.values()):
                 await context.unsubscribe_all()
             life.contexts.clear()
             life.link.domains.clear()
-            life.page_map.bury()
+            if life.page_map.bury():
+                self.interconnect.detach(life.page_map.zone)
         finally:
+            if connecting.shared is not None:
+                connecting.shared.close()
             with trio.CancelScope(shield=True):
                 await connecting.bulk_in.aclose()
                 await connecting.bulk_out.aclose()

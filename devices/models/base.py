@@ -99,7 +99,7 @@ class Device:
 
     def __init__(self, spec: Spec, zone: int, wiring: Wiring) -> None:
         self.spec = spec
-        self.memory = Memory(zone, spec.pages)
+        self.memory = Memory(zone, spec.pages, spec.memory_file)
         self.contexts: dict[int, Opened] = {}
         self.clock = wiring.clock
         self.copies = CopyEngines(self.memory, wiring.sender, wiring.receiver, wiring.nursery)

@@ -157,11 +157,19 @@ class CpuAccess:
         except SignalError as error:
             error.narrow(address)
             raise
+        if self.memory.owed is not None:
+            await self._pay()
         self._since_checkpoint += 1 + (length >> BULK_SHIFT)
         if self._since_checkpoint >= CHECKPOINT_EVERY:
             self._since_checkpoint = 0
             await give_way()
         return done
+
+    async def _pay(self) -> None:
+        """Wait for what an access in place to a device's memory takes on the link."""
+        owed, self.memory.owed = self.memory.owed, None
+        if owed is not None:
+            await owed()
 
     async def store(self, address: int, data: Storable) -> None:
         """CPU store. Raises SegmentationFault, BusError, KernelError(ENOMEM); pages before the one that failed are stored then."""
@@ -175,6 +183,8 @@ class CpuAccess:
             except SignalError as error:
                 error.narrow(address)
                 raise
+        if self.memory.owed is not None:
+            await self._pay()
         self._since_checkpoint += 1 + (len(data) >> BULK_SHIFT)
         if self._since_checkpoint >= CHECKPOINT_EVERY:
             self._since_checkpoint = 0
@@ -239,6 +249,8 @@ class CpuAccess:
                 if ready < end:
                     rounds += 1
                     await self._resolve(ready, touched, rounds)
+            if self.memory.owed is not None:
+                await self._pay()
             if done < len(data):
                 await give_way()
 

@@ -233,8 +233,7 @@ def _move(memory: PhysicalMemory, mm: Mm | None, migration: Migration) -> None:
         return
     old, new = _frames(source[rows]), _frames(target[rows])
     flags = memory.field(old, "flags")
-    extra = memory.field(old, "refcount") - 1 - (old >= DEVICE_ZONE_MIN << ZONE_SHIFT)
-    refused = (extra > 0) | ((flags & ANON == 0) & (new >= DEVICE_ZONE_MIN << ZONE_SHIFT))
+    refused = (memory.field(old, "refcount") > 1) | ((flags & ANON == 0) & (new >= DEVICE_ZONE_MIN << ZONE_SHIFT))
     if refused.any():
         source[rows[refused]] &= NOT_MIGRATE
         rows, old, new, flags = rows[~refused], old[~refused], new[~refused], flags[~refused]

@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import mmap
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,7 +37,9 @@ ANON = 2
 """`mapping` is an anon_vma, not a file."""
 
 DEVICE_EXTRA_REFERENCES = 1
-"""A frame of a device may have this many references beyond its mappings and still migrate (migrate_vma_check_page)."""
+"""A frame of a device may have this many references beyond its mappings and still be collected (migrate_vma_check_page).
+
+It does not move then: migrate_vma_pages counts once more, and allows none (c04)."""
 FREE_COMMITTED_PAGES_MAX = 1 << 18
 """Free frames of a host zone that keep their memory (1 GiB): reuse without page faults of our own. Beyond, it is given back."""
 COPY_SLICES_MAX = 64
@@ -95,13 +97,24 @@ class Zone:
         return not self.refcount[self.at(frames)].any() and (is_one_run(frames) or len(np.unique(frames)) == len(frames))
 
 
-class HostZone(Zone):
-    """A memory node of the host: bytes and an allocator too. Frame 0 of zone 0 is the shared zero page."""
+class CpuZone(Zone):
+    """A zone whose bytes the CPU reaches: a memory node of the host, or the coherent memory of a device, in `arena`.
+
+    `crossed`, if there is one, is told of every access: how many bytes, and whether they were stored.
+    """
+
+    def __init__(self, number: int, kind: str, owner: str, arena: Arena) -> None:
+        super().__init__(number, kind, owner, arena.count)
+        self.arena = arena
+        self.window = arena.bytes.data
+        self.crossed: Callable[[int, bool], None] | None = None
+
+
+class HostZone(CpuZone):
+    """A memory node of the host: an allocator too. Frame 0 of zone 0 is the shared zero page."""
 
     def __init__(self, number: int, owner: str, count: int) -> None:
-        super().__init__(number, "system", owner, count)
-        self.arena = Arena(self.base, count)
-        self.window = self.arena.bytes.data
+        super().__init__(number, "system", owner, Arena(number << ZONE_SHIFT, count))
         skip = 1 if self.base == ZERO_FRAME else 0
         self.allocator = RunAllocator(self.base + skip, count - skip)
         self._free_committed = 0
@@ -161,6 +174,10 @@ class PhysicalMemory:
     def __init__(self) -> None:
         self.zones: dict[int, Zone] = {}
         self.nodes: list[HostZone] = []
+        self.in_place: dict[int, CpuZone] = {}
+        """The zones whose bytes the CPU reaches."""
+        self.owed: Callable[[], Awaitable[None]] | None = None
+        """Time that an access in place takes on its link, to be waited for by whoever made it."""
         self.families: dict[int, list[Mm]] = {}
         self.anon_families: dict[int, int] = {}
         """The family of each anon_vma."""
@@ -173,20 +190,25 @@ class PhysicalMemory:
         zone = HostZone(len(self.nodes), owner, pages)
         assert zone.number < DEVICE_ZONE_MIN, "zone numbers of host memory are used up"
         self.nodes.append(zone)
-        self.zones[zone.number] = zone
+        self.zones[zone.number] = self.in_place[zone.number] = zone
         return zone
 
-    def add_device(self, number: int, kind: str, owner: str, pages: int) -> Zone:
-        """The memory of a device appears (memremap_pages)."""
+    def add_device(self, number: int, kind: str, owner: str, pages: int, arena: Arena | None = None) -> Zone:
+        """The memory of a device appears (memremap_pages). `arena` are the bytes of coherent memory."""
         assert DEVICE_ZONE_MIN <= number < ZONES_MAX, f"zone {number} cannot be a device's"
         assert number not in self.zones, f"zone {number} exists"
-        zone = self.zones[number] = Zone(number, kind, owner, pages)
+        if arena is None:
+            zone = Zone(number, kind, owner, pages)
+        else:
+            zone = self.in_place[number] = CpuZone(number, kind, owner, arena)
+        self.zones[number] = zone
         return zone
 
     def remove_device(self, number: int) -> None:
         """The memory of a device goes away; no frame of it may have a reference (see `Zone.refcount`)."""
         assert not self.zones[number].refcount.any(), f"zone {number} still has referenced frames"
         del self.zones[number]
+        self.in_place.pop(number, None)
 
     def new_anon_vma(self, family: int) -> int:
         """A new anon_vma for a VMA of a process of `family`."""
@@ -206,9 +228,14 @@ class PhysicalMemory:
             del self.anon_families[number]
 
     def zone_lost(self, number: int, cause: str) -> None:
-        """The device died with its memory: from now on an access to a page whose only copy was there is a SIGBUS that names `cause`."""
-        self.zones[number].lost = cause
-        self.zones[number].on_free = None
+        """The device died with its memory: from now on an access to a page whose only copy was there is a SIGBUS that names `cause`.
+
+        Coherent memory is private from then on, so that what leads there is no longer present and an access finds out.
+        """
+        zone = self.zones[number]
+        zone.lost = cause
+        zone.kind = "private"
+        zone.on_free = None
 
     def zone(self, frame: int) -> Zone:
         """The zone of one frame."""
@@ -369,40 +396,48 @@ class PhysicalMemory:
         self.write(target, 0, data)
 
     def read_small(self, frame: int, offset: int, length: int) -> bytes:
-        """`length` bytes inside one host frame."""
-        zone = self.nodes[frame >> ZONE_SHIFT]
+        """`length` bytes inside one frame that the CPU reaches."""
+        zone = self.in_place[frame >> ZONE_SHIFT]
+        if zone.crossed is not None:
+            zone.crossed(length, False)
         start = (frame - zone.base << PAGE_SHIFT) + offset
         return bytes(zone.window[start : start + length])
 
     def write_small(self, frame: int, offset: int, data: bytes | memoryview) -> None:
-        """Write `data` inside one host frame."""
-        zone = self.nodes[frame >> ZONE_SHIFT]
+        """Write `data` inside one frame that the CPU reaches."""
+        zone = self.in_place[frame >> ZONE_SHIFT]
+        if zone.crossed is not None:
+            zone.crossed(len(data), True)
         start = (frame - zone.base << PAGE_SHIFT) + offset
         zone.window[start : start + len(data)] = data
 
     def read(self, frames: Words, offset: int, out: Bytes) -> None:
-        """Copy bytes of host `frames`, beginning `offset` bytes into the first, to `out`."""
+        """Copy bytes of `frames` that the CPU reaches, beginning `offset` bytes into the first, to `out`."""
         for zone, rows, low, high in self._pieces(frames, offset, len(out)):
+            if zone.crossed is not None:
+                zone.crossed(high - low, False)
             if isinstance(rows, int):
                 out[low:high] = zone.arena.bytes[rows : rows + high - low]
             else:
                 zone.arena.gather(rows, PAGE_SIZE, out[low:high])
 
     def write(self, frames: Words, offset: int, data: Bytes) -> None:
-        """Copy `data` to host `frames`, beginning `offset` bytes into the first."""
+        """Copy `data` to `frames` that the CPU reaches, beginning `offset` bytes into the first."""
         for zone, rows, low, high in self._pieces(frames, offset, len(data)):
+            if zone.crossed is not None:
+                zone.crossed(high - low, True)
             if isinstance(rows, int):
                 zone.arena.bytes[rows : rows + high - low] = data[low:high]
             else:
                 zone.arena.scatter(rows, PAGE_SIZE, data[low:high])
 
-    def _pieces(self, frames: Words, offset: int, length: int) -> Iterator[tuple[HostZone, int | Words, int, int]]:
+    def _pieces(self, frames: Words, offset: int, length: int) -> Iterator[tuple[CpuZone, int | Words, int, int]]:
         """How to copy bytes [low, high): as one slice from a byte of a zone's arena, or, where runs are short, as pages by address."""
         bounds = run_bounds(frames)
         if len(bounds) - 1 <= COPY_SLICES_MAX:
             edges = (bounds * PAGE_SIZE - offset).tolist()
             for i, frame in enumerate(frames[bounds[:-1]].tolist()):
-                zone = self.nodes[frame >> ZONE_SHIFT]
+                zone = self.in_place[frame >> ZONE_SHIFT]
                 low, high = max(0, edges[i]), min(length, edges[i + 1])
                 yield zone, (frame - zone.base) * PAGE_SIZE + low - edges[i], low, high
             return
@@ -413,7 +448,7 @@ class PhysicalMemory:
         numbers = frames[first:last] >> np.uint64(ZONE_SHIFT)
         edges_of_zones = np.concatenate(([0], np.flatnonzero(numbers[1:] != numbers[:-1]) + 1, [last - first])).tolist()
         for low, high in itertools.pairwise(edges_of_zones):
-            zone = self.nodes[int(numbers[low])]
+            zone = self.in_place[int(numbers[low])]
             start = (first + low) * PAGE_SIZE - offset
             yield zone, frames[first + low : first + high] << np.uint64(PAGE_SHIFT), start, start + (high - low) * PAGE_SIZE
         if last < len(frames):

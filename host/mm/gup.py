@@ -9,12 +9,13 @@ for the child (h58).
 from __future__ import annotations
 
 import errno
+from itertools import pairwise
 
 import numpy as np
 
 from hmmnet.errors import KernelError
 from hmmnet.host.interfaces import Event
-from hmmnet.pages import HMM_PFN_VALID, HMM_PFN_WRITE, Words
+from hmmnet.pages import HMM_PFN_VALID, HMM_PFN_WRITE, Words, run_bounds
 
 from . import fault, pte
 from .access import CpuAccess
@@ -25,6 +26,8 @@ POPULATE_PAGES_MAX = 1 << 28
 """Pages that one call faults in: 1 TiB, whose page tables alone take 2 GiB."""
 REFER_PAGES_MAX = 1 << 24
 """Pages that one call takes references of: 64 GiB, 128 MiB of struct page pointers in the kernel."""
+UNPIN_ROUNDS_MAX = 8
+"""Tries to bring a page home that somebody holds on its device, before a long-term pin gives up."""
 BATCH_PAGES = 1 << 18
 """Pages faulted in at once: what is asked for beyond the host's memory costs no more than that."""
 
@@ -35,13 +38,15 @@ class Pins(CpuAccess):
     async def get_pages(self, start: int, count: int, *, write: bool = False, pin: bool = False, longterm: bool = False) -> Words:
         """Take a reference (`pin`: FOLL_PIN) of each of `count` pages from page `start`; the frames, fewer where a page cannot be had.
 
-        `write` and `longterm` are FOLL_WRITE and FOLL_LONGTERM. Raises KernelError: EFAULT when not even the first can be had, ENOMEM.
+        `write` and `longterm` are FOLL_WRITE and FOLL_LONGTERM; a page of coherent memory comes home for a long-term pin (c04). Raises
+        KernelError: EFAULT when not even the first can be had, EBUSY where it cannot come home, ENOMEM.
         """
         if count > REFER_PAGES_MAX:
             raise KernelError(errno.ENOMEM, "get_user_pages", f"{count} pages are too many at once; {REFER_PAGES_MAX} can be had")
         async with self.mmap_lock.read():
             got, refused = self._accessible(start, start + count, write=write)
             pages = np.arange(start, start + got, dtype=np.uint64)
+            rounds = 0
             if refused and not got:
                 raise KernelError(errno.EFAULT, "get_user_pages", f"page 0x{start:x} of process {self.number} cannot be had")
             while True:
@@ -49,8 +54,16 @@ class Pins(CpuAccess):
                 if pin and not write:
                     await self._unshare(pages, longterm=longterm)
                 entries = self.mm.table.gather(pages)
-                if bool((pte.kinds_of(entries) == pte.PRESENT).all()):
+                if not bool((pte.kinds_of(entries) == pte.PRESENT).all()):
+                    continue
+                away = np.flatnonzero(entries >= pte.DEVICE_MIN)
+                if len(away) == 0 or not longterm:
                     break
+                rounds += 1
+                if rounds > UNPIN_ROUNDS_MAX:
+                    why = f"page 0x{int(pages[away[0]]):x} of process {self.number} is held on its device and cannot come home"
+                    raise KernelError(errno.EBUSY, "get_user_pages", why)
+                await self._coherent_home(pages[away])
         frames = pte.frames_of(entries)
         held = frames[entries & pte.SPECIAL == 0]
         for zone, _, at in self.memory.groups(held):
@@ -58,6 +71,14 @@ class Pins(CpuAccess):
             if pin:
                 zone.pincount[at] += 1
         return frames
+
+    async def _coherent_home(self, pages: Words) -> None:
+        """migrate_longterm_unpinnable_folios: coherent pages of devices that a long-term pin wants, run by run."""
+        bounds = run_bounds(pages)
+        for low, high in pairwise(bounds.tolist()):
+            zones = pte.zones_of(self.mm.table.gather(pages[low:high]))
+            end = low + (high - low if bool((zones == zones[0]).all()) else int(np.argmax(zones != zones[0])))
+            await self.home(self, pages[low:end])
 
     def put_pages(self, frames: Words, *, pin: bool = False) -> None:
         """Drop what `get_pages` took."""

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hmmnet.pages import ZONE_SHIFT, Words
+from hmmnet.pages import DEVICE_ZONE_MIN, ZONE_SHIFT, Words
 
 KIND = 7
 NONE = 0
@@ -47,6 +47,9 @@ CARRIED = YOUNG | DIRTY | SOFT_DIRTY | UFFD_WP | WRITE | ANON_EXCLUSIVE
 MARKER_UFFD_WP = 1
 MARKER_POISON = 2
 MARKER_GUARD = 3
+
+DEVICE_MIN = DEVICE_ZONE_MIN << ZONE_SHIFT + FRAME_SHIFT
+"""From here on entries lead to the memory of devices; a present one to coherent memory."""
 
 FRESH_WRITE = PRESENT | WRITE | YOUNG | DIRTY | SOFT_DIRTY | ANON_EXCLUSIVE
 """A page that was just made by a store."""

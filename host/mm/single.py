@@ -68,8 +68,7 @@ def move(memory: PhysicalMemory, migration: Migration) -> bool:
     old, new = source >> MIGRATE_PFN_SHIFT, target >> MIGRATE_PFN_SHIFT
     zone, destination = memory.zones[old >> ZONE_SHIFT], memory.zones[new >> ZONE_SHIFT]
     at, there = old - zone.base, new - destination.base
-    allowed = 1 if isinstance(zone, HostZone) else 1 + DEVICE_EXTRA_REFERENCES
-    if zone.refcount[at] > allowed or not zone.flags[at] & ANON:
+    if zone.refcount[at] > 1 or not zone.flags[at] & ANON:
         return False
     destination.refcount[there] = 1
     destination.flags[there] = zone.flags[at]

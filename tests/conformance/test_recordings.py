@@ -20,15 +20,10 @@ RECORDINGS = Path(__file__).parent / "recordings"
 SCRIPTS = 1064
 
 NOT_YET = {
-    "c02-two-coherent",
-    "c03-private-and-coherent",
-    "c04-pin",
-    "c05-fork",
-    "c06-mprotect-exclusive-close",
     "h36-snapshot-thp",
     "h37-hugetlb",
 }
-"""Recordings that do not come out identical: CPU access in place to coherent memory, huge pages. Names only leave."""
+"""Recordings that do not come out identical: huge pages. Names only leave."""
 
 
 async def played(chosen: list[Script]) -> Tally:

@@ -116,7 +116,7 @@ class Bench:
         self.spaces: dict[int, Space] = {}
         self.profile = Profile()
         self.homing = Homing(self.memory, self.links, self.spaces, lambda process, zone: process, self.profile, lambda: 0.0)
-        self.domain = Domain("gpu0", 1)
+        self.domain = Domain("gpu0", 1, ZONE)
         self.frame_next = FIRST_FRAME
 
     def space(self, number: int = 1) -> Space:

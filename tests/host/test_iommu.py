@@ -19,7 +19,7 @@ def words(*values: int) -> Words:
 @pytest.fixture
 def domain() -> Domain:
     """Page 10 -> frame 5 read-only, 11 -> frame 6 writable, 12 an error, 13 the device's own memory."""
-    domain = Domain("gpu0", 3)
+    domain = Domain("gpu0", 3, 64)
     domain.grant(
         10, words(HMM_PFN_VALID | 5, HMM_PFN_VALID | HMM_PFN_WRITE | 6, HMM_PFN_VALID | HMM_PFN_ERROR | 7, HMM_PFN_VALID | DEVICE_FRAME)
     )
