@@ -234,10 +234,11 @@ class BlockingProcess:
         shared: bool = False,
         file: BlockingFile | BlockingHandle | None = None,
         offset: int = 0,
+        hugetlb: bool = False,
     ) -> int:
         """See `Process.mmap`."""
         mapped = file.file if isinstance(file, BlockingFile) else None if file is None else file.handle
-        where: dict[str, Any] = {"populate": populate, "shared": shared, "file": mapped, "offset": offset}
+        where: dict[str, Any] = {"populate": populate, "shared": shared, "file": mapped, "offset": offset, "hugetlb": hugetlb}
         return self._loop.call(self._process.mmap, length, protection, address, **where)
 
     def memfd_create(self, length: int) -> BlockingFile:
@@ -259,6 +260,10 @@ class BlockingProcess:
     def mlock(self, address: int, length: int) -> None:
         """See `Process.mlock`."""
         self._loop.call(self._process.mlock, address, length)
+
+    def userfaultfd(self, address: int, length: int) -> None:
+        """See `Process.userfaultfd`."""
+        self._loop.call(self._process.userfaultfd, address, length)
 
     def munlock(self, address: int, length: int) -> None:
         """See `Process.munlock`."""

@@ -254,6 +254,7 @@ class RemoteProcess:
         shared: bool = False,
         file: MemoryFile | Handle | None = None,
         offset: int = 0,
+        hugetlb: bool = False,
     ) -> int:
         """See `Process.mmap`."""
         check_file("mmap", offset, 0)
@@ -269,6 +270,7 @@ class RemoteProcess:
         if file is not None and not isinstance(file, RemoteFile):
             raise KernelError(errno.EBADF, "mmap", f"{type(file).__name__} is no file of this machine; take one from memfd_create")
         where: dict[str, Any] = {"length": length, "protection": protection, "address": address, "populate": populate}
+        where["hugetlb"] = hugetlb
         number = None if file is None else file.number("mmap")
         return int((await self._calls.call("mmap", process=self.pid, shared=shared, file=number, offset=offset, **where))[0])
 
@@ -294,6 +296,10 @@ class RemoteProcess:
     async def mlock(self, address: int, length: int) -> None:
         """See `Process.mlock`."""
         await self._calls.call("mlock", process=self.pid, address=address, length=length)
+
+    async def userfaultfd(self, address: int, length: int) -> None:
+        """See `Process.userfaultfd`."""
+        await self._calls.call("userfaultfd", process=self.pid, address=address, length=length)
 
     async def munlock(self, address: int, length: int) -> None:
         """See `Process.munlock`."""

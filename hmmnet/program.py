@@ -129,12 +129,14 @@ class Process(Protocol):
         shared: bool = False,
         file: MemoryFile | Handle | None = None,
         offset: int = 0,
+        hugetlb: bool = False,
     ) -> int:
         """Map memory; `protection` of ``rw r rx w none``; at `address` (MAP_FIXED) or where there is room.
 
         Anonymous, or `file` from byte `offset` on; private, or `shared` (MAP_SHARED) with forked children and with all who map the file.
         An open dmirror device can be mapped like a file: pages that the driver makes and inserts (VM_MIXEDMAP); other devices are ENODEV.
-        `populate` faults it in at once as far as that goes (MAP_POPULATE). Raises KernelError as mmap(2).
+        `populate` faults it in at once as far as that goes (MAP_POPULATE). `hugetlb`: anonymous private memory in pages of 2 MiB
+        (MAP_HUGETLB), `length` rounded up; for transparent huge pages see `madvise`. Raises KernelError as mmap(2).
         """
         ...
 
@@ -162,6 +164,10 @@ class Process(Protocol):
 
     async def mlock(self, address: int, length: int) -> None:
         """mlock(2): fault the range in and keep it."""
+        ...
+
+    async def userfaultfd(self, address: int, length: int) -> None:
+        """userfaultfd(2): missing pages of the range are SIGBUS from now on (UFFD_FEATURE_SIGBUS). Raises KernelError(EINVAL)."""
         ...
 
     async def munlock(self, address: int, length: int) -> None:

@@ -54,6 +54,30 @@ class RunAllocator:
             return Allocation(self._bump(count), count)
         return self._gather(count)
 
+    def allocate_aligned(self, count: int) -> Allocation | None:
+        """One run of `count` frames that begins at a multiple of `count`, or None when there is none."""
+        for i in range(len(self._starts)):
+            start = -(-self._starts[i] // count) * count
+            if self._ends[i] - start >= count:
+                self.free_count -= count
+                self._cut(i, start, start + count)
+                return Allocation(np.arange(start, start + count, dtype=np.uint64), 0)
+        start = -(-self._fresh // count) * count
+        if self._end - start < count:
+            return None
+        if start > self._fresh:
+            self._insert(self._fresh, start)
+        self._fresh = start + count
+        self.free_count -= count
+        return Allocation(np.arange(start, start + count, dtype=np.uint64), count)
+
+    def _cut(self, i: int, start: int, end: int) -> None:
+        """Take [start, end) out of the free run `i`, which may leave two."""
+        left, right = self._starts[i], self._ends[i]
+        pieces = [(low, high) for low, high in ((left, start), (end, right)) if low < high]
+        self._starts[i : i + 1] = [low for low, _ in pieces]
+        self._ends[i : i + 1] = [high for _, high in pieces]
+
     def allocate_one(self) -> int | None:
         """One frame, whatever it held; None when none is free."""
         if not self.free_count:

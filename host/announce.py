@@ -40,6 +40,18 @@ async def announced(
         yield frozenset(told)
 
 
+async def split_large(space: AddressSpace, spaces: Mapping[int, AddressSpace], pages: Words, owner: int) -> None:
+    """Split what is larger than a page among `pages`, for everybody who maps it, before zone `owner` migrates some of them.
+
+    Hold the mmap lock for reading.
+    """
+    for found in space.large(pages):
+        async with AsyncExitStack() as stack:
+            for mm, places in found.places:
+                await clear(stack, spaces, mm, places, owner)
+            found.split()
+
+
 async def clear(stack: AsyncExitStack, spaces: Mapping[int, AddressSpace], mm: Mm, pages: Words, owner: int = NO_OWNER) -> set[int]:
     """Announce CLEAR for `pages` of a process until `stack` is left, for zone `owner`; its number, or nothing when it has ended."""
     space = spaces.get(mm.number)

@@ -51,6 +51,7 @@ class Map(OnProcess, frozen=True):
     file: int | None = None
     handle: int | None = None
     offset: Length = 0
+    hugetlb: bool = False
 
 
 class CreateFile(OnProcess, frozen=True):
@@ -80,7 +81,7 @@ class FileChunk(OnFile, frozen=True):
 
 
 class Range(OnProcess, frozen=True):
-    """``munmap``, ``mlock``, ``munlock``."""
+    """``munmap``, ``mlock``, ``munlock``, ``userfaultfd``."""
 
     address: Address
     length: Length

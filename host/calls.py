@@ -120,6 +120,7 @@ async def mmap(client: Client, arguments: Map, _data: bytes) -> Answer:
         shared=arguments.shared,
         file=mapped,
         offset=arguments.offset,
+        hugetlb=arguments.hugetlb,
     )
     return address, b""
 
@@ -204,6 +205,13 @@ async def madvise(client: Client, arguments: Advise, _data: bytes) -> Answer:
 async def mlock(client: Client, arguments: Range, _data: bytes) -> Answer:
     """mlock(2)."""
     await client.process(arguments).mlock(arguments.address, arguments.length)
+    return None, b""
+
+
+@serves(Range)
+async def userfaultfd(client: Client, arguments: Range, _data: bytes) -> Answer:
+    """userfaultfd(2)."""
+    await client.process(arguments).userfaultfd(arguments.address, arguments.length)
     return None, b""
 
 

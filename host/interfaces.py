@@ -22,6 +22,7 @@ import numpy.typing as npt
 from hmmnet.pages import Words
 
 if TYPE_CHECKING:
+    from .mm.huge import Large
     from .mm.mm import Mm
     from .mm.rmap import Mapped
 
@@ -212,6 +213,10 @@ class AddressSpace(Protocol):
 
     def check_migratable(self, start: int, end: int) -> None:
         """The argument checks of migrate_vma_setup; [start, end) must lie in one suitable VMA. Raises KernelError(EINVAL)."""
+        ...
+
+    def large(self, pages: Words) -> list[Large]:
+        """What is larger than a page and has to be split before `pages` can be collected one by one."""
         ...
 
     def sharers(self, pages: Words, select: Select, owner: int) -> list[tuple[Mm, Words]]:

@@ -26,7 +26,7 @@ import numpy as np
 from hmmnet.errors import KernelError, ProtocolError
 from hmmnet.pages import MIGRATE_PFN_MIGRATE, MIGRATE_PFN_SHIFT, MIGRATE_PFN_VALID, Words
 
-from .announce import announced
+from .announce import announced, split_large
 from .interfaces import AddressSpace, DeviceLink, Event, Migration, Select
 from .iommu import Domain
 from .mm.collect import inserts
@@ -84,6 +84,8 @@ class MigrateVma:
                 self.errno = error.code
                 return
             pages = np.arange(page, stop, dtype=np.uint64)
+            if self.select & Select.SYSTEM:
+                await split_large(self.space, self.spaces, pages, self.owner)
             async with announced(self.space, self.spaces, pages, self.select, self.owner) as told:
                 self.parts.append(self.space.collect(pages, self.select, self.owner, told=told))
             page = stop

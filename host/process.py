@@ -22,7 +22,7 @@ from hmmnet import program
 from hmmnet.checks import Arrayable, as_bytes, check_pages, check_range, plain_arguments
 from hmmnet.errors import HmmnetError, KernelError, PeerError, RemoteError
 from hmmnet.observe.counters import GPU_FAULT_GROUP
-from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, page_range
+from hmmnet.pages import HUGE_PAGES, PAGE_SHIFT, PAGE_SIZE, page_range
 from hmmnet.program import JobResult, MemoryFile, Residency
 from hmmnet.wire.messages import ARGUMENT_BYTES_MAX, EndJob, Finished, Launch
 
@@ -42,6 +42,7 @@ PREFETCH_PAGES = 1 << 16
 """Pages of one piece of an explicit migration (256 MiB). Long, because one stream is faster than two side by side; the bookkeeping of what
 follows hides behind it."""
 PIECES_AT_ONCE = 2
+HUGE_BYTES = HUGE_PAGES * PAGE_SIZE
 HOST = "host"
 FD_FIRST = 3
 """The first file descriptor that open(2) gives out."""
@@ -88,6 +89,7 @@ class Process:
         shared: bool = False,
         file: MemoryFile | program.Handle | None = None,
         offset: int = 0,
+        hugetlb: bool = False,
     ) -> int:
         """mmap(2)."""
         self._alive("mmap")
@@ -97,7 +99,13 @@ class Process:
         if file is not None and not isinstance(file, MemFd):
             raise KernelError(errno.EBADF, "mmap", f"{type(file).__name__} is no file of this machine; take one from memfd_create")
         opened = None if file is None else file.file("mmap")
-        mapped = await self.space.mmap(length, protection, address, shared=shared, file=opened, offset=offset)
+        if hugetlb:
+            if shared or opened is not None:
+                raise KernelError(errno.EINVAL, "mmap", "huge pages of the pool are for anonymous private memory here")
+            length = -(-length // HUGE_BYTES) * HUGE_BYTES
+            mapped = await self.space.mmap_hugetlb(length, protection, address)
+        else:
+            mapped = await self.space.mmap(length, protection, address, shared=shared, file=opened, offset=offset)
         if populate:
             with contextlib.suppress(KernelError):  # mm_populate: what cannot be had is had later, or never
                 await self.space.madvise(mapped, length, "POPULATE_WRITE" if "w" in protection and not shared else "POPULATE_READ")
@@ -129,6 +137,10 @@ class Process:
     async def mlock(self, address: int, length: int) -> None:
         """mlock(2)."""
         await self.space.mlock(address, length)
+
+    async def userfaultfd(self, address: int, length: int) -> None:
+        """userfaultfd(2) for missing pages, with SIGBUS."""
+        await self.space.userfaultfd(address, length)
 
     async def munlock(self, address: int, length: int) -> None:
         """munlock(2)."""

@@ -73,8 +73,9 @@ class LoggedCalls:
         shared: bool = False,
         file: MemoryFile | Handle | None = None,
         offset: int = 0,
+        hugetlb: bool = False,
     ) -> int:
-        self.log.append(("mmap", length, protection, address, populate, shared, file, offset))
+        self.log.append(("mmap", length, protection, address, populate, shared, file, offset, hugetlb))
         return 0x1000
 
     async def memfd_create(self, length: int) -> MemoryFile:
@@ -89,6 +90,9 @@ class LoggedCalls:
 
     async def mlock(self, address: int, length: int) -> None:
         self.log.append(("mlock", address, length))
+
+    async def userfaultfd(self, address: int, length: int) -> None:
+        self.log.append(("userfaultfd", address, length))
 
     async def munlock(self, address: int, length: int) -> None:
         self.log.append(("munlock", address, length))

@@ -215,7 +215,7 @@ async def test_system_calls_with_their_arguments_and_errors() -> None:
         assert await process.malloc(10) == BASE + 64
         assert await process.migrate(BASE, 4096, "gpu1") == 2048
         assert machine.processes[0].log == [
-            ("mmap", 4096, "r", 0x7000, True, False, None, 0),
+            ("mmap", 4096, "r", 0x7000, True, False, None, 0, False),
             ("mprotect", BASE, 4096, "none"),
             ("madvise", BASE, 4096, "DONTNEED"),
             ("mlock", BASE, 4096),
@@ -238,7 +238,7 @@ async def test_files_over_a_session() -> None:
         assert await file.read(8, 1 << 40) == data.tobytes()
         await file.punch(0, 4)
         await process.mmap(4096, "r", shared=True, file=file)
-        *_, (_, _, _, _, _, shared, opened, _) = machine.processes[0].log
+        *_, (_, _, _, _, _, shared, opened, _, _) = machine.processes[0].log
         assert shared
         assert isinstance(opened, PlainFile)
         assert opened.holes == [(0, 4)]
@@ -270,7 +270,7 @@ async def test_a_device_is_mapped_like_a_file() -> None:
         process = await remote.create_process()
         handle = await process.open("gpu0")
         await process.mmap(4096, shared=True, file=handle)
-        assert machine.processes[0].log[-1] == ("mmap", 4096, "rw", None, False, True, machine.processes[0].handle, 0)
+        assert machine.processes[0].log[-1] == ("mmap", 4096, "rw", None, False, True, machine.processes[0].handle, 0, False)
 
 
 async def test_signals_arrive_as_signals() -> None:

@@ -5,7 +5,7 @@ so is also its parser and the text of its complaints. A word in brackets may be 
 brackets that is no kind, ``[fast]``, stands for itself: the argument is whether it is there.
 
 Two kinds of failure are kept apart. A line that the syntax does not know is a mistake of the script (`ScriptError`). A line that the
-syntax knows and this player does not (an operation or a mapping option still to be built) is *unsupported*: the script is played up to
+syntax knows and this player does not (an operation still to be built) is *unsupported*: the script is played up to
 there, and the word is counted.
 """
 
@@ -41,7 +41,6 @@ SYNTAX_OPERATIONS = _names(
     """
 )
 """Every operation that the trace syntax has, built or not."""
-MAPPING_OPTIONS = frozenset({"thp", "hugetlb"})
 BINDS: Mapping[str, int] = {"mmap": 1, "hole": 1, "mmapdev": 1, "open": 1, "memfd": 1, "mremap": 5}
 """Operations that give a name to something, and which word the name is."""
 BINDS_KIND: Mapping[str, str] = {"open": "D", "memfd": "F"}
@@ -136,12 +135,8 @@ class Usage:
     def __str__(self) -> str:
         return " ".join((self.name, *self.kinds, *(f"[{word}]" for word in (*self.options, *self.flags))))
 
-    def parse(self, words: tuple[str, ...]) -> tuple[Any, ...] | Unsupported:
+    def parse(self, words: tuple[str, ...]) -> tuple[Any, ...]:
         """The arguments in `words` (without the operation's name). Raises BadArgumentError."""
-        if self.name == "mmap":
-            for word in words[2:]:
-                if word.partition("=")[0] in MAPPING_OPTIONS:
-                    return Unsupported(f"mmap {word.partition('=')[0]}")
         required = sum(not kind.startswith("[") for kind in self.kinds)
         flags = {word for word in words[required:] if word in self.flags}
         options: list[Any] = []
@@ -209,10 +204,9 @@ def _parse(operation: Operation, usages: Mapping[str, Usage], names: Mapping[str
             raise BadArgumentError(f"unknown operation {name!r}{suggestion(name, SYNTAX_OPERATIONS)}")
         return Unsupported(name)
     arguments = usage.parse(operation.words[1:])
-    if not isinstance(arguments, Unsupported):
-        for kind, value in zip((*usage.kinds, *usage.options), arguments, strict=False):
-            if kind in KINDS and value is not None and value not in names[kind[-1]]:
-                raise BadArgumentError(f"no {KINDS[kind]} is called {value!r}{suggestion(value, names[kind[-1]])} at this line")
+    for kind, value in zip((*usage.kinds, *usage.options), arguments, strict=False):
+        if kind in KINDS and value is not None and value not in names[kind[-1]]:
+            raise BadArgumentError(f"no {KINDS[kind]} is called {value!r}{suggestion(value, names[kind[-1]])} at this line")
     return arguments
 
 

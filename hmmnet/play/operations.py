@@ -68,15 +68,27 @@ def pattern(value: int, pages: int) -> npt.NDArray[np.uint8]:
 # --- address space ----------------------------------------------------------------------------------------------------------------
 
 
-@operation("mmap NAME n [PROT] [file=F] [off=n] [populate] [shared]")
+@operation("mmap NAME n [PROT] [file=F] [off=n] [hugetlb] [populate] [shared] [thp]")
 async def mmap(
-    stage: Stage, name: str, pages: int, protection: str, file: str | None, offset: int | None, populate: bool, shared: bool
+    stage: Stage,
+    name: str,
+    pages: int,
+    protection: str,
+    file: str | None,
+    offset: int | None,
+    hugetlb: bool,
+    populate: bool,
+    shared: bool,
+    thp: bool,
 ) -> str:
-    """mmap(2) at the region's place."""
+    """mmap(2) at the region's place; `thp` is MADV_HUGEPAGE behind it."""
     region = stage.new_region(name, pages)
     mapped = None if file is None else stage.files[file]
     where = (offset or 0) * PAGE_SIZE
-    await stage.process.mmap(pages * PAGE_SIZE, protection, region.base, populate=populate, shared=shared, file=mapped, offset=where)
+    length, process = pages * PAGE_SIZE, stage.process
+    await process.mmap(length, protection, region.base, populate=populate, shared=shared, file=mapped, offset=where, hugetlb=hugetlb)
+    if thp:
+        await process.madvise(region.base, length, "HUGEPAGE")
     return "ok"
 
 
@@ -130,6 +142,13 @@ async def grow(stage: Stage, region: str, pages: int) -> str:
 async def mlock(stage: Stage, region: str, page: int, pages: int) -> str:
     """mlock(2)."""
     await stage.process.mlock(stage.address(region, page), pages * PAGE_SIZE)
+    return "ok"
+
+
+@operation("uffd R p n")
+async def uffd(stage: Stage, region: str, page: int, pages: int) -> str:
+    """userfaultfd(2): register MISSING, with UFFD_FEATURE_SIGBUS."""
+    await stage.process.userfaultfd(stage.address(region, page), pages * PAGE_SIZE)
     return "ok"
 
 

@@ -448,10 +448,11 @@ class Call(Message, frozen=True):
 
     Machine: ``devices`` -> [name], ``report`` -> map, ``create_process`` (node) -> pid. Process operations carry ``process`` (a pid that
     this client made) and what `hmmnet.program.Process` names: ``mmap`` (length, protection, address or nil, populate, shared,
-    file or nil, handle or nil, offset) -> address;
+    file or nil, handle or nil, offset, hugetlb) -> address;
     ``memfd_create`` (length) -> file number; ``file_read`` (file, offset, length) -> data, ``file_write`` (file, offset) with data -> size,
     ``file_punch`` (file, offset, length), ``file_truncate`` (file, length) -> size, ``file_close`` (file);
-    ``munmap``, ``mprotect``, ``madvise``, ``mlock``, ``munlock``; ``mremap`` (address, old, new, target or nil, may_move, dontunmap) ->
+    ``munmap``, ``mprotect``, ``madvise``, ``mlock``, ``munlock``, ``userfaultfd`` (address, length and
+    more); ``mremap`` (address, old, new, target or nil, may_move, dontunmap) ->
     address; ``get_user_pages`` (address, pages, write, pin, longterm) -> {reference, count}, ``read_pages`` (reference, first, pages)
     -> data, ``put_pages`` (reference); ``fork`` -> {process, handles: number -> device}; ``malloc`` (length) -> address; ``read``
     (address, length, at most a chunk) -> data; ``write`` (address) with data; ``pagemap`` (address, pages) -> data; ``residency``

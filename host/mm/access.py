@@ -10,7 +10,7 @@ is brought home from a device in batches, with the result that single loads in a
 from __future__ import annotations
 
 import errno
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol
 
@@ -19,15 +19,15 @@ import numpy.typing as npt
 
 from hmmnet.errors import BusError, HmmnetError, KernelError, SegmentationFault, SignalError
 from hmmnet.host.interfaces import NO_OWNER, Event
-from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, ZONE_SHIFT, Words
+from hmmnet.pages import HUGE_PAGES, PAGE_SHIFT, PAGE_SIZE, ZONE_SHIFT, Words
 
-from . import fault, pte
+from . import fault, huge, pte
 from .fault import Cause
 from .filemap import end_in
 from .frames import PhysicalMemory
 from .locks import Gate, RwLock, give_way
 from .mm import Mm
-from .vma import VM_ACCESS, VM_READ, VM_WRITE, Vma
+from .vma import VM_ACCESS, VM_HUGETLB, VM_READ, VM_WRITE, Vma
 
 PAGE_MASK = PAGE_SIZE - 1
 BATCH_PAGES = 1 << 16
@@ -291,6 +291,9 @@ class CpuAccess:
         elif touched.cause is Cause.COW:
             vma = self.mm.vmas.find(page)
             assert vma is not None, "a page to be copied lies in a VMA"
+            for block in huge.huge_blocks(self.mm, np.arange(page, end, dtype=np.uint64)):
+                async with self.hub.invalidate(Event.CLEAR, block, block + HUGE_PAGES):
+                    huge.break_cow(self.mm, vma, block)
             async with self.hub.invalidate(Event.CLEAR, page, end):
                 fault.break_cow(self.mm, vma, np.arange(page, end, dtype=np.uint64))
         elif touched.cause is Cause.EXCLUSIVE:
@@ -298,6 +301,10 @@ class CpuAccess:
                 fault.restore_exclusive(self.mm, np.arange(page, end, dtype=np.uint64))
         elif touched.cause is Cause.MARKER:
             raise BusError(page << PAGE_SHIFT, f"page 0x{page:x} of process {self.number} is poisoned or a guard page")
+        elif touched.cause is Cause.MISSING:
+            raise BusError(
+                page << PAGE_SHIFT, f"page 0x{page:x} of process {self.number} is missing, and a userfaultfd wants SIGBUS for that"
+            )
         elif touched.cause is Cause.BEYOND:
             raise BusError(page << PAGE_SHIFT, f"page 0x{page:x} of process {self.number} lies behind the end of the file mapped there")
 
@@ -337,6 +344,26 @@ class CpuAccess:
 
     def _frames(self, address: int, length: int) -> Words:
         return pte.frames_of(self.mm.table.read(address >> PAGE_SHIFT, (address + length - 1 >> PAGE_SHIFT) + 1))
+
+    # --- huge pages ---------------------------------------------------------------------------------------------------------------
+
+    async def split_blocks(self, blocks: Iterable[int]) -> None:
+        """Map those of the aligned `blocks` page by page that are mapped as one (split_huge_pmd)."""
+        for block in blocks:
+            if self.mm.table.get(block) & pte.HUGE:
+                async with self.hub.invalidate(Event.CLEAR, block, block + HUGE_PAGES):
+                    huge.split_entries(self.mm, block)
+
+    async def split_edges(self, *edges: int) -> None:
+        """Something begins or ends at the pages `edges`: no huge page may straddle them (vma_adjust_trans_huge).
+
+        Raises KernelError(EINVAL) inside a page of a hugetlb mapping, which cannot be split (hugetlb_vm_op_split).
+        """
+        for page in edges:
+            vma = self.mm.vmas.find(page) if page & huge.HUGE_MASK else None
+            if vma is not None and vma.flags & VM_HUGETLB:
+                raise KernelError(errno.EINVAL, "split", f"page 0x{page:x} of process {self.number} is inside a page of 2 MiB (hugetlb)")
+        await self.split_blocks(huge.block_of(page) for page in edges if page & huge.HUGE_MASK)
 
     # --- on behalf of others ------------------------------------------------------------------------------------------------------
 

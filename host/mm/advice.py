@@ -15,9 +15,10 @@ from dataclasses import dataclass
 
 from hmmnet.errors import KernelError
 from hmmnet.host.interfaces import Event
-from hmmnet.pages import PAGE_SHIFT
+from hmmnet.pages import HUGE_PAGES, PAGE_SHIFT
 
-from . import fault, pte
+from . import fault, huge, pte
+from .huge import HUGE_MASK
 from .syscalls import SystemCalls, aligned, whole_pages
 from .truncate import punch
 from .vma import (
@@ -61,6 +62,7 @@ FLAG_ADVICE = {
 }
 PAGE_ADVICE = frozenset({"DONTNEED", "DONTNEED_LOCKED", "FREE", "WILLNEED", "COLD", "PAGEOUT"})
 REMOVE = "REMOVE"
+COLLAPSE = "COLLAPSE"
 POPULATE_ADVICE = {"POPULATE_READ": False, "POPULATE_WRITE": True}
 
 
@@ -69,7 +71,7 @@ class Advice(SystemCalls):
 
     async def madvise(self, address: int, length: int, advice: str) -> None:
         """`advice` is the name without MADV_. Raises KernelError: EINVAL (unaligned, unknown, not for this memory), ENOMEM, EFAULT."""
-        if advice != REMOVE and advice not in FLAG_ADVICE and advice not in PAGE_ADVICE and advice not in POPULATE_ADVICE:
+        if advice not in {REMOVE, COLLAPSE} and advice not in FLAG_ADVICE and advice not in PAGE_ADVICE and advice not in POPULATE_ADVICE:
             raise KernelError(errno.EINVAL, "madvise", f"unknown advice {advice!r}")
         start = aligned("madvise", address)
         end = start + whole_pages("madvise", length)
@@ -80,7 +82,10 @@ class Advice(SystemCalls):
         hole = self.mm.vmas.covered_until(start, end)
         if advice in FLAG_ADVICE:
             async with self.mmap_lock.write():
-                self._advise_flags(start, end, advice, FLAG_ADVICE[advice])
+                await self._advise_flags(start, end, advice, FLAG_ADVICE[advice])
+        elif advice == COLLAPSE:
+            async with self.mmap_lock.write():
+                await self._collapse(start, end)
         elif advice == REMOVE:
             await self._remove(start, end)
         else:
@@ -89,7 +94,7 @@ class Advice(SystemCalls):
         if hole < end:
             raise KernelError(errno.ENOMEM, "madvise", f"page 0x{hole:x} of process {self.number} is not mapped")
 
-    def _advise_flags(self, start: int, end: int, advice: str, change: FlagAdvice) -> None:
+    async def _advise_flags(self, start: int, end: int, advice: str, change: FlagAdvice) -> None:
         def apply(piece: Vma) -> Vma:
             piece.flags = piece.flags & ~change.clear | change.set
             return piece
@@ -97,7 +102,27 @@ class Advice(SystemCalls):
         for vma in self.mm.vmas.overlapping(start, end):
             if change.private and (not vma.is_anonymous or vma.flags & VM_SHARED):
                 raise self._refused(vma, advice)
+            await self.split_edges(max(start, vma.start), min(end, vma.end))
             self.mm.vmas.update(max(start, vma.start), min(end, vma.end), apply)
+
+    async def _collapse(self, start: int, end: int) -> None:
+        """madvise_collapse: huge pages for every aligned block that lies in the range, and in its mapping, whole."""
+        for vma in self.mm.vmas.overlapping(start, end):
+            low, high = max(start, vma.start), min(end, vma.end)
+            if not vma.is_anonymous or vma.flags & (VM_NOHUGEPAGE | VM_HUGETLB):
+                raise self._refused(vma, COLLAPSE)
+            failed = 0
+            for block in range(-(-low // HUGE_PAGES) * HUGE_PAGES, high - HUGE_PAGES + 1, HUGE_PAGES):
+                devices = self.mm.table.occupied(block, block + HUGE_PAGES)
+                kinds = self.mm.table.gather(devices) & pte.KIND
+                away = devices[(kinds == pte.DEVICE) | (kinds == pte.MIGRATION)]
+                if len(away):  # __collapse_huge_page_swapin
+                    await self._fault_pages(away, write=False)
+                async with self.hub.invalidate(Event.CLEAR, block, block + HUGE_PAGES):
+                    failed = huge.collapse(self.mm, vma, block) or failed
+            if failed:
+                where = f"0x{low << PAGE_SHIFT:x} of process {self.number}"
+                raise KernelError(failed, "madvise", f"a block of the mapping at {where} cannot be made a huge page")
 
     async def _remove(self, start: int, end: int) -> None:
         """madvise_remove: a hole in the file behind each shared mapping, for everybody. The mmap lock is not held meanwhile, as there."""
@@ -126,6 +151,10 @@ class Advice(SystemCalls):
                 forbidden |= VM_HUGETLB
             if advice != "WILLNEED" and (vma.flags & forbidden or (advice == "FREE" and not self._is_private(vma))):
                 raise self._refused(vma, advice)
+            if advice in {"DONTNEED", "DONTNEED_LOCKED", "FREE"}:
+                if vma.flags & VM_HUGETLB and (low & HUGE_MASK or high & HUGE_MASK):
+                    raise self._refused(vma, advice)
+                await self.split_edges(low, high)
             if advice in {"DONTNEED", "DONTNEED_LOCKED"}:
                 async with self.hub.invalidate(Event.CLEAR, low, high):
                     self._zap(low, high)

@@ -35,7 +35,7 @@ from hmmnet.pages import (
 )
 
 from . import pte, single
-from .frames import ANON, DEVICE_EXTRA_REFERENCES, LOCKED, HostZone, PhysicalMemory
+from .frames import ANON, COMPOUND, DEVICE_EXTRA_REFERENCES, LOCKED, HostZone, PhysicalMemory
 from .mm import Mm
 from .rmap import Mapped, Rows, mappings, places
 from .vma import VM_UFFD_MISSING, VM_WRITE
@@ -90,7 +90,7 @@ def _collect(mm: Mm, migration: Migration, select: Select, told: frozenset[int])
     entries = mm.table.gather(pages)
     bare = entries == 0
     if select & Select.SYSTEM:
-        bare |= entries & (pte.KIND | pte.SPECIAL) == pte.PRESENT | pte.SPECIAL
+        bare |= entries & (pte.KIND | pte.SPECIAL | pte.HUGE) == pte.PRESENT | pte.SPECIAL
     if bare.any():
         migration.source[bare & _anonymous(mm, pages)] = MIGRATE_PFN_MIGRATE
     rows = np.flatnonzero(_wanted(entries, select, migration.owner))
@@ -114,7 +114,7 @@ def _anonymous(mm: Mm, pages: Words) -> Flags:
 
 def _wanted(entries: Words, select: Select, owner: int) -> Flags:
     """Which entries are of a kind that `select` asks for."""
-    kinds = entries & (pte.KIND | pte.SPECIAL)
+    kinds = entries & (pte.KIND | pte.SPECIAL | pte.HUGE)
     wanted = np.zeros(len(entries), np.bool_)
     system = entries < DEVICE_ZONE_MIN << ZONE_SHIFT + pte.FRAME_SHIFT
     if select & Select.SYSTEM:
@@ -138,7 +138,7 @@ def _free_to_go(memory: PhysicalMemory, frames: Words, fault_frame: int | None) 
         flags = zone.flags[where]
         extra = zone.refcount[where] - zone.mapcount[where]
         allowed = 0 if isinstance(zone, HostZone) else DEVICE_EXTRA_REFERENCES
-        unlocked = (flags & LOCKED == 0) & (flags & ANON != 0)
+        unlocked = flags & (LOCKED | ANON | COMPOUND) == ANON
         if fault_frame is not None:
             unlocked |= frames[rows] == fault_frame
         out[rows] = unlocked & (extra <= allowed) & (zone.pincount[where] == 0)

@@ -18,12 +18,12 @@ import numpy as np
 import numpy.typing as npt
 
 from hmmnet.errors import KernelError
-from hmmnet.pages import ZERO_FRAME, Words
+from hmmnet.pages import HUGE_PAGES, ZERO_FRAME, Words
 
-from . import pte
+from . import huge, pte
 from .filemap import end_in, fault_around, file_offsets, map_file, read_fault
 from .mm import Mm
-from .vma import VM_SHARED, Vma
+from .vma import VM_SHARED, VM_UFFD_MISSING, Vma
 
 ENOMEM = 12
 
@@ -44,6 +44,8 @@ class Cause(IntEnum):
     """Poisoned, or a guard page."""
     BEYOND = 6
     """Behind the end of the file that is mapped."""
+    MISSING = 7
+    """Nothing there, and a userfaultfd wants to hear of it."""
 
 
 _CAUSE = np.zeros(8, dtype=np.uint8)
@@ -75,6 +77,11 @@ def touch(mm: Mm, vma: Vma, pages: Words, write: bool, keep: slice | None = None
     if vma.file is not None:
         beyond = int(np.searchsorted(pages, end_in(vma)))
         causes[beyond:][entries[beyond:] == 0] = Cause.BEYOND
+    if vma.flags & VM_UFFD_MISSING:
+        missing = np.flatnonzero((entries == 0) & (causes == 0))
+        if vma.file is not None and len(missing):
+            missing = missing[vma.file.cached(file_offsets(vma, pages[missing])) == 0]
+        causes[missing] = Cause.MISSING
     stop = int(np.argmax(causes > 0)) if causes.any() else len(pages)
     if stop:
         _settle(mm, vma, pages[:stop], entries[:stop], write, keep, mm.node if node is None else node)
@@ -93,11 +100,11 @@ def touch_one(mm: Mm, vma: Vma, page: int, write: bool) -> bool:
     if entry & pte.KIND == pte.PRESENT:
         if not write:
             entry |= pte.YOUNG
-        elif entry & (pte.WRITE | pte.ANON_EXCLUSIVE):
+        elif entry & (pte.WRITE | pte.ANON_EXCLUSIVE) and entry & (pte.WRITE | pte.HUGE) != pte.HUGE:
             entry |= pte.WRITE | pte.YOUNG | pte.DIRTY | pte.SOFT_DIRTY
         else:
             return False
-    elif entry or not vma.is_anonymous:
+    elif entry or not vma.is_anonymous or vma.flags & VM_UFFD_MISSING or huge.may_be_huge(vma):
         return False
     elif write:
         mm.anon_prepare(vma)
@@ -156,6 +163,10 @@ def _settle(mm: Mm, vma: Vma, pages: Words, entries: Words, write: bool, keep: s
             reused = entries[there & (entries & (pte.WRITE | pte.ANON_EXCLUSIVE) == 0)]
             mm.memory.move_anon(pte.frames_of(reused), vma.anon)
         mm.table.scatter(pages[there], pte.with_bits(entries[there], bits))
+        if write:
+            for block in huge.blocks_of(pages[there][entries[there] & (pte.HUGE | pte.WRITE) == pte.HUGE]):  # pmd_mkwrite: all of it
+                for _, part in mm.table.segments(block, block + HUGE_PAGES):
+                    part |= np.uint64(pte.WRITE | pte.ANON_EXCLUSIVE)
 
 
 def _populate(mm: Mm, vma: Vma, pages: Words, empty: npt.NDArray[np.bool_], write: bool, keep: slice | None, node: int) -> None:
@@ -165,6 +176,11 @@ def _populate(mm: Mm, vma: Vma, pages: Words, empty: npt.NDArray[np.bool_], writ
     if vma.file is not None:
         _populate_from_file(mm, vma, new, write, node)
         return
+    if huge.may_be_huge(vma):
+        new = new[~huge.populate(mm, vma, new, write=write, node=node)]
+        keep, whole = None, False
+        if len(new) == 0:
+            return
     if not write:
         mm.table.scatter(new, pte.entry(pte.PRESENT, ZERO_FRAME, pte.ZERO_ENTRY))
         return
@@ -242,7 +258,7 @@ def set_exclusive(mm: Mm, pages: Words) -> int:
     The entry forgets young and dirty; what it becomes again is clean and old but for what `restore_exclusive` adds.
     """
     entries = mm.table.gather(pages)
-    ready = entries & (pte.KIND | pte.WRITE) == pte.WRITABLE
+    ready = entries & (pte.KIND | pte.WRITE | pte.HUGE) == pte.WRITABLE
     count = len(pages) if ready.all() else int(np.argmin(ready))
     if count:
         kept = entries[:count] & ~np.uint64(pte.KIND | pte.YOUNG | pte.DIRTY)

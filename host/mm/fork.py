@@ -12,13 +12,14 @@ from dataclasses import replace
 import numpy as np
 
 from hmmnet.errors import KernelError
-from hmmnet.pages import Words
+from hmmnet.pages import HUGE_SHIFT, Words
 
-from . import pte
+from . import huge, pte
 from .mm import Mm
 from .vma import VM_DONTCOPY, VM_LOCKED, VM_SHARED, VM_SPECIAL, VM_UFFD_MISSING, VM_WIPEONFORK, VM_WRITE, Vma
 
 ENOMEM = 12
+HUGE_BITS = np.uint64(HUGE_SHIFT)
 
 
 def inherit(child: Mm, vma: Vma) -> Vma | None:
@@ -54,6 +55,10 @@ def _share(parent: Mm, child: Mm, vma: Vma, part: Words, where: np.ndarray[tuple
     pinned = counted & (entries & (pte.KIND | pte.ANON_EXCLUSIVE) == pte.PRESENT | pte.ANON_EXCLUSIVE)
     if pinned.any():
         pinned[pinned] = parent.memory.field(pte.frames_of(entries[pinned]), "pincount") > 0
+    torn = np.isin(pages >> HUGE_BITS, pages[pinned & (entries & pte.HUGE != 0)] >> HUGE_BITS)
+    if torn.any():  # __split_huge_pmd, for the sake of the pinned ones
+        entries[torn] &= ~np.uint64(pte.HUGE)
+        parent.small_blocks.update(huge.blocks_of(pages[torn]))
     lost = (entries & (pte.KIND | pte.WRITE)) == pte.DEVICE | pte.WRITE
     shared = entries.copy() if vma.flags & VM_SHARED else entries & ~np.uint64(pte.WRITE | pte.ANON_EXCLUSIVE)
     shared[lost] &= ~np.uint64(pte.SOFT_DIRTY)

@@ -24,7 +24,19 @@ import numpy.typing as npt
 
 from hmmnet.arena import MAP_NORESERVE, Arena, Bytes
 from hmmnet.errors import HmmnetError
-from hmmnet.pages import DEVICE_ZONE_MIN, PAGE_SHIFT, PAGE_SIZE, ZERO_FRAME, ZONE_SHIFT, ZONES_MAX, Words, ascending, is_one_run, run_bounds
+from hmmnet.pages import (
+    DEVICE_ZONE_MIN,
+    HUGE_PAGES,
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    ZERO_FRAME,
+    ZONE_SHIFT,
+    ZONES_MAX,
+    Words,
+    ascending,
+    is_one_run,
+    run_bounds,
+)
 from hmmnet.runs import RunAllocator
 
 if TYPE_CHECKING:
@@ -35,6 +47,9 @@ LOCKED = 1
 """The page lock: a migration owns the frame."""
 ANON = 2
 """`mapping` is an anon_vma, not a file."""
+
+COMPOUND = 4
+"""One of the 512 pages of a large folio (`huge.py`)."""
 
 DEVICE_EXTRA_REFERENCES = 1
 """A frame of a device may have this many references beyond its mappings and still be collected (migrate_vma_check_page).
@@ -136,6 +151,17 @@ class HostZone(CpuZone):
             self.refcount[int(got.frames[0]) - self.base] = 1
         else:
             self.refcount[self.at(got.frames)] = 1
+        return got.frames
+
+    def allocate_huge(self) -> Words | None:
+        """An aligned run of 512 zeroed frames with one reference each; None when there is none."""
+        got = self.allocator.allocate_aligned(HUGE_PAGES)
+        if got is None:
+            return None
+        if not got.zeroed:
+            self._free_committed = max(0, self._free_committed - HUGE_PAGES)
+            self.arena.zero(got.frames)
+        self.refcount[self.at(got.frames)] = 1
         return got.frames
 
     def allocate_bare(self) -> int | None:
@@ -304,6 +330,14 @@ class PhysicalMemory:
             parts.append(part)
             count -= len(part)
         return np.concatenate(parts)
+
+    def allocate_huge(self, node: int = 0) -> Words | None:
+        """An aligned run of 512 zeroed host frames with one reference each, from `node` or where there is one; None when nowhere."""
+        for zone in self._from(node):
+            frames = zone.allocate_huge()
+            if frames is not None:
+                return frames
+        return None
 
     def allocate_bare(self, node: int = 0) -> int | None:
         """One host frame with one reference, whatever it holds: the caller overwrites it. None when the host is out of memory."""

@@ -17,7 +17,7 @@ from hmmnet.errors import KernelError
 from hmmnet.host.interfaces import Event
 from hmmnet.pages import HMM_PFN_VALID, HMM_PFN_WRITE, Words, run_bounds
 
-from . import fault, pte
+from . import fault, huge, pte
 from .access import CpuAccess
 from .frames import ANON
 from .vma import VM_HUGETLB, VM_READ, VM_SHARED, VM_SPECIAL, VM_WRITE
@@ -109,6 +109,7 @@ class Pins(CpuAccess):
             assert vma is not None, "an unshared page lies in a VMA"
             if vma.flags & VM_SHARED:
                 continue  # nothing to break: whoever maps the file sees the same page
+            await self.split_blocks([huge.block_of(page)])
             async with self.hub.invalidate(Event.CLEAR, page, page + 1):
                 fault.unshare(self.mm, vma, page)
 
@@ -153,6 +154,7 @@ class Pins(CpuAccess):
                 await self._fault_pages(pages, write=True)
                 if vma.flags & VM_SHARED:
                     break
+                await self.split_blocks(huge.huge_blocks(self.mm, pages))  # FOLL_SPLIT_PMD
                 async with self.hub.invalidate(Event.EXCLUSIVE, page, stop, owner):
                     page += fault.set_exclusive(self.mm, pages)
         return page - start

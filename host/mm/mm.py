@@ -28,6 +28,8 @@ class Mm:
         self.vmas = VmaTree()
         self.table = SparseTable()
         """The page table: virtual page -> entry (`pte`)."""
+        self.small_blocks: set[int] = set()
+        """Aligned blocks in mappings for huge pages that have a page table of their own: no huge page comes there any more."""
         self.rss = 0
         """Pages mapped, wherever they live; those on a device count too, the zero page does not."""
         self.migration_ended: Callable[[], None] | None = None

@@ -37,6 +37,8 @@ ANON_EXCLUSIVE = 1 << 7
 """The page belongs to this process alone, so a write need not copy it (PageAnonExclusive)."""
 SPECIAL = 1 << 8
 UFFD_WP = 1 << 9
+HUGE = 1 << 10
+"""One of the 512 of a block that is mapped as one (`huge.py`)."""
 
 FRAME_SHIFT = 12
 BITS = (1 << FRAME_SHIFT) - 1

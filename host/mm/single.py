@@ -19,7 +19,7 @@ from hmmnet.pages import (
 )
 
 from . import pte
-from .frames import ANON, DEVICE_EXTRA_REFERENCES, LOCKED, HostZone, PhysicalMemory
+from .frames import ANON, COMPOUND, DEVICE_EXTRA_REFERENCES, LOCKED, HostZone, PhysicalMemory
 from .mm import Mm
 
 BOTH = MIGRATE_PFN_VALID | MIGRATE_PFN_MIGRATE
@@ -30,7 +30,7 @@ def collect(mm: Mm, migration: Migration, select: Select) -> bool:
     page = int(migration.pages[0])
     entry = mm.table.get(page)
     kind = entry & pte.KIND
-    if kind not in (pte.PRESENT, pte.DEVICE) or entry & pte.SPECIAL:
+    if kind not in (pte.PRESENT, pte.DEVICE) or entry & (pte.SPECIAL | pte.HUGE):
         return False
     frame = entry >> pte.FRAME_SHIFT
     number = frame >> ZONE_SHIFT
@@ -47,7 +47,7 @@ def collect(mm: Mm, migration: Migration, select: Select) -> bool:
     flags = int(zone.flags[at])
     if flags & LOCKED and frame != migration.fault_frame:
         return True
-    if zone.mapcount[at] != 1 or not flags & ANON:
+    if zone.mapcount[at] != 1 or flags & (ANON | COMPOUND) != ANON:
         return False
     allowed = 1 if isinstance(zone, HostZone) else 1 + DEVICE_EXTRA_REFERENCES
     if zone.refcount[at] > allowed or zone.pincount[at]:

@@ -23,6 +23,7 @@ from .advice import Advice
 from .fault import restore_exclusive
 from .fork import copy_entries, inherit, needs_copy
 from .frames import ANON
+from .huge import Large, large
 from .mm import Mm
 from .vma import VM_DAX, VM_HUGETLB, VM_READ, VM_SPECIAL, Vma
 from .walk import walk
@@ -40,6 +41,7 @@ class Space(Advice):
         """
         child = Space(number, self.memory, hub, self.home, self.mm.family)
         child.mm.node = self.mm.node
+        child.mm.small_blocks = set(self.mm.small_blocks)
         async with self.mmap_lock.write():
             await self._migrations_over(0, PAGES_MAX)
             try:
@@ -105,6 +107,10 @@ class Space(Advice):
             why = "is a mapping of a kind that does not migrate"
         if why:
             raise KernelError(errno.EINVAL, "migrate_vma_setup", f"pages [0x{start:x}, 0x{end:x}) of process {self.number}: {why}")
+
+    def large(self, pages: Words) -> list[Large]:
+        """See `huge.large`."""
+        return large(self.mm, pages)
 
     def collect(
         self, pages: Words, select: Select, owner: int, fault_frame: int | None = None, told: frozenset[int] = frozenset()

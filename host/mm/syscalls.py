@@ -13,13 +13,14 @@ import numpy as np
 
 from hmmnet.errors import KernelError
 from hmmnet.host.interfaces import Event
-from hmmnet.pages import ADDRESS_BITS, PAGE_SHIFT, PAGES_MAX
+from hmmnet.pages import ADDRESS_BITS, HUGE_PAGES, PAGE_SHIFT, PAGES_MAX
 
 from . import fault, pte
 from .access import PAGE_MASK
 from .filemap import File, file_offsets, map_file
 from .gup import Pins
-from .vma import VM_ACCESS, VM_LOCKED, VM_MIXEDMAP, VM_SHARED, VM_SPECIAL, VM_WRITE, Vma, protection_flags
+from .huge import HUGE_MASK, block_of
+from .vma import VM_ACCESS, VM_HUGETLB, VM_LOCKED, VM_MIXEDMAP, VM_SHARED, VM_SPECIAL, VM_UFFD_MISSING, VM_WRITE, Vma, protection_flags
 
 
 class SystemCalls(Pins):
@@ -64,6 +65,17 @@ class SystemCalls(Pins):
             self.mm.vmas.add(Vma(start, start + count, rights, start if file is None else offset >> PAGE_SHIFT, file=file))
         return start << PAGE_SHIFT
 
+    async def mmap_hugetlb(self, length: int, protection: str, address: int | None) -> int:
+        """mmap(2) with MAP_HUGETLB: anonymous private memory of huge pages, which are reserved as far as the host has memory now.
+
+        Raises KernelError as `mmap`: EINVAL for an address that is not a huge page's, ENOMEM.
+        """
+        if address is not None and address & (HUGE_PAGES << PAGE_SHIFT) - 1:
+            raise KernelError(errno.EINVAL, "mmap", f"0x{address:x} is not the start of a huge page")
+        if length >> PAGE_SHIFT > sum(node.allocator.free_count for node in self.memory.nodes):
+            raise KernelError(errno.ENOMEM, "mmap", f"{length >> 20} MiB of huge pages are more than the host has left")
+        return await self.mmap(length, protection, address, VM_HUGETLB)
+
     async def mmap_inserted(self, length: int, protection: str, address: int | None, *, shared: bool) -> int:
         """mmap(2) of a device file whose driver makes the pages and inserts them all at once (vm_insert_page; VM_MIXEDMAP).
 
@@ -107,10 +119,14 @@ class SystemCalls(Pins):
     async def _unmap(self, start: int, end: int) -> None:
         for vma in self.mm.vmas.overlapping(start, end):
             low, high = max(start, vma.start), min(end, vma.end)
+            await self.split_edges(low, high)
             async with self.hub.invalidate(Event.UNMAP, low, high):
                 self._zap(low, high)
                 for piece in self.mm.vmas.remove(low, high):
                     self._forget_file(piece)
+        if self.mm.small_blocks:  # free_pgtables
+            gone = {block for block in self.mm.small_blocks if start - HUGE_PAGES < block < end}
+            self.mm.small_blocks -= {block for block in gone if not self.mm.vmas.overlapping(block, block + HUGE_PAGES)}
 
     def _forget_file(self, vma: Vma) -> None:
         """`vma` was unmapped: its file forgets this address space unless it is mapped elsewhere in it."""
@@ -146,6 +162,7 @@ class SystemCalls(Pins):
     async def _protect(self, start: int, end: int, flags: int, old: int) -> None:
         if flags == old:
             return
+        await self.split_edges(start, end)
         async with self.hub.invalidate(Event.PROTECTION_VMA, start, end):
             self.mm.vmas.update(start, end, lambda piece: replace(piece, flags=flags))
             fault.protect(self.mm, start, end, bool(flags & VM_WRITE), bool(flags & VM_SHARED))
@@ -167,6 +184,7 @@ class SystemCalls(Pins):
         async with self.mmap_lock.write():
             covered = self.mm.vmas.covered_until(start, end)
             if covered > start:
+                await self.split_edges(start, covered)
                 self.mm.vmas.update(start, covered, lambda piece: replace(piece, flags=piece.flags & ~VM_LOCKED | flag))
         if covered < end:
             raise KernelError(errno.ENOMEM, call, f"page 0x{covered:x} of process {self.number} is not mapped")
@@ -176,6 +194,26 @@ class SystemCalls(Pins):
                     await self.populate(start, end)
                 except KernelError as error:
                     raise KernelError(errno.ENOMEM, call, error.why) from error
+
+    # --- userfaultfd --------------------------------------------------------------------------------------------------------------
+
+    async def userfaultfd(self, address: int, length: int) -> None:
+        """UFFDIO_REGISTER of missing pages with UFFD_FEATURE_SIGBUS: who touches one gets SIGBUS (a device EFAULT); nothing fills it in.
+
+        What is there already is used as ever; a migration does not make pages there (h56). Raises KernelError(EINVAL): unaligned, empty,
+        nothing mapped, or a mapping of a device.
+        """
+        start, count = aligned("userfaultfd", address), whole_pages("userfaultfd", length)
+        if count == 0 or length & PAGE_MASK or start + count > PAGES_MAX:
+            raise KernelError(errno.EINVAL, "userfaultfd", f"0x{address:x} + {length} bytes is no range of whole pages")
+        async with self.mmap_lock.write():
+            found = self.mm.vmas.overlapping(start, start + count)
+            if not found or any(vma.flags & VM_SPECIAL for vma in found):
+                raise KernelError(errno.EINVAL, "userfaultfd", f"0x{address:x} + {length} bytes: not mapped, or a device's mapping")
+            for vma in found:
+                low, high = max(start, vma.start), min(start + count, vma.end)
+                await self.split_edges(low, high)
+                self.mm.vmas.update(low, high, lambda piece: replace(piece, flags=piece.flags | VM_UFFD_MISSING))
 
     # --- mremap -------------------------------------------------------------------------------------------------------------------
 
@@ -258,7 +296,11 @@ class SystemCalls(Pins):
         vma = self.mm.vmas.find(start)
         assert vma is not None, "the range to move lies in a VMA"
         pgoff = vma.pgoff + start - vma.start if vma.anon or vma.file is not None else target
-        self.mm.vmas.add(Vma(target, target + new, vma.flags, pgoff, vma.anon, vma.chain, vma.file))
+        flags = vma.flags & ~VM_UFFD_MISSING  # mremap_userfaultfd_prep, without UFFD_FEATURE_EVENT_REMAP
+        self.mm.vmas.add(Vma(target, target + new, flags, pgoff, vma.anon, vma.chain, vma.file))
+        await self.split_edges(start, start + old)
+        if (start ^ target) & HUGE_MASK:
+            await self.split_blocks(range(block_of(start), start + old, HUGE_PAGES))
         async with self.hub.invalidate(Event.UNMAP, start, start + old):
             fault.move_entries(self.mm, start, target, old)
         if not dontunmap:

@@ -17,10 +17,12 @@ import numpy.typing as npt
 from hmmnet.host.interfaces import Walk
 from hmmnet.pages import (
     HMM_PFN_ERROR,
+    HMM_PFN_ORDER_SHIFT,
     HMM_PFN_REQ_FAULT,
     HMM_PFN_REQ_WRITE,
     HMM_PFN_VALID,
     HMM_PFN_WRITE,
+    HUGE_SHIFT,
     Words,
 )
 
@@ -31,6 +33,8 @@ from .vma import VM_PFNMAP, VM_READ, VM_WRITE, Vma
 HMM_PFN_INOUT = 0b111 << 58
 """Bits of the input that survive: DMA_MAPPED, P2PDMA, P2PDMA_BUS."""
 BLOCK_PAGES = 1 << 14
+HUGE_ORDER = np.uint64(HUGE_SHIFT << HMM_PFN_ORDER_SHIFT)
+"""HMM_PFN_ORDER of a page that is mapped with 511 others as one."""
 
 Flags = npt.NDArray[np.bool_]
 
@@ -110,7 +114,7 @@ class Walker:
     def _block(self, vma: Vma, page: int, entries: Words) -> None:
         low = page - self.start
         high = low + len(entries)
-        kinds = pte.masked(entries, pte.KIND | pte.WRITE)
+        kinds = pte.masked(entries, pte.KIND | pte.WRITE | pte.HUGE)
         first = int(kinds[0])
         if first & pte.KIND == pte.PRESENT and bool((kinds == first).all()):
             self._present(vma, page, entries, first)
@@ -125,6 +129,7 @@ class Walker:
         valid = present | private
         words = np.where(valid, pte.frames_of(entries) | np.uint64(HMM_PFN_VALID), np.uint64(0))
         words[valid & writable] |= np.uint64(HMM_PFN_WRITE)
+        words[valid & (kinds & pte.HUGE != 0)] |= HUGE_ORDER
         want = (~valid & reads) | (present & ~writable & writes)
         stop = self._refusal(vma, entries, kind, want, want & writes)
         end = len(entries) if stop is None else stop[0]
@@ -138,7 +143,7 @@ class Walker:
         """A block that is present throughout, with the same right."""
         low = page - self.start
         high = low + len(entries)
-        flags = HMM_PFN_VALID | (HMM_PFN_WRITE if kind & pte.WRITE else 0)
+        flags = HMM_PFN_VALID | (HMM_PFN_WRITE if kind & pte.WRITE else 0) | (int(HUGE_ORDER) if kind & pte.HUGE else 0)
         if self.sticky:
             self._fill(low, high, pte.frames_of(entries) | np.uint64(flags))
         else:

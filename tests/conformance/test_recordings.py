@@ -3,8 +3,8 @@
               script ──> process in the host ── ioctl ──> dmirror0 dmirror1 (private)
                                                           dmirror2 dmirror3 (coherent)
 
-Oracle: recordings of Linux 6.12 with its own test_hmm module (recordings/, syntax in recordings/SYNTAX.md). All but those in NOT_YET
-must be identical to the last line.
+Oracle: recordings of Linux 6.12 with its own test_hmm module (recordings/, syntax in recordings/SYNTAX.md). All are identical to the
+last line.
 """
 
 from __future__ import annotations
@@ -19,12 +19,6 @@ from hmmnet.play.world import launcher, play_all, prepare_all
 RECORDINGS = Path(__file__).parent / "recordings"
 SCRIPTS = 1064
 
-NOT_YET = {
-    "h36-snapshot-thp",
-    "h37-hugetlb",
-}
-"""Recordings that do not come out identical: huge pages. Names only leave."""
-
 
 async def played(chosen: list[Script]) -> Tally:
     return await play_all(prepare_all(chosen), launcher("real"), lambda _: None)
@@ -35,9 +29,8 @@ def complaint(tally: Tally) -> str:
 
 
 async def test_recordings_are_identical() -> None:
-    """Every script of every file, one after the other on one machine, but those in NOT_YET, which are there."""
+    """Every script of every file, one after the other on one machine."""
     every = [script for path in sorted(RECORDINGS.glob("*.traces")) for script in read_scripts(path)]
     assert len(every) == SCRIPTS
-    assert {script.name for script in every} >= NOT_YET
-    tally = await played([script for script in every if script.name not in NOT_YET])
-    assert tally.identical == SCRIPTS - len(NOT_YET), complaint(tally)
+    tally = await played(every)
+    assert tally.identical == SCRIPTS, complaint(tally)

@@ -1,6 +1,7 @@
 """A device made for tests: it speaks the protocol over a real session, keeps its pages in an arena, and does as it is told at each message.
 
 `on_message` is called first for everything that arrives; it may change what the device does: `vanish` in it is a `kill -9` at that moment.
+While there is a `gate` that is not set, no context is opened.
 """
 
 from __future__ import annotations
@@ -106,6 +107,7 @@ class ScriptedDevice:
     nursery: trio.Nursery
     arena: Arena
     on_message: Callable[[Message], None] = lambda _: None
+    gate: trio.Event | None = None
     heard: list[Message] = field(default_factory=list)
     frame_next: int = 0
     stream_next: int = 1
@@ -135,6 +137,8 @@ class ScriptedDevice:
             return self.copy_out(message)
         if isinstance(message, Ioctl):
             return self.ioctl(message)
+        if isinstance(message, OpenContext) and self.gate is not None:
+            return self.gate.wait()
         return None
 
     def copy_in(self, message: CopyIn) -> None:

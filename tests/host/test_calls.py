@@ -142,7 +142,7 @@ async def test_operations_reach_the_process(client: Client) -> None:
     done, _ = await call(client, "launch", process=1, kernel="k", device="gpu0", arguments={"n": 3})
     assert done == {"results": {"sum": 1}, "counters": {"faults": 2}}
     assert log_of(client) == [
-        ("mmap", 8192, "rw", None, False, False, None, 0),
+        ("mmap", 8192, "rw", None, False, False, None, 0, False),
         ("mprotect", 4096, 1, "r"),
         ("write", 5, b"abc"),
         ("k", "gpu0", "demand", {"n": 3}),
@@ -160,7 +160,7 @@ async def test_files(client: Client) -> None:
     file = client.files[number]
     assert isinstance(file, PlainFile)
     assert (file.size, file.holes) == (4, [(1, 2)])
-    assert log_of(client) == [("mmap", 4096, "rw", None, False, True, file, 4096)]
+    assert log_of(client) == [("mmap", 4096, "rw", None, False, True, file, 4096, False)]
     client.files.update(dict.fromkeys(range(10, 9 + FILES_MAX), file))
     with pytest.raises(KernelError, match="EMFILE"):
         await call(client, "memfd_create", process=1, length=1)

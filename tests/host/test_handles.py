@@ -155,11 +155,15 @@ async def test_an_open_that_the_exit_overtakes_is_refused() -> None:
             except KernelError as error:
                 errors.append(error)
 
+        device.gate = trio.Event()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(late)
             while not contexts(host):
                 await trio.lowlevel.checkpoint()
             nursery.start_soon(process.exit)
+            while not process.ended:
+                await trio.lowlevel.checkpoint()
+            device.gate.set()
         assert [error.name for error in errors] == ["ESRCH"]
         assert (contexts(host), balance(device), dict(process.handles)) == (0, 0, {})
         with pytest.raises(KernelError, match="ESRCH"):

@@ -116,9 +116,10 @@ class FakeProcess:
         shared: bool = False,
         file: MemoryFile | Handle | None = None,
         offset: int = 0,
+        hugetlb: bool = False,
     ) -> int:
         assert address is not None
-        assert (populate, shared, file, offset) == (False, False, None, 0)
+        assert (populate, shared, file, offset, hugetlb) == (False, False, None, 0, False)
         if length == 0:
             raise KernelError(errno.EINVAL, "mmap", "no length")
         self.rights.update(dict.fromkeys(range(*page_range(address, length)), protection))

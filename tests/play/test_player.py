@@ -13,6 +13,7 @@ import trio.testing
 
 from hmmnet.errors import BusError, KernelError, PeerLost
 from hmmnet.play.compare import Tally
+from hmmnet.play.operations import OPERATIONS
 from hmmnet.play.player import SCRIPT_SECONDS_MAX, MachineBroken, play, prepare
 from hmmnet.play.script import Script, parse_scripts, read_scripts
 from hmmnet.play.stage import REGION_STRIDE, REGIONS_BASE
@@ -80,16 +81,18 @@ async def test_differences_are_told(process: Any, device_of: DeviceOf) -> None:
     assert (tally["scripts"], tally["identical"], tally["lines"], tally["lines_equal"]) == (1, 0, 3, 2)
 
 
-async def test_a_script_stops_at_what_is_not_built(process: Any, device_of: DeviceOf) -> None:
+async def test_a_script_stops_at_what_is_not_built(process: Any, device_of: DeviceOf, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lines up to there are compared; every unbuilt line is counted; one entry says why it stopped."""
-    script = scripted("mmap A 1 => ok", "mmap M 1 thp => ok", "read A 0 0 => ok 00", "uffd A 0 1 => ok", "sum A 0 1 => [z]")
+    for name in ("mlock", "uffd"):
+        monkeypatch.delitem(OPERATIONS, name)
+    script = scripted("mmap A 1 => ok", "mlock A 0 1 => ok", "read A 0 0 => ok 00", "uffd A 0 1 => ok", "sum A 0 1 => [z]")
     outcome = await play(script, prepare(script), process, device_of)
     assert outcome.stopped
     assert not outcome.identical
     assert (outcome.lines, outcome.lines_equal) == (5, 1)
     tally = Tally([outcome]).as_json()
-    assert tally["unsupported_ops"] == {"mmap thp": 1, "uffd": 1}
-    assert [(d["line"], d["got"], d["why"]) for d in tally["differences"]] == [(2, None, "unsupported operation: mmap thp")]
+    assert tally["unsupported_ops"] == {"mlock": 1, "uffd": 1}
+    assert [(d["line"], d["got"], d["why"]) for d in tally["differences"]] == [(2, None, "unsupported operation: mlock")]
 
 
 async def test_a_child_has_what_its_parent_had(process: Any, device_of: DeviceOf) -> None:

@@ -1,0 +1,225 @@
+"""Huge pages: 2 MiB mapped as one, transparent (mm/huge_memory.c) or from a pool (mm/hugetlb.c).
+
+A huge page here is a property of 512 ordinary ones. Their frames are one aligned run that is allocated and freed together, marked
+`COMPOUND`; their entries, an aligned block of the table, are marked `HUGE` while the block is mapped as one (a PMD). Everything that works
+on entries and frames works on those of huge pages too; what it has to do is to *split* first where it changes only a part:
+
+- `split_entries` (__split_huge_pmd): the block is mapped page by page from then on, in this process. The frames stay one folio.
+- `split_folio`: the frames are ordinary pages from then on, for everybody who maps them. Pages that hold only zeros become the
+  shared zero page (h36). A folio that somebody holds on to cannot be split.
+
+Mirrors are told CLEAR of the whole block before either.
+
+A transparent huge page is made by the first access to an aligned block that lies in a VM_HUGEPAGE mapping whole and has no page table yet
+(`Mm.small_blocks` are the blocks that have one): a store takes 512 frames, a load maps the huge zero page. A hugetlb mapping has nothing
+else; it does not migrate and cannot be split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from hmmnet.errors import KernelError
+from hmmnet.pages import HUGE_PAGES, PAGE_SIZE, ZERO_FRAME, Words
+
+from . import pte
+from .frames import COMPOUND, PhysicalMemory
+from .mm import Mm
+from .rmap import mappings
+from .vma import VM_HUGEPAGE, VM_HUGETLB, VM_LOCKED, VM_NOHUGEPAGE, VM_WRITE, Vma
+
+EAGAIN = 11
+ENOMEM = 12
+EINVAL = 22
+HUGE_MASK = HUGE_PAGES - 1
+_BLOCK = np.uint64(HUGE_MASK)
+
+
+class Large(NamedTuple):
+    """Something larger than a page: where it is mapped (process, pages), and how to split it once mirrors there have been told CLEAR."""
+
+    places: list[tuple[Mm, Words]]
+    split: Callable[[], object]
+
+
+def block_of(page: int) -> int:
+    """The first page of the aligned block that holds `page`."""
+    return page & ~HUGE_MASK
+
+
+def blocks_of(pages: Words) -> list[int]:
+    """The first pages of the aligned blocks that hold some of `pages`, ascending."""
+    found: list[int] = np.unique(pages & ~_BLOCK).tolist()
+    return found
+
+
+def may_be_huge(vma: Vma) -> bool:
+    """Whether faults in `vma` try for huge pages (thp_vma_allowable_order, where huge pages are given to those who ask: madvise)."""
+    return vma.is_anonymous and bool(vma.flags & VM_HUGETLB or vma.flags & (VM_HUGEPAGE | VM_NOHUGEPAGE) == VM_HUGEPAGE)
+
+
+def huge_blocks(mm: Mm, pages: Words) -> list[int]:
+    """The blocks of `pages` that are mapped as one."""
+    return blocks_of(pages[mm.table.gather(pages) & pte.HUGE != 0]) if len(pages) else []
+
+
+def populate(mm: Mm, vma: Vma, pages: Words, *, write: bool, node: int) -> npt.NDArray[np.bool_]:
+    """do_huge_pmd_anonymous_page for the blocks of `pages` (empty) that can be had whole; which of `pages` are there now.
+
+    Raises KernelError(ENOMEM) when a hugetlb mapping finds no huge page, for which there is no other.
+    """
+    done = np.zeros(len(pages), np.bool_)
+    for block in blocks_of(pages):
+        inside = vma.start <= block and block + HUGE_PAGES <= vma.end
+        free = bool(vma.flags & VM_HUGETLB) or block not in mm.small_blocks
+        if inside and free and not mm.table.read(block, block + HUGE_PAGES).any() and _make(mm, vma, block, write=write, node=node):
+            done |= (pages & ~_BLOCK) == block
+        else:
+            mm.small_blocks.add(block)
+    return done
+
+
+def _make(mm: Mm, vma: Vma, block: int, *, write: bool, node: int) -> bool:
+    """Map `block` as one; False when there is no huge page for it."""
+    if not write and not vma.flags & VM_HUGETLB:
+        zero = np.full(HUGE_PAGES, pte.entry(pte.PRESENT, ZERO_FRAME, pte.ZERO_ENTRY | pte.HUGE), np.uint64)
+        mm.table.write(block, zero)
+        return True
+    frames = mm.memory.allocate_huge(node)
+    if frames is None:
+        if vma.flags & VM_HUGETLB:
+            raise KernelError(ENOMEM, "page fault", f"process {mm.number} wants a huge page and the host has no 2 MiB in one piece")
+        return False
+    pages = np.arange(block, block + HUGE_PAGES, dtype=np.uint64)
+    index = mm.anon_index(vma, pages)
+    mm.memory.map_new(frames, vma.anon, index)
+    for zone, _, at in mm.memory.groups(frames):
+        zone.flags[at] |= np.uint32(COMPOUND)
+    bits = pte.FRESH_WRITE if write else pte.FRESH_WRITE & ~(pte.WRITE | pte.DIRTY | pte.SOFT_DIRTY)
+    mm.table.write(block, pte.entries_of(pte.PRESENT, frames, bits | pte.HUGE))
+    mm.rss += HUGE_PAGES
+    return True
+
+
+# --- splitting --------------------------------------------------------------------------------------------------------------------
+
+
+def split_entries(mm: Mm, block: int) -> None:
+    """__split_huge_pmd: the pages of `block` are mapped one by one. Mirrors were told."""
+    for _, part in mm.table.segments(block, block + HUGE_PAGES):
+        part &= ~np.uint64(pte.HUGE)
+    mm.small_blocks.add(block)
+
+
+def large(mm: Mm, pages: Words) -> list[Large]:
+    """What has to be split before single ones of `pages` can migrate: their large folios, and the huge zero page."""
+    entries = mm.table.gather(pages)
+    if not bool((entries & (pte.KIND | pte.HUGE) == pte.PRESENT | pte.HUGE).any() or mm.small_blocks):
+        return []
+    memory = mm.memory
+    zeros = blocks_of(pages[entries & (pte.SPECIAL | pte.HUGE) == pte.SPECIAL | pte.HUGE])
+    found = [Large([(mm, np.arange(block, block + HUGE_PAGES, dtype=np.uint64))], partial(split_entries, mm, block)) for block in zeros]
+    frames = pte.frames_of(entries[(entries & (pte.KIND | pte.SPECIAL) == pte.PRESENT)])
+    for head in blocks_of(frames[memory.field(frames, "flags") & COMPOUND != 0]):
+        places = [(mapped.mm, mapped.pages) for mapped in mappings(memory, np.arange(head, head + HUGE_PAGES, dtype=np.uint64))]
+        found.append(Large(places, partial(split_folio, memory, head)))
+    return found
+
+
+def split_folio(memory: PhysicalMemory, head: int) -> bool:
+    """split_folio: the pages of the folio at frame `head` are ordinary ones. False, nothing done, when somebody holds on to one.
+
+    Mirrors of everybody who maps it were told. Pages of zeros become the zero page where they are mapped, unless they are locked there
+    (remap_page with RMP_USE_SHARED_ZEROPAGE).
+    """
+    frames = np.arange(head, head + HUGE_PAGES, dtype=np.uint64)
+    if bool((memory.field(frames, "refcount") > memory.field(frames, "mapcount")).any()):
+        return False
+    found = list(mappings(memory, frames))
+    data = np.empty(HUGE_PAGES * PAGE_SIZE, np.uint8)
+    memory.read(frames, 0, data)
+    empty = np.logical_not(np.any(data.view(np.uint64).reshape(HUGE_PAGES, -1), axis=1))
+    for zone, _, at in memory.groups(frames):
+        zone.flags[at] &= ~np.uint32(COMPOUND)
+    for mapped in found:
+        mm, pages = mapped.mm, mapped.pages
+        mm.small_blocks.update(blocks_of(pages))
+        entries = mapped.entries & ~np.uint64(pte.HUGE)
+        zeros = empty[mapped.rows] & _unlocked(mm, pages) & (entries & pte.KIND == pte.PRESENT)
+        entries[zeros] = pte.entry(pte.PRESENT, ZERO_FRAME, pte.ZERO_ENTRY)
+        mm.table.scatter(pages, entries)
+        mm.rss -= int(np.count_nonzero(zeros))
+        memory.unmap(frames[mapped.rows[zeros]])
+    return True
+
+
+def _unlocked(mm: Mm, pages: Words) -> npt.NDArray[np.bool_]:
+    """Which of `pages` lie in VMAs that are not VM_LOCKED."""
+    out = np.ones(len(pages), np.bool_)
+    for vma in _vmas_of(mm, pages):
+        if vma.flags & VM_LOCKED:
+            out &= (pages < np.uint64(vma.start)) | (pages >= np.uint64(vma.end))
+    return out
+
+
+def _vmas_of(mm: Mm, pages: Words) -> Iterator[Vma]:
+    yield from mm.vmas.overlapping(int(pages.min()), int(pages.max()) + 1) if len(pages) else ()
+
+
+# --- copying ----------------------------------------------------------------------------------------------------------------------
+
+
+def break_cow(mm: Mm, vma: Vma, block: int) -> None:
+    """do_huge_pmd_wp_page, hugetlb_wp: a store to a huge page that is not the process's own. Mirrors of the block were told.
+
+    The huge zero page becomes a huge page, or is split if there is none. A page of a hugetlb mapping is copied whole; any other is mapped
+    page by page, and copied so. Raises KernelError(ENOMEM) for hugetlb.
+    """
+    entry = mm.table.get(block)
+    if not entry & pte.HUGE:
+        return
+    if entry & pte.SPECIAL:
+        mm.table.clear(block, block + HUGE_PAGES)
+        if not _make(mm, vma, block, write=True, node=mm.node):
+            mm.table.write(block, np.full(HUGE_PAGES, pte.entry(pte.PRESENT, ZERO_FRAME, pte.ZERO_ENTRY), np.uint64))
+            mm.small_blocks.add(block)
+    elif vma.flags & VM_HUGETLB:
+        old = pte.frames_of(mm.table.read(block, block + HUGE_PAGES))
+        mm.table.clear(block, block + HUGE_PAGES)
+        mm.rss -= HUGE_PAGES
+        _make(mm, vma, block, write=True, node=mm.node)
+        mm.memory.copy(old, pte.frames_of(mm.table.read(block, block + HUGE_PAGES)))
+        mm.memory.unmap(old)
+    else:
+        split_entries(mm, block)
+
+
+def collapse(mm: Mm, vma: Vma, block: int) -> int:
+    """collapse_huge_page: the pages of `block`, all present or empty, become one huge page; 0 or an errno. Mirrors were told."""
+    entries = mm.table.read(block, block + HUGE_PAGES)
+    if entries[0] & pte.HUGE:
+        return 0
+    there = entries & (pte.KIND | pte.SPECIAL) == pte.PRESENT
+    if not bool((there | (entries == 0) | (entries & pte.SPECIAL != 0)).all()) or not entries.any():
+        return EINVAL
+    old = pte.frames_of(entries[there])
+    if bool((mm.memory.field(old, "refcount") > mm.memory.field(old, "mapcount")).any()):
+        return EAGAIN
+    mm.table.clear(block, block + HUGE_PAGES)
+    if not _make(mm, vma, block, write=True, node=mm.node):
+        mm.table.write(block, entries)
+        return ENOMEM
+    new = pte.frames_of(mm.table.read(block, block + HUGE_PAGES))
+    mm.memory.copy(old, new[there])
+    mm.memory.unmap(old)
+    mm.rss -= len(old)
+    if not vma.flags & VM_WRITE:
+        for _, part in mm.table.segments(block, block + HUGE_PAGES):
+            part &= ~np.uint64(pte.WRITE)
+    mm.small_blocks.discard(block)
+    return 0
