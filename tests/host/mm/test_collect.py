@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from random import Random
 
 import numpy as np
@@ -254,8 +255,9 @@ def test_the_cpu_wins_the_race_for_an_empty_page() -> None:
 
 def test_userfaultfd_missing_backs_off() -> None:
     """h56: populated pages of a uffd range go, empty ones do not."""
-    world = World(RW | VM_UFFD_MISSING)
+    world = World(RW)
     world.touch(101)
+    world.mm.vmas.update(100, 108, lambda vma: replace(vma, flags=vma.flags | VM_UFFD_MISSING))
     migration = world.collect(count=2)
     world.finish(migration)
     assert world.kinds()[:2] == [pte.NONE, pte.DEVICE]
