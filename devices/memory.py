@@ -22,7 +22,6 @@ a hint: whoever uses it looks at the mirror again, so that dropping an entry cos
 from __future__ import annotations
 
 import mmap
-import os
 from collections import deque
 from collections.abc import Callable
 
@@ -30,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hmmnet.arena import DISCARD_MIN_PAGES, Arena
-from hmmnet.errors import HmmnetError, ProtocolError
+from hmmnet.errors import ProtocolError
 from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, ZONE_SHIFT, Words, ascending, from_wire, run_bounds
 from hmmnet.runs import RunAllocator
 from hmmnet.sparse import lazy_words
@@ -58,18 +57,6 @@ def _lazy_bytes(count: int) -> npt.NDArray[np.uint8]:
     return np.frombuffer(mmap.mmap(-1, max(count, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=np.uint8)[:count]
 
 
-def _shared_arena(base: int, pages: int, file: str) -> Arena:
-    try:
-        descriptor = os.open(file, os.O_RDWR | os.O_CLOEXEC)
-    except OSError as error:
-        why = "coherent memory is shared with the host, so a coherent device runs on the host's computer, as the same user"
-        raise HmmnetError(f"the host's memory cannot be opened at {file}: {error.strerror}; {why}") from error
-    try:
-        return Arena(base, pages, descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def physical(frames: Words) -> Words:
     """Byte addresses of frames."""
     return frames << _PAGE_SHIFT
@@ -78,14 +65,14 @@ def physical(frames: Words) -> Words:
 class Memory:
     """`pages` frames of zone `zone`: the bytes, who may touch them, and where they are mapped.
 
-    The bytes are those of `file` where the host shares them. Raises HmmnetError when it cannot be opened.
+    `arena` are the bytes, where the host shares them.
     """
 
-    def __init__(self, zone: int, pages: int, file: str = "") -> None:
+    def __init__(self, zone: int, pages: int, arena: Arena | None = None) -> None:
         self.zone = zone
         self.pages = pages
         self.base = zone << ZONE_SHIFT
-        self.arena = _shared_arena(self.base, pages, file) if file else Arena(self.base, pages)
+        self.arena = Arena(self.base, pages) if arena is None else arena
         self._frames = RunAllocator(self.base, pages)
         self._state = _lazy_bytes(pages)
         self._places = lazy_words(pages)

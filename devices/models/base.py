@@ -27,6 +27,7 @@ from hmmnet.devices.memory import Memory
 from hmmnet.devices.mirror import Mirror
 from hmmnet.devices.policy import POLICIES
 from hmmnet.devices.servicing import FaultService, ServiceCounts
+from hmmnet.devices.shared import shared_arena
 from hmmnet.devices.spec import Spec
 from hmmnet.errors import KernelError, ProtocolError
 from hmmnet.fabric.clock import EmulatedClock
@@ -99,7 +100,7 @@ class Device:
 
     def __init__(self, spec: Spec, zone: int, wiring: Wiring) -> None:
         self.spec = spec
-        self.memory = Memory(zone, spec.pages, spec.memory_file)
+        self.memory = Memory(zone, spec.pages, shared_arena(zone, spec.pages, spec.memory_file) if spec.memory_file else None)
         self.contexts: dict[int, Opened] = {}
         self.clock = wiring.clock
         self.copies = CopyEngines(self.memory, wiring.sender, wiring.receiver, wiring.nursery)
