@@ -44,6 +44,7 @@ M = TypeVar("M", bound=Message)
 SELECT_SYSTEM = 1
 SELECT_DEVICE_PRIVATE = 2
 SELECT_DEVICE_COHERENT = 4
+SELECT_COMPOUND = 8
 """enum migrate_vma_direction, as `Migrate.select` carries it."""
 
 

@@ -22,11 +22,11 @@ import numpy.typing as npt
 import trio
 
 from hmmnet.errors import KernelError, ProtocolError
-from hmmnet.pages import MIGRATE_PFN_MIGRATE, MIGRATE_PFN_WRITE, PAGES_MAX, Words, from_wire, to_wire
+from hmmnet.pages import HUGE_PAGES, MIGRATE_PFN_MIGRATE, MIGRATE_PFN_WRITE, PAGES_MAX, Words, from_wire, to_wire
 from hmmnet.wire.messages import Migrate, RangeFault
 
 from .access import Foreign
-from .bus import SELECT_DEVICE_COHERENT, SELECT_DEVICE_PRIVATE, SELECT_SYSTEM, Bus
+from .bus import SELECT_COMPOUND, SELECT_DEVICE_COHERENT, SELECT_DEVICE_PRIVATE, SELECT_SYSTEM, Bus
 from .copyengine import CopyEngines
 from .locks import RangeLock
 from .memory import Memory
@@ -152,11 +152,19 @@ class Context:
     # --- range faults ---------------------------------------------------------------------------------------------------------
 
     async def range_fault(
-        self, start: int, end: int, default_flags: int, inputs: Words | None = None, program: Callable[[int, Words], None] | None = None
+        self,
+        start: int,
+        end: int,
+        default_flags: int,
+        inputs: Words | None = None,
+        program: Callable[[int, Words], None] | None = None,
+        *,
+        unlocked: bool = False,
     ) -> Words:
         """read_begin, hmm_range_fault, read_retry and `program` (the mirror's unless given) on [start, end), which lies in one slab.
 
-        `inputs` are words a page whose request bits count beside `default_flags`. Raises KernelError: EFAULT, EPERM, ENOMEM, and EBUSY
+        `inputs` are words a page whose request bits count beside `default_flags`. `unlocked`: wait for pages that a userfaultfd's owner
+        fills in, however long. Raises KernelError: EFAULT, EPERM, ENOMEM, and EBUSY
         after a second.
         """
         subscription = await self.subscription(start)
@@ -169,6 +177,7 @@ class Context:
             0 if inputs is None else (1 << 64) - 1,
             b"" if inputs is None else to_wire(inputs),
             int(RANGE_FAULT_TIMEOUT_S * 1000),
+            unlocked,
         )
         deadline_s = trio.current_time() + self._bus.clock.real(RANGE_FAULT_TIMEOUT_S)
         async with self.process.turns.hold(start, end):
@@ -202,24 +211,26 @@ class Context:
 
     # --- migration ------------------------------------------------------------------------------------------------------------
 
-    async def migrate_in(self, start: int, end: int, cause: str) -> Moved:
+    async def migrate_in(self, start: int, end: int, cause: str, *, compound: bool = False) -> Moved:
         """migrate_vma to this device's memory, of [start, end) in one slab and at most `MIGRATE_PAGES_MAX` pages; maps what moved.
+
+        With `compound` huge pages go whole, where there are large pages for them.
 
         Frames are offered before it is known which pages will move. Where they were too few for all and some come back unused, the pages
         behind are tried too.
         """
-        moved = await self._migrate_offered(start, end, cause)
+        moved = await self._migrate_offered(start, end, cause, compound=compound)
         parts = [moved.pages]
         while moved.tried_until < end and not moved.errno and self.memory.free_pages:
-            moved = await self._migrate_offered(moved.tried_until, end, cause)
+            moved = await self._migrate_offered(moved.tried_until, end, cause, compound=compound)
             parts.append(moved.pages)
         return replace(moved, pages=np.concatenate(parts)) if len(parts) > 1 else moved
 
-    async def _migrate_offered(self, start: int, end: int, cause: str) -> Moved:
+    async def _migrate_offered(self, start: int, end: int, cause: str, *, compound: bool) -> Moved:
         """`migrate_in` as far as there are frames to offer."""
         await self.subscription(start)
         async with self.process.turns.hold(start, end):
-            offered, tried_until = self._grant(start, end)
+            offered, tried_until = self._grant(start, end, compound=compound)
             if offered is None:
                 return Moved(_NO_PAGES, tried_until)
             hidden = [(context.mirror, context.mirror.hide(start, end)) for context in self.process.contexts]
@@ -228,7 +239,8 @@ class Context:
             try:
                 for context in self.process.contexts:
                     await context.quiesce(start, end)
-                message = Migrate(self.number, start, end - start, "device", SELECT_SYSTEM, to_wire(offered), cause)
+                select = SELECT_SYSTEM | (SELECT_COMPOUND if compound else 0)
+                message = Migrate(self.number, start, end - start, "device", select, to_wire(offered), cause)
                 reply, words = await self._bus.migrate(message)
                 places = np.flatnonzero((words & _MIGRATE != 0) & (offered != 0))
                 moved = (places + start).astype(np.uint64)
@@ -244,7 +256,7 @@ class Context:
                 self._bus.migrate_done(reply.migration)
         return Moved(moved, tried_until, reply.errno)
 
-    def _grant(self, start: int, end: int) -> tuple[Words | None, int]:
+    def _grant(self, start: int, end: int, *, compound: bool) -> tuple[Words | None, int]:
         """Frames to offer, position by position (0: none, the page is here already or memory is full), and the page behind the last one.
 
         None when there is nothing to do.
@@ -255,11 +267,24 @@ class Context:
         tried_until = end if count == len(wanted) else start + int(wanted[count])
         if count == 0:
             return None, tried_until
-        frames = self.memory.grant(count)
-        assert frames is not None, "free_pages said that there are enough"
         offered = np.zeros(end - start, dtype=np.uint64)
-        offered[wanted[:count]] = frames
+        if compound:
+            self._grant_large(start, tried_until, offered, wanted[:count])
+        rest = wanted[:count][offered[wanted[:count]] == 0]
+        frames = self.memory.grant(len(rest))
+        assert frames is not None, "free_pages said that there are enough"
+        offered[rest] = frames
         return offered, tried_until
+
+    def _grant_large(self, start: int, end: int, offered: Words, wanted: npt.NDArray[np.intp]) -> None:
+        """Fill `offered` with a large page for each aligned block of [start, end) that is `wanted` whole, as far as there are any."""
+        inside = np.zeros(len(offered), np.bool_)
+        inside[wanted] = True
+        for block in range(-(-start // HUGE_PAGES) * HUGE_PAGES, end - HUGE_PAGES + 1, HUGE_PAGES):
+            at = slice(block - start, block - start + HUGE_PAGES)
+            frames = self.memory.grant_large() if bool(inside[at].all()) else None
+            if frames is not None:
+                offered[at] = frames
 
     def _take_in(self, pages: Words, frames: Words, writable: npt.NDArray[np.bool_], watch: Watch) -> None:
         """Pages moved into granted frames: they live here now, and the mirror says so unless they were invalidated meanwhile."""

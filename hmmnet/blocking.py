@@ -21,7 +21,7 @@ import outcome
 import trio
 
 from hmmnet.errors import HmmnetError
-from hmmnet.program import Handle, IoctlResult, JobResult, Machine, MemoryFile, PageReferences, Process, Residency
+from hmmnet.program import Handle, IoctlResult, JobResult, Machine, MemoryFile, PageReferences, Process, Residency, UserFaults
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -209,6 +209,26 @@ class BlockingFile:
         self._loop.call(self.file.close)
 
 
+class BlockingFaults:
+    """See `hmmnet.program.UserFaults`."""
+
+    def __init__(self, faults: UserFaults, loop: Blocking[Any]) -> None:
+        self._faults = faults
+        self._loop = loop
+
+    def read(self) -> int:
+        """See `UserFaults.read`."""
+        return self._loop.call(self._faults.read)
+
+    def copy(self, address: int, data: bytes) -> None:
+        """See `UserFaults.copy`."""
+        self._loop.call(self._faults.copy, address, data)
+
+    def close(self) -> None:
+        """See `UserFaults.close`."""
+        self._loop.call(self._faults.close)
+
+
 class BlockingProcess:
     """See `hmmnet.program.Process`."""
 
@@ -261,9 +281,9 @@ class BlockingProcess:
         """See `Process.mlock`."""
         self._loop.call(self._process.mlock, address, length)
 
-    def userfaultfd(self, address: int, length: int) -> None:
-        """See `Process.userfaultfd`."""
-        self._loop.call(self._process.userfaultfd, address, length)
+    def userfaultfd(self, address: int, length: int, *, sigbus: bool = False) -> BlockingFaults:
+        """See `Process.userfaultfd`; the program that fills pages in has to be another thread than the one that waits for them."""
+        return BlockingFaults(self._loop.call(self._process.userfaultfd, address, length, sigbus=sigbus), self._loop)
 
     def munlock(self, address: int, length: int) -> None:
         """See `Process.munlock`."""

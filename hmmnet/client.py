@@ -236,6 +236,26 @@ class RemoteFile:
             await self._calls.call("file_close", file=number)
 
 
+class RemoteFaults:
+    """See `hmmnet.program.UserFaults`."""
+
+    def __init__(self, calls: Calls, process: int, number: int) -> None:
+        self._calls = calls
+        self._where: dict[str, Any] = {"process": process, "faults": number}
+
+    async def read(self) -> int:
+        """See `UserFaults.read`; cancelled, it may have taken an address that nobody gets to see."""
+        return int(await self._calls.recallable("fault_read", **self._where))
+
+    async def copy(self, address: int, data: bytes) -> None:
+        """See `UserFaults.copy`; at most a chunk at once."""
+        await self._calls.call("fault_copy", data, address=address, **self._where)
+
+    async def close(self) -> None:
+        """See `UserFaults.close`."""
+        await self._calls.call("fault_close", **self._where)
+
+
 class RemoteProcess:
     """See `hmmnet.program.Process`."""
 
@@ -297,9 +317,10 @@ class RemoteProcess:
         """See `Process.mlock`."""
         await self._calls.call("mlock", process=self.pid, address=address, length=length)
 
-    async def userfaultfd(self, address: int, length: int) -> None:
+    async def userfaultfd(self, address: int, length: int, *, sigbus: bool = False) -> RemoteFaults:
         """See `Process.userfaultfd`."""
-        await self._calls.call("userfaultfd", process=self.pid, address=address, length=length)
+        number, _ = await self._calls.call("userfaultfd", process=self.pid, address=address, length=length, sigbus=sigbus)
+        return RemoteFaults(self._calls, self.pid, number)
 
     async def munlock(self, address: int, length: int) -> None:
         """See `Process.munlock`."""

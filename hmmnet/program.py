@@ -109,6 +109,23 @@ class MemoryFile(Protocol):
 
 
 @runtime_checkable
+class UserFaults(Protocol):
+    """Missing pages of a range, to be filled in by a program; devices that fault with the mmap lock dropped wait for it as CPUs do."""
+
+    async def read(self) -> int:
+        """Wait for somebody who touches a missing page; its address. Raises KernelError(EBADF) when this is closed."""
+        ...
+
+    async def copy(self, address: int, data: bytes) -> None:
+        """UFFDIO_COPY: fill in whole pages; who waited for them goes on. Raises KernelError: EINVAL, ENOENT, EEXIST, ENOMEM."""
+        ...
+
+    async def close(self) -> None:
+        """Missing pages are zero again; who waits goes on. A second time does nothing."""
+        ...
+
+
+@runtime_checkable
 class Process(Protocol):
     """A process of the emulated machine: system calls, memory accesses, jobs. All lengths are in bytes."""
 
@@ -166,8 +183,11 @@ class Process(Protocol):
         """mlock(2): fault the range in and keep it."""
         ...
 
-    async def userfaultfd(self, address: int, length: int) -> None:
-        """userfaultfd(2): missing pages of the range are SIGBUS from now on (UFFD_FEATURE_SIGBUS). Raises KernelError(EINVAL)."""
+    async def userfaultfd(self, address: int, length: int, *, sigbus: bool = False) -> UserFaults:
+        """userfaultfd(2): whoever touches a missing page of the range waits until it is filled in; with `sigbus` it is SIGBUS.
+
+        Raises KernelError: EINVAL (unaligned, nothing mapped, not for this memory), EBUSY.
+        """
         ...
 
     async def munlock(self, address: int, length: int) -> None:

@@ -40,12 +40,12 @@ async def announced(
         yield frozenset(told)
 
 
-async def split_large(space: AddressSpace, spaces: Mapping[int, AddressSpace], pages: Words, owner: int) -> None:
+async def split_large(space: AddressSpace, spaces: Mapping[int, AddressSpace], pages: Words, owner: int, *, compound: bool) -> None:
     """Split what is larger than a page among `pages`, for everybody who maps it, before zone `owner` migrates some of them.
 
-    Hold the mmap lock for reading.
+    With `compound`, huge pages that `pages` hold whole are left. Hold the mmap lock for reading.
     """
-    for found in space.large(pages):
+    for found in space.large(pages, compound=compound):
         async with AsyncExitStack() as stack:
             for mm, places in found.places:
                 await clear(stack, spaces, mm, places, owner)

@@ -81,10 +81,28 @@ class FileChunk(OnFile, frozen=True):
 
 
 class Range(OnProcess, frozen=True):
-    """``munmap``, ``mlock``, ``munlock``, ``userfaultfd``."""
+    """``munmap``, ``mlock``, ``munlock``."""
 
     address: Address
     length: Length
+
+
+class Register(Range, frozen=True):
+    """``userfaultfd``."""
+
+    sigbus: bool = False
+
+
+class OnFaults(OnProcess, frozen=True):
+    """``fault_read``, ``fault_close``."""
+
+    faults: int
+
+
+class FaultCopy(OnFaults, frozen=True):
+    """``fault_copy``; the bytes are the call's data."""
+
+    address: Address
 
 
 class Protect(Range, frozen=True):

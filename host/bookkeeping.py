@@ -56,6 +56,10 @@ class CopylessLink:
         """Nothing to copy, but somewhere to copy it to."""
         allocate()
 
+    def no_large(self) -> bool:
+        """Large pages can be had."""
+        return False
+
     def free_frames(self, frames: Words) -> None:
         """Nothing to keep."""
 

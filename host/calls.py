@@ -28,12 +28,14 @@ from .arguments import (
     Command,
     Create,
     CreateFile,
+    FaultCopy,
     Fetch,
     FileChunk,
     FilePart,
     Look,
     Map,
     Move,
+    OnFaults,
     OnFile,
     OnHandle,
     OnProcess,
@@ -45,11 +47,12 @@ from .arguments import (
     ReadReferred,
     Refer,
     Referred,
+    Register,
     Remap,
     Start,
     Write,
 )
-from .clients import FILES_MAX, REFERENCE_SETS_MAX, Answer, Client, OpenHandle, Serve, T
+from .clients import FAULTS_MAX, FILES_MAX, REFERENCE_SETS_MAX, Answer, Client, OpenHandle, Serve, T
 
 _OPERATIONS: dict[str, tuple[type[Any], Serve[Any]]] = {}
 
@@ -208,10 +211,36 @@ async def mlock(client: Client, arguments: Range, _data: bytes) -> Answer:
     return None, b""
 
 
-@serves(Range)
-async def userfaultfd(client: Client, arguments: Range, _data: bytes) -> Answer:
-    """userfaultfd(2)."""
-    await client.process(arguments).userfaultfd(arguments.address, arguments.length)
+@serves(Register)
+async def userfaultfd(client: Client, arguments: Register, _data: bytes) -> Answer:
+    """userfaultfd(2); the registration's number."""
+    process = client.process(arguments)
+    if len(client.faults) >= FAULTS_MAX:
+        raise KernelError(errno.EMFILE, "userfaultfd", f"a client may have {FAULTS_MAX} registrations")
+    made = await process.userfaultfd(arguments.address, arguments.length, sigbus=arguments.sigbus)
+    client.fault_numbers += 1
+    client.faults[client.fault_numbers] = made
+    return client.fault_numbers, b""
+
+
+@serves(OnFaults)
+async def fault_read(client: Client, arguments: OnFaults, _data: bytes) -> Answer:
+    """The address of a page that somebody waits for."""
+    return await client.user_faults(arguments).read(), b""
+
+
+@serves(FaultCopy)
+async def fault_copy(client: Client, arguments: FaultCopy, data: bytes) -> Answer:
+    """UFFDIO_COPY."""
+    await client.user_faults(arguments).copy(arguments.address, data)
+    return None, b""
+
+
+@serves(OnFaults)
+async def fault_close(client: Client, arguments: OnFaults, _data: bytes) -> Answer:
+    """The end of a registration."""
+    await client.user_faults(arguments).close()
+    client.faults.pop(arguments.faults, None)
     return None, b""
 
 

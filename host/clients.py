@@ -16,10 +16,10 @@ import msgspec
 import trio
 
 from hmmnet.errors import KernelError, ProtocolError
-from hmmnet.program import Handle, Machine, MemoryFile, PageReferences, Process
+from hmmnet.program import Handle, Machine, MemoryFile, PageReferences, Process, UserFaults
 from hmmnet.wire.messages import Call, Recall, Result
 
-from .arguments import OnHandle, OnProcess, Operation, Referred
+from .arguments import OnFaults, OnHandle, OnProcess, Operation, Referred
 
 PROCESSES_MAX = 256
 """Processes of one client; each costs an address space."""
@@ -28,6 +28,8 @@ REFERENCE_SETS_MAX = 4096
 """Times that one client may hold pages at once."""
 FILES_MAX = 4096
 """Files that one client may have."""
+FAULTS_MAX = 1024
+"""Ranges whose missing pages one client may fill in."""
 
 Answer: TypeAlias = tuple[Any, bytes]
 """A value that msgpack can carry, and data."""
@@ -64,6 +66,8 @@ class Client:
         self.reference_numbers = 0
         self.files: dict[int, MemoryFile] = {}
         self.file_numbers = 0
+        self.faults: dict[int, UserFaults] = {}
+        self.fault_numbers = 0
 
     def call(self, message: Call) -> Awaitable[Result]:
         """Serve one call, which is known from its arrival on, so that a `Recall` right behind finds it.
@@ -111,6 +115,9 @@ class Client:
         processes, self.processes = self.processes, {}
         self.handles.clear()
         self.files.clear()
+        faults, self.faults = self.faults, {}
+        for registration in faults.values():
+            await registration.close()
         references, self.references = self.references, {}
         for held in references.values():
             await held.put()
@@ -153,4 +160,11 @@ class Client:
         found = self.files.get(number)
         if found is None:
             raise KernelError(errno.EBADF, "call", f"this client has no file {number}")
+        return found
+
+    def user_faults(self, arguments: OnFaults) -> UserFaults:
+        """The registration that a call names. Raises KernelError(EBADF)."""
+        found = self.faults.get(arguments.faults)
+        if found is None:
+            raise KernelError(errno.EBADF, "call", f"this client has no userfaultfd registration {arguments.faults}")
         return found

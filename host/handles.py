@@ -26,6 +26,9 @@ from .mm.space import Space
 STREAMED_OUT = frozenset({"read", "read_unlocked", "migrate_to_dev", "exclusive"})
 """Commands of a dmirror whose data, a page for each page, come as a stream."""
 
+FAIL_ALLOC = 1
+"""HMM_DMIRROR_FLAG_FAIL_ALLOC: the next allocation of a large page fails, on the device or, for pages that come home, here."""
+
 log = logging.getLogger("hmmnet.host")
 
 
@@ -61,6 +64,8 @@ class Handle:
         if not 0 <= address < 1 << 63 or not 0 <= pages <= PAGES_PER_MESSAGE_MAX:
             raise KernelError(errno.EINVAL, "ioctl", f"0x{address:x} + {pages} pages is no range of an address space")
         context = self.file.context
+        if command == "flags" and context.life.spec.model == "dmirror":
+            context.life.link.fail_large = bool(flags & FAIL_ALLOC)
         wants = command in STREAMED_OUT and context.life.spec.model == "dmirror"
         return await command_device(context, command, address, pages, data, flags, pages if wants else 0)
 

@@ -12,18 +12,19 @@ returns, and its access looks at the page again.
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 
 import numpy as np
 
 from hmmnet.errors import BusError, KernelError, PeerError
 from hmmnet.observe.counters import CPU_FAULT, Profile
-from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, Words
+from hmmnet.pages import HUGE_PAGES, PAGE_SHIFT, PAGE_SIZE, Words
 
 from .announce import announced, clear
 from .interfaces import AddressSpace, DeviceLink, Event, Migration, Select
 from .migrate import MIGRATE, SHIFT, VALID, MigrateVma, Outcome
+from .mm import pte
 from .mm.collect import collect_frames, finalize, move
 from .mm.frames import PhysicalMemory
 from .mm.rmap import mappings
@@ -33,23 +34,41 @@ HOME_PAGES_MAX = 1 << 16
 
 
 class HostFrames:
-    """Host frames for `count` pages on their way home, from `node` if it has room (`interfaces.Destination`)."""
+    """Host frames for `count` pages on their way home, from `node` if it has room (`interfaces.Destination`).
 
-    __slots__ = ("_count", "_frames", "_memory", "_node")
+    From each of the positions `huge` on, 512 belong to a huge page, which gets an aligned run if there is one.
+    """
 
-    def __init__(self, memory: PhysicalMemory, count: int, node: int) -> None:
+    __slots__ = ("_count", "_frames", "_huge", "_memory", "_node")
+
+    def __init__(self, memory: PhysicalMemory, count: int, node: int, huge: Sequence[int] = ()) -> None:
         self._memory = memory
         self._node = node
         self._count = count
+        self._huge = huge
         self._frames: Words | None = None
 
     def frames(self) -> Words:
         """The frames; they need not be zero, because each is overwritten. Raises KernelError(ENOMEM)."""
         if self._frames is None:
-            self._frames = self._memory.allocate(self._count, self._node, keep=slice(0, self._count))
+            self._frames = self._allocated()
             if self._frames is None:
                 raise KernelError(errno.ENOMEM, "migrate_to_ram", f"{self._count} pages want to come home and the host's memory is used up")
         return self._frames
+
+    def _allocated(self) -> Words | None:
+        runs = [(at, run) for at in self._huge if (run := self._memory.allocate_huge(self._node)) is not None]
+        count = self._count - len(runs) * HUGE_PAGES
+        single = self._memory.allocate(count, self._node, keep=slice(0, count))
+        if not runs or single is None:
+            for _, run in runs:
+                self._memory.put(run)
+            return single
+        frames = np.zeros(self._count, np.uint64)
+        for at, run in runs:
+            frames[at : at + HUGE_PAGES] = run
+        frames[frames == 0] = single
+        return frames
 
     def release(self) -> None:
         """They are not wanted after all."""
@@ -119,7 +138,8 @@ class Homing:
             space.migrate_finalize(migration)
             return 0
         frames = (source if whole else source[going]) >> SHIFT
-        destination = HostFrames(self._memory, len(pages), space.node)
+        huge = [] if link.no_large() else huge_blocks(migration.saved if whole else migration.saved[going], pages)
+        destination = HostFrames(self._memory, len(pages), space.node, huge)
         try:
             await link.copy_out(self._context_of(space.number, link.zone), pages, frames, destination)
         except BaseException:
@@ -206,6 +226,13 @@ class Homing:
         moved = migration.cpages
         finalize(self._memory, None, migration)
         return moved
+
+
+def huge_blocks(entries: Words, pages: Words) -> list[int]:
+    """Where in `pages` huge pages begin that are there whole, by the `entries` that mapped them."""
+    first = np.flatnonzero((entries & pte.HUGE != 0) & (pages % HUGE_PAGES == 0))
+    last = HUGE_PAGES - 1
+    return [at for at in first.tolist() if at + last < len(pages) and int(pages[at + last]) == int(pages[at]) + last]
 
 
 def memory_of(link: DeviceLink) -> Select:

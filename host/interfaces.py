@@ -66,6 +66,8 @@ class Migration:
     saved: Words
     owner: int = NO_OWNER
     fault_frame: int | None = None
+    compound: bool = False
+    """Huge pages go as one (Select.COMPOUND)."""
     others: list[Mapped] = field(default_factory=list)
     """Further mappings (in other processes, by row of this migration) that were replaced by migration entries."""
 
@@ -134,6 +136,10 @@ class DeviceLink(Protocol):
 
     def free_frames(self, frames: Words) -> None:
         """folio_free: tell the driver, without waiting."""
+
+    def no_large(self) -> bool:
+        """Whether the driver's next allocation of a large page fails, as it was told (HMM_DMIRROR_FLAG_FAIL_ALLOC); once."""
+        ...
 
 
 class MmapLock(Protocol):
@@ -215,8 +221,8 @@ class AddressSpace(Protocol):
         """The argument checks of migrate_vma_setup; [start, end) must lie in one suitable VMA. Raises KernelError(EINVAL)."""
         ...
 
-    def large(self, pages: Words) -> list[Large]:
-        """What is larger than a page and has to be split before `pages` can be collected one by one."""
+    def large(self, pages: Words, *, compound: bool) -> list[Large]:
+        """What is larger than a page and has to be split before `pages` can be collected; with `compound`, not what goes whole."""
         ...
 
     def sharers(self, pages: Words, select: Select, owner: int) -> list[tuple[Mm, Words]]:

@@ -97,6 +97,8 @@ class SessionLink:
         self.receiver = receiver
         self.domains: dict[int, Domain] = {}
         """Translations by context."""
+        self.fail_large = False
+        """See `no_large`."""
         self.dma_ended = trio.lowlevel.ParkingLot()
         """Who waits for DMA parks here; whoever ends one wakes all."""
         self._interconnect = interconnect
@@ -294,6 +296,11 @@ class SessionLink:
                 await arrival.wait()
         finally:
             arrival.cancel()
+
+    def no_large(self) -> bool:
+        """See `DeviceLink.no_large`."""
+        fails, self.fail_large = self.fail_large, False
+        return fails
 
     # --- freeing --------------------------------------------------------------------------------------------------------------
 

@@ -85,7 +85,7 @@ class MigrateVma:
                 return
             pages = np.arange(page, stop, dtype=np.uint64)
             if self.select & Select.SYSTEM:
-                await split_large(self.space, self.spaces, pages, self.owner)
+                await split_large(self.space, self.spaces, pages, self.owner, compound=bool(self.select & Select.COMPOUND))
             async with announced(self.space, self.spaces, pages, self.select, self.owner) as told:
                 self.parts.append(self.space.collect(pages, self.select, self.owner, told=told))
             page = stop

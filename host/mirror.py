@@ -24,6 +24,7 @@ from hmmnet.pages import HUGE_PAGES, Words
 
 from .hub import Hub
 from .interfaces import AddressSpace, Walk
+from .mm.userfault import MissingPage
 from .notifier import Subscription
 
 ROUNDS_MAX = 64
@@ -43,6 +44,9 @@ class Request:
     node: int | None = None
     """The host memory nearest to the device: pages that nobody has touched yet are made there, as by a driver's thread on that node."""
 
+    unlocked: bool = False
+    """The mmap lock may be dropped while a userfaultfd's owner fills a page in (hmm_range_fault_unlocked); such pages are EFAULT else."""
+
     @property
     def end(self) -> int:
         """The page behind the last."""
@@ -55,12 +59,20 @@ async def range_fault(space: AddressSpace, hub: Hub, subscription: Subscription,
     `deadline` is on trio's clock (``math.inf``: none). Raises KernelError: EBUSY when the time is up, EFAULT, EPERM, ENOMEM as table A3.
     """
     while True:
-        if trio.current_time() > deadline:
+        began = trio.current_time()
+        if began > deadline:
             why = f"pages 0x{request.start:x}+{request.pages} kept changing until the time was up"
             raise KernelError(errno.EBUSY, "hmm_range_fault", why)
         sequence = await hub.read_begin(subscription)
-        async with space.mmap_lock.read():
-            words = await _walk(space, hub, subscription, request, sequence)
+        try:
+            async with space.mmap_lock.read():
+                words = await _walk(space, hub, subscription, request, sequence)
+        except MissingPage as missing:
+            if not request.unlocked:
+                raise
+            await missing.registration.wait(missing.page)
+            deadline += trio.current_time() - began
+            continue
         if words is not None and not hub.read_retry(subscription, sequence):
             return sequence, words
 

@@ -33,6 +33,7 @@ from .handles import Handle, HeldPages, OpenFile, command_device
 from .homing import Homing
 from .link import SessionLink
 from .mm.space import Space
+from .mm.userfault import UserFault
 
 HEAP_BYTES = 1 << 20
 """What the heap maps at a time, at least."""
@@ -138,9 +139,10 @@ class Process:
         """mlock(2)."""
         await self.space.mlock(address, length)
 
-    async def userfaultfd(self, address: int, length: int) -> None:
-        """userfaultfd(2) for missing pages, with SIGBUS."""
-        await self.space.userfaultfd(address, length)
+    async def userfaultfd(self, address: int, length: int, *, sigbus: bool = False) -> UserFault:
+        """userfaultfd(2) for missing pages."""
+        self._alive("userfaultfd")
+        return await self.space.userfaultfd(address, length, sigbus=sigbus)
 
     async def munlock(self, address: int, length: int) -> None:
         """munlock(2)."""

@@ -114,7 +114,9 @@ class Requests:
         if len(inputs) not in (0, message.pages):
             raise ProtocolError(f"RangeFault of {message.pages} pages with {len(inputs)} inputs")
         life, flags = self._life, (message.default_flags, message.flags_mask)
-        request = Request(message.start, message.pages, life.zone, *flags, inputs if len(inputs) else None, life.link.node)
+        request = Request(
+            message.start, message.pages, life.zone, *flags, inputs if len(inputs) else None, life.link.node, message.unlocked
+        )
         deadline = trio.current_time() + self._clock.real(message.timeout_ms / 1000) if message.timeout_ms > 0 else math.inf
         sequence, words = await range_fault(context.space, context.hub, subscription, request, deadline)
         context.domain.grant(message.start, words)

@@ -24,6 +24,22 @@ class LoggedReferences:
         self.log.append("put")
 
 
+class LoggedFaults:
+    """One page is missing."""
+
+    def __init__(self, log: list[Any]) -> None:
+        self.log = log
+
+    async def read(self) -> int:
+        return 0x5000
+
+    async def copy(self, address: int, data: bytes) -> None:
+        self.log.append(("copy", address, data))
+
+    async def close(self) -> None:
+        self.log.append("closed")
+
+
 class PlainFile:
     """A file of bytes."""
 
@@ -91,8 +107,9 @@ class LoggedCalls:
     async def mlock(self, address: int, length: int) -> None:
         self.log.append(("mlock", address, length))
 
-    async def userfaultfd(self, address: int, length: int) -> None:
-        self.log.append(("userfaultfd", address, length))
+    async def userfaultfd(self, address: int, length: int, *, sigbus: bool = False) -> LoggedFaults:
+        self.log.append(("userfaultfd", address, length, sigbus))
+        return LoggedFaults(self.log)
 
     async def munlock(self, address: int, length: int) -> None:
         self.log.append(("munlock", address, length))

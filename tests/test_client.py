@@ -337,6 +337,19 @@ async def test_a_child_and_held_pages() -> None:
         assert not process.handles
 
 
+async def test_missing_pages_over_a_session() -> None:
+    """The address of a page that somebody wants, and its bytes back; a registration that was closed is not known any more."""
+    async with world() as (remote, machine):
+        process = await remote.create_process()
+        faults = await process.userfaultfd(BASE, 4096)
+        assert await faults.read() == 0x5000
+        await faults.copy(0x5000, bytes(4096))
+        await faults.close()
+        with pytest.raises(KernelError, match="EBADF"):
+            await faults.read()
+        assert machine.processes[0].log == [("userfaultfd", BASE, 4096, False), ("copy", 0x5000, bytes(4096)), "closed"]
+
+
 async def test_a_cancelled_job_ends_at_the_host() -> None:
     """The client's task stops waiting at once, and the host's, which waits for the device, right after."""
     async with world() as (remote, machine):

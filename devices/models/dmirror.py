@@ -61,6 +61,11 @@ EVICT_FRAMES_MAX = 1 << 16
 EVICT_ROUNDS_MAX = 100
 """Frames of one eviction request; rounds in which no frame goes home before the unit gives up."""
 
+FAIL_ALLOC = 1
+"""HMM_DMIRROR_FLAG_FAIL_ALLOC: the next allocation of a large page fails, which leaves the pages of that migration small."""
+COMPOUND = 1 << 8
+"""Huge pages migrate whole, as with the kernel's driver from 6.19 on; without, they are split, as with that of 6.12, which was recorded."""
+
 PROT_NONE = 0x00
 PROT_READ = 0x01
 PROT_WRITE = 0x02
@@ -87,7 +92,7 @@ class Dmirror(Device):
     end_inclusive = True
 
     flags = 0
-    """What the last ``flags`` command set; bit 0 is FAIL_ALLOC (the next large allocation fails, and none is large yet)."""
+    """What the last ``flags`` command set: `FAIL_ALLOC`, `COMPOUND`."""
 
     async def opened(self, opened: Opened) -> None:
         """dmirror_fops_open: one notifier over everything."""
@@ -108,7 +113,7 @@ class Dmirror(Device):
             return IoctlDone(0, 0)
         commands: dict[str, Callable[[Context, Ioctl, int, int], Awaitable[IoctlDone]]] = {
             "read": self._read,
-            "read_unlocked": self._read,  # differs in how the range fault holds the mmap lock, which nobody outside can see
+            "read_unlocked": self._read,
             "write": self._write,
             "migrate_to_dev": self._migrate_to_dev,
             "migrate_to_sys": self._migrate_to_sys,
@@ -125,9 +130,9 @@ class Dmirror(Device):
     # --- read, write ----------------------------------------------------------------------------------------------------------
 
     async def _read(self, context: Context, message: Ioctl, start: int, end: int) -> IoctlDone:
-        """dmirror_read."""
+        """dmirror_read; ``read_unlocked`` waits for pages that a userfaultfd's owner fills in, which are EFAULT else."""
         bounce = bounce_buffer(start, end)
-        faults = await self._rounds(context, start, end, bounce, write=False)
+        faults = await self._rounds(context, start, end, bounce, write=False, unlocked=message.command == "read_unlocked")
         await self._give(message.stream_out, bounce)
         return IoctlDone(end - start, faults)
 
@@ -142,14 +147,14 @@ class Dmirror(Device):
         faults = await self._rounds(context, start, end, bounce, write=True)
         return IoctlDone(end - start, faults)
 
-    async def _rounds(self, context: Context, start: int, end: int, bounce: Bytes, *, write: bool) -> int:
+    async def _rounds(self, context: Context, start: int, end: int, bounce: Bytes, *, write: bool, unlocked: bool = False) -> int:
         """Go through the mirror and fault the rest in, until the range is through; returns how often it faulted."""
         at, faults = start, 0
         while True:
             at += await self._through_mirror(context, at, end, bounce[(at - start) * PAGE_SIZE :], write=write)
             if at == end:
                 return faults
-            await self._fault(context, at, end, write=write)
+            await self._fault(context, at, end, write=write, unlocked=unlocked)
             faults += 1
 
     async def _through_mirror(self, context: Context, start: int, end: int, bounce: Bytes, *, write: bool) -> int:
@@ -166,7 +171,7 @@ class Dmirror(Device):
                 bounce[:nbytes] = access.data
         return count
 
-    async def _fault(self, context: Context, start: int, end: int, *, write: bool) -> None:
+    async def _fault(self, context: Context, start: int, end: int, *, write: bool, unlocked: bool) -> None:
         """dmirror_fault: hmm_range_fault window by window."""
         flags = HMM_PFN_REQ_FAULT | (HMM_PFN_REQ_WRITE if write else 0)
         for first in range(start, end, WINDOW_PAGES):
@@ -174,7 +179,7 @@ class Dmirror(Device):
             def program(at: int, words: Words) -> None:
                 program_window(context, at, words, write=write)
 
-            await context.range_fault(first, min(first + WINDOW_PAGES, end), flags, program=program)
+            await context.range_fault(first, min(first + WINDOW_PAGES, end), flags, program=program, unlocked=unlocked)
 
     async def _give(self, stream: int, data: Bytes) -> None:
         """Copy to the caller's buffer; no link is involved, so nothing is paced."""
@@ -187,7 +192,9 @@ class Dmirror(Device):
         """dmirror_migrate_to_device; what was readable is counted, not what moved, unless nobody wants the data."""
         moved_count = 0
         for low in range(start, end, MIGRATE_PAGES_MAX):
-            moved = await context.migrate_in(low, min(low + MIGRATE_PAGES_MAX, end), "user")
+            large = bool(self.flags & COMPOUND) and not self.flags & FAIL_ALLOC
+            self.flags &= ~FAIL_ALLOC
+            moved = await context.migrate_in(low, min(low + MIGRATE_PAGES_MAX, end), "user", compound=large)
             moved_count += len(moved.pages)
             if moved.errno:
                 raise KernelError(moved.errno, "migrate_vma_setup", "a mapping in the range cannot migrate; what lies before it has moved")

@@ -148,7 +148,7 @@ async def mlock(stage: Stage, region: str, page: int, pages: int) -> str:
 @operation("uffd R p n")
 async def uffd(stage: Stage, region: str, page: int, pages: int) -> str:
     """userfaultfd(2): register MISSING, with UFFD_FEATURE_SIGBUS."""
-    await stage.process.userfaultfd(stage.address(region, page), pages * PAGE_SIZE)
+    await stage.process.userfaultfd(stage.address(region, page), pages * PAGE_SIZE, sigbus=True)
     return "ok"
 
 

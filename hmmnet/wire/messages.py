@@ -320,6 +320,7 @@ class RangeFault(Message, frozen=True):
     flags_mask: Annotated[int, msgspec.Meta(ge=0)]
     inputs: PageList = b""
     timeout_ms: int = 1000
+    unlocked: bool = False
 
 
 class RangeFaulted(Message, frozen=True):
@@ -451,8 +452,9 @@ class Call(Message, frozen=True):
     file or nil, handle or nil, offset, hugetlb) -> address;
     ``memfd_create`` (length) -> file number; ``file_read`` (file, offset, length) -> data, ``file_write`` (file, offset) with data -> size,
     ``file_punch`` (file, offset, length), ``file_truncate`` (file, length) -> size, ``file_close`` (file);
-    ``munmap``, ``mprotect``, ``madvise``, ``mlock``, ``munlock``, ``userfaultfd`` (address, length and
-    more); ``mremap`` (address, old, new, target or nil, may_move, dontunmap) ->
+    ``munmap``, ``mprotect``, ``madvise``, ``mlock``, ``munlock`` (address, length and more);
+    ``userfaultfd`` (address, length, sigbus) -> registration, ``fault_read`` (faults) -> address, ``fault_copy`` (faults, address) with
+    data, ``fault_close`` (faults); ``mremap`` (address, old, new, target or nil, may_move, dontunmap) ->
     address; ``get_user_pages`` (address, pages, write, pin, longterm) -> {reference, count}, ``read_pages`` (reference, first, pages)
     -> data, ``put_pages`` (reference); ``fork`` -> {process, handles: number -> device}; ``malloc`` (length) -> address; ``read``
     (address, length, at most a chunk) -> data; ``write`` (address) with data; ``pagemap`` (address, pages) -> data; ``residency``

@@ -27,6 +27,7 @@ from .filemap import end_in
 from .frames import PhysicalMemory
 from .locks import Gate, RwLock, give_way
 from .mm import Mm
+from .userfault import MissingPage
 from .vma import VM_ACCESS, VM_HUGETLB, VM_READ, VM_WRITE, Vma
 
 PAGE_MASK = PAGE_SIZE - 1
@@ -213,14 +214,14 @@ class CpuAccess:
     async def _home_one(self, address: int, length: int, right: int) -> bool:
         """The shortest way for the commonest fault: an access inside one page, which is on a device. False when it is another case."""
         page = address >> PAGE_SHIFT
-        if address + length - 1 >> PAGE_SHIFT != page or self.mm.table.get(page) & pte.KIND != pte.DEVICE:
+        if address + length - 1 >> PAGE_SHIFT != page or self.mm.table.get(page) & (pte.KIND | pte.HUGE) != pte.DEVICE:
             return False
         async with self.mmap_lock.read():
             vma = self.mm.vmas.find(page)
             if vma is None or not vma.flags & right:
                 return False
             entry = self.mm.table.get(page)
-            if entry & pte.KIND == pte.DEVICE:
+            if entry & (pte.KIND | pte.HUGE) == pte.DEVICE:
                 self._check_there(page, entry >> pte.FRAME_SHIFT + ZONE_SHIFT)
                 self.cpu_faults += 1
                 await self.home(self, np.array((page,), dtype=np.uint64))
@@ -233,6 +234,7 @@ class CpuAccess:
             position, left = address + done, len(data) - done
             start = position >> PAGE_SHIFT
             end = min((position + left - 1 >> PAGE_SHIFT) + 1, start + batch)
+            missing: MissingPage | None = None
             async with self.mmap_lock.read():
                 try:
                     ready, touched = self._touch(start, end, write=write, keep=_whole(position, left) if write else None)
@@ -248,7 +250,12 @@ class CpuAccess:
                     rounds = 0
                 if ready < end:
                     rounds += 1
-                    await self._resolve(ready, touched, rounds)
+                    try:
+                        await self._resolve(ready, touched, rounds)
+                    except MissingPage as wanted:
+                        missing = wanted
+            if missing is not None:
+                await missing.registration.wait(missing.page)
             if self.memory.owed is not None:
                 await self._pay()
             if done < len(data):
@@ -302,15 +309,23 @@ class CpuAccess:
         elif touched.cause is Cause.MARKER:
             raise BusError(page << PAGE_SHIFT, f"page 0x{page:x} of process {self.number} is poisoned or a guard page")
         elif touched.cause is Cause.MISSING:
-            raise BusError(
-                page << PAGE_SHIFT, f"page 0x{page:x} of process {self.number} is missing, and a userfaultfd wants SIGBUS for that"
-            )
+            vma = self.mm.vmas.find(page)
+            assert vma is not None, "a missing page lies in a VMA"
+            if vma.userfault is not None and not vma.userfault.sigbus:
+                raise MissingPage(self.number, page, vma.userfault)
+            raise BusError(page << PAGE_SHIFT, f"page 0x{page:x} of process {self.number} is missing, and a userfaultfd wants SIGBUS")
         elif touched.cause is Cause.BEYOND:
             raise BusError(page << PAGE_SHIFT, f"page 0x{page:x} of process {self.number} lies behind the end of the file mapped there")
 
     async def _bring_home(self, page: int, count: int) -> None:
-        """A CPU access found device-private pages: migrate_to_ram for up to `count` of them, all of one zone."""
+        """A CPU access found device-private pages: migrate_to_ram for up to `count` of them, all of one zone; a huge page comes whole."""
+        if self.mm.table.get(page) & pte.HUGE:
+            page, count = huge.block_of(page), HUGE_PAGES
         entries = self.mm.table.read(page, page + count)
+        alike = entries & pte.HUGE == int(entries[0]) & pte.HUGE
+        if not alike.all():
+            count = int(np.argmin(alike))
+            entries = entries[:count]
         zones = pte.zones_of(entries)
         same = zones == zones[0]
         if not same.all():

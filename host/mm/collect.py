@@ -19,6 +19,7 @@ unmapped meanwhile, `finalize` finds its entry gone; if all are, the frame is fr
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,7 @@ import numpy.typing as npt
 from hmmnet.host.interfaces import NO_OWNER, Migration, Select
 from hmmnet.pages import (
     DEVICE_ZONE_MIN,
+    HUGE_PAGES,
     MIGRATE_PFN_MIGRATE,
     MIGRATE_PFN_SHIFT,
     MIGRATE_PFN_VALID,
@@ -35,6 +37,7 @@ from hmmnet.pages import (
 )
 
 from . import pte, single
+from .compound import fit_targets, join_inserted, tear_collected
 from .frames import ANON, COMPOUND, DEVICE_EXTRA_REFERENCES, LOCKED, HostZone, PhysicalMemory
 from .mm import Mm
 from .rmap import Mapped, Rows, mappings, places
@@ -66,14 +69,15 @@ def collect(
     Mirrors have been told, those of this process and of the processes `told`; a page that a further process maps stays where it is.
     """
     source, target, saved = (np.zeros(len(pages), np.uint64) for _ in range(3))
-    migration = Migration(pages, source, target, saved, owner, fault_frame)
+    migration = Migration(pages, source, target, saved, owner, fault_frame, bool(select & Select.COMPOUND))
     if len(pages) == 1 and single.collect(mm, migration, select):
         return migration
-    for at, part in enumerate(_blocks(migration)):
+    offset = 0
+    for part in _blocks(migration):
         _collect(mm, part, select, told)
         if part is not migration:
-            offset = at * BLOCK_PAGES
             migration.others += [Mapped(one.mm, one.rows + offset, one.pages, one.entries) for one in part.others]
+            offset += len(part.pages)
     return migration
 
 
@@ -90,15 +94,18 @@ def _collect(mm: Mm, migration: Migration, select: Select, told: frozenset[int])
     entries = mm.table.gather(pages)
     bare = entries == 0
     if select & Select.SYSTEM:
-        bare |= entries & (pte.KIND | pte.SPECIAL | pte.HUGE) == pte.PRESENT | pte.SPECIAL
+        huge = 0 if migration.compound else pte.HUGE
+        bare |= entries & (pte.KIND | pte.SPECIAL | huge) == pte.PRESENT | pte.SPECIAL
     if bare.any():
         migration.source[bare & _anonymous(mm, pages)] = MIGRATE_PFN_MIGRATE
     rows = np.flatnonzero(_wanted(entries, select, migration.owner))
     if len(rows):
         frames = pte.frames_of(entries if len(rows) == len(entries) else entries[rows])
-        free = _free_to_go(mm.memory, frames, migration.fault_frame)
+        free = _free_to_go(mm.memory, frames, migration.fault_frame, compound=migration.compound)
         if not free.all():
-            rows, frames = rows[free], frames[free]
+            rows = rows[free]
+        rows = tear_collected(mm, pages, entries, rows)
+        frames = pte.frames_of(entries if len(rows) == len(entries) else entries[rows])
         rows = _others(mm.memory, mm, migration, rows, pages, frames, told)
         _install(mm, migration, rows, entries)
 
@@ -114,11 +121,13 @@ def _anonymous(mm: Mm, pages: Words) -> Flags:
 
 def _wanted(entries: Words, select: Select, owner: int) -> Flags:
     """Which entries are of a kind that `select` asks for."""
-    kinds = entries & (pte.KIND | pte.SPECIAL | pte.HUGE)
+    kinds = entries & (pte.KIND | pte.SPECIAL)
     wanted = np.zeros(len(entries), np.bool_)
     system = entries < DEVICE_ZONE_MIN << ZONE_SHIFT + pte.FRAME_SHIFT
     if select & Select.SYSTEM:
         wanted |= (kinds == pte.PRESENT) & system
+        if not select & Select.COMPOUND:
+            wanted &= entries & pte.HUGE == 0
     if select & (Select.DEVICE_PRIVATE | Select.DEVICE_COHERENT) and owner != NO_OWNER:
         mine = pte.zones_of(entries) == owner
         if select & Select.DEVICE_PRIVATE:
@@ -128,8 +137,10 @@ def _wanted(entries: Words, select: Select, owner: int) -> Flags:
     return wanted
 
 
-def _free_to_go(memory: PhysicalMemory, frames: Words, fault_frame: int | None) -> Flags:
+def _free_to_go(memory: PhysicalMemory, frames: Words, fault_frame: int | None, *, compound: bool) -> Flags:
     """Which `frames` are anonymous, not locked by another migration, not pinned, and held by nobody but their mappings.
+
+    A large folio of system memory that is still one goes only where huge pages go whole (`compound`).
 
     The kernel takes pages of files, too, and lets them go where the migration has a private destination (migrate_vma_pages): they stay.
     """
@@ -138,7 +149,8 @@ def _free_to_go(memory: PhysicalMemory, frames: Words, fault_frame: int | None) 
         flags = zone.flags[where]
         extra = zone.refcount[where] - zone.mapcount[where]
         allowed = 0 if isinstance(zone, HostZone) else DEVICE_EXTRA_REFERENCES
-        unlocked = flags & (LOCKED | ANON | COMPOUND) == ANON
+        one = COMPOUND if isinstance(zone, HostZone) and not compound else 0
+        unlocked = flags & (LOCKED | ANON | one) == ANON
         if fault_frame is not None:
             unlocked |= frames[rows] == fault_frame
         out[rows] = unlocked & (extra <= allowed) & (zone.pincount[where] == 0)
@@ -180,7 +192,9 @@ def _install(mm: Mm | None, migration: Migration, rows: Rows, entries: Words) ->
     migration.source[rows] = source
     memory = None if mm is None else mm.memory
     for mapped in migration.others:
-        mapped.mm.table.scatter(mapped.pages, _waiting(mapped.entries))
+        torn = mapped.entries.copy()
+        tear_collected(mapped.mm, mapped.pages, torn, np.arange(len(torn)))
+        mapped.mm.table.scatter(mapped.pages, _waiting(torn))
         memory = mapped.mm.memory
     if memory is None:
         return
@@ -203,7 +217,7 @@ def collect_frames(memory: PhysicalMemory, frames: Words, told: frozenset[int]) 
     """
     zeros = np.zeros(len(frames), np.uint64)
     migration = Migration(zeros, zeros.copy(), zeros.copy(), zeros.copy())
-    rows = np.flatnonzero(_free_to_go(memory, frames, None) & (memory.field(frames, "mapcount") > 0))
+    rows = np.flatnonzero(_free_to_go(memory, frames, None, compound=False) & (memory.field(frames, "mapcount") > 0))
     if len(rows):
         rows = _others(memory, None, migration, rows, frames, frames[rows], told)
     if len(rows):
@@ -217,6 +231,7 @@ def move(memory: PhysicalMemory, mm: Mm | None, migration: Migration) -> None:
     """migrate_vma_pages: targets take over what their sources were. Clears MIGRATE where there is no target, or where it cannot be."""
     if len(migration.source) == 1 and single.move(memory, migration):
         return
+    fit_targets(memory, mm, migration)
     for part in _blocks(migration):
         _move(memory, mm, part)
 
@@ -277,6 +292,9 @@ def _insert(mm: Mm, migration: Migration) -> None:
     if len(rows) == 0:
         return
     frames = _frames(migration.target[rows])
+    huge = join_inserted(mm, pages, entries, frames) if migration.compound else np.zeros(0, np.bool_)
+    if huge.any():
+        bits[huge] |= np.uint64(pte.HUGE)
     mm.table.scatter(pages, pte.entries_of(pte.NONE, frames) | bits)
     migration.source[rows] |= bits & MIGRATE_PFN_WRITE
     migration.saved[rows] = entries
@@ -286,6 +304,8 @@ def _insert(mm: Mm, migration: Migration) -> None:
         zone.flags[where] = ANON | LOCKED
         zone.mapping[where] = anon[part]
         zone.index[where] = index[part]
+    for zone, _, where in mm.memory.groups(frames[huge]) if huge.any() else ():
+        zone.flags[where] |= np.uint32(COMPOUND)
 
 
 def restore(memory: PhysicalMemory, mm: Mm | None, migration: Migration) -> None:
@@ -390,15 +410,16 @@ def _blocks(migration: Migration) -> list[Migration]:
     """`migration` in parts small enough for the processor's cache; they share its arrays."""
     if len(migration.source) <= BLOCK_PAGES:
         return [migration]
-    cuts = range(0, len(migration.source), BLOCK_PAGES)
+    first = BLOCK_PAGES - int(migration.pages[0]) % min(HUGE_PAGES, BLOCK_PAGES)  # no huge page is cut in two
+    cuts = [0, *range(first, len(migration.source), BLOCK_PAGES), len(migration.source)]
     return [
         replace(
             migration,
-            pages=migration.pages[at : at + BLOCK_PAGES],
-            source=migration.source[at : at + BLOCK_PAGES],
-            target=migration.target[at : at + BLOCK_PAGES],
-            saved=migration.saved[at : at + BLOCK_PAGES],
+            pages=migration.pages[low:high],
+            source=migration.source[low:high],
+            target=migration.target[low:high],
+            saved=migration.saved[low:high],
             others=[],
         )
-        for at in cuts
+        for low, high in pairwise(cuts)
     ]

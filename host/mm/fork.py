@@ -26,7 +26,7 @@ def inherit(child: Mm, vma: Vma) -> Vma | None:
     """The child's VMA for the parent's `vma`, inserted; None when it is not inherited. `needs_copy` tells whether entries follow."""
     if vma.flags & VM_DONTCOPY:
         return None
-    copied = replace(vma, flags=vma.flags & ~(VM_LOCKED | VM_UFFD_MISSING), anon=0, chain=())
+    copied = replace(vma, flags=vma.flags & ~(VM_LOCKED | VM_UFFD_MISSING), anon=0, chain=(), userfault=None)
     if vma.anon and needs_copy(vma):
         copied.anon, copied.chain = child.memory.new_anon_vma(child.family), (vma.anon, *vma.chain)
     child.vmas.add(copied)

@@ -20,6 +20,7 @@ from hmmnet.pages import HMM_PFN_VALID, HMM_PFN_WRITE, Words, run_bounds
 from . import fault, huge, pte
 from .access import CpuAccess
 from .frames import ANON
+from .userfault import MissingPage
 from .vma import VM_HUGETLB, VM_READ, VM_SHARED, VM_SPECIAL, VM_WRITE
 
 POPULATE_PAGES_MAX = 1 << 28
@@ -39,8 +40,16 @@ class Pins(CpuAccess):
         """Take a reference (`pin`: FOLL_PIN) of each of `count` pages from page `start`; the frames, fewer where a page cannot be had.
 
         `write` and `longterm` are FOLL_WRITE and FOLL_LONGTERM; a page of coherent memory comes home for a long-term pin (c04). Raises
-        KernelError: EFAULT when not even the first can be had, EBUSY where it cannot come home, ENOMEM.
+        KernelError: EFAULT when not even the first can be had, EBUSY where it cannot come home, ENOMEM. Waits for pages that a userfaultfd
+        fills in.
         """
+        while True:
+            try:
+                return await self._get_pages(start, count, write=write, pin=pin, longterm=longterm)
+            except MissingPage as missing:
+                await missing.registration.wait(missing.page)
+
+    async def _get_pages(self, start: int, count: int, *, write: bool, pin: bool, longterm: bool) -> Words:
         if count > REFER_PAGES_MAX:
             raise KernelError(errno.ENOMEM, "get_user_pages", f"{count} pages are too many at once; {REFER_PAGES_MAX} can be had")
         async with self.mmap_lock.read():

@@ -116,15 +116,19 @@ def split_entries(mm: Mm, block: int) -> None:
     mm.small_blocks.add(block)
 
 
-def large(mm: Mm, pages: Words) -> list[Large]:
-    """What has to be split before single ones of `pages` can migrate: their large folios, and the huge zero page."""
+def large(mm: Mm, pages: Words, *, compound: bool = False) -> list[Large]:
+    """What has to be split before `pages` can migrate: their large folios, and the huge zero page. With `compound`, not what goes whole."""
     entries = mm.table.gather(pages)
+    if compound:
+        blocks, counts = np.unique(pages[entries & pte.HUGE != 0] & ~_BLOCK, return_counts=True)
+        apart = ~np.isin(pages & ~_BLOCK, blocks[counts == HUGE_PAGES])
+        pages, entries = pages[apart], entries[apart]
     if not bool((entries & (pte.KIND | pte.HUGE) == pte.PRESENT | pte.HUGE).any() or mm.small_blocks):
         return []
     memory = mm.memory
     zeros = blocks_of(pages[entries & (pte.SPECIAL | pte.HUGE) == pte.SPECIAL | pte.HUGE])
     found = [Large([(mm, np.arange(block, block + HUGE_PAGES, dtype=np.uint64))], partial(split_entries, mm, block)) for block in zeros]
-    frames = pte.frames_of(entries[(entries & (pte.KIND | pte.SPECIAL) == pte.PRESENT)])
+    frames = pte.frames_of(entries[(entries & (pte.KIND | pte.SPECIAL) == pte.PRESENT) & (entries < pte.DEVICE_MIN)])
     for head in blocks_of(frames[memory.field(frames, "flags") & COMPOUND != 0]):
         places = [(mapped.mm, mapped.pages) for mapped in mappings(memory, np.arange(head, head + HUGE_PAGES, dtype=np.uint64))]
         found.append(Large(places, partial(split_folio, memory, head)))

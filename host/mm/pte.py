@@ -43,7 +43,7 @@ HUGE = 1 << 10
 FRAME_SHIFT = 12
 BITS = (1 << FRAME_SHIFT) - 1
 """Everything that is not the frame."""
-CARRIED = YOUNG | DIRTY | SOFT_DIRTY | UFFD_WP | WRITE | ANON_EXCLUSIVE
+CARRIED = YOUNG | DIRTY | SOFT_DIRTY | UFFD_WP | WRITE | ANON_EXCLUSIVE | HUGE
 """What a migration entry remembers of the entry that it replaced."""
 
 MARKER_UFFD_WP = 1

@@ -47,7 +47,7 @@ def collect(mm: Mm, migration: Migration, select: Select) -> bool:
     flags = int(zone.flags[at])
     if flags & LOCKED and frame != migration.fault_frame:
         return True
-    if zone.mapcount[at] != 1 or flags & (ANON | COMPOUND) != ANON:
+    if zone.mapcount[at] != 1 or flags & (ANON | (COMPOUND if isinstance(zone, HostZone) else 0)) != ANON:
         return False
     allowed = 1 if isinstance(zone, HostZone) else 1 + DEVICE_EXTRA_REFERENCES
     if zone.refcount[at] > allowed or zone.pincount[at]:
@@ -71,7 +71,7 @@ def move(memory: PhysicalMemory, migration: Migration) -> bool:
     if zone.refcount[at] > 1 or not zone.flags[at] & ANON:
         return False
     destination.refcount[there] = 1
-    destination.flags[there] = zone.flags[at]
+    destination.flags[there] = int(zone.flags[at]) & ~COMPOUND
     destination.mapping[there] = zone.mapping[at]
     destination.index[there] = zone.index[at]
     return True
@@ -112,7 +112,7 @@ def take(mm: Mm, page: int, owner: int) -> int | None:
     """
     entry = mm.table.get(page)
     frame = entry >> pte.FRAME_SHIFT
-    if entry & pte.KIND != pte.DEVICE or frame >> ZONE_SHIFT != owner:
+    if entry & (pte.KIND | pte.HUGE) != pte.DEVICE or frame >> ZONE_SHIFT != owner:
         return None
     zone = mm.memory.zones[owner]
     at = frame - zone.base
@@ -135,7 +135,7 @@ def bring(mm: Mm, page: int, frame: int, target: int) -> None:
     zone.flags[at] = flags = int(zone.flags[at]) & ~LOCKED
     entry = mm.table.get(page)
     if entry & pte.KIND == pte.MIGRATION and entry >> pte.FRAME_SHIFT == frame:
-        destination.flags[there] = flags
+        destination.flags[there] = flags & ~COMPOUND
         destination.mapping[there] = zone.mapping[at]
         destination.index[there] = zone.index[at]
         destination.mapcount[there] = 1

@@ -108,9 +108,9 @@ class Space(Advice):
         if why:
             raise KernelError(errno.EINVAL, "migrate_vma_setup", f"pages [0x{start:x}, 0x{end:x}) of process {self.number}: {why}")
 
-    def large(self, pages: Words) -> list[Large]:
+    def large(self, pages: Words, *, compound: bool = False) -> list[Large]:
         """See `huge.large`."""
-        return large(self.mm, pages)
+        return large(self.mm, pages, compound=compound)
 
     def collect(
         self, pages: Words, select: Select, owner: int, fault_frame: int | None = None, told: frozenset[int] = frozenset()

@@ -20,6 +20,7 @@ from .access import PAGE_MASK
 from .filemap import File, file_offsets, map_file
 from .gup import Pins
 from .huge import HUGE_MASK, block_of
+from .userfault import UserFault
 from .vma import VM_ACCESS, VM_HUGETLB, VM_LOCKED, VM_MIXEDMAP, VM_SHARED, VM_SPECIAL, VM_UFFD_MISSING, VM_WRITE, Vma, protection_flags
 
 
@@ -141,6 +142,8 @@ class SystemCalls(Pins):
         """exit_mmap: mirrors are told once, for everything; then all is unmapped."""
         async with self.mmap_lock.write(), self.hub.invalidate(Event.RELEASE, 0, PAGES_MAX):
             for vma in self.mm.vmas.remove(0, PAGES_MAX):
+                if vma.userfault is not None:
+                    vma.userfault.abandon()
                 self._zap(vma.start, vma.end)  # one by one: a file that is mapped twice has a frame in both
                 self._forget_file(vma)
             self.mm.close()
@@ -197,23 +200,34 @@ class SystemCalls(Pins):
 
     # --- userfaultfd --------------------------------------------------------------------------------------------------------------
 
-    async def userfaultfd(self, address: int, length: int) -> None:
-        """UFFDIO_REGISTER of missing pages with UFFD_FEATURE_SIGBUS: who touches one gets SIGBUS (a device EFAULT); nothing fills it in.
+    async def userfaultfd(self, address: int, length: int, *, sigbus: bool = False) -> UserFault:
+        """UFFDIO_REGISTER of missing pages: who touches one waits until the registration's owner has filled it in.
 
-        What is there already is used as ever; a migration does not make pages there (h56). Raises KernelError(EINVAL): unaligned, empty,
-        nothing mapped, or a mapping of a device.
+        With `sigbus` (UFFD_FEATURE_SIGBUS) it is SIGBUS for a CPU and EFAULT for a device. What is there already is used as ever; a
+        migration does not make pages there (h56). Raises KernelError: EINVAL (unaligned, empty, nothing mapped, a device's mapping; without
+        `sigbus` a file's, too), EBUSY (registered by somebody else).
         """
         start, count = aligned("userfaultfd", address), whole_pages("userfaultfd", length)
-        if count == 0 or length & PAGE_MASK or start + count > PAGES_MAX:
+        end = start + count
+        if count == 0 or length & PAGE_MASK or end > PAGES_MAX:
             raise KernelError(errno.EINVAL, "userfaultfd", f"0x{address:x} + {length} bytes is no range of whole pages")
+        made = UserFault(self, sigbus=sigbus)
+
+        def register(piece: Vma) -> Vma:
+            return replace(piece, flags=piece.flags | VM_UFFD_MISSING, userfault=made)
+
         async with self.mmap_lock.write():
-            found = self.mm.vmas.overlapping(start, start + count)
-            if not found or any(vma.flags & VM_SPECIAL for vma in found):
-                raise KernelError(errno.EINVAL, "userfaultfd", f"0x{address:x} + {length} bytes: not mapped, or a device's mapping")
+            found = self.mm.vmas.overlapping(start, end)
+            if not found or any(vma.flags & VM_SPECIAL or not (sigbus or vma.is_anonymous) for vma in found):
+                why = "nothing is mapped there, or a device, or a file whose pages cannot be filled in here"
+                raise KernelError(errno.EINVAL, "userfaultfd", f"0x{address:x} + {length} bytes: {why}")
+            if any(vma.userfault is not None for vma in found):
+                raise KernelError(errno.EBUSY, "userfaultfd", f"a part of 0x{address:x} + {length} bytes is registered by somebody else")
             for vma in found:
-                low, high = max(start, vma.start), min(start + count, vma.end)
+                low, high = max(start, vma.start), min(end, vma.end)
                 await self.split_edges(low, high)
-                self.mm.vmas.update(low, high, lambda piece: replace(piece, flags=piece.flags | VM_UFFD_MISSING))
+                self.mm.vmas.update(low, high, register)
+        return made
 
     # --- mremap -------------------------------------------------------------------------------------------------------------------
 
@@ -296,7 +310,7 @@ class SystemCalls(Pins):
         vma = self.mm.vmas.find(start)
         assert vma is not None, "the range to move lies in a VMA"
         pgoff = vma.pgoff + start - vma.start if vma.anon or vma.file is not None else target
-        flags = vma.flags & ~VM_UFFD_MISSING  # mremap_userfaultfd_prep, without UFFD_FEATURE_EVENT_REMAP
+        flags = vma.flags & ~VM_UFFD_MISSING  # and no `userfault`: mremap_userfaultfd_prep, without UFFD_FEATURE_EVENT_REMAP
         self.mm.vmas.add(Vma(target, target + new, flags, pgoff, vma.anon, vma.chain, vma.file))
         await self.split_edges(start, start + old)
         if (start ^ target) & HUGE_MASK:

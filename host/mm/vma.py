@@ -19,6 +19,7 @@ from hmmnet.pages import ADDRESS_BITS, HUGE_PAGES, PAGE_SHIFT
 
 if TYPE_CHECKING:
     from .filemap import File
+    from .userfault import UserFault
 
 VM_READ = 1
 VM_WRITE = 2
@@ -76,6 +77,8 @@ class Vma:
     anon: int = 0
     chain: tuple[int, ...] = ()
     file: File | None = None
+    userfault: UserFault | None = None
+    """Who hears of missing pages (VM_UFFD_MISSING)."""
 
     @property
     def is_anonymous(self) -> bool:
@@ -93,6 +96,7 @@ class Vma:
             self.end == behind.start
             and self.flags == behind.flags
             and self.file is behind.file
+            and self.userfault is behind.userfault
             and self.pgoff + self.end - self.start == behind.pgoff
             and (self.anon == behind.anon or (not (self.anon and behind.anon) and not (self.chain or behind.chain)))
         )

@@ -98,6 +98,9 @@ class FakeLink:
         await self.during_copy()
         self.memory.write_small(target, 0, self.held[frame])
 
+    def no_large(self) -> bool:
+        return False
+
     def free_frames(self, frames: Words) -> None:
         for frame in frames.tolist():
             self.held.pop(frame, None)

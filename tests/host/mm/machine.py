@@ -8,13 +8,13 @@ import numpy as np
 
 from hmmnet.arena import Arena
 from hmmnet.host.hub import Hub
-from hmmnet.host.interfaces import Event, Select
+from hmmnet.host.interfaces import Event, Migration, Select
 from hmmnet.host.mm import rmap
 from hmmnet.host.mm.collect import collect_frames, finalize, inserts, move
 from hmmnet.host.mm.frames import PhysicalMemory
 from hmmnet.host.mm.invariants import check
 from hmmnet.host.mm.space import Space
-from hmmnet.pages import MIGRATE_PFN_MIGRATE, MIGRATE_PFN_SHIFT, MIGRATE_PFN_VALID, PAGE_SHIFT, PAGE_SIZE, Words, zone_of
+from hmmnet.pages import MIGRATE_PFN_MIGRATE, MIGRATE_PFN_SHIFT, MIGRATE_PFN_VALID, PAGE_SHIFT, PAGE_SIZE, ZONE_SHIFT, Words, zone_of
 from hmmnet.runs import RunAllocator
 
 SHIFT = np.uint64(MIGRATE_PFN_SHIFT)
@@ -37,9 +37,9 @@ class Device:
     """A device's memory: bytes, and free frames."""
 
     def __init__(self, machine: Machine, zone: int, kind: str, count: int) -> None:
-        self.zone = machine.memory.add_device(zone, kind, f"gpu{zone - 64}", count)
+        self.arena = Arena(zone << ZONE_SHIFT, count)
+        self.zone = machine.memory.add_device(zone, kind, f"gpu{zone - 64}", count, self.arena if kind == "coherent" else None)
         self.zone.on_free = self.free
-        self.arena = Arena(self.zone.base, count)
         self.allocator = RunAllocator(self.zone.base, count)
         self.freed: list[int] = []
 
@@ -124,6 +124,14 @@ class Machine:
                 async with self.spaces[mm.number].hub.invalidate(Event.CLEAR, page, page + 1):
                     pass
         return frozenset(mm.number for mm, _ in found)
+
+    def copy(self, migration: Migration) -> None:
+        """alloc_and_copy for targets that are set: pages with data are copied, others are zeroed."""
+        going = (migration.source & MIGRATE != 0) & (migration.target != 0)
+        full = going & (migration.source & VALID != 0)
+        self._copy(migration.source[full] >> SHIFT, migration.target[full] >> SHIFT)
+        for frame in (migration.target[going & ~full] >> SHIFT).tolist():
+            self.devices[zone_of(frame)].arena.pages[frame - self.devices[zone_of(frame)].arena.base] = 0
 
     def _copy(self, source: Words, target: Words) -> None:
         for old, new in zip(source.tolist(), target.tolist(), strict=True):

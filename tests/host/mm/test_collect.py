@@ -98,7 +98,7 @@ def test_bits_travel_with_the_page() -> None:
     world.touch(100)
     before = world.mm.table.get(100) & pte.CARRIED
     world.finish(world.collect(count=1))
-    assert world.mm.table.get(100) & pte.CARRIED == before == pte.CARRIED & ~pte.UFFD_WP
+    assert world.mm.table.get(100) & pte.CARRIED == before == pte.CARRIED & ~(pte.UFFD_WP | pte.HUGE)
 
 
 def test_empty_and_zero_pages() -> None:

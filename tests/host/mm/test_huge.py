@@ -286,7 +286,7 @@ async def test_userfaultfd_with_sigbus() -> None:
     for wrong in ((BASE + 1, PAGE), (BASE, 0), (BASE, 5), (7 * BASE, PAGE)):
         with pytest.raises(KernelError, match="EINVAL"):
             await space.userfaultfd(*wrong)
-    await space.userfaultfd(BASE, 4 * PAGE)
+    await space.userfaultfd(BASE, 4 * PAGE, sigbus=True)
     assert await space.load(BASE, 4) == b"here"
     await space.store(BASE, b"still")
     for touch in (space.load(BASE + PAGE, 1), space.store(BASE + PAGE, b"x"), space.load(BASE, 2 * PAGE)):

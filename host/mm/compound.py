@@ -1,0 +1,104 @@
+"""Huge pages that migrate as one (MIGRATE_VMA_SELECT_COMPOUND; `folio_split` of struct dev_pagemap_ops).
+
+The arrays of a migration have a word for each small page, of huge pages too; what makes 512 of them one is the HUGE bit of their
+entries, which migration entries carry along. It stays as long as all 512 go the same way, from one aligned run to another:
+
+- pages of a block of which only a part is collected are mapped one by one first (`tear_collected`);
+- a block whose target is not one aligned run (the driver had no large page, or gave up some of it) arrives as small pages (`fit_targets`);
+- a block that was never touched, or is the huge zero page, becomes a huge page of the device if its targets are one (`join_inserted`).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from hmmnet.host.interfaces import Migration
+from hmmnet.pages import HUGE_PAGES, HUGE_SHIFT, MIGRATE_PFN_MIGRATE, MIGRATE_PFN_SHIFT, MIGRATE_PFN_VALID, Words, is_one_run
+
+from . import pte
+from .frames import COMPOUND, PhysicalMemory
+from .huge import blocks_of, split_entries
+from .mm import Mm
+
+BOTH = MIGRATE_PFN_VALID | MIGRATE_PFN_MIGRATE
+_SHIFT = np.uint64(HUGE_SHIFT)
+
+Rows = npt.NDArray[np.intp]
+
+
+def is_huge_run(frames: Words) -> bool:
+    """Whether `frames` can be one huge page."""
+    return len(frames) == HUGE_PAGES and int(frames[0]) % HUGE_PAGES == 0 and is_one_run(frames)
+
+
+def tear_collected(mm: Mm, pages: Words, entries: Words, rows: Rows) -> Rows:
+    """`rows` of `pages` are about to be collected: blocks that are not there whole are mapped one by one, or left out.
+
+    Memory of a device can be torn at any time; a page of system memory that could not be split is held by somebody, and stays. Changes
+    `entries` as it does the table.
+    """
+    huge = entries[rows] & pte.HUGE != 0
+    if not huge.any():
+        return rows
+    blocks = pages[rows] >> _SHIFT
+    keep = np.ones(len(rows), np.bool_)
+    for block in np.unique(blocks[huge]).tolist():
+        at = blocks == block
+        if int(np.count_nonzero(at)) == HUGE_PAGES:
+            continue
+        if bool((entries[rows[at]] < pte.DEVICE_MIN).any()):
+            keep &= ~at
+        else:
+            split_entries(mm, block << HUGE_SHIFT)
+            entries[rows[at]] &= ~np.uint64(pte.HUGE)
+    return rows[keep]
+
+
+def fit_targets(memory: PhysicalMemory, mm: Mm | None, migration: Migration) -> None:
+    """Folios whose targets are not one aligned run are split, while nobody can touch them."""
+    rows = np.flatnonzero(migration.source & np.uint64(BOTH) == BOTH)
+    frames = migration.source[rows] >> np.uint64(MIGRATE_PFN_SHIFT)
+    large = memory.field(frames, "flags") & COMPOUND != 0
+    if not large.any():
+        return
+    rows, frames = rows[large], frames[large]
+    targets = migration.target[rows]
+    heads = frames >> _SHIFT
+    for head in np.unique(heads).tolist():
+        at = heads == head
+        new = targets[at]
+        given = bool((new & np.uint64(MIGRATE_PFN_VALID) != 0).all())
+        if not (given and is_huge_run(frames[at]) and is_huge_run(new >> np.uint64(MIGRATE_PFN_SHIFT))):
+            _split_under_way(memory, mm, migration, rows[at], head)
+
+
+def _split_under_way(memory: PhysicalMemory, mm: Mm | None, migration: Migration, rows: Rows, head: int) -> None:
+    frames = np.arange(head << HUGE_SHIFT, (head + 1) << HUGE_SHIFT, dtype=np.uint64)
+    for zone, _, at in memory.groups(frames):
+        zone.flags[at] &= ~np.uint32(COMPOUND)
+    if mm is not None:
+        _split_blocks(mm, migration.pages[rows])
+    for mapped in migration.others:
+        _split_blocks(mapped.mm, mapped.pages[pte.frames_of(mapped.entries) >> _SHIFT == np.uint64(head)])
+
+
+def _split_blocks(mm: Mm, pages: Words) -> None:
+    for block in blocks_of(pages) if len(pages) else ():
+        if mm.table.get(block) & pte.HUGE:
+            split_entries(mm, block)
+
+
+def join_inserted(mm: Mm, pages: Words, entries: Words, frames: Words) -> npt.NDArray[np.bool_]:
+    """Which of `pages`, that a migration fills with `frames`, become huge pages; what was the huge zero page only in part is split."""
+    joined = np.zeros(len(pages), np.bool_)
+    blocks = pages >> _SHIFT
+    for block in np.unique(blocks).tolist():
+        at = blocks == block
+        if int(np.count_nonzero(at)) == HUGE_PAGES and is_huge_run(frames[at]):
+            joined |= at
+        elif bool((entries[at] & pte.HUGE != 0).any()):
+            split_entries(mm, block << HUGE_SHIFT)
+        else:
+            mm.small_blocks.add(block << HUGE_SHIFT)
+    return joined
