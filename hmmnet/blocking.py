@@ -10,6 +10,7 @@ still runs when the interpreter ends does not hold it up: the machine's processe
 from __future__ import annotations
 
 import atexit
+import errno
 import queue
 import threading
 from collections.abc import Awaitable, Callable, Iterator
@@ -20,7 +21,7 @@ import numpy.typing as npt
 import outcome
 import trio
 
-from hmmnet.errors import HmmnetError
+from hmmnet.errors import HmmnetError, KernelError
 from hmmnet.program import Handle, IoctlResult, JobResult, Machine, MemoryFile, PageReferences, Process, Residency, UserFaults
 
 T = TypeVar("T")
@@ -257,6 +258,8 @@ class BlockingProcess:
         hugetlb: bool = False,
     ) -> int:
         """See `Process.mmap`."""
+        if file is not None and not isinstance(file, BlockingFile | BlockingHandle):
+            raise KernelError(errno.EBADF, "mmap", f"{type(file).__name__} is no file of this machine; take one from memfd_create")
         mapped = file.file if isinstance(file, BlockingFile) else None if file is None else file.handle
         where: dict[str, Any] = {"populate": populate, "shared": shared, "file": mapped, "offset": offset, "hugetlb": hugetlb}
         return self._loop.call(self._process.mmap, length, protection, address, **where)

@@ -19,14 +19,24 @@ LOOK_PAGES_MAX = 1 << 28
 """Pages that one look at a page table tells of: 1 TiB of addresses."""
 
 
+def check_whole(call: str, **numbers: object) -> None:
+    """Raises KernelError(EINVAL), naming the argument, for what is no whole number."""
+    for name, value in numbers.items():
+        if not hasattr(value, "__index__"):
+            raise KernelError(errno.EINVAL, call, f"{name} is {value!r}; a whole number is wanted")
+
+
 def check_range(call: str, address: int, length: int) -> None:
-    """Raises KernelError(EINVAL) for what is negative. Where a range ends is not checked: that is a matter of what is mapped."""
+    """Raises KernelError(EINVAL) for what is negative, or no whole number. Where a range ends depends on what is mapped: not checked."""
+    if type(address) is not int or type(length) is not int:
+        check_whole(call, address=address, length=length)
     if address < 0 or length < 0:
         raise KernelError(errno.EINVAL, call, f"{length} bytes at {address:#x} are no range of addresses")
 
 
 def check_pages(call: str, address: int, pages: int) -> None:
     """Raises KernelError(EINVAL) unless `pages` pages from the one at `address` are pages of an address space, and few enough to list."""
+    check_whole(call, address=address, pages=pages)
     if address < 0 or pages < 0 or (address >> PAGE_SHIFT) + pages > PAGES_MAX:
         raise KernelError(errno.EINVAL, call, f"{pages} pages at {address:#x} are no range of an address space of 2^{ADDRESS_BITS} bytes")
     if pages > LOOK_PAGES_MAX:
@@ -35,6 +45,7 @@ def check_pages(call: str, address: int, pages: int) -> None:
 
 def check_file(call: str, offset: int, length: int) -> None:
     """Raises KernelError for a part of a file that makes no sense: EINVAL (negative), EFBIG (beyond what can be mapped)."""
+    check_whole(call, offset=offset, length=length)
     if offset < 0 or length < 0:
         raise KernelError(errno.EINVAL, call, f"{length} bytes at byte {offset} are no part of a file")
     if offset + length > 1 << ADDRESS_BITS:
@@ -51,6 +62,19 @@ def plain_arguments(kernel: str, arguments: Mapping[str, Any]) -> dict[str, Any]
         except (TypeError, ValueError, OverflowError) as error:
             raise KernelError(errno.EINVAL, "launch", f"argument {name} of {kernel} cannot be sent to a device: {error}") from error
     return plain
+
+
+def as_value(call: str, value: float, dtype: str) -> bytes:
+    """One value as a program stores it. Raises KernelError(EINVAL) for one that `dtype` does not hold, or a `dtype` that there is not."""
+    try:
+        kind = np.dtype(dtype)
+        raw = np.array([value], dtype=kind)
+        fits = kind.kind not in "iub" or raw[0] == value
+    except (TypeError, ValueError, OverflowError) as error:
+        raise KernelError(errno.EINVAL, call, f"{value!r} is no value of type {dtype!r}: {error}") from error
+    if not fits:
+        raise KernelError(errno.EINVAL, call, f"{value!r} does not fit in type {dtype!r}")
+    return raw.tobytes()
 
 
 def as_bytes(data: Arrayable) -> npt.NDArray[np.uint8]:

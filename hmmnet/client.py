@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import trio
 
-from hmmnet.checks import Arrayable, as_bytes, check_file, check_pages, check_range, plain_arguments
+from hmmnet.checks import Arrayable, as_bytes, as_value, check_file, check_pages, check_range, plain_arguments
 from hmmnet.errors import HmmnetError, KernelError
 from hmmnet.launcher.directory import running_machine
 from hmmnet.pages import PAGE_SIZE
@@ -372,7 +372,7 @@ class RemoteProcess:
 
     async def store(self, address: int, value: float, dtype: str = "<u8") -> None:
         """See `Process.store`."""
-        await self.write(address, np.array([value], dtype=dtype))
+        await self.write(address, as_value("store", value, dtype))
 
     async def read_array(self, address: int, dtype: str, count: int) -> npt.NDArray[Any]:
         """See `Process.read_array`."""

@@ -28,7 +28,7 @@ from hmmnet.launcher.rate import Rate, check_rate
 from hmmnet.launcher.zygote import ZygoteClient
 from hmmnet.observe.logs import log_to, stop_logging
 from hmmnet.program import Process
-from hmmnet.topology.load import load
+from hmmnet.topology.load import installed_models, load
 from hmmnet.topology.model import Topology
 from hmmnet.wire.transport import Transport
 from hmmnet.wire.zmq_transport import ZmqTransport
@@ -37,6 +37,8 @@ from .blocking import Blocking, BlockingMachine, only_error
 
 HOST = "modelled"
 """The address-space provider; its class is found through the entry point group ``hmmnet.host``."""
+
+TRANSPORTS = ("ipc", "tcp")
 
 _numbers = itertools.count(1)
 
@@ -274,6 +276,15 @@ class LaunchedBlockingMachine(BlockingMachine):
         """See `LaunchedMachine.devices`."""
         return self._launched.devices
 
+    @property
+    def rate(self) -> float:
+        """See `LaunchedMachine.rate`."""
+        return self._launched.rate
+
+    def set_rate(self, rate: float) -> None:
+        """See `LaunchedMachine.set_rate`."""
+        self._loop.ask(lambda: self._launched.set_rate(rate))
+
     def kill_device(self, name: str) -> None:
         """See `LaunchedMachine.kill_device`."""
         self._loop.call(self._launched.kill_device, name)
@@ -289,7 +300,14 @@ def launch(
     """Start a machine for this program: ``async with hmmnet.launch(...) as machine`` under trio, ``with ...`` in scripts and notebooks.
 
     `topology` is a preset's name, a TOML file or a `Topology`. `rate` is how many emulated seconds a real one has; ``auto`` measures what
-    this computer moves and slows the emulated clock so that the links hold. `name` is how ``hmmnet ps`` shows it. Raises
-    TopologyError here; entering raises MachineExists when `name` is taken, and HmmnetError when a device does not start.
+    this computer moves and slows the emulated clock so that the links hold. `name` is how ``hmmnet ps`` shows it. Raises TopologyError
+    and HmmnetError (a rate or a transport that there is not) here; entering raises MachineExists when `name` is taken, and HmmnetError
+    when a device does not start.
     """
-    return Launch(topology if isinstance(topology, Topology) else load(topology), name, check_rate(rate), transport)
+    if transport not in TRANSPORTS:
+        raise HmmnetError(f"there is no transport {transport!r}; there are {', '.join(TRANSPORTS)}")
+    if not isinstance(topology, str | Path | Topology):
+        raise HmmnetError(f"topology is {topology!r}; a preset's name, a TOML file or a Topology is wanted")
+    return Launch(
+        topology if isinstance(topology, Topology) else load(topology, installed_models() or None), name, check_rate(rate), transport
+    )

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import trio
 
 from hmmnet import program
-from hmmnet.checks import Arrayable, as_bytes, check_pages, check_range, plain_arguments
+from hmmnet.checks import Arrayable, as_bytes, as_value, check_pages, check_range, check_whole, plain_arguments
 from hmmnet.errors import HmmnetError, KernelError, PeerError, RemoteError
 from hmmnet.observe.counters import GPU_FAULT_GROUP
 from hmmnet.pages import HUGE_PAGES, PAGE_SHIFT, PAGE_SIZE, page_range
@@ -94,6 +94,7 @@ class Process:
     ) -> int:
         """mmap(2)."""
         self._alive("mmap")
+        check_range("mmap", 0 if address is None else address, length)
         if isinstance(file, Handle):
             file.check_mappable()
             return await self.space.mmap_inserted(length, protection, address, shared=shared)
@@ -159,6 +160,7 @@ class Process:
 
     async def malloc(self, length: int) -> int:
         """`length` bytes, 64-byte aligned. Raises KernelError: ENOMEM, EINVAL."""
+        check_whole("malloc", length=length)
         if length < 0:
             raise KernelError(errno.EINVAL, "malloc", f"{length} bytes cannot be had")
         size = -(-max(length, 1) // MALLOC_ALIGN) * MALLOC_ALIGN
@@ -191,7 +193,7 @@ class Process:
 
     async def store(self, address: int, value: float, dtype: str = "<u8") -> None:
         """CPU store of one value."""
-        raw = np.array([value], dtype=dtype).tobytes()
+        raw = as_value("store", value, dtype)
         check_range("store", address, len(raw))
         await self.space.store(address, raw)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
 
 import numpy as np
 import pytest
 
+import hmmnet
 from hmmnet.checks import LOOK_PAGES_MAX, check_pages, check_range, plain_arguments
-from hmmnet.errors import KernelError, SegmentationFault
+from hmmnet.errors import HmmnetError, KernelError, SegmentationFault
 from hmmnet.host.process import Process
 from hmmnet.pages import PAGES_MAX
 from tests.host.scripted_device import running_host
@@ -72,3 +74,43 @@ async def test_every_call_of_a_process_checks(process: Process, call: Callable[[
     """EINVAL, and no Python error of another kind."""
     with pytest.raises(KernelError, match="EINVAL"):
         await call(process)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda p: p.malloc(1.5), "length is 1.5; a whole number"),
+        (lambda p: p.malloc("x"), "length is 'x'; a whole number"),
+        (lambda p: p.read("x", 8), "address is 'x'; a whole number"),
+        (lambda p: p.memfd_create(1.5), "length is 1.5; a whole number"),
+        (lambda p: p.get_user_pages(4096, 1.5), "length is 1.5; a whole number"),
+        (lambda p: p.pagemap(4096, 1.5), "pages is 1.5; a whole number"),
+        (lambda p: p.mmap(4.0), "length is 4.0; a whole number"),
+        (lambda p: p.mmap(4096, None), "protection is None; use letters"),
+        (lambda p: p.mmap(4096, file="x"), "str is no file of this machine"),
+        (lambda p: p.store(4096, 1.5), "1.5 does not fit in type '<u8'"),
+        (lambda p: p.store(4096, 1 << 64), "is no value of type '<u8'"),
+        (lambda p: p.store(4096, 1, "fish"), "is no value of type 'fish'"),
+        (lambda p: p.madvise(4096, 1, "dontneed"), "unknown advice 'dontneed'; there are NORMAL, .*DONTNEED"),
+    ],
+)
+async def test_values_of_the_wrong_kind(process: Process, call: Callable[[Process], Awaitable[object]], words: str) -> None:
+    """A KernelError that names the argument; what comes next is as it was."""
+    with pytest.raises(KernelError, match=words):
+        await call(process)
+    address = await process.malloc(8)
+    assert isinstance(address, int)
+    await process.store(address, 1.5, "<f8")
+    assert await process.load(address, "<f8") == 1.5
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [({"transport": "udp"}, "no transport 'udp'; there are ipc, tcp"), ({"rate": "x"}, "a rate of 'x' is none: write auto")],
+)
+def test_a_launch_that_cannot_be(wrong: dict[str, Any], words: str) -> None:
+    """Told at once, before anything starts."""
+    with pytest.raises(HmmnetError, match=words):
+        hmmnet.launch("two-gpus", **wrong)
+    with pytest.raises(HmmnetError, match="topology is None; a preset's name"):
+        hmmnet.launch(None)  # type: ignore[arg-type]

@@ -22,7 +22,7 @@ from hmmnet.devices.bus import Bus
 from hmmnet.devices.context import Context, MirroredProcess, Traffic, pages_listed
 from hmmnet.devices.copyengine import CopyEngines
 from hmmnet.devices.engine import Engine, JobOutcome
-from hmmnet.devices.kernels import load_kernel
+from hmmnet.devices.kernels import kernel_names, load_kernel
 from hmmnet.devices.memory import Memory
 from hmmnet.devices.mirror import Mirror
 from hmmnet.devices.policy import POLICIES
@@ -290,7 +290,7 @@ class Device:
         opened = self.opened_context(message.context, "launch")
         kernel = load_kernel(message.kernel)
         if kernel is None:
-            raise KernelError(ENOENT, "launch", f'no kernel is called "{message.kernel}"')
+            raise KernelError(ENOENT, "launch", f'no kernel is called "{message.kernel}"; there are {", ".join(kernel_names())}')
         if message.placement not in POLICIES:
             raise KernelError(EINVAL, "launch", f'no placement is called "{message.placement}": there are {", ".join(POLICIES)}')
         if message.job in opened.jobs:

@@ -62,18 +62,37 @@ def _conduct(text: Input, topology: str, rate: str, seed: int, svg: Path | None,
     from hmmnet.launcher.rate import parse_rate
     from hmmnet.observe.residency import svg_picture
 
+    if svg is not None:
+        writable(svg)
     screen = Screen(Console(quiet=as_json))
     screen.reading(text, topology)
     conductor = Conductor(text, topology, seed, screen.tell, screen.started, parse_rate(rate))
     outcome = trio.run(conductor.run)
+    unwritten: OSError | None = None
     if svg is not None:
         try:
             svg.write_text(svg_picture(columns_of(screen.samples, outcome.devices)), encoding="utf-8")
         except OSError as error:
-            raise HmmnetError(f"{svg}: cannot be written: {error.strerror or error}; name another file") from error
+            unwritten = error
     if as_json:
         json.dump(outcome.as_json(), sys.stdout, indent=1)
         sys.stdout.write("\n")
     else:
         screen.finished(outcome)
+    if unwritten is not None:
+        raise HmmnetError(f"{svg}: cannot be written: {unwritten.strerror or unwritten}; name another file")
     return 0 if outcome.correct else 1
+
+
+def writable(path: Path) -> None:
+    """Find out before the work whether `path` can be written; what is there stays. Raises HmmnetError."""
+    from hmmnet.errors import HmmnetError
+
+    there = path.exists()
+    try:
+        with path.open("ab"):
+            pass
+        if not there:
+            path.unlink()
+    except OSError as error:
+        raise HmmnetError(f"{path}: cannot be written: {error.strerror or error}; name another file") from error

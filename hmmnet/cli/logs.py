@@ -36,6 +36,9 @@ def logs(
     reader = Reader(directory.logs, process, LEVELS.index(level.lower()))
     if process is not None and process not in reader.processes() and not follow:
         names = reader.processes()
+        record = directory.read()
+        if record is not None and process in {device.name for device in record.devices}:
+            raise HmmnetError(f'device "{process}" of machine "{directory.name}" has written nothing yet')
         raise HmmnetError(
             f'machine "{directory.name}" has no logs of "{process}"{did_you_mean(process, names)}; there are: {", ".join(names)}'
         )

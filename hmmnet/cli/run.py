@@ -5,14 +5,16 @@ from __future__ import annotations
 import inspect
 import json
 import sys
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
 TOPOLOGY = "two-gpus"
+NUMBERS: dict[Any, tuple[type, ...]] = {int: (int,), float: (int, float)}
+"""What may be given for a parameter of a type."""
 
 
 def run(
@@ -71,9 +73,23 @@ async def _play(
     async with machine as entered:
         print(f"running {getattr(function, '__name__', 'the workload')} on {', '.join(entered.device_names)}", file=sys.stderr, flush=True)
         began_s = entered.emulated_s()
-        report = await function(entered, **given)
+        with plain_errors(function):
+            report = await function(entered, **given)
         seconds = entered.emulated_s() - began_s
         return report, (await entered.report())["links"], seconds
+
+
+@contextmanager
+def plain_errors(function: Callable[..., Any]) -> Iterator[None]:
+    """A built-in workload that cannot use a value says so in one sentence; one of the user's own shows where it went wrong."""
+    from hmmnet.errors import HmmnetError
+
+    try:
+        yield
+    except (ValueError, TypeError, OverflowError) as error:
+        if not function.__module__.startswith("hmmnet."):
+            raise
+        raise HmmnetError(f"{function.__name__}: {error}") from error
 
 
 def find(workload: str) -> Callable[..., Awaitable[Any]]:
@@ -139,12 +155,20 @@ def check_arguments(workload: str, function: Callable[..., Any], given: Mapping[
     from hmmnet.cli import did_you_mean
     from hmmnet.errors import HmmnetError
 
-    parameters = list(inspect.signature(function).parameters.values())[1:]
+    every = list(inspect.signature(function).parameters.values())
+    if not every:
+        raise HmmnetError(f"{workload} takes no machine: a workload is written as async def {function.__name__}(machine, ...)")
+    parameters = every[1:]
     names = [parameter.name for parameter in parameters if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)]
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     for name in given:
         if name not in names and not takes_any:
             raise HmmnetError(f'{workload} has no argument "{name}"{did_you_mean(name, names)}; it takes: {", ".join(names) or "none"}')
+    kinds = get_type_hints(function)
+    for name, value in given.items():
+        wanted = kinds.get(name)
+        if wanted in NUMBERS and (isinstance(value, bool) or not isinstance(value, NUMBERS[wanted])):
+            raise HmmnetError(f"{workload}: {name} is {value!r}; {'a whole number' if wanted is int else 'a number'} is wanted")
     missing = [
         parameter.name
         for parameter in parameters

@@ -32,7 +32,7 @@ def up(
     from hmmnet.cli import did_you_mean
     from hmmnet.launcher.directory import check_name, refuse_if_running
     from hmmnet.launcher.rate import parse_rate
-    from hmmnet.topology.load import load
+    from hmmnet.topology.load import installed_models, load
 
     if transport not in TRANSPORTS:
         raise typer.BadParameter(
@@ -40,7 +40,7 @@ def up(
         )
     refuse_if_running(check_name(name))
     how_fast = parse_rate(rate)
-    machine = load(topology)
+    machine = load(topology, installed_models() or None)
     if detach:
         return background(machine, name, how_fast, transport, as_json=as_json)
     return foreground(machine, name, how_fast, "tcp" if transport == "tcp" else "ipc", as_json=as_json)

@@ -30,6 +30,8 @@ LABEL_WIDTH = 9
 WIDTH_MAX = 100
 """Lines longer than this are hard to read, however wide the terminal."""
 DEVICES_NAMED = 8
+WORD_SHOWN = 24
+"""Letters of a word that are shown."""
 PICTURE_ROWS = 6
 PICTURE_COLUMN_MIN = 4
 PICTURE_COLUMN_MAX = 14
@@ -58,8 +60,9 @@ class Screen:
         slow = f"; {show_time(started.rate)} pass there in a second here" if started.rate != 1 else ""
         self.line("", f"{', '.join(devices)} ready after {started.seconds:.1f} s{slow}")
         answers = started.answers
-        common = ", ".join(f"{word} {count:,}" for word, count in answers.most_common(self._text, 2, 3))
-        self.line("Python", f"counts {answers.words:,} words, {len(answers.counts):,} different: {escape(common)}, ...")
+        common = ", ".join(f"{shorten(word)} {count:,}" for word, count in answers.most_common(self._text, 2, 3))
+        examples = f": {escape(common)}, ..." if common else ""
+        self.line("Python", f"counts {answers.words:,} words, {len(answers.counts):,} different{examples}")
 
     def line(self, label: str, text: str) -> None:
         """One line under a label; a long one goes on under itself."""
@@ -184,3 +187,8 @@ def figure(counters: Mapping[str, Any], name: str) -> float:
     """A job's counter, 0 when the device does not count it."""
     value = counters.get(name, 0)
     return float(value) if isinstance(value, int | float) else 0.0
+
+
+def shorten(word: str) -> str:
+    """A word as a line can hold it."""
+    return word if len(word) <= WORD_SHOWN else f"{word[:WORD_SHOWN]}... ({len(word):,} letters)"

@@ -26,6 +26,10 @@ def check_rate(rate: Rate) -> Rate:
     """`rate`, if a clock can run at it. Raises HmmnetError."""
     if rate == "auto":
         return rate
-    if not (math.isfinite(rate) and RATE_MIN <= rate <= RATE_MAX):
+    try:
+        finite = math.isfinite(rate)
+    except TypeError:
+        raise HmmnetError(f"a rate of {rate!r} is none: write auto, or a number from {RATE_MIN:g} to {RATE_MAX:g}") from None
+    if not (finite and RATE_MIN <= rate <= RATE_MAX):
         raise HmmnetError(f"a rate of {rate:g} is out of reach: write auto, or a number from {RATE_MIN:g} to {RATE_MAX:g}")
     return rate

@@ -66,13 +66,16 @@ COLLAPSE = "COLLAPSE"
 POPULATE_ADVICE = {"POPULATE_READ": False, "POPULATE_WRITE": True}
 
 
+ADVICE = (*FLAG_ADVICE, *sorted(PAGE_ADVICE), REMOVE, COLLAPSE, *POPULATE_ADVICE)
+
+
 class Advice(SystemCalls):
     """madvise(2)."""
 
     async def madvise(self, address: int, length: int, advice: str) -> None:
         """`advice` is the name without MADV_. Raises KernelError: EINVAL (unaligned, unknown, not for this memory), ENOMEM, EFAULT."""
         if advice not in {REMOVE, COLLAPSE} and advice not in FLAG_ADVICE and advice not in PAGE_ADVICE and advice not in POPULATE_ADVICE:
-            raise KernelError(errno.EINVAL, "madvise", f"unknown advice {advice!r}")
+            raise KernelError(errno.EINVAL, "madvise", f"unknown advice {advice!r}; there are {', '.join(ADVICE)}")
         start = aligned("madvise", address)
         end = start + whole_pages("madvise", length)
         if advice in POPULATE_ADVICE:

@@ -146,6 +146,9 @@ def _causes(mm: Mm, vma: Vma, entries: Words, write: bool) -> npt.NDArray[np.uin
         shared = np.flatnonzero((entries & (pte.KIND | pte.WRITE | pte.ANON_EXCLUSIVE)) == pte.PRESENT)
         if len(shared):
             ours = (entries[shared] & pte.SPECIAL == 0) & (mm.memory.field(pte.frames_of(entries[shared]), "refcount") == 1)
+            whole = ours & (entries[shared] & pte.HUGE != 0)
+            if whole.any():
+                ours[whole] = huge.alone(mm, entries[shared[whole]])
             causes[shared[~ours]] = Cause.COW
     return causes
 

@@ -106,6 +106,16 @@ def _make(mm: Mm, vma: Vma, block: int, *, write: bool, node: int) -> bool:
     return True
 
 
+def alone(mm: Mm, entries: Words) -> npt.NDArray[np.bool_]:
+    """Which `entries` are of huge pages that nobody else has, no part of them: only those are made writable in place."""
+    heads = pte.frames_of(entries) & ~_BLOCK
+    out = np.zeros(len(entries), np.bool_)
+    for head in np.unique(heads).tolist():
+        frames = np.arange(head, head + HUGE_PAGES, dtype=np.uint64)
+        out[heads == head] = bool((mm.memory.field(frames, "refcount") == 1).all())
+    return out
+
+
 # --- splitting --------------------------------------------------------------------------------------------------------------------
 
 
@@ -211,6 +221,8 @@ def collapse(mm: Mm, vma: Vma, block: int) -> int:
     there = entries & (pte.KIND | pte.SPECIAL) == pte.PRESENT
     if not bool((there | (entries == 0) | (entries & pte.SPECIAL != 0)).all()) or not entries.any():
         return EINVAL
+    if bool((entries >= pte.DEVICE_MIN).any()):
+        return EINVAL  # coherent memory of a device: no folio that can be isolated
     old = pte.frames_of(entries[there])
     if bool((mm.memory.field(old, "refcount") > mm.memory.field(old, "mapcount")).any()):
         return EAGAIN

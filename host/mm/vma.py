@@ -51,6 +51,8 @@ PAGES_BOTTOM = 16
 
 def protection_flags(protection: str) -> int:
     """VM_* rights of ``rw r rx w none`` and the like. Raises KernelError(EINVAL)."""
+    if not isinstance(protection, str):
+        raise KernelError(EINVAL, "mmap", f"protection is {protection!r}; {PROTECTIONS_TEXT}")
     if protection == "none":
         return 0
     flags = 0

@@ -14,7 +14,17 @@ from hmmnet.host.mm.collect import collect_frames, finalize, inserts, move
 from hmmnet.host.mm.frames import PhysicalMemory
 from hmmnet.host.mm.invariants import check
 from hmmnet.host.mm.space import Space
-from hmmnet.pages import MIGRATE_PFN_MIGRATE, MIGRATE_PFN_SHIFT, MIGRATE_PFN_VALID, PAGE_SHIFT, PAGE_SIZE, ZONE_SHIFT, Words, zone_of
+from hmmnet.pages import (
+    HUGE_PAGES,
+    MIGRATE_PFN_MIGRATE,
+    MIGRATE_PFN_SHIFT,
+    MIGRATE_PFN_VALID,
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    ZONE_SHIFT,
+    Words,
+    zone_of,
+)
 from hmmnet.runs import RunAllocator
 
 SHIFT = np.uint64(MIGRATE_PFN_SHIFT)
@@ -52,10 +62,13 @@ class Device:
 class Machine:
     """One host memory, devices from zone 64 on, processes from 1 on."""
 
-    def __init__(self, host_pages: int = 4096, devices: int = 2, device_pages: int = 1024, kind: str = "private") -> None:
+    def __init__(
+        self, host_pages: int = 4096, devices: int = 2, device_pages: int = 1024, kind: str = "private", kinds: tuple[str, ...] = ()
+    ) -> None:
         self.memory = PhysicalMemory()
         self.memory.add_node("node0", host_pages)
-        self.devices = {64 + i: Device(self, 64 + i, kind, device_pages) for i in range(devices)}
+        kinds = kinds or (kind,) * devices
+        self.devices = {64 + i: Device(self, 64 + i, one, device_pages) for i, one in enumerate(kinds)}
         self.spaces: dict[int, Space] = {}
         self.gone: set[int] = set()
         self.homed: list[int] = []
@@ -139,29 +152,43 @@ class Machine:
             arena = self.devices[zone].arena if zone in self.devices else self.memory.nodes[zone].arena
             arena.pages[new - arena.base] = np.frombuffer(self.bytes_of(old), np.uint8)
 
-    async def to_device(self, space: Space, zone: int, pages: Words) -> Words:
-        """migrate_vma towards a device, one VMA; the final source words."""
+    async def to_device(self, space: Space, zone: int, pages: Words, *, compound: bool = False) -> Words:
+        """migrate_vma towards a device, one VMA; the final source words. `compound`: huge pages go whole."""
+        select = Select.SYSTEM | Select.COMPOUND if compound else Select.SYSTEM
         async with space.mmap_lock.read():
             space.check_migratable(int(pages[0]), int(pages[-1]) + 1)
-            told = await self._tell_others(space, pages, Select.SYSTEM, zone)
+            for found in space.large(pages, compound=compound):
+                found.split()
+            told = await self._tell_others(space, pages, select, zone)
             async with space.hub.invalidate(Event.MIGRATE, int(pages[0]), int(pages[-1]) + 1, zone):
-                migration = space.collect(pages, Select.SYSTEM, zone, told=told)
+                migration = space.collect(pages, select, zone, told=told)
             going = np.flatnonzero(migration.source & MIGRATE)
             device = self.devices[zone]
-            got = device.allocator.allocate(len(going))
-            assert got is not None
-            full = migration.source[going] & VALID != 0
-            self._copy(migration.source[going][full] >> SHIFT, got.frames[full])
-            device.arena.zero(got.frames[~full])
-            migration.target[going] = got.frames << SHIFT | VALID
+            frames = self._granted(device, pages[going], compound=compound)
+            migration.target[going] = frames << SHIFT | VALID
+            self.copy(migration)
             if inserts(migration):
                 async with space.hub.invalidate(Event.MIGRATE, int(pages[0]), int(pages[-1]) + 1, zone):
                     space.migrate_pages(migration)
             else:
                 space.migrate_pages(migration)
-            device.allocator.free(got.frames[migration.source[going] & MIGRATE == 0])
+            device.allocator.free(frames[migration.source[going] & MIGRATE == 0])
             space.migrate_finalize(migration)
             return migration.source
+
+    def _granted(self, device: Device, pages: Words, *, compound: bool) -> Words:
+        """Frames for `pages`: with `compound` an aligned run for each whole aligned block."""
+        frames = np.zeros(len(pages), np.uint64)
+        blocks, counts = np.unique(pages >> np.uint64(9), return_counts=True)
+        for block in blocks[counts == HUGE_PAGES].tolist() if compound else []:
+            run = device.allocator.allocate_aligned(HUGE_PAGES)
+            if run is not None:
+                frames[pages >> np.uint64(9) == block] = run.frames
+        rest = np.flatnonzero(frames == 0)
+        got = device.allocator.allocate(len(rest))
+        assert got is not None
+        frames[rest] = got.frames
+        return frames
 
     async def to_system(self, space: Space, zone: int, pages: Words) -> int:
         """migrate_vma home; how many moved."""

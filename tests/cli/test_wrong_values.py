@@ -1,0 +1,95 @@
+"""Values that cannot be used: one line that names them, before the work where that is possible."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import hmmnet
+from hmmnet.cli import exit_code
+from hmmnet.cli.demo import writable
+from hmmnet.demo.screen import shorten
+from hmmnet.errors import HmmnetError
+
+WORKLOAD = """
+async def alone():
+    return {}
+
+async def strict(machine, n: int = 1):
+    raise ValueError("the user's own mistake")
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["vector_add", "n=abc"], "vector_add: n is 'abc'; a whole number is wanted"),
+        (["vector_add", "n=1.5"], "vector_add: n is 1.5; a whole number is wanted"),
+        (["vector_add", "n=true"], "vector_add: n is True; a whole number is wanted"),
+        (["vector_add", "n=-5"], "vector_add: "),
+        (["vector_add", "devices=gpu7", "n=8"], "no device is called gpu7; this machine has gpu0, gpu1"),
+        (["FILE:alone"], "takes no machine: a workload is written as async def alone(machine, ...)"),
+    ],
+)
+def test_workloads(given: list[str], says: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Exit code 1 and one line behind the progress lines."""
+    file = tmp_path / "mine.py"
+    file.write_text(WORKLOAD)
+    code = exit_code(["run", *(word.replace("FILE", str(file)) for word in given), "--rate", "1"])
+    captured = capsys.readouterr()
+    assert (code, captured.out) == (1, "")
+    assert captured.err.splitlines()[-1].startswith("hmmnet run: ")
+    assert says in captured.err.splitlines()[-1]
+    assert "Traceback" not in captured.err
+
+
+def test_a_users_own_mistake_is_shown_where_it_is(tmp_path: Path) -> None:
+    """A workload of the user's that raises is not reduced to a sentence."""
+    file = tmp_path / "own.py"
+    file.write_text(WORKLOAD)
+    with pytest.raises((ValueError, ExceptionGroup), match=r"mistake|sub-exception"):
+        exit_code(["run", f"{file}:strict", "--rate", "1"])
+
+
+def test_a_picture_that_cannot_be_written_is_told_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before the demo begins; what can be written is left as it was."""
+    assert exit_code(["demo", "--limit-mib", "1", "--svg", "/nowhere/x.svg"]) == 1
+    captured = capsys.readouterr()
+    assert len(captured.out.splitlines()) <= 2
+    assert captured.err == "hmmnet demo: /nowhere/x.svg: cannot be written: No such file or directory; name another file\n"
+    new, old = tmp_path / "new.svg", tmp_path / "old.svg"
+    old.write_text("kept")
+    for path in (new, old):
+        writable(path)
+    assert not new.exists()
+    assert old.read_text() == "kept"
+
+
+def test_all_mistakes_of_a_topology_are_told_by_every_way_to_start_one(tmp_path: Path) -> None:
+    """An unknown model is one of them."""
+    file = tmp_path / "two.toml"
+    file.write_text("""
+[[memory]]
+name = "node0"
+size = "1 GiB"
+[[device]]
+name = "gpu0"
+model = "gpuu"
+memory = "1 GiB"
+[[link]]
+a = "node0"
+b = "gpu0"
+bandwidth = "fast"
+""")
+    with pytest.raises(HmmnetError) as told:
+        hmmnet.launch(file)
+    assert 'did you mean "gpu"' in str(told.value)
+    assert "bandwidth" in str(told.value)
+    assert exit_code(["up", str(file)]) == 1
+
+
+def test_a_long_word_is_shown_in_short() -> None:
+    """With its length."""
+    assert shorten("a" * 3_000_000) == "a" * 24 + "... (3,000,000 letters)"
+    assert shorten("word") == "word"
