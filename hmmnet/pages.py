@@ -10,6 +10,7 @@ Frame words are uint64 so that a range is one array and one array is one message
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TypeAlias
 
 import numpy as np
@@ -91,3 +92,9 @@ def is_one_run(frames: Words) -> bool:
     if int(frames[-1]) - int(frames[0]) != n - 1:
         return False
     return bool((frames[1:] == frames[:-1] + np.uint64(1)).all())
+
+
+def runs_of(pages: Words) -> list[tuple[int, int]]:
+    """`pages` (ascending) as ranges [start, end)."""
+    bounds = run_bounds(pages).tolist()
+    return [(int(pages[low]), int(pages[high - 1]) + 1) for low, high in pairwise(bounds)]

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from hmmnet.pages import Words, ascending, run_bounds
+from hmmnet.pages import Words, ascending, run_bounds, runs_of
 
 from .interfaces import NO_OWNER, AddressSpace, Event, Select
 
@@ -65,7 +64,6 @@ async def clear(stack: AsyncExitStack, spaces: Mapping[int, AddressSpace], mm: M
 def exact_runs(pages: Words) -> list[tuple[int, int]]:
     """`pages` as ranges, or as one that spans them when there are too many."""
     pages = ascending(pages)
-    bounds = run_bounds(pages)
-    if len(bounds) - 1 > EXACT_RUNS_MAX:
+    if len(run_bounds(pages)) - 1 > EXACT_RUNS_MAX:
         return [(int(pages[0]), int(pages[-1]) + 1)]
-    return [(int(pages[low]), int(pages[high - 1]) + 1) for low, high in pairwise(bounds)]
+    return runs_of(pages)

@@ -4,20 +4,20 @@ The kernel goes through the range VMA by VMA: holes are remembered and answered 
 advised; a VMA that cannot take the advice ends the call there. Advice about pages takes the mmap lock for reading, advice about VMAs for
 writing.
 
-Swap is not modelled, so COLD and PAGEOUT have nothing to do but to age pages; that they leave device memory alone is the kernel's rule
-(h55).
+COLD only ages pages; PAGEOUT swaps out what is the process's alone (`swap.py`). Both leave device memory alone (h55).
 """
 
 from __future__ import annotations
 
 import errno
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
 from hmmnet.errors import KernelError
 from hmmnet.host.interfaces import Event
-from hmmnet.pages import HUGE_PAGES, PAGE_SHIFT
+from hmmnet.pages import HUGE_PAGES, PAGE_SHIFT, runs_of
 
-from . import fault, huge, pte
+from . import fault, huge, pte, swap
 from .huge import HUGE_MASK
 from .syscalls import SystemCalls, aligned, whole_pages
 from .truncate import punch
@@ -118,7 +118,7 @@ class Advice(SystemCalls):
             for block in range(-(-low // HUGE_PAGES) * HUGE_PAGES, high - HUGE_PAGES + 1, HUGE_PAGES):
                 devices = self.mm.table.occupied(block, block + HUGE_PAGES)
                 kinds = self.mm.table.gather(devices) & pte.KIND
-                away = devices[(kinds == pte.DEVICE) | (kinds == pte.MIGRATION)]
+                away = devices[(kinds == pte.DEVICE) | (kinds == pte.MIGRATION) | (kinds == pte.SWAP)]
                 if len(away):  # __collapse_huge_page_swapin
                     await self._fault_pages(away, write=False)
                 async with self.hub.invalidate(Event.CLEAR, block, block + HUGE_PAGES):
@@ -164,8 +164,26 @@ class Advice(SystemCalls):
             elif advice == "FREE":
                 async with self.hub.invalidate(Event.CLEAR, low, high):
                     fault.age(self.mm, low, high, pte.YOUNG | pte.DIRTY)
-            elif advice in {"COLD", "PAGEOUT"}:
+                    pages = self.mm.table.occupied(low, high)
+                    fault.zap(self.mm, pages[self.mm.table.gather(pages) & pte.KIND == pte.SWAP])
+            elif advice == "COLD":
                 fault.age(self.mm, low, high, pte.YOUNG)
+            elif advice == "PAGEOUT":
+                await self._page_out(low, high)
+
+    async def _page_out(self, low: int, high: int) -> None:
+        """madvise_pageout: reclaim what is in [low, high) and nobody else's."""
+        fault.age(self.mm, low, high, pte.YOUNG)
+        pages = swap.reclaimable(self.mm, self.mm.table.occupied(low, high))
+        if len(pages) == 0:
+            return
+        await self.split_blocks(huge.huge_blocks(self.mm, pages))
+        async with AsyncExitStack() as stack:
+            for start, end in runs_of(pages):
+                await stack.enter_async_context(self.hub.invalidate(Event.CLEAR, start, end))
+            still = swap.reclaimable(self.mm, pages)
+            if len(still):
+                swap.page_out(self.mm, still)
 
     @staticmethod
     def _is_private(vma: Vma) -> bool:

@@ -23,6 +23,7 @@ from hmmnet.pages import HUGE_PAGES, ZERO_FRAME, Words
 from . import huge, pte
 from .filemap import end_in, fault_around, file_offsets, map_file, read_fault
 from .mm import Mm
+from .swap import swap_in
 from .vma import VM_SHARED, VM_UFFD_MISSING, Vma
 
 ENOMEM = 12
@@ -73,6 +74,8 @@ def touch(mm: Mm, vma: Vma, pages: Words, write: bool, keep: slice | None = None
     entries = mm.table.gather(pages)
     if _settled(mm, pages, entries, write):
         return Touched(len(pages))
+    if bool((entries & pte.KIND == pte.SWAP).any()):
+        swap_in(mm, vma, pages, entries, mm.node if node is None else node)
     causes = _causes(mm, vma, entries, write)
     if vma.file is not None:
         beyond = int(np.searchsorted(pages, end_in(vma)))
@@ -284,9 +287,12 @@ def zap(mm: Mm, pages: Words) -> None:
     entries = mm.table.gather(pages)
     mm.table.scatter(pages, 0)
     kinds = entries & pte.KIND
-    counted = (kinds != pte.NONE) & (kinds != pte.MARKER) & (entries & pte.SPECIAL == 0)
+    swapped = kinds == pte.SWAP
+    if swapped.any():
+        mm.memory.swap.free(pte.frames_of(entries[swapped]))
+    counted = (kinds != pte.NONE) & (kinds != pte.MARKER) & (entries & pte.SPECIAL == 0) & ~swapped
     mm.rss -= int(np.count_nonzero(counted))
-    mapped = counted & (kinds != pte.MIGRATION) & (kinds != pte.SWAP)
+    mapped = counted & (kinds != pte.MIGRATION)
     if mapped.any():
         mm.memory.unmap(pte.frames_of(entries[mapped]))
 

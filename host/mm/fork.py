@@ -51,7 +51,11 @@ def copy_entries(parent: Mm, child: Mm, vma: Vma) -> None:
 def _share(parent: Mm, child: Mm, vma: Vma, part: Words, where: np.ndarray[tuple[int], np.dtype[np.intp]], pages: Words) -> Words:
     """Make the entries at ``part[where]`` shared; the child's entries for them."""
     entries = part[where]
-    counted = (entries & pte.SPECIAL == 0) & (pte.kinds_of(entries) != pte.MARKER)
+    kinds = pte.kinds_of(entries)
+    swapped = kinds == pte.SWAP
+    if swapped.any():
+        parent.memory.swap.share(pte.frames_of(entries[swapped]))
+    counted = (entries & pte.SPECIAL == 0) & (kinds != pte.MARKER) & ~swapped
     pinned = counted & (entries & (pte.KIND | pte.ANON_EXCLUSIVE) == pte.PRESENT | pte.ANON_EXCLUSIVE)
     if pinned.any():
         pinned[pinned] = parent.memory.field(pte.frames_of(entries[pinned]), "pincount") > 0

@@ -42,6 +42,7 @@ from hmmnet.runs import RunAllocator
 if TYPE_CHECKING:
     from .filemap import File
     from .mm import Mm
+    from .swap import Swap
 
 LOCKED = 1
 """The page lock: a migration owns the frame."""
@@ -210,6 +211,16 @@ class PhysicalMemory:
         self.files: weakref.WeakValueDictionary[int, File] = weakref.WeakValueDictionary()
         """Files by number; frames of their page caches carry it as `mapping`."""
         self._numbers = 0
+        self._swap: Swap | None = None
+
+    @property
+    def swap(self) -> Swap:
+        """Where pages go that are paged out: as much as the host has memory."""
+        if self._swap is None:
+            from .swap import Swap
+
+            self._swap = Swap(sum(zone.count for zone in self.nodes))
+        return self._swap
 
     def add_node(self, owner: str, pages: int) -> HostZone:
         """A host memory node."""

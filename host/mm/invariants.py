@@ -53,7 +53,7 @@ def _check_entries(memory: PhysicalMemory, mm: Mm) -> tuple[Words, Words]:
     entries = mm.table.gather(pages)
     kinds = pte.kinds_of(entries)
     frames = pte.frames_of(entries)
-    counted = (kinds != pte.MARKER) & (entries & pte.SPECIAL == 0)
+    counted = (kinds != pte.MARKER) & (kinds != pte.SWAP) & (entries & pte.SPECIAL == 0)
     assert int(np.count_nonzero(counted)) == mm.rss, f"process {mm.number}: rss is {mm.rss}, mapped are {np.count_nonzero(counted)}"
     moving = kinds == pte.MIGRATION
     mapped = counted & ((kinds == pte.PRESENT) | (kinds == pte.DEVICE) | (kinds == pte.EXCLUSIVE))

@@ -20,7 +20,7 @@ from hmmnet.host.mm.space import Space
 from hmmnet.pages import HUGE_PAGES, Words
 
 from .machine import Machine, span
-from .model import PAGE, Model
+from .model import PAGE, Cell, Model
 
 FIRST = 4 * HUGE_PAGES
 SMALL = 12
@@ -51,7 +51,7 @@ operations = st.one_of(
     st.tuples(st.just("munmap"), which, ranges),
     st.tuples(st.just("mmap"), which, ranges),
     st.tuples(st.just("dontneed"), which, ranges),
-    st.tuples(st.just("advise"), which, ranges, st.sampled_from(("HUGEPAGE", "NOHUGEPAGE", "FREE", "COLD"))),
+    st.tuples(st.just("advise"), which, ranges, st.sampled_from(("HUGEPAGE", "NOHUGEPAGE", "FREE", "COLD", "PAGEOUT", "PAGEOUT"))),
     st.tuples(st.just("collapse"), which),
     st.tuples(st.just("exclusive"), which, pages, st.integers(1, 3), zones),
     st.tuples(st.just("hold"), which, st.sampled_from(INTERESTING[:SMALL])),
@@ -137,9 +137,15 @@ class Player:
         first, count = place
         if not self._one_vma(space, first, count):
             return
+        stays = self._swapped(space, first, count)
         await self.machine.to_device(space, zone, span(first, count), compound=compound)
         for page in range(first, first + count):
-            self.model.to_device((space.number, page), zone)
+            if page not in stays:
+                self.model.to_device((space.number, page), zone)
+
+    def _swapped(self, space: Space, first: int, count: int) -> set[int]:
+        entries = space.mm.table.read(first, first + count)
+        return set((np.flatnonzero(entries & np.uint64(pte.KIND) == pte.SWAP) + first).tolist())
 
     async def tosys(self, which: int, place: tuple[int, int], zone: int) -> None:
         space = self.space(which)
@@ -204,7 +210,11 @@ class Player:
             self.model.drop((self.space(which).number, page))
 
     async def advise(self, which: int, place: tuple[int, int], advice: str) -> None:
+        space = self.space(which)
+        gone = self._swapped(space, *place) if advice == "FREE" else ()
         await self._advised(which, place, advice)
+        for page in gone:
+            self.model.drop((space.number, page))
 
     async def _advised(self, which: int, place: tuple[int, int], advice: str) -> None:
         space = self.space(which)
@@ -287,11 +297,32 @@ class Player:
 
     # --- comparison -----------------------------------------------------------------------------------------------------------
 
+    def _in_swap(self, slot: int) -> bytes:
+        target = self.machine.memory.allocate(1)
+        assert target is not None
+        self.machine.memory.swap.load(self.machine.memory, np.array([slot], np.uint64), target)
+        data = self.machine.bytes_of(int(target[0]))
+        self.machine.memory.put(target)
+        return data
+
+    def _part(self) -> None:
+        """Whoever takes a shared page out of swap has one of his own: sharers that lead to different pages now share no longer."""
+        for cell in {id(cell): cell for cell in self.model.cells.values() if len(cell.places) > 1}.values():
+            leads: dict[tuple[bool, int], list[tuple[int, int]]] = {}
+            for process, page in sorted(cell.places):
+                entry = self.spaces[process].mm.table.get(page)
+                leads.setdefault((entry & pte.KIND == pte.SWAP, entry >> pte.FRAME_SHIFT), []).append((process, page))
+            for places in list(leads.values())[1:]:
+                part = Cell(bytearray(cell.data), cell.zone)
+                for place in places:
+                    self.model.put(place, part)
+
     def compare(self) -> None:
         """Invariants, bytes, places. Pages of zeros are forgotten: they may be the zero page, or any other, wherever it is."""
         self.machine.check()
         for place in [place for place, cell in self.model.cells.items() if not any(cell.data) and not cell.held]:
             self.model.drop(place)
+        self._part()
         for number, space in self.spaces.items():
             mapped = space.mm.table.occupied(0, 1 << 35)
             entries = dict(zip(mapped.tolist(), space.mm.table.gather(mapped).tolist(), strict=True))
@@ -301,6 +332,9 @@ class Player:
                 entry = entries.get(page, 0)
                 frame = entry >> pte.FRAME_SHIFT
                 zero = not any(cell.data)
+                if entry & pte.KIND == pte.SWAP:
+                    assert self._in_swap(frame) == cell.data, f"page {page - FIRST} of process {number} was swapped with something else"
+                    continue
                 if entry == 0 or entry & pte.SPECIAL:
                     assert zero, f"page {page - FIRST} of process {number} is lost"
                     continue
@@ -309,7 +343,9 @@ class Player:
                     assert frame >> 36 == cell.zone, f"page {page - FIRST} of process {number} is in zone {frame >> 36}, not {cell.zone}"
             for page in INTERESTING:
                 entry = entries.get(page, 0)
-                if (number, page) not in self.model.cells and entry and not entry & pte.SPECIAL:
+                if entry & pte.KIND == pte.SWAP:
+                    assert (number, page) in self.model.cells or not any(self._in_swap(entry >> pte.FRAME_SHIFT))
+                elif (number, page) not in self.model.cells and entry and not entry & pte.SPECIAL:
                     assert not any(self.machine.bytes_of(entry >> pte.FRAME_SHIFT)), f"page {page - FIRST} of process {number} is not zero"
 
 

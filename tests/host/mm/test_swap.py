@@ -1,0 +1,136 @@
+"""MADV_PAGEOUT: what goes, what stays, what an entry remembers, and how it comes back.
+
+Oracle: mm/madvise.c (madvise_cold_or_pageout_pte_range), mm/memory.c (do_swap_page); h55 shows device memory.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from hmmnet.errors import KernelError
+from hmmnet.host.hub import Hub
+from hmmnet.host.interfaces import Select
+from hmmnet.host.mm import pte
+from hmmnet.host.mm.space import Space
+from tests.host.fakes import FakeLink
+
+from .files import BASE, PAGE, filled, mapped, symbols, used
+from .machine import Machine, page_bytes, span
+
+FIRST = BASE // PAGE
+
+
+async def written(machine: Machine, pages: int = 4) -> Space:
+    space = machine.process()
+    await space.mmap(pages * PAGE, "rw", BASE)
+    await space.store(BASE, b"".join(page_bytes(i + 1) for i in range(pages)))
+    return space
+
+
+async def test_pages_go_out_and_come_back() -> None:
+    """Entries are special, memory is free, mirrors were told; a load has the bytes back, and the page may be stored to at once."""
+    machine = Machine()
+    space = await written(machine)
+    link = FakeLink("gpu0", 64)
+    assert isinstance(space.hub, Hub)
+    space.hub.insert(0, 1 << 30, link, 1)
+    await space.madvise(BASE, 3 * PAGE, "PAGEOUT")
+    assert symbols(space, BASE, 4) == "SSSP"
+    assert (used(machine), space.mm.rss, machine.memory.swap.used) == (1, 1, 3)
+    assert [(start, end) for _, start, end, *_ in link.told] == [(FIRST, FIRST + 3)]
+    async with space.mmap_lock.read():
+        assert space.walk(FIRST, FIRST + 1, None, 0, 0, 64).words.tolist() == [0]
+        assert space.collect(span(FIRST, 3), Select.SYSTEM, 64).cpages == 0
+    machine.check()
+    assert await space.load(BASE, PAGE) == page_bytes(1)
+    assert space.mm.table.get(FIRST) & (pte.WRITE | pte.ANON_EXCLUSIVE) == pte.WRITE | pte.ANON_EXCLUSIVE
+    await space.store(BASE + PAGE, b"new")
+    assert await space.load(BASE + PAGE, 4) == b"new\x02"
+    frames = await space.get_pages(FIRST + 2, 1)
+    assert machine.bytes_of(int(frames[0])) == page_bytes(3)
+    space.put_pages(frames)
+    assert machine.memory.swap.used == 0
+    machine.check()
+
+
+async def test_what_others_have_stays() -> None:
+    """The zero page, shared pages, held ones, those on a device, those of a file, locked mappings (EINVAL)."""
+    machine = Machine()
+    space = await written(machine)
+    held = await space.get_pages(FIRST, 1)
+    await machine.to_device(space, 64, span(FIRST + 1, 1))
+    await space.madvise(BASE, 4 * PAGE, "PAGEOUT")
+    assert symbols(space, BASE, 4) == "PSSS"
+    assert machine.memory.swap.used == 2
+    space.put_pages(held)
+    assert await space.load(BASE, 4 * PAGE) == b"".join(page_bytes(i + 1) for i in range(4))
+    child = await machine.fork(space)
+    await space.madvise(BASE, 4 * PAGE, "PAGEOUT")
+    assert symbols(space, BASE, 4) == "PPPP"
+    await machine.exit(child)
+    await space.mmap(PAGE, "rw", 2 * BASE)
+    await space.load(2 * BASE, 1)
+    await space.madvise(2 * BASE, PAGE, "PAGEOUT")
+    assert symbols(space, 2 * BASE, 1) == "P"
+    await mapped(space, await filled(machine, 1), 1, 3 * BASE)
+    await space.load(3 * BASE, 1)
+    await space.madvise(3 * BASE, PAGE, "PAGEOUT")
+    assert await space.load(3 * BASE, 1) == b"\x01"
+    await space.mlock(BASE, PAGE)
+    with pytest.raises(KernelError, match="EINVAL"):
+        await space.madvise(BASE, PAGE, "PAGEOUT")
+    machine.check()
+
+
+async def test_fork_shares_a_slot() -> None:
+    """Both have the bytes, each gets a page of its own back; the slot goes with the second."""
+    machine = Machine()
+    parent = await written(machine, 2)
+    await parent.madvise(BASE, 2 * PAGE, "PAGEOUT")
+    child = await machine.fork(parent)
+    assert machine.memory.swap.used == 2
+    await child.store(BASE, b"mine")
+    assert await parent.load(BASE, 4) == page_bytes(1)[:4]
+    assert await child.load(BASE, 5) == b"mine\x01"
+    assert machine.memory.swap.used == 1
+    await machine.exit(child)
+    assert await parent.load(BASE + PAGE, PAGE) == page_bytes(2)
+    assert machine.memory.swap.used == 0
+    machine.check()
+
+
+async def test_dropping_swapped_pages_frees_their_slots() -> None:
+    """munmap, DONTNEED and FREE; FREE makes them zero at once, unlike present ones. mremap takes them along."""
+    machine = Machine()
+    space = await written(machine)
+    await space.madvise(BASE, 4 * PAGE, "PAGEOUT")
+    await space.madvise(BASE, PAGE, "FREE")
+    await space.madvise(BASE + PAGE, PAGE, "DONTNEED")
+    await space.mremap(BASE + 2 * PAGE, PAGE, PAGE, 2 * BASE)
+    await space.munmap(BASE + 3 * PAGE, PAGE)
+    assert machine.memory.swap.used == 1
+    assert await space.load(BASE, 2 * PAGE) == bytes(2 * PAGE)
+    assert await space.load(2 * BASE, PAGE) == page_bytes(3)
+    await space.madvise(2 * BASE, PAGE, "PAGEOUT")
+    await machine.exit(space)
+    assert (used(machine), machine.memory.swap.used) == (0, 0)
+
+
+async def test_a_huge_page_goes_out_page_by_page() -> None:
+    """All of it, or a part; COLLAPSE brings it back whole."""
+    machine = Machine()
+    space = machine.process()
+    await space.mmap(512 * PAGE, "rw", BASE)
+    await space.madvise(BASE, 512 * PAGE, "HUGEPAGE")
+    await space.store(BASE + 7 * PAGE, page_bytes(7))
+    await space.madvise(BASE + 4 * PAGE, 8 * PAGE, "PAGEOUT")
+    assert symbols(space, BASE, 13) == "PPPPSSSSSSSSP"
+    machine.check()
+    await space.madvise(BASE, 512 * PAGE, "COLLAPSE")
+    assert bool((space.mm.table.read(FIRST, FIRST + 512) & np.uint64(pte.HUGE) != 0).all())
+    assert await space.load(BASE + 7 * PAGE, PAGE) == page_bytes(7)
+    await space.madvise(BASE, 512 * PAGE, "PAGEOUT")
+    assert machine.memory.swap.used == 512
+    assert await space.load(BASE + 6 * PAGE, 2 * PAGE) == bytes(PAGE) + page_bytes(7)
+    machine.check()
