@@ -352,8 +352,13 @@ async def wait(machine):
     assert list(base.iterdir()) == []
 
 
-def test_a_device_that_cannot_start_is_an_error_in_one_line(tmp_path: Path) -> None:
-    """Its own words come first, then ours, which name it; the background start says where to look."""
+def test_a_device_that_cannot_start_is_an_error_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plug-in that cannot be loaded: its own words first, then ours, which name it; the background start says where to look."""
+    plugin = tmp_path / "abacus-1.0.dist-info"
+    plugin.mkdir()
+    (plugin / "METADATA").write_text("Metadata-Version: 2.1\nName: abacus\nVersion: 1.0\n")
+    (plugin / "entry_points.txt").write_text("[hmmnet.devices]\nabacus = no_abacus_here:Abacus\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     file = tmp_path / "odd.toml"
     file.write_text("""
 name = "odd"
