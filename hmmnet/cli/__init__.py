@@ -1,7 +1,8 @@
 """The command line: one module for each command, imported only when its command is asked for, so that the first line stands within a
 second.
 
-Errors are one line, naming place, cause and mend. Exit codes: 0 done, 1 it failed, 2 it was asked wrongly, 130 ended by Ctrl-C.
+Errors are one line, naming place, cause and mend. Exit codes: 0 done, 1 it failed, 2 it was asked wrongly, 130 ended by Ctrl-C, 143 by
+SIGTERM.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ COMMANDS = {
 FAILED = 1
 WRONG_USE = 2
 INTERRUPTED = 130
+TERMINATED = 143
 
 
 def command_names() -> tuple[str, ...]:
@@ -42,10 +44,19 @@ def command_names() -> tuple[str, ...]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit the process with its code."""
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # so that "kill" ends as cleanly as Ctrl-C
+    terminated = False
+
+    def as_ctrl_c(*_: object) -> None:
+        nonlocal terminated
+        terminated = True
+        signal.raise_signal(signal.SIGINT)
+
+    signal.signal(signal.SIGTERM, as_ctrl_c)  # so that "kill" ends as cleanly as Ctrl-C
     try:
         code = exit_code(sys.argv[1:] if arguments is None else list(arguments))
         sys.stdout.flush()
+        if code == INTERRUPTED and terminated:
+            code = TERMINATED
     except BrokenPipeError:  # whoever read our output has seen enough; the interpreter's own flush must not fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         code = 0
@@ -89,6 +100,9 @@ def _run_command(name: str, arguments: list[str]) -> int:
         text = _usage_text(error)
         if text is None:
             raise
+        if text.startswith("Usage:"):  # a group without a command: its help, as it is
+            print(str(error.format_message()), file=sys.stderr)  # type: ignore[attr-defined]
+            return WRONG_USE
         return _complain(where, f'{text}; "{where} --help" shows how it is used', WRONG_USE)
     return code if isinstance(code, int) else 0
 

@@ -96,9 +96,9 @@ def show(described: list[dict[str, Any]], *, everything: bool) -> None:
             )
     if gone:
         names = ", ".join(entry["name"] for entry in gone)
-        console.print(
-            f'left behind by machines that are gone: {names}; "hmmnet clean" removes it', markup=False, highlight=False, soft_wrap=True
-        )
+        them = "it" if len(gone) == 1 else "them"
+        text = f'left behind by machines that are gone: {names}; "hmmnet clean" removes {them}'
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 COLOURS = {"running": "green", "ready": "green", "starting": "yellow", "failed": "red", "dead": "red", "lost": "red"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -118,3 +119,20 @@ def test_suggestions_come_only_when_near() -> None:
     assert did_you_mean("dwon", COMMANDS) == '; did you mean "down"?'
     assert did_you_mean("xyzzy", COMMANDS) == ""
     assert cli.FAILED == 1
+
+
+def test_a_group_without_a_command_shows_its_help(capsys: pytest.CaptureFixture[str]) -> None:
+    """As it is, on stderr; exit code 2."""
+    code, out, err = asked(capsys, "topo")
+    assert (code, out) == (2, "")
+    assert err.startswith("Usage: hmmnet topo")
+    assert len(err.splitlines()) > 8
+
+
+def test_a_file_is_named_once(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """With the line of the byte that is no UTF-8."""
+    file = tmp_path / "odd.toml"
+    file.write_bytes(b'\nname = "\xff"\n')
+    code, out, _ = asked(capsys, "topo", "check", str(file))
+    assert code == 1
+    assert out == f"{file}:2: byte 0xff is no UTF-8; save the file as UTF-8\n"
