@@ -142,3 +142,18 @@ def test_version_is_in_the_changelog() -> None:
         assert sections[0] == "Unreleased"
         assert re.search(r"^## \[Unreleased\]\n\n### \w+\n- ", text, flags=re.MULTILINE), "no change is listed"
         assert not released or tuple(map(int, version.split("."))) > released[0]
+
+
+def test_the_patches_are_where_the_table_says() -> None:
+    """host/README.md names all 19 patches of v25; every file and test that it names is there."""
+    rows = [line.split("|")[1:-1] for line in (ROOT / "host" / "README.md").read_text().splitlines() if re.match(r"\| \d", line)]
+    numbers = [int(number) for row in rows for number in re.findall(r"\d+", re.sub(r"^([\d, ]+).*", r"\1", row[0].strip()))]
+    assert sorted(numbers) == list(range(1, 20))
+    for _, _, places, shown in rows:
+        for place in re.findall(r"`([^`]+)`", places):
+            assert (ROOT / "host" / place).is_file(), place
+        for test in re.findall(r"`([^`]+)`", shown):
+            path, _, name = test.partition("::")
+            assert (ROOT / path).is_file(), path
+            assert f"def {name}(" in (ROOT / path).read_text() if name else True, test
+        assert "not built" in places or "`" in shown, "a patch without a test"
