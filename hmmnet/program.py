@@ -170,7 +170,7 @@ class Process(Protocol):
         ...
 
     async def madvise(self, address: int, length: int, advice: str) -> None:
-        """madvise(2); `advice` without the MADV_ prefix."""
+        """madvise(2); `advice` without the MADV_ prefix. HWPOISON breaks the memory under the range: whoever touches it gets SIGBUS."""
         ...
 
     async def mremap(

@@ -21,12 +21,12 @@ from hmmnet.errors import BusError, KernelError, PeerError
 from hmmnet.observe.counters import CPU_FAULT, Profile
 from hmmnet.pages import HUGE_PAGES, PAGE_SHIFT, PAGE_SIZE, Words
 
-from .announce import announced, clear
-from .interfaces import AddressSpace, DeviceLink, Event, Migration, Select
+from .announce import announced, clear, split_large
+from .interfaces import NO_OWNER, AddressSpace, DeviceLink, Event, Migration, Select
 from .migrate import MIGRATE, SHIFT, VALID, MigrateVma, Outcome
 from .mm import pte
 from .mm.collect import collect_frames, finalize, move
-from .mm.frames import PhysicalMemory
+from .mm.frames import ANON, PhysicalMemory
 from .mm.rmap import mappings
 
 HOME_PAGES_MAX = 1 << 16
@@ -201,6 +201,32 @@ class Homing:
                 page = stop
         return Outcome(words)
 
+    async def memory_failure(self, space: AddressSpace, start: int, end: int) -> None:
+        """madvise(MADV_HWPOISON): the memory under pages [start, end) breaks, for everybody who maps it (mm/memory-failure.c).
+
+        Pages of devices come home first. An access is SIGBUS from then on, a device's is EFAULT; unmapping is all that helps. Raises
+        KernelError: EFAULT, ENOMEM; EBUSY at the first page that is nobody's own (the zero page, a file's), those before it being poisoned.
+        """
+        pages = np.arange(start, end, dtype=np.uint64)
+        frames = await space.get_pages(start, end - start)
+        own = self._memory.field(frames, "flags") & ANON != 0
+        count = len(frames) if own.all() else int(np.argmin(own))
+        stay, frames = frames[count:], frames[:count]
+        space.put_pages(stay)
+        async with space.mmap_lock.read():
+            space.put_pages(frames)  # a folio that is held cannot be split
+            await split_large(space, self.spaces, pages[:count], NO_OWNER, compound=False)
+            entries = space.entries(pages[:count])
+            kept = frames[(entries & pte.KIND == pte.PRESENT) & (entries & pte.SPECIAL == 0) & (pte.frames_of(entries) == frames)]
+            for zone, _, at in self._memory.groups(kept):
+                zone.refcount[at] += 1
+            async with AsyncExitStack() as stack:
+                for mapped in mappings(self._memory, kept):
+                    await clear(stack, self.spaces, mapped.mm, mapped.pages)
+                poison(self._memory, kept)
+        if len(stay) or count < end - start:
+            raise KernelError(errno.EBUSY, "madvise", f"page 0x{start + count:x} of process {space.number} is no page of anonymous memory")
+
     async def evict(self, link: DeviceLink, frames: Words) -> int:
         """migrate_device_range: bring `frames` of the device home, whoever maps them; returns how many went.
 
@@ -233,6 +259,15 @@ def huge_blocks(entries: Words, pages: Words) -> list[int]:
     first = np.flatnonzero((entries & pte.HUGE != 0) & (pages % HUGE_PAGES == 0))
     last = HUGE_PAGES - 1
     return [at for at in first.tolist() if at + last < len(pages) and int(pages[at + last]) == int(pages[at]) + last]
+
+
+def poison(memory: PhysicalMemory, frames: Words) -> None:
+    """Whoever maps `frames` has poisoned entries instead. Their last reference, the caller's, stays: nobody gets such a frame again."""
+    for mapped in mappings(memory, frames):
+        mapped.mm.table.scatter(mapped.pages, np.full(len(mapped.pages), pte.entry(pte.MARKER, pte.MARKER_POISON), np.uint64))
+        mapped.mm.rss -= len(mapped.pages)
+        memory.unmap(frames[mapped.rows])
+    memory.poisoned += len(frames)
 
 
 def memory_of(link: DeviceLink) -> Select:

@@ -217,6 +217,18 @@ class AddressSpace(Protocol):
         """HMM_PFN words of the pages from `start` on that a device has exclusively, up to the first that it does not."""
         ...
 
+    async def get_pages(self, start: int, count: int) -> Words:
+        """get_user_pages: a reference of each of `count` pages from `start` on; their frames, 0 for the zero page. Raises KernelError."""
+        ...
+
+    def put_pages(self, frames: Words) -> None:
+        """Drop what `get_pages` took."""
+        ...
+
+    def entries(self, pages: Words) -> Words:
+        """The page table entries of `pages` (`mm.pte`)."""
+        ...
+
     def check_migratable(self, start: int, end: int) -> None:
         """The argument checks of migrate_vma_setup; [start, end) must lie in one suitable VMA. Raises KernelError(EINVAL)."""
         ...

@@ -45,6 +45,7 @@ follows hides behind it."""
 PIECES_AT_ONCE = 2
 HUGE_BYTES = HUGE_PAGES * PAGE_SIZE
 HOST = "host"
+POISON = "HWPOISON"
 FD_FIRST = 3
 """The first file descriptor that open(2) gives out."""
 
@@ -128,6 +129,10 @@ class Process:
 
     async def madvise(self, address: int, length: int, advice: str) -> None:
         """madvise(2)."""
+        if advice == POISON:
+            check_range("madvise", address, length)
+            await self._homing.memory_failure(self.space, *page_range(address, length))
+            return
         await self.space.madvise(address, length, advice)
 
     async def mremap(

@@ -352,6 +352,7 @@ class Host:
             "profile": self.interconnect.profile.as_json(),
             "devices": {name: self._device_figures(device) for name, device in self.devices.items()},
             "processes": len(self.spaces),
+            "poisoned_pages": self.memory.poisoned,
             "refused_peers": sum(server.refused_count for server in self._servers),
         }
 

@@ -210,6 +210,8 @@ class PhysicalMemory:
         """The family of each anon_vma."""
         self.files: weakref.WeakValueDictionary[int, File] = weakref.WeakValueDictionary()
         """Files by number; frames of their page caches carry it as `mapping`."""
+        self.poisoned = 0
+        """Frames that have broken; they stay allocated."""
         self._numbers = 0
         self._swap: Swap | None = None
 

@@ -88,6 +88,10 @@ class Space(Advice):
         assert self.mmap_lock.held, "walk without the mmap lock"
         return walk(self.mm, start, end, inputs, default_flags, flags_mask, owner)
 
+    def entries(self, pages: Words) -> Words:
+        """The entries of `pages`."""
+        return self.mm.table.gather(pages)
+
     def check_migratable(self, start: int, end: int) -> None:
         """The argument checks of migrate_vma_setup; [start, end) must lie in one suitable VMA. Raises KernelError(EINVAL).
 

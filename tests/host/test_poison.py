@@ -1,0 +1,79 @@
+"""Memory that breaks (MADV_HWPOISON): SIGBUS for everybody who maps it, EFAULT for devices, and its frame is never given out again.
+
+Oracle: mm/memory-failure.c, mm/madvise.c.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from hmmnet.errors import BusError, KernelError
+from hmmnet.pages import PAGE_SIZE
+from tests.host.scripted_device import running_host
+
+
+def used(host: object) -> int:
+    return sum(node.allocator.used_count for node in host.memory.nodes)  # type: ignore[attr-defined]
+
+
+async def test_poison_reaches_everybody_and_stays() -> None:
+    """Parent and child; the neighbours live on; unmapped, the addresses are good again, the frame is not."""
+    async with running_host("gpu0") as (host, _):
+        parent = await host.create_process()
+        address = await parent.mmap(4 * PAGE_SIZE)
+        await parent.write(address, bytes([7]) * 4 * PAGE_SIZE)
+        child = await parent.fork()
+        await parent.madvise(address + PAGE_SIZE, PAGE_SIZE, "HWPOISON")
+        for process in (parent, child):
+            with pytest.raises(BusError, match="poisoned") as fatal:
+                await process.read(address, 2 * PAGE_SIZE)
+            assert fatal.value.address == address + PAGE_SIZE
+            assert await process.read(address + 2 * PAGE_SIZE, 1) == b"\7"
+            page = np.array([address // PAGE_SIZE + 1], np.uint64)
+            async with process.space.mmap_lock.read():
+                with pytest.raises(KernelError, match="EFAULT"):
+                    await process.space.fault_in(page, np.array([False]))
+        assert (await host.report())["poisoned_pages"] == 1
+        await parent.munmap(address, 4 * PAGE_SIZE)
+        await parent.mmap(4 * PAGE_SIZE, "rw", address)
+        assert await parent.read(address + PAGE_SIZE, 1) == b"\0"
+        await child.exit()
+        await parent.exit()
+        assert used(host) == 1
+
+
+async def test_a_huge_page_loses_one_page() -> None:
+    """It is split; the other 511 are as they were."""
+    async with running_host("gpu0") as (host, _):
+        process = await host.create_process()
+        address = await process.mmap(512 * PAGE_SIZE)
+        await process.madvise(address, 512 * PAGE_SIZE, "HUGEPAGE")
+        await process.write(address, bytes([5]) * 512 * PAGE_SIZE)
+        await process.madvise(address + 9 * PAGE_SIZE, PAGE_SIZE, "HWPOISON")
+        assert await process.read(address, 9 * PAGE_SIZE) == bytes([5]) * 9 * PAGE_SIZE
+        with pytest.raises(BusError):
+            await process.load(address + 9 * PAGE_SIZE)
+        await process.exit()
+        assert used(host) == 1
+
+
+async def test_what_is_nobodys_own_is_busy() -> None:
+    """The zero page and pages of files; what comes before is poisoned; nothing mapped is EFAULT."""
+    async with running_host("gpu0") as (host, _):
+        process = await host.create_process()
+        address = await process.mmap(2 * PAGE_SIZE)
+        await process.write(address, b"x")
+        with pytest.raises(KernelError, match="EBUSY"):
+            await process.madvise(address, 2 * PAGE_SIZE, "HWPOISON")
+        with pytest.raises(BusError):
+            await process.read(address, 1)
+        assert await process.read(address + PAGE_SIZE, 1) == b"\0"
+        file = await process.memfd_create(PAGE_SIZE)
+        shared = await process.mmap(PAGE_SIZE, shared=True, file=file)
+        with pytest.raises(KernelError, match="EBUSY"):
+            await process.madvise(shared, PAGE_SIZE, "HWPOISON")
+        assert await process.read(shared, 1) == b"\0"
+        with pytest.raises(KernelError, match="EFAULT"):
+            await process.madvise(1 << 40, PAGE_SIZE, "HWPOISON")
+        assert (await host.report())["poisoned_pages"] == 1
