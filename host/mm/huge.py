@@ -203,10 +203,15 @@ def break_cow(mm: Mm, vma: Vma, block: int) -> None:
             mm.table.write(block, np.full(HUGE_PAGES, pte.entry(pte.PRESENT, ZERO_FRAME, pte.ZERO_ENTRY), np.uint64))
             mm.small_blocks.add(block)
     elif vma.flags & VM_HUGETLB:
-        old = pte.frames_of(mm.table.read(block, block + HUGE_PAGES))
+        before = mm.table.read(block, block + HUGE_PAGES)
+        old = pte.frames_of(before)
         mm.table.clear(block, block + HUGE_PAGES)
+        try:
+            _make(mm, vma, block, write=True, node=mm.node)
+        except KernelError:
+            mm.table.write(block, before)
+            raise
         mm.rss -= HUGE_PAGES
-        _make(mm, vma, block, write=True, node=mm.node)
         mm.memory.copy(old, pte.frames_of(mm.table.read(block, block + HUGE_PAGES)))
         mm.memory.unmap(old)
     else:

@@ -302,3 +302,64 @@ async def test_userfaultfd_with_sigbus() -> None:
     await space.mremap(BASE, 4 * PAGE, 4 * PAGE, 2 * BASE)
     assert await space.load(2 * BASE + PAGE, 1) == b"\0"
     machine.check()
+
+
+def full(machine: Machine) -> None:
+    """Use up the host's memory but for single pages."""
+    while machine.memory.allocate_huge() is not None:
+        pass
+    while machine.memory.nodes[0].allocator.free_count > 8:
+        assert machine.memory.allocate(1) is not None
+
+
+async def test_without_huge_pages_a_store_to_the_zero_page_makes_one_small_page() -> None:
+    """The huge zero page is split; COLLAPSE is ENOMEM and leaves the small pages; hugetlb cannot be copied."""
+    machine = Machine(host_pages=4 * HUGE_PAGES)
+    space = await hugepage(machine, 1)
+    await space.load(BASE, 1)
+    await space.mmap(BLOCK, "rw", 4 * BASE, VM_HUGETLB)
+    await space.store(4 * BASE, b"mine")
+    child = await machine.fork(space)
+    full(machine)
+    await space.store(BASE + 3 * PAGE, b"small")
+    assert not is_huge(space)
+    assert space.mm.rss == HUGE_PAGES + 1
+    with pytest.raises(KernelError, match="ENOMEM"):
+        await space.madvise(BASE, BLOCK, "COLLAPSE")
+    assert await space.load(BASE + 3 * PAGE, 5) == b"small"
+    with pytest.raises(KernelError, match="ENOMEM"):
+        await child.store(4 * BASE, b"own")
+    assert await child.load(4 * BASE, 4) == b"mine"
+    assert await space.load(4 * BASE, 4) == b"mine"
+    machine.check()
+
+
+async def test_collapse_keeps_a_read_only_mapping_read_only() -> None:
+    """And refuses an empty block, and pages of a coherent device."""
+    machine = Machine(kind="coherent")
+    space = machine.process()
+    await space.mmap(BLOCK, "rw", BASE)
+    with pytest.raises(KernelError, match="EINVAL"):
+        await space.madvise(BASE, BLOCK, "COLLAPSE")
+    await space.store(BASE, page_bytes(4))
+    await machine.to_device(space, 64, np.arange(FIRST, FIRST + 1, dtype=np.uint64))
+    with pytest.raises(KernelError, match="EINVAL"):
+        await space.madvise(BASE, BLOCK, "COLLAPSE")
+    await machine.to_system(space, 64, np.arange(FIRST, FIRST + 1, dtype=np.uint64))
+    await space.mprotect(BASE, BLOCK, "r")
+    await space.madvise(BASE, BLOCK, "COLLAPSE")
+    assert is_huge(space)
+    assert not bool((space.mm.table.read(FIRST, FIRST + HUGE_PAGES) & np.uint64(pte.WRITE) != 0).any())
+    assert await space.load(BASE, PAGE) == page_bytes(4)
+    machine.check()
+
+
+async def test_zeros_in_locked_memory_stay_pages_when_a_folio_is_split() -> None:
+    """VM_LOCKED: what is locked is not given back."""
+    machine = Machine()
+    space = await hugepage(machine, 1)
+    await space.mlock(BASE, BLOCK)
+    (found,) = space.large(np.arange(FIRST, FIRST + 1, dtype=np.uint64))
+    found.split()
+    assert space.mm.rss == HUGE_PAGES
+    machine.check()

@@ -134,3 +134,21 @@ async def test_a_huge_page_goes_out_page_by_page() -> None:
     assert machine.memory.swap.used == 512
     assert await space.load(BASE + 6 * PAGE, 2 * PAGE) == bytes(PAGE) + page_bytes(7)
     machine.check()
+
+
+async def test_without_room_pages_stay_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full swap leaves pages in memory; a full memory leaves them in swap (ENOMEM)."""
+    machine = Machine(host_pages=8)
+    space = await written(machine)
+    await space.madvise(BASE, 2 * PAGE, "PAGEOUT")
+    rest = machine.memory.allocate(machine.memory.nodes[0].allocator.free_count)
+    assert rest is not None
+    with pytest.raises(KernelError, match="ENOMEM"):
+        await space.load(BASE, 1)
+    assert symbols(space, BASE, 4) == "SSPP"
+    machine.memory.put(rest)
+    monkeypatch.setattr(machine.memory.swap, "save", lambda *_: None)
+    await space.madvise(BASE + 2 * PAGE, 2 * PAGE, "PAGEOUT")
+    assert symbols(space, BASE, 4) == "SSPP"
+    assert await space.load(BASE, 4 * PAGE) == b"".join(page_bytes(i + 1) for i in range(4))
+    machine.check()
