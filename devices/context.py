@@ -164,8 +164,7 @@ class Context:
         """read_begin, hmm_range_fault, read_retry and `program` (the mirror's unless given) on [start, end), which lies in one slab.
 
         `inputs` are words a page whose request bits count beside `default_flags`. `unlocked`: wait for pages that a userfaultfd's owner
-        fills in, however long. Raises KernelError: EFAULT, EPERM, ENOMEM, and EBUSY
-        after a second.
+        fills in, however long. Raises KernelError: EFAULT, EPERM, ENOMEM, and EBUSY after a second, or, `unlocked`, many tries.
         """
         subscription = await self.subscription(start)
         request = RangeFault(
@@ -190,7 +189,7 @@ class Context:
                         return words
                 finally:
                     self.mirror.unwatch(watch)
-                if trio.current_time() > deadline_s:
+                if trio.current_time() > deadline_s and not unlocked:
                     break
         raise KernelError(EBUSY, "hmm_range_fault", f"pages [0x{start:x}, 0x{end:x}) changed faster than they could be read")
 

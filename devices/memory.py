@@ -31,7 +31,7 @@ import numpy.typing as npt
 from hmmnet.arena import DISCARD_MIN_PAGES, Arena
 from hmmnet.errors import ProtocolError
 from hmmnet.pages import HUGE_PAGES, PAGE_SHIFT, PAGE_SIZE, ZONE_SHIFT, Words, ascending, from_wire, run_bounds
-from hmmnet.runs import RunAllocator
+from hmmnet.runs import Allocation, RunAllocator
 from hmmnet.sparse import lazy_words
 
 FREE_CLEAN = 0
@@ -105,16 +105,13 @@ class Memory:
 
     def grant(self, count: int) -> Words | None:
         """`count` frames for a migration to fill, in few runs; None when fewer are free."""
-        found = self._frames.allocate(count)
-        if found is None:
-            return None
-        self._state[self.arena.indices(found.frames)] |= 2
-        self.used_max = max(self.used_max, self.used_pages)
-        return found.frames
+        return self._granted(self._frames.allocate(count))
 
     def grant_large(self) -> Words | None:
         """An aligned run of 512 frames for a huge page; None when there is none."""
-        found = self._frames.allocate_aligned(HUGE_PAGES)
+        return self._granted(self._frames.allocate_aligned(HUGE_PAGES))
+
+    def _granted(self, found: Allocation | None) -> Words | None:
         if found is None:
             return None
         self._state[self.arena.indices(found.frames)] |= 2

@@ -12,6 +12,7 @@ Every text names the place, the cause and, where there is one, the mend.
 from __future__ import annotations
 
 import errno as _errno
+from collections.abc import Sequence
 
 _NAMES = {**_errno.errorcode, _errno.EOPNOTSUPP: "EOPNOTSUPP"}
 """ENOTSUP has the same number, and is what Python calls it; the kernel has no ENOTSUP."""
@@ -70,11 +71,11 @@ class BusError(SignalError):
 
 
 class TopologyError(HmmnetError):
-    """A topology cannot be used; `problems` holds every mistake found, one text each."""
+    """A topology cannot be used; `problems` holds every mistake found (`hmmnet.topology.problems.Problem`, or a text)."""
 
-    def __init__(self, problems: list[str]) -> None:
+    def __init__(self, problems: Sequence[object]) -> None:
         self.problems = list(problems)
-        super().__init__("\n".join(self.problems))
+        super().__init__("\n".join(map(str, self.problems)))
 
 
 class PeerError(HmmnetError):

@@ -94,6 +94,18 @@ def is_one_run(frames: Words) -> bool:
     return bool((frames[1:] == frames[:-1] + np.uint64(1)).all())
 
 
+EXACT_RUNS_MAX = 64
+"""Runs of pages up to which each is announced by itself; beyond, one announcement spans them all."""
+
+
+def announced_runs(pages: Words) -> list[tuple[int, int]]:
+    """`pages` as ranges for the hub, or as one that spans them when there are too many."""
+    pages = ascending(pages)
+    if len(run_bounds(pages)) - 1 > EXACT_RUNS_MAX:
+        return [(int(pages[0]), int(pages[-1]) + 1)]
+    return runs_of(pages)
+
+
 def runs_of(pages: Words) -> list[tuple[int, int]]:
     """`pages` (ascending) as ranges [start, end)."""
     bounds = run_bounds(pages).tolist()

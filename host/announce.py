@@ -12,15 +12,12 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING
 
-from hmmnet.pages import Words, ascending, run_bounds, runs_of
+from hmmnet.pages import Words, announced_runs
 
 from .interfaces import NO_OWNER, AddressSpace, Event, Select
 
 if TYPE_CHECKING:
     from .mm.mm import Mm
-
-EXACT_RUNS_MAX = 64
-"""Runs of pages up to which each is announced by itself; beyond, one announcement spans them all."""
 
 
 @asynccontextmanager
@@ -56,14 +53,6 @@ async def clear(stack: AsyncExitStack, spaces: Mapping[int, AddressSpace], mm: M
     space = spaces.get(mm.number)
     if space is None:
         return set()
-    for start, end in exact_runs(pages):
+    for start, end in announced_runs(pages):
         await stack.enter_async_context(space.hub.invalidate(Event.CLEAR, start, end, owner))
     return {mm.number}
-
-
-def exact_runs(pages: Words) -> list[tuple[int, int]]:
-    """`pages` as ranges, or as one that spans them when there are too many."""
-    pages = ascending(pages)
-    if len(run_bounds(pages)) - 1 > EXACT_RUNS_MAX:
-        return [(int(pages[0]), int(pages[-1]) + 1)]
-    return runs_of(pages)

@@ -45,6 +45,8 @@ class OpenHandle:
 
 
 T = TypeVar("T", bound=Operation)
+K = TypeVar("K")
+V = TypeVar("V")
 Serve: TypeAlias = "Callable[[Client, T, bytes], Awaitable[Answer]]"
 Operations: TypeAlias = "Mapping[str, tuple[type[Operation], Serve[Any]]]"
 """Operations by name: the struct of the arguments, and what serves it."""
@@ -126,10 +128,7 @@ class Client:
 
     def process(self, arguments: OnProcess) -> Process:
         """The process that a call names. Raises KernelError(ESRCH)."""
-        found = self.processes.get(arguments.process)
-        if found is None:
-            raise KernelError(errno.ESRCH, "call", f"this client has no process {arguments.process}")
-        return found
+        return _found(self.processes, arguments.process, errno.ESRCH, f"process {arguments.process}")
 
     def room_for(self, handles: int, call: str) -> None:
         """Raises KernelError(EMFILE) when so many more handles are too many."""
@@ -143,28 +142,24 @@ class Client:
 
     def handle(self, arguments: OnHandle) -> OpenHandle:
         """The handle that a call names. Raises KernelError(EBADF)."""
-        found = self.handles.get((arguments.process, arguments.handle))
-        if found is None:
-            raise KernelError(errno.EBADF, "call", f"process {arguments.process} has no handle {arguments.handle}")
-        return found
+        key = arguments.process, arguments.handle
+        return _found(self.handles, key, errno.EBADF, f"handle {arguments.handle} of process {arguments.process}")
 
     def referred(self, arguments: Referred) -> PageReferences:
         """The referenced pages that a call names. Raises KernelError(EINVAL)."""
-        found = self.references.get(arguments.reference)
-        if found is None:
-            raise KernelError(errno.EINVAL, "call", f"no pages are held under number {arguments.reference}")
-        return found
+        return _found(self.references, arguments.reference, errno.EINVAL, f"referenced pages {arguments.reference}")
 
     def file(self, number: int) -> MemoryFile:
         """The file that a call names. Raises KernelError(EBADF)."""
-        found = self.files.get(number)
-        if found is None:
-            raise KernelError(errno.EBADF, "call", f"this client has no file {number}")
-        return found
+        return _found(self.files, number, errno.EBADF, f"file {number}")
 
     def user_faults(self, arguments: OnFaults) -> UserFaults:
         """The registration that a call names. Raises KernelError(EBADF)."""
-        found = self.faults.get(arguments.faults)
-        if found is None:
-            raise KernelError(errno.EBADF, "call", f"this client has no userfaultfd registration {arguments.faults}")
-        return found
+        return _found(self.faults, arguments.faults, errno.EBADF, f"userfaultfd registration {arguments.faults}")
+
+
+def _found(table: Mapping[K, V], key: K, code: int, what: str) -> V:
+    found = table.get(key)
+    if found is None:
+        raise KernelError(code, "call", f"this client has no {what}")
+    return found

@@ -26,8 +26,9 @@ from .interfaces import NO_OWNER, AddressSpace, DeviceLink, Event, Migration, Se
 from .migrate import MIGRATE, SHIFT, VALID, MigrateVma, Outcome
 from .mm import pte
 from .mm.collect import collect_frames, finalize, move
-from .mm.frames import ANON, PhysicalMemory
+from .mm.frames import PhysicalMemory
 from .mm.rmap import mappings
+from .mm.zones import ANON
 
 HOME_PAGES_MAX = 1 << 16
 """Pages of one explicit migration home (256 MiB): bounds the host frames allocated before anything has landed."""
@@ -138,7 +139,7 @@ class Homing:
             space.migrate_finalize(migration)
             return 0
         frames = (source if whole else source[going]) >> SHIFT
-        huge = [] if link.no_large() else huge_blocks(migration.saved if whole else migration.saved[going], pages)
+        huge = [] if link.no_large() else whole_blocks(migration.saved if whole else migration.saved[going], pages)
         destination = HostFrames(self._memory, len(pages), space.node, huge)
         try:
             await link.copy_out(self._context_of(space.number, link.zone), pages, frames, destination)
@@ -207,8 +208,8 @@ class Homing:
         Pages of devices come home first. An access is SIGBUS from then on, a device's is EFAULT; unmapping is all that helps. Raises
         KernelError: EFAULT, ENOMEM; EBUSY at the first page that is nobody's own (the zero page, a file's), those before it being poisoned.
         """
-        pages = np.arange(start, end, dtype=np.uint64)
         frames = await space.get_pages(start, end - start)
+        pages = np.arange(start, end, dtype=np.uint64)
         own = self._memory.field(frames, "flags") & ANON != 0
         count = len(frames) if own.all() else int(np.argmin(own))
         stay, frames = frames[count:], frames[:count]
@@ -254,7 +255,7 @@ class Homing:
         return moved
 
 
-def huge_blocks(entries: Words, pages: Words) -> list[int]:
+def whole_blocks(entries: Words, pages: Words) -> list[int]:
     """Where in `pages` huge pages begin that are there whole, by the `entries` that mapped them."""
     first = np.flatnonzero((entries & pte.HUGE != 0) & (pages % HUGE_PAGES == 0))
     last = HUGE_PAGES - 1

@@ -14,7 +14,8 @@ from hmmnet.observe.counters import DEVICE_TO_HOST, Profile
 from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, ZONE_SHIFT, Words
 from hmmnet.topology import Topology
 
-from .mm.frames import CpuZone, PhysicalMemory, Zone
+from .mm.frames import PhysicalMemory
+from .mm.zones import CpuZone, Zone
 
 
 class Interconnect:

@@ -30,7 +30,7 @@ from .announce import announced, split_large
 from .interfaces import AddressSpace, DeviceLink, Event, Migration, Select
 from .iommu import Domain
 from .mm.collect import inserts
-from .mm.frames import LOCKED, Zone
+from .mm.zones import LOCKED, Zone
 
 MIGRATE = np.uint64(MIGRATE_PFN_MIGRATE)
 VALID = np.uint64(MIGRATE_PFN_VALID)

@@ -33,6 +33,7 @@ from .handles import Handle, HeldPages, OpenFile, command_device
 from .homing import Homing
 from .link import SessionLink
 from .mm.space import Space
+from .mm.syscalls import aligned, whole_pages
 from .mm.userfault import UserFault
 
 HEAP_BYTES = 1 << 20
@@ -130,8 +131,8 @@ class Process:
     async def madvise(self, address: int, length: int, advice: str) -> None:
         """madvise(2)."""
         if advice == POISON:
-            check_range("madvise", address, length)
-            await self._homing.memory_failure(self.space, *page_range(address, length))
+            start = aligned("madvise", address)
+            await self._homing.memory_failure(self.space, start, start + whole_pages("madvise", length))
             return
         await self.space.madvise(address, length, advice)
 

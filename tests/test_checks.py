@@ -113,4 +113,4 @@ def test_a_launch_that_cannot_be(wrong: dict[str, Any], words: str) -> None:
     with pytest.raises(HmmnetError, match=words):
         hmmnet.launch("two-gpus", **wrong)
     with pytest.raises(HmmnetError, match="topology is None; a preset's name"):
-        hmmnet.launch(None)  # type: ignore[arg-type]
+        hmmnet.launch(None)  # type: ignore[arg-type]  # as somebody without a type checker calls it

@@ -14,10 +14,11 @@ import numpy.typing as npt
 import pytest
 import trio
 
-from hmmnet.client import CHUNK_BYTES, RemoteMachine, remote_machine
+from hmmnet.client import RemoteMachine, remote_machine
 from hmmnet.errors import BusError, KernelError, PeerRefused, RemoteError
 from hmmnet.host.calls import new_client
 from hmmnet.program import Handle, IoctlResult, JobResult, Machine, PageReferences, Process, Residency
+from hmmnet.remote import CHUNK_BYTES
 from hmmnet.wire.memory_transport import MemoryTransport
 from hmmnet.wire.messages import Call, Hello, Recall, Refused, Welcome
 from hmmnet.wire.server import Server
@@ -151,7 +152,7 @@ async def world() -> AsyncIterator[tuple[RemoteMachine, PlainMachine]]:
 def test_remote_and_blocking_classes_fill_the_interfaces() -> None:
     """What a workload calls is there, with the same names."""
     from hmmnet.blocking import BlockingHandle, BlockingMachine, BlockingProcess, BlockingReferences
-    from hmmnet.client import RemoteHandle, RemoteProcess, RemoteReferences
+    from hmmnet.remote import RemoteHandle, RemoteProcess, RemoteReferences
 
     for interface, classes in (
         (Process, (RemoteProcess, BlockingProcess)),

@@ -101,7 +101,7 @@ def _run_command(name: str, arguments: list[str]) -> int:
         if text is None:
             raise
         if text.startswith("Usage:"):  # a group without a command: its help, as it is
-            print(str(error.format_message()), file=sys.stderr)  # type: ignore[attr-defined]
+            print(str(error.format_message()), file=sys.stderr)  # type: ignore[attr-defined]  # click's, through typer
             return WRONG_USE
         return _complain(where, f'{text}; "{where} --help" shows how it is used', WRONG_USE)
     return code if isinstance(code, int) else 0
@@ -142,7 +142,7 @@ def _usage_text(error: Exception) -> str | None:
     unknown = getattr(error, "option_name", None)
     if unknown:
         return f'there is no option "{unknown}"{did_you_mean(unknown, getattr(error, "possibilities", None) or ())}'
-    return " ".join(str(error.format_message()).split()).rstrip(".").removeprefix("Invalid value: ")  # type: ignore[attr-defined]
+    return " ".join(str(error.format_message()).split()).rstrip(".").removeprefix("Invalid value: ")  # type: ignore[attr-defined]  # as above
 
 
 def _of_group(where: str, group: BaseExceptionGroup[Any]) -> int:

@@ -86,7 +86,7 @@ def plain_errors(function: Callable[..., Any]) -> Iterator[None]:
 
     try:
         yield
-    except (ValueError, TypeError, OverflowError) as error:
+    except (ValueError, OverflowError) as error:
         if not function.__module__.startswith("hmmnet."):
             raise
         raise HmmnetError(f"{function.__name__}: {error}") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -122,11 +121,7 @@ def examined(file: str) -> tuple[Topology | None, list[Problem]]:
     try:
         source = find(file)
     except TopologyError as error:
-        text, line = str(error), 0
-        behind = re.match(rf"{re.escape(file)}:(\d+): ", text)
-        if behind is not None:
-            text, line = text[behind.end() :], int(behind[1])
-        return None, [Problem(file, line, "", "", text.removeprefix(f"{file}: "))]
+        return None, [problem for problem in error.problems if isinstance(problem, Problem)]
     return examine(source.text, source.file, source.name, installed_models() or None)
 
 

@@ -57,11 +57,11 @@ def find(name_or_path: str | Path) -> Source:
     return _read(Path(name_or_path))
 
 
-def _unknown_preset(word: str) -> str:
+def _unknown_preset(word: str) -> Problem:
     names = preset_names()
     guess = closest(word, names)
     mend = f'did you mean "{guess}"?' if guess else f"there are {', '.join(names)}; a file's name ends in .toml"
-    return f'no preset and no file is called "{word}"; {mend}'
+    return Problem(word, 0, "", "", "no preset and no file has this name", mend)
 
 
 def _read(path: Path) -> Source:
@@ -69,24 +69,25 @@ def _read(path: Path) -> Source:
         with path.open("rb") as file:
             raw = file.read(TOPOLOGY_BYTES_MAX + 1)
     except OSError as error:
-        raise TopologyError([f"{path}: cannot be read: {error.strerror or error}{_mend_path(path)}"]) from None
+        raise TopologyError([Problem(str(path), 0, "", "", f"cannot be read: {error.strerror or error}", _mend_path(path))]) from None
     if len(raw) > TOPOLOGY_BYTES_MAX:
-        raise TopologyError([f"{path}: larger than {TOPOLOGY_BYTES_MAX >> 20} MiB: this is no topology"])
+        raise TopologyError([Problem(str(path), 0, "", "", f"larger than {TOPOLOGY_BYTES_MAX >> 20} MiB: this is no topology")])
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        raise TopologyError([f"{path}:{line}: byte 0x{raw[error.start]:02x} is no UTF-8; save the file as UTF-8"]) from None
+        cause = f"byte 0x{raw[error.start]:02x} is no UTF-8"
+        raise TopologyError([Problem(str(path), line, "", "", cause, "save the file as UTF-8")]) from None
     return Source(text, str(path), path.stem)
 
 
 def _mend_path(path: Path) -> str:
     if path.parent.is_dir() and not path.exists():
         if path.stem in preset_names():
-            return f'; the preset of this name is written without .toml: "{path.stem}"'
+            return f'the preset of this name is written without .toml: "{path.stem}"'
         guess = closest(path.name, [entry.name for entry in path.parent.iterdir() if entry.suffix == ".toml"])
         if guess is not None:
-            return f'; did you mean "{path.with_name(guess)}"?'
+            return f'did you mean "{path.with_name(guess)}"?'
     return ""
 
 
@@ -100,7 +101,7 @@ def parse(text: str, file: str = "topology.toml", name: str = "", models: Collec
     """The machine that `text` describes; `file` is what messages call it. Raises TopologyError with every mistake."""
     topology, problems = examine(text, file, name, models)
     if problems or topology is None:
-        raise TopologyError([str(problem) for problem in problems])
+        raise TopologyError(problems)
     return topology
 
 

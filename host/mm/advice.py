@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from hmmnet.errors import KernelError
 from hmmnet.host.interfaces import Event
-from hmmnet.pages import HUGE_PAGES, PAGE_SHIFT, runs_of
+from hmmnet.pages import HUGE_PAGES, PAGE_SHIFT, announced_runs
 
 from . import fault, huge, pte, swap
 from .huge import HUGE_MASK
@@ -179,7 +179,7 @@ class Advice(SystemCalls):
             return
         await self.split_blocks(huge.huge_blocks(self.mm, pages))
         async with AsyncExitStack() as stack:
-            for start, end in runs_of(pages):
+            for start, end in announced_runs(pages):
                 await stack.enter_async_context(self.hub.invalidate(Event.CLEAR, start, end))
             still = swap.reclaimable(self.mm, pages)
             if len(still):

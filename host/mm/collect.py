@@ -28,6 +28,7 @@ from hmmnet.host.interfaces import NO_OWNER, Migration, Select
 from hmmnet.pages import (
     DEVICE_ZONE_MIN,
     HUGE_PAGES,
+    HUGE_SHIFT,
     MIGRATE_PFN_MIGRATE,
     MIGRATE_PFN_SHIFT,
     MIGRATE_PFN_VALID,
@@ -37,11 +38,12 @@ from hmmnet.pages import (
 )
 
 from . import pte, single
-from .compound import fit_targets, join_inserted, tear_collected
-from .frames import ANON, COMPOUND, DEVICE_EXTRA_REFERENCES, LOCKED, HostZone, PhysicalMemory
+from .compound import fit_targets, join_inserted, tear_collected, tear_mapped
+from .frames import PhysicalMemory
 from .mm import Mm
 from .rmap import Mapped, Rows, mappings, places
 from .vma import VM_UFFD_MISSING, VM_WRITE
+from .zones import ANON, COMPOUND, DEVICE_EXTRA_REFERENCES, LOCKED, HostZone
 
 BOTH = MIGRATE_PFN_VALID | MIGRATE_PFN_MIGRATE
 BLOCK_PAGES = 1 << 14
@@ -101,7 +103,8 @@ def _collect(mm: Mm, migration: Migration, select: Select, told: frozenset[int])
     rows = np.flatnonzero(_wanted(entries, select, migration.owner))
     if len(rows):
         frames = pte.frames_of(entries if len(rows) == len(entries) else entries[rows])
-        free = _free_to_go(mm.memory, frames, migration.fault_frame, compound=migration.compound)
+        whole = entries[rows] & pte.HUGE != 0 if migration.compound else None
+        free = _free_to_go(mm.memory, frames, migration.fault_frame, whole)
         if not free.all():
             rows = rows[free]
         rows = tear_collected(mm, pages, entries, rows)
@@ -137,10 +140,10 @@ def _wanted(entries: Words, select: Select, owner: int) -> Flags:
     return wanted
 
 
-def _free_to_go(memory: PhysicalMemory, frames: Words, fault_frame: int | None, *, compound: bool) -> Flags:
+def _free_to_go(memory: PhysicalMemory, frames: Words, fault_frame: int | None, whole: Flags | None) -> Flags:
     """Which `frames` are anonymous, not locked by another migration, not pinned, and held by nobody but their mappings.
 
-    A large folio of system memory that is still one goes only where huge pages go whole (`compound`).
+    A large folio of system memory that is still one goes only `whole`: through a huge entry, where the migration takes those.
 
     The kernel takes pages of files, too, and lets them go where the migration has a private destination (migrate_vma_pages): they stay.
     """
@@ -149,8 +152,9 @@ def _free_to_go(memory: PhysicalMemory, frames: Words, fault_frame: int | None, 
         flags = zone.flags[where]
         extra = zone.refcount[where] - zone.mapcount[where]
         allowed = 0 if isinstance(zone, HostZone) else DEVICE_EXTRA_REFERENCES
-        one = COMPOUND if isinstance(zone, HostZone) and not compound else 0
-        unlocked = flags & (LOCKED | ANON | one) == ANON
+        unlocked = flags & (LOCKED | ANON) == ANON
+        if isinstance(zone, HostZone):
+            unlocked &= flags & COMPOUND == 0 if whole is None else (flags & COMPOUND == 0) | whole[rows]
         if fault_frame is not None:
             unlocked |= frames[rows] == fault_frame
         out[rows] = unlocked & (extra <= allowed) & (zone.pincount[where] == 0)
@@ -174,11 +178,20 @@ def _others(
         elif mapped.mm.number not in told:
             stays[which] = True
         found.append(Mapped(mapped.mm, which, mapped.pages, mapped.entries))
+    if stays.any():
+        _stay_together(memory, frames, stays)
     for mapped in found:
         go = ~stays[mapped.rows]
         if go.any():
             migration.others.append(Mapped(mapped.mm, rows[mapped.rows[go]], mapped.pages[go], mapped.entries[go]))
     return rows[~stays]
+
+
+def _stay_together(memory: PhysicalMemory, frames: Words, stays: Flags) -> None:
+    """Where one page of a large folio `stays`, all of it does: its huge entry cannot wait in part."""
+    large = memory.field(frames, "flags") & COMPOUND != 0
+    heads = frames >> np.uint64(HUGE_SHIFT)
+    stays |= large & np.isin(heads, heads[stays & large])
 
 
 def _install(mm: Mm | None, migration: Migration, rows: Rows, entries: Words) -> None:
@@ -193,7 +206,7 @@ def _install(mm: Mm | None, migration: Migration, rows: Rows, entries: Words) ->
     memory = None if mm is None else mm.memory
     for mapped in migration.others:
         torn = mapped.entries.copy()
-        tear_collected(mapped.mm, mapped.pages, torn, np.arange(len(torn)))
+        tear_mapped(mapped.mm, mapped.pages, torn)
         mapped.mm.table.scatter(mapped.pages, _waiting(torn))
         memory = mapped.mm.memory
     if memory is None:
@@ -217,7 +230,7 @@ def collect_frames(memory: PhysicalMemory, frames: Words, told: frozenset[int]) 
     """
     zeros = np.zeros(len(frames), np.uint64)
     migration = Migration(zeros, zeros.copy(), zeros.copy(), zeros.copy())
-    rows = np.flatnonzero(_free_to_go(memory, frames, None, compound=False) & (memory.field(frames, "mapcount") > 0))
+    rows = np.flatnonzero(_free_to_go(memory, frames, None, None) & (memory.field(frames, "mapcount") > 0))
     if len(rows):
         rows = _others(memory, None, migration, rows, frames, frames[rows], told)
     if len(rows):

@@ -17,9 +17,10 @@ from hmmnet.host.interfaces import Migration
 from hmmnet.pages import HUGE_PAGES, HUGE_SHIFT, MIGRATE_PFN_MIGRATE, MIGRATE_PFN_SHIFT, MIGRATE_PFN_VALID, Words, is_one_run
 
 from . import pte
-from .frames import COMPOUND, PhysicalMemory
+from .frames import PhysicalMemory
 from .huge import blocks_of, split_entries
 from .mm import Mm
+from .zones import COMPOUND
 
 BOTH = MIGRATE_PFN_VALID | MIGRATE_PFN_MIGRATE
 _SHIFT = np.uint64(HUGE_SHIFT)
@@ -53,6 +54,15 @@ def tear_collected(mm: Mm, pages: Words, entries: Words, rows: Rows) -> Rows:
             split_entries(mm, block << HUGE_SHIFT)
             entries[rows[at]] &= ~np.uint64(pte.HUGE)
     return rows[keep]
+
+
+def tear_mapped(mm: Mm, pages: Words, entries: Words) -> None:
+    """A further mapping of collected pages: its huge pages that are not there whole are mapped one by one, in `entries` too."""
+    huge = entries & pte.HUGE != 0
+    blocks, counts = np.unique(pages[huge] >> _SHIFT, return_counts=True)
+    for block in blocks[counts < HUGE_PAGES].tolist():
+        split_entries(mm, block << HUGE_SHIFT)
+        entries[pages >> _SHIFT == block] &= ~np.uint64(pte.HUGE)
 
 
 def fit_targets(memory: PhysicalMemory, mm: Mm | None, migration: Migration) -> None:

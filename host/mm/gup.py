@@ -19,9 +19,9 @@ from hmmnet.pages import HMM_PFN_VALID, HMM_PFN_WRITE, Words, run_bounds
 
 from . import fault, huge, pte
 from .access import CpuAccess
-from .frames import ANON
 from .userfault import MissingPage
 from .vma import VM_HUGETLB, VM_READ, VM_SHARED, VM_SPECIAL, VM_WRITE
+from .zones import ANON
 
 POPULATE_PAGES_MAX = 1 << 28
 """Pages that one call faults in: 1 TiB, whose page tables alone take 2 GiB."""

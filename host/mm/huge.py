@@ -28,10 +28,11 @@ from hmmnet.errors import KernelError
 from hmmnet.pages import HUGE_PAGES, PAGE_SIZE, ZERO_FRAME, Words
 
 from . import pte
-from .frames import COMPOUND, PhysicalMemory
+from .frames import PhysicalMemory
 from .mm import Mm
 from .rmap import mappings
 from .vma import VM_HUGEPAGE, VM_HUGETLB, VM_LOCKED, VM_NOHUGEPAGE, VM_WRITE, Vma
+from .zones import COMPOUND
 
 EAGAIN = 11
 ENOMEM = 12

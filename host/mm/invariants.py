@@ -14,9 +14,10 @@ import numpy.typing as npt
 from hmmnet.pages import PAGES_MAX, Words
 
 from . import pte
-from .frames import ANON, LOCKED, HostZone, PhysicalMemory, Zone
+from .frames import PhysicalMemory
 from .mm import Mm
 from .vma import VM_WRITE, Vma
+from .zones import ANON, LOCKED, HostZone, Zone
 
 
 def check(memory: PhysicalMemory, mms: Iterable[Mm], *, quiet: bool = True) -> None:

@@ -19,8 +19,9 @@ from hmmnet.pages import (
 )
 
 from . import pte
-from .frames import ANON, COMPOUND, DEVICE_EXTRA_REFERENCES, LOCKED, HostZone, PhysicalMemory
+from .frames import PhysicalMemory
 from .mm import Mm
+from .zones import ANON, COMPOUND, DEVICE_EXTRA_REFERENCES, LOCKED, HostZone
 
 BOTH = MIGRATE_PFN_VALID | MIGRATE_PFN_MIGRATE
 

@@ -22,11 +22,11 @@ from .access import Notifier
 from .advice import Advice
 from .fault import restore_exclusive
 from .fork import copy_entries, inherit, needs_copy
-from .frames import ANON
 from .huge import Large, large
 from .mm import Mm
 from .vma import VM_DAX, VM_HUGETLB, VM_READ, VM_SPECIAL, Vma
 from .walk import walk
+from .zones import ANON
 
 
 class Space(Advice):

@@ -9,6 +9,8 @@ swapped page, a snapshot shows nothing there, and whoever touches it has it back
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import numpy.typing as npt
 
@@ -18,9 +20,12 @@ from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, Words
 from hmmnet.runs import RunAllocator
 
 from . import pte
-from .frames import ANON, COMPOUND, PhysicalMemory, lazy_array
-from .mm import Mm
 from .vma import VM_WRITE, Vma
+from .zones import ANON, COMPOUND, lazy_array
+
+if TYPE_CHECKING:
+    from .frames import PhysicalMemory
+    from .mm import Mm
 
 ENOMEM = 12
 KEPT = pte.ANON_EXCLUSIVE | pte.SOFT_DIRTY | pte.UFFD_WP

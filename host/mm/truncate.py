@@ -18,8 +18,8 @@ from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, PAGES_MAX
 
 from . import fault, pte
 from .filemap import File, ranges_of
-from .frames import ANON
 from .mm import Mm
+from .zones import ANON
 
 FILE_PAGES_MAX = PAGES_MAX
 """MAX_LFS_FILESIZE, as far as it can be mapped."""

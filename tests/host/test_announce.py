@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from hmmnet.host.announce import exact_runs
 from hmmnet.host.hub import Hub
 from hmmnet.host.mm.space import Space
-from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, PAGES_MAX
+from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, PAGES_MAX, announced_runs
 
 from .fakes import Bench, words
 
@@ -63,5 +62,5 @@ async def test_a_sharer_nobody_knows_keeps_the_page() -> None:
 
 def test_runs_are_exact_until_there_are_too_many() -> None:
     """Few runs are announced one by one, many as the range that spans them."""
-    assert exact_runs(words(9, 3, 4, 5)) == [(3, 6), (9, 10)]
-    assert exact_runs(words(*range(0, 400, 2))) == [(0, 399)]
+    assert announced_runs(words(9, 3, 4, 5)) == [(3, 6), (9, 10)]
+    assert announced_runs(words(*range(0, 400, 2))) == [(0, 399)]

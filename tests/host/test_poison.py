@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from hmmnet.errors import BusError, KernelError
+from hmmnet.host.service import Host
 from hmmnet.pages import PAGE_SIZE
 from tests.host.scripted_device import running_host
 
 
-def used(host: object) -> int:
-    return sum(node.allocator.used_count for node in host.memory.nodes)  # type: ignore[attr-defined]
+def used(host: Host) -> int:
+    return sum(node.allocator.used_count for node in host.memory.nodes)
 
 
 async def test_poison_reaches_everybody_and_stays() -> None:
@@ -77,3 +78,19 @@ async def test_what_is_nobodys_own_is_busy() -> None:
         with pytest.raises(KernelError, match="EFAULT"):
             await process.madvise(1 << 40, PAGE_SIZE, "HWPOISON")
         assert (await host.report())["poisoned_pages"] == 1
+
+
+async def test_what_cannot_break_is_refused_at_once() -> None:
+    """An address inside a page is EINVAL, more than can be held at once ENOMEM, a hole EFAULT: nothing is poisoned."""
+    async with running_host("gpu0") as (host, _):
+        process = await host.create_process()
+        address = await process.mmap(2 * PAGE_SIZE)
+        for start, length, name in (
+            (address + 8, PAGE_SIZE, "EINVAL"),
+            (address, 1 << 46, "ENOMEM"),
+            (address + (1 << 30), PAGE_SIZE, "EFAULT"),
+        ):
+            with pytest.raises(KernelError, match=name):
+                await process.madvise(start, length, "HWPOISON")
+        assert (await host.report())["poisoned_pages"] == 0
+        await process.exit()

@@ -74,8 +74,8 @@ def test_all_mistakes_at_once() -> None:
     ]
     assert len(problems) == len(wanted)
     for problem, (line, text) in zip(problems, wanted, strict=True):
-        assert problem.startswith(f"bad.toml:{line}: ")
-        assert text in problem
+        assert str(problem).startswith(f"bad.toml:{line}: ")
+        assert text in str(problem)
 
 
 @pytest.mark.parametrize(

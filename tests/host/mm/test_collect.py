@@ -14,10 +14,11 @@ from hmmnet.host.mm import collect as steps
 from hmmnet.host.mm import pte, single
 from hmmnet.host.mm.collect import collect, finalize, inserts, move, restore
 from hmmnet.host.mm.fault import make, protect, touch, zap
-from hmmnet.host.mm.frames import ANON, LOCKED, PhysicalMemory
+from hmmnet.host.mm.frames import PhysicalMemory
 from hmmnet.host.mm.invariants import check
 from hmmnet.host.mm.mm import Mm
 from hmmnet.host.mm.vma import VM_READ, VM_UFFD_MISSING, VM_WRITE, Vma
+from hmmnet.host.mm.zones import ANON, LOCKED
 from hmmnet.pages import MIGRATE_PFN_MIGRATE, MIGRATE_PFN_SHIFT, MIGRATE_PFN_VALID, MIGRATE_PFN_WRITE, ZONE_SHIFT, Words
 
 from .machine import span, words

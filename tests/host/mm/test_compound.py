@@ -10,8 +10,8 @@ import pytest
 
 from hmmnet.host.interfaces import Migration, Select
 from hmmnet.host.mm import pte
-from hmmnet.host.mm.frames import COMPOUND
 from hmmnet.host.mm.space import Space
+from hmmnet.host.mm.zones import COMPOUND
 from hmmnet.pages import HUGE_PAGES, MIGRATE_PFN_MIGRATE, MIGRATE_PFN_SHIFT, MIGRATE_PFN_VALID, Words
 
 from .files import BASE, PAGE, used
@@ -197,3 +197,53 @@ async def test_what_is_given_up_is_a_huge_page_as_before() -> None:
         assert marks(space) == {(pte.PRESENT, True)}
         assert await space.load(BASE, BLOCK) == before
         machine.check()
+
+
+async def test_a_folio_mapped_page_by_page_stays_whole() -> None:
+    """Its huge entry was split, but not the folio, for a page of it is held: a migration of huge pages takes none of its pages."""
+    machine = machine_of()
+    space = await huge_space(machine)
+    await space.split_blocks([FIRST])
+    held = await space.get_pages(FIRST + 5, 1)
+    for pages in (span(FIRST, HUGE_PAGES), span(FIRST + 100, 4)):
+        moved = await migrate(machine, space, pages, device_run(machine, len(pages)))
+        assert moved.cpages == 0
+    assert marks(space) == {(pte.PRESENT, False)}
+    space.put_pages(held)
+    machine.check()
+
+
+async def test_a_further_mapping_is_torn_where_a_part_moves() -> None:
+    """Parent and child share a huge page of the device: four pages of it come home for both, and both map the block page by page."""
+    machine = machine_of()
+    parent = await huge_space(machine)
+    await migrate(machine, parent, span(FIRST, HUGE_PAGES), device_run(machine))
+    child = await machine.fork(parent)
+    assert marks(child) == {(pte.DEVICE, True)}
+    pages = span(FIRST + 8, 4)
+    home = machine.memory.allocate(4)
+    assert home is not None
+    async with parent.mmap_lock.read():
+        migration = parent.collect(pages, Select.DEVICE_PRIVATE, ZONE, told=frozenset({child.number}))
+        assert marks(child) == {(pte.DEVICE, False), (pte.MIGRATION, False)}
+        migration.target[:] = home << np.uint64(MIGRATE_PFN_SHIFT) | np.uint64(MIGRATE_PFN_VALID)
+        machine.copy(migration)
+        parent.migrate_pages(migration)
+        parent.migrate_finalize(migration)
+    assert marks(parent, FIRST + 8, 4) == marks(child, FIRST + 8, 4) == {(pte.PRESENT, False)}
+    machine.check()
+
+
+async def test_a_huge_page_that_somebody_else_maps_unseen_stays_whole() -> None:
+    """A child that was not told maps one page of it alone: none of the 512 moves, and no entry is half a huge page."""
+    machine = machine_of()
+    parent = await huge_space(machine)
+    child = await machine.fork(parent)
+    await child.munmap(BASE + PAGE, BLOCK - PAGE)
+    async with parent.mmap_lock.read():
+        migration = parent.collect(span(FIRST, HUGE_PAGES), WHOLE, ZONE)
+        assert not (migration.source & np.uint64(MIGRATE_PFN_MIGRATE)).any()
+        parent.migrate_pages(migration)
+        parent.migrate_finalize(migration)
+    assert marks(parent) == {(pte.PRESENT, True)}
+    machine.check()

@@ -7,8 +7,9 @@ from random import Random
 import numpy as np
 import pytest
 
-from hmmnet.host.mm import frames as frames_module
-from hmmnet.host.mm.frames import ANON, HostZone, PhysicalMemory
+from hmmnet.host.mm import zones as zones_module
+from hmmnet.host.mm.frames import PhysicalMemory
+from hmmnet.host.mm.zones import ANON, HostZone
 from hmmnet.pages import PAGE_SIZE, ZERO_FRAME, ZONE_SHIFT, is_one_run
 
 from .machine import span, words
@@ -108,7 +109,7 @@ def test_a_lost_zone_tells_no_driver() -> None:
 
 def test_much_free_memory_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond the limit, freed runs go to the operating system and read as zero."""
-    monkeypatch.setattr(frames_module, "FREE_COMMITTED_PAGES_MAX", 16)
+    monkeypatch.setattr(zones_module, "FREE_COMMITTED_PAGES_MAX", 16)
     memory = memory_of(128)
     frames = memory.allocate(64)
     assert frames is not None
