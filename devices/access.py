@@ -42,10 +42,14 @@ class JobError(HmmnetError):
 
 
 class AccessError(JobError):
-    """An access that cannot be served: nothing mapped there, or no right to it. `address` is the first such byte address."""
+    """An access that cannot be served: nothing mapped there, or no right to it. `address` is the first such byte address.
 
-    def __init__(self, address: int, why: str) -> None:
+    `code` is what the host refused it with (a positive errno), 0 where nobody asked the host.
+    """
+
+    def __init__(self, address: int, why: str, code: int = 0) -> None:
         self.address = address
+        self.code = code
         super().__init__(f"fault at 0x{address:x}: {why}")
 
 

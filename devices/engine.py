@@ -16,7 +16,7 @@ from typing import Any
 
 import trio
 
-from hmmnet.errors import HmmnetError
+from hmmnet.errors import HmmnetError, KernelError
 from hmmnet.pages import Words
 
 from .access import Access, AccessError, Array, JobError, Kernel, Load, LoadRange, Request, Steps, open_access
@@ -61,6 +61,7 @@ class JobOutcome:
     counters: JobCounters
     error: str = ""
     fault_address: int | None = None
+    errno: int = 0
 
 
 class Engine:
@@ -79,13 +80,13 @@ class Engine:
         before = replace(self._context.traffic)
         began_s = self._now()
         self.running += 1
-        error, address = "", None
+        error, address, code = "", None, 0
         results: Mapping[str, Any] = {}
         try:
             signature(kernel).bind(**arguments)
             results = await self._drive(kernel(**arguments), placement, counters)
         except AccessError as fault:
-            error, address = str(fault), fault.address
+            error, address, code = str(fault), fault.address, fault.code
         except HmmnetError as failure:
             error = str(failure)
         except Exception as failure:  # noqa: BLE001 - a kernel is a user's code: whatever it raises ends the job, not the device
@@ -94,7 +95,7 @@ class Engine:
             self.running -= 1
         counters.emulated_s = self._now() - began_s
         counters.traffic = self._context.traffic.since(before)
-        return JobOutcome(results, counters, error, address)
+        return JobOutcome(results, counters, error, address, code)
 
     async def _drive(self, steps: Steps, placement: str, counters: JobCounters) -> Mapping[str, Any]:
         try:
@@ -145,4 +146,5 @@ class Engine:
         counters.fault_group_s += ticket.group_s
         if ticket.fatal:
             page = min(ticket.fatal)
-            raise AccessError(access.first_address(page), ticket.fatal[page])
+            cause = ticket.fatal[page]
+            raise AccessError(access.first_address(page), str(cause), cause.code if isinstance(cause, KernelError) else 0)

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from hmmnet.errors import HmmnetError
 from hmmnet.pages import Words
 
 BATCH_PAGES = 256
@@ -32,7 +33,7 @@ class Ticket:
     placement: str
     replay: Callable[[], None]
     """Called once, when every page was serviced or one turned out fatal."""
-    fatal: dict[int, str] = field(default_factory=dict)
+    fatal: dict[int, HmmnetError] = field(default_factory=dict)
     """Pages that cannot be had, and why."""
     fetched: int = 0
     serviced: int = 0
@@ -100,7 +101,7 @@ class FaultBuffer:
         wanted[places[write]] = True
         return Batch(placement, distinct, wanted, parts, len(pages) - len(distinct))
 
-    def finish(self, batch: Batch, fatal: dict[int, str]) -> None:
+    def finish(self, batch: Batch, fatal: dict[int, HmmnetError]) -> None:
         """The pass over `batch` is over; `fatal` pages could not be had. Replays what is complete."""
         for ticket, pages in batch.parts:
             ticket.serviced += len(pages)

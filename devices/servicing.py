@@ -87,11 +87,11 @@ class FaultService:
                 fatal = await self._service(batch)
             except HmmnetError as error:
                 # The host is gone or at fault, or the process is: whoever waits for these pages must not wait for ever.
-                fatal = dict.fromkeys(batch.pages.tolist(), str(error))
+                fatal = dict.fromkeys(batch.pages.tolist(), error)
             self._count(batch, fatal, self._now() - began_s)
             self.buffer.finish(batch, fatal)
 
-    def _count(self, batch: Batch, fatal: dict[int, str], seconds: float) -> None:
+    def _count(self, batch: Batch, fatal: dict[int, HmmnetError], seconds: float) -> None:
         self.counts.groups += 1
         self.counts.group_s += seconds
         self.counts.faults += len(batch.pages)
@@ -102,9 +102,9 @@ class FaultService:
         for ticket, pages in batch.parts:
             ticket.fault_count += len(pages)
 
-    async def _service(self, batch: Batch) -> dict[int, str]:
+    async def _service(self, batch: Batch) -> dict[int, HmmnetError]:
         policy = POLICIES[batch.placement]
-        fatal: dict[int, str] = {}
+        fatal: dict[int, HmmnetError] = {}
         pages, write = self._still_missing(batch.pages, batch.write)
         self.counts.stale += len(batch.pages) - len(pages)
         await self._migrate(pages, write, policy)
@@ -197,7 +197,7 @@ class FaultService:
         except KernelError:
             return  # as above
 
-    async def _map(self, flags: int, fatal: dict[int, str], start: int, end: int) -> None:
+    async def _map(self, flags: int, fatal: dict[int, HmmnetError], start: int, end: int) -> None:
         """Range-fault [start, end); halve it to find the first page that cannot be had. What lies behind it faults again if wanted."""
         try:
             await self._context.range_fault(start, end, flags)
@@ -205,7 +205,7 @@ class FaultService:
             if error.code == EBUSY:
                 return  # the range changes too fast to be read: the replay will fault again
             if end - start == 1:
-                fatal[start] = str(error)
+                fatal[start] = error
                 return
             middle = (start + end) // 2
             known = len(fatal)
@@ -219,14 +219,14 @@ class FaultService:
             for low, high in pieces(stuck):
                 await self._break_cow(low, high, fatal)
 
-    async def _break_cow(self, start: int, end: int, fatal: dict[int, str]) -> None:
+    async def _break_cow(self, start: int, end: int, fatal: dict[int, HmmnetError]) -> None:
         await self._send_home(start, end)
         for page in range(start, end):
             try:
                 await self._context.range_fault(page, page + 1, _REQ_WRITE)
             except KernelError as error:
                 if error.code != EBUSY:
-                    fatal[page] = str(error)
+                    fatal[page] = error
 
     def _cut(self, ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
         """Ranges cut at the borders of subscriptions and at the largest migration."""

@@ -372,13 +372,17 @@ class BlockingMachine:
         """See `Machine.emulated_s`."""
         return self._loop.ask(self._machine.emulated_s)
 
-    def create_process(self, node: str = "") -> BlockingProcess:
+    def create_process(self, node: str = "", cgroup: str = "") -> BlockingProcess:
         """See `Machine.create_process`."""
-        return BlockingProcess(self._loop.call(self._machine.create_process, node), self._loop)
+        return BlockingProcess(self._loop.call(self._machine.create_process, node, cgroup), self._loop)
 
-    def process(self, node: str = "") -> BlockingProcess:
+    def process(self, node: str = "", cgroup: str = "") -> BlockingProcess:
         """The same as `create_process`, for short programs."""
-        return self.create_process(node)
+        return self.create_process(node, cgroup)
+
+    def create_cgroup(self, name: str, limit_bytes: int | None = None) -> None:
+        """See `Machine.create_cgroup`."""
+        self._loop.call(self._machine.create_cgroup, name, limit_bytes)
 
     def report(self) -> dict[str, Any]:
         """See `Machine.report`."""

@@ -49,14 +49,18 @@ class RemoteMachine:
         clock = self._clock
         return clock.epoch_emulated_s + (time.monotonic() - clock.epoch_monotonic_s) * clock.rate
 
-    async def create_process(self, node: str = "") -> RemoteProcess:
+    async def create_process(self, node: str = "", cgroup: str = "") -> RemoteProcess:
         """See `Machine.create_process`."""
-        made = await self._calls.recallable("create_process", lambda made: ("exit", {"process": made}), node=node)
+        made = await self._calls.recallable("create_process", lambda made: ("exit", {"process": made}), node=node, cgroup=cgroup)
         return RemoteProcess(self._calls, int(made))
 
-    async def process(self, node: str = "") -> RemoteProcess:
+    async def process(self, node: str = "", cgroup: str = "") -> RemoteProcess:
         """The same as `create_process`, for short programs."""
-        return await self.create_process(node)
+        return await self.create_process(node, cgroup)
+
+    async def create_cgroup(self, name: str, limit_bytes: int | None = None) -> None:
+        """See `Machine.create_cgroup`."""
+        await self._calls.call("create_cgroup", name=name, limit=limit_bytes)
 
     async def report(self) -> dict[str, Any]:
         """See `Machine.report`."""

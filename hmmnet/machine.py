@@ -65,8 +65,12 @@ class Host(Protocol):
         """The emulated clock goes on at another rate, here and at every peer."""
         ...
 
-    async def create_process(self, node: str = "") -> Process:
+    async def create_process(self, node: str = "", cgroup: str = "") -> Process:
         """A new, empty process."""
+        ...
+
+    async def create_cgroup(self, name: str, limit_bytes: int | None = None) -> None:
+        """A memory cgroup."""
         ...
 
     async def report(self) -> dict[str, Any]:
@@ -108,13 +112,17 @@ class LaunchedMachine:
         """Go on at `rate` emulated seconds for each real second, in every process of the machine. Raises HmmnetError."""
         self.host.set_rate(rate)
 
-    async def create_process(self, node: str = "") -> Process:
+    async def create_process(self, node: str = "", cgroup: str = "") -> Process:
         """A new, empty process."""
-        return await self.host.create_process(node)
+        return await self.host.create_process(node, cgroup)
 
-    async def process(self, node: str = "") -> Process:
+    async def process(self, node: str = "", cgroup: str = "") -> Process:
         """The same as `create_process`, for short programs."""
-        return await self.host.create_process(node)
+        return await self.host.create_process(node, cgroup)
+
+    async def create_cgroup(self, name: str, limit_bytes: int | None = None) -> None:
+        """A memory cgroup for processes to be created in."""
+        await self.host.create_cgroup(name, limit_bytes)
 
     async def report(self) -> dict[str, Any]:
         """Per link asked, reached and whether the emulation kept up; counters of the profile; devices."""

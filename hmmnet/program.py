@@ -277,10 +277,18 @@ class Machine(Protocol):
         """The machine's clock, in emulated seconds."""
         ...
 
-    async def create_process(self, node: str = "") -> Process:
+    async def create_process(self, node: str = "", cgroup: str = "") -> Process:
         """A new, empty process. Its memory comes from host memory `node` (default: the topology's first) while that has room.
 
-        Raises HmmnetError when the topology has no such memory.
+        Its pages, and those of its children, are charged to memory cgroup `cgroup` (default: to nobody). Raises HmmnetError when there is
+        no such memory, or group.
+        """
+        ...
+
+    async def create_cgroup(self, name: str, limit_bytes: int | None = None) -> None:
+        """A memory cgroup: its processes have at most `limit_bytes` (memory.max, whole pages), wherever the pages live; beyond is ENOMEM.
+
+        ``report()["cgroups"][name]`` tells what it has. Raises HmmnetError for a name that is taken, and for a negative limit.
         """
         ...
 

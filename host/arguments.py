@@ -32,6 +32,14 @@ class Create(Operation, frozen=True):
     """``create_process``."""
 
     node: Annotated[str, msgspec.Meta(max_length=NAME_MAX)] = ""
+    cgroup: Annotated[str, msgspec.Meta(max_length=NAME_MAX)] = ""
+
+
+class CreateCgroup(Operation, frozen=True):
+    """``create_cgroup``; without `limit` it has none."""
+
+    name: Annotated[str, msgspec.Meta(max_length=NAME_MAX)]
+    limit: Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)] | None = None
 
 
 class OnProcess(Operation, frozen=True):

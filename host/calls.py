@@ -27,6 +27,7 @@ from .arguments import (
     Allocate,
     Command,
     Create,
+    CreateCgroup,
     CreateFile,
     FaultCopy,
     Fetch,
@@ -98,9 +99,16 @@ async def report(client: Client, _arguments: Operation, _data: bytes) -> Answer:
 async def create_process(client: Client, arguments: Create, _data: bytes) -> Answer:
     """A new process; its pid."""
     client.room_for_process("create_process")
-    process = await client.machine.create_process(arguments.node)
+    process = await client.machine.create_process(arguments.node, arguments.cgroup)
     client.processes[process.pid] = process
     return process.pid, b""
+
+
+@serves(CreateCgroup)
+async def create_cgroup(client: Client, arguments: CreateCgroup, _data: bytes) -> Answer:
+    """A new memory cgroup."""
+    await client.machine.create_cgroup(arguments.name, arguments.limit)
+    return None, b""
 
 
 # --- a process's memory -----------------------------------------------------------------------------------------------------------

@@ -9,16 +9,21 @@ from hmmnet.errors import KernelError
 
 from .mm.filemap import File
 from .mm.frames import PhysicalMemory
+from .mm.memcg import MemoryCgroup
 from .mm.truncate import punch, truncate
 
 
 class MemFd:
-    """See `hmmnet.program.MemoryFile`. Its pages come from host memory `node` while that has room. Raises KernelError: EINVAL, EFBIG."""
+    """See `hmmnet.program.MemoryFile`. Its pages come from host memory `node` while that has room, charged to `group`.
 
-    def __init__(self, memory: PhysicalMemory, length: int, node: int) -> None:
+    Raises KernelError: EINVAL, EFBIG.
+    """
+
+    def __init__(self, memory: PhysicalMemory, length: int, node: int, group: MemoryCgroup | None = None) -> None:
         check_file("memfd_create", 0, length)
         self._file: File | None = File(memory, length)
         self._node = node
+        self._group = group
 
     def file(self, call: str) -> File:
         """What is open. Raises KernelError(EBADF)."""
@@ -44,7 +49,7 @@ class MemFd:
         raw = as_bytes(data)
         check_file("pwrite", offset, len(raw))
         async with file.lock.write():
-            file.write(offset, raw, self._node)
+            file.write(offset, raw, self._node, self._group)
 
     async def punch(self, offset: int, length: int) -> None:
         """fallocate(2) with FALLOC_FL_PUNCH_HOLE."""

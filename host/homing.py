@@ -268,6 +268,7 @@ def poison(memory: PhysicalMemory, frames: Words) -> None:
         mapped.mm.table.scatter(mapped.pages, np.full(len(mapped.pages), pte.entry(pte.MARKER, pte.MARKER_POISON), np.uint64))
         mapped.mm.rss -= len(mapped.pages)
         memory.unmap(frames[mapped.rows])
+    memory.uncharge(frames)
     memory.poisoned += len(frames)
 
 

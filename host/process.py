@@ -118,7 +118,7 @@ class Process:
     async def memfd_create(self, length: int) -> MemFd:
         """memfd_create(2) and ftruncate(2)."""
         self._alive("memfd_create")
-        return MemFd(self.space.memory, length, self.space.node)
+        return MemFd(self.space.memory, length, self.space.node, self.space.mm.cgroup)
 
     async def munmap(self, address: int, length: int) -> None:
         """munmap(2)."""
@@ -250,8 +250,8 @@ class Process:
     async def launch(self, kernel: str, device: str, placement: str = "demand", **arguments: Any) -> JobResult:
         """Run a kernel and wait for it; cancelled, it ends on the device too.
 
-        Raises SegmentationFault or BusError for an access that could not be served, KernelError (ENOENT, EINVAL, E2BIG, ENODEV),
-        RemoteError for a kernel that failed.
+        Raises SegmentationFault or BusError for an access that could not be served, KernelError(ENOMEM) where memory for it was used up,
+        KernelError (ENOENT, EINVAL, E2BIG, ENODEV), RemoteError for a kernel that failed.
         """
         context = await self._context(device)
         packed = msgspec.msgpack.encode(plain_arguments(kernel, arguments))
@@ -271,6 +271,8 @@ class Process:
         if groups > 0:
             moved = int(counters.get("pages_in", 0)) * PAGE_SIZE
             self.contexts.profile.record(GPU_FAULT_GROUP, moved, float(counters.get("fault_group_s", 0.0)), device, groups)
+        if done.error and done.errno == errno.ENOMEM:
+            raise KernelError(errno.ENOMEM, "launch", f'kernel {kernel} on device "{device}": {done.error}')
         if done.error and done.fault_address is not None:
             raise self.space.signal_for(done.fault_address)(done.fault_address, f'kernel {kernel} on device "{device}": {done.error}')
         if done.error:

@@ -301,12 +301,17 @@ class Host:
         """The machine's clock, in emulated seconds."""
         return self.clock.now()
 
-    async def create_process(self, node: str = "") -> Process:
-        """A new, empty process. Its memory comes from host memory `node` (default: the first) while that has room. Raises HmmnetError."""
+    async def create_cgroup(self, name: str, limit_bytes: int | None = None) -> None:
+        """A memory cgroup for processes to be created in (see `host.mm.memcg`). Raises HmmnetError."""
+        self.memory.cgroups.create(name, limit_bytes)
+
+    async def create_process(self, node: str = "", cgroup: str = "") -> Process:
+        """A new, empty process; see `Machine.create_process`. Raises HmmnetError."""
         number = self.memory.node_named(node) if node else 0
+        group = self.memory.cgroups.named(cgroup) if cgroup else None
         hub = Hub()
         space = Space(self._next_pid(), self.memory, hub, self.homing.migrate_to_ram)
-        space.mm.node = number
+        space.mm.node, space.mm.cgroup = number, group
         return self._process(space, hub)
 
     async def _fork(self, parent: Process) -> Process:
@@ -339,7 +344,8 @@ class Host:
         """What the run did so far, as plain data.
 
         ``links``: per link and direction what was asked and reached, and whether the emulation kept up; ``profile``: rows that
-        `hmmnet.observe.counters.Profile.from_json` reads; ``devices``, by name; the clock's ``rate`` and ``emulated_s``.
+        `hmmnet.observe.counters.Profile.from_json` reads; ``devices`` and memory ``cgroups``, by name; the clock's ``rate`` and
+        ``emulated_s``.
         """
         for link in self.links.values():
             link.settle()
@@ -353,6 +359,7 @@ class Host:
             "devices": {name: self._device_figures(device) for name, device in self.devices.items()},
             "processes": len(self.spaces),
             "poisoned_pages": self.memory.poisoned,
+            "cgroups": self.memory.cgroups.as_json(),
             "refused_peers": sum(server.refused_count for server in self._servers),
         }
 

@@ -114,14 +114,20 @@ class PlainMachine:
     def __init__(self) -> None:
         self.processes: list[PlainProcess] = []
         self.nodes: list[str] = []
+        self.memberships: list[str] = []
+        self.cgroups: dict[str, int | None] = {}
 
     def emulated_s(self) -> float:
         return 0.0
 
-    async def create_process(self, node: str = "") -> Process:
+    async def create_process(self, node: str = "", cgroup: str = "") -> Process:
         self.processes.append(PlainProcess(100 * (1 + len(self.processes))))
         self.nodes.append(node)
+        self.memberships.append(cgroup)
         return self.processes[-1]
+
+    async def create_cgroup(self, name: str, limit_bytes: int | None = None) -> None:
+        self.cgroups[name] = limit_bytes
 
     async def report(self) -> dict[str, Any]:
         return {"links": {"pcie0": {"kept_up": True}}}
@@ -174,7 +180,9 @@ async def test_machine_operations() -> None:
         assert 5.0 <= remote.emulated_s() < 35.0
         assert (await remote.create_process()).pid == 100
         assert (await remote.process(node="node1")).pid == 200
-        assert machine.nodes == ["", "node1"]
+        await remote.create_cgroup("small", 4096)
+        await remote.create_process(cgroup="small")
+        assert (machine.nodes, machine.memberships, machine.cgroups) == (["", "node1", ""], ["", "", "small"], {"small": 4096})
         assert isinstance(remote, Machine)
 
 

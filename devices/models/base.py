@@ -404,4 +404,4 @@ def finished(outcome: JobOutcome) -> Finished:
         if len(results) > ARGUMENT_BYTES_MAX:
             error = f"the kernel's results have {len(results)} bytes; at most {ARGUMENT_BYTES_MAX} can be sent"
             results = msgspec.msgpack.encode({})
-    return Finished(results, counters, error[:TEXT_MAX], outcome.fault_address)
+    return Finished(results, counters, error[:TEXT_MAX], outcome.fault_address, outcome.errno)

@@ -256,7 +256,7 @@ class Finished(Message, frozen=True):
     Counters (seconds are emulated): ``emulated_s``, ``requests`` (vectorised accesses), ``replays``, ``faults``, ``fault_groups`` and
     ``fault_group_s`` (service passes and their time; a pass that serves several jobs counts for the first), ``migrations``, ``pages_in``,
     ``pages_out``, ``remote_read_bytes``, ``remote_written_bytes`` (traffic of the job's context while it ran). `fault_address` is the
-    byte address whose access ended the job, nil when it ended otherwise.
+    byte address whose access ended the job, nil when it ended otherwise; `errno` is what the host refused that access with, if it did.
 
     A launch that cannot begin is `Failed`: ENOENT (no such kernel), EINVAL (no such placement, arguments no map), EBADF (context not
     open, or closed while the job ran), EEXIST (job number in use), EMFILE. So is one that was ended: EINTR.
@@ -266,6 +266,7 @@ class Finished(Message, frozen=True):
     counters: Packed
     error: Text = ""
     fault_address: U64 | None = None
+    errno: int = 0
 
 
 class Inspect(Message, frozen=True):
@@ -447,7 +448,8 @@ class DmaGrant(Message, frozen=True):
 class Call(Message, frozen=True):
     """A client's call of a machine or process operation by name. `Result`. `arguments` is a msgpack map, `data` at most one chunk.
 
-    Machine: ``devices`` -> [name], ``report`` -> map, ``create_process`` (node) -> pid. Process operations carry ``process`` (a pid that
+    Machine: ``devices`` -> [name], ``report`` -> map, ``create_process`` (node, cgroup) -> pid,
+    ``create_cgroup`` (name, limit or nil). Process operations carry ``process`` (a pid that
     this client made) and what `hmmnet.program.Process` names: ``mmap`` (length, protection, address or nil, populate, shared,
     file or nil, handle or nil, offset, hugetlb) -> address;
     ``memfd_create`` (length) -> file number; ``file_read`` (file, offset, length) -> data, ``file_write`` (file, offset) with data -> size,

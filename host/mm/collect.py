@@ -40,6 +40,7 @@ from hmmnet.pages import (
 from . import pte, single
 from .compound import fit_targets, join_inserted, tear_collected, tear_mapped
 from .frames import PhysicalMemory
+from .memcg import CHARGE_MASK
 from .mm import Mm
 from .rmap import Mapped, Rows, mappings, places
 from .vma import VM_UFFD_MISSING, VM_WRITE
@@ -298,6 +299,10 @@ def _insert(mm: Mm, migration: Migration) -> None:
             index[inside] = mm.anon_index(vma, pages[inside])
             anon[inside] = vma.anon
     ready &= bits != 0
+    charge = 0
+    if mm.cgroup is not None:
+        ready[np.flatnonzero(ready)[mm.cgroup.charge_some(int(np.count_nonzero(ready))) :]] = False
+        charge = mm.cgroup.charge_bits
     if not ready.all():
         migration.source[rows[~ready]] &= NOT_MIGRATE
         rows, pages, bits, entries = rows[ready], pages[ready], bits[ready], entries[ready]
@@ -314,7 +319,7 @@ def _insert(mm: Mm, migration: Migration) -> None:
     mm.rss += len(rows)
     for zone, part, where in mm.memory.groups(frames):
         zone.refcount[where] = 1
-        zone.flags[where] = ANON | LOCKED
+        zone.flags[where] = ANON | LOCKED | charge
         zone.mapping[where] = anon[part]
         zone.index[where] = index[part]
     for zone, _, where in mm.memory.groups(frames[huge]) if huge.any() else ():
@@ -333,6 +338,7 @@ def restore(memory: PhysicalMemory, mm: Mm | None, migration: Migration) -> None
         there = (entries & pte.KIND == pte.MIGRATION) & (pte.frames_of(entries) == frames)
         mm.table.scatter(pages[there], migration.saved[empty][there])
         mm.rss -= int(np.count_nonzero(there))
+        memory.cgroups.uncharge(memory.field(frames, "flags"))
     for zone, _, where in memory.groups(_frames(migration.target[going & (migration.target != 0)])):
         zone.flags[where] = 0
         zone.mapping[where] = 0
@@ -412,9 +418,9 @@ def _settle(memory: PhysicalMemory, frames: Words, count: npt.NDArray[np.int32])
 
 
 def _release(memory: PhysicalMemory, frames: Words) -> None:
-    """`frames` were moved away from: the lock and the migration's reference go."""
+    """`frames` were moved away from: the lock and the migration's reference go; the charge has gone with the page."""
     for zone, rows, where in memory.groups(frames):
-        zone.flags[where] &= ~np.uint32(LOCKED)
+        zone.flags[where] &= ~np.uint32(LOCKED | CHARGE_MASK)
         zone.refcount[where] -= 1
         memory.free_unused(zone, frames[rows], where)
 

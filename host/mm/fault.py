@@ -17,7 +17,6 @@ from enum import IntEnum
 import numpy as np
 import numpy.typing as npt
 
-from hmmnet.errors import KernelError
 from hmmnet.pages import HUGE_PAGES, ZERO_FRAME, Words
 
 from . import huge, pte
@@ -111,19 +110,15 @@ def touch_one(mm: Mm, vma: Vma, page: int, write: bool) -> bool:
         return False
     elif write:
         mm.anon_prepare(vma)
-        frame = mm.memory.allocate_one(vma.anon, page - vma.start + vma.pgoff, mm.node)
+        frame = mm.memory.allocate_one(vma.anon, page - vma.start + vma.pgoff, mm.node, mm.cgroup)
         if frame is None:
-            raise _out_of_memory(mm, 1)
+            raise mm.out_of_memory("page fault", 1)
         mm.rss += 1
         entry = pte.entry(pte.PRESENT, frame, pte.FRESH_WRITE)
     else:
         entry = pte.entry(pte.PRESENT, ZERO_FRAME, pte.ZERO_ENTRY)
     mm.table.set(page, entry)
     return True
-
-
-def _out_of_memory(mm: Mm, count: int) -> KernelError:
-    return KernelError(ENOMEM, "page fault", f"process {mm.number} wants {count} pages and the host's memory is used up")
 
 
 def _settled(mm: Mm, pages: Words, entries: Words, write: bool) -> bool:
@@ -203,7 +198,7 @@ def _populate_from_file(mm: Mm, vma: Vma, pages: Words, write: bool, node: int) 
         read_fault(mm, vma, pages, node)
         return
     assert vma.file is not None, "a VMA with a file"
-    frames = vma.file.filled(file_offsets(vma, pages), node)
+    frames = vma.file.filled(file_offsets(vma, pages), node, mm.cgroup)
     if vma.flags & VM_SHARED:
         map_file(mm, vma, pages, frames, write=True)
     else:
@@ -212,9 +207,9 @@ def _populate_from_file(mm: Mm, vma: Vma, pages: Words, write: bool, node: int) 
 
 def make(mm: Mm, vma: Vma, pages: Words, bits: int, keep: slice | None = None, node: int | None = None) -> Words:
     """New anonymous pages at `pages`, present with `bits`; their frames. Raises KernelError(ENOMEM)."""
-    frames = mm.memory.allocate(len(pages), mm.node if node is None else node, keep=keep)
+    frames = mm.memory.allocate_charged(mm.cgroup, len(pages), mm.node if node is None else node, keep)
     if frames is None:
-        raise _out_of_memory(mm, len(pages))
+        raise mm.out_of_memory("page fault", len(pages))
     index = mm.anon_index(vma, pages)
     mm.memory.map_new(frames, vma.anon, index)
     mm.table.scatter(pages, pte.entries_of(pte.PRESENT, frames, bits))

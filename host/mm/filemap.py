@@ -30,6 +30,7 @@ from hmmnet.sparse import SparseTable
 from . import pte
 from .frames import PhysicalMemory
 from .locks import RwLock
+from .memcg import MemoryCgroup
 from .mm import Mm
 from .vma import VM_SHARED, VM_WRITE, Vma
 
@@ -66,14 +67,19 @@ class File:
         """The frames at page `offsets`; 0 for holes."""
         return self._cache.gather(offsets)
 
-    def filled(self, offsets: Words, node: int) -> Words:
-        """The frames at page `offsets` (distinct); holes get zeroed ones, from `node` if it has room. Raises KernelError(ENOMEM)."""
+    def filled(self, offsets: Words, node: int, group: MemoryCgroup | None) -> Words:
+        """The frames at page `offsets` (distinct); holes get zeroed ones, from `node` if it has room, charged to `group`.
+
+        Raises KernelError(ENOMEM).
+        """
         frames = self._cache.gather(offsets)
         holes = frames == 0
         if holes.any():
-            new = self.memory.allocate(int(np.count_nonzero(holes)), node)
+            new = self.memory.allocate_charged(group, int(np.count_nonzero(holes)), node)
             if new is None:
-                raise KernelError(ENOMEM, "page fault", f"a file wants {np.count_nonzero(holes)} pages and the host's memory is used up")
+                wanted = int(np.count_nonzero(holes))
+                why = ("" if group is None else group.shortage(wanted)) or "the host's memory is used up"
+                raise KernelError(ENOMEM, "page fault", f"a file wants {wanted} pages and {why}")
             for zone, rows, at in self.memory.groups(new):
                 zone.mapping[at] = self.number
                 zone.index[at] = offsets[holes][rows]
@@ -103,11 +109,11 @@ class File:
         first = offset & PAGE_SIZE - 1
         return out[first : first + length].tobytes()
 
-    def write(self, offset: int, data: Bytes, node: int) -> None:
+    def write(self, offset: int, data: Bytes, node: int, group: MemoryCgroup | None = None) -> None:
         """pwrite(2): the file grows where `data` goes beyond its end. Raises KernelError(ENOMEM)."""
         if len(data) == 0:
             return
-        frames = self.filled(_covering(offset, len(data)), node)
+        frames = self.filled(_covering(offset, len(data)), node, group)
         self.memory.write(frames, offset & PAGE_SIZE - 1, data)
         self.size = max(self.size, offset + len(data))
 
@@ -173,7 +179,7 @@ def read_fault(mm: Mm, vma: Vma, pages: Words, node: int) -> None:
     """do_read_fault for each of `pages` (ascending, empty, inside the file): they are mapped, and what is cached around them."""
     assert vma.file is not None, "a VMA with a file"
     windows = _windows(vma, pages)
-    map_file(mm, vma, pages, vma.file.filled(file_offsets(vma, pages), node), write=False)
+    map_file(mm, vma, pages, vma.file.filled(file_offsets(vma, pages), node, mm.cgroup), write=False)
     _map_cached(mm, vma, windows)
 
 

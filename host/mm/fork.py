@@ -11,7 +11,6 @@ from dataclasses import replace
 
 import numpy as np
 
-from hmmnet.errors import KernelError
 from hmmnet.pages import HUGE_SHIFT, Words
 
 from . import huge, pte
@@ -79,9 +78,9 @@ def _share(parent: Mm, child: Mm, vma: Vma, part: Words, where: np.ndarray[tuple
 
 def _copies(parent: Mm, child: Mm, vma: Vma, entries: Words, pages: Words) -> Words:
     """copy_present_page: pages of the child's own, with the same bytes."""
-    frames = parent.memory.allocate(len(entries), parent.node, keep=slice(0, len(entries)))
+    frames = parent.memory.allocate_charged(child.cgroup, len(entries), parent.node, slice(0, len(entries)))
     if frames is None:
-        raise KernelError(ENOMEM, "fork", f"{len(entries)} pinned pages have to be copied and the host's memory is used up")
+        raise child.out_of_memory("fork", len(entries))
     parent.memory.copy(pte.frames_of(entries), frames)
     heir = child.vmas.find(int(pages[0]))
     assert heir is not None, "entries are copied into an inherited VMA"

@@ -21,6 +21,7 @@ from hmmnet.arena import Arena, Bytes
 from hmmnet.errors import HmmnetError
 from hmmnet.pages import (
     DEVICE_ZONE_MIN,
+    HUGE_PAGES,
     PAGE_SHIFT,
     PAGE_SIZE,
     ZONE_SHIFT,
@@ -30,6 +31,7 @@ from hmmnet.pages import (
     run_bounds,
 )
 
+from .memcg import CHARGE_MASK, MemoryCgroup, MemoryCgroups
 from .swap import Swap
 from .zones import ANON, CpuZone, HostZone, Index, Zone
 
@@ -59,6 +61,7 @@ class PhysicalMemory:
         """The family of each anon_vma."""
         self.files: weakref.WeakValueDictionary[int, File] = weakref.WeakValueDictionary()
         """Files by number; frames of their page caches carry it as `mapping`."""
+        self.cgroups = MemoryCgroups()
         self.poisoned = 0
         """Frames that have broken; they stay allocated."""
         self._numbers = 0
@@ -172,6 +175,20 @@ class PhysicalMemory:
         """The nodes in the order in which they are asked for frames: `node` first, as the preferred node of a memory policy."""
         return [*self.nodes[node:], *self.nodes[:node]] if node else self.nodes
 
+    def allocate_charged(self, group: MemoryCgroup | None, count: int, node: int = 0, keep: slice | None = None) -> Words | None:
+        """`allocate` for a process of `group`. None when the host is out of memory, or the group at its limit."""
+        if group is None:
+            return self.allocate(count, node, keep)
+        if not group.try_charge(count):
+            return None
+        frames = self.allocate(count, node, keep)
+        if frames is None:
+            group.uncharge(count)
+            return None
+        for zone, _, where in self.groups(frames):
+            zone.flags[where] = group.charge_bits
+        return frames
+
     def allocate(self, count: int, node: int = 0, keep: slice | None = None) -> Words | None:
         """`count` zeroed host frames with one reference each, in as few runs as can be, from `node` or where there is room.
 
@@ -191,12 +208,21 @@ class PhysicalMemory:
             count -= len(part)
         return np.concatenate(parts)
 
-    def allocate_huge(self, node: int = 0) -> Words | None:
-        """An aligned run of 512 zeroed host frames with one reference each, from `node` or where there is one; None when nowhere."""
+    def allocate_huge(self, node: int = 0, group: MemoryCgroup | None = None) -> Words | None:
+        """An aligned run of 512 zeroed host frames with one reference each, from `node` or where there is one; None when nowhere.
+
+        `group` is charged; None, too, when it is at its limit.
+        """
+        if group is not None and not group.try_charge(HUGE_PAGES):
+            return None
         for zone in self._from(node):
             frames = zone.allocate_huge()
             if frames is not None:
+                if group is not None:
+                    zone.flags[zone.at(frames)] = group.charge_bits
                 return frames
+        if group is not None:
+            group.uncharge(HUGE_PAGES)
         return None
 
     def allocate_bare(self, node: int = 0) -> int | None:
@@ -207,8 +233,10 @@ class PhysicalMemory:
                 return frame
         return None
 
-    def allocate_one(self, mapping: int, index: int, node: int = 0) -> int | None:
-        """A zeroed frame that becomes an anonymous page of anon_vma `mapping`, mapped once: `allocate` and `map_new` for one."""
+    def allocate_one(self, mapping: int, index: int, node: int = 0, group: MemoryCgroup | None = None) -> int | None:
+        """A zeroed frame that becomes an anonymous page of anon_vma `mapping`, mapped once: `allocate_charged` and `map_new` for one."""
+        if group is not None and not group.try_charge(1):
+            return None
         for zone in self._from(node):
             got = zone.allocator.allocate(1)
             if got is not None:
@@ -217,10 +245,12 @@ class PhysicalMemory:
                 if not got.zeroed:
                     zone.zero_one(at)
                 zone.refcount[at] = zone.mapcount[at] = 1
-                zone.flags[at] = ANON
+                zone.flags[at] = ANON if group is None else ANON | group.charge_bits
                 zone.mapping[at] = mapping
                 zone.index[at] = index
                 return frame
+        if group is not None:
+            group.uncharge(1)
         return None
 
     def put(self, frames: Words) -> None:
@@ -245,6 +275,7 @@ class PhysicalMemory:
         left = int(zone.refcount[at]) - 1
         zone.refcount[at] = left
         if left == 0:
+            self.cgroups.uncharge(zone.flags[at])
             zone.flags[at] = 0
             zone.mapping[at] = 0
             if isinstance(zone, HostZone):
@@ -253,6 +284,7 @@ class PhysicalMemory:
                 zone.on_free(np.array([frame], np.uint64))
 
     def _free(self, zone: Zone, frames: Words, where: Index) -> None:
+        self.cgroups.uncharge(zone.flags[where])
         zone.flags[where] = 0
         zone.mapping[where] = 0
         if isinstance(zone, HostZone):
@@ -260,13 +292,19 @@ class PhysicalMemory:
         elif zone.on_free is not None:
             zone.on_free(frames)
 
+    def uncharge(self, frames: Words) -> None:
+        """`frames` are no group's any more, and stay allocated."""
+        for zone, _, where in self.groups(frames):
+            self.cgroups.uncharge(zone.flags[where])
+            zone.flags[where] &= ~np.uint32(CHARGE_MASK)
+
     # --- mappings ---------------------------------------------------------------------------------------------------------------
 
     def map_new(self, frames: Words, mapping: int, index: Words) -> None:
         """Frames that were just allocated become anonymous pages of anon_vma `mapping`, mapped once each."""
         for zone, rows, where in self.groups(frames):
             zone.mapcount[where] = 1
-            zone.flags[where] = ANON
+            zone.flags[where] |= ANON
             zone.mapping[where] = mapping
             zone.index[where] = index[rows]
 

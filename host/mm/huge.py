@@ -91,7 +91,7 @@ def _make(mm: Mm, vma: Vma, block: int, *, write: bool, node: int) -> bool:
         zero = np.full(HUGE_PAGES, pte.entry(pte.PRESENT, ZERO_FRAME, pte.ZERO_ENTRY | pte.HUGE), np.uint64)
         mm.table.write(block, zero)
         return True
-    frames = mm.memory.allocate_huge(node)
+    frames = mm.memory.allocate_huge(node, None if vma.flags & VM_HUGETLB else mm.cgroup)
     if frames is None:
         if vma.flags & VM_HUGETLB:
             raise KernelError(ENOMEM, "page fault", f"process {mm.number} wants a huge page and the host has no 2 MiB in one piece")

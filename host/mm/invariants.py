@@ -15,6 +15,7 @@ from hmmnet.pages import PAGES_MAX, Words
 
 from . import pte
 from .frames import PhysicalMemory
+from .memcg import CHARGE_SHIFT
 from .mm import Mm
 from .vma import VM_WRITE, Vma
 from .zones import ANON, LOCKED, HostZone, Zone
@@ -38,6 +39,12 @@ def check(memory: PhysicalMemory, mms: Iterable[Mm], *, quiet: bool = True) -> N
     for zone in memory.zones.values():
         inside = (frames >= zone.base) & (frames < zone.base + zone.count)
         _check_zone(zone, frames[inside], counts[inside].astype(np.int64), quiet=quiet)
+    if quiet:
+        charged = np.concatenate([zone.flags >> np.uint32(CHARGE_SHIFT) for zone in memory.zones.values()])
+        per_group = {number: pages for number, pages in enumerate(np.bincount(charged).tolist()) if number and pages}
+        assert per_group == memory.cgroups.charged(), (
+            f"pages charged to memory cgroups (I4): {per_group}, they say {memory.cgroups.charged()}"
+        )
 
 
 def _check_vmas(mm: Mm) -> None:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from hmmnet.errors import SegmentationFault
+from hmmnet.errors import KernelError, SegmentationFault
 from hmmnet.pages import PAGE_SHIFT, Words
 from hmmnet.sparse import SparseTable
 
 from .frames import PhysicalMemory
+from .memcg import MemoryCgroup
 from .vma import Vma, VmaTree
+
+ENOMEM = 12
 
 
 class Mm:
@@ -25,6 +28,8 @@ class Mm:
         self.family = family or number
         self.node = 0
         """The host memory that new pages come from while it has room (numactl --preferred); a child inherits it."""
+        self.cgroup: MemoryCgroup | None = None
+        """To which memory cgroup its new pages are charged; a child inherits it."""
         self.vmas = VmaTree()
         self.table = SparseTable()
         """The page table: virtual page -> entry (`pte`)."""
@@ -42,6 +47,12 @@ class Mm:
         members.remove(self)
         if not members:
             self.memory.forget_family(self.family)
+
+    def out_of_memory(self, call: str, pages: int) -> KernelError:
+        """What a call fails with that wanted `pages` and did not get them, from the host or within the limit of its group."""
+        why = "" if self.cgroup is None else self.cgroup.shortage(pages)
+        why = why or "the host's memory is used up"
+        return KernelError(ENOMEM, call, f"process {self.number} wants {pages} pages and {why}")
 
     def anon_prepare(self, vma: Vma) -> None:
         """anon_vma_prepare: the VMA gets its anon_vma, a neighbour's if that will do."""

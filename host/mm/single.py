@@ -20,6 +20,7 @@ from hmmnet.pages import (
 
 from . import pte
 from .frames import PhysicalMemory
+from .memcg import CHARGE_MASK
 from .mm import Mm
 from .zones import ANON, COMPOUND, DEVICE_EXTRA_REFERENCES, LOCKED, HostZone
 
@@ -97,7 +98,7 @@ def finalize(memory: PhysicalMemory, mm: Mm, migration: Migration) -> bool:
     zone.flags[at] &= ~LOCKED & 0xFFFFFFFF
     if goes:
         left = memory.zones[came >> ZONE_SHIFT]
-        left.flags[came - left.base] &= ~LOCKED & 0xFFFFFFFF
+        left.flags[came - left.base] &= ~(LOCKED | CHARGE_MASK) & 0xFFFFFFFF
         memory.put_one(came)
     elif target and target >> MIGRATE_PFN_SHIFT + ZONE_SHIFT < DEVICE_ZONE_MIN:
         memory.put_one(target >> MIGRATE_PFN_SHIFT)
@@ -137,6 +138,7 @@ def bring(mm: Mm, page: int, frame: int, target: int) -> None:
     entry = mm.table.get(page)
     if entry & pte.KIND == pte.MIGRATION and entry >> pte.FRAME_SHIFT == frame:
         destination.flags[there] = flags & ~COMPOUND
+        zone.flags[at] = flags & ~CHARGE_MASK
         destination.mapping[there] = zone.mapping[at]
         destination.index[there] = zone.index[at]
         destination.mapcount[there] = 1

@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 
 from hmmnet.arena import Arena
-from hmmnet.errors import KernelError
 from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, Words
 from hmmnet.runs import RunAllocator
 
@@ -107,9 +106,9 @@ def swap_in(mm: Mm, vma: Vma, pages: Words, entries: Words, node: int) -> None:
     """do_swap_page for those `entries` of `pages` that are swapped: they are present again. Raises KernelError(ENOMEM)."""
     swapped = np.flatnonzero(entries & pte.KIND == pte.SWAP)
     pages, old = pages[swapped], entries[swapped]
-    frames = mm.memory.allocate(len(pages), node, keep=slice(0, len(pages)))
+    frames = mm.memory.allocate_charged(mm.cgroup, len(pages), node, slice(0, len(pages)))
     if frames is None:
-        raise KernelError(ENOMEM, "page fault", f"{len(pages)} pages want to come back from swap and the host's memory is used up")
+        raise mm.out_of_memory("page fault", len(pages))
     slots = pte.frames_of(old)
     mm.memory.swap.load(mm.memory, slots, frames)
     own = (old & pte.ANON_EXCLUSIVE != 0) | mm.memory.swap.alone(slots)

@@ -101,7 +101,7 @@ class SystemCalls(Pins):
             raise KernelError(errno.ENOMEM, "mmap", f"the driver wants {vma.end - vma.start} pages and the host's memory is used up")
         pages = np.arange(vma.start, vma.end, dtype=np.uint64)
         pages = pages[self.mm.table.gather(pages) == 0]
-        map_file(self.mm, vma, pages, file.filled(file_offsets(vma, pages), self.mm.node), write=False)
+        map_file(self.mm, vma, pages, file.filled(file_offsets(vma, pages), self.mm.node, self.mm.cgroup), write=False)
 
     def _gap(self, count: int, call: str) -> int:
         gap = self.mm.vmas.find_gap(count)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from hmmnet.devices.faultbuffer import FaultBuffer, Ticket
+from hmmnet.errors import HmmnetError
 from hmmnet.pages import Words
 
 
@@ -68,15 +69,16 @@ def test_placements_do_not_mix() -> None:
 def test_a_fatal_page_ends_its_tickets_only() -> None:
     """Who touched the bad page is replayed at once with the reason; others go on."""
     buffer, replays = FaultBuffer(), Replays()
+    reason = HmmnetError("no such page")
     bad = replays.ticket("bad", list(range(300)))
     good = replays.ticket("good", [900])
     buffer.push(bad)
     buffer.push(good)
     batch = buffer.fetch(limit=100)
     assert batch is not None
-    buffer.finish(batch, {7: "EFAULT"})
+    buffer.finish(batch, {7: reason})
     assert replays == ["bad"]
-    assert bad.fatal == {7: "EFAULT"}
+    assert bad.fatal == {7: reason}
     batch = buffer.fetch()
     assert batch is not None
     assert batch.pages.tolist() == [900]

@@ -90,13 +90,17 @@ class RecordingMachine:
 
     def __init__(self) -> None:
         self.processes: list[RecordingProcess] = []
+        self.cgroups: dict[str, int | None] = {}
 
     def emulated_s(self) -> float:
         return 0.0
 
-    async def create_process(self, node: str = "") -> RecordingProcess:
+    async def create_process(self, node: str = "", cgroup: str = "") -> RecordingProcess:
         self.processes.append(RecordingProcess(len(self.processes) + 1))
         return self.processes[-1]
+
+    async def create_cgroup(self, name: str, limit_bytes: int | None = None) -> None:
+        self.cgroups[name] = limit_bytes
 
     async def report(self) -> dict[str, Any]:
         return {"links": []}

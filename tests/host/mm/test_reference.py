@@ -73,6 +73,7 @@ class Player:
         """One process: small pages, then a block that asks for huge ones, and a few pages more."""
         space = self.machine.process()
         self.spaces[space.number] = space
+        space.mm.cgroup = self.machine.memory.cgroups.create("all", None)  # children are members, too: the machine's check counts (I4)
         await self._map(space, FIRST, END - FIRST)
         await space.madvise(BLOCK * PAGE, HUGE_PAGES * PAGE, "HUGEPAGE")
 
