@@ -74,16 +74,17 @@ async def serve(
     connect_s: float = CONNECT_S,
     made: Callable[[Device], None] | None = None,
     trim: Callable[[], None] = lambda: None,
+    pid: int = 0,
     **timing: float,
 ) -> PeerLost:
     """Be the device called `name` until its session ends; returns why it ended. Says goodbye when cancelled.
 
     `incarnation` must be larger than that of any earlier life of this device. `made` is shown the device once it exists, `trim` is
-    called when it has become idle. `timing` are `heartbeat_s`, `lease_s`, `retry_s`, `patience_s` of `connect`. Raises PeerRefused,
-    PeerLost (no host), HmmnetError (no such model).
+    called when it has become idle. `pid` is whose process it is (default: this one's). `timing` are `heartbeat_s`, `lease_s`, `retry_s`,
+    `patience_s` of `connect`. Raises PeerRefused, PeerLost (no host), HmmnetError (no such model).
     """
     emulated = clock or EmulatedClock()
-    hello = Hello(PROTOCOL_VERSION, "device", name, incarnation, os.getpid(), secret)
+    hello = Hello(PROTOCOL_VERSION, "device", name, incarnation, pid or os.getpid(), secret)
     over = trio.Event()
     device: Device | None = None
     try:

@@ -1,7 +1,8 @@
 """hmmnet: a multi-GPU machine in software.
 
-``hmmnet.launch("two-gpus")`` starts one for the calling program, ``hmmnet.attach("NAME")`` uses one that runs already. Both are imported
-when first used, because device processes import this package too and must stay small.
+``hmmnet.launch("two-gpus")`` starts one for the calling program, ``hmmnet.attach("NAME")`` uses one that runs already,
+``hmmnet.simulate(main, "two-gpus", seed=7)`` runs a program on one in virtual time. All are imported when first used, because
+device processes import this package too and must stay small.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .client import attach
     from .machine import launch
+    from .sim import simulate
 
-__all__ = ["attach", "launch"]
+__all__ = ["attach", "launch", "simulate"]
 
-_PLACES = {"attach": "hmmnet.client", "launch": "hmmnet.machine"}
+_PLACES = {"attach": "hmmnet.client", "launch": "hmmnet.machine", "simulate": "hmmnet.sim"}
 
 
 def __getattr__(name: str) -> Any:

@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 
 from hmmnet.fabric.arbiter import Arbiter, Flow
-from hmmnet.fabric.clock import SLEEP_MIN_S, EmulatedClock
+from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.fabric.dma import MultiArena
 from hmmnet.fabric.singles import Singles
 from hmmnet.observe.counters import DEVICE_TO_HOST, Profile
@@ -51,7 +51,7 @@ class Interconnect:
         begin_s, due_s = way.turn(nbytes, self.now())
         for link in way.links:
             link.record(nbytes, begin_s, due_s, due_s)
-        if self.clock.real_until(due_s) >= SLEEP_MIN_S:
+        if self.clock.real_until(due_s) >= self.clock.sleep_min_s:
             self._memory.owed = partial(self._pass_time, way, due_s)
 
     async def _pass_time(self, way: Singles, due_s: float) -> None:
@@ -75,7 +75,7 @@ class Interconnect:
         begin_s, due_s = way.turn(nbytes, start_s)
         now_s = self.now()
         if now_s < due_s:
-            if self.clock.real_until(due_s) >= SLEEP_MIN_S:
+            if self.clock.real_until(due_s) >= self.clock.sleep_min_s:
                 with way.held(self.now):
                     await self.clock.sleep_until(due_s)
             now_s = due_s

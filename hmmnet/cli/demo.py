@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .worlds import WORLD_HELP, World
+
 if TYPE_CHECKING:
     from hmmnet.demo.data import Input
+    from hmmnet.sim.worlds import WorldName
 
 MEBIBYTE = 1 << 20
 SEED = 1
@@ -25,7 +28,8 @@ def demo(
     topology: Annotated[str, typer.Option(help="The machine: a preset's name or a TOML file.")] = "two-gpus",
     limit_mib: Annotated[int, typer.Option(min=1, max=256, help="Read at most so much of the text.")] = 4,
     rate: Annotated[str, typer.Option(help="Emulated seconds for a real one: auto (measured) or a number.")] = "auto",
-    seed: Annotated[int, typer.Option(help="Which words are looked up.")] = SEED,
+    seed: Annotated[int, typer.Option(help="Which words are looked up; with --world sim the order of events, too.")] = SEED,
+    world: Annotated[World, typer.Option(help=WORLD_HELP)] = World.real,
     svg: Annotated[Path | None, typer.Option(help="Write where the pages live over time to this file.", show_default=False)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print what happened for programs.")] = False,
 ) -> int:
@@ -46,14 +50,13 @@ def demo(
     if not any(byte in _WORD_BYTES for byte in text.text[:4096]) and not any(byte in _WORD_BYTES for byte in text.text):
         print(f"hmmnet demo: {text.source}: holds no word ([A-Za-z0-9_]); give another file to --input", file=sys.stderr)
         return 2
-    return _conduct(text, topology, rate, seed, svg, as_json=as_json)
+    return _conduct(text, topology, rate, seed, world.value, svg, as_json=as_json)
 
 
 _WORD_BYTES = frozenset(b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ_abcdefghijklmnopqrstuvwxyz")
 
 
-def _conduct(text: Input, topology: str, rate: str, seed: int, svg: Path | None, *, as_json: bool) -> int:
-    import trio
+def _conduct(text: Input, topology: str, rate: str, seed: int, world: WorldName, svg: Path | None, *, as_json: bool) -> int:
     from rich.console import Console
 
     from hmmnet.demo.conduct import Conductor
@@ -61,13 +64,16 @@ def _conduct(text: Input, topology: str, rate: str, seed: int, svg: Path | None,
     from hmmnet.errors import HmmnetError
     from hmmnet.launcher.rate import parse_rate
     from hmmnet.observe.residency import svg_picture
+    from hmmnet.sim.worlds import run_in
 
     if svg is not None:
         writable(svg)
     screen = Screen(Console(quiet=as_json))
     screen.reading(text, topology)
-    conductor = Conductor(text, topology, seed, screen.tell, screen.started, parse_rate(rate))
-    outcome = trio.run(conductor.run)
+    if world == "sim" and rate != "auto":
+        raise HmmnetError("--rate and --world sim exclude each other: in virtual time every link holds")
+    conductor = Conductor(text, topology, seed, screen.tell, screen.started, parse_rate(rate), world=world)
+    outcome = run_in(world, conductor.run, seed=seed)
     unwritten: OSError | None = None
     if svg is not None:
         try:

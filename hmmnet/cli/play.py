@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .worlds import WORLD_HELP, World
+
 if TYPE_CHECKING:
     from rich.console import Console
 
     from hmmnet.play.compare import Outcome
     from hmmnet.play.script import Script
+    from hmmnet.sim.worlds import WorldName
 
 PROGRESS_EVERY_S = 2.0
 """Between progress lines; a terminal's reader wants to see life, a log's reader wants few lines."""
@@ -25,7 +28,8 @@ PROGRESS_EVERY_S = 2.0
 
 def play(
     files: Annotated[list[Path], typer.Argument(help="Trace files, each holding many scripts.", show_default=False)],
-    world: Annotated[str, typer.Option(help="What plays them: real (one host and four dmirror device processes).")] = "real",
+    world: Annotated[World, typer.Option(help=WORLD_HELP)] = World.real,
+    seed: Annotated[int, typer.Option(help="With --world sim: from which the order of events is drawn.")] = 0,
     only: Annotated[list[str] | None, typer.Option(help="Scripts to play, by name or pattern such as 'h0*'; may be repeated.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print counts and differences for programs.")] = False,
     everything: Annotated[bool, typer.Option("--all", help="Show every script that differs, not the first ten.")] = False,
@@ -39,18 +43,18 @@ def play(
     try:
         count = f"{len(files)} files" if len(files) > 1 else files[0].name
         print(f"reading {count}", file=sys.stderr, flush=True)
-        return _play(files, world, only or [], as_json=as_json, everything=everything)
+        return _play(files, world.value, seed, only or [], as_json=as_json, everything=everything)
     except (ScriptError, ValueError) as error:
         print(f"hmmnet play: {error}", file=sys.stderr)
         return 2
 
 
-def _play(files: Sequence[Path], world: str, only: Sequence[str], *, as_json: bool, everything: bool) -> int:
-    import trio
+def _play(files: Sequence[Path], world: WorldName, seed: int, only: Sequence[str], *, as_json: bool, everything: bool) -> int:
     from rich.console import Console
 
     from hmmnet.play.report import show_differences, show_summary
     from hmmnet.play.world import launcher, play_all, prepare_all
+    from hmmnet.sim.worlds import run_in
 
     launch = launcher(world)
     scripts = chosen_scripts(files, only)
@@ -58,7 +62,7 @@ def _play(files: Sequence[Path], world: str, only: Sequence[str], *, as_json: bo
     notes = Console(stderr=True)
     progress = Progress(notes, len(scripts))
     try:
-        tally = trio.run(play_all, prepared, launch, progress.on_outcome)
+        tally = run_in(world, play_all, prepared, launch, progress.on_outcome, seed=seed)
     finally:
         progress.done()
     if as_json:

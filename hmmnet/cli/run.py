@@ -12,6 +12,8 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from .worlds import WORLD_HELP, World
+
 TOPOLOGY = "two-gpus"
 NUMBERS: dict[Any, tuple[type, ...]] = {int: (int,), float: (int, float)}
 """What may be given for a parameter of a type."""
@@ -27,6 +29,8 @@ def run(
     ] = None,
     on: Annotated[str | None, typer.Option(help="Use this running machine instead of starting one.", show_default=False)] = None,
     rate: Annotated[str, typer.Option(help="Emulated seconds for a real one: auto (measured) or a number.")] = "auto",
+    world: Annotated[World, typer.Option(help=WORLD_HELP)] = World.real,
+    seed: Annotated[int, typer.Option(help="With --world sim: from which the order of events is drawn.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the workload's report for programs.")] = False,
 ) -> int:
     """Run a workload and print its report. Exit code 0 when the workload says that its results are correct, or does not say.
@@ -34,16 +38,17 @@ def run(
     A workload of your own is ``async def NAME(machine, **arguments)``; what it returns is the report. Below it stands what the machine's
     links carried since it started; with --json as "links".
     """
-    import trio
-
     from hmmnet.errors import HmmnetError
+    from hmmnet.sim.worlds import run_in
 
+    if world is World.sim and (on is not None or rate != "auto"):
+        raise HmmnetError("--world sim goes with neither --on nor --rate: it is a machine of its own, in virtual time")
     if on is not None and topology is not None:
         raise HmmnetError("--on and --topology exclude each other: a running machine has its topology already")
     function = find(workload)
     given = parse_arguments(arguments or [])
     check_arguments(workload, function, given)
-    report, links, seconds = trio.run(_play, machine_for(topology, on, rate), function, given)
+    report, links, seconds = run_in(world.value, _play, machine_for(topology, on, rate, world), function, given, seed=seed)
     shown: dict[str, Any] = dict(report) if isinstance(report, Mapping) else {"result": report}
     if as_json:
         print(json.dumps({"links": links, **shown}, default=plain, indent=1))
@@ -52,15 +57,19 @@ def run(
     return 0 if shown.get("correct", True) else 1
 
 
-def machine_for(topology: str | None, on: str | None, rate: str) -> AbstractAsyncContextManager[Any]:
-    """The machine to run on: attached to or launched."""
+def machine_for(topology: str | None, on: str | None, rate: str, world: World) -> AbstractAsyncContextManager[Any]:
+    """The machine to run on: attached to, launched, or simulated."""
     if on is not None:
         import hmmnet
 
         return hmmnet.attach(on)
+    name = topology or TOPOLOGY
+    if world is World.sim:
+        from hmmnet.sim import simulated
+
+        return simulated(name)
     from hmmnet.machine import launch
 
-    name = topology or TOPOLOGY
     print(f"starting {name} for this run ...", file=sys.stderr, flush=True)
     from hmmnet.launcher.rate import parse_rate
 

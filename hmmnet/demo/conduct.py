@@ -12,6 +12,7 @@ import trio
 
 from hmmnet.errors import HmmnetError
 from hmmnet.program import Machine
+from hmmnet.sim.worlds import WorldName
 
 from .answers import Answers, answers_for
 from .data import SEARCHES, Input
@@ -81,9 +82,12 @@ class Conductor:
     on_start: Callable[[Started], None]
     rate: float | Literal["auto"] = "auto"
     searches: int = SEARCHES
+    world: WorldName = "real"
 
     async def run(self) -> Outcome:
         """The whole demo on a machine of its own. Raises DemoTimeout, and what launching raises."""
+        if self.world == "sim":
+            return await self._simulated()
         from hmmnet.machine import launch
 
         with trio.move_on_after(SECONDS_MAX) as scope:
@@ -103,6 +107,16 @@ class Conductor:
                     return await self.perform(machine, answers[0], began)
         assert scope.cancelled_caught
         raise DemoTimeout(f"no end after {SECONDS_MAX:g} s; `hmmnet logs` and `hmmnet doctor` may tell why")
+
+    async def _simulated(self) -> Outcome:
+        """In virtual time nothing may go on in a thread meanwhile: time would jump over it."""
+        from hmmnet.sim import simulated
+
+        began = time.monotonic()
+        answers = answers_for(self.given.text)
+        async with simulated(self.topology) as machine:
+            self.on_start(Started(self.topology, machine.device_names, machine.rate, time.monotonic() - began, answers))
+            return await self.perform(machine, answers, began)
 
     async def perform(self, machine: Machine, answers: Answers, began: float) -> Outcome:
         """The steps on a machine that runs."""

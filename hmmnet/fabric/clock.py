@@ -28,6 +28,9 @@ SLEEP_MIN_S = 0.001
 class EmulatedClock(trio.abc.Clock):
     """A clock at `rate` emulated seconds for each second of `monotonic`. Raises HmmnetError for a rate that is no positive number."""
 
+    sleep_min_s = SLEEP_MIN_S
+    """What is shorter is not slept."""
+
     def __init__(self, rate: float = 1.0, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._monotonic = monotonic
         self.epoch_monotonic_s = monotonic()

@@ -22,10 +22,10 @@ from .script import Script
 
 if TYPE_CHECKING:
     from hmmnet.machine import LaunchedMachine
+    from hmmnet.sim import SimulatedMachine
 
 TOPOLOGY = "dmirror-4"
 """Units 0 and 1 private, 2 and 3 coherent, as test_hmm has them."""
-WORLDS = ("real",)
 RATE = 1.0
 """Emulated seconds for a real second: what is compared are answers, not times, so nothing is measured and nothing is slowed down."""
 
@@ -45,10 +45,10 @@ class World(Protocol):
 Launch = Callable[[], AbstractAsyncContextManager[World]]
 
 
-class RealWorld:
-    """A launched machine, real processes."""
+class UnitWorld:
+    """A machine whose devices are known by their unit numbers."""
 
-    def __init__(self, machine: LaunchedMachine) -> None:
+    def __init__(self, machine: LaunchedMachine | SimulatedMachine) -> None:
         self._machine = machine
         self._units = {spec.unit: spec.name for spec in machine.topology.devices if spec.unit is not None}
 
@@ -64,19 +64,29 @@ class RealWorld:
 
 
 @asynccontextmanager
-async def real_world() -> AsyncIterator[RealWorld]:
+async def real_world() -> AsyncIterator[UnitWorld]:
     """Launch the machine while the block runs."""
     from hmmnet.machine import launch
 
     async with launch(TOPOLOGY, rate=RATE) as machine:
-        yield RealWorld(machine)
+        yield UnitWorld(machine)
+
+
+@asynccontextmanager
+async def simulated_world() -> AsyncIterator[UnitWorld]:
+    """The machine in this trio run, which is in virtual time, while the block runs."""
+    from hmmnet.sim import simulated
+
+    async with simulated(TOPOLOGY) as machine:
+        yield UnitWorld(machine)
 
 
 def launcher(world: str) -> Launch:
     """How to launch `world`. Raises ValueError."""
-    if world not in WORLDS:
-        raise ValueError(f"world {world!r} is unknown; there is: {', '.join(WORLDS)}")
-    return real_world
+    worlds: dict[str, Launch] = {"real": real_world, "sim": simulated_world}
+    if world not in worlds:
+        raise ValueError(f"world {world!r} is unknown; there are: {', '.join(worlds)}")
+    return worlds[world]
 
 
 def prepare_all(scripts: Iterable[Script]) -> list[tuple[Script, list[Step]]]:

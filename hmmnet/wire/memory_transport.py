@@ -7,6 +7,7 @@ one that binds or the one that connects, does not matter. A pipe holds `PIPE_MES
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
@@ -24,12 +25,14 @@ IMMEDIATE_MAX = 16
 """Messages in a row that a task takes or gives without a yield, as in the bridge."""
 
 Parts = tuple[bytes, ...]
+Watch = Callable[[float, str, Parts], None]
+"""Told the time, the way and the parts of every message that a pipe takes."""
 
 
 class Pipe:
     """One direction: a bounded queue with waiters at both ends."""
 
-    def __init__(self, limit: int, max_bytes: int) -> None:
+    def __init__(self, limit: int, max_bytes: int, way: str = "", watch: Watch | None = None) -> None:
         self.queue: deque[Parts] = deque()
         self.closed = False
         """The receiving end is gone: what is sent falls into the void, as it does with sockets."""
@@ -37,6 +40,8 @@ class Pipe:
         self._max_bytes = max_bytes
         self._takers = ParkingLot()
         self._givers = ParkingLot()
+        self._way = way
+        self._watch = watch
 
     def put_nowait(self, parts: Parts) -> None:
         """Append. Raises `trio.WouldBlock` when full. A part above the limit is lost, as a socket would drop it with its connection."""
@@ -45,6 +50,8 @@ class Pipe:
         if len(self.queue) >= self._limit:
             raise trio.WouldBlock
         self.queue.append(parts)
+        if self._watch is not None:
+            self._watch(trio.current_time(), self._way, parts)
         self._takers.unpark()
 
     async def put(self, parts: Parts) -> None:
@@ -70,6 +77,12 @@ class Pipe:
         while not self.queue and not self.closed:
             await self._takers.park()
         return self.get_nowait()
+
+    def detach(self) -> None:
+        """The receiving end is dead: what is sent falls into the void, and its waiters are not told."""
+        self.closed = True
+        self.queue.clear()
+        self._givers.unpark_all()
 
     def close(self) -> None:
         """The receiving end goes: its waiters get `trio.ClosedResourceError`, senders go on into the void."""
@@ -155,12 +168,19 @@ class MemoryChannel:
         self.close()
         await checkpoint()
 
+    def cut(self) -> None:
+        """This end dies: nothing that it sends arrives any more, and what arrives for it is lost. Whoever reads here waits for ever."""
+        self._inbound.detach()
+        self._inbound = Pipe(0, 0)
+        self._outbound = Pipe(0, 0)
+        self._outbound.close()
+
 
 class Hub:
     """The meeting point of one listening endpoint: one pipe in, one out for each peer."""
 
-    def __init__(self) -> None:
-        self.inbound = Pipe(PIPE_MESSAGES_MAX, FRAME_BYTES_MAX)
+    def __init__(self, endpoint: str, watch: Watch | None) -> None:
+        self.inbound = Pipe(PIPE_MESSAGES_MAX, FRAME_BYTES_MAX, f">{endpoint}", watch)
         self.outbound: dict[bytes, Pipe] = {}
 
 
@@ -213,7 +233,8 @@ class MemoryListener:
 class MemoryTransport:
     """Makes channels of one world; both ends must come from the same transport."""
 
-    def __init__(self) -> None:
+    def __init__(self, watch: Watch | None = None) -> None:
+        self._watch = watch
         self._hubs: dict[str, Hub] = {}
         self._pairs: dict[tuple[str, bytes], tuple[Pipe, Pipe]] = {}
         self._telemetry: dict[str, Pipe] = {}
@@ -229,13 +250,13 @@ class MemoryTransport:
         """See `Transport.listen`. An endpoint whose listener was closed can be listened at again, with nothing left of the old one."""
         hub = self._hub(endpoint)
         if hub.inbound.closed:
-            hub = self._hubs[endpoint] = Hub()
+            hub = self._hubs[endpoint] = Hub(endpoint, self._watch)
         return MemoryListener(endpoint, hub)
 
     def connect(self, endpoint: str, identity: bytes) -> MemoryChannel:
         """See `Transport.connect`."""
         hub = self._hub(endpoint)
-        pipe = hub.outbound[identity] = Pipe(PIPE_MESSAGES_MAX, FRAME_BYTES_MAX)
+        pipe = hub.outbound[identity] = Pipe(PIPE_MESSAGES_MAX, FRAME_BYTES_MAX, f"<{endpoint} {identity.decode()}", self._watch)
         return MemoryChannel(endpoint, pipe, hub.inbound, identity)
 
     def bind_channel(self, endpoint: str, max_bytes: int = CHANNEL_BYTES_MAX, key: bytes = b"") -> MemoryChannel:
@@ -275,13 +296,16 @@ class MemoryTransport:
 
     def _hub(self, endpoint: str) -> Hub:
         check_endpoint(endpoint)
-        return self._hubs.setdefault(endpoint, Hub())
+        if endpoint not in self._hubs:
+            self._hubs[endpoint] = Hub(endpoint, self._watch)
+        return self._hubs[endpoint]
 
     def _pair(self, endpoint: str, max_bytes: int, key: bytes) -> tuple[Pipe, Pipe]:
         check_endpoint(endpoint)
         pair = self._pairs.get((endpoint, key))
         if pair is None or pair[0].closed or pair[1].closed:
-            pair = self._pairs[endpoint, key] = (Pipe(PIPE_MESSAGES_MAX, max_bytes), Pipe(PIPE_MESSAGES_MAX, max_bytes))
+            ways = (Pipe(PIPE_MESSAGES_MAX, max_bytes, f"{sign}{endpoint}", self._watch) for sign in "><")
+            pair = self._pairs[endpoint, key] = (next(ways), next(ways))
         return pair
 
     def _telemetry_pipe(self, endpoint: str) -> Pipe:

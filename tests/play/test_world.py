@@ -12,7 +12,7 @@ import pytest
 from hmmnet.errors import HmmnetError, KernelError, PeerLost
 from hmmnet.play.compare import Outcome
 from hmmnet.play.script import parse_scripts
-from hmmnet.play.world import launcher, play_all, prepare_all, real_world
+from hmmnet.play.world import launcher, play_all, prepare_all, real_world, simulated_world
 
 TEXT = "".join(f"=== s{i}\nmmap A 1\nread A 0 0\n--- recorded\n1: mmap A 1 => ok\n2: read A 0 0 => ok 00\n" for i in range(4))
 
@@ -75,5 +75,6 @@ async def test_no_process_names_the_script(process: Any) -> None:
 
 def test_worlds_by_name() -> None:
     assert launcher("real") is real_world
-    with pytest.raises(ValueError, match="there is: real"):
-        launcher("sim")
+    assert launcher("sim") is simulated_world
+    with pytest.raises(ValueError, match="there are: real, sim"):
+        launcher("unreal")

@@ -1,0 +1,180 @@
+"""A machine inside one trio run: the host, and every device as a task with a wire that can be cut."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, cast
+
+import trio
+from trio.testing import MockClock
+
+from hmmnet.blocking import only_error
+from hmmnet.errors import HmmnetError, KernelError, PeerLost
+from hmmnet.machine import Host, host_class
+from hmmnet.program import Process
+from hmmnet.topology.load import installed_models, load
+from hmmnet.topology.model import Topology
+from hmmnet.wire.memory_transport import MemoryChannel, MemoryTransport
+from hmmnet.wire.transport import CHANNEL_BYTES_MAX
+
+from .clock import VirtualClock
+from .trace import Trace
+
+SECRET = bytes(32)
+"""Everybody who can reach these wires is in this process."""
+PID = 1
+"""The pid that devices give: none of them is a process."""
+
+Serve = Callable[..., Awaitable[PeerLost]]
+
+
+class NodeTransport(MemoryTransport):
+    """What one device holds of the wires. `cut` is its sudden death: what it sends falls into the void, what is sent to it as well."""
+
+    def __init__(self, wires: MemoryTransport) -> None:
+        self._wires = wires
+        self._channels: list[MemoryChannel] = []
+
+    def connect(self, endpoint: str, identity: bytes) -> MemoryChannel:
+        """See `Transport.connect`."""
+        return self._mine(self._wires.connect(endpoint, identity))
+
+    def connect_channel(self, endpoint: str, max_bytes: int = CHANNEL_BYTES_MAX, key: bytes = b"") -> MemoryChannel:
+        """See `Transport.connect_channel`."""
+        return self._mine(self._wires.connect_channel(endpoint, max_bytes, key))
+
+    def connect_telemetry(self, endpoint: str) -> MemoryChannel:
+        """See `Transport.connect_telemetry`."""
+        return self._mine(self._wires.connect_telemetry(endpoint))
+
+    def fresh_identity(self, name: str) -> bytes:
+        """See `Transport.fresh_identity`."""
+        return self._wires.fresh_identity(name)
+
+    def _mine(self, channel: MemoryChannel) -> MemoryChannel:
+        self._channels.append(channel)
+        return channel
+
+    def cut(self) -> None:
+        """From now on nothing of this device reaches anybody."""
+        for channel in self._channels:
+            channel.cut()
+
+
+@dataclass(eq=False)
+class _Node:
+    """A device that runs."""
+
+    transport: NodeTransport
+    scope: trio.CancelScope
+    incarnation: int
+
+
+class SimulatedMachine:
+    """See `hmmnet.program.Machine`; beside it, what only a machine of tasks can do."""
+
+    def __init__(self, name: str, topology: Topology, host: Host, wires: MemoryTransport, nursery: trio.Nursery, serve: Serve) -> None:
+        self.name = name
+        self.topology = topology
+        self.host = host
+        self._wires = wires
+        self._nursery = nursery
+        self._serve = serve
+        self._nodes: dict[str, _Node] = {}
+        self._incarnations = dict.fromkeys(topology.device_names, 0)
+
+    @property
+    def device_names(self) -> tuple[str, ...]:
+        """The devices, in the topology's order."""
+        return self.topology.device_names
+
+    @property
+    def rate(self) -> float:
+        """Emulated seconds for each second of the run: virtual time is the machine's."""
+        return 1.0
+
+    def emulated_s(self) -> float:
+        """The machine's clock, in emulated seconds: the run's."""
+        return trio.current_time()
+
+    async def create_process(self, node: str = "", cgroup: str = "") -> Process:
+        """See `Machine.create_process`."""
+        return await self.host.create_process(node, cgroup)
+
+    async def process(self, node: str = "", cgroup: str = "") -> Process:
+        """The same as `create_process`, for short programs."""
+        return await self.host.create_process(node, cgroup)
+
+    async def create_cgroup(self, name: str, limit_bytes: int | None = None) -> None:
+        """See `Machine.create_cgroup`."""
+        await self.host.create_cgroup(name, limit_bytes)
+
+    async def report(self) -> dict[str, Any]:
+        """See `Machine.report`."""
+        return await self.host.report()
+
+    # --- devices --------------------------------------------------------------------------------------------------------------
+
+    async def start_device(self, name: str) -> None:
+        """Start the device `name`, empty, as a new incarnation; returns when it is ready. Raises KernelError: ENOENT, EBUSY (it runs)."""
+        self._known(name, "start_device")
+        if name in self._nodes:
+            raise KernelError(16, "start_device", f"device {name} runs already")
+        self._incarnations[name] += 1
+        node = _Node(NodeTransport(self._wires), trio.CancelScope(), self._incarnations[name])
+        self._nodes[name] = node
+        self._nursery.start_soon(self._be, name, node)
+        await self.host.device_ready(name)
+
+    async def kill_device(self, name: str) -> None:
+        """Its process is gone from one moment to the next, with its memory; the launcher tells the host. Raises KernelError(ENOENT)."""
+        self._known(name, "kill_device")
+        node = self._nodes.pop(name, None)
+        if node is None:
+            raise KernelError(2, "kill_device", f"device {name} does not run")
+        node.transport.cut()
+        node.scope.cancel()
+        self.host.device_exited(name, "was killed")
+        await trio.lowlevel.checkpoint()
+
+    def _known(self, name: str, call: str) -> None:
+        if name not in self._incarnations:
+            raise KernelError(2, call, f'there is no device "{name}"; there are {", ".join(self.device_names)}')
+
+    async def _be(self, name: str, node: _Node) -> None:
+        with node.scope:
+            await self._serve(node.transport, self.host.control_endpoint, name, SECRET, node.incarnation, VirtualClock(), pid=PID)
+        if self._nodes.get(name) is node:
+            del self._nodes[name]
+
+
+@asynccontextmanager
+async def simulated(
+    topology: str | Path | Topology = "two-gpus", *, name: str = "simulated", trace: Trace | None = None
+) -> AsyncIterator[SimulatedMachine]:
+    """A machine while the block runs, in a trio run in virtual time (`run_virtual`). Raises TopologyError; HmmnetError in real time."""
+    if not isinstance(trio.lowlevel.current_clock(), MockClock):
+        raise HmmnetError("a simulated machine needs virtual time: run it with hmmnet.simulate, or hmmnet.sim.run_virtual")
+    machine = topology if isinstance(topology, Topology) else load(topology, installed_models() or None)
+    watch = None if trace is None else trace.sent
+    wires = MemoryTransport(watch)
+    host: Host = host_class()(machine, wires, Path(), SECRET, VirtualClock(), name, scheme="mem", incarnation=1)
+    with only_error():
+        async with trio.open_nursery() as nursery:
+            async with host.running():
+                world = SimulatedMachine(name, machine, host, wires, nursery, _serve())
+                for device in machine.device_names:
+                    await world.start_device(device)
+                yield world
+            nursery.cancel_scope.cancel()
+
+
+def _serve() -> Serve:
+    """What a device process runs, found as users' models are. Raises HmmnetError."""
+    for entry in entry_points(group="hmmnet.device_service", name="serve"):
+        return cast(Serve, entry.load())
+    raise HmmnetError('devices are not installed; install hmmnet itself ("pip install ." or "pip install -e ." in its folder)')

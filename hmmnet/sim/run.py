@@ -1,0 +1,75 @@
+"""Trio runs in virtual time from a seed."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import trio
+from trio.testing import MockClock
+
+from hmmnet.errors import HmmnetError
+from hmmnet.topology.model import Topology
+
+from .machine import SimulatedMachine, simulated
+from .schedule import seeded
+from .trace import Trace
+
+LIMIT_S = 3600.0
+"""Virtual seconds that a run may take: heartbeats go on for ever, so a program that waits for nothing would, too."""
+
+T = TypeVar("T")
+
+
+class SimulationStuck(HmmnetError):
+    """Virtual time went on and on, and the program did not end."""
+
+
+@dataclass(frozen=True)
+class Simulation(Generic[T]):
+    """What became of a simulation. `digest` names the run: equal digests, equal runs."""
+
+    value: T
+    seed: int
+    digest: str
+    messages: int
+    virtual_s: float
+    lines: list[str] = field(default_factory=list)
+    """The trace, if it was to be kept."""
+
+
+def run_virtual(main: Callable[..., Awaitable[T]], *arguments: Any, seed: int = 0, limit_s: float = LIMIT_S) -> T:
+    """`trio.run` in virtual time, scheduled from `seed`. Raises SimulationStuck after `limit_s` virtual seconds."""
+
+    async def limited() -> T:
+        with trio.move_on_after(limit_s):
+            return await main(*arguments)
+        raise SimulationStuck(f"no end after {limit_s:g} virtual seconds (seed {seed}): somebody waits for what never comes")
+
+    with seeded(seed):
+        return trio.run(limited, clock=MockClock(autojump_threshold=0))
+
+
+def simulate(
+    main: Callable[[SimulatedMachine], Awaitable[T]],
+    topology: str | Path | Topology = "two-gpus",
+    *,
+    seed: int = 0,
+    limit_s: float = LIMIT_S,
+    keep: bool = False,
+) -> Simulation[T]:
+    """Run `main(machine)` on a simulated machine of `topology`; the same `seed` gives the same run. `keep`: with the lines of its trace.
+
+    Raises what `main` raises, TopologyError, and SimulationStuck when it has not ended after `limit_s` virtual seconds.
+    """
+    trace = Trace(keep=keep)
+
+    async def inside() -> tuple[T, float]:
+        async with simulated(topology, trace=trace) as machine:
+            value = await main(machine)
+        return value, trio.current_time()
+
+    value, virtual_s = run_virtual(inside, seed=seed, limit_s=limit_s)
+    return Simulation(value, seed, trace.digest, trace.count, virtual_s, trace.lines)

@@ -1,0 +1,161 @@
+"""A machine in virtual time: exact links, sudden deaths, and one run for one seed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import trio
+from trio._core import _run as trio_run
+
+import hmmnet
+from hmmnet.errors import BusError, HmmnetError, KernelError
+from hmmnet.play.world import TOPOLOGY, UnitWorld, play_all, prepare_all
+from hmmnet.sim import SimulatedMachine, Trace, run_virtual, simulated
+from hmmnet.sim.run import SimulationStuck
+
+from .story import story
+
+RECORDINGS = Path(__file__).parents[1] / "conformance" / "recordings"
+MIB = 1 << 20
+GOLDEN = "777806d66bca371c7b0c802cd9cfc57b10201b434d3ea82f1705fc921813694d"
+"""The digest of `story` with seed 5. It is another one when the protocol changes: then run ``python -m tests.sim.story 5`` and write down
+what it says. It must be the same with every Python and on every computer."""
+
+
+def test_links_hold_exactly() -> None:
+    """1 MiB over PCIe 4 x16: the latency and the bytes over the bandwidth, to the nanosecond, there and back, however long it takes us."""
+
+    async def main(machine: SimulatedMachine) -> list[float]:
+        process = await machine.create_process()
+        address = await process.malloc(MIB)
+        await process.write(address, np.arange(MIB // 8, dtype="<u8"))
+        times = [machine.emulated_s()]
+        for place in ("gpu0", "host"):
+            assert await process.migrate(address, MIB, place) == MIB
+            times.append(machine.emulated_s())
+        return times
+
+    began_s, there_s, back_s = hmmnet.simulate(main).value
+    link = 500e-9 + MIB / 31.5e9
+    assert there_s - began_s == pytest.approx(link, abs=1e-9)
+    assert back_s - there_s == pytest.approx(link, abs=1e-9)
+
+
+def test_one_seed_one_run() -> None:
+    """The same digest again here, and in a process that hashes strings otherwise; another order of events from another seed."""
+    first, again, other = (hmmnet.simulate(story, seed=seed, keep=True) for seed in (5, 5, 6))
+    assert first.lines == again.lines
+    assert (first.digest, first.messages, first.virtual_s) == (again.digest, again.messages, again.virtual_s)
+    assert first.digest != other.digest
+    assert first.value == other.value
+    for hash_seed in ("1", "2"):
+        environment = os.environ | {"PYTHONHASHSEED": hash_seed}
+        command = [sys.executable, "-m", "tests.sim.story", "5"]
+        said = subprocess.run(
+            command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=60, check=True
+        )
+        assert said.stdout.strip() == first.digest
+    assert first.digest == GOLDEN
+
+
+def test_thirty_seeds_are_as_many_runs_with_one_result() -> None:
+    """Orders differ, results do not."""
+    outcomes = [hmmnet.simulate(story, seed=seed) for seed in range(30)]
+    assert len({outcome.digest for outcome in outcomes}) > 20
+    assert len({str(outcome.value) for outcome in outcomes}) == 1
+
+
+def test_recordings_repeat_to_the_byte() -> None:
+    """Every hand-written script on four devices, two of them coherent: fork, pins, huge pages, files, swap, and all the rest."""
+    from hmmnet.play.script import read_scripts
+
+    prepared = prepare_all(read_scripts(RECORDINGS / "hand.traces") + read_scripts(RECORDINGS / "coherent.traces"))
+
+    def played() -> tuple[int, str]:
+        trace = Trace()
+
+        async def main() -> int:
+            async with simulated(TOPOLOGY, trace=trace) as machine:
+                world = UnitWorld(machine)
+
+                class Ready:
+                    async def __aenter__(self) -> UnitWorld:
+                        return world
+
+                    async def __aexit__(self, *_: object) -> None:
+                        return None
+
+                return (await play_all(prepared, Ready, lambda _: None)).identical
+
+        return run_virtual(main, seed=3), trace.digest
+
+    first, again = played(), played()
+    assert first == again
+    assert first[0] == len(prepared)
+
+
+def test_a_killed_device_takes_its_pages_and_comes_back_empty() -> None:
+    """SIGBUS that names it; nobody waits for its lease; the new incarnation serves."""
+
+    async def main(machine: SimulatedMachine) -> None:
+        process = await machine.create_process()
+        address = await process.malloc(MIB)
+        await process.write(address, bytes(range(256)) * (MIB // 256))
+        await process.migrate(address, MIB, "gpu1")
+        began_s = machine.emulated_s()
+        await machine.kill_device("gpu1")
+        with pytest.raises(BusError, match=r'only copy on device "gpu1", which was lost: .*killed'):
+            await process.load(address)
+        with pytest.raises(KernelError, match=r"ENOENT.*does not run"):
+            await machine.kill_device("gpu1")
+        await machine.start_device("gpu1")
+        with pytest.raises(KernelError, match="EBUSY"):
+            await machine.start_device("gpu1")
+        assert machine.emulated_s() - began_s < 0.001
+        other = await process.malloc(MIB)
+        await process.write(other, bytes(MIB))
+        assert await process.migrate(other, MIB, "gpu1") == MIB
+        with pytest.raises(KernelError, match='no device "gpu7"; there are gpu0, gpu1'):
+            await machine.kill_device("gpu7")
+        await process.exit()
+
+    assert hmmnet.simulate(main).virtual_s < 3.0
+
+
+def test_what_never_comes_is_found_out() -> None:
+    """Virtual time is bounded; the error has the seed. What a program raises comes out as it is."""
+
+    async def waiting(machine: SimulatedMachine) -> None:
+        await trio.sleep_forever()
+
+    with pytest.raises(SimulationStuck, match=r"no end after 60 virtual seconds \(seed 9\)"):
+        hmmnet.simulate(waiting, seed=9, limit_s=60.0)
+
+    async def failing(machine: SimulatedMachine) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        hmmnet.simulate(failing)
+
+
+async def test_real_time_is_refused() -> None:
+    """A machine whose time would not jump says so."""
+    with pytest.raises(HmmnetError, match="needs virtual time"):
+        async with simulated():
+            pytest.fail("no machine in real time")
+
+
+def test_other_runs_are_left_alone() -> None:
+    """trio schedules as before afterwards; its generator goes on where it was."""
+    before = trio_run._r.getstate(), trio_run._ALLOW_DETERMINISTIC_SCHEDULING
+
+    async def nothing() -> None:
+        assert trio_run._ALLOW_DETERMINISTIC_SCHEDULING
+
+    run_virtual(nothing, seed=1)
+    assert (trio_run._r.getstate(), trio_run._ALLOW_DETERMINISTIC_SCHEDULING) == before
