@@ -119,6 +119,11 @@ class SimulatedMachine:
 
     # --- devices --------------------------------------------------------------------------------------------------------------
 
+    @property
+    def running(self) -> tuple[str, ...]:
+        """The devices that run now."""
+        return tuple(name for name in self.device_names if name in self._nodes)
+
     async def start_device(self, name: str) -> None:
         """Start the device `name`, empty, as a new incarnation; returns when it is ready. Raises KernelError: ENOENT, EBUSY (it runs)."""
         self._known(name, "start_device")

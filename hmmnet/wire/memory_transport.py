@@ -36,6 +36,7 @@ class Pipe:
         self.queue: deque[Parts] = deque()
         self.closed = False
         """The receiving end is gone: what is sent falls into the void, as it does with sockets."""
+        self._dead = False
         self._limit = limit
         self._max_bytes = max_bytes
         self._takers = ParkingLot()
@@ -62,7 +63,7 @@ class Pipe:
 
     def get_nowait(self) -> Parts:
         """Take the first. Raises `trio.WouldBlock` when empty."""
-        if self.closed:
+        if self.closed and not self._dead:
             raise trio.ClosedResourceError("this end is closed")
         if not self.queue:
             raise trio.WouldBlock
@@ -74,13 +75,13 @@ class Pipe:
 
     async def get(self) -> Parts:
         """Take the first, waiting for it."""
-        while not self.queue and not self.closed:
+        while self._dead or not (self.queue or self.closed):
             await self._takers.park()
         return self.get_nowait()
 
     def detach(self) -> None:
         """The receiving end is dead: what is sent falls into the void, and its waiters are not told."""
-        self.closed = True
+        self.closed = self._dead = True
         self.queue.clear()
         self._givers.unpark_all()
 

@@ -1,0 +1,147 @@
+"""System calls at their edges, and calls that a device's death interrupts, on a simulated machine: each has its error, none hangs."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import trio
+
+import hmmnet
+from hmmnet.errors import HmmnetError, KernelError
+from hmmnet.pages import HUGE_PAGES, PAGE_SIZE
+from hmmnet.program import Process
+from hmmnet.sim import SimulatedMachine, run_virtual, simulated
+
+from .countdown import Countdown
+
+MIB = 1 << 20
+
+
+def test_system_calls_at_their_edges() -> None:
+    """What mmap, malloc, mlock, migrate, open devices and launch refuse, and what they make of odd sizes."""
+
+    async def main(machine: SimulatedMachine) -> None:
+        process = await machine.create_process()
+        huge = await process.mmap(PAGE_SIZE, hugetlb=True)
+        assert (await process.residency(huge, HUGE_PAGES)).pages.shape == (HUGE_PAGES,)
+        populated = await process.mmap(3 * PAGE_SIZE, populate=True)
+        read_only = await process.mmap(PAGE_SIZE, "r", populate=True)
+        assert len(await process.pagemap(populated, 3)) == 3
+        assert await process.load(read_only) == 0
+        await process.mlock(populated, PAGE_SIZE)
+        await process.munlock(populated, PAGE_SIZE)
+        assert await process.migrate(populated, 0, "gpu0") == 0
+        handle = await process.open("gpu0")
+        file = await process.memfd_create(PAGE_SIZE)
+        refused: list[tuple[str, Callable[[], Awaitable[Any]]]] = [
+            ("EINVAL", lambda: process.mmap(PAGE_SIZE, hugetlb=True, shared=True)),
+            ("EINVAL", lambda: process.mmap(PAGE_SIZE, hugetlb=True, file=file)),
+            ("EBADF", lambda: process.mmap(PAGE_SIZE, file=object())),  # type: ignore[arg-type]  # no file at all
+            ("ENODEV", lambda: process.mmap(PAGE_SIZE, file=handle)),
+            ("EINVAL", lambda: process.malloc(-1)),
+            ("ENOENT", lambda: process.migrate(populated, PAGE_SIZE, "gpu9")),
+            ("E2BIG", lambda: process.launch("vector_add", "gpu0", text="x" * (2 * MIB))),
+            ("EINVAL", lambda: handle.ioctl("migrate_to_dev", -1, 1)),
+            ("EINVAL", lambda: handle.ioctl("migrate_to_dev", 0, 1 << 40)),
+        ]
+        for name, call in refused:
+            with pytest.raises(KernelError, match=name):
+                await call()
+        await handle.close()
+        with pytest.raises(KernelError, match="EBADF"):
+            await handle.ioctl("migrate_to_dev", populated, 1)
+        with pytest.raises(KernelError, match="EBADF"):
+            await handle.close()
+        await process.exit()
+
+    hmmnet.simulate(main)
+
+
+def test_a_job_that_nobody_waits_for_ends() -> None:
+    """Cancelled in the middle of its faults: the device is told, and takes the next one."""
+
+    async def main(machine: SimulatedMachine) -> None:
+        process = await machine.create_process()
+        address = await process.malloc(8 * MIB)
+        await process.write(address, np.ones(MIB, "<u8"))
+        with trio.move_on_after(20e-6) as scope:
+            await process.launch("vector_add", "gpu0", a=address, b=address, out=address, n=MIB, dtype="<u8")
+        assert scope.cancelled_caught
+        done = await process.launch("reduction", "gpu0", a=address, n=MIB, dtype="<u8")
+        assert MIB <= done.results["sum"] <= 2 * MIB
+        await process.exit()
+
+    hmmnet.simulate(main)
+
+
+async def _open(process: Process, address: int) -> None:
+    handle = await process.open("dmirror1")
+    await handle.close()
+
+
+async def _command(process: Process, address: int) -> None:
+    handle = await process.open("dmirror1")
+    await handle.ioctl("write", address, 64, data=bytes(64 * PAGE_SIZE))
+    await handle.ioctl("read", address, 64)
+    await handle.close()
+
+
+async def _exclusive(process: Process, address: int) -> None:
+    handle = await process.open("dmirror1")
+    await handle.ioctl("exclusive", address, 4)
+    await process.store(address, 1)
+    await handle.close()
+
+
+async def _release(process: Process, address: int) -> None:
+    handle = await process.open("dmirror1")
+    await handle.ioctl("migrate_to_dev", address, 64)
+    await handle.ioctl("release", 0, 0)
+    await handle.close()
+
+
+async def _exit(process: Process, address: int) -> None:
+    await process.migrate(address, 64 * PAGE_SIZE, "dmirror1")
+    await process.exit()
+
+
+@pytest.mark.parametrize("call", [_open, _command, _exclusive, _release, _exit])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_death_interrupts_a_call(call: Callable[[Process, int], Awaitable[None]], seed: int) -> None:
+    """The device dies at each message in turn: the call ends, well or with its error, and the machine goes on."""
+
+    async def one_life(at: int) -> bool:
+        trace = Countdown(at)
+        async with simulated("dmirror-4", trace=trace) as machine, trio.open_nursery() as nursery:
+            process = await machine.create_process()
+            address = await process.mmap(64 * PAGE_SIZE)
+            await process.write(address, bytes(64 * PAGE_SIZE))
+
+            async def kill() -> None:
+                await trace.now.wait()
+                await machine.kill_device("dmirror1")
+
+            nursery.start_soon(kill)
+            refused: HmmnetError | None = None
+            try:
+                await call(process, address)
+            except HmmnetError as error:
+                refused = error
+            killed = "dmirror1" not in machine.running
+            nursery.cancel_scope.cancel()
+            assert refused is None or (killed and ("dmirror1" in str(refused) or "EBADF" in str(refused)))
+            if killed:
+                await machine.start_device("dmirror1")
+            other = await machine.create_process()
+            await (await other.open("dmirror1")).close()
+            await other.exit()
+            await process.exit()
+        return trace.now.is_set()
+
+    at = 17  # before that the machine is not up
+    while run_virtual(one_life, at, seed=seed, limit_s=600.0):
+        at += 1
+    assert at > 20
