@@ -79,3 +79,8 @@ def show_time(seconds: float) -> str:
 def _three_digits(value: float) -> str:
     """Three digits that matter, without an exponent: 1.5, 12.3, 1000."""
     return f"{float(f'{value:.3g}'):.12g}"
+
+
+def counted(count: int, noun: str) -> str:
+    """``1 device``, ``2 devices``, ``1,024 pages``."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

@@ -180,11 +180,13 @@ class Process:
 
     async def read(self, address: int, length: int) -> bytes:
         """CPU load of a range."""
+        self._alive("read")
         check_range("read", address, length)
         return await self.space.load(address, length) if length else b""
 
     async def write(self, address: int, data: Arrayable) -> None:
         """CPU store of a range."""
+        self._alive("write")
         raw = as_bytes(data)
         check_range("write", address, len(raw))
         if len(raw):
@@ -192,6 +194,7 @@ class Process:
 
     async def load(self, address: int, dtype: str = "<u8") -> int | float:
         """CPU load of one value."""
+        self._alive("load")
         kind = np.dtype(dtype)
         check_range("load", address, kind.itemsize)
         value: int | float = np.frombuffer(await self.space.load(address, kind.itemsize), dtype=kind)[0].item()
@@ -199,6 +202,7 @@ class Process:
 
     async def store(self, address: int, value: float, dtype: str = "<u8") -> None:
         """CPU store of one value."""
+        self._alive("store")
         raw = as_value("store", value, dtype)
         check_range("store", address, len(raw))
         await self.space.store(address, raw)

@@ -40,7 +40,9 @@ def demo(
     if not as_json:
         print("hmmnet demo: a multi-GPU machine in software, at work on real text\n", flush=True)
     from hmmnet.demo.data import read_input
+    from hmmnet.topology.load import load
 
+    load(topology)  # a machine that there is not is said before anything is read
     paths = [*(given or []), *(files or [])]
     try:
         text = read_input(paths, limit_mib * MEBIBYTE)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hmmnet.units import counted
+
 from . import CONTEXT, FAILED
 
 if TYPE_CHECKING:
@@ -84,7 +86,7 @@ def show(name: Name, as_json: Json = False) -> None:
     table = matrix(topology)
     console.print()
     if table is None:
-        console.print(f"{len(topology.devices)} devices: too many for a table of all routes (--json lists them)")
+        console.print(f"{counted(len(topology.devices), 'device')}: too many for a table of all routes (--json lists them)")
     else:
         console.print(table)
 
@@ -104,7 +106,7 @@ def check(
                 print(problem)
             if topology is not None:
                 plain = "" if topology.devices else ", a plain host"
-                print(f"{file}: good: {len(topology.devices)} devices, {len(topology.links)} links{plain}")
+                print(f"{file}: good: {counted(len(topology.devices), 'device')}, {counted(len(topology.links), 'link')}{plain}")
     if as_json:
         print(json.dumps([problem.as_json() for problem in found], indent=1))
     elif len(found) > 1:
@@ -150,4 +152,4 @@ def draw(
             svg.write_text(picture.svg(topology), encoding="utf-8")
         except OSError as error:
             raise HmmnetError(f"{svg}: cannot be written: {error.strerror or error}; name another file") from error
-        print(f"{svg}: {topology.name}, {len(topology.devices)} devices")
+        print(f"{svg}: {topology.name}, {counted(len(topology.devices), 'device')}")

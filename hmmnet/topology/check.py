@@ -215,12 +215,21 @@ def _reach(check: _Check) -> Iterator[Problem]:
     for number, switch in enumerate(topology.switches):
         if not linked[switch.name]:
             yield from check.problem("switch", number, "name", "no link ends at this switch", "link it, or leave it out")
+        elif _among_switches(switch.name, topology) and routes.find(topology.nodes[0].name, switch.name) is None:
+            mend = "link one of them to the rest, or leave them out"
+            yield from check.problem(
+                "switch", number, "name", "this switch is linked to switches only, and nothing else is behind them", mend
+            )
     home = topology.nodes[0].name
     for section in ("memory", "device"):
         for number, thing in enumerate(_things(topology)[section]):
             if routes.find(home, thing.name) is None:
                 mend = _mend_route(thing.name, topology)
                 yield from check.problem(section, number, "name", f'no route to the host memory "{home}"', mend)
+
+
+def _among_switches(name: str, topology: Topology) -> bool:
+    return all(isinstance(topology.vertex(link.other(name)), Switch) for link in topology.links_of(name))
 
 
 def _mend_route(name: str, topology: Topology) -> str:

@@ -56,6 +56,16 @@ def test_system_calls_at_their_edges() -> None:
         with pytest.raises(KernelError, match="EBADF"):
             await handle.close()
         await process.exit()
+        ended: list[Callable[[], Awaitable[Any]]] = [
+            lambda: process.read(populated, 1),
+            lambda: process.write(populated, b"x"),
+            lambda: process.load(populated),
+            lambda: process.store(populated, 1),
+            lambda: process.fork(),
+        ]
+        for call in ended:
+            with pytest.raises(KernelError, match=r"ESRCH.*has exited"):
+                await call()
 
     hmmnet.simulate(main)
 

@@ -126,6 +126,10 @@ def test_a_dead_end() -> None:
 def test_a_switch_without_links() -> None:
     """A slip, since it does nothing."""
     assert [cause for _, _, cause, _ in mistakes(GOOD + '[[switch]]\nname = "s"\n')] == ["no link ends at this switch"]
+    pair = '[[switch]]\nname = "s"\n[[switch]]\nname = "t"\n[[link]]\na = "s"\nb = "t"\nbandwidth = "1 GB/s"\nlatency = "1 us"\n'
+    assert [cause for _, _, cause, _ in mistakes(GOOD + pair)] == [
+        "this switch is linked to switches only, and nothing else is behind them"
+    ] * 2
 
 
 def test_parallel_links_need_names() -> None:
