@@ -61,7 +61,7 @@ def test_system_calls_at_their_edges() -> None:
             lambda: process.write(populated, b"x"),
             lambda: process.load(populated),
             lambda: process.store(populated, 1),
-            lambda: process.fork(),
+            process.fork,
         ]
         for call in ended:
             with pytest.raises(KernelError, match=r"ESRCH.*has exited"):
