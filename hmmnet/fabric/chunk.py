@@ -1,12 +1,14 @@
 """The small messages of a DMA stream, as fixed structs: chunk headers one way, credits and aborts the other. Pure.
 
-What a peer sends is checked here for form, and against the stream it names in `stream`. A malformed header is a ProtocolError.
+What a peer sends is checked here for form, and against the stream it names in `stream`. A message that is malformed, or does not match
+the checksum at its end, is a ProtocolError.
 """
 
 from __future__ import annotations
 
 import math
 import struct
+import zlib
 from typing import NamedTuple
 
 from hmmnet.errors import ProtocolError
@@ -21,6 +23,7 @@ REASON_MAX = 512
 _CHUNK = struct.Struct("<4sIQQIIQd")
 _CREDIT = struct.Struct("<4sIQIId")
 _ABORT = struct.Struct("<4sIQ")
+_SEAL = struct.Struct("<I")
 _CHUNK_MAGIC, _CREDIT_MAGIC, _ABORT_MAGIC = b"HMc1", b"HMk1", b"HMa1"
 UNCHECKED = 1
 """Flag of a chunk: it carries no checksum."""
@@ -74,24 +77,26 @@ class Abort(NamedTuple):
 def pack_chunk(chunk: Chunk) -> bytes:
     """The header as bytes."""
     flags = (UNCHECKED if chunk.checksum is None else 0) | (PROBE if chunk.probe else 0)
-    return _CHUNK.pack(_CHUNK_MAGIC, flags, chunk.stream, chunk.total, chunk.sequence, chunk.stride, chunk.checksum or 0, chunk.arrive_s)
+    checksum = chunk.checksum or 0
+    return _sealed(_CHUNK.pack(_CHUNK_MAGIC, flags, chunk.stream, chunk.total, chunk.sequence, chunk.stride, checksum, chunk.arrive_s))
 
 
 def pack_credit(credit: Credit) -> bytes:
     """The credit as bytes."""
     missing = credit.missing[:MISSING_MAX]
     head = _CREDIT.pack(_CREDIT_MAGIC, len(missing), credit.stream, credit.landed, 0, credit.bytes_per_s)
-    return head + struct.pack(f"<{len(missing)}I", *missing) if missing else head
+    return _sealed(head + struct.pack(f"<{len(missing)}I", *missing) if missing else head)
 
 
 def pack_abort(abort: Abort) -> bytes:
     """The abort as bytes."""
     reason = abort.reason.encode()[:REASON_MAX]
-    return _ABORT.pack(_ABORT_MAGIC, len(reason), abort.stream) + reason
+    return _sealed(_ABORT.pack(_ABORT_MAGIC, len(reason), abort.stream) + reason)
 
 
 def unpack_forward(header: bytes) -> Chunk | Abort:
     """What travels with the data. Raises ProtocolError."""
+    header = _opened(header)
     if header[:4] != _CHUNK_MAGIC:
         return _unpack_abort(header)
     if len(header) != _CHUNK.size:
@@ -106,6 +111,7 @@ def unpack_forward(header: bytes) -> Chunk | Abort:
 
 def unpack_back(header: bytes) -> Credit | Abort:
     """What travels against the data. Raises ProtocolError."""
+    header = _opened(header)
     if header[:4] != _CREDIT_MAGIC:
         return _unpack_abort(header)
     if len(header) < _CREDIT.size:
@@ -114,6 +120,18 @@ def unpack_back(header: bytes) -> Credit | Abort:
     if reserved or count > MISSING_MAX or len(header) != _CREDIT.size + 4 * count or not bytes_per_s >= 0:
         raise ProtocolError(f"malformed credit for stream {stream}")
     return Credit(stream, landed, struct.unpack_from(f"<{count}I", header, _CREDIT.size), bytes_per_s)
+
+
+def _sealed(raw: bytes) -> bytes:
+    """With a checksum behind: a damaged pace would have its sender wait for ever."""
+    return raw + _SEAL.pack(zlib.crc32(raw))
+
+
+def _opened(raw: bytes) -> bytes:
+    body = raw[: -_SEAL.size]
+    if len(raw) < _SEAL.size or _SEAL.unpack_from(raw, len(body))[0] != zlib.crc32(body):
+        raise ProtocolError(f"a message of {len(raw)} bytes on a bulk channel that does not match its checksum")
+    return body
 
 
 def _unpack_abort(header: bytes) -> Abort:

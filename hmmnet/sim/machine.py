@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
+from random import Random
 from typing import Any, cast
 
 import trio
@@ -14,14 +15,16 @@ from trio.testing import MockClock
 
 from hmmnet.blocking import only_error
 from hmmnet.errors import HmmnetError, KernelError, PeerLost
+from hmmnet.faults.messages import Channel, MessageFault
 from hmmnet.machine import Host, host_class
 from hmmnet.program import Process
 from hmmnet.topology.load import installed_models, load
 from hmmnet.topology.model import Topology
-from hmmnet.wire.memory_transport import MemoryChannel, MemoryTransport
+from hmmnet.wire.memory_transport import MemoryChannel, MemoryTransport, Parts
 from hmmnet.wire.transport import CHANNEL_BYTES_MAX
 
 from .clock import VirtualClock
+from .network import Network
 from .trace import Trace
 
 SECRET = bytes(32)
@@ -35,17 +38,19 @@ Serve = Callable[..., Awaitable[PeerLost]]
 class NodeTransport(MemoryTransport):
     """What one device holds of the wires. `cut` is its sudden death: what it sends falls into the void, what is sent to it as well."""
 
-    def __init__(self, wires: MemoryTransport) -> None:
+    def __init__(self, wires: MemoryTransport, name: str, network: Network) -> None:
         self._wires = wires
+        self._name = name
+        self._network = network
         self._channels: list[MemoryChannel] = []
 
     def connect(self, endpoint: str, identity: bytes) -> MemoryChannel:
         """See `Transport.connect`."""
-        return self._mine(self._wires.connect(endpoint, identity))
+        return self._through(self._mine(self._wires.connect(endpoint, identity)), "control")
 
     def connect_channel(self, endpoint: str, max_bytes: int = CHANNEL_BYTES_MAX, key: bytes = b"") -> MemoryChannel:
         """See `Transport.connect_channel`."""
-        return self._mine(self._wires.connect_channel(endpoint, max_bytes, key))
+        return self._through(self._mine(self._wires.connect_channel(endpoint, max_bytes, key)), "bulk")
 
     def connect_telemetry(self, endpoint: str) -> MemoryChannel:
         """See `Transport.connect_telemetry`."""
@@ -54,6 +59,19 @@ class NodeTransport(MemoryTransport):
     def fresh_identity(self, name: str) -> bytes:
         """See `Transport.fresh_identity`."""
         return self._wires.fresh_identity(name)
+
+    def _through(self, channel: MemoryChannel, kind: Channel) -> MemoryChannel:
+        """The channel's messages pass the network."""
+        sent = self._network.sent
+
+        def inbound(parts: Parts, arrive: Callable[[Parts], None]) -> None:
+            sent(self._name, kind, parts, arrive, to_device=True)
+
+        def outbound(parts: Parts, arrive: Callable[[Parts], None]) -> None:
+            sent(self._name, kind, parts, arrive, to_device=False)
+
+        channel.divert(inbound, outbound)
+        return channel
 
     def _mine(self, channel: MemoryChannel) -> MemoryChannel:
         self._channels.append(channel)
@@ -77,10 +95,14 @@ class _Node:
 class SimulatedMachine:
     """See `hmmnet.program.Machine`; beside it, what only a machine of tasks can do."""
 
-    def __init__(self, name: str, topology: Topology, host: Host, wires: MemoryTransport, nursery: trio.Nursery, serve: Serve) -> None:
+    def __init__(
+        self, name: str, topology: Topology, host: Host, wires: MemoryTransport, network: Network, nursery: trio.Nursery, serve: Serve
+    ) -> None:
         self.name = name
         self.topology = topology
         self.host = host
+        self.network = network
+        """The faults of its wires."""
         self._wires = wires
         self._nursery = nursery
         self._serve = serve
@@ -130,7 +152,7 @@ class SimulatedMachine:
         if name in self._nodes:
             raise KernelError(16, "start_device", f"device {name} runs already")
         self._incarnations[name] += 1
-        node = _Node(NodeTransport(self._wires), trio.CancelScope(), self._incarnations[name])
+        node = _Node(NodeTransport(self._wires, name, self.network), trio.CancelScope(), self._incarnations[name])
         self._nodes[name] = node
         self._nursery.start_soon(self._be, name, node)
         await self.host.device_ready(name)
@@ -159,9 +181,17 @@ class SimulatedMachine:
 
 @asynccontextmanager
 async def simulated(
-    topology: str | Path | Topology = "two-gpus", *, name: str = "simulated", trace: Trace | None = None
+    topology: str | Path | Topology = "two-gpus",
+    *,
+    name: str = "simulated",
+    trace: Trace | None = None,
+    seed: int = 0,
+    faults: Sequence[MessageFault] = (),
 ) -> AsyncIterator[SimulatedMachine]:
-    """A machine while the block runs, in a trio run in virtual time (`run_virtual`). Raises TopologyError; HmmnetError in real time."""
+    """A machine while the block runs, in a trio run in virtual time (`run_virtual`). Raises TopologyError; HmmnetError in real time.
+
+    `faults` begin when all devices are there; `seed` is what their chance is drawn from.
+    """
     if not isinstance(trio.lowlevel.current_clock(), MockClock):
         raise HmmnetError("a simulated machine needs virtual time: run it with hmmnet.simulate, or hmmnet.sim.run_virtual")
     machine = topology if isinstance(topology, Topology) else load(topology, installed_models() or None)
@@ -171,10 +201,15 @@ async def simulated(
     with only_error():
         async with trio.open_nursery() as nursery:
             async with host.running():
-                world = SimulatedMachine(name, machine, host, wires, nursery, _serve())
+                network = Network(Random(seed), trace)  # noqa: S311 - chance, not secrecy
+                nursery.start_soon(network.run)
+                world = SimulatedMachine(name, machine, host, wires, network, nursery, _serve())
                 for device in machine.device_names:
                     await world.start_device(device)
+                for fault in faults:
+                    network.add(fault)
                 yield world
+                network.heal()
             nursery.cancel_scope.cancel()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -11,6 +11,7 @@ import trio
 from trio.testing import MockClock
 
 from hmmnet.errors import HmmnetError
+from hmmnet.faults.messages import MessageFault
 from hmmnet.topology.model import Topology
 
 from .machine import SimulatedMachine, simulated
@@ -57,17 +58,20 @@ def simulate(
     topology: str | Path | Topology = "two-gpus",
     *,
     seed: int = 0,
+    faults: Sequence[MessageFault] = (),
     limit_s: float = LIMIT_S,
     keep: bool = False,
 ) -> Simulation[T]:
-    """Run `main(machine)` on a simulated machine of `topology`; the same `seed` gives the same run. `keep`: with the lines of its trace.
+    """Run `main(machine)` on a simulated machine of `topology`, with `faults`; the same `seed` gives the same run.
+
+    `keep`: with the lines of its trace.
 
     Raises what `main` raises, TopologyError, and SimulationStuck when it has not ended after `limit_s` virtual seconds.
     """
     trace = Trace(keep=keep)
 
     async def inside() -> tuple[T, float]:
-        async with simulated(topology, trace=trace) as machine:
+        async with simulated(topology, trace=trace, seed=seed, faults=faults) as machine:
             value = await main(machine)
         return value, trio.current_time()
 

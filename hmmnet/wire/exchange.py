@@ -31,6 +31,8 @@ RETRY_S = 0.5
 """Two heartbeats: an acknowledgement that rides on one is never late. Short against the lease."""
 RETRY_DOUBLINGS_MAX = 2
 """Repeats slow down to every 2 s; by then the lease is over anyway, unless the peer lives and its answers get lost."""
+RETRY_PLAIN = 3
+"""Repeats before they slow down: within the two seconds that the host gives a device for its table, a frame is sent four times."""
 BYE_S = 1.0
 """How long a BYE waits for its acknowledgement."""
 WINDOW = 4096
@@ -138,7 +140,7 @@ class Exchange:
         self._acknowledged = 0
         self._released = 0
         self._progress_s = now_s
-        self._doublings = 0
+        self._repeats = 0
         self._gap_at = 0
 
     # --- what we send
@@ -181,9 +183,10 @@ class Exchange:
 
     def overdue(self, now_s: float) -> list[bytes]:
         """Frames to repeat because nothing was acknowledged for too long."""
-        if not self._kept or now_s - self._progress_s < self.retry_s * (1 << self._doublings):
+        doublings = min(max(0, self._repeats - RETRY_PLAIN + 1), RETRY_DOUBLINGS_MAX)
+        if not self._kept or now_s - self._progress_s < self.retry_s * (1 << doublings):
             return []
-        self._doublings = min(self._doublings + 1, RETRY_DOUBLINGS_MAX)
+        self._repeats += 1
         return self.repeat(now_s)
 
     def repeat(self, now_s: float) -> list[bytes]:
@@ -205,7 +208,7 @@ class Exchange:
                 kept.popleft()
             self._acknowledged = acknowledged
             self._progress_s = now_s
-            self._doublings = 0
+            self._repeats = 0
         if sequence == self.received + 1:
             self.received = sequence
             self.unreported += 1

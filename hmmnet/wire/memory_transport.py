@@ -25,6 +25,8 @@ IMMEDIATE_MAX = 16
 """Messages in a row that a task takes or gives without a yield, as in the bridge."""
 
 Parts = tuple[bytes, ...]
+Detour = Callable[[Parts, Callable[[Parts], None]], None]
+"""Given a message, and what to call with it when, if, and as often as it arrives."""
 Watch = Callable[[float, str, Parts], None]
 """Told the time, the way and the parts of every message that a pipe takes."""
 
@@ -36,6 +38,8 @@ class Pipe:
         self.queue: deque[Parts] = deque()
         self.closed = False
         """The receiving end is gone: what is sent falls into the void, as it does with sockets."""
+        self.detour: Detour | None = None
+        """Where what is put goes first, when something may happen to it on the way."""
         self._dead = False
         self._limit = limit
         self._max_bytes = max_bytes
@@ -50,10 +54,23 @@ class Pipe:
             return
         if len(self.queue) >= self._limit:
             raise trio.WouldBlock
-        self.queue.append(parts)
         if self._watch is not None:
             self._watch(trio.current_time(), self._way, parts)
-        self._takers.unpark()
+        if self.detour is None:
+            self.arrive(parts)
+        else:
+            self.detour(parts, self.arrive)
+
+    def arrive(self, parts: Parts) -> None:
+        """A message is there; what comes late to a full or a closed pipe is lost."""
+        if not self.closed and len(self.queue) < self._limit:
+            self.queue.append(parts)
+            self._takers.unpark()
+
+    def put_late(self, parts: Parts) -> None:
+        """`put_nowait` for what comes from elsewhere; it is lost when the pipe is full."""
+        if len(self.queue) < self._limit:
+            self.put_nowait(parts)
 
     async def put(self, parts: Parts) -> None:
         """Append, waiting for room."""
@@ -168,6 +185,13 @@ class MemoryChannel:
         """See `Channel.aclose`."""
         self.close()
         await checkpoint()
+
+    def divert(self, inbound: Detour, outbound: Detour) -> None:
+        """What comes here, and what is sent from here, goes another way (see `Detour`)."""
+        target = self._outbound
+        self._inbound.detour = inbound
+        self._outbound = Pipe(PIPE_MESSAGES_MAX, CHANNEL_BYTES_MAX)
+        self._outbound.detour = lambda parts, _: outbound(parts, target.put_late)
 
     def cut(self) -> None:
         """This end dies: nothing that it sends arrives any more, and what arrives for it is lost. Whoever reads here waits for ever."""

@@ -15,6 +15,7 @@ from hmmnet.wire.exchange import (
     LEASE_S,
     REPEAT_MAX,
     RETRY_DOUBLINGS_MAX,
+    RETRY_PLAIN,
     RETRY_S,
     TRANSITIONS,
     WINDOW,
@@ -108,7 +109,7 @@ def test_repeats_slow_down_and_start_anew_with_progress() -> None:
     send(exchange, 0.0)
     send(exchange, 0.0)
     now_s = 0.0
-    for doubling in (*range(RETRY_DOUBLINGS_MAX + 1), RETRY_DOUBLINGS_MAX):
+    for doubling in (*[0] * (RETRY_PLAIN - 1), *range(RETRY_DOUBLINGS_MAX + 1), RETRY_DOUBLINGS_MAX):
         wait_s = RETRY_S * (1 << doubling)
         assert exchange.overdue(now_s + wait_s - 0.01) == []
         now_s += wait_s

@@ -1,0 +1,111 @@
+"""Faults of messages between the host and its devices.
+
+A session repeats what was lost and takes what came twice once; a DMA stream asks again for chunks that are missing or damaged. So none of
+these may lose data or hang; too much of them for too long costs the device its session, as a dead cable does.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from random import Random
+from typing import Literal
+
+from hmmnet.errors import HmmnetError
+
+from .controls import Controls
+
+Channel = Literal["control", "bulk", "any"]
+Parts = tuple[bytes, ...]
+Delivery = tuple[float, Parts]
+"""Seconds from now, and what arrives then."""
+
+HOST = "host"
+_WAY = re.compile(r"\s*(?P<a>[^\s<>-]+(?:-[^\s<>-]+)*)\s*(?P<arrow><->|->|<-)\s*(?P<b>[^\s<>-]+(?:-[^\s<>-]+)*)\s*")
+
+
+@dataclass(frozen=True)
+class Way:
+    """Which messages: those between the host and devices whose names match, in one direction or both, on one kind of channel or any."""
+
+    device: str = "*"
+    to_device: bool = True
+    to_host: bool = True
+    channel: Channel = "any"
+
+    @classmethod
+    def parse(cls, text: str, channel: Channel = "any") -> Way:
+        """``gpu0<->host``, ``host->gpu*``, ``gpu1->host``. Raises HmmnetError."""
+        found = _WAY.fullmatch(text)
+        ends = (found["a"], found["b"]) if found else ("", "")
+        if found is None or HOST not in ends or ends[0] == ends[1]:
+            raise HmmnetError(f'"{text}" is no way; write DEVICE<->host, DEVICE->host or host->DEVICE, where DEVICE may have * and ?')
+        device = ends[1] if ends[0] == HOST else ends[0]
+        towards_b = found["arrow"] in {"->", "<->"}
+        towards_a = found["arrow"] in {"<-", "<->"}
+        to_device, to_host = (towards_b, towards_a) if ends[0] == HOST else (towards_a, towards_b)
+        return cls(device, to_device, to_host, channel)
+
+    def matches(self, device: str, channel: Channel, *, to_device: bool) -> bool:
+        """Whether messages of `device` on `channel` in this direction are meant."""
+        direction = self.to_device if to_device else self.to_host
+        return direction and self.channel in {"any", channel} and fnmatchcase(device, self.device)
+
+    def __str__(self) -> str:
+        arrow = "<->" if self.to_device and self.to_host else "->" if self.to_host else "<-"
+        return f"{self.device}{arrow}{HOST}" + ("" if self.channel == "any" else f" ({self.channel})")
+
+
+@dataclass(frozen=True)
+class MessageFault:
+    """One fault: `kind` is a name in `FAULTS`. `latency_s` and `jitter_s` are of ``delay`` and ``reorder`` (1 ms by itself)."""
+
+    kind: str
+    way: Way = field(default_factory=Way)
+    controls: Controls = field(default_factory=Controls)
+    latency_s: float = 0.0
+    jitter_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in FAULTS:
+            raise HmmnetError(f'no fault of messages is called "{self.kind}"; there are {", ".join(FAULTS)}')
+        if self.latency_s < 0 or self.jitter_s < 0:
+            raise HmmnetError(f"latency {self.latency_s:g} s and jitter {self.jitter_s:g} s cannot be negative")
+        if self.kind == "corrupt" and self.way.channel != "bulk":
+            raise HmmnetError(
+                '"corrupt" is for the bulk channel, where chunks have checksums; control messages travel over checked transports'
+            )
+
+    def apply(self, deliveries: list[Delivery], random: Random) -> list[Delivery]:
+        """What becomes of one message, or of what other faults have made of it."""
+        if self.kind in {"loss", "partition"}:
+            return []
+        if self.kind == "duplicate":
+            return deliveries + deliveries
+        if self.kind == "corrupt":
+            return [(late_s, _damaged(parts, random)) for late_s, parts in deliveries]
+        extra_s = self.latency_s + (random.random() * self.jitter_s if self.jitter_s else 0.0)
+        return [(late_s + (extra_s or REORDER_S), parts) for late_s, parts in deliveries]
+
+
+REORDER_S = 0.001
+FAULTS = {
+    "loss": "the message is gone",
+    "delay": "it arrives later, and everything behind it too",
+    "reorder": "it arrives later, and what is behind it first",
+    "duplicate": "it arrives twice",
+    "corrupt": "one bit of its data is another",
+    "partition": "nothing passes until it is mended",
+}
+"""The faults of messages by name."""
+
+
+def _damaged(parts: Parts, random: Random) -> Parts:
+    """One bit of the longest part is another."""
+    longest = max(range(len(parts)), key=lambda i: len(parts[i]))
+    raw = bytearray(parts[longest])
+    if not raw:
+        return parts
+    raw[random.randrange(len(raw))] ^= 1 << random.randrange(8)
+    return (*parts[:longest], bytes(raw), *parts[longest + 1 :])

@@ -1,0 +1,97 @@
+"""What happens to messages on their way in a simulated machine: faults, drawn from the machine's seed.
+
+Each wire of a device leads through here. Without faults a message is there at once (time on links is the fabric's business); with faults it
+may be gone, late, twice or damaged. What is late is delivered by `run`.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from random import Random
+
+import trio
+
+from hmmnet.faults.controls import Chance
+from hmmnet.faults.messages import Channel, Delivery, MessageFault, Parts
+
+from .trace import Trace
+
+Deliver = Callable[[Parts], None]
+
+
+@dataclass(eq=False)
+class Active:
+    """A fault at work."""
+
+    number: int
+    fault: MessageFault
+    chance: Chance
+
+
+@dataclass
+class Network:
+    """The faults of all wires. `fired` counts them by kind."""
+
+    random: Random
+    trace: Trace | None = None
+    active: dict[int, Active] = field(default_factory=dict)
+    fired: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        self._numbers = itertools.count(1)
+        self._order = itertools.count()
+        self._late: list[tuple[float, int, Deliver, Parts]] = []
+        self._wake = trio.Event()
+        self._quiet_until: dict[tuple[str, Channel, bool], float] = {}
+
+    def add(self, fault: MessageFault) -> int:
+        """A fault begins; its number."""
+        number = next(self._numbers)
+        self.active[number] = Active(number, fault, Chance(fault.controls, self.random))
+        return number
+
+    def remove(self, number: int) -> None:
+        """A fault ends."""
+        del self.active[number]
+
+    def heal(self) -> None:
+        """All faults end. What is late stays late."""
+        self.active.clear()
+
+    def sent(self, device: str, channel: Channel, parts: Parts, deliver: Deliver, *, to_device: bool) -> None:
+        """A message is on its way; `deliver` puts it down where it goes."""
+        now_s = trio.current_time()
+        way = (device, channel, to_device)
+        deliveries: list[Delivery] = [(max(0.0, self._quiet_until.get(way, 0.0) - now_s), parts)]
+        for active in self._concerned(device, channel, to_device=to_device):
+            if active.chance.fires(sum(map(len, parts))):
+                deliveries = active.fault.apply(deliveries, self.random)
+                self.fired[active.fault.kind] += 1
+                if self.trace is not None:
+                    self.trace.add(now_s, f"fault {active.fault.kind} {device} {channel} {'in' if to_device else 'out'}")
+                if active.fault.kind == "delay" and deliveries:
+                    self._quiet_until[way] = now_s + deliveries[-1][0]
+        for late_s, given in deliveries:
+            if late_s <= 0:
+                deliver(given)
+            else:
+                heapq.heappush(self._late, (now_s + late_s, next(self._order), deliver, given))
+                self._wake.set()
+
+    def _concerned(self, device: str, channel: Channel, *, to_device: bool) -> Iterable[Active]:
+        return [one for one in self.active.values() if one.fault.way.matches(device, channel, to_device=to_device)]
+
+    async def run(self) -> None:
+        """Deliver what is late, until cancelled."""
+        while True:
+            self._wake = trio.Event()
+            due_s = self._late[0][0] if self._late else float("inf")
+            with trio.move_on_at(due_s):
+                await self._wake.wait()
+            while self._late and self._late[0][0] <= trio.current_time():
+                _, _, deliver, parts = heapq.heappop(self._late)
+                deliver(parts)

@@ -1,0 +1,65 @@
+"""How often a fault happens. Oracle: lib/fault-inject.c."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+
+from hmmnet.errors import HmmnetError
+from hmmnet.faults.controls import Chance, Controls
+
+
+def fired(controls: Controls, occurrences: int, nbytes: int = 1, seed: int = 1) -> list[int]:
+    """The occurrences, counted from 1, at which it happens."""
+    chance = Chance(controls, Random(seed))
+    return [number for number in range(1, occurrences + 1) if chance.fires(nbytes)]
+
+
+@pytest.mark.parametrize(
+    ("controls", "expected"),
+    [
+        (Controls(), [1, 2, 3, 4, 5, 6]),
+        (Controls(probability=0.0), []),
+        (Controls(interval=2), [2, 4, 6]),
+        (Controls(times=2), [1, 2]),
+        (Controls(times=0), []),
+        (Controls(nth=4), [4]),
+        (Controls(nth=4, probability=0.0, times=0), [4]),
+        (Controls(space=2), [3, 4, 5, 6]),
+        (Controls(interval=3, times=1), [3]),
+    ],
+)
+def test_when_it_happens(controls: Controls, expected: list[int]) -> None:
+    """Each attribute by itself, and nth over all others."""
+    assert fired(controls, 6) == expected
+
+
+def test_space_is_counted_in_bytes() -> None:
+    """10 bytes pass, four at a time: three occurrences."""
+    assert fired(Controls(space=10), 5, nbytes=4) == [4, 5]
+
+
+def test_probability_is_a_share_and_repeats_with_the_seed() -> None:
+    """About a quarter of many; the same ones from the same seed."""
+    first = fired(Controls(probability=0.25), 4000)
+    assert 850 < len(first) < 1150
+    assert first == fired(Controls(probability=0.25), 4000)
+    assert first != fired(Controls(probability=0.25), 4000, seed=2)
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({"probability": 1.5}, "probability 1.5 is not between 0 and 1"),
+        ({"probability": float("nan")}, "not between 0 and 1"),
+        ({"interval": 0}, "interval 0 is too small; it begins at 1"),
+        ({"nth": -1}, "nth -1 is too small"),
+        ({"space": -1}, "space -1 is too small"),
+        ({"times": -2}, "times -2 is too small; -1 means without end"),
+    ],
+)
+def test_impossible_controls_are_refused(values: dict[str, float], text: str) -> None:
+    """With the value, and what is possible."""
+    with pytest.raises(HmmnetError, match=text):
+        Controls(**values)  # type: ignore[arg-type]  # as a program without a type checker gives them
