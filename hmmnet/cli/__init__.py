@@ -90,6 +90,8 @@ def _run_command(name: str, arguments: list[str]) -> int:
         code = _command(name).main(args=arguments, prog_name=where, standalone_mode=False)
     except KeyboardInterrupt:
         return INTERRUPTED
+    except SystemExit:  # no command raises it: typer and rich do, with 1, when whoever reads our output has gone away
+        raise BrokenPipeError from None
     except HmmnetError as error:
         return _complain(where, str(error), FAILED)
     except BaseExceptionGroup as group:
@@ -152,6 +154,8 @@ def _of_group(where: str, group: BaseExceptionGroup[Any]) -> int:
     leaves = _leaves(group)
     if any(isinstance(leaf, KeyboardInterrupt) for leaf in leaves):
         return INTERRUPTED
+    if any(isinstance(leaf, SystemExit) for leaf in leaves):
+        raise BrokenPipeError from None
     if all(isinstance(leaf, HmmnetError) for leaf in leaves):
         texts = dict.fromkeys(str(leaf) for leaf in leaves)
         return _complain(where, "; ".join(texts), FAILED)
