@@ -168,7 +168,7 @@ def host_class(provider: str = HOST) -> Any:
 @asynccontextmanager
 async def machine_directory(record: MachineRecord) -> AsyncIterator[Directory]:
     """Hold the runtime directory while the block runs; it goes at the end, whatever ended it. Raises MachineExists."""
-    directory = Directory.create(record.name)
+    directory = Directory.create(record.name, record)
     try:
         sockets = directory.sockets()
         record.sockets = "" if sockets == directory.path else str(sockets)

@@ -15,6 +15,7 @@ record and its logs, until ``hmmnet clean`` or the next ``up`` of that name.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
@@ -151,20 +152,40 @@ class Directory:
         return cls(base_directory() / check_name(name))
 
     @classmethod
-    def create(cls, name: str) -> Directory:
-        """Make the folder and hold its lock; what a dead machine of that name left is removed. Raises MachineExists."""
+    def create(cls, name: str, record: MachineRecord | None = None) -> Directory:
+        """Make the folder and hold its lock; what a dead machine of that name left is removed. Raises MachineExists.
+
+        `record` is what others see from the first moment on: with it a machine can be ended even if the disk fills up later.
+
+        Raises HmmnetError when the folder cannot be written, for example on a full disk; then nothing of it stays.
+        """
         directory = cls.named(name)
+        directory.begin(record)
+        return directory
+
+    def begin(self, record: MachineRecord | None) -> None:
+        """See `create`."""
+        try:
+            self._fill()
+            if record is not None:
+                self._replace(record)
+        except OSError as error:
+            if self._lock is not None:
+                self.remove()
+            mend = "free some room there, or set HMMNET_DIR to a folder elsewhere"
+            raise HmmnetError(f"{self.path}: cannot be written: {error.strerror}; {mend}") from error
+
+    def _fill(self) -> None:
         for _ in range(LOCK_TRIES):
-            directory.path.mkdir(mode=0o700, exist_ok=True)
-            if directory.take_lock():
+            self.path.mkdir(mode=0o700, exist_ok=True)
+            if self.take_lock():
                 break
             time.sleep(LOCK_PAUSE_S)
         else:
-            raise MachineExists(name, directory.read())
-        directory.empty()
-        directory.logs.mkdir(mode=0o700)
-        write_secret(directory.secret_file, new_secret())
-        return directory
+            raise MachineExists(self.name, self.read())
+        self.empty()
+        self.logs.mkdir(mode=0o700)
+        write_secret(self.secret_file, new_secret())
 
     def take_lock(self) -> bool:
         """Hold the lock, if nobody does; then whatever is in the folder is stale."""
@@ -216,20 +237,50 @@ class Directory:
     def read(self) -> MachineRecord | None:
         """The record; None when there is none, or none that can be read."""
         try:
-            return msgspec.json.decode((self.path / "machine.json").read_bytes(), type=MachineRecord)
+            return msgspec.json.decode(self._record_file.read_bytes(), type=MachineRecord)
         except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
             return None
 
     def write(self, record: MachineRecord) -> None:
-        """Replace the record. On a full disk the old one stays, which is said once on stderr: the machine is worth more than its record."""
+        """Replace the record. On a full disk it is written over the old one; where even that fails the old one stays, which is said
+        once on stderr: the machine is worth more than its record.
+        """
+        try:
+            self._replace(record)
+        except OSError:
+            try:
+                self._write_over(record)
+            except OSError as error:
+                self._say(error)
+
+    def _replace(self, record: MachineRecord) -> None:
+        """Nobody sees half a record."""
         new = self.path / "machine.json.new"
         try:
             new.write_bytes(msgspec.json.encode(record))
-            new.replace(self.path / "machine.json")
-        except OSError as error:
-            if not self._said:
-                self._said = True
-                print(f'hmmnet: {new}: cannot be written: {error.strerror}; "hmmnet ps" will not see what changes', file=sys.stderr)
+            new.replace(self._record_file)
+        except OSError:
+            new.unlink(missing_ok=True)
+            raise
+
+    def _write_over(self, record: MachineRecord) -> None:
+        """In place: needs no room as long as the record fits into its old blocks."""
+        text = msgspec.json.encode(record)
+        with self._record_file.open("r+b", buffering=0) as file:
+            if file.write(text) < len(text):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            file.truncate()
+
+    def _say(self, error: OSError) -> None:
+        if not self._said:
+            self._said = True
+            print(
+                f'hmmnet: {self._record_file}: cannot be written: {error.strerror}; "hmmnet ps" will not see what changes', file=sys.stderr
+            )
+
+    @property
+    def _record_file(self) -> Path:
+        return self.path / "machine.json"
 
     @property
     def secret_file(self) -> Path:

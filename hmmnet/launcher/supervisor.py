@@ -68,7 +68,7 @@ class Supervisor:
         the machine fails.
         """
         raise_file_limit()
-        self.directory = directory = Directory.create(self.record.name)
+        self.directory = directory = Directory.create(self.record.name, self.record)
         handler = log_to(directory.logs, "launcher")
         try:
             sockets = directory.sockets()

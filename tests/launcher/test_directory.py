@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -122,6 +123,36 @@ def test_a_broken_record_is_no_record() -> None:
     for content in (b"", b"{", b'{"name": 3}', b"\xff"):
         (directory.path / "machine.json").write_bytes(content)
         assert directory.read() is None
+    directory.remove()
+
+
+def no_room(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("place", ["write_secret", "Directory._replace"])
+def test_a_machine_on_a_full_disk_does_not_begin(place: str, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One sentence with place, cause and mend; no folder stays that would look like a machine."""
+    monkeypatch.setattr(f"hmmnet.launcher.directory.{place}", no_room)
+    with pytest.raises(HmmnetError, match=r"default: cannot be written: No space left on device; .* HMMNET_DIR"):
+        Directory.create("default", new_record("default", "two-gpus", "up"))
+    assert list(base.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_later_hides_no_machine(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The record was there from the beginning, and is written over where it lies; what has no room there either is said once."""
+    directory = Directory.create("default", new_record("default", "two-gpus", "up"))
+    monkeypatch.setattr(Directory, "_replace", no_room)
+    for state in ("running", "up"):
+        written = record(directory)
+        written.state = state
+        directory.write(written)
+        assert directory.read() == written
+    monkeypatch.setattr(Directory, "_write_over", no_room)
+    directory.write(record(directory))
+    directory.write(record(directory))
+    assert directory.read() == written
+    assert capsys.readouterr().err.count("No space left on device") == 1
     directory.remove()
 
 
