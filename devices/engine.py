@@ -22,6 +22,7 @@ from hmmnet.pages import Words
 from .access import Access, AccessError, Array, JobError, Kernel, Load, LoadRange, Request, Steps, open_access
 from .context import Context, Traffic
 from .faultbuffer import Ticket
+from .policy import BadPlan
 from .servicing import FaultService
 
 REPLAYS_MAX = 10_000
@@ -147,4 +148,6 @@ class Engine:
         if ticket.fatal:
             page = min(ticket.fatal)
             cause = ticket.fatal[page]
+            if isinstance(cause, BadPlan):
+                raise JobError(str(cause))  # nothing is wrong with the page
             raise AccessError(access.first_address(page), str(cause), cause.code if isinstance(cause, KernelError) else 0)

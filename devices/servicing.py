@@ -30,7 +30,7 @@ from hmmnet.pages import HMM_PFN_REQ_FAULT, HMM_PFN_REQ_WRITE, HMM_PFN_WRITE, HU
 from .context import MIGRATE_PAGES_MAX, Context
 from .faultbuffer import Batch, FaultBuffer
 from .mirror import ENTRY_VALID, allows, frames_of
-from .policy import POLICIES, Policy
+from .policy import Policy, make_policy
 
 LOOK_PIECES_MIN = 3
 """Scattered misses in 2 MiB from which on a snapshot is taken first."""
@@ -69,6 +69,16 @@ class FaultService:
         self._context = context
         self._now = clock_now
         self._wake = trio.Event()
+        self._policies: dict[str, Policy] = {}
+
+    def policy(self, name: str) -> Policy | None:
+        """This context's policy called `name`, None when there is none. Raises BadPlan for something that is no policy."""
+        if name not in self._policies:
+            made = make_policy(name)
+            if made is None:
+                return None
+            self._policies[name] = made
+        return self._policies[name]
 
     def interrupt(self) -> None:
         """There are faults in the buffer."""
@@ -103,7 +113,7 @@ class FaultService:
             ticket.fault_count += len(pages)
 
     async def _service(self, batch: Batch) -> dict[int, HmmnetError]:
-        policy = POLICIES[batch.placement]
+        policy = self._policies[batch.placement]  # made at the launch of the job
         fatal: dict[int, HmmnetError] = {}
         pages, write = self._still_missing(batch.pages, batch.write)
         self.counts.stale += len(batch.pages) - len(pages)
@@ -182,7 +192,7 @@ class FaultService:
         """What another device held is at home now that it was mapped (migrate_vma passes over foreign pages): it can move here."""
         entries = self._context.mirror.translate(pages)
         here = (entries & _VALID != 0) & ~self._context.memory.owns(frames_of(entries)) & (frames_of(entries) != _ZERO)
-        if self._context.memory.free_pages and policy.ranges(pages[here], write[here]):
+        if self._context.memory.free_pages and here.any() and policy.ranges(pages[here], write[here]):
             await self._each(partial(self._try_migrate, "fault"), self._cut(pieces(pages[here])))
 
     async def _try_migrate(self, cause: str, start: int, end: int) -> None:

@@ -8,9 +8,8 @@ first use: a device process that runs no kernel loads none.
 from __future__ import annotations
 
 from hmmnet.devices.access import Kernel
-from hmmnet.devices.plugins import load
+from hmmnet.plugins import KERNELS, load, names
 
-GROUP = "hmmnet.kernels"
 BUILT_IN = {
     "vector_add": "hmmnet.devices.kernels.vector:vector_add",
     "reduction": "hmmnet.devices.kernels.vector:reduction",
@@ -22,12 +21,10 @@ BUILT_IN = {
 
 def load_kernel(name: str) -> Kernel | None:
     """The kernel called `name`, or None when there is none."""
-    found: Kernel | None = load(GROUP, name, BUILT_IN)
+    found: Kernel | None = load(KERNELS, name, BUILT_IN)
     return found
 
 
 def kernel_names() -> list[str]:
     """Every kernel that there is, those of plugins too."""
-    from importlib.metadata import entry_points
-
-    return sorted({*BUILT_IN, *(point.name for point in entry_points(group=GROUP))})
+    return names(KERNELS, BUILT_IN)

@@ -6,8 +6,8 @@ with hmmnet are found here; anybody's are found through the entry point group ``
 
 from __future__ import annotations
 
-from hmmnet.devices.plugins import load
 from hmmnet.errors import HmmnetError
+from hmmnet.plugins import MODELS, load
 
 from .base import Device
 
@@ -19,7 +19,7 @@ BUILT_IN = {
 
 def load_model(name: str) -> type[Device]:
     """The model called `name`. Raises HmmnetError when there is none."""
-    found: type[Device] | None = load("hmmnet.devices", name, BUILT_IN)
+    found: type[Device] | None = load(MODELS, name, BUILT_IN)
     if found is None:
         raise HmmnetError(
             f'no device model is called "{name}": there are {", ".join(BUILT_IN)}, and those that installed packages offer '

@@ -25,7 +25,7 @@ from hmmnet.devices.engine import Engine, JobOutcome
 from hmmnet.devices.kernels import kernel_names, load_kernel
 from hmmnet.devices.memory import Memory
 from hmmnet.devices.mirror import Mirror
-from hmmnet.devices.policy import POLICIES
+from hmmnet.devices.policy import policy_names
 from hmmnet.devices.servicing import FaultService, ServiceCounts
 from hmmnet.devices.shared import shared_arena
 from hmmnet.devices.spec import Spec
@@ -283,7 +283,8 @@ class Device:
     # --- jobs and commands ----------------------------------------------------------------------------------------------------
 
     def launch(self, message: Launch) -> Awaitable[Finished]:
-        """Run a kernel. Raises KernelError: EBADF, ENOENT (no such kernel), EINVAL (no such placement, bad arguments), EEXIST, EMFILE.
+        """Run a kernel. Raises KernelError: EBADF, ENOENT (no such kernel), EINVAL (no such placement, bad arguments), EEXIST, EMFILE;
+        BadPlan for a placement that is no policy.
 
         The job is known from the moment of arrival, so that an `EndJob` that comes right behind finds it.
         """
@@ -291,8 +292,8 @@ class Device:
         kernel = load_kernel(message.kernel)
         if kernel is None:
             raise KernelError(ENOENT, "launch", f'no kernel is called "{message.kernel}"; there are {", ".join(kernel_names())}')
-        if message.placement not in POLICIES:
-            raise KernelError(EINVAL, "launch", f'no placement is called "{message.placement}": there are {", ".join(POLICIES)}')
+        if opened.service.policy(message.placement) is None:
+            raise KernelError(EINVAL, "launch", f'no placement is called "{message.placement}": there are {", ".join(policy_names())}')
         if message.job in opened.jobs:
             raise KernelError(EEXIST, "launch", f"job {message.job} runs already")
         if len(opened.jobs) >= JOBS_MAX:

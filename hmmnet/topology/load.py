@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hmmnet.errors import TopologyError
+from hmmnet.plugins import MODELS, names
 
 from .check import Where, check_topology
 from .document import Document, Record, read_document
@@ -39,10 +40,8 @@ def preset_names() -> list[str]:
 
 
 def installed_models() -> frozenset[str]:
-    """Device models that this installation has, plug-ins included (entry points of the group ``hmmnet.devices``)."""
-    from importlib import metadata
-
-    return frozenset(point.name for point in metadata.entry_points(group="hmmnet.devices"))
+    """Device models that this installation has, plug-ins included (`hmmnet.plugins`)."""
+    return frozenset(names(MODELS))
 
 
 def find(name_or_path: str | Path) -> Source:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 
 from hmmnet.devices.models import BUILT_IN, load_model
-from hmmnet.devices.models.base import Device
 from hmmnet.devices.models.gpu import Gpu
-from hmmnet.devices.plugins import load
 from hmmnet.errors import HmmnetError
+from hmmnet.plugins import MODELS, offered
 from tests.devices.contract import CHECKS, Check, run
 
 
@@ -26,14 +25,10 @@ class SmallSlabGpu(Gpu):
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-async def test_contract_of_a_model_from_elsewhere(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model that an installed package offers is found by name, and passes too."""
-
-    def offered(group: str, name: str, built_in: dict[str, str]) -> type[Device]:
-        return SmallSlabGpu if (group, name) == ("hmmnet.devices", "small") else load(group, name, built_in)
-
-    monkeypatch.setattr("hmmnet.devices.models.load", offered)
-    await run(check, model="small", memory_bytes=800 << 12)
+async def test_contract_of_a_model_from_elsewhere(check: Check) -> None:
+    """A model that somebody else offers is found by name, and passes too."""
+    with offered(MODELS, "small", SmallSlabGpu):
+        await run(check, model="small", memory_bytes=800 << 12)
 
 
 def test_unknown_model_is_named() -> None:

@@ -1,0 +1,66 @@
+"""What can be chosen by name and may be anybody's: device models, kernels, policies.
+
+Three sources, asked in this order: what this process registered (`register`, `offered`), what comes with hmmnet, and what installed
+packages offer through entry points. Registering serves programs and tests whose machine lives in one process (`hmmnet.simulate`); device
+processes start afresh and know entry points only.
+
+Reading the installed packages' metadata costs tens of milliseconds and a few megabytes, so it happens only for names that are not built in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
+from types import MappingProxyType
+from typing import Any
+
+MODELS = "hmmnet.devices"
+KERNELS = "hmmnet.kernels"
+POLICIES = "hmmnet.policies"
+"""Entry point groups."""
+
+_NOTHING: Mapping[str, str] = MappingProxyType({})
+_registered: dict[tuple[str, str], Any] = {}
+
+
+def register(group: str, name: str, thing: Any) -> None:
+    """From now on `name` is `thing` in this process, whatever else is called that."""
+    _registered[group, name] = thing
+
+
+@contextmanager
+def offered(group: str, name: str, thing: Any) -> Iterator[None]:
+    """`name` is `thing` in this process while the block runs."""
+    before = _registered.get((group, name))
+    _registered[group, name] = thing
+    try:
+        yield
+    finally:
+        if before is None:
+            del _registered[group, name]
+        else:
+            _registered[group, name] = before
+
+
+def load(group: str, name: str, built_in: Mapping[str, str] = _NOTHING) -> Any:
+    """The object called `name`: registered, ``module:attribute`` of `built_in`, or an entry point of `group`; None when there is none."""
+    if (group, name) in _registered:
+        return _registered[group, name]
+    place = built_in.get(name)
+    if place is not None:
+        module, _, attribute = place.partition(":")
+        return getattr(import_module(module), attribute)
+    from importlib.metadata import entry_points
+
+    for entry in entry_points(group=group, name=name):
+        return entry.load()
+    return None
+
+
+def names(group: str, built_in: Mapping[str, str] = _NOTHING) -> list[str]:
+    """Every name that `load` finds, sorted."""
+    from importlib.metadata import entry_points
+
+    registered = (name for kind, name in _registered if kind == group)
+    return sorted({*built_in, *registered, *entry_points(group=group).names})
