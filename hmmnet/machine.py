@@ -26,6 +26,7 @@ from hmmnet.launcher.directory import DeviceRecord, Directory, MachineRecord, ne
 from hmmnet.launcher.processes import raise_file_limit
 from hmmnet.launcher.rate import Rate, check_rate
 from hmmnet.launcher.zygote import ZygoteClient
+from hmmnet.observe.events import Events
 from hmmnet.observe.logs import log_to, stop_logging
 from hmmnet.program import Process
 from hmmnet.topology.load import installed_models, load
@@ -48,6 +49,7 @@ class Host(Protocol):
 
     control_endpoint: str
     client_endpoint: str
+    events: Events
 
     def running(self) -> AbstractAsyncContextManager[Any]:
         """Serve while the block runs; devices are told goodbye at its end."""

@@ -8,6 +8,7 @@ DMA under way (`Domain.busy`).
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import numpy as np
 import trio
@@ -36,6 +37,8 @@ class Dma:
         self.refused = 0
         """Accesses that the IOMMU refused."""
         self.last_refusal = ""
+        self.on_refused: Callable[[str, str], None] | None = None
+        """Called with (device, why) for each of them."""
         self._life = life
         self._interconnect = interconnect
         self._nursery = nursery
@@ -110,6 +113,8 @@ class Dma:
         except IommuFault as fault:
             self.refused += 1
             self.last_refusal = str(fault)
+            if self.on_refused is not None:
+                self.on_refused(self._life.name, self.last_refusal)
             raise
         self._streams.add(message.stream)
         return pages, addresses

@@ -19,6 +19,7 @@ import numpy as np
 
 from hmmnet.errors import BusError, KernelError, PeerError
 from hmmnet.observe.counters import CPU_FAULT, Profile
+from hmmnet.observe.events import HOST, Events
 from hmmnet.pages import HUGE_PAGES, PAGE_SHIFT, PAGE_SIZE, Words
 
 from .announce import announced, clear, split_large
@@ -32,6 +33,9 @@ from .mm.zones import ANON
 
 HOME_PAGES_MAX = 1 << 16
 """Pages of one explicit migration home (256 MiB): bounds the host frames allocated before anything has landed."""
+
+TOUCHED = "cpu fault"
+"""The cause of a migration that a CPU waits for."""
 
 
 class HostFrames:
@@ -89,6 +93,8 @@ class Homing:
         profile: Profile,
         now: Callable[[], float],
     ) -> None:
+        self.events = Events(now)
+        """Who wants to hear what moves; `hmmnet.observe.events`."""
         self._memory = memory
         self._links = links
         self.spaces = spaces
@@ -112,7 +118,7 @@ class Homing:
             if len(pages) == 1 and link.kind == "private":
                 moved = await self._home_one(space, link, first)
             else:
-                moved = await self._bring(space, link, await self._collect(space, pages, link))
+                moved = await self._bring(space, link, await self._collect(space, pages, link), TOUCHED)
         except PeerError as error:
             raise self._lost(space, first, zone, str(error)) from error
         if moved:
@@ -128,7 +134,7 @@ class Homing:
         async with announced(space, self.spaces, pages, select, zone) as told:
             return space.collect(pages, select, zone, told=told)
 
-    async def _bring(self, space: AddressSpace, link: DeviceLink, migration: Migration) -> int:
+    async def _bring(self, space: AddressSpace, link: DeviceLink, migration: Migration, cause: str) -> int:
         """Copy and change over what `migration` collected; returns how many pages moved."""
         source = migration.source
         going = source & (MIGRATE | VALID) == MIGRATE | VALID  # a never-touched page is collected too, and has nothing to bring
@@ -155,6 +161,8 @@ class Homing:
         space.migrate_pages(migration)
         moved = migration.cpages
         space.migrate_finalize(migration)
+        if self.events.heard:
+            self.events.moved(space.number, migration.pages[migration.source & MIGRATE != 0], link.name, HOST, cause)
         return moved
 
     async def _home_one(self, space: AddressSpace, link: DeviceLink, page: int) -> int:
@@ -163,7 +171,7 @@ class Homing:
         async with space.hub.invalidate(Event.MIGRATE, page, page + 1, zone):
             frame = space.take_one(page, zone)
         if frame is None:
-            return await self._bring(space, link, await self._collect(space, np.array((page,), dtype=np.uint64), link))
+            return await self._bring(space, link, await self._collect(space, np.array((page,), dtype=np.uint64), link), TOUCHED)
 
         def allocate() -> int:
             nonlocal target
@@ -180,10 +188,12 @@ class Homing:
                 self._memory.put_one(target)
             raise
         space.bring_one(page, frame, target)
+        if self.events.heard:
+            self.events.moved(space.number, np.array((page,), dtype=np.uint64), link.name, HOST, TOUCHED)
         return 1
 
-    async def migrate_to_system(self, space: AddressSpace, link: DeviceLink, start: int, end: int) -> Outcome:
-        """Move the device's pages of [start, end) home, VMA by VMA; others stay. Raises PeerLost, KernelError(ENOMEM)."""
+    async def migrate_to_system(self, space: AddressSpace, link: DeviceLink, start: int, end: int, cause: str = "user") -> Outcome:
+        """Move the device's pages of [start, end) home, VMA by VMA; others stay. `cause` is told. Raises PeerLost, KernelError(ENOMEM)."""
         words = np.zeros(end - start, dtype=np.uint64)
         async with space.mmap_lock.read():
             page = start
@@ -197,7 +207,7 @@ class Homing:
                 work = MigrateVma(space, self.spaces, memory_of(link), link.zone)
                 await work.setup(page, stop)
                 part = work.parts[0]
-                await self._bring(space, link, part)
+                await self._bring(space, link, part, cause)
                 words[page - start : stop - start] = part.source
                 page = stop
         return Outcome(words)
@@ -228,14 +238,15 @@ class Homing:
         if len(stay) or count < end - start:
             raise KernelError(errno.EBUSY, "madvise", f"page 0x{start + count:x} of process {space.number} is no page of anonymous memory")
 
-    async def evict(self, link: DeviceLink, frames: Words) -> int:
+    async def evict(self, link: DeviceLink, frames: Words, cause: str = "release") -> int:
         """migrate_device_range: bring `frames` of the device home, whoever maps them; returns how many went.
 
         Idle frames and frames that are busy stay; the driver asks again for those. Raises PeerLost, KernelError(ENOMEM).
         """
         async with AsyncExitStack() as stack:
             told: set[int] = set()
-            for mapped in mappings(self._memory, frames):
+            mapped_at = list(mappings(self._memory, frames))
+            for mapped in mapped_at:
                 told |= await clear(stack, self.spaces, mapped.mm, mapped.pages)
             migration = collect_frames(self._memory, frames, frozenset(told))
         going = migration.source & MIGRATE != 0
@@ -252,6 +263,10 @@ class Homing:
         move(self._memory, None, migration)
         moved = migration.cpages
         finalize(self._memory, None, migration)
+        if self.events.heard:
+            left = migration.source & MIGRATE != 0
+            for mapped in mapped_at:
+                self.events.moved(mapped.mm.number, np.sort(mapped.pages[left[mapped.rows]]), link.name, HOST, cause)
         return moved
 
 

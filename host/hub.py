@@ -15,6 +15,7 @@ With nobody subscribed that costs two attribute updates and no suspension.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import TracebackType
 
 import trio
@@ -61,6 +62,8 @@ class Invalidation:
             if acknowledgement is not None:
                 started.append(acknowledgement)
         self._hub.messages += len(started)
+        if started and self._hub.watch is not None:
+            self._hub.watch(self.start, self.end, self.event.value, len(started))
         return started
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -74,6 +77,8 @@ class Hub:
         self.core = MmuNotifier()
         self.messages = 0
         """Invalidations sent to devices so far."""
+        self.watch: Callable[[int, int, str, int], None] | None = None
+        """Called with (start, end, event, devices told) when mirrors are told to drop a range."""
         self._turned_even = trio.Event()
 
     def invalidate(self, event: Event, start: int, end: int, owner: int = NO_OWNER) -> Invalidation:

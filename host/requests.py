@@ -19,6 +19,7 @@ import trio
 
 from hmmnet.errors import PeerLost, ProtocolError
 from hmmnet.fabric.clock import EmulatedClock
+from hmmnet.observe.events import HOST
 from hmmnet.pages import (
     PAGES_MAX,
     Words,
@@ -45,7 +46,7 @@ from hmmnet.wire.session import Session
 from .device import Context, Life
 from .homing import Homing
 from .interfaces import Select
-from .migrate import Grant, Outcome, migrate_to_device
+from .migrate import MIGRATE, Grant, Outcome, migrate_to_device
 from .mirror import Request, range_fault
 from .notifier import Subscription
 
@@ -130,7 +131,8 @@ class Requests:
         self._life.link.flush_freed()
         self._check_range(message.start, message.pages, "Migrate")
         if message.direction == "system":
-            done = await self._homing.migrate_to_system(context.space, self._life.link, message.start, message.start + message.pages)
+            end = message.start + message.pages
+            done = await self._homing.migrate_to_system(context.space, self._life.link, message.start, end, message.cause)
             self._life.link.flush_freed()
             return Migrated(0, to_wire(done.words), done.moved, done.errno)
         if message.direction != "device":
@@ -155,8 +157,13 @@ class Requests:
             self._migrations += bool(moved)
             number = self._migrations if moved else 0
             task_status.started(Migrated(number, to_wire(outcome.words), moved, outcome.errno))
+
+            def finish() -> None:
+                finalize()
+                self._moved_in(context, message, outcome)
+
             if moved:
-                update = self._table_updates[number] = TableUpdate(finalize)
+                update = self._table_updates[number] = TableUpdate(finish)
                 try:
                     await self._table_updated(update)
                 finally:
@@ -182,9 +189,15 @@ class Requests:
     def migrate_done(self, message: MigrateDone) -> None:
         """The device has updated its table."""
         update = self._table_updates.get(message.migration)
-        if update is not None:
+        if update is not None and not update.done.is_set():
             update.finalize()
             update.done.set()
+
+    def _moved_in(self, context: Context, message: Migrate, outcome: Outcome) -> None:
+        events = self._homing.events
+        if events.heard:
+            pages = np.flatnonzero(outcome.words & MIGRATE).astype(np.uint64) + np.uint64(message.start)
+            events.moved(context.space.number, pages, HOST, self._life.name, message.cause)
 
     async def evict(self, message: Evict) -> Evicted:
         """migrate_device_range. Raises KernelError(ENOMEM)."""
@@ -193,7 +206,7 @@ class Requests:
             return Evicted(0)
         if not self._life.page_map.zone.holds(frames) or len(np.unique(frames)) != len(frames):
             raise ProtocolError("Evict names frames that are not the device's own, or one twice")
-        moved = await self._homing.evict(self._life.link, frames)
+        moved = await self._homing.evict(self._life.link, frames, message.cause)
         self._life.link.flush_freed()
         return Evicted(moved)
 

@@ -16,6 +16,7 @@ import secrets
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,8 @@ class Host:
         self.links: dict[int, SessionLink] = {}
         """Living devices by zone."""
         self.homing = Homing(self.memory, self.links, self.spaces, self._context_of, self.interconnect.profile, clock.now)
+        self.events = self.homing.events
+        """Where to hear what happens."""
         self.contexts = Contexts(self.devices, self.hubs, self.interconnect.profile)
         self._transport = transport
         self._secret = secret
@@ -215,6 +218,8 @@ class Host:
         self._nursery.start_soon(self._live, life, session, connecting, over)
 
     def _tell(self, device: str, state: str, how: str) -> None:
+        if not self._ending:
+            self.events.device(device, state, how)
         if self.on_change is not None and not self._ending:
             self.on_change(device, state, how)
 
@@ -227,6 +232,7 @@ class Host:
                 nursery.start_soon(life.link.run)
                 Requests(life, self.homing, self.clock, nursery).attach(session)
                 dma = self._dma[life.name] = Dma(life, self.interconnect, nursery)
+                dma.on_refused = self.events.refused
                 dma.attach(session)
                 await self._greet(life, session)
                 await over.wait()
@@ -324,6 +330,7 @@ class Host:
 
     def _process(self, space: Space, hub: Hub) -> Process:
         self.spaces[space.number], self.hubs[space.number] = space, hub
+        hub.watch = partial(self.events.invalidated, space.number)
         return Process(space.number, space, self.contexts, self.homing, self._fork, self._process_ended)
 
     def _process_ended(self, pid: int) -> None:
