@@ -56,12 +56,20 @@ class RunAllocator:
 
     def allocate_aligned(self, count: int) -> Allocation | None:
         """One run of `count` frames that begins at a multiple of `count`, or None when there is none."""
+        got = self.allocate_aligned_run(count)
+        if got is None:
+            return None
+        start, zeroed = got
+        return Allocation(np.arange(start, start + count, dtype=np.uint64), count if zeroed else 0)
+
+    def allocate_aligned_run(self, count: int) -> tuple[int, bool] | None:
+        """`allocate_aligned` without arrays: the first frame, and whether all are known to hold zeros."""
         for i in range(len(self._starts)):
             start = -(-self._starts[i] // count) * count
             if self._ends[i] - start >= count:
                 self.free_count -= count
                 self._cut(i, start, start + count)
-                return Allocation(np.arange(start, start + count, dtype=np.uint64), 0)
+                return start, False
         start = -(-self._fresh // count) * count
         if self._end - start < count:
             return None
@@ -69,7 +77,7 @@ class RunAllocator:
             self._insert(self._fresh, start)
         self._fresh = start + count
         self.free_count -= count
-        return Allocation(np.arange(start, start + count, dtype=np.uint64), count)
+        return start, True
 
     def _cut(self, i: int, start: int, end: int) -> None:
         """Take [start, end) out of the free run `i`, which may leave two."""

@@ -18,6 +18,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from hmmnet.arena import Arena
 from hmmnet.errors import HmmnetError
@@ -56,11 +57,14 @@ class PageMap:
     @property
     def used_pages(self) -> int:
         """Frames with a reference."""
-        return int(np.count_nonzero(self.zone.refcount[: self.zone.offered] != IDLE_REFCOUNT))
+        return int(np.count_nonzero(self._references() != IDLE_REFCOUNT))
 
     def used_frames(self) -> Words:
         """Frames with a reference, ascending."""
-        return np.flatnonzero(self.zone.refcount[: self.zone.offered] != IDLE_REFCOUNT).astype(np.uint64) + np.uint64(self.zone.base)
+        return np.flatnonzero(self._references() != IDLE_REFCOUNT).astype(np.uint64) + np.uint64(self.zone.base)
+
+    def _references(self) -> npt.NDArray[np.int32]:
+        return self.zone.values("refcount", slice(0, self.zone.offered))
 
     def holders(self) -> Iterator[Holder]:
         """Everybody who keeps a frame."""

@@ -133,7 +133,7 @@ class CpuAccess:
             return False
         dirty = entry | pte.YOUNG | pte.DIRTY | pte.SOFT_DIRTY
         if dirty != entry:
-            self.mm.table.set(page, dirty)
+            self.mm.table.mark_one(page, dirty)
         return True
 
     def _try_touch(self, start: int, end: int, *, write: bool, keep: tuple[int, int] | None) -> bool:

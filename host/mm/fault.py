@@ -17,7 +17,7 @@ from enum import IntEnum
 import numpy as np
 import numpy.typing as npt
 
-from hmmnet.pages import HUGE_PAGES, ZERO_FRAME, Words
+from hmmnet.pages import HUGE_PAGES, HUGE_SHIFT, ZERO_FRAME, Words
 
 from . import huge, pte
 from .filemap import end_in, fault_around, file_offsets, map_file, read_fault
@@ -106,9 +106,11 @@ def touch_one(mm: Mm, vma: Vma, page: int, write: bool) -> bool:
             entry |= pte.WRITE | pte.YOUNG | pte.DIRTY | pte.SOFT_DIRTY
         else:
             return False
-    elif entry or not vma.is_anonymous or vma.flags & VM_UFFD_MISSING or huge.may_be_huge(vma):
+        mm.table.mark_one(page, entry)
+        return True
+    if entry or not vma.is_anonymous or vma.flags & VM_UFFD_MISSING or huge.may_be_huge(vma):
         return False
-    elif write:
+    if write:
         mm.anon_prepare(vma)
         frame = mm.memory.allocate_one(vma.anon, page - vma.start + vma.pgoff, mm.node, mm.cgroup)
         if frame is None:
@@ -132,7 +134,7 @@ def _settled(mm: Mm, pages: Words, entries: Words, write: bool) -> bool:
         if not bool((entries & pte.KIND == pte.PRESENT).all()):
             return False
     if not bool((entries & bits == bits).all()):
-        mm.table.scatter(pages, pte.with_bits(entries, bits))
+        mm.table.mark(pages, entries, bits)
     return True
 
 
@@ -163,10 +165,10 @@ def _settle(mm: Mm, vma: Vma, pages: Words, entries: Words, write: bool, keep: s
             bits |= pte.ANON_EXCLUSIVE
             reused = entries[there & (entries & (pte.WRITE | pte.ANON_EXCLUSIVE) == 0)]
             mm.memory.move_anon(pte.frames_of(reused), vma.anon)
-        mm.table.scatter(pages[there], pte.with_bits(entries[there], bits))
+        mm.table.mark(pages[there], entries[there], bits)
         if write:
             for block in huge.blocks_of(pages[there][entries[there] & (pte.HUGE | pte.WRITE) == pte.HUGE]):  # pmd_mkwrite: all of it
-                for _, part in mm.table.segments(block, block + HUGE_PAGES):
+                for _, part, _ in mm.table.parts(block, block + HUGE_PAGES):
                     part |= np.uint64(pte.WRITE | pte.ANON_EXCLUSIVE)
 
 
@@ -292,18 +294,33 @@ def zap(mm: Mm, pages: Words) -> None:
         mm.memory.unmap(pte.frames_of(entries[mapped]))
 
 
+def zap_range(mm: Mm, start: int, end: int) -> None:
+    """`zap` of all that is mapped in [start, end), huge pages as what they are. No frame may be there twice."""
+    blocks = mm.table.blocks(start, end)
+    if len(blocks):
+        huge.zap(mm, blocks)
+    pages = mm.table.occupied(start, end)
+    if len(pages):
+        zap(mm, pages)
+
+
 def age(mm: Mm, start: int, end: int, bits: int) -> None:
     """Clear `bits` (young, dirty) of present pages; entries of a device stay as they are (h15, h55)."""
-    for _, part in mm.table.present(start, end):
+    for _, part, _ in mm.table.parts(start, end):
         part[part & (pte.KIND | pte.SPECIAL) == pte.PRESENT] &= ~np.uint64(bits)
 
 
 def move_entries(mm: Mm, start: int, target: int, count: int) -> None:
     """move_page_tables: the entries of `count` pages change place; whatever lives there goes along, on a device or not."""
-    entries = mm.table.read(start, start + count)
-    entries[entries != 0] |= np.uint64(pte.SOFT_DIRTY)
-    mm.table.clear(start, start + count)
-    mm.table.write(target, entries)
+    if not (start ^ target) & huge.HUGE_MASK:
+        blocks = mm.table.blocks(start, start + count)
+        moved = mm.table.take_pmds(blocks) | np.uint64(pte.SOFT_DIRTY)
+        mm.table.set_pmds(blocks + np.uint64(target >> HUGE_SHIFT) - np.uint64(start >> HUGE_SHIFT), moved)
+    pages = mm.table.occupied(start, start + count)
+    if len(pages):
+        entries = mm.table.gather(pages)
+        mm.table.clear(start, start + count)
+        mm.table.scatter(pages - np.uint64(start) + np.uint64(target), entries | np.uint64(pte.SOFT_DIRTY))
 
 
 def protect(mm: Mm, start: int, end: int, writable: bool, shared: bool = False) -> None:
@@ -313,7 +330,7 @@ def protect(mm: Mm, start: int, end: int, writable: bool, shared: bool = False) 
     to present pages that this process has alone (can_change_pte_writable), in a `shared` mapping to all; entries of a device keep theirs.
     """
     alone = 0 if shared else pte.ANON_EXCLUSIVE
-    for _, part in mm.table.present(start, end):
+    for _, part, _ in mm.table.parts(start, end):
         if writable:
             part[part & (pte.KIND | alone | pte.SPECIAL) == pte.PRESENT | alone] |= np.uint64(pte.WRITE)
         else:

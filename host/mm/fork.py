@@ -38,8 +38,11 @@ def needs_copy(vma: Vma) -> bool:
 
 
 def copy_entries(parent: Mm, child: Mm, vma: Vma) -> None:
-    """copy_pte_range for one VMA of the parent. There must be no migration and no exclusive entries. Raises KernelError(ENOMEM)."""
-    for first, part in parent.table.present(vma.start, vma.end):
+    """copy_page_range for one VMA of the parent. There must be no migration and no exclusive entries. Raises KernelError(ENOMEM)."""
+    blocks = parent.table.blocks(vma.start, vma.end)
+    if len(blocks):
+        huge.share(parent, child, vma, blocks)
+    for first, part in parent.table.ptes.present(vma.start, vma.end):
         pages = np.flatnonzero(part).astype(np.uint64)
         if len(pages):
             where = pages.astype(np.intp)

@@ -22,6 +22,7 @@ from hmmnet.errors import HmmnetError
 from hmmnet.pages import (
     DEVICE_ZONE_MIN,
     HUGE_PAGES,
+    HUGE_SHIFT,
     PAGE_SHIFT,
     PAGE_SIZE,
     ZONE_SHIFT,
@@ -29,18 +30,30 @@ from hmmnet.pages import (
     Words,
     is_one_run,
     run_bounds,
+    runs_of,
 )
 
 from .memcg import CHARGE_MASK, MemoryCgroup, MemoryCgroups
 from .swap import Swap
-from .zones import ANON, CpuZone, HostZone, Index, Zone
+from .zones import ANON, COMPOUND, STATE, CpuZone, HostZone, Index, Zone
 
 if TYPE_CHECKING:
     from .filemap import File
     from .mm import Mm
 
+_STEPS = np.arange(HUGE_PAGES, dtype=np.uint64)
 COPY_SLICES_MAX = 64
 """Up to this many runs a copy goes slice by slice, else page by page inside numpy."""
+
+
+def frames_from(heads: Words) -> Words:
+    """All frames of the folios with these heads."""
+    return (heads[:, np.newaxis] + _STEPS).reshape(-1)
+
+
+def _at(where: Index) -> npt.NDArray[np.intp]:
+    """Where heads stand, as a list."""
+    return np.arange(where.start, where.stop) if isinstance(where, slice) else where
 
 
 class PhysicalMemory:
@@ -124,14 +137,21 @@ class PhysicalMemory:
         zone = self.zones[number]
         zone.lost = cause
         zone.kind = "private"
-        zone.on_free = None
+        zone.on_free = zone.on_free_folios = None
 
     def zone(self, frame: int) -> Zone:
         """The zone of one frame."""
         return self.zones[frame >> ZONE_SHIFT]
 
     def groups(self, frames: Words) -> Iterator[tuple[Zone, slice | npt.NDArray[np.intp], Index]]:
-        """`frames` by zone: (zone, which of them, where they stand in the zone's arrays)."""
+        """`frames` by zone: (zone, which of them, where they stand in the zone's arrays). Each has a state of its own then."""
+        for zone, rows, where in self.where(frames):
+            if zone.folded_count:
+                zone.unfold(where)
+            yield zone, rows, where
+
+    def where(self, frames: Words) -> Iterator[tuple[Zone, slice | npt.NDArray[np.intp], Index]]:
+        """`groups` for who does not look at the arrays frame by frame: folded folios stay as they are."""
         if len(frames) == 0:
             return
         if is_one_run(frames):
@@ -148,15 +168,15 @@ class PhysicalMemory:
         for number in np.unique(numbers).tolist():
             rows = np.flatnonzero(numbers == np.uint64(number))
             zone = self.zones[number]
-            yield zone, rows, zone.at(frames[rows])
+            yield zone, rows, zone.index_of(frames[rows])
 
     def field(self, frames: Words, name: str) -> npt.NDArray[Any]:
         """One struct page field of each of `frames`, a copy."""
         out: npt.NDArray[Any] | None = None
-        for zone, rows, where in self.groups(frames):
-            values = getattr(zone, name)[where]
+        for zone, rows, where in self.where(frames):
+            values = zone.values(name, where)
             if isinstance(rows, slice):
-                return values.copy() if isinstance(where, slice) else values  # type: ignore[no-any-return]
+                return values
             if out is None:
                 out = np.zeros(len(frames), dtype=values.dtype)
             out[rows] = values
@@ -209,18 +229,27 @@ class PhysicalMemory:
         return np.concatenate(parts)
 
     def allocate_huge(self, node: int = 0, group: MemoryCgroup | None = None) -> Words | None:
-        """An aligned run of 512 zeroed host frames with one reference each, from `node` or where there is one; None when nowhere.
+        """`allocate_folio`, frame by frame."""
+        head = self.allocate_folio(node, group)
+        if head is None:
+            return None
+        frames = np.arange(head, head + HUGE_PAGES, dtype=np.uint64)
+        self.zone(head).at(frames)
+        return frames
 
-        `group` is charged; None, too, when it is at its limit.
+    def allocate_folio(self, node: int = 0, group: MemoryCgroup | None = None, *, bare: bool = False) -> int | None:
+        """The head of a folded folio of 512 host frames with one reference, from `node` or where there is one; None when nowhere.
+
+        It is zeroed unless `bare`. `group` is charged; None, too, when it is at its limit.
         """
         if group is not None and not group.try_charge(HUGE_PAGES):
             return None
         for zone in self._from(node):
-            frames = zone.allocate_huge()
-            if frames is not None:
+            head = zone.allocate_folio(bare=bare)
+            if head is not None:
                 if group is not None:
-                    zone.flags[zone.at(frames)] = group.charge_bits
-                return frames
+                    zone.flags[head - zone.base] = group.charge_bits
+                return head
         if group is not None:
             group.uncharge(HUGE_PAGES)
         return None
@@ -318,6 +347,88 @@ class PhysicalMemory:
         for zone, _, where in self.groups(frames):
             zone.mapcount[where] -= 1
         self.put(frames)
+
+    # --- folded folios, by their heads --------------------------------------------------------------------------------------------
+
+    def unfold(self, frame: int) -> None:
+        """The frames of the folio that `frame` belongs to have states of their own from now on."""
+        zone = self.zones[frame >> ZONE_SHIFT]
+        if zone.folded_count:
+            at = frame - zone.base
+            zone.unfold(slice(at, at + 1))
+
+    def folded(self, heads: Words) -> npt.NDArray[np.bool_]:
+        """Which of `heads` are those of folded folios."""
+        out = np.zeros(len(heads), np.bool_)
+        for zone, rows, where in self.where(heads):
+            if zone.folded_count:
+                out[rows] = zone.folded[_at(where) >> HUGE_SHIFT]
+        return out
+
+    def fold(self, head: int) -> bool:
+        """Keep the state of the 512 frames from `head` on there, if it is one and the same without a pin; whether it is kept there now."""
+        zone = self.zones[head >> ZONE_SHIFT]
+        first = head - zone.base
+        if zone.folded[first >> HUGE_SHIFT]:
+            return True
+        frames = slice(first, first + HUGE_PAGES)
+        if zone.pincount[first] or not all(bool((getattr(zone, name)[frames] == getattr(zone, name)[first]).all()) for name in STATE):
+            return False
+        index = zone.index[frames]
+        if not bool((index[1:] == index[:-1] + np.uint64(1)).all()):
+            return False
+        for name in STATE:
+            getattr(zone, name)[first + 1 : first + HUGE_PAGES] = 0
+        zone.set_folded(np.array([first >> HUGE_SHIFT]))
+        return True
+
+    def map_new_folio(self, head: int, mapping: int, index: int) -> None:
+        """`map_new` for a folded folio that was just allocated: it is a large one."""
+        zone = self.zones[head >> ZONE_SHIFT]
+        at = head - zone.base
+        zone.mapcount[at] = 1
+        zone.flags[at] |= np.uint32(ANON | COMPOUND)
+        zone.mapping[at] = mapping
+        zone.index[at] = index
+
+    def share_folios(self, heads: Words) -> None:
+        """One more mapping of each of the folded folios, with its reference."""
+        for zone, _, at in self.where(heads):
+            zone.refcount[at] += 1
+            zone.mapcount[at] += 1
+
+    def unmap_folios(self, heads: Words) -> None:
+        """`unmap` for huge pages: one mapping of each goes; those that are not folded lose one of each frame."""
+        folded = self.folded(heads)
+        if not folded.all():
+            self.unmap(frames_from(heads[~folded]))
+            heads = heads[folded]
+        for zone, _, at in self.where(heads):
+            zone.mapcount[at] -= 1
+        self.put_folios(heads)
+
+    def put_folios(self, heads: Words) -> None:
+        """`put` for folded folios."""
+        for zone, _, where in self.where(heads):
+            at = _at(where)
+            zone.refcount[at] -= 1
+            unused = at[zone.refcount[at] == 0]
+            if len(unused):
+                self._free_folios(zone, unused)
+
+    def _free_folios(self, zone: Zone, at: npt.NDArray[np.intp]) -> None:
+        self.cgroups.uncharge(zone.flags[at], HUGE_PAGES)
+        zone.flags[at] = 0
+        zone.mapping[at] = 0
+        zone.set_unused(at >> HUGE_SHIFT)
+        heads = at.astype(np.uint64) + np.uint64(zone.base)
+        if isinstance(zone, HostZone):
+            for start, end in runs_of(np.sort(heads >> np.uint64(HUGE_SHIFT))):
+                zone.release_run(start << HUGE_SHIFT, end << HUGE_SHIFT)
+        elif zone.on_free_folios is not None:
+            zone.on_free_folios(heads)
+        elif zone.on_free is not None:
+            zone.on_free(frames_from(heads))
 
     # --- bytes ------------------------------------------------------------------------------------------------------------------
 

@@ -1,14 +1,21 @@
 """Huge pages: 2 MiB mapped as one, transparent (mm/huge_memory.c) or from a pool (mm/hugetlb.c).
 
-A huge page here is a property of 512 ordinary ones. Their frames are one aligned run that is allocated and freed together, marked
-`COMPOUND`; their entries, an aligned block of the table, are marked `HUGE` while the block is mapped as one (a PMD). Everything that works
-on entries and frames works on those of huge pages too; what it has to do is to *split* first where it changes only a part:
+Two properties make a huge page. Its frames are one aligned run that is allocated and freed together, marked `COMPOUND` (a large folio); its
+entries are marked `HUGE` while the block is mapped as one (a PMD). What changes only a part has to *split* first:
 
 - `split_entries` (__split_huge_pmd): the block is mapped page by page from then on, in this process. The frames stay one folio.
 - `split_folio`: the frames are ordinary pages from then on, for everybody who maps them. Pages that hold only zeros become the
   shared zero page (h36). A folio that somebody holds on to cannot be split.
 
 Mirrors are told CLEAR of the whole block before either.
+
+**What it costs.** A huge page is one entry (`hmmnet.pagetable`: a PMD, the words of its pages being zero) and one state (`zones.py`: that
+of the head frame, a *folded* folio). So mapping, unmapping, protecting, forking and migrating it is work for one page, here and in
+`compound.py`. Both tables show huge pages frame by frame to whoever asks so, and *unfold* one to 512 equal entries and states when
+somebody writes to a part, which changes nothing but the cost: all other code is as if there were small pages only, and the marks `HUGE` and
+`COMPOUND` mean what they always did. One rule ties the two: what maps a frame of a folded folio maps the folio whole, by a PMD; a
+PMD that is unfolded unfolds its folio. Measured before: 512 words for each huge page made its migration as dear as 512 small ones
+(some 120 us each way), because each pass over an array is paid by the word, and a mask by block by the square.
 
 A transparent huge page is made by the first access to an aligned block that lies in a VM_HUGEPAGE mapping whole and has no page table yet
 (`Mm.small_blocks` are the blocks that have one): a store takes 512 frames, a load maps the huge zero page. A hugetlb mapping has nothing
@@ -25,19 +32,21 @@ import numpy as np
 import numpy.typing as npt
 
 from hmmnet.errors import KernelError
-from hmmnet.pages import HUGE_PAGES, PAGE_SIZE, ZERO_FRAME, Words
+from hmmnet.pages import HUGE_PAGES, HUGE_SHIFT, PAGE_SIZE, ZERO_FRAME, Words
 
 from . import pte
 from .frames import PhysicalMemory
 from .mm import Mm
 from .rmap import mappings
-from .vma import VM_HUGEPAGE, VM_HUGETLB, VM_LOCKED, VM_NOHUGEPAGE, VM_WRITE, Vma
+from .vma import VM_HUGEPAGE, VM_HUGETLB, VM_LOCKED, VM_NOHUGEPAGE, VM_SHARED, VM_WRITE, Vma
 from .zones import COMPOUND
 
 EAGAIN = 11
 ENOMEM = 12
 EINVAL = 22
 HUGE_MASK = HUGE_PAGES - 1
+HUGE_ZERO_ENTRY = pte.ZERO_ENTRY | pte.HUGE
+"""The huge zero page, what a load maps; its frame is the zero page's, whose number is 0."""
 _BLOCK = np.uint64(HUGE_MASK)
 
 
@@ -78,7 +87,7 @@ def populate(mm: Mm, vma: Vma, pages: Words, *, write: bool, node: int) -> npt.N
     for block in blocks_of(pages):
         inside = vma.start <= block and block + HUGE_PAGES <= vma.end
         free = bool(vma.flags & VM_HUGETLB) or block not in mm.small_blocks
-        if inside and free and not mm.table.read(block, block + HUGE_PAGES).any() and _make(mm, vma, block, write=write, node=node):
+        if inside and free and len(mm.table.untouched(block, block + HUGE_PAGES)) and _make(mm, vma, block, write=write, node=node):
             done |= (pages & ~_BLOCK) == block
         else:
             mm.small_blocks.add(block)
@@ -88,21 +97,17 @@ def populate(mm: Mm, vma: Vma, pages: Words, *, write: bool, node: int) -> npt.N
 def _make(mm: Mm, vma: Vma, block: int, *, write: bool, node: int) -> bool:
     """Map `block` as one; False when there is no huge page for it."""
     if not write and not vma.flags & VM_HUGETLB:
-        zero = np.full(HUGE_PAGES, pte.entry(pte.PRESENT, ZERO_FRAME, pte.ZERO_ENTRY | pte.HUGE), np.uint64)
-        mm.table.write(block, zero)
+        mm.table.set_pmd(block, HUGE_ZERO_ENTRY)
         return True
-    frames = mm.memory.allocate_huge(node, None if vma.flags & VM_HUGETLB else mm.cgroup)
-    if frames is None:
+    head = mm.memory.allocate_folio(node, None if vma.flags & VM_HUGETLB else mm.cgroup)
+    if head is None:
         if vma.flags & VM_HUGETLB:
             raise KernelError(ENOMEM, "page fault", f"process {mm.number} wants a huge page and the host has no 2 MiB in one piece")
         return False
-    pages = np.arange(block, block + HUGE_PAGES, dtype=np.uint64)
-    index = mm.anon_index(vma, pages)
-    mm.memory.map_new(frames, vma.anon, index)
-    for zone, _, at in mm.memory.groups(frames):
-        zone.flags[at] |= np.uint32(COMPOUND)
+    mm.anon_prepare(vma)
+    mm.memory.map_new_folio(head, vma.anon, block - vma.start + vma.pgoff)
     bits = pte.FRESH_WRITE if write else pte.FRESH_WRITE & ~(pte.WRITE | pte.DIRTY | pte.SOFT_DIRTY)
-    mm.table.write(block, pte.entries_of(pte.PRESENT, frames, bits | pte.HUGE))
+    mm.table.set_pmd(block, pte.entry(pte.PRESENT, head, bits | pte.HUGE))
     mm.rss += HUGE_PAGES
     return True
 
@@ -115,6 +120,41 @@ def alone(mm: Mm, entries: Words) -> npt.NDArray[np.bool_]:
         frames = np.arange(head, head + HUGE_PAGES, dtype=np.uint64)
         out[heads == head] = bool((mm.memory.field(frames, "refcount") == 1).all())
     return out
+
+
+# --- whole --------------------------------------------------------------------------------------------------------------------
+
+
+def zap(mm: Mm, blocks: Words) -> None:
+    """zap_huge_pmd: drop the huge pages mapped at `blocks` (numbers, of blocks that are mapped as one)."""
+    entries = mm.table.take_pmds(blocks)
+    counted = entries & pte.SPECIAL == 0
+    mm.rss -= int(np.count_nonzero(counted)) * HUGE_PAGES
+    mapped = counted & (entries & pte.KIND != pte.MIGRATION)
+    if mapped.any():
+        mm.memory.unmap_folios(pte.frames_of(entries[mapped]))
+
+
+def share(parent: Mm, child: Mm, vma: Vma, blocks: Words) -> None:
+    """copy_huge_pmd: the huge pages at `blocks` of `vma` are the child's, too, except those that somebody may have pinned, which are left.
+
+    Who is left is told one by one from then on, so it has entries of its own.
+    """
+    entries = parent.table.pmds.gather(blocks)
+    counted = entries & pte.SPECIAL == 0
+    whole = ~counted
+    whole[counted] = parent.memory.folded(pte.frames_of(entries[counted]))
+    for block in blocks[~whole].tolist():
+        parent.table.unfold(block << HUGE_SHIFT)
+    blocks, entries, counted = blocks[whole], entries[whole], counted[whole]
+    shared = entries
+    if not vma.flags & VM_SHARED:
+        shared = entries & ~np.uint64(pte.WRITE | pte.ANON_EXCLUSIVE)
+        shared[entries & (pte.KIND | pte.WRITE) == pte.DEVICE | pte.WRITE] &= ~np.uint64(pte.SOFT_DIRTY)
+    parent.table.pmds.scatter(blocks, shared)
+    child.table.set_pmds(blocks, shared & ~np.uint64(pte.YOUNG))
+    parent.memory.share_folios(pte.frames_of(entries[counted]))
+    child.rss += int(np.count_nonzero(counted)) * HUGE_PAGES
 
 
 # --- splitting --------------------------------------------------------------------------------------------------------------------
@@ -201,7 +241,7 @@ def break_cow(mm: Mm, vma: Vma, block: int) -> None:
     if entry & pte.SPECIAL:
         mm.table.clear(block, block + HUGE_PAGES)
         if not _make(mm, vma, block, write=True, node=mm.node):
-            mm.table.write(block, np.full(HUGE_PAGES, pte.entry(pte.PRESENT, ZERO_FRAME, pte.ZERO_ENTRY), np.uint64))
+            mm.table.write(block, np.full(HUGE_PAGES, pte.ZERO_ENTRY, np.uint64))
             mm.small_blocks.add(block)
     elif vma.flags & VM_HUGETLB:
         before = mm.table.read(block, block + HUGE_PAGES)
@@ -241,7 +281,7 @@ def collapse(mm: Mm, vma: Vma, block: int) -> int:
     mm.memory.unmap(old)
     mm.rss -= len(old)
     if not vma.flags & VM_WRITE:
-        for _, part in mm.table.segments(block, block + HUGE_PAGES):
+        for _, part, _ in mm.table.parts(block, block + HUGE_PAGES):
             part &= ~np.uint64(pte.WRITE)
     mm.small_blocks.discard(block)
     return 0

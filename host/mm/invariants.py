@@ -7,18 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from hmmnet.pages import PAGES_MAX, Words
+from hmmnet.pages import HUGE_PAGES, HUGE_SHIFT, PAGES_MAX, Words
 
 from . import pte
 from .frames import PhysicalMemory
 from .memcg import CHARGE_SHIFT
 from .mm import Mm
 from .vma import VM_WRITE, Vma
-from .zones import ANON, LOCKED, HostZone, Zone
+from .zones import ANON, COMPOUND, LOCKED, STATE, HostZone, Zone
 
 
 def check(memory: PhysicalMemory, mms: Iterable[Mm], *, quiet: bool = True) -> None:
@@ -30,6 +31,7 @@ def check(memory: PhysicalMemory, mms: Iterable[Mm], *, quiet: bool = True) -> N
     migrating: list[Words] = []
     for mm in mms:
         _check_vmas(mm)
+        _check_blocks(memory, mm)
         mapped, moving = _check_entries(memory, mm)
         mappings.append(mapped)
         migrating.append(moving)
@@ -37,10 +39,11 @@ def check(memory: PhysicalMemory, mms: Iterable[Mm], *, quiet: bool = True) -> N
     moving = np.unique(np.concatenate([np.zeros(0, np.uint64), *migrating]))
     assert not quiet or len(moving) == 0, f"frame 0x{int(moving[0]):x} is still behind a migration entry"
     for zone in memory.zones.values():
+        _check_folded(zone, quiet=quiet)
         inside = (frames >= zone.base) & (frames < zone.base + zone.count)
         _check_zone(zone, frames[inside], counts[inside].astype(np.int64), quiet=quiet)
     if quiet:
-        charged = np.concatenate([zone.flags >> np.uint32(CHARGE_SHIFT) for zone in memory.zones.values()])
+        charged = np.concatenate([_all(zone, "flags") >> np.uint32(CHARGE_SHIFT) for zone in memory.zones.values()])
         per_group = {number: pages for number, pages in enumerate(np.bincount(charged).tolist()) if number and pages}
         assert per_group == memory.cgroups.charged(), (
             f"pages charged to memory cgroups (I4): {per_group}, they say {memory.cgroups.charged()}"
@@ -53,6 +56,42 @@ def _check_vmas(mm: Mm) -> None:
     for left, right in pairwise(vmas):
         assert left.start < left.end <= right.start < right.end, f"process {mm.number}: VMAs overlap at page 0x{right.start:x}"
         assert not left.merges_with(right), f"process {mm.number}: VMAs that are equal did not merge at page 0x{right.start:x}"
+
+
+def _check_blocks(memory: PhysicalMemory, mm: Mm) -> None:
+    """A block that is mapped as one has no entries beside that, and leads to an aligned run; folded folios are mapped so only."""
+    blocks = mm.table.pmds.occupied(0, PAGES_MAX >> HUGE_SHIFT)
+    assert len(blocks) == mm.table.pmd_count, f"process {mm.number}: {len(blocks)} blocks are mapped as one, not {mm.table.pmd_count}"
+    entries = mm.table.pmds.gather(blocks)
+    assert (entries & pte.HUGE != 0).all(), f"process {mm.number}: an entry of a block that does not say so"
+    aligned = pte.frames_of(entries) % np.uint64(HUGE_PAGES) == 0
+    assert aligned.all(), f"process {mm.number}: a block is mapped as one to frames that are no huge page"
+    for block in blocks.tolist():
+        beside = mm.table.ptes.read(block << HUGE_SHIFT, block + 1 << HUGE_SHIFT)
+        assert not beside.any(), f"process {mm.number}: the block at page 0x{block << HUGE_SHIFT:x} is mapped as one, and page by page"
+    small = mm.table.ptes.gather(mm.table.ptes.occupied(0, PAGES_MAX))
+    kinds = small & pte.KIND
+    frames = pte.frames_of(small[(kinds != pte.MARKER) & (kinds != pte.SWAP) & (small & pte.SPECIAL == 0)])
+    heads = frames >> np.uint64(HUGE_SHIFT) << np.uint64(HUGE_SHIFT)
+    assert not memory.folded(np.unique(heads)).any(), f"process {mm.number}: one page of a folded folio is mapped"
+
+
+def _check_folded(zone: Zone, *, quiet: bool) -> None:
+    """Folded folios are large ones, in use (or granted, while a migration runs), and say nothing but at their heads."""
+    blocks = np.flatnonzero(zone.folded)
+    assert len(blocks) == zone.folded_count, f"{zone.owner}: {len(blocks)} folios are folded, counted are {zone.folded_count}"
+    for block in blocks.tolist():
+        head, rest = block << HUGE_SHIFT, slice((block << HUGE_SHIFT) + 1, (block + 1) << HUGE_SHIFT)
+        said = [name for name in STATE if getattr(zone, name)[rest].any()]
+        assert not said, f"{zone.owner}: frames of the folded folio {head} have {', '.join(said)} of their own"
+        assert not quiet or zone.refcount[head] > 0, f"{zone.owner}: folio {head} is folded, and free"
+        large = zone.refcount[head] == 0 or not zone.mapcount[head] or zone.flags[head] & COMPOUND
+        assert large, f"{zone.owner}: folio {head} is folded, mapped and not large"
+
+
+def _all(zone: Zone, name: str) -> npt.NDArray[Any]:
+    """What `name` says of each frame."""
+    return zone.values(name, slice(0, zone.count))
 
 
 def _check_entries(memory: PhysicalMemory, mm: Mm) -> tuple[Words, Words]:
@@ -98,15 +137,16 @@ def _check_zone(zone: Zone, frames: Words, counts: npt.NDArray[np.int64], *, qui
     """Every frame counts its mappings; what has no reference is free, and the other way round (I3)."""
     expected = np.zeros(zone.count, np.int32)
     expected[(frames - np.uint64(zone.base)).astype(np.intp)] = counts
-    wrong = np.flatnonzero(zone.mapcount != expected)
-    assert len(wrong) == 0, f"{zone.owner}: frame {wrong[0]} says it is mapped {zone.mapcount[wrong[0]]} times, but is {expected[wrong[0]]}"
-    below = np.flatnonzero(zone.refcount < zone.mapcount)
+    mapcount, refcount, mapping, flags = (_all(zone, name) for name in ("mapcount", "refcount", "mapping", "flags"))
+    wrong = np.flatnonzero(mapcount != expected)
+    assert len(wrong) == 0, f"{zone.owner}: frame {wrong[0]} says it is mapped {mapcount[wrong[0]]} times, but is {expected[wrong[0]]}"
+    below = np.flatnonzero(refcount < mapcount)
     assert len(below) == 0, f"{zone.owner}: frame {below[0]} has fewer references than mappings"
-    free = zone.refcount == 0
-    assert not zone.mapping[free].any(), f"{zone.owner}: a free frame still belongs to somebody"
+    free = refcount == 0
+    assert not mapping[free].any(), f"{zone.owner}: a free frame still belongs to somebody"
     if quiet:
-        assert not (zone.flags & LOCKED).any(), f"{zone.owner}: frame {np.argmax(zone.flags & LOCKED)} is still locked"
-        assert not zone.flags[free].any(), f"{zone.owner}: a free frame still has flags"
+        assert not (flags & LOCKED).any(), f"{zone.owner}: frame {np.argmax(flags & LOCKED)} is still locked"
+        assert not flags[free].any(), f"{zone.owner}: a free frame still has flags"
     if isinstance(zone, HostZone):
         used = int(np.count_nonzero(~free))
         assert used == zone.allocator.used_count, f"{zone.owner}: {used} frames have references, {zone.allocator.used_count} are allocated"

@@ -108,14 +108,14 @@ class MemoryCgroups:
         there = ", ".join(group.name for group in self._groups) or "none"
         raise HmmnetError(f'no memory cgroup is called "{name}"; there are: {there}')
 
-    def uncharge(self, flags: npt.NDArray[np.uint32] | np.uint32) -> None:
-        """Frames with these `flags` are freed."""
+    def uncharge(self, flags: npt.NDArray[np.uint32] | np.uint32, each: int = 1) -> None:
+        """Frames with these `flags` are freed; each stands for `each` pages."""
         if not self._groups:
             return
         numbers = np.atleast_1d(flags) >> np.uint32(CHARGE_SHIFT)
         for number, pages in enumerate(np.bincount(numbers).tolist()):
             if number and pages:
-                self._groups[number - 1].uncharge(pages)
+                self._groups[number - 1].uncharge(pages * each)
 
     def charged(self) -> dict[int, int]:
         """Pages of each group that has any, by number."""

@@ -10,8 +10,9 @@ from collections.abc import Callable
 
 from hmmnet.errors import KernelError, SegmentationFault
 from hmmnet.pages import PAGE_SHIFT, Words
-from hmmnet.sparse import SparseTable
+from hmmnet.pagetable import PageTable
 
+from . import pte
 from .frames import PhysicalMemory
 from .memcg import MemoryCgroup
 from .vma import Vma, VmaTree
@@ -31,8 +32,8 @@ class Mm:
         self.cgroup: MemoryCgroup | None = None
         """To which memory cgroup its new pages are charged; a child inherits it."""
         self.vmas = VmaTree()
-        self.table = SparseTable()
-        """The page table: virtual page -> entry (`pte`)."""
+        self.table = PageTable(pte.FRAME_SHIFT, pte.SPECIAL, self._unfolded)
+        """The page table: virtual page -> entry (`pte`); one for a block that is mapped as one (`huge.py`)."""
         self.small_blocks: set[int] = set()
         """Aligned blocks in mappings for huge pages that have a page table of their own: no huge page comes there any more."""
         self.rss = 0
@@ -40,6 +41,11 @@ class Mm:
         self.migration_ended: Callable[[], None] | None = None
         """Called whenever migration entries of this process have been replaced: who waits on one looks again."""
         memory.families.setdefault(self.family, []).append(self)
+
+    def _unfolded(self, entry: int) -> None:
+        """A huge page has 512 entries now instead of `entry`: so have its frames states of their own."""
+        if not entry & pte.SPECIAL:
+            self.memory.unfold(entry >> pte.FRAME_SHIFT)
 
     def close(self) -> None:
         """The process is gone: the reverse map forgets it."""

@@ -51,7 +51,7 @@ class Space(Advice):
                         inherited.file.mappers[number] = child
                     if inherited is not None and needs_copy(vma):
                         async with self.hub.invalidate(Event.PROTECTION_PAGE, vma.start, vma.end):
-                            restore_exclusive(self.mm, self.mm.table.occupied(vma.start, vma.end))
+                            restore_exclusive(self.mm, self.mm.table.ptes.occupied(vma.start, vma.end))
                             copy_entries(self.mm, child.mm, vma)
             except BaseException:  # cancelled, too: half a child would hold on to pages for ever
                 with trio.CancelScope(shield=True):

@@ -136,7 +136,7 @@ class SystemCalls(Pins):
 
     def _zap(self, start: int, end: int) -> None:
         """Drop the entries of [start, end), which lies in one VMA: so no frame is there twice."""
-        fault.zap(self.mm, self.mm.table.occupied(start, end))
+        fault.zap_range(self.mm, start, end)
 
     async def exit(self) -> None:
         """exit_mmap: mirrors are told once, for everything; then all is unmapped."""
@@ -336,9 +336,9 @@ class SystemCalls(Pins):
 
     async def _migrations_over(self, start: int, end: int) -> None:
         """Wait until no page of [start, end) is under migration: evictions by frame need no mmap lock, so some may be."""
-        for first, part in list(self.mm.table.present(start, end)):
+        for first, part, pages in list(self.mm.table.parts(start, end)):
             for offset in np.flatnonzero(pte.kinds_of(part) == pte.MIGRATION).tolist():
-                await self.wait_migration(first + offset)
+                await self.wait_migration(first + offset * pages)
 
 
 def aligned(call: str, address: int) -> int:

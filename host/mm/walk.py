@@ -107,7 +107,7 @@ class Walker:
         self._fill(low, high, HMM_PFN_ERROR)
 
     def _vma(self, vma: Vma, start: int, end: int) -> None:
-        for first, part in self.mm.table.segments(start, end):
+        for first, part in self.mm.table.readable(start, end):
             for offset in range(0, len(part), BLOCK_PAGES):
                 self._block(vma, first + offset, part[offset : offset + BLOCK_PAGES])
 

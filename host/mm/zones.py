@@ -2,6 +2,12 @@
 
 A zone is a NUMA node of the host, or the memory of one device, of which the host holds only this bookkeeping (the device has the bytes
 and allocates its frames). Arrays are reserved whole and committed where they are touched, so a device of 80 GiB costs what is in use.
+
+**Folded folios.** What Linux keeps of a large folio stands in the struct page of its head. Here, too: while `folded` says so of an aligned
+block of 512 frames, its state is that of its first frame, for all of them (index counting up), and the arrays hold zeros for the others.
+Everybody who maps such a folio maps it whole. Who wants to treat its frames one by one comes by way of `at` (or `PhysicalMemory.groups`),
+which writes the state of each frame out first, and `field` reads it as if it had been; so only who works on whole folios needs to know, and
+has one count to change instead of 512 (`PhysicalMemory.fold` and the methods named `_folios`).
 """
 
 from __future__ import annotations
@@ -16,6 +22,7 @@ import numpy.typing as npt
 from hmmnet.arena import MAP_NORESERVE, Arena
 from hmmnet.pages import (
     HUGE_PAGES,
+    HUGE_SHIFT,
     ZERO_FRAME,
     ZONE_SHIFT,
     Words,
@@ -44,6 +51,11 @@ FREE_COMMITTED_PAGES_MAX = 1 << 18
 
 Index = slice | npt.NDArray[np.intp]
 
+STATE = ("refcount", "mapcount", "pincount", "flags", "mapping")
+"""The arrays of a zone that are alike for all frames of a folded folio."""
+_STEPS = np.arange(HUGE_PAGES, dtype=np.uint64)
+_NONE = np.zeros(0, np.intp)
+
 
 def lazy_array(count: int, dtype: type[np.generic]) -> npt.NDArray[Any]:
     """`count` zeros that the operating system commits where they are written."""
@@ -69,19 +81,82 @@ class Zone:
         self.flags: npt.NDArray[np.uint32] = lazy_array(count, np.uint32)
         self.mapping: npt.NDArray[np.uint32] = lazy_array(count, np.uint32)
         self.index: npt.NDArray[np.uint64] = lazy_array(count, np.uint64)
+        self.folded: npt.NDArray[np.bool_] = lazy_array((count >> HUGE_SHIFT) + 1, np.bool_)
+        """Which aligned blocks of 512 frames have their state at the first."""
+        self.folded_count = 0
         self.on_free: Callable[[Words], None] | None = None
         """folio_free: called with the frames of a device zone whose last reference is gone."""
+        self.on_free_folios: Callable[[Words], None] | None = None
+        """The same for folded folios, called with their heads; `on_free` hears of them frame by frame where there is none."""
         self.lost = ""
         """Why the memory is gone; empty while it is there."""
         self.offered = 0
         """Frames of a device below this index have been offered to a migration at some time; beyond, all are idle."""
 
     def at(self, frames: Words) -> Index:
-        """Where `frames`, all of this zone, stand in the arrays: a slice when they are one run."""
+        """Where `frames`, all of this zone, stand in the arrays: a slice when they are one run. Each has a state of its own then."""
+        where = self.index_of(frames)
+        if self.folded_count:
+            self.unfold(where)
+        return where
+
+    def index_of(self, frames: Words) -> Index:
+        """`at` for who only wants to know where they are."""
         if is_one_run(frames):
             first = int(frames[0]) - self.base
             return slice(first, first + len(frames))
         return (frames - np.uint64(self.base)).astype(np.intp)
+
+    # --- folded folios ------------------------------------------------------------------------------------------------------------
+
+    def blocks_at(self, where: Index) -> npt.NDArray[np.intp]:
+        """The folded blocks, each once, that hold frames at `where`."""
+        if isinstance(where, slice):
+            first = where.start >> HUGE_SHIFT
+            return np.flatnonzero(self.folded[first : (where.stop - 1 >> HUGE_SHIFT) + 1]) + first if where.stop > where.start else _NONE
+        blocks = where >> HUGE_SHIFT
+        return np.unique(blocks[self.folded[blocks]])
+
+    def unfold(self, where: Index) -> None:
+        """The frames at `where` have a state of their own from now on."""
+        for block in self.blocks_at(where).tolist():
+            head, rest = block << HUGE_SHIFT, slice((block << HUGE_SHIFT) + 1, (block + 1) << HUGE_SHIFT)
+            for name in STATE:
+                array = getattr(self, name)
+                array[rest] = array[head]
+            self.index[rest] = self.index[head] + _STEPS[1:]
+            self.folded[block] = False
+            self.folded_count -= 1
+
+    def set_folded(self, blocks: npt.NDArray[np.intp]) -> None:
+        """`blocks` are folded from now on: their heads hold their state, the other frames' is all zero."""
+        self.folded[blocks] = True
+        self.folded_count += len(blocks)
+
+    def set_unused(self, blocks: npt.NDArray[np.intp]) -> None:
+        """Folded `blocks`, whose heads are all zero but for the index, are free frames from now on."""
+        self.folded[blocks] = False
+        self.folded_count -= len(blocks)
+
+    def values(self, name: str, where: Index) -> npt.NDArray[Any]:
+        """A copy of the array `name` at `where`, as it would be if nothing were folded."""
+        array: npt.NDArray[Any] = getattr(self, name)
+        values = array[where].copy() if isinstance(where, slice) else array[where]
+        if self.folded_count and len(self.blocks_at(where)):
+            at = np.arange(where.start, where.stop) if isinstance(where, slice) else where
+            inside = self.folded[at >> HUGE_SHIFT]
+            at = at[inside]
+            values[inside] = array[at >> HUGE_SHIFT << HUGE_SHIFT]
+            if name == "index":
+                values[inside] += (at & HUGE_PAGES - 1).astype(np.uint64)
+        return values
+
+    def referenced(self, count: int | None = None) -> npt.NDArray[np.bool_]:
+        """Which of the first `count` frames (of all) have a reference."""
+        counted: npt.NDArray[np.bool_] = self.values("refcount", slice(0, self.count if count is None else count)) != 0
+        return counted
+
+    # --- drivers ------------------------------------------------------------------------------------------------------------------
 
     def holds(self, frames: Words) -> bool:
         """Whether every one of `frames` is a frame of this zone (true for none)."""
@@ -91,7 +166,7 @@ class Zone:
         """Whether all `frames` lie here, differ, and have no reference: what a driver may offer as a destination."""
         if not self.holds(frames):
             return False
-        return not self.refcount[self.at(frames)].any() and (is_one_run(frames) or len(np.unique(frames)) == len(frames))
+        return not self.values("refcount", self.index_of(frames)).any() and (is_one_run(frames) or len(np.unique(frames)) == len(frames))
 
 
 class CpuZone(Zone):
@@ -137,14 +212,28 @@ class HostZone(CpuZone):
 
     def allocate_huge(self) -> Words | None:
         """An aligned run of 512 zeroed frames with one reference each; None when there is none."""
-        got = self.allocator.allocate_aligned(HUGE_PAGES)
+        head = self.allocate_folio()
+        if head is None:
+            return None
+        frames = np.arange(head, head + HUGE_PAGES, dtype=np.uint64)
+        self.at(frames)
+        return frames
+
+    def allocate_folio(self, *, bare: bool = False) -> int | None:
+        """The head of a folded folio of 512 frames with one reference, zeroed unless `bare`; None when there is no aligned run."""
+        got = self.allocator.allocate_aligned_run(HUGE_PAGES)
         if got is None:
             return None
-        if not got.zeroed:
+        head, zeroed = got
+        at = head - self.base
+        if not zeroed:
             self._free_committed = max(0, self._free_committed - HUGE_PAGES)
-            self.arena.zero(got.frames)
-        self.refcount[self.at(got.frames)] = 1
-        return got.frames
+            if not bare:
+                self.arena.pages[at : at + HUGE_PAGES] = 0
+        self.refcount[at] = 1
+        self.folded[at >> HUGE_SHIFT] = True
+        self.folded_count += 1
+        return head
 
     def allocate_bare(self) -> int | None:
         """One frame with one reference, whatever it holds: the caller overwrites it."""
@@ -171,3 +260,11 @@ class HostZone(CpuZone):
         if self._free_committed > FREE_COMMITTED_PAGES_MAX:
             self.arena.discard(frames)
             self._free_committed -= len(frames)
+
+    def release_run(self, start: int, end: int) -> None:
+        """`release` of frames [start, end)."""
+        if self._free_committed + end - start > FREE_COMMITTED_PAGES_MAX:
+            self.release(np.arange(start, end, dtype=np.uint64))
+            return
+        self.allocator.free_run(start, end)
+        self._free_committed += end - start

@@ -97,7 +97,7 @@ class Machine:
         check(self.memory, [space.mm for space in self.spaces.values() if space.number not in self.gone], quiet=quiet)
         for device in self.devices.values():
             if quiet and not device.zone.lost:
-                assert np.count_nonzero(device.zone.refcount) == device.allocator.used_count
+                assert np.count_nonzero(device.zone.referenced()) == device.allocator.used_count
 
     def bytes_of(self, frame: int) -> bytes:
         """What a frame holds, wherever it is."""
@@ -199,7 +199,7 @@ class Machine:
     async def evict(self, zone: int) -> int:
         """migrate_device_range of everything that is in use on a device; how many frames went home."""
         device = self.devices[zone]
-        frames = np.flatnonzero(device.zone.refcount).astype(np.uint64) + np.uint64(device.zone.base)
+        frames = np.flatnonzero(device.zone.referenced()).astype(np.uint64) + np.uint64(device.zone.base)
         if len(frames) == 0:
             return 0
         told: set[int] = set()
