@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from errno import EBUSY
+from errno import EBUSY, EINVAL
 from functools import partial
 from typing import TypeAlias
 
@@ -113,7 +113,9 @@ class FaultService:
             ticket.fault_count += len(pages)
 
     async def _service(self, batch: Batch) -> dict[int, HmmnetError]:
-        policy = self._policies[batch.placement]  # made at the launch of the job
+        policy = self.policy(batch.placement)  # made at the launch of the job, if that was one of the host's
+        if policy is None:
+            raise KernelError(EINVAL, "launch", f'no placement is called "{batch.placement}"')
         fatal: dict[int, HmmnetError] = {}
         pages, write = self._still_missing(batch.pages, batch.write)
         self.counts.stale += len(batch.pages) - len(pages)

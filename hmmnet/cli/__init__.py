@@ -24,6 +24,7 @@ COMMANDS = {
     "down": "end a machine",
     "play": "play recorded kernel scripts and compare line by line",
     "selftest": "the kernel's own tests of HMM, by name, on both kinds of memory",
+    "bugs": "bugs that real drivers had, told and run",
     "bench": "speed, as ratios to references measured in the same run",
     "topo": "machines as data: list, show, check, draw",
     "doctor": "what this computer has and lacks for this",
