@@ -111,6 +111,7 @@ class Context:
         self.number = mirror.context
         self.process = process
         self.memory = memory
+        self.points = memory.points
         self.traffic = Traffic()
         self._copies = copies
         self._bus = bus
@@ -118,6 +119,10 @@ class Context:
         self._select_own = SELECT_DEVICE_COHERENT if coherent else SELECT_DEVICE_PRIVATE
         self._slabs: dict[int, Subscription] = {}
         self._dma: list[_Dma] = []
+
+    async def at(self, name: str, start: int = 0, end: int = 0) -> None:
+        """A step boundary (`hmmnet.faults.points`)."""
+        await self.points.at(name, process=self.process.number, start=start, pages=end - start)
 
     # --- subscriptions --------------------------------------------------------------------------------------------------------
 
@@ -184,8 +189,12 @@ class Context:
                 watch = self.mirror.watch(start, end)
                 try:
                     sequence, words = await self._bus.range_fault(request)
+                    if self.points.armed:
+                        await self.at("device.before_write", start, end)
                     if self.mirror.is_current(subscription, sequence, watch, words):
                         (program or self.mirror.program)(start, words)
+                        if self.points.armed:
+                            await self.at("device.after_write", start, end)
                         return words
                 finally:
                     self.mirror.unwatch(watch)
@@ -238,21 +247,31 @@ class Context:
             try:
                 for context in self.process.contexts:
                     await context.quiesce(start, end)
+                if self.points.armed:
+                    await self.at("device.before_migrate", start, end)
                 select = SELECT_SYSTEM | (SELECT_COMPOUND if compound else 0)
                 message = Migrate(self.number, start, end - start, "device", select, to_wire(offered), cause)
                 reply, words = await self._bus.migrate(message)
-                places = np.flatnonzero((words & _MIGRATE != 0) & (offered != 0))
-                moved = (places + start).astype(np.uint64)
-                self._take_in(moved, offered[places], (words[places] & _WRITE) != 0, own)
-                offered[places] = 0
+                try:
+                    if self.points.armed:
+                        await self.at("device.migrated", start, end)
+                finally:  # whatever ends the wait: what moved is here
+                    places = np.flatnonzero((words & _MIGRATE != 0) & (offered != 0))
+                    moved = (places + start).astype(np.uint64)
+                    self._take_in(moved, offered[places], (words[places] & _WRITE) != 0, own)
+                    offered[places] = 0
             finally:
                 for mirror, entries in hidden:
                     mirror.restore(entries, moved)
                 unused = offered[offered != 0]
                 self._copies.abandon(unused)
                 self.memory.give_back(unused)
-            if reply.migration:
-                self._bus.migrate_done(reply.migration)
+            try:
+                if self.points.armed:
+                    await self.at("device.before_done", start, end)
+            finally:
+                if reply.migration:
+                    self._bus.migrate_done(reply.migration)
         return Moved(moved, tried_until, reply.errno)
 
     def _grant(self, start: int, end: int, *, compound: bool) -> tuple[Words | None, int]:
@@ -266,6 +285,8 @@ class Context:
         tried_until = end if count == len(wanted) else start + int(wanted[count])
         if count == 0:
             return None, tried_until
+        if self.points.armed and self.points.fails("device.alloc.small", process=self.process.number, start=start, pages=end - start):
+            return None, end
         offered = np.zeros(end - start, dtype=np.uint64)
         if compound:
             self._grant_large(start, tried_until, offered, wanted[:count])

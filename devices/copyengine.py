@@ -36,11 +36,18 @@ class CopyEngines:
         self.bytes_in = 0
         self.bytes_out = 0
         self._memory = memory
+        self._points = memory.points
+        sender.step = self._step
         self._sender = sender
         self._receiver = receiver
         self._nursery = nursery
         self._landing: dict[int, tuple[Arrival, Words]] = {}
         self._leaving = 0
+
+    async def _step(self) -> None:
+        """Before each chunk that goes out."""
+        if self._points.armed:
+            await self._points.at("device.mid_copy")
 
     def copy_in(self, message: CopyIn) -> None:
         """Expect the stream, and zero what is to be zero. Raises ProtocolError."""
@@ -103,10 +110,13 @@ class CopyEngines:
 
     async def _stream_out(self, stream: int, frames: Words, pace: Pace) -> None:
         try:
+            if self._points.armed:
+                await self._points.at("device.copy_out", pages=len(frames))
             await self._sender.send(stream, ArenaSource(self._memory.arena, physical(frames), PAGE_SIZE), pace)
             self.bytes_out += len(frames) * PAGE_SIZE
         except PeerError as error:
-            # The host aborted the stream, or is gone: it knows, and the frames stay ours until it frees them.
+            # The host aborted the stream, or is gone, or learns it now; the frames stay ours until it frees them.
+            self._sender.abandon(stream)
             log.warning("stream %d to the host ended early: %s", stream, error)
         finally:
             self._leaving -= 1

@@ -85,15 +85,19 @@ class Engine:
         results: Mapping[str, Any] = {}
         try:
             signature(kernel).bind(**arguments)
+            if self._context.points.armed:
+                await self._context.at("device.job_start")
             results = await self._drive(kernel(**arguments), placement, counters)
         except AccessError as fault:
             error, address, code = str(fault), fault.address, fault.code
         except HmmnetError as failure:
-            error = str(failure)
+            error, code = str(failure), failure.code if isinstance(failure, KernelError) else 0
         except Exception as failure:  # noqa: BLE001 - a kernel is a user's code: whatever it raises ends the job, not the device
             error = f"{type(failure).__name__}: {failure}"
         finally:
             self.running -= 1
+        if self._context.points.armed:
+            await self._context.at("device.job_end")
         counters.emulated_s = self._now() - began_s
         counters.traffic = self._context.traffic.since(before)
         return JobOutcome(results, counters, error, address, code)
@@ -123,6 +127,8 @@ class Engine:
                 counters.replays += 1
         else:
             raise JobError(f"an access was replayed {REPLAYS_MAX} times: its pages are taken away as fast as they come")
+        if self._context.points.armed:
+            await self._context.at("device.job_step")
         await trio.lowlevel.checkpoint()
         return access.result(request.dtype) if isinstance(request, Load | LoadRange) else None
 

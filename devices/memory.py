@@ -30,6 +30,7 @@ import numpy.typing as npt
 
 from hmmnet.arena import DISCARD_MIN_PAGES, Arena
 from hmmnet.errors import ProtocolError
+from hmmnet.faults.injector import Points
 from hmmnet.pages import HUGE_PAGES, PAGE_SHIFT, PAGE_SIZE, ZONE_SHIFT, Words, ascending, from_wire, run_bounds
 from hmmnet.runs import Allocation, RunAllocator
 from hmmnet.sparse import lazy_words
@@ -73,6 +74,8 @@ class Memory:
         self.pages = pages
         self.base = zone << ZONE_SHIFT
         self.arena = Arena(self.base, pages) if arena is None else arena
+        self.points = Points()
+        """Where faults of this device are injected."""
         self._frames = RunAllocator(self.base, pages)
         self._state = _lazy_bytes(pages)
         self._places = lazy_words(pages)
@@ -109,6 +112,8 @@ class Memory:
 
     def grant_large(self) -> Words | None:
         """An aligned run of 512 frames for a huge page; None when there is none."""
+        if self.points.armed and self.points.fails("device.alloc.large", pages=HUGE_PAGES):
+            return None
         return self._granted(self._frames.allocate_aligned(HUGE_PAGES))
 
     def _granted(self, found: Allocation | None) -> Words | None:

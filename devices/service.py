@@ -29,6 +29,7 @@ import trio
 from hmmnet.errors import HmmnetError, PeerGone, PeerLost
 from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.fabric.dma import BulkReceiver, BulkSender
+from hmmnet.faults.injector import Points
 from hmmnet.lifeline import stop_on_signal, wait_ended
 from hmmnet.observe.logs import log_to
 from hmmnet.wire.client import connect
@@ -75,24 +76,29 @@ async def serve(
     made: Callable[[Device], None] | None = None,
     trim: Callable[[], None] = lambda: None,
     pid: int = 0,
+    points: Points | None = None,
     **timing: float,
 ) -> PeerLost:
     """Be the device called `name` until its session ends; returns why it ended. Says goodbye when cancelled.
 
     `incarnation` must be larger than that of any earlier life of this device. `made` is shown the device once it exists, `trim` is
-    called when it has become idle. `pid` is whose process it is (default: this one's). `timing` are `heartbeat_s`, `lease_s`, `retry_s`,
+    called when it has become idle. `pid` is whose process it is (default: this one's). Faults are injected at `points`.
+    `timing` are `heartbeat_s`, `lease_s`, `retry_s`,
     `patience_s` of `connect`. Raises PeerRefused, PeerLost (no host), HmmnetError (no such model).
     """
     emulated = clock or EmulatedClock()
     hello = Hello(PROTOCOL_VERSION, "device", name, incarnation, pid or os.getpid(), secret)
     over = trio.Event()
     device: Device | None = None
+    hooks = points or Points(node=name)
+    if hooks.armed:
+        await hooks.at("device.hello")
     try:
         async with trio.open_nursery() as nursery:
 
             def prepare(session: Session, welcome: Welcome) -> None:
                 nonlocal device
-                device = assemble(transport, session, welcome, emulated, nursery, trim)
+                device = assemble(transport, session, welcome, emulated, nursery, trim, hooks)
                 session.on_lost(lambda _: over.set())
                 if welcome.telemetry:
                     samples = transport.connect_telemetry(welcome.telemetry)
@@ -113,17 +119,25 @@ async def serve(
 
 
 def assemble(
-    transport: Transport, session: Session, welcome: Welcome, clock: EmulatedClock, nursery: trio.Nursery, trim: Callable[[], None]
+    transport: Transport,
+    session: Session,
+    welcome: Welcome,
+    clock: EmulatedClock,
+    nursery: trio.Nursery,
+    trim: Callable[[], None],
+    points: Points,
 ) -> Device:
     """Make the device that a welcome describes, with its bulk streams; its tasks run in `nursery`. Raises HmmnetError."""
     spec = spec_of(welcome)
     model = load_model(spec.model)
+    if points.armed and points.fails("device.welcome"):
+        raise HmmnetError(f"{spec.name} cannot be what it is told to be: a fault was injected")
     clock.adopt(welcome.epoch_monotonic_s, welcome.epoch_emulated_s, welcome.rate)
     receiver = BulkReceiver(transport.connect_channel(welcome.bulk_in, key=welcome.bulk_key), clock)
     sender = BulkSender(transport.connect_channel(welcome.bulk_out, key=welcome.bulk_key), clock)
     nursery.start_soon(receiver.run)
     nursery.start_soon(sender.run)
-    device = model(spec, welcome.zone, Wiring(session, sender, receiver, clock, nursery, trim))
+    device = model(spec, welcome.zone, Wiring(session, sender, receiver, clock, nursery, points, trim))
     # At the moment of the loss, before any other task runs: the lease is over.
     session.on_silent(device.drop_mirrors)
     session.on_lost(lambda _: device.fence())

@@ -93,8 +93,13 @@ class FaultService:
                 self._wake = trio.Event()
                 continue
             began_s = self._now()
+            points = self._context.points
             try:
+                if points.armed:
+                    await self._context.at("device.fetch", int(batch.pages[0]), int(batch.pages[-1]) + 1)
                 fatal = await self._service(batch)
+                if points.armed:
+                    await self._context.at("device.replay", int(batch.pages[0]), int(batch.pages[-1]) + 1)
             except HmmnetError as error:
                 # The host is gone or at fault, or the process is: whoever waits for these pages must not wait for ever.
                 fatal = dict.fromkeys(batch.pages.tolist(), error)

@@ -88,6 +88,8 @@ class Admission:
         if hello.name not in self._topology.device_names:
             known = ", ".join(self._topology.device_names)
             return Refused("name", f'topology "{self._topology.name}" has no device "{hello.name}"; it has {known}'[:TEXT_MAX])
+        if self._memory.points.armed and self._memory.points.fails("session.hello", device=hello.name):
+            return Refused("busy", "a fault was injected: no device is welcomed")
         if self._zone_next >= ZONES_MAX:
             return Refused("busy", f"devices were restarted {ZONES_MAX - DEVICE_ZONE_MIN} times; start the machine anew")
         zone = self._zone_next

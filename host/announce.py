@@ -42,6 +42,8 @@ async def split_large(space: AddressSpace, spaces: Mapping[int, AddressSpace], p
     With `compound`, huge pages that `pages` hold whole are left. Hold the mmap lock for reading.
     """
     for found in space.large(pages, compound=compound):
+        if space.points.armed and space.points.fails("migrate.split", start=int(found.places[0][1][0]), pages=len(found.places[0][1])):
+            continue
         async with AsyncExitStack() as stack:
             for mm, places in found.places:
                 await clear(stack, spaces, mm, places, owner)

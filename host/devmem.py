@@ -50,6 +50,7 @@ class PageMap:
 
     def __init__(self, memory: PhysicalMemory, link: DeviceLink, pages: int, arena: Arena | None = None) -> None:
         self._memory = memory
+        self.points = memory.points
         self.link = link
         self.zone = memory.add_device(link.zone, link.kind, link.name, pages, arena)
         self.zone.on_free = link.free_frames

@@ -24,7 +24,7 @@ from hmmnet.pages import HUGE_PAGES, PAGE_SHIFT, PAGE_SIZE, Words
 
 from .announce import announced, clear, split_large
 from .interfaces import NO_OWNER, AddressSpace, DeviceLink, Event, Migration, Select
-from .migrate import MIGRATE, SHIFT, VALID, MigrateVma, Outcome
+from .migrate import MIGRATE, SHIFT, VALID, Outcome
 from .mm import pte
 from .mm.collect import collect_frames, finalize, move
 from .mm.frames import PhysicalMemory
@@ -56,7 +56,8 @@ class HostFrames:
     def frames(self) -> Words:
         """The frames; they need not be zero, because each is overwritten. Raises KernelError(ENOMEM)."""
         if self._frames is None:
-            self._frames = self._allocated()
+            lacks = self._memory.points.armed and self._memory.points.fails("host.alloc.home", pages=self._count)
+            self._frames = None if lacks else self._allocated()
             if self._frames is None:
                 raise KernelError(errno.ENOMEM, "migrate_to_ram", f"{self._count} pages want to come home and the host's memory is used up")
         return self._frames
@@ -114,6 +115,8 @@ class Homing:
         link = self._links.get(zone)
         if link is None:
             raise self._lost(space, first, zone, "the device is gone")
+        if space.points.armed:
+            await _at("home.fault", space, link, first, len(pages))
         try:
             if len(pages) == 1 and link.kind == "private":
                 moved = await self._home_one(space, link, first)
@@ -145,10 +148,16 @@ class Homing:
             space.migrate_finalize(migration)
             return 0
         frames = (source if whole else source[going]) >> SHIFT
+        points, first, count = space.points, int(pages[0]), len(pages)
         huge = [] if link.no_large() else whole_blocks(migration.saved if whole else migration.saved[going], pages)
         destination = HostFrames(self._memory, len(pages), space.node, huge)
         try:
+            if points.armed:
+                await _at("home.collected", space, link, first, count)
+                await _at("home.before_copy", space, link, first, count)
             await link.copy_out(self._context_of(space.number, link.zone), pages, frames, destination)
+            if points.armed:
+                await _at("home.before_pages", space, link, first, count)
         except BaseException:
             give_up(self._memory, space, migration)
             destination.release()
@@ -160,9 +169,15 @@ class Homing:
             migration.target[going] = words
         space.migrate_pages(migration)
         moved = migration.cpages
-        space.migrate_finalize(migration)
+        try:
+            if points.armed:
+                await _at("home.before_finalize", space, link, first, count)
+        finally:
+            space.migrate_finalize(migration)
         if self.events.heard:
             self.events.moved(space.number, migration.pages[migration.source & MIGRATE != 0], link.name, HOST, cause)
+        if points.armed:
+            await _at("home.after", space, link, first, count)
         return moved
 
     async def _home_one(self, space: AddressSpace, link: DeviceLink, page: int) -> int:
@@ -173,15 +188,22 @@ class Homing:
         if frame is None:
             return await self._bring(space, link, await self._collect(space, np.array((page,), dtype=np.uint64), link), TOUCHED)
 
+        points = space.points
+
         def allocate() -> int:
             nonlocal target
-            target = self._memory.allocate_bare(space.node) or 0
+            lacks = points.armed and points.fails("host.alloc.home", pages=1)
+            target = 0 if lacks else self._memory.allocate_bare(space.node) or 0
             if not target:
                 raise KernelError(errno.ENOMEM, "migrate_to_ram", "a page wants to come home and the host's memory is used up")
             return target
 
         try:
+            if points.armed:
+                await _at("home.one.taken", space, link, page, 1)
             await link.fetch(self._context_of(space.number, zone), page, frame, allocate)
+            if points.armed:
+                await _at("home.one.copied", space, link, page, 1)
         except BaseException:
             space.put_back_one(page, frame)
             if target:
@@ -196,6 +218,8 @@ class Homing:
         """Move the device's pages of [start, end) home, VMA by VMA; others stay. `cause` is told. Raises PeerLost, KernelError(ENOMEM)."""
         words = np.zeros(end - start, dtype=np.uint64)
         async with space.mmap_lock.read():
+            if space.points.armed:
+                await _at("home.explicit", space, link, start, end - start)
             page = start
             while page < end:
                 vma = space.vma_at(page)
@@ -204,9 +228,7 @@ class Homing:
                     space.check_migratable(page, stop)
                 except KernelError as error:
                     return Outcome(words, error.code)
-                work = MigrateVma(space, self.spaces, memory_of(link), link.zone)
-                await work.setup(page, stop)
-                part = work.parts[0]
+                part = await self._collect(space, np.arange(page, stop, dtype=np.uint64), link)
                 await self._bring(space, link, part, cause)
                 words[page - start : stop - start] = part.source
                 page = stop
@@ -243,6 +265,9 @@ class Homing:
 
         Idle frames and frames that are busy stay; the driver asks again for those. Raises PeerLost, KernelError(ENOMEM).
         """
+        points = self._memory.points
+        if points.armed:
+            await points.at("home.evict", device=link.name, pages=len(frames))
         async with AsyncExitStack() as stack:
             told: set[int] = set()
             mapped_at = list(mappings(self._memory, frames))
@@ -254,7 +279,11 @@ class Homing:
             return 0
         destination = HostFrames(self._memory, int(np.count_nonzero(going)), link.node)
         try:
+            if points.armed:
+                await points.at("evict.collected", device=link.name, pages=len(frames))
             await link.copy_out(0, np.zeros(0, dtype=np.uint64), frames[going], destination)
+            if points.armed:
+                await points.at("evict.before_pages", device=link.name, pages=len(frames))
         except BaseException:
             give_up(self._memory, None, migration)
             destination.release()
@@ -262,12 +291,21 @@ class Homing:
         migration.target[going] = destination.frames() << SHIFT | VALID
         move(self._memory, None, migration)
         moved = migration.cpages
-        finalize(self._memory, None, migration)
+        try:
+            if points.armed:
+                await points.at("evict.before_finalize", device=link.name, pages=len(frames))
+        finally:
+            finalize(self._memory, None, migration)
         if self.events.heard:
             left = migration.source & MIGRATE != 0
             for mapped in mapped_at:
                 self.events.moved(mapped.mm.number, np.sort(mapped.pages[left[mapped.rows]]), link.name, HOST, cause)
         return moved
+
+
+async def _at(name: str, space: AddressSpace, link: DeviceLink, start: int, pages: int) -> None:
+    """A step boundary (`hmmnet.faults.points`)."""
+    await space.points.at(name, device=link.name, process=space.number, start=start, pages=pages)
 
 
 def whole_blocks(entries: Words, pages: Words) -> list[int]:

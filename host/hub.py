@@ -20,6 +20,8 @@ from types import TracebackType
 
 import trio
 
+from hmmnet.faults.injector import Points
+
 from .interfaces import NO_OWNER, Acknowledgement, DeviceLink, Event
 from .notifier import MmuNotifier, Subscription
 
@@ -41,11 +43,28 @@ class Invalidation:
         found = core.start(self.start, self.end)
         if found:
             try:
-                for acknowledgement in self._tell(found, core.sequence):
-                    await acknowledgement.finish()
+                await self._let_go(found)
             except BaseException:
                 self._hub.range_end()
                 raise
+
+    async def _let_go(self, found: list[Subscription]) -> None:
+        """Tell all devices, then wait for all."""
+        points = self._hub.points
+        if points.armed:
+            await self._at("hub.before_callbacks")
+        told = self._tell(found, self._hub.core.sequence)
+        if points.armed:
+            await self._at("hub.after_callbacks")
+        for acknowledgement in told:
+            await acknowledgement.finish()
+        if points.armed:
+            await self._at("hub.after_acks")
+
+    async def _at(self, name: str) -> None:
+        """A step boundary (`hmmnet.faults.points`)."""
+        hub = self._hub
+        await hub.points.at(name, process=hub.process, start=self.start, pages=self.end - self.start, event=self.event.value)
 
     def _tell(self, found: list[Subscription], sequence: int) -> list[Acknowledgement]:
         """The first pass: set each subscription's sequence and start the device's work."""
@@ -67,14 +86,20 @@ class Invalidation:
         return started
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._hub.range_end()
+        try:
+            if self._hub.points.armed:
+                await self._at("hub.before_range_end")
+        finally:
+            self._hub.range_end()
 
 
 class Hub:
-    """The notifier hub of one address space."""
+    """The notifier hub of one address space, `process`'s."""
 
-    def __init__(self) -> None:
+    def __init__(self, process: int = 0, points: Points | None = None) -> None:
         self.core = MmuNotifier()
+        self.process = process
+        self.points = points or Points()
         self.messages = 0
         """Invalidations sent to devices so far."""
         self.watch: Callable[[int, int, str, int], None] | None = None

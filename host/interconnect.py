@@ -24,6 +24,7 @@ class Interconnect:
     def __init__(self, topology: Topology, clock: EmulatedClock, memory: PhysicalMemory) -> None:
         self.clock = clock
         self.now = clock.now
+        self.points = memory.points
         self.arbiter = Arbiter(topology)
         self.profile = Profile()
         self._arenas = {node.number: node.arena for node in memory.nodes}

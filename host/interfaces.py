@@ -22,6 +22,8 @@ import numpy.typing as npt
 from hmmnet.pages import Words
 
 if TYPE_CHECKING:
+    from hmmnet.faults.injector import Points
+
     from .mm.huge import Large
     from .mm.mm import Mm
     from .mm.rmap import Mapped
@@ -169,6 +171,11 @@ class AddressSpace(Protocol):
     """An mm_struct. Synchronous methods want the caller to hold what their docstring says; page arguments are page numbers."""
 
     number: int
+
+    @property
+    def points(self) -> Points:
+        """Where faults are injected (`hmmnet.faults.points`)."""
+        ...
 
     @property
     def node(self) -> int:

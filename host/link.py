@@ -111,6 +111,8 @@ class SessionLink:
         self._something_to_tell = trio.Event()
         self._fenced = trio.Event()
         self._fence_at = 0.0
+        self.points = interconnect.points
+        sender.step = self._step
         session.on_lost(self._on_lost)
 
     # --- losing the device ----------------------------------------------------------------------------------------------------
@@ -180,6 +182,11 @@ class SessionLink:
         if self.session.lost is None:
             pending = self.session.begin(Invalidate(context, subscription, start, end, event.value, owner, sequence))
         return Acknowledgement(self, pending, domain, start, end)
+
+    async def _step(self) -> None:
+        """Before each chunk that goes to the device."""
+        if self.points.armed:
+            await self.points.at("migrate.mid_copy", device=self.name)
 
     # --- copies ---------------------------------------------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hmmnet.errors import KernelError, ProtocolError
-from hmmnet.pages import MIGRATE_PFN_MIGRATE, MIGRATE_PFN_SHIFT, MIGRATE_PFN_VALID, Words
+from hmmnet.pages import HUGE_PAGES, HUGE_SHIFT, MIGRATE_PFN_MIGRATE, MIGRATE_PFN_SHIFT, MIGRATE_PFN_VALID, Words
 
 from .announce import announced, split_large
 from .interfaces import AddressSpace, DeviceLink, Event, Migration, Select
@@ -57,20 +57,29 @@ def joined(arrays: list[Words]) -> Words:
 
 
 class MigrateVma:
-    """One migration of pages of `space` that is done in the name of zone `owner`. Hold the mmap lock for reading.
+    """One migration of pages of `space` that is done in the name of the device behind `link`. Hold the mmap lock for reading.
 
     `spaces` are all processes by number: pages that are shared move for everybody who maps them.
     """
 
-    def __init__(self, space: AddressSpace, spaces: Mapping[int, AddressSpace], select: Select, owner: int) -> None:
+    def __init__(self, space: AddressSpace, spaces: Mapping[int, AddressSpace], select: Select, link: DeviceLink) -> None:
         self.space = space
         self.spaces = spaces
         self.select = select
-        self.owner = owner
+        self.link = link
+        self.owner = link.zone
+        self.points = space.points
         self.parts: list[Migration] = []
         """One for each VMA."""
         self.errno = 0
         self._over = False
+        self.range = (0, 0)
+        """The pages that it is about."""
+
+    async def at(self, name: str) -> None:
+        """A step boundary (`hmmnet.faults.points`)."""
+        start, end = self.range
+        await self.points.at(name, device=self.link.name, process=self.space.number, start=start, pages=end - start)
 
     async def setup(self, start: int, end: int) -> None:
         """migrate_vma_setup for each VMA of [start, end), as drivers loop over a range; ends with `errno` at the first that will not do."""
@@ -87,8 +96,27 @@ class MigrateVma:
             if self.select & Select.SYSTEM:
                 await split_large(self.space, self.spaces, pages, self.owner, compound=bool(self.select & Select.COMPOUND))
             async with announced(self.space, self.spaces, pages, self.select, self.owner) as told:
-                self.parts.append(self.space.collect(pages, self.select, self.owner, told=told))
+                if self.points.armed and self.points.wants("migrate.after_entry"):
+                    await self._collect_singly(pages, told)
+                else:
+                    self.parts.append(self.space.collect(pages, self.select, self.owner, told=told))
+            if self.points.armed:
+                await self.at("migrate.after_vma")
             page = stop
+
+    async def _collect_singly(self, pages: Words, told: frozenset[int]) -> None:
+        """Page by page, as the kernel's walk goes, for who wants to see what happens in between."""
+        for entry in self._entries(pages):
+            self.parts.append(self.space.collect(entry, self.select, self.owner, told=told))
+            await self.at("migrate.after_entry")
+
+    def _entries(self, pages: Words) -> list[Words]:
+        """`pages` by entry: where huge pages go whole, aligned blocks are one."""
+        blocks = pages >> np.uint64(HUGE_SHIFT)
+        together = np.bincount((blocks - blocks[0]).astype(np.intp))[(blocks - blocks[0]).astype(np.intp)] == HUGE_PAGES
+        whole = together if self.select & Select.COMPOUND else np.zeros(len(pages), np.bool_)
+        cuts = np.flatnonzero((np.diff(blocks) != 0) | ~whole[1:]) + 1
+        return np.split(pages, cuts)
 
     @property
     def pages(self) -> Words:
@@ -161,11 +189,12 @@ class Grant:
             self.zone.offered = max(self.zone.offered, int(self._offered.max()) - self.zone.base + 1)
 
     def release(self) -> None:
-        """Unlock what was not used."""
+        """Unlock what is not used. Once the driver knows of it, it may offer those frames to another migration."""
         if len(self._offered):
             where = self.zone.at(self._offered)
             idle = self.zone.refcount[where] == 0
             self.zone.flags[where] = np.where(idle, np.uint32(0), self.zone.flags[where])
+            self._offered = self._offered[~idle]
 
 
 Announce = Callable[[Outcome, Callable[[], None]], Awaitable[None]]
@@ -194,18 +223,31 @@ async def migrate_to_device(
     count = len(grant.frames)
     async with space.mmap_lock.read():
         grant.take()
-        work = MigrateVma(space, spaces, select, link.zone)
+        work = MigrateVma(space, spaces, select, link)
+        work.range = (start, start + count)
+        points = work.points
         try:
+            if points.armed:
+                await work.at("migrate.before_collect")
             await work.setup(start, start + count)
-            await _copy_in(work, link, domain, start, grant.frames)
+            if points.armed:
+                await work.at("migrate.after_unmap")
+            await _copy_in(work, domain, start, grant.frames)
+            if points.armed:
+                await work.at("migrate.before_pages")
             await work.install()
+            if points.armed:
+                await work.at("migrate.after_pages")
             source = work.source
             moved = source & MIGRATE != 0
             domain.revoke_pages(work.pages[moved])
             words = np.zeros(count, dtype=np.uint64)
             words[: len(source)] = source
+            grant.release()
             await announce(Outcome(words, work.errno), work.finalize)
             work.finalize()
+            if points.armed:
+                await work.at("migrate.after")
         except BaseException:
             work.give_up()
             raise
@@ -214,13 +256,17 @@ async def migrate_to_device(
             grant.release()
 
 
-async def _copy_in(work: MigrateVma, link: DeviceLink, domain: Domain, start: int, granted: Words) -> None:
+async def _copy_in(work: MigrateVma, domain: Domain, start: int, granted: Words) -> None:
     """alloc_and_copy: pages with data are streamed, never-touched ones zeroed on the device; a page without a grant stays."""
+    if work.points.armed:
+        await work.at("migrate.allocate")
     source = work.source
     frames = np.where(source & MIGRATE != 0, granted[: len(source)], np.uint64(0))
     full = np.flatnonzero((frames != 0) & (source & VALID != 0))
     empty = np.flatnonzero((frames != 0) & (source & VALID == 0))
     domain.suspend((full + start).astype(np.uint64))
+    if work.points.armed:
+        await work.at("migrate.before_copy")
     if len(full) or len(empty):
-        await link.copy_in(source[full] >> SHIFT, frames[full], frames[empty])
+        await work.link.copy_in(source[full] >> SHIFT, frames[full], frames[empty])
     work.set_targets(frames)

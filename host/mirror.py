@@ -58,13 +58,18 @@ async def range_fault(space: AddressSpace, hub: Hub, subscription: Subscription,
 
     `deadline` is on trio's clock (``math.inf``: none). Raises KernelError: EBUSY when the time is up, EFAULT, EPERM, ENOMEM as table A3.
     """
+    points = hub.points
     while True:
         began = trio.current_time()
         if began > deadline:
             why = f"pages 0x{request.start:x}+{request.pages} kept changing until the time was up"
             raise KernelError(errno.EBUSY, "hmm_range_fault", why)
+        if points.armed:
+            await _at("retry.before_read_begin", hub, subscription, request)
         sequence = await hub.read_begin(subscription)
         try:
+            if points.armed:
+                await _at("retry.after_read_begin", hub, subscription, request)
             async with space.mmap_lock.read():
                 words = await _walk(space, hub, subscription, request, sequence)
         except MissingPage as missing:
@@ -73,8 +78,17 @@ async def range_fault(space: AddressSpace, hub: Hub, subscription: Subscription,
             await missing.registration.wait(missing.page)
             deadline += trio.current_time() - began
             continue
+        if points.armed:
+            await _at("retry.before_read_retry", hub, subscription, request)
         if words is not None and not hub.read_retry(subscription, sequence):
+            if points.armed:
+                await _at("retry.after_read_retry", hub, subscription, request)
             return sequence, words
+
+
+async def _at(name: str, hub: Hub, subscription: Subscription, request: Request) -> None:
+    """A step boundary (`hmmnet.faults.points`)."""
+    await hub.points.at(name, device=subscription.link.name, process=hub.process, start=request.start, pages=request.pages)
 
 
 async def _walk(space: AddressSpace, hub: Hub, subscription: Subscription, request: Request, sequence: int) -> Words | None:
@@ -86,6 +100,8 @@ async def _walk(space: AddressSpace, hub: Hub, subscription: Subscription, reque
                 raise KernelError(walk.errno, "hmm_range_fault", f"page 0x{walk.failed:x} of process {space.number} cannot be had")
             return walk.words
         await space.fault_in(*_faulted_along(space, request, walk), request.node)
+        if hub.points.armed:
+            await _at("retry.between_faults", hub, subscription, request)
         if hub.read_retry(subscription, sequence):
             return None
     return None

@@ -122,14 +122,20 @@ class Process:
 
     async def munmap(self, address: int, length: int) -> None:
         """munmap(2)."""
+        if self.space.points.armed:
+            await self._at("process.munmap", address, length)
         await self.space.munmap(address, length)
 
     async def mprotect(self, address: int, length: int, protection: str) -> None:
         """mprotect(2)."""
+        if self.space.points.armed:
+            await self._at("process.mprotect", address, length)
         await self.space.mprotect(address, length, protection)
 
     async def madvise(self, address: int, length: int, advice: str) -> None:
         """madvise(2)."""
+        if self.space.points.armed:
+            await self._at("process.madvise", address, length)
         if advice == POISON:
             start = aligned("madvise", address)
             await self._homing.memory_failure(self.space, start, start + whole_pages("madvise", length))
@@ -140,7 +146,14 @@ class Process:
         self, address: int, old: int, new: int, target: int | None = None, *, may_move: bool = True, dontunmap: bool = False
     ) -> int:
         """mremap(2)."""
+        if self.space.points.armed:
+            await self._at("process.mremap", address, old)
         return await self.space.mremap(address, old, new, target, may_move=may_move, dontunmap=dontunmap)
+
+    async def _at(self, name: str, address: int = 0, length: int = 0) -> None:
+        """A step boundary (`hmmnet.faults.points`)."""
+        start, end = page_range(address, length) if length > 0 else (0, 0)
+        await self.space.points.at(name, process=self.pid, start=start, pages=end - start)
 
     async def mlock(self, address: int, length: int) -> None:
         """mlock(2)."""
@@ -348,6 +361,8 @@ class Process:
             if self._gone:
                 return
             self.ended = True
+            if self.space.points.armed:
+                await self._at("process.exit")
             if not self._unmapped:
                 await self.space.exit()
                 self._unmapped = True

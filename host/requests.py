@@ -10,7 +10,7 @@ Handlers that can answer at once are plain functions, which the session runs in 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -72,6 +72,7 @@ class Requests:
         self._clock = clock
         self._homing = homing
         self._nursery = nursery
+        self._points = life.page_map.points
         self._table_updates: dict[int, TableUpdate] = {}
         self._migrations = 0
 
@@ -186,12 +187,21 @@ class Requests:
                 link.condemn(f"it did not say that its table is up to date within {TABLE_UPDATE_S:g} s")
                 raise link.lost_error()
 
-    def migrate_done(self, message: MigrateDone) -> None:
+    def migrate_done(self, message: MigrateDone) -> Awaitable[None] | None:
         """The device has updated its table."""
         update = self._table_updates.get(message.migration)
-        if update is not None and not update.done.is_set():
-            update.finalize()
-            update.done.set()
+        if update is None or update.done.is_set():
+            return None
+        if self._points.armed:
+            return self._finalize_late(update)
+        update.finalize()
+        update.done.set()
+        return None
+
+    async def _finalize_late(self, update: TableUpdate) -> None:
+        await self._points.at("migrate.before_finalize", device=self._life.name)
+        update.finalize()
+        update.done.set()
 
     def _moved_in(self, context: Context, message: Migrate, outcome: Outcome) -> None:
         events = self._homing.events

@@ -25,6 +25,7 @@ import trio
 from hmmnet.errors import PeerLost, RemoteError
 from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.fabric.dma import BulkReceiver, BulkSender
+from hmmnet.faults.injector import HOST, Points
 from hmmnet.topology import Topology
 from hmmnet.wire.exchange import HEARTBEAT_S, LEASE_S, RETRY_S
 from hmmnet.wire.messages import Call, Hello, Inspect, Rate, Recall
@@ -74,17 +75,20 @@ class Host:
         lease_s: float = LEASE_S,
         retry_s: float = RETRY_S,
         incarnation: int | None = None,
+        points: Points | None = None,
     ) -> None:
         self.topology = topology
         self.name = name
         self.clock = clock
         self.memory = PhysicalMemory()
+        self.points = self.memory.points = points or Points(node=HOST)
         for node in topology.nodes:
             self.memory.add_node(node.name, node.pages)
         self.interconnect = Interconnect(topology, clock, self.memory)
         self.devices = {spec.name: Device(spec) for spec in topology.devices}
         self.spaces: dict[int, Space] = {}
         self.hubs: dict[int, Hub] = {}
+        self.processes: dict[int, Process] = {}
         self.links: dict[int, SessionLink] = {}
         """Living devices by zone."""
         self.homing = Homing(self.memory, self.links, self.spaces, self._context_of, self.interconnect.profile, clock.now)
@@ -186,6 +190,8 @@ class Host:
         return channel
 
     async def _goodbye(self) -> None:
+        if self.points.armed:
+            await self.points.at("session.bye")
         async with trio.open_nursery() as nursery:
             for server in self._servers:
                 nursery.start_soon(server.bye)
@@ -254,6 +260,8 @@ class Host:
 
     async def _greet(self, life: Life, session: Session) -> None:
         """The device is ready when it has answered something, whatever."""
+        if self.points.armed:
+            await self.points.at("session.joined", device=life.name)
         try:
             await session.request(Inspect())
         except PeerLost:
@@ -315,14 +323,18 @@ class Host:
         """A new, empty process; see `Machine.create_process`. Raises HmmnetError."""
         number = self.memory.node_named(node) if node else 0
         group = self.memory.cgroups.named(cgroup) if cgroup else None
-        hub = Hub()
-        space = Space(self._next_pid(), self.memory, hub, self.homing.migrate_to_ram)
+        pid = self._next_pid()
+        hub = Hub(pid, self.points)
+        space = Space(pid, self.memory, hub, self.homing.migrate_to_ram)
         space.mm.node, space.mm.cgroup = number, group
         return self._process(space, hub)
 
     async def _fork(self, parent: Process) -> Process:
-        hub = Hub()
-        return self._process(await parent.space.fork(self._next_pid(), hub), hub)
+        if self.points.armed:
+            await self.points.at("process.fork", process=parent.pid)
+        pid = self._next_pid()
+        hub = Hub(pid, self.points)
+        return self._process(await parent.space.fork(pid, hub), hub)
 
     def _next_pid(self) -> int:
         self._pid_next += 1
@@ -331,9 +343,11 @@ class Host:
     def _process(self, space: Space, hub: Hub) -> Process:
         self.spaces[space.number], self.hubs[space.number] = space, hub
         hub.watch = partial(self.events.invalidated, space.number)
-        return Process(space.number, space, self.contexts, self.homing, self._fork, self._process_ended)
+        made = self.processes[space.number] = Process(space.number, space, self.contexts, self.homing, self._fork, self._process_ended)
+        return made
 
     def _process_ended(self, pid: int) -> None:
+        self.processes.pop(pid, None)
         self.spaces.pop(pid, None)
         self.hubs.pop(pid, None)
 

@@ -29,10 +29,11 @@ from hmmnet.devices.policy import policy_names
 from hmmnet.devices.servicing import FaultService, ServiceCounts
 from hmmnet.devices.shared import shared_arena
 from hmmnet.devices.spec import Spec
-from hmmnet.errors import KernelError, ProtocolError
+from hmmnet.errors import KernelError, PeerError, ProtocolError
 from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.fabric.dma import BulkReceiver, BulkSender
-from hmmnet.pages import PAGES_MAX, Words, ascending
+from hmmnet.faults.injector import Points
+from hmmnet.pages import PAGES_MAX, Words, ascending, from_wire
 from hmmnet.wire.messages import (
     ARGUMENT_BYTES_MAX,
     TEXT_MAX,
@@ -74,6 +75,7 @@ class Wiring:
     receiver: BulkReceiver
     clock: EmulatedClock
     nursery: trio.Nursery
+    points: Points = field(default_factory=Points)
     trim: Callable[[], None] = lambda: None
     """Gives memory that this process holds in reserve back to the operating system; called when the device has become idle."""
 
@@ -101,6 +103,7 @@ class Device:
     def __init__(self, spec: Spec, zone: int, wiring: Wiring) -> None:
         self.spec = spec
         self.memory = Memory(zone, spec.pages, shared_arena(zone, spec.pages, spec.memory_file) if spec.memory_file else None)
+        self.points = self.memory.points = wiring.points
         self.contexts: dict[int, Opened] = {}
         self.clock = wiring.clock
         self.copies = CopyEngines(self.memory, wiring.sender, wiring.receiver, wiring.nursery)
@@ -212,22 +215,44 @@ class Device:
         context = opened.context
         announced = message.owner == self.memory.zone
         context.mirror.invalidate(message.subscription, message.start, message.end, message.sequence, announced=announced)
+        if self.points.armed:
+            return self._acknowledge(context, message)
         return context.quiesce(message.start, message.end) if context.is_busy(message.start, message.end) else None
+
+    async def _acknowledge(self, context: Context, message: Invalidate) -> None:
+        """`invalidate`, where a fault may come between."""
+        await context.quiesce(message.start, message.end)
+        where = {"process": context.process.number, "start": message.start, "pages": message.end - message.start}
+        await self.points.at("device.before_ack", event=message.event, **where)
 
     def invalidate_end(self, message: InvalidateEnd) -> None:
         """Only v25's notifiers act at the end of a range; what this device mirrors was dropped at its start."""
 
     # --- memory ---------------------------------------------------------------------------------------------------------------
 
-    def copy_in(self, message: CopyIn) -> None:
+    def copy_in(self, message: CopyIn) -> Awaitable[None] | None:
         """A stream into granted frames. Raises ProtocolError."""
         self.copies.copy_in(message)
         self._freed.set()  # its message buffers will be idle memory, too
+        return self._copy_in_late(message) if self.points.armed else None
 
-    def copy_out(self, message: CopyOut) -> Copied | None:
+    async def _copy_in_late(self, message: CopyIn) -> None:
+        try:
+            await self.points.at("device.copy_in", pages=len(message.targets) // WORD_BYTES)
+        except PeerError:
+            self.copies.abandon(from_wire(message.targets))
+            raise
+
+    def copy_out(self, message: CopyOut) -> Copied | Awaitable[Copied] | None:
         """A stream out of live frames (a few come with the answer), whose entries go first. Raises ProtocolError."""
-        if message.stream == 0 and len(message.frames) == WORD_BYTES:
-            return self._copy_one(message)
+        answer = self._copy_one(message) if message.stream == 0 and len(message.frames) == WORD_BYTES else self._copy_out(message)
+        return self._answer_late(answer) if self.points.armed and answer is not None else answer
+
+    async def _answer_late(self, answer: Copied) -> Copied:
+        await self.points.at("device.copy_out")
+        return answer
+
+    def _copy_out(self, message: CopyOut) -> Copied | None:
         pages = pages_listed(message.pages, "CopyOut.pages")
         answer: Copied | None = None
         if message.stream:

@@ -7,6 +7,7 @@ credit; `BulkSender.run` takes the credits of all streams. A credit ends the pin
 from __future__ import annotations
 
 import logging
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 import trio
@@ -64,6 +65,8 @@ class BulkSender:
         self._channel = channel
         self._clock = clock
         self._checksums = checksums
+        self.step: Callable[[], Awaitable[None]] | None = None
+        """Awaited before each chunk; an error it raises ends the stream."""
         self._streams: dict[int, _Outgoing] = {}
         self._closed: str | None = None
 
@@ -120,7 +123,7 @@ class BulkSender:
                 else:
                     arrive_s = max(arrive_s, await self._send_chunk(out, source, sequence))
         except BaseException:
-            self._abort(stream)
+            self.abandon(stream)
             raise
         finally:
             del self._streams[stream]
@@ -133,6 +136,8 @@ class BulkSender:
         offset = sequence * state.stride
         length = min(state.stride, state.total - offset)
         grant = out.pacer.grant(length, clock.now(), CATCH_UP_S * clock.rate)
+        if self.step is not None:
+            await self.step()
         await clock.sleep_until(grant.start_s)
         data = source.chunk(offset, length)
         checksum = xxhash.xxh3_64_intdigest(data) if self._checksums else None
@@ -150,7 +155,8 @@ class BulkSender:
         if not out.heard:
             out.state.timeout()
 
-    def _abort(self, stream: int) -> None:
+    def abandon(self, stream: int) -> None:
+        """Tell the receiver that nothing more comes of `stream`."""
         try:
             self._channel.send_nowait(pack_abort(Abort(stream, "the sender gave it up")))
         except (trio.WouldBlock, trio.ClosedResourceError):

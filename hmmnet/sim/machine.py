@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
 from random import Random
@@ -15,6 +15,7 @@ from trio.testing import MockClock
 
 from hmmnet.blocking import only_error
 from hmmnet.errors import HmmnetError, KernelError, PeerLost
+from hmmnet.faults.injector import HOST, Injector
 from hmmnet.faults.messages import Channel, MessageFault
 from hmmnet.machine import Host, host_class
 from hmmnet.program import Process
@@ -29,6 +30,8 @@ from .trace import Trace
 
 SECRET = bytes(32)
 """Everybody who can reach these wires is in this process."""
+POINTS_SEED = 0x506F696E74
+"""Chance at points is drawn apart from that of messages: one more fault there changes nothing here."""
 PID = 1
 """The pid that devices give: none of them is a process."""
 
@@ -90,19 +93,33 @@ class _Node:
     transport: NodeTransport
     scope: trio.CancelScope
     incarnation: int
+    ended: trio.Event = field(default_factory=trio.Event)
+    failure: HmmnetError | None = None
 
 
 class SimulatedMachine:
     """See `hmmnet.program.Machine`; beside it, what only a machine of tasks can do."""
 
     def __init__(
-        self, name: str, topology: Topology, host: Host, wires: MemoryTransport, network: Network, nursery: trio.Nursery, serve: Serve
+        self,
+        name: str,
+        topology: Topology,
+        host: Host,
+        wires: MemoryTransport,
+        network: Network,
+        injector: Injector,
+        nursery: trio.Nursery,
+        serve: Serve,
     ) -> None:
         self.name = name
         self.topology = topology
         self.host = host
         self.network = network
         """The faults of its wires."""
+        self.injector = injector
+        """What happens at its protocol points (`hmmnet.faults.points`)."""
+        injector.on_node = self._on_node
+        self._points = {device: injector.points_of(device) for device in topology.device_names}
         self._wires = wires
         self._nursery = nursery
         self._serve = serve
@@ -147,25 +164,71 @@ class SimulatedMachine:
         return tuple(name for name in self.device_names if name in self._nodes)
 
     async def start_device(self, name: str) -> None:
-        """Start the device `name`, empty, as a new incarnation; returns when it is ready. Raises KernelError: ENOENT, EBUSY (it runs)."""
+        """Start the device `name`, empty, as a new incarnation; returns when it is ready.
+
+        Raises KernelError: ENOENT, EBUSY (it runs); HmmnetError when it cannot become what it is to be.
+        """
         self._known(name, "start_device")
         if name in self._nodes:
             raise KernelError(16, "start_device", f"device {name} runs already")
         self._incarnations[name] += 1
         node = _Node(NodeTransport(self._wires, name, self.network), trio.CancelScope(), self._incarnations[name])
         self._nodes[name] = node
-        self._nursery.start_soon(self._be, name, node)
-        await self.host.device_ready(name)
+        with only_error():
+            async with trio.open_nursery() as watch:
+                watch.start_soon(self._fail_with, node)
+                self._nursery.start_soon(self._be, name, node)
+                await self.host.device_ready(name)
+                watch.cancel_scope.cancel()
+
+    @staticmethod
+    async def _fail_with(node: _Node) -> None:
+        """The device has ended before it was ready: whoever starts it hears why."""
+        await node.ended.wait()
+        raise node.failure or HmmnetError("the device ended before it was ready")
 
     async def kill_device(self, name: str) -> None:
         """Its process is gone from one moment to the next, with its memory; the launcher tells the host. Raises KernelError(ENOENT)."""
         self._known(name, "kill_device")
-        node = self._nodes.pop(name, None)
-        if node is None:
+        if name not in self._nodes:
             raise KernelError(2, "kill_device", f"device {name} does not run")
+        self._crash(name)
+        await trio.lowlevel.checkpoint()
+
+    def _crash(self, name: str) -> None:
+        node = self._nodes.pop(name)
+        self.injector.resume(name)
+        self.network.release(name, lost=True)
         node.transport.cut()
         node.scope.cancel()
         self.host.device_exited(name, "was killed")
+
+    def _on_node(self, action: str, name: str) -> None:
+        """A fault wants a device's life, or its silence; what does not run any more has neither."""
+        if name not in self._nodes:
+            return
+        if action == "crash":
+            self._crash(name)
+        else:
+            self._hang(name)
+
+    async def hang_device(self, name: str) -> None:
+        """It stops where it is (SIGSTOP): nothing that it is sent is read, nothing comes from it. Raises KernelError(ENOENT)."""
+        self._known(name, "hang_device")
+        if name not in self._nodes:
+            raise KernelError(2, "hang_device", f"device {name} does not run")
+        self._hang(name)
+        await trio.lowlevel.checkpoint()
+
+    def _hang(self, name: str) -> None:
+        self.injector.stop(name)
+        self.network.hold(name)
+
+    async def resume_device(self, name: str) -> None:
+        """It goes on (SIGCONT), with all that it was sent meanwhile."""
+        self._known(name, "resume_device")
+        self.injector.resume(name)
+        self.network.release(name)
         await trio.lowlevel.checkpoint()
 
     def _known(self, name: str, call: str) -> None:
@@ -173,10 +236,25 @@ class SimulatedMachine:
             raise KernelError(2, call, f'there is no device "{name}"; there are {", ".join(self.device_names)}')
 
     async def _be(self, name: str, node: _Node) -> None:
-        with node.scope:
-            await self._serve(node.transport, self.host.control_endpoint, name, SECRET, node.incarnation, VirtualClock(), pid=PID)
+        try:
+            with node.scope:
+                await self._serve(
+                    node.transport,
+                    self.host.control_endpoint,
+                    name,
+                    SECRET,
+                    node.incarnation,
+                    VirtualClock(),
+                    pid=PID,
+                    points=self._points[name],
+                )
+        except HmmnetError as error:
+            node.failure = error
         if self._nodes.get(name) is node:
             del self._nodes[name]
+            self.injector.resume(name)
+            self.network.release(name, lost=True)
+        node.ended.set()
 
 
 @asynccontextmanager
@@ -197,19 +275,24 @@ async def simulated(
     machine = topology if isinstance(topology, Topology) else load(topology, installed_models() or None)
     watch = None if trace is None else trace.sent
     wires = MemoryTransport(watch)
-    host: Host = host_class()(machine, wires, Path(), SECRET, VirtualClock(), name, scheme="mem", incarnation=1)
+    injector = Injector(Random(seed ^ POINTS_SEED))  # noqa: S311 - chance, not secrecy
+    points = injector.points_of(HOST)
+    host: Host = host_class()(machine, wires, Path(), SECRET, VirtualClock(), name, scheme="mem", incarnation=1, points=points)
     with only_error():
         async with trio.open_nursery() as nursery:
             async with host.running():
                 network = Network(Random(seed), trace)  # noqa: S311 - chance, not secrecy
+                if trace is not None:
+                    injector.on_fired = trace.fired
                 nursery.start_soon(network.run)
-                world = SimulatedMachine(name, machine, host, wires, network, nursery, _serve())
+                world = SimulatedMachine(name, machine, host, wires, network, injector, nursery, _serve())
                 for device in machine.device_names:
                     await world.start_device(device)
                 for fault in faults:
                     network.add(fault)
                 yield world
                 network.heal()
+                injector.heal(but="session.bye")
             nursery.cancel_scope.cancel()
 
 

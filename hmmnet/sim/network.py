@@ -47,6 +47,7 @@ class Network:
         self._late: list[tuple[float, int, Deliver, Parts]] = []
         self._wake = trio.Event()
         self._quiet_until: dict[tuple[str, Channel, bool], float] = {}
+        self._held: dict[str, list[tuple[Deliver, Parts]]] = {}
 
     def add(self, fault: MessageFault) -> int:
         """A fault begins; its number."""
@@ -59,8 +60,20 @@ class Network:
         del self.active[number]
 
     def heal(self) -> None:
-        """All faults end. What is late stays late."""
+        """All faults end, and what was held arrives. What is late stays late."""
         self.active.clear()
+        for device in list(self._held):
+            self.release(device)
+
+    def hold(self, device: str) -> None:
+        """From now on what is sent to or by `device` waits on its way."""
+        self._held.setdefault(device, [])
+
+    def release(self, device: str, *, lost: bool = False) -> None:
+        """What has waited arrives, in its order; or is `lost`."""
+        for deliver, parts in self._held.pop(device, []):
+            if not lost:
+                deliver(parts)
 
     def sent(self, device: str, channel: Channel, parts: Parts, deliver: Deliver, *, to_device: bool) -> None:
         """A message is on its way; `deliver` puts it down where it goes."""
@@ -75,12 +88,25 @@ class Network:
                     self.trace.add(now_s, f"fault {active.fault.kind} {device} {channel} {'in' if to_device else 'out'}")
                 if active.fault.kind == "delay" and deliveries:
                     self._quiet_until[way] = now_s + deliveries[-1][0]
+        arrives = self._arriving(device, deliver)
         for late_s, given in deliveries:
             if late_s <= 0:
-                deliver(given)
+                arrives(given)
             else:
-                heapq.heappush(self._late, (now_s + late_s, next(self._order), deliver, given))
+                heapq.heappush(self._late, (now_s + late_s, next(self._order), arrives, given))
                 self._wake.set()
+
+    def _arriving(self, device: str, deliver: Deliver) -> Deliver:
+        """`deliver`, unless the device's messages are held by then."""
+
+        def arrive(parts: Parts) -> None:
+            held = self._held.get(device)
+            if held is None:
+                deliver(parts)
+            else:
+                held.append((deliver, parts))
+
+        return arrive
 
     def _concerned(self, device: str, channel: Channel, *, to_device: bool) -> Iterable[Active]:
         return [one for one in self.active.values() if one.fault.way.matches(device, channel, to_device=to_device)]

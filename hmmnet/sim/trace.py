@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from hmmnet.errors import ProtocolError
+from hmmnet.faults.injector import Fired
 from hmmnet.wire.codec import decode_body, decode_header
 from hmmnet.wire.memory_transport import Parts
 from hmmnet.wire.messages import Hello, Message, Welcome
@@ -40,6 +41,11 @@ class Trace:
     def sent(self, now_s: float, way: str, parts: Parts) -> None:
         """A message was sent."""
         self.add(now_s, f"{way} {_described(parts)}")
+
+    def fired(self, fired: Fired) -> None:
+        """A fault happened at a protocol point."""
+        where = " ".join(f"{name}={value}" for name, value in fired.where.as_json().items() if name != "point")
+        self.add(fired.at_s, f"fault {fired.action} {fired.where.point} {where}")
 
     def add(self, now_s: float, what: str) -> None:
         """Something happened that is worth a line."""

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hmmnet.errors import BusError, HmmnetError, KernelError, SegmentationFault, SignalError
+from hmmnet.faults.injector import Points
 from hmmnet.host.interfaces import NO_OWNER, Event
 from hmmnet.pages import HUGE_PAGES, PAGE_SHIFT, PAGE_SIZE, ZONE_SHIFT, Words
 
@@ -74,6 +75,11 @@ class CpuAccess:
         self._gate = Gate()
         self.mm.migration_ended = self._gate.open
         self._since_checkpoint = 0
+
+    @property
+    def points(self) -> Points:
+        """See `interfaces.AddressSpace`."""
+        return self.memory.points
 
     # --- without suspension -------------------------------------------------------------------------------------------------------
 

@@ -106,6 +106,8 @@ def _collect(mm: Mm, migration: Migration, select: Select, told: frozenset[int])
         frames = pte.frames_of(entries if len(rows) == len(entries) else entries[rows])
         whole = entries[rows] & pte.HUGE != 0 if migration.compound else None
         free = _free_to_go(mm.memory, frames, migration.fault_frame, whole)
+        if mm.memory.points.armed:
+            free &= _lucky(mm, pages[rows], "migrate.trylock", "migrate.count")
         if not free.all():
             rows = rows[free]
         rows = tear_collected(mm, pages, entries, rows)
@@ -159,6 +161,16 @@ def _free_to_go(memory: PhysicalMemory, frames: Words, fault_frame: int | None, 
         if fault_frame is not None:
             unlocked |= frames[rows] == fault_frame
         out[rows] = unlocked & (extra <= allowed) & (zone.pincount[where] == 0)
+    return out
+
+
+def _lucky(mm: Mm, pages: Words, *names: str) -> Flags:
+    """Which of `pages` no fault that is injected at the points `names` keeps where they are."""
+    points = mm.memory.points
+    out = np.ones(len(pages), np.bool_)
+    for name in names:
+        if points.wants(name):
+            out &= [not points.fails(name, process=mm.number, start=page, pages=1) for page in pages.tolist()]
     return out
 
 
@@ -299,6 +311,8 @@ def _insert(mm: Mm, migration: Migration) -> None:
             index[inside] = mm.anon_index(vma, pages[inside])
             anon[inside] = vma.anon
     ready &= bits != 0
+    if mm.memory.points.armed:
+        ready &= _lucky(mm, pages, "migrate.insert", "memcg.charge")
     charge = 0
     if mm.cgroup is not None:
         ready[np.flatnonzero(ready)[mm.cgroup.charge_some(int(np.count_nonzero(ready))) :]] = False

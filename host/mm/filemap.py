@@ -75,7 +75,8 @@ class File:
         frames = self._cache.gather(offsets)
         holes = frames == 0
         if holes.any():
-            new = self.memory.allocate_charged(group, int(np.count_nonzero(holes)), node)
+            lacks = self.memory.points.armed and self.memory.points.fails("host.alloc.page_cache")
+            new = None if lacks else self.memory.allocate_charged(group, int(np.count_nonzero(holes)), node)
             if new is None:
                 wanted = int(np.count_nonzero(holes))
                 why = ("" if group is None else group.shortage(wanted)) or "the host's memory is used up"

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from hmmnet.arena import Arena, Bytes
 from hmmnet.errors import HmmnetError
+from hmmnet.faults.injector import Points
 from hmmnet.pages import (
     DEVICE_ZONE_MIN,
     HUGE_PAGES,
@@ -74,6 +75,8 @@ class PhysicalMemory:
         """The family of each anon_vma."""
         self.files: weakref.WeakValueDictionary[int, File] = weakref.WeakValueDictionary()
         """Files by number; frames of their page caches carry it as `mapping`."""
+        self.points = Points()
+        """Where faults of this memory, and of whatever works on it, are injected."""
         self.cgroups = MemoryCgroups()
         self.poisoned = 0
         """Frames that have broken; they stay allocated."""
@@ -197,6 +200,8 @@ class PhysicalMemory:
 
     def allocate_charged(self, group: MemoryCgroup | None, count: int, node: int = 0, keep: slice | None = None) -> Words | None:
         """`allocate` for a process of `group`. None when the host is out of memory, or the group at its limit."""
+        if self.points.armed and self.lacking("host.alloc.frame", group):
+            return None
         if group is None:
             return self.allocate(count, node, keep)
         if not group.try_charge(count):
@@ -208,6 +213,13 @@ class PhysicalMemory:
         for zone, _, where in self.groups(frames):
             zone.flags[where] = group.charge_bits
         return frames
+
+    def lacking(self, point: str, group: MemoryCgroup | None) -> bool:
+        """Whether an allocation for `group` is made to fail at `point`, or its charge."""
+        if group is not None and self.points.fails("memcg.charge"):
+            group.refused += 1
+            return True
+        return self.points.fails(point)
 
     def allocate(self, count: int, node: int = 0, keep: slice | None = None) -> Words | None:
         """`count` zeroed host frames with one reference each, in as few runs as can be, from `node` or where there is room.
@@ -242,6 +254,8 @@ class PhysicalMemory:
 
         It is zeroed unless `bare`. `group` is charged; None, too, when it is at its limit.
         """
+        if self.points.armed and self.lacking("host.alloc.huge", group):
+            return None
         if group is not None and not group.try_charge(HUGE_PAGES):
             return None
         for zone in self._from(node):
@@ -264,6 +278,8 @@ class PhysicalMemory:
 
     def allocate_one(self, mapping: int, index: int, node: int = 0, group: MemoryCgroup | None = None) -> int | None:
         """A zeroed frame that becomes an anonymous page of anon_vma `mapping`, mapped once: `allocate_charged` and `map_new` for one."""
+        if self.points.armed and self.lacking("host.alloc.frame", group):
+            return None
         if group is not None and not group.try_charge(1):
             return None
         for zone in self._from(node):

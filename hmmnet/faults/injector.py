@@ -1,0 +1,308 @@
+"""Injectors: what is to happen at the protocol points (`points.py`) of one machine, and the hooks through which it does.
+
+Host and devices ask their `Points` at each boundary::
+
+    if points.armed:
+        await points.at("migrate.before_copy", device=link.name, process=space.number, start=start, pages=count)
+    ...
+    if points.armed and points.fails("device.alloc.large"):
+        return None
+
+`armed` is false while nobody wants anything of this node, so that a boundary costs one attribute test. An `Injector` holds what is to
+happen; each node (the host, each device) has its own `Points` of one. In the simulated world one injector serves the whole machine; a real
+process has its own, and hears over its session what to do. There is nothing global: two machines in one process know nothing of each other.
+
+What can happen at a point is in its `actions`: it takes longer (``delay``), waits until it is released (``pause``), fails with an error
+that really happens there (``fail``), costs a node its life (``crash``) or its voice (``hang``), or calls a test (``call``).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from random import Random
+from typing import Any
+
+import trio
+
+from hmmnet.errors import HmmnetError
+
+from .controls import Chance, Controls
+from .points import ACTIONS, POINTS, Action, Where, matching
+
+HOST = "host"
+"""The host's name as a node."""
+FIRED_MAX = 100_000
+"""Records of faults that fired: a campaign reads them after each seed; a machine that runs for days keeps the last."""
+
+Called = Callable[[Where], Awaitable[None] | None]
+OnNode = Callable[[str, str], None]
+"""(``crash`` or ``hang``, node): what a world does to a node."""
+
+
+@dataclass(frozen=True)
+class PointFault:
+    """What happens at which points, to whom, how often. Raises HmmnetError for what cannot be.
+
+    `point` is a name or a pattern of names. `device` is a pattern of device names; `process` a pid (0: any); [`start`, `end`) addresses
+    that must be touched; `event` an event of the notifier. `node` is who crashes or hangs (default: the device concerned). `delay_s` and
+    `jitter_s` are emulated seconds. `kind` is what records call it.
+    """
+
+    point: str
+    action: Action
+    device: str = "*"
+    process: int = 0
+    start: int = 0
+    end: int = 0
+    event: str = ""
+    controls: Controls = field(default_factory=Controls)
+    delay_s: float = 0.0
+    jitter_s: float = 0.0
+    node: str = ""
+    call: Called | None = None
+    kind: str = ""
+
+    def __post_init__(self) -> None:
+        if self.action not in ACTIONS:
+            raise HmmnetError(f'no action is called "{self.action}"; there are {", ".join(ACTIONS)}')
+        found = matching(self.point)
+        if not any(self.action in point.actions for point in found):
+            able = sorted({action for point in found for action in point.actions})
+            raise HmmnetError(f'nothing can {self.action} at "{self.point}"; there is {", ".join(able)}')
+        if (self.call is None) is (self.action == "call"):
+            raise HmmnetError('a function goes with the action "call", and only with that')
+        if self.delay_s < 0 or self.jitter_s < 0 or not math.isfinite(self.delay_s + self.jitter_s):
+            raise HmmnetError(f"a delay of {self.delay_s:g} s with a jitter of {self.jitter_s:g} s cannot be")
+
+    def concerns(self, where: Where) -> bool:
+        """Whether it may happen there."""
+        return (
+            self.action in POINTS[where.point].actions
+            and (where.point == self.point or fnmatchcase(where.point, self.point))
+            and (self.device == "*" or fnmatchcase(where.device, self.device))
+            and self.process in (0, where.process)
+            and self.event in ("", where.event)
+            and (self.end <= self.start or (where.address < self.end and self.start < where.address_end))
+        )
+
+
+@dataclass(frozen=True)
+class Fired:
+    """A fault happened: emulated time, its number, its kind, its action, where."""
+
+    at_s: float
+    number: int
+    kind: str
+    action: str
+    where: Where
+
+
+@dataclass(eq=False)
+class _Active:
+    number: int
+    fault: PointFault
+    chance: Chance
+    released: trio.Event = field(default_factory=trio.Event)
+
+
+class Injector:
+    """What is to happen at the points of one machine, or of one process of it.
+
+    `random` is where chance comes from; `now` and `sleep` are emulated time; `on_node` does what ``crash`` and ``hang`` ask for.
+    """
+
+    def __init__(
+        self,
+        random: Random | None = None,
+        *,
+        now: Callable[[], float] = trio.current_time,
+        sleep: Callable[[float], Awaitable[None]] = trio.sleep,
+        on_node: OnNode | None = None,
+    ) -> None:
+        self.random = random or Random(0)  # noqa: S311 - chance, not secrecy
+        self.now = now
+        self.sleep = sleep
+        self.on_node = on_node
+        self.on_fired: Callable[[Fired], None] | None = None
+        """Told of each fault that fires: a trace."""
+        self.reached: Counter[str] = Counter()
+        """How often each point was reached, while anything was armed."""
+        self.fired: deque[Fired] = deque(maxlen=FIRED_MAX)
+        self._active: dict[int, _Active] = {}
+        self._numbers = itertools.count(1)
+        self._nodes: list[Points] = []
+        self._recording = False
+        self._stopped: dict[str, trio.Event] = {}
+
+    def points_of(self, name: str) -> Points:
+        """The points of a node: ``host``, or a device's name."""
+        made = Points(self, name)
+        self._nodes.append(made)
+        self._arm()
+        return made
+
+    def record(self, on: bool = True) -> None:
+        """Count which points are `reached`, also while there is no fault."""
+        self._recording = on
+        self._arm()
+
+    def add(self, fault: PointFault, number: int | None = None) -> int:
+        """From now on that happens; its number."""
+        number = next(self._numbers) if number is None else number
+        self._active[number] = _Active(number, fault, Chance(fault.controls, self.random))
+        self._arm()
+        return number
+
+    def remove(self, number: int) -> None:
+        """It does not happen any more; whoever was paused by it goes on."""
+        active = self._active.pop(number, None)
+        if active is not None:
+            active.released.set()
+        self._arm()
+
+    def release(self, number: int) -> None:
+        """Whoever is paused by that fault goes on; the next to come is paused again."""
+        active = self._active.get(number)
+        if active is None:
+            raise HmmnetError(f"no fault has number {number}")
+        active.released.set()
+        active.released = trio.Event()
+
+    def heal(self, but: str = "") -> None:
+        """Nothing happens any more, and nobody is paused; only faults at the point `but` stay."""
+        for number, active in list(self._active.items()):
+            if active.fault.point != but:
+                self.remove(number)
+        for name in list(self._stopped):
+            self.resume(name)
+
+    def stop(self, node: str) -> None:
+        """A node hangs: it gets no further than its next point."""
+        self._stopped.setdefault(node, trio.Event())
+        self._arm()
+
+    def resume(self, node: str) -> None:
+        """It goes on."""
+        stopped = self._stopped.pop(node, None)
+        if stopped is not None:
+            stopped.set()
+        self._arm()
+
+    @property
+    def active(self) -> dict[int, PointFault]:
+        """What may happen now, by number."""
+        return {number: active.fault for number, active in self._active.items()}
+
+    def count(self, number: int) -> int:
+        """How often fault `number`, which is active, has happened."""
+        return self._active[number].chance.fired
+
+    def _arm(self) -> None:
+        armed = self._recording or bool(self._active)
+        for points in self._nodes:
+            points.armed = armed or points.node in self._stopped
+
+    # --- at a point -----------------------------------------------------------------------------------------------------------
+
+    def wants(self, name: str) -> bool:
+        """Whether a fault may happen at the point `name`."""
+        return any(name == one.fault.point or fnmatchcase(name, one.fault.point) for one in self._active.values())
+
+    def _firing(self, where: Where) -> Iterable[_Active]:
+        self.reached[where.point] += 1
+        for active in list(self._active.values()):
+            if active.fault.concerns(where) and active.chance.fires():
+                fault = active.fault
+                fired = Fired(self.now(), active.number, fault.kind or f"{fault.action} {where.point}", fault.action, where)
+                self.fired.append(fired)
+                if self.on_fired is not None:
+                    self.on_fired(fired)
+                yield active
+
+    async def at(self, where: Where) -> None:
+        """A step boundary that may take its time."""
+        stopped = self._stopped.get(where.node)
+        if stopped is not None:
+            await stopped.wait()
+        for active in self._firing(where):
+            fault = active.fault
+            if fault.action == "delay":
+                await self.sleep(fault.delay_s + (self.random.random() * fault.jitter_s if fault.jitter_s else 0.0))
+            elif fault.action == "pause":
+                await active.released.wait()
+            elif fault.action == "fail":
+                raise POINTS[where.point].error(where)
+            elif fault.action == "call":
+                assert fault.call is not None, "checked when it was made"
+                result = fault.call(where)
+                if result is not None:
+                    await result
+            else:
+                await self._lose(fault, where)
+
+    def fails(self, where: Where) -> bool:
+        """A place that cannot wait: whether it fails this time."""
+        failed = False
+        for active in self._firing(where):
+            fault = active.fault
+            if fault.action == "call":
+                assert fault.call is not None, "checked when it was made"
+                fault.call(where)
+            elif fault.action == "fail":
+                failed = True
+            else:
+                self._on_node(fault, where)
+        return failed
+
+    async def _lose(self, fault: PointFault, where: Where) -> None:
+        node = self._on_node(fault, where)
+        if node == where.node and fault.action == "crash":
+            await trio.sleep_forever()  # its tasks are being cancelled: nothing of it goes on
+        stopped = self._stopped.get(where.node)
+        if stopped is not None:
+            await stopped.wait()
+
+    def _on_node(self, fault: PointFault, where: Where) -> str:
+        node = fault.node or where.device or where.node
+        if self.on_node is None:
+            raise HmmnetError(f'nobody here can {fault.action} "{node}": this machine was started without a world that does it')
+        self.on_node(fault.action, node)
+        return node
+
+
+class Points:
+    """The points of one node; see the module."""
+
+    __slots__ = ("_device", "_injector", "armed", "node")
+
+    def __init__(self, injector: Injector | None = None, node: str = "") -> None:
+        self.armed = False
+        """Whether anybody wants to know when a point is reached."""
+        self.node = node
+        self._device = "" if node == HOST else node
+        self._injector = injector
+
+    async def at(self, name: str, **where: Any) -> None:
+        """A step boundary is reached; returns when it is passed.
+
+        `where` has fields of `Where`: device (default: the node), process, start (a page), pages, event. Raises what the point's ``fail``
+        raises.
+        """
+        if self._injector is not None:
+            await self._injector.at(self._where(name, where))
+
+    def fails(self, name: str, **where: Any) -> bool:
+        """Whether what happens at that point, which cannot wait, fails this time."""
+        return self._injector is not None and self._injector.fails(self._where(name, where))
+
+    def _where(self, name: str, where: dict[str, Any]) -> Where:
+        return Where(name, self.node, **{"device": self._device, **where})
+
+    def wants(self, name: str) -> bool:
+        """Whether a fault waits for that very point: for boundaries that are costly to have."""
+        return self._injector is not None and self._injector.wants(name)

@@ -1,0 +1,87 @@
+"""Injectors: what can be asked of a point, and what a point costs nobody who asks nothing."""
+
+from __future__ import annotations
+
+import pytest
+import trio
+
+from hmmnet.errors import HmmnetError, KernelError
+from hmmnet.faults import POINTS, Controls, Injector, PointFault, Points
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"point": "migrate.before_copie", "action": "delay"},
+            'no point is called "migrate.before_copie"; did you mean "migrate.before_copy"?',
+        ),
+        ({"point": "host.alloc.frame", "action": "pause"}, 'nothing can pause at "host.alloc.frame"'),
+        ({"point": "migrate.*", "action": "explode"}, 'no action is called "explode"'),
+        ({"point": "migrate.*", "action": "call"}, "a function goes with"),
+        ({"point": "migrate.*", "action": "delay", "call": print}, "a function goes with"),
+        ({"point": "migrate.*", "action": "delay", "delay_s": -1.0}, "cannot be"),
+    ],
+)
+def test_what_cannot_be_is_said(arguments: dict[str, object], message: str) -> None:
+    """Before anything runs, with what was probably meant."""
+    with pytest.raises(HmmnetError, match=message.replace("*", r"\*").replace("?", r"\?")):
+        PointFault(**arguments)  # type: ignore[arg-type]
+
+
+async def test_armed_only_while_somebody_asks() -> None:
+    """A fault arms all nodes of its injector, and its end disarms them; so does recording."""
+    injector = Injector()
+    host, gpu0 = injector.points_of("host"), injector.points_of("gpu0")
+    assert (host.armed, gpu0.armed) == (False, False)
+    number = injector.add(PointFault("device.job_start", "fail"))
+    assert (host.armed, gpu0.armed) == (True, True)
+    with pytest.raises(KernelError, match="ENOMEM"):
+        await gpu0.at("device.job_start")
+    injector.remove(number)
+    assert (host.armed, gpu0.armed) == (False, False)
+    injector.record()
+    await host.at("migrate.after", device="gpu0")
+    injector.record(on=False)
+    assert (host.armed, dict(injector.reached)) == (False, {"device.job_start": 1, "migrate.after": 1})
+    later = injector.points_of("gpu1")
+    assert not later.armed
+
+
+async def test_the_nth_occurrence_and_no_other() -> None:
+    """fail-nth, over all devices together."""
+    injector = Injector()
+    nodes = [injector.points_of(name) for name in ("gpu0", "gpu1")]
+    injector.add(PointFault("device.alloc.small", "fail", controls=Controls(nth=3)))
+    assert [node.fails("device.alloc.small") for _ in range(2) for node in nodes] == [False, False, True, False]
+
+
+async def test_a_stopped_node_gets_no_further(autojump_clock: trio.testing.MockClock) -> None:
+    """Until it is resumed; others go on."""
+    injector = Injector()
+    gpu0, gpu1 = injector.points_of("gpu0"), injector.points_of("gpu1")
+    injector.stop("gpu0")
+    await gpu1.at("device.job_step")
+    with trio.move_on_after(1) as limit:
+        await gpu0.at("device.job_step")
+    assert limit.cancelled_caught
+    injector.resume("gpu0")
+    await gpu0.at("device.job_step")
+
+
+async def test_who_cannot_kill_says_so() -> None:
+    """An injector that belongs to no world."""
+    injector = Injector()
+    injector.add(PointFault("migrate.before_copy", "crash"))
+    with pytest.raises(HmmnetError, match='nobody here can crash "gpu0"'):
+        await injector.points_of("host").at("migrate.before_copy", device="gpu0")
+
+
+async def test_points_of_nobody_do_nothing() -> None:
+    """What a host has that was given none."""
+    points = Points()
+    for name in POINTS:
+        await points.at(name)
+        assert not points.fails(name)
+        assert not points.wants(name)
+    assert not points.armed
