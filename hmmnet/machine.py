@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -134,10 +135,36 @@ class LaunchedMachine:
         """``kill -9`` of a device process; returns when it is gone and the host knows."""
         await self._crew.kill(name)
 
+    @property
+    def running(self) -> tuple[str, ...]:
+        """The devices whose processes run now."""
+        return tuple(name for name, record in self._crew.records.items() if record.state != "lost")
+
+    async def start_device(self, name: str) -> None:
+        """Start a device again whose process has ended, empty; returns when it is ready.
+
+        Raises KernelError: ENOENT, EBUSY (it runs); HmmnetError when it does not come.
+        """
+        await self._crew.restart(name)
+        await until_ready(self.host, self._crew, [name])
+
+    def pause_device(self, name: str) -> None:
+        """SIGSTOP: the process is there and does nothing, until `resume_device`. Raises KernelError: ENOENT, ESRCH."""
+        self._crew.signal(name, signal.SIGSTOP)
+
+    def resume_device(self, name: str) -> None:
+        """SIGCONT. Raises KernelError: ENOENT, ESRCH."""
+        self._crew.signal(name, signal.SIGCONT)
+
 
 async def start_devices(host: Host, crew: Crew) -> None:
     """Start every device and return when the host has welcomed all. Raises HmmnetError naming those that did not come."""
     await crew.start(host.control_endpoint, os.getpid())
+    await until_ready(host, crew, list(crew.records))
+
+
+async def until_ready(host: Host, crew: Crew, names: Sequence[str]) -> None:
+    """Return when the host has welcomed the devices `names`. Raises HmmnetError naming those that did not come."""
 
     async def one(name: str) -> None:
         await host.device_ready(name)
@@ -147,17 +174,17 @@ async def start_devices(host: Host, crew: Crew) -> None:
         how = await crew.wait_ended(name)
         raise HmmnetError(f"device {name} {how} before it was ready; its log: hmmnet logs, or its message above")
 
-    with trio.move_on_after(READY_S) as limit:
+    with trio.move_on_after(READY_S) as limit, only_error():
         async with trio.open_nursery() as watch:
-            for name in crew.records:
+            for name in names:
                 watch.start_soon(until_ended, name)
             async with trio.open_nursery() as nursery:
-                for name in crew.records:
+                for name in names:
                     nursery.start_soon(one, name)
             watch.cancel_scope.cancel()
     if limit.cancelled_caught:
-        missing = [name for name, record in crew.records.items() if record.state != "ready"]
-        raise HmmnetError(f"{len(missing)} of {len(crew.records)} devices did not come within {READY_S:g} s: {', '.join(missing[:8])}")
+        missing = [name for name in names if crew.records[name].state != "ready"]
+        raise HmmnetError(f"{len(missing)} of {len(names)} devices did not come within {READY_S:g} s: {', '.join(missing[:8])}")
 
 
 def host_class(provider: str = HOST) -> Any:
@@ -298,6 +325,18 @@ class LaunchedBlockingMachine(BlockingMachine):
     def kill_device(self, name: str) -> None:
         """See `LaunchedMachine.kill_device`."""
         self._loop.call(self._launched.kill_device, name)
+
+    def start_device(self, name: str) -> None:
+        """See `LaunchedMachine.start_device`."""
+        self._loop.call(self._launched.start_device, name)
+
+    def pause_device(self, name: str) -> None:
+        """See `LaunchedMachine.pause_device`."""
+        self._loop.ask(lambda: self._launched.pause_device(name))
+
+    def resume_device(self, name: str) -> None:
+        """See `LaunchedMachine.resume_device`."""
+        self._loop.ask(lambda: self._launched.resume_device(name))
 
 
 def launch(

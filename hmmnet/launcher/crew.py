@@ -7,12 +7,15 @@ lease.
 from __future__ import annotations
 
 import logging
+import os
+import signal
 from collections.abc import Callable
+from errno import EBUSY, ENOENT, ESRCH
 from typing import Any
 
 import trio
 
-from hmmnet.errors import HmmnetError
+from hmmnet.errors import HmmnetError, KernelError
 from hmmnet.topology.model import Topology
 
 from .directory import DeviceRecord, Directory
@@ -46,6 +49,8 @@ class Crew:
         self._lost = lost
         self._ended = {name: trio.Event() for name in self.records}
         self.zygote = zygote
+        self._endpoint = ""
+        self._host_pid = 0
 
     async def run(self) -> None:
         """Hear of the devices' ends, until all of it is over. Raises HmmnetError when the zygote dies before `end`."""
@@ -59,9 +64,32 @@ class Crew:
 
     async def start(self, endpoint: str, host_pid: int) -> None:
         """Start every device; each connects to the host's control `endpoint` by itself, and ends with the process `host_pid`."""
+        self._endpoint, self._host_pid = endpoint, host_pid
         await self.zygote.wait_ready()
         for name in self.records:
             await self.zygote.start(name, self.settings(name, endpoint, host_pid))
+
+    async def restart(self, name: str) -> None:
+        """Start a device again whose process has ended: empty, as a new incarnation. Raises KernelError: ENOENT, EBUSY (it runs)."""
+        record = self._known(name, "start_device")
+        if record.state != "lost":
+            raise KernelError(EBUSY, "start_device", f"device {name} runs already, as process {record.pid}")
+        record.state, record.how, record.pid = "starting", "", 0
+        self._ended[name] = trio.Event()
+        await self.zygote.start(name, self.settings(name, self._endpoint, self._host_pid))
+        self._changed()
+
+    def signal(self, name: str, number: signal.Signals) -> None:
+        """Send a signal to a device's process. Raises KernelError: ENOENT, ESRCH (it does not run)."""
+        record = self._known(name, "kill")
+        if record.state == "lost" or not record.pid:
+            raise KernelError(ESRCH, "kill", f"device {name} does not run")
+        os.kill(record.pid, number)
+
+    def _known(self, name: str, call: str) -> DeviceRecord:
+        if name not in self.records:
+            raise KernelError(ENOENT, call, f'there is no device "{name}"; there are {", ".join(self.records)}')
+        return self.records[name]
 
     def settings(self, name: str, endpoint: str, host_pid: int) -> dict[str, Any]:
         """What a device process is told at its start; the rest comes with the host's welcome."""
@@ -86,9 +114,8 @@ class Crew:
         return self.records[name].how
 
     async def kill(self, name: str) -> None:
-        """SIGKILL a device and return when it is gone. Raises HmmnetError for a name that the machine does not have."""
-        if name not in self.records:
-            raise HmmnetError(f'no device is called "{name}"; this machine has {", ".join(self.records)}')
+        """SIGKILL a device and return when it is gone. Raises KernelError(ENOENT)."""
+        self._known(name, "kill")
         await self.zygote.kill(name)
         await self._ended[name].wait()
 

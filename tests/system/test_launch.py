@@ -22,7 +22,7 @@ import pytest
 import trio
 
 import hmmnet
-from hmmnet.errors import BusError, HmmnetError, SegmentationFault
+from hmmnet.errors import BusError, HmmnetError, KernelError, PeerLost, SegmentationFault
 from hmmnet.launcher.directory import MachineExists, directories
 from hmmnet.lifeline import wait_ended
 from hmmnet.pages import PAGE_SIZE
@@ -175,7 +175,7 @@ async def test_a_killed_device_is_known_at_once() -> None:
                 await process.launch("reduction", "gpu1", a=nowhere, n=1)
             assert caught.value.address == nowhere
         assert await add(process, "gpu1")
-        with pytest.raises(HmmnetError, match="no device is called"):
+        with pytest.raises(KernelError, match=r'ENOENT.*there is no device "gpu7"; there are gpu0, gpu1'):
             await machine.kill_device("gpu7")
 
 
@@ -244,6 +244,55 @@ def test_a_program_that_never_leaves_the_block_ends_cleanly() -> None:
         _, err = process.communicate(timeout=20)
         assert (process.returncode, err) == (0, b"")
     trio.run(gone, *pids)
+
+
+async def test_a_dead_device_comes_back_empty() -> None:
+    """A new process, a new life: what was only there is lost, and says so; it serves again at once."""
+    async with hmmnet.launch("two-gpus", rate=1.0) as machine:
+        process = await machine.process()
+        address = await process.malloc(PAGE_SIZE)
+        await process.write(address, bytes(PAGE_SIZE))
+        await process.migrate(address, PAGE_SIZE, "gpu0")
+        with pytest.raises(KernelError, match=r"EBUSY.*gpu0 runs already, as process"):
+            await machine.start_device("gpu0")
+        await machine.kill_device("gpu0")
+        assert set(machine.running) == {"gpu1"}
+        with pytest.raises(KernelError, match=r"ESRCH.*gpu0 does not run"):
+            machine.pause_device("gpu0")
+        await machine.start_device("gpu0")
+        assert set(machine.running) == {"gpu0", "gpu1"}
+        assert [device.state for device in machine.devices] == ["ready", "ready"]
+        with pytest.raises(BusError, match='only copy on device "gpu0"'):
+            await process.load(address)
+        assert await add(process, "gpu0")
+        assert (await machine.report())["devices"]["gpu0"]["lives"] == 2
+        await process.exit()
+
+
+async def test_a_paused_device_is_waited_for() -> None:
+    """Shorter than its lease: nothing happened. Longer: it is fenced, lost with what it had, and a new life takes its place."""
+    async with hmmnet.launch("two-gpus", rate=1.0) as machine:
+        process = await machine.process()
+        address = await process.malloc(PAGE_SIZE)
+        await process.write(address, b"a" * PAGE_SIZE)
+        await process.migrate(address, PAGE_SIZE, "gpu0")
+        machine.pause_device("gpu0")
+        async with trio.open_nursery() as nursery:
+
+            async def wake() -> None:
+                await trio.sleep(0.3)
+                machine.resume_device("gpu0")
+
+            nursery.start_soon(wake)
+            assert await process.read(address, 1) == b"a"
+        await process.migrate(address, PAGE_SIZE, "gpu0")
+        machine.pause_device("gpu0")
+        with pytest.raises((BusError, PeerLost)), trio.fail_after(20):
+            await process.read(address, 1)
+        await machine.kill_device("gpu0")
+        await machine.start_device("gpu0")
+        assert await add(process, "gpu0")
+        await process.exit()
 
 
 async def test_a_cancelled_job_ends_on_the_device() -> None:
