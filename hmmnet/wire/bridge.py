@@ -67,6 +67,7 @@ class Bridge:
         """Counts the waiters that the descriptor has had, so that one who comes back late does not strike out his successor."""
         self._parked = 0
         self._receive_waited = False
+        self._nudged = False
         self._received = 0
         self._sent = 0
         self._closed = False
@@ -164,11 +165,25 @@ class Bridge:
 
     async def _receive_later(self) -> bytes:
         while True:
+            if self._nudged:
+                self._nudged = False
+                raise trio.WouldBlock
             await self._wait(_POLLIN)
             try:
                 return self._receive_part(_NOBLOCK)
             except zmq.Again:
                 continue
+
+    def nudge(self) -> None:
+        """Make one task that waits in `recv_first`, or the next one that would wait there, raise `trio.WouldBlock` instead."""
+        if self._closed:
+            return
+        self._nudged = True
+        self._receive_waited = False  # who comes next tries before it waits, and finds the nudge when there is nothing
+        if self._leading == _POLLIN:
+            self._leading = 0
+            notify_closing(self._descriptor)
+        self._receivers.unpark_all()
 
     @property
     def more(self) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 
 import trio
 
@@ -12,6 +13,7 @@ from hmmnet.errors import PeerLost, PeerRefused, ProtocolError
 from .codec import Kind, decode_body, decode_header, encode
 from .exchange import HEARTBEAT_S, RETRY_S
 from .messages import Hello, Refused, Welcome
+from .reading import Reader
 from .session import Session
 from .transport import Channel, Transport
 
@@ -52,11 +54,12 @@ async def connect(
             retry_s=retry_s,
             patience_s=patience_s,
         )
+        reader = session.reader = Reader(partial(_step, channel, session), channel.nudge)
         if prepare is not None:
             prepare(session, welcome)
         async with trio.open_nursery() as nursery:
             session.start(nursery)
-            nursery.start_soon(_read, channel, session)
+            nursery.start_soon(reader.run)
             try:
                 yield session, welcome
             except Exception as error:  # noqa: BLE001 - raised again below: as it is, not in the nursery's group
@@ -94,9 +97,7 @@ def _welcome(body: object) -> Welcome:
     return body
 
 
-async def _read(channel: Channel, session: Session) -> None:
-    while True:
-        frame, payload = await channel.receive()
-        more = session.deliver(frame if payload is None else b"")
-        if more is not None:
-            await more
+async def _step(channel: Channel, session: Session) -> Awaitable[None] | None:
+    """Take one frame and deliver it."""
+    frame, payload = await channel.receive()
+    return session.deliver(frame if payload is None else b"")

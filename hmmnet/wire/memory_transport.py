@@ -132,6 +132,10 @@ class MemoryPayload:
 class MemoryChannel:
     """A `Channel` over two pipes."""
 
+    nudge = None
+    """See `Channel.nudge`. In memory a task switch costs nothing, and in virtual time none may be saved: where answers overtake the turns
+    of others, two devices that want the same pages take them from each other in lockstep, for ever."""
+
     def __init__(self, endpoint: str, inbound: Pipe, outbound: Pipe, address: bytes | None = None) -> None:
         self.endpoint = endpoint
         self.refused = 0
@@ -211,6 +215,9 @@ class Hub:
 
 class MemoryListener:
     """A `Listener` over the pipes of a hub."""
+
+    nudge = None
+    """As for `MemoryChannel`."""
 
     def __init__(self, endpoint: str, hub: Hub) -> None:
         self.endpoint = endpoint

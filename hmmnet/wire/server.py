@@ -10,8 +10,9 @@ before the new one begins. The hello of a session that lives is a repeat, and ge
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import trio
 
@@ -20,6 +21,7 @@ from hmmnet.errors import PeerLost, ProtocolError
 from .codec import Kind, VersionError, decode_body, decode_header, encode
 from .exchange import HEARTBEAT_S, LEASE_S, RETRY_S
 from .messages import PROTOCOL_VERSION, TEXT_MAX, Hello, Refused, Welcome
+from .reading import Reader
 from .secrets import same_secret
 from .session import Session
 from .transport import Listener
@@ -60,20 +62,23 @@ class Server:
     refused_count: int = field(default=0, init=False)
     _by_address: dict[bytes, Peer] = field(default_factory=dict, init=False)
     _by_name: dict[tuple[str, str], Peer] = field(default_factory=dict, init=False)
+    _reader: Reader | None = field(default=None, init=False)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled."""
         async with trio.open_nursery() as nursery:
+            self._reader = Reader(partial(self._step, nursery), self.listener.nudge)
             task_status.started()
-            while True:
-                address, frame = await self.listener.receive()
-                peer = self._by_address.get(address)
-                if peer is None:
-                    self._stranger(address, frame, nursery)
-                    continue
-                more = peer.session.deliver(frame)
-                if more is not None:
-                    await more
+            await self._reader.run()
+
+    async def _step(self, nursery: trio.Nursery) -> Awaitable[None] | None:
+        """Take one frame and deliver it."""
+        address, frame = await self.listener.receive()
+        peer = self._by_address.get(address)
+        if peer is None:
+            self._stranger(address, frame, nursery)
+            return None
+        return peer.session.deliver(frame)
 
     @property
     def sessions(self) -> list[Session]:
@@ -125,6 +130,7 @@ class Server:
             lease_s=self.lease_s,
             retry_s=self.retry_s,
         )
+        session.reader = self._reader
         peer = Peer(address, session, encode(Kind.WELCOME, 0, 0, answer), known.session.incarnation if known is not None else None)
         self._remember(peer, hello)
         self.joined(session, hello)

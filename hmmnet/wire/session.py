@@ -4,8 +4,8 @@ The shell around `exchange.Exchange`. Whoever owns the transport feeds frames in
 the client for its one channel), in the order of arrival. That order is kept for handlers that run *inline*: a device must see an
 invalidation before an answer that was sent after it.
 
-The hot path is `request`: encode, one send, wait to be rescheduled by `deliver`. Repeats, heartbeats and the lease are one periodic
-task for each session, not a timer for each request.
+The hot path is `request`: encode, one send, read until the answer is there (see `reading`). Repeats, heartbeats and the lease are one
+periodic task for each session, not a timer for each request.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from hmmnet.errors import BusError, KernelError, PeerError, PeerGone, PeerLost, 
 from .codec import ANSWERS_MASK, Kind, decode_body, decode_header, encode
 from .exchange import ACKNOWLEDGE_EVERY, BYE_S, HEARTBEAT_S, LEASE_S, RETRY_S, Action, Arrival, Exchange, State
 from .messages import TEXT_MAX, Done, Failed, Message
+from .reading import Reader
 
 Handler: TypeAlias = Callable[[Any], "Message | Awaitable[Message | None] | None"]
 M = TypeVar("M", bound=Message)
@@ -40,13 +41,14 @@ log = logging.getLogger("hmmnet.wire")
 class PendingReply:
     """A request that is on its way; `wait` gives its answer, to one task."""
 
-    __slots__ = ("_answer", "_error", "_late", "_task")
+    __slots__ = ("_answer", "_error", "_late", "_reader", "_task")
 
-    def __init__(self) -> None:
+    def __init__(self, reader: Reader | None = None) -> None:
         self._answer: Message | None = None
         self._error: Exception | None = None
         self._late: Callable[[Message], None] | None = None
         self._task: Task | None = None
+        self._reader = reader
 
     def resolve(self, answer: Message | None, error: Exception | None = None) -> None:
         """The answer, or the error that takes its place. The first counts."""
@@ -56,6 +58,8 @@ class PendingReply:
             if self._task is not None:
                 task, self._task = self._task, None
                 reschedule(task)
+                if self._reader is not None:
+                    self._reader.woke()
             elif self._late is not None and answer is not None:
                 self._late(answer)
 
@@ -70,12 +74,23 @@ class PendingReply:
         Cancelled, it forgets the answer; the peer carries the request out all the same.
         """
         if self._answer is None and self._error is None:
-            self._task = current_task()
-            await wait_task_rescheduled(self._give_up)
+            await self._wait()
         if self._error is not None:
             raise self._error
         assert self._answer is not None
         return self._answer
+
+    async def _wait(self) -> None:
+        reader = self._reader
+        if reader is not None and reader.vacant:
+            await reader.stand_in(self)
+            if self._answer is not None or self._error is not None:
+                return
+        self._task = current_task()
+        if reader is None:
+            await wait_task_rescheduled(self._give_up)
+        else:
+            await reader.sleep(self._give_up)
 
     def leave(self, late: Callable[[Message], None]) -> None:
         """Nobody will `wait` any more; an answer that comes all the same, or came while we were being cancelled, goes to `late`.
@@ -129,6 +144,8 @@ class Session:
         self._on_silent: list[Callable[[], None]] = []
         self.on_hello: Callable[[], None] | None = None
         """The server's: send the welcome again. A client is never greeted."""
+        self.reader: Reader | None = None
+        """Who feeds `deliver`, if those who wait for answers may stand in for it."""
         self._spoke = False
         self._ended = trio.Event()
 
@@ -138,7 +155,7 @@ class Session:
         """Send a request now; its answer comes with `wait` of what is returned. Raises PeerLost."""
         if self.lost is not None:
             raise self._lost_again()
-        pending = PendingReply()
+        pending = PendingReply(self.reader)
         sequence = self._exchange.next_sequence()
         self._waiting[sequence & ANSWERS_MASK] = pending
         self._send_kept(encode(Kind.REQUEST, sequence, self._exchange.received, message))
@@ -388,6 +405,8 @@ class Session:
         waiting, self._waiting = self._waiting, {}
         for pending in waiting.values():
             pending.resolve(None, self._lost_again())
+        if self.reader is not None:
+            self.reader.interrupt()
         self._ended.set()
         callbacks, self._on_lost = self._on_lost, []
         for callback in callbacks:

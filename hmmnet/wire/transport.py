@@ -11,6 +11,7 @@ Endpoints are ``ipc:///path``, ``tcp://127.0.0.1:*`` (a free port is chosen) and
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol, TypeAlias
 
 import numpy.typing as npt
@@ -65,6 +66,11 @@ class Channel(Protocol):
         """As `receive`; raises `trio.WouldBlock` when there is no message."""
         ...
 
+    @property
+    def nudge(self) -> Callable[[], None] | None:
+        """Makes the task that waits in `receive`, or the next one that would, raise `trio.WouldBlock` instead. None: one task reads."""
+        ...
+
     def close(self) -> None:
         """Close this end. Without promise for what is queued: say BYE first where it matters."""
         ...
@@ -86,6 +92,11 @@ class Listener(Protocol):
 
     def receive_nowait(self) -> tuple[bytes, bytes]:
         """As `receive`; raises `trio.WouldBlock` when there is no frame."""
+        ...
+
+    @property
+    def nudge(self) -> Callable[[], None] | None:
+        """Makes the task that waits in `receive`, or the next one that would, raise `trio.WouldBlock` instead. None: one task reads."""
         ...
 
     async def send(self, peer: bytes, frame: Buffer) -> None:

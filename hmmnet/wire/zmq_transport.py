@@ -153,6 +153,10 @@ class ZmqChannel:
         if self._bridge.more and len(self._bridge.take_rest()) > 1:
             self.refused += 1
 
+    def nudge(self) -> None:
+        """See `Channel.nudge`."""
+        self._bridge.nudge()
+
     def close(self) -> None:
         """See `Channel.close`."""
         self._bridge.close(LINGER_MS)
@@ -177,6 +181,10 @@ class ZmqListener:
     def receive_nowait(self) -> tuple[bytes, bytes]:
         """See `Listener.receive_nowait`."""
         return self._whole(self._bridge.recv_first_nowait())
+
+    def nudge(self) -> None:
+        """See `Listener.nudge`."""
+        self._bridge.nudge()
 
     def _whole(self, peer: bytes) -> tuple[bytes, bytes]:
         frame = self._bridge.take()  # a router puts the address before what came, which is one part at least

@@ -25,6 +25,8 @@ class _Held:
 class FaultyChannel:
     """One end; `loss`, `damage`, `repeat` and `swap` are probabilities for what this end sends."""
 
+    nudge = None
+
     def __init__(self, seed: int, loss: float = 0.0, damage: float = 0.0, repeat: float = 0.0, swap: float = 0.0) -> None:
         self.endpoint = f"mem://faulty-{seed}"
         self.refused = 0

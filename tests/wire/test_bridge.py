@@ -101,6 +101,54 @@ async def test_duplex(narrow: tuple[Bridge, Bridge]) -> None:
     assert got == (list(range(MESSAGES)), list(range(MESSAGES)))
 
 
+async def test_nudged_receives_lose_nothing(narrow: tuple[Bridge, Bridge]) -> None:
+    """A receive that is interrupted again and again, while a sender shares its descriptor: every message comes, once, in order."""
+    got: list[int] = []
+    nudges = 0
+
+    async def receive() -> None:
+        nonlocal nudges
+        while len(got) < MESSAGES:
+            try:
+                got.append(number(await narrow[1].recv()))
+            except trio.WouldBlock:
+                nudges += 1
+
+    async def nudge() -> None:
+        while True:
+            narrow[1].nudge()
+            await trio.sleep(0 if nudges % 2 else 0.001)
+
+    with trio.fail_after(BOUND_S):
+        async with trio.open_nursery() as bystanders:
+            bystanders.start_soon(nudge)
+            bystanders.start_soon(pour, narrow[1])
+            bystanders.start_soon(drain, narrow[0], [])
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(pour, narrow[0])
+                nursery.start_soon(receive)
+            bystanders.cancel_scope.cancel()
+    assert got == list(range(MESSAGES))
+    assert nudges > 10
+
+
+async def test_a_nudge_waits_for_who_comes_next(narrow: tuple[Bridge, Bridge]) -> None:
+    """One that finds nobody is not lost; what there is to receive comes first."""
+    narrow[0].nudge()
+    with trio.fail_after(BOUND_S):
+        with pytest.raises(trio.WouldBlock):
+            await narrow[0].recv()
+        await narrow[1].send(numbered(7))
+        await narrow[1].send(numbered(8))
+        assert number(await narrow[0].recv()) == 7
+        while not narrow[0].getsockopt(zmq.EVENTS) & zmq.POLLIN:
+            await trio.sleep(0.001)
+        narrow[0].nudge()
+        assert number(await narrow[0].recv()) == 8
+        with pytest.raises(trio.WouldBlock):
+            await narrow[0].recv()
+
+
 async def test_duplex_with_cancelled_receives(narrow: tuple[Bridge, Bridge]) -> None:
     """A receive that is cancelled has taken nothing."""
     got: tuple[list[int], list[int]] = ([], [])
