@@ -40,6 +40,7 @@ from hmmnet.wire.transport import Transport
 
 from .models import load_model
 from .models.base import Device, Wiring
+from .shared import shared_rings
 from .spec import spec_of
 from .telemetry import publish
 
@@ -133,8 +134,10 @@ def assemble(
     if points.armed and points.fails("device.welcome"):
         raise HmmnetError(f"{spec.name} cannot be what it is told to be: a fault was injected")
     clock.adopt(welcome.epoch_monotonic_s, welcome.epoch_emulated_s, welcome.rate)
-    receiver = BulkReceiver(transport.connect_channel(welcome.bulk_in, key=welcome.bulk_key), clock)
-    sender = BulkSender(transport.connect_channel(welcome.bulk_out, key=welcome.bulk_key), clock)
+    rings = shared_rings(spec.ring_file, spec.ring_token)
+    ring_in, ring_out = (None, None) if rings is None else (rings.to_device, rings.to_host)
+    receiver = BulkReceiver(transport.connect_channel(welcome.bulk_in, key=welcome.bulk_key), clock, ring=ring_in)
+    sender = BulkSender(transport.connect_channel(welcome.bulk_out, key=welcome.bulk_key), clock, ring=ring_out)
     nursery.start_soon(receiver.run)
     nursery.start_soon(sender.run)
     device = model(spec, welcome.zone, Wiring(session, sender, receiver, clock, nursery, points, trim))

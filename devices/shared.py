@@ -1,12 +1,16 @@
-"""Coherent memory: the file that host and device map both (`hmmnet.host.admission.SharedMemory`)."""
+"""Files that host and device map both: coherent memory (`hmmnet.host.admission.SharedMemory`), and rings for page data."""
 
 from __future__ import annotations
 
+import logging
 import os
 
 from hmmnet.arena import Arena
 from hmmnet.errors import HmmnetError
+from hmmnet.fabric.dma import RingPlace, Rings
 from hmmnet.pages import ZONE_SHIFT
+
+log = logging.getLogger("hmmnet.devices")
 
 
 def shared_arena(zone: int, pages: int, file: str) -> Arena:
@@ -20,3 +24,14 @@ def shared_arena(zone: int, pages: int, file: str) -> Arena:
         return Arena(zone << ZONE_SHIFT, pages, descriptor)
     finally:
         os.close(descriptor)
+
+
+def shared_rings(file: str, token: bytes) -> Rings | None:
+    """The rings in the host's `file`; None when there are none, or they cannot be reached: then page data are messages."""
+    if not file:
+        return None
+    try:
+        return Rings.opened(RingPlace(file, token))
+    except HmmnetError as error:
+        log.info("page data are sent as messages: %s", error)
+        return None

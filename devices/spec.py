@@ -22,6 +22,9 @@ class Spec(msgspec.Struct, frozen=True):
     unit: int | None = None
     memory_file: str = ""
     """Where its memory is, if it is shared with the host because it is coherent."""
+    ring_file: str = ""
+    ring_token: bytes = b""
+    """Where page data may lie on their way between host and device, and the proof that the file is the host's; empty: they are messages."""
 
     @property
     def pages(self) -> int:

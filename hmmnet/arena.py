@@ -81,11 +81,14 @@ class Arena:
         return self.bytes[offset : offset + n * size]
 
     def gather(self, addresses: Words, size: int, out: Bytes | None = None) -> Bytes:
-        """The bytes of the elements, in order: a view when they are one run and `out` is None, else a copy."""
-        if out is None:
-            one = self.window(addresses, size)
-            if one is not None:
+        """The bytes of the elements, in order: a view when they are one run and `out` is None, else a copy, in `out` if that is given."""
+        one = self.window(addresses, size)
+        if one is not None:
+            if out is None:
                 return one
+            out[: len(one)] = one
+            return out
+        if out is None:
             out = np.empty(len(addresses) * size, dtype=np.uint8)
         rows = ((addresses - self._origin) // np.uint64(size)).astype(np.intp)
         table = self.bytes[: len(self.bytes) // size * size].reshape(-1, size)

@@ -15,7 +15,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import trio
 
@@ -32,15 +32,13 @@ from hmmnet.observe.logs import log_to, stop_logging
 from hmmnet.program import Process
 from hmmnet.topology.load import installed_models, load
 from hmmnet.topology.model import Topology
-from hmmnet.wire.transport import Transport
+from hmmnet.wire.transport import KINDS, Kind, Transport
 from hmmnet.wire.zmq_transport import ZmqTransport
 
 from .blocking import Blocking, BlockingMachine, only_error
 
 HOST = "modelled"
 """The address-space provider; its class is found through the entry point group ``hmmnet.host``."""
-
-TRANSPORTS = ("ipc", "tcp")
 
 _numbers = itertools.count(1)
 
@@ -231,7 +229,7 @@ async def wait_shielded(event: trio.Event) -> None:
 
 
 @asynccontextmanager
-async def embedded(topology: Topology, name: str, rate: Rate, transport: Literal["ipc", "tcp"]) -> AsyncIterator[LaunchedMachine]:
+async def embedded(topology: Topology, name: str, rate: Rate, transport: Kind) -> AsyncIterator[LaunchedMachine]:
     """Run a machine with the host in this trio run."""
     raise_file_limit()
     record = new_record(name, topology.name, "program")
@@ -253,8 +251,8 @@ async def embedded(topology: Topology, name: str, rate: Rate, transport: Literal
         clock = EmulatedClock()
         wire: Transport = stack.enter_context(ZmqTransport())
         sockets = Path(record.sockets or directory.path)
-        probe = f"ipc://{sockets / 'measure'}" if transport == "ipc" else "tcp://127.0.0.1:*"
-        clock.set_rate(await automatic_rate(topology, wire, probe) if rate == "auto" else rate)
+        probe = "tcp://127.0.0.1:*" if transport == "tcp" else f"ipc://{sockets / 'measure'}"
+        clock.set_rate(await automatic_rate(topology, wire, probe, ring=transport == "ring") if rate == "auto" else rate)
         host: Host = host_class()(topology, wire, sockets, directory.secret(), clock, name, scheme=transport)
         end = trio.Event()
         ended = await nursery.start(to_its_end, serve, host, end)
@@ -270,7 +268,7 @@ async def embedded(topology: Topology, name: str, rate: Rate, transport: Literal
 class Launch:
     """What `launch` returns: enter it with ``async with`` (in trio) or ``with`` (anywhere else)."""
 
-    def __init__(self, topology: Topology, name: str | None, rate: Rate, transport: Literal["ipc", "tcp"]) -> None:
+    def __init__(self, topology: Topology, name: str | None, rate: Rate, transport: Kind) -> None:
         self._topology = topology
         self._name = name
         self._rate = rate
@@ -344,17 +342,18 @@ def launch(
     *,
     name: str | None = None,
     rate: Rate = "auto",
-    transport: Literal["ipc", "tcp"] = "ipc",
+    transport: Kind = "ring",
 ) -> Launch:
     """Start a machine for this program: ``async with hmmnet.launch(...) as machine`` under trio, ``with ...`` in scripts and notebooks.
 
     `topology` is a preset's name, a TOML file or a `Topology`. `rate` is how many emulated seconds a real one has; ``auto`` measures what
-    this computer moves and slows the emulated clock so that the links hold. `name` is how ``hmmnet ps`` shows it. Raises TopologyError
+    this computer moves and slows the emulated clock so that the links hold. `name` is how ``hmmnet ps`` shows it. `transport` is what the
+    processes talk over: ``ring`` (Unix sockets, with page data in shared memory), ``ipc`` (sockets alone) or ``tcp``. Raises TopologyError
     and HmmnetError (a rate or a transport that there is not) here; entering raises MachineExists when `name` is taken, and HmmnetError
     when a device does not start.
     """
-    if transport not in TRANSPORTS:
-        raise HmmnetError(f"there is no transport {transport!r}; there are {', '.join(TRANSPORTS)}")
+    if transport not in KINDS:
+        raise HmmnetError(f"there is no transport {transport!r}; there are {', '.join(KINDS)}")
     if not isinstance(topology, str | Path | Topology):
         raise HmmnetError(f"topology is {topology!r}; a preset's name, a TOML file or a Topology is wanted")
     return Launch(

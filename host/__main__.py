@@ -25,6 +25,7 @@ from hmmnet.lifeline import die_with_parent, stop_on_signal
 from hmmnet.observe.logs import log_to
 from hmmnet.topology import Topology
 from hmmnet.wire.secrets import read_secret
+from hmmnet.wire.transport import Kind
 from hmmnet.wire.zmq_transport import ZmqTransport
 
 from .service import Host
@@ -45,7 +46,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     secret_file: str
     log_folder: str = ""
     rate: float | Literal["auto"] = "auto"
-    transport: Literal["ipc", "tcp"] = "ipc"
+    transport: Kind = "ring"
 
 
 class Exited(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -80,8 +81,8 @@ async def rate_for(config: Config, transport: ZmqTransport) -> float:
     """The rate that the configuration asks for, measured if it leaves that open."""
     if config.rate != "auto":
         return config.rate
-    endpoint = f"ipc://{Path(config.directory) / 'measure'}" if config.transport == "ipc" else "tcp://127.0.0.1:*"
-    return await automatic_rate(config.topology, transport, endpoint)
+    endpoint = "tcp://127.0.0.1:*" if config.transport == "tcp" else f"ipc://{Path(config.directory) / 'measure'}"
+    return await automatic_rate(config.topology, transport, endpoint, ring=config.transport == "ring")
 
 
 async def serve(config: Config, commands: AsyncIterator[bytes], obeying: trio.CancelScope) -> None:

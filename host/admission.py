@@ -1,7 +1,8 @@
 """Who may join the machine, and as what: the decisions about a hello, and what a welcomed peer is told.
 
 Version and secret were checked before (`hmmnet.wire.server`). Here: a device must be one of the topology, and gets a zone of its own, a
-pair of bulk channels and, if its memory is coherent, a file to share it with us; a program gets nothing but the clock.
+pair of bulk channels, a pair of rings beside them where devices are on this computer and, if its memory is coherent, a file to share it
+with us; a program gets nothing but the clock.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import msgspec
 from hmmnet.arena import Arena
 from hmmnet.errors import HmmnetError
 from hmmnet.fabric.clock import EmulatedClock
+from hmmnet.fabric.dma import Rings, new_rings
 from hmmnet.pages import DEVICE_ZONE_MIN, PAGE_SIZE, ZONE_SHIFT, ZONES_MAX
 from hmmnet.topology import DeviceSpec, Topology
 from hmmnet.wire.messages import PROTOCOL_VERSION, TEXT_MAX, Hello, Refused, Welcome, Zone
@@ -27,12 +29,13 @@ PROGRAM_ROLES = frozenset({"client", "launcher"})
 
 @dataclass(frozen=True)
 class Connecting:
-    """A device that is being welcomed: its place in the machine, our ends of its bulk channels, and the memory that it shares with us."""
+    """A device that is being welcomed: its place in the machine, our ends of its bulk channels, and what memory it shares with us."""
 
     spec: DeviceSpec
     zone: int
     bulk_in: Channel
     bulk_out: Channel
+    rings: Rings | None
     shared: SharedMemory | None
 
 
@@ -69,6 +72,8 @@ class Admission:
         incarnation: int,
         lease_s: float,
         telemetry: str = "",
+        *,
+        ring: bool = False,
     ) -> None:
         self._topology = topology
         self._transport = transport
@@ -78,6 +83,7 @@ class Admission:
         self._incarnation = incarnation
         self._lease_s = lease_s
         self._telemetry = telemetry
+        self._ring = ring
         self._zone_next = DEVICE_ZONE_MIN
         self._connecting: dict[str, Connecting] = {}
 
@@ -96,21 +102,26 @@ class Admission:
         spec = self._topology.device(hello.name)
         key = self._transport.fresh_identity("bulk")
         bound: list[Channel] = []
+        rings: Rings | None = None
         shared: SharedMemory | None = None
         try:
+            rings = new_rings(spec.name) if self._ring else None
             shared = SharedMemory(spec.name, zone, spec.pages) if spec.kind == "coherent" else None
             for endpoint in (self._endpoint_of(f"b{zone}{end}") for end in "io"):
                 bound.append(self._transport.bind_channel(endpoint, key=key))  # noqa: PERF401 - what was bound before an error is closed
         except (HmmnetError, OSError) as error:
             for channel in bound:
                 channel.close()
-            if shared is not None:
-                shared.close()
+            for memory in (rings, shared):
+                if memory is not None:
+                    memory.close()
             return Refused("busy", str(error)[:TEXT_MAX])
         bulk_in, bulk_out = bound
         self._zone_next += 1
-        self._connecting[hello.name] = Connecting(spec, zone, bulk_in, bulk_out, shared)
+        self._connecting[hello.name] = Connecting(spec, zone, bulk_in, bulk_out, rings, shared)
         config = asdict(spec) | {"memory_file": shared.path if shared is not None else ""}
+        if rings is not None:
+            config |= {"ring_file": rings.place.path, "ring_token": rings.place.token}
         return self._welcome(zone, bulk_in.endpoint, bulk_out.endpoint, key, msgspec.msgpack.encode(config))
 
     def connecting(self, name: str) -> Connecting:

@@ -56,9 +56,9 @@ log = logging.getLogger("hmmnet.host")
 
 
 class Host:
-    """A machine's host. `directory` is where ipc endpoints lie; `scheme` is ``ipc``, ``tcp`` (loopback) or ``mem``.
+    """A machine's host. `directory` is where ipc endpoints lie; `scheme` is ``ring``, ``ipc``, ``tcp`` (loopback) or ``mem``.
 
-    Times are in real seconds.
+    ``ring`` is ``ipc`` with page data in shared memory, for devices that can open it. Times are in real seconds.
     """
 
     def __init__(
@@ -98,7 +98,8 @@ class Host:
         self._transport = transport
         self._secret = secret
         self._directory = directory
-        self._scheme = scheme
+        self._scheme = "ipc" if scheme == "ring" else scheme
+        self._ring = scheme == "ring"
         self._heartbeat_s, self._lease_s, self._retry_s = heartbeat_s, lease_s, retry_s
         self._incarnation = secrets.randbits(62) if incarnation is None else incarnation
         self._dma: dict[str, Dma] = {}
@@ -132,6 +133,7 @@ class Host:
                 self._incarnation,
                 self._lease_s,
                 samples.endpoint,
+                ring=self._ring,
             )
             control = await self._listen(stack, "control")
             clients = await self._listen(stack, "client")
@@ -200,7 +202,10 @@ class Host:
 
     def _device_joined(self, session: Session, hello: Hello, connecting: Connecting) -> None:
         spec, zone = connecting.spec, connecting.zone
-        sender, receiver = BulkSender(connecting.bulk_in, self.clock), BulkReceiver(connecting.bulk_out, self.clock)
+        rings = connecting.rings
+        ring_in, ring_out = (None, None) if rings is None else (rings.to_device, rings.to_host)
+        sender = BulkSender(connecting.bulk_in, self.clock, ring=ring_in)
+        receiver = BulkReceiver(connecting.bulk_out, self.clock, ring=ring_out)
         link = SessionLink(spec, zone, self.memory.node_named(spec.node), session, sender, receiver, self.interconnect, self._lease_s)
         arena = None if connecting.shared is None else connecting.shared.arena
         life = Life(spec, hello.incarnation, hello.pid, link, PageMap(self.memory, link, spec.pages, arena))
@@ -241,6 +246,8 @@ class Host:
                 dma.on_refused = self.events.refused
                 dma.attach(session)
                 await self._greet(life, session)
+                if connecting.rings is not None:
+                    connecting.rings.shut()
                 await over.wait()
                 nursery.cancel_scope.cancel()
             await life.link.fenced()  # until then every invalidation of what it mirrors waits for it
@@ -252,8 +259,9 @@ class Host:
             if life.page_map.bury():
                 self.interconnect.detach(life.page_map.zone)
         finally:
-            if connecting.shared is not None:
-                connecting.shared.close()
+            for memory in (connecting.rings, connecting.shared):
+                if memory is not None:
+                    memory.close()
             with trio.CancelScope(shield=True):
                 await connecting.bulk_in.aclose()
                 await connecting.bulk_out.aclose()
@@ -396,6 +404,7 @@ class Host:
             "zone": 0 if life is None else life.zone,
             "pages": device.spec.pages,
             "pages_used": 0 if life is None else life.page_map.used_pages,
+            "bulk": "" if life is None else life.link.sender.carries,
             "contexts": 0 if life is None else len(life.contexts),
             "jobs": 0 if life is None else life.jobs,
             "iommu_refused": 0 if dma is None else dma.refused,

@@ -18,7 +18,7 @@ import trio
 import zmq
 
 from hmmnet.fabric.chunk import CHUNK_BYTES
-from hmmnet.fabric.dma import BulkReceiver, BulkSender, BytesSink, BytesSource, Pace
+from hmmnet.fabric.dma import BulkReceiver, BulkSender, BytesSink, BytesSource, Pace, Rings
 from hmmnet.wire.allocator import keep_freed_buffers
 from hmmnet.wire.zmq_transport import ZmqTransport
 
@@ -34,9 +34,9 @@ PACED_BYTES_PER_S = {"throttle.50": 50e6, "throttle.200": 200e6, "throttle.500":
 PACED_S = 1.0
 
 
-def dma_peer(kind: str, directory: str, nbytes: int) -> Far:
-    """A far process; `take` and `give` are commands to it."""
-    return Far("hmmnet.bench.dma_peers", kind, directory, str(nbytes))
+def dma_peer(kind: str, directory: str, nbytes: int, *ring: str) -> Far:
+    """A far process; `take` and `give` are commands to it. `ring` is where it finds one: path and token."""
+    return Far("hmmnet.bench.dma_peers", kind, directory, str(nbytes), *ring)
 
 
 class Reference:
@@ -95,51 +95,100 @@ def unix_reference(nbytes: int = STREAM_BYTES) -> Iterator[Reference]:
             wire.close()
 
 
+class Streams:
+    """DMA streams in both directions, to and from a process of its own: through shared memory if `ring`, else as messages only."""
+
+    def __init__(self, transport: ZmqTransport, directory: str, nbytes: int, *, ring: bool) -> None:
+        self._rings = rings = Rings.made("bench") if ring else None
+        clock = shared_clock()
+        ring_out, ring_in = (None, None) if rings is None else (rings.to_device, rings.to_host)
+        self._sender = BulkSender(transport.bind_channel(f"ipc://{directory}/in", key=KEY), clock, ring=ring_out)
+        self._receiver = BulkReceiver(transport.bind_channel(f"ipc://{directory}/out", key=KEY), clock, ring=ring_in)
+        place = () if rings is None else (rings.place.path, rings.place.token.hex())
+        self._far = dma_peer("ours", directory, nbytes, *place)
+        self._data = memory(nbytes)
+        self._stream = 0
+
+    async def running(self, *, task_status: trio.TaskStatus[None]) -> None:
+        """Serve until cancelled; started once the far process is ready."""
+        self._far.answer()
+        if self._rings is not None:
+            self._rings.shut()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._sender.run)
+            nursery.start_soon(self._receiver.run)
+            task_status.started()
+
+    async def to_far(self) -> float:
+        """Near to far; the seconds that took."""
+        self._stream += 2
+        self._far.tell("take")
+        began_s = time.perf_counter()
+        await self._sender.send(self._stream, BytesSource(self._data))
+        return time.perf_counter() - began_s
+
+    async def to_near(self) -> float:
+        """Far to near."""
+        self._stream += 2
+        self._far.tell("give")
+        began_s = time.perf_counter()
+        await self._receiver.expect(self._stream, BytesSink(self._data)).wait()
+        return time.perf_counter() - began_s
+
+    def close(self) -> None:
+        """End the far process."""
+        self._far.close()
+        if self._rings is not None:
+            self._rings.close()
+
+
+@contextmanager
+def streams(nbytes: int, *, ring: bool) -> Iterator[Streams]:
+    """Both ends, until the block is left; `Streams.running` must run."""
+    with (
+        tempfile.TemporaryDirectory(prefix="hmmnet-") as directory,
+        ZmqTransport() as transport,
+        closing(Streams(transport, directory, nbytes, ring=ring)) as made,
+    ):
+        yield made
+
+
 def measure_dma(rounds: int = ROUNDS, nbytes: int = STREAM_BYTES) -> list[Measurement]:
-    """``dma.to_device`` and ``dma.to_host`` beside raw pyzmq, ``dma.vs_unix_*`` beside a bare AF_UNIX stream."""
+    """``dma.to_device`` and ``dma.to_host`` beside raw pyzmq, as processes of one computer stream: through shared memory.
+
+    ``dma.messages_*`` are the same streams as messages alone, as over tcp; ``dma.vs_unix_*`` the former beside a bare AF_UNIX stream.
+    """
     return trio.run(_measure_dma, rounds, nbytes)
 
 
 async def _measure_dma(rounds: int, nbytes: int) -> list[Measurement]:
-    taken: dict[str, list[float]] = {name: [] for name in ("raw out", "raw in", "unix out", "unix in", "ours out", "ours in")}
-    data, clock = memory(nbytes), shared_clock()
+    taken: dict[str, list[float]] = {}
     with (
         raw_reference(nbytes) as raw,
         unix_reference(nbytes) as unix,
-        tempfile.TemporaryDirectory(prefix="hmmnet-") as directory,
-        ZmqTransport() as transport,
-        closing(dma_peer("ours", directory, nbytes)) as far,
+        streams(nbytes, ring=True) as ring,
+        streams(nbytes, ring=False) as plain,
     ):
-        sender = BulkSender(transport.bind_channel(f"ipc://{directory}/in", key=KEY), clock)
-        receiver = BulkReceiver(transport.bind_channel(f"ipc://{directory}/out", key=KEY), clock)
-        far.answer()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(sender.run)
-            nursery.start_soon(receiver.run)
-            stream = 0
+            for ours in (ring, plain):
+                await nursery.start(ours.running)
             for lap in range(rounds + 1):
                 figures: dict[str, float] = {}
                 for reference, name in ((raw, "raw"), (unix, "unix")):
                     figures[f"{name} out"], figures[f"{name} in"] = reference.to_far(), reference.to_near()
-                stream += 2
-                far.tell("take")
-                began_s = time.perf_counter()
-                await sender.send(stream, BytesSource(data))
-                figures["ours out"] = time.perf_counter() - began_s
-                stream += 2
-                far.tell("give")
-                began_s = time.perf_counter()
-                await receiver.expect(stream, BytesSink(data)).wait()
-                figures["ours in"] = time.perf_counter() - began_s
+                for ours, name in ((ring, "ring"), (plain, "messages")):
+                    figures[f"{name} out"], figures[f"{name} in"] = await ours.to_far(), await ours.to_near()
                 if lap:  # the first lap touches memory for the first time
                     for name, seconds in figures.items():
-                        taken[name].append(seconds)
+                        taken.setdefault(name, []).append(seconds)
             nursery.cancel_scope.cancel()
     return [
-        _stream_figure("dma.to_device", taken["ours out"], taken["raw out"], nbytes, DMA),
-        _stream_figure("dma.to_host", taken["ours in"], taken["raw in"], nbytes, DMA),
-        _stream_figure("dma.vs_unix_to_device", taken["ours out"], taken["unix out"], nbytes, None),
-        _stream_figure("dma.vs_unix_to_host", taken["ours in"], taken["unix in"], nbytes, None),
+        _stream_figure("dma.to_device", taken["ring out"], taken["raw out"], nbytes, DMA),
+        _stream_figure("dma.to_host", taken["ring in"], taken["raw in"], nbytes, DMA),
+        _stream_figure("dma.messages_to_device", taken["messages out"], taken["raw out"], nbytes, DMA),
+        _stream_figure("dma.messages_to_host", taken["messages in"], taken["raw in"], nbytes, DMA),
+        _stream_figure("dma.vs_unix_to_device", taken["ring out"], taken["unix out"], nbytes, None),
+        _stream_figure("dma.vs_unix_to_host", taken["ring in"], taken["unix in"], nbytes, None),
     ]
 
 
@@ -174,6 +223,8 @@ async def _pace_error(bytes_per_s: float, seconds: float) -> float:
 BENCHMARKS = {
     "dma.to_device": measure_dma,
     "dma.to_host": measure_dma,
+    "dma.messages_to_device": measure_dma,
+    "dma.messages_to_host": measure_dma,
     "dma.vs_unix_to_device": measure_dma,
     "dma.vs_unix_to_host": measure_dma,
     **dict.fromkeys(PACED_BYTES_PER_S, measure_throttle),

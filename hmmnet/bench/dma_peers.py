@@ -1,8 +1,8 @@
-"""The far process that `bench.dma` measures against: ``python -m hmmnet.bench.dma_peers KIND DIRECTORY BYTES``.
+"""The far process that `bench.dma` measures against: ``python -m hmmnet.bench.dma_peers KIND DIRECTORY BYTES [RING TOKEN]``.
 
 `KIND` is ``raw`` (blocking pyzmq, DEALER to DEALER over ipc, 1 MiB frames, no copy out, received into memory), ``unix`` (a bare AF_UNIX
-stream) or ``ours`` (DMA streams). It reads ``take`` and ``give`` commands, one a line, and ends with its standard input: for ``take`` it
-receives all bytes and answers when it has them, for ``give`` it sends them.
+stream) or ``ours`` (DMA streams; with a file and its token, through that ring). It reads ``take`` and ``give`` commands, one a line, and
+ends with its standard input: for ``take`` it receives all bytes and answers when it has them, for ``give`` it sends them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import zmq
 
 from hmmnet.bench.far import quietly
 from hmmnet.fabric.clock import EmulatedClock
-from hmmnet.fabric.dma import BulkReceiver, BulkSender, BytesSink, BytesSource
+from hmmnet.fabric.dma import BulkReceiver, BulkSender, BytesSink, BytesSource, RingPlace, Rings
 from hmmnet.wire.allocator import keep_freed_buffers
 from hmmnet.wire.zmq_transport import ZmqTransport
 
@@ -101,11 +101,12 @@ def _unix(directory: str, data: memoryview) -> None:
             (unix_take if command == "take" else unix_give)(wire, data)
 
 
-async def _ours(directory: str, data: memoryview) -> None:
+async def _ours(directory: str, data: memoryview, rings: Rings | None) -> None:
     clock = shared_clock()
+    ring_in, ring_out = (None, None) if rings is None else (rings.to_device, rings.to_host)
     with ZmqTransport() as transport:
-        receiver = BulkReceiver(transport.connect_channel(f"ipc://{directory}/in", key=KEY), clock)
-        sender = BulkSender(transport.connect_channel(f"ipc://{directory}/out", key=KEY), clock)
+        receiver = BulkReceiver(transport.connect_channel(f"ipc://{directory}/in", key=KEY), clock, ring=ring_in)
+        sender = BulkSender(transport.connect_channel(f"ipc://{directory}/out", key=KEY), clock, ring=ring_out)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(receiver.run)
             nursery.start_soon(sender.run)
@@ -127,7 +128,8 @@ def main() -> None:
     kind, directory, nbytes = sys.argv[1], sys.argv[2], int(sys.argv[3])
     data = memory(nbytes)
     if kind == "ours":
-        trio.run(_ours, directory, data)
+        rings = Rings.opened(RingPlace(sys.argv[4], bytes.fromhex(sys.argv[5]))) if len(sys.argv) > 4 else None
+        trio.run(_ours, directory, data, rings)
     elif kind == "raw":
         _raw(directory, data)
     else:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,16 +15,19 @@ if TYPE_CHECKING:
     from hmmnet.launcher.directory import MachineRecord
     from hmmnet.launcher.rate import Rate
     from hmmnet.topology.model import Topology
+    from hmmnet.wire.transport import Kind
 
 NAME = "default"
-TRANSPORTS = ("ipc", "tcp")
 
 
 def up(
     topology: Annotated[str, typer.Argument(help="A preset's name or a TOML file.")] = "two-gpus",
     name: Annotated[str, typer.Option(help="What the machine is called.")] = NAME,
     rate: Annotated[str, typer.Option(help="Emulated seconds for a real one: auto (measured) or a number.")] = "auto",
-    transport: Annotated[str, typer.Option(help="What the processes talk over: ipc, or tcp on this computer's loopback.")] = "ipc",
+    transport: Annotated[
+        str,
+        typer.Option(help="What the processes talk over: ring (ipc, page data in shared memory), ipc, or tcp on loopback."),
+    ] = "ring",
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Return when the machine runs, and leave it running.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the machine's record, one line after every change, for programs.")] = False,
 ) -> int:
@@ -33,20 +36,20 @@ def up(
     from hmmnet.launcher.directory import check_name, refuse_if_running
     from hmmnet.launcher.rate import parse_rate
     from hmmnet.topology.load import installed_models, load
+    from hmmnet.wire.transport import KINDS
 
-    if transport not in TRANSPORTS:
-        raise typer.BadParameter(
-            f'there is no transport "{transport}"{did_you_mean(transport, TRANSPORTS)}; there are: {", ".join(TRANSPORTS)}'
-        )
+    chosen = next((kind for kind in KINDS if kind == transport), None)
+    if chosen is None:
+        raise typer.BadParameter(f'there is no transport "{transport}"{did_you_mean(transport, KINDS)}; there are: {", ".join(KINDS)}')
     refuse_if_running(check_name(name))
     how_fast = parse_rate(rate)
     machine = load(topology, installed_models() or None)
     if detach:
-        return background(machine, name, how_fast, transport, as_json=as_json)
-    return foreground(machine, name, how_fast, "tcp" if transport == "tcp" else "ipc", as_json=as_json)
+        return background(machine, name, how_fast, chosen, as_json=as_json)
+    return foreground(machine, name, how_fast, chosen, as_json=as_json)
 
 
-def foreground(topology: Topology, name: str, rate: Rate, transport: Literal["ipc", "tcp"], *, as_json: bool) -> int:
+def foreground(topology: Topology, name: str, rate: Rate, transport: Kind, *, as_json: bool) -> int:
     """Hold the machine here; the exit code."""
     import trio
 
@@ -66,7 +69,7 @@ def foreground(topology: Topology, name: str, rate: Rate, transport: Literal["ip
     return 0
 
 
-def background(topology: Topology, name: str, rate: Rate, transport: str, *, as_json: bool) -> int:
+def background(topology: Topology, name: str, rate: Rate, transport: Kind, *, as_json: bool) -> int:
     """Start a launcher of its own, wait until the machine runs, and leave it; the exit code."""
     from msgspec import to_builtins
 

@@ -20,21 +20,24 @@ MISSING_MAX = 64
 """Chunks that one credit can ask for again; further ones are asked for by the next."""
 REASON_MAX = 512
 
-_CHUNK = struct.Struct("<4sIQQIIQd")
+_CHUNK = struct.Struct("<4sIQQIIQdI")
 _CREDIT = struct.Struct("<4sIQIId")
 _ABORT = struct.Struct("<4sIQ")
 _SEAL = struct.Struct("<I")
-_CHUNK_MAGIC, _CREDIT_MAGIC, _ABORT_MAGIC = b"HMc1", b"HMk1", b"HMa1"
+_CHUNK_MAGIC, _CREDIT_MAGIC, _ABORT_MAGIC = b"HMc2", b"HMk1", b"HMa1"
 UNCHECKED = 1
 """Flag of a chunk: it carries no checksum."""
 PROBE = 2
 """Flag of a chunk: its sender has heard nothing for a while and wants to be told everything."""
+IN_RING = 4
+"""Flag of a chunk: its bytes are no part of the message; they lie in a slot of shared memory."""
 
 
 class Chunk(NamedTuple):
     """Header of chunk `sequence` of `stream`: bytes ``[sequence * stride, ... + length)`` of `total`.
 
-    It is there at `arrive_s`, emulated. A `probe` is to be answered in any case.
+    It is there at `arrive_s`, emulated. A `probe` is to be answered in any case. With a `slot` its bytes lie there in the ring, and it
+    has no payload.
     """
 
     stream: int
@@ -44,6 +47,7 @@ class Chunk(NamedTuple):
     checksum: int | None
     arrive_s: float
     probe: bool = False
+    slot: int | None = None
 
     @property
     def offset(self) -> int:
@@ -76,9 +80,9 @@ class Abort(NamedTuple):
 
 def pack_chunk(chunk: Chunk) -> bytes:
     """The header as bytes."""
-    flags = (UNCHECKED if chunk.checksum is None else 0) | (PROBE if chunk.probe else 0)
-    checksum = chunk.checksum or 0
-    return _sealed(_CHUNK.pack(_CHUNK_MAGIC, flags, chunk.stream, chunk.total, chunk.sequence, chunk.stride, checksum, chunk.arrive_s))
+    stream, total, sequence, stride, checksum, arrive_s, probe, slot = chunk
+    flags = (UNCHECKED if checksum is None else 0) | (PROBE if probe else 0) | (0 if slot is None else IN_RING)
+    return _sealed(_CHUNK.pack(_CHUNK_MAGIC, flags, stream, total, sequence, stride, checksum or 0, arrive_s, slot or 0))
 
 
 def pack_credit(credit: Credit) -> bytes:
@@ -101,12 +105,13 @@ def unpack_forward(header: bytes) -> Chunk | Abort:
         return _unpack_abort(header)
     if len(header) != _CHUNK.size:
         raise ProtocolError(f"chunk header of {len(header)} bytes, not {_CHUNK.size}")
-    _, flags, stream, total, sequence, stride, checksum, arrive_s = _CHUNK.unpack(header)
+    _, flags, stream, total, sequence, stride, checksum, arrive_s, slot = _CHUNK.unpack(header)
     if not (0 < total <= STREAM_BYTES_MAX and 0 < stride <= CHUNK_BYTES and sequence * stride < total) or not math.isfinite(arrive_s):
         raise ProtocolError(f"chunk {sequence} of {stride} bytes is no part of a stream of {total} bytes")
-    if flags & ~(UNCHECKED | PROBE):
-        raise ProtocolError(f"chunk with unknown flags {flags:#x}")
-    return Chunk(stream, total, sequence, stride, None if flags & UNCHECKED else checksum, arrive_s, flags & PROBE != 0)
+    if flags & ~(UNCHECKED | PROBE | IN_RING) or (slot and not flags & IN_RING):
+        raise ProtocolError(f"chunk with unknown flags {flags:#x}, or a slot in no ring")
+    where = slot if flags & IN_RING else None
+    return Chunk(stream, total, sequence, stride, None if flags & UNCHECKED else checksum, arrive_s, flags & PROBE != 0, where)
 
 
 def unpack_back(header: bytes) -> Credit | Abort:

@@ -12,7 +12,10 @@ millisecond are accounted for, not slept.
 What goes wrong: a lost chunk is missed and asked for again, a damaged one is refused and asked for again, a repeated one is ignored. A
 stream that either end gives up is aborted at the other (`PeerError` with the reason), and whatever still arrives for it is dropped.
 
-The messages are in `chunk`, the rules in `stream` and `pace` (no I/O there), the waits in `sender` and `receiver`, memory in `ends`.
+Between processes of one computer the payloads lie in shared memory, and only headers and credits are messages (`ring`).
+
+The messages are in `chunk`, the rules in `stream`, `slots` and `pace` (no I/O there), the waits in `sender` and `receiver`, memory
+in `ends`.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from __future__ import annotations
 from .ends import ArenaSink, ArenaSource, BytesSink, BytesSource, MultiArena, Sink, Source
 from .pace import UNPACED, Grant, Pace, Pacer
 from .receiver import Arrival, BulkReceiver
+from .ring import Ring, RingPlace, Rings, new_rings
 from .sender import BulkSender, StreamReport
 
 __all__ = [
@@ -35,7 +39,11 @@ __all__ = [
     "MultiArena",
     "Pace",
     "Pacer",
+    "Ring",
+    "RingPlace",
+    "Rings",
     "Sink",
     "Source",
     "StreamReport",
+    "new_rings",
 ]  # fmt: skip

@@ -29,8 +29,8 @@ class Memory(Protocol):
         """The elements as one writable view, if they are one run."""
         ...
 
-    def gather(self, addresses: Words, size: int) -> Bytes:
-        """The bytes of the elements, in order."""
+    def gather(self, addresses: Words, size: int, out: Bytes | None = None) -> Bytes:
+        """The bytes of the elements, in order; written to `out` if that is given."""
         ...
 
     def scatter(self, addresses: Words, size: int, data: Bytes) -> None:
@@ -45,6 +45,10 @@ class Source(Protocol):
 
     def chunk(self, offset: int, length: int) -> Any:
         """A buffer with the bytes ``[offset, offset + length)``; it must not change until the chunk is credited."""
+        ...
+
+    def fill(self, offset: int, out: Bytes) -> None:
+        """Copy the bytes from `offset` on to `out`, all of it."""
         ...
 
 
@@ -79,12 +83,13 @@ class MultiArena:
         arena = self._one(addresses)
         return None if arena is None else arena.window(addresses, size)
 
-    def gather(self, addresses: Words, size: int) -> Bytes:
-        """The bytes of the elements, in order."""
+    def gather(self, addresses: Words, size: int, out: Bytes | None = None) -> Bytes:
+        """The bytes of the elements, in order; written to `out` if that is given."""
         arena = self._one(addresses)
         if arena is not None:
-            return arena.gather(addresses, size)
-        out = np.empty(len(addresses) * size, dtype=np.uint8)
+            return arena.gather(addresses, size, out)
+        if out is None:
+            out = np.empty(len(addresses) * size, dtype=np.uint8)
         rows = out.reshape(-1, size)
         for zone, here in self._split(addresses):
             rows[here] = self._arenas[zone].gather(addresses[here], size).reshape(-1, size)
@@ -130,6 +135,13 @@ class ArenaSource(_Elements):
             return self._window[offset : offset + length]
         return self._memory.gather(self._slice(offset, length), self._size)
 
+    def fill(self, offset: int, out: Bytes) -> None:
+        """See `Source`."""
+        if self._window is not None:
+            out[:] = self._window[offset : offset + len(out)]
+        else:
+            self._memory.gather(self._slice(offset, len(out)), self._size, out)
+
 
 class ArenaSink(_Elements):
     """Fill elements of memory."""
@@ -156,6 +168,10 @@ class BytesSource:
     def chunk(self, offset: int, length: int) -> memoryview:
         """See `Source`."""
         return self._view[offset : offset + length]
+
+    def fill(self, offset: int, out: Bytes) -> None:
+        """See `Source`."""
+        out.data[:] = self._view[offset : offset + len(out)]
 
 
 class BytesSink:

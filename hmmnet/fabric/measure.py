@@ -18,7 +18,7 @@ from hmmnet.topology.routes import Routes
 from hmmnet.wire.transport import Channel, Transport
 
 from .clock import EmulatedClock
-from .dma import BulkReceiver, BulkSender, BytesSink, BytesSource
+from .dma import BulkReceiver, BulkSender, BytesSink, BytesSource, Ring, Rings, new_rings
 
 log = logging.getLogger("hmmnet.fabric")
 
@@ -31,21 +31,26 @@ FLOWS_AT_ONCE_MAX = 4
 """Devices that are taken to be busy at once: with more, a few cores are shared, and a run says where it did not keep up."""
 
 
-async def measure_bytes_per_s(transport: Transport, endpoint: str, clock: EmulatedClock) -> float:
-    """Move `PROBE_BYTES` through a channel bound at `endpoint`, with checksums, twice; the better figure."""
+async def measure_bytes_per_s(transport: Transport, endpoint: str, clock: EmulatedClock, *, ring: bool = False) -> float:
+    """Move `PROBE_BYTES` through a channel bound at `endpoint`, or a `ring` beside it, with checksums, twice; the better figure."""
     key = transport.fresh_identity("measure")
     near = transport.bind_channel(endpoint, key=key)
     far = transport.connect_channel(near.endpoint, key=key)
+    rings = new_rings("measure") if ring else None
+    seen = None if rings is None else Rings.opened(rings.place)
     try:
-        return await _measure_between(near, far, clock)
+        return await _measure_between(near, far, clock, rings.to_device if rings else None, seen.to_device if seen else None)
     finally:
+        for shared in (rings, seen):
+            if shared is not None:
+                shared.close()
         with trio.CancelScope(shield=True):
             await near.aclose()
             await far.aclose()
 
 
-async def _measure_between(near: Channel, far: Channel, clock: EmulatedClock) -> float:
-    sender, receiver = BulkSender(near, clock), BulkReceiver(far, clock)
+async def _measure_between(near: Channel, far: Channel, clock: EmulatedClock, ring: Ring | None, seen: Ring | None) -> float:
+    sender, receiver = BulkSender(near, clock, ring=ring), BulkReceiver(far, clock, ring=seen)
     data, landing = np.ones(PROBE_BYTES, dtype=np.uint8), np.zeros(PROBE_BYTES, dtype=np.uint8)
     best = 0.0
     async with trio.open_nursery() as nursery:
@@ -61,9 +66,9 @@ async def _measure_between(near: Channel, far: Channel, clock: EmulatedClock) ->
     return best
 
 
-async def automatic_rate(topology: Topology, transport: Transport, endpoint: str) -> float:
-    """What ``--rate auto`` means on this computer, over the kind of channel that `endpoint` names."""
-    measured = await measure_bytes_per_s(transport, endpoint, EmulatedClock())
+async def automatic_rate(topology: Topology, transport: Transport, endpoint: str, *, ring: bool = False) -> float:
+    """What ``--rate auto`` means on this computer, over the kind of channel that `endpoint` names, with a `ring` or without."""
+    measured = await measure_bytes_per_s(transport, endpoint, EmulatedClock(), ring=ring)
     rate = choose_rate(topology, measured)
     log.info("the clock runs at rate %g", rate, extra={"fields": {"measured_bytes_per_s": round(measured)}})
     return rate

@@ -1,8 +1,8 @@
 """The receiving end of a bulk channel: chunks land where their stream's sink says, are checked there, and are credited.
 
-A chunk lands in destination memory itself where that is one run, else in a staging buffer from which it is scattered once its checksum has
-been found to fit. (In the first case a damaged chunk leaves garbage behind until its repeat comes. Nobody looks: memory that DMA has not
-finished is not mapped.)
+A chunk lands in destination memory itself where that is one run; else it is scattered, from the ring or, if it came in a message, from a
+staging buffer, once its checksum has been found to fit. (In the first case a damaged chunk leaves garbage behind until its repeat comes.
+Nobody looks: memory that DMA has not finished is not mapped.)
 
 Control and bulk are different sockets, so chunks may overtake the message that announces their stream. They are parked, within
 `PARKED_BYTES_MAX`; beyond, they are dropped and come again. An abort may overtake it as well, and is remembered.
@@ -14,6 +14,7 @@ import logging
 import math
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import trio
@@ -24,7 +25,8 @@ from hmmnet.wire.transport import Channel, Payload
 
 from .chunk import CHUNK_BYTES, Abort, Chunk, Credit, pack_abort, pack_credit, unpack_forward
 from .clock import EmulatedClock
-from .ends import Sink
+from .ends import Bytes, Sink
+from .ring import Ring
 from .stream import ReceiveState
 
 PARKED_BYTES_MAX = 64 << 20
@@ -76,11 +78,31 @@ class Arrival:
         self._event.set()
 
 
-class BulkReceiver:
-    """The receiving end of a channel. `run` must run while streams are expected."""
+class Held:
+    """A chunk's data in memory: in a slot of the ring, or parked. A `Payload` that can be looked at where it is."""
 
-    def __init__(self, channel: Channel, clock: EmulatedClock) -> None:
+    __slots__ = ("view",)
+
+    def __init__(self, view: Bytes) -> None:
+        self.view = view
+
+    def into(self, view: memoryview) -> int:
+        """See `Payload.into`."""
+        if len(self.view) == len(view):
+            view[:] = self.view.data
+        return len(self.view)
+
+    def take(self) -> bytes:
+        """See `Payload.take`."""
+        return self.view.tobytes()
+
+
+class BulkReceiver:
+    """The receiving end of a channel, and of the `ring` beside it, if there is one. `run` must run while streams are expected."""
+
+    def __init__(self, channel: Channel, clock: EmulatedClock, *, ring: Ring | None = None) -> None:
         self.clock = clock
+        self._ring = ring
         self.dropped = 0
         self._channel = channel
         self._expected: dict[int, Arrival] = {}
@@ -110,7 +132,7 @@ class BulkReceiver:
             if arrival.done:
                 return
             try:
-                self._land(arrival, chunk, None, data)
+                self._land(arrival, chunk, Held(np.frombuffer(data, dtype=np.uint8)))
             except ProtocolError as error:
                 self._drop(error)
 
@@ -159,14 +181,23 @@ class BulkReceiver:
         arrival = self._expected.get(message.stream)
         if isinstance(message, Abort):
             self._take_abort(message, arrival)
-        elif payload is None:
+            return
+        if message.slot is not None:
+            payload = self._in_ring(message)
+        if payload is None:
             raise ProtocolError(f"stream {message.stream}: a chunk without data")
-        elif arrival is not None:
-            self._land(arrival, message, payload, None)
+        if arrival is not None:
+            self._land(arrival, message, payload)
         elif message.stream in self._ended:
             self._answer(self._ended[message.stream])
         else:
             self._park(message, payload)
+
+    def _in_ring(self, chunk: Chunk) -> Held:
+        """A chunk's data in its slot. Raises ProtocolError."""
+        if self._ring is None or chunk.slot is None:
+            raise ProtocolError(f"stream {chunk.stream}: chunk {chunk.sequence} lies in slot {chunk.slot} of a ring that is not there")
+        return Held(self._ring.part(chunk.slot, chunk.length))
 
     def _take_abort(self, abort: Abort, arrival: Arrival | None) -> None:
         if arrival is not None:
@@ -175,22 +206,15 @@ class BulkReceiver:
             self._unpark(abort.stream)
             self._remember(abort)
 
-    def _land(self, arrival: Arrival, chunk: Chunk, payload: Payload | None, held: bytes | None) -> None:
+    def _land(self, arrival: Arrival, chunk: Chunk, payload: Payload) -> None:
         """Put a chunk where it belongs, check it, credit it."""
-        state, sink = arrival.state, arrival.sink
+        state = arrival.state
         try:
             if not state.wants(chunk):
                 if chunk.probe:
                     self._answer(self._paced(arrival, state.again()))
                 return
-            offset, length = chunk.offset, chunk.length
-            place = sink.landing(offset, length)
-            view = place if place is not None else self._staging.data[:length]
-            got = payload.into(view) if payload is not None else _copy(held or b"", view)
-            intact = got == length and (chunk.checksum is None or xxhash.xxh3_64_intdigest(view) == chunk.checksum)
-            if intact and place is None:
-                sink.put(offset, self._staging[:length])
-            credit = state.take(chunk, intact)
+            credit = state.take(chunk, self._put(arrival.sink, chunk, payload))
         except ProtocolError as error:
             self.give_up(arrival, str(error))
             raise
@@ -199,6 +223,22 @@ class BulkReceiver:
             self._answer(credit)
             if state.done:
                 self._end(arrival, credit, None)
+
+    def _put(self, sink: Sink, chunk: Chunk, payload: Payload) -> bool:
+        """Put a chunk's data in their place; whether they are intact."""
+        offset, length = chunk.offset, chunk.length
+        place = sink.landing(offset, length)
+        if place is not None:
+            return payload.into(place) == length and _fits(place, chunk)
+        if isinstance(payload, Held):
+            data, got = payload.view, len(payload.view)
+        else:
+            data = self._staging[:length]
+            got = payload.into(data.data)
+        intact = got == length and _fits(data, chunk)
+        if intact:
+            sink.put(offset, data)
+        return intact
 
     def _paced(self, arrival: Arrival, credit: Credit) -> Credit:
         if arrival.rate_of is None:
@@ -229,8 +269,5 @@ class BulkReceiver:
             self.dropped += 1  # the sender repeats when it hears nothing
 
 
-def _copy(data: bytes, view: memoryview) -> int:
-    """As `Payload.into`, for data that were parked."""
-    if len(data) == len(view):
-        view[:] = data
-    return len(data)
+def _fits(data: Any, chunk: Chunk) -> bool:
+    return chunk.checksum is None or xxhash.xxh3_64_intdigest(data) == chunk.checksum

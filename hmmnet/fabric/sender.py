@@ -18,12 +18,16 @@ from hmmnet.wire.transport import Channel
 
 from .chunk import Abort, Credit, pack_abort, pack_chunk, unpack_back
 from .clock import EmulatedClock
-from .ends import Source
+from .ends import Bytes, Source
 from .pace import CATCH_UP_S, UNPACED, Pace, Pacer
-from .stream import SendState
+from .ring import Ring
+from .stream import CREDIT_EVERY, SendState
 
 REPEAT_S = 0.25
 """Real seconds without a credit after which the oldest chunk is repeated."""
+IDLE_S = 1.0
+"""Real seconds without a stream after which the memory of a ring goes back to the operating system: committing it again costs as much as
+filling it."""
 
 log = logging.getLogger("hmmnet.fabric")
 
@@ -46,6 +50,8 @@ class _Outgoing:
         self.aborted: str | None = None
         self.lot = trio.lowlevel.ParkingLot()
         self.heard = False
+        self.slots: dict[int, int] = {}
+        """Where its chunks lie in the ring, by sequence."""
 
     def check(self) -> None:
         """Raises PeerError when the receiver has given the stream up."""
@@ -59,9 +65,13 @@ class _Outgoing:
 
 
 class BulkSender:
-    """The sending end of a channel. `run` must run while streams are sent."""
+    """The sending end of a channel. `run` must run while streams are sent.
 
-    def __init__(self, channel: Channel, clock: EmulatedClock, *, checksums: bool = True) -> None:
+    Chunks lie in the `ring` while the peer sees it, too, and has room; else, and without checksums, they are parts of messages.
+    """
+
+    def __init__(self, channel: Channel, clock: EmulatedClock, *, checksums: bool = True, ring: Ring | None = None) -> None:
+        self.ring = ring if checksums else None
         self._channel = channel
         self._clock = clock
         self._checksums = checksums
@@ -69,10 +79,23 @@ class BulkSender:
         """Awaited before each chunk; an error it raises ends the stream."""
         self._streams: dict[int, _Outgoing] = {}
         self._closed: str | None = None
+        self._ring_used = trio.Event()
+
+    @property
+    def carries(self) -> str:
+        """What page data go through: ``ring`` or ``messages``."""
+        return "ring" if self.ring is not None and self.ring.usable else "messages"
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Take credits until cancelled, or until the channel is closed."""
         task_status.started()
+        async with trio.open_nursery() as nursery:
+            if self.ring is not None:
+                nursery.start_soon(self._discard_idle, self.ring)
+            await self._take_credits()
+            nursery.cancel_scope.cancel()
+
+    async def _take_credits(self) -> None:
         try:
             while True:
                 header, _ = await self._channel.receive()
@@ -98,6 +121,7 @@ class BulkSender:
             out.aborted = message.reason
         else:
             out.state.credit(message)
+            self._free_slots(out, out.state.landed)
             if message.bytes_per_s > 0 and isinstance(out.pacer, Pace):  # the arbiter is at the other end
                 out.pacer.bytes_per_s = message.bytes_per_s
         out.wake()
@@ -117,7 +141,7 @@ class BulkSender:
         try:
             while not out.state.done:
                 out.check()
-                sequence = out.state.next()
+                sequence = out.state.next() if self._has_room(out) else None
                 if sequence is None:
                     await self._await_credit(out)
                 else:
@@ -127,6 +151,7 @@ class BulkSender:
             raise
         finally:
             del self._streams[stream]
+            self._free_slots(out, out.state.chunks)
         await self._clock.sleep_until(arrive_s)
         return StreamReport(source.nbytes, out.state.resent, max(arrive_s, self._clock.now()) - began_s)
 
@@ -139,14 +164,58 @@ class BulkSender:
         if self.step is not None:
             await self.step()
         await clock.sleep_until(grant.start_s)
-        data = source.chunk(offset, length)
-        checksum = xxhash.xxh3_64_intdigest(data) if self._checksums else None
-        header = pack_chunk(state.chunk(sequence, checksum, grant.arrive_s))
+        if self.ring is not None:
+            await trio.lowlevel.checkpoint()  # a megabyte, as every one: others have their turn
+        slot = self._slot(out, sequence)
+        if slot is None or self.ring is None:
+            payload = source.chunk(offset, length)
+            checksum = xxhash.xxh3_64_intdigest(payload) if self._checksums else None
+        else:
+            payload, checksum = None, _fill(source, offset, self.ring.part(slot, length))
+        header = pack_chunk(state.chunk(sequence, checksum, grant.arrive_s, slot))
         try:
-            await self._channel.send(header, data)
+            await self._channel.send(header, payload)
         except trio.ClosedResourceError:
             raise PeerError(f"stream {state.stream}: the bulk channel was closed") from None
         return grant.arrive_s
+
+    # --- the ring -------------------------------------------------------------------------------------------------------------
+
+    def _has_room(self, out: _Outgoing) -> bool:
+        """Whether a chunk can go now. Without a free slot a stream waits for its credits, if so many chunks are out that some will come."""
+        ring = self.ring
+        return ring is None or ring.slots.free > 0 or out.state.repeats or out.state.out < CREDIT_EVERY or not ring.usable
+
+    def _slot(self, out: _Outgoing, sequence: int) -> int | None:
+        """Where a chunk is to lie: where it did, if it is sent again. None: nowhere in the ring."""
+        if self.ring is None or not self.ring.usable:
+            return None
+        slot = out.slots.get(sequence)
+        if slot is None:
+            slot = self.ring.slots.take()
+            if slot is not None:
+                out.slots[sequence] = slot
+                self._ring_used.set()
+        return slot
+
+    def _free_slots(self, out: _Outgoing, landed: int) -> None:
+        """Chunks below `landed` need theirs no longer."""
+        if out.slots and self.ring is not None:
+            for sequence in [sequence for sequence in out.slots if sequence < landed]:
+                self.ring.slots.give_back(out.slots.pop(sequence))
+
+    async def _discard_idle(self, ring: Ring) -> None:
+        """When no chunk has lain in the ring for a while, give its memory back to the operating system."""
+        while True:
+            await self._ring_used.wait()
+            self._ring_used = trio.Event()
+            await trio.sleep(self._clock.real(IDLE_S))
+            if not self._ring_used.is_set() and ring.slots.idle:
+                ring.discard()
+            else:
+                self._ring_used.set()
+
+    # --- waiting --------------------------------------------------------------------------------------------------------------
 
     async def _await_credit(self, out: _Outgoing) -> None:
         out.heard = False
@@ -161,3 +230,9 @@ class BulkSender:
             self._channel.send_nowait(pack_abort(Abort(stream, "the sender gave it up")))
         except (trio.WouldBlock, trio.ClosedResourceError):
             log.info("stream %d ended without telling the receiver: the channel is closed or full", stream)
+
+
+def _fill(source: Source, offset: int, place: Bytes) -> int:
+    """Copy a chunk into its slot; its checksum. (No coroutine holds the slot: it would keep a closed ring mapped while it unwinds.)"""
+    source.fill(offset, place)
+    return xxhash.xxh3_64_intdigest(place.data)

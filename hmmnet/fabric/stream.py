@@ -47,6 +47,16 @@ class SendState:
         """Whether everything has landed."""
         return self.landed == self.chunks
 
+    @property
+    def out(self) -> int:
+        """Chunks that were sent and have not landed, as far as is known."""
+        return self._next - self.landed
+
+    @property
+    def repeats(self) -> bool:
+        """Whether a chunk that was sent is wanted again."""
+        return bool(self._again)
+
     def next(self) -> int | None:
         """The chunk to send now, or None: wait for a credit."""
         while self._again:
@@ -59,12 +69,12 @@ class SendState:
             return self._next - 1
         return None
 
-    def chunk(self, sequence: int, checksum: int | None, arrive_s: float) -> Chunk:
-        """The header of the chunk that `next` gave."""
+    def chunk(self, sequence: int, checksum: int | None, arrive_s: float, slot: int | None = None) -> Chunk:
+        """The header of the chunk that `next` gave; `slot` is where it lies in the ring, if it does."""
         probe = sequence == self._probe
         if probe:
             self._probe = -1
-        return Chunk(self.stream, self.total, sequence, self.stride, checksum, arrive_s, probe)
+        return Chunk(self.stream, self.total, sequence, self.stride, checksum, arrive_s, probe, slot)
 
     def credit(self, credit: Credit) -> None:
         """Take a credit. Raises ProtocolError when it credits what was never sent."""

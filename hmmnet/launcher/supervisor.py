@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import trio
@@ -18,6 +18,7 @@ import trio
 from hmmnet.errors import HmmnetError
 from hmmnet.observe.logs import log_to, stop_logging
 from hmmnet.topology.model import Topology
+from hmmnet.wire.transport import Kind
 
 from .crew import READY_S, Crew
 from .directory import Directory, MachineRecord, new_record
@@ -27,8 +28,6 @@ from .rate import Rate
 from .zygote import ZygoteClient
 
 log = logging.getLogger("hmmnet.launcher")
-
-Transport = Literal["ipc", "tcp"]
 
 STDERR = "stderr.txt"
 """In the logs: what the processes of a machine in the background write there, such as the traceback of a crash."""
@@ -48,7 +47,7 @@ class Supervisor:
         topology: Topology,
         name: str,
         rate: Rate,
-        transport: Transport,
+        transport: Kind,
         changed: Callable[[MachineRecord], None],
         *,
         quiet: bool = False,

@@ -12,7 +12,7 @@ Endpoints are ``ipc:///path``, ``tcp://127.0.0.1:*`` (a free port is chosen) and
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, get_args
 
 import numpy.typing as npt
 
@@ -20,6 +20,10 @@ from .messages import MESSAGE_BYTES_MAX
 
 Buffer: TypeAlias = bytes | bytearray | memoryview | npt.NDArray[Any]
 """What can be sent: contiguous, items of one byte."""
+
+Kind: TypeAlias = Literal["ring", "ipc", "tcp"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+"""What the processes of a machine can talk over: Unix sockets, with page data in shared memory beside them (`ring`) or not, or loopback."""
 
 FRAME_BYTES_MAX = MESSAGE_BYTES_MAX + 64
 """A message and its frame's header. Longer ones end the connection before anything is allocated for them."""

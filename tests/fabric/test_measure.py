@@ -57,11 +57,12 @@ def test_rates() -> None:
         assert 0 < choose_rate(load(name), 3e9) < 1
 
 
-async def test_measured_over_sockets() -> None:
+@pytest.mark.parametrize("ring", [False, True])
+async def test_measured_over_sockets(ring: bool) -> None:
     """A figure that a computer can have, by its own clock, whatever the rate of the machine's; nothing is left behind."""
     with TemporaryDirectory(prefix="hmmnet-") as folder, ZmqTransport() as transport:
         for rate in (1.0, 0.01):
-            measured = await measure_bytes_per_s(transport, f"ipc://{folder}/probe", EmulatedClock(rate))
+            measured = await measure_bytes_per_s(transport, f"ipc://{folder}/probe", EmulatedClock(rate), ring=ring)
             assert 20e6 < measured < 500e9
         assert not list(Path(folder).iterdir())
 

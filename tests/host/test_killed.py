@@ -1,4 +1,4 @@
-"""``kill -9`` of a real device process in the middle of a migration, over ipc.
+"""``kill -9`` of a real device process in the middle of a migration, over ipc, through shared memory and as messages.
 
     program ── host (this process) ══ ipc ══ gpu0 (python -m hmmnet.devices)
 
@@ -46,12 +46,12 @@ TOPOLOGY = Topology(
 
 
 @asynccontextmanager
-async def machine() -> AsyncIterator[tuple[Host, int]]:
+async def machine(scheme: str = "ring") -> AsyncIterator[tuple[Host, int]]:
     """A host with one device process; yields the host and the process's id."""
     with tempfile.TemporaryDirectory(prefix="hm-") as name, ZmqTransport() as transport:
         directory, secret = Path(name), new_secret()
         write_secret(directory / "secret", secret)
-        host = Host(TOPOLOGY, transport, directory, secret, EmulatedClock(), "killed")
+        host = Host(TOPOLOGY, transport, directory, secret, EmulatedClock(), "killed", scheme=scheme)
         async with host.running():
             command = [sys.executable, "-m", "hmmnet.devices", "gpu0", host.control_endpoint, "--secret-file", str(directory / "secret")]
             process = subprocess.Popen(command, cwd=Path(__file__).parents[2])
@@ -92,16 +92,31 @@ class DeadlySource:
         self._at = at
 
     def chunk(self, offset: int, length: int) -> Any:
+        self._kill(offset)
+        return self._source.chunk(offset, length)
+
+    def fill(self, offset: int, out: Any) -> None:
+        self._kill(offset)
+        self._source.fill(offset, out)
+
+    def _kill(self, offset: int) -> None:
         if offset >= self._at * MIB and self._pid:
             os.kill(self._pid, signal.SIGKILL)
             self._pid = 0
-        return self._source.chunk(offset, length)
 
 
+def shared_files() -> list[str]:
+    """Files without a name that this process holds open."""
+    links = list(Path("/proc/self/fd").iterdir())  # one of them is the listing's own, which ends here
+    return [str(link.readlink()) for link in links if link.is_symlink() and "memfd" in str(link.readlink())]
+
+
+@pytest.mark.parametrize("scheme", ["ring", "ipc"])
 @pytest.mark.parametrize("chunk", [0, 5, 23])
-async def test_killed_in_the_middle_of_a_stream_to_it(chunk: int) -> None:
-    """Everything is back on the host, byte for byte, however much had landed."""
-    async with machine() as (host, pid):
+async def test_killed_in_the_middle_of_a_stream_to_it(chunk: int, scheme: str) -> None:
+    """Everything is back on the host, byte for byte, however much had landed; nothing of what was shared is left."""
+    async with machine(scheme) as (host, pid):
+        assert (await host.report())["devices"]["gpu0"]["bulk"] == ("ring" if scheme == "ring" else "messages")
         process = await host.create_process()
         address, values = await numbered(process)
         sender = host.links[64].sender
@@ -117,6 +132,7 @@ async def test_killed_in_the_middle_of_a_stream_to_it(chunk: int) -> None:
         assert process.space.residency(address, AREA // PAGE_SIZE).owners == ("host",)
         await process.write(address, b"and writable")
         await process.exit()
+    assert shared_files() == []
 
 
 async def test_killed_with_pages_on_it() -> None:

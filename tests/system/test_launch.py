@@ -77,7 +77,7 @@ async def test_a_program_that_stalls_keeps_its_devices() -> None:
         assert await process.read(address, 1 << 20) == b"\7" * (1 << 20)
 
 
-@pytest.mark.parametrize("transport", ["ipc", "tcp"])
+@pytest.mark.parametrize("transport", ["ring", "ipc", "tcp"])
 async def test_two_gpus_add_vectors(transport: str) -> None:
     """Same pointers on CPU and devices; everything gone at the end."""
     async with hmmnet.launch("two-gpus", rate=1.0, transport=transport) as machine:  # type: ignore[arg-type]
@@ -87,7 +87,9 @@ async def test_two_gpus_add_vectors(transport: str) -> None:
         process = await machine.process()
         assert await add(process, "gpu0")
         assert await add(process, "gpu1")
-        assert len((await machine.report())["links"]) > 0
+        report = await machine.report()
+        assert len(report["links"]) > 0
+        assert {device["bulk"] for device in report["devices"].values()} == {"ring" if transport == "ring" else "messages"}
         pids = [device.pid for device in machine.devices]
         (directory,) = directories()
         record = directory.read()

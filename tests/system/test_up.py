@@ -213,7 +213,7 @@ async def test_a_killed_device_is_reported_and_shown() -> None:
         assert "device gpu0 is gone: killed by SIGKILL" in logged.stdout
 
 
-@pytest.mark.parametrize("transport", ["ipc", "tcp"])
+@pytest.mark.parametrize("transport", ["ring", "ipc", "tcp"])
 def test_a_machine_in_the_background(base: Path, transport: str) -> None:
     """``up --detach`` returns when it runs; run, logs and down use it; output captured by a pipe does not hold it."""
     started = hmmnet_command("up", "--detach", "--rate", "1", "--transport", transport)
