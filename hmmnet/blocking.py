@@ -137,8 +137,10 @@ class Blocking(Generic[T]):
             async with self._make() as value, trio.open_nursery() as nursery:
                 self._nursery = nursery
                 self._started.put(outcome.Value(value))
-                await self._stop.wait()
-                self._nursery = None
+                try:
+                    await self._stop.wait()
+                finally:
+                    self._nursery = None  # also when it ended by itself: who calls now is told so
                 nursery.cancel_scope.cancel()
 
 

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import threading
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -157,6 +158,37 @@ def test_an_end_that_fails_raises_in_the_caller() -> None:
     with pytest.raises(HmmnetError, match="zygote"):
         loop.stop()
     loop.stop()
+
+
+def test_what_ends_by_itself_is_not_waited_for() -> None:
+    """A call that comes behind the end is an error, not a call for ever; why it ended is told at the stop."""
+    ended = threading.Event()
+
+    @asynccontextmanager
+    async def short() -> AsyncIterator[Inside]:
+        async def end() -> None:
+            await trio.sleep(0.01)
+            raise HmmnetError("it is late")
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(end)
+            try:
+                yield Inside()
+            finally:
+                with trio.CancelScope(shield=True):
+                    await trio.to_thread.run_sync(ended.wait, 20)
+
+    loop = Blocking(short)
+    value = loop.start()
+    calling = time.monotonic() + 20
+    with pytest.raises(HmmnetError, match=r"the machine (has|was) ended"):
+        while time.monotonic() < calling:
+            loop.call(value.double, 1)
+    with pytest.raises(HmmnetError, match="the machine has ended"):
+        loop.call(value.double, 1)
+    ended.set()
+    with pytest.raises(HmmnetError, match="it is late"):
+        loop.stop()
 
 
 async def test_inside_trio_the_asynchronous_form_is_asked_for() -> None:

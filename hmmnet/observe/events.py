@@ -16,10 +16,10 @@ from hmmnet.pages import Words
 HOST = "host"
 
 CAUSES = {
-    "cpu fault": "the CPU touched it",
-    "fault": "{device} faulted on it",
-    "prefetch": "a program asked for it",
-    "user": "a program asked for it",
+    "cpu fault": "an access of the CPU",
+    "fault": "a fault of {device}",
+    "prefetch": "asked for by a program",
+    "user": "asked for by a program",
     "release": "{device} gave its memory up",
 }
 """Why pages migrate, in words. The causes of devices are those of `hmmnet.wire.messages.Migrate`."""

@@ -62,7 +62,7 @@ def test_ways_of_a_page() -> None:
         ([(16, 20), (24, 32)], "gpu1", "host", "user"),
     ]
     whys = [event.why for event in events if isinstance(event, Moved)]
-    assert whys[:3] == ["a program asked for it", "gpu1 faulted on it", "the CPU touched it"]
+    assert whys[:3] == ["asked for by a program", "a fault of gpu1", "an access of the CPU"]
     times = [event.at_s for event in events]
     assert times == sorted(times)
 

@@ -1,0 +1,55 @@
+"""One test and its machine: what was asked for, and what happened."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from hmmnet.faults import Plan
+from hmmnet.machine import Host
+from hmmnet.observe.events import Event
+from hmmnet.sim import Trace
+from hmmnet.topology.model import Topology
+
+from .migrations import Migrations
+from .story import Story
+
+
+class Told(Trace):
+    """The trace of a simulated machine, which tells the faults in it to a story."""
+
+    def __init__(self, story: Story, *, keep: bool = False) -> None:
+        super().__init__(keep=keep)
+        self._story = story
+
+    def add(self, now_s: float, what: str) -> None:
+        """See `Trace.add`."""
+        super().add(now_s, what)
+        if what.startswith("fault "):
+            self._story.fault(now_s, what)
+
+
+@dataclass
+class Case:
+    """What a test asks of its machine, and what became of it. `limit_s` bounds the life of a real machine, in real seconds."""
+
+    seed: int
+    topology: Topology
+    plan: Plan
+    limit_s: float
+    migrations: Migrations
+    story: Story = field(default_factory=Story)
+    machine: str = ""
+    """Which fixture has given a machine: a test has one."""
+
+    def hear(self, event: Event) -> None:
+        """A host's event."""
+        self.story.hear(event)
+        self.migrations.hear(event)
+
+    @contextmanager
+    def listening(self, host: Host) -> Iterator[None]:
+        """Hear what happens on a machine while the block runs."""
+        with host.events.told_to(self.hear):
+            yield

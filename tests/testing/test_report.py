@@ -1,0 +1,164 @@
+"""The report of a failed test ends with what happened, and with the command that shows it again."""
+
+from __future__ import annotations
+
+import shlex
+
+import numpy as np
+import pytest
+
+from hmmnet.observe.events import DeviceChanged, Invalidated, Moved, Refused
+from hmmnet.testing.story import Story
+
+from .suites import run, write
+
+SUITE = """
+    import pytest
+
+    @pytest.mark.seeds(range(3, 6))
+    @pytest.mark.faults(loss=0.1)
+    @pytest.mark.parametrize("device", ["gpu0", "gpu1"])
+    def test_two(simulated_machine, device, hmmnet_seed):
+        process = simulated_machine.process()
+        address = process.mmap(16 * 4096, address=1 << 32)
+        process.write(address, bytes(16 * 4096))
+        process.migrate(address, 2 * 4096, device)
+        process.load(address)
+        simulated_machine.kill_device(device)
+        assert (hmmnet_seed, device) != (4, "gpu1")
+
+    class TestOne:
+        @pytest.mark.seeds(5)
+        def test_one(self, hmmnet_seed):
+            assert hmmnet_seed != 2
+
+    def test_plain(simulated_machine):
+        assert 0
+
+    def test_not_ours():
+        assert 0
+    """
+
+
+def commands(result: pytest.RunResult) -> list[str]:
+    """The commands that failed tests end with."""
+    return [result.outlines[i + 1] for i, line in enumerate(result.outlines) if "hmmnet: see it again" in line]
+
+
+def test_a_failed_test_ends_with_story_and_command(pytester: pytest.Pytester) -> None:
+    """Faults, migrations, invalidations and losses with their virtual time; the command fails as the test did. Others are left alone."""
+    write(pytester, SUITE)
+    result = run(pytester)
+    result.assert_outcomes(passed=9, failed=4)
+    result.stdout.fnmatch_lines(
+        [
+            "*_ test_two[[]gpu1-seed4[]] _*",
+            "*hmmnet: what happened*",
+            "* ms  fault: a * message * gpu*: the message is gone (loss)*",
+            "* ms  process 1000: pages 0x100000-0x100001 (2): host -> gpu1 (asked for by a program)",
+            "* ms  process 1000: page 0x100000: gpu1 -> host (an access of the CPU)",
+            '* ms  gpu1 is lost: device "gpu1" was killed',
+            "*hmmnet: see it again*",
+            "pytest 'test_mine.py::test_two[[]gpu1-seed4[]]' --hmmnet-seed 4",
+        ]
+    )
+    said = commands(result)
+    assert said == [
+        "pytest 'test_mine.py::test_two[gpu1-seed4]' --hmmnet-seed 4",
+        "pytest test_mine.py::TestOne::test_one --hmmnet-seed 2",
+        "pytest test_mine.py::test_plain --hmmnet-seed 0",
+    ]
+    story = told(result, "test_two")
+    assert len(story) > 3
+    for command in said[:2]:
+        again = run(pytester, *shlex.split(command)[1:])
+        again.assert_outcomes(failed=1)
+        assert commands(again) == [command]
+    again = run(pytester, *shlex.split(said[0])[1:])
+    assert told(again, "test_two") == story
+
+
+def told(result: pytest.RunResult, test: str) -> list[str]:
+    """The story of a failed test."""
+    first = next(i for i, line in enumerate(result.outlines) if f" {test}" in line and line.startswith("_"))
+    begin = next(i for i in range(first, len(result.outlines)) if "hmmnet: what happened" in result.outlines[i])
+    end = next(i for i in range(begin, len(result.outlines)) if "hmmnet: see it again" in result.outlines[i])
+    return result.outlines[begin + 1 : end]
+
+
+def test_from_another_folder(pytester: pytest.Pytester) -> None:
+    """The command names the file as seen from where pytest was started."""
+    (pytester.path / "inside").mkdir()
+    write(pytester, SUITE, "inside/test_mine.py")
+    pytester.chdir()
+    result = run(pytester, "inside", "-k", "test_plain")
+    assert commands(result) == ["pytest inside/test_mine.py::test_plain --hmmnet-seed 0"]
+
+
+def test_as_long_as_wanted(pytester: pytest.Pytester) -> None:
+    """hmmnet_story is the number of events; 0 is none; what came before is counted."""
+    write(pytester, SUITE)
+    short = told(run(pytester, "-o", "hmmnet_story=2", "-k", "gpu1-seed4"), "test_two")
+    assert len(short) == 3
+    assert short[0].strip().startswith("...")
+    assert short[0].endswith("events before")
+    assert "is lost" in short[-1]
+    none = run(pytester, "-o", "hmmnet_story=0", "-k", "gpu1-seed4")
+    assert "what happened" not in none.stdout.str()
+    assert commands(none)
+
+
+def test_a_machine_that_does_not_start(pytester: pytest.Pytester) -> None:
+    """Errors at setup end the same way."""
+    text = """
+    import hmmnet.plugins
+    import pytest
+
+    @pytest.mark.seeds([6])
+    def test_it(simulated_machine):
+        pass
+
+    @pytest.fixture(autouse=True)
+    def broken():
+        def gpu(*arguments):
+            raise ZeroDivisionError("no such GPU")
+        with hmmnet.plugins.offered("hmmnet.devices", "gpu", gpu):
+            yield
+    """
+    write(pytester, text)
+    result = run(pytester)
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines(["E*no such GPU*", "pytest test_mine.py::test_it --hmmnet-seed 6"])
+
+
+def test_words() -> None:
+    """Every kind of event; what is alike in a row is one line; what is old is counted."""
+    story = Story()
+    pages = np.array([1, 2, 3, 9], np.uint64)
+    scattered = np.arange(0, 40, 2, dtype=np.uint64)
+    story.hear(Moved(0.0, 7, pages, "gpu0", "host", "release"))
+    story.hear(Moved(0.001, 7, scattered, "host", "gpu1", "fault"))
+    for at_s in (0.002, 0.003, 0.004):
+        story.hear(Invalidated(at_s, 7, 1, 3, "unmap", 2))
+    story.hear(Invalidated(0.005, 7, 1, 2, "migrate", 1))
+    story.hear(Refused(0.006, "gpu0", "page 0x1"))
+    story.hear(DeviceChanged(0.007, "gpu0", "lost", "was killed"))
+    story.hear(DeviceChanged(0.008, "gpu0", "ready"))
+    story.fault(0.009, "fault loss gpu0 control in")
+    story.fault(0.010, "fault crash migrate.before_copy device=gpu0")
+    story.note(0.011, "mine")
+    assert story.shown(20) == [
+        "   0.000000 ms  process 7: pages 0x1-0x3, 0x9 (4): gpu0 -> host (gpu0 gave its memory up)",
+        "   1.000000 ms  process 7: pages 0x0, 0x2, 0x4, 0x6 and 16 ranges more (20): host -> gpu1 (a fault of gpu1)",
+        "   2.000000 ms  process 7: pages 0x1-0x2 (2): 2 mirrors told to drop it (unmap) (and 2 times more like it)",
+        "   5.000000 ms  process 7: page 0x1: 1 mirror told to drop it (migrate)",
+        "   6.000000 ms  gpu0 was refused an access: page 0x1",
+        "   7.000000 ms  gpu0 is lost: was killed",
+        "   8.000000 ms  gpu0 is ready",
+        "   9.000000 ms  fault: a control message to gpu0: the message is gone (loss)",
+        "  10.000000 ms  fault: crash migrate.before_copy device=gpu0",
+        "  11.000000 ms  mine",
+    ]
+    assert story.shown(2)[0] == "           ...  8 events before"
+    assert len(story.shown(2)) == 3
+    assert story.shown(0) == []
