@@ -196,6 +196,15 @@ class Bridge:
         self._taken(len(part))
         return part
 
+    def take_only(self) -> bytes | None:
+        """The second of two parts, for a message begun just now; None when there are further ones, which are dropped."""
+        part: bytes | None = self._receive_part(_NOBLOCK)
+        if self._get(_RCVMORE):
+            self.take_rest()
+            return None
+        self._taken(len(part or b""))
+        return part
+
     def take_into(self, view: memoryview) -> int:
         """As `take`, landing in `view`. Returns the part's full length: what did not fit is lost, so compare it with ``len(view)``."""
         length = self._receive_part_into(view, flags=_NOBLOCK)

@@ -73,24 +73,19 @@ class PendingReply:
 
         Cancelled, it forgets the answer; the peer carries the request out all the same.
         """
+        reader = self._reader
+        if self._answer is None and self._error is None and reader is not None and reader.vacant:
+            await reader.stand_in(self)
         if self._answer is None and self._error is None:
-            await self._wait()
+            self._task = current_task()
+            if reader is None:
+                await wait_task_rescheduled(self._give_up)
+            else:
+                await reader.sleep(self._give_up)
         if self._error is not None:
             raise self._error
         assert self._answer is not None
         return self._answer
-
-    async def _wait(self) -> None:
-        reader = self._reader
-        if reader is not None and reader.vacant:
-            await reader.stand_in(self)
-            if self._answer is not None or self._error is not None:
-                return
-        self._task = current_task()
-        if reader is None:
-            await wait_task_rescheduled(self._give_up)
-        else:
-            await reader.sleep(self._give_up)
 
     def leave(self, late: Callable[[Message], None]) -> None:
         """Nobody will `wait` any more; an answer that comes all the same, or came while we were being cancelled, goes to `late`.

@@ -187,11 +187,7 @@ class ZmqListener:
         self._bridge.nudge()
 
     def _whole(self, peer: bytes) -> tuple[bytes, bytes]:
-        frame = self._bridge.take()  # a router puts the address before what came, which is one part at least
-        if self._bridge.more:
-            self._bridge.take_rest()
-            return peer, b""
-        return peer, frame
+        return peer, self._bridge.take_only() or b""  # a router puts the address before what came, which is one part at least
 
     async def send(self, peer: bytes, frame: Buffer) -> None:
         """See `Listener.send`."""
