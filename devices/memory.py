@@ -270,9 +270,10 @@ class Memory:
         """`mappings` for one frame, without arrays: (mirror number, page)."""
         index = frame - self.base
         place = int(self._places[index])
+        if not self._more:
+            return [(place >> _PLACE_SHIFT, place & _PLACE_MASK)] if place else []
         places = {place} if place else set()
-        if self._more:
-            places |= self._more.get(index, set())
+        places |= self._more.get(index, set())
         return [(place >> _PLACE_SHIFT, place & _PLACE_MASK) for place in sorted(places)]
 
     # --- bytes ----------------------------------------------------------------------------------------------------------------

@@ -75,7 +75,10 @@ class Life:
 
     def context_of(self, process: int) -> Context | None:
         """The context of a process."""
-        return next((context for context in self.contexts.values() if context.space.number == process), None)
+        for context in self.contexts.values():
+            if context.space.number == process:
+                return context
+        return None
 
 
 class Device:

@@ -103,25 +103,27 @@ class Homing:
         self._profile = profile
         self._now = now
 
-    async def migrate_to_ram(self, space: AddressSpace, pages: Words) -> None:
+    async def migrate_to_ram(self, space: AddressSpace, pages: Words | int) -> None:
         """A CPU touched device-private `pages` (consecutive, in one VMA and one zone), or wants coherent ones for good (FOLL_LONGTERM).
+        One page may come as a number.
 
         Hold the mmap lock for reading. Returns when it makes sense to look again. Raises BusError when the data are lost,
         KernelError(ENOMEM).
         """
         began_s = self._now()
-        first = int(pages[0])
+        first, count = (pages, 1) if isinstance(pages, int) else (int(pages[0]), len(pages))
         zone = space.zone_at(first)
         link = self._links.get(zone)
         if link is None:
             raise self._lost(space, first, zone, "the device is gone")
         if space.points.armed:
-            await _at("home.fault", space, link, first, len(pages))
+            await _at("home.fault", space, link, first, count)
         try:
-            if len(pages) == 1 and link.kind == "private":
+            if count == 1 and link.kind == "private":
                 moved = await self._home_one(space, link, first)
             else:
-                moved = await self._bring(space, link, await self._collect(space, pages, link), TOUCHED)
+                several = np.array((pages,), dtype=np.uint64) if isinstance(pages, int) else pages
+                moved = await self._bring(space, link, await self._collect(space, several, link), TOUCHED)
         except PeerError as error:
             raise self._lost(space, first, zone, str(error)) from error
         if moved:
@@ -183,8 +185,11 @@ class Homing:
     async def _home_one(self, space: AddressSpace, link: DeviceLink, page: int) -> int:
         """One page, with as little as possible: this is what a CPU fault waits for. `_bring`, for the general case, does the same."""
         zone, target = link.zone, 0
-        async with space.hub.invalidate(Event.MIGRATE, page, page + 1, zone):
+        if space.hub.pass_through(page, zone):
             frame = space.take_one(page, zone)
+        else:
+            async with space.hub.invalidate(Event.MIGRATE, page, page + 1, zone):
+                frame = space.take_one(page, zone)
         if frame is None:
             return await self._bring(space, link, await self._collect(space, np.array((page,), dtype=np.uint64), link), TOUCHED)
 

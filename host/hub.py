@@ -115,6 +115,13 @@ class Hub:
             self.core.dying = True
         return Invalidation(self, event, start, end, owner)
 
+    def pass_through(self, page: int, owner: int) -> bool:
+        """A MIGRATE of one page that comes home from the device of zone `owner`: whether nobody has to be told, or waited for.
+
+        If so it is announced, and over: go on without suspension. If not, `invalidate`.
+        """
+        return self.core.pass_through(page, owner)
+
     def range_end(self) -> None:
         """The last active invalidation over: apply what was deferred, wake readers and removers."""
         if self.core.end():

@@ -72,15 +72,23 @@ class Interconnect:
 
         Returns when the model let them leave, when they were due, and when they were there. No flow is opened for them (see `Singles`).
         """
-        way = self._way_out(device, frame)
-        begin_s, due_s = way.turn(nbytes, start_s)
-        now_s = self.now()
-        if now_s < due_s:
-            if self.clock.real_until(due_s) >= self.clock.sleep_min_s:
-                with way.held(self.now):
-                    await self.clock.sleep_until(due_s)
-            now_s = due_s
-        return begin_s, due_s, now_s
+        times = begin_s, due_s, now_s = self.passes_out(device, frame, nbytes, start_s)
+        if now_s >= due_s:
+            return times
+        await self.pass_time_out(device, frame, due_s)
+        return begin_s, due_s, due_s
+
+    def passes_out(self, device: str, frame: int, nbytes: int, start_s: float) -> tuple[float, float, float]:
+        """`pass_out` for who goes on without waiting where the third of the times, now, is not before the second."""
+        begin_s, due_s = self._way_out(device, frame).turn(nbytes, start_s)
+        return begin_s, due_s, self.now()
+
+    async def pass_time_out(self, device: str, frame: int, due_s: float) -> None:
+        """Return when what is on its way from `device` to the memory of `frame` is due, unless that is too soon to sleep for."""
+        if self.clock.real_until(due_s) >= self.clock.sleep_min_s:
+            way = self._way_out(device, frame)
+            with way.held(self.now):
+                await self.clock.sleep_until(due_s)
 
     def _way_out(self, device: str, frame: int) -> Singles:
         return self._way(device, self._nodes[frame >> ZONE_SHIFT])

@@ -159,6 +159,10 @@ class Notifier(Protocol):
         """Entered before [start, end) changes, left afterwards."""
         ...
 
+    def pass_through(self, page: int, owner: int) -> bool:
+        """A MIGRATE of `page` by the device of zone `owner`, announced and over at once if nobody has to be told; else `invalidate`."""
+        ...
+
 
 class Area(Protocol):
     """A VMA, as far as migration looks at it."""

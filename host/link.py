@@ -250,25 +250,36 @@ class SessionLink:
         message = CopyOut(0, context, word[0], word[1], 0.0, 0.0, 0.0)
         pending = self.session.begin(message)
         target = allocate()
-        data = await self._answer(message, pending, PAGE_SIZE)
+        data = self._intact(await pending.wait(), PAGE_SIZE)
+        if data is None:
+            data = await self._again(message, PAGE_SIZE)
         links.land_one(target, data)
-        await self._arrived(target, PAGE_SIZE, start_s)
+        begin_s, due_s, now_s = links.passes_out(self.name, target, PAGE_SIZE, start_s)
+        if now_s < due_s:
+            await links.pass_time_out(self.name, target, due_s)
+            now_s = due_s
+        self._count_later((target, PAGE_SIZE, begin_s, due_s, now_s))
 
     async def _answer(self, message: CopyOut, pending: PendingReply, nbytes: int) -> bytes:
         """The pages in the answer to `message`; damaged ones are asked for again. Raises PeerError."""
         data = self._intact(await pending.wait(), nbytes)
+        return await self._again(message, nbytes) if data is None else data
+
+    async def _again(self, message: CopyOut, nbytes: int) -> bytes:
+        """Ask once more for pages that came damaged. Raises PeerError."""
         for _ in range(INLINE_TRIES - 1):
-            if data is not None:
-                break
             data = self._intact(await self.session.request(message), nbytes)
-        if data is None:
-            raise PeerError(f"{self.name} sent pages that do not match their checksum, {INLINE_TRIES} times")
-        return data
+            if data is not None:
+                return data
+        raise PeerError(f"{self.name} sent pages that do not match their checksum, {INLINE_TRIES} times")
 
     async def _arrived(self, frame: int, nbytes: int, start_s: float) -> None:
         """Pages came with an answer: return at their emulated time; they are counted later."""
         times = await self._interconnect.pass_out(self.name, frame, nbytes, start_s)
-        self._moved.append((frame, nbytes, *times))
+        self._count_later((frame, nbytes, *times))
+
+    def _count_later(self, moved: tuple[int, int, float, float, float]) -> None:
+        self._moved.append(moved)
         self._something_to_tell.set()
 
     def _intact(self, answer: Message, nbytes: int) -> bytes | None:

@@ -192,6 +192,21 @@ class MmuNotifier:
             self.sequence |= 1
         return found
 
+    def pass_through(self, page: int, owner: int) -> bool:
+        """`start` and `end` in one, for a MIGRATE of one page for the device of zone `owner` which nobody else has to be told of.
+
+        False, and nothing done, when somebody has, or when other invalidations are active.
+        """
+        if self.active:
+            return False
+        found = self.index.overlapping(page, page + 1)
+        for subscription in found:
+            if not subscription.own or subscription.link.zone != owner:
+                return False
+        if found:
+            self.sequence += 2
+        return True
+
     def end(self) -> bool:
         """invalidate_range_end; returns whether the sequence turned even, so that waiting readers must be woken."""
         assert self.active > 0, "invalidate_range_end without start"

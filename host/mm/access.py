@@ -46,8 +46,8 @@ BULK_SHIFT = 16
 Storable = bytes | bytearray | memoryview | npt.NDArray[Any]
 """What a store takes: the bytes of it, in their order."""
 
-Home = Callable[[Any, Words], Awaitable[None]]
-"""migrate_to_ram(space, pages): bring these pages, all of one zone, home. Called with the mmap lock held for reading.
+Home = Callable[[Any, "Words | int"], Awaitable[None]]
+"""migrate_to_ram(space, pages): bring these pages, all of one zone, or this one page, home. Called with the mmap lock held for reading.
 
 Raises BusError when the data are lost. A page that is still on the device afterwards is tried again."""
 
@@ -57,6 +57,10 @@ class Notifier(Protocol):
 
     def invalidate(self, event: Event, start: int, end: int, owner: int = NO_OWNER) -> AbstractAsyncContextManager[object]:
         """Entered before [start, end) changes, left afterwards."""
+        ...
+
+    def pass_through(self, page: int, owner: int) -> bool:
+        """See `interfaces.Notifier.pass_through`."""
         ...
 
 
@@ -220,17 +224,23 @@ class CpuAccess:
     async def _home_one(self, address: int, length: int, right: int) -> bool:
         """The shortest way for the commonest fault: an access inside one page, which is on a device. False when it is another case."""
         page = address >> PAGE_SHIFT
-        if address + length - 1 >> PAGE_SHIFT != page or self.mm.table.get(page) & (pte.KIND | pte.HUGE) != pte.DEVICE:
+        entry = self.mm.table.get(page)
+        if address + length - 1 >> PAGE_SHIFT != page or entry & (pte.KIND | pte.HUGE) != pte.DEVICE:
             return False
-        async with self.mmap_lock.read():
+        lock = self.mmap_lock
+        if not lock.try_read():
+            await lock.wait(writer=False)
+            entry = self.mm.table.get(page)
+        try:
             vma = self.mm.vmas.find(page)
             if vma is None or not vma.flags & right:
                 return False
-            entry = self.mm.table.get(page)
             if entry & (pte.KIND | pte.HUGE) == pte.DEVICE:
                 self._check_there(page, entry >> pte.FRAME_SHIFT + ZONE_SHIFT)
                 self.cpu_faults += 1
-                await self.home(self, np.array((page,), dtype=np.uint64))
+                await self.home(self, page)
+        finally:
+            lock.release_read()
         return True
 
     async def _access(self, address: int, data: npt.NDArray[np.uint8], *, write: bool) -> None:

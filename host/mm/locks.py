@@ -30,11 +30,8 @@ class _Read:
         self._lock = lock
 
     async def __aenter__(self) -> None:
-        lock = self._lock
-        if lock.readers >= 0 and not lock.queue:
-            lock.readers += 1
-        else:
-            await lock.wait(writer=False)
+        if not self._lock.try_read():
+            await self._lock.wait(writer=False)
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._lock.release_read()
@@ -89,6 +86,13 @@ class RwLock:
         """``async with lock.write():``."""
         return self._write
 
+    def try_read(self) -> bool:
+        """Take it for reading if nobody is in the way; else `wait`. `release_read` must follow either."""
+        if self.readers >= 0 and not self.queue:
+            self.readers += 1
+            return True
+        return False
+
     async def wait(self, *, writer: bool) -> None:
         """Queue up; returns with the lock held. Cancelled, it leaves the queue, or gives back what it was handed."""
         turn = trio.Event()
@@ -131,17 +135,19 @@ class Gate:
     """Where tasks wait for any migration entry of a process to be replaced; each looks at its own page again when it opens."""
 
     def __init__(self) -> None:
-        self._event = trio.Event()
+        self._event: trio.Event | None = None
 
     async def wait(self) -> None:
         """Return at the next `open`."""
+        if self._event is None:
+            self._event = trio.Event()
         await self._event.wait()
 
     def open(self) -> None:
         """Let everybody who waits now go."""
-        if self._event.statistics().tasks_waiting:
-            opened, self._event = self._event, trio.Event()
-            opened.set()
+        if self._event is not None:
+            self._event.set()
+            self._event = None
 
 
 async def give_way() -> None:

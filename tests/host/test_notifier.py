@@ -155,3 +155,34 @@ def test_index_agrees_with_a_plain_search(seed: int) -> None:
         high = low + 1 + chance.randrange(1 << 12)
         assert index.overlapping(low, high) == [found for found in plain if found.overlaps(low, high)]
     assert len(index) == len(plain)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_passing_through_is_a_start_and_an_end(seed: int) -> None:
+    """Where nobody has to be told: the same sequences as with both in turn. Where somebody has: nothing happened."""
+    draw = random.Random(seed)
+    short, long = MmuNotifier(), MmuNotifier()
+    links = [FakeLink("gpu0", 64), FakeLink("gpu1", 65)]
+    passed = refused = 0
+    for _ in range(60):
+        start = draw.randrange(64)
+        end, link, own = start + draw.randrange(1, 16), draw.choice(links), draw.random() < 0.8
+        for core in (short, long):
+            core.insert(start, end, link, 1, own)
+        page, owner = draw.randrange(80), draw.choice((64, 65, 66))
+        told = [found for found in long.index.overlapping(page, page + 1) if not found.own or found.link.zone != owner]
+        before = short.sequence
+        if short.pass_through(page, owner):
+            passed += 1
+            assert not told
+            long.start(page, page + 1)
+            long.end()
+        else:
+            refused += 1
+            assert told
+            assert short.sequence == before
+        assert short.sequence == long.sequence
+    assert passed > 0
+    assert refused > 0
+    long.start(0, 1)
+    assert not long.pass_through(1000, 64), "another invalidation is active"

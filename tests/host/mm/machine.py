@@ -107,8 +107,9 @@ class Machine:
 
     # --- the driver's side of migrate_vma -----------------------------------------------------------------------------------------
 
-    async def home(self, space: Space, pages: Words) -> None:
+    async def home(self, space: Space, pages: Words | int) -> None:
         """migrate_to_ram; the mmap lock is held."""
+        pages = np.atleast_1d(np.asarray(pages, np.uint64))
         self.homed += pages.tolist()
         zone = space.zone_at(int(pages[0]))
         await self._collect_and_bring(space, pages, zone)
