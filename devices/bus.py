@@ -18,7 +18,7 @@ import trio
 from hmmnet.errors import ProtocolError
 from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.fabric.dma import BulkReceiver, BulkSender, BytesSink, BytesSource, Pace, Pacer, Sink, Source
-from hmmnet.pages import Words, from_wire, to_wire
+from hmmnet.pages import MIGRATE_PFN_COMPOUND, Words, from_wire, pages_in, to_wire, words_by_page
 from hmmnet.wire.messages import (
     DmaGrant,
     DmaRead,
@@ -103,7 +103,10 @@ class Bus:
     async def migrate(self, message: Migrate) -> tuple[Migrated, Words]:
         """migrate_vma: the reply, and its words."""
         reply = await self._ask(message, Migrated)
-        return reply, _words(reply.words, message.pages, "Migrated")
+        words = from_wire(reply.words)
+        if pages_in(words, MIGRATE_PFN_COMPOUND) != message.pages:
+            raise ProtocolError(f"the host's Migrated has words for {pages_in(words, MIGRATE_PFN_COMPOUND)} pages, not {message.pages}")
+        return reply, words_by_page(words)
 
     def migrate_done(self, migration: int) -> None:
         """The device table is up to date: the host may finalize."""

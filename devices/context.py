@@ -22,14 +22,25 @@ import numpy.typing as npt
 import trio
 
 from hmmnet.errors import KernelError, ProtocolError
-from hmmnet.pages import HUGE_PAGES, MIGRATE_PFN_MIGRATE, MIGRATE_PFN_WRITE, PAGES_MAX, Words, from_wire, to_wire
+from hmmnet.pages import (
+    HUGE_PAGES,
+    LARGE,
+    MIGRATE_PFN_MIGRATE,
+    MIGRATE_PFN_WRITE,
+    PAGES_MAX,
+    Words,
+    from_wire,
+    page_by_page,
+    pages_in,
+    to_wire,
+)
 from hmmnet.wire.messages import Migrate, RangeFault
 
 from .access import Foreign
 from .bus import SELECT_COMPOUND, SELECT_DEVICE_COHERENT, SELECT_DEVICE_PRIVATE, SELECT_SYSTEM, Bus
 from .copyengine import CopyEngines
 from .locks import RangeLock
-from .memory import Memory
+from .memory import PAGES_PER_LIST_MAX, Memory
 from .mirror import Mirror, Subscription, Watch, frames_of
 
 Bytes = npt.NDArray[np.uint8]
@@ -238,7 +249,7 @@ class Context:
         """`migrate_in` as far as there are frames to offer."""
         await self.subscription(start)
         async with self.process.turns.hold(start, end):
-            offered, tried_until = self._grant(start, end, compound=compound)
+            offered, large, tried_until = self._grant(start, end, compound=compound)
             if offered is None:
                 return Moved(_NO_PAGES, tried_until)
             hidden = [(context.mirror, context.mirror.hide(start, end)) for context in self.process.contexts]
@@ -250,7 +261,7 @@ class Context:
                 if self.points.armed:
                     await self.at("device.before_migrate", start, end)
                 select = SELECT_SYSTEM | (SELECT_COMPOUND if compound else 0)
-                message = Migrate(self.number, start, end - start, "device", select, to_wire(offered), cause)
+                message = Migrate(self.number, start, end - start, "device", select, to_wire(shortened(offered, large)), cause)
                 reply, words = await self._bus.migrate(message)
                 try:
                     if self.points.armed:
@@ -274,8 +285,9 @@ class Context:
                     self._bus.migrate_done(reply.migration)
         return Moved(moved, tried_until, reply.errno)
 
-    def _grant(self, start: int, end: int, *, compound: bool) -> tuple[Words | None, int]:
-        """Frames to offer, position by position (0: none, the page is here already or memory is full), and the page behind the last one.
+    def _grant(self, start: int, end: int, *, compound: bool) -> tuple[Words | None, list[int], int]:
+        """Frames to offer, position by position (0: none, the page is here already or memory is full); where those for huge pages begin;
+        the page behind the last one.
 
         None when there is nothing to do.
         """
@@ -284,20 +296,20 @@ class Context:
         count = min(len(wanted), self.memory.free_pages)
         tried_until = end if count == len(wanted) else start + int(wanted[count])
         if count == 0:
-            return None, tried_until
+            return None, [], tried_until
         if self.points.armed and self.points.fails("device.alloc.small", process=self.process.number, start=start, pages=end - start):
-            return None, end
+            return None, [], end
         offered = np.zeros(end - start, dtype=np.uint64)
-        if compound:
-            self._grant_large(start, tried_until, offered, wanted[:count])
+        large = self._grant_large(start, tried_until, offered, wanted[:count]) if compound else []
         rest = wanted[:count][offered[wanted[:count]] == 0]
         frames = self.memory.grant(len(rest))
         assert frames is not None, "free_pages said that there are enough"
         offered[rest] = frames
-        return offered, tried_until
+        return offered, large, tried_until
 
-    def _grant_large(self, start: int, end: int, offered: Words, wanted: npt.NDArray[np.intp]) -> None:
-        """Fill `offered` with a large page for each aligned block of [start, end) that is `wanted` whole, as far as there are any."""
+    def _grant_large(self, start: int, end: int, offered: Words, wanted: npt.NDArray[np.intp]) -> list[int]:
+        """Fill `offered` with a large page for each aligned block of [start, end) that is `wanted` whole, if there are any; where."""
+        large = []
         inside = np.zeros(len(offered), np.bool_)
         inside[wanted] = True
         for block in range(-(-start // HUGE_PAGES) * HUGE_PAGES, end - HUGE_PAGES + 1, HUGE_PAGES):
@@ -305,6 +317,8 @@ class Context:
             frames = self.memory.grant_large() if bool(inside[at].all()) else None
             if frames is not None:
                 offered[at] = frames
+                large.append(at.start)
+        return large
 
     def _take_in(self, pages: Words, frames: Words, writable: npt.NDArray[np.bool_], watch: Watch) -> None:
         """Pages moved into granted frames: they live here now, and the mirror says so unless they were invalidated meanwhile."""
@@ -369,11 +383,26 @@ class Context:
             await dma.ended.wait()
 
 
+def shortened(offered: Words, large: list[int]) -> Words:
+    """`offered` for the wire: one word for each of the huge pages that begin at positions `large`."""
+    if not large:
+        return offered
+    kept = np.ones(len(offered), np.bool_)
+    words = offered.copy()
+    for at in large:
+        kept[at + 1 : at + HUGE_PAGES] = False
+        words[at] |= np.uint64(LARGE)
+    return words[kept]
+
+
 def pages_listed(raw: bytes, what: str) -> Words:
     """The page list in `raw`. Raises ProtocolError for half a word, and for a page that no address space has."""
     if len(raw) % 8:
         raise ProtocolError(f"{what} has {len(raw)} bytes; a page list is whole 64-bit words")
     pages = from_wire(raw)
+    if pages_in(pages) > PAGES_PER_LIST_MAX:
+        raise ProtocolError(f"{what} stands for {pages_in(pages)} pages; at most {PAGES_PER_LIST_MAX} are taken")
+    pages = page_by_page(pages)
     if len(pages) and int(pages.max()) >= PAGES_MAX:
         raise ProtocolError(f"{what} names page 0x{int(pages.max()):x}, which no address space has")
     return pages

@@ -31,7 +31,7 @@ import numpy.typing as npt
 from hmmnet.arena import DISCARD_MIN_PAGES, Arena
 from hmmnet.errors import ProtocolError
 from hmmnet.faults.injector import Points
-from hmmnet.pages import HUGE_PAGES, PAGE_SHIFT, PAGE_SIZE, ZONE_SHIFT, Words, ascending, from_wire, run_bounds
+from hmmnet.pages import HUGE_PAGES, PAGE_SHIFT, PAGE_SIZE, ZONE_SHIFT, Words, ascending, from_wire, page_by_page, pages_in, run_bounds
 from hmmnet.runs import Allocation, RunAllocator
 from hmmnet.sparse import lazy_words
 
@@ -42,6 +42,8 @@ GRANTED_DIRTY = 3
 LIVE = 4
 """Clean frames are known to hold zeros. FREE | 2 = GRANTED: granting sets a bit."""
 
+PAGES_PER_LIST_MAX = 1 << 20
+"""Frames that a list in a message may stand for, large ones counted as what they are (`wire.messages.PAGES_PER_MESSAGE_MAX`)."""
 IDLE_ROUNDS = 8
 """Calls of `grow_older` until freed frames are idle."""
 DISCARD_PAGES_MAX = 1 << 14
@@ -192,6 +194,9 @@ class Memory:
         frames = from_wire(raw)
         if len(frames) == 0:
             return frames
+        if pages_in(frames) > PAGES_PER_LIST_MAX:
+            raise ProtocolError(f"{what} stands for {pages_in(frames)} frames; at most {PAGES_PER_LIST_MAX} are taken")
+        frames = page_by_page(frames)
         outside = ~self.owns(frames)
         if outside.any():
             raise ProtocolError(f"{what} names frame 0x{int(frames[int(np.argmax(outside))]):x}, which is not in zone {self.zone}")

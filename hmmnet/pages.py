@@ -45,6 +45,8 @@ HMM_PFN_FRAME_MASK = (1 << HMM_PFN_ORDER_SHIFT) - 1
 MIGRATE_PFN_VALID = 1 << 0
 MIGRATE_PFN_MIGRATE = 1 << 1
 MIGRATE_PFN_WRITE = 1 << 3
+MIGRATE_PFN_COMPOUND = 1 << 4
+"""The word stands for a huge page: there are none for its other 511 pages."""
 MIGRATE_PFN_SHIFT = 6
 
 Words: TypeAlias = npt.NDArray[np.uint64]
@@ -74,6 +76,52 @@ def from_wire(raw: bytes | memoryview) -> Words:
 def ascending(words: Words) -> Words:
     """`words` sorted; themselves if they are, as they mostly are: looking costs a fiftieth of sorting."""
     return words if bool((words[1:] >= words[:-1]).all()) else np.sort(words)
+
+
+LARGE = 1 << 63
+"""In a list of pages or frames: this one stands for itself and the 511 that follow, a huge page."""
+_LARGE = np.uint64(LARGE)
+_STEPS = np.arange(HUGE_PAGES, dtype=np.uint64)
+
+
+def has_large(words: Words) -> bool:
+    """Whether a list of pages or frames has large ones."""
+    return bool((words >= _LARGE).any())
+
+
+def page_by_page(words: Words) -> Words:
+    """A list of pages or frames with the 512 that each large one stands for."""
+    large = words >= _LARGE
+    if not large.any():
+        return words
+    if large.all():
+        heads = words & np.uint64(LARGE - 1)
+        found: Words = np.add.outer(heads, _STEPS).reshape(-1)
+        return found
+    return _spread(words & np.uint64(LARGE - 1), large, 1)
+
+
+def words_by_page(words: Words) -> Words:
+    """MIGRATE_PFN words with the 512 that each COMPOUND one stands for; of those only VALID ones have frames that count up."""
+    compound = words & np.uint64(MIGRATE_PFN_COMPOUND) != 0
+    if not compound.any():
+        return words
+    out = _spread(words & ~np.uint64(MIGRATE_PFN_COMPOUND), compound, 1 << MIGRATE_PFN_SHIFT)
+    valid = out & np.uint64(MIGRATE_PFN_VALID) != 0
+    flat: Words = np.where(valid, out, out & np.uint64((1 << MIGRATE_PFN_SHIFT) - 1))
+    return flat
+
+
+def _spread(words: Words, large: npt.NDArray[np.bool_], step: int) -> Words:
+    counts = np.where(large, HUGE_PAGES, 1)
+    first = np.repeat(np.cumsum(counts) - counts, counts)
+    spread: Words = np.repeat(words, counts) + (np.arange(len(first)) - first).astype(np.uint64) * np.uint64(step)
+    return spread
+
+
+def pages_in(words: Words, bit: int = LARGE) -> int:
+    """How many pages a list stands for; `bit` marks those that stand for 512."""
+    return len(words) + (HUGE_PAGES - 1) * int(np.count_nonzero(words & np.uint64(bit)))
 
 
 def run_bounds(frames: Words) -> npt.NDArray[np.intp]:

@@ -22,17 +22,19 @@ if TYPE_CHECKING:
 
 @asynccontextmanager
 async def announced(
-    space: AddressSpace, spaces: Mapping[int, AddressSpace], pages: Words, select: Select, owner: int
+    space: AddressSpace, spaces: Mapping[int, AddressSpace], start: int, end: int, pages: Words, select: Select, owner: int
 ) -> AsyncIterator[frozenset[int]]:
-    """While the block runs, nobody mirrors `pages` (ascending, of one VMA) that `collect` with the same arguments may take.
+    """While the block runs, nobody mirrors those pages of [start, end), in one VMA, that `collect` with the same arguments may take.
+
+    `pages` (ascending) are those of them that may be shared.
 
     Yields the processes that were told beyond their own MIGRATE, for `collect`. Hold the mmap lock for reading.
     """
     async with AsyncExitStack() as stack:
         told = set()
-        for mm, places in space.sharers(pages, select, owner):
+        for mm, places in space.sharers(pages, select, owner) if len(pages) else ():
             told |= await clear(stack, spaces, mm, places, owner)
-        await stack.enter_async_context(space.hub.invalidate(Event.MIGRATE, int(pages[0]), int(pages[-1]) + 1, owner))
+        await stack.enter_async_context(space.hub.invalidate(Event.MIGRATE, start, end, owner))
         yield frozenset(told)
 
 

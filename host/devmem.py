@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from hmmnet.arena import Arena
 from hmmnet.errors import HmmnetError
-from hmmnet.pages import Words
+from hmmnet.pages import LARGE, Words
 
 from .announce import clear
 from .interfaces import AddressSpace, DeviceLink
@@ -54,6 +54,7 @@ class PageMap:
         self.link = link
         self.zone = memory.add_device(link.zone, link.kind, link.name, pages, arena)
         self.zone.on_free = link.free_frames
+        self.zone.on_free_folios = lambda heads: link.free_frames(heads | np.uint64(LARGE))
 
     @property
     def used_pages(self) -> int:

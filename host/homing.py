@@ -20,11 +20,11 @@ import numpy as np
 from hmmnet.errors import BusError, KernelError, PeerError
 from hmmnet.observe.counters import CPU_FAULT, Profile
 from hmmnet.observe.events import HOST, Events
-from hmmnet.pages import HUGE_PAGES, PAGE_SHIFT, PAGE_SIZE, Words
+from hmmnet.pages import HUGE_PAGES, PAGE_SHIFT, PAGE_SIZE, Words, page_by_page
 
-from .announce import announced, clear, split_large
+from .announce import clear, split_large
 from .interfaces import NO_OWNER, AddressSpace, DeviceLink, Event, Migration, Select
-from .migrate import MIGRATE, SHIFT, VALID, Outcome
+from .migrate import MIGRATE, SHIFT, VALID, Outcome, collect, joined, listed, set_targets, words_of
 from .mm import pte
 from .mm.collect import collect_frames, finalize, move
 from .mm.frames import PhysicalMemory
@@ -82,6 +82,19 @@ class HostFrames:
             self._memory.put(self._frames)
 
 
+class Landing:
+    """Frames that were allocated before (`interfaces.Destination`)."""
+
+    __slots__ = ("_frames",)
+
+    def __init__(self, frames: Words) -> None:
+        self._frames = frames
+
+    def frames(self) -> Words:
+        """The frames."""
+        return self._frames
+
+
 class Homing:
     """Brings pages of devices home. `links` are the living devices by zone; `context_of` finds a process's context on one (0: none)."""
 
@@ -122,8 +135,7 @@ class Homing:
             if count == 1 and link.kind == "private":
                 moved = await self._home_one(space, link, first)
             else:
-                several = np.array((pages,), dtype=np.uint64) if isinstance(pages, int) else pages
-                moved = await self._bring(space, link, await self._collect(space, several, link), TOUCHED)
+                moved = await self._bring_pages(space, link, first, first + count)
         except PeerError as error:
             raise self._lost(space, first, zone, str(error)) from error
         if moved:
@@ -134,13 +146,94 @@ class Homing:
         why = f'page 0x{page:x} of process {space.number} has its only copy on device "{owner}" and cannot come home: {cause}'
         return BusError(page << PAGE_SHIFT, why)
 
-    async def _collect(self, space: AddressSpace, pages: Words, link: DeviceLink) -> Migration:
-        select, zone = memory_of(link), link.zone
-        async with announced(space, self.spaces, pages, select, zone) as told:
-            return space.collect(pages, select, zone, told=told)
+    async def _bring_pages(self, space: AddressSpace, link: DeviceLink, first: int, end: int) -> int:
+        """Bring pages [first, end), of one VMA, home because a CPU touched them; returns how many moved."""
+        parts: list[Migration] = []
+        await collect(parts, space, self.spaces, first, end, memory_of(link), link.zone)
+        return await self._bring(space, link, parts, TOUCHED, no_large=link.no_large())
 
-    async def _bring(self, space: AddressSpace, link: DeviceLink, migration: Migration, cause: str) -> int:
-        """Copy and change over what `migration` collected; returns how many pages moved."""
+    async def _bring(self, space: AddressSpace, link: DeviceLink, parts: list[Migration], cause: str, *, no_large: bool) -> int:
+        """Copy and change over what `parts` collected; returns how many pages moved. Whatever fails, nothing of them stays half way."""
+        moved, waiting = 0, list(parts)
+        try:
+            while waiting:
+                part = waiting.pop(0)
+                if part.large:
+                    moved += await self._bring_large(space, link, part, cause, no_large=no_large)
+                else:
+                    moved += await self._bring_small(space, link, part, cause, no_large=no_large)
+        except BaseException:
+            for part in waiting:
+                give_up(self._memory, space, part)
+            raise
+        return moved
+
+    async def _bring_large(self, space: AddressSpace, link: DeviceLink, part: Migration, cause: str, *, no_large: bool) -> int:
+        """`_bring` for huge pages as one; those for which the host has none go page by page, behind the others."""
+        heads = np.zeros(len(part.pages), np.uint64)
+        torn: list[Migration] = []
+        points, first, count = space.points, int(part.pages[0]), part.count
+        try:
+            if points.armed:
+                await _at("home.collected", space, link, first, count)
+                await _at("home.before_copy", space, link, first, count)
+            if not no_large:
+                self._allocate_folios(heads, space.node)
+            if not heads.all():
+                space.tear(part, heads == 0)
+                torn, part.torn = part.torn, []
+            rows = np.flatnonzero(heads)
+            if len(rows):
+                pages, frames = listed(part, part.pages[rows]), listed(part, part.source[rows] >> SHIFT)
+                await link.copy_out(self._context_of(space.number, link.zone), pages, frames, Landing(listed(part, heads[rows])))
+            if points.armed:
+                await _at("home.before_pages", space, link, first, count)
+        except BaseException:
+            for one in (part, *torn):
+                give_up(self._memory, space, one)
+            self._memory.put_folios(heads[heads != 0])
+            raise
+        set_targets(part, heads)
+        try:
+            moved = await self._change_over(space, link, part, cause)
+        except BaseException:
+            for one in torn:
+                give_up(self._memory, space, one)
+            raise
+        part.torn += torn
+        return moved + await self._bring(space, link, torn, cause, no_large=True)
+
+    def _allocate_folios(self, heads: Words, node: int) -> None:
+        """Fill `heads` with those of folios, as far as the host has any. Raises KernelError(ENOMEM) where a fault is injected."""
+        points = self._memory.points
+        if points.armed and points.fails("host.alloc.home", pages=len(heads) * HUGE_PAGES):
+            raise KernelError(errno.ENOMEM, "migrate_to_ram", "huge pages want to come home, and a fault was injected")
+        for row in range(len(heads)):
+            head = self._memory.allocate_folio(node, bare=True)
+            if head is None:
+                return
+            heads[row] = head
+
+    async def _change_over(self, space: AddressSpace, link: DeviceLink, part: Migration, cause: str) -> int:
+        """migrate_vma_pages and finalize; how many pages moved."""
+        points, first, count = space.points, int(part.pages[0]), part.count
+        space.migrate_pages(part)
+        moved = part.cpages
+        try:
+            if points.armed:
+                await _at("home.before_finalize", space, link, first, count)
+        finally:
+            space.migrate_finalize(part)
+        if self.events.heard:
+            for one in (part, *part.torn):
+                pages = page_by_page(listed(one, one.pages[one.source & MIGRATE != 0]))
+                self.events.moved(space.number, pages, link.name, HOST, cause)
+        if points.armed:
+            await _at("home.after", space, link, first, count)
+        return moved
+
+    async def _bring_small(self, space: AddressSpace, link: DeviceLink, migration: Migration, cause: str, *, no_large: bool) -> int:
+        """`_bring` page by page."""
         source = migration.source
         going = source & (MIGRATE | VALID) == MIGRATE | VALID  # a never-touched page is collected too, and has nothing to bring
         whole = bool(going.all())
@@ -151,7 +244,7 @@ class Homing:
             return 0
         frames = (source if whole else source[going]) >> SHIFT
         points, first, count = space.points, int(pages[0]), len(pages)
-        huge = [] if link.no_large() else whole_blocks(migration.saved if whole else migration.saved[going], pages)
+        huge = [] if no_large else whole_blocks(migration.saved if whole else migration.saved[going], pages)
         destination = HostFrames(self._memory, len(pages), space.node, huge)
         try:
             if points.armed:
@@ -169,18 +262,7 @@ class Homing:
             migration.target[:] = words
         else:
             migration.target[going] = words
-        space.migrate_pages(migration)
-        moved = migration.cpages
-        try:
-            if points.armed:
-                await _at("home.before_finalize", space, link, first, count)
-        finally:
-            space.migrate_finalize(migration)
-        if self.events.heard:
-            self.events.moved(space.number, migration.pages[migration.source & MIGRATE != 0], link.name, HOST, cause)
-        if points.armed:
-            await _at("home.after", space, link, first, count)
-        return moved
+        return await self._change_over(space, link, migration, cause)
 
     async def _home_one(self, space: AddressSpace, link: DeviceLink, page: int) -> int:
         """One page, with as little as possible: this is what a CPU fault waits for. `_bring`, for the general case, does the same."""
@@ -191,7 +273,7 @@ class Homing:
             async with space.hub.invalidate(Event.MIGRATE, page, page + 1, zone):
                 frame = space.take_one(page, zone)
         if frame is None:
-            return await self._bring(space, link, await self._collect(space, np.array((page,), dtype=np.uint64), link), TOUCHED)
+            return await self._bring_pages(space, link, page, page + 1)
 
         points = space.points
 
@@ -221,23 +303,24 @@ class Homing:
 
     async def migrate_to_system(self, space: AddressSpace, link: DeviceLink, start: int, end: int, cause: str = "user") -> Outcome:
         """Move the device's pages of [start, end) home, VMA by VMA; others stay. `cause` is told. Raises PeerLost, KernelError(ENOMEM)."""
-        words = np.zeros(end - start, dtype=np.uint64)
+        words: list[Words] = []
         async with space.mmap_lock.read():
             if space.points.armed:
                 await _at("home.explicit", space, link, start, end - start)
             page = start
             while page < end:
                 vma = space.vma_at(page)
-                stop = page + 1 if vma is None else min(end, vma.end, page + HOME_PAGES_MAX)
+                stop = page + 1 if vma is None else min(end, vma.end, (page + HOME_PAGES_MAX) // HUGE_PAGES * HUGE_PAGES)
                 try:
                     space.check_migratable(page, stop)
                 except KernelError as error:
-                    return Outcome(words, error.code)
-                part = await self._collect(space, np.arange(page, stop, dtype=np.uint64), link)
-                await self._bring(space, link, part, cause)
-                words[page - start : stop - start] = part.source
+                    return Outcome(joined([*words, np.zeros(end - page, np.uint64)]), error.code)
+                parts: list[Migration] = []
+                await collect(parts, space, self.spaces, page, stop, memory_of(link), link.zone)
+                await self._bring(space, link, parts, cause, no_large=link.no_large())
+                words.append(words_of(parts, stop - page))
                 page = stop
-        return Outcome(words)
+        return Outcome(joined(words))
 
     async def memory_failure(self, space: AddressSpace, start: int, end: int) -> None:
         """madvise(MADV_HWPOISON): the memory under pages [start, end) breaks, for everybody who maps it (mm/memory-failure.c).

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from hmmnet.pages import Words
+from hmmnet.pages import HUGE_PAGES, Words
 
 if TYPE_CHECKING:
     from hmmnet.faults.injector import Points
@@ -70,13 +70,23 @@ class Migration:
     fault_frame: int | None = None
     compound: bool = False
     """Huge pages go as one (Select.COMPOUND)."""
+    large: bool = False
+    """Each row is a huge page: `pages` are the first ones, words have COMPOUND, frames are heads, `saved` are PMDs (`mm.pmd`)."""
+    torn: list[Migration] = field(default_factory=list)
+    """Of a `large` one: what began as a huge page and goes on page by page. Those rows are void (0)."""
     others: list[Mapped] = field(default_factory=list)
     """Further mappings (in other processes, by row of this migration) that were replaced by migration entries."""
 
     @property
+    def count(self) -> int:
+        """Pages that it is about."""
+        return len(self.pages) * (HUGE_PAGES if self.large else 1)
+
+    @property
     def cpages(self) -> int:
         """Pages collected and still to move."""
-        return int(np.count_nonzero(self.source & np.uint64(2)))
+        rows = int(np.count_nonzero(self.source & np.uint64(2)))
+        return (rows * HUGE_PAGES if self.large else rows) + sum(part.cpages for part in self.torn)
 
 
 @dataclass(frozen=True)
@@ -127,17 +137,20 @@ class DeviceLink(Protocol):
         ...
 
     async def copy_in(self, source_frames: Words, target_frames: Words, zero_frames: Words) -> None:
-        """DMA host frames to device frames, and zero others on the device; return when all landed."""
+        """DMA host frames to device frames, and zero others on the device; return when all landed. All may be large (`pages.LARGE`)."""
 
     async def copy_out(self, context: int, pages: Words, frames: Words, destination: Destination) -> None:
-        """The device drops its entries for `pages` and its `frames` are copied to the destination; return when all landed."""
+        """The device drops its entries for `pages` and its `frames` are copied to the destination; return when all landed.
+
+        All may be large (`pages.LARGE`).
+        """
 
     async def fetch(self, context: int, page: int, frame: int, allocate: Callable[[], int]) -> None:
         """`copy_out` of one page into the host frame that `allocate` gives (and raises KernelError(ENOMEM)): a CPU waits for it."""
         ...
 
     def free_frames(self, frames: Words) -> None:
-        """folio_free: tell the driver, without waiting."""
+        """folio_free: tell the driver, without waiting. `frames` may have large ones (`pages.LARGE`)."""
 
     def no_large(self) -> bool:
         """Whether the driver's next allocation of a large page fails, as it was told (HMM_DMIRROR_FLAG_FAIL_ALLOC); once."""
@@ -246,6 +259,18 @@ class AddressSpace(Protocol):
 
     def large(self, pages: Words, *, compound: bool) -> list[Large]:
         """What is larger than a page and has to be split before `pages` can be collected; with `compound`, not what goes whole."""
+        ...
+
+    def takeable(self, start: int, end: int, select: Select, owner: int) -> Words:
+        """The blocks (page >> HUGE_SHIFT) of [start, end), in one VMA, that `collect_large` would take; they want no `sharers`."""
+        ...
+
+    def collect_large(self, blocks: Words, select: Select, owner: int) -> tuple[Migration, Words]:
+        """`collect` for huge pages as one; the blocks that were takeable before mirrors were told and are not now come back too."""
+        ...
+
+    def tear(self, migration: Migration, rows: npt.NDArray[np.bool_]) -> Migration:
+        """The pages of these rows of a `large` migration, which are void now, go on as the migration that is returned."""
         ...
 
     def sharers(self, pages: Words, select: Select, owner: int) -> list[tuple[Mm, Words]]:

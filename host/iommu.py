@@ -23,7 +23,19 @@ from dataclasses import dataclass
 import numpy as np
 
 from hmmnet.errors import IommuFault, KernelError
-from hmmnet.pages import HMM_PFN_ERROR, HMM_PFN_FRAME_MASK, HMM_PFN_VALID, HMM_PFN_WRITE, PAGE_SHIFT, ZONE_SHIFT, Words
+from hmmnet.pages import (
+    HMM_PFN_ERROR,
+    HMM_PFN_FRAME_MASK,
+    HMM_PFN_VALID,
+    HMM_PFN_WRITE,
+    HUGE_PAGES,
+    LARGE,
+    PAGE_SHIFT,
+    ZONE_SHIFT,
+    Words,
+    has_large,
+    page_by_page,
+)
 from hmmnet.sparse import SparseTable
 
 _VALID = np.uint64(1)
@@ -74,8 +86,17 @@ class Domain:
         self._table.clear(start, end)
 
     def revoke_pages(self, pages: Words) -> None:
-        """Forget the translations of single pages."""
-        self._table.scatter(pages, 0)
+        """Forget the translations of `pages`, which may be large."""
+        self._table.scatter(self._some(pages), 0)
+
+    def _some(self, pages: Words) -> Words:
+        """`pages` page by page; without large ones where there is no translation among them all, as is most common."""
+        if not has_large(pages):
+            return pages
+        large = pages & np.uint64(LARGE - 1)
+        if any(bool(part.any()) for _, part in self._table.present(int(large.min()), int(large.max()) + HUGE_PAGES)):
+            return page_by_page(pages)
+        return pages[pages < np.uint64(LARGE)]
 
     def frame(self, page: int) -> int | None:
         """The frame that `page` translates to, or None."""
@@ -84,6 +105,7 @@ class Domain:
 
     def suspend(self, pages: Words) -> None:
         """`pages` are on their way to the device itself: their translations answer EAGAIN until `resume` or `revoke_pages`."""
+        pages = self._some(pages)
         entries = self._table.gather(pages)
         held = (entries & _VALID) != 0
         if held.any():
@@ -91,6 +113,7 @@ class Domain:
 
     def resume(self, pages: Words) -> None:
         """`pages` stayed where they were: what was suspended is good again."""
+        pages = self._some(pages)
         entries = self._table.gather(pages)
         held = (entries & _SUSPENDED) != 0
         if held.any():

@@ -25,7 +25,7 @@ from hmmnet.errors import KernelError, PeerError, PeerGone, PeerLost, ProtocolEr
 from hmmnet.fabric.arbiter import Flow
 from hmmnet.fabric.dma import ArenaSink, ArenaSource, BulkReceiver, BulkSender, Sink, Source
 from hmmnet.observe.counters import DEVICE_TO_HOST, HOST_TO_DEVICE
-from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, Words, to_wire
+from hmmnet.pages import HUGE_PAGES, PAGE_SHIFT, PAGE_SIZE, Words, has_large, page_by_page, pages_in, to_wire
 from hmmnet.topology import DeviceSpec
 from hmmnet.wire.messages import INLINE_BYTES_MAX, PAGES_PER_MESSAGE_MAX, Copied, CopyIn, CopyOut, Done, FreeFrames, Invalidate, Message
 from hmmnet.wire.session import PendingReply, Session
@@ -201,10 +201,11 @@ class SessionLink:
         if len(source_frames) == 0:
             await self.session.ask(CopyIn(0, b"", to_wire(zero_frames)), Done)
             return
-        source = ArenaSource(self._interconnect.memories, source_frames << _SHIFT, PAGE_SIZE)
+        frames = page_by_page(source_frames)
+        source = ArenaSource(self._interconnect.memories, frames << _SHIFT, PAGE_SIZE)
         stream = self.new_stream()
         pending = self.session.begin(CopyIn(stream, to_wire(target_frames), to_wire(zero_frames)))
-        await self.send(stream, source, int(source_frames[0]))
+        await self.send(stream, source, int(frames[0]))
         await pending.wait()
 
     async def send(self, stream: int, source: Source, frame: int) -> None:
@@ -222,11 +223,11 @@ class SessionLink:
         """The device drops its entries and streams `frames` to the destination. Raises PeerLost, PeerError, KernelError(ENOMEM)."""
         if self.session.lost is not None:
             raise self.lost_error()
-        if len(frames) <= INLINE_PAGES_MAX:
+        if pages_in(frames) <= INLINE_PAGES_MAX:
             await self._copy_inline(CopyOut(0, context, to_wire(pages), to_wire(frames), 0.0, 0.0, 0.0), destination)
             return
         stream = self.new_stream()
-        targets = destination.frames()
+        targets = page_by_page(destination.frames())
         sink = ArenaSink(self._interconnect.memories, targets << _SHIFT, PAGE_SIZE)
         async with self.coming(stream, sink, int(targets[0])) as flow:
             await self.session.request(
@@ -332,8 +333,9 @@ class SessionLink:
         if self._freed:
             freed, self._freed = self._freed, []
             frames = freed[0] if len(freed) == 1 else np.concatenate(freed)
-            for first in range(0, len(frames), PAGES_PER_MESSAGE_MAX):
-                self.session.note(FreeFrames(to_wire(frames[first : first + PAGES_PER_MESSAGE_MAX])))
+            most = PAGES_PER_MESSAGE_MAX // HUGE_PAGES if has_large(frames) else PAGES_PER_MESSAGE_MAX
+            for first in range(0, len(frames), most):
+                self.session.note(FreeFrames(to_wire(frames[first : first + most])))
 
     def settle(self) -> None:
         """Count the pages that came with answers."""

@@ -24,7 +24,19 @@ from dataclasses import dataclass
 import numpy as np
 
 from hmmnet.errors import KernelError, ProtocolError
-from hmmnet.pages import HUGE_PAGES, HUGE_SHIFT, MIGRATE_PFN_MIGRATE, MIGRATE_PFN_SHIFT, MIGRATE_PFN_VALID, Words
+from hmmnet.pages import (
+    HUGE_PAGES,
+    HUGE_SHIFT,
+    LARGE,
+    MIGRATE_PFN_COMPOUND,
+    MIGRATE_PFN_MIGRATE,
+    MIGRATE_PFN_SHIFT,
+    MIGRATE_PFN_VALID,
+    Words,
+    page_by_page,
+    pages_in,
+    words_by_page,
+)
 
 from .announce import announced, split_large
 from .interfaces import AddressSpace, DeviceLink, Event, Migration, Select
@@ -35,12 +47,16 @@ from .mm.zones import LOCKED, Zone
 MIGRATE = np.uint64(MIGRATE_PFN_MIGRATE)
 VALID = np.uint64(MIGRATE_PFN_VALID)
 SHIFT = np.uint64(MIGRATE_PFN_SHIFT)
+_BLOCK = np.uint64(HUGE_SHIFT)
 _NONE = np.zeros(0, dtype=np.uint64)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a migration did: final source words for the whole range, and the errno of the VMA at which it ended early (0: it did not)."""
+    """What a migration did: final source words for the whole range, and the errno of the VMA at which it ended early (0: it did not).
+
+    A word with COMPOUND stands for a huge page.
+    """
 
     words: Words
     errno: int = 0
@@ -48,12 +64,95 @@ class Outcome:
     @property
     def moved(self) -> int:
         """Pages that moved."""
-        return int(np.count_nonzero(self.words & MIGRATE))
+        return pages_in(self.words[self.words & MIGRATE != 0], MIGRATE_PFN_COMPOUND)
+
+    def moved_pages(self, start: int) -> Words:
+        """Those pages, of a range that begins at page `start`."""
+        return np.flatnonzero(words_by_page(self.words) & MIGRATE).astype(np.uint64) + np.uint64(start)
 
 
 def joined(arrays: list[Words]) -> Words:
     """The arrays behind each other; a single one as it is."""
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays) if arrays else _NONE
+
+
+async def collect(
+    parts: list[Migration],
+    space: AddressSpace,
+    spaces: Mapping[int, AddressSpace],
+    start: int,
+    end: int,
+    select: Select,
+    owner: int,
+    blocks: Words | None = None,
+    between: Callable[[], Awaitable[None]] | None = None,
+) -> None:
+    """migrate_vma_collect for [start, end), which lies in one VMA: everybody is told, and what can go is behind migration entries.
+
+    It is appended to `parts`. Huge pages go as one, in a part of their own (`Migration.large`): with Select.SYSTEM those at `blocks` (if
+    none are given, none), else all. With `between`, entry by entry, as the kernel's walk goes, for who wants to look in between.
+    """
+    large = space.takeable(start, end, select, owner)
+    if select & Select.SYSTEM:
+        large = large[np.isin(large, blocks)] if blocks is not None and len(large) else _NONE
+    if len(large) << HUGE_SHIFT == end - start:
+        pages = _NONE
+    else:
+        pages = np.arange(start, end, dtype=np.uint64)
+        if len(large):
+            pages = pages[~np.isin(pages >> _BLOCK, large)]
+    if select & Select.SYSTEM and len(pages):
+        await split_large(space, spaces, pages, owner, compound=bool(select & Select.COMPOUND))
+    async with announced(space, spaces, start, end, pages, select, owner) as told:
+        for some in [large] if between is None else np.split(large, len(large)):
+            if len(some):
+                part, left = space.collect_large(some, select, owner)
+                if len(part.pages):
+                    parts.append(part)
+                if len(left):
+                    pages = np.sort(np.concatenate((pages, page_by_page(left << _BLOCK | np.uint64(LARGE)))))
+                if between is not None:
+                    await between()
+        for run in ([pages] if len(pages) else []) if between is None else entries(pages, compound=bool(select & Select.COMPOUND)):
+            parts.append(space.collect(run, select, owner, told=told))
+            if between is not None:
+                await between()
+
+
+def listed(part: Migration, values: Words) -> Words:
+    """Pages or frames of `part` as a list that others read: large ones say so."""
+    return values | np.uint64(LARGE) if part.large else values
+
+
+def pieces(parts: list[Migration]) -> list[tuple[Words, Words]]:
+    """(pages, source words as they are now) of `parts`, and of what was torn off; pages of huge pages are marked."""
+    found = []
+    for part in parts:
+        kept = slice(None) if not part.torn else part.source != 0
+        found.append((listed(part, part.pages)[kept], part.source[kept]))
+        found += [(one.pages, one.source) for one in part.torn]
+    return found
+
+
+def words_of(parts: list[Migration], count: int) -> Words:
+    """The source words of a range of `count` pages in their order, huge ones as one word; zero where `parts` end before it does."""
+    found = pieces(parts)
+    words = np.concatenate([_NONE, *(words for _, words in found)])
+    if len(found) > 1:
+        pages = np.concatenate([pages for pages, _ in found]) & np.uint64(LARGE - 1)
+        words = words[np.argsort(pages, kind="stable")]
+    return np.concatenate((words, np.zeros(count - pages_in(words, MIGRATE_PFN_COMPOUND), np.uint64)))
+
+
+def entries(pages: Words, *, compound: bool) -> list[Words]:
+    """`pages` by entry: with `compound`, where huge pages go whole, aligned blocks are one."""
+    if len(pages) == 0:
+        return []
+    blocks = pages >> _BLOCK
+    together = np.bincount((blocks - blocks[0]).astype(np.intp))[(blocks - blocks[0]).astype(np.intp)] == HUGE_PAGES
+    whole = together if compound else np.zeros(len(pages), np.bool_)
+    cuts = np.flatnonzero((np.diff(blocks) != 0) | ~whole[1:]) + 1
+    return np.split(pages, cuts)
 
 
 class MigrateVma:
@@ -70,7 +169,7 @@ class MigrateVma:
         self.owner = link.zone
         self.points = space.points
         self.parts: list[Migration] = []
-        """One for each VMA."""
+        """One for each VMA, and one more for its huge pages."""
         self.errno = 0
         self._over = False
         self.range = (0, 0)
@@ -81,8 +180,11 @@ class MigrateVma:
         start, end = self.range
         await self.points.at(name, device=self.link.name, process=self.space.number, start=start, pages=end - start)
 
-    async def setup(self, start: int, end: int) -> None:
-        """migrate_vma_setup for each VMA of [start, end), as drivers loop over a range; ends with `errno` at the first that will not do."""
+    async def setup(self, start: int, end: int, blocks: Words | None = None) -> None:
+        """migrate_vma_setup for each VMA of [start, end), as drivers loop over a range; ends with `errno` at the first that will not do.
+
+        `blocks`: see `collect`.
+        """
         page = start
         while page < end:
             vma = self.space.vma_at(page)
@@ -92,49 +194,19 @@ class MigrateVma:
             except KernelError as error:
                 self.errno = error.code
                 return
-            pages = np.arange(page, stop, dtype=np.uint64)
-            if self.select & Select.SYSTEM:
-                await split_large(self.space, self.spaces, pages, self.owner, compound=bool(self.select & Select.COMPOUND))
-            async with announced(self.space, self.spaces, pages, self.select, self.owner) as told:
-                if self.points.armed and self.points.wants("migrate.after_entry"):
-                    await self._collect_singly(pages, told)
-                else:
-                    self.parts.append(self.space.collect(pages, self.select, self.owner, told=told))
+            between = self._after_entry if self.points.armed and self.points.wants("migrate.after_entry") else None
+            await collect(self.parts, self.space, self.spaces, page, stop, self.select, self.owner, blocks, between)
             if self.points.armed:
                 await self.at("migrate.after_vma")
             page = stop
 
-    async def _collect_singly(self, pages: Words, told: frozenset[int]) -> None:
-        """Page by page, as the kernel's walk goes, for who wants to see what happens in between."""
-        for entry in self._entries(pages):
-            self.parts.append(self.space.collect(entry, self.select, self.owner, told=told))
-            await self.at("migrate.after_entry")
-
-    def _entries(self, pages: Words) -> list[Words]:
-        """`pages` by entry: where huge pages go whole, aligned blocks are one."""
-        blocks = pages >> np.uint64(HUGE_SHIFT)
-        together = np.bincount((blocks - blocks[0]).astype(np.intp))[(blocks - blocks[0]).astype(np.intp)] == HUGE_PAGES
-        whole = together if self.select & Select.COMPOUND else np.zeros(len(pages), np.bool_)
-        cuts = np.flatnonzero((np.diff(blocks) != 0) | ~whole[1:]) + 1
-        return np.split(pages, cuts)
+    async def _after_entry(self) -> None:
+        await self.at("migrate.after_entry")
 
     @property
     def pages(self) -> Words:
-        """The pages of all parts."""
-        return joined([part.pages for part in self.parts])
-
-    @property
-    def source(self) -> Words:
-        """The source words of all parts, as they are now."""
-        return joined([part.source for part in self.parts])
-
-    def set_targets(self, frames: Words) -> None:
-        """The driver's destinations, position by position over all parts (0: none)."""
-        words = np.where(frames != 0, frames << SHIFT | VALID, np.uint64(0))
-        done = 0
-        for part in self.parts:
-            part.target[:] = words[done : done + len(part.pages)]
-            done += len(part.pages)
+        """The pages of all parts, large ones marked."""
+        return np.concatenate([_NONE, *(listed(part, part.pages) for part in self.parts)])
 
     async def install(self) -> None:
         """migrate_vma_pages. Pages that were never touched have no migration entry to hide behind, so they are announced once more."""
@@ -160,7 +232,8 @@ class MigrateVma:
         self._over = True
         for part in self.parts:
             self.space.migrate_restore(part)
-            part.target[:] = 0
+            for one in (part, *part.torn):
+                one.target[:] = 0
             self.space.migrate_finalize(part)
 
 
@@ -173,28 +246,72 @@ class Grant:
 
     zone: Zone
     frames: Words
+    """Large ones (`pages.LARGE`) are for 512 pages."""
 
     def __post_init__(self) -> None:
-        self._offered = self.frames[self.frames != 0]
+        large = self.frames >= np.uint64(LARGE)
+        self._offered = self.frames[(self.frames != 0) & ~large]
+        self._heads = self._locked = self.frames[large] & np.uint64(LARGE - 1)
+        counts = np.where(large, HUGE_PAGES, 1)
+        self._positions = (np.cumsum(counts) - counts)[large] if len(self._heads) else np.zeros(0, np.int64)
+        self.pages = pages_in(self.frames)
+        """How many pages they are for."""
 
-    def take(self) -> None:
+    def blocks(self, start: int) -> Words:
+        """The blocks for which there is a large one, when the range begins at page `start`."""
+        return (self._positions + start >> HUGE_SHIFT).astype(np.uint64)
+
+    def for_part(self, part: Migration, start: int) -> Words:
+        """The frame for each page of `part` (the head, for each huge page) of a range that begins at page `start`; 0: none."""
+        if part.large:
+            return self._heads[np.searchsorted(self.blocks(start), part.pages >> _BLOCK)]
+        return page_by_page(self.frames)[(part.pages - np.uint64(start)).astype(np.intp)]
+
+    def take(self, start: int = 0) -> None:
         """Check and lock. Raises ProtocolError for frames that are not idle frames of the zone, each named once."""
-        if not self.zone.idle(self._offered):
+        if not self.zone.idle(self._offered) or not self._heads_idle():
             raise ProtocolError(f"{self.zone.owner} offers frames that are in use, named twice, or not its own")
+        if ((self._positions + start) % HUGE_PAGES).any() or (self._heads % np.uint64(HUGE_PAGES)).any():
+            raise ProtocolError(f"{self.zone.owner} offers a huge page that is not aligned")
         if len(self._offered):
             where = self.zone.at(self._offered)
             if self.zone.flags[where].any():
                 raise ProtocolError(f"{self.zone.owner} offers frames that it has offered to another migration")
             self.zone.flags[where] = LOCKED
             self.zone.offered = max(self.zone.offered, int(self._offered.max()) - self.zone.base + 1)
+        if len(self._heads):
+            at = (self._heads - np.uint64(self.zone.base)).astype(np.intp)
+            self.zone.flags[at] = LOCKED
+            self.zone.set_folded(at >> HUGE_SHIFT)
+            self.zone.offered = max(self.zone.offered, int(at.max()) + HUGE_PAGES)
+
+    def _heads_idle(self) -> bool:
+        """Whether the large ones are whole blocks of the zone that nobody has or was offered, and that no small one lies in."""
+        if len(self._heads) == 0:
+            return True
+        last = self._heads + np.uint64(HUGE_PAGES - 1)
+        blocks = (self._heads - np.uint64(self.zone.base)).astype(np.intp) >> HUGE_SHIFT
+        if not self.zone.holds(self._heads) or not self.zone.holds(last) or len(np.unique(blocks)) != len(blocks):
+            return False
+        return self.zone.unused(blocks) and not np.isin(self._offered >> _BLOCK, self._heads >> _BLOCK).any()
 
     def release(self) -> None:
         """Unlock what is not used. Once the driver knows of it, it may offer those frames to another migration."""
-        if len(self._offered):
-            where = self.zone.at(self._offered)
+        offered = self._offered
+        if len(self._locked):
+            at = (self._locked - np.uint64(self.zone.base)).astype(np.intp)
+            folded = self.zone.folded[at >> HUGE_SHIFT]
+            idle = folded & (self.zone.refcount[at] == 0)
+            self.zone.flags[at[idle]] = 0
+            self.zone.set_unused(at[idle] >> HUGE_SHIFT)
+            if not folded.all():
+                offered = np.concatenate((offered, page_by_page(self._locked[~folded] | np.uint64(LARGE))))
+            self._locked = self._locked[folded & ~idle]
+        if len(offered):
+            where = self.zone.at(offered)
             idle = self.zone.refcount[where] == 0
             self.zone.flags[where] = np.where(idle, np.uint32(0), self.zone.flags[where])
-            self._offered = self._offered[~idle]
+            self._offered = offered[~idle]
 
 
 Announce = Callable[[Outcome, Callable[[], None]], Awaitable[None]]
@@ -215,36 +332,32 @@ async def migrate_to_device(
     grant: Grant,
     announce: Announce,
 ) -> None:
-    """Move pages [start, start + len(grant.frames)) into the frames that the driver granted.
+    """Move pages [start, start + grant.pages) into the frames that the driver granted.
 
     `domain` are the translations of the driver's context: those of pages on their way are suspended, and void once a page has moved.
     Raises PeerLost when the device is gone; then nothing has moved.
     """
-    count = len(grant.frames)
     async with space.mmap_lock.read():
-        grant.take()
+        grant.take(start)
         work = MigrateVma(space, spaces, select, link)
-        work.range = (start, start + count)
+        work.range = (start, start + grant.pages)
         points = work.points
         try:
             if points.armed:
                 await work.at("migrate.before_collect")
-            await work.setup(start, start + count)
+            await work.setup(start, start + grant.pages, grant.blocks(start))
             if points.armed:
                 await work.at("migrate.after_unmap")
-            await _copy_in(work, domain, start, grant.frames)
+            await _copy_in(work, domain, start, grant)
             if points.armed:
                 await work.at("migrate.before_pages")
             await work.install()
             if points.armed:
                 await work.at("migrate.after_pages")
-            source = work.source
-            moved = source & MIGRATE != 0
-            domain.revoke_pages(work.pages[moved])
-            words = np.zeros(count, dtype=np.uint64)
-            words[: len(source)] = source
+            for pages, words in pieces(work.parts):
+                domain.revoke_pages(pages[words & MIGRATE != 0])
             grant.release()
-            await announce(Outcome(words, work.errno), work.finalize)
+            await announce(Outcome(words_of(work.parts, grant.pages), work.errno), work.finalize)
             work.finalize()
             if points.armed:
                 await work.at("migrate.after")
@@ -256,17 +369,29 @@ async def migrate_to_device(
             grant.release()
 
 
-async def _copy_in(work: MigrateVma, domain: Domain, start: int, granted: Words) -> None:
+async def _copy_in(work: MigrateVma, domain: Domain, start: int, grant: Grant) -> None:
     """alloc_and_copy: pages with data are streamed, never-touched ones zeroed on the device; a page without a grant stays."""
     if work.points.armed:
         await work.at("migrate.allocate")
-    source = work.source
-    frames = np.where(source & MIGRATE != 0, granted[: len(source)], np.uint64(0))
-    full = np.flatnonzero((frames != 0) & (source & VALID != 0))
-    empty = np.flatnonzero((frames != 0) & (source & VALID == 0))
-    domain.suspend((full + start).astype(np.uint64))
+    sources, targets, zeros, chosen = [_NONE], [_NONE], [_NONE], []
+    for part in work.parts:
+        frames = np.where(part.source & MIGRATE != 0, grant.for_part(part, start), np.uint64(0))
+        full = (frames != 0) & (part.source & VALID != 0)
+        domain.suspend(listed(part, part.pages[full]))
+        sources.append(listed(part, part.source[full] >> SHIFT))
+        targets.append(listed(part, frames[full]))
+        zeros.append(listed(part, frames[(frames != 0) & ~full]))
+        chosen.append(frames)
+    source, target, zero = np.concatenate(sources), np.concatenate(targets), np.concatenate(zeros)
     if work.points.armed:
         await work.at("migrate.before_copy")
-    if len(full) or len(empty):
-        await work.link.copy_in(source[full] >> SHIFT, frames[full], frames[empty])
-    work.set_targets(frames)
+    if len(source) or len(zero):
+        await work.link.copy_in(source, target, zero)
+    for part, frames in zip(work.parts, chosen, strict=True):
+        set_targets(part, frames)
+
+
+def set_targets(part: Migration, frames: Words) -> None:
+    """The driver's destinations for the rows of `part` (0: none)."""
+    bits = np.uint64(MIGRATE_PFN_VALID | (MIGRATE_PFN_COMPOUND if part.large else 0))
+    part.target[:] = np.where(frames != 0, frames << SHIFT | bits, np.uint64(0))

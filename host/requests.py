@@ -24,6 +24,7 @@ from hmmnet.pages import (
     PAGES_MAX,
     Words,
     from_wire,
+    pages_in,
     to_wire,
 )
 from hmmnet.wire.messages import (
@@ -46,7 +47,7 @@ from hmmnet.wire.session import Session
 from .device import Context, Life
 from .homing import Homing
 from .interfaces import Select
-from .migrate import MIGRATE, Grant, Outcome, migrate_to_device
+from .migrate import Grant, Outcome, migrate_to_device
 from .mirror import Request, range_fault
 from .notifier import Subscription
 
@@ -139,8 +140,8 @@ class Requests:
         if message.direction != "device":
             raise ProtocolError(f"Migrate in direction {message.direction!r}")
         frames = _words(message.grant, "Migrate.grant")
-        if len(frames) != message.pages:
-            raise ProtocolError(f"Migrate of {message.pages} pages with {len(frames)} frames granted")
+        if pages_in(frames) != message.pages:
+            raise ProtocolError(f"Migrate of {message.pages} pages with {pages_in(frames)} frames granted")
         grant = Grant(self._life.page_map.zone, frames)
         reply: Migrated = await self._nursery.start(partial(self._to_device, context, message, grant))
         return reply
@@ -206,8 +207,7 @@ class Requests:
     def _moved_in(self, context: Context, message: Migrate, outcome: Outcome) -> None:
         events = self._homing.events
         if events.heard:
-            pages = np.flatnonzero(outcome.words & MIGRATE).astype(np.uint64) + np.uint64(message.start)
-            events.moved(context.space.number, pages, HOST, self._life.name, message.cause)
+            events.moved(context.space.number, outcome.moved_pages(message.start), HOST, self._life.name, message.cause)
 
     async def evict(self, message: Evict) -> Evicted:
         """migrate_device_range. Raises KernelError(ENOMEM)."""

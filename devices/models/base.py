@@ -33,7 +33,7 @@ from hmmnet.errors import KernelError, PeerError, ProtocolError
 from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.fabric.dma import BulkReceiver, BulkSender
 from hmmnet.faults.injector import Points
-from hmmnet.pages import PAGES_MAX, Words, ascending, from_wire
+from hmmnet.pages import LARGE, PAGES_MAX, Words, ascending, from_wire, page_by_page
 from hmmnet.wire.messages import (
     ARGUMENT_BYTES_MAX,
     TEXT_MAX,
@@ -62,6 +62,8 @@ JOBS_MAX = 1024
 """Jobs that one context runs at once."""
 WORD_BYTES = 8
 """A page list of one page."""
+LARGE_BYTE = LARGE >> 56
+"""The last byte of a little-endian word is at least this when it is large (`pages.LARGE`)."""
 IDLE_S = 1.0
 """Real seconds after which message buffers in reserve go back to the operating system; freed frames go after `IDLE_ROUNDS` times that."""
 
@@ -240,12 +242,13 @@ class Device:
         try:
             await self.points.at("device.copy_in", pages=len(message.targets) // WORD_BYTES)
         except PeerError:
-            self.copies.abandon(from_wire(message.targets))
+            self.copies.abandon(page_by_page(from_wire(message.targets)))
             raise
 
     def copy_out(self, message: CopyOut) -> Copied | Awaitable[Copied] | None:
         """A stream out of live frames (a few come with the answer), whose entries go first. Raises ProtocolError."""
-        answer = self._copy_one(message) if message.stream == 0 and len(message.frames) == WORD_BYTES else self._copy_out(message)
+        one = message.stream == 0 and len(message.frames) == WORD_BYTES and message.frames[-1] < LARGE_BYTE
+        answer = self._copy_one(message) if one else self._copy_out(message)
         return self._answer_late(answer) if self.points.armed and answer is not None else answer
 
     async def _answer_late(self, answer: Copied) -> Copied:

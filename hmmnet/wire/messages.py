@@ -32,6 +32,7 @@ INLINE_BYTES_MAX = 4 * PAGE_SIZE
 """Page data that may ride on an answer over the control session: a stream of its own would cost a CPU fault twice the messages, while a
 few pages do not delay an invalidation."""
 
+# Lists of pages and of frames name a huge page by one word, its first with bit 63 set (`pages.LARGE`).
 PageList: TypeAlias = Annotated[bytes, msgspec.Meta(max_length=8 * PAGES_PER_MESSAGE_MAX)]
 Name: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=NAME_MAX)]
 Text: TypeAlias = Annotated[str, msgspec.Meta(max_length=TEXT_MAX)]
@@ -335,8 +336,9 @@ class Migrate(Message, frozen=True):
     """migrate_vma on behalf of a driver. `Migrated`.
 
     `direction` is ``device`` or ``system``. `grant` are the frames that the driver offers as destinations, position by position of the
-    range (direction device; 0 offers none for that page); frames whose page did not migrate come back as not used in the reply and stay
-    the driver's. `cause` says on whose behalf: ``user``, ``fault`` (a group of device faults), ``prefetch`` or ``release``.
+    range (direction device; 0 offers none for that page; a large one is for the aligned 512 pages from its position on). Frames whose page
+    did not migrate come back as not used in the reply and stay the driver's.
+    `cause` says on whose behalf: ``user``, ``fault`` (a group of device faults), ``prefetch`` or ``release``.
 
     The range may span several VMAs. Where a VMA cannot take part, migration ends there: what lies before has moved, and the reply
     says so with `Migrated.errno` (not with `Failed`, because the driver must map what moved).
@@ -356,6 +358,8 @@ class Migrate(Message, frozen=True):
 
 class Migrated(Message, frozen=True):
     """Reply: final MIGRATE_PFN source words, position by position: MIGRATE is set for what moved, WRITE where the new page is writable.
+
+    A word with COMPOUND stands for the 512 positions of a huge page.
 
     Direction device: the device maps and then sends `MigrateDone`, also when nothing moved, unless `migration` is 0.
     Direction system: the pages are home

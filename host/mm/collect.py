@@ -87,7 +87,7 @@ def collect(
 def sharers(mm: Mm, pages: Words, select: Select, owner: int) -> list[tuple[Mm, Words]]:
     """Where the frames that several processes map, of those that `collect` would take, may be mapped (`rmap.places`)."""
     entries = mm.table.gather(pages)
-    frames = pte.frames_of(entries[_wanted(entries, select, owner)])
+    frames = pte.frames_of(entries[wanted(entries, select, owner)])
     shared = frames[mm.memory.field(frames, "mapcount") > 1]
     return list(places(mm.memory, shared)) if len(shared) else []
 
@@ -101,13 +101,13 @@ def _collect(mm: Mm, migration: Migration, select: Select, told: frozenset[int])
         bare |= entries & (pte.KIND | pte.SPECIAL | huge) == pte.PRESENT | pte.SPECIAL
     if bare.any():
         migration.source[bare & _anonymous(mm, pages)] = MIGRATE_PFN_MIGRATE
-    rows = np.flatnonzero(_wanted(entries, select, migration.owner))
+    rows = np.flatnonzero(wanted(entries, select, migration.owner))
     if len(rows):
         frames = pte.frames_of(entries if len(rows) == len(entries) else entries[rows])
         whole = entries[rows] & pte.HUGE != 0 if migration.compound else None
         free = _free_to_go(mm.memory, frames, migration.fault_frame, whole)
         if mm.memory.points.armed:
-            free &= _lucky(mm, pages[rows], "migrate.trylock", "migrate.count")
+            free &= lucky(mm, pages[rows], "migrate.trylock", "migrate.count")
         if not free.all():
             rows = rows[free]
         rows = tear_collected(mm, pages, entries, rows)
@@ -125,7 +125,7 @@ def _anonymous(mm: Mm, pages: Words) -> Flags:
     return out
 
 
-def _wanted(entries: Words, select: Select, owner: int) -> Flags:
+def wanted(entries: Words, select: Select, owner: int) -> Flags:
     """Which entries are of a kind that `select` asks for."""
     kinds = entries & (pte.KIND | pte.SPECIAL)
     wanted = np.zeros(len(entries), np.bool_)
@@ -164,7 +164,7 @@ def _free_to_go(memory: PhysicalMemory, frames: Words, fault_frame: int | None, 
     return out
 
 
-def _lucky(mm: Mm, pages: Words, *names: str) -> Flags:
+def lucky(mm: Mm, pages: Words, *names: str) -> Flags:
     """Which of `pages` no fault that is injected at the points `names` keeps where they are."""
     points = mm.memory.points
     out = np.ones(len(pages), np.bool_)
@@ -213,14 +213,14 @@ def _install(mm: Mm | None, migration: Migration, rows: Rows, entries: Words) ->
     chosen = entries if whole else entries[rows]
     source = _words(pte.frames_of(chosen), BOTH) | pte.masked(chosen, pte.WRITE)
     if mm is not None:
-        mm.table.scatter(migration.pages if whole else migration.pages[rows], _waiting(chosen))
+        mm.table.scatter(migration.pages if whole else migration.pages[rows], waiting(chosen))
         migration.saved[rows] = chosen
     migration.source[rows] = source
     memory = None if mm is None else mm.memory
     for mapped in migration.others:
         torn = mapped.entries.copy()
         tear_mapped(mapped.mm, mapped.pages, torn)
-        mapped.mm.table.scatter(mapped.pages, _waiting(torn))
+        mapped.mm.table.scatter(mapped.pages, waiting(torn))
         memory = mapped.mm.memory
     if memory is None:
         return
@@ -231,7 +231,7 @@ def _install(mm: Mm | None, migration: Migration, rows: Rows, entries: Words) ->
         zone.mapcount[where] = 0
 
 
-def _waiting(entries: Words) -> Words:
+def waiting(entries: Words) -> Words:
     """The migration entries for `entries`."""
     return entries & ~np.uint64(pte.BITS & ~pte.CARRIED) | np.uint64(pte.MIGRATION)
 
@@ -312,7 +312,7 @@ def _insert(mm: Mm, migration: Migration) -> None:
             anon[inside] = vma.anon
     ready &= bits != 0
     if mm.memory.points.armed:
-        ready &= _lucky(mm, pages, "migrate.insert", "memcg.charge")
+        ready &= lucky(mm, pages, "migrate.insert", "memcg.charge")
     charge = 0
     if mm.cgroup is not None:
         ready[np.flatnonzero(ready)[mm.cgroup.charge_some(int(np.count_nonzero(ready))) :]] = False
@@ -376,7 +376,7 @@ def _finalize(memory: PhysicalMemory, mm: Mm | None, migration: Migration) -> No
     source, target = migration.source, migration.target
     if mm is not None and not migration.others and bool((source & BOTH == BOTH).all()):
         came, final = _frames(source), _frames(target)
-        _settle(memory, final, _replace(mm, migration.pages, came, final, _private(memory, final)))
+        _settle(memory, final, _replace(mm, migration.pages, came, final, is_private(memory, final)))
         _release(memory, came)
         return
     going = source & MIGRATE_PFN_MIGRATE != 0
@@ -385,7 +385,7 @@ def _finalize(memory: PhysicalMemory, mm: Mm | None, migration: Migration) -> No
     if len(rows):
         came, goes, full = _frames(source[rows]), going[rows], full[rows]
         final = np.where(goes, _frames(target[rows]), came)
-        private = _private(memory, final)
+        private = is_private(memory, final)
         count = np.zeros(len(rows), np.int32)
         if mm is not None:
             count += _replace(mm, migration.pages[rows], np.where(full, came, final), final, private)
@@ -398,10 +398,10 @@ def _finalize(memory: PhysicalMemory, mm: Mm | None, migration: Migration) -> No
     memory.put(unused[unused < DEVICE_ZONE_MIN << ZONE_SHIFT])
 
 
-def _private(memory: PhysicalMemory, frames: Words) -> Flags:
+def is_private(memory: PhysicalMemory, frames: Words) -> Flags:
     """Which frames are device-private memory."""
     out = np.zeros(len(frames), np.bool_)
-    for zone, rows, _ in memory.groups(frames):
+    for zone, rows, _ in memory.where(frames):
         out[rows] = zone.kind == "private"
     return out
 

@@ -52,7 +52,7 @@ def frames_from(heads: Words) -> Words:
     return (heads[:, np.newaxis] + _STEPS).reshape(-1)
 
 
-def _at(where: Index) -> npt.NDArray[np.intp]:
+def positions(where: Index) -> npt.NDArray[np.intp]:
     """Where heads stand, as a list."""
     return np.arange(where.start, where.stop) if isinstance(where, slice) else where
 
@@ -378,7 +378,7 @@ class PhysicalMemory:
         out = np.zeros(len(heads), np.bool_)
         for zone, rows, where in self.where(heads):
             if zone.folded_count:
-                out[rows] = zone.folded[_at(where) >> HUGE_SHIFT]
+                out[rows] = zone.folded[positions(where) >> HUGE_SHIFT]
         return out
 
     def fold(self, head: int) -> bool:
@@ -426,7 +426,7 @@ class PhysicalMemory:
     def put_folios(self, heads: Words) -> None:
         """`put` for folded folios."""
         for zone, _, where in self.where(heads):
-            at = _at(where)
+            at = positions(where)
             zone.refcount[at] -= 1
             unused = at[zone.refcount[at] == 0]
             if len(unused):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 
 import numpy as np
+import numpy.typing as npt
 import trio
 
 from hmmnet.errors import KernelError
@@ -17,7 +18,7 @@ from hmmnet.pages import PAGE_SHIFT, PAGES_MAX, Words, zone_of
 from hmmnet.program import Residency
 
 from . import collect as migration_steps
-from . import pte, single
+from . import pmd, pte, single
 from .access import Notifier
 from .advice import Advice
 from .fault import restore_exclusive
@@ -134,17 +135,39 @@ class Space(Advice):
         """
         return migration_steps.sharers(self.mm, pages, select, owner)
 
+    def takeable(self, start: int, end: int, select: Select, owner: int) -> Words:
+        """See `pmd.takeable`."""
+        return pmd.takeable(self.mm, start, end, select, owner)
+
+    def collect_large(self, blocks: Words, select: Select, owner: int) -> tuple[Migration, Words]:
+        """See `pmd.collect`."""
+        assert self.mmap_lock.held, "collect without the mmap lock"
+        return pmd.collect(self.mm, blocks, select, owner)
+
+    def tear(self, migration: Migration, rows: npt.NDArray[np.bool_]) -> Migration:
+        """See `pmd.tear`."""
+        return pmd.tear(self.mm, migration, rows)
+
     def migrate_pages(self, migration: Migration) -> None:
         """migrate_vma_pages: each page's identity goes to its target. Where `inserts(migration)`, announce a MIGRATE around this."""
-        migration_steps.move(self.memory, self.mm, migration)
+        if migration.large:
+            pmd.move(self.mm, migration)
+        else:
+            migration_steps.move(self.memory, self.mm, migration)
 
     def migrate_restore(self, migration: Migration) -> None:
         """The targets' device died after `migrate_pages`: nothing has moved. `migrate_finalize` must follow."""
-        migration_steps.restore(self.memory, self.mm, migration)
+        if migration.large:
+            pmd.restore(self.mm, migration)
+        else:
+            migration_steps.restore(self.memory, self.mm, migration)
 
     def migrate_finalize(self, migration: Migration) -> None:
         """migrate_vma_finalize: entries become the target or the untouched source, leftovers are freed, waiters wake."""
-        migration_steps.finalize(self.memory, self.mm, migration)
+        if migration.large:
+            pmd.finalize(self.mm, migration)
+        else:
+            migration_steps.finalize(self.memory, self.mm, migration)
 
     def take_one(self, page: int, zone: int) -> int | None:
         """See `single.take`."""

@@ -128,6 +128,12 @@ class Zone:
             self.folded[block] = False
             self.folded_count -= 1
 
+    def unused(self, blocks: npt.NDArray[np.intp]) -> bool:
+        """Whether no frame of `blocks`, which lie here whole, has a reference or a flag."""
+        whole = (self.count >> HUGE_SHIFT) << HUGE_SHIFT
+        counts, flags = (array[:whole].reshape(-1, HUGE_PAGES) for array in (self.refcount, self.flags))
+        return not (self.folded[blocks].any() or counts[blocks].any() or flags[blocks].any())
+
     def set_folded(self, blocks: npt.NDArray[np.intp]) -> None:
         """`blocks` are folded from now on: their heads hold their state, the other frames' is all zero."""
         self.folded[blocks] = True

@@ -17,7 +17,7 @@ from hmmnet.host.migrate import Grant, Outcome, migrate_to_device
 from hmmnet.host.mm.frames import PhysicalMemory
 from hmmnet.host.mm.space import Space
 from hmmnet.observe.counters import Profile
-from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, ZONE_SHIFT, Words
+from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, ZONE_SHIFT, Words, page_by_page
 
 ZONE = 64
 FIRST_FRAME = ZONE << ZONE_SHIFT
@@ -79,16 +79,16 @@ class FakeLink:
     async def copy_in(self, source_frames: Words, target_frames: Words, zero_frames: Words) -> None:
         assert self.memory is not None
         await self.during_copy()
-        for source, target in zip(source_frames.tolist(), target_frames.tolist(), strict=True):
+        for source, target in zip(page_by_page(source_frames).tolist(), page_by_page(target_frames).tolist(), strict=True):
             self.held[target] = self.memory.read_small(source, 0, PAGE_SIZE)
-        self.held |= dict.fromkeys(zero_frames.tolist(), bytes(PAGE_SIZE))
+        self.held |= dict.fromkeys(page_by_page(zero_frames).tolist(), bytes(PAGE_SIZE))
 
     async def copy_out(self, context: int, pages: Words, frames: Words, destination: Destination) -> None:
         assert self.memory is not None
-        self.dropped.append((context, pages.tolist()))
-        targets = destination.frames()
+        self.dropped.append((context, page_by_page(pages).tolist()))
+        targets = page_by_page(destination.frames())
         await self.during_copy()
-        for frame, target in zip(frames.tolist(), targets.tolist(), strict=True):
+        for frame, target in zip(page_by_page(frames).tolist(), targets.tolist(), strict=True):
             self.memory.write_small(target, 0, self.held[frame])
 
     async def fetch(self, context: int, page: int, frame: int, allocate: Callable[[], int]) -> None:
@@ -102,7 +102,7 @@ class FakeLink:
         return False
 
     def free_frames(self, frames: Words) -> None:
-        for frame in frames.tolist():
+        for frame in page_by_page(frames).tolist():
             self.held.pop(frame, None)
             self.freed.append(frame)
 

@@ -9,6 +9,7 @@ import numpy as np
 from hmmnet.arena import Arena
 from hmmnet.host.hub import Hub
 from hmmnet.host.interfaces import Event, Migration, Select
+from hmmnet.host.migrate import collect, listed, set_targets, words_of
 from hmmnet.host.mm import rmap
 from hmmnet.host.mm.collect import collect_frames, finalize, inserts, move
 from hmmnet.host.mm.frames import PhysicalMemory
@@ -16,6 +17,7 @@ from hmmnet.host.mm.invariants import check
 from hmmnet.host.mm.space import Space
 from hmmnet.pages import (
     HUGE_PAGES,
+    HUGE_SHIFT,
     MIGRATE_PFN_MIGRATE,
     MIGRATE_PFN_SHIFT,
     MIGRATE_PFN_VALID,
@@ -23,6 +25,8 @@ from hmmnet.pages import (
     PAGE_SIZE,
     ZONE_SHIFT,
     Words,
+    page_by_page,
+    words_by_page,
     zone_of,
 )
 from hmmnet.runs import RunAllocator
@@ -115,36 +119,39 @@ class Machine:
         await self._collect_and_bring(space, pages, zone)
 
     async def _collect_and_bring(self, space: Space, pages: Words, zone: int) -> int:
-        told = await self._tell_others(space, pages, HOME, zone)
-        async with space.hub.invalidate(Event.MIGRATE, int(pages[0]), int(pages[-1]) + 1, zone):
-            migration = space.collect(pages, HOME, zone, told=told)
-        going = np.flatnonzero(migration.source & (MIGRATE | VALID) == (MIGRATE | VALID))
-        frames = self.memory.allocate(len(going), keep=slice(0, len(going)))
-        assert frames is not None
-        if self.on_copy_out is not None:
-            self.on_copy_out(space, pages[going])
-        self._copy(migration.source[going] >> SHIFT, frames)
-        migration.target[going] = frames << SHIFT | VALID
-        space.migrate_pages(migration)
-        moved = int(np.count_nonzero(migration.source[going] & MIGRATE))
-        space.migrate_finalize(migration)
+        parts: list[Migration] = []
+        await collect(parts, space, self.spaces, int(pages[0]), int(pages[-1]) + 1, HOME, zone)
+        moved = 0
+        while parts:
+            migration = parts.pop(0)
+            going = np.flatnonzero(migration.source & (MIGRATE | VALID) == (MIGRATE | VALID))
+            if migration.large:
+                frames = np.array([self.memory.allocate_folio() or 0 for _ in going], np.uint64)
+                if not frames.all():
+                    parts.append(space.tear(migration, frames == 0))
+                    migration.torn = []
+            else:
+                got = self.memory.allocate(len(going), keep=slice(0, len(going)))
+                assert got is not None
+                frames = got
+            if self.on_copy_out is not None:
+                self.on_copy_out(space, page_by_page(listed(migration, migration.pages[going][frames != 0])))
+            chosen = np.zeros(len(migration.pages), np.uint64)
+            chosen[going] = frames
+            set_targets(migration, chosen)
+            self.copy(migration)
+            space.migrate_pages(migration)
+            moved += migration.cpages
+            space.migrate_finalize(migration)
         return moved
-
-    async def _tell_others(self, space: Space, pages: Words, select: Select, zone: int) -> frozenset[int]:
-        """Announce wherever shared frames of `pages` may be mapped."""
-        found = space.sharers(pages, select, zone)
-        for mm, places in found:
-            for page in places.tolist():
-                async with self.spaces[mm.number].hub.invalidate(Event.CLEAR, page, page + 1):
-                    pass
-        return frozenset(mm.number for mm, _ in found)
 
     def copy(self, migration: Migration) -> None:
         """alloc_and_copy for targets that are set: pages with data are copied, others are zeroed."""
         going = (migration.source & MIGRATE != 0) & (migration.target != 0)
         full = going & (migration.source & VALID != 0)
-        self._copy(migration.source[full] >> SHIFT, migration.target[full] >> SHIFT)
-        for frame in (migration.target[going & ~full] >> SHIFT).tolist():
+        source, target = migration.source >> SHIFT, migration.target >> SHIFT
+        self._copy(page_by_page(listed(migration, source[full])), page_by_page(listed(migration, target[full])))
+        for frame in page_by_page(listed(migration, target[going & ~full])).tolist():
             self.devices[zone_of(frame)].arena.pages[frame - self.devices[zone_of(frame)].arena.base] = 0
 
     def _copy(self, source: Words, target: Words) -> None:
@@ -156,35 +163,50 @@ class Machine:
     async def to_device(self, space: Space, zone: int, pages: Words, *, compound: bool = False) -> Words:
         """migrate_vma towards a device, one VMA; the final source words. `compound`: huge pages go whole."""
         select = Select.SYSTEM | Select.COMPOUND if compound else Select.SYSTEM
+        first, end = int(pages[0]), int(pages[-1]) + 1
         async with space.mmap_lock.read():
-            space.check_migratable(int(pages[0]), int(pages[-1]) + 1)
-            for found in space.large(pages, compound=compound):
-                found.split()
-            told = await self._tell_others(space, pages, select, zone)
-            async with space.hub.invalidate(Event.MIGRATE, int(pages[0]), int(pages[-1]) + 1, zone):
-                migration = space.collect(pages, select, zone, told=told)
-            going = np.flatnonzero(migration.source & MIGRATE)
-            device = self.devices[zone]
-            frames = self._granted(device, pages[going], compound=compound)
-            migration.target[going] = frames << SHIFT | VALID
-            self.copy(migration)
-            if inserts(migration):
-                async with space.hub.invalidate(Event.MIGRATE, int(pages[0]), int(pages[-1]) + 1, zone):
-                    space.migrate_pages(migration)
-            else:
-                space.migrate_pages(migration)
-            device.allocator.free(frames[migration.source[going] & MIGRATE == 0])
-            space.migrate_finalize(migration)
-            return migration.source
+            space.check_migratable(first, end)
+            heads = self._heads_for(space.takeable(first, end, select, zone) if compound else words(), self.devices[zone])
+            parts: list[Migration] = []
+            await collect(parts, space, self.spaces, first, end, select, zone, words(*heads))
+            for part in parts:
+                frames = np.zeros(len(part.pages), np.uint64)
+                going = np.flatnonzero(part.source & MIGRATE)
+                if part.large:
+                    frames[:] = [heads[page >> HUGE_SHIFT] for page in part.pages.tolist()]
+                else:
+                    frames[going] = self._granted(self.devices[zone], part.pages[going], compound=compound)
+                set_targets(part, frames)
+                self.copy(part)
+                if inserts(part):
+                    async with space.hub.invalidate(Event.MIGRATE, first, end, zone):
+                        space.migrate_pages(part)
+                else:
+                    space.migrate_pages(part)
+                for one in (part, *part.torn):
+                    stayed = one.target[(one.source & MIGRATE == 0) & (one.target != 0)] >> SHIFT
+                    self.devices[zone].allocator.free(page_by_page(listed(one, stayed)))
+                space.migrate_finalize(part)
+            return words_by_page(words_of(parts, len(pages)))
+
+    def _heads_for(self, blocks: Words, device: Device) -> dict[int, int]:
+        """A huge page of the device for each of `blocks`, as far as there are any."""
+        heads: dict[int, int] = {}
+        for block in blocks.tolist():
+            run = device.allocator.allocate_aligned_run(HUGE_PAGES)
+            if run is None:
+                break
+            heads[block] = run[0]
+        return heads
 
     def _granted(self, device: Device, pages: Words, *, compound: bool) -> Words:
         """Frames for `pages`: with `compound` an aligned run for each whole aligned block."""
         frames = np.zeros(len(pages), np.uint64)
-        blocks, counts = np.unique(pages >> np.uint64(9), return_counts=True)
+        blocks, counts = np.unique(pages >> np.uint64(HUGE_SHIFT), return_counts=True)
         for block in blocks[counts == HUGE_PAGES].tolist() if compound else []:
             run = device.allocator.allocate_aligned(HUGE_PAGES)
             if run is not None:
-                frames[pages >> np.uint64(9) == block] = run.frames
+                frames[pages >> np.uint64(HUGE_SHIFT) == block] = run.frames
         rest = np.flatnonzero(frames == 0)
         got = device.allocator.allocate(len(rest))
         assert got is not None
