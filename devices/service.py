@@ -64,6 +64,10 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """The host's process, when it runs on this computer; 0 when that is not known."""
     connect_s: float = CONNECT_S
     patience_s: float = PATIENCE_S
+    keys_file: str = ""
+    """CURVE keys, for a host that is reached over a network."""
+    namespace: str = ""
+    """Path of a network namespace that the process enters first."""
 
 
 async def serve(
@@ -168,8 +172,12 @@ def run_device(settings: dict[str, Any]) -> int:
         secret = read_secret(Path(checked.secret_file))
         if checked.log_folder:
             log_to(Path(checked.log_folder), checked.name)
+        if checked.namespace:
+            from hmmnet.cable.namespaces import enter
+
+            enter(checked.namespace)
         lost = trio.run(_process, checked, secret)
-    except (HmmnetError, msgspec.ValidationError) as error:
+    except (HmmnetError, OSError, msgspec.ValidationError) as error:
         print(f"hmmnet device {settings.get('name', '(no name)')}: {error}", file=sys.stderr)
         return 1
     if lost is None or isinstance(lost, PeerGone):
@@ -181,11 +189,12 @@ def run_device(settings: dict[str, Any]) -> int:
 async def _process(settings: Settings, secret: bytes) -> PeerLost | None:
     """Serve; None when a signal, the end of stdin or of the host's process came first."""
     from hmmnet.wire.allocator import give_back_buffers
+    from hmmnet.wire.keys import read_keys
     from hmmnet.wire.zmq_transport import ZmqTransport
 
     lost: PeerLost | None = None
     try:
-        with ZmqTransport() as transport:
+        with ZmqTransport(curve=read_keys(Path(settings.keys_file)) if settings.keys_file else None) as transport:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(stop_on_signal, nursery.cancel_scope)
                 if stdin_is_a_pipe():

@@ -15,10 +15,12 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 import trio
 
+from hmmnet.cable import Cables
+from hmmnet.cable.cable import HOST_ADDRESS
 from hmmnet.errors import HmmnetError
 from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.fabric.measure import automatic_rate
@@ -32,13 +34,17 @@ from hmmnet.observe.logs import log_to, stop_logging
 from hmmnet.program import Process
 from hmmnet.topology.load import installed_models, load
 from hmmnet.topology.model import Topology
+from hmmnet.wire.keys import fresh_keys, write_keys
 from hmmnet.wire.transport import KINDS, Kind, Transport
-from hmmnet.wire.zmq_transport import ZmqTransport
+from hmmnet.wire.zmq_transport import CurveKeys, ZmqTransport
 
 from .blocking import Blocking, BlockingMachine, only_error
 
 HOST = "modelled"
 """The address-space provider; its class is found through the entry point group ``hmmnet.host``."""
+
+LaunchKind: TypeAlias = Kind | Literal["cable"]
+LAUNCH_KINDS: tuple[LaunchKind, ...] = (*KINDS, "cable")
 
 _numbers = itertools.count(1)
 
@@ -82,11 +88,15 @@ class Host(Protocol):
 class LaunchedMachine:
     """A running machine; see `hmmnet.program.Machine`."""
 
-    def __init__(self, name: str, topology: Topology, host: Host, crew: Crew, clock: EmulatedClock, directory: Directory) -> None:
+    def __init__(
+        self, name: str, topology: Topology, host: Host, crew: Crew, clock: EmulatedClock, directory: Directory, cables: Cables
+    ) -> None:
         self.name = name
         self.topology = topology
         self.host = host
         self.directory = directory
+        self.cables = cables
+        """Network cables by device, which can be made bad; none unless the machine was launched with them."""
         self._crew = crew
         self._clock = clock
 
@@ -229,7 +239,7 @@ async def wait_shielded(event: trio.Event) -> None:
 
 
 @asynccontextmanager
-async def embedded(topology: Topology, name: str, rate: Rate, transport: Kind) -> AsyncIterator[LaunchedMachine]:
+async def embedded(topology: Topology, name: str, rate: Rate, transport: LaunchKind) -> AsyncIterator[LaunchedMachine]:
     """Run a machine with the host in this trio run."""
     raise_file_limit()
     record = new_record(name, topology.name, "program")
@@ -243,17 +253,22 @@ async def embedded(topology: Topology, name: str, rate: Rate, transport: Kind) -
         def lost(device: str, how: str) -> None:
             host.device_exited(device, how)
 
-        crew = Crew(topology, directory, ZygoteClient(), changed=save, lost=lost)
+        cables = stack.enter_context(Cables.laid(topology.device_names if transport == "cable" else ()))
+        keys, extra = _beyond_loopback(directory, cables)
+        crew = Crew(topology, directory, ZygoteClient(), changed=save, lost=lost, extra=extra)
         record.devices = list(crew.records.values())
         nursery = await stack.enter_async_context(trio.open_nursery())
+        stack.callback(cables.stop)
         stack.push_async_callback(crew.end)
         nursery.start_soon(to_its_end, crew.run)
+        nursery.start_soon(to_its_end, cables.run)
         clock = EmulatedClock()
-        wire: Transport = stack.enter_context(ZmqTransport())
+        wire: Transport = stack.enter_context(ZmqTransport(curve=keys))
         sockets = Path(record.sockets or directory.path)
-        probe = "tcp://127.0.0.1:*" if transport == "tcp" else f"ipc://{sockets / 'measure'}"
+        probe = f"ipc://{sockets / 'measure'}" if transport in {"ring", "ipc"} else "tcp://127.0.0.1:*"
         clock.set_rate(await automatic_rate(topology, wire, probe, ring=transport == "ring") if rate == "auto" else rate)
-        host: Host = host_class()(topology, wire, sockets, directory.secret(), clock, name, scheme=transport)
+        place = {"scheme": "tcp", "address": HOST_ADDRESS} if cables else {"scheme": transport}
+        host: Host = host_class()(topology, wire, sockets, directory.secret(), clock, name, **place)
         end = trio.Event()
         ended = await nursery.start(to_its_end, serve, host, end)
         stack.push_async_callback(wait_shielded, ended)
@@ -262,13 +277,23 @@ async def embedded(topology: Topology, name: str, rate: Rate, transport: Kind) -
         await start_devices(host, crew)
         record.rate, record.state, record.client_endpoint = clock.rate, "running", host.client_endpoint
         save()
-        yield LaunchedMachine(name, topology, host, crew, clock, directory)
+        yield LaunchedMachine(name, topology, host, crew, clock, directory, cables)
+        cables.repair()  # goodbyes are for everybody
+
+
+def _beyond_loopback(directory: Directory, cables: Cables) -> tuple[CurveKeys | None, dict[str, dict[str, str]]]:
+    """The host's keys, and what each device is told of its cable; nothing where there are no cables."""
+    if not cables:
+        return None, {}
+    keys = fresh_keys()
+    write_keys(directory.keys_file, keys)
+    return keys, {name: {"namespace": cable.namespace, "keys_file": str(directory.keys_file)} for name, cable in cables.items()}
 
 
 class Launch:
     """What `launch` returns: enter it with ``async with`` (in trio) or ``with`` (anywhere else)."""
 
-    def __init__(self, topology: Topology, name: str | None, rate: Rate, transport: Kind) -> None:
+    def __init__(self, topology: Topology, name: str | None, rate: Rate, transport: LaunchKind) -> None:
         self._topology = topology
         self._name = name
         self._rate = rate
@@ -342,18 +367,20 @@ def launch(
     *,
     name: str | None = None,
     rate: Rate = "auto",
-    transport: Kind = "ring",
+    transport: LaunchKind = "ring",
 ) -> Launch:
     """Start a machine for this program: ``async with hmmnet.launch(...) as machine`` under trio, ``with ...`` in scripts and notebooks.
 
     `topology` is a preset's name, a TOML file or a `Topology`. `rate` is how many emulated seconds a real one has; ``auto`` measures what
-    this computer moves and slows the emulated clock so that the links hold. `name` is how ``hmmnet ps`` shows it. `transport` is what the
-    processes talk over: ``ring`` (Unix sockets, with page data in shared memory), ``ipc`` (sockets alone) or ``tcp``. Raises TopologyError
+    this computer moves and slows the emulated clock so that the links hold. `name` is how ``hmmnet ps`` shows it. `transport` is what
+    the processes talk over: ``ring`` (Unix sockets, with page data in shared memory), ``ipc`` (sockets alone), ``tcp`` (loopback), or
+    ``cable``: each device in a network namespace of its own, behind a cable that can be made bad (`hmmnet.cable`; call its `isolate`
+    first, at the beginning of the process, and nothing of it is seen outside). Raises TopologyError
     and HmmnetError (a rate or a transport that there is not) here; entering raises MachineExists when `name` is taken, and HmmnetError
     when a device does not start.
     """
-    if transport not in KINDS:
-        raise HmmnetError(f"there is no transport {transport!r}; there are {', '.join(KINDS)}")
+    if transport not in LAUNCH_KINDS:
+        raise HmmnetError(f"there is no transport {transport!r}; there are {', '.join(LAUNCH_KINDS)}")
     if not isinstance(topology, str | Path | Topology):
         raise HmmnetError(f"topology is {topology!r}; a preset's name, a TOML file or a Topology is wanted")
     return Launch(

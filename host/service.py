@@ -56,7 +56,7 @@ log = logging.getLogger("hmmnet.host")
 
 
 class Host:
-    """A machine's host. `directory` is where ipc endpoints lie; `scheme` is ``ring``, ``ipc``, ``tcp`` (loopback) or ``mem``.
+    """A machine's host. `directory` is where ipc endpoints lie; `scheme` is ``ring``, ``ipc``, ``tcp`` (at `address`) or ``mem``.
 
     ``ring`` is ``ipc`` with page data in shared memory, for devices that can open it. Times are in real seconds.
     """
@@ -71,6 +71,7 @@ class Host:
         name: str = "machine",
         *,
         scheme: str = "ipc",
+        address: str = "127.0.0.1",
         heartbeat_s: float = HEARTBEAT_S,
         lease_s: float = LEASE_S,
         retry_s: float = RETRY_S,
@@ -100,6 +101,7 @@ class Host:
         self._directory = directory
         self._scheme = "ipc" if scheme == "ring" else scheme
         self._ring = scheme == "ring"
+        self._address = address
         self._heartbeat_s, self._lease_s, self._retry_s = heartbeat_s, lease_s, retry_s
         self._incarnation = secrets.randbits(62) if incarnation is None else incarnation
         self._dma: dict[str, Dma] = {}
@@ -168,7 +170,7 @@ class Host:
 
     def _endpoint(self, name: str) -> str:
         if self._scheme == "tcp":
-            return "tcp://127.0.0.1:*"
+            return f"tcp://{self._address}:*"
         return f"mem://{self.name}/{name}" if self._scheme == "mem" else f"ipc://{self._directory / name}"
 
     async def _listen(self, stack: AsyncExitStack, name: str) -> Listener:

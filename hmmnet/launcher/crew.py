@@ -9,8 +9,9 @@ from __future__ import annotations
 import logging
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from errno import EBUSY, ENOENT, ESRCH
+from types import MappingProxyType
 from typing import Any
 
 import trio
@@ -29,7 +30,7 @@ log = logging.getLogger("hmmnet.launcher")
 
 class Crew:
     """The devices of `topology`. `changed` is called after every change of a record; `lost` with (name, how) when a device process
-    ended.
+    ended. `extra` are further settings of devices, by name.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Crew:
         *,
         changed: Callable[[], None],
         lost: Callable[[str, str], None],
+        extra: Mapping[str, Mapping[str, str]] = MappingProxyType({}),
     ) -> None:
         self.records = {spec.name: DeviceRecord(spec.name, spec.model, spec.memory_bytes) for spec in topology.devices}
         self.ending = False
@@ -49,6 +51,7 @@ class Crew:
         self._lost = lost
         self._ended = {name: trio.Event() for name in self.records}
         self.zygote = zygote
+        self._extra = extra
         self._endpoint = ""
         self._host_pid = 0
 
@@ -99,6 +102,7 @@ class Crew:
             "secret_file": str(self._directory.secret_file),
             "log_folder": str(self._directory.logs),
             "host_pid": host_pid,
+            **self._extra.get(name, {}),
         }
 
     def ready(self, name: str) -> None:

@@ -287,6 +287,11 @@ class Directory:
         """File of what peers must show."""
         return self.path / "secret"
 
+    @property
+    def keys_file(self) -> Path:
+        """CURVE keys of a machine that is reached over a network."""
+        return self.path / "keys.json"
+
     def secret(self) -> bytes:
         """What peers must show. Raises HmmnetError."""
         return read_secret(self.secret_file)
