@@ -317,12 +317,13 @@ class PhysicalMemory:
         """`put` for one frame."""
         zone = self.zones[frame >> ZONE_SHIFT]
         at = frame - zone.base
-        left = int(zone.refcount[at]) - 1
-        zone.refcount[at] = left
+        cells = zone.cells
+        left = cells.refcount[at] - 1
+        cells.refcount[at] = left
         if left == 0:
             self.cgroups.uncharge(zone.flags[at])
-            zone.flags[at] = 0
-            zone.mapping[at] = 0
+            cells.flags[at] = 0
+            cells.mapping[at] = 0
             if isinstance(zone, HostZone):
                 zone.release_one(frame)
             elif zone.on_free is not None:

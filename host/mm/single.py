@@ -119,15 +119,15 @@ def take(mm: Mm, page: int, owner: int) -> int | None:
     if entry & (pte.KIND | pte.HUGE) != pte.DEVICE or frame >> ZONE_SHIFT != owner:
         return None
     zone = mm.memory.zones[owner]
-    at = frame - zone.base
-    flags = int(zone.flags[at])
-    if flags & (LOCKED | ANON) != ANON or zone.mapcount[at] != 1 or zone.pincount[at]:
+    at, cells = frame - zone.base, zone.cells
+    flags: int = cells.flags[at]
+    if flags & (LOCKED | ANON) != ANON or cells.mapcount[at] != 1 or cells.pincount[at]:
         return None
-    if zone.refcount[at] > 1 + DEVICE_EXTRA_REFERENCES:
+    if cells.refcount[at] > 1 + DEVICE_EXTRA_REFERENCES:
         return None
     mm.table.set(page, entry & ~(pte.BITS & ~pte.CARRIED) | pte.MIGRATION)
-    zone.flags[at] = flags | LOCKED
-    zone.mapcount[at] = 0
+    cells.flags[at] = flags | LOCKED
+    cells.mapcount[at] = 0
     return frame
 
 
@@ -136,14 +136,15 @@ def bring(mm: Mm, page: int, frame: int, target: int) -> None:
     memory = mm.memory
     zone, destination = memory.zones[frame >> ZONE_SHIFT], memory.zones[target >> ZONE_SHIFT]
     at, there = frame - zone.base, target - destination.base
-    zone.flags[at] = flags = int(zone.flags[at]) & ~LOCKED
+    old, new = zone.cells, destination.cells
+    old.flags[at] = flags = old.flags[at] & ~LOCKED
     entry = mm.table.get(page)
     if entry & pte.KIND == pte.MIGRATION and entry >> pte.FRAME_SHIFT == frame:
-        destination.flags[there] = flags & ~COMPOUND
-        zone.flags[at] = flags & ~CHARGE_MASK
-        destination.mapping[there] = zone.mapping[at]
-        destination.index[there] = zone.index[at]
-        destination.mapcount[there] = 1
+        new.flags[there] = flags & ~COMPOUND
+        old.flags[at] = flags & ~CHARGE_MASK
+        new.mapping[there] = old.mapping[at]
+        new.index[there] = old.index[at]
+        new.mapcount[there] = 1
         mm.table.set(page, target << pte.FRAME_SHIFT | entry & (pte.BITS & ~pte.KIND) | pte.PRESENT)
     else:  # unmapped meanwhile
         memory.put_one(target)

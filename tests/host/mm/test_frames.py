@@ -162,3 +162,15 @@ def _page(memory: PhysicalMemory, frame: int) -> bytes:
     zone = memory.zone(frame)
     assert isinstance(zone, HostZone)
     return bytes(zone.arena.pages[frame - zone.base])
+
+
+@pytest.mark.parametrize("name", ["refcount", "mapcount", "pincount", "flags", "mapping", "index"])
+def test_cells_are_the_arrays(name: str) -> None:
+    """A frame's state looked at alone is the one that arrays of frames have, in both directions, to the last bit."""
+    zone = memory_of(16).nodes[0]
+    array, cells = getattr(zone, name), getattr(zone.cells, name)
+    top = int(np.iinfo(array.dtype).max)
+    array[3] = top
+    cells[4] = top - 1
+    assert (cells[3], int(array[4])) == (top, top - 1)
+    assert type(cells[3]) is int
