@@ -91,9 +91,9 @@ class Bus:
         reply = await self._ask(message, RangeFaulted)
         return reply.sequence, _words(reply.words, message.pages, "RangeFaulted")
 
-    async def make_exclusive(self, context: int, subscription: int, start: int, pages: int) -> tuple[int, Words]:
+    async def make_exclusive(self, context: int, subscription: int, start: int, pages: int, *, folios: bool) -> tuple[int, Words]:
         """make_device_exclusive_range: the subscription's sequence, and words of the pages that were had, from the first on."""
-        reply = await self._ask(MakeExclusive(context, subscription, start, pages), Exclusive)
+        reply = await self._ask(MakeExclusive(context, subscription, start, pages, folios), Exclusive)
         if len(reply.words) > 8 * pages:
             raise ProtocolError(f"Exclusive with {len(reply.words)} bytes for {pages} pages")
         return reply.sequence, _words(reply.words, len(reply.words) // 8, "Exclusive")

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from errno import EBUSY
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +33,7 @@ from hmmnet.pages import (
     from_wire,
     page_by_page,
     pages_in,
+    run_bounds,
     to_wire,
 )
 from hmmnet.wire.messages import Migrate, RangeFault
@@ -213,19 +215,22 @@ class Context:
                     break
         raise KernelError(EBUSY, "hmm_range_fault", f"pages [0x{start:x}, 0x{end:x}) changed faster than they could be read")
 
-    async def make_exclusive(self, start: int, end: int) -> int:
-        """make_device_exclusive_range on [start, end) in one slab, all or nothing mapped; returns how many pages were had.
+    async def make_exclusive(self, start: int, end: int, *, folios: bool = False) -> int:
+        """make_device_exclusive_range on [start, end) in one slab; returns how many pages were had. None is mapped unless all could be.
 
-        Raises KernelError: EFAULT when not even the first can be had, ENOMEM, EBUSY when others take them back all the time.
+        With `folios` as Linux 6.12 did it, whose driver mapped what it had of a range that could be written. Raises KernelError: EFAULT or
+        EOPNOTSUPP when not even the first can be had, ENOMEM, EBUSY when others take them back all the time.
         """
         subscription = await self.subscription(start)
         async with self.process.turns.hold(start, end):
             for _ in range(RETRIES_MAX):
-                sequence, words = await self._bus.make_exclusive(self.number, subscription.number, start, end - start)
+                sequence, words = await self._bus.make_exclusive(self.number, subscription.number, start, end - start, folios=folios)
                 if subscription.sequence == sequence:
+                    had = np.flatnonzero(words).astype(np.uint64)
                     if len(words) == end - start:
-                        self.mirror.program_exclusive(start, words)
-                    return len(words)
+                        for low, high in pairwise(run_bounds(had).tolist()):
+                            self.mirror.program_exclusive(start + int(had[low]), words[had[low:high]])
+                    return len(had)
         raise KernelError(EBUSY, "make_device_exclusive", f"pages [0x{start:x}, 0x{end:x}) were taken back faster than they could be had")
 
     # --- migration ------------------------------------------------------------------------------------------------------------

@@ -17,12 +17,13 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, contextmanager, suppress
 from typing import Any, Generic, TypeVar
 
+import numpy as np
 import numpy.typing as npt
 import outcome
 import trio
 
 from hmmnet.errors import HmmnetError, KernelError
-from hmmnet.program import Handle, IoctlResult, JobResult, Machine, MemoryFile, PageReferences, Process, Residency, UserFaults
+from hmmnet.program import Handle, IoctlResult, JobResult, Machine, Mapping, MemoryFile, PageReferences, Process, Residency, UserFaults
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -333,6 +334,18 @@ class BlockingProcess:
         """See `Process.pagemap`."""
         return self._loop.call(self._process.pagemap, address, pages)
 
+    def pagemap_words(self, address: int, pages: int) -> npt.NDArray[np.uint64]:
+        """See `Process.pagemap_words`."""
+        return self._loop.call(self._process.pagemap_words, address, pages)
+
+    def smaps(self) -> list[Mapping]:
+        """See `Process.smaps`."""
+        return self._loop.call(self._process.smaps)
+
+    def clear_refs(self, *, soft_dirty: bool = True) -> None:
+        """See `Process.clear_refs`."""
+        self._loop.call(self._process.clear_refs, soft_dirty=soft_dirty)
+
     def residency(self, address: int, pages: int) -> Residency:
         """See `Process.residency`."""
         return self._loop.call(self._process.residency, address, pages)
@@ -352,6 +365,10 @@ class BlockingProcess:
     def fork(self) -> BlockingProcess:
         """See `Process.fork`."""
         return BlockingProcess(self._loop.call(self._process.fork), self._loop)
+
+    def kill(self, *, out_of_memory: bool = False) -> None:
+        """See `Process.kill`."""
+        self._loop.call(self._process.kill, out_of_memory=out_of_memory)
 
     def exit(self) -> None:
         """See `Process.exit`."""

@@ -6,7 +6,7 @@ client session when it runs elsewhere. Addresses are plain integers, valid on th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import abc
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,8 +18,8 @@ import numpy.typing as npt
 class JobResult:
     """How a job on a device ended: what its kernel returned, and the job's counters (fault groups, bytes moved, seconds)."""
 
-    results: Mapping[str, Any]
-    counters: Mapping[str, Any] = field(default_factory=dict)
+    results: abc.Mapping[str, Any]
+    counters: abc.Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,36 @@ class Residency:
 
     owners: tuple[str, ...]
     pages: npt.NDArray[np.int16]
+
+
+PM_PFRAME_MASK = (1 << 55) - 1
+PM_SOFT_DIRTY = 1 << 55
+PM_MMAP_EXCLUSIVE = 1 << 56
+PM_UFFD_WP = 1 << 57
+PM_GUARD_REGION = 1 << 58
+PM_FILE = 1 << 61
+PM_SWAP = 1 << 62
+PM_PRESENT = 1 << 63
+"""Words of /proc/PID/pagemap (Documentation/admin-guide/mm/pagemap.rst): below bit 55 a frame number, or a slot of swap."""
+
+
+@dataclass(frozen=True)
+class Mapping:
+    """One mapping as /proc/PID/smaps shows it: byte addresses [start, end), rights as ``rw-p``, and how many bytes of it are what.
+
+    `rss` are resident pages wherever they live, on devices too; `anonymous` those of them that belong to no file; `referenced` those
+    accessed since that was cleared; `swap` what was paged out; `anon_huge_pages` what is mapped by 2 MiB; `locked` (mlock) is `rss` or 0.
+    """
+
+    start: int
+    end: int
+    rights: str
+    rss: int
+    anonymous: int
+    referenced: int
+    swap: int
+    anon_huge_pages: int
+    locked: int
 
 
 @runtime_checkable
@@ -132,7 +162,7 @@ class Process(Protocol):
     pid: int
 
     @property
-    def handles(self) -> Mapping[int, Handle]:
+    def handles(self) -> abc.Mapping[int, Handle]:
         """The open devices by file descriptor; a child has those of its parent under the same numbers."""
         ...
 
@@ -237,6 +267,18 @@ class Process(Protocol):
         """Where the pages live now."""
         ...
 
+    async def pagemap_words(self, address: int, pages: int) -> npt.NDArray[np.uint64]:
+        """/proc/PID/pagemap: a PM_* word for each of `pages` pages from `address` on. A page of a device is PM_SWAP, not PM_PRESENT."""
+        ...
+
+    async def smaps(self) -> list[Mapping]:
+        """/proc/PID/smaps: every mapping, in order of addresses."""
+        ...
+
+    async def clear_refs(self, *, soft_dirty: bool = True) -> None:
+        """/proc/PID/clear_refs: no page counts as written (soft-dirty) from now on, or, with `soft_dirty` false, as accessed."""
+        ...
+
     async def open(self, device: str) -> Handle:
         """Open a device: from now on it mirrors this address space."""
         ...
@@ -261,6 +303,14 @@ class Process(Protocol):
 
     async def exit(self) -> None:
         """Unmap everything and close all handles."""
+        ...
+
+    async def kill(self, *, out_of_memory: bool = False) -> None:
+        """SIGKILL: the process ends whatever it is doing; a device that waits on its behalf gets EINTR.
+
+        `out_of_memory`: as the kernel's OOM killer does it, which reaps the memory before the process gets round to ending: until it has,
+        missing pages are SIGBUS for it and EFAULT for devices.
+        """
         ...
 
 

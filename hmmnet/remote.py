@@ -21,7 +21,7 @@ import trio
 from hmmnet.checks import Arrayable, as_bytes, as_value, check_file, check_pages, check_range, plain_arguments
 from hmmnet.errors import KernelError
 from hmmnet.pages import PAGE_SIZE
-from hmmnet.program import Handle, IoctlResult, JobResult, MemoryFile, Residency
+from hmmnet.program import Handle, IoctlResult, JobResult, Mapping, MemoryFile, Residency
 from hmmnet.wire.messages import Call, Message, Recall, Result
 from hmmnet.wire.session import PendingReply, Session
 
@@ -374,6 +374,21 @@ class RemoteProcess:
         check_pages("pagemap", address, pages)
         return b"".join([data async for _, data in self._calls.pieces(self._looking("pagemap", address), pages, PAGES_PER_LOOK)])
 
+    async def pagemap_words(self, address: int, pages: int) -> npt.NDArray[np.uint64]:
+        """See `Process.pagemap_words`."""
+        check_pages("pagemap_words", address, pages)
+        parts = [data async for _, data in self._calls.pieces(self._looking("pagemap_words", address), pages, PAGES_PER_LOOK // 8)]
+        return np.frombuffer(b"".join(parts), "<u8").astype(np.uint64)
+
+    async def smaps(self) -> list[Mapping]:
+        """See `Process.smaps`."""
+        found, _ = await self._calls.call("smaps", process=self.pid)
+        return [Mapping(*fields) for fields in found]
+
+    async def clear_refs(self, *, soft_dirty: bool = True) -> None:
+        """See `Process.clear_refs`."""
+        await self._calls.call("clear_refs", process=self.pid, soft_dirty=soft_dirty)
+
     async def residency(self, address: int, pages: int) -> Residency:
         """See `Process.residency`."""
         check_pages("residency", address, pages)
@@ -422,6 +437,11 @@ class RemoteProcess:
         for number, device in made["handles"].items():
             child.handles[number] = RemoteHandle(self._calls, child, device, number)
         return child
+
+    async def kill(self, *, out_of_memory: bool = False) -> None:
+        """See `Process.kill`."""
+        self.handles.clear()
+        await self._calls.call("kill", process=self.pid, out_of_memory=out_of_memory)
 
     async def exit(self) -> None:
         """See `Process.exit`."""

@@ -179,10 +179,28 @@ class Write(OnProcess, frozen=True):
 
 
 class Look(OnProcess, frozen=True):
-    """``pagemap`` and ``residency``."""
+    """``pagemap``, ``pagemap_words`` and ``residency``."""
 
     address: Address
     pages: Annotated[int, msgspec.Meta(ge=0, le=CHUNK_BYTES // 2)]
+
+
+class LookAtWords(Look, frozen=True):
+    """``pagemap_words``: eight bytes a page."""
+
+    pages: Annotated[int, msgspec.Meta(ge=0, le=CHUNK_BYTES // 8)]
+
+
+class ClearRefs(OnProcess, frozen=True):
+    """``clear_refs``."""
+
+    soft_dirty: bool
+
+
+class Kill(OnProcess, frozen=True):
+    """``kill``."""
+
+    out_of_memory: bool
 
 
 class Move(Range, frozen=True):

@@ -114,7 +114,7 @@ async def _there_and_back(space: Space, page_map: PageMap, homing: Homing, link:
         finalize()
 
     began_s = time.perf_counter()
-    await migrate_to_device(space, {}, link, domain, start, Select.SYSTEM, Grant(page_map.zone, frames), announce)
+    await migrate_to_device(space, {}, link, [domain], start, Select.SYSTEM, Grant(page_map.zone, frames), announce)
     done = await homing.migrate_to_system(space, link, start, start + pages)
     took_s = time.perf_counter() - began_s
     assert done.moved == pages, "every page of the probe comes home"

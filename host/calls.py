@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from dataclasses import astuple
 from typing import Any
 
 import numpy as np
 
 from hmmnet.errors import KernelError, ProtocolError
-from hmmnet.pages import PAGE_SIZE
+from hmmnet.pages import PAGE_SIZE, to_wire
 from hmmnet.program import Handle, Machine, MemoryFile
 
 from .arguments import (
@@ -25,6 +26,7 @@ from .arguments import (
     STAGED_BYTES_MAX,
     Advise,
     Allocate,
+    ClearRefs,
     Command,
     Create,
     CreateCgroup,
@@ -33,7 +35,9 @@ from .arguments import (
     Fetch,
     FileChunk,
     FilePart,
+    Kill,
     Look,
+    LookAtWords,
     Map,
     Move,
     OnFaults,
@@ -329,6 +333,25 @@ async def residency(client: Client, arguments: Look, _data: bytes) -> Answer:
     return list(found.owners), np.ascontiguousarray(found.pages, dtype="<i2").tobytes()
 
 
+@serves(LookAtWords)
+async def pagemap_words(client: Client, arguments: LookAtWords, _data: bytes) -> Answer:
+    """/proc/PID/pagemap."""
+    return None, to_wire(await client.process(arguments).pagemap_words(arguments.address, arguments.pages))
+
+
+@serves(OnProcess)
+async def smaps(client: Client, arguments: OnProcess, _data: bytes) -> Answer:
+    """/proc/PID/smaps, each mapping as its fields in order."""
+    return [list(astuple(mapping)) for mapping in await client.process(arguments).smaps()], b""
+
+
+@serves(ClearRefs)
+async def clear_refs(client: Client, arguments: ClearRefs, _data: bytes) -> Answer:
+    """/proc/PID/clear_refs."""
+    await client.process(arguments).clear_refs(soft_dirty=arguments.soft_dirty)
+    return None, b""
+
+
 @serves(Move)
 async def migrate(client: Client, arguments: Move, _data: bytes) -> Answer:
     """Move pages; how many bytes moved."""
@@ -352,11 +375,25 @@ async def fork(client: Client, arguments: OnProcess, _data: bytes) -> Answer:
 async def exit(client: Client, arguments: OnProcess, _data: bytes) -> Answer:  # noqa: A001 - the operation's name
     """End a process."""
     process = client.process(arguments)
-    for key in [key for key in client.handles if key[0] == arguments.process]:
-        del client.handles[key]
+    _forget_handles(client, arguments.process)
     await process.exit()
     client.processes.pop(arguments.process, None)
     return None, b""
+
+
+@serves(Kill)
+async def kill(client: Client, arguments: Kill, _data: bytes) -> Answer:
+    """SIGKILL for a process."""
+    process = client.process(arguments)
+    _forget_handles(client, arguments.process)
+    await process.kill(out_of_memory=arguments.out_of_memory)
+    client.processes.pop(arguments.process, None)
+    return None, b""
+
+
+def _forget_handles(client: Client, process: int) -> None:
+    for key in [key for key in client.handles if key[0] == process]:
+        del client.handles[key]
 
 
 # --- devices ----------------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """Open devices: which process has which device open, and what opening and closing mean.
 
 A *context* is one process's mirror on one life of a device. It is shared and counted: the first `get` opens it on the device, the last
-`put` closes it. A device whose process died takes its contexts along; the next `get` opens one on the device's next life.
+`put` closes it. A dmirror has one for each open file besides (`get_for_file`), as test_hmm has: two of a process know nothing of each
+other. A device whose process died takes its contexts along; the next `get` opens one on the device's next life.
 """
 
 from __future__ import annotations
@@ -49,18 +50,30 @@ class Contexts:
         lock = self._opening.setdefault(key, trio.Lock())
         async with lock:
             life = self.device(name).present()
-            context = life.context_of(space.number)
+            context = next((found for found in life.contexts_of(space.number) if found.shared), None)
             if context is None:
                 context = await self._open(life, space)
             context.users += 1
         return context
 
-    async def _open(self, life: Life, space: AddressSpace) -> Context:
+    async def get_for_file(self, space: AddressSpace, name: str) -> Context:
+        """The context of a device that `space` opens by hand: shared, unless the driver keeps one for each open file, as test_hmm does.
+
+        Raises KernelError, PeerLost.
+        """
+        if self.device(name).spec.model != "dmirror":
+            return await self.get(space, name)
+        async with self._opening.setdefault((space.number, name), trio.Lock()):
+            context = await self._open(self.device(name).present(), space, shared=False)
+            context.users = 1
+        return context
+
+    async def _open(self, life: Life, space: AddressSpace, *, shared: bool = True) -> Context:
         hub = self._hubs.get(space.number)
         if hub is None:
             raise KernelError(errno.ESRCH, "open", f"process {space.number} has exited")
         self._numbers += 1
-        context = Context(self._numbers, life, space, hub, Domain(life.name, self._numbers, life.zone))
+        context = Context(self._numbers, life, space, hub, Domain(life.name, self._numbers, life.zone), shared=shared)
         life.contexts[context.number] = context
         life.link.domains[context.number] = context.domain
         try:

@@ -33,6 +33,8 @@ class Context:
     domain: Domain
     subscriptions: dict[int, Subscription] = field(default_factory=dict)
     users: int = 0
+    shared: bool = True
+    """Whether the process's jobs and migrations use it, too; an open file of a dmirror has one of its own."""
 
     async def unsubscribe_all(self) -> None:
         """Return when no invalidation reaches the device for this context any more."""
@@ -73,8 +75,12 @@ class Life:
             raise KernelError(errno.ESRCH, "context", f'device "{self.name}" has no open context {number}')
         return found
 
+    def contexts_of(self, process: int) -> list[Context]:
+        """The contexts of a process, the oldest first."""
+        return [context for context in self.contexts.values() if context.space.number == process]
+
     def context_of(self, process: int) -> Context | None:
-        """The context of a process."""
+        """The first context of a process."""
         for context in self.contexts.values():
             if context.space.number == process:
                 return context

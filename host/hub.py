@@ -122,6 +122,16 @@ class Hub:
         """
         return self.core.pass_through(page, owner)
 
+    def try_invalidate(self, start: int, end: int) -> bool:
+        """invalidate_range_start_nonblock: begin, to be ended by `range_end`; False (EAGAIN) where a device would have to be waited for.
+
+        Then nothing has begun, and no end follows.
+        """
+        if self.core.start(start, end):
+            self.range_end()
+            return False
+        return True
+
     def range_end(self) -> None:
         """The last active invalidation over: apply what was deferred, wake readers and removers."""
         if self.core.end():

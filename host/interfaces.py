@@ -204,6 +204,10 @@ class AddressSpace(Protocol):
         """The lock."""
         ...
 
+    def read_killable(self) -> AbstractAsyncContextManager[object]:
+        """The mmap lock for reading. Entering raises KernelError(EINTR) when the process is killed meanwhile."""
+        ...
+
     @property
     def hub(self) -> Notifier:
         """Where its changes are announced."""
@@ -234,7 +238,11 @@ class AddressSpace(Protocol):
         ...
 
     async def make_exclusive(self, start: int, end: int, owner: int) -> int:
-        """make_device_exclusive_range: how many pages from `start` on a device got. Raises KernelError(EFAULT) for none, ENOMEM."""
+        """make_device_exclusive: how many pages from `start` on a device got. Raises KernelError: EFAULT or EOPNOTSUPP for none, ENOMEM."""
+        ...
+
+    async def make_exclusive_folios(self, start: int, end: int, owner: int) -> Words:
+        """The same as Linux 6.12 did it, with all of a large page or nothing: HMM_PFN words, 0 for a page that was not had."""
         ...
 
     def exclusive_words(self, start: int, end: int) -> Words:

@@ -18,7 +18,7 @@ This file has the steps and the way to a device; `homing.py` has the ways home.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -326,7 +326,7 @@ async def migrate_to_device(
     space: AddressSpace,
     spaces: Mapping[int, AddressSpace],
     link: DeviceLink,
-    domain: Domain,
+    domains: Sequence[Domain],
     start: int,
     select: Select,
     grant: Grant,
@@ -334,7 +334,8 @@ async def migrate_to_device(
 ) -> None:
     """Move pages [start, start + grant.pages) into the frames that the driver granted.
 
-    `domain` are the translations of the driver's context: those of pages on their way are suspended, and void once a page has moved.
+    `domains` are the translations of the driver's contexts of this process: those of pages on their way are suspended, and void once a
+    page has moved.
     Raises PeerLost when the device is gone; then nothing has moved.
     """
     async with space.mmap_lock.read():
@@ -348,14 +349,15 @@ async def migrate_to_device(
             await work.setup(start, start + grant.pages, grant.blocks(start))
             if points.armed:
                 await work.at("migrate.after_unmap")
-            await _copy_in(work, domain, start, grant)
+            await _copy_in(work, domains, start, grant)
             if points.armed:
                 await work.at("migrate.before_pages")
             await work.install()
             if points.armed:
                 await work.at("migrate.after_pages")
             for pages, words in pieces(work.parts):
-                domain.revoke_pages(pages[words & MIGRATE != 0])
+                for domain in domains:
+                    domain.revoke_pages(pages[words & MIGRATE != 0])
             grant.release()
             await announce(Outcome(words_of(work.parts, grant.pages), work.errno), work.finalize)
             work.finalize()
@@ -365,11 +367,12 @@ async def migrate_to_device(
             work.give_up()
             raise
         finally:
-            domain.resume(work.pages)
+            for domain in domains:
+                domain.resume(work.pages)
             grant.release()
 
 
-async def _copy_in(work: MigrateVma, domain: Domain, start: int, grant: Grant) -> None:
+async def _copy_in(work: MigrateVma, domains: Sequence[Domain], start: int, grant: Grant) -> None:
     """alloc_and_copy: pages with data are streamed, never-touched ones zeroed on the device; a page without a grant stays."""
     if work.points.armed:
         await work.at("migrate.allocate")
@@ -377,7 +380,8 @@ async def _copy_in(work: MigrateVma, domain: Domain, start: int, grant: Grant) -
     for part in work.parts:
         frames = np.where(part.source & MIGRATE != 0, grant.for_part(part, start), np.uint64(0))
         full = (frames != 0) & (part.source & VALID != 0)
-        domain.suspend(listed(part, part.pages[full]))
+        for domain in domains:
+            domain.suspend(listed(part, part.pages[full]))
         sources.append(listed(part, part.source[full] >> SHIFT))
         targets.append(listed(part, frames[full]))
         zeros.append(listed(part, frames[(frames != 0) & ~full]))

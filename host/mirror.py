@@ -53,15 +53,17 @@ class Request:
         return self.start + self.pages
 
 
-async def range_fault(space: AddressSpace, hub: Hub, subscription: Subscription, request: Request, deadline: float) -> tuple[int, Words]:
-    """The HMM_PFN words of a range and the sequence that they are good for.
+async def range_fault(space: AddressSpace, hub: Hub, subscription: Subscription, request: Request, timeout_s: float) -> tuple[int, Words]:
+    """The HMM_PFN words of a range and the sequence that they are good for (hmm_range_fault_unlocked_timeout).
 
-    `deadline` is on trio's clock (``math.inf``: none). Raises KernelError: EBUSY when the time is up, EFAULT, EPERM, ENOMEM as table A3.
+    `timeout_s` is on trio's clock (``math.inf``: none). It holds over all rounds that end because the range changed, and begins anew when a
+    fault had to drop the lock, which is progress. Raises KernelError: EBUSY when the time is up, EFAULT, EPERM, ENOMEM as table A3, EFAULT
+    too when the OOM killer has been here, EINTR when the process is killed while its lock is waited for.
     """
     points = hub.points
+    deadline = trio.current_time() + timeout_s
     while True:
-        began = trio.current_time()
-        if began > deadline:
+        if trio.current_time() > deadline:
             why = f"pages 0x{request.start:x}+{request.pages} kept changing until the time was up"
             raise KernelError(errno.EBUSY, "hmm_range_fault", why)
         if points.armed:
@@ -70,13 +72,13 @@ async def range_fault(space: AddressSpace, hub: Hub, subscription: Subscription,
         try:
             if points.armed:
                 await _at("retry.after_read_begin", hub, subscription, request)
-            async with space.mmap_lock.read():
+            async with space.read_killable():
                 words = await _walk(space, hub, subscription, request, sequence)
         except MissingPage as missing:
             if not request.unlocked:
                 raise
             await missing.registration.wait(missing.page)
-            deadline += trio.current_time() - began
+            deadline = trio.current_time() + timeout_s
             continue
         if points.armed:
             await _at("retry.before_read_retry", hub, subscription, request)

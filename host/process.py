@@ -24,7 +24,7 @@ from hmmnet.checks import Arrayable, as_bytes, as_value, check_pages, check_rang
 from hmmnet.errors import HmmnetError, KernelError, PeerError, RemoteError
 from hmmnet.observe.counters import GPU_FAULT_GROUP
 from hmmnet.pages import HUGE_PAGES, PAGE_SHIFT, PAGE_SIZE, page_range
-from hmmnet.program import JobResult, MemoryFile, Residency
+from hmmnet.program import JobResult, Mapping, MemoryFile, Residency
 from hmmnet.wire.messages import ARGUMENT_BYTES_MAX, EndJob, Finished, Launch
 
 from .contexts import Contexts
@@ -117,7 +117,7 @@ class Process:
             mapped = await self.space.mmap(length, protection, address, shared=shared, file=opened, offset=offset)
         if populate:
             with contextlib.suppress(KernelError):  # mm_populate: what cannot be had is had later, or never
-                await self.space.madvise(mapped, length, "POPULATE_WRITE" if "w" in protection and not shared else "POPULATE_READ")
+                await self.space.populate(mapped >> PAGE_SHIFT, (mapped >> PAGE_SHIFT) + whole_pages("mmap", length))
         return mapped
 
     async def memfd_create(self, length: int) -> MemFd:
@@ -239,12 +239,25 @@ class Process:
         check_pages("residency", address, pages)
         return self.space.residency(address, pages)
 
+    async def pagemap_words(self, address: int, pages: int) -> npt.NDArray[np.uint64]:
+        """/proc/PID/pagemap."""
+        check_pages("pagemap_words", address, pages)
+        return self.space.pagemap_words(address >> PAGE_SHIFT, (address >> PAGE_SHIFT) + pages)
+
+    async def smaps(self) -> list[Mapping]:
+        """/proc/PID/smaps."""
+        return self.space.smaps()
+
+    async def clear_refs(self, *, soft_dirty: bool = True) -> None:
+        """/proc/PID/clear_refs."""
+        await (self.space.clear_soft_dirty() if soft_dirty else self.space.clear_referenced())
+
     # --- devices --------------------------------------------------------------------------------------------------------------
 
     async def open(self, device: str) -> Handle:
         """Open a device. Raises KernelError: ENOENT, ENODEV."""
         self._alive("open")
-        file = OpenFile(await self._acquired(device), self.contexts)
+        file = OpenFile(await self._acquired(device, self.contexts.get_for_file), self.contexts)
         number = next(number for number in itertools.count(FD_FIRST) if number not in self.handles)
         return Handle(self.handles, number, file)
 
@@ -253,15 +266,15 @@ class Process:
         self._alive("open")
         context = self._own.get(device)
         if context is None or context.life.link.session.lost is not None:
-            context = await self._acquired(device)
+            context = await self._acquired(device, self.contexts.get)
             if self._own.get(device) is context:
                 await self.contexts.put(context)  # another task opened it meanwhile, and one use is enough
             self._own[device] = context
         return context
 
-    async def _acquired(self, device: str) -> Context:
+    async def _acquired(self, device: str, get: Callable[[Space, str], Awaitable[Context]]) -> Context:
         """A use of this process's context on a device. Raises KernelError(ESRCH) when the process exits meanwhile."""
-        context = await self.contexts.get(self.space, device)
+        context = await get(self.space, device)
         if self.ended:
             with contextlib.suppress(PeerError):
                 await self.contexts.put(context)
@@ -355,6 +368,14 @@ class Process:
             Handle(child.handles, number, handle.file)
         child._heap, child._heap_end = self._heap, self._heap_end  # noqa: SLF001 - one of its own kind
         return child
+
+    async def kill(self, *, out_of_memory: bool = False) -> None:
+        """SIGKILL, or the OOM killer's."""
+        self.ended = True
+        self.space.kill()
+        if out_of_memory:
+            await self.space.reap()
+        await self.exit()
 
     async def exit(self) -> None:
         """exit(2): the address space goes first (its mirrors are told once), then the open devices.

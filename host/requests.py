@@ -120,8 +120,8 @@ class Requests:
         request = Request(
             message.start, message.pages, life.zone, *flags, inputs if len(inputs) else None, life.link.node, message.unlocked
         )
-        deadline = trio.current_time() + self._clock.real(message.timeout_ms / 1000) if message.timeout_ms > 0 else math.inf
-        sequence, words = await range_fault(context.space, context.hub, subscription, request, deadline)
+        timeout_s = self._clock.real(message.timeout_ms / 1000) if message.timeout_ms > 0 else math.inf
+        sequence, words = await range_fault(context.space, context.hub, subscription, request, timeout_s)
         context.domain.grant(message.start, words)
         return RangeFaulted(sequence, to_wire(words))
 
@@ -172,8 +172,9 @@ class Requests:
                     del self._table_updates[number]
 
         try:
+            domains = [one.domain for one in self._life.contexts_of(context.space.number)]
             await migrate_to_device(
-                context.space, self._homing.spaces, self._life.link, context.domain, message.start, Select(message.select), grant, announce
+                context.space, self._homing.spaces, self._life.link, domains, message.start, Select(message.select), grant, announce
             )
         except PeerLost:
             if not replied:
@@ -230,12 +231,15 @@ class Requests:
         if message.start < subscription.start or end > subscription.end:
             raise ProtocolError("MakeExclusive leaves its subscription's interval")
         while True:
-            got = await context.space.make_exclusive(message.start, end, self._life.zone)
+            if message.folios:
+                words = await context.space.make_exclusive_folios(message.start, end, self._life.zone)
+            else:
+                got = await context.space.make_exclusive(message.start, end, self._life.zone)
+                words = context.space.exclusive_words(message.start, message.start + got)
             if not context.hub.core.must_wait(subscription):
                 break
             await context.hub.read_begin(subscription)  # what is being invalidated now has no sequence of its own yet
         self._subscription(message.context, message.subscription)  # without one nothing would ever take back what is granted now
-        words = context.space.exclusive_words(message.start, message.start + got)
         context.domain.grant(message.start, words)
         return Exclusive(subscription.sequence, to_wire(words))
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hmmnet.program import JobResult, Residency
+from hmmnet.program import JobResult, Mapping, Residency
 from hmmnet.words import tokenize
 
 BASE = 0x10000
@@ -90,6 +90,18 @@ class FlatProcess:
     async def pagemap(self, address: int, pages: int) -> bytes:
         first = address >> 12
         return bytes(ord("P" if self.on.get(page, "host") == "host" else "S") for page in range(first, first + pages))
+
+    async def pagemap_words(self, address: int, pages: int) -> npt.NDArray[np.uint64]:
+        raise AssertionError("no workload looks at pagemap words")
+
+    async def smaps(self) -> list[Mapping]:
+        raise AssertionError("no workload looks at smaps")
+
+    async def clear_refs(self, *, soft_dirty: bool = True) -> None:
+        raise AssertionError("no workload clears references")
+
+    async def kill(self, *, out_of_memory: bool = False) -> None:
+        self.exited = True
 
     async def residency(self, address: int, pages: int) -> Residency:
         owners = ("host", *self.machine.device_names)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Self
 
+import numpy as np
 import numpy.typing as npt
 
-from hmmnet.program import Handle, MemoryFile
+from hmmnet.program import PM_PRESENT, Handle, Mapping, MemoryFile
 
 
 class LoggedReferences:
@@ -134,3 +135,16 @@ class LoggedCalls:
 
     async def exit(self) -> None:
         self.log.append("exit")
+
+    async def pagemap_words(self, address: int, pages: int) -> npt.NDArray[np.uint64]:
+        first = address >> 12
+        return np.arange(first, first + pages, dtype=np.uint64) | np.uint64(PM_PRESENT)
+
+    async def smaps(self) -> list[Mapping]:
+        return [Mapping(0x1000, 0x3000, "rw-p", 8192, 4096, 0, 0, 0, 0)]
+
+    async def clear_refs(self, *, soft_dirty: bool = True) -> None:
+        self.log.append(("clear_refs", soft_dirty))
+
+    async def kill(self, *, out_of_memory: bool = False) -> None:
+        self.log.append(("kill", out_of_memory))

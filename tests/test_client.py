@@ -17,7 +17,7 @@ import trio
 from hmmnet.client import RemoteMachine, remote_machine
 from hmmnet.errors import BusError, KernelError, PeerRefused, RemoteError
 from hmmnet.host.calls import new_client
-from hmmnet.program import Handle, IoctlResult, JobResult, Machine, PageReferences, Process, Residency
+from hmmnet.program import PM_PRESENT, Handle, IoctlResult, JobResult, Machine, Mapping, PageReferences, Process, Residency
 from hmmnet.remote import CHUNK_BYTES
 from hmmnet.wire.memory_transport import MemoryTransport
 from hmmnet.wire.messages import Call, Hello, Recall, Refused, Welcome
@@ -303,6 +303,22 @@ async def test_residency_joins_pieces_with_owners_in_any_order() -> None:
         assert found.pages[CHUNK_BYTES // 2 :].tolist()[:3] == [-1, 1, 0]
         assert len(found.pages) == pages
         assert await process.pagemap(BASE, pages) == b"P" * pages
+
+
+async def test_what_proc_shows() -> None:
+    """Words in pieces, put together; mappings with all their fields; what is forgotten; a killed process is gone."""
+    async with world() as (remote, machine):
+        process = await remote.create_process()
+        pages = CHUNK_BYTES // 8 + 5
+        words = await process.pagemap_words(BASE, pages)
+        assert words.tolist() == [(BASE >> 12) + i | PM_PRESENT for i in range(pages)]
+        assert await process.smaps() == [Mapping(0x1000, 0x3000, "rw-p", 8192, 4096, 0, 0, 0, 0)]
+        await process.clear_refs()
+        await process.clear_refs(soft_dirty=False)
+        await process.kill(out_of_memory=True)
+        assert machine.processes[0].log[-3:] == [("clear_refs", True), ("clear_refs", False), ("kill", True)]
+        with pytest.raises(KernelError, match="ESRCH"):
+            await process.smaps()
 
 
 async def test_jobs_and_device_commands() -> None:

@@ -238,10 +238,13 @@ class Dmirror(Device):
         """dmirror_exclusive: window by window, and each window wholly or not at all; then what can be read through the mirror."""
         for first in range(start, end, WINDOW_PAGES):
             stop = min(first + WINDOW_PAGES, end)
+            today = bool(self.flags & COMPOUND)
             try:
-                got = await context.make_exclusive(first, stop)
-            except KernelError:  # as the driver: whatever make_device_exclusive_range says, a window that is not had is EBUSY
-                got = 0
+                got = await context.make_exclusive(first, stop, folios=not today)
+            except KernelError:
+                if today:
+                    raise
+                got = 0  # as the driver of 6.12: whatever make_device_exclusive_range says, a window that is not had is EBUSY
             if got < stop - first:
                 why = f"page 0x{first + got:x} cannot be had exclusively; the windows of {WINDOW_PAGES} pages before its own are exclusive"
                 raise KernelError(EBUSY, "dmirror_exclusive", why)

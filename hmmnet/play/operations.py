@@ -274,6 +274,8 @@ async def pin(stage: Stage, region: str, page: int, pages: int, write: bool, fas
     """PIN_LONGTERM_TEST_START of gup_test: all pages or none, one pin set at a time."""
     if stage.pinned is not None:
         raise KernelError(errno.EINVAL, "pin", "a pin set is taken; unpin it first")
+    if pages == 0:
+        raise KernelError(errno.EINVAL, "pin", "no pages are no pin set")
     held = await stage.process.get_user_pages(stage.address(region, page), pages, write=write, pin=True, longterm=True)
     if held.count < pages:
         await held.put()

@@ -393,16 +393,22 @@ class Evicted(Message, frozen=True):
 
 
 class MakeExclusive(Message, frozen=True):
-    """make_device_exclusive_range for `pages` pages from `start`, which lie in the interval of `subscription`. `Exclusive`."""
+    """make_device_exclusive_range for `pages` pages from `start`, which lie in the interval of `subscription`. `Exclusive`.
+
+    `folios`: as Linux 6.12 did it, where a large page is had as a whole or not at all.
+    """
 
     context: U64
     subscription: U64
     start: Page
     pages: PageCount
+    folios: bool = False
 
 
 class Exclusive(Message, frozen=True):
     """Reply: HMM_PFN words of the pages that the device has to itself now, from the first on; fewer where one cannot be had.
+
+    A word of 0 is a page that was not had although others behind it were.
 
     They were so at `sequence` of the subscription, and are until an invalidation changes that. The device may reach the frames as after a
     range fault.
@@ -464,8 +470,10 @@ class Call(Message, frozen=True):
     address; ``get_user_pages`` (address, pages, write, pin, longterm) -> {reference, count}, ``read_pages`` (reference, first, pages)
     -> data, ``put_pages`` (reference); ``fork`` -> {process, handles: number -> device}; ``malloc`` (length) -> address; ``read``
     (address, length, at most a chunk) -> data; ``write`` (address) with data; ``pagemap`` (address, pages) -> data; ``residency``
-    (address, pages) -> [owner names], data: int16 a page; ``migrate`` (address, length, to) -> bytes; ``launch`` (kernel, device,
-    placement, arguments: map) -> {results, counters}; ``exit``; ``open`` (device) -> handle number; ``close`` (handle). ``ioctl``
+    (address, pages) -> [owner names], data: int16 a page; ``pagemap_words`` (address, pages) -> data: uint64 a page; ``smaps`` ->
+    [[start, end, rights, bytes of each kind]]; ``clear_refs`` (soft_dirty); ``migrate`` (address, length, to) -> bytes; ``launch``
+    (kernel, device, placement, arguments: map) -> {results, counters}; ``exit``; ``kill`` (out_of_memory);
+    ``open`` (device) -> handle number; ``close`` (handle). ``ioctl``
     (handle, command, address, pages, flags) -> {cpages, faults, length} with the first chunk of the data, ``length`` bytes in all; the
     rest by ``fetch`` (handle, offset) -> data. Data for an ioctl beyond one chunk goes ahead in ``stage`` (handle) calls, which append;
     ``ioctl``'s own `data` comes last. Loads, stores and arrays are made of reads and writes.

@@ -10,12 +10,13 @@ is brought home from a device in batches, with the result that single loads in a
 from __future__ import annotations
 
 import errno
-from collections.abc import Awaitable, Callable, Iterable
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import trio
 
 from hmmnet.errors import BusError, HmmnetError, KernelError, SegmentationFault, SignalError
 from hmmnet.faults.injector import Points
@@ -29,7 +30,7 @@ from .frames import PhysicalMemory
 from .locks import Gate, RwLock, give_way
 from .mm import Mm
 from .userfault import MissingPage
-from .vma import VM_ACCESS, VM_HUGETLB, VM_READ, VM_WRITE, Vma
+from .vma import VM_ACCESS, VM_HUGETLB, VM_WRITE, Vma
 
 PAGE_MASK = PAGE_SIZE - 1
 BATCH_PAGES = 1 << 16
@@ -63,6 +64,14 @@ class Notifier(Protocol):
         """See `interfaces.Notifier.pass_through`."""
         ...
 
+    def try_invalidate(self, start: int, end: int) -> bool:
+        """Begin an invalidation that waits for nobody, to be ended by `range_end`; False, and nothing begun, where someone must be told."""
+        ...
+
+    def range_end(self) -> None:
+        """The end of an invalidation that `try_invalidate` has begun."""
+        ...
+
 
 class CpuAccess:
     """Process `number`'s memory as its CPU sees it; `home` is migrate_to_ram."""
@@ -79,6 +88,35 @@ class CpuAccess:
         self._gate = Gate()
         self.mm.migration_ended = self._gate.open
         self._since_checkpoint = 0
+        self.killed = False
+        """A fatal signal is pending: nobody waits for the mmap lock on this process's behalf any more."""
+        self._killable: set[trio.CancelScope] = set()
+
+    def kill(self) -> None:
+        """A fatal signal: who waits in `read_killable` gets EINTR."""
+        self.killed = True
+        for scope in self._killable:
+            scope.cancel()
+
+    @asynccontextmanager
+    async def read_killable(self) -> AsyncIterator[None]:
+        """mmap_read_lock_killable: the mmap lock for reading. Raises KernelError(EINTR) when the process is killed before it is had."""
+        with trio.CancelScope() as scope:
+            self._killable.add(scope)
+            try:
+                if self.killed:
+                    scope.cancel()
+                    await trio.lowlevel.checkpoint()
+                if not self.mmap_lock.try_read():
+                    await self.mmap_lock.wait(writer=False)
+            finally:
+                self._killable.discard(scope)
+        if scope.cancelled_caught:
+            raise KernelError(errno.EINTR, "mmap_read_lock_killable", f"process {self.number} was killed meanwhile")
+        try:
+            yield
+        finally:
+            self.mmap_lock.release_read()
 
     @property
     def points(self) -> Points:
@@ -304,6 +342,8 @@ class CpuAccess:
 
     async def _resolve(self, page: int, touched: fault.Touched, rounds: int) -> None:
         """See to what stands in the way of an access to `page`. The mmap lock is held for reading."""
+        if self.mm.unstable:
+            raise BusError(page << PAGE_SHIFT, f"page 0x{page:x} of process {self.number}, which is being killed, was reaped")
         if rounds > ROUNDS_MAX:
             raise HmmnetError(f"page 0x{page:x} of process {self.number} was taken away {ROUNDS_MAX} times before it could be accessed")
         end = page + touched.blocked
@@ -434,8 +474,12 @@ class CpuAccess:
 
     def _faultable(self, page: int, *, write: bool) -> Vma:
         vma = self.mm.vmas.find(page)
-        if vma is None or not vma.flags & VM_READ:
-            raise KernelError(errno.EFAULT, "handle_mm_fault", f"page 0x{page:x} of process {self.number} is not readable")
+        if self.mm.unstable:
+            raise KernelError(
+                errno.EFAULT, "handle_mm_fault", f"page 0x{page:x} of process {self.number}, which is being killed, was reaped"
+            )
+        if vma is None or not vma.flags & VM_ACCESS:
+            raise KernelError(errno.EFAULT, "handle_mm_fault", f"page 0x{page:x} of process {self.number} allows no access")
         if write and not vma.flags & VM_WRITE:
             raise KernelError(errno.EPERM, "handle_mm_fault", f"page 0x{page:x} of process {self.number} is read-only")
         return vma

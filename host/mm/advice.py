@@ -4,20 +4,22 @@ The kernel goes through the range VMA by VMA: holes are remembered and answered 
 advised; a VMA that cannot take the advice ends the call there. Advice about pages takes the mmap lock for reading, advice about VMAs for
 writing.
 
-COLD only ages pages; PAGEOUT swaps out what is the process's alone (`swap.py`). Both leave device memory alone (h55).
+COLD only ages pages; PAGEOUT swaps out what is the process's alone (`swap.py`), pages of files, too. Both leave device memory alone (h55).
 """
 
 from __future__ import annotations
 
 import errno
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 from hmmnet.errors import KernelError
 from hmmnet.host.interfaces import Event
-from hmmnet.pages import HUGE_PAGES, PAGE_SHIFT, announced_runs
+from hmmnet.pages import HUGE_PAGES, PAGE_SHIFT, Words, announced_runs
 
 from . import fault, huge, pte, swap
+from .filemap import file_offsets
 from .huge import HUGE_MASK
 from .syscalls import SystemCalls, aligned, whole_pages
 from .truncate import punch
@@ -79,8 +81,7 @@ class Advice(SystemCalls):
         start = aligned("madvise", address)
         end = start + whole_pages("madvise", length)
         if advice in POPULATE_ADVICE:
-            async with self.mmap_lock.read():
-                await self.populate(start, end, write=POPULATE_ADVICE[advice])
+            await self.populate(start, end, write=POPULATE_ADVICE[advice])
             return
         hole = self.mm.vmas.covered_until(start, end)
         if advice in FLAG_ADVICE:
@@ -113,6 +114,8 @@ class Advice(SystemCalls):
         for vma in self.mm.vmas.overlapping(start, end):
             low, high = max(start, vma.start), min(end, vma.end)
             if not vma.is_anonymous or vma.flags & (VM_NOHUGEPAGE | VM_HUGETLB):
+                raise self._refused(vma, COLLAPSE)
+            if huge.block_of(vma.end) - HUGE_PAGES < vma.start:  # thp_vma_suitable_order
                 raise self._refused(vma, COLLAPSE)
             failed = 0
             for block in range(-(-low // HUGE_PAGES) * HUGE_PAGES, high - HUGE_PAGES + 1, HUGE_PAGES):
@@ -155,8 +158,12 @@ class Advice(SystemCalls):
             if advice != "WILLNEED" and (vma.flags & forbidden or (advice == "FREE" and not self._is_private(vma))):
                 raise self._refused(vma, advice)
             if advice in {"DONTNEED", "DONTNEED_LOCKED", "FREE"}:
-                if vma.flags & VM_HUGETLB and (low & HUGE_MASK or high & HUGE_MASK):
-                    raise self._refused(vma, advice)
+                if vma.flags & VM_HUGETLB:  # madvise_dontneed_free_valid_vma: what is freed is rounded down to whole pages
+                    if low & HUGE_MASK:
+                        raise self._refused(vma, advice)
+                    high = huge.block_of(high)
+                    if low == high:
+                        continue
                 await self.split_edges(low, high)
             if advice in {"DONTNEED", "DONTNEED_LOCKED"}:
                 async with self.hub.invalidate(Event.CLEAR, low, high):
@@ -169,21 +176,32 @@ class Advice(SystemCalls):
             elif advice == "COLD":
                 fault.age(self.mm, low, high, pte.YOUNG)
             elif advice == "PAGEOUT":
-                await self._page_out(low, high)
+                await self._page_out(vma, low, high)
 
-    async def _page_out(self, low: int, high: int) -> None:
-        """madvise_pageout: reclaim what is in [low, high) and nobody else's."""
+    async def _page_out(self, vma: Vma, low: int, high: int) -> None:
+        """madvise_pageout: reclaim what is in [low, high) of `vma` and nobody else's."""
         fault.age(self.mm, low, high, pte.YOUNG)
-        pages = swap.reclaimable(self.mm, self.mm.table.occupied(low, high))
-        if len(pages) == 0:
-            return
-        await self.split_blocks(huge.huge_blocks(self.mm, pages))
+        present = self.mm.table.occupied(low, high)
+        if len(pages := swap.reclaimable(self.mm, present)):
+            await self.split_blocks(huge.huge_blocks(self.mm, pages))
+            async with self._told(pages):
+                still = swap.reclaimable(self.mm, pages)
+                if len(still):
+                    swap.page_out(self.mm, still)
+        file = None if vma.flags & VM_SPECIAL else vma.file  # what a driver inserted is on no LRU list
+        if file is not None and len(pages := swap.reclaimable(self.mm, present, of_file=True)):
+            async with self._told(pages):
+                still = swap.reclaimable(self.mm, pages, of_file=True)
+                fault.zap(self.mm, still)
+                file.page_out(file_offsets(vma, still))
+
+    @asynccontextmanager
+    async def _told(self, pages: Words) -> AsyncIterator[None]:
+        """CLEAR is announced for `pages` while the block runs."""
         async with AsyncExitStack() as stack:
             for start, end in announced_runs(pages):
                 await stack.enter_async_context(self.hub.invalidate(Event.CLEAR, start, end))
-            still = swap.reclaimable(self.mm, pages)
-            if len(still):
-                swap.page_out(self.mm, still)
+            yield
 
     @staticmethod
     def _is_private(vma: Vma) -> bool:

@@ -82,8 +82,10 @@ def touch(mm: Mm, vma: Vma, pages: Words, write: bool, keep: slice | None = None
     if vma.flags & VM_UFFD_MISSING:
         missing = np.flatnonzero((entries == 0) & (causes == 0))
         if vma.file is not None and len(missing):
-            missing = missing[vma.file.cached(file_offsets(vma, pages[missing])) == 0]
+            missing = missing[vma.file.holes(file_offsets(vma, pages[missing]))]
         causes[missing] = Cause.MISSING
+    if mm.unstable:
+        causes[entries == 0] = Cause.MISSING
     stop = int(np.argmax(causes > 0)) if causes.any() else len(pages)
     if stop:
         _settle(mm, vma, pages[:stop], entries[:stop], write, keep, mm.node if node is None else node)
@@ -108,7 +110,7 @@ def touch_one(mm: Mm, vma: Vma, page: int, write: bool) -> bool:
             return False
         mm.table.mark_one(page, entry)
         return True
-    if entry or not vma.is_anonymous or vma.flags & VM_UFFD_MISSING or huge.may_be_huge(vma):
+    if entry or not vma.is_anonymous or vma.flags & VM_UFFD_MISSING or huge.may_be_huge(vma) or mm.unstable:
         return False
     if write:
         mm.anon_prepare(vma)

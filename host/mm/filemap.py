@@ -10,6 +10,8 @@ What a CPU fault does depends on the mapping (do_fault):
 - a *store* to a shared mapping maps the cached page, writable;
 - a *store* to a private one is a copy: an anonymous page with the file's bytes, that is the process's alone from then on.
 
+MADV_PAGEOUT takes file pages out of memory, too, as shmem does: to swap, from where whoever wants one next has it back.
+
 A page behind the end of the file is SIGBUS. `File.mappers` (the kernel's i_mmap) are the address spaces that have mapped the file: whoever
 punches or truncates (`truncate.py`) asks each where. No entry of these pages is ever a migration entry: pages of files stay where they are.
 """
@@ -21,6 +23,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from hmmnet.arena import Bytes
 from hmmnet.errors import KernelError
@@ -40,6 +43,8 @@ if TYPE_CHECKING:
 FAULT_AROUND_PAGES = 16
 """fault_around_bytes, 64 KiB: what one fault on a file maps when it is cached."""
 PTRS_PER_PTE = 512
+SWAPPED = np.uint64(1 << 63)
+"""Marks a slot of swap where else a frame stands; no frame has a number as large."""
 ENOMEM = 12
 
 
@@ -55,6 +60,7 @@ class File:
         self.lock = RwLock()
         """i_rwsem: whoever writes, cuts or punches has it for writing. Outside all other locks, so inside it devices may be waited for."""
         self._cache = SparseTable()
+        """What is at each page offset: a frame, or a slot of swap with `SWAPPED` (the kernel keeps a value entry there), or nothing."""
         memory.files[self.number] = self
         weakref.finalize(self, _forget, memory, self._cache)
 
@@ -64,8 +70,15 @@ class File:
         return self.size + PAGE_SIZE - 1 >> PAGE_SHIFT
 
     def cached(self, offsets: Words) -> Words:
-        """The frames at page `offsets`; 0 for holes."""
-        return self._cache.gather(offsets)
+        """The frames at page `offsets`; 0 for holes, and for what was swapped out."""
+        found = self._cache.gather(offsets)
+        found[found >= SWAPPED] = 0
+        return found
+
+    def holes(self, offsets: Words) -> npt.NDArray[np.bool_]:
+        """Which of the pages at `offsets` have never had anything, here or in swap."""
+        missing: npt.NDArray[np.bool_] = self._cache.gather(offsets) == 0
+        return missing
 
     def filled(self, offsets: Words, node: int, group: MemoryCgroup | None) -> Words:
         """The frames at page `offsets` (distinct); holes get zeroed ones, from `node` if it has room, charged to `group`.
@@ -73,20 +86,35 @@ class File:
         Raises KernelError(ENOMEM).
         """
         frames = self._cache.gather(offsets)
-        holes = frames == 0
-        if holes.any():
+        absent = (frames == 0) | (frames >= SWAPPED)
+        if absent.any():
             lacks = self.memory.points.armed and self.memory.points.fails("host.alloc.page_cache")
-            new = None if lacks else self.memory.allocate_charged(group, int(np.count_nonzero(holes)), node)
+            new = None if lacks else self.memory.allocate_charged(group, int(np.count_nonzero(absent)), node)
             if new is None:
-                wanted = int(np.count_nonzero(holes))
+                wanted = int(np.count_nonzero(absent))
                 why = ("" if group is None else group.shortage(wanted)) or "the host's memory is used up"
                 raise KernelError(ENOMEM, "page fault", f"a file wants {wanted} pages and {why}")
             for zone, rows, at in self.memory.groups(new):
                 zone.mapping[at] = self.number
-                zone.index[at] = offsets[holes][rows]
-            self._cache.scatter(offsets[holes], new)
-            frames[holes] = new
+                zone.index[at] = offsets[absent][rows]
+            swapped = frames[absent] >= SWAPPED
+            if swapped.any():  # shmem_swapin_folio
+                slots = frames[absent][swapped] ^ SWAPPED
+                self.memory.swap.load(self.memory, slots, new[swapped])
+                self.memory.swap.free(slots)
+            self._cache.scatter(offsets[absent], new)
+            frames[absent] = new
         return frames
+
+    def page_out(self, offsets: Words) -> bool:
+        """shmem_writepage: cached pages at `offsets`, which nobody maps or holds, go to swap. False, nothing done, when that is full."""
+        frames = self.cached(offsets)
+        slots = self.memory.swap.save(self.memory, frames)
+        if slots is None:
+            return False
+        self._cache.scatter(offsets, slots | SWAPPED)
+        _put(self.memory, frames)
+        return True
 
     def read(self, offset: int, length: int) -> bytes:
         """pread(2): `length` bytes from byte `offset` on, fewer at the end of the file. Holes read as zero and stay holes.
@@ -101,12 +129,12 @@ class File:
         except MemoryError:
             raise KernelError(ENOMEM, "pread", f"{length} bytes do not fit into this program at once; read them in pieces") from None
         offsets = _covering(offset, length)
-        frames = self.cached(offsets)
-        there = np.flatnonzero(frames)
-        data = np.empty(len(there) * PAGE_SIZE, np.uint8)
-        if len(there):
-            self.memory.read(frames[there], 0, data)
-            out.reshape(-1, PAGE_SIZE)[there] = data.reshape(-1, PAGE_SIZE)
+        offsets = offsets[~self.holes(offsets)]
+        if len(offsets):
+            frames = self.filled(offsets, 0, None)
+            data = np.empty(len(offsets) * PAGE_SIZE, np.uint8)
+            self.memory.read(frames, 0, data)
+            out.reshape(-1, PAGE_SIZE)[(offsets - np.uint64(offset >> PAGE_SHIFT)).astype(np.intp)] = data.reshape(-1, PAGE_SIZE)
         first = offset & PAGE_SIZE - 1
         return out[first : first + length].tobytes()
 
@@ -120,16 +148,15 @@ class File:
 
     def zero(self, offset: int, length: int) -> None:
         """Clear bytes inside one page, where there is one."""
-        frame = self._cache.get(offset >> PAGE_SHIFT)
-        if frame and length > 0:
+        if self._cache.get(offset >> PAGE_SHIFT) and length > 0:
+            frame = int(self.filled(_covering(offset, 1), 0, None)[0])
             self.memory.write_small(frame, offset & PAGE_SIZE - 1, bytes(length))
 
     def drop(self, first: int, end: int) -> None:
         """truncate_inode_pages: pages [first, end) become holes. Nobody maps them any more; who pinned one keeps it."""
-        offsets = self._cache.occupied(first, end)
-        frames = self._cache.gather(offsets)
+        found = self._cache.gather(self._cache.occupied(first, end))
         self._cache.clear(first, end)
-        _put(self.memory, frames)
+        _let_go(self.memory, found)
 
 
 def _covering(offset: int, length: int) -> Words:
@@ -145,9 +172,17 @@ def _put(memory: PhysicalMemory, frames: Words) -> None:
     memory.put(frames)
 
 
+def _let_go(memory: PhysicalMemory, found: Words) -> None:
+    """What a cache had is dropped: frames, and slots of swap."""
+    swapped = found >= SWAPPED
+    if swapped.any():
+        memory.swap.free(found[swapped] ^ SWAPPED)
+    _put(memory, found[~swapped])
+
+
 def _forget(memory: PhysicalMemory, cache: SparseTable) -> None:
     """A file is gone."""
-    _put(memory, cache.gather(cache.occupied(0, PAGES_MAX)))
+    _let_go(memory, cache.gather(cache.occupied(0, PAGES_MAX)))
 
 
 # --- in an address space ----------------------------------------------------------------------------------------------------------

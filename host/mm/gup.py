@@ -1,4 +1,4 @@
-"""get_user_pages and pins (mm/gup.c), populate, and exclusive device access: faults that others take on the process's behalf.
+"""get_user_pages and pins (mm/gup.c), and populate: faults that others take on the process's behalf.
 
 Whoever holds a page by reference keeps it where it is: `collect` leaves it out. A page that a device has is brought home first. A pin, more
 than a reference, promises that the process and the pinner go on seeing the same memory: a read-only pin of a page that is not the
@@ -15,12 +15,12 @@ import numpy as np
 
 from hmmnet.errors import KernelError
 from hmmnet.host.interfaces import Event
-from hmmnet.pages import HMM_PFN_VALID, HMM_PFN_WRITE, Words, run_bounds
+from hmmnet.pages import Words, run_bounds
 
 from . import fault, huge, pte
 from .access import CpuAccess
 from .userfault import MissingPage
-from .vma import VM_HUGETLB, VM_READ, VM_SHARED, VM_SPECIAL, VM_WRITE
+from .vma import VM_PFNMAP, VM_READ, VM_SHARED, VM_WRITE, Vma
 from .zones import ANON
 
 POPULATE_PAGES_MAX = 1 << 28
@@ -31,6 +31,14 @@ UNPIN_ROUNDS_MAX = 8
 """Tries to bring a page home that somebody holds on its device, before a long-term pin gives up."""
 BATCH_PAGES = 1 << 18
 """Pages faulted in at once: what is asked for beyond the host's memory costs no more than that."""
+
+
+def may_follow(vma: Vma, *, write: bool) -> bool:
+    """check_vma_flags without FOLL_FORCE: whether pages of `vma` can be had for reading, or for `write`.
+
+    A mapping that may only be written is good enough for who writes.
+    """
+    return bool(vma.flags & (VM_WRITE if write else VM_READ)) and not vma.flags & VM_PFNMAP
 
 
 class Pins(CpuAccess):
@@ -101,7 +109,7 @@ class Pins(CpuAccess):
         """How many pages of [start, end) lie in VMAs that allow it, and whether one does not."""
         page = start
         for vma in self.mm.vmas.overlapping(start, end):
-            if vma.start > page or not vma.flags & VM_READ or (write and not vma.flags & VM_WRITE):
+            if vma.start > page or not may_follow(vma, write=write):
                 return page - start, True
             page = min(end, vma.end)
         return page - start, page < end
@@ -125,10 +133,25 @@ class Pins(CpuAccess):
     async def populate(self, start: int, end: int, *, write: bool | None = None) -> None:
         """faultin_page_range and __mm_populate: fault [start, end) in, for writing, reading, or (None) as each VMA allows.
 
-        The mmap lock is held for reading. Raises KernelError: ENOMEM at a hole, EINVAL where the VMA does not allow it, EFAULT.
+        Takes the mmap lock for reading, and drops it while a userfaultfd's owner fills in a missing page. Raises KernelError: ENOMEM at a
+        hole, EINVAL where the VMA does not allow what is asked for, EFAULT (no access at all, or it ends in a signal), ENOMEM.
         """
         if end - start > POPULATE_PAGES_MAX:
             raise KernelError(errno.ENOMEM, "populate", f"{end - start} pages are too many at once; {POPULATE_PAGES_MAX} can be had")
+        page, missing = start, None
+        while page < end:
+            try:
+                async with self.mmap_lock.read():
+                    await self.populate_locked(page, end, write=write)
+            except MissingPage as found:
+                missing = found
+            else:
+                return
+            await missing.registration.wait(missing.page)
+            page = missing.page
+
+    async def populate_locked(self, start: int, end: int, *, write: bool | None = None) -> None:
+        """`populate` by who holds the mmap lock, and keeps it: a page that would have to be waited for is EFAULT (`MissingPage`)."""
         page = start
         while page < end:
             vma = self.mm.vmas.find(page)
@@ -136,41 +159,8 @@ class Pins(CpuAccess):
                 raise KernelError(errno.ENOMEM, "populate", f"page 0x{page:x} of process {self.number} is not mapped")
             stop = min(end, vma.end)
             wants = vma.flags & (VM_WRITE | VM_SHARED) == VM_WRITE if write is None else write
-            if not vma.flags & VM_READ or (wants and not vma.flags & VM_WRITE) or (write is not None and vma.flags & VM_SPECIAL):
+            if write is not None and not may_follow(vma, write=write):
                 raise KernelError(errno.EINVAL, "populate", f"page 0x{page:x} of process {self.number} does not allow it")
             for low in range(page, stop, BATCH_PAGES):
                 await self._fault_pages(np.arange(low, min(stop, low + BATCH_PAGES), dtype=np.uint64), write=wants)
             page = stop
-
-    async def make_exclusive(self, start: int, end: int, owner: int) -> int:
-        """make_device_exclusive_range: give a device atomic access to [start, end); how many pages from `start` on it got.
-
-        It is a write fault: empty pages are made, shared ones copied, device pages brought home. Ends early where a page may not be
-        written, or is not anonymous memory. Raises KernelError(EFAULT) when not even the first can be had.
-        """
-        async with self.mmap_lock.read():
-            got, _ = self._accessible(start, end, write=True)
-            if got == 0:
-                raise KernelError(errno.EFAULT, "make_device_exclusive", f"page 0x{start:x} of process {self.number} cannot be written")
-            page = start
-            while page < start + got:
-                vma = self.mm.vmas.find(page)
-                assert vma is not None, "an accessible page lies in a VMA"
-                if vma.flags & (VM_HUGETLB | VM_SPECIAL):
-                    break
-                stop = min(start + got, vma.end)
-                pages = np.arange(page, stop, dtype=np.uint64)
-                await self._fault_pages(pages, write=True)
-                if vma.flags & VM_SHARED:
-                    break
-                await self.split_blocks(huge.huge_blocks(self.mm, pages))  # FOLL_SPLIT_PMD
-                async with self.hub.invalidate(Event.EXCLUSIVE, page, stop, owner):
-                    page += fault.set_exclusive(self.mm, pages)
-        return page - start
-
-    def exclusive_words(self, start: int, end: int) -> Words:
-        """HMM_PFN words of the pages from `start` on that a device has exclusively, up to the first that it does not (any more)."""
-        entries = self.mm.table.read(start, end)
-        held = entries & pte.KIND == pte.EXCLUSIVE
-        count = len(entries) if held.all() else int(np.argmin(held))
-        return pte.frames_of(entries[:count]) | np.uint64(HMM_PFN_VALID | HMM_PFN_WRITE)

@@ -38,6 +38,8 @@ class Mm:
         """Aligned blocks in mappings for huge pages that have a page table of their own: no huge page comes there any more."""
         self.rss = 0
         """Pages mapped, wherever they live; those on a device count too, the zero page does not."""
+        self.unstable = False
+        """MMF_UNSTABLE: the OOM reaper has been here, so what is missing must not be made anew."""
         self.migration_ended: Callable[[], None] | None = None
         """Called whenever migration entries of this process have been replaced: who waits on one looks again."""
         memory.families.setdefault(self.family, []).append(self)

@@ -15,10 +15,10 @@ import trio
 from hmmnet.errors import KernelError
 from hmmnet.host.interfaces import Event, Migration, Select, Walk
 from hmmnet.pages import PAGE_SHIFT, PAGES_MAX, Words, zone_of
-from hmmnet.program import Residency
+from hmmnet.program import Mapping, Residency
 
 from . import collect as migration_steps
-from . import pmd, pte, single
+from . import pmd, pte, single, views
 from .access import Notifier
 from .advice import Advice
 from .fault import restore_exclusive
@@ -182,6 +182,14 @@ class Space(Advice):
         single.put_back(self.mm, page, frame)
 
     # --- views --------------------------------------------------------------------------------------------------------------------
+
+    def pagemap_words(self, start: int, end: int) -> Words:
+        """See `views.pagemap`."""
+        return views.pagemap(self.mm, start, end)
+
+    def smaps(self) -> list[Mapping]:
+        """See `views.smaps`."""
+        return views.smaps(self.mm)
 
     def pagemap(self, address: int, pages: int) -> bytes:
         """/proc/PID/pagemap, a byte a page: ``-`` none, ``P`` present (``p``: a page of a file), ``S`` special; + 0x80 when mapped once."""

@@ -1,10 +1,11 @@
-"""Swap: anonymous pages that MADV_PAGEOUT has taken out of memory (mm/vmscan.c, mm/swapfile.c, do_swap_page), over arrays.
+"""Swap: pages that MADV_PAGEOUT has taken out of memory (mm/vmscan.c, mm/swapfile.c, do_swap_page), over arrays.
 
 A slot holds one page's bytes; its count says how many entries lead to it (fork makes them two). A slot is memory of this program and of no
 zone: what is emulated is what it does to page tables, not the time that a disk takes.
 
 Paged out is what belongs to this process alone: pages that others map, hold or pin stay, and so does device memory (h55). Nobody migrates a
-swapped page, a snapshot shows nothing there, and whoever touches it has it back first.
+swapped page, a snapshot shows nothing there, and whoever touches it has it back first. A page of a file leaves nothing in the page table;
+its slot stands in the page cache (`filemap.py`).
 """
 
 from __future__ import annotations
@@ -77,13 +78,14 @@ class Swap:
         self._arena.discard(gone)
 
 
-def reclaimable(mm: Mm, pages: Words) -> Words:
-    """Those of `pages` that PAGEOUT takes: present host memory that nobody else maps or holds."""
+def reclaimable(mm: Mm, pages: Words, *, of_file: bool = False) -> Words:
+    """Those of `pages` that PAGEOUT takes: present host memory that nobody else maps or holds; pages `of_file`, or anonymous ones."""
     entries = mm.table.gather(pages)
     there = (entries & (pte.KIND | pte.SPECIAL) == pte.PRESENT) & (entries < pte.DEVICE_MIN)
     frames = pte.frames_of(entries[there])
-    alone = (mm.memory.field(frames, "flags") & ANON != 0) & (mm.memory.field(frames, "refcount") == 1)
-    there[there] = alone & (mm.memory.field(frames, "pincount") == 0)
+    kind, references = (0, 2) if of_file else (ANON, 1)  # the page cache has a reference of its own
+    alone = (mm.memory.field(frames, "flags") & ANON == kind) & (mm.memory.field(frames, "refcount") == references)
+    there[there] = alone & (mm.memory.field(frames, "mapcount") == 1) & (mm.memory.field(frames, "pincount") == 0)
     taken: Words = pages[there]
     return taken
 

@@ -6,6 +6,7 @@ which it fails. Every change to entries is announced to the hub first, VMA by VM
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from dataclasses import replace
 
@@ -15,16 +16,30 @@ from hmmnet.errors import KernelError
 from hmmnet.host.interfaces import Event
 from hmmnet.pages import ADDRESS_BITS, HUGE_PAGES, PAGE_SHIFT, PAGES_MAX
 
-from . import fault, pte
+from . import fault, pte, views
 from .access import PAGE_MASK
+from .exclusive import ExclusiveAccess
 from .filemap import File, file_offsets, map_file
-from .gup import Pins
 from .huge import HUGE_MASK, block_of
 from .userfault import UserFault
-from .vma import VM_ACCESS, VM_HUGETLB, VM_LOCKED, VM_MIXEDMAP, VM_SHARED, VM_SPECIAL, VM_UFFD_MISSING, VM_WRITE, Vma, protection_flags
+from .vma import (
+    VM_ACCESS,
+    VM_DAX,
+    VM_HUGETLB,
+    VM_LOCKED,
+    VM_MIXEDMAP,
+    VM_PFNMAP,
+    VM_SHARED,
+    VM_SOFTDIRTY,
+    VM_SPECIAL,
+    VM_UFFD_MISSING,
+    VM_WRITE,
+    Vma,
+    protection_flags,
+)
 
 
-class SystemCalls(Pins):
+class SystemCalls(ExclusiveAccess):
     """mmap(2) and its kin, on a process's address space."""
 
     # --- mmap, munmap -------------------------------------------------------------------------------------------------------------
@@ -60,7 +75,7 @@ class SystemCalls(Pins):
                 if start + count > PAGES_MAX:
                     raise KernelError(errno.ENOMEM, "mmap", f"0x{address:x} + {length} bytes leaves the address space")
                 await self._unmap(start, start + count)
-            rights |= flags | (VM_SHARED if shared else 0)
+            rights |= flags | VM_SOFTDIRTY | (VM_SHARED if shared else 0)
             if file is not None:
                 file.mappers[self.number] = self
             self.mm.vmas.add(Vma(start, start + count, rights, start if file is None else offset >> PAGE_SHIFT, file=file))
@@ -138,6 +153,32 @@ class SystemCalls(Pins):
         """Drop the entries of [start, end), which lies in one VMA: so no frame is there twice."""
         fault.zap_range(self.mm, start, end)
 
+    async def reap(self) -> None:
+        """oom_reap_task_mm: drop the private memory of a process that is being killed, before it gets round to exit itself.
+
+        Nothing may be faulted in any more from here on. The reaper must not wait for devices: what one mirrors is left for `exit`.
+        """
+        self.mm.unstable = True
+        async with self.mmap_lock.read():
+            for vma in self.mm.vmas.all():
+                if vma.flags & (VM_HUGETLB | VM_PFNMAP) or vma.flags & VM_SHARED:
+                    continue
+                if self.hub.try_invalidate(vma.start, vma.end):
+                    self._zap(vma.start, vma.end)
+                    self.hub.range_end()
+
+    async def clear_soft_dirty(self) -> None:
+        """/proc/PID/clear_refs with 4: no page counts as written from now on; mirrors are told once, for everything."""
+        async with self.mmap_lock.write():
+            self.mm.vmas.update(0, PAGES_MAX, lambda piece: replace(piece, flags=piece.flags & ~VM_SOFTDIRTY))
+            async with self.hub.invalidate(Event.SOFT_DIRTY, 0, PAGES_MAX):
+                views.clear_soft_dirty(self.mm, 0, PAGES_MAX)
+
+    async def clear_referenced(self) -> None:
+        """/proc/PID/clear_refs with 1: no page counts as accessed from now on. Mirrors need not know."""
+        async with self.mmap_lock.read():
+            fault.age(self.mm, 0, PAGES_MAX, pte.YOUNG)
+
     async def exit(self) -> None:
         """exit_mmap: mirrors are told once, for everything; then all is unmapped."""
         async with self.mmap_lock.write(), self.hub.invalidate(Event.RELEASE, 0, PAGES_MAX):
@@ -170,10 +211,14 @@ class SystemCalls(Pins):
             self.mm.vmas.update(start, end, lambda piece: replace(piece, flags=flags))
             fault.protect(self.mm, start, end, bool(flags & VM_WRITE), bool(flags & VM_SHARED))
         if flags & VM_WRITE and old & (VM_WRITE | VM_SHARED | VM_LOCKED) == VM_LOCKED:
-            await self.populate(start, end)
+            with contextlib.suppress(KernelError):  # copies now what a store would copy later; that it cannot is nobody's error here
+                await self.populate_locked(start, end)
 
     async def mlock(self, address: int, length: int) -> None:
-        """mlock(2): pages are made, and those on a device come home. Raises KernelError: ENOMEM (a hole, or memory without access)."""
+        """mlock(2): pages are made, and those on a device come home; a userfaultfd's owner is waited for.
+
+        Raises KernelError: ENOMEM (a hole, memory without access, an access that ends in a signal), EAGAIN (memory is used up).
+        """
         await self._lock_range(address, length, VM_LOCKED)
 
     async def munlock(self, address: int, length: int) -> None:
@@ -188,15 +233,14 @@ class SystemCalls(Pins):
             covered = self.mm.vmas.covered_until(start, end)
             if covered > start:
                 await self.split_edges(start, covered)
-                self.mm.vmas.update(start, covered, lambda piece: replace(piece, flags=piece.flags & ~VM_LOCKED | flag))
+                self.mm.vmas.update(start, covered, lambda piece: replace(piece, flags=piece.flags & ~VM_LOCKED | _lockable(piece, flag)))
         if covered < end:
             raise KernelError(errno.ENOMEM, call, f"page 0x{covered:x} of process {self.number} is not mapped")
         if flag:
-            async with self.mmap_lock.read():
-                try:
-                    await self.populate(start, end)
-                except KernelError as error:
-                    raise KernelError(errno.ENOMEM, call, error.why) from error
+            try:
+                await self.populate(start, end)
+            except KernelError as error:  # __mlock_posix_error_return
+                raise KernelError(errno.EAGAIN if error.code == errno.ENOMEM else errno.ENOMEM, call, error.why) from error
 
     # --- userfaultfd --------------------------------------------------------------------------------------------------------------
 
@@ -250,24 +294,41 @@ class SystemCalls(Pins):
         if new == 0 or (dontunmap and (old != new or not may_move)) or (new_address is not None and not may_move):
             raise KernelError(errno.EINVAL, "mremap", f"{old} to {new} pages with these flags makes no sense")
         async with self.mmap_lock.write():
-            if self.mm.vmas.find(start) is None:
+            vma = self.mm.vmas.find(start)
+            if vma is None:
                 raise self._bad_remap(start)
-            if new_address is not None or dontunmap:
-                target = await self._fixed_target(start, old, new, new_address)
-                old = await self._shrink(start, old, new)
-                self._resizable(start, old, new)
-            else:
-                if await self._shrink(start, old, new) == new:
-                    return address
-                vma = self._resizable(start, old, new)
-                if self._grow(vma, start, old, new):
-                    await self._populate_locked(vma.flags, start + old, start + new)
-                    return address
-                if not may_move:
-                    raise KernelError(errno.ENOMEM, "mremap", f"no room behind page 0x{start + old:x} of process {self.number}")
-                target = self._gap(new, "mremap")
-            await self._move(start, old, target, new, dontunmap=dontunmap)
+            if vma.flags & VM_HUGETLB:
+                old, new = self._huge_remap(start, old, new, new_address)
+            target = await self._remap(start, old, new, new_address, may_move=may_move, dontunmap=dontunmap)
+        if vma.flags & VM_LOCKED and new > old:
+            with contextlib.suppress(KernelError):  # mm_populate: what cannot be had now is had later, or never
+                await self.populate(target + old, target + new)
         return target << PAGE_SHIFT
+
+    def _huge_remap(self, start: int, old: int, new: int, new_address: int | None) -> tuple[int, int]:
+        """What mremap of hugetlb memory asks for in whole huge pages. Raises KernelError(EINVAL) for addresses inside one, and to grow."""
+        old, new = (-(-count // HUGE_PAGES) * HUGE_PAGES for count in (old, new))
+        if start & HUGE_MASK or (new_address or 0) >> PAGE_SHIFT & HUGE_MASK or new > old:
+            raise KernelError(errno.EINVAL, "mremap", f"huge pages (hugetlb) move whole and do not grow, here from page 0x{start:x}")
+        return old, new
+
+    async def _remap(self, start: int, old: int, new: int, new_address: int | None, *, may_move: bool, dontunmap: bool) -> int:
+        """mremap under the mmap lock; the page where the range is then."""
+        if new_address is not None or dontunmap:
+            target = await self._fixed_target(start, old, new, new_address)
+            old = await self._shrink(start, old, new)
+            self._resizable(start, old, new, dontunmap=dontunmap)
+        else:
+            if await self._shrink(start, old, new) == new:
+                return start
+            vma = self._resizable(start, old, new)
+            if self._grow(vma, start, old, new):
+                return start
+            if not may_move:
+                raise KernelError(errno.ENOMEM, "mremap", f"no room behind page 0x{start + old:x} of process {self.number}")
+            target = self._gap(new, "mremap")
+        await self._move(start, old, target, new, dontunmap=dontunmap)
+        return target
 
     def _bad_remap(self, page: int) -> KernelError:
         return KernelError(errno.EFAULT, "mremap", f"the old range at page 0x{page:x} of process {self.number} is not in one mapping")
@@ -287,13 +348,19 @@ class SystemCalls(Pins):
             await self._unmap(start + new, start + old)
         return min(old, new)
 
-    def _resizable(self, start: int, old: int, new: int) -> Vma:
+    def _resizable(self, start: int, old: int, new: int, *, dontunmap: bool = False) -> Vma:
         """vma_to_resize: the VMA that holds the whole old range and may change its size."""
         vma = self.mm.vmas.find(start)
-        if vma is None or start + old > vma.end or (new > old and vma.flags & VM_SPECIAL):
+        if vma is None:
             raise self._bad_remap(start)
         if old == 0 and not vma.flags & VM_SHARED:
             raise KernelError(errno.EINVAL, "mremap", "an old length of 0 is for shared mappings")
+        if dontunmap and vma.flags & VM_PFNMAP:
+            raise KernelError(
+                errno.EINVAL, "mremap", f"the mapping at page 0x{start:x} of process {self.number} cannot be left behind empty"
+            )
+        if start + old > vma.end or (new > old and vma.flags & VM_PFNMAP):
+            raise self._bad_remap(start)
         return vma
 
     def _grow(self, vma: Vma, start: int, old: int, new: int) -> bool:
@@ -301,7 +368,9 @@ class SystemCalls(Pins):
         end = start + new
         if start + old != vma.end or end > PAGES_MAX - 1 or self.mm.vmas.overlapping(vma.end, end):
             return False
-        self.mm.vmas.add(Vma(vma.end, end, vma.flags, vma.pgoff + vma.end - vma.start, vma.anon, vma.chain, vma.file))
+        if vma.flags & VM_SPECIAL:  # vma_merge_extend: such a VMA merges with nothing
+            raise KernelError(errno.ENOMEM, "mremap", f"the mapping at page 0x{start:x} of process {self.number} cannot grow in place")
+        self.mm.vmas.add(replace(vma, start=vma.end, end=end, pgoff=vma.pgoff + vma.end - vma.start))
         return True
 
     async def _move(self, start: int, old: int, target: int, new: int, *, dontunmap: bool) -> None:
@@ -310,7 +379,7 @@ class SystemCalls(Pins):
         vma = self.mm.vmas.find(start)
         assert vma is not None, "the range to move lies in a VMA"
         pgoff = vma.pgoff + start - vma.start if vma.anon or vma.file is not None else target
-        flags = vma.flags & ~VM_UFFD_MISSING  # and no `userfault`: mremap_userfaultfd_prep, without UFFD_FEATURE_EVENT_REMAP
+        flags = vma.flags & ~VM_UFFD_MISSING | VM_SOFTDIRTY  # and no `userfault`: mremap_userfaultfd_prep, without UFFD_FEATURE_EVENT_REMAP
         self.mm.vmas.add(Vma(target, target + new, flags, pgoff, vma.anon, vma.chain, vma.file))
         await self.split_edges(start, start + old)
         if (start ^ target) & HUGE_MASK:
@@ -320,25 +389,25 @@ class SystemCalls(Pins):
         if not dontunmap:
             self.mm.vmas.remove(start, start + old)
         else:
-            self.mm.vmas.update(start, start + old, lambda piece: self._emptied(piece, vma))
-        await self._populate_locked(vma.flags, target + old, target + new)
+            whole = vma.start == start and vma.end == start + old
+            self.mm.vmas.update(vma.start, vma.end, lambda piece: self._emptied(piece, whole=whole))
 
     @staticmethod
-    def _emptied(piece: Vma, whole: Vma) -> Vma:
-        """What MREMAP_DONTUNMAP leaves: unlocked, and, when it was a whole VMA, as never touched."""
-        untouched = piece.start == whole.start and piece.end == whole.end
-        flags = piece.flags & ~VM_LOCKED
-        return replace(piece, flags=flags, anon=0, chain=()) if untouched else replace(piece, flags=flags)
-
-    async def _populate_locked(self, flags: int, start: int, end: int) -> None:
-        if flags & VM_LOCKED and start < end:
-            await self.populate(start, end)
+    def _emptied(vma: Vma, *, whole: bool) -> Vma:
+        """What MREMAP_DONTUNMAP leaves of a VMA: unlocked, all of it, and, when the `whole` of it was emptied, as never touched."""
+        flags = vma.flags & ~VM_LOCKED
+        return replace(vma, flags=flags, anon=0, chain=()) if whole else replace(vma, flags=flags)
 
     async def _migrations_over(self, start: int, end: int) -> None:
         """Wait until no page of [start, end) is under migration: evictions by frame need no mmap lock, so some may be."""
         for first, part, pages in list(self.mm.table.parts(start, end)):
             for offset in np.flatnonzero(pte.kinds_of(part) == pte.MIGRATION).tolist():
                 await self.wait_migration(first + offset * pages)
+
+
+def _lockable(vma: Vma, flag: int) -> int:
+    """mlock_fixup: what mlock sets in the flags of `vma`; nothing for memory that cannot go away."""
+    return 0 if vma.flags & (VM_SPECIAL | VM_HUGETLB | VM_DAX) else flag
 
 
 def aligned(call: str, address: int) -> int:

@@ -39,6 +39,8 @@ VM_DAX = 1 << 13
 VM_RAND_READ = 1 << 14
 VM_SEQ_READ = 1 << 15
 VM_MERGEABLE = 1 << 16
+VM_SOFTDIRTY = 1 << 17
+"""Mapped since soft-dirty was last cleared: all of it counts as written."""
 VM_SPECIAL = VM_MIXEDMAP | VM_PFNMAP
 
 EINVAL = 22
@@ -96,7 +98,7 @@ class Vma:
         """Whether `behind`, which begins where this ends, can be one VMA with it."""
         return (
             self.end == behind.start
-            and self.flags == behind.flags
+            and not (self.flags ^ behind.flags) & ~VM_SOFTDIRTY
             and self.file is behind.file
             and self.userfault is behind.userfault
             and self.pgoff + self.end - self.start == behind.pgoff
@@ -176,15 +178,16 @@ class VmaTree:
     def _splice(self, low: int, high: int, vmas: list[Vma]) -> None:
         """Put `vmas` in the place of those at [low, high), merging along the seams."""
         self._last = None
-        first, last = max(0, low - 1), min(len(self._vmas), high + 1)
+        below, above = max(0, low - 1), min(len(self._vmas), high + 1)
         merged: list[Vma] = []
-        for vma in self._vmas[first:low] + vmas + self._vmas[high:last]:
+        for vma in self._vmas[below:low] + vmas + self._vmas[high:above]:
             if merged and merged[-1].merges_with(vma):
-                merged[-1] = replace(merged[-1], end=vma.end, anon=merged[-1].anon or vma.anon, chain=merged[-1].chain)
+                first = merged[-1]
+                merged[-1] = replace(first, end=vma.end, flags=first.flags | vma.flags, anon=first.anon or vma.anon)
             else:
                 merged.append(vma)
-        self._vmas[first:last] = merged
-        self._starts[first:last] = [vma.start for vma in merged]
+        self._vmas[below:above] = merged
+        self._starts[below:above] = [vma.start for vma in merged]
 
     def neighbour_anon(self, vma: Vma) -> int:
         """find_mergeable_anon_vma: the anon_vma of a neighbour that differs in access rights at most, else 0."""

@@ -154,7 +154,7 @@ class Bench:
             finalize()
 
         await migrate_to_device(
-            space, self.spaces, self.link, self.domain, address >> PAGE_SHIFT, Select.SYSTEM, grant or self.grant(pages), tell
+            space, self.spaces, self.link, [self.domain], address >> PAGE_SHIFT, Select.SYSTEM, grant or self.grant(pages), tell
         )
         return told[0]
 

@@ -9,7 +9,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from hmmnet.errors import KernelError
+from hmmnet.errors import BusError, KernelError
 from hmmnet.host.interfaces import Event
 from hmmnet.host.mirror import Request, range_fault
 from hmmnet.host.mm.space import Space
@@ -34,13 +34,13 @@ RIGHTS = HMM_PFN_VALID | HMM_PFN_WRITE | HMM_PFN_ERROR
 
 
 async def ask(
-    bench: Bench, space: Space, address: int, pages: int, flags: int, owner: int = OTHER_ZONE, deadline: float = math.inf
+    bench: Bench, space: Space, address: int, pages: int, flags: int, owner: int = OTHER_ZONE, timeout_s: float = math.inf
 ) -> Words:
     """The answer of a range fault through a subscription of its own."""
     hub = bench.hub(space)
     subscription = hub.insert(0, PAGES_MAX, FakeLink("asker", owner), 1)
     try:
-        sequence, words = await range_fault(space, hub, subscription, Request(address >> PAGE_SHIFT, pages, owner, flags), deadline)
+        sequence, words = await range_fault(space, hub, subscription, Request(address >> PAGE_SHIFT, pages, owner, flags), timeout_s)
         assert not hub.read_retry(subscription, sequence)
     finally:
         await hub.remove(subscription)
@@ -143,7 +143,7 @@ async def test_a_range_that_keeps_changing_is_ebusy_when_the_time_is_up() -> Non
     space = bench.space()
     address = await space.mmap(PAGE_SIZE)
     with pytest.raises(KernelError) as caught:
-        await ask(bench, space, address, 1, READ, deadline=trio.current_time() - 1)
+        await ask(bench, space, address, 1, READ, timeout_s=-1)
     assert caught.value.code == errno.EBUSY
 
 
@@ -158,3 +158,76 @@ async def test_lost_data_are_efault_for_a_device() -> None:
         await ask(bench, space, address, 1, READ)
     assert caught.value.code == errno.EFAULT
     assert "killed" in caught.value.why
+
+
+async def test_the_time_begins_anew_when_a_fault_dropped_the_lock() -> None:
+    """hmm_range_fault_unlocked_timeout: waiting for a userfaultfd's owner is progress, however often; without it the time is up."""
+    bench = Bench()
+    space = bench.space()
+    address = await space.mmap(3 * PAGE_SIZE)
+    faults = await space.userfaultfd(address, 3 * PAGE_SIZE)
+    hub, got = bench.hub(space), []
+    subscription = hub.insert(0, PAGES_MAX, FakeLink("asker", OTHER_ZONE), 1)
+
+    async def ask_unlocked() -> None:
+        request = Request(address >> PAGE_SHIFT, 3, OTHER_ZONE, READ, unlocked=True)
+        got.append(await range_fault(space, hub, subscription, request, timeout_s=1.0))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(ask_unlocked)
+        for _ in range(3):
+            missing = await faults.read()
+            await trio.sleep(0.9)
+            await faults.copy(missing, bytes(PAGE_SIZE))
+    assert rights(got[0][1]) == [HMM_PFN_VALID | HMM_PFN_WRITE] * 3
+
+
+async def test_a_killed_process_is_eintr_for_who_waits_for_its_lock() -> None:
+    """mmap_read_lock_killable; and afterwards at once."""
+    bench = Bench()
+    space = bench.space()
+    address = await space.mmap(PAGE_SIZE)
+    errors: list[str] = []
+
+    async def refused() -> None:
+        with pytest.raises(KernelError) as caught:
+            await ask(bench, space, address, 1, READ)
+        errors.append(caught.value.name)
+
+    async with trio.open_nursery() as nursery:
+        async with space.mmap_lock.write():
+            nursery.start_soon(refused)
+            await wait_all_tasks_blocked()
+            space.kill()
+            await wait_all_tasks_blocked()
+            assert errors == ["EINTR"]
+    await refused()
+    assert errors == ["EINTR", "EINTR"]
+    await space.exit()
+
+
+async def test_what_the_oom_killer_has_reaped_is_efault() -> None:
+    """Private memory is gone and is not made anew; what a device mirrors is left for exit, because the reaper waits for nobody."""
+    bench = Bench()
+    space = bench.space()
+    address = await space.mmap(2 * PAGE_SIZE)
+    mirrored = await space.mmap(PAGE_SIZE, "rw", 1 << 30)
+    shared = await space.mmap(PAGE_SIZE, shared=True)
+    for at in (address, mirrored, shared):
+        await space.store(at, b"data")
+    link = FakeLink("mirror", ZONE)
+    bench.hub(space).insert(mirrored >> PAGE_SHIFT, (mirrored >> PAGE_SHIFT) + 1, link, 1)
+    await space.reap()
+    assert link.told == []
+    for page in (address, address + PAGE_SIZE):
+        with pytest.raises(KernelError) as caught:
+            await ask(bench, space, page, 1, READ)
+        assert caught.value.code == errno.EFAULT
+        with pytest.raises(BusError, match="reaped"):
+            await space.load(page, 1)
+        with pytest.raises(BusError, match="reaped"):
+            await space.store(page, b"x")
+    assert await space.load(mirrored, 4) == await space.load(shared, 4) == b"data"
+    await space.exit()
+    assert [event for _, _, _, event, *_ in link.told] == [Event.RELEASE]
+    assert bench.host_pages_used() == 0

@@ -10,11 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from hmmnet.errors import KernelError, SegmentationFault
 from hmmnet.pages import PAGE_SIZE, page_range
-from hmmnet.program import Handle, IoctlResult, MemoryFile, Residency
+from hmmnet.program import Handle, IoctlResult, Mapping, MemoryFile, Residency
 
 
 class FakeHandle:
@@ -179,6 +180,18 @@ class FakeProcess:
         first = address // PAGE_SIZE
         letters = {True: b"S"[0], False: b"P"[0] | 0x80}
         return bytes(letters[p in self.on] if p in self.memory else b"-"[0] for p in range(first, first + pages))
+
+    async def pagemap_words(self, address: int, pages: int) -> npt.NDArray[np.uint64]:
+        raise AssertionError("scripts see letters, not words")
+
+    async def smaps(self) -> list[Mapping]:
+        raise AssertionError("scripts never ask for smaps")
+
+    async def clear_refs(self, *, soft_dirty: bool = True) -> None:
+        raise AssertionError("scripts never clear references")
+
+    async def kill(self, *, out_of_memory: bool = False) -> None:
+        raise AssertionError("scripts kill nobody")
 
     async def residency(self, address: int, pages: int) -> Residency:
         raise AssertionError("scripts never ask for residency")

@@ -249,7 +249,9 @@ async def test_exclusive_access_is_for_anonymous_memory() -> None:
     space = machine.process()
     shared = await space.mmap(PAGE, "rw", 2 * BASE, shared=True)
     await mapped(space, file, 1, shared=False)
-    assert await space.make_exclusive(shared // PAGE, shared // PAGE + 1, 64) == 0
+    with pytest.raises(KernelError, match="EOPNOTSUPP"):
+        await space.make_exclusive(shared // PAGE, shared // PAGE + 1, 64)
+    assert not (await space.make_exclusive_folios(shared // PAGE, shared // PAGE + 1, 64)).any()
     assert symbols(space, shared, 1) == "p"
     assert await space.make_exclusive(BASE // PAGE, BASE // PAGE + 1, 64) == 1
     assert symbols(space, BASE, 1) == "S"
@@ -282,7 +284,8 @@ async def test_pages_that_a_driver_inserts() -> None:
     machine.check()
     with pytest.raises(KernelError, match="EINVAL"):
         await machine.to_device(space, 64, span(BASE // PAGE, 1))
-    assert await space.make_exclusive(BASE // PAGE, BASE // PAGE + 1, 64) == 0
+    with pytest.raises(KernelError, match="EOPNOTSUPP"):
+        await space.make_exclusive(BASE // PAGE, BASE // PAGE + 1, 64)
     await space.madvise(BASE, PAGE, "DONTNEED")
     with pytest.raises(BusError):
         await space.load(BASE, 1)
@@ -335,11 +338,12 @@ async def test_lengths_beyond_all_memory_are_refused() -> None:
     for refused in (
         space.madvise(BASE, 1 << 45, "POPULATE_READ"),
         space.madvise(BASE, 1 << 45, "POPULATE_WRITE"),
-        space.mlock(BASE, 1 << 45),
         space.get_pages(BASE >> 12, 1 << 33),
     ):
         with pytest.raises(KernelError, match="ENOMEM"):
             await refused
+    with pytest.raises(KernelError, match="EAGAIN"):
+        await space.mlock(BASE, 1 << 45)
     assert used(machine) == 0
     assert space.mm.rss == 0
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hmmnet.errors import KernelError
+from hmmnet.errors import BusError, KernelError
 from hmmnet.host.hub import Hub
 from hmmnet.host.interfaces import Select
 from hmmnet.host.mm import pte
@@ -152,3 +152,90 @@ async def test_without_room_pages_stay_where_they_are(monkeypatch: pytest.Monkey
     assert symbols(space, BASE, 4) == "SSPP"
     assert await space.load(BASE, 4 * PAGE) == b"".join(page_bytes(i + 1) for i in range(4))
     machine.check()
+
+
+async def test_pages_of_files_go_to_swap_and_come_back() -> None:
+    """Shared and private mappings alike: nothing is left in the page table, memory is free, who wants a page has it back alone."""
+    machine = Machine()
+    space = machine.process()
+    file = await filled(machine, 6)
+    await mapped(space, file, 6)
+    await space.load(BASE, 6 * PAGE)
+    link = FakeLink("gpu0", 64)
+    assert isinstance(space.hub, Hub)
+    space.hub.insert(0, 1 << 30, link, 1)
+    await space.madvise(BASE, 4 * PAGE, "PAGEOUT")
+    assert symbols(space, BASE, 6) == "----pp"
+    assert (used(machine), space.mm.rss, machine.memory.swap.used) == (2, 2, 4)
+    assert [(start, end) for _, start, end, *_ in link.told] == [(FIRST, FIRST + 4)]
+    assert await space.load(BASE + PAGE, 1) == b"\2"
+    assert symbols(space, BASE, 6) == "-p--pp", "what is not cached is not mapped around a fault"
+    assert await file.read(0, 6 * PAGE) == b"".join(page_bytes(i + 1) for i in range(6))
+    assert machine.memory.swap.used == 0
+    machine.check()
+
+
+async def test_swapped_pages_of_files_are_written_cut_and_forgotten() -> None:
+    """A store to the file, a hole in it, a truncation inside a swapped page, and the end of the file."""
+    machine = Machine()
+    space = machine.process()
+    file = await filled(machine, 4)
+    await mapped(space, file, 4)
+    await space.load(BASE, 4 * PAGE)
+    await space.madvise(BASE, 4 * PAGE, "PAGEOUT")
+    await file.write(8, b"written")
+    assert (await file.read(0, 16))[7:16] == b"\1written\1"
+    await file.punch(PAGE, PAGE)
+    await file.truncate(2 * PAGE + 100)
+    assert machine.memory.swap.used == 0
+    assert await file.read(PAGE, 2 * PAGE) == bytes(PAGE) + b"\3" * 100
+    await file.write(2 * PAGE, page_bytes(9))
+    await space.load(BASE, 3 * PAGE)
+    await space.madvise(BASE, 3 * PAGE, "PAGEOUT")
+    assert machine.memory.swap.used == 3
+    await file.close()
+    await space.munmap(BASE, 4 * PAGE)
+    del file
+    assert (used(machine), machine.memory.swap.used) == (0, 0)
+    machine.check()
+
+
+async def test_pages_of_files_that_others_want_stay() -> None:
+    """Mapped twice, held, inserted by a driver; and where swap has no room the page stays in the cache."""
+    machine = Machine(host_pages=16)
+    space = machine.process()
+    file = await filled(machine, 3)
+    await mapped(space, file, 3)
+    await mapped(space, file, 1, 2 * BASE)
+    await space.load(BASE, 3 * PAGE)
+    await space.load(2 * BASE, 1)
+    frames = await space.get_pages(FIRST + 1, 1)
+    await space.madvise(BASE, 3 * PAGE, "PAGEOUT")
+    assert symbols(space, BASE, 3) == "pp-"
+    space.put_pages(frames)
+    driver = await space.mmap_inserted(PAGE, "rw", 3 * BASE, shared=True)
+    await space.madvise(driver, PAGE, "PAGEOUT")
+    assert symbols(space, driver, 1) == "p"
+    taken = machine.memory.allocate(1)
+    assert taken is not None
+    while machine.memory.swap.save(machine.memory, taken) is not None:
+        pass
+    await space.madvise(BASE + PAGE, PAGE, "PAGEOUT")
+    assert symbols(space, BASE + PAGE, 1) == "-"
+    assert await space.load(BASE + PAGE, 1) == b"\2"
+    machine.check()
+
+
+async def test_a_swapped_page_of_a_file_is_not_missing() -> None:
+    """userfaultfd asks the page cache: what was swapped out is there, a hole is not."""
+    machine = Machine()
+    space = machine.process()
+    file = await filled(machine, 1)
+    await file.truncate(2 * PAGE)
+    await mapped(space, file, 2)
+    await space.load(BASE, 1)
+    await space.madvise(BASE, PAGE, "PAGEOUT")
+    await space.userfaultfd(BASE, 2 * PAGE, sigbus=True)
+    assert await space.load(BASE, 1) == b"\1"
+    with pytest.raises(BusError):
+        await space.load(BASE + PAGE, 1)

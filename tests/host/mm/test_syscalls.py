@@ -15,7 +15,7 @@ from hmmnet.host.interfaces import Select
 from hmmnet.host.mm import pte, rmap
 from hmmnet.host.mm.collect import collect_frames, finalize, move
 from hmmnet.host.mm.space import Space
-from hmmnet.host.mm.vma import PAGES_TOP, VM_LOCKED, VM_MIXEDMAP, VM_SHARED
+from hmmnet.host.mm.vma import PAGES_TOP, VM_LOCKED, VM_PFNMAP, VM_SHARED
 from hmmnet.pages import PAGE_SIZE
 
 from .machine import Machine, page_bytes, span
@@ -43,7 +43,7 @@ async def test_mremap_errors() -> None:
     space = Machine().process()
     address = await filled(space, 4, 1 << 30)
     await space.mprotect(address + 2 * PAGE, 2 * PAGE, "r")
-    special = await space.mmap(PAGE, "rw", 2 << 30, VM_MIXEDMAP)
+    special = await space.mmap(PAGE, "rw", 2 << 30, VM_PFNMAP)
     for arguments, options, code in [
         ((address + 1, PAGE, PAGE), {}, errno.EINVAL),
         ((address, PAGE, 0), {}, errno.EINVAL),
@@ -330,6 +330,7 @@ async def test_exclusive_access() -> None:
     assert space.pagemap(address, 2) == bytes([0x50 | 0x80, 0x53])
     machine.check()
     shared = await space.mmap(PAGE, "rw", 1 << 30, VM_SHARED)
-    assert await space.make_exclusive(shared // PAGE, shared // PAGE + 1, 64) == 0
+    with pytest.raises(KernelError, match="EOPNOTSUPP"):
+        await space.make_exclusive(shared // PAGE, shared // PAGE + 1, 64)
     with pytest.raises(KernelError, match="EFAULT"):
         await space.make_exclusive(17, 18, 64)
