@@ -39,7 +39,8 @@ async def written(space: Space, pages: int = 4) -> None:
 
 
 def bits(words: Words) -> list[int]:
-    return (words & BITS).tolist()
+    found: list[int] = (words & BITS).tolist()
+    return found
 
 
 def view(space: Space, pages: int) -> list[int]:
@@ -92,7 +93,7 @@ async def test_migration_changes_neither_rss_nor_anonymous_nor_swap() -> None:
     space = machine.process()
     await written(space)
     (before,) = space.smaps()
-    assert before == Mapping(BASE, BASE + 4 * PAGE, "rw-p", *[4 * PAGE] * 3, 0, 0, 0)
+    assert before == Mapping(BASE, BASE + 4 * PAGE, "rw-p", 4 * PAGE, 4 * PAGE, 4 * PAGE, 0, 0, 0)
     await machine.to_device(space, 64, span(FIRST, 4))
     (there,) = space.smaps()
     assert (there.rss, there.anonymous, there.swap, there.referenced) == (4 * PAGE, 4 * PAGE, 0, 0)
