@@ -62,7 +62,7 @@ async def go(
         finalize()
 
     grant = Grant(bench.page_map.zone, frames)
-    await migrate_to_device(space, bench.spaces, bench.link, bench.domain, first, select, grant, tell)
+    await migrate_to_device(space, bench.spaces, bench.link, [bench.domain], first, select, grant, tell)
     return told[0]
 
 
