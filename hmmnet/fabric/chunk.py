@@ -24,6 +24,11 @@ _CHUNK = struct.Struct("<4sIQQIIQdI")
 _CREDIT = struct.Struct("<4sIQIId")
 _ABORT = struct.Struct("<4sIQ")
 _SEAL = struct.Struct("<I")
+HEADER_BYTES = _CHUNK.size + _SEAL.size
+"""Of a chunk."""
+ANNOUNCED_MAX = 4
+"""Chunks that one message announces, each with a header of its own. A message wakes three threads in turn, which costs as much as copying a
+quarter of a chunk; of more than four that is not worth their delay."""
 _CHUNK_MAGIC, _CREDIT_MAGIC, _ABORT_MAGIC = b"HMc2", b"HMk1", b"HMa1"
 UNCHECKED = 1
 """Flag of a chunk: it carries no checksum."""
@@ -96,6 +101,15 @@ def pack_abort(abort: Abort) -> bytes:
     """The abort as bytes."""
     reason = abort.reason.encode()[:REASON_MAX]
     return _sealed(_ABORT.pack(_ABORT_MAGIC, len(reason), abort.stream) + reason)
+
+
+def split_forward(raw: bytes) -> list[bytes]:
+    """The headers in a message that travels with the data: several chunks that lie in the ring may be announced together."""
+    if len(raw) <= HEADER_BYTES or raw[:4] != _CHUNK_MAGIC:
+        return [raw]
+    if len(raw) > ANNOUNCED_MAX * HEADER_BYTES:
+        return [raw[: HEADER_BYTES + 1]]  # which is no header
+    return [raw[begin : begin + HEADER_BYTES] for begin in range(0, len(raw), HEADER_BYTES)]
 
 
 def unpack_forward(header: bytes) -> Chunk | Abort:

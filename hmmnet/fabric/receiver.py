@@ -23,7 +23,7 @@ import xxhash
 from hmmnet.errors import PeerError, ProtocolError
 from hmmnet.wire.transport import Channel, Payload
 
-from .chunk import CHUNK_BYTES, Abort, Chunk, Credit, pack_abort, pack_credit, unpack_forward
+from .chunk import CHUNK_BYTES, Abort, Chunk, Credit, pack_abort, pack_credit, split_forward, unpack_forward
 from .clock import EmulatedClock
 from .ends import Bytes, Sink
 from .ring import Ring
@@ -142,13 +142,20 @@ class BulkReceiver:
         receive = self._channel.receive
         try:
             while True:
-                header, payload = await receive()
-                try:
-                    self._take(header, payload)
-                except ProtocolError as error:
-                    self._drop(error)
+                message, payload = await receive()
+                first, *others = split_forward(message)
+                self._take_or_drop(first, payload)
+                for header in others:
+                    await trio.lowlevel.checkpoint()  # a megabyte each
+                    self._take_or_drop(header, None)
         except trio.ClosedResourceError:
             self.fail("the bulk channel was closed")
+
+    def _take_or_drop(self, header: bytes, payload: Payload | None) -> None:
+        try:
+            self._take(header, payload)
+        except ProtocolError as error:
+            self._drop(error)
 
     def _drop(self, error: ProtocolError) -> None:
         self.dropped += 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import Any
 
 import trio
 import xxhash
@@ -16,7 +17,7 @@ import xxhash
 from hmmnet.errors import PeerError, ProtocolError
 from hmmnet.wire.transport import Channel
 
-from .chunk import Abort, Credit, pack_abort, pack_chunk, unpack_back
+from .chunk import ANNOUNCED_MAX, Abort, Credit, pack_abort, pack_chunk, unpack_back
 from .clock import EmulatedClock
 from .ends import Bytes, Source
 from .pace import CATCH_UP_S, UNPACED, Pace, Pacer
@@ -52,6 +53,8 @@ class _Outgoing:
         self.heard = False
         self.slots: dict[int, int] = {}
         """Where its chunks lie in the ring, by sequence."""
+        self.held: list[bytes] = []
+        """Headers of chunks that lie in the ring and are not announced yet."""
 
     def check(self) -> None:
         """Raises PeerError when the receiver has given the stream up."""
@@ -143,6 +146,7 @@ class BulkSender:
                 out.check()
                 sequence = out.state.next() if self._has_room(out) else None
                 if sequence is None:
+                    await self._announce(out)
                     await self._await_credit(out)
                 else:
                     arrive_s = max(arrive_s, await self._send_chunk(out, source, sequence))
@@ -163,6 +167,8 @@ class BulkSender:
         grant = out.pacer.grant(length, clock.now(), CATCH_UP_S * clock.rate)
         if self.step is not None:
             await self.step()
+        if out.held and clock.real_until(grant.start_s) >= clock.sleep_min_s:
+            await self._announce(out)
         await clock.sleep_until(grant.start_s)
         if self.ring is not None:
             await trio.lowlevel.checkpoint()  # a megabyte, as every one: others have their turn
@@ -173,11 +179,26 @@ class BulkSender:
         else:
             payload, checksum = None, _fill(source, offset, self.ring.part(slot, length))
         header = pack_chunk(state.chunk(sequence, checksum, grant.arrive_s, slot))
+        if payload is None:
+            out.held.append(header)
+            if len(out.held) == ANNOUNCED_MAX or state.out < CREDIT_EVERY:  # with few out, the receiver may be waiting
+                await self._announce(out)
+        else:
+            await self._announce(out)
+            await self._send_message(state.stream, header, payload)
+        return grant.arrive_s
+
+    async def _announce(self, out: _Outgoing) -> None:
+        """Tell the receiver of the chunks that lie in the ring."""
+        if out.held:
+            held, out.held = out.held, []
+            await self._send_message(out.state.stream, b"".join(held), None)
+
+    async def _send_message(self, stream: int, header: bytes, payload: Any) -> None:
         try:
             await self._channel.send(header, payload)
         except trio.ClosedResourceError:
-            raise PeerError(f"stream {state.stream}: the bulk channel was closed") from None
-        return grant.arrive_s
+            raise PeerError(f"stream {stream}: the bulk channel was closed") from None
 
     # --- the ring -------------------------------------------------------------------------------------------------------------
 

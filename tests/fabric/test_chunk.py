@@ -8,13 +8,16 @@ from hypothesis import strategies as st
 
 from hmmnet.errors import ProtocolError
 from hmmnet.fabric.chunk import (
+    ANNOUNCED_MAX,
     CHUNK_BYTES,
+    HEADER_BYTES,
     Abort,
     Chunk,
     Credit,
     pack_abort,
     pack_chunk,
     pack_credit,
+    split_forward,
     unpack_back,
     unpack_forward,
 )  # fmt: skip
@@ -49,6 +52,26 @@ def test_garbage_is_refused(header: bytes) -> None:
             unpack(header)
         except ProtocolError:
             continue
+
+
+def test_chunks_are_announced_together() -> None:
+    """A few headers in one message come apart again; more than may be are no header at all, and neither is half of one."""
+    headers = [
+        pack_chunk(Chunk(7, 10 * CHUNK_BYTES, sequence, CHUNK_BYTES, 0, 0.0, slot=sequence)) for sequence in range(ANNOUNCED_MAX + 1)
+    ]
+    assert {len(header) for header in headers} == {HEADER_BYTES}
+    assert split_forward(headers[0]) == headers[:1]
+    assert split_forward(b"".join(headers[:ANNOUNCED_MAX])) == headers[:ANNOUNCED_MAX]
+    for wrong in (b"".join(headers), headers[0][:-1]):
+        (only,) = split_forward(wrong)
+        with pytest.raises(ProtocolError):
+            unpack_forward(only)
+    whole, half = split_forward(headers[0] + headers[1][:-1])
+    assert whole == headers[0]
+    with pytest.raises(ProtocolError):
+        unpack_forward(half)
+    abort = pack_abort(Abort(9, "a reason that is longer than any header of a chunk, by far, and stays in one piece"))
+    assert split_forward(abort) == [abort]
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ import trio.testing
 
 from hmmnet.arena import Arena
 from hmmnet.errors import HmmnetError, PeerError, ProtocolError
-from hmmnet.fabric.chunk import CHUNK_BYTES, Chunk, pack_chunk, unpack_forward
+from hmmnet.fabric.chunk import CHUNK_BYTES, Chunk, pack_chunk, split_forward, unpack_forward
 from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.fabric.dma import ArenaSink, ArenaSource, BulkReceiver, BulkSender, BytesSink, BytesSource, RingPlace, Rings
 from hmmnet.fabric.ring import SLOTS, Ring
@@ -51,14 +51,17 @@ class Counting:
         self.endpoint = channel.endpoint
         self.refused = 0
         self.payloads = 0
+        self.messages = 0
         self._channel = channel
         self._before = before
 
     async def send(self, header: Any, payload: Any = None) -> None:
-        message = unpack_forward(header)
-        assert isinstance(message, Chunk)
-        self._before(message)
+        for one in split_forward(header):
+            message = unpack_forward(one)
+            assert isinstance(message, Chunk)
+            self._before(message)
         self.payloads += payload is not None
+        self.messages += 1
         await self._channel.send(header, payload)
 
     def __getattr__(self, name: str) -> Any:
@@ -104,6 +107,19 @@ async def test_every_byte_arrives(rings: tuple[Rings, Rings], nbytes: int, to_de
     assert (report.resent, near.payloads) == (0, 0)
     assert sending.slots.idle
     assert np.array_equal(data, landing)
+
+
+async def test_a_long_stream_announces_chunks_together(rings: tuple[Rings, Rings]) -> None:
+    """Fewer messages than chunks; a short one, whose receiver waits, announces each."""
+    host, device = rings
+    near, far = channels()
+    async with ends(near, far, host.to_device, device.to_device) as (sender, receiver):
+        for stream, mib in ((2, 3), (4, 64)):
+            before, landing = near.messages, np.zeros(mib * MIB, dtype=np.uint8)
+            arrival = receiver.expect(stream, BytesSink(landing))
+            await sender.send(stream, BytesSource(pattern(mib * MIB)))
+            await arrival.wait()
+            assert near.messages - before == 3 if mib == 3 else near.messages - before < 32
 
 
 async def test_scattered_pages(rings: tuple[Rings, Rings]) -> None:
