@@ -19,16 +19,22 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .device_contract import DeviceContract
     from .frozen import FrozenMachine
     from .migrations import Migrations
+    from .policy_contract import PolicyContract
+    from .shrink import shrink
     from .worlds import Simulate
 
-__all__ = ["FrozenMachine", "Migrations", "Simulate"]
+__all__ = ["DeviceContract", "FrozenMachine", "Migrations", "PolicyContract", "Simulate", "shrink"]
 
 _PLACES = {
+    "DeviceContract": "hmmnet.testing.device_contract",
     "FrozenMachine": "hmmnet.testing.frozen",
     "Migrations": "hmmnet.testing.migrations",
+    "PolicyContract": "hmmnet.testing.policy_contract",
     "Simulate": "hmmnet.testing.worlds",
+    "shrink": "hmmnet.testing.shrink",
 }
 
 
@@ -38,7 +44,9 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(_PLACES[name]), name)
+    value = getattr(import_module(_PLACES[name]), name)
+    globals()[name] = value  # also where importing a module of the same name has put that
+    return value
 
 
 def __dir__() -> list[str]:

@@ -37,6 +37,9 @@ BLOCKING, SIMULATED_BLOCKING = "_hmmnet_machine_blocking", "_hmmnet_simulated_bl
 
 _case_key = pytest.StashKey["Case"]()
 
+# A check that fails shows what it compared, as a test of the user's own does.
+pytest.register_assert_rewrite("hmmnet.testing.device_contract", "hmmnet.testing.policy_contract")
+
 
 # --- options and markers --------------------------------------------------------------------------------------------------------------
 

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import pytest
 
-from hmmnet.devices.models import BUILT_IN, load_model
+from hmmnet.devices.models import load_model
 from hmmnet.devices.models.gpu import Gpu
 from hmmnet.errors import HmmnetError
 from hmmnet.plugins import MODELS, offered
-from tests.devices.contract import CHECKS, Check, run
+from hmmnet.testing import DeviceContract
+from hmmnet.testing.device_contract import play, runs_jobs
 
 
-@pytest.mark.parametrize("model", BUILT_IN)
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-async def test_contract(check: Check, model: str) -> None:
-    """Every model passes every check."""
-    await run(check, model=model, memory_bytes=800 << 12)
+class TestGpu(DeviceContract):
+    """The GPU."""
+
+    model = "gpu"
+
+
+class TestDmirror(DeviceContract):
+    """The kernel's test device."""
+
+    model = "dmirror"
 
 
 class SmallSlabGpu(Gpu):
@@ -24,11 +30,18 @@ class SmallSlabGpu(Gpu):
     slab_pages = 16
 
 
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-async def test_contract_of_a_model_from_elsewhere(check: Check) -> None:
-    """A model that somebody else offers is found by name, and passes too."""
+class TestSmallSlabGpu(DeviceContract):
+    """A model from elsewhere, as a class."""
+
+    model = SmallSlabGpu
+
+
+def test_a_model_is_found_by_name() -> None:
+    """As a topology names it."""
     with offered(MODELS, "small", SmallSlabGpu):
-        await run(check, model="small", memory_bytes=800 << 12)
+        play(runs_jobs, "small", memory_bytes=800 << 12)
+    with pytest.raises(HmmnetError, match='no device model is called "small"'):
+        play(runs_jobs, "small", memory_bytes=800 << 12)
 
 
 def test_unknown_model_is_named() -> None:

@@ -10,9 +10,9 @@ import pytest
 import trio
 
 from hmmnet.errors import KernelError
+from hmmnet.testing.scripted_host import counters_of, machine, results_of, u64, until
 from hmmnet.wire import messages as m
 from hmmnet.workloads.structures import build_lists, build_tree
-from tests.devices.scripted_host import counters_of, machine, results_of, u64, until
 
 PAGE = 0x10000
 """The first page of the tests' mapping; aligned to a fault group."""

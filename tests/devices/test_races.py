@@ -14,8 +14,8 @@ from hmmnet.devices.context import RETRIES_MAX
 from hmmnet.devices.locks import RangeLock
 from hmmnet.errors import KernelError
 from hmmnet.pages import PAGE_SIZE, to_wire
+from hmmnet.testing.scripted_host import ScriptedHost, counters_of, machine, results_of, u64, until
 from hmmnet.wire import messages as m
-from tests.devices.scripted_host import ScriptedHost, counters_of, machine, results_of, u64, until
 
 PAGE = 0x10000
 

@@ -19,10 +19,10 @@ import trio
 
 from hmmnet.devices.service import Settings, run_device, serve, single
 from hmmnet.errors import HmmnetError, PeerLost, PeerRefused
+from hmmnet.testing.scripted_host import SECRET, ScriptedHost, host_alone, results_of, until
 from hmmnet.wire.memory_transport import MemoryTransport
 from hmmnet.wire.secrets import write_secret
 from hmmnet.wire.zmq_transport import ZmqTransport
-from tests.devices.scripted_host import SECRET, ScriptedHost, host_alone, results_of, until
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = 0x10000

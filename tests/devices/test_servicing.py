@@ -8,8 +8,8 @@ import pytest
 from hmmnet.devices.servicing import LOOK_PIECES_MIN, pieces
 from hmmnet.errors import KernelError
 from hmmnet.pages import PAGE_SIZE
+from hmmnet.testing.scripted_host import ScriptedHost, counters_of, machine, results_of, u64
 from hmmnet.wire import messages as m
-from tests.devices.scripted_host import ScriptedHost, counters_of, machine, results_of, u64
 
 PAGE = 0x10000
 

@@ -13,8 +13,8 @@ import pytest
 from hmmnet.devices.models.dmirror import WINDOW_PAGES, Dmirror
 from hmmnet.errors import KernelError
 from hmmnet.pages import HMM_PFN_ERROR, HMM_PFN_ORDER_SHIFT, HMM_PFN_VALID, HMM_PFN_WRITE, PAGE_SIZE, ZONE_SHIFT
+from hmmnet.testing.scripted_host import ZONE, ScriptedHost, machine, u64
 from hmmnet.wire import messages as m
-from tests.devices.scripted_host import ZONE, ScriptedHost, machine, u64
 
 PAGE = 0x10000000
 NONE, READ, WRITE, ERROR, ZERO, LOCAL = 0, 1, 2, 0xFF, 0x10, 0x20

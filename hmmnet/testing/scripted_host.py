@@ -1,4 +1,4 @@
-"""A small host for device tests: one process, a dictionary for a page table, and the real wire.
+"""A small host for tests of device models: one process, a dictionary for a page table, and the real wire.
 
 It does what a device may expect of a host and checks what a host may expect of a device: a translation is held from the answer to a
 range fault until the answer to an invalidation, DMA without one is an error (`driver_bugs`), frames are used as they were granted. It
@@ -13,16 +13,14 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import numpy as np
 import trio
 
 from hmmnet.arena import Arena
-from hmmnet.devices.models.base import Device
-from hmmnet.devices.service import serve
-from hmmnet.errors import KernelError, PeerLost, SegmentationFault
+from hmmnet.errors import HmmnetError, KernelError, PeerLost, SegmentationFault
 from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.fabric.dma import UNPACED, ArenaSink, ArenaSource, BulkReceiver, BulkSender, BytesSink, BytesSource
 from hmmnet.pages import (
@@ -41,6 +39,7 @@ from hmmnet.pages import (
     from_wire,
     to_wire,
 )
+from hmmnet.plugins import load
 from hmmnet.wire import messages as m
 from hmmnet.wire.memory_transport import MemoryTransport
 from hmmnet.wire.server import Server
@@ -50,6 +49,15 @@ from hmmnet.wire.transport import Transport
 SECRET = bytes(range(32))
 ZONE = 70
 SYSTEM_PAGES = 1 << 14
+
+
+class Model(Protocol):
+    """What is looked at of a device under test, beside what it says: a `hmmnet.devices.models.base.Device`."""
+
+    memory: Any
+    """Its frames: `hmmnet.devices.memory.Memory`."""
+    contexts: dict[int, Any]
+    """Its open contexts by number."""
 
 
 @dataclass
@@ -69,17 +77,20 @@ class Migration:
 
 
 def u64(values: Any) -> Words:
+    """A page list."""
     return np.array(list(values), dtype=np.uint64)
 
 
 class ScriptedHost:
     """See the module. Context number 1 is the process's."""
 
-    def __init__(self, transport: Transport, spec: dict[str, Any], place: str = "mem://") -> None:
+    def __init__(
+        self, transport: Transport, spec: dict[str, Any], place: str = "mem://", clock: Callable[[], EmulatedClock] = EmulatedClock
+    ) -> None:
         self.spec = {"name": "gpu0", "model": "gpu", "memory_bytes": 16 << 20, **spec}
         self.zone = ZONE
         self.arena = Arena(0, SYSTEM_PAGES)
-        self.clock = EmulatedClock()
+        self.clock = clock()
         self.table: dict[int, Entry] = {}
         self.vmas: list[tuple[int, int, str]] = []
         self.pinned: set[int] = set()
@@ -124,7 +135,7 @@ class ScriptedHost:
             config=config,
         )
 
-    def _joined(self, session: Session, hello: m.Hello) -> None:
+    def _joined(self, session: Session, _: m.Hello) -> None:
         self.session = session
         handlers: dict[type[m.Message], Any] = {
             m.Subscribe: self._subscribe,
@@ -188,9 +199,11 @@ class ScriptedHost:
                     entry.write = stays and "w" in rights
 
     def rights(self, page: int) -> str | None:
+        """How the page is mapped, None when it is not."""
         return next((rights for start, end, rights in self.vmas if start <= page < end), None)
 
     def is_device(self, entry: Entry) -> bool:
+        """Whether the entry leads to the device's memory."""
         return entry.frame >> 36 == self.zone
 
     def on_device(self, page: int, pages: int = 1) -> list[bool]:
@@ -499,23 +512,27 @@ class ScriptedHost:
 async def until(condition: Callable[[], bool], within_s: float = 10.0) -> None:
     """Wait for something that no event announces: another process's end, a counter."""
     with trio.fail_after(within_s):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - nothing announces it
             await trio.sleep(0.005)
 
 
 def results_of(finished: m.Finished) -> dict[str, Any]:
+    """What a kernel returned."""
     return msgspec.msgpack.decode(finished.results, type=dict[str, Any])
 
 
 def counters_of(finished: m.Finished) -> dict[str, Any]:
+    """The counters of a job."""
     return msgspec.msgpack.decode(finished.counters, type=dict[str, Any])
 
 
 @asynccontextmanager
-async def host_alone(transport: Transport, place: str = "mem://", **spec: Any) -> AsyncIterator[ScriptedHost]:
+async def host_alone(
+    transport: Transport, place: str = "mem://", clock: Callable[[], EmulatedClock] = EmulatedClock, **spec: Any
+) -> AsyncIterator[ScriptedHost]:
     """A host that no device has joined yet."""
     async with trio.open_nursery() as nursery:
-        host = ScriptedHost(transport, spec, place)
+        host = ScriptedHost(transport, spec, place, clock)
         nursery.start_soon(host.sender.run)
         nursery.start_soon(host.receiver.run)
         await nursery.start(host.server.run)
@@ -526,12 +543,20 @@ async def host_alone(transport: Transport, place: str = "mem://", **spec: Any) -
 
 
 @asynccontextmanager
-async def machine(timing: Mapping[str, Any] = MappingProxyType({}), **spec: Any) -> AsyncIterator[tuple[ScriptedHost, Device]]:
-    """A host and one device, in this run, over memory channels; the context of process 10 is open as number 1. `timing` is `serve`'s."""
-    devices: list[Device] = []
+async def machine(
+    timing: Mapping[str, Any] = MappingProxyType({}), clock: Callable[[], EmulatedClock] = EmulatedClock, **spec: Any
+) -> AsyncIterator[tuple[ScriptedHost, Any]]:
+    """A host and one device, in this run, over memory channels; the context of process 10 is open as number 1. `timing` is `serve`'s.
+
+    Yields the host and the device (a `Model`). `clock` makes the clocks of both.
+    """
+    serve = load("hmmnet.device_service", "serve")
+    if serve is None:
+        raise HmmnetError('devices are not installed; install hmmnet itself ("pip install ." or "pip install -e ." in its folder)')
+    devices: list[Any] = []
     with MemoryTransport() as transport:
-        async with trio.open_nursery() as nursery, host_alone(transport, **spec) as host:
-            served = partial(serve, transport, "mem://host", host.spec["name"], SECRET, 1, made=devices.append, **timing)
+        async with trio.open_nursery() as nursery, host_alone(transport, clock=clock, **spec) as host:
+            served = partial(serve, transport, "mem://host", host.spec["name"], SECRET, 1, clock(), made=devices.append, **timing)
             nursery.start_soon(served)
             with trio.fail_after(5):
                 await host.joined.wait()

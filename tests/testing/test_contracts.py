@@ -1,0 +1,257 @@
+"""The contracts find what is broken: each planted bug of a model or a policy fails the check that is there for it."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable
+from errno import EINVAL
+from itertools import count
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+import trio
+
+from hmmnet.devices.models.gpu import Gpu
+from hmmnet.devices.policy import Policy
+from hmmnet.devices.policy.demand import Demand
+from hmmnet.errors import HmmnetError, KernelError
+from hmmnet.plugins import POLICIES, offered
+from hmmnet.testing import PolicyContract, device_contract, policy_contract
+from hmmnet.wire.messages import Copied, CopyIn, CopyOut, FreeFrames, Invalidate, Ioctl, IoctlDone
+
+from .suites import run, write
+
+
+class TestDemand(PolicyContract):
+    """hmmnet's own policies keep the contract: this one by name,"""
+
+    policy = "demand"
+
+
+class TestRemote(PolicyContract):
+    """and this one."""
+
+    policy = "remote"
+
+
+class TestOneForAll(PolicyContract):
+    """A policy that remembers nothing may be one object."""
+
+    policy = Demand(group_pages=1)
+
+
+class Deaf(Gpu):
+    """Answers invalidations and keeps its entries."""
+
+    def invalidate(self, message: Invalidate) -> Awaitable[None] | None:
+        return None
+
+
+class Forgetful(Gpu):
+    """Keeps its entries for pages that it gives back."""
+
+    def copy_out(self, message: CopyOut) -> Copied | Awaitable[Copied] | None:
+        if message.stream == 0:
+            return super().copy_out(message)
+        self.copies.copy_out(message)
+        return None
+
+
+class Lossy(Gpu):
+    """Does not zero the pages that it is told to."""
+
+    def copy_in(self, message: CopyIn) -> None:
+        super().copy_in(CopyIn(message.stream, message.targets, b"") if message.stream else message)
+
+
+class Hoarder(Gpu):
+    """Frees nothing."""
+
+    def free_frames(self, message: FreeFrames) -> None:
+        return None
+
+
+class Obliging(Gpu):
+    """Takes any command for done."""
+
+    async def ioctl(self, message: Ioctl) -> IoctlDone:
+        try:
+            return await super().ioctl(message)
+        except KernelError as error:
+            if error.code == EINVAL:
+                return IoctlDone(0, 0)
+            raise
+
+
+@pytest.mark.parametrize(
+    ("model", "check"),
+    [
+        (Deaf, device_contract.drops_what_is_invalidated),
+        (Forgetful, device_contract.drops_before_it_copies_out),
+        (Lossy, device_contract.zeroes_what_was_used),
+        (Hoarder, device_contract.keeps_data_there_and_back),
+        (Obliging, device_contract.refuses_unknown_commands),
+        (Obliging, device_contract.refuses_ranges_that_are_none),
+    ],
+)
+def test_broken_models_are_found(model: type, check: device_contract.Check) -> None:
+    """By the check that is there for it; the model that it was made from passes."""
+    device_contract.play(check, Gpu, memory_bytes=800 << 12)
+    with pytest.raises((AssertionError, HmmnetError, trio.TooSlowError)):
+        device_contract.play(check, model, memory_bytes=800 << 12)
+
+
+class Backwards:
+    """Answers in the wrong order."""
+
+    def ranges(self, pages: Any, write: Any) -> list[tuple[int, int]]:
+        return [(int(page), int(page) + 1) for page in reversed(pages)]
+
+
+class Overflowing:
+    """Grows beyond the end of the address space."""
+
+    def ranges(self, pages: Any, write: Any) -> list[tuple[int, int]]:
+        return [(int(pages[0]), int(pages[-1]) + 16)]
+
+
+class Needy:
+    """Expects that the first fault is at a group's start."""
+
+    def __init__(self) -> None:
+        self._last = -1
+
+    def ranges(self, pages: Any, write: Any) -> list[tuple[int, int]]:
+        if self._last < 0 and int(pages[0]) % 16 == 3:
+            raise KeyError(int(pages[0]))
+        self._last = int(pages[0])
+        return []
+
+
+class Writing:
+    """Uses its arguments as scratch paper."""
+
+    def ranges(self, pages: Any, write: Any) -> list[tuple[int, int]]:
+        pages += np.uint64(1)
+        return []
+
+
+class Gambling:
+    """Has chance of its own."""
+
+    def __init__(self) -> None:
+        self._chance = Random()
+
+    def ranges(self, pages: Any, write: Any) -> list[tuple[int, int]]:
+        return [(int(pages[0]), int(pages[0]) + 1)] if self._chance.random() < 0.5 else []
+
+
+class Sharing:
+    """All of its kind remember together."""
+
+    numbers = count()
+
+    def ranges(self, pages: Any, write: Any) -> list[tuple[int, int]]:
+        return [(int(pages[0]), int(pages[0]) + 1)] if next(Sharing.numbers) % 2 else []
+
+
+class Greedy:
+    """Wants everything."""
+
+    def ranges(self, pages: Any, write: Any) -> list[tuple[int, int]]:
+        return [(0, 1 << 30)]
+
+
+PLANS = policy_contract
+
+
+@pytest.mark.parametrize(
+    ("policy", "check", "complaint"),
+    [
+        (Backwards, PLANS.answers_with_plans, "ascending and apart"),
+        (Overflowing, PLANS.answers_with_plans, "inside the address space"),
+        (Greedy, PLANS.answers_with_plans, "at most 134217728"),
+        (Writing, PLANS.answers_with_plans, "read-only"),
+        (Needy, PLANS.answers_with_plans_at_once, "KeyError"),
+        (Gambling, PLANS.depends_on_nothing_else, "asked the same, it answers differently"),
+        (Sharing, PLANS.keeps_contexts_apart, "what another context asked changes the answer"),
+    ],
+)
+def test_broken_policies_are_found(policy: type[Policy], check: policy_contract.PlanCheck, complaint: str) -> None:
+    """By the check that is there for it, in words that say what is wrong."""
+    policy_contract.play_plans(check, Demand)
+    with pytest.raises((AssertionError, HmmnetError), match=complaint):
+        policy_contract.play_plans(check, policy)
+
+
+class Late:
+    """Fails in the middle of a job."""
+
+    def __init__(self) -> None:
+        self._asked = 0
+
+    def ranges(self, pages: Any, write: Any) -> list[tuple[int, int]]:
+        self._asked += 1
+        if self._asked > 1:
+            raise IndexError("my table is full")
+        return []
+
+
+@pytest.mark.parametrize("check", policy_contract.JOB_CHECKS, ids=lambda check: check.__name__)
+def test_jobs_show_what_plans_do_not(check: policy_contract.JobCheck) -> None:
+    """A policy that fails later than a single plan shows is found by the jobs that wait for it, and named."""
+    with pytest.raises(HmmnetError, match=r'policy "under-test" failed .*my table is full'):
+        for seed in range(5):
+            policy_contract.play_jobs(check, Late, seed)
+
+
+def test_a_policy_that_is_not_there() -> None:
+    """Says where policies come from."""
+    with pytest.raises(HmmnetError, match=r'no policy is called "mine": register it, or .* hmmnet\.policies'):
+        policy_contract.play_plans(policy_contract.answers_with_plans, "mine")
+    with offered(POLICIES, "mine", Demand):
+        policy_contract.play_plans(policy_contract.answers_with_plans, "mine")
+
+
+SUITE = """
+    import pytest
+    from hmmnet.devices.models.gpu import Gpu
+    from hmmnet.testing import DeviceContract, PolicyContract
+
+    class Mine(Gpu):
+        slab_pages = 16
+
+    @pytest.mark.seeds(2)
+    class TestMine(DeviceContract):
+        model = Mine
+
+    class TestForgotten(DeviceContract):
+        pass
+
+    class Rash:
+        def ranges(self, pages, write):
+            assert int(pages[0]) % 7
+            return []
+
+    @pytest.mark.seeds(range(4, 6))
+    class TestRash(PolicyContract):
+        policy = Rash
+    """
+
+
+def test_in_a_suite_of_a_users_own(pytester: pytest.Pytester) -> None:
+    """By inheritance; under seeds; a failure says how to see it again; a class that does not say which model says so."""
+    write(pytester, SUITE)
+    result = run(pytester, "-k", "keeps_data or refuses_bad_copies or answers_with_plans or reads_right")
+    result.assert_outcomes(passed=5, failed=7)
+    result.stdout.fnmatch_lines_random(
+        [
+            'E*AssertionError: TestForgotten: say which model, such as: model = "mine"*',
+            'E*BadPlan: policy "under-test" failed on the faults of pages 0x0: AssertionError*',
+            "pytest 'test_mine.py::TestRash::test_plans[[]answers_with_plans-seed4[]]' --hmmnet-seed 4",
+        ]
+    )
+    run(
+        pytester, "-p", "no:hmmnet", "-W", "default", "-o", "addopts=", "-k", "TestMine and keeps_data", "-o", "markers=seeds"
+    ).assert_outcomes(passed=1)
