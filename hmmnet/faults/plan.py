@@ -12,7 +12,7 @@ jitter = "1 ms"
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,17 +57,12 @@ class Plan:
             entries = msgspec.convert(tomllib.loads(text), _File).fault
         except (tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
             raise HmmnetError(f"{file}: {error}") from None
-        return cls.of(entries, file)
-
-    @classmethod
-    def of(cls, entries: Iterable[Mapping[str, Any]], place: str = "plan") -> Plan:
-        """The plan of `entries`, each a ``[[fault]]`` as a dictionary; `place` is what messages call it. Raises HmmnetError as `parse`."""
         faults, mistakes = [], []
         for number, entry in enumerate(entries, 1):
             try:
-                faults.append(_fault(msgspec.convert(dict(entry), _Entry)))
+                faults.append(_fault(msgspec.convert(entry, _Entry)))
             except (msgspec.ValidationError, HmmnetError, ValueError) as error:
-                mistakes.append(f"{place}: fault {number}: {error}")
+                mistakes.append(f"{file}: fault {number}: {error}")
         if mistakes:
             raise HmmnetError("\n".join(mistakes))
         return cls(faults)

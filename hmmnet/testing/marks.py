@@ -6,6 +6,7 @@ marker and the mend.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hmmnet.faults import MessageFault, Plan
+    from hmmnet.faults import Plan
     from hmmnet.topology.model import Topology
 
 SEEDS_MAX = 100_000
@@ -101,14 +102,15 @@ def read_faults(marks: Iterable[Mark], folder: Path) -> Plan:
     """All ``faults(...)`` of a test together. Raises MarkMistake."""
     from hmmnet.faults import Plan
 
-    faults: list[MessageFault] = []
+    faults: list[Any] = []
     for mark in marks:
         what = f"faults({_shown(mark)})"
         if not mark.args and not mark.kwargs:
             raise MarkMistake(f"{what}: says nothing; a plan or kinds are wanted, such as faults(loss=0.05)")
         for given in mark.args:
             faults += _plan(given, folder, what).faults
-        faults += _checked(what, [_entry(kind, value, what) for kind, value in mark.kwargs.items()]).faults
+        if mark.kwargs:
+            faults += _made(what, [_entry(kind, value, what) for kind, value in mark.kwargs.items()]).faults
     return Plan(faults)
 
 
@@ -119,7 +121,7 @@ def _plan(given: Any, folder: Path, what: str) -> Plan:
     if isinstance(given, Plan):
         return given
     if isinstance(given, Mapping):
-        return _checked(what, [given])
+        return _made(what, [given])
     if not isinstance(given, str | Path):
         raise MarkMistake(f"{what}: {given!r} is no plan: a plan file, a Plan, a dictionary or kinds are wanted, such as faults(loss=0.05)")
     beside = folder / given
@@ -145,14 +147,30 @@ def _entry(kind: str, value: Any, what: str) -> dict[str, Any]:
     return {"kind": kind, "probability": float(value)}
 
 
-def _checked(what: str, entries: list[Any]) -> Plan:
+def _made(what: str, entries: list[Any]) -> Plan:
+    """The plan of dictionaries: what is written in Python is read as a file is."""
     from hmmnet.errors import HmmnetError
     from hmmnet.faults import Plan
 
+    lines = []
+    for entry in entries:
+        lines.append("[[fault]]")
+        lines += [f"{json.dumps(str(key))} = {_literal(value, what)}" for key, value in entry.items()]
     try:
-        return Plan.of(entries, what)
+        return Plan.parse("\n".join(lines) + "\n", what)
     except HmmnetError as error:
         raise MarkMistake(str(error)) from None
+
+
+def _literal(value: Any, what: str) -> str:
+    """`value` in TOML."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, str):
+        return json.dumps(value)
+    raise MarkMistake(f"{what}: {value!r} is nothing that a fault can say: texts, numbers and true or false are")
 
 
 def read_strict(mark: Mark) -> bool:
