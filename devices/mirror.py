@@ -161,17 +161,26 @@ class Mirror:
 
     # --- dropping -------------------------------------------------------------------------------------------------------------
 
-    def invalidate(self, subscription: int, start: int, end: int, sequence: int, *, announced: bool = False) -> None:
+    def invalidate(
+        self, subscription: int, start: int, end: int, sequence: int, *, announced: bool = False, keep_own: bool = False
+    ) -> None:
         """mmu_interval_set_seq and the tearing down of [start, end), which no access survives from here on.
 
-        `announced`: for a migration of this device, which has not collected the pages yet (see `Watch`).
+        `announced`: for a migration of this device, before anything was copied (see `Watch`). `keep_own`: under v25, which tells whoever
+        migrates, too; pages that are in own memory stay there, or are asked for by `CopyOut`, which drops them.
         """
         known = self.subscriptions.get(subscription)
         if known is not None:
             known.sequence = sequence
         elif self._subscribing:
             self._early[subscription] = sequence
-        self.drop(start, min(end + self.end_inclusive, PAGES_MAX), announced=announced)
+        end = min(end + self.end_inclusive, PAGES_MAX)
+        if keep_own:
+            for _, part in self._table.present(start, end):
+                part[~self._memory.owns(frames_of(part))] = 0
+            self._tell_watches(start, end, announced=announced)
+        else:
+            self.drop(start, end, announced=announced)
 
     def drop(self, start: int, end: int, *, announced: bool = False) -> None:
         """Remove the entries of [start, end) and mark what is under way for them."""

@@ -33,7 +33,7 @@ from hmmnet.observe.events import Events
 from hmmnet.observe.logs import log_to, stop_logging
 from hmmnet.program import Process
 from hmmnet.topology.load import installed_models, load
-from hmmnet.topology.model import Topology
+from hmmnet.topology.model import Personality, Topology, with_personality
 from hmmnet.wire.keys import fresh_keys, write_keys
 from hmmnet.wire.transport import KINDS, Kind, Transport
 from hmmnet.wire.zmq_transport import CurveKeys, ZmqTransport
@@ -368,6 +368,7 @@ def launch(
     name: str | None = None,
     rate: Rate = "auto",
     transport: LaunchKind = "ring",
+    personality: Personality | None = None,
 ) -> Launch:
     """Start a machine for this program: ``async with hmmnet.launch(...) as machine`` under trio, ``with ...`` in scripts and notebooks.
 
@@ -375,14 +376,14 @@ def launch(
     this computer moves and slows the emulated clock so that the links hold. `name` is how ``hmmnet ps`` shows it. `transport` is what
     the processes talk over: ``ring`` (Unix sockets, with page data in shared memory), ``ipc`` (sockets alone), ``tcp`` (loopback), or
     ``cable``: each device in a network namespace of its own, behind a cable that can be made bad (`hmmnet.cable`; call its `isolate`
-    first, at the beginning of the process, and nothing of it is seen outside). Raises TopologyError
-    and HmmnetError (a rate or a transport that there is not) here; entering raises MachineExists when `name` is taken, and HmmnetError
+    first, at the beginning of the process, and nothing of it is seen outside). `personality` says whose rules the host keeps, ``today`` or
+    ``v25``, where not those that the topology names. Raises TopologyError and HmmnetError (a rate, a transport or a personality that
+    there is not) here; entering raises MachineExists when `name` is taken, and HmmnetError
     when a device does not start.
     """
     if transport not in LAUNCH_KINDS:
         raise HmmnetError(f"there is no transport {transport!r}; there are {', '.join(LAUNCH_KINDS)}")
     if not isinstance(topology, str | Path | Topology):
         raise HmmnetError(f"topology is {topology!r}; a preset's name, a TOML file or a Topology is wanted")
-    return Launch(
-        topology if isinstance(topology, Topology) else load(topology, installed_models() or None), name, check_rate(rate), transport
-    )
+    machine = topology if isinstance(topology, Topology) else load(topology, installed_models() or None)
+    return Launch(with_personality(machine, personality), name, check_rate(rate), transport)

@@ -38,7 +38,10 @@ log = logging.getLogger("hmmnet.host")
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What the launcher says first. `rate` is emulated seconds for a real one; ``auto`` measures what this computer moves."""
+    """What the launcher says first. `rate` is emulated seconds for a real one; ``auto`` measures what this computer moves.
+
+    `personality` is whose rules the host keeps, where not those that the topology names.
+    """
 
     name: str
     topology: Topology
@@ -47,6 +50,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     log_folder: str = ""
     rate: float | Literal["auto"] = "auto"
     transport: Kind = "ring"
+    personality: Literal["", "today", "v25"] = ""
 
 
 class Exited(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -90,7 +94,16 @@ async def serve(config: Config, commands: AsyncIterator[bytes], obeying: trio.Ca
     secret = read_secret(Path(config.secret_file))
     with ZmqTransport() as transport:
         clock = EmulatedClock(await rate_for(config, transport))
-        host = Host(config.topology, transport, Path(config.directory), secret, clock, config.name, scheme=config.transport)
+        host = Host(
+            config.topology,
+            transport,
+            Path(config.directory),
+            secret,
+            clock,
+            config.name,
+            scheme=config.transport,
+            personality=config.personality,
+        )
         host.on_change = lambda device, state, how: tell({"device": device, "state": state, "how": how})
         async with host.running():
             tell({"control": host.control_endpoint, "client": host.client_endpoint, "rate": clock.rate})

@@ -96,7 +96,7 @@ class Admission:
             return Refused("name", f'topology "{self._topology.name}" has no device "{hello.name}"; it has {known}'[:TEXT_MAX])
         if self._memory.points.armed and self._memory.points.fails("session.hello", device=hello.name):
             return Refused("busy", "a fault was injected: no device is welcomed")
-        if self._zone_next >= ZONES_MAX:
+        if self._zone_next >= ZONES_MAX or self._zone_next in self._memory.zones:
             return Refused("busy", f"devices were restarted {ZONES_MAX - DEVICE_ZONE_MIN} times; start the machine anew")
         zone = self._zone_next
         spec = self._topology.device(hello.name)

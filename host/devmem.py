@@ -1,8 +1,9 @@
 """Device memory as Linux sees it: page maps that appear and go away with their devices (mm/memremap.c, today's struct dev_pagemap).
 
-A page map gives the frames of a device's zone their struct pages. An idle frame has reference count `IDLE_REFCOUNT`; the last reference
-to a page that is let go of calls the driver's ``folio_free``. That call can come from anywhere (munmap, exit, the end of a migration),
-so it must not wait: frames are gathered and told in one note a little later, and in any case before the device is asked for anything else.
+A page map gives the frames of a device's zone their struct pages. An idle frame has the references that the personality gives it
+(`Zone.idle_references`: none today, one under v25); what is counted are those beyond. The last reference to a page that is let go of
+calls the driver's ``folio_free``. That call can come from anywhere (munmap, exit, the end of a migration), so it must not wait: frames are
+gathered and told in one note a little later, and in any case before the device is asked for anything else.
 
 Removing a page map waits, in the kernel, for the last reference, and hangs for ever when somebody leaks one. Here it does not hang: it says
 who holds what.
@@ -16,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -25,13 +27,10 @@ from hmmnet.errors import HmmnetError
 from hmmnet.pages import LARGE, Words
 
 from .announce import clear
-from .interfaces import AddressSpace, DeviceLink
+from .interfaces import AddressSpace
 from .mm import pte
 from .mm.frames import PhysicalMemory
 from .mm.rmap import mappings
-
-IDLE_REFCOUNT = 0
-"""References of an idle device page today; v25's personality would have 1."""
 
 
 @dataclass(frozen=True)
@@ -45,25 +44,37 @@ class Holder:
         return f"process {self.process} maps {self.pages} pages" if self.process else f"{self.pages} pages are held without a mapping"
 
 
+class Owner(Protocol):
+    """Whose memory a page map describes: a device over its link, or a driver in the host."""
+
+    name: str
+    zone: int
+    kind: str
+
+    def free_frames(self, frames: Words) -> None:
+        """folio_free: tell the driver, without waiting."""
+
+
 class PageMap:
     """The struct pages of one life of a device. `arena` are the bytes of coherent memory."""
 
-    def __init__(self, memory: PhysicalMemory, link: DeviceLink, pages: int, arena: Arena | None = None) -> None:
+    def __init__(self, memory: PhysicalMemory, link: Owner, pages: int, arena: Arena | None = None) -> None:
         self._memory = memory
         self.points = memory.points
         self.link = link
         self.zone = memory.add_device(link.zone, link.kind, link.name, pages, arena)
-        self.zone.on_free = link.free_frames
-        self.zone.on_free_folios = lambda heads: link.free_frames(heads | np.uint64(LARGE))
+        late = (lambda free: free) if memory.gather is None else memory.gather.late
+        self.zone.on_free = late(link.free_frames)
+        self.zone.on_free_folios = late(lambda heads: link.free_frames(heads | np.uint64(LARGE)))
 
     @property
     def used_pages(self) -> int:
         """Frames with a reference."""
-        return int(np.count_nonzero(self._references() != IDLE_REFCOUNT))
+        return int(np.count_nonzero(self._references() != 0))
 
     def used_frames(self) -> Words:
         """Frames with a reference, ascending."""
-        return np.flatnonzero(self._references() != IDLE_REFCOUNT).astype(np.uint64) + np.uint64(self.zone.base)
+        return np.flatnonzero(self._references() != 0).astype(np.uint64) + np.uint64(self.zone.base)
 
     def _references(self) -> npt.NDArray[np.int32]:
         return self.zone.values("refcount", slice(0, self.zone.offered))

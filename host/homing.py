@@ -109,7 +109,7 @@ class Homing:
     ) -> None:
         self.events = Events(now)
         """Who wants to hear what moves; `hmmnet.observe.events`."""
-        self._memory = memory
+        self.memory = self._memory = memory
         self._links = links
         self.spaces = spaces
         self._context_of = context_of
@@ -128,6 +128,10 @@ class Homing:
         zone = space.zone_at(first)
         link = self._links.get(zone)
         if link is None:
+            there = self._memory.zones.get(zone)
+            if there is not None and there.on_touch is not None:
+                await there.on_touch(space, np.arange(first, first + count, dtype=np.uint64))
+                return
             raise self._lost(space, first, zone, "the device is gone")
         if space.points.armed:
             await _at("home.fault", space, link, first, count)
@@ -316,11 +320,18 @@ class Homing:
                 except KernelError as error:
                     return Outcome(joined([*words, np.zeros(end - page, np.uint64)]), error.code)
                 parts: list[Migration] = []
-                await collect(parts, space, self.spaces, page, stop, memory_of(link), link.zone)
-                await self._bring(space, link, parts, cause, no_large=link.no_large())
+                await self.home_range(space, link, page, stop, cause, parts)
                 words.append(words_of(parts, stop - page))
                 page = stop
         return Outcome(joined(words))
+
+    async def home_range(self, space: AddressSpace, link: DeviceLink, start: int, end: int, cause: str, parts: list[Migration]) -> int:
+        """Move the device's pages of [start, end), which lies in one VMA, home; how many moved. What was collected is added to `parts`.
+
+        Hold the mmap lock for reading. Raises PeerLost, KernelError(ENOMEM).
+        """
+        await collect(parts, space, self.spaces, start, end, memory_of(link), link.zone)
+        return await self._bring(space, link, parts, cause, no_large=link.no_large())
 
     async def memory_failure(self, space: AddressSpace, start: int, end: int) -> None:
         """madvise(MADV_HWPOISON): the memory under pages [start, end) breaks, for everybody who maps it (mm/memory-failure.c).

@@ -11,12 +11,17 @@ Whoever changes a page table writes::
         ...  # devices are quiet in [start, end); change the table; nothing here may wait for a device
 
 With nobody subscribed that costs two attribute updates and no suspension.
+
+That mirrors let go *before* the change is today's order (`AtStart`). The hub is given its order, as the machine's personality has it;
+v25's, which tells mirrors at the end, stands in `v25/order.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from types import TracebackType
+from typing import Protocol
 
 import trio
 
@@ -93,11 +98,27 @@ class Invalidation:
             self._hub.range_end()
 
 
-class Hub:
-    """The notifier hub of one address space, `process`'s."""
+class Order(Protocol):
+    """When the mirrors of one address space hear of a change, and how: the hub's part of a personality."""
 
-    def __init__(self, process: int = 0, points: Points | None = None) -> None:
+    def invalidation(self, hub: Hub, event: Event, start: int, end: int, owner: int) -> AbstractAsyncContextManager[object]:
+        """Entered before [start, end) changes, left afterwards."""
+        ...
+
+
+class AtStart:
+    """Today's order: mirrors that overlap a range drop it before it changes."""
+
+    invalidation = Invalidation
+
+
+class Hub:
+    """The notifier hub of one address space, `process`'s. `order` is its own: v25's has state."""
+
+    def __init__(self, process: int = 0, points: Points | None = None, order: Order | None = None) -> None:
+        self.order: Order = AtStart() if order is None else order
         self.core = MmuNotifier()
+        self._invalidation = self.order.invalidation
         self.process = process
         self.points = points or Points()
         self.messages = 0
@@ -106,14 +127,14 @@ class Hub:
         """Called with (start, end, event, devices told) when mirrors are told to drop a range."""
         self._turned_even = trio.Event()
 
-    def invalidate(self, event: Event, start: int, end: int, owner: int = NO_OWNER) -> Invalidation:
-        """Announce that [start, end) changes; entering returns when every device concerned has let go of it.
+    def invalidate(self, event: Event, start: int, end: int, owner: int = NO_OWNER) -> AbstractAsyncContextManager[object]:
+        """Announce that [start, end) changes; entering returns when every device concerned has let go of it (in today's order).
 
         `owner`: the zone of the device on whose behalf a MIGRATE or EXCLUSIVE happens. RELEASE makes later inserts fail.
         """
         if event is Event.RELEASE:
             self.core.dying = True
-        return Invalidation(self, event, start, end, owner)
+        return self._invalidation(self, event, start, end, owner)
 
     def pass_through(self, page: int, owner: int) -> bool:
         """A MIGRATE of one page that comes home from the device of zone `owner`: whether nobody has to be told, or waited for.

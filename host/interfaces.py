@@ -40,6 +40,8 @@ class Event(StrEnum):
     RELEASE = "release"
     MIGRATE = "migrate"
     EXCLUSIVE = "exclusive"
+    INVALIDATE = "invalidate"
+    """The one event of v25 (HMM_UPDATE_INVALIDATE), whatever the reason."""
 
 
 class Select(IntFlag):
@@ -49,6 +51,8 @@ class Select(IntFlag):
     DEVICE_PRIVATE = 2
     DEVICE_COHERENT = 4
     COMPOUND = 8
+    ANY_OWNER = 16
+    """Pages of every device, as v25 takes them, which knew no owners."""
 
 
 NO_OWNER = -1

@@ -39,7 +39,7 @@ from hmmnet.pages import (
 )
 
 from .announce import announced, split_large
-from .interfaces import AddressSpace, DeviceLink, Event, Migration, Select
+from .interfaces import NO_OWNER, AddressSpace, DeviceLink, Event, Migration, Select
 from .iommu import Domain
 from .mm.collect import inserts
 from .mm.zones import LOCKED, Zone
@@ -156,17 +156,18 @@ def entries(pages: Words, *, compound: bool) -> list[Words]:
 
 
 class MigrateVma:
-    """One migration of pages of `space` that is done in the name of the device behind `link`. Hold the mmap lock for reading.
+    """One migration of pages of `space` that is done in the name of the device behind `link` (None: of a driver in the host).
 
-    `spaces` are all processes by number: pages that are shared move for everybody who maps them.
+    `spaces` are all processes by number: pages that are shared move for everybody who maps them. Hold the mmap lock for reading.
     """
 
-    def __init__(self, space: AddressSpace, spaces: Mapping[int, AddressSpace], select: Select, link: DeviceLink) -> None:
+    def __init__(self, space: AddressSpace, spaces: Mapping[int, AddressSpace], select: Select, link: DeviceLink | None) -> None:
         self.space = space
         self.spaces = spaces
         self.select = select
         self.link = link
-        self.owner = link.zone
+        self.device = "" if link is None else link.name
+        self.owner = NO_OWNER if link is None else link.zone
         self.points = space.points
         self.parts: list[Migration] = []
         """One for each VMA, and one more for its huge pages."""
@@ -178,7 +179,7 @@ class MigrateVma:
     async def at(self, name: str) -> None:
         """A step boundary (`hmmnet.faults.points`)."""
         start, end = self.range
-        await self.points.at(name, device=self.link.name, process=self.space.number, start=start, pages=end - start)
+        await self.points.at(name, device=self.device, process=self.space.number, start=start, pages=end - start)
 
     async def setup(self, start: int, end: int, blocks: Words | None = None) -> None:
         """migrate_vma_setup for each VMA of [start, end), as drivers loop over a range; ends with `errno` at the first that will not do.
@@ -322,6 +323,10 @@ says next is looked at: who asked the driver for the migration finds no migratio
 """
 
 
+Copy = Callable[[MigrateVma, Sequence[Domain], int, Grant], Awaitable[None]]
+"""alloc_and_copy: (migration, translations of the device's contexts, first page, grant); see `copy_in`."""
+
+
 async def migrate_to_device(
     space: AddressSpace,
     spaces: Mapping[int, AddressSpace],
@@ -331,11 +336,13 @@ async def migrate_to_device(
     select: Select,
     grant: Grant,
     announce: Announce,
+    copy: Copy | None = None,
 ) -> None:
     """Move pages [start, start + grant.pages) into the frames that the driver granted.
 
     `domains` are the translations of the driver's contexts of this process: those of pages on their way are suspended, and void once a
     page has moved.
+    `copy` takes the place of `copy_in` where sources may be other than host memory.
     Raises PeerLost when the device is gone; then nothing has moved.
     """
     async with space.mmap_lock.read():
@@ -346,10 +353,10 @@ async def migrate_to_device(
         try:
             if points.armed:
                 await work.at("migrate.before_collect")
-            await work.setup(start, start + grant.pages, grant.blocks(start))
+            await work.setup(start, start + grant.pages, grant.blocks(start) if select & Select.COMPOUND else None)
             if points.armed:
                 await work.at("migrate.after_unmap")
-            await _copy_in(work, domains, start, grant)
+            await (copy or copy_in)(work, domains, start, grant)
             if points.armed:
                 await work.at("migrate.before_pages")
             await work.install()
@@ -372,17 +379,24 @@ async def migrate_to_device(
             grant.release()
 
 
-async def _copy_in(work: MigrateVma, domains: Sequence[Domain], start: int, grant: Grant) -> None:
-    """alloc_and_copy: pages with data are streamed, never-touched ones zeroed on the device; a page without a grant stays."""
+async def copy_in(work: MigrateVma, domains: Sequence[Domain], start: int, grant: Grant, froms: Sequence[Words] | None = None) -> None:
+    """alloc_and_copy: pages with data are streamed, never-touched ones zeroed on the device; a page without a grant stays.
+
+    `froms` are, for each part, the frames that data are read from where those are not the pages' own; a page with none stays.
+    """
+    assert work.link is not None, "a migration to a device"
     if work.points.armed:
         await work.at("migrate.allocate")
     sources, targets, zeros, chosen = [_NONE], [_NONE], [_NONE], []
-    for part in work.parts:
+    for i, part in enumerate(work.parts):
         frames = np.where(part.source & MIGRATE != 0, grant.for_part(part, start), np.uint64(0))
+        own = part.source >> SHIFT if froms is None else froms[i]
+        if froms is not None:
+            frames[(own == 0) & (part.source & VALID != 0)] = 0
         full = (frames != 0) & (part.source & VALID != 0)
         for domain in domains:
             domain.suspend(listed(part, part.pages[full]))
-        sources.append(listed(part, part.source[full] >> SHIFT))
+        sources.append(listed(part, own[full]))
         targets.append(listed(part, frames[full]))
         zeros.append(listed(part, frames[(frames != 0) & ~full]))
         chosen.append(frames)

@@ -111,6 +111,10 @@ class IntervalIndex:
             del self._classes[power]
         self._count -= 1
 
+    def all(self) -> list[Subscription]:
+        """Every one, by age."""
+        return sorted((found for group in self._classes.values() for found in group.members), key=lambda found: found.number)
+
     def overlapping(self, start: int, end: int) -> list[Subscription]:
         """Those that overlap [start, end), by age: the order in which devices are told."""
         found: list[Subscription] = []

@@ -67,6 +67,7 @@ class Process:
         homing: Homing,
         on_fork: Callable[[Process], Awaitable[Process]],
         on_exit: Callable[[int], None],
+        check_advice: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.pid = pid
         self.space = space
@@ -80,6 +81,7 @@ class Process:
         self._homing = homing
         self._on_fork = on_fork
         self._on_exit = on_exit
+        self._check_advice = check_advice
         self._own: dict[str, Context] = {}
         """Contexts that jobs and migrations of this process opened; they stay open until it exits."""
         self._heap = 0
@@ -139,6 +141,7 @@ class Process:
 
     async def madvise(self, address: int, length: int, advice: str) -> None:
         """madvise(2)."""
+        self._check_advice(advice)
         if self.space.points.armed:
             await self._at("process.madvise", address, length)
         if advice == POISON:

@@ -47,9 +47,10 @@ from hmmnet.wire.session import Session
 from .device import Context, Life
 from .homing import Homing
 from .interfaces import Select
-from .migrate import Grant, Outcome, migrate_to_device
-from .mirror import Request, range_fault
+from .migrate import Copy, Grant, Outcome, migrate_to_device
+from .mirror import Request
 from .notifier import Subscription
+from .personality import TODAY, Personality
 
 SUBSCRIPTIONS_MAX = 1 << 16
 """Intervals that one context may have inserted: slabs of 512 MiB over 32 TiB."""
@@ -68,7 +69,17 @@ class TableUpdate:
 class Requests:
     """Serves the control requests of one life of a device. Migrations run on in `nursery` after their reply."""
 
-    def __init__(self, life: Life, homing: Homing, clock: EmulatedClock, nursery: trio.Nursery) -> None:
+    def __init__(
+        self,
+        life: Life,
+        homing: Homing,
+        clock: EmulatedClock,
+        nursery: trio.Nursery,
+        personality: Personality = TODAY,
+        copy: Copy | None = None,
+    ) -> None:
+        self._personality = personality
+        self._copy = copy
         self._life = life
         self._clock = clock
         self._homing = homing
@@ -121,7 +132,7 @@ class Requests:
             message.start, message.pages, life.zone, *flags, inputs if len(inputs) else None, life.link.node, message.unlocked
         )
         timeout_s = self._clock.real(message.timeout_ms / 1000) if message.timeout_ms > 0 else math.inf
-        sequence, words = await range_fault(context.space, context.hub, subscription, request, timeout_s)
+        sequence, words = await self._personality.range_fault(context.space, context.hub, subscription, request, timeout_s)
         context.domain.grant(message.start, words)
         return RangeFaulted(sequence, to_wire(words))
 
@@ -174,7 +185,15 @@ class Requests:
         try:
             domains = [one.domain for one in self._life.contexts_of(context.space.number)]
             await migrate_to_device(
-                context.space, self._homing.spaces, self._life.link, domains, message.start, Select(message.select), grant, announce
+                context.space,
+                self._homing.spaces,
+                self._life.link,
+                domains,
+                message.start,
+                self._personality.select(Select(message.select)),
+                grant,
+                announce,
+                self._copy,
             )
         except PeerLost:
             if not replied:
@@ -217,14 +236,18 @@ class Requests:
             return Evicted(0)
         if not self._life.page_map.zone.holds(frames) or len(np.unique(frames)) != len(frames):
             raise ProtocolError("Evict names frames that are not the device's own, or one twice")
-        moved = await self._homing.evict(self._life.link, frames, message.cause)
+        moved = await self._personality.evict(self._homing, self._life.link, frames, message.cause)
         self._life.link.flush_freed()
         return Evicted(moved)
 
     # --- exclusive access -----------------------------------------------------------------------------------------------------
 
     async def make_exclusive(self, message: MakeExclusive) -> Exclusive:
-        """make_device_exclusive_range; the translations in the answer are granted in the same step. Raises KernelError(EFAULT, ENOMEM)."""
+        """make_device_exclusive_range; the translations in the answer are granted in the same step.
+
+        Raises KernelError: EFAULT, ENOMEM, EOPNOTSUPP (v25 has no such thing).
+        """
+        self._personality.check_exclusive()
         context, subscription = self._subscription(message.context, message.subscription)
         self._check_range(message.start, message.pages, "MakeExclusive")
         end = message.start + message.pages

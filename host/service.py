@@ -43,8 +43,8 @@ from .homing import Homing
 from .hub import Hub
 from .interconnect import Interconnect
 from .link import SessionLink
-from .mm.frames import PhysicalMemory
 from .mm.space import Space
+from .personality import personality_named
 from .process import Process
 from .requests import Requests
 from .telemetry import Telemetry
@@ -59,6 +59,7 @@ class Host:
     """A machine's host. `directory` is where ipc endpoints lie; `scheme` is ``ring``, ``ipc``, ``tcp`` (at `address`) or ``mem``.
 
     ``ring`` is ``ipc`` with page data in shared memory, for devices that can open it. Times are in real seconds.
+    `personality` is whose rules it keeps, when not those that the topology names. Raises HmmnetError for one that there is not.
     """
 
     def __init__(
@@ -77,11 +78,13 @@ class Host:
         retry_s: float = RETRY_S,
         incarnation: int | None = None,
         points: Points | None = None,
+        personality: str = "",
     ) -> None:
+        self.personality = personality_named(personality or topology.personality)
         self.topology = topology
         self.name = name
         self.clock = clock
-        self.memory = PhysicalMemory()
+        self.memory = self.personality.memory()
         self.points = self.memory.points = points or Points(node=HOST)
         for node in topology.nodes:
             self.memory.add_node(node.name, node.pages)
@@ -96,6 +99,9 @@ class Host:
         self.events = self.homing.events
         """Where to hear what happens."""
         self.contexts = Contexts(self.devices, self.hubs, self.interconnect.profile)
+        self.kernel = self.personality.kernel(self.memory, self.spaces)
+        """What a v25 kernel exports to drivers in the host; None today."""
+        self._copy = self.personality.copy and self.personality.copy(self.homing, self.links, self._context_of)
         self._transport = transport
         self._secret = secret
         self._directory = directory
@@ -243,7 +249,7 @@ class Host:
                 nursery.start_soon(life.link.sender.run)
                 nursery.start_soon(life.link.receiver.run)
                 nursery.start_soon(life.link.run)
-                Requests(life, self.homing, self.clock, nursery).attach(session)
+                Requests(life, self.homing, self.clock, nursery, self.personality, self._copy).attach(session)
                 dma = self._dma[life.name] = Dma(life, self.interconnect, nursery)
                 dma.on_refused = self.events.refused
                 dma.attach(session)
@@ -334,7 +340,7 @@ class Host:
         number = self.memory.node_named(node) if node else 0
         group = self.memory.cgroups.named(cgroup) if cgroup else None
         pid = self._next_pid()
-        hub = Hub(pid, self.points)
+        hub = Hub(pid, self.points, self.personality.order(self.memory))
         space = Space(pid, self.memory, hub, self.homing.migrate_to_ram)
         space.mm.node, space.mm.cgroup = number, group
         return self._process(space, hub)
@@ -343,7 +349,7 @@ class Host:
         if self.points.armed:
             await self.points.at("process.fork", process=parent.pid)
         pid = self._next_pid()
-        hub = Hub(pid, self.points)
+        hub = Hub(pid, self.points, self.personality.order(self.memory))
         return self._process(await parent.space.fork(pid, hub), hub)
 
     def _next_pid(self) -> int:
@@ -353,7 +359,9 @@ class Host:
     def _process(self, space: Space, hub: Hub) -> Process:
         self.spaces[space.number], self.hubs[space.number] = space, hub
         hub.watch = partial(self.events.invalidated, space.number)
-        made = self.processes[space.number] = Process(space.number, space, self.contexts, self.homing, self._fork, self._process_ended)
+        made = self.processes[space.number] = Process(
+            space.number, space, self.contexts, self.homing, self._fork, self._process_ended, self.personality.check_advice
+        )
         return made
 
     def _process_ended(self, pid: int) -> None:
@@ -383,6 +391,7 @@ class Host:
         return {
             "name": self.name,
             "topology": self.topology.name,
+            "personality": self.personality.name,
             "rate": self.clock.rate,
             "emulated_s": self.clock.now(),
             "links": [asdict(link) for link in self.interconnect.arbiter.report()],

@@ -46,7 +46,6 @@ from hmmnet.wire.messages import (
     FreeFrames,
     Inspect,
     Invalidate,
-    InvalidateEnd,
     Ioctl,
     IoctlDone,
     Launch,
@@ -126,7 +125,6 @@ class Device:
         session.on(OpenContext, self.open_context)
         session.on(CloseContext, self.close_context)
         session.on(Invalidate, self.invalidate)
-        session.on(InvalidateEnd, self.invalidate_end)
         session.on(CopyIn, self.copy_in)
         session.on(CopyOut, self.copy_out)
         session.on(FreeFrames, self.free_frames)
@@ -208,7 +206,7 @@ class Device:
     # --- invalidation ---------------------------------------------------------------------------------------------------------
 
     def invalidate(self, message: Invalidate) -> Awaitable[None] | None:
-        """mmu_notifier range start: entries go now; the answer waits for DMA. Raises ProtocolError."""
+        """mmu_notifier range start (v25: end): entries go now; the answer waits for DMA. Raises ProtocolError."""
         if message.start >= message.end or message.end > PAGES_MAX:
             raise ProtocolError(f"Invalidate of pages [0x{message.start:x}, 0x{message.end:x}), which is no range")
         opened = self.contexts.get(message.context)
@@ -216,7 +214,10 @@ class Device:
             return None
         context = opened.context
         announced = message.owner == self.memory.zone
-        context.mirror.invalidate(message.subscription, message.start, message.end, message.sequence, announced=announced)
+        keep_own = announced and message.event == "invalidate"
+        context.mirror.invalidate(
+            message.subscription, message.start, message.end, message.sequence, announced=announced, keep_own=keep_own
+        )
         if self.points.armed:
             return self._acknowledge(context, message)
         return context.quiesce(message.start, message.end) if context.is_busy(message.start, message.end) else None
@@ -226,9 +227,6 @@ class Device:
         await context.quiesce(message.start, message.end)
         where = {"process": context.process.number, "start": message.start, "pages": message.end - message.start}
         await self.points.at("device.before_ack", event=message.event, **where)
-
-    def invalidate_end(self, message: InvalidateEnd) -> None:
-        """Only v25's notifiers act at the end of a range; what this device mirrors was dropped at its start."""
 
     # --- memory ---------------------------------------------------------------------------------------------------------------
 

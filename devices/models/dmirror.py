@@ -277,12 +277,14 @@ class Dmirror(Device):
         own = self.memory.owns(frames)
         local = PROT_COHERENT_LOCAL if self.spec.is_coherent else PROT_PRIVATE_LOCAL
         out = np.where(words & _WRITE != 0, PROT_WRITE, PROT_READ).astype(np.uint8)
-        # A foreign private page never gets here: the walker hides it. What is on another device is coherent memory.
+        # Today's walker hides a foreign private page; what is on another device and VALID is coherent memory. v25 shows it without VALID.
         out |= np.where(own, local, np.where(zones >= DEVICE_ZONE_MIN, PROT_COHERENT_REMOTE, 0)).astype(np.uint8)
         out |= np.where(frames == ZERO_FRAME, PROT_ZERO, 0).astype(np.uint8)
         order = words >> np.uint64(HMM_PFN_ORDER_SHIFT) & np.uint64(0x1F)
         out |= np.where(order == HUGE_SHIFT, PROT_PMD, np.where(order == 2 * HUGE_SHIFT, PROT_PUD, 0)).astype(np.uint8)
         out[words & _VALID == 0] = PROT_NONE
+        foreign = (words & (_VALID | _ERROR) == 0) & (frames != 0)
+        out[foreign] = PROT_PRIVATE_REMOTE | np.where(words[foreign] & _WRITE != 0, PROT_WRITE, PROT_READ)
         out[words & _ERROR != 0] = PROT_ERROR
         return out
 

@@ -29,6 +29,9 @@ def up(
         typer.Option(help="What the processes talk over: ring (ipc, page data in shared memory), ipc, or tcp on loopback."),
     ] = "ring",
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Return when the machine runs, and leave it running.")] = False,
+    personality: Annotated[
+        str, typer.Option(help="Whose rules the host keeps: today or v25; the topology's own when left out.", show_default=False)
+    ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print the machine's record, one line after every change, for programs.")] = False,
 ) -> int:
     """Start a machine and hold it until Ctrl-C (or until "hmmnet down", with --detach)."""
@@ -36,6 +39,7 @@ def up(
     from hmmnet.launcher.directory import check_name, refuse_if_running
     from hmmnet.launcher.rate import parse_rate
     from hmmnet.topology.load import installed_models, load
+    from hmmnet.topology.model import with_personality
     from hmmnet.wire.transport import KINDS
 
     chosen = next((kind for kind in KINDS if kind == transport), None)
@@ -43,7 +47,7 @@ def up(
         raise typer.BadParameter(f'there is no transport "{transport}"{did_you_mean(transport, KINDS)}; there are: {", ".join(KINDS)}')
     refuse_if_running(check_name(name))
     how_fast = parse_rate(rate)
-    machine = load(topology, installed_models() or None)
+    machine = with_personality(load(topology, installed_models() or None), personality or None)
     if detach:
         return background(machine, name, how_fast, chosen, as_json=as_json)
     return foreground(machine, name, how_fast, chosen, as_json=as_json)

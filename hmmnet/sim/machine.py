@@ -20,7 +20,7 @@ from hmmnet.faults.messages import Channel, MessageFault
 from hmmnet.machine import Host, host_class
 from hmmnet.program import Process
 from hmmnet.topology.load import installed_models, load
-from hmmnet.topology.model import Topology
+from hmmnet.topology.model import Personality, Topology, with_personality
 from hmmnet.wire.memory_transport import MemoryChannel, MemoryTransport, Parts
 from hmmnet.wire.transport import CHANNEL_BYTES_MAX
 
@@ -265,14 +265,16 @@ async def simulated(
     trace: Trace | None = None,
     seed: int = 0,
     faults: Sequence[MessageFault] = (),
+    personality: Personality | None = None,
 ) -> AsyncIterator[SimulatedMachine]:
     """A machine while the block runs, in a trio run in virtual time (`run_virtual`). Raises TopologyError; HmmnetError in real time.
 
-    `faults` begin when all devices are there; `seed` is what their chance is drawn from.
+    `faults` begin when all devices are there; `seed` is what their chance is drawn from. `personality`: as `hmmnet.launch`.
     """
     if not isinstance(trio.lowlevel.current_clock(), MockClock):
         raise HmmnetError("a simulated machine needs virtual time: run it with hmmnet.simulate, or hmmnet.sim.run_virtual")
     machine = topology if isinstance(topology, Topology) else load(topology, installed_models() or None)
+    machine = with_personality(machine, personality)
     watch = None if trace is None else trace.sent
     wires = MemoryTransport(watch)
     injector = Injector(Random(seed ^ POINTS_SEED))  # noqa: S311 - chance, not secrecy

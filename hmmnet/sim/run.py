@@ -12,7 +12,7 @@ from trio.testing import MockClock
 
 from hmmnet.errors import HmmnetError
 from hmmnet.faults.messages import MessageFault
-from hmmnet.topology.model import Topology
+from hmmnet.topology.model import Personality, Topology
 
 from .machine import SimulatedMachine, simulated
 from .schedule import seeded
@@ -61,17 +61,18 @@ def simulate(
     faults: Sequence[MessageFault] = (),
     limit_s: float = LIMIT_S,
     keep: bool = False,
+    personality: Personality | None = None,
 ) -> Simulation[T]:
     """Run `main(machine)` on a simulated machine of `topology`, with `faults`; the same `seed` gives the same run.
 
-    `keep`: with the lines of its trace.
+    `keep`: with the lines of its trace. `personality`: as `hmmnet.launch`.
 
     Raises what `main` raises, TopologyError, and SimulationStuck when it has not ended after `limit_s` virtual seconds.
     """
     trace = Trace(keep=keep)
 
     async def inside() -> tuple[T, float]:
-        async with simulated(topology, trace=trace, seed=seed, faults=faults) as machine:
+        async with simulated(topology, trace=trace, seed=seed, faults=faults, personality=personality) as machine:
             value = await main(machine)
         return value, trio.current_time()
 

@@ -152,6 +152,7 @@ def _build(document: Document, name: str) -> Topology:
         devices=tuple(_device(record) for record in records["device"]),
         switches=tuple(Switch(_name(record), record.values["kind"]) for record in records["switch"]),
         links=tuple(_link(record) for record in records["link"]),
+        personality=document.top.get("personality") or "today",
     )
 
 

@@ -11,10 +11,11 @@ returns has been checked; what is built by hand can be checked with `load.check_
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
+from hmmnet.errors import HmmnetError
 from hmmnet.pages import ADDRESS_BITS, DEVICE_ZONE_MIN, PAGE_SIZE
 
 MEMORY_BYTES_MAX = 1 << (ADDRESS_BITS - 1)
@@ -25,6 +26,8 @@ DEVICES_MAX = 1024
 """Each device is a process with a dozen sockets; zones for four lives of each remain."""
 
 DeviceKind = Literal["private", "coherent"]
+Personality = Literal["today", "v25"]
+PERSONALITIES: tuple[Personality, ...] = ("today", "v25")
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,8 @@ class Topology:
     devices: tuple[DeviceSpec, ...]
     switches: tuple[Switch, ...]
     links: tuple[LinkSpec, ...]
+    personality: Personality = "today"
+    """Whose rules its host keeps: the present kernel's, or those of HMM v25."""
 
     @cached_property
     def _by_name(self) -> dict[str, MemoryNode | DeviceSpec | Switch]:
@@ -151,3 +156,13 @@ class Topology:
     def links_of(self, name: str) -> tuple[LinkSpec, ...]:
         """The links that end at `name`, in order."""
         return tuple(link for link in self.links if name in (link.a, link.b))
+
+
+def with_personality(topology: Topology, personality: str | None) -> Topology:
+    """`topology` with a host that keeps the rules of `personality` (None: its own). Raises HmmnetError for one that there is not."""
+    if personality is None:
+        return topology
+    for known in PERSONALITIES:
+        if known == personality:
+            return replace(topology, personality=known)
+    raise HmmnetError(f"there is no personality {personality!r}; there are {', '.join(PERSONALITIES)}")

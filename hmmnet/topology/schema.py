@@ -57,6 +57,14 @@ TOP = Section(
     (
         Field("name", "text", "What the machine is called; default: the file's name.", also=("title",)),
         Field("description", "text", "One or two sentences for people.", default="", also=("about", "comment")),
+        Field(
+            "personality",
+            "choice",
+            "Whose rules its host keeps: today (the present kernel's), or v25 (those of HMM's first version, 2017).",
+            default="today",
+            choices=("today", "v25"),
+            also=("kernel",),
+        ),
     ),
 )
 

@@ -145,7 +145,8 @@ class Invalidate(Message, frozen=True):
     """mmu_notifier range start. `Done` when the device has set the sequence, dropped its entries for [start, end) and quiesced.
 
     `owner` is the zone of the device for whose migration or exclusive access this happens, or -1; the pages are not collected before
-    everybody has answered. A subscription that the device does not know (yet, or any more)
+    everybody has answered. Under v25 it comes at the end of the range, with the one event ``invalidate``, to every mirror of the address
+    space; pages are not copied before everybody has answered. A subscription that the device does not know (yet, or any more)
     is no error: the range goes all the same.
     """
 
@@ -155,14 +156,6 @@ class Invalidate(Message, frozen=True):
     end: Page
     event: Name
     owner: int
-    sequence: U64
-
-
-class InvalidateEnd(Message, frozen=True):
-    """Note: the invalidation that began with `sequence` is over (only v25's personality needs it)."""
-
-    context: U64
-    subscription: U64
     sequence: U64
 
 
@@ -501,7 +494,7 @@ class Result(Message, frozen=True):
 
 
 Body: TypeAlias = (
-    Hello | Welcome | Refused | Done | Failed | Rate | OpenContext | CloseContext | Invalidate | InvalidateEnd | CopyIn | CopyOut
+    Hello | Welcome | Refused | Done | Failed | Rate | OpenContext | CloseContext | Invalidate | CopyIn | CopyOut
     | Copied | FreeFrames | Launch | EndJob | Ioctl | IoctlDone | Finished | Inspect | Report | Subscribe | Subscribed | Unsubscribe
     | RangeFault | RangeFaulted | Migrate | Migrated | MigrateDone | Evict | Evicted | MakeExclusive | Exclusive
     | DmaRead | DmaWrite | DmaGrant | Call | Recall | Result

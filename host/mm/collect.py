@@ -44,7 +44,7 @@ from .memcg import CHARGE_MASK
 from .mm import Mm
 from .rmap import Mapped, Rows, mappings, places
 from .vma import VM_UFFD_MISSING, VM_WRITE
-from .zones import ANON, COMPOUND, DEVICE_EXTRA_REFERENCES, LOCKED, HostZone
+from .zones import ANON, COMPOUND, LOCKED, HostZone
 
 BOTH = MIGRATE_PFN_VALID | MIGRATE_PFN_MIGRATE
 BLOCK_PAGES = 1 << 14
@@ -134,8 +134,8 @@ def wanted(entries: Words, select: Select, owner: int) -> Flags:
         wanted |= (kinds == pte.PRESENT) & system
         if not select & Select.COMPOUND:
             wanted &= entries & pte.HUGE == 0
-    if select & (Select.DEVICE_PRIVATE | Select.DEVICE_COHERENT) and owner != NO_OWNER:
-        mine = pte.zones_of(entries) == owner
+    if select & (Select.DEVICE_PRIVATE | Select.DEVICE_COHERENT) and (owner != NO_OWNER or select & Select.ANY_OWNER):
+        mine = ~system if select & Select.ANY_OWNER else pte.zones_of(entries) == owner
         if select & Select.DEVICE_PRIVATE:
             wanted |= mine & (kinds == pte.DEVICE)
         if select & Select.DEVICE_COHERENT:
@@ -154,7 +154,7 @@ def _free_to_go(memory: PhysicalMemory, frames: Words, fault_frame: int | None, 
     for zone, rows, where in memory.groups(frames):
         flags = zone.flags[where]
         extra = zone.refcount[where] - zone.mapcount[where]
-        allowed = 0 if isinstance(zone, HostZone) else DEVICE_EXTRA_REFERENCES
+        allowed = 0 if isinstance(zone, HostZone) else zone.extra_references
         unlocked = flags & (LOCKED | ANON) == ANON
         if isinstance(zone, HostZone):
             unlocked &= flags & COMPOUND == 0 if whole is None else (flags & COMPOUND == 0) | whole[rows]

@@ -36,10 +36,11 @@ from hmmnet.pages import (
 
 from .memcg import CHARGE_MASK, MemoryCgroup, MemoryCgroups
 from .swap import Swap
-from .zones import ANON, COMPOUND, STATE, CpuZone, HostZone, Index, Zone
+from .zones import ANON, COMPOUND, DEVICE_EXTRA_REFERENCES, STATE, CpuZone, HostZone, Index, Zone
 
 if TYPE_CHECKING:
     from .filemap import File
+    from .gather import Gather
     from .mm import Mm
 
 _STEPS = np.arange(HUGE_PAGES, dtype=np.uint64)
@@ -63,7 +64,11 @@ class PhysicalMemory:
     An anon_vma is a number here; which VMAs belong to it stands in the VMAs (`Vma.anon`, `Vma.chain`), all in processes of one family.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, idle_references: int = 0, gather: Gather | None = None) -> None:
+        self.idle_references = idle_references
+        """References of an idle page of a device."""
+        self.gather = gather
+        """Where frames wait that became free while a change was not yet told to mirrors; None where mirrors are told first."""
         self.zones: dict[int, Zone] = {}
         self.nodes: list[HostZone] = []
         self.in_place: dict[int, CpuZone] = {}
@@ -94,6 +99,7 @@ class PhysicalMemory:
         """A host memory node."""
         zone = HostZone(len(self.nodes), owner, pages)
         assert zone.number < DEVICE_ZONE_MIN, "zone numbers of host memory are used up"
+        zone.gather = self.gather
         self.nodes.append(zone)
         self.zones[zone.number] = self.in_place[zone.number] = zone
         return zone
@@ -106,6 +112,8 @@ class PhysicalMemory:
             zone = Zone(number, kind, owner, pages)
         else:
             zone = self.in_place[number] = CpuZone(number, kind, owner, arena)
+        zone.idle_references = self.idle_references
+        zone.extra_references = DEVICE_EXTRA_REFERENCES - self.idle_references
         self.zones[number] = zone
         return zone
 

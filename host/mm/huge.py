@@ -190,7 +190,7 @@ def split_folio(memory: PhysicalMemory, head: int) -> bool:
     """split_folio: the pages of the folio at frame `head` are ordinary ones. False, nothing done, when somebody holds on to one.
 
     Mirrors of everybody who maps it were told. Pages of zeros become the zero page where they are mapped, unless they are locked there
-    (remap_page with RMP_USE_SHARED_ZEROPAGE).
+    (remap_page with RMP_USE_SHARED_ZEROPAGE), and unless mirrors hear of this only afterwards: one may be writing there at this moment.
     """
     frames = np.arange(head, head + HUGE_PAGES, dtype=np.uint64)
     if bool((memory.field(frames, "refcount") > memory.field(frames, "mapcount")).any()):
@@ -198,7 +198,7 @@ def split_folio(memory: PhysicalMemory, head: int) -> bool:
     found = list(mappings(memory, frames))
     data = np.empty(HUGE_PAGES * PAGE_SIZE, np.uint8)
     memory.read(frames, 0, data)
-    empty = np.logical_not(np.any(data.view(np.uint64).reshape(HUGE_PAGES, -1), axis=1))
+    empty = np.logical_not(np.any(data.view(np.uint64).reshape(HUGE_PAGES, -1), axis=1)) & (memory.gather is None)
     for zone, _, at in memory.groups(frames):
         zone.flags[at] &= ~np.uint32(COMPOUND)
     for mapped in found:

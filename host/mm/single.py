@@ -22,7 +22,7 @@ from . import pte
 from .frames import PhysicalMemory
 from .memcg import CHARGE_MASK
 from .mm import Mm
-from .zones import ANON, COMPOUND, DEVICE_EXTRA_REFERENCES, LOCKED, HostZone
+from .zones import ANON, COMPOUND, LOCKED, HostZone
 
 BOTH = MIGRATE_PFN_VALID | MIGRATE_PFN_MIGRATE
 
@@ -39,11 +39,11 @@ def collect(mm: Mm, migration: Migration, select: Select) -> bool:
     frame = entry >> pte.FRAME_SHIFT
     number = frame >> ZONE_SHIFT
     if kind == pte.DEVICE:
-        wanted = select & Select.DEVICE_PRIVATE and number == migration.owner != NO_OWNER
+        wanted = select & Select.DEVICE_PRIVATE and (number == migration.owner != NO_OWNER or select & Select.ANY_OWNER)
     elif number < DEVICE_ZONE_MIN:
         wanted = select & Select.SYSTEM
     else:
-        wanted = select & Select.DEVICE_COHERENT and number == migration.owner != NO_OWNER
+        wanted = select & Select.DEVICE_COHERENT and (number == migration.owner != NO_OWNER or select & Select.ANY_OWNER)
     if not wanted:
         return True
     zone = mm.memory.zones[number]
@@ -53,7 +53,7 @@ def collect(mm: Mm, migration: Migration, select: Select) -> bool:
         return True
     if zone.mapcount[at] != 1 or flags & (ANON | (COMPOUND if isinstance(zone, HostZone) else 0)) != ANON:
         return False
-    allowed = 1 if isinstance(zone, HostZone) else 1 + DEVICE_EXTRA_REFERENCES
+    allowed = 1 if isinstance(zone, HostZone) else 1 + zone.extra_references
     if zone.refcount[at] > allowed or zone.pincount[at]:
         return True
     mm.table.set(page, entry & ~(pte.BITS & ~pte.CARRIED) | pte.MIGRATION)
@@ -123,7 +123,7 @@ def take(mm: Mm, page: int, owner: int) -> int | None:
     flags: int = cells.flags[at]
     if flags & (LOCKED | ANON) != ANON or cells.mapcount[at] != 1 or cells.pincount[at]:
         return None
-    if cells.refcount[at] > 1 + DEVICE_EXTRA_REFERENCES:
+    if cells.refcount[at] > 1 + zone.extra_references:
         return None
     mm.table.set(page, entry & ~(pte.BITS & ~pte.CARRIED) | pte.MIGRATION)
     cells.flags[at] = flags | LOCKED

@@ -13,7 +13,8 @@ has one count to change instead of 512 (`PhysicalMemory.fold` and the methods na
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,7 +33,7 @@ from hmmnet.pages import (
 from hmmnet.runs import RunAllocator
 
 if TYPE_CHECKING:
-    pass
+    from .gather import Gather
 
 LOCKED = 1
 """The page lock: a migration owns the frame."""
@@ -103,6 +104,12 @@ class Zone:
         """folio_free: called with the frames of a device zone whose last reference is gone."""
         self.on_free_folios: Callable[[Words], None] | None = None
         """The same for folded folios, called with their heads; `on_free` hears of them frame by frame where there is none."""
+        self.on_touch: Callable[[Any, Words], Awaitable[None]] | None = None
+        """migrate_to_ram of a driver in the host: (address space, pages that a CPU touched). None: the device is reached by its link."""
+        self.idle_references = 0
+        """References of an idle frame, beyond which `refcount` counts: under v25 a device's page has one (see `page_counts`)."""
+        self.extra_references = DEVICE_EXTRA_REFERENCES
+        """References beyond its mappings and those of an idle one with which a device's frame is collected all the same."""
         self.lost = ""
         """Why the memory is gone; empty while it is there."""
         self.offered = 0
@@ -177,6 +184,11 @@ class Zone:
         counted: npt.NDArray[np.bool_] = self.values("refcount", slice(0, self.count if count is None else count)) != 0
         return counted
 
+    def page_counts(self, where: Index) -> npt.NDArray[np.int32]:
+        """page_count of each frame at `where`, as a driver sees it."""
+        counted: npt.NDArray[np.int32] = self.values("refcount", where) + np.int32(self.idle_references)
+        return counted
+
     # --- drivers ------------------------------------------------------------------------------------------------------------------
 
     def holds(self, frames: Words) -> bool:
@@ -210,6 +222,8 @@ class HostZone(CpuZone):
         super().__init__(number, "system", owner, Arena(number << ZONE_SHIFT, count))
         skip = 1 if self.base == ZERO_FRAME else 0
         self.allocator = RunAllocator(self.base + skip, count - skip)
+        self.gather: Gather | None = None
+        """Where free frames wait until no device reaches them any more, if they have to."""
         self._free_committed = 0
 
     def allocate(self, count: int, keep: slice | None = None) -> Words | None:
@@ -270,11 +284,20 @@ class HostZone(CpuZone):
 
     def release_one(self, frame: int) -> None:
         """A frame without references goes back to the allocator."""
+        if self.gather is not None and self.gather.holds:
+            self.gather.hold(partial(self._release_run, frame, frame + 1))
+            return
         self.allocator.free_run(frame, frame + 1)
         self._free_committed += 1
 
     def release(self, frames: Words) -> None:
         """Frames without references go back to the allocator."""
+        if self.gather is not None and self.gather.holds:
+            self.gather.hold(partial(self._release, frames.copy()))
+        else:
+            self._release(frames)
+
+    def _release(self, frames: Words) -> None:
         frames = ascending(frames)
         self.allocator.free(frames)
         self._free_committed += len(frames)
@@ -284,8 +307,14 @@ class HostZone(CpuZone):
 
     def release_run(self, start: int, end: int) -> None:
         """`release` of frames [start, end)."""
+        if self.gather is not None and self.gather.holds:
+            self.gather.hold(partial(self._release_run, start, end))
+        else:
+            self._release_run(start, end)
+
+    def _release_run(self, start: int, end: int) -> None:
         if self._free_committed + end - start > FREE_COMMITTED_PAGES_MAX:
-            self.release(np.arange(start, end, dtype=np.uint64))
+            self._release(np.arange(start, end, dtype=np.uint64))
             return
         self.allocator.free_run(start, end)
         self._free_committed += end - start

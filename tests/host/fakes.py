@@ -16,6 +16,7 @@ from hmmnet.host.iommu import Domain
 from hmmnet.host.migrate import Grant, Outcome, migrate_to_device
 from hmmnet.host.mm.frames import PhysicalMemory
 from hmmnet.host.mm.space import Space
+from hmmnet.host.personality import TODAY, Personality
 from hmmnet.observe.counters import Profile
 from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, ZONE_SHIFT, Words, page_by_page
 
@@ -110,8 +111,9 @@ class FakeLink:
 class Bench:
     """Host memory, one private device behind a `FakeLink`, and processes with their hubs; no sessions, no sockets."""
 
-    def __init__(self, host_pages: int = HOST_PAGES) -> None:
-        self.memory = PhysicalMemory()
+    def __init__(self, host_pages: int = HOST_PAGES, personality: Personality = TODAY) -> None:
+        self.personality = personality
+        self.memory = personality.memory()
         self.memory.add_node("host", host_pages)
         self.link = FakeLink("gpu0", ZONE, memory=self.memory)
         self.page_map = PageMap(self.memory, self.link, DEVICE_PAGES)
@@ -123,8 +125,11 @@ class Bench:
         self.frame_next = FIRST_FRAME
 
     def space(self, number: int = 1) -> Space:
-        self.spaces[number] = Space(number, self.memory, Hub(), self.homing.migrate_to_ram)
+        self.spaces[number] = Space(number, self.memory, self.new_hub(), self.homing.migrate_to_ram)
         return self.spaces[number]
+
+    def new_hub(self) -> Hub:
+        return Hub(order=self.personality.order(self.memory))
 
     def hub(self, space: Space) -> Hub:
         assert isinstance(space.hub, Hub)
