@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from hmmnet.errors import HmmnetError, KernelError
 from hmmnet.program import Process
+from hmmnet.topology.model import Personality
 
 from .compare import Outcome, Tally
 from .grammar import Step
@@ -64,20 +65,20 @@ class UnitWorld:
 
 
 @asynccontextmanager
-async def real_world() -> AsyncIterator[UnitWorld]:
+async def real_world(personality: Personality = "today") -> AsyncIterator[UnitWorld]:
     """Launch the machine while the block runs."""
     from hmmnet.machine import launch
 
-    async with launch(TOPOLOGY, rate=RATE) as machine:
+    async with launch(TOPOLOGY, rate=RATE, personality=personality) as machine:
         yield UnitWorld(machine)
 
 
 @asynccontextmanager
-async def simulated_world() -> AsyncIterator[UnitWorld]:
+async def simulated_world(personality: Personality = "today") -> AsyncIterator[UnitWorld]:
     """The machine in this trio run, which is in virtual time, while the block runs."""
     from hmmnet.sim import simulated
 
-    async with simulated(TOPOLOGY) as machine:
+    async with simulated(TOPOLOGY, personality=personality) as machine:
         yield UnitWorld(machine)
 
 

@@ -27,6 +27,7 @@ WRITE = 0x02
 PMD = 0x04
 ZERO = 0x10
 PRIVATE_LOCAL = 0x20
+PRIVATE_REMOTE = 0x30
 COHERENT_LOCAL = 0x40
 COHERENT_REMOTE = 0x50
 ERROR = 0xFF
@@ -54,6 +55,7 @@ class Ground:
     process: Process
     devices: tuple[str, str]
     kind: str
+    personality: str = "today"
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -62,14 +64,20 @@ class Ground:
         return self.kind == "coherent"
 
     @property
+    def v25(self) -> bool:
+        """Whether the machine keeps v25's rules, which differ in places."""
+        return self.personality == "v25"
+
+    @property
     def local(self) -> int:
         """What a snapshot shows for a page on the unit itself."""
         return COHERENT_LOCAL if self.coherent else PRIVATE_LOCAL
 
     async def open(self, unit: int = 0, process: Process | None = None) -> Handle:
-        """Open a unit, the first or the second; it behaves as today's kernel has it."""
+        """Open a unit, the first or the second; it behaves as today's kernel has it, where that is what is tested."""
         handle = await (process or self.process).open(self.devices[unit])
-        await handle.ioctl("flags", 0, 0, flags=COMPOUND)
+        if not self.v25:
+            await handle.ioctl("flags", 0, 0, flags=COMPOUND)
         return handle
 
     async def map(self, pages: int = BUFFER_PAGES, protection: str = "rw", **options: Any) -> int:

@@ -133,6 +133,10 @@ def _read_top(document: Document, data: dict[str, Any]) -> None:
         if value is not None and not isinstance(value, str):
             document.complain(document.lines.get((one.key,), 0), "", one.key, f"{_type_name(value)} where {_WANTED['text']} is wanted")
             value = one.default
+        elif one.choices and value not in one.choices:
+            cause = f"{value!r} is none of {', '.join(one.choices)}"
+            document.complain(document.lines.get((one.key,), 0), "", one.key, cause, did_you_mean(str(value), one.choices))
+            value = one.default
         document.top[one.key] = value
 
 

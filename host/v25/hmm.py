@@ -109,20 +109,23 @@ class Hmm:
         self.mirrors: list[HmmMirror] = []
         self.ranges: list[HmmRange] = []
         self.in_progress: list[tuple[int, int]] = []
-        """Page ranges between their start and their end."""
+        """Page ranges between their start and the moment at which the last mirror has let go."""
 
     def range_start(self, start: int, end: int) -> None:
         """hmm_invalidate_range_start."""
         self.sequence += 1
         self.in_progress.append((start, end))
 
-    def range_end(self, start: int, end: int) -> None:
+    def invalidate(self, start: int, end: int) -> None:
         """hmm_invalidate_range, up to the callbacks."""
-        self.in_progress.remove((start, end))
         for tracked in self.ranges:
             if start < tracked.end and tracked.start < end:
                 tracked.valid = False
                 tracked.pfns[max(start, tracked.start) - tracked.start : min(end, tracked.end) - tracked.start] = 0
+
+    def range_end(self, start: int, end: int) -> None:
+        """Every mirror has been called and has let go."""
+        self.in_progress.remove((start, end))
 
     def track(self, tracked: HmmRange, start: int, end: int, pfns: Words) -> None:
         """Track what is read of [start, end) into `pfns` from now on. Raises KernelError(EBUSY) for a range that is tracked already."""

@@ -146,6 +146,7 @@ async def hmm_vma_fault(vma: VmArea, tracked: HmmRange, start: int, end: int, pf
     Raises KernelError: EINVAL, EPERM, EBUSY as `hmm_vma_get_pfns`; EAGAIN (the lock was dropped: look the VMA up again), ENOMEM.
     """
     call = "hmm_vma_fault"
+    await trio.lowlevel.checkpoint()  # who begins again and again lets those go on for whom it waits
     hmm, first, last = _checked(vma, start, end, pfns, call)
     if not is_special(vma):
         _check_readable(vma, start, last - first, pfns, call)

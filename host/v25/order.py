@@ -93,7 +93,7 @@ class RangeEnd:
         self._ticket = self._order.gather.begin()
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._order.hmm.range_end(self.start, self.end)
+        self._order.hmm.invalidate(self.start, self.end)
         try:
             with trio.CancelScope(shield=True):  # the page table has changed: whoever mirrors it has to hear of that
                 await self._at("hub.before_callbacks")
@@ -102,6 +102,7 @@ class RangeEnd:
                 await self._at("hub.after_acks")
                 await self._at("hub.before_range_end")
         finally:
+            self._order.hmm.range_end(self.start, self.end)
             self._hub.range_end()
             self._order.gather.end(self._ticket)
 

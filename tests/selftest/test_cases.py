@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from hmmnet.host.mm import fork, huge
+from hmmnet.play.world import real_world
 from hmmnet.selftest.case import TESTS
-from hmmnet.selftest.runner import KINDS, ORDER, Outcome, cases, run_all
+from hmmnet.selftest.runner import KINDS, MODERN_ONLY, ORDER, Outcome, cases, run_all
+from hmmnet.topology.model import Personality
 
 
 def told(_: Outcome) -> None:
@@ -25,6 +27,33 @@ async def test_all_78_cases_pass() -> None:
     assert all(o.seconds > 0 for o in outcomes)
     benchmark = next(o for o in outcomes if o.case.name == "benchmark_thp_migration")
     assert len(benchmark.notes) == 10
+
+
+async def test_v25_keeps_its_own_rules() -> None:
+    """The same 39 names; what came later is skipped as such, everything else passes with what v25 does, on both kinds."""
+    outcomes = await run_all(cases(), told, personality="v25")
+    assert len(outcomes) == 78
+    assert {o.personality for o in outcomes} == {"v25"}
+    assert [(o.case, o.why) for o in outcomes if o.result == "fail"] == []
+    skipped = {(o.case.name, o.case.kind) for o in outcomes if o.result == "skip"}
+    numbers = {ORDER.index(name) + 1 for name, _ in skipped if name != "hmm_gup_test"}
+    assert numbers == {6, 8, 25, 26, 27, *range(30, 40)}
+    assert skipped == {(name, kind) for name in MODERN_ONLY for kind in KINDS} | {("hmm_gup_test", "coherent")}
+    assert {o.why for o in outcomes if o.result == "skip"} == {"modern only"}
+    assert outcomes[0].as_json() | {"seconds": 0} == {
+        "name": "open_close", "kind": "private", "personality": "v25", "result": "pass", "seconds": 0,
+    }  # fmt: skip
+
+
+DIFFER = ("anon_write_hugetlbfs", "migrate_mixed", "mixedmap", "snapshot", "compound")
+
+
+@pytest.mark.parametrize(("machine", "expected"), [("today", "v25"), ("v25", "today")])
+async def test_the_expectations_of_one_fail_on_the_other(machine: Personality, expected: Personality) -> None:
+    """Where the two differ, what is checked is not the same: each fails on the other's machine (coherent: a remote page looks the same)."""
+    chosen = cases(DIFFER, ("private",))
+    outcomes = await run_all(chosen, told, lambda: real_world(machine), expected)
+    assert {o.case.name for o in outcomes if o.result == "fail"} == set(DIFFER)
 
 
 def test_the_names_are_the_kernels() -> None:

@@ -135,6 +135,12 @@ def test_the_command() -> None:
     assert done.returncode == 0
     assert "1 of 1 cases pass" in done.stdout
     assert "private" not in done.stdout
+    done = command("exclusive", "anon_read", "--kind", "private", "--personality", "v25", "--json")
+    assert done.returncode == 0, done.stderr
+    assert [(entry["name"], entry["personality"], entry["result"]) for entry in json.loads(done.stdout)] == [
+        ("anon_read", "v25", "pass"), ("exclusive", "v25", "skip"),
+    ]  # fmt: skip
+    assert "modern only" in done.stderr
     done = command("migrat_fault")
     assert done.returncode == 2
     assert 'did you mean "migrate_fault"' in done.stderr
