@@ -16,6 +16,7 @@ from hmmnet.topology.model import Personality, Topology
 
 from .machine import SimulatedMachine, simulated
 from .schedule import seeded
+from .standstill import Standstill
 from .trace import Trace
 
 LIMIT_S = 3600.0
@@ -25,7 +26,7 @@ T = TypeVar("T")
 
 
 class SimulationStuck(HmmnetError):
-    """Virtual time went on and on, and the program did not end."""
+    """Virtual time went on and on, or stood still, and the program did not end."""
 
 
 @dataclass(frozen=True)
@@ -42,15 +43,22 @@ class Simulation(Generic[T]):
 
 
 def run_virtual(main: Callable[..., Awaitable[T]], *arguments: Any, seed: int = 0, limit_s: float = LIMIT_S) -> T:
-    """`trio.run` in virtual time, scheduled from `seed`. Raises SimulationStuck after `limit_s` virtual seconds."""
+    """`trio.run` in virtual time, scheduled from `seed`.
+
+    Raises SimulationStuck after `limit_s` virtual seconds, and when things happen without an end while no time passes (`standstill`).
+    """
+    clock = MockClock(autojump_threshold=0)
+    watch = Standstill(clock)
 
     async def limited() -> T:
-        with trio.move_on_after(limit_s):
+        with trio.move_on_after(limit_s) as watch.scope:
             return await main(*arguments)
+        if watch.found:
+            raise SimulationStuck(f"time stands still at {trio.current_time():g} virtual seconds (seed {seed}): somebody goes in circles")
         raise SimulationStuck(f"no end after {limit_s:g} virtual seconds (seed {seed}): somebody waits for what never comes")
 
     with seeded(seed):
-        return trio.run(limited, clock=MockClock(autojump_threshold=0))
+        return trio.run(limited, clock=clock, instruments=[watch])
 
 
 def simulate(

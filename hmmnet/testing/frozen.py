@@ -113,6 +113,18 @@ class FrozenMachine(BlockingMachine):
         """Let virtual time pass."""
         self._loop.call(trio.sleep, seconds)
 
+    def hang_device(self, name: str) -> None:
+        """See `SimulatedMachine.hang_device`."""
+        self._loop.call(self._simulated.hang_device, name)
+
+    def resume_device(self, name: str) -> None:
+        """See `SimulatedMachine.resume_device`."""
+        self._loop.call(self._simulated.resume_device, name)
+
+    def ask(self, function: Callable[[SimulatedMachine], R]) -> R:
+        """What a plain function answers when it is called with the machine inside: for everything that does not wait."""
+        return self._loop.ask(lambda: function(self._simulated))
+
     def add_fault(self, fault: MessageFault) -> int:
         """A fault begins; its number."""
         return self._loop.ask(lambda: self._simulated.network.add(fault))

@@ -127,7 +127,7 @@ def test_a_killed_device_takes_its_pages_and_comes_back_empty() -> None:
     assert hmmnet.simulate(main).virtual_s < 3.0
 
 
-def test_what_never_comes_is_found_out() -> None:
+def test_what_never_comes_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Virtual time is bounded; the error has the seed. What a program raises comes out as it is."""
 
     async def waiting(machine: SimulatedMachine) -> None:
@@ -135,6 +135,15 @@ def test_what_never_comes_is_found_out() -> None:
 
     with pytest.raises(SimulationStuck, match=r"no end after 60 virtual seconds \(seed 9\)"):
         hmmnet.simulate(waiting, seed=9, limit_s=60.0)
+
+    async def circling(machine: SimulatedMachine) -> None:
+        await trio.sleep(1.5)
+        while True:
+            await trio.lowlevel.checkpoint()
+
+    monkeypatch.setattr("hmmnet.sim.standstill.Standstill.__init__.__defaults__", (2000,))
+    with pytest.raises(SimulationStuck, match=r"time stands still at \S+ virtual seconds \(seed 9\): somebody goes in circles"):
+        hmmnet.simulate(circling, seed=9)
 
     async def failing(machine: SimulatedMachine) -> None:
         raise ZeroDivisionError

@@ -96,6 +96,10 @@ def test_devices_and_faults() -> None:
             made.kill_device("gpu0")
         made.start_device("gpu0")
         assert list(made.running) == list(made.device_names)
+        made.hang_device("gpu1")
+        made.sleep(0.1)
+        made.resume_device("gpu1")
+        assert made.ask(lambda inside: inside.injector.active) == {}
         number = made.add_fault(MessageFault("partition", Way("gpu1")))
         made.sleep(1.0)
         made.remove_fault(number)

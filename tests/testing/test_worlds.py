@@ -247,7 +247,6 @@ def test_a_machine_cannot_be_kept_for_ever(pytester: pytest.Pytester) -> None:
     result = run(pytester)
     result.assert_outcomes(failed=3, passed=1, errors=2)
     assert result.stdout.str().count("MachineOverdue: this test has kept its machine for 0.6 s") >= 4
-    assert result.duration < 30
 
 
 def test_the_world_of_a_test_ends_with_it(pytester: pytest.Pytester) -> None:
