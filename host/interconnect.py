@@ -37,9 +37,13 @@ class Interconnect:
     def attach(self, zone: Zone, node: str) -> None:
         """The memory of a device is there. If it is coherent, the CPU, beside memory `node`, and other devices reach it over its links."""
         if isinstance(zone, CpuZone):
-            self._arenas[zone.number] = zone.arena
-            self._nodes[zone.number] = zone.owner
+            self.attach_beside(zone, zone.owner)
             zone.crossed = partial(self._crossed, zone.owner, node)
+
+    def attach_beside(self, zone: CpuZone, place: str) -> None:
+        """Memory that the CPU reaches is there, at `place` on the links; a driver's in the host lies beside a memory node."""
+        self._arenas[zone.number] = zone.arena
+        self._nodes[zone.number] = place
 
     def detach(self, zone: Zone) -> None:
         """That memory is gone."""

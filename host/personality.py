@@ -21,6 +21,7 @@ from .migrate import Copy
 from .mirror import Request, range_fault
 from .mm.frames import PhysicalMemory
 from .mm.gather import Gather
+from .mm.zones import CpuZone, Zone
 from .notifier import Subscription
 from .v25 import Kernel, driver
 from .v25.order import AtEnd
@@ -54,9 +55,15 @@ class Personality:
         """The physical memory of a host of this personality, empty."""
         return PhysicalMemory(self.idle_references, Gather() if self.gathers else None)
 
-    def kernel(self, memory: PhysicalMemory, spaces: Mapping[int, AddressSpace]) -> Kernel | None:
+    def kernel(
+        self,
+        memory: PhysicalMemory,
+        spaces: Mapping[int, AddressSpace],
+        attach: Callable[[CpuZone], None] = lambda _: None,
+        detach: Callable[[Zone], None] = lambda _: None,
+    ) -> Kernel | None:
         """What this kernel exports to drivers in the host, beyond the calls on one address space; today's nothing."""
-        return Kernel(memory, spaces) if self.gathers else None
+        return Kernel(memory, spaces, attach, detach) if self.gathers else None
 
     def check_exclusive(self) -> None:
         """Raises KernelError(EOPNOTSUPP) where there is no exclusive access."""

@@ -99,7 +99,8 @@ class Host:
         self.events = self.homing.events
         """Where to hear what happens."""
         self.contexts = Contexts(self.devices, self.hubs, self.interconnect.profile)
-        self.kernel = self.personality.kernel(self.memory, self.spaces)
+        beside = partial(self.interconnect.attach_beside, place=topology.nodes[0].name)
+        self.kernel = self.personality.kernel(self.memory, self.spaces, beside, self.interconnect.detach)
         """What a v25 kernel exports to drivers in the host; None today."""
         self._copy = self.personality.copy and self.personality.copy(self.homing, self.links, self._context_of)
         self._transport = transport

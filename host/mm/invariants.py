@@ -140,6 +140,9 @@ def _check_zone(zone: Zone, frames: Words, counts: npt.NDArray[np.int64], *, qui
     mapcount, refcount, mapping, flags = (_all(zone, name) for name in ("mapcount", "refcount", "mapping", "flags"))
     wrong = np.flatnonzero(mapcount != expected)
     assert len(wrong) == 0, f"{zone.owner}: frame {wrong[0]} says it is mapped {mapcount[wrong[0]]} times, but is {expected[wrong[0]]}"
+    idle = zone.idle_references
+    below = np.flatnonzero(zone.page_counts(slice(0, zone.count)) < idle)
+    assert len(below) == 0, f"{zone.owner}: frame {below[0]} has fewer references than the {idle} of an idle one (I8)"
     below = np.flatnonzero(refcount < mapcount)
     assert len(below) == 0, f"{zone.owner}: frame {below[0]} has fewer references than mappings"
     free = refcount == 0

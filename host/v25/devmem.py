@@ -26,7 +26,7 @@ from hmmnet.host.interfaces import AddressSpace
 from hmmnet.host.mm import pte
 from hmmnet.host.mm.frames import PhysicalMemory
 from hmmnet.host.mm.space import Space
-from hmmnet.host.mm.zones import HostZone
+from hmmnet.host.mm.zones import CpuZone, HostZone, Zone
 from hmmnet.pages import DEVICE_ZONE_MIN, HUGE_PAGES, PAGE_SHIFT, ZONE_SHIFT, ZONES_MAX, Words, zone_of
 
 from .migrate import MigrateVmaOps, migrate_vma
@@ -164,11 +164,15 @@ class HmmDevmem:
 
 @dataclass(eq=False)
 class Kernel:
-    """What a v25 kernel exports beyond the calls on one address space: memory, devices, migration. `attach` connects public memory."""
+    """What a v25 kernel exports beyond the calls on one address space: memory, devices, migration.
+
+    `attach` and `detach` connect public memory to the links, so that devices reach it, too.
+    """
 
     memory: PhysicalMemory
     spaces: Mapping[int, AddressSpace]
-    attach: Callable[[Any], None] = lambda _: None
+    attach: Callable[[CpuZone], None] = lambda _: None
+    detach: Callable[[Zone], None] = lambda _: None
     devices: dict[int, HmmDevice] = field(default_factory=dict)
 
     # --- devices --------------------------------------------------------------------------------------------------------------
@@ -221,7 +225,9 @@ class Kernel:
         if zone_of(resource.start) >= ZONES_MAX or resource.pages > ZONE_PAGES_MAX:
             raise KernelError(errno.ERANGE, call, f"frame 0x{resource.start:x} + {resource.pages} pages leave the physical address space")
         made = self._create(ops, device, resource, call)
-        self.attach(self.memory.zones[made.zone])
+        zone = self.memory.zones[made.zone]
+        assert isinstance(zone, CpuZone), "public memory has bytes"
+        self.attach(zone)
         return made
 
     def _create(self, ops: HmmDevmemOps, device: HmmDevice, resource: Resource, call: str) -> HmmDevmem:
@@ -247,6 +253,7 @@ class Kernel:
         if devmem.removed:
             raise KernelError(errno.EINVAL, "hmm_devmem_remove", f"{devmem.name} was removed already")
         await devmem.all_free()
+        self.detach(self.memory.zones[devmem.zone])
         devmem.remove()
 
     # --- migration ------------------------------------------------------------------------------------------------------------

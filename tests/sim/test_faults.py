@@ -44,6 +44,13 @@ def test_faults_of_messages_cost_time_only(mix: str) -> None:
             assert kinds == {fault.kind for fault in MIXES[mix]}
 
 
+def test_faults_of_messages_cost_time_only_on_v25() -> None:
+    """The same with v25's order, for a few seeds of the whole mix."""
+    for seed in range(6):
+        outcome = hmmnet.simulate(story, seed=seed, faults=MIXES["all"], limit_s=300.0, personality="v25")
+        assert outcome.value == RIGHT, f"seed {seed}"
+
+
 def test_a_partition_is_a_death_for_the_other_side_and_can_be_mended() -> None:
     """Both ways for longer than the lease: SIGBUS for what was only there. Mended, a new life serves. Shorter than it: nothing happened."""
 

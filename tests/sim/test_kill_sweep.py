@@ -18,6 +18,7 @@ from hmmnet.host.service import Host
 from hmmnet.program import Process
 from hmmnet.sim import SimulatedMachine, run_virtual, simulated
 from hmmnet.topology.load import parse
+from hmmnet.topology.model import Personality
 
 from .countdown import Countdown
 
@@ -99,10 +100,10 @@ async def whole(process: Process, address: int) -> Numbers:
     return got
 
 
-async def one_life(at: int) -> bool:
+async def one_life(at: int, personality: Personality) -> bool:
     """Kill gpu1 at message `at` of the program; whether it was still running then."""
     trace = Countdown(at)
-    async with simulated(MACHINE, trace=trace) as machine, trio.open_nursery() as nursery:
+    async with simulated(MACHINE, trace=trace, personality=personality) as machine, trio.open_nursery() as nursery:
         process = await machine.create_process()
 
         async def kill() -> None:
@@ -130,11 +131,11 @@ async def one_life(at: int) -> bool:
     return hit
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_death_at_every_message(seed: int) -> None:
-    """From the first message to the last, with two orders of events."""
+@pytest.mark.parametrize(("seed", "personality"), [(0, "today"), (1, "today"), (0, "v25")])
+def test_death_at_every_message(seed: int, personality: Personality) -> None:
+    """From the first message to the last, with two orders of events; and where mirrors hear of a change at its end."""
     at, messages = 1, 0
-    while run_virtual(one_life, at, seed=seed, limit_s=600.0):
+    while run_virtual(one_life, at, personality, seed=seed, limit_s=600.0):
         at += 1
         messages += 1
     assert messages > 60

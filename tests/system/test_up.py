@@ -114,6 +114,25 @@ def test_ctrl_c_ends_it_cleanly_within_a_second(base: Path) -> None:
     assert list(base.iterdir()) == []
 
 
+def test_a_machine_of_another_personality() -> None:
+    """`--personality v25`: the host process keeps those rules, devices serve, a client is told; a wrong name is refused."""
+    with up("--personality", "v25", "--name", "old"):
+
+        async def use() -> str:
+            async with hmmnet.attach("old") as machine:
+                process = await machine.create_process()
+                address = await process.mmap(PAGE_SIZE)
+                await process.store(address, 41)
+                assert await process.migrate(address, PAGE_SIZE, "gpu0") == PAGE_SIZE
+                assert await process.load(address) == 41
+                return str((await machine.report())["personality"])
+
+        assert trio.run(use) == "v25"
+    done = hmmnet_command("up", "--personality", "v26")
+    assert done.returncode != 0
+    assert "there are today, v25" in done.stderr
+
+
 @pytest.mark.parametrize("who", [0, 1], ids=["host", "zygote"])
 def test_what_hangs_does_not_hold_up_ctrl_c(who: int) -> None:
     """A stopped host cannot say goodbye, a stopped zygote cannot kill: both are killed."""

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import trio
 
+from hmmnet.arena import Arena
 from hmmnet.errors import KernelError
 from hmmnet.host import v25
 from hmmnet.host.mm.space import Space
 from hmmnet.host.personality import V25
 from hmmnet.host.v25 import Kernel, VmArea
-from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, Words
+from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, ZONE_SHIFT, Words
 from tests.host.fakes import Bench
 
 Step = Callable[[], Awaitable[None]]
@@ -124,6 +125,28 @@ class Dummy(Listener):
             else:
                 self.held.pop(target)
                 self.idle.append(target)
+
+
+def public(zone: int = 200, pages: int = 64, desc: v25.Desc = v25.Desc.DEVICE_PUBLIC_MEMORY) -> v25.Resource:
+    return v25.Resource(zone << ZONE_SHIFT, pages, desc, Arena(zone << ZONE_SHIFT, pages))
+
+
+class Public(Dummy):
+    """A driver whose memory the CPU reaches in place."""
+
+    def __init__(self, kernel: v25.Kernel) -> None:
+        super().__init__(kernel)
+        self.resource = public()
+        self.devmem = self.kernel.hmm_devmem_add_resource(self, self.kernel.hmm_device_new(), self.resource)
+        self.idle = list(range(self.devmem.pfn_first, self.devmem.pfn_last + 1))
+
+    async def finalize_and_map(self, vma: v25.VmArea, src: Words, dst: Words, start: int, end: int, private: object) -> None:
+        for word in dst[dst != 0].tolist():
+            frame = v25.migrate_pfn_to_frame(word)
+            assert frame is not None
+            if not private:
+                self.kernel.write_page(frame, self.held[frame])
+        await super().finalize_and_map(vma, src, dst, start, end, private)
 
 
 class Ground:

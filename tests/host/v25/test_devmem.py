@@ -11,13 +11,9 @@ from trio.testing import wait_all_tasks_blocked
 from hmmnet.arena import Arena
 from hmmnet.host import v25
 from hmmnet.host.mm import zones
-from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, ZONE_SHIFT, ZONES_MAX, Words
+from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, ZONE_SHIFT, ZONES_MAX
 
-from .dummy import Dummy, Ground, refused
-
-
-def public(zone: int = 200, pages: int = 64, desc: v25.Desc = v25.Desc.DEVICE_PUBLIC_MEMORY) -> v25.Resource:
-    return v25.Resource(zone << ZONE_SHIFT, pages, desc, Arena(zone << ZONE_SHIFT, pages))
+from .dummy import Dummy, Ground, Public, public, refused
 
 
 def test_private_memory_comes_from_the_top_of_the_physical_addresses() -> None:
@@ -164,24 +160,6 @@ async def test_remove_waits_for_every_page() -> None:
     assert Dummy(ground.kernel).devmem.pfn_first == devmem.pfn_first
 
 
-class Public(Dummy):
-    """A driver whose memory the CPU reaches in place."""
-
-    def __init__(self, ground: Ground) -> None:
-        super().__init__(ground.kernel)
-        self.resource = public()
-        self.devmem = self.kernel.hmm_devmem_add_resource(self, self.kernel.hmm_device_new(), self.resource)
-        self.idle = list(range(self.devmem.pfn_first, self.devmem.pfn_last + 1))
-
-    async def finalize_and_map(self, vma: v25.VmArea, src: Words, dst: Words, start: int, end: int, private: object) -> None:
-        for word in dst[dst != 0].tolist():
-            frame = v25.migrate_pfn_to_frame(word)
-            assert frame is not None
-            if not private:
-                self.kernel.write_page(frame, self.held[frame])
-        await super().finalize_and_map(vma, src, dst, start, end, private)
-
-
 @pytest.fixture
 def ground() -> Ground:
     return Ground()
@@ -189,7 +167,7 @@ def ground() -> Ground:
 
 async def test_the_cpu_reaches_public_memory_in_place(ground: Ground) -> None:
     """No fault: loads and stores go to the device's bytes; a snapshot shows an ordinary page; unmapping gives it back."""
-    driver = Public(ground)
+    driver = Public(ground.kernel)
     await ground.register(driver)
     address = await ground.space.mmap(PAGE_SIZE)
     await ground.space.store(address, b"here")
@@ -211,7 +189,7 @@ async def test_the_cpu_reaches_public_memory_in_place(ground: Ground) -> None:
 
 async def test_a_page_that_is_held_keeps_its_memory(ground: Ground) -> None:
     """A reference beyond the mappings: the page is not free when it is unmapped, and remove would wait (who: nobody's mapping)."""
-    driver = Public(ground)
+    driver = Public(ground.kernel)
     address = await ground.space.mmap(PAGE_SIZE)
     await ground.space.store(address, b"x")
     async with ground.space.mmap_lock.read():

@@ -9,9 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import trio
+from msgspec import json, to_builtins
 
 import hmmnet
 from hmmnet.errors import BusError, HmmnetError, KernelError, TopologyError
+from hmmnet.fabric.clock import EmulatedClock
+from hmmnet.host import v25
+from hmmnet.host.__main__ import decode_config
 from hmmnet.host.interfaces import NO_OWNER
 from hmmnet.host.mm.invariants import check
 from hmmnet.host.process import Process
@@ -19,7 +23,40 @@ from hmmnet.host.service import Host
 from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE
 from hmmnet.sim import SimulatedMachine
 from hmmnet.topology.load import load, parse
+from hmmnet.wire.memory_transport import MemoryTransport
 
+from .dummy import Public
+
+SMALL = parse("""
+[[memory]]
+name = "node0"
+size = "64 MiB"
+[[device]]
+name = "gpu[0-1]"
+memory = "16 MiB"
+[[device]]
+name = "dmirror[0-1]"
+model = "dmirror"
+memory = "16 MiB"
+unit = 0
+[[device]]
+name = "dmirror[2-3]"
+model = "dmirror"
+memory = "16 MiB"
+kind = "coherent"
+unit = 2
+[[link]]
+a = "node0"
+b = "gpu[0-1]"
+bandwidth = "10 GB/s"
+latency = "1 us"
+[[link]]
+a = "node0"
+b = "dmirror[0-3]"
+bandwidth = "10 GB/s"
+latency = "1 us"
+""")
+"""Little memory, because the books are looked through whole."""
 PAGES = 64
 LENGTH = PAGES * PAGE_SIZE
 NUMBERS = np.arange(LENGTH // 8, dtype="<u8")
@@ -62,7 +99,7 @@ def test_pages_stream_to_a_device_and_home() -> None:
         assert all(figures["iommu_refused"] == 0 for figures in report["devices"].values())
         books(machine)
 
-    hmmnet.simulate(main, personality="v25")
+    hmmnet.simulate(main, SMALL, personality="v25")
 
 
 def test_a_device_is_told_at_the_end() -> None:
@@ -90,7 +127,7 @@ def test_a_device_is_told_at_the_end() -> None:
         assert done.faults == 0
         return told
 
-    assert hmmnet.simulate(main, "dmirror-4", personality="v25").value == [(8, 4, "invalidate True")]
+    assert hmmnet.simulate(main, SMALL, personality="v25").value == [(8, 4, "invalidate True")]
 
 
 def test_a_page_goes_from_device_to_device() -> None:
@@ -106,10 +143,10 @@ def test_a_page_goes_from_device_to_device() -> None:
             assert {where.owners[i] for i in where.pages.tolist()} == {f"dmirror{owner}"}
         books(machine)
         used = [figures["pages_used"] for figures in (await machine.report())["devices"].values()]
-        assert used == [PAGES, 0, 0, 0]
+        assert used == [0, 0, PAGES, 0, 0, 0]
         assert (await process.read_array(address, "<u8", len(NUMBERS)) == NUMBERS).all()
 
-    hmmnet.simulate(main, "dmirror-4", personality="v25")
+    hmmnet.simulate(main, SMALL, personality="v25")
 
 
 def test_a_range_that_is_partly_there_stays_readable() -> None:
@@ -125,7 +162,7 @@ def test_a_range_that_is_partly_there_stays_readable() -> None:
         assert (np.frombuffer(done.data, "<u8") == NUMBERS).all()
         books(machine)
 
-    hmmnet.simulate(main, "dmirror-4", personality="v25")
+    hmmnet.simulate(main, SMALL, personality="v25")
 
 
 def test_closing_a_device_brings_its_pages_home() -> None:
@@ -144,7 +181,7 @@ def test_closing_a_device_brings_its_pages_home() -> None:
         assert (await child.read_array(address, "<u8", len(NUMBERS)) == NUMBERS).all()
         books(machine)
 
-    hmmnet.simulate(main, "dmirror-4", personality="v25")
+    hmmnet.simulate(main, SMALL, personality="v25")
 
 
 def test_a_device_write_breaks_cow_of_its_own_page() -> None:
@@ -164,8 +201,8 @@ def test_a_device_write_breaks_cow_of_its_own_page() -> None:
         books(machine)
         return "written"
 
-    assert hmmnet.simulate(main, "dmirror-4", personality="v25").value == "written"
-    assert hmmnet.simulate(main, "dmirror-4").value == "EFAULT"
+    assert hmmnet.simulate(main, SMALL, personality="v25").value == "written"
+    assert hmmnet.simulate(main, SMALL).value == "EFAULT"
 
 
 def test_what_came_later_is_refused() -> None:
@@ -193,8 +230,8 @@ def test_what_came_later_is_refused() -> None:
             seen.append(error.name)
         return seen
 
-    assert hmmnet.simulate(main, "dmirror-4", personality="v25").value == ["EBUSY", "EINVAL", "EINVAL", "", "EOPNOTSUPP"]
-    assert hmmnet.simulate(main, "dmirror-4").value == ["", "", "", ""]
+    assert hmmnet.simulate(main, SMALL, personality="v25").value == ["EBUSY", "EINVAL", "EINVAL", "", "EOPNOTSUPP"]
+    assert hmmnet.simulate(main, SMALL).value == ["", "", "", ""]
 
 
 def test_a_page_that_waits_for_a_userfaultfd_can_be_read_unlocked() -> None:
@@ -217,7 +254,46 @@ def test_a_page_that_waits_for_a_userfaultfd_can_be_read_unlocked() -> None:
             done = await handle.ioctl("read_unlocked", address, 1)
         return done.data[:4]
 
-    assert hmmnet.simulate(main, "dmirror-4", personality="v25").value == b"uuuu"
+    assert hmmnet.simulate(main, SMALL, personality="v25").value == b"uuuu"
+
+
+def test_devices_reach_public_memory_of_a_driver_in_the_host() -> None:
+    """By DMA beside a memory of the host, to read and to write; when its memory is removed nothing is left."""
+
+    async def main(machine: SimulatedMachine) -> None:
+        process, address = await filled(machine)
+        kernel = host_of(machine).kernel
+        assert kernel is not None
+        driver = Public(kernel)
+        async with process.space.mmap_lock.read():
+            vma = v25.find_vma(process.space, address)
+            assert vma is not None
+            await driver.migrate(vma, address, 4)
+        arguments = {"a": address, "b": address, "out": address, "n": len(NUMBERS), "dtype": "<u8"}
+        await process.launch("vector_add", "gpu0", "remote", **arguments)
+        assert driver.devmem.used_pages == 4
+        assert (await process.read_array(address, "<u8", len(NUMBERS)) == 2 * NUMBERS).all()
+        assert all(figures["iommu_refused"] == 0 for figures in (await machine.report())["devices"].values())
+        await process.munmap(address, LENGTH)
+        await kernel.hmm_devmem_remove(driver.devmem)
+        books(machine)
+
+    hmmnet.simulate(main, SMALL, personality="v25")
+
+
+async def test_the_host_process_takes_a_personality() -> None:
+    """A flag of its configuration, which goes before the topology's; one that there is not is refused."""
+    config = {"name": "m", "topology": to_builtins(load("two-gpus")), "directory": "d", "secret_file": "s"}
+    assert decode_config(json.encode(config)).personality == ""
+    assert decode_config(json.encode(config | {"personality": "v25"})).personality == "v25"
+    with pytest.raises(HmmnetError, match="personality"):
+        decode_config(json.encode(config | {"personality": "v26"}))
+    for given, named in (("", "today"), ("v25", "v25")):
+        host = Host(load("two-gpus"), MemoryTransport(), Path(), bytes(32), EmulatedClock(), personality=given)
+        assert host.personality.name == named
+        assert (host.kernel is None) == (named == "today")
+    with pytest.raises(HmmnetError, match="there are today, v25"):
+        Host(load("two-gpus"), MemoryTransport(), Path(), bytes(32), EmulatedClock(), personality="v26")
 
 
 def test_device_pages_are_charged_like_others() -> None:
@@ -242,7 +318,7 @@ def test_device_pages_are_charged_like_others() -> None:
         await look()
         return seen
 
-    assert hmmnet.simulate(main, personality="v25").value == [16, 32, 32, 0]
+    assert hmmnet.simulate(main, SMALL, personality="v25").value == [16, 32, 32, 0]
 
 
 def test_a_device_dies_with_pages() -> None:
@@ -261,7 +337,7 @@ def test_a_device_dies_with_pages() -> None:
         await trio.sleep(10)
         books(machine)
 
-    hmmnet.simulate(main, personality="v25")
+    hmmnet.simulate(main, SMALL, personality="v25")
 
 
 def test_a_personality_is_named_in_a_topology_or_at_launch() -> None:
@@ -282,7 +358,6 @@ def test_a_personality_is_named_in_a_topology_or_at_launch() -> None:
     for start in (lambda: hmmnet.launch(personality="v26"), lambda: hmmnet.simulate(which, personality="v26")):  # type: ignore[arg-type]
         with pytest.raises(HmmnetError, match="there are today, v25"):
             start()
-    assert Path(__file__).exists()
 
 
 async def test_real_processes_keep_v25_too() -> None:
