@@ -88,8 +88,29 @@ def at_end(memory: PhysicalMemory) -> AtEnd:
     return AtEnd(memory.gather)
 
 
-TODAY = Personality("today", lambda _: AtStart(), 0, False, range_fault, evict_frames, lambda select: select, None, True)
-V25 = Personality("v25", at_end, 1, True, driver.range_fault, driver.evict, driver.selected, driver.alloc_and_copy, False, ADVICE_AFTER_V25)
+TODAY = Personality(
+    name="today",
+    order=lambda _: AtStart(),
+    idle_references=0,
+    gathers=False,
+    range_fault=range_fault,
+    evict=evict_frames,
+    select=lambda select: select,
+    copy=None,
+    exclusive=True,
+)
+V25 = Personality(
+    name="v25",
+    order=at_end,
+    idle_references=1,
+    gathers=True,
+    range_fault=driver.range_fault,
+    evict=driver.evict,
+    select=driver.selected,
+    copy=driver.alloc_and_copy,
+    exclusive=False,
+    lacks_advice=ADVICE_AFTER_V25,
+)
 PERSONALITIES = {one.name: one for one in (TODAY, V25)}
 
 
