@@ -388,6 +388,12 @@ class Context:
             await dma.ended.wait()
 
 
+def cut(start: int, end: int, most: int) -> list[tuple[int, int]]:
+    """[start, end) in pieces of at most `most` pages (a power of two), cut where a piece of that size would be aligned: in no huge page."""
+    edges = [start, *range((start // most + 1) * most, end, most), end]
+    return [(low, high) for low, high in pairwise(edges) if low < high]
+
+
 def shortened(offered: Words, large: list[int]) -> Words:
     """`offered` for the wire: one word for each of the huge pages that begin at positions `large`."""
     if not large:

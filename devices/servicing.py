@@ -27,7 +27,7 @@ import trio
 from hmmnet.errors import HmmnetError, KernelError, PeerError
 from hmmnet.pages import HMM_PFN_REQ_FAULT, HMM_PFN_REQ_WRITE, HMM_PFN_WRITE, HUGE_SHIFT, ZERO_FRAME, Words
 
-from .context import MIGRATE_PAGES_MAX, Context
+from .context import MIGRATE_PAGES_MAX, Context, cut
 from .faultbuffer import Batch, FaultBuffer
 from .mirror import ENTRY_VALID, allows, frames_of
 from .policy import Policy, make_policy
@@ -63,11 +63,12 @@ class ServiceCounts:
 class FaultService:
     """Serves one context's fault buffer; `run` it as a task."""
 
-    def __init__(self, context: Context, clock_now: Callable[[], float]) -> None:
+    def __init__(self, context: Context, clock_now: Callable[[], float], *, compound: bool = False) -> None:
         self.buffer = FaultBuffer()
         self.counts = ServiceCounts()
         self._context = context
         self._now = clock_now
+        self._compound = compound
         self._wake = trio.Event()
         self._policies: dict[str, Policy] = {}
 
@@ -155,7 +156,7 @@ class FaultService:
 
         async def one(start: int, end: int) -> None:
             try:
-                moved = await self._context.migrate_in(start, end, "fault")
+                moved = await self._context.migrate_in(start, end, "fault", compound=self._compound)
             except KernelError:
                 return  # mapping the pages where they are says what is wrong with them, page by page
             if moved.errno:
@@ -204,7 +205,7 @@ class FaultService:
 
     async def _try_migrate(self, cause: str, start: int, end: int) -> None:
         try:
-            await self._context.migrate_in(start, end, cause)
+            await self._context.migrate_in(start, end, cause, compound=self._compound)
         except KernelError:
             return  # the pages are mapped where they are
 
@@ -248,10 +249,10 @@ class FaultService:
     def _cut(self, ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
         """Ranges cut at the borders of subscriptions and at the largest migration."""
         return [
-            (low, min(low + MIGRATE_PAGES_MAX, stop))
+            piece
             for start, end in ranges
             for first, stop in self._context.slabs(start, end)
-            for low in range(first, stop, MIGRATE_PAGES_MAX)
+            for piece in cut(first, stop, MIGRATE_PAGES_MAX)
         ]
 
     async def _each(self, work: RangeWork, ranges: list[tuple[int, int]]) -> None:

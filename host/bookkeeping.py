@@ -1,6 +1,7 @@
 """What migration and mirroring cost per page when nothing is copied: the probe of ``hmmnet bench``.
 
-The whole path from setup to finalize, with a device link that is a plain object and moves no byte. Found through the entry point
+The whole path from setup to finalize, with a device link that is a plain object and moves no byte; of small pages, and of huge ones that
+migrate as one (SELECT_COMPOUND). Found through the entry point
 ``bookkeeping`` of group ``hmmnet.bench``.
 """
 
@@ -14,7 +15,7 @@ import numpy as np
 import trio
 
 from hmmnet.observe.counters import Profile
-from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, ZONE_SHIFT, Words
+from hmmnet.pages import HUGE_PAGES, LARGE, PAGE_SHIFT, PAGE_SIZE, ZONE_SHIFT, Words
 
 from .devmem import PageMap
 from .homing import Homing
@@ -24,6 +25,7 @@ from .iommu import Domain
 from .migrate import Grant, Outcome, migrate_to_device
 from .mm.frames import PhysicalMemory
 from .mm.space import Space
+from .mm.vma import VM_HUGEPAGE
 
 SIZES = (1 << 12, 1 << 16, 1 << 18)
 ZONE = 64
@@ -31,6 +33,7 @@ ROUNDS_MIN, ROUNDS_MAX = 5, 31
 ROUNDS_PAGES = 1 << 19
 """Pages moved in all rounds of one size, about: small sizes get more rounds."""
 POPULATE_PAGES = 1 << 12
+HUGE_BYTES = HUGE_PAGES * PAGE_SIZE
 NS = 1e9
 
 
@@ -65,35 +68,52 @@ class CopylessLink:
 
 
 def measure(sizes: tuple[int, ...] = SIZES) -> dict[str, dict[int, float]]:
-    """``snapshot`` and ``migrate`` (there and back, halved): pages -> nanoseconds a page, medians over rounds."""
+    """Pages -> nanoseconds a page, medians over rounds.
+
+    ``snapshot`` and ``migrate`` (there and back, halved); ``thp`` is the latter for whole huge pages, of which ``thp_to_device`` and
+    ``thp_to_host`` are the two ways.
+    """
     return trio.run(_measure, sizes)
 
 
 async def _measure(sizes: tuple[int, ...]) -> dict[str, dict[int, float]]:
     memory = PhysicalMemory()
-    memory.add_node("host", 2 * max(sizes) + POPULATE_PAGES)
+    memory.add_node("host", 4 * max(sizes) + POPULATE_PAGES + HUGE_PAGES)
     link = CopylessLink()
     page_map = PageMap(memory, link, max(sizes))
     links: dict[int, DeviceLink] = {ZONE: link}
     spaces: dict[int, Space] = {}
     homing = Homing(memory, links, spaces, lambda _process, _zone: 0, Profile(), time.monotonic)
     space = spaces[1] = Space(1, memory, Hub(), homing.migrate_to_ram)
-    found: dict[str, dict[int, float]] = {"snapshot": {}, "migrate": {}}
+    found: dict[str, dict[int, float]] = {name: {} for name in ("snapshot", "migrate", "thp", "thp_to_device", "thp_to_host")}
     for pages in sizes:
-        address = await space.mmap(pages * PAGE_SIZE)
-        for first in range(0, pages, POPULATE_PAGES):
-            await space.store(address + first * PAGE_SIZE, np.ones(min(POPULATE_PAGES, pages - first) * PAGE_SIZE, dtype=np.uint8))
-        snapshots, migrations = [], []
+        small = await _populated(space, pages)
+        huge = await _populated(space, pages, VM_HUGEPAGE) if pages % HUGE_PAGES == 0 else None
+        taken: dict[str, list[float]] = {name: [] for name in found}
         for lap in range(1 + min(max(ROUNDS_PAGES // pages, ROUNDS_MIN), ROUNDS_MAX)):
-            snapshot = await _snapshot(space, address, pages)
-            migration = await _there_and_back(space, page_map, homing, link, address, pages)
-            if lap:  # the first lap touches the tables for the first time
-                snapshots.append(snapshot)
-                migrations.append(migration)
-        found["snapshot"][pages] = median(snapshots) / pages * NS
-        found["migrate"][pages] = median(migrations) / 2 / pages * NS
-        await space.munmap(address, pages * PAGE_SIZE)
+            figures = {"snapshot": await _snapshot(space, small, pages)}
+            figures["migrate"] = sum(await _there_and_back(space, page_map, homing, link, small, pages)) / 2
+            if huge is not None:
+                out, home = await _there_and_back(space, page_map, homing, link, huge, pages, compound=True)
+                figures |= {"thp": (out + home) / 2, "thp_to_device": out, "thp_to_host": home}
+            for name, seconds in figures.items() if lap else ():  # the first lap touches the tables for the first time
+                taken[name].append(seconds)
+        for name, times in taken.items():
+            if times:
+                found[name][pages] = median(times) / pages * NS
+        for address in (small, huge):
+            if address is not None:
+                await space.munmap(address, pages * PAGE_SIZE)
     return found
+
+
+async def _populated(space: Space, pages: int, flags: int = 0) -> int:
+    """The address of `pages` that were written, aligned to huge pages; with VM_HUGEPAGE in `flags`, huge where they can be."""
+    spare = await space.mmap((pages + 2 * HUGE_PAGES) * PAGE_SIZE)
+    address = await space.mmap(pages * PAGE_SIZE, address=-(-spare // HUGE_BYTES) * HUGE_BYTES, flags=flags)
+    for first in range(0, pages, POPULATE_PAGES):
+        await space.store(address + first * PAGE_SIZE, np.ones(min(POPULATE_PAGES, pages - first) * PAGE_SIZE, dtype=np.uint8))
+    return address
 
 
 async def _snapshot(space: Space, address: int, pages: int) -> float:
@@ -104,9 +124,15 @@ async def _snapshot(space: Space, address: int, pages: int) -> float:
         return time.perf_counter() - began_s
 
 
-async def _there_and_back(space: Space, page_map: PageMap, homing: Homing, link: DeviceLink, address: int, pages: int) -> float:
+async def _there_and_back(
+    space: Space, page_map: PageMap, homing: Homing, link: DeviceLink, address: int, pages: int, *, compound: bool = False
+) -> tuple[float, float]:
+    """Seconds for each way."""
     start = address >> PAGE_SHIFT
     frames = np.arange(ZONE << ZONE_SHIFT, (ZONE << ZONE_SHIFT) + pages, dtype=np.uint64)
+    select = Select.SYSTEM
+    if compound:
+        frames, select = frames[::HUGE_PAGES] | np.uint64(LARGE), Select.SYSTEM | Select.COMPOUND
     domain = Domain(link.name, 1, link.zone)
 
     async def announce(outcome: Outcome, finalize: Callable[[], None]) -> None:
@@ -114,8 +140,9 @@ async def _there_and_back(space: Space, page_map: PageMap, homing: Homing, link:
         finalize()
 
     began_s = time.perf_counter()
-    await migrate_to_device(space, {}, link, [domain], start, Select.SYSTEM, Grant(page_map.zone, frames), announce)
+    await migrate_to_device(space, {}, link, [domain], start, select, Grant(page_map.zone, frames), announce)
+    there_s = time.perf_counter()
     done = await homing.migrate_to_system(space, link, start, start + pages)
-    took_s = time.perf_counter() - began_s
+    back_s = time.perf_counter()
     assert done.moved == pages, "every page of the probe comes home"
-    return took_s
+    return there_s - began_s, back_s - there_s

@@ -98,6 +98,8 @@ class Device:
 
     slab_pages = PAGES_MAX
     """Pages of one subscription (a power of two, aligned)."""
+    compound = False
+    """Whether its driver takes huge pages as one (MIGRATE_VMA_SELECT_COMPOUND)."""
     end_inclusive = False
     """See `Mirror.end_inclusive`."""
 
@@ -147,7 +149,7 @@ class Device:
         mirror = Mirror(message.context, message.process, self._slot_last, self.memory, end_inclusive=self.end_inclusive)
         context = Context(mirror, process, self.memory, self.copies, self.bus, self.slab_pages, self.spec.is_coherent)
         process.contexts.append(context)
-        service = FaultService(context, self.clock.now)
+        service = FaultService(context, self.clock.now, compound=self.compound)
         opened = Opened(context, service, Engine(context, service, self.clock.now, can_fault=self.spec.fault_capable))
         self.contexts[message.context] = opened
         self._slots[self._slot_last] = context

@@ -3,6 +3,9 @@
 Its driver is modelled after drm_gpusvm (one notifier for each aligned 512 MiB slab, inserted at the first fault there) and nvidia-uvm
 (fault batches, growth to 64 KiB). Commands are explicit prefetches, as ``cudaMemPrefetchAsync``: they move what will move and report
 how much, and a page that stays is no error.
+
+Whole huge pages in a range move as one, into an aligned 2 MiB of device memory each (MIGRATE_VMA_SELECT_COMPOUND), while there is such a
+run; without one they arrive as small pages. Faults do so, too, where a policy wants a whole 2 MiB.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from errno import EINVAL
 
-from hmmnet.devices.context import MIGRATE_PAGES_MAX, Context, Moved
+from hmmnet.devices.context import MIGRATE_PAGES_MAX, Context, Moved, cut
 from hmmnet.errors import KernelError
 from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, PAGES_MAX
 from hmmnet.wire.messages import Ioctl, IoctlDone
@@ -25,6 +28,7 @@ class Gpu(Device):
     """See the module."""
 
     slab_pages = SLAB_PAGES
+    compound = True
 
     async def ioctl(self, message: Ioctl) -> IoctlDone:
         """``migrate_to_dev`` and ``migrate_to_sys``: how many pages moved. Raises KernelError: EINVAL, EBADF."""
@@ -40,7 +44,9 @@ class Gpu(Device):
         return IoctlDone(await command(opened, start, end), 0)
 
     async def _prefetch(self, opened: Opened, start: int, end: int) -> int:
-        return await each_piece(opened.context, start, end, lambda low, high: opened.context.migrate_in(low, high, "prefetch"))
+        return await each_piece(
+            opened.context, start, end, lambda low, high: opened.context.migrate_in(low, high, "prefetch", compound=self.compound)
+        )
 
     async def _send_home(self, opened: Opened, start: int, end: int) -> int:
         return await each_piece(opened.context, start, end, lambda low, high: opened.context.migrate_out(low, high, "prefetch"))
@@ -59,8 +65,8 @@ async def each_piece(context: Context, start: int, end: int, move: Callable[[int
     """Move [start, end) piece by piece, up to the first mapping that does not take part; returns how many pages moved."""
     moved_count = 0
     for first, stop in context.slabs(start, end):
-        for low in range(first, stop, MIGRATE_PAGES_MAX):
-            moved = await move(low, min(low + MIGRATE_PAGES_MAX, stop))
+        for low, high in cut(first, stop, MIGRATE_PAGES_MAX):
+            moved = await move(low, high)
             moved_count += len(moved.pages)
             if moved.errno:
                 return moved_count

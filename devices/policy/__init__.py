@@ -23,6 +23,7 @@ from hmmnet.plugins import POLICIES, load, names
 
 BUILT_IN = {
     "demand": "hmmnet.devices.policy.demand:Demand",
+    "demand-2m": "hmmnet.devices.policy.demand:DemandHuge",
     "remote": "hmmnet.devices.policy.remote:Remote",
 }
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from hmmnet.pages import Words
+from hmmnet.pages import HUGE_PAGES, Words
 
 GROUP_PAGES = 16
 """64 KiB."""
@@ -30,3 +30,13 @@ class Demand:
         groups = np.unique(pages // np.uint64(size)).astype(np.int64)
         cuts = np.flatnonzero(np.diff(groups) != 1) + 1
         return [(int(part[0]) * size, (int(part[-1]) + 1) * size) for part in np.split(groups, cuts) if len(part)]
+
+
+class DemandHuge(Demand):
+    """Grow to 2 MiB: amdkfd's granularity unless a program asks for another, and the largest entry of most devices' page tables.
+
+    Huge pages migrate whole then, as one entry.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(HUGE_PAGES)

@@ -38,6 +38,8 @@ MIGRATE = Goal(0.75, at_least=True)
 FAULT = Goal(2.0, at_least=False)
 SNAPSHOT = Goal(10.0, at_least=False, of="value")
 BOOKKEEPING = Goal(150.0, at_least=False, of="value")
+THP = Goal(0.05, at_least=False)
+"""A huge page is to cost a twentieth of 512 small ones, at most."""
 SNAPSHOT_PAGES = 1 << 18
 BOOKKEEPING_PAGES = 1 << 16
 """The sizes that the goals are set for; the probe measures smaller and larger ones too."""
@@ -125,7 +127,10 @@ async def _timed_faults(process: Process, area: int, faults: int) -> float:
 
 
 def measure_bookkeeping() -> list[Measurement]:
-    """``snapshot.ns_per_page`` and ``migrate.bookkeeping_ns_per_page``; figures of further sizes carry theirs in the name."""
+    """``snapshot.ns_per_page``, ``migrate.bookkeeping_ns_per_page``, and ``migrate.thp_bookkeeping_ns_per_page`` beside small pages.
+
+    Figures of further sizes carry theirs in the name.
+    """
     probes = {entry.name: entry for entry in entry_points(group="hmmnet.bench")}
     if "bookkeeping" not in probes:
         raise HmmnetError('no probe "bookkeeping" is installed; install hmmnet itself ("pip install -e ." in its folder)')
@@ -134,13 +139,23 @@ def measure_bookkeeping() -> list[Measurement]:
     return [
         *_by_size("snapshot.ns_per_page", found["snapshot"], SNAPSHOT_PAGES, SNAPSHOT),
         *_by_size("migrate.bookkeeping_ns_per_page", found["migrate"], BOOKKEEPING_PAGES, BOOKKEEPING),
+        *_by_size("migrate.thp_bookkeeping_ns_per_page", found["thp"], BOOKKEEPING_PAGES, THP, found["migrate"]),
+        *_by_size("migrate.thp_bookkeeping_to_device", found["thp_to_device"], BOOKKEEPING_PAGES, None, found["migrate"]),
+        *_by_size("migrate.thp_bookkeeping_to_host", found["thp_to_host"], BOOKKEEPING_PAGES, None, found["migrate"]),
     ]
 
 
-def _by_size(name: str, figures: dict[int, float], asked: int, goal: Goal) -> list[Measurement]:
-    """The figure for the size that the goal is for, then the others."""
-    order = sorted(figures, key=lambda pages: (pages != asked, pages))
-    return [measured(name if pages == asked else f"{name}.{pages}", figures[pages], "ns", goal) for pages in order]
+def _by_size(
+    name: str, figures: dict[int, float], asked: int, goal: Goal | None, reference: dict[int, float] | None = None
+) -> list[Measurement]:
+    """The figure for the size that the goal is for, then the others; a goal for a ratio is for that size only."""
+    found = []
+    for pages in sorted(figures, key=lambda pages: (pages != asked, pages)):
+        own = goal if pages == asked or (goal is not None and goal.of == "value") else None
+        beside = None if reference is None else reference[pages]
+        ratio = None if beside is None else figures[pages] / beside
+        found.append(measured(name if pages == asked else f"{name}.{pages}", figures[pages], "ns", own, beside, ratio))
+    return found
 
 
 BENCHMARKS = {
@@ -149,5 +164,6 @@ BENCHMARKS = {
     "fault.cpu_home": measure_migration,
     "snapshot.ns_per_page": measure_bookkeeping,
     "migrate.bookkeeping_ns_per_page": measure_bookkeeping,
+    "migrate.thp_bookkeeping_ns_per_page": measure_bookkeeping,
 }
 """Which function measures what; one function may give several figures."""

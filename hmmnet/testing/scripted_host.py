@@ -37,6 +37,7 @@ from hmmnet.pages import (
     ZERO_FRAME,
     Words,
     from_wire,
+    page_by_page,
     to_wire,
 )
 from hmmnet.plugins import load
@@ -344,7 +345,7 @@ class ScriptedHost:
     async def _migrate(self, message: m.Migrate) -> m.Migrated:
         if message.direction == "system":
             return await self._migrate_home(message)
-        grant = from_wire(message.grant).tolist()
+        grant = page_by_page(from_wire(message.grant)).tolist()
         assert len(grant) == message.pages, "one grant for each position"
         await self._pause(message)
         words, code = [0] * message.pages, 0

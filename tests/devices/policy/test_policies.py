@@ -127,3 +127,11 @@ def test_a_job_moves_by_a_policy_from_elsewhere_and_survives_a_bad_one() -> None
 
     with offered(POLICIES, "exact", Exact), offered(POLICIES, "failing", Answers(failing)):
         simulate(main)
+
+
+def test_a_fault_can_grow_to_a_huge_page() -> None:
+    """demand-2m: aligned blocks of 2 MiB, neighbours joined."""
+    policy = make_policy("demand-2m")
+    assert policy is not None
+    pages = np.array([5, 600, 5000], np.uint64)
+    assert policy.ranges(pages, np.zeros(3, np.bool_)) == [(0, 1024), (4608, 5120)]
