@@ -18,7 +18,7 @@ import trio
 from hmmnet.errors import ProtocolError
 from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.fabric.dma import BulkReceiver, BulkSender, BytesSink, BytesSource, Pace, Pacer, Sink, Source
-from hmmnet.pages import MIGRATE_PFN_COMPOUND, Words, from_wire, pages_in, to_wire, words_by_page
+from hmmnet.pages import MIGRATE_PFN_COMPOUND, Words, from_wire, pages_in, to_wire
 from hmmnet.wire.messages import (
     DmaGrant,
     DmaRead,
@@ -106,7 +106,7 @@ class Bus:
         words = from_wire(reply.words)
         if pages_in(words, MIGRATE_PFN_COMPOUND) != message.pages:
             raise ProtocolError(f"the host's Migrated has words for {pages_in(words, MIGRATE_PFN_COMPOUND)} pages, not {message.pages}")
-        return reply, words_by_page(words)
+        return reply, words
 
     def migrate_done(self, migration: int) -> None:
         """The device table is up to date: the host may finalize."""

@@ -25,12 +25,15 @@ import trio
 from hmmnet.errors import KernelError, ProtocolError
 from hmmnet.pages import (
     HUGE_PAGES,
+    HUGE_SHIFT,
     LARGE,
+    MIGRATE_PFN_COMPOUND,
     MIGRATE_PFN_MIGRATE,
     MIGRATE_PFN_WRITE,
     PAGES_MAX,
     Words,
     from_wire,
+    has_large,
     page_by_page,
     pages_in,
     run_bounds,
@@ -59,6 +62,8 @@ DMA_BYTES_MAX = 64 << 20
 
 _MIGRATE = np.uint64(MIGRATE_PFN_MIGRATE)
 _WRITE = np.uint64(MIGRATE_PFN_WRITE)
+_PAGE = np.uint64(LARGE - 1)
+_BLOCK = np.uint64(HUGE_SHIFT)
 _NO_PAGES = np.zeros(0, dtype=np.uint64)
 
 
@@ -108,10 +113,21 @@ class Traffic:
 class Moved:
     """What a migration did: the pages that moved, in order, and the errno at which it stopped early (0: it did not)."""
 
-    pages: Words
+    listed: Words
+    """The pages, large ones marked."""
     tried_until: int
     """The device had no frames left for pages from here on."""
     errno: int = 0
+
+    @property
+    def pages(self) -> Words:
+        """The pages, one by one."""
+        return page_by_page(self.listed)
+
+    @property
+    def count(self) -> int:
+        """How many pages."""
+        return pages_in(self.listed)
 
 
 class Context:
@@ -244,18 +260,18 @@ class Context:
         behind are tried too.
         """
         moved = await self._migrate_offered(start, end, cause, compound=compound)
-        parts = [moved.pages]
+        parts = [moved.listed]
         while moved.tried_until < end and not moved.errno and self.memory.free_pages:
             moved = await self._migrate_offered(moved.tried_until, end, cause, compound=compound)
-            parts.append(moved.pages)
-        return replace(moved, pages=np.concatenate(parts)) if len(parts) > 1 else moved
+            parts.append(moved.listed)
+        return replace(moved, listed=np.concatenate(parts)) if len(parts) > 1 else moved
 
     async def _migrate_offered(self, start: int, end: int, cause: str, *, compound: bool) -> Moved:
         """`migrate_in` as far as there are frames to offer."""
         await self.subscription(start)
         async with self.process.turns.hold(start, end):
-            offered, large, tried_until = self._grant(start, end, compound=compound)
-            if offered is None:
+            wanted, offered, tried_until = self._grant(start, end, compound=compound)
+            if len(wanted) == 0:
                 return Moved(_NO_PAGES, tried_until)
             hidden = [(context.mirror, context.mirror.hide(start, end)) for context in self.process.contexts]
             own = next(entries.watch for mirror, entries in hidden if mirror is self.mirror)
@@ -266,22 +282,24 @@ class Context:
                 if self.points.armed:
                     await self.at("device.before_migrate", start, end)
                 select = SELECT_SYSTEM | (SELECT_COMPOUND if compound else 0)
-                message = Migrate(self.number, start, end - start, "device", select, to_wire(shortened(offered, large)), cause)
+                message = Migrate(
+                    self.number, start, end - start, "device", select, to_wire(positioned(start, end, wanted, offered)), cause
+                )
                 reply, words = await self._bus.migrate(message)
                 try:
                     if self.points.armed:
                         await self.at("device.migrated", start, end)
                 finally:  # whatever ends the wait: what moved is here
-                    places = np.flatnonzero((words & _MIGRATE != 0) & (offered != 0))
-                    moved = (places + start).astype(np.uint64)
-                    self._take_in(moved, offered[places], (words[places] & _WRITE) != 0, own)
-                    offered[places] = 0
+                    words, wanted, offered = matched(start, words, wanted, offered)
+                    took = words & _MIGRATE != 0
+                    moved = wanted[took]
+                    self._take_in(moved, offered[took], words[took] & _WRITE != 0, own)
+                    offered = offered[~took]
             finally:
                 for mirror, entries in hidden:
                     mirror.restore(entries, moved)
-                unused = offered[offered != 0]
-                self._copies.abandon(unused)
-                self.memory.give_back(unused)
+                self._copies.abandon(offered)
+                self.memory.give_back(offered)
             try:
                 if self.points.armed:
                     await self.at("device.before_done", start, end)
@@ -290,58 +308,81 @@ class Context:
                     self._bus.migrate_done(reply.migration)
         return Moved(moved, tried_until, reply.errno)
 
-    def _grant(self, start: int, end: int, *, compound: bool) -> tuple[Words | None, list[int], int]:
-        """Frames to offer, position by position (0: none, the page is here already or memory is full); where those for huge pages begin;
-        the page behind the last one.
+    def _grant(self, start: int, end: int, *, compound: bool) -> tuple[Words, Words, int]:
+        """Pages and the frames to offer for them, ascending, large ones for huge pages; and the page behind the last one tried.
 
-        None when there is nothing to do.
+        No frame is offered for a page that is here already, nor when memory is full.
         """
-        entries = self.mirror.range(start, end)
-        wanted = np.flatnonzero((entries == 0) | ~self.memory.owns(frames_of(entries)))
-        count = min(len(wanted), self.memory.free_pages)
-        tried_until = end if count == len(wanted) else start + int(wanted[count])
-        if count == 0:
-            return None, [], tried_until
-        if self.points.armed and self.points.fails("device.alloc.small", process=self.process.number, start=start, pages=end - start):
-            return None, [], end
-        offered = np.zeros(end - start, dtype=np.uint64)
-        large = self._grant_large(start, tried_until, offered, wanted[:count]) if compound else []
-        rest = wanted[:count][offered[wanted[:count]] == 0]
-        frames = self.memory.grant(len(rest))
-        assert frames is not None, "free_pages said that there are enough"
-        offered[rest] = frames
-        return offered, large, tried_until
+        heads: dict[int, int] = {}
+        if compound and self.memory.free_pages >= end - start:
+            for block in self.mirror.vacant(start, end).tolist():
+                head = self.memory.grant_large()
+                if head is None:
+                    break
+                heads[block] = head
+        large = np.array(list(heads), np.uint64) << _BLOCK | np.uint64(LARGE)
+        large_frames = np.array(list(heads.values()), np.uint64) | np.uint64(LARGE)
+        if len(heads) * HUGE_PAGES == end - start:
+            return large, large_frames, end
+        pages = np.arange(start, end, dtype=np.uint64)
+        if heads:
+            pages = pages[~np.isin(pages >> _BLOCK, (large & _PAGE) >> _BLOCK)]
+        pages, frames, tried_until = self._grant_small(pages, end, compound=compound)
+        if len(heads) == 0:
+            return pages, frames, tried_until
+        pages, frames = np.concatenate((large, pages)), np.concatenate((large_frames, frames))
+        order = np.argsort(pages & _PAGE, kind="stable")
+        return pages[order], frames[order], tried_until
 
-    def _grant_large(self, start: int, end: int, offered: Words, wanted: npt.NDArray[np.intp]) -> list[int]:
-        """Fill `offered` with a large page for each aligned block of [start, end) that is `wanted` whole, if there are any; where."""
-        large = []
-        inside = np.zeros(len(offered), np.bool_)
-        inside[wanted] = True
-        for block in range(-(-start // HUGE_PAGES) * HUGE_PAGES, end - HUGE_PAGES + 1, HUGE_PAGES):
-            at = slice(block - start, block - start + HUGE_PAGES)
-            frames = self.memory.grant_large() if bool(inside[at].all()) else None
-            if frames is not None:
-                offered[at] = frames
-                large.append(at.start)
-        return large
+    def _grant_small(self, pages: Words, end: int, *, compound: bool) -> tuple[Words, Words, int]:
+        """`_grant` for `pages`; blocks of them that can go whole get one aligned run all the same, and large frames."""
+        entries = self.mirror.translate(pages)
+        wanted = pages[(entries == 0) | ~self.memory.owns(frames_of(entries))]
+        count = min(len(wanted), self.memory.free_pages)
+        tried_until = end if count == len(wanted) else int(wanted[count])
+        wanted = wanted[:count]
+        if count == 0:
+            return wanted, wanted, tried_until
+        if self.points.armed and self.points.fails(
+            "device.alloc.small", process=self.process.number, start=int(pages[0]), pages=len(pages)
+        ):
+            return _NO_PAGES, _NO_PAGES, end
+        if compound:
+            blocks, counts = np.unique(wanted >> _BLOCK, return_counts=True)
+            heads = [(block, head) for block in blocks[counts == HUGE_PAGES].tolist() if (head := self.memory.grant_large()) is not None]
+            large = np.array([block for block, _ in heads], np.uint64)
+            wanted = wanted[~np.isin(wanted >> _BLOCK, large)]
+        else:
+            heads, large = [], _NO_PAGES
+        frames = self.memory.grant(len(wanted))
+        assert frames is not None, "free_pages said that there are enough"
+        if not heads:
+            return wanted, frames, tried_until
+        wanted = np.concatenate((wanted, large << _BLOCK | np.uint64(LARGE)))
+        frames = np.concatenate((frames, np.array([head for _, head in heads], np.uint64) | np.uint64(LARGE)))
+        order = np.argsort(wanted & _PAGE, kind="stable")
+        return wanted[order], frames[order], tried_until
 
     def _take_in(self, pages: Words, frames: Words, writable: npt.NDArray[np.bool_], watch: Watch) -> None:
         """Pages moved into granted frames: they live here now, and the mirror says so unless they were invalidated meanwhile."""
         self.memory.keep(frames)
-        kept = watch.brings(pages)
-        self.mirror.program_own(pages[kept], frames[kept], writable[kept])
         self.traffic.migrations += bool(len(pages))
-        self.traffic.pages_in += len(pages)
+        self.traffic.pages_in += pages_in(pages)
+        if watch.dropped and has_large(pages):
+            writable = np.repeat(writable, np.where(pages >= np.uint64(LARGE), HUGE_PAGES, 1))
+            pages, frames = page_by_page(pages), page_by_page(frames)
+        kept = watch.brings(pages & _PAGE)
+        self.mirror.program_own(pages[kept], frames[kept], writable[kept])
 
     async def migrate_out(self, start: int, end: int, cause: str) -> Moved:
         """migrate_vma of own pages in [start, end) home; the entries go when the host asks for the copy."""
         async with self.process.turns.hold(start, end):
             message = Migrate(self.number, start, end - start, "system", self._select_own, b"", cause)
             reply, words = await self._bus.migrate(message)
-        places = np.flatnonzero(words & _MIGRATE != 0)
-        self.traffic.migrations += bool(len(places))
-        self.traffic.pages_out += len(places)
-        return Moved((places + start).astype(np.uint64), end, reply.errno)
+        moved = positions(start, words)[words & _MIGRATE != 0]
+        self.traffic.migrations += bool(len(moved))
+        self.traffic.pages_out += pages_in(moved)
+        return Moved(moved, end, reply.errno)
 
     # --- DMA ------------------------------------------------------------------------------------------------------------------
 
@@ -394,26 +435,52 @@ def cut(start: int, end: int, most: int) -> list[tuple[int, int]]:
     return [(low, high) for low, high in pairwise(edges) if low < high]
 
 
-def shortened(offered: Words, large: list[int]) -> Words:
-    """`offered` for the wire: one word for each of the huge pages that begin at positions `large`."""
-    if not large:
-        return offered
-    kept = np.ones(len(offered), np.bool_)
-    words = offered.copy()
-    for at in large:
-        kept[at + 1 : at + HUGE_PAGES] = False
-        words[at] |= np.uint64(LARGE)
-    return words[kept]
+def positions(start: int, words: Words) -> Words:
+    """The pages that MIGRATE_PFN `words` of a range from `start` on are for, large ones marked."""
+    large = words & np.uint64(MIGRATE_PFN_COMPOUND) != 0
+    counts = np.where(large, HUGE_PAGES, 1)
+    pages = (np.cumsum(counts) - counts + start).astype(np.uint64)
+    pages[large] |= np.uint64(LARGE)
+    return pages
+
+
+def positioned(start: int, end: int, pages: Words, frames: Words) -> Words:
+    """`frames`, for `pages` of [start, end), position by position: 0 for pages that are not among them."""
+    if pages_in(pages) == end - start:
+        return frames
+    gaps = np.setdiff1d(np.arange(start, end, dtype=np.uint64), page_by_page(pages), assume_unique=True)
+    order = np.argsort(np.concatenate((pages & _PAGE, gaps)), kind="stable")
+    return np.concatenate((frames, np.zeros(len(gaps), np.uint64)))[order]
+
+
+def matched(start: int, words: Words, pages: Words, frames: Words) -> tuple[Words, Words, Words]:
+    """The host's `words` for a range, `pages` and the `frames` offered for them, one for one.
+
+    A huge page for which the host answers page by page goes page by page; words for what nothing was offered for are left out. Raises
+    ProtocolError for a huge page where none was offered.
+    """
+    answered = positions(start, words)
+    apart = (pages >= np.uint64(LARGE)) & ~np.isin(pages, answered)
+    if apart.any():
+        pages, frames = (np.concatenate((listed[~apart], page_by_page(listed[apart]))) for listed in (pages, frames))
+        order = np.argsort(pages & _PAGE, kind="stable")
+        pages, frames = pages[order], frames[order]
+    if len(answered) != len(pages) or not np.array_equal(answered, pages):
+        known = np.isin(answered, pages)
+        if has_large(answered[~known]) or int(np.count_nonzero(known)) != len(pages):
+            raise ProtocolError("the host's Migrated has words for huge pages that were not offered, or none for pages that were")
+        words = words[known]
+    return words, pages, frames
 
 
 def pages_listed(raw: bytes, what: str) -> Words:
-    """The page list in `raw`. Raises ProtocolError for half a word, and for a page that no address space has."""
+    """The page list in `raw`, large pages marked. Raises ProtocolError for half a word, and for a page that no address space has."""
     if len(raw) % 8:
         raise ProtocolError(f"{what} has {len(raw)} bytes; a page list is whole 64-bit words")
     pages = from_wire(raw)
     if pages_in(pages) > PAGES_PER_LIST_MAX:
         raise ProtocolError(f"{what} stands for {pages_in(pages)} pages; at most {PAGES_PER_LIST_MAX} are taken")
-    pages = page_by_page(pages)
-    if len(pages) and int(pages.max()) >= PAGES_MAX:
-        raise ProtocolError(f"{what} names page 0x{int(pages.max()):x}, which no address space has")
+    last = (pages & _PAGE).max() if len(pages) else 0
+    if last >= PAGES_MAX:
+        raise ProtocolError(f"{what} names page 0x{int(last):x}, which no address space has")
     return pages

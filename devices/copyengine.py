@@ -18,7 +18,7 @@ import xxhash
 
 from hmmnet.errors import PeerError, ProtocolError
 from hmmnet.fabric.dma import ArenaSink, ArenaSource, Arrival, BulkReceiver, BulkSender, Pace
-from hmmnet.pages import PAGE_SIZE, Words
+from hmmnet.pages import PAGE_SIZE, Words, from_wire, page_by_page, pages_in
 from hmmnet.wire.messages import INLINE_BYTES_MAX, Copied, CopyIn, CopyOut
 
 from .memory import Memory, physical
@@ -75,17 +75,17 @@ class CopyEngines:
         if len(frames) == 0:
             return
         for stream, (arrival, targets) in list(self._landing.items()):
-            if np.isin(targets, frames).any():
+            if np.isin(targets, page_by_page(frames)).any():
                 arrival.cancel()
                 del self._landing[stream]
 
     def copy_inline(self, message: CopyOut) -> tuple[Words, Copied]:
         """The bytes of a few frames, at once; returns the frames, whose mappings the caller drops, and the answer. Raises ProtocolError."""
-        count = len(message.frames) // 8
+        count = pages_in(from_wire(message.frames)) if len(message.frames) % 8 == 0 else 0
         if count == 0 or count * PAGE_SIZE > INLINE_BYTES_MAX:
             raise ProtocolError(f"CopyOut without a stream names {count} frames: one, and at most {INLINE_BYTES_MAX} bytes")
         frames = self._memory.depart(message.frames, "CopyOut.frames")
-        data = self._memory.load(physical(frames), PAGE_SIZE).tobytes()
+        data = self._memory.load(physical(page_by_page(frames)), PAGE_SIZE).tobytes()
         self.bytes_out += len(data)
         return frames, Copied(data, xxhash.xxh3_64_intdigest(data))
 
@@ -105,7 +105,7 @@ class CopyEngines:
         frames = self._memory.depart(message.frames, "CopyOut.frames")
         self._leaving += 1
         pace = Pace(message.start_s, message.bytes_per_s, message.latency_s)
-        self._nursery.start_soon(self._stream_out, message.stream, frames, pace)
+        self._nursery.start_soon(self._stream_out, message.stream, page_by_page(frames), pace)
         return frames
 
     async def _stream_out(self, stream: int, frames: Words, pace: Pace) -> None:

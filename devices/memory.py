@@ -17,6 +17,10 @@ frames are often wanted again at once, and committing memory costs about as much
 The reverse map answers "which mirror entries lead to this frame" for evictions by frame number (``migrate_device_range``). It keeps the
 latest mapping of each frame in an array and the rare further ones (the same page in several processes after fork) in a dictionary. It is
 a hint: whoever uses it looks at the mirror again, so that dropping an entry costs no update here.
+
+A frame for a huge page is one word in every list (`pages.LARGE`), and one state: while its block of 512 is *folded*, all arrays say at its
+first frame what holds for all (places counting up). Who names one of the others unfolds it. So a huge page is granted, mapped, copied and
+freed with the work of one page.
 """
 
 from __future__ import annotations
@@ -31,7 +35,20 @@ import numpy.typing as npt
 from hmmnet.arena import DISCARD_MIN_PAGES, Arena
 from hmmnet.errors import ProtocolError
 from hmmnet.faults.injector import Points
-from hmmnet.pages import HUGE_PAGES, PAGE_SHIFT, PAGE_SIZE, ZONE_SHIFT, Words, ascending, from_wire, page_by_page, pages_in, run_bounds
+from hmmnet.pages import (
+    HUGE_PAGES,
+    HUGE_SHIFT,
+    LARGE,
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    ZONE_SHIFT,
+    Words,
+    ascending,
+    from_wire,
+    page_by_page,
+    pages_in,
+    run_bounds,
+)
 from hmmnet.runs import Allocation, RunAllocator
 from hmmnet.sparse import lazy_words
 
@@ -54,6 +71,9 @@ _PLACE_MASK = (1 << _PLACE_SHIFT) - 1
 _PLACE_BITS = np.uint64(_PLACE_SHIFT)
 _PLACE_PAGE_MASK = np.uint64(_PLACE_MASK)
 _PAGE_SHIFT = np.uint64(PAGE_SHIFT)
+_STEPS = np.arange(HUGE_PAGES, dtype=np.uint64)
+_NO_FRAMES = np.zeros(0, np.uint64)
+_NO_CELLS = np.zeros(0, np.intp)
 
 
 def _lazy_bytes(count: int) -> npt.NDArray[np.uint8]:
@@ -80,6 +100,9 @@ class Memory:
         """Where faults of this device are injected."""
         self._frames = RunAllocator(self.base, pages)
         self._state = _lazy_bytes(pages)
+        self._folded = np.zeros((pages >> HUGE_SHIFT) + 1, np.bool_)
+        """Which aligned blocks of 512 frames have their state at the first."""
+        self._folded_count = 0
         self._places = lazy_words(pages)
         self._departed = lazy_words(pages)
         self.departures = 0
@@ -112,11 +135,19 @@ class Memory:
         """`count` frames for a migration to fill, in few runs; None when fewer are free."""
         return self._granted(self._frames.allocate(count))
 
-    def grant_large(self) -> Words | None:
-        """An aligned run of 512 frames for a huge page; None when there is none."""
+    def grant_large(self) -> int | None:
+        """The first of an aligned run of 512 frames for a huge page, folded; None when there is none."""
         if self.points.armed and self.points.fails("device.alloc.large", pages=HUGE_PAGES):
             return None
-        return self._granted(self._frames.allocate_aligned(HUGE_PAGES))
+        found = self._frames.allocate_aligned_run(HUGE_PAGES)
+        if found is None:
+            return None
+        at = found[0] - self.base
+        self._state[at] = GRANTED_DIRTY if self._state[at : at + HUGE_PAGES].any() else GRANTED_CLEAN
+        self._folded[at >> HUGE_SHIFT] = True
+        self._folded_count += 1
+        self.used_max = max(self.used_max, self.used_pages)
+        return found[0]
 
     def _granted(self, found: Allocation | None) -> Words | None:
         if found is None:
@@ -127,14 +158,64 @@ class Memory:
 
     def keep(self, frames: Words) -> None:
         """Granted frames hold a page from now on."""
-        self._state[self.arena.indices(frames)] = LIVE
+        self._state[self._cells(frames)] = LIVE
 
     def give_back(self, frames: Words) -> None:
         """Granted frames that no page moved into are free again."""
         if len(frames):
             # A clean frame stays clean only when nothing was written into it: what landed made it dirty.
-            self._state[self.arena.indices(frames)] &= 1
-            self._frames.free(frames)
+            cells = self._cells(frames)
+            self._state[cells] &= 1
+            self._frames.free(self._release(cells))
+
+    # --- folded blocks --------------------------------------------------------------------------------------------------------
+
+    def _cells(self, frames: Words) -> npt.NDArray[np.intp]:
+        """Where the state of `frames` stands: of a large one whose block is folded at its first frame, else of each frame at its own."""
+        large = frames >= np.uint64(LARGE)
+        if not large.any():
+            cells = self.arena.indices(frames)
+            if self._folded_count:
+                self._unfold(cells)
+            return cells
+        cells = self.arena.indices(frames & np.uint64(LARGE - 1))
+        if not large.all():
+            self._unfold(cells[~large])
+        apart = large & ~self._folded[cells >> HUGE_SHIFT]
+        if not apart.any():
+            return cells
+        return np.concatenate((cells[~apart], self.arena.indices(page_by_page(frames[apart]))))
+
+    def _unfold(self, cells: npt.NDArray[np.intp]) -> None:
+        """The frames of `cells` have a state of their own each."""
+        blocks = cells >> HUGE_SHIFT
+        for block in np.unique(blocks[self._folded[blocks]]).tolist():
+            head, rest = block << HUGE_SHIFT, slice((block << HUGE_SHIFT) + 1, (block + 1) << HUGE_SHIFT)
+            self._state[rest] = self._state[head]
+            self._departed[rest] = self._departed[head]
+            self._places[rest] = self._places[head] + _STEPS[1:] if self._places[head] else 0
+            for place in self._more.get(head, ()):
+                for i in range(1, HUGE_PAGES):
+                    self._more.setdefault(head + i, set()).add(place + i)
+            self._folded[block] = False
+            self._folded_count -= 1
+
+    def _of(self, cells: npt.NDArray[np.intp]) -> Words:
+        """The frames that have their state at `cells`: large ones where those are folded."""
+        frames = cells.astype(np.uint64) + np.uint64(self.base)
+        if self._folded_count:
+            frames[self._folded[cells >> HUGE_SHIFT]] |= np.uint64(LARGE)
+        return frames
+
+    def _release(self, cells: npt.NDArray[np.intp]) -> Words:
+        """What is folded of `cells`, about to be free, is not any more, each frame in the state of the first; all frames, ascending."""
+        frames = self._of(cells)
+        folded = cells[frames >= np.uint64(LARGE)]
+        for head in folded.tolist():
+            self._state[head + 1 : head + HUGE_PAGES] = self._state[head]
+        self._folded[folded >> HUGE_SHIFT] = False
+        self._folded_count -= len(folded)
+        return ascending(page_by_page(frames))
 
     def free(self, raw: bytes, drop: Callable[[Words], None] = lambda _: None) -> Words:
         """folio_free of the host's frame list `raw`; returns the frames, ascending.
@@ -142,41 +223,44 @@ class Memory:
         `drop` is called with them before they are forgotten, to remove what may still lead there. Raises ProtocolError unless all are
         live, and each is named once.
         """
-        frames = ascending(self._listed(raw, "FreeFrames", LIVE, LIVE))
-        if len(frames):
-            if len(frames) > 1 and (frames[1:] == frames[:-1]).any():
-                raise ProtocolError("FreeFrames names a frame twice")
-            drop(frames)
-            indices = self.arena.indices(frames)
-            self._state[indices] = FREE_DIRTY
-            self._places[indices] = 0
-            self._freed_in[indices] = self._round & 0xFF
-            for index in self._more.keys() & set(indices.tolist()) if self._more else ():
-                del self._more[index]
-            self._frames.free(frames)
-            self._freed.append((self._round, frames))
+        cells = np.sort(self._listed(raw, "FreeFrames", LIVE, LIVE))
+        if len(cells) == 0:
+            return _NO_FRAMES
+        if len(cells) > 1 and (cells[1:] == cells[:-1]).any():
+            raise ProtocolError("FreeFrames names a frame twice")
+        drop(self._of(cells))
+        self._state[cells] = FREE_DIRTY
+        self._places[cells] = 0
+        for index in self._more.keys() & set(cells.tolist()) if self._more else ():
+            del self._more[index]
+        frames = self._release(cells)
+        self._freed_in[self.arena.indices(frames)] = self._round & 0xFF
+        self._frames.free(frames)
+        self._freed.append((self._round, frames))
         return frames
 
     def landing(self, targets: bytes, zeros: bytes) -> Words:
         """The frames a host copy fills, after the frames of `zeros` were zeroed. Raises ProtocolError unless all were granted."""
-        frames = self._listed(targets, "CopyIn.targets", GRANTED_CLEAN, GRANTED_DIRTY)
+        cells = self._listed(targets, "CopyIn.targets", GRANTED_CLEAN, GRANTED_DIRTY)
         blank = self._listed(zeros, "CopyIn.zeros", GRANTED_CLEAN, GRANTED_DIRTY)
-        self._state[self.arena.indices(frames)] = GRANTED_DIRTY
-        dirty = blank[self._state[self.arena.indices(blank)] == GRANTED_DIRTY]
+        self._state[cells] = GRANTED_DIRTY
+        dirty = blank[self._state[blank] == GRANTED_DIRTY]
         if len(dirty):
-            self.arena.zero(dirty)
-        return frames
+            self.arena.zero(page_by_page(self._of(dirty)))
+        return page_by_page(from_wire(targets))
 
     def depart(self, raw: bytes, what: str) -> Words:
-        """Frames that are copied out now; the caller drops what leads there. Raises ProtocolError unless all are live."""
-        frames = self._listed(raw, what, LIVE, LIVE)
+        """Frames that are copied out now, as listed; the caller drops what leads there. Raises ProtocolError unless all are live."""
+        cells = self._listed(raw, what, LIVE, LIVE)
         self.departures += 1
-        self._departed[self.arena.indices(frames)] = self.departures
-        return frames
+        self._departed[cells] = self.departures
+        return from_wire(raw)
 
     def depart_one(self, frame: int, what: str) -> None:
         """`depart` for one frame, without arrays."""
         index = frame - self.base
+        if self._folded_count and 0 <= index < self.pages:
+            self._unfold(np.array([index]))
         if not 0 <= index < self.pages or self._state[index] != LIVE:
             raise ProtocolError(f"{what} names frame 0x{frame:x}, which is not a live frame of zone {self.zone}")
         self.departures += 1
@@ -185,31 +269,43 @@ class Memory:
     def stays(self, frames: Words, since: int) -> npt.NDArray[np.bool_]:
         """Which of the own `frames` hold a page, and have not been copied out since `departures` was `since`."""
         indices = self.arena.indices(frames)
+        if self._folded_count:
+            indices = np.where(self._folded[indices >> HUGE_SHIFT], indices >> HUGE_SHIFT << HUGE_SHIFT, indices)
         here: npt.NDArray[np.bool_] = (self._state[indices] == LIVE) & (self._departed[indices] <= np.uint64(since))
         return here
 
-    def _listed(self, raw: bytes, what: str, low: int, high: int) -> Words:
+    def _listed(self, raw: bytes, what: str, low: int, high: int) -> npt.NDArray[np.intp]:
+        """Where the state of the frames listed in `raw` stands. Raises ProtocolError unless all are ours and in states `low` to `high`."""
         if len(raw) % 8:
             raise ProtocolError(f"{what} has {len(raw)} bytes; a frame list is whole 64-bit words")
         frames = from_wire(raw)
         if len(frames) == 0:
-            return frames
+            return _NO_CELLS
         if pages_in(frames) > PAGES_PER_LIST_MAX:
             raise ProtocolError(f"{what} stands for {pages_in(frames)} frames; at most {PAGES_PER_LIST_MAX} are taken")
-        frames = page_by_page(frames)
-        outside = ~self.owns(frames)
+        large = frames >= np.uint64(LARGE)
+        firsts = frames & np.uint64(LARGE - 1)
+        outside = ~self.owns(firsts) | ~self.owns(firsts + np.where(large, np.uint64(HUGE_PAGES - 1), np.uint64(0)))
         if outside.any():
-            raise ProtocolError(f"{what} names frame 0x{int(frames[int(np.argmax(outside))]):x}, which is not in zone {self.zone}")
-        state = self._state[self.arena.indices(frames)]
+            raise ProtocolError(f"{what} names frame 0x{int(firsts[int(np.argmax(outside))]):x}, which is not in zone {self.zone}")
+        if (firsts[large] % np.uint64(HUGE_PAGES)).any():
+            raise ProtocolError(f"{what} names a huge page that is not aligned")
+        cells = self._cells(frames)
+        state = self._state[cells]
         wrong = (state < low) | (state > high)
         if wrong.any():
             i = int(np.argmax(wrong))
-            raise ProtocolError(f"{what} names frame 0x{int(frames[i]):x}, which is in state {int(state[i])}, not {low} to {high}")
-        return frames
+            raise ProtocolError(
+                f"{what} names frame 0x{int(cells[i]) + self.base:x}, which is in state {int(state[i])}, not {low} to {high}"
+            )
+        return cells
 
     def live_frames(self) -> Words:
         """All frames that hold a page, ascending."""
-        return (np.flatnonzero(self._state[: self._frames.touched_count] >= LIVE) + self.base).astype(np.uint64)
+        state = self._state[: self._frames.touched_count].copy()
+        for block in np.flatnonzero(self._folded).tolist() if self._folded_count else ():
+            state[block << HUGE_SHIFT : (block + 1) << HUGE_SHIFT] = state[block << HUGE_SHIFT]
+        return (np.flatnonzero(state >= LIVE) + self.base).astype(np.uint64)
 
     def grow_older(self) -> None:
         """Some time has passed: frames that were freed `IDLE_ROUNDS` calls ago and not wanted since are idle now."""
@@ -231,7 +327,8 @@ class Memory:
         while self.has_idle and discarded < DISCARD_PAGES_MAX:
             freed_in, frames = self._freed.popleft()
             indices = self.arena.indices(frames)
-            frames = frames[(self._state[indices] == FREE_DIRTY) & (self._freed_in[indices] == freed_in & 0xFF)]
+            idle = (self._state[indices] == FREE_DIRTY) & (self._freed_in[indices] == freed_in & 0xFF)
+            frames = frames[idle & ~self._folded[indices >> HUGE_SHIFT]]
             if len(frames):
                 discarded += self._discard(frames)
         return discarded
@@ -246,8 +343,12 @@ class Memory:
     # --- reverse map ----------------------------------------------------------------------------------------------------------
 
     def note_mapping(self, slot: int, pages: Words, frames: Words) -> None:
-        """Mirror number `slot` (from 1) maps `pages` to the own `frames`."""
-        indices = self.arena.indices(frames)
+        """Mirror number `slot` (from 1) maps `pages` to the own `frames`; both may be large, at the same positions."""
+        indices = self._cells(frames)
+        if len(indices) != len(frames):
+            pages, frames = page_by_page(pages), page_by_page(frames)
+            indices = self._cells(frames)
+        pages = pages & np.uint64(LARGE - 1)
         new = np.uint64(slot) << _PLACE_BITS | pages
         old = self._places[indices]
         kept = (old != 0) & (old != new)
@@ -257,19 +358,22 @@ class Memory:
         self._places[indices] = new
 
     def mappings(self, frames: Words) -> list[tuple[int, Words]]:
-        """(mirror number, pages) that may map one of `frames`."""
-        indices = self.arena.indices(frames)
+        """(mirror number, pages) that may map one of `frames`, large ones by large ones."""
+        indices = self._cells(frames)
         places = self._places[indices]
-        places = places[places != 0]
+        marks = self._of(indices) & np.uint64(LARGE)
+        mapped = places != 0
+        places, marks = places[mapped], marks[mapped]
         if self._more:
-            extra = [place for index in self._more.keys() & set(indices.tolist()) for place in self._more[index]]
-            places = np.concatenate((places, np.array(sorted(extra), dtype=np.uint64)))
+            extra = sorted((place, index) for index in self._more.keys() & set(indices.tolist()) for place in self._more[index])
+            places = np.concatenate((places, np.array([place for place, _ in extra], dtype=np.uint64)))
+            marks = np.concatenate((marks, self._of(np.array([index for _, index in extra], dtype=np.intp)) & np.uint64(LARGE)))
         if len(places) == 0:
             return []
-        slots = places >> _PLACE_BITS
+        slots, pages = places >> _PLACE_BITS, places & _PLACE_PAGE_MASK | marks
         if bool((slots == slots[0]).all()):
-            return [(int(slots[0]), places & _PLACE_PAGE_MASK)]
-        return [(slot, places[slots == np.uint64(slot)] & _PLACE_PAGE_MASK) for slot in np.unique(slots).tolist()]
+            return [(int(slots[0]), pages)]
+        return [(slot, pages[slots == np.uint64(slot)]) for slot in np.unique(slots).tolist()]
 
     def mappings_one(self, frame: int) -> list[tuple[int, int]]:
         """`mappings` for one frame, without arrays: (mirror number, page)."""

@@ -15,7 +15,8 @@ to drop pages is entered in the watches it overlaps, and `is_current` is false f
 own frame that was copied out since the watch began. (test_hmm itself loses here: a range fault that read a device page while a CPU
 fault was taking it home programs a dead frame.)
 
-Entries: frame number from bit 8, VALID 1, WRITE 2, ATOMIC 4; 0 is no entry.
+Entries: frame number from bit 8, VALID 1, WRITE 2, ATOMIC 4; 0 is no entry. A huge page of the own memory is one entry for its block
+(`hmmnet.pagetable`).
 """
 
 from __future__ import annotations
@@ -25,8 +26,20 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from hmmnet.pages import HMM_PFN_ERROR, HMM_PFN_FRAME_MASK, HMM_PFN_VALID, HMM_PFN_WRITE, PAGES_MAX, Words
-from hmmnet.sparse import SparseTable
+from hmmnet.pages import (
+    HMM_PFN_ERROR,
+    HMM_PFN_FRAME_MASK,
+    HMM_PFN_VALID,
+    HMM_PFN_WRITE,
+    HUGE_SHIFT,
+    LARGE,
+    PAGES_MAX,
+    Words,
+    ascending,
+    page_by_page,
+    runs_of,
+)
+from hmmnet.pagetable import PageTable
 
 from .memory import Memory
 
@@ -42,6 +55,8 @@ _PFN_VALID = np.uint64(HMM_PFN_VALID)
 _PFN_USABLE = np.uint64(HMM_PFN_VALID | HMM_PFN_ERROR)
 _PFN_WRITE = np.uint64(HMM_PFN_WRITE)
 _PFN_FRAME = np.uint64(HMM_PFN_FRAME_MASK)
+_PAGE = np.uint64(LARGE - 1)
+_BLOCK = np.uint64(HUGE_SHIFT)
 _NO_PAGES = np.zeros(0, dtype=np.uint64)
 
 
@@ -117,7 +132,7 @@ class Mirror:
         """test_hmm's callback drops one page too many: the one that begins at the end of the range (xa_for_each_range is inclusive)."""
         self.subscriptions: dict[int, Subscription] = {}
         self._memory = memory
-        self._table = SparseTable()
+        self._table = PageTable(ENTRY_SHIFT)
         self._watches: list[Watch] = []
         self._early: dict[int, int] = {}
         self._subscribing = 0
@@ -134,11 +149,15 @@ class Mirror:
 
     def has_exclusive(self, start: int, end: int) -> bool:
         """Whether a page of [start, end) is mapped for exclusive access."""
-        return any(bool((part & np.uint64(ENTRY_ATOMIC)).any()) for _, part in self._table.present(start, end))
+        return any(bool((part & np.uint64(ENTRY_ATOMIC)).any()) for _, part, _ in self._table.parts(start, end))
 
     def mapped_count(self) -> int:
         """Valid entries."""
-        return sum(int(np.count_nonzero(part)) for _, part in self._table.present(0, PAGES_MAX))
+        return sum(int(np.count_nonzero(part)) * pages for _, part, pages in self._table.parts(0, PAGES_MAX))
+
+    def vacant(self, start: int, end: int) -> Words:
+        """The aligned blocks (page >> HUGE_SHIFT) of [start, end) of which nothing is mapped."""
+        return self._table.untouched(start, end)
 
     # --- subscriptions --------------------------------------------------------------------------------------------------------
 
@@ -188,17 +207,42 @@ class Mirror:
         self._tell_watches(start, end, announced=announced)
 
     def drop_pages(self, pages: Words) -> None:
-        """Remove the entries of single pages."""
+        """Remove the entries of `pages`, which may be large."""
         if len(pages) == 0:
             return
+        large = pages >= np.uint64(LARGE)
+        if large.any():
+            blocks = (pages[large] & _PAGE) >> _BLOCK
+            for first, end in runs_of(np.sort(blocks)):
+                self.drop(first << HUGE_SHIFT, end << HUGE_SHIFT)
+            pages = pages[~large]
+            if len(pages) == 0:
+                return
         self._table.scatter(pages, 0)
         self._tell_watches(int(pages.min()), int(pages.max()) + 1)
 
     def drop_frames(self, pages: Words, frames: Words) -> None:
-        """Remove the entries of those `pages` (a hint from the reverse map) that lead to one of `frames` (sorted)."""
+        """Remove the entries of those `pages` (a hint from the reverse map) that lead to one of `frames` (sorted); both may be large."""
+        large = pages >= np.uint64(LARGE)
+        if large.any():
+            pmds = self._table.pmds.gather((pages[large] & _PAGE) >> _BLOCK)
+            hit = (pmds != 0) & np.isin(frames_of(pmds) | np.uint64(LARGE), frames)
+            self.drop_pages(pages[large][hit])
+            pages = np.concatenate((pages[~large], self._one_by_one(pages[large][pmds == 0])))
+            if len(pages) == 0:
+                return
+        frames = ascending(page_by_page(frames))
         held = frames_of(self._table.gather(pages))
         places = np.minimum(np.searchsorted(frames, held), len(frames) - 1)
         self.drop_pages(pages[frames[places] == held])
+
+    def _one_by_one(self, large: Words) -> Words:
+        """The pages of those `large` ones of which some are mapped by entries of their own."""
+        blocks = (large & _PAGE) >> _BLOCK
+        if len(blocks) == 0:
+            return blocks
+        vacant = self._table.untouched(int(blocks.min()) << HUGE_SHIFT, int(blocks.max()) + 1 << HUGE_SHIFT)
+        return page_by_page(large[~np.isin(blocks, vacant)])
 
     def drop_page(self, page: int, frame: int) -> None:
         """Remove the entry of `page` if it leads to the own `frame`: `drop_frames` for one, without arrays."""
@@ -208,7 +252,7 @@ class Mirror:
 
     def clear(self) -> None:
         """Forget everything (close, fence)."""
-        self._table = SparseTable()
+        self._table = PageTable(ENTRY_SHIFT)
         self._tell_watches(0, PAGES_MAX)
 
     def _tell_watches(self, start: int, end: int, but: Watch | None = None, *, announced: bool = False) -> None:
@@ -252,10 +296,18 @@ class Mirror:
             self._memory.note_mapping(self.slot, (np.flatnonzero(own) + start).astype(np.uint64), frames[own])
 
     def program_own(self, pages: Words, frames: Words, writable: npt.NDArray[np.bool_]) -> None:
-        """Enter pages that just moved into own frames."""
-        if len(pages):
-            self._table.scatter(pages, frames << _SHIFT | _VALID | np.where(writable, _WRITE, np.uint64(0)))
-            self._memory.note_mapping(self.slot, pages, frames)
+        """Enter pages that just moved into own frames; both may be large, at the same positions."""
+        if len(pages) == 0:
+            return
+        entries = (frames & _PAGE) << _SHIFT | _VALID | np.where(writable, _WRITE, np.uint64(0))
+        large = pages >= np.uint64(LARGE)
+        if large.any():
+            blocks = (pages[large] & _PAGE) >> _BLOCK
+            for first, end in runs_of(np.sort(blocks)):
+                self._table.clear(first << HUGE_SHIFT, end << HUGE_SHIFT)
+            self._table.set_pmds(blocks, entries[large])
+        self._table.scatter(pages[~large], entries[~large])
+        self._memory.note_mapping(self.slot, pages, frames)
 
     def program_exclusive(self, start: int, words: Words) -> None:
         """Enter pages from `start` on that this device has to itself."""
@@ -270,18 +322,19 @@ class Mirror:
     def hide(self, start: int, end: int) -> Hidden:
         """Take the entries of [start, end) that lead to memory not ours out of the table, while their pages may be moving."""
         watch = self.watch(start, end)
-        entries = self._table.read(start, end)
-        places = np.flatnonzero((entries != 0) & ~self._memory.owns(frames_of(entries)))
-        if len(places):
-            pages = (places + start).astype(np.uint64)
+        pages = self._table.occupied(start, end)
+        entries = self._table.gather(pages)
+        foreign = ~self._memory.owns(frames_of(entries))
+        if foreign.any():
+            pages = pages[foreign]
             self._table.scatter(pages, 0)
             self._tell_watches(start, end, watch)
-            return Hidden(watch, pages, entries[places])
+            return Hidden(watch, pages, entries[foreign])
         return Hidden(watch, _NO_PAGES, _NO_PAGES)
 
     def restore(self, hidden: Hidden, moved: Words) -> None:
         """The move is over: entries of pages that stayed (not in `moved`, and not dropped meanwhile) are back."""
         self.unwatch(hidden.watch)
         if len(hidden.pages):
-            stayed = hidden.watch.keeps(hidden.pages) & ~np.isin(hidden.pages, moved)
+            stayed = hidden.watch.keeps(hidden.pages) & ~np.isin(hidden.pages, page_by_page(moved))
             self._table.scatter(hidden.pages[stayed], hidden.entries[stayed])

@@ -233,6 +233,8 @@ class PageTable:
 
     def clear(self, start: int, end: int) -> None:
         """Zero ``[start, end)``; whole leaves are given back."""
+        if self._on_unfold is None and self.pmd_count:
+            self.take_pmds(self.blocks(start, end))  # nobody keeps books: whole blocks need not be unfolded to be dropped
         self._unfold(start, end)
         self.ptes.clear(start, end)
 

@@ -16,7 +16,7 @@ from hmmnet.devices.models.base import Opened
 from hmmnet.devices.models.gpu import Gpu
 from hmmnet.errors import KernelError
 from hmmnet.pages import HMM_PFN_FRAME_MASK, HMM_PFN_REQ_FAULT, HMM_PFN_REQ_WRITE, HUGE_PAGES, PAGE_SHIFT, PAGE_SIZE, from_wire, to_wire
-from hmmnet.sparse import SparseTable
+from hmmnet.pagetable import PageTable
 from hmmnet.wire.messages import FreeFrames, Invalidate
 
 from .driver import Driver
@@ -90,7 +90,7 @@ class EvictsFirstFrame(Gpu):
         await self.bus.evict(frames[(frames >= first) & (frames <= last)], "close")
 
 
-_tables: trio.lowlevel.RunVar[dict[tuple[str, int], SparseTable]] = trio.lowlevel.RunVar("tables")
+_tables: trio.lowlevel.RunVar[dict[tuple[str, int], PageTable]] = trio.lowlevel.RunVar("tables")
 
 
 class KeepsTable(Gpu):
@@ -103,12 +103,12 @@ class KeepsTable(Gpu):
         mirror._table = tables.setdefault((self.spec.name, mirror.process), mirror._table)  # noqa: SLF001 - the bug reaches where it should not
 
 
-def _tables_of_the_run() -> dict[tuple[str, int], SparseTable]:
+def _tables_of_the_run() -> dict[tuple[str, int], PageTable]:
     """Memory that outlives a device of a simulated machine."""
     try:
         return _tables.get()
     except LookupError:
-        made: dict[tuple[str, int], SparseTable] = {}
+        made: dict[tuple[str, int], PageTable] = {}
         _tables.set(made)
         return made
 

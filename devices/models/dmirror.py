@@ -195,7 +195,7 @@ class Dmirror(Device):
             large = bool(self.flags & COMPOUND) and not self.flags & FAIL_ALLOC
             self.flags &= ~FAIL_ALLOC
             moved = await context.migrate_in(low, min(low + MIGRATE_PAGES_MAX, end), "user", compound=large)
-            moved_count += len(moved.pages)
+            moved_count += moved.count
             if moved.errno:
                 raise KernelError(moved.errno, "migrate_vma_setup", "a mapping in the range cannot migrate; what lies before it has moved")
         if not message.stream_out:
@@ -218,7 +218,7 @@ class Dmirror(Device):
         moved_count = 0
         for low in range(start, end, MIGRATE_PAGES_MAX):
             moved = await context.migrate_out(low, min(low + MIGRATE_PAGES_MAX, end), "user")
-            moved_count += len(moved.pages)
+            moved_count += moved.count
             if moved.errno:
                 raise KernelError(moved.errno, "migrate_vma_setup", "a mapping in the range cannot migrate; what lies before it has moved")
         return IoctlDone(moved_count, 0)

@@ -67,7 +67,7 @@ async def each_piece(context: Context, start: int, end: int, move: Callable[[int
     for first, stop in context.slabs(start, end):
         for low, high in cut(first, stop, MIGRATE_PAGES_MAX):
             moved = await move(low, high)
-            moved_count += len(moved.pages)
+            moved_count += moved.count
             if moved.errno:
                 return moved_count
     return moved_count
