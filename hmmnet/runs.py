@@ -79,6 +79,34 @@ class RunAllocator:
         self.free_count -= count
         return start, True
 
+    def allocate_aligned_runs(self, size: int, count: int) -> tuple[Words, int]:
+        """`allocate_aligned_run` up to `count` times: the first frames of the runs, and how many of the last of them are known to be zero.
+
+        Neighbouring runs are cut out of a free one together.
+        """
+        found: list[Words] = []
+        i = 0
+        while count and i < len(self._starts):
+            start = -(-self._starts[i] // size) * size
+            fit = min(count, max(0, self._ends[i] - start) // size)
+            if fit:
+                before = len(self._starts)
+                self._cut(i, start, start + fit * size)
+                found.append(np.arange(start, start + fit * size, size, dtype=np.uint64))
+                count -= fit
+                i += len(self._starts) - before
+            i += 1
+        start = -(-self._fresh // size) * size
+        fresh = min(count, max(0, self._end - start) // size)
+        if fresh:
+            if start > self._fresh:
+                self._insert(self._fresh, start)
+            self._fresh = start + fresh * size
+            found.append(np.arange(start, self._fresh, size, dtype=np.uint64))
+        firsts = np.concatenate(found) if found else np.zeros(0, np.uint64)
+        self.free_count -= size * len(firsts)
+        return firsts, fresh
+
     def _cut(self, i: int, start: int, end: int) -> None:
         """Take [start, end) out of the free run `i`, which may leave two."""
         left, right = self._starts[i], self._ends[i]

@@ -212,11 +212,8 @@ class Homing:
         points = self._memory.points
         if points.armed and points.fails("host.alloc.home", pages=len(heads) * HUGE_PAGES):
             raise KernelError(errno.ENOMEM, "migrate_to_ram", "huge pages want to come home, and a fault was injected")
-        for row in range(len(heads)):
-            head = self._memory.allocate_folio(node, bare=True)
-            if head is None:
-                return
-            heads[row] = head
+        got = self._memory.allocate_folios(len(heads), node)
+        heads[: len(got)] = got
 
     async def _change_over(self, space: AddressSpace, link: DeviceLink, part: Migration, cause: str) -> int:
         """migrate_vma_pages and finalize; how many pages moved."""

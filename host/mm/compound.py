@@ -1,4 +1,6 @@
-"""Huge pages that migrate as one (MIGRATE_VMA_SELECT_COMPOUND; `folio_split` of struct dev_pagemap_ops).
+"""Huge pages in migrations that go page by page (MIGRATE_VMA_SELECT_COMPOUND; `folio_split` of struct dev_pagemap_ops).
+
+Most huge pages have a row of their own (`pmd.py`). This is for the others: shared after fork, held page by page, torn off on the way.
 
 The arrays of a migration have a word for each small page, of huge pages too; what makes 512 of them one is the HUGE bit of their
 entries, which migration entries carry along. It stays as long as all 512 go the same way, from one aligned run to another:

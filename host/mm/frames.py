@@ -257,17 +257,17 @@ class PhysicalMemory:
         self.zone(head).at(frames)
         return frames
 
-    def allocate_folio(self, node: int = 0, group: MemoryCgroup | None = None, *, bare: bool = False) -> int | None:
-        """The head of a folded folio of 512 host frames with one reference, from `node` or where there is one; None when nowhere.
+    def allocate_folio(self, node: int = 0, group: MemoryCgroup | None = None) -> int | None:
+        """The head of a folded folio of 512 zeroed host frames with one reference, from `node` or where there is one; None when nowhere.
 
-        It is zeroed unless `bare`. `group` is charged; None, too, when it is at its limit.
+        `group` is charged; None, too, when it is at its limit.
         """
         if self.points.armed and self.lacking("host.alloc.huge", group):
             return None
         if group is not None and not group.try_charge(HUGE_PAGES):
             return None
         for zone in self._from(node):
-            head = zone.allocate_folio(bare=bare)
+            head = zone.allocate_folio()
             if head is not None:
                 if group is not None:
                     zone.flags[head - zone.base] = group.charge_bits
@@ -275,6 +275,14 @@ class PhysicalMemory:
         if group is not None:
             group.uncharge(HUGE_PAGES)
         return None
+
+    def allocate_folios(self, count: int, node: int = 0) -> Words:
+        """The heads of up to `count` folded folios with one reference each, from `node` or where there is room, whatever they hold."""
+        found = [np.zeros(0, np.uint64)]
+        for zone in self._from(node) if not (self.points.armed and self.lacking("host.alloc.huge", None)) else ():
+            found.append(zone.allocate_folios(count))
+            count -= len(found[-1])
+        return np.concatenate(found)
 
     def allocate_bare(self, node: int = 0) -> int | None:
         """One host frame with one reference, whatever it holds: the caller overwrites it. None when the host is out of memory."""

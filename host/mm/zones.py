@@ -254,8 +254,8 @@ class HostZone(CpuZone):
         self.at(frames)
         return frames
 
-    def allocate_folio(self, *, bare: bool = False) -> int | None:
-        """The head of a folded folio of 512 frames with one reference, zeroed unless `bare`; None when there is no aligned run."""
+    def allocate_folio(self) -> int | None:
+        """The head of a folded folio of 512 zeroed frames with one reference; None when there is no aligned run."""
         got = self.allocator.allocate_aligned_run(HUGE_PAGES)
         if got is None:
             return None
@@ -263,12 +263,21 @@ class HostZone(CpuZone):
         at = head - self.base
         if not zeroed:
             self._free_committed = max(0, self._free_committed - HUGE_PAGES)
-            if not bare:
-                self.arena.pages[at : at + HUGE_PAGES] = 0
+            self.arena.pages[at : at + HUGE_PAGES] = 0
         self.refcount[at] = 1
         self.folded[at >> HUGE_SHIFT] = True
         self.folded_count += 1
         return head
+
+    def allocate_folios(self, count: int) -> Words:
+        """The heads of up to `count` folded folios with one reference each, whatever they hold: the caller overwrites them."""
+        heads, fresh = self.allocator.allocate_aligned_runs(HUGE_PAGES, count)
+        if len(heads):
+            at = (heads - np.uint64(self.base)).astype(np.intp)
+            self._free_committed = max(0, self._free_committed - (len(heads) - fresh) * HUGE_PAGES)
+            self.refcount[at] = 1
+            self.set_folded(at >> HUGE_SHIFT)
+        return heads
 
     def allocate_bare(self) -> int | None:
         """One frame with one reference, whatever it holds: the caller overwrites it."""

@@ -79,3 +79,21 @@ def test_too_many_is_none() -> None:
     allocator = RunAllocator(BASE, 8)
     assert allocator.allocate(9) is None
     assert allocator.free_count == 8
+
+
+def test_aligned_runs_are_had_together() -> None:
+    """From free runs first, as many as each holds, then from frames never used; what is cut off stays free."""
+    runs = RunAllocator(3, 4096)
+    first = runs.allocate(2045)
+    assert first is not None
+    runs.free(first.frames[97:1700])  # frames 100 to 1702: two aligned runs of 512
+    firsts, fresh = runs.allocate_aligned_runs(512, 4)
+    assert firsts.tolist() == [512, 1024, 2048, 2560]
+    assert fresh == 2
+    assert runs.free_count == 4096 - 2045 + 1603 - 4 * 512
+    again, fresh = runs.allocate_aligned_runs(512, 9)
+    assert (again.tolist(), fresh) == ([3072, 3584], 2)
+    assert runs.allocate_aligned_runs(512, 1)[0].tolist() == []
+    for one in (*firsts.tolist(), *again.tolist()):
+        runs.free_run(one, one + 512)
+    assert runs.free_count == 4096 - 2045 + 1603
