@@ -17,7 +17,7 @@ from enum import IntEnum
 import numpy as np
 import numpy.typing as npt
 
-from hmmnet.pages import HUGE_PAGES, HUGE_SHIFT, ZERO_FRAME, Words
+from hmmnet.pages import HUGE_SHIFT, ZERO_FRAME, Words
 
 from . import huge, pte
 from .filemap import end_in, fault_around, file_offsets, map_file, read_fault
@@ -167,11 +167,7 @@ def _settle(mm: Mm, vma: Vma, pages: Words, entries: Words, write: bool, keep: s
             bits |= pte.ANON_EXCLUSIVE
             reused = entries[there & (entries & (pte.WRITE | pte.ANON_EXCLUSIVE) == 0)]
             mm.memory.move_anon(pte.frames_of(reused), vma.anon)
-        mm.table.mark(pages[there], entries[there], bits)
-        if write:
-            for block in huge.blocks_of(pages[there][entries[there] & (pte.HUGE | pte.WRITE) == pte.HUGE]):  # pmd_mkwrite: all of it
-                for _, part, _ in mm.table.parts(block, block + HUGE_PAGES):
-                    part |= np.uint64(pte.WRITE | pte.ANON_EXCLUSIVE)
+        mm.table.mark(pages[there], entries[there], bits)  # a block that is mapped as one becomes writable as one (pmd_mkwrite)
 
 
 def _populate(mm: Mm, vma: Vma, pages: Words, empty: npt.NDArray[np.bool_], write: bool, keep: slice | None, node: int) -> None:

@@ -165,6 +165,23 @@ async def test_a_store_after_fork_copies_one_page() -> None:
     machine.check()
 
 
+async def test_a_huge_page_that_is_ones_own_again_is_written_in_place() -> None:
+    """The child has gone: the whole block becomes writable, and the store reaches it, not the zero page of everybody."""
+    machine = Machine()
+    parent = await hugepage(machine)
+    await parent.mmap(PAGE, "rw", BASE - PAGE)
+    await parent.mmap(PAGE, "rw", BASE + 2 * BLOCK)
+    await parent.store(BASE + 2 * BLOCK, b"a small page beside it")
+    await parent.store(BASE + 6 * PAGE, b"x")
+    await machine.exit(await machine.fork(parent))
+    await parent.store(BASE + 3 * PAGE, b"z")
+    assert is_huge(parent)
+    assert (parent.mm.table.read(FIRST, FIRST + HUGE_PAGES) & pte.WRITE != 0).all()
+    assert await parent.load(BASE - PAGE, PAGE) == bytes(PAGE)
+    assert await parent.load(BASE + 3 * PAGE, 1) == b"z"
+    machine.check()
+
+
 async def test_a_pinned_huge_page_is_split_at_fork() -> None:
     """The child gets a copy of the pinned page, and shares the others."""
     machine = Machine()
