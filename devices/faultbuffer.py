@@ -62,6 +62,8 @@ class FaultBuffer:
     """Tickets in order of arrival."""
 
     def __init__(self) -> None:
+        self.entries = BATCH_PAGES
+        """Faults that fit: what does not stays with its ticket."""
         self._tickets: deque[Ticket] = deque()
         self._under_way: list[Ticket] = []
 
@@ -100,6 +102,13 @@ class FaultBuffer:
         wanted = np.zeros(len(distinct), dtype=np.bool_)
         wanted[places[write]] = True
         return Batch(placement, distinct, wanted, parts, len(pages) - len(distinct))
+
+    def again(self, batch: Batch) -> None:
+        """The replay of `batch` was lost: its accesses stall until they fault anew."""
+        for ticket, pages in reversed(batch.parts):
+            ticket.fetched -= len(pages)  # batches are served one after the other: it was the last to take from its tickets
+            if ticket not in self._tickets:
+                self._tickets.appendleft(ticket)
 
     def finish(self, batch: Batch, fatal: dict[int, HmmnetError]) -> None:
         """The pass over `batch` is over; `fatal` pages could not be had. Replays what is complete."""

@@ -112,6 +112,8 @@ class Memory:
         self._freed_in = _lazy_bytes(pages)
         """The round in which each frame was freed last (its low byte)."""
         self._freed: deque[tuple[int, Words]] = deque()
+        self.retired = 0
+        """Frames that are out of use for good."""
         self.used_max = 0
         """The most frames that were out at once."""
 
@@ -148,6 +150,14 @@ class Memory:
         self._folded_count += 1
         self.used_max = max(self.used_max, self.used_pages)
         return found[0]
+
+    def retire(self, count: int) -> int:
+        """Up to `count` free frames are never used again; how many."""
+        count = min(count, self.free_pages)
+        if count:
+            self.grant(count)
+            self.retired += count
+        return count
 
     def _granted(self, found: Allocation | None) -> Words | None:
         if found is None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from errno import EBUSY, EINVAL
+from errno import EBUSY, EFAULT, EINVAL
 from functools import partial
 from typing import TypeAlias
 
@@ -34,6 +34,8 @@ from .policy import Policy, make_policy
 
 LOOK_PIECES_MIN = 3
 """Scattered misses in 2 MiB from which on a snapshot is taken first."""
+REPLAY_LOST_S = 0.5
+"""After which accesses whose replay was lost count as faulting again."""
 RANGES_AT_ONCE = 4
 """Migrations or range faults of one pass that are under way together: hides the round trip, bounds what the host must juggle."""
 
@@ -88,7 +90,7 @@ class FaultService:
     async def run(self) -> None:
         """Serve for as long as the context is open."""
         while True:
-            batch = self.buffer.fetch()
+            batch = self.buffer.fetch(self.buffer.entries)
             if batch is None:
                 await self._wake.wait()
                 self._wake = trio.Event()
@@ -100,12 +102,26 @@ class FaultService:
                     await self._context.at("device.fetch", int(batch.pages[0]), int(batch.pages[-1]) + 1)
                 fatal = await self._service(batch)
                 if points.armed:
+                    fatal |= await self._faulty(batch)
                     await self._context.at("device.replay", int(batch.pages[0]), int(batch.pages[-1]) + 1)
             except HmmnetError as error:
                 # The host is gone or at fault, or the process is: whoever waits for these pages must not wait for ever.
                 fatal = dict.fromkeys(batch.pages.tolist(), error)
             self._count(batch, fatal, self._now() - began_s)
+            if points.armed and points.fails("device.replay_lost"):
+                await trio.sleep(REPLAY_LOST_S)
+                self.buffer.again(batch)
+                continue
             self.buffer.finish(batch, fatal)
+
+    async def _faulty(self, batch: Batch) -> dict[int, HmmnetError]:
+        """What faults of the fault path itself do to a batch that was serviced; pages that cannot be had by it."""
+        points, page = self._context.points, int(batch.pages[0])
+        if points.fails("device.duplicate", start=page, pages=1):
+            await self._service(batch)
+        if points.fails("device.unserviceable", start=page, pages=1):
+            return {page: KernelError(EFAULT, "fault", f"page 0x{page:x}: a fault was injected at device.unserviceable")}
+        return {}
 
     def _count(self, batch: Batch, fatal: dict[int, HmmnetError], seconds: float) -> None:
         self.counts.groups += 1

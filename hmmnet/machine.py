@@ -24,6 +24,7 @@ from hmmnet.cable.cable import HOST_ADDRESS
 from hmmnet.errors import HmmnetError
 from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.fabric.measure import automatic_rate
+from hmmnet.faults.injector import Injector
 from hmmnet.launcher.crew import READY_S, Crew
 from hmmnet.launcher.directory import DeviceRecord, Directory, MachineRecord, new_record
 from hmmnet.launcher.processes import raise_file_limit
@@ -54,6 +55,9 @@ class Host(Protocol):
 
     control_endpoint: str
     client_endpoint: str
+    injector: Injector
+    injection: Any
+    """Carries out what faults do at the host (`hmmnet.host.injection`)."""
     events: Events
 
     def running(self) -> AbstractAsyncContextManager[Any]:

@@ -29,7 +29,7 @@ from .mm import pte
 from .mm.collect import collect_frames, finalize, move
 from .mm.frames import PhysicalMemory
 from .mm.rmap import mappings
-from .mm.zones import ANON
+from .mm.zones import ANON, LOCKED
 
 HOME_PAGES_MAX = 1 << 16
 """Pages of one explicit migration home (256 MiB): bounds the host frames allocated before anything has landed."""
@@ -347,14 +347,33 @@ class Homing:
             await split_large(space, self.spaces, pages[:count], NO_OWNER, compound=False)
             entries = space.entries(pages[:count])
             kept = frames[(entries & pte.KIND == pte.PRESENT) & (entries & pte.SPECIAL == 0) & (pte.frames_of(entries) == frames)]
-            for zone, _, at in self._memory.groups(kept):
-                zone.refcount[at] += 1
-            async with AsyncExitStack() as stack:
-                for mapped in mappings(self._memory, kept):
-                    await clear(stack, self.spaces, mapped.mm, mapped.pages)
-                poison(self._memory, kept)
+            await self._break(kept)
         if len(stay) or count < end - start:
             raise KernelError(errno.EBUSY, "madvise", f"page 0x{start + count:x} of process {space.number} is no page of anonymous memory")
+
+    async def break_memory(self, space: AddressSpace, start: int, end: int) -> int:
+        """The memory under pages [start, end) breaks where it is, at the host or on a device, for everybody who maps it; how many did.
+
+        Only anonymous pages that are there break; those that are under migration do not.
+        """
+        pages = np.arange(start, end, dtype=np.uint64)
+        async with space.mmap_lock.read():
+            await split_large(space, self.spaces, pages, NO_OWNER, compound=False)
+            entries = space.entries(pages)
+            kinds = entries & pte.KIND
+            frames = pte.frames_of(entries[((kinds == pte.PRESENT) | (kinds == pte.DEVICE)) & (entries & (pte.SPECIAL | pte.HUGE) == 0)])
+            frames = frames[self._memory.field(frames, "flags") & (ANON | LOCKED) == ANON] if len(frames) else frames
+            await self._break(frames)
+            return len(frames)
+
+    async def _break(self, frames: Words) -> None:
+        """`frames` get one more reference, which nobody lets go; who maps them is told, and finds poison."""
+        for zone, _, at in self._memory.groups(frames):
+            zone.refcount[at] += 1
+        async with AsyncExitStack() as stack:
+            for mapped in mappings(self._memory, frames):
+                await clear(stack, self.spaces, mapped.mm, mapped.pages)
+            poison(self._memory, frames)
 
     async def evict(self, link: DeviceLink, frames: Words, cause: str = "release") -> int:
         """migrate_device_range: bring `frames` of the device home, whoever maps them; returns how many went.

@@ -26,9 +26,13 @@ from typing import Protocol
 import trio
 
 from hmmnet.faults.injector import Points
+from hmmnet.pages import PAGES_MAX
 
 from .interfaces import NO_OWNER, Acknowledgement, DeviceLink, Event
 from .notifier import MmuNotifier, Subscription
+
+WIDE_PAGES = 8
+"""By how much an event is too wide, on either side, when that fault is injected."""
 
 
 class Invalidation:
@@ -74,15 +78,17 @@ class Invalidation:
     def _tell(self, found: list[Subscription], sequence: int) -> list[Acknowledgement]:
         """The first pass: set each subscription's sequence and start the device's work."""
         started: list[Acknowledgement] = []
+        points = self._hub.points
         filters = self.event is Event.MIGRATE
         for subscription in found:
             link = subscription.link
-            if filters and subscription.own and link.zone == self.owner:
+            start, end = self.start, self.end
+            if filters and subscription.own and link.zone == self.owner and not (points.armed and points.fails("hub.wrong_owner")):
                 continue
+            if points.armed and points.fails("hub.wide", device=link.name, start=start, pages=end - start, event=self.event.value):
+                start, end = max(0, start - WIDE_PAGES), min(PAGES_MAX, end + WIDE_PAGES)
             subscription.sequence = sequence
-            acknowledgement = link.invalidate_start(
-                subscription.context, subscription.number, self.start, self.end, self.event, self.owner, sequence
-            )
+            acknowledgement = link.invalidate_start(subscription.context, subscription.number, start, end, self.event, self.owner, sequence)
             if acknowledgement is not None:
                 started.append(acknowledgement)
         self._hub.messages += len(started)

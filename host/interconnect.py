@@ -31,6 +31,7 @@ class Interconnect:
         self.memories = MultiArena(self._arenas)
         self._memory = memory
         self._ways: dict[tuple[str, str], Singles] = {}
+        self._changed = 0
         self._nodes = {node.number: node.owner for node in memory.nodes}
         """Where on the links each zone lies that the CPU, or another device, reaches."""
 
@@ -98,6 +99,9 @@ class Interconnect:
         return self._way(device, self._nodes[frame >> ZONE_SHIFT])
 
     def _way(self, source: str, target: str) -> Singles:
+        if self._changed != self.arbiter.changed:  # a fault has changed links: ways may lead elsewhere
+            self._changed = self.arbiter.changed
+            self._ways.clear()
         key = (source, target)
         way = self._ways.get(key)
         if way is None:

@@ -36,6 +36,8 @@ from .iommu import Domain
 
 FREE_DELAY_S = 0.01
 """Real seconds that freed frames wait for more, so that a storm of single frees becomes few notes."""
+INVALIDATION_S = 5.0
+"""Real seconds that a device gets to acknowledge an invalidation, heartbeats or not: DMA that is under way may take some. A CPU waits."""
 INLINE_PAGES_MAX = INLINE_BYTES_MAX // PAGE_SIZE
 INLINE_TRIES = 3
 """Damaged answers in a row that are asked for again."""
@@ -61,8 +63,10 @@ class Acknowledgement:
         try:
             if self._pending is None:
                 await self._link.fenced()
-            else:
+            elif self._pending.answered:
                 await self._pending.wait()
+            else:
+                await self._link.answer_in_time(self._pending)
         except PeerLost:
             await self._link.fenced()
         except (RemoteError, KernelError) as error:
@@ -139,6 +143,14 @@ class SessionLink:
         with trio.move_on_at(self._fence_at):
             await self._fenced.wait()
         self._fenced.set()
+
+    async def answer_in_time(self, pending: PendingReply) -> None:
+        """Wait for the answer to an invalidation; who gives none counts as broken, however alive. Raises what the answer does."""
+        with trio.move_on_after(self._interconnect.clock.real(INVALIDATION_S)) as limit:
+            await pending.wait()
+        if limit.cancelled_caught:
+            self.condemn(f"it did not let go of what was invalidated within {INVALIDATION_S:g} s")
+            raise self.lost_error()
 
     def lost_error(self) -> PeerLost:
         """What a transfer raises when the device is lost."""

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict
 from functools import partial
@@ -25,7 +26,7 @@ import trio
 from hmmnet.errors import PeerLost, RemoteError
 from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.fabric.dma import BulkReceiver, BulkSender
-from hmmnet.faults.injector import HOST, Points
+from hmmnet.faults.injector import HOST, Injector
 from hmmnet.topology import Topology
 from hmmnet.wire.exchange import HEARTBEAT_S, LEASE_S, RETRY_S
 from hmmnet.wire.messages import Call, Hello, Inspect, Rate, Recall
@@ -41,6 +42,7 @@ from .devmem import PageMap
 from .dma import Dma
 from .homing import Homing
 from .hub import Hub
+from .injection import Injection
 from .interconnect import Interconnect
 from .link import SessionLink
 from .mm.space import Space
@@ -53,6 +55,11 @@ PID_FIRST = 1000
 """Pids below could be mistaken for something of the computer's own."""
 
 log = logging.getLogger("hmmnet.host")
+
+
+async def sleep_emulated(clock: EmulatedClock, seconds: float) -> None:
+    """Return after so many emulated seconds."""
+    await clock.sleep_until(clock.now() + seconds)
 
 
 class Host:
@@ -77,7 +84,7 @@ class Host:
         lease_s: float = LEASE_S,
         retry_s: float = RETRY_S,
         incarnation: int | None = None,
-        points: Points | None = None,
+        injector: Injector | None = None,
         personality: str = "",
     ) -> None:
         self.personality = personality_named(personality or topology.personality)
@@ -85,7 +92,11 @@ class Host:
         self.name = name
         self.clock = clock
         self.memory = self.personality.memory()
-        self.points = self.memory.points = points or Points(node=HOST)
+        self.injector = injector or Injector(now=clock.now, sleep=partial(sleep_emulated, clock))
+        self.points = self.memory.points = self.injector.points_of(HOST)
+        self.injection = Injection(self, self.injector)
+        self.corrected_errors: Counter[str] = Counter()
+        """Errors of memory that ECC has corrected, by device."""
         for node in topology.nodes:
             self.memory.add_node(node.name, node.pages)
         self.interconnect = Interconnect(topology, clock, self.memory)
@@ -365,6 +376,11 @@ class Host:
         )
         return made
 
+    def spawn(self, function: Callable[..., Awaitable[None]], *arguments: Any) -> None:
+        """Run it beside everything else, while the host runs."""
+        assert self._nursery is not None, "things happen while the host runs"
+        self._nursery.start_soon(function, *arguments)
+
     def _process_ended(self, pid: int) -> None:
         self.processes.pop(pid, None)
         self.spaces.pop(pid, None)
@@ -419,6 +435,7 @@ class Host:
             "bulk": "" if life is None else life.link.sender.carries,
             "contexts": 0 if life is None else len(life.contexts),
             "jobs": 0 if life is None else life.jobs,
+            "ecc_corrected": self.corrected_errors[device.spec.name],
             "iommu_refused": 0 if dma is None else dma.refused,
             "iommu_last": "" if dma is None else dma.last_refusal,
             "telemetry": {} if life is None or self._samples is None else self._samples.figures(life.zone),

@@ -18,10 +18,12 @@ from typing import Any
 import msgspec
 import trio
 
+from hmmnet.devices import injection
 from hmmnet.devices.bus import Bus
 from hmmnet.devices.context import Context, MirroredProcess, Traffic, pages_listed
 from hmmnet.devices.copyengine import CopyEngines
 from hmmnet.devices.engine import Engine, JobOutcome
+from hmmnet.devices.faultbuffer import BATCH_PAGES
 from hmmnet.devices.kernels import kernel_names, load_kernel
 from hmmnet.devices.memory import Memory
 from hmmnet.devices.mirror import Mirror
@@ -32,6 +34,7 @@ from hmmnet.devices.spec import Spec
 from hmmnet.errors import KernelError, PeerError, ProtocolError
 from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.fabric.dma import BulkReceiver, BulkSender
+from hmmnet.faults.effects import DeviceEffect
 from hmmnet.faults.injector import Points
 from hmmnet.pages import LARGE, PAGES_MAX, Words, ascending, from_wire, page_by_page
 from hmmnet.wire.messages import (
@@ -112,6 +115,7 @@ class Device:
         self.copies = CopyEngines(self.memory, wiring.sender, wiring.receiver, wiring.nursery)
         self.bus = Bus(wiring.session, wiring.sender, wiring.receiver, wiring.clock)
         self.jobs_finished = 0
+        self._entries = BATCH_PAGES
         self._nursery = wiring.nursery
         self._processes: dict[int, MirroredProcess] = {}
         self._slots: dict[int, Context] = {}
@@ -150,6 +154,7 @@ class Device:
         context = Context(mirror, process, self.memory, self.copies, self.bus, self.slab_pages, self.spec.is_coherent)
         process.contexts.append(context)
         service = FaultService(context, self.clock.now, compound=self.compound)
+        service.buffer.entries = self._entries
         opened = Opened(context, service, Engine(context, service, self.clock.now, can_fault=self.spec.fault_capable))
         self.contexts[message.context] = opened
         self._slots[self._slot_last] = context
@@ -205,6 +210,16 @@ class Device:
         for opened in self.contexts.values():
             opened.scope.cancel()
 
+    def set_buffer(self, entries: int) -> None:
+        """So many faults fit in the fault buffers, of contexts that are open and of those to come."""
+        self._entries = entries
+        for opened in self.contexts.values():
+            opened.service.buffer.entries = entries
+
+    def suffer(self, effect: DeviceEffect) -> Callable[[], None]:
+        """A fault of this device itself; what undoes it. Raises HmmnetError."""
+        return injection.begin(self, effect)
+
     # --- invalidation ---------------------------------------------------------------------------------------------------------
 
     def invalidate(self, message: Invalidate) -> Awaitable[None] | None:
@@ -253,6 +268,8 @@ class Device:
 
     async def _answer_late(self, answer: Copied) -> Copied:
         await self.points.at("device.copy_out")
+        if self.points.fails("device.bad_copy"):
+            return Copied(bytes((answer.data[0] ^ 1,)) + answer.data[1:], answer.checksum)
         return answer
 
     def _copy_out(self, message: CopyOut) -> Copied | None:
@@ -388,6 +405,7 @@ class Device:
             "pages": self.memory.pages,
             "pages_used": self.memory.used_pages,
             "pages_used_max": self.memory.used_max,
+            "pages_retired": self.memory.retired,
             "contexts": len(self.contexts),
             "jobs_running": sum(len(opened.jobs) for opened in self.contexts.values()),
             "jobs_finished": self.jobs_finished,

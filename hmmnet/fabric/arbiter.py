@@ -10,8 +10,12 @@ for a flow takes turns instead (`singles`); a flow that opens meanwhile begins b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 
+from hmmnet.errors import HmmnetError, PeerError
 from hmmnet.topology.model import Topology
 from hmmnet.topology.routes import Routes
 
@@ -77,6 +81,24 @@ class Flow:
                 link.record(self._bytes, self.start_s, self.due_s, now_s)
 
 
+LISTED_MAX = 16
+"""Names of links that an error lists."""
+
+
+@dataclass(frozen=True)
+class LinkChange:
+    """What a fault does to links whose names match `link`: a `factor` of their bandwidth is left, they take longer, or are `down`.
+
+    `peers`: only to links from one device to another.
+    """
+
+    link: str
+    factor: float = 1.0
+    latency_s: float = 0.0
+    down: bool = False
+    peers: bool = False
+
+
 class Arbiter:
     """The links of one machine."""
 
@@ -87,10 +109,49 @@ class Arbiter:
             self._links[spec.name, True] = Link(spec.name, spec.a, spec.b, spec.capacity_bytes_per_s(True), spec.latency_s)
             self._links[spec.name, False] = Link(spec.name, spec.b, spec.a, spec.capacity_bytes_per_s(False), spec.latency_s)
         self._flows: list[Flow] = []
+        self._topology = topology
+        self._changes: dict[int, LinkChange] = {}
+        self.changed = 0
+        """How often links have changed: who keeps routes looks whether they are still good."""
+
+    def links_named(self, pattern: str) -> list[str]:
+        """Names of links that match. Raises HmmnetError when none does."""
+        found = [spec.name for spec in self._topology.links if fnmatchcase(spec.name, pattern)]
+        if not found:
+            raise HmmnetError(
+                f'no link is called "{pattern}"; there are {", ".join(spec.name for spec in self._topology.links[:LISTED_MAX])}'
+            )
+        return found
+
+    def change(self, number: int, change: LinkChange | None, now_s: float) -> None:
+        """From now on `change` holds for the links that it names, under `number`; None: no more. Transfers under way keep their way."""
+        if change is None:
+            self._changes.pop(number, None)
+        else:
+            self._changes[number] = change
+        down: set[str] = set()
+        devices = set(self._topology.device_names)
+        for spec in self._topology.links:
+            peers = spec.a in devices and spec.b in devices
+            held = [one for one in self._changes.values() if fnmatchcase(spec.name, one.link) and (peers or not one.peers)]
+            for forward in (True, False):
+                link = self._links[spec.name, forward]
+                link.capacity_bytes_per_s = spec.capacity_bytes_per_s(forward) * math.prod(one.factor for one in held)
+                link.latency_s = spec.latency_s + sum(one.latency_s for one in held)
+            if any(one.down for one in held):
+                down.add(spec.name)
+        left = [spec for spec in self._topology.links if spec.name not in down]
+        self._routes = Routes(replace(self._topology, links=tuple(left)) if down else self._topology)
+        self.changed += 1
+        if self._flows:
+            self._share(now_s)
 
     def route(self, source: str, target: str) -> tuple[Link, ...]:
-        """The links from `source` to `target`, by name of memory node or device. Raises TopologyError."""
-        return tuple(self._links[hop.link.name, hop.forward] for hop in self._routes.route(source, target))
+        """The links from `source` to `target`, by name of memory node or device. Raises TopologyError; PeerError while links are down."""
+        hops = self._routes.find(source, target) if self._changes else self._routes.route(source, target)
+        if hops is None:
+            raise PeerError(f'no link that works leads from "{source}" to "{target}": links are down')
+        return tuple(self._links[hop.link.name, hop.forward] for hop in hops)
 
     def open_flow(self, source: str, target: str, now_s: float) -> Flow:
         """A transfer begins; the rates of all flows it meets change. Raises TopologyError when there is no route."""

@@ -236,6 +236,8 @@ class Injector:
             elif fault.action == "pause":
                 await active.released.wait()
             elif fault.action == "fail":
+                if fault.delay_s:
+                    await self.sleep(fault.delay_s)
                 raise POINTS[where.point].error(where)
             elif fault.action == "call":
                 assert fault.call is not None, "checked when it was made"

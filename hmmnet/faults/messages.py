@@ -47,31 +47,46 @@ class Way:
         to_device, to_host = (towards_b, towards_a) if ends[0] == HOST else (towards_a, towards_b)
         return cls(device, to_device, to_host, channel)
 
+    @property
+    def text(self) -> str:
+        """What `parse` reads as this way, whatever the channel."""
+        arrow = "<->" if self.to_device and self.to_host else "->" if self.to_host else "<-"
+        return f"{self.device}{arrow}{HOST}"
+
     def matches(self, device: str, channel: Channel, *, to_device: bool) -> bool:
         """Whether messages of `device` on `channel` in this direction are meant."""
         direction = self.to_device if to_device else self.to_host
         return direction and self.channel in {"any", channel} and fnmatchcase(device, self.device)
 
     def __str__(self) -> str:
-        arrow = "<->" if self.to_device and self.to_host else "->" if self.to_host else "<-"
-        return f"{self.device}{arrow}{HOST}" + ("" if self.channel == "any" else f" ({self.channel})")
+        return self.text + ("" if self.channel == "any" else f" ({self.channel})")
 
 
 @dataclass(frozen=True)
 class MessageFault:
-    """One fault: `kind` is a name in `FAULTS`. `latency_s` and `jitter_s` are of ``delay`` and ``reorder`` (1 ms by itself)."""
+    """One fault: `kind` is a name in `FAULTS`. `latency_s` and `jitter_s` are of ``delay`` and ``reorder`` (1 ms by itself).
+
+    `message`, if it is not empty, is the type of the control messages that are meant. `shape` is of ``corrupt``: one ``bit``, a ``burst``
+    of bytes, or halves that ``swap`` places.
+    """
 
     kind: str
     way: Way = field(default_factory=Way)
     controls: Controls = field(default_factory=Controls)
     latency_s: float = 0.0
     jitter_s: float = 0.0
+    message: str = ""
+    shape: str = "bit"
 
     def __post_init__(self) -> None:
         if self.kind not in FAULTS:
             raise HmmnetError(f'no fault of messages is called "{self.kind}"; there are {", ".join(FAULTS)}')
         if self.latency_s < 0 or self.jitter_s < 0:
             raise HmmnetError(f"latency {self.latency_s:g} s and jitter {self.jitter_s:g} s cannot be negative")
+        if self.shape not in SHAPES:
+            raise HmmnetError(f'data are not damaged in the shape "{self.shape}"; there are {", ".join(SHAPES)}')
+        if self.message and self.way.channel == "bulk":
+            raise HmmnetError("chunks on the bulk channel have no message types")
         if self.kind == "corrupt" and self.way.channel != "bulk":
             raise HmmnetError(
                 '"corrupt" is for the bulk channel, where chunks have checksums; control messages travel over checked transports'
@@ -79,12 +94,12 @@ class MessageFault:
 
     def apply(self, deliveries: list[Delivery], random: Random) -> list[Delivery]:
         """What becomes of one message, or of what other faults have made of it."""
-        if self.kind in {"loss", "partition"}:
+        if self.kind in {"loss", "partition", "hold"}:
             return []
         if self.kind == "duplicate":
             return deliveries + deliveries
-        if self.kind == "corrupt":
-            return [(late_s, _damaged(parts, random)) for late_s, parts in deliveries]
+        if self.kind in _CHANGES:
+            return [(late_s, _changed(parts, self, random)) for late_s, parts in deliveries]
         extra_s = self.latency_s + (random.random() * self.jitter_s if self.jitter_s else 0.0)
         return [(late_s + (extra_s or REORDER_S), parts) for late_s, parts in deliveries]
 
@@ -95,17 +110,45 @@ FAULTS = {
     "delay": "it arrives later, and everything behind it too",
     "reorder": "it arrives later, and what is behind it first",
     "duplicate": "it arrives twice",
-    "corrupt": "one bit of its data is another",
+    "corrupt": "its data are damaged",
+    "truncate": "its end is cut off",
+    "garbage": "it is random bytes",
+    "old_version": "it says that it is of another version of the protocol",
     "partition": "nothing passes until it is mended",
+    "hold": "nothing passes until it is mended; then all of it arrives, in its order",
 }
 """The faults of messages by name."""
+SHAPES = ("bit", "burst", "swap")
+BURST_BYTES_MAX = 64
+VERSION_BYTE = 2
+"""Where a session's frame says its version (`hmmnet.wire.codec`)."""
+_CHANGES = frozenset({"corrupt", "truncate", "garbage", "old_version"})
 
 
-def _damaged(parts: Parts, random: Random) -> Parts:
-    """One bit of the longest part is another."""
+def _changed(parts: Parts, fault: MessageFault, random: Random) -> Parts:
+    """Something is done to the longest part."""
     longest = max(range(len(parts)), key=lambda i: len(parts[i]))
     raw = bytearray(parts[longest])
     if not raw:
         return parts
-    raw[random.randrange(len(raw))] ^= 1 << random.randrange(8)
+    if fault.kind == "truncate":
+        del raw[random.randrange(len(raw)) :]
+    elif fault.kind == "garbage":
+        raw[:] = random.randbytes(len(raw))
+    elif fault.kind == "old_version":
+        raw[VERSION_BYTE : VERSION_BYTE + 1] = b"\0"
+    else:
+        _damage(raw, fault.shape, random)
     return (*parts[:longest], bytes(raw), *parts[longest + 1 :])
+
+
+def _damage(raw: bytearray, shape: str, random: Random) -> None:
+    at = random.randrange(len(raw))
+    if shape == "bit":
+        raw[at] ^= 1 << random.randrange(8)
+    elif shape == "burst":
+        end = min(len(raw), at + random.randrange(1, BURST_BYTES_MAX))
+        raw[at:end] = bytes(byte ^ 0xFF for byte in raw[at:end])
+    else:
+        half = len(raw) // 2
+        raw[: 2 * half] = raw[half : 2 * half] + raw[:half]

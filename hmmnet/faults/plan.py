@@ -1,93 +1,182 @@
 """Plans: lists of faults, as a TOML file or made in Python.
 
 [[fault]]
-kind = "loss"              # a name in FAULTS
-on = "gpu*<->host"         # who and which direction; default: everybody, both
-channel = "control"        # or "bulk"; default: any
+kind = "copy.corrupt"      # a name in the catalogue (`hmmnet fault kinds`)
+on = "gpu*"                # whom: devices, gpu0<->host, links, nodes; default: everybody
 probability = 0.05         # and interval, times, space, nth: see Controls
-latency = "5 ms"           # of delay and reorder
-jitter = "1 ms"
+direction = "to_host"      # the kind's own parameters
+after = "10 ms"            # begins then, emulated, and
+lasts = "1 s"              # ends again
+process = 1000             # only this process's
+range = "0x7f0000000000+64KiB"  # only these addresses
 """
 
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import msgspec
+from pathlib import Path
+from typing import Any, TypeAlias
 
 from hmmnet.errors import HmmnetError
-from hmmnet.units import parse_time
+from hmmnet.topology.lines import key_lines
+from hmmnet.topology.problems import Problem, did_you_mean
 
+from .catalogue import CONTROLS, as_given, kind_named, problems
+from .catalogue import fault as make_fault
 from .controls import Controls
-from .messages import Channel, MessageFault, Way
+from .effects import Effect
+from .injector import PointFault
+from .kinds import Fault, Kind, World
+from .messages import MessageFault
+
+AnyFault: TypeAlias = Fault | MessageFault | PointFault
+"""A named fault with its parameters, or what such a one comes down to."""
+SECTION = "fault"
 
 
-class _Entry(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """One ``[[fault]]``."""
+class PlanError(HmmnetError):
+    """A plan with mistakes: all of them in `problems`, one a line in its text."""
 
-    kind: str
-    on: str = "*<->host"
-    channel: Channel = "any"
-    probability: float = 1.0
-    interval: int = 1
-    times: int = -1
-    space: int = 0
-    nth: int = 0
-    latency: str = "0 s"
-    jitter: str = "0 s"
-
-
-class _File(msgspec.Struct, forbid_unknown_fields=True):
-    fault: list[dict[str, Any]]
+    def __init__(self, mistakes: Sequence[Problem]) -> None:
+        super().__init__("\n".join(map(str, mistakes)))
+        self.problems = tuple(mistakes)
 
 
 @dataclass(frozen=True)
 class Plan:
     """Faults that act together."""
 
-    faults: Sequence[MessageFault] = ()
+    faults: Sequence[AnyFault] = ()
 
     @classmethod
     def parse(cls, text: str, file: str = "plan.toml") -> Plan:
-        """The plan in `text`. Raises HmmnetError that names every fault of the file that cannot be used, and why."""
+        """The plan in `text`. Raises PlanError with every mistake of the file: line, fault, field, cause, and what was meant."""
         try:
-            entries = msgspec.convert(tomllib.loads(text), _File).fault
-        except (tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
-            raise HmmnetError(f"{file}: {error}") from None
-        faults, mistakes = [], []
-        for number, entry in enumerate(entries, 1):
-            try:
-                faults.append(_fault(msgspec.convert(entry, _Entry)))
-            except (msgspec.ValidationError, HmmnetError, ValueError) as error:
-                mistakes.append(f"{file}: fault {number}: {error}")
+            data = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise PlanError(
+                [Problem(file, 0, "", "", f"no valid TOML: {error}", "text stands in quotes, tables begin with [[fault]]")]
+            ) from None
+        lines = key_lines(text)
+        mistakes = [
+            Problem(
+                file, lines.get((key,), 0), "", key, "unknown section or key", did_you_mean(key, [SECTION], "a plan has [[fault]] tables")
+            )
+            for key in data
+            if key != SECTION
+        ]
+        tables = data.get(SECTION, [])
+        if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+            mistakes.append(Problem(file, lines.get((SECTION,), 0), "", SECTION, "no array of tables", "write [[fault]] before each one"))
+            tables = []
+        return cls._of(tables, file, lines, mistakes)
+
+    @classmethod
+    def of(cls, entries: Iterable[Mapping[str, Any]], place: str = "plan") -> Plan:
+        """The plan of `entries`, each a ``[[fault]]`` as a dictionary; `place` is what messages call it. Raises PlanError as `parse`."""
+        return cls._of([dict(entry) for entry in entries], place, {}, [])
+
+    @classmethod
+    def _of(cls, tables: Sequence[dict[str, Any]], file: str, lines: Mapping[Any, int], mistakes: list[Problem]) -> Plan:
+        for index, table in enumerate(tables):
+            mistakes += _mistakes(file, lines, index, table)
         if mistakes:
-            raise HmmnetError("\n".join(mistakes))
-        return cls(faults)
+            raise PlanError(mistakes)
+        return cls(tuple(make_fault(**table) for table in tables))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """The plan in a file. Raises PlanError; HmmnetError when it cannot be read."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise HmmnetError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        return cls.parse(text, str(path))
+
+    def check_world(self, world: World) -> None:
+        """Raises HmmnetError that names every fault which cannot be done there, and why."""
+        causes = []
+        for one in self.faults:
+            if isinstance(one, Fault):
+                try:
+                    one.kind.check_world(world)
+                except HmmnetError as error:
+                    causes.append(str(error))
+        if causes:
+            raise HmmnetError("\n".join(causes))
 
     def as_toml(self) -> str:
-        """A file that `parse` reads as this plan."""
-        return "\n".join(_as_toml(fault) for fault in self.faults)
+        """A file that `parse` reads as this plan. Raises HmmnetError for a fault with a function in it."""
+        return "\n".join(_as_toml(named(one)) for one in self.faults)
 
 
-def _fault(entry: _Entry) -> MessageFault:
-    controls = Controls(entry.probability, entry.interval, entry.times, entry.space, entry.nth)
-    way = Way.parse(entry.on, entry.channel)
-    return MessageFault(entry.kind, way, controls, parse_time(entry.latency), parse_time(entry.jitter))
+def _mistakes(file: str, lines: Mapping[Any, int], index: int, table: dict[str, Any]) -> list[Problem]:
+    kind = table.get("kind")
+    place = f"fault {index + 1}"
+    first = lines.get((SECTION, index), 0)
+    if not isinstance(kind, str):
+        return [Problem(file, first, place, "kind", "missing, or no text", 'add kind = "loss", or another of `hmmnet fault kinds`')]
+    found = []
+    for field, cause in problems(kind, {name: value for name, value in table.items() if name != "kind"}):
+        cause, _, mend = cause.partition("; ")
+        found.append(Problem(file, lines.get((SECTION, index, field), first), place, field, cause, mend))
+    return found
 
 
-def _as_toml(fault: MessageFault) -> str:
-    arrow = "<->" if fault.way.to_device and fault.way.to_host else "->" if fault.way.to_host else "<-"
-    lines = ["[[fault]]", f'kind = "{fault.kind}"', f'on = "{fault.way.device}{arrow}host"']
-    if fault.way.channel != "any":
-        lines.append(f'channel = "{fault.way.channel}"')
-    for name in Controls.__dataclass_fields__:
-        value = getattr(fault.controls, name)
-        if value != Controls.__dataclass_fields__[name].default:
+def plain(effect: MessageFault | PointFault) -> Fault:
+    """A fault that comes down to just that effect."""
+    if isinstance(effect, PointFault) and effect.call is not None:
+        kind = Kind("call", "points", "a function is called", "", lambda _: [effect])
+    else:
+        made = named(effect)
+        kind = Kind(made.kind.name, made.kind.family, made.kind.what, made.kind.holds, lambda _: _effects(effect), made.kind.on)
+    return Fault(kind, "", effect.controls)
+
+
+def _effects(effect: Effect) -> list[Effect]:
+    return [effect]
+
+
+def named(one: AnyFault) -> Fault:
+    """The fault of the catalogue that comes down to that effect. Raises HmmnetError for one with a function in it."""
+    if isinstance(one, Fault):
+        return one
+    given: dict[str, Any] = _controls(one.controls)
+    if isinstance(one, MessageFault):
+        given |= {"on": one.way.text, "channel": one.way.channel, "latency": one.latency_s, "jitter": one.jitter_s}
+        given |= {"message": one.message, "shape": one.shape}
+        kind = kind_named(one.kind)
+    else:
+        if one.call is not None:
+            raise HmmnetError(f"a fault that calls a function cannot be written down: {one.point}")
+        given |= {
+            "on": one.device,
+            "point": one.point,
+            "event": one.event,
+            "node": one.node,
+            "latency": one.delay_s,
+            "jitter": one.jitter_s,
+        }
+        given |= {"process": one.process} if one.process else {}
+        given |= {"range": f"0x{one.start:x}+{one.end - one.start}"} if one.end > one.start else {}
+        kind = kind_named(f"point.{one.action}")
+    fitting = {*CONTROLS, "on", "process", "range", *(parameter.name for parameter in kind.parameters)}
+    return make_fault(kind.name, **{name: value for name, value in given.items() if name in fitting})
+
+
+def _controls(controls: Controls) -> dict[str, Any]:
+    return {name: value for name, one in CONTROLS.items() if (value := getattr(controls, name)) != one.default}
+
+
+def _as_toml(one: Fault) -> str:
+    lines = ["[[fault]]"]
+    for name, value in as_given(one).items():
+        if isinstance(value, bool):
+            lines.append(f"{name} = {str(value).lower()}")
+        elif isinstance(value, str):
+            lines.append(f'{name} = "{value}"')
+        else:
             lines.append(f"{name} = {value!r}")
-    for key, seconds in (("latency", fault.latency_s), ("jitter", fault.jitter_s)):
-        if seconds:
-            lines.append(f'{key} = "{seconds * 1e9:.12g} ns"' if seconds < 1 else f'{key} = "{seconds:.12g} s"')
     return "\n".join(lines) + "\n"

@@ -168,11 +168,17 @@ _ALL = [
         ("migrate.insert", "a page inserted on an empty entry: the CPU was first"),
         ("migrate.split", "the split of a large page in a range that migrates"),
         ("session.hello", "a device says hello: it is told that the host is busy"),
+        ("hub.wrong_owner", "a device's own migration is announced: it is told as if it were another's"),
+        ("hub.wide", "a device is told of a range: of pages around it, too"),
     ),
     *_choices(
         "device",
         ("device.alloc.small", "frames of a device for a migration"),
         ("device.alloc.large", "an aligned run of 512 device frames"),
+        ("device.bad_copy", "pages that come home with an answer: damaged behind their checksum"),
+        ("device.duplicate", "a batch of faults was serviced: it is reported once more"),
+        ("device.replay_lost", "accesses are to be replayed: the replay is lost"),
+        ("device.unserviceable", "a batch of faults is about to be serviced: its first page cannot be"),
         ("device.welcome", "the device finds that it cannot be what the host's welcome wants"),
     ),
 ]

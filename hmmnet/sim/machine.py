@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 from random import Random
@@ -15,8 +17,13 @@ from trio.testing import MockClock
 
 from hmmnet.blocking import only_error
 from hmmnet.errors import HmmnetError, KernelError, PeerLost
-from hmmnet.faults.injector import HOST, Injector
+from hmmnet.faults.carry import Carrier, Undo
+from hmmnet.faults.effects import DeviceEffect, HostEffect, LinkEffect, NodeEffect
+from hmmnet.faults.injector import HOST, Injector, PointFault
+from hmmnet.faults.kinds import Fault
 from hmmnet.faults.messages import Channel, MessageFault
+from hmmnet.faults.network import Network
+from hmmnet.faults.plan import AnyFault, plain
 from hmmnet.machine import Host, host_class
 from hmmnet.program import Process
 from hmmnet.topology.load import installed_models, load
@@ -25,7 +32,6 @@ from hmmnet.wire.memory_transport import MemoryChannel, MemoryTransport, Parts
 from hmmnet.wire.transport import CHANNEL_BYTES_MAX
 
 from .clock import VirtualClock
-from .network import Network
 from .trace import Trace
 
 SECRET = bytes(32)
@@ -93,6 +99,7 @@ class _Node:
     transport: NodeTransport
     scope: trio.CancelScope
     incarnation: int
+    device: Any = None
     ended: trio.Event = field(default_factory=trio.Event)
     failure: HmmnetError | None = None
 
@@ -119,6 +126,21 @@ class SimulatedMachine:
         self.injector = injector
         """What happens at its protocol points (`hmmnet.faults.points`)."""
         injector.on_node = self._on_node
+        self.carrier = Carrier(
+            "sim",
+            {
+                PointFault: self._at_points,
+                MessageFault: self._on_wires,
+                LinkEffect: host.injection.link,
+                HostEffect: host.injection.deed,
+                DeviceEffect: self._in_devices,
+                NodeEffect: self._to_nodes,
+            },
+            nursery.start_soon,
+            trio.sleep,
+        )
+        """The faults that were added, by number."""
+        self._revived: dict[str, float] = {}
         self._points = {device: injector.points_of(device) for device in topology.device_names}
         self._wires = wires
         self._nursery = nursery
@@ -195,13 +217,16 @@ class SimulatedMachine:
         self._crash(name)
         await trio.lowlevel.checkpoint()
 
-    def _crash(self, name: str) -> None:
+    def _crash(self, name: str, *, told: bool = True) -> None:
         node = self._nodes.pop(name)
         self.injector.resume(name)
         self.network.release(name, lost=True)
         node.transport.cut()
         node.scope.cancel()
-        self.host.device_exited(name, "was killed")
+        if told:
+            self.host.device_exited(name, "was killed")
+        if name in self._revived:
+            self._nursery.start_soon(self._again, name, self._revived[name])
 
     def _on_node(self, action: str, name: str) -> None:
         """A fault wants a device's life, or its silence; what does not run any more has neither."""
@@ -212,24 +237,98 @@ class SimulatedMachine:
         else:
             self._hang(name)
 
-    async def hang_device(self, name: str) -> None:
-        """It stops where it is (SIGSTOP): nothing that it is sent is read, nothing comes from it. Raises KernelError(ENOENT)."""
-        self._known(name, "hang_device")
+    def pause_device(self, name: str) -> None:
+        """It stops where it is (SIGSTOP): nothing that it is sent is read, nothing comes from it. Raises KernelError: ENOENT, ESRCH."""
+        self._known(name, "pause_device")
         if name not in self._nodes:
-            raise KernelError(2, "hang_device", f"device {name} does not run")
+            raise KernelError(3, "pause_device", f"device {name} does not run")
         self._hang(name)
-        await trio.lowlevel.checkpoint()
 
     def _hang(self, name: str) -> None:
         self.injector.stop(name)
         self.network.hold(name)
 
-    async def resume_device(self, name: str) -> None:
-        """It goes on (SIGCONT), with all that it was sent meanwhile."""
+    def resume_device(self, name: str) -> None:
+        """It goes on (SIGCONT), with all that it was sent meanwhile. Raises KernelError(ENOENT)."""
         self._known(name, "resume_device")
         self.injector.resume(name)
         self.network.release(name)
-        await trio.lowlevel.checkpoint()
+
+    # --- faults ---------------------------------------------------------------------------------------------------------------
+
+    def add_fault(self, fault: AnyFault) -> int:
+        """A fault begins; its number, for `remove_fault`. Raises HmmnetError for what a simulated machine cannot do."""
+        return self.carrier.add(fault if isinstance(fault, Fault) else plain(fault))
+
+    def remove_fault(self, number: int) -> None:
+        """It ends. Raises HmmnetError when there is none of that number."""
+        self.carrier.remove(number)
+
+    def heal(self) -> None:
+        """All faults end."""
+        self.carrier.heal()
+        self.network.heal()
+        self.injector.heal()
+
+    def _at_points(self, fault: PointFault) -> Undo:
+        return partial(self.injector.remove, self.injector.add(fault))
+
+    def _on_wires(self, fault: MessageFault) -> Undo:
+        return partial(self.network.remove, self.network.add(fault))
+
+    def _in_devices(self, effect: DeviceEffect) -> Undo:
+        devices = [node.device for name, node in self._nodes.items() if fnmatchcase(name, effect.device)]
+        undos = [device.suffer(effect) for device in devices if device is not None]
+
+        def undo() -> None:
+            for one in undos:
+                one()
+
+        return undo
+
+    def _to_nodes(self, effect: NodeEffect) -> Undo:
+        """Raises HmmnetError when nothing is called so."""
+        if effect.node == HOST:
+            for name in self._nodes:
+                self.network.hold(name)
+            return _nothing
+        names = [name for name in self.device_names if fnmatchcase(name, effect.node)]
+        if not names:
+            raise HmmnetError(f'no device is called "{effect.node}"; there are {", ".join(self.device_names)}')
+        running = [name for name in names if name in self._nodes]
+        down_s = float(effect.settings.get("down", 0.0))
+        if effect.deed == "revive":
+            return self._revive(names, down_s)
+        for name in running:
+            if effect.deed in ("crash", "bounce", "unplug"):
+                self._crash(name, told=effect.deed != "unplug")
+            elif effect.deed == "unload":
+                self._nodes[name].scope.cancel()
+            elif effect.deed == "hang":
+                self._hang(name)
+            if effect.deed == "bounce":
+                self._nursery.start_soon(self._again, name, down_s)
+        return partial(self._resume_all, names) if effect.deed == "hang" else _nothing
+
+    def _resume_all(self, names: Sequence[str]) -> None:
+        for name in names:
+            self.resume_device(name)
+
+    def _revive(self, names: Sequence[str], down_s: float) -> Undo:
+        self._revived.update(dict.fromkeys(names, down_s))
+
+        def undo() -> None:
+            for name in names:
+                self._revived.pop(name, None)
+
+        return undo
+
+    async def _again(self, name: str, down_s: float) -> None:
+        await trio.sleep(down_s)
+        if name not in self._nodes:
+            await self.start_device(name)
+
+    # --- devices, inside --------------------------------------------------------------------------------------------------------
 
     def _known(self, name: str, call: str) -> None:
         if name not in self._incarnations:
@@ -247,6 +346,7 @@ class SimulatedMachine:
                     VirtualClock(),
                     pid=PID,
                     points=self._points[name],
+                    made=partial(setattr, node, "device"),
                 )
         except HmmnetError as error:
             node.failure = error
@@ -264,7 +364,7 @@ async def simulated(
     name: str = "simulated",
     trace: Trace | None = None,
     seed: int = 0,
-    faults: Sequence[MessageFault] = (),
+    faults: Sequence[AnyFault] = (),
     personality: Personality | None = None,
 ) -> AsyncIterator[SimulatedMachine]:
     """A machine while the block runs, in a trio run in virtual time (`run_virtual`). Raises TopologyError; HmmnetError in real time.
@@ -278,12 +378,11 @@ async def simulated(
     watch = None if trace is None else trace.sent
     wires = MemoryTransport(watch)
     injector = Injector(Random(seed ^ POINTS_SEED))  # noqa: S311 - chance, not secrecy
-    points = injector.points_of(HOST)
-    host: Host = host_class()(machine, wires, Path(), SECRET, VirtualClock(), name, scheme="mem", incarnation=1, points=points)
+    host: Host = host_class()(machine, wires, Path(), SECRET, VirtualClock(), name, scheme="mem", incarnation=1, injector=injector)
     with only_error():
         async with trio.open_nursery() as nursery:
             async with host.running():
-                network = Network(Random(seed), trace)  # noqa: S311 - chance, not secrecy
+                network = Network(Random(seed), None if trace is None else trace.add)  # noqa: S311 - chance, not secrecy
                 if trace is not None:
                     injector.on_fired = trace.fired
                 nursery.start_soon(network.run)
@@ -291,11 +390,16 @@ async def simulated(
                 for device in machine.device_names:
                     await world.start_device(device)
                 for fault in faults:
-                    network.add(fault)
+                    world.add_fault(fault)
                 yield world
+                world.carrier.heal()
                 network.heal()
                 injector.heal(but="session.bye")
             nursery.cancel_scope.cancel()
+
+
+def _nothing() -> None:
+    """What is done is done."""
 
 
 def _serve() -> Serve:

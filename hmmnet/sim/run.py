@@ -11,7 +11,7 @@ import trio
 from trio.testing import MockClock
 
 from hmmnet.errors import HmmnetError
-from hmmnet.faults.messages import MessageFault
+from hmmnet.faults.plan import AnyFault
 from hmmnet.topology.model import Personality, Topology
 
 from .machine import SimulatedMachine, simulated
@@ -66,7 +66,7 @@ def simulate(
     topology: str | Path | Topology = "two-gpus",
     *,
     seed: int = 0,
-    faults: Sequence[MessageFault] = (),
+    faults: Sequence[AnyFault] = (),
     limit_s: float = LIMIT_S,
     keep: bool = False,
     personality: Personality | None = None,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from random import Random
 
 import pytest
 
 from hmmnet.errors import HmmnetError
-from hmmnet.faults import FAULTS, Controls, MessageFault, Plan, Way
+from hmmnet.faults import FAULTS, KINDS, Controls, Fault, MessageFault, Plan, PlanError, PointFault, Way, fault
+from hmmnet.faults.plan import named
 
 TEXT = """
 [[fault]]
@@ -28,11 +30,29 @@ interval = 2
 def test_a_plan_is_read_and_written_back() -> None:
     """What was written reads as the same plan."""
     plan = Plan.parse(TEXT)
-    assert list(plan.faults) == [
+    assert [effect for one in plan.faults if isinstance(one, Fault) for effect in one.effects] == [
         MessageFault("loss", Way("gpu*", to_device=False, to_host=True, channel="control"), Controls(probability=0.05)),
         MessageFault("delay", Way(), Controls(times=3, interval=2), latency_s=0.005, jitter_s=1.5e-6),
     ]
     assert Plan.parse(plan.as_toml()) == plan
+    low = Plan(
+        (MessageFault("reorder", Way("gpu0", to_device=False), Controls(nth=3), 0.001), PointFault("migrate.*", "delay", delay_s=0.5))
+    )
+    assert Plan.parse(low.as_toml()) == Plan(tuple(map(named, low.faults)))
+    with pytest.raises(HmmnetError, match="calls a function"):
+        Plan((PointFault("migrate.*", "call", call=print),)).as_toml()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_written_and_read(kind: str) -> None:
+    """With all of its parameters."""
+    given = {"point": "migrate.mid_copy", "to": "gpu1"}
+    needed = {one.name: given[one.name] for one in KINDS[kind].parameters if one.default is None}
+    made = fault(kind, process=7, range="0x10000+8 KiB", after="1 ms", lasts=2.0, probability=0.5, **needed)
+    assert (made.start, made.end) == (0x10000, 0x12000)
+    plan = Plan((made,))
+    assert Plan.parse(plan.as_toml()) == plan
+    assert KINDS[kind].holds or KINDS[kind].not_in
 
 
 @pytest.mark.parametrize(
@@ -56,35 +76,77 @@ def test_ways(text: str, device: str, to_device: bool, to_host: bool) -> None:
 
 
 def test_every_mistake_is_named() -> None:
-    """With the file, the number of the fault, and what would do."""
-    text = """
+    """With the file, the line, the fault, the field, and what was meant."""
+    text = """\
 [[fault]]
 kind = "losss"
+
 [[fault]]
 kind = "loss"
 on = "gpu0<->gpu1"
-[[fault]]
-kind = "loss"
-probability = 3.0
+
 [[fault]]
 kind = "loss"
 propability = 0.5
+nth = -1
+
 [[fault]]
 kind = "delay"
 latency = "5"
+
 [[fault]]
-kind = "corrupt"
+on = "gpu0"
+
+[[fault]]
+kind = "copy.corrupt"
+shape = "hole"
+range = "here"
+
+[[fault]]
+kind = "point.delay"
+
+[[fault]]
+kind = "loss"
+probability = 3.0
+
+[faults]
+kind = "loss"
 """
-    with pytest.raises(HmmnetError) as caught:
+    with pytest.raises(PlanError) as caught:
         Plan.parse(text, "my.toml")
-    lines = str(caught.value).split("\n")
-    assert [line.split(": ")[1] for line in lines] == [f"fault {number}" for number in range(1, 7)]
-    words = ('no fault of messages is called "losss"', "is no way", "between 0 and 1", "propability", "a number and a unit", "bulk channel")
-    for line, text in zip(lines, words, strict=True):
-        assert text in line
-    for broken in ("[[fault", "fault = 3", "[[faults]]\nkind = 'loss'"):
-        with pytest.raises(HmmnetError, match=r"my\.toml: "):
+    assert str(caught.value).split("\n") == [
+        'my.toml:32: faults: unknown section or key; did you mean "fault"?',
+        'my.toml:2: fault 1: kind: no fault is called "losss"; did you mean "loss"?',
+        'my.toml:4: fault 2: "gpu0<->gpu1" is no way; write DEVICE<->host, DEVICE->host or host->DEVICE, where DEVICE may have * and ?',
+        'my.toml:10: fault 3: propability: there is no such parameter; did you mean "probability"?',
+        "my.toml:11: fault 3: nth: -1 where a whole number that is not negative is wanted",
+        "my.toml:15: fault 4: latency: '5' where a time with its unit, such as \"5 ms\" is wanted",
+        'my.toml:17: fault 5: kind: missing, or no text; add kind = "loss", or another of `hmmnet fault kinds`',
+        "my.toml:22: fault 6: shape: 'hole' where one of bit, burst, swap is wanted",
+        "my.toml:23: fault 6: range: 'here' where addresses are wanted, such as 0x7f0000000000+64KiB",
+        "my.toml:25: fault 7: point: missing: a point's name or a pattern of names (see `hmmnet fault points`)",
+        "my.toml:28: fault 8: probability 3.0 is not between 0 and 1",
+    ]
+    assert [problem.line for problem in caught.value.problems][:2] == [32, 2]
+    for broken in ("[[fault", "fault = 3", "x = 1"):
+        with pytest.raises(HmmnetError, match=r"my\.toml"):
             Plan.parse(broken, "my.toml")
+
+
+def test_a_plan_from_a_file(tmp_path: Path) -> None:
+    """And what cannot be read; and what a world cannot do, all of it."""
+    path = tmp_path / "plan.toml"
+    path.write_text(TEXT, encoding="utf-8")
+    assert Plan.load(path) == Plan.parse(TEXT)
+    with pytest.raises(HmmnetError, match="cannot be read: No such file"):
+        Plan.load(tmp_path / "other.toml")
+    plan = Plan((fault("loss"), fault("disk.slow"), fault("restart.kept"), fault("unplug")))
+    with pytest.raises(
+        HmmnetError, match=r'"disk.slow" cannot be done in the sim world: a simulated machine writes no logs\n.*"restart.kept"'
+    ):
+        plan.check_world("sim")
+    with pytest.raises(HmmnetError, match='"unplug" cannot be done in the real world'):
+        plan.check_world("real")
 
 
 def test_what_becomes_of_a_message() -> None:
@@ -92,9 +154,30 @@ def test_what_becomes_of_a_message() -> None:
     parts = (b"head", bytes(100))
     random = Random(1)
     become = {kind: MessageFault(kind, Way(channel="bulk"), latency_s=0.25).apply([(0.5, parts)], random) for kind in FAULTS}
-    assert become["loss"] == become["partition"] == []
+    assert become["loss"] == become["partition"] == become["hold"] == []
     assert become["duplicate"] == [(0.5, parts)] * 2
     assert become["delay"] == become["reorder"] == [(0.75, parts)]
     ((late_s, (head, data)),) = become["corrupt"]
     assert (late_s, head, len(data)) == (0.5, b"head", 100)
     assert sum(byte.bit_count() for byte in data) == 1
+    ((_, (_, short)),) = become["truncate"]
+    assert len(short) < 100
+    ((_, (_, noise)),) = become["garbage"]
+    assert len(noise) == 100
+    assert noise != data
+    ((_, (_, old)),) = become["old_version"]
+    assert len(old) == 100
+
+
+@pytest.mark.parametrize("shape", ["burst", "swap"])
+def test_shapes_of_damage(shape: str) -> None:
+    """A burst is at most 64 bytes in a row; halves that swap hold the same bytes."""
+    whole = bytes(range(100))
+    ((_, (raw,)),) = MessageFault("corrupt", Way(channel="bulk"), shape=shape).apply([(0.0, (whole,))], Random(2))
+    assert raw != whole
+    assert len(raw) == 100
+    if shape == "swap":
+        assert raw == whole[50:] + whole[:50]
+    else:
+        places = [i for i in range(100) if raw[i] != whole[i]]
+        assert places == list(range(places[0], places[-1] + 1))

@@ -1,7 +1,7 @@
-"""What happens to messages on their way in a simulated machine: faults, drawn from the machine's seed.
+"""What happens to messages on their way between the host and its devices: faults, drawn from a seed.
 
-Each wire of a device leads through here. Without faults a message is there at once (time on links is the fabric's business); with faults it
-may be gone, late, twice or damaged. What is late is delivered by `run`.
+Each wire of a device leads through here, in a simulated machine and in a device's process. Without faults a message is there at once (time
+on links is the fabric's business); with faults it may be gone, late, twice or damaged. What is late is delivered by `run`.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from random import Random
 
 import trio
 
-from hmmnet.faults.controls import Chance
-from hmmnet.faults.messages import Channel, Delivery, MessageFault, Parts
+from hmmnet.errors import ProtocolError
+from hmmnet.wire.codec import decode_body
 
-from .trace import Trace
+from .controls import Chance
+from .messages import Channel, Delivery, MessageFault, Parts
 
 Deliver = Callable[[Parts], None]
 
@@ -30,14 +31,39 @@ class Active:
     number: int
     fault: MessageFault
     chance: Chance
+    waiting: list[tuple[Deliver, Parts]] = field(default_factory=list)
+    """What ``hold`` holds."""
+
+    def concerns(self, device: str, channel: Channel, parts: Parts, *, to_device: bool) -> bool:
+        """Whether it may happen to that message."""
+        fault = self.fault
+        return fault.way.matches(device, channel, to_device=to_device) and fault.message in (
+            "",
+            _type_of(parts, channel) if fault.message else "",
+        )
+
+    def end(self) -> None:
+        """It is over."""
+        for deliver, parts in self.waiting:
+            deliver(parts)
+
+
+def _type_of(parts: Parts, channel: Channel) -> str:
+    """The type of a control message; nothing for what is none."""
+    if channel == "bulk":
+        return "-"
+    try:
+        return type(decode_body(parts[-1])).__name__
+    except ProtocolError:
+        return "-"
 
 
 @dataclass
 class Network:
-    """The faults of all wires. `fired` counts them by kind."""
+    """The faults of all wires. `fired` counts them by kind; `told` hears of each, with its time."""
 
     random: Random
-    trace: Trace | None = None
+    told: Callable[[float, str], None] | None = None
     active: dict[int, Active] = field(default_factory=dict)
     fired: Counter[str] = field(default_factory=Counter)
 
@@ -57,11 +83,12 @@ class Network:
 
     def remove(self, number: int) -> None:
         """A fault ends."""
-        del self.active[number]
+        self.active.pop(number).end()
 
     def heal(self) -> None:
         """All faults end, and what was held arrives. What is late stays late."""
-        self.active.clear()
+        for number in list(self.active):
+            self.remove(number)
         for device in list(self._held):
             self.release(device)
 
@@ -80,14 +107,16 @@ class Network:
         now_s = trio.current_time()
         way = (device, channel, to_device)
         deliveries: list[Delivery] = [(max(0.0, self._quiet_until.get(way, 0.0) - now_s), parts)]
-        for active in self._concerned(device, channel, to_device=to_device):
+        for active in self._concerned(device, channel, parts, to_device=to_device):
             if active.chance.fires(sum(map(len, parts))):
                 deliveries = active.fault.apply(deliveries, self.random)
                 self.fired[active.fault.kind] += 1
-                if self.trace is not None:
-                    self.trace.add(now_s, f"fault {active.fault.kind} {device} {channel} {'in' if to_device else 'out'}")
+                if self.told is not None:
+                    self.told(now_s, f"fault {active.fault.kind} {device} {channel} {'in' if to_device else 'out'}")
                 if active.fault.kind == "delay" and deliveries:
                     self._quiet_until[way] = now_s + deliveries[-1][0]
+                if active.fault.kind == "hold":
+                    active.waiting.append((deliver, parts))
         arrives = self._arriving(device, deliver)
         for late_s, given in deliveries:
             if late_s <= 0:
@@ -108,8 +137,13 @@ class Network:
 
         return arrive
 
-    def _concerned(self, device: str, channel: Channel, *, to_device: bool) -> Iterable[Active]:
-        return [one for one in self.active.values() if one.fault.way.matches(device, channel, to_device=to_device)]
+    @property
+    def idle(self) -> bool:
+        """Whether nothing happens to messages, and none is late."""
+        return not (self.active or self._late or self._held)
+
+    def _concerned(self, device: str, channel: Channel, parts: Parts, *, to_device: bool) -> Iterable[Active]:
+        return [one for one in self.active.values() if one.concerns(device, channel, parts, to_device=to_device)]
 
     async def run(self) -> None:
         """Deliver what is late, until cancelled."""

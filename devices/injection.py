@@ -1,0 +1,76 @@
+"""What faults do to a device itself: its fault buffers, its memory, its clock, the disk that its log is on."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from hmmnet.errors import HmmnetError
+from hmmnet.faults.effects import DeviceEffect
+
+from .faultbuffer import BATCH_PAGES
+
+if TYPE_CHECKING:
+    from .models.base import Device
+
+Undo = Callable[[], None]
+
+
+def begin(device: Device, effect: DeviceEffect) -> Undo:
+    """Do it; what undoes it. Raises HmmnetError."""
+    do = DEEDS.get(effect.deed)
+    if do is None:
+        raise HmmnetError(f'a device has no deed "{effect.deed}"')
+    return do(device, effect)
+
+
+def _nothing() -> None:
+    """What is done is done."""
+
+
+def _buffer(device: Device, effect: DeviceEffect) -> Undo:
+    device.set_buffer(max(1, int(effect.settings["entries"])))
+    return lambda: device.set_buffer(BATCH_PAGES)
+
+
+def _retire(device: Device, effect: DeviceEffect) -> Undo:
+    device.memory.retire(int(effect.settings["pages"]))
+    return _nothing
+
+
+def _clock(device: Device, effect: DeviceEffect) -> Undo:
+    clock, jump_s, skew = device.clock, float(effect.settings["jump"]), float(effect.settings["skew"])
+    clock.adopt(clock.epoch_monotonic_s, clock.epoch_emulated_s, clock.rate)
+    clock.set_rate(clock.rate * skew)
+    clock.epoch_emulated_s += jump_s
+
+    def right() -> None:
+        clock.set_rate(clock.rate / skew)
+        clock.epoch_emulated_s -= jump_s
+
+    return right
+
+
+def _disk(device: Device, effect: DeviceEffect) -> Undo:
+    del device
+    latency_s = float(effect.settings["latency"])
+
+    def slow(_: logging.LogRecord) -> bool:
+        time.sleep(latency_s)  # as a write to a slow disk: the whole process waits
+        return True
+
+    handlers = list(logging.getLogger().handlers) + list(logging.getLogger("hmmnet").handlers)
+    for handler in handlers:
+        handler.addFilter(slow)
+
+    def right() -> None:
+        for handler in handlers:
+            handler.removeFilter(slow)
+
+    return right
+
+
+DEEDS: dict[str, Callable[[Device, DeviceEffect], Undo]] = {"buffer": _buffer, "retire": _retire, "clock": _clock, "disk": _disk}
+"""What a device can be made to suffer, by name."""

@@ -1,0 +1,112 @@
+"""The faults of a machine, or of one process of it: their numbers, their times, and who carries their effects out.
+
+`Carrier.begin` has a function for each type of effect that its world can do; what it lacks is somebody else's (a device's, in another
+process, that is told over its session).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from hmmnet.errors import HmmnetError
+
+from .catalogue import as_given
+from .kinds import Fault, World
+
+Undo = Callable[[], None]
+
+
+@dataclass(eq=False)
+class Carried:
+    """A fault that was added: whether it has begun, and what ends it."""
+
+    number: int
+    fault: Fault
+    undos: list[Undo] = field(default_factory=list)
+    begun: bool = False
+    ended: bool = False
+
+
+class Carrier:
+    """See the module. `start` runs a function as a task; `sleep` is emulated."""
+
+    def __init__(
+        self,
+        world: World,
+        begin: Mapping[type, Callable[[Any], Undo]],
+        start: Callable[..., None],
+        sleep: Callable[[float], Awaitable[None]],
+    ) -> None:
+        self.world = world
+        self.told: Callable[[int, Fault | None], None] | None = None
+        """Called with each fault that begins, and with None when it ends."""
+        self._begin = dict(begin)
+        self._start = start
+        self._sleep = sleep
+        self._numbers = itertools.count(1)
+        self._carried: dict[int, Carried] = {}
+
+    def add(self, fault: Fault, number: int | None = None) -> int:
+        """A fault begins (or will); its number. Raises HmmnetError when this world cannot do it, or nothing is called so."""
+        fault.kind.check_world(self.world)
+        carried = Carried(next(self._numbers) if number is None else number, fault)
+        self._carried[carried.number] = carried
+        if fault.after_s or fault.lasts_s:
+            self._start(self._timed, carried)
+        else:
+            self._enter(carried)
+        return carried.number
+
+    def _enter(self, carried: Carried) -> None:
+        try:
+            for effect in carried.fault.effects:
+                begin = self._begin.get(type(effect))
+                if begin is not None:
+                    carried.undos.append(begin(effect))
+            if self.told is not None:
+                self.told(carried.number, carried.fault)
+        except BaseException:
+            self.remove(carried.number)
+            raise
+        carried.begun = True
+        if carried.fault.kind.once:
+            del self._carried[carried.number]
+
+    async def _timed(self, carried: Carried) -> None:
+        if carried.fault.after_s:
+            await self._sleep(carried.fault.after_s)
+        if carried.ended:
+            return
+        self._enter(carried)
+        if carried.fault.lasts_s and not carried.fault.kind.once:
+            await self._sleep(carried.fault.lasts_s)
+            if not carried.ended:
+                self.remove(carried.number)
+
+    def remove(self, number: int) -> None:
+        """A fault ends. Raises HmmnetError when there is none of that number."""
+        carried = self._carried.pop(number, None)
+        if carried is None:
+            raise HmmnetError(f"no fault has number {number}; there are {', '.join(map(str, self._carried)) or 'none'}")
+        carried.ended = True
+        for undo in reversed(carried.undos):
+            undo()
+        if carried.begun and self.told is not None:
+            self.told(number, None)
+
+    def heal(self) -> None:
+        """All faults end."""
+        for number in list(self._carried):
+            self.remove(number)
+
+    @property
+    def active(self) -> dict[int, Fault]:
+        """The faults that are, or will be, by number."""
+        return {number: carried.fault for number, carried in self._carried.items()}
+
+    def as_json(self) -> list[dict[str, Any]]:
+        """Plain data: number, whether it has begun, and what makes it again."""
+        return [{"number": number, "begun": carried.begun, "fault": as_given(carried.fault)} for number, carried in self._carried.items()]

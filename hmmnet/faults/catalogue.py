@@ -1,0 +1,157 @@
+"""The catalogue: every kind of fault by name, and how one is made from what a file, a command line or a test says.
+
+Mistakes are found here, all of them, before anything is done: kinds and parameters that there are not (with what was probably meant),
+values that are wrong, targets that nothing can be, and what the world at hand cannot do.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from hmmnet.errors import HmmnetError
+from hmmnet.topology.problems import did_you_mean
+from hmmnet.units import parse_size
+
+from . import allocation, clocks, copying, device_faults, memory_errors, nodes, notifier, process_events, stepping, wires
+from .controls import Controls
+from .kinds import Fault, Kind, Parameter
+from .messages import Way
+
+KINDS: dict[str, Kind] = {
+    kind.name: kind
+    for family in (wires, copying, allocation, memory_errors, notifier, stepping, device_faults, process_events, nodes, clocks)
+    for kind in family.KINDS
+}
+"""Every kind by name."""
+
+CONTROLS: dict[str, Parameter] = {
+    "probability": Parameter("probability", "number", "of each occurrence, 0 to 1", 1.0),
+    "interval": Parameter("interval", "count", "at most every so-manyth occurrence", 1),
+    "times": Parameter("times", "text", "at most so often; -1: without end", -1),
+    "space": Parameter("space", "size", "not before so many bytes (or occurrences) have passed", 0),
+    "nth": Parameter("nth", "count", "the one occurrence that fails", 0),
+}
+"""The kernel's controls, which every kind has (see `Controls`)."""
+TARGETS: dict[str, Parameter] = {
+    "on": Parameter("on", "text", "devices, messages, links or nodes, by pattern", ""),
+    "process": Parameter("process", "count", "only this process (0: any)", 0),
+    "range": Parameter("range", "text", "only these addresses, such as 0x7f0000000000+64KiB", ""),
+    "after": Parameter("after", "time", "begins so long after it was added (emulated)", 0.0),
+    "lasts": Parameter("lasts", "time", "ends so long after it began (0: when it is removed)", 0.0),
+}
+"""Whom it concerns and when, which every kind has."""
+_EVERYBODY = {"way": "*<->host", "nothing": ""}
+_RANGE = re.compile(r"\s*(0x[0-9a-fA-F]+|[0-9]+)\s*\+\s*(.+?)\s*")
+
+
+def kind_named(name: str) -> Kind:
+    """The kind called `name`. Raises HmmnetError."""
+    found = KINDS.get(name)
+    if found is None:
+        raise HmmnetError(f'no fault is called "{name}"; {did_you_mean(name, KINDS, "`hmmnet fault kinds` lists them")}')
+    return found
+
+
+def fault(kind: str, on: str = "", **given: Any) -> Fault:
+    """One fault: ``fault("copy.corrupt", "gpu0", probability=0.1, direction="to_host")``. Raises HmmnetError with every mistake."""
+    mistakes = [f"{field}: {cause}" if field else cause for field, cause in problems(kind, {"on": on, **given} if on else given)]
+    if mistakes:
+        raise HmmnetError(f"fault {kind}: " + "; ".join(mistakes))
+    return _made(KINDS[kind], {"on": on, **given} if on else given)
+
+
+def problems(kind: str, given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(field, what is wrong with it) for every mistake."""
+    try:
+        found = kind_named(kind)
+    except HmmnetError as error:
+        yield "kind", str(error)
+        return
+    known = {**CONTROLS, **TARGETS, **{one.name: one for one in found.parameters}}
+    broken = False
+    for name, value in given.items():
+        if name not in known:
+            broken = True
+            yield name, f"there is no such parameter; {did_you_mean(name, known, 'it has ' + ', '.join(known))}"
+            continue
+        try:
+            _read(known[name], value)
+        except ValueError as error:
+            broken = True
+            yield name, str(error)
+    for parameter in found.parameters:
+        if parameter.default is None and parameter.name not in given:
+            broken = True
+            yield parameter.name, f"missing: {parameter.what}"
+    if not broken:
+        try:
+            made = _made(found, given)
+            assert made.effects is not None
+        except HmmnetError as error:
+            yield "", str(error)
+
+
+def _read(parameter: Parameter, value: Any) -> Any:
+    if parameter is CONTROLS["times"]:
+        if isinstance(value, bool | float):
+            raise ValueError(f"{value!r} where a whole number is wanted")
+        try:
+            return int(value)
+        except ValueError:
+            raise ValueError(f"{value!r} where a whole number is wanted") from None
+    if parameter is TARGETS["range"]:
+        return _range(value)
+    return parameter.read(value)
+
+
+def _range(value: Any) -> tuple[int, int]:
+    """(first address, the address behind) of ``ADDRESS+LENGTH``."""
+    found = _RANGE.fullmatch(value) if isinstance(value, str) else None
+    if found is None:
+        raise ValueError(f"{value!r} where addresses are wanted, such as 0x7f0000000000+64KiB")
+    start = int(found[1], 0)
+    length = int(found[2], 0) if found[2].isdigit() else parse_size(re.sub(r"(?<=\d)(?=[A-Za-z])", " ", found[2]))
+    return start, start + length
+
+
+def _made(kind: Kind, given: Mapping[str, Any]) -> Fault:
+    controls = Controls(**{name: _read(one, given[name]) for name, one in CONTROLS.items() if name in given})
+    settings = {one.name: _read(one, given[one.name]) if one.name in given else one.default for one in kind.parameters}
+    start, end = _range(given["range"]) if given.get("range") else (0, 0)
+    on = given.get("on") or _EVERYBODY.get(kind.on, "*")
+    if kind.on == "way":
+        on = Way.parse(on).text
+    made = Fault(
+        kind,
+        on,
+        controls,
+        settings,
+        int(given.get("process", 0)),
+        start,
+        end,
+        TARGETS["after"].read(given.get("after", 0.0)),
+        TARGETS["lasts"].read(given.get("lasts", 0.0)),
+    )
+    if kind.name in ("link.slow", "clock.skew") and not settings["factor"] > 0:
+        raise HmmnetError("factor must be more than 0; to take a link away there is link.down")
+    if kind.name == "link.lanes" and not 0 < settings["lanes"] <= 16:
+        raise HmmnetError("lanes are 1 to 16")
+    return made
+
+
+def as_given(one: Fault) -> dict[str, Any]:
+    """What makes `one` again: ``fault(**as_given(one))``. Plain data, for messages and files."""
+    given: dict[str, Any] = {"kind": one.kind.name, "on": one.on}
+    given |= {name: value for name in CONTROLS if (value := getattr(one.controls, name)) != CONTROLS[name].default}
+    given |= {p.name: one.settings[p.name] for p in one.kind.parameters if one.settings[p.name] != p.default}
+    if one.process:
+        given["process"] = one.process
+    if one.end > one.start:
+        given["range"] = f"0x{one.start:x}+{one.end - one.start}"
+    if one.after_s:
+        given["after"] = one.after_s
+    if one.lasts_s:
+        given["lasts"] = one.lasts_s
+    return given

@@ -1,0 +1,67 @@
+"""What faults come down to: the few things that can be done to a machine, whichever world it runs in.
+
+A named fault of the catalogue is a list of effects (`Kind.effects`). Besides faults at points (`injector.PointFault`) and of messages
+(`messages.MessageFault`) there are these four. Who carries them out: `hmmnet.host.injection` at the host, `hmmnet.devices.injection` at a
+device, and for nodes the world that runs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from .controls import Controls
+from .injector import PointFault
+from .messages import MessageFault
+
+
+@dataclass(frozen=True)
+class LinkEffect:
+    """Links whose names match carry `factor` of what they could, with `latency_s` more, or nothing (`down`). `peers`: device to device."""
+
+    link: str
+    factor: float = 1.0
+    latency_s: float = 0.0
+    down: bool = False
+    peers: bool = False
+
+
+@dataclass(frozen=True)
+class HostEffect:
+    """The host does `deed`, at each occurrence of `point` that `controls` choose (empty: at once), to who is concerned there.
+
+    `process` (0: whoever reaches the point) and addresses [`start`, `end`) (empty: what is concerned there) narrow it, as in `PointFault`.
+    """
+
+    deed: str
+    point: str = ""
+    device: str = "*"
+    process: int = 0
+    start: int = 0
+    end: int = 0
+    controls: Controls = field(default_factory=Controls)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DeviceEffect:
+    """Devices whose names match do `deed`."""
+
+    deed: str
+    device: str = "*"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class NodeEffect:
+    """Nodes whose names match (``host``: the host) suffer `deed`, at `point` (empty: at once)."""
+
+    deed: str
+    node: str = "*"
+    point: str = ""
+    controls: Controls = field(default_factory=Controls)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+Effect: TypeAlias = PointFault | MessageFault | LinkEffect | HostEffect | DeviceEffect | NodeEffect

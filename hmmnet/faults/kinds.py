@@ -1,0 +1,145 @@
+"""Kinds of faults: a name, parameters, where it works, what holds afterwards; and `Fault`, one of a kind with its target and controls.
+
+The families of the catalogue (a file each: `allocation`, `copying`, `memory_errors`, `notifier`, `stepping`, `device_faults`,
+`process_events`, `nodes`, `wires`, `clocks`) make `Kind`s; `catalogue` has them all.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from hmmnet.errors import HmmnetError
+from hmmnet.units import parse_size, parse_time
+
+from .controls import Controls
+from .effects import Effect
+
+Form = Literal["time", "number", "count", "size", "choice", "text", "flag"]
+World = Literal["sim", "real"]
+WORLDS: tuple[World, ...] = ("sim", "real")
+On = Literal["device", "way", "link", "node", "nothing"]
+"""What `Fault.on` names: devices, messages of devices in a direction, links, nodes (devices or ``host``), or nothing at all."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of a kind. `default` None: it must be given."""
+
+    name: str
+    form: Form
+    what: str
+    default: Any = None
+    choices: tuple[str, ...] = ()
+
+    def read(self, value: Any) -> Any:
+        """`value`, as a file or a command line gives it, as the effect wants it. Raises ValueError that says what is wanted."""
+        wanted = {
+            "time": 'a time with its unit, such as "5 ms"',
+            "number": "a number that is not negative",
+            "count": "a whole number that is not negative",
+            "size": 'a size with its unit, such as "64 KiB"',
+            "choice": f"one of {', '.join(self.choices)}",
+            "text": "text",
+            "flag": "true or false",
+        }[self.form]
+        try:
+            return _READ[self.form](self, value)
+        except (ValueError, TypeError, KeyError):
+            raise ValueError(f"{value!r} where {wanted} is wanted") from None
+
+
+def _number(_: Parameter, value: Any) -> float:
+    if isinstance(value, bool) or not float(value) >= 0:
+        raise ValueError
+    return float(value)
+
+
+def _count(_: Parameter, value: Any) -> int:
+    if isinstance(value, bool | float) or int(value) < 0:
+        raise ValueError
+    return int(value)
+
+
+def _choice(parameter: Parameter, value: Any) -> str:
+    if value not in parameter.choices:
+        raise ValueError
+    return str(value)
+
+
+def _text(_: Parameter, value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    return value
+
+
+def _flag(_: Parameter, value: Any) -> bool:
+    return {"true": True, "false": False}[str(value).lower()]
+
+
+_READ: dict[str, Callable[[Parameter, Any], Any]] = {
+    "time": lambda _, value: parse_time(re.sub(r"(?<=\d)(?=[a-z])", " ", value)) if isinstance(value, str) else _number(_, value),
+    "size": lambda _, value: parse_size(re.sub(r"(?<=\d)(?=[A-Za-z])", " ", value)) if isinstance(value, str) else _count(_, value),
+    "number": _number,
+    "count": _count,
+    "choice": _choice,
+    "text": _text,
+    "flag": _flag,
+}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A named fault. `holds` is its recovery oracle: what a test may demand afterwards. `not_in` says why it cannot be done in a world.
+
+    `once`: it happens when it is added, and is over. `makes` are its effects.
+    """
+
+    name: str
+    family: str
+    what: str
+    holds: str
+    makes: Callable[[Fault], Sequence[Effect]]
+    on: On = "device"
+    parameters: tuple[Parameter, ...] = ()
+    not_in: Mapping[str, str] = field(default_factory=dict)
+    once: bool = False
+
+    def parameter(self, name: str) -> Parameter | None:
+        """The parameter called `name`."""
+        return next((one for one in self.parameters if one.name == name), None)
+
+    def check_world(self, world: World) -> None:
+        """Raises HmmnetError when it cannot be done there, and says why."""
+        if world in self.not_in:
+            raise HmmnetError(f'the fault "{self.name}" cannot be done in the {world} world: {self.not_in[world]}')
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault of a plan: `kind` and its `settings`, what it is `on`, how often (`controls`), and whose pages it concerns.
+
+    It begins `after_s` emulated seconds after it was added and ends `lasts_s` later (0: when it is removed). Made by `catalogue.fault`,
+    which checks all of it.
+    """
+
+    kind: Kind
+    on: str
+    controls: Controls = field(default_factory=Controls)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    process: int = 0
+    start: int = 0
+    end: int = 0
+    after_s: float = 0.0
+    lasts_s: float = 0.0
+
+    @property
+    def effects(self) -> Sequence[Effect]:
+        """What it comes down to."""
+        return self.kind.makes(self)
+
+    def __str__(self) -> str:
+        given = [f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in self.settings.items() if value]
+        return " ".join([self.kind.name, self.on, *given])

@@ -1,0 +1,69 @@
+"""Faults of nodes: devices that crash, hang, restart, are pulled out, unloaded or reset; the host's death."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .effects import NodeEffect
+from .injector import PointFault
+from .kinds import Fault, Kind, Parameter
+from .stepping import at_points
+
+LOST = "pages in transit are back; what was only there is SIGBUS; others go on"
+AGAIN = LOST + "; it comes back empty, as a new incarnation"
+
+
+def _node(deed: str) -> Any:
+    return lambda fault: [NodeEffect(deed, fault.on, settings=fault.settings)]
+
+
+def _reset(fault: Fault) -> list[NodeEffect | PointFault]:
+    return [at_points(fault, "migrate.mid_copy", "crash"), NodeEffect("revive", fault.on, settings=fault.settings)]
+
+
+EMPTY = "a restarted device is a new incarnation and begins empty, by design; a partition shorter than the lease keeps its memory"
+DOWN = Parameter("down", "time", "until it starts again", 0.1)
+KINDS = (
+    Kind("crash", "nodes", "a device's process is gone from one moment to the next (SIGKILL)", LOST, _node("crash"), "node", once=True),
+    Kind(
+        "hang",
+        "nodes",
+        "a node stops where it is (SIGSTOP) until the fault is removed",
+        "shorter than the lease: nothing; longer: as a crash",
+        _node("hang"),
+        "node",
+    ),
+    Kind("bounce", "nodes", "a device crashes and starts again", AGAIN, _node("bounce"), "node", (DOWN,), once=True),
+    Kind(
+        "restart.kept", "nodes", "a device restarts with its memory kept", "", _node("bounce"), "node", not_in={"sim": EMPTY, "real": EMPTY}
+    ),
+    Kind(
+        "unplug",
+        "nodes",
+        "a device is pulled out with pages in it: nobody tells the host, which finds out",
+        LOST + ", after the lease",
+        _node("unplug"),
+        "node",
+        not_in={"real": "the launcher sees a process end and tells the host: use crash, or a partition"},
+        once=True,
+    ),
+    Kind(
+        "unload",
+        "nodes",
+        "a device's driver is unloaded (SIGTERM): it says goodbye, whatever is still in its memory",
+        "holders of its pages are named; " + LOST,
+        _node("unload"),
+        "node",
+        once=True,
+    ),
+    Kind("reset", "nodes", "a device is reset in the middle of a migration, and comes back", AGAIN, _reset, "node", (DOWN,)),
+    Kind(
+        "host.crash",
+        "nodes",
+        "the host is gone",
+        "devices stop using their mirrors within the lease, and end",
+        lambda _: [NodeEffect("crash", "host")],
+        "nothing",
+        once=True,
+    ),
+)

@@ -1,0 +1,233 @@
+"""What faults do at the host: to links, to memory, and, as processes and other devices would, at the wrong moment.
+
+A point may be reached with locks held, so what a fault does there runs beside it, as a task: as a real process would, and one at a time.
+It gives up when what it wanted to do cannot be done any more (the process has ended, the device is gone).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
+
+from hmmnet.errors import HmmnetError
+from hmmnet.fabric.arbiter import LinkChange
+from hmmnet.faults.effects import HostEffect, LinkEffect
+from hmmnet.faults.injector import Injector, PointFault
+from hmmnet.faults.points import Where
+from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, PAGES_MAX
+
+from .interfaces import Event
+from .process import Process
+
+if TYPE_CHECKING:
+    from .service import Host
+
+RANGE_PAGES_MAX = 1 << 12
+"""Pages that a fault without a range does something to: of what is concerned at a point, the first 16 MiB."""
+Undo = Callable[[], None]
+
+log = logging.getLogger("hmmnet.host")
+
+
+class Injection:
+    """Carries out effects at `host`; `injector` is that of its points."""
+
+    def __init__(self, host: Host, injector: Injector) -> None:
+        self._host = host
+        self._injector = injector
+        self._links = 0
+
+    def link(self, effect: LinkEffect) -> Undo:
+        """Change links; what undoes it. Raises HmmnetError when no link is called so."""
+        host, arbiter = self._host, self._host.interconnect.arbiter
+        arbiter.links_named(effect.link)
+        self._links += 1
+        number = self._links
+        change = LinkChange(effect.link, effect.factor, effect.latency_s, effect.down, effect.peers)
+        arbiter.change(number, change, host.clock.now())
+        return lambda: arbiter.change(number, None, host.clock.now())
+
+    def deed(self, effect: HostEffect) -> Undo:
+        """Do something at once, or at points; what ends that. Raises HmmnetError."""
+        do = DEEDS.get(effect.deed)
+        if do is None:
+            raise HmmnetError(f'the host has no deed "{effect.deed}"')
+
+        running = False
+
+        async def guarded(where: Where) -> None:
+            nonlocal running
+            try:
+                await do(self._host, effect, where)
+            except HmmnetError as error:
+                log.info("a fault could not %s: %s", effect.deed, error)
+            finally:
+                running = False
+
+        def at(where: Where) -> None:
+            nonlocal running
+            if not running:  # what it does reaches points, too
+                running = True
+                self._host.spawn(guarded, where)
+
+        if not effect.point:
+            at(Where("", "host", process=effect.process, start=effect.start >> PAGE_SHIFT, pages=_pages(effect)))
+            return _nothing
+        point = PointFault(
+            effect.point,
+            "call",
+            effect.device,
+            effect.process,
+            effect.start,
+            effect.end,
+            str(effect.settings.get("event", "")),
+            effect.controls,
+            call=at,
+            kind=effect.deed,
+        )
+        number = self._injector.add(point)
+        return lambda: self._injector.remove(number)
+
+
+Deed = Callable[["Host", HostEffect, Where], Awaitable[None]]
+
+
+def _nothing() -> None:
+    """What is done is done."""
+
+
+def _pages(effect: HostEffect) -> int:
+    return (effect.end - effect.start + PAGE_SIZE - 1) >> PAGE_SHIFT
+
+
+def _concerned(host: Host, effect: HostEffect, where: Where) -> list[Process]:
+    """The processes that are meant: one, or, at no point and without a number, all."""
+    number = effect.process or where.process
+    if not number:
+        return list(host.processes.values())
+    process = host.processes.get(number)
+    return [] if process is None else [process]
+
+
+def _range(effect: HostEffect, where: Where) -> tuple[int, int]:
+    """(address, length) of what is concerned."""
+    if effect.end > effect.start:
+        start = effect.start & ~(PAGE_SIZE - 1)
+        return start, _pages(effect) * PAGE_SIZE
+    return where.address, min(where.pages, RANGE_PAGES_MAX) * PAGE_SIZE
+
+
+async def _exit(host: Host, effect: HostEffect, where: Where) -> None:
+    for process in _concerned(host, effect, where):
+        await process.exit()
+
+
+async def _reap(host: Host, effect: HostEffect, where: Where) -> None:
+    for process in _concerned(host, effect, where):
+        for vma in process.space.vmas(0, PAGES_MAX):
+            if vma.is_anonymous:
+                await process.space.madvise(vma.start << PAGE_SHIFT, (vma.end - vma.start) << PAGE_SHIFT, "DONTNEED")
+        await process.exit()
+
+
+async def _exec(host: Host, effect: HostEffect, where: Where) -> None:
+    for process in _concerned(host, effect, where):
+        for vma in process.space.vmas(0, PAGES_MAX):
+            await process.munmap(vma.start << PAGE_SHIFT, (vma.end - vma.start) << PAGE_SHIFT)
+
+
+async def _fork(host: Host, effect: HostEffect, where: Where) -> None:
+    address, length = _range(effect, where)
+    for process in _concerned(host, effect, where):
+        child = await process.fork()
+        try:
+            if length:
+                await child.read(address, length)
+        finally:
+            await child.exit()
+
+
+async def _mprotect(host: Host, effect: HostEffect, where: Where) -> None:
+    address, length = _range(effect, where)
+    for process in _concerned(host, effect, where) if length else ():
+        await process.mprotect(address, length, "r")
+        await process.mprotect(address, length, "rw")
+
+
+async def _mremap(host: Host, effect: HostEffect, where: Where) -> None:
+    address, length = _range(effect, where)
+    for process in _concerned(host, effect, where) if length else ():
+        there = await process.mmap(length)
+        await process.mremap(address, length, length, there)
+        await process.mremap(there, length, length, address)
+
+
+async def _munmap(host: Host, effect: HostEffect, where: Where) -> None:
+    address, length = _range(effect, where)
+    for process in _concerned(host, effect, where) if length else ():
+        await process.munmap(address + length - PAGE_SIZE, PAGE_SIZE)
+
+
+async def _madvise(host: Host, effect: HostEffect, where: Where) -> None:
+    address, length = _range(effect, where)
+    for process in _concerned(host, effect, where) if length else ():
+        await process.madvise(address, length, "DONTNEED")
+
+
+async def _poison(host: Host, effect: HostEffect, where: Where) -> None:
+    address, length = _range(effect, where)
+    for process in _concerned(host, effect, where) if length else ():
+        start = address >> PAGE_SHIFT
+        await host.homing.break_memory(process.space, start, start + (length >> PAGE_SHIFT))
+
+
+async def _corrected(host: Host, effect: HostEffect, where: Where) -> None:
+    host.corrected_errors[where.device or effect.device] += int(effect.settings.get("count", 1))
+
+
+async def _touch(host: Host, effect: HostEffect, where: Where) -> None:
+    address, length = _range(effect, where)
+    for process in _concerned(host, effect, where) if length else ():
+        await process.read(address, min(length, PAGE_SIZE))
+
+
+async def _prefetch(host: Host, effect: HostEffect, where: Where) -> None:
+    address, length = _range(effect, where)
+    device = str(effect.settings.get("to", "")) or where.device
+    for process in _concerned(host, effect, where) if length else ():
+        await process.migrate(address, length, device)
+
+
+async def _home(host: Host, effect: HostEffect, where: Where) -> None:
+    address, length = _range(effect, where)
+    for process in _concerned(host, effect, where) if length else ():
+        await process.migrate(address, length, "host")
+
+
+async def _nested(host: Host, effect: HostEffect, where: Where) -> None:
+    del effect
+    hub = host.hubs.get(where.process)
+    if hub is not None and where.pages:
+        async with hub.invalidate(Event.SOFT_DIRTY, where.start, where.start + where.pages):
+            return
+
+
+DEEDS: dict[str, Deed] = {
+    "exit": _exit,
+    "kill": _exit,
+    "oom": _reap,
+    "exec": _exec,
+    "fork": _fork,
+    "mprotect": _mprotect,
+    "mremap": _mremap,
+    "munmap": _munmap,
+    "madvise": _madvise,
+    "poison": _poison,
+    "corrected": _corrected,
+    "touch": _touch,
+    "prefetch": _prefetch,
+    "home": _home,
+    "nested": _nested,
+}
+"""What the host can be made to do, by name."""

@@ -1,0 +1,220 @@
+"""The whole catalogue in a simulated machine: each kind does what its oracle allows, and afterwards everything works again."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import pytest
+import trio
+
+import hmmnet
+from hmmnet.errors import BusError, HmmnetError, KernelError, PeerError, SegmentationFault, SignalError
+from hmmnet.faults import KINDS, fault
+from hmmnet.sim import SimulatedMachine
+
+from .everything import MACHINE, MIB, PAGE, everything
+from .test_points import RIGHT, leave
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "loss": {"probability": 0.05},
+    "delay": {"probability": 0.2},
+    "garbage": {"channel": "bulk", "probability": 0.2},
+    "truncate": {"channel": "bulk", "probability": 0.2},
+    "old_version": {"nth": 9},
+    "partition": {"after": "1 ms", "lasts": "400 ms"},
+    "hold": {"after": "1 ms", "lasts": "400 ms"},
+    "hang": {"after": "1 ms", "lasts": "400 ms"},
+    "corrupt": {"probability": 0.2, "shape": "swap"},
+    "copy.corrupt": {"probability": 0.3, "shape": "burst"},
+    "copy.lost": {"probability": 0.2},
+    "copy.stall": {"after": "1 ms", "lasts": "2 s"},
+    "copy.timeout": {"nth": 2},
+    "copy.error": {"nth": 2},
+    "ecc.in_flight": {"nth": 2},
+    "link.down": {"on": "node0-gpu0", "after": "1 ms"},
+    "link.slow": {"on": "*gpu*"},
+    "invalidate.lost": {"probability": 0.5},
+    "ack.lost": {"probability": 0.3},
+    "invalidate.silent": {"on": "gpu1", "nth": 2},
+    "invalidate.refused": {"on": "gpu1", "nth": 2},
+    "point.delay": {"point": "*"},
+    "point.pause": {"point": "migrate.*", "after": "1 ms", "lasts": "1 s"},
+    "point.fail": {"point": "migrate.before_collect", "nth": 2},
+    "point.crash": {"point": "migrate.mid_copy", "nth": 2},
+    "point.hang": {"point": "migrate.mid_copy", "nth": 2},
+    "replay.lost": {"nth": 2},
+    "fault.unserviceable": {"nth": 2},
+    "alternate": {"to": "gpu1"},
+    "crash": {"on": "gpu1", "after": "1 ms"},
+    "unplug": {"on": "gpu1", "after": "1 ms"},
+    "unload": {"on": "gpu1", "after": "1 ms"},
+    "bounce": {"on": "gpu1", "after": "1 ms"},
+    "reset": {"on": "gpu1"},
+    "release.during_fault": {"nth": 1},
+    "cpu.starve": {"latency": "0.2 ms"},
+    **{f"process.{deed}": {"point": "migrate.after_unmap", "nth": 2} for deed in ("exit", "kill", "oom", "exec", "munmap", "madvise")},
+    **{f"process.{deed}": {"point": "migrate.after_unmap", "times": 3} for deed in ("fork", "mprotect", "mremap")},
+    **{f"alloc.{what}": {"nth": 1} for what in ("host", "home", "page_cache", "cgroup")},
+}
+"""What a kind is tried with, where its defaults would be all or nothing."""
+IN_SIM = sorted(name for name, kind in KINDS.items() if "sim" not in kind.not_in and name != "host.crash")
+BREAKS = {
+    *(
+        "crash",
+        "unplug",
+        "unload",
+        "bounce",
+        "reset",
+        "point.crash",
+        "point.hang",
+        "point.fail",
+        "copy.error",
+        "copy.timeout",
+        "ecc.in_flight",
+    ),
+    *("invalidate.silent", "invalidate.refused", "release.during_fault", "fault.unserviceable", "old_version", "link.down"),
+    *("process.exit", "process.kill", "process.oom", "process.exec", "process.munmap", "process.madvise"),
+    *("alloc.host", "alloc.home", "alloc.page_cache", "alloc.cgroup", "ecc.uncorrectable"),
+    *("alloc.device", "invalidate.nested"),  # a dmirror has only what moved, and was not dropped since
+    *("process.mprotect", "process.mremap"),  # who stores while memory is read-only, or elsewhere, gets a signal
+}
+"""Kinds after which a program may be told of an error. All others cost time, and where pages live."""
+PLACES = {"pingpong", "thrash", "alternate", "prefetch.race", "alloc.device", "alloc.device_large", "page.retire"}
+"""Kinds that change where pages live."""
+
+
+@pytest.mark.parametrize("name", IN_SIM)
+def test_every_kind(name: str) -> None:
+    """Right results, or a clear error where the kind may bring one; then all faults end, and nothing has leaked or hangs."""
+
+    async def main(machine: SimulatedMachine) -> None:
+        machine.add_fault(fault(name, **SETTINGS.get(name, {})))
+        with contextlib.suppress(KernelError, SignalError, PeerError) if name in BREAKS else contextlib.nullcontext():
+            seen = await everything(machine)
+            if name not in BREAKS and name not in PLACES:
+                assert seen == RIGHT
+        machine.heal()
+        await leave(machine)
+        for device in MACHINE.device_names:
+            if device not in machine.running:
+                await machine.start_device(device)
+        process = await machine.create_process()
+        address = await process.malloc(MIB)
+        await process.write(address, b"again" * PAGE)
+        for device in ("gpu0", "gpu1", "gpu0"):
+            await process.migrate(address, 5 * PAGE, device)
+        assert await process.read(address, 5 * PAGE) == b"again" * PAGE
+        await process.exit()
+
+    hmmnet.simulate(main, MACHINE, limit_s=900.0)
+
+
+@pytest.mark.parametrize("name", sorted(set(KINDS) - set(IN_SIM) - {"host.crash"}))
+def test_what_the_simulated_world_cannot_do(name: str) -> None:
+    """It says so, and why."""
+
+    async def main(machine: SimulatedMachine) -> None:
+        with pytest.raises(HmmnetError, match="cannot be done in the sim world: "):
+            machine.add_fault(fault(name, **({"to": "gpu1"} if name == "alternate" else {})))
+
+    hmmnet.simulate(main, MACHINE)
+
+
+def test_memory_breaks_wherever_it_lives() -> None:
+    """At the host and on a device: SIGBUS for the CPU, EFAULT for a device, for these pages only; the frames are never used again."""
+
+    async def main(machine: SimulatedMachine) -> None:
+        process = await machine.create_process()
+        address = await process.mmap(8 * PAGE)
+        await process.write(address, b"x" * 8 * PAGE)
+        await process.migrate(address, 4 * PAGE, "gpu0")
+        for page in (1, 6):
+            machine.add_fault(fault("ecc.uncorrectable", process=process.pid, range=f"0x{address + page * PAGE:x}+{PAGE}"))
+        await trio.sleep(1)
+        for page in range(8):
+            if page in (1, 6):
+                with pytest.raises(BusError):
+                    await process.load(address + page * PAGE)
+            else:
+                assert await process.read(address + page * PAGE, 1) == b"x"
+        with pytest.raises((SegmentationFault, BusError)):
+            await process.launch("reduction", "gpu1", "remote", a=address, n=8 * PAGE // 8, dtype="<u8")
+        assert (await machine.report())["poisoned_pages"] == 2
+        await process.exit()
+
+    hmmnet.simulate(main, MACHINE)
+
+
+def test_links_are_slow_down_and_mended() -> None:
+    """A tenth of the bandwidth takes ten times as long; a link that is down fails copies and leaves the source; mended, all is well."""
+
+    async def main(machine: SimulatedMachine) -> None:
+        process = await machine.create_process()
+        address = await process.mmap(8 * MIB)
+        await process.write(address, b"data" * (2 * MIB))
+
+        async def there_and_back() -> float:
+            began_s = machine.emulated_s()
+            await process.migrate(address, 8 * MIB, "gpu0")
+            await process.migrate(address, 8 * MIB, "host")
+            return machine.emulated_s() - began_s
+
+        usual_s = await there_and_back()
+        slow = machine.add_fault(fault("link.slow", "node0-gpu0", factor=0.1))
+        assert 8 < await there_and_back() / usual_s < 12
+        machine.remove_fault(slow)
+        assert await there_and_back() == pytest.approx(usual_s)
+        down = machine.add_fault(fault("link.down", "node0-gpu0"))
+        with pytest.raises(PeerError, match="links are down"):
+            await process.migrate(address, 8 * MIB, "gpu0")
+        assert await process.read(address, 8 * MIB) == b"data" * (2 * MIB)
+        machine.remove_fault(down)
+        assert await process.migrate(address, 8 * MIB, "gpu0") == 8 * MIB
+        with pytest.raises(HmmnetError, match='no link is called "cable"; there are node0-gpu0'):
+            machine.add_fault(fault("link.down", "cable"))
+        await process.exit()
+
+    hmmnet.simulate(main, MACHINE)
+
+
+def test_numbers_times_and_once() -> None:
+    """A fault has a number until it is removed, or its time is over; what happens once has none afterwards."""
+
+    async def main(machine: SimulatedMachine) -> None:
+        timed = machine.add_fault(fault("invalidate.slow", after="1 s", lasts="2 s"))
+        kept = machine.add_fault(fault("loss", "gpu0->host", probability=0.1))
+        once = machine.add_fault(fault("ecc.corrected", "gpu0", count=3))
+        assert list(machine.carrier.active) == [timed, kept]
+        assert [one["begun"] for one in machine.carrier.as_json()] == [False, True]
+        await trio.sleep(2)
+        assert [one["begun"] for one in machine.carrier.as_json()] == [True, True]
+        await trio.sleep(2)
+        assert machine.carrier.as_json() == [
+            {"number": kept, "begun": True, "fault": {"kind": "loss", "on": "gpu0->host", "probability": 0.1}},
+        ]
+        assert (await machine.report())["devices"]["gpu0"]["ecc_corrected"] == 3
+        for number in (timed, once, 99):
+            with pytest.raises(HmmnetError, match=f"no fault has number {number}"):
+                machine.remove_fault(number)
+
+    hmmnet.simulate(main, MACHINE)
+
+
+def test_a_device_that_never_acknowledges_is_lost_in_time() -> None:
+    """The CPU goes on after the invalidation timeout and the lease, though the device's heart beats."""
+
+    async def main(machine: SimulatedMachine) -> None:
+        process = await machine.create_process()
+        address = await process.malloc(MIB)
+        await process.write(address, b"y" * MIB)
+        await process.launch("reduction", "gpu1", "remote", a=address, n=16, dtype="<u8")
+        machine.add_fault(fault("invalidate.silent", "gpu1"))
+        began_s = trio.current_time()
+        await process.munmap(address & ~(PAGE - 1), PAGE)
+        assert 5.0 <= trio.current_time() - began_s < 8.0
+        assert "did not let go" in (await machine.report())["devices"]["gpu1"]["last_loss"]
+        machine.heal()
+        await process.exit()
+
+    hmmnet.simulate(main, MACHINE)
