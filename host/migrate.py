@@ -104,7 +104,7 @@ async def collect(
     if select & Select.SYSTEM and len(pages):
         await split_large(space, spaces, pages, owner, compound=bool(select & Select.COMPOUND))
     async with announced(space, spaces, start, end, pages, select, owner) as told:
-        for some in [large] if between is None else np.split(large, len(large)):
+        for some in [large] if between is None or len(large) == 0 else np.split(large, len(large)):
             if len(some):
                 part, left = space.collect_large(some, select, owner)
                 if len(part.pages):

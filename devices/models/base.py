@@ -405,7 +405,7 @@ class Device:
             "pages": self.memory.pages,
             "pages_used": self.memory.used_pages,
             "pages_used_max": self.memory.used_max,
-            "pages_retired": self.memory.retired,
+            **({"pages_retired": self.memory.retired} if self.memory.retired else {}),
             "contexts": len(self.contexts),
             "jobs_running": sum(len(opened.jobs) for opened in self.contexts.values()),
             "jobs_finished": self.jobs_finished,

@@ -85,6 +85,11 @@ class Network:
         """A fault ends."""
         self.active.pop(number).end()
 
+    def discard(self, number: int) -> None:
+        """A fault ends, if it has not."""
+        if number in self.active:
+            self.remove(number)
+
     def heal(self) -> None:
         """All faults end, and what was held arrives. What is late stays late."""
         for number in list(self.active):

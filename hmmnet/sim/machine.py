@@ -274,7 +274,7 @@ class SimulatedMachine:
         return partial(self.injector.remove, self.injector.add(fault))
 
     def _on_wires(self, fault: MessageFault) -> Undo:
-        return partial(self.network.remove, self.network.add(fault))
+        return partial(self.network.discard, self.network.add(fault))
 
     def _in_devices(self, effect: DeviceEffect) -> Undo:
         devices = [node.device for name, node in self._nodes.items() if fnmatchcase(name, effect.device)]

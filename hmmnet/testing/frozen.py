@@ -19,7 +19,7 @@ import trio
 
 from hmmnet.blocking import Blocking, BlockingMachine, only_error
 from hmmnet.errors import HmmnetError
-from hmmnet.faults import MessageFault
+from hmmnet.faults import AnyFault
 from hmmnet.sim import SimulatedMachine, run_virtual
 from hmmnet.sim.run import SimulationStuck
 
@@ -125,17 +125,17 @@ class FrozenMachine(BlockingMachine):
         """What a plain function answers when it is called with the machine inside: for everything that does not wait."""
         return self._loop.ask(lambda: function(self._simulated))
 
-    def add_fault(self, fault: MessageFault) -> int:
+    def add_fault(self, fault: AnyFault) -> int:
         """A fault begins; its number."""
-        return self._loop.ask(lambda: self._simulated.network.add(fault))
+        return self._loop.ask(lambda: self._simulated.add_fault(fault))
 
     def remove_fault(self, number: int) -> None:
         """A fault ends."""
-        self._loop.ask(lambda: self._simulated.network.remove(number))
+        self._loop.ask(lambda: self._simulated.remove_fault(number))
 
     def heal(self) -> None:
         """All faults end."""
-        self._loop.ask(self._simulated.network.heal)
+        self._loop.ask(self._simulated.heal)
 
     def faults_fired(self) -> dict[str, int]:
         """How often each kind of fault has happened so far."""

@@ -6,7 +6,6 @@ marker and the mend.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hmmnet.faults import Plan
+    from hmmnet.faults import AnyFault, Plan
     from hmmnet.topology.model import Topology
 
 SEEDS_MAX = 100_000
@@ -102,7 +101,7 @@ def read_faults(marks: Iterable[Mark], folder: Path) -> Plan:
     """All ``faults(...)`` of a test together. Raises MarkMistake."""
     from hmmnet.faults import Plan
 
-    faults: list[Any] = []
+    faults: list[AnyFault] = []
     for mark in marks:
         what = f"faults({_shown(mark)})"
         if not mark.args and not mark.kwargs:
@@ -152,25 +151,10 @@ def _made(what: str, entries: list[Any]) -> Plan:
     from hmmnet.errors import HmmnetError
     from hmmnet.faults import Plan
 
-    lines = []
-    for entry in entries:
-        lines.append("[[fault]]")
-        lines += [f"{json.dumps(str(key))} = {_literal(value, what)}" for key, value in entry.items()]
     try:
-        return Plan.parse("\n".join(lines) + "\n", what)
+        return Plan.of(entries, what)
     except HmmnetError as error:
         raise MarkMistake(str(error)) from None
-
-
-def _literal(value: Any, what: str) -> str:
-    """`value` in TOML."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, int | float):
-        return repr(value)
-    if isinstance(value, str):
-        return json.dumps(value)
-    raise MarkMistake(f"{what}: {value!r} is nothing that a fault can say: texts, numbers and true or false are")
 
 
 def read_strict(mark: Mark) -> bool:

@@ -13,7 +13,7 @@ import trio
 
 from hmmnet.blocking import Blocking, only_error
 from hmmnet.errors import HmmnetError
-from hmmnet.faults import MessageFault, Plan
+from hmmnet.faults import AnyFault, Plan
 from hmmnet.machine import LaunchedBlockingMachine, LaunchedMachine, launch
 from hmmnet.sim import SimulatedMachine, Simulation, run_virtual, simulated
 from hmmnet.sim.run import LIMIT_S
@@ -112,7 +112,7 @@ class Simulate:
         topology: str | Path | Topology | None = None,
         *,
         seed: int | None = None,
-        faults: Plan | Sequence[MessageFault] | None = None,
+        faults: Plan | Sequence[AnyFault] | None = None,
         limit_s: float = LIMIT_S,
         keep: bool = False,
     ) -> Simulation[T]:

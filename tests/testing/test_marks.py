@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from hmmnet.faults import Controls, MessageFault, Plan, Way
+from hmmnet.faults.plan import named
 from hmmnet.testing.marks import Mark, MarkMistake, read_faults, read_seeds, read_strict, read_topology
 from hmmnet.topology.load import load
 
@@ -88,7 +89,8 @@ def test_faults(tmp_path: Path) -> None:
     plan = read_faults(
         [mark("bad.toml", Plan([slow])), mark(given, loss=0.25, duplicate={"times": 1}), mark(tmp_path / "bad.toml")], tmp_path
     )
-    assert list(plan.faults) == [quarter, slow, slow, quarter, MessageFault("duplicate", controls=Controls(times=1)), quarter]
+    wanted = [quarter, slow, slow, quarter, MessageFault("duplicate", controls=Controls(times=1)), quarter]
+    assert list(map(named, plan.faults)) == list(map(named, wanted))
 
 
 @pytest.mark.parametrize(
@@ -98,11 +100,11 @@ def test_faults(tmp_path: Path) -> None:
         (mark(3), "3 is no plan"),
         (mark("missing.toml"), "missing.toml: cannot be read: No such file"),
         (mark("garbage.toml"), r"faults\('garbage.toml'\): .*garbage.toml"),
-        (mark("wrong.toml"), r"wrong.toml: fault 1: .*\"los\""),
+        (mark("wrong.toml"), r"wrong.toml:2: fault 1: .*\"los\""),
         (mark(loss="often"), "loss is 'often': a probability or a dictionary is wanted, such as loss=0.05"),
         (mark(loss=True), "loss is True"),
         (mark(loss=1.5), "fault 1: probability 1.5 is not between 0 and 1"),
-        (mark(los=0.5), 'fault 1: no fault of messages is called "los"'),
+        (mark(los=0.5), 'fault 1: kind: no fault is called "los"'),
         (mark(delay={"latancy": "5 ms"}), "fault 1: .*latancy"),
         (mark({"kind": "loss", "on": "gpu0"}), '"gpu0" is no way'),
         (mark({"kind": "loss", "times": [3]}), r"\[3\] is nothing that a fault can say"),
