@@ -95,15 +95,19 @@ def problems(kind: str, given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _read(parameter: Parameter, value: Any) -> Any:
     if parameter is CONTROLS["times"]:
-        if isinstance(value, bool | float):
-            raise ValueError(f"{value!r} where a whole number is wanted")
         try:
-            return int(value)
-        except ValueError:
+            return _whole(value)
+        except (ValueError, TypeError):
             raise ValueError(f"{value!r} where a whole number is wanted") from None
     if parameter is TARGETS["range"]:
         return _range(value)
     return parameter.read(value)
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool | float):
+        raise TypeError
+    return int(value)
 
 
 def _range(value: Any) -> tuple[int, int]:

@@ -107,7 +107,7 @@ def test_faults(tmp_path: Path) -> None:
         (mark(los=0.5), 'fault 1: kind: no fault is called "los"'),
         (mark(delay={"latancy": "5 ms"}), "fault 1: .*latancy"),
         (mark({"kind": "loss", "on": "gpu0"}), '"gpu0" is no way'),
-        (mark({"kind": "loss", "times": [3]}), r"\[3\] is nothing that a fault can say"),
+        (mark({"kind": "loss", "times": [3]}), r"times: \[3\] where a whole number is wanted"),
     ],
 )
 def test_faults_that_are_none(given: Mark, complaint: str, tmp_path: Path) -> None:
