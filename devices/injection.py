@@ -5,17 +5,57 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from hmmnet.errors import HmmnetError
+from hmmnet.faults.carry import Carrier
+from hmmnet.faults.catalogue import fault
 from hmmnet.faults.effects import DeviceEffect
+from hmmnet.faults.injector import PointFault
+from hmmnet.wire.messages import Inject
 
 from .faultbuffer import BATCH_PAGES
 
 if TYPE_CHECKING:
-    from .models.base import Device
+    from .models.base import Device, Wiring
 
 Undo = Callable[[], None]
+
+
+def carrier_of(device: Device, wiring: Wiring) -> Carrier:
+    """Carries out what concerns `device`; faults at points only where the process has an injector of its own."""
+    injector, clock = wiring.injector, wiring.clock
+
+    async def sleep(seconds: float) -> None:
+        await clock.sleep_until(clock.now() + seconds)
+
+    def at_points(fault: PointFault) -> Undo:
+        return _nothing if injector is None else partial(injector.remove, injector.add(fault))
+
+    def own(effect: DeviceEffect) -> Undo:
+        return begin(device, effect) if fnmatchcase(device.spec.name, effect.device) else _nothing
+
+    return Carrier("real", {PointFault: at_points, DeviceEffect: own}, wiring.nursery.start_soon, sleep)
+
+
+def obey(carrier: Carrier, message: Inject) -> None:
+    """Begin, or end, what the host says. Raises HmmnetError."""
+    if not message.fault:
+        if message.number in carrier.active:
+            carrier.remove(message.number)
+        return
+    try:
+        given = msgspec.msgpack.decode(message.fault, type=dict[str, Any])
+    except msgspec.MsgspecError as error:
+        raise HmmnetError(f"a fault is no map: {error}") from error
+    given.pop("after", None)  # the host says when
+    given.pop("lasts", None)
+    if message.number not in carrier.active:
+        carrier.add(fault(**given), message.number)
 
 
 def begin(device: Device, effect: DeviceEffect) -> Undo:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
 import stat
 import sys
 import time
@@ -29,7 +30,7 @@ import trio
 from hmmnet.errors import HmmnetError, PeerGone, PeerLost
 from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.fabric.dma import BulkReceiver, BulkSender
-from hmmnet.faults.injector import Points
+from hmmnet.faults.injector import Injector, Points
 from hmmnet.lifeline import stop_on_signal, wait_ended
 from hmmnet.observe.logs import log_to
 from hmmnet.wire.client import connect
@@ -95,7 +96,11 @@ async def serve(
     hello = Hello(PROTOCOL_VERSION, "device", name, incarnation, pid or os.getpid(), secret)
     over = trio.Event()
     device: Device | None = None
-    hooks = points or Points(node=name)
+    injector = None
+    if points is None:  # nobody else decides what goes wrong here: the host may, over the session
+        injector = Injector(now=emulated.now, sleep=lambda seconds: emulated.sleep_until(emulated.now() + seconds), on_node=on_own_node)
+        points = injector.points_of(name)
+    hooks = points
     if hooks.armed:
         await hooks.at("device.hello")
     try:
@@ -103,7 +108,7 @@ async def serve(
 
             def prepare(session: Session, welcome: Welcome) -> None:
                 nonlocal device
-                device = assemble(transport, session, welcome, emulated, nursery, trim, hooks)
+                device = assemble(transport, session, welcome, emulated, nursery, trim, hooks, injector)
                 session.on_lost(lambda _: over.set())
                 if welcome.telemetry:
                     samples = transport.connect_telemetry(welcome.telemetry)
@@ -131,6 +136,7 @@ def assemble(
     nursery: trio.Nursery,
     trim: Callable[[], None],
     points: Points,
+    injector: Injector | None = None,
 ) -> Device:
     """Make the device that a welcome describes, with its bulk streams; its tasks run in `nursery`. Raises HmmnetError."""
     spec = spec_of(welcome)
@@ -144,11 +150,17 @@ def assemble(
     sender = BulkSender(transport.connect_channel(welcome.bulk_out, key=welcome.bulk_key), clock, ring=ring_out)
     nursery.start_soon(receiver.run)
     nursery.start_soon(sender.run)
-    device = model(spec, welcome.zone, Wiring(session, sender, receiver, clock, nursery, points, trim))
+    device = model(spec, welcome.zone, Wiring(session, sender, receiver, clock, nursery, points, injector, trim))
     # At the moment of the loss, before any other task runs: the lease is over.
     session.on_silent(device.drop_mirrors)
     session.on_lost(lambda _: device.fence())
     return device
+
+
+def on_own_node(action: str, node: str) -> None:
+    """What a fault at a point of this process does to it; another's life is not ours."""
+    log.warning("a fault: %s %s", action, node)
+    os.kill(os.getpid(), signal.SIGKILL if action == "crash" else signal.SIGSTOP)
 
 
 def single(group: BaseExceptionGroup[BaseException]) -> BaseException:

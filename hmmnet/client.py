@@ -62,6 +62,20 @@ class RemoteMachine:
         """See `Machine.create_cgroup`."""
         await self._calls.call("create_cgroup", name=name, limit=limit_bytes)
 
+    async def add_fault(self, kind: str, **given: Any) -> int:
+        """A fault begins (see `hmmnet.faults.fault`); its number. Raises HmmnetError for what is none, or cannot be done."""
+        value, _ = await self._calls.call("add_fault", fault={"kind": kind, **given})
+        return int(value)
+
+    async def remove_fault(self, number: int) -> None:
+        """It ends. Raises HmmnetError when there is none of that number."""
+        await self._calls.call("remove_fault", fault=number)
+
+    async def list_faults(self) -> list[dict[str, Any]]:
+        """The faults that are: number, whether it has begun, and what makes it."""
+        value, _ = await self._calls.call("list_faults")
+        return list(value)
+
     async def report(self) -> dict[str, Any]:
         """See `Machine.report`."""
         value, _ = await self._calls.call("report")

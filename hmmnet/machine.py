@@ -25,6 +25,7 @@ from hmmnet.errors import HmmnetError
 from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.fabric.measure import automatic_rate
 from hmmnet.faults.injector import Injector
+from hmmnet.faults.kinds import Fault
 from hmmnet.launcher.crew import READY_S, Crew
 from hmmnet.launcher.directory import DeviceRecord, Directory, MachineRecord, new_record
 from hmmnet.launcher.processes import raise_file_limit
@@ -58,6 +59,15 @@ class Host(Protocol):
     injector: Injector
     injection: Any
     """Carries out what faults do at the host (`hmmnet.host.injection`)."""
+
+    def add_fault(self, fault: Fault) -> int:
+        """A fault begins; its number."""
+        ...
+
+    def remove_fault(self, number: int) -> None:
+        """It ends."""
+        ...
+
     events: Events
 
     def running(self) -> AbstractAsyncContextManager[Any]:
@@ -142,6 +152,14 @@ class LaunchedMachine:
     async def report(self) -> dict[str, Any]:
         """Per link asked, reached and whether the emulation kept up; counters of the profile; devices."""
         return await self.host.report()
+
+    def add_fault(self, fault: Fault) -> int:
+        """A fault begins; its number. Raises HmmnetError for what real processes cannot do, and for what is not there."""
+        return self.host.add_fault(fault)
+
+    def remove_fault(self, number: int) -> None:
+        """It ends. Raises HmmnetError when there is none of that number."""
+        self.host.remove_fault(number)
 
     async def kill_device(self, name: str) -> None:
         """``kill -9`` of a device process; returns when it is gone and the host knows."""

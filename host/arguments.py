@@ -42,6 +42,18 @@ class CreateCgroup(Operation, frozen=True):
     limit: Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)] | None = None
 
 
+class AddFault(Operation, frozen=True):
+    """``add_fault``: what makes a fault (`hmmnet.faults.catalogue.fault`)."""
+
+    fault: dict[str, Any]
+
+
+class RemoveFault(Operation, frozen=True):
+    """``remove_fault``: its number."""
+
+    fault: int
+
+
 class OnProcess(Operation, frozen=True):
     """Arguments of an operation on a process."""
 

@@ -18,12 +18,14 @@ from typing import Any
 import numpy as np
 
 from hmmnet.errors import KernelError, ProtocolError
+from hmmnet.faults.catalogue import fault
 from hmmnet.pages import PAGE_SIZE, to_wire
 from hmmnet.program import Handle, Machine, MemoryFile
 
 from .arguments import (
     CHUNK_BYTES,
     STAGED_BYTES_MAX,
+    AddFault,
     Advise,
     Allocate,
     ClearRefs,
@@ -54,10 +56,11 @@ from .arguments import (
     Referred,
     Register,
     Remap,
+    RemoveFault,
     Start,
     Write,
 )
-from .clients import FAULTS_MAX, FILES_MAX, REFERENCE_SETS_MAX, Answer, Client, OpenHandle, Serve, T
+from .clients import FAULTS_MAX, FILES_MAX, REFERENCE_SETS_MAX, Answer, Client, Injectable, OpenHandle, Serve, T
 
 _OPERATIONS: dict[str, tuple[type[Any], Serve[Any]]] = {}
 
@@ -113,6 +116,33 @@ async def create_cgroup(client: Client, arguments: CreateCgroup, _data: bytes) -
     """A new memory cgroup."""
     await client.machine.create_cgroup(arguments.name, arguments.limit)
     return None, b""
+
+
+def _host(client: Client) -> Injectable:
+    """The machine as who breaks it sees it. Raises KernelError(EOPNOTSUPP) for one that is not a host."""
+    if not isinstance(client.machine, Injectable):
+        raise KernelError(errno.EOPNOTSUPP, "add_fault", "this machine takes no faults over a session")
+    return client.machine
+
+
+@serves(AddFault)
+async def add_fault(client: Client, arguments: AddFault, _data: bytes) -> Answer:
+    """A fault begins; its number."""
+    given = {str(name): value for name, value in arguments.fault.items()}
+    return _host(client).add_fault(fault(str(given.pop("kind", "")), **given)), b""
+
+
+@serves(RemoveFault)
+async def remove_fault(client: Client, arguments: RemoveFault, _data: bytes) -> Answer:
+    """A fault ends."""
+    _host(client).remove_fault(arguments.fault)
+    return None, b""
+
+
+@serves(Operation)
+async def list_faults(client: Client, _arguments: Operation, _data: bytes) -> Answer:
+    """The faults that are."""
+    return _host(client).list_faults(), b""
 
 
 # --- a process's memory -----------------------------------------------------------------------------------------------------------

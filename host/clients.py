@@ -10,12 +10,13 @@ from __future__ import annotations
 import errno
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import msgspec
 import trio
 
 from hmmnet.errors import KernelError, ProtocolError
+from hmmnet.faults.kinds import Fault
 from hmmnet.program import Handle, Machine, MemoryFile, PageReferences, Process, UserFaults
 from hmmnet.wire.messages import Call, Recall, Result
 
@@ -50,6 +51,23 @@ V = TypeVar("V")
 Serve: TypeAlias = "Callable[[Client, T, bytes], Awaitable[Answer]]"
 Operations: TypeAlias = "Mapping[str, tuple[type[Operation], Serve[Any]]]"
 """Operations by name: the struct of the arguments, and what serves it."""
+
+
+@runtime_checkable
+class Injectable(Protocol):
+    """A machine that can be broken on purpose."""
+
+    def add_fault(self, fault: Fault) -> int:
+        """A fault begins; its number. Raises HmmnetError."""
+        ...
+
+    def remove_fault(self, number: int) -> None:
+        """It ends. Raises HmmnetError."""
+        ...
+
+    def list_faults(self) -> list[dict[str, Any]]:
+        """The faults that are, as plain data."""
+        ...
 
 
 class Client:

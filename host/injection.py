@@ -7,15 +7,28 @@ It gives up when what it wanted to do cannot be done any more (the process has e
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+import os
+import signal
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from fnmatch import fnmatchcase
+from functools import partial
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from hmmnet.errors import HmmnetError
 from hmmnet.fabric.arbiter import LinkChange
-from hmmnet.faults.effects import HostEffect, LinkEffect
-from hmmnet.faults.injector import Injector, PointFault
+from hmmnet.fabric.clock import EmulatedClock
+from hmmnet.faults.carry import Carrier, Undo
+from hmmnet.faults.catalogue import as_given
+from hmmnet.faults.effects import HostEffect, LinkEffect, NodeEffect
+from hmmnet.faults.injector import HOST, Injector, PointFault
+from hmmnet.faults.kinds import Fault
 from hmmnet.faults.points import Where
 from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, PAGES_MAX
+from hmmnet.wire.messages import Inject
+from hmmnet.wire.session import Session
 
 from .interfaces import Event
 from .process import Process
@@ -25,7 +38,6 @@ if TYPE_CHECKING:
 
 RANGE_PAGES_MAX = 1 << 12
 """Pages that a fault without a range does something to: of what is concerned at a point, the first 16 MiB."""
-Undo = Callable[[], None]
 
 log = logging.getLogger("hmmnet.host")
 
@@ -37,6 +49,70 @@ class Injection:
         self._host = host
         self._injector = injector
         self._links = 0
+        self._carrier: Carrier
+
+    def carrier(self, clock: EmulatedClock) -> Carrier:
+        """Carries out what real processes can do; devices are told of each fault, and do their part."""
+
+        async def sleep(seconds: float) -> None:
+            await clock.sleep_until(clock.now() + seconds)
+
+        self._injector.on_node = self._on_node
+        made = Carrier(
+            "real",
+            {
+                PointFault: lambda fault: partial(self._injector.remove, self._injector.add(fault)),
+                LinkEffect: self.link,
+                HostEffect: self.deed,
+                NodeEffect: self._to_nodes,
+            },
+            self._host.spawn,
+            sleep,
+        )
+        made.told = self._tell
+        self._carrier = made
+        return made
+
+    def _tell(self, number: int, fault: Fault | None) -> None:
+        packed = b"" if fault is None else msgspec.msgpack.encode(as_given(fault))
+        for link in self._host.links.values():
+            link.session.note(Inject(number, packed))
+
+    def greet(self, session: Session) -> None:
+        """A device has come: it is told of the faults that are."""
+        for number, fault in self._carrier.begun.items():
+            session.note(Inject(number, msgspec.msgpack.encode(as_given(fault))))
+
+    def _to_nodes(self, effect: NodeEffect) -> Undo:
+        """Raises HmmnetError for a name that nothing has, and for what is no process of this computer."""
+        if effect.node == HOST:
+            raise HmmnetError("the host runs inside the program, or holds this very session: end its process instead")
+        names = [name for name in self._host.devices if fnmatchcase(name, effect.node)]
+        if not names:
+            raise HmmnetError(f'no device is called "{effect.node}"; there are {", ".join(self._host.devices)}')
+        if effect.deed == "revive":
+            raise HmmnetError("reset wants the launcher to watch for the device's end: use crash, and bounce")
+        for name in names:
+            self._signal(name, {"hang": signal.SIGSTOP, "unload": signal.SIGTERM}.get(effect.deed, signal.SIGKILL))
+            if effect.deed == "bounce":
+                if self._host.on_restart is None:
+                    raise HmmnetError(f"{name} is gone; whoever started this machine does not start devices again")
+                self._host.on_restart(name, float(effect.settings["down"]))
+        return partial(self._resume, names) if effect.deed == "hang" else _nothing
+
+    def _signal(self, name: str, number: signal.Signals) -> None:
+        life = self._host.devices[name].life
+        if life is not None and life.pid > 1:
+            with suppress(ProcessLookupError):
+                os.kill(life.pid, number)
+
+    def _resume(self, names: Sequence[str]) -> None:
+        for name in names:
+            self._signal(name, signal.SIGCONT)
+
+    def _on_node(self, action: str, name: str) -> None:
+        if name in self._host.devices:
+            self._signal(name, signal.SIGKILL if action == "crash" else signal.SIGSTOP)
 
     def link(self, effect: LinkEffect) -> Undo:
         """Change links; what undoes it. Raises HmmnetError when no link is called so."""

@@ -27,6 +27,7 @@ from hmmnet.errors import PeerLost, RemoteError
 from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.fabric.dma import BulkReceiver, BulkSender
 from hmmnet.faults.injector import HOST, Injector
+from hmmnet.faults.kinds import Fault
 from hmmnet.topology import Topology
 from hmmnet.wire.exchange import HEARTBEAT_S, LEASE_S, RETRY_S
 from hmmnet.wire.messages import Call, Hello, Inspect, Rate, Recall
@@ -95,6 +96,8 @@ class Host:
         self.injector = injector or Injector(now=clock.now, sleep=partial(sleep_emulated, clock))
         self.points = self.memory.points = self.injector.points_of(HOST)
         self.injection = Injection(self, self.injector)
+        self.faults = self.injection.carrier(clock)
+        """The faults of this machine, where the host carries them out (a simulated machine has its own)."""
         self.corrected_errors: Counter[str] = Counter()
         """Errors of memory that ECC has corrected, by device."""
         for node in topology.nodes:
@@ -128,6 +131,8 @@ class Host:
         self._nursery: trio.Nursery | None = None
         self._ending = False
         self._samples: Telemetry | None = None
+        self.on_restart: Callable[[str, float], None] | None = None
+        """Called with (device, emulated seconds) when a fault wants it started again then."""
         self.on_change: Callable[[str, str, str], None] | None = None
         """Called with (device, ``ready`` or ``lost``, how) whenever a device comes or goes, until the machine ends."""
         self.control_endpoint = ""
@@ -296,6 +301,7 @@ class Host:
             return
         except RemoteError as error:
             log.info("device %s does not tell its figures: %s", life.name, error)
+        self.injection.greet(session)
         self.devices[life.name].serves(life)
         self._tell(life.name, "ready", "")
 
@@ -385,6 +391,18 @@ class Host:
         self.processes.pop(pid, None)
         self.spaces.pop(pid, None)
         self.hubs.pop(pid, None)
+
+    def add_fault(self, fault: Fault) -> int:
+        """A fault begins; its number. Raises HmmnetError for what real processes cannot do, and for what is not there."""
+        return self.faults.add(fault)
+
+    def remove_fault(self, number: int) -> None:
+        """It ends. Raises HmmnetError when there is none of that number."""
+        self.faults.remove(number)
+
+    def list_faults(self) -> list[dict[str, Any]]:
+        """The faults that are, as plain data."""
+        return self.faults.as_json()
 
     def set_rate(self, rate: float) -> None:
         """The emulated clock goes on at `rate` emulated seconds for each real one, here and at every peer."""

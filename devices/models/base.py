@@ -35,7 +35,7 @@ from hmmnet.errors import KernelError, PeerError, ProtocolError
 from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.fabric.dma import BulkReceiver, BulkSender
 from hmmnet.faults.effects import DeviceEffect
-from hmmnet.faults.injector import Points
+from hmmnet.faults.injector import Injector, Points
 from hmmnet.pages import LARGE, PAGES_MAX, Words, ascending, from_wire, page_by_page
 from hmmnet.wire.messages import (
     ARGUMENT_BYTES_MAX,
@@ -47,6 +47,7 @@ from hmmnet.wire.messages import (
     EndJob,
     Finished,
     FreeFrames,
+    Inject,
     Inspect,
     Invalidate,
     Ioctl,
@@ -80,6 +81,8 @@ class Wiring:
     clock: EmulatedClock
     nursery: trio.Nursery
     points: Points = field(default_factory=Points)
+    injector: Injector | None = None
+    """What happens at `points`, where that is decided by this process's host (None: by whoever runs it all)."""
     trim: Callable[[], None] = lambda: None
     """Gives memory that this process holds in reserve back to the operating system; called when the device has become idle."""
 
@@ -123,6 +126,8 @@ class Device:
         self._closed_traffic = Traffic()
         self._freed = trio.Event()
         self._trim = wiring.trim
+        self.carrier = injection.carrier_of(self, wiring)
+        """The faults that the host has told of."""
         self._attach(wiring.session)
         self._nursery.start_soon(self._discard_idle)
 
@@ -137,6 +142,7 @@ class Device:
         session.on(Launch, self.launch)
         session.on(EndJob, self.end_job)
         session.on(Ioctl, self.ioctl)
+        session.on(Inject, self.inject)
         session.on(Inspect, self.inspect)
         session.on(Rate, self.set_rate)
 
@@ -215,6 +221,10 @@ class Device:
         self._entries = entries
         for opened in self.contexts.values():
             opened.service.buffer.entries = entries
+
+    def inject(self, message: Inject) -> None:
+        """A fault begins or ends here, as far as it is this device's. Raises HmmnetError for what is none."""
+        injection.obey(self.carrier, message)
 
     def suffer(self, effect: DeviceEffect) -> Callable[[], None]:
         """A fault of this device itself; what undoes it. Raises HmmnetError."""

@@ -26,6 +26,7 @@ COMMANDS = {
     "selftest": "the kernel's own tests of HMM, by name, on both kinds of memory",
     "bugs": "bugs that real drivers had, told and run",
     "bench": "speed, as ratios to references measured in the same run",
+    "fault": "break a running machine on purpose, and mend it; the catalogue of faults",
     "topo": "machines as data: list, show, check, draw",
     "doctor": "what this computer has and lacks for this",
     "clean": "remove what dead machines left behind",

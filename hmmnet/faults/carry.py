@@ -107,6 +107,11 @@ class Carrier:
         """The faults that are, or will be, by number."""
         return {number: carried.fault for number, carried in self._carried.items()}
 
+    @property
+    def begun(self) -> dict[int, Fault]:
+        """The faults that act now, by number."""
+        return {number: carried.fault for number, carried in self._carried.items() if carried.begun}
+
     def as_json(self) -> list[dict[str, Any]]:
         """Plain data: number, whether it has begun, and what makes it again."""
         return [{"number": number, "begun": carried.begun, "fault": as_given(carried.fault)} for number, carried in self._carried.items()]

@@ -83,8 +83,17 @@ KINDS = (
             DIRECTION,
             Parameter("shape", "choice", "one bit, a burst of bytes, or halves swapped", "bit", ("bit", "burst", "swap")),
         ),
+        wires=True,
     ),
-    Kind("copy.lost", "copy engine", "a chunk is lost", "it is sent again", lambda fault: [_bulk(fault, "loss")], parameters=(DIRECTION,)),
+    Kind(
+        "copy.lost",
+        "copy engine",
+        "a chunk is lost",
+        "it is sent again",
+        lambda fault: [_bulk(fault, "loss")],
+        parameters=(DIRECTION,),
+        wires=True,
+    ),
     Kind(
         "copy.duplicate",
         "copy engine",
@@ -92,6 +101,7 @@ KINDS = (
         "the second is ignored",
         lambda fault: [_bulk(fault, "duplicate")],
         parameters=(DIRECTION,),
+        wires=True,
     ),
     Kind(
         "copy.reorder",
@@ -100,6 +110,7 @@ KINDS = (
         "it lands by its index",
         lambda fault: [_bulk(fault, "reorder", jitter_s=fault.settings["jitter"])],
         parameters=(DIRECTION, Parameter("jitter", "time", "by at most so much", 0.005)),
+        wires=True,
     ),
     Kind(
         "link.slow",

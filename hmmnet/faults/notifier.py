@@ -40,6 +40,7 @@ KINDS = (
         "an invalidation is lost on its way",
         "it is repeated; " + SAME,
         _message("loss", "Invalidate", to_device=True),
+        wires=True,
     ),
     Kind(
         "invalidate.late",
@@ -48,8 +49,16 @@ KINDS = (
         SAME,
         _message("delay", "Invalidate", to_device=True),
         parameters=(LATENCY, JITTER),
+        wires=True,
     ),
-    Kind("invalidate.duplicate", "notifier", "an invalidation arrives twice", SAME, _message("duplicate", "Invalidate", to_device=True)),
+    Kind(
+        "invalidate.duplicate",
+        "notifier",
+        "an invalidation arrives twice",
+        SAME,
+        _message("duplicate", "Invalidate", to_device=True),
+        wires=True,
+    ),
     Kind(
         "invalidate.reorder",
         "notifier",
@@ -57,8 +66,16 @@ KINDS = (
         SAME,
         _message("reorder", "Invalidate", to_device=True),
         parameters=(LATENCY, JITTER),
+        wires=True,
     ),
-    Kind("ack.lost", "notifier", "an acknowledgement is lost", "it is repeated; " + SAME, _message("loss", "Done", to_device=False)),
+    Kind(
+        "ack.lost",
+        "notifier",
+        "an acknowledgement is lost",
+        "it is repeated; " + SAME,
+        _message("loss", "Done", to_device=False),
+        wires=True,
+    ),
     Kind(
         "invalidate.slow",
         "notifier",

@@ -263,6 +263,13 @@ class Finished(Message, frozen=True):
     errno: int = 0
 
 
+class Inject(Message, frozen=True):
+    """A fault begins at the device, under `number`: a msgpack map that makes it (`hmmnet.faults.catalogue`). Empty: it ends. `Done`."""
+
+    number: U64
+    fault: Packed
+
+
 class Inspect(Message, frozen=True):
     """Ask a device for its figures. `Report`."""
 
@@ -452,7 +459,8 @@ class Call(Message, frozen=True):
     """A client's call of a machine or process operation by name. `Result`. `arguments` is a msgpack map, `data` at most one chunk.
 
     Machine: ``devices`` -> [name], ``report`` -> map, ``create_process`` (node, cgroup) -> pid,
-    ``create_cgroup`` (name, limit or nil). Process operations carry ``process`` (a pid that
+    ``create_cgroup`` (name, limit or nil), ``add_fault`` (fault: a map of what makes one), ``remove_fault`` (fault: its number),
+    ``list_faults``. Process operations carry ``process`` (a pid that
     this client made) and what `hmmnet.program.Process` names: ``mmap`` (length, protection, address or nil, populate, shared,
     file or nil, handle or nil, offset, hugetlb) -> address;
     ``memfd_create`` (length) -> file number; ``file_read`` (file, offset, length) -> data, ``file_write`` (file, offset) with data -> size,
@@ -497,7 +505,7 @@ Body: TypeAlias = (
     Hello | Welcome | Refused | Done | Failed | Rate | OpenContext | CloseContext | Invalidate | CopyIn | CopyOut
     | Copied | FreeFrames | Launch | EndJob | Ioctl | IoctlDone | Finished | Inspect | Report | Subscribe | Subscribed | Unsubscribe
     | RangeFault | RangeFaulted | Migrate | Migrated | MigrateDone | Evict | Evicted | MakeExclusive | Exclusive
-    | DmaRead | DmaWrite | DmaGrant | Call | Recall | Result
+    | DmaRead | DmaWrite | DmaGrant | Call | Recall | Result | Inject
 )  # fmt: skip
 
 Arguments: TypeAlias = dict[str, Any]

@@ -1,0 +1,116 @@
+"""``hmmnet fault``: break a running machine on purpose, mend it, and look up what can be done."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+ON_HELP = "The machine (default: the only one that runs)."
+app = typer.Typer(
+    add_completion=False, rich_markup_mode=None, no_args_is_help=True, help="Break a running machine on purpose, and mend it."
+)
+Machine = Annotated[str | None, typer.Option("--machine", "-m", help=ON_HELP, show_default=False)]
+
+
+@app.command()
+def kinds(
+    names: Annotated[list[str] | None, typer.Argument(help="Only these kinds or families.", show_default=False)] = None,
+) -> int:
+    """The catalogue: every kind of fault, its parameters, what holds afterwards, and where it works."""
+    from hmmnet.faults.catalogue import KINDS
+    from hmmnet.faults.kinds import WORLDS
+
+    family = ""
+    for kind in KINDS.values():
+        if names and kind.name not in names and kind.family not in names:
+            continue
+        if kind.family != family:
+            family = kind.family
+            print(f"\n{family}")
+        print(f"  {kind.name:<22}{kind.what}")
+        for parameter in kind.parameters:
+            default = "" if parameter.default in (None, "") else f" (default {parameter.default})"
+            print(f"    {parameter.name:<20}{parameter.what}{default}")
+        if kind.holds:
+            print(f"    {'afterwards':<20}{kind.holds}")
+        for world in WORLDS:
+            if world in kind.not_in:
+                print(f"    {'not in ' + world:<20}{kind.not_in[world]}")
+    return 0
+
+
+@app.command()
+def points() -> int:
+    """Every protocol point: where `point.delay`, `point.fail` and the like can happen."""
+    from hmmnet.faults.points import POINTS
+
+    for point in POINTS.values():
+        print(f"{point.name:<26}{point.side:<8}{point.what} ({', '.join(point.actions)})")
+    return 0
+
+
+@app.command()
+def add(
+    kind: Annotated[str, typer.Argument(help="A kind of the catalogue.")],
+    given: Annotated[list[str] | None, typer.Argument(help="Whom, and parameters as NAME=VALUE.", metavar="[ON] [NAME=VALUE]...")] = None,
+    machine: Machine = None,
+) -> int:
+    """A fault begins on a running machine; prints its number. Such as: fault add point.delay gpu0 point=migrate.mid_copy latency=5ms."""
+    made = said(kind, given or [])
+    print(f"fault {_ask(machine, 'add_fault', **made)}: {kind} {made.get('on', '')}".rstrip())
+    return 0
+
+
+@app.command()
+def ls(machine: Machine = None) -> int:
+    """The faults of a running machine."""
+    for one in _ask(machine, "list_faults"):
+        given = dict(one["fault"])
+        kind, on = given.pop("kind"), given.pop("on", "")
+        words = " ".join(f"{name}={value}" for name, value in given.items())
+        print(f"{one['number']:>4}  {kind:<20} {on:<16} {words}" + ("" if one["begun"] else "  (to come)"))
+    return 0
+
+
+@app.command()
+def rm(number: Annotated[str, typer.Argument(help="A fault's number, or all.")], machine: Machine = None) -> int:
+    """A fault ends."""
+    from hmmnet.errors import HmmnetError
+
+    if number != "all" and not number.isdigit():
+        raise HmmnetError(f'"{number}" is no number of a fault, and not "all"; `hmmnet fault ls` shows them')
+    numbers = [one["number"] for one in _ask(machine, "list_faults")] if number == "all" else [int(number)]
+    for one in numbers:
+        _ask(machine, "remove_fault", number=one)
+    return 0
+
+
+def said(kind: str, words: list[str]) -> dict[str, Any]:
+    """What a command line says of a fault. Raises HmmnetError with every mistake."""
+    from hmmnet.cli import did_you_mean
+    from hmmnet.errors import HmmnetError
+    from hmmnet.faults.catalogue import KINDS, fault
+
+    if kind not in KINDS:
+        raise HmmnetError(f'no fault is called "{kind}"{did_you_mean(kind, list(KINDS))}; `hmmnet fault kinds` lists them')
+    made: dict[str, Any] = {"kind": kind}
+    for word in words:
+        name, sign, value = word.partition("=")
+        if not sign and "on" in made:
+            raise HmmnetError(f'"{word}": what it is on was said already ("{made["on"]}"); parameters are NAME=VALUE')
+        made[name if sign else "on"] = value if sign else word
+    fault(**made)
+    return made
+
+
+def _ask(machine: str | None, call: str, **given: Any) -> Any:
+    import trio
+
+    import hmmnet
+
+    async def main() -> Any:
+        async with hmmnet.attach(machine) as entered:
+            return await getattr(entered, call)(**given)
+
+    return trio.run(main)
