@@ -237,20 +237,25 @@ class SimulatedMachine:
         else:
             self._hang(name)
 
-    def pause_device(self, name: str) -> None:
-        """It stops where it is (SIGSTOP): nothing that it is sent is read, nothing comes from it. Raises KernelError: ENOENT, ESRCH."""
-        self._known(name, "pause_device")
+    async def hang_device(self, name: str) -> None:
+        """It stops where it is (SIGSTOP): nothing that it is sent is read, nothing comes from it. Raises KernelError(ENOENT)."""
+        self._known(name, "hang_device")
         if name not in self._nodes:
-            raise KernelError(3, "pause_device", f"device {name} does not run")
+            raise KernelError(2, "hang_device", f"device {name} does not run")
         self._hang(name)
+        await trio.lowlevel.checkpoint()
 
     def _hang(self, name: str) -> None:
         self.injector.stop(name)
         self.network.hold(name)
 
-    def resume_device(self, name: str) -> None:
+    async def resume_device(self, name: str) -> None:
         """It goes on (SIGCONT), with all that it was sent meanwhile. Raises KernelError(ENOENT)."""
         self._known(name, "resume_device")
+        self._resume(name)
+        await trio.lowlevel.checkpoint()
+
+    def _resume(self, name: str) -> None:
         self.injector.resume(name)
         self.network.release(name)
 
@@ -312,7 +317,7 @@ class SimulatedMachine:
 
     def _resume_all(self, names: Sequence[str]) -> None:
         for name in names:
-            self.resume_device(name)
+            self._resume(name)
 
     def _revive(self, names: Sequence[str], down_s: float) -> Undo:
         self._revived.update(dict.fromkeys(names, down_s))

@@ -30,7 +30,7 @@ async def test_points_of_both_sides_and_the_command_line() -> None:
         address = await process.malloc(COUNT * 8)
         await process.write(address, np.arange(COUNT, dtype="<u8"))
 
-        async def total() -> float:
+        async def total() -> object:
             return (await process.launch("reduction", "gpu0", "demand", a=address, n=COUNT, dtype="<u8")).results["sum"]
 
         usual = await total()
