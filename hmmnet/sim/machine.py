@@ -185,6 +185,13 @@ class SimulatedMachine:
         """The devices that run now."""
         return tuple(name for name in self.device_names if name in self._nodes)
 
+    def device(self, name: str) -> Any:
+        """The device called `name` itself, to look at (`hmmnet.devices.models.base.Device`). Raises KernelError(ENOENT) unless it runs."""
+        node = self._nodes.get(name)
+        if node is None or node.device is None:
+            raise KernelError(2, "device", f"device {name} does not run")
+        return node.device
+
     async def start_device(self, name: str) -> None:
         """Start the device `name`, empty, as a new incarnation; returns when it is ready.
 

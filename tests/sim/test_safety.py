@@ -1,0 +1,135 @@
+"""Safety under faults: what is interrupted leaves its source intact, what is lost says so, and nobody waits longer than he must."""
+
+from __future__ import annotations
+
+import pytest
+import trio
+
+import hmmnet
+from hmmnet.errors import BusError, KernelError, PeerError
+from hmmnet.faults import POINTS, Controls, PointFault, fault
+from hmmnet.sim import SimulatedMachine
+
+from .everything import MACHINE, PAGE
+
+PAGES = 32
+DATA = bytes(range(256)) * (PAGES * PAGE // 256)
+OUTWARD = [name for name in POINTS if name.startswith("migrate.") and POINTS[name].waits]
+INSIDE = ["device.before_migrate", "device.copy_in", "device.migrated", "device.before_done"]
+HOMEWARD = [name for name in POINTS if name.startswith(("home.", "device.copy_out", "device.mid_copy")) and POINTS[name].waits]
+
+
+@pytest.mark.parametrize("action", ["crash", "hang"])
+@pytest.mark.parametrize("name", [*OUTWARD, *INSIDE])
+def test_a_migration_interrupted_at_any_step(name: str, action: str) -> None:
+    """The device dies or hangs on the way out: every page is at its source, untouched, or was on the device already and says SIGBUS."""
+
+    async def main(machine: SimulatedMachine) -> None:
+        process = await machine.create_process()
+        address = await process.mmap(PAGES * PAGE)
+        await process.write(address, DATA)
+        machine.add_fault(PointFault(name, action, "gpu0", controls=Controls(nth=1)))  # type: ignore[arg-type]
+        try:
+            await process.migrate(address, PAGES * PAGE, "gpu0")
+        except (PeerError, KernelError):
+            assert machine.injector.fired, name
+        await trio.sleep(0.1)  # the last steps of a migration run behind its answer
+        assert machine.injector.fired, "never reached"
+        began_s, lost = trio.current_time(), 0
+        for page in range(PAGES):
+            try:
+                assert await process.read(address + page * PAGE, PAGE) == DATA[page * PAGE : (page + 1) * PAGE]
+            except BusError as gone:
+                if 'only copy on device "gpu0"' not in str(gone):
+                    raise
+                lost += 1
+        assert trio.current_time() - began_s < 15
+        if name not in ("migrate.after", "migrate.before_finalize", "device.before_done"):
+            assert lost == 0, "its only copy was at the host"
+        machine.heal()
+        await process.exit()
+
+    hmmnet.simulate(main, MACHINE, limit_s=300.0)
+
+
+@pytest.mark.parametrize("pages", [1, 3, PAGES])
+@pytest.mark.parametrize("name", HOMEWARD)
+def test_a_way_home_interrupted_at_any_step(name: str, pages: int) -> None:
+    """The device dies on the way home: a page is right, or SIGBUS that names page and device; never anything else."""
+
+    async def main(machine: SimulatedMachine) -> None:
+        process = await machine.create_process()
+        address = await process.mmap(PAGES * PAGE)
+        await process.write(address, DATA)
+        await process.migrate(address, PAGES * PAGE, "gpu0")
+        machine.add_fault(PointFault(name, "crash", "gpu0", controls=Controls(nth=1)))
+        for page in range(0, PAGES, pages):
+            part = slice(page * PAGE, min(page + pages, PAGES) * PAGE)
+            try:
+                assert await process.read(address + part.start, part.stop - part.start) == DATA[part]
+            except BusError as gone:
+                if 'only copy on device "gpu0"' not in str(gone):
+                    raise
+        await process.exit()
+
+    hmmnet.simulate(main, MACHINE, limit_s=300.0)
+
+
+@pytest.mark.parametrize("shape", ["bit", "burst", "swap"])
+def test_damaged_chunks_are_caught_and_resent(shape: str) -> None:
+    """Both ways, streams and single pages: half of all copies are damaged, and every byte is right."""
+
+    async def main(machine: SimulatedMachine) -> int:
+        process = await machine.create_process()
+        address = await process.mmap(PAGES * PAGE)
+        await process.write(address, DATA)
+        machine.add_fault(fault("copy.corrupt", "gpu*", probability=0.4, shape=shape))
+        for _ in range(4):
+            assert await process.migrate(address, PAGES * PAGE, "gpu0") == PAGES * PAGE
+            assert await process.read(address, PAGE) == DATA[:PAGE]
+            assert await process.read(address, PAGES * PAGE) == DATA
+        damaged = machine.network.fired["corrupt"] + len(machine.injector.fired)
+        await process.exit()
+        return damaged
+
+    assert hmmnet.simulate(main, MACHINE, limit_s=300.0).value > 3
+
+
+def test_a_crashed_host_s_devices_stop_within_the_lease() -> None:
+    """Nothing comes from the host any more: mirrors are empty when the lease is over, and the devices end."""
+
+    async def main(machine: SimulatedMachine) -> None:
+        process = await machine.create_process()
+        address = await process.malloc(PAGE)
+        await process.store(address, 1)
+        await process.launch("reduction", "gpu0", "demand", a=address, n=1, dtype="<u8")
+        (opened,) = machine.device("gpu0").contexts.values()
+        assert opened.context.mirror.mapped_count() > 0
+        machine.add_fault(fault("host.crash"))
+        await trio.sleep(4)
+        assert opened.context.mirror.mapped_count() == 0
+        assert machine.running == ()
+
+    hmmnet.simulate(main, MACHINE, limit_s=300.0)
+
+
+def test_a_restarted_device_is_empty_and_new() -> None:
+    """What was only there is lost for good; the new incarnation has nothing of the old and works."""
+
+    async def main(machine: SimulatedMachine) -> None:
+        process = await machine.create_process()
+        address = await process.mmap(PAGES * PAGE)
+        await process.write(address, DATA)
+        await process.migrate(address, PAGE, "gpu0")
+        machine.add_fault(fault("bounce", "gpu0", down="50 ms"))
+        await trio.sleep(1)
+        assert machine.running == MACHINE.device_names
+        figures = (await machine.report())["devices"]["gpu0"]
+        assert (figures["lives"], figures["pages_used"], figures["contexts"]) == (2, 0, 0)
+        with pytest.raises(BusError, match='only copy on device "gpu0"'):
+            await process.load(address)
+        assert await process.migrate(address + PAGE, PAGE, "gpu0") == PAGE
+        assert await process.read(address + PAGE, PAGE) == DATA[PAGE : 2 * PAGE]
+        await process.exit()
+
+    hmmnet.simulate(main, MACHINE, limit_s=300.0)
