@@ -1,8 +1,9 @@
 """The memory accesses of a kernel, thousands of lanes at a time, and how far each has come.
 
-A kernel yields *requests* (`load`, `store`, `load_range`, `store_range`); the engine makes an `Access` of each and advances it until every
-lane is served. One step is synchronous: look all open lanes up in the mirror, serve those that lead to own memory at once, and say what
-is left: lanes that lead to foreign memory (to be done by DMA now, before the mirror can change) and pages that miss (to be faulted in).
+A kernel yields *requests* (`load`, `store`, `load_range`, `store_range`, `update`); the engine makes an `Access` of each and advances it
+until every lane is served. One step is synchronous: look all open lanes up in the mirror, serve those that lead to own memory at once, and
+say what is left: lanes that lead to foreign memory (to be done by DMA now, before the mirror can change) and pages that miss (to be
+faulted in).
 
 Two shapes. *Lanes* are single elements at arbitrary addresses (pointers): gathered and scattered by numpy. *Ranges* are consecutive bytes:
 copied as one slice for each run of frames. Elements are naturally aligned, as GPUs want them, so none straddles two pages.
@@ -32,6 +33,7 @@ ADDRESS_END = 1 << ADDRESS_BITS
 DENSE_LANES = 64
 """Distinct elements a page from which on a foreign page is fetched whole: eight-byte elements would cost twice their size in addresses."""
 
+NO_PAGES = np.zeros(0, np.uint64)
 _OFFSET = np.uint64(PAGE_SIZE - 1)
 _SHIFT = np.uint64(PAGE_SHIFT)
 _ZERO = np.uint64(ZERO_FRAME)
@@ -86,7 +88,15 @@ class StoreRange:
     values: Array
 
 
-Request: TypeAlias = Load | Store | LoadRange | StoreRange
+@dataclass(frozen=True, eq=False)
+class Update:
+    """Add `values` to the elements at `addresses`, each atomically; gives what they were. Repeated addresses take turns."""
+
+    addresses: Words
+    values: Array
+
+
+Request: TypeAlias = Load | Store | LoadRange | StoreRange | Update
 Steps: TypeAlias = Generator[Request, Array, dict[str, Any]]
 """A running kernel; what it returns are the job's results."""
 Kernel: TypeAlias = Callable[..., Steps]
@@ -112,6 +122,15 @@ def store_range(start: int, values: Array) -> StoreRange:
     return StoreRange(start, np.ascontiguousarray(values))
 
 
+def update(addresses: Words, values: Array) -> Update:
+    """Ask for atomic additions; the yield gives the values before as an array.
+
+    Only memory of the device itself is updated: a page that lies elsewhere is brought here first, whatever the job's placement, and one
+    that cannot come (a page of a file, a pinned one) ends the job.
+    """
+    return Update(np.ascontiguousarray(addresses, dtype=np.uint64), np.ascontiguousarray(values))
+
+
 class Foreign(NamedTuple):
     """Elements in memory that is not ours: what to transfer, and where the bytes go (or come from)."""
 
@@ -130,6 +149,8 @@ class Step(NamedTuple):
     foreign: list[Foreign]
     missing: Words
     """Pages to be faulted in, ascending, each once."""
+    elsewhere: Words = NO_PAGES
+    """Pages that are mapped, but must be here for this access."""
 
 
 class Lanes:
@@ -211,6 +232,48 @@ class Lanes:
             self._rows[lanes] = data.reshape(-1, self.size)[back]
 
         return Foreign(pages[first], distinct, self.size, None, land)
+
+
+class Updates:
+    """Atomic additions, in own memory only: loaded and stored in one stretch of code, which nothing else here can come between."""
+
+    write = True
+
+    def __init__(self, addresses: Words, values: Array) -> None:
+        check_addresses(addresses, values.dtype.itemsize)
+        self._addresses = addresses
+        self._values = values
+        self._before = np.empty_like(values)
+        self._open = np.ones(len(addresses), np.bool_)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every addition is done."""
+        return not self._open.any()
+
+    def first_address(self, page: int) -> int:
+        """The lowest byte of `page` that is wanted."""
+        return int(self._addresses[self._addresses >> _SHIFT == np.uint64(page)].min())
+
+    def result(self, _: np.dtype[Any]) -> Array:
+        """The values before."""
+        return self._before
+
+    def advance(self, mirror: Mirror, memory: Memory) -> Step:
+        """Do what can be done now."""
+        pages = self._addresses >> _SHIFT
+        entries = mirror.translate(pages)
+        allowed = allows(entries, True)
+        frames = frames_of(entries)
+        own = allowed & memory.owns(frames)
+        size = self._values.dtype.itemsize
+        for lane in np.flatnonzero(own & self._open).tolist():
+            physical = frames[lane : lane + 1] << _SHIFT | self._addresses[lane : lane + 1] & _OFFSET
+            before = memory.load(physical, size).view(self._values.dtype)
+            self._before[lane] = before[0]
+            memory.store(physical, size, (before + self._values[lane : lane + 1]).view(np.uint8))
+        self._open &= ~own
+        return Step([], _unique(pages[self._open & ~allowed]), _unique(pages[self._open & allowed]))
 
 
 class Range:
@@ -303,7 +366,7 @@ class Range:
         return Foreign(pages, addresses, size, self.data[low:high] if self.write else None, land)
 
 
-Access = Lanes | Range
+Access = Lanes | Range | Updates
 
 
 def open_access(request: Request) -> Access:
@@ -311,11 +374,11 @@ def open_access(request: Request) -> Access:
     if isinstance(request, Load | LoadRange):
         size = request.dtype.itemsize
         count = len(request.addresses) if isinstance(request, Load) else request.count
-    elif isinstance(request, Store | StoreRange):
+    elif isinstance(request, Store | StoreRange | Update):
         size = request.values.dtype.itemsize
         count = request.values.size
     else:
-        raise JobError(f"a kernel yielded {type(request).__name__}; load, store, load_range or store_range is wanted")
+        raise JobError(f"a kernel yielded {type(request).__name__}; load, store, load_range, store_range or update is wanted")
     if size == 0 or size > PAGE_SIZE or size & (size - 1):
         raise JobError(f"elements of {size} bytes cannot be accessed; a power of two up to {PAGE_SIZE} is wanted")
     if not 0 <= count * size <= REQUEST_BYTES_MAX:
@@ -326,6 +389,10 @@ def open_access(request: Request) -> Access:
         if request.values.shape != request.addresses.shape:
             raise JobError(f"{request.values.size} values were to be stored at {len(request.addresses)} addresses")
         return Lanes(request.addresses, size, request.values.view(np.uint8).reshape(-1))
+    if isinstance(request, Update):
+        if request.values.shape != request.addresses.shape:
+            raise JobError(f"{request.values.size} values were to be added at {len(request.addresses)} addresses")
+        return Updates(request.addresses, request.values)
     check_range(request.start, count * size, size)
     if isinstance(request, LoadRange):
         return Range(request.start, count * size, None)

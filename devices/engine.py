@@ -9,24 +9,37 @@ with the fault address named; so does one whose kernel raises. The device goes o
 
 from __future__ import annotations
 
+import contextlib
+import errno
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from inspect import signature
 from typing import Any
 
+import numpy as np
 import trio
 
 from hmmnet.errors import HmmnetError, KernelError
-from hmmnet.pages import Words
+from hmmnet.pages import PAGE_SHIFT, Words
 
-from .access import Access, AccessError, Array, JobError, Kernel, Load, LoadRange, Request, Steps, open_access
+from .access import Access, AccessError, Array, JobError, Kernel, Load, LoadRange, Request, Steps, Update, open_access
 from .context import Context, Traffic
 from .faultbuffer import Ticket
+from .mirror import allows, frames_of
 from .policy import BadPlan
 from .servicing import FaultService
 
+UPDATE_REPLAYS_MAX = 64
+"""Replays of an atomic access: two devices that want a page which neither can have would take its mapping from each other for ever."""
+CLAIMS_MAX = 8
+"""Tries to bring a page here that an atomic access needs here: somebody may hold it for a moment."""
 REPLAYS_MAX = 10_000
 """Replays of one access: pages that are taken away again faster than they can be used."""
+
+
+def elsewhere(page: int) -> str:
+    """Why an atomic access cannot be had."""
+    return f"page 0x{page:x} is in other memory and does not come here: it cannot be updated atomically"
 
 
 @dataclass
@@ -116,7 +129,7 @@ class Engine:
     async def _serve(self, request: Request, placement: str, counters: JobCounters) -> Array | None:
         counters.requests += 1
         access = open_access(request)
-        for _ in range(REPLAYS_MAX):
+        for _ in range(UPDATE_REPLAYS_MAX if isinstance(request, Update) else REPLAYS_MAX):
             if access.is_done:
                 break
             step = access.advance(self._context.mirror, self._context.memory)
@@ -125,12 +138,34 @@ class Engine:
             if len(step.missing):
                 await self._fault(access, step.missing, placement, counters)
                 counters.replays += 1
+            if len(step.elsewhere):
+                await self._claim(access, step.elsewhere)
+                counters.replays += 1
         else:
+            if isinstance(request, Update):
+                page = int(request.addresses[0]) >> PAGE_SHIFT
+                raise AccessError(int(request.addresses[0]), elsewhere(page), errno.EOPNOTSUPP)
             raise JobError(f"an access was replayed {REPLAYS_MAX} times: its pages are taken away as fast as they come")
         if self._context.points.armed:
             await self._context.at("device.job_step")
         await trio.lowlevel.checkpoint()
+        if isinstance(request, Update):
+            return access.result(request.values.dtype)
         return access.result(request.dtype) if isinstance(request, Load | LoadRange) else None
+
+    async def _claim(self, access: Access, pages: Words) -> None:
+        """Bring pages here that an atomic access needs here. Raises AccessError for one that will not come."""
+        context = self._context
+        for page in pages.tolist():
+            for _ in range(CLAIMS_MAX):
+                with contextlib.suppress(KernelError):  # what is wrong with the page its next fault says
+                    await context.migrate_in(page, page + 1, "atomic")
+                entry = context.mirror.translate(np.array([page], np.uint64))
+                if not allows(entry, True).all() or context.memory.owns(frames_of(entry)).all():
+                    break
+                await trio.lowlevel.checkpoint()
+            else:
+                raise AccessError(access.first_address(page), elsewhere(page), errno.EOPNOTSUPP)
 
     async def _fault(self, access: Access, missing: Words, placement: str, counters: JobCounters) -> None:
         """Enter the misses in the fault buffer and wait until they were serviced. Raises AccessError when a page cannot be had."""

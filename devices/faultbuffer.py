@@ -111,11 +111,16 @@ class FaultBuffer:
                 self._tickets.appendleft(ticket)
 
     def finish(self, batch: Batch, fatal: dict[int, HmmnetError]) -> None:
-        """The pass over `batch` is over; `fatal` pages could not be had. Replays what is complete."""
+        """The pass over `batch` is over; `fatal` pages could not be had. Replays what is complete.
+
+        A page that was asked for writing, because another ticket wanted that, may still be had for reading: its reader asks again.
+        """
+        written = set(batch.pages[batch.write].tolist()) if fatal else set()
         for ticket, pages in batch.parts:
             ticket.serviced += len(pages)
             if fatal:
-                ticket.fatal.update({page: fatal[page] for page in pages.tolist() if page in fatal})
+                concerned = [page for page in pages.tolist() if page in fatal and (ticket.write or page not in written)]
+                ticket.fatal.update({page: fatal[page] for page in concerned})
             if ticket.fatal or ticket.serviced == len(ticket.pages):
                 self.withdraw(ticket)
                 ticket.replay()

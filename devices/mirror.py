@@ -147,6 +147,13 @@ class Mirror:
         """The entries of [start, end)."""
         return self._table.read(start, end)
 
+    def translations(self) -> tuple[Words, Words, npt.NDArray[np.bool_]]:
+        """(pages, frames, may write) of every entry that may be used now."""
+        pages = self._table.occupied(0, PAGES_MAX)
+        entries = self._table.gather(pages)
+        usable = allows(entries, False)
+        return pages[usable], frames_of(entries[usable]), allows(entries[usable], True)
+
     def has_exclusive(self, start: int, end: int) -> bool:
         """Whether a page of [start, end) is mapped for exclusive access."""
         return any(bool((part & np.uint64(ENTRY_ATOMIC)).any()) for _, part, _ in self._table.parts(start, end))

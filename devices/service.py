@@ -154,6 +154,9 @@ def assemble(
     # At the moment of the loss, before any other task runs: the lease is over.
     session.on_silent(device.drop_mirrors)
     session.on_lost(lambda _: device.fence())
+    # DMA is never left half way, so nothing cancels it: without this a job would wait for the credits of a host that is gone.
+    session.on_lost(lambda cause: sender.fail(str(cause)))
+    session.on_lost(lambda cause: receiver.fail(str(cause)))
     return device
 
 

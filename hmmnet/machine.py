@@ -17,6 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import trio
 
 from hmmnet.cable import Cables
@@ -33,6 +35,7 @@ from hmmnet.launcher.rate import Rate, check_rate
 from hmmnet.launcher.zygote import ZygoteClient
 from hmmnet.observe.events import Events
 from hmmnet.observe.logs import log_to, stop_logging
+from hmmnet.pages import Words
 from hmmnet.program import Process
 from hmmnet.topology.load import installed_models, load
 from hmmnet.topology.model import Personality, Topology, with_personality
@@ -92,6 +95,14 @@ class Host(Protocol):
 
     async def create_cgroup(self, name: str, limit_bytes: int | None = None) -> None:
         """A memory cgroup."""
+        ...
+
+    def audit(self, *, quiet: bool = True) -> list[str]:
+        """What is wrong with the books; empty when all is well. `quiet`: nothing is under way."""
+        ...
+
+    def audit_mirror(self, device: str, process: int, pages: Words, frames: Words, writable: npt.NDArray[np.bool_]) -> list[str]:
+        """What is wrong with translations that a device's mirror holds."""
         ...
 
     async def report(self) -> dict[str, Any]:

@@ -21,6 +21,7 @@ import errno
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from hmmnet.errors import IommuFault, KernelError
 from hmmnet.pages import (
@@ -31,6 +32,7 @@ from hmmnet.pages import (
     HUGE_PAGES,
     LARGE,
     PAGE_SHIFT,
+    PAGES_MAX,
     ZONE_SHIFT,
     Words,
     has_large,
@@ -102,6 +104,13 @@ class Domain:
         """The frame that `page` translates to, or None."""
         entry = self._table.get(page)
         return entry >> 3 if entry & 1 else None
+
+    def translations(self) -> tuple[Words, Words, npt.NDArray[np.bool_]]:
+        """(pages, frames, may write) of everything that is not suspended."""
+        pages = self._table.occupied(0, PAGES_MAX)
+        entries = self._table.gather(pages)
+        held = (entries & (_VALID | _SUSPENDED)) == _VALID
+        return pages[held], entries[held] >> _FRAME_SHIFT, (entries[held] & _WRITE) != 0
 
     def suspend(self, pages: Words) -> None:
         """`pages` are on their way to the device itself: their translations answer EAGAIN until `resume` or `revoke_pages`."""

@@ -37,6 +37,7 @@ from .mm.space import Space
 from .mm.syscalls import aligned, whole_pages
 from .mm.userfault import UserFault
 
+WORD_BYTES = 8
 HEAP_BYTES = 1 << 20
 """What the heap maps at a time, at least."""
 MALLOC_ALIGN = 64
@@ -226,6 +227,24 @@ class Process:
         raw = as_value("store", value, dtype)
         check_range("store", address, len(raw))
         await self.space.store(address, raw)
+
+    async def fetch_add(self, address: int, value: int) -> int:
+        """LOCK XADD of the 64-bit word at `address`, which must be aligned: what it was. Raises SegmentationFault, BusError, KernelError.
+
+        Looked at and changed in one stretch of code; before that the page is faulted in for writing, as often as it is taken away.
+        """
+        self._alive("fetch_add")
+        check_range("fetch_add", address, WORD_BYTES)
+        if address % WORD_BYTES:
+            raise KernelError(errno.EINVAL, "fetch_add", f"0x{address:x} is not aligned to {WORD_BYTES} bytes")
+        while True:
+            raw = self.space.try_load(address, WORD_BYTES)
+            if raw is not None:
+                before = int.from_bytes(raw, "little")
+                if self.space.try_store(address, ((before + value) % (1 << 64)).to_bytes(WORD_BYTES, "little")):
+                    await trio.lowlevel.checkpoint()
+                    return before
+            await self.space.touch(address, write=True)
 
     async def read_array(self, address: int, dtype: str, count: int) -> npt.NDArray[Any]:
         """CPU load of `count` values."""

@@ -21,6 +21,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import trio
 
 from hmmnet.errors import PeerLost, RemoteError
@@ -28,6 +30,7 @@ from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.fabric.dma import BulkReceiver, BulkSender
 from hmmnet.faults.injector import HOST, Injector
 from hmmnet.faults.kinds import Fault
+from hmmnet.pages import Words
 from hmmnet.topology import Topology
 from hmmnet.wire.exchange import HEARTBEAT_S, LEASE_S, RETRY_S
 from hmmnet.wire.messages import Call, Hello, Inspect, Rate, Recall
@@ -35,6 +38,7 @@ from hmmnet.wire.server import Server
 from hmmnet.wire.session import Session
 from hmmnet.wire.transport import Channel, Listener, Transport
 
+from . import audit
 from .admission import Admission, Connecting
 from .calls import new_client
 from .contexts import Contexts
@@ -413,6 +417,22 @@ class Host:
                 session.note(note)
 
     # --- figures --------------------------------------------------------------------------------------------------------------
+
+    def audit(self, *, quiet: bool = True) -> list[str]:
+        """What is wrong with the books (I1 to I5, I8 of every process and memory) at this moment; empty when all is well.
+
+        `quiet`: nothing is under way now. Then nothing may be in transit either, and without processes only the zero page may be in use.
+        """
+        return [*audit.books(self.memory, self.spaces.values(), quiet=quiet), *audit.domains(self.devices)]
+
+    def audit_mirror(self, device: str, process: int, pages: Words, frames: Words, writable: npt.NDArray[np.bool_]) -> list[str]:
+        """I1 of a mirror that can be seen: which translations that `device` holds of `process` the page table does not have.
+
+        A device that is lost may believe what it likes: it is fenced.
+        """
+        life = self.devices[device].life
+        context = None if life is None else life.context_of(process)
+        return [] if context is None else audit.believed(context, f"the mirror of {device}", pages, frames, writable)
 
     async def report(self) -> dict[str, Any]:
         """What the run did so far, as plain data.

@@ -16,6 +16,10 @@ BUILT_IN = {
     "list_walk": "hmmnet.devices.kernels.pointers:list_walk",
     "tree_search": "hmmnet.devices.kernels.pointers:tree_search",
     "word_count": "hmmnet.devices.kernels.text:word_count",
+    "peek": "hmmnet.devices.kernels.probe:peek",
+    "poke": "hmmnet.devices.kernels.probe:poke",
+    "gather": "hmmnet.devices.kernels.probe:gather",
+    "fetch_add": "hmmnet.devices.kernels.probe:fetch_add",
 }
 
 

@@ -16,6 +16,8 @@ from errno import EBADF, EEXIST, EINTR, EINVAL, EMFILE, ENOENT, EOPNOTSUPP
 from typing import Any
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 import trio
 
 from hmmnet.devices import injection
@@ -395,6 +397,10 @@ class Device:
         raise KernelError(EOPNOTSUPP, "ioctl", f"a device of model {self.spec.model} has no command {message.command}")
 
     # --- figures --------------------------------------------------------------------------------------------------------------
+
+    def mirrors(self) -> list[tuple[int, Words, Words, npt.NDArray[np.bool_]]]:
+        """(process, pages, frames, may write) of every open context: for who checks them against page tables."""
+        return [(opened.context.process.number, *opened.context.mirror.translations()) for opened in self.contexts.values()]
 
     def inspect(self, _: Inspect) -> Report:
         """The device's figures."""

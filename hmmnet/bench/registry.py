@@ -17,7 +17,7 @@ from hmmnet.errors import HmmnetError
 
 from .measurement import Measurement
 
-MODULES = ("wire", "dma", "host", "machine")
+MODULES = ("wire", "dma", "host", "machine", "sim")
 Function: TypeAlias = Callable[[], Sequence[Measurement | dict[str, Any]]]
 
 

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import entry_points
 from pathlib import Path
 from random import Random
@@ -143,7 +143,8 @@ class SimulatedMachine:
         self._revived: dict[str, float] = {}
         self._points = {device: injector.points_of(device) for device in topology.device_names}
         self._wires = wires
-        self._nursery = nursery
+        self.nursery = nursery
+        """Tasks in it end with the machine."""
         self._serve = serve
         self._nodes: dict[str, _Node] = {}
         self._incarnations = dict.fromkeys(topology.device_names, 0)
@@ -192,6 +193,17 @@ class SimulatedMachine:
             raise KernelError(2, "device", f"device {name} does not run")
         return node.device
 
+    def audit(self, *, quiet: bool = False) -> list[str]:
+        """What is wrong with the books of the host and the mirrors of its devices, at this moment (I1 to I5, I8); empty when all is well.
+
+        `quiet`: nothing is under way, so that nothing may be in transit.
+        """
+        found = self.host.audit(quiet=quiet)
+        for name, node in self._nodes.items():
+            for mirror in [] if node.device is None else node.device.mirrors():
+                found += self.host.audit_mirror(name, *mirror)
+        return found
+
     async def start_device(self, name: str) -> None:
         """Start the device `name`, empty, as a new incarnation; returns when it is ready.
 
@@ -206,7 +218,7 @@ class SimulatedMachine:
         with only_error():
             async with trio.open_nursery() as watch:
                 watch.start_soon(self._fail_with, node)
-                self._nursery.start_soon(self._be, name, node)
+                self.nursery.start_soon(self._be, name, node)
                 await self.host.device_ready(name)
                 watch.cancel_scope.cancel()
 
@@ -233,7 +245,7 @@ class SimulatedMachine:
         if told:
             self.host.device_exited(name, "was killed")
         if name in self._revived:
-            self._nursery.start_soon(self._again, name, self._revived[name])
+            self.nursery.start_soon(self._again, name, self._revived[name])
 
     def _on_node(self, action: str, name: str) -> None:
         """A fault wants a device's life, or its silence; what does not run any more has neither."""
@@ -319,7 +331,7 @@ class SimulatedMachine:
             elif effect.deed == "hang":
                 self._hang(name)
             if effect.deed == "bounce":
-                self._nursery.start_soon(self._again, name, down_s)
+                self.nursery.start_soon(self._again, name, down_s)
         return partial(self._resume_all, names) if effect.deed == "hang" else _nothing
 
     def _resume_all(self, names: Sequence[str]) -> None:
@@ -390,7 +402,7 @@ async def simulated(
     watch = None if trace is None else trace.sent
     wires = MemoryTransport(watch)
     injector = Injector(Random(seed ^ POINTS_SEED))  # noqa: S311 - chance, not secrecy
-    host: Host = host_class()(machine, wires, Path(), SECRET, VirtualClock(), name, scheme="mem", incarnation=1, injector=injector)
+    host: Host = _host()(machine, wires, Path(), SECRET, VirtualClock(), name, scheme="mem", incarnation=1, injector=injector)
     with only_error():
         async with trio.open_nursery() as nursery:
             async with host.running():
@@ -414,6 +426,13 @@ def _nothing() -> None:
     """What is done is done."""
 
 
+@cache
+def _host() -> Any:
+    """The host's class; looking it up takes longer than starting a machine."""
+    return host_class()
+
+
+@cache
 def _serve() -> Serve:
     """What a device process runs, found as users' models are. Raises HmmnetError."""
     for entry in entry_points(group="hmmnet.device_service", name="serve"):

@@ -12,6 +12,7 @@ import zlib
 from typing import Any
 
 import msgspec
+import trio
 
 from hmmnet.errors import ProtocolError
 from hmmnet.faults.injector import Fired
@@ -29,9 +30,11 @@ class Trace:
     def __init__(self, *, keep: bool = False) -> None:
         self.lines: list[str] = []
         self.count = 0
-        """Messages so far."""
+        """Lines so far."""
+        self.messages = 0
         self._hash = hashlib.sha256()
         self._keep = keep
+        self._due: dict[int, trio.Event] = {}
 
     @property
     def digest(self) -> str:
@@ -41,6 +44,15 @@ class Trace:
     def sent(self, now_s: float, way: str, parts: Parts) -> None:
         """A message was sent."""
         self.add(now_s, f"{way} {_described(parts)}")
+        self.messages += 1
+        due = self._due.pop(self.messages, None)
+        if due is not None:
+            due.set()
+
+    async def reached(self, number: int) -> None:
+        """Return when message `number` is sent."""
+        if self.messages < number:
+            await self._due.setdefault(number, trio.Event()).wait()
 
     def fired(self, fired: Fired) -> None:
         """A fault happened at a protocol point."""

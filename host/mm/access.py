@@ -10,6 +10,7 @@ is brought home from a device in batches, with the result that single loads in a
 from __future__ import annotations
 
 import errno
+import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, Protocol
@@ -314,6 +315,23 @@ class CpuAccess:
                 await self._pay()
             if done < len(data):
                 await give_way()
+
+    async def touch(self, address: int, *, write: bool) -> None:
+        """Fault one page in as an access to it would, without an access. Raises SegmentationFault, BusError, KernelError(ENOMEM)."""
+        page = address >> PAGE_SHIFT
+        for rounds in itertools.count(1):
+            missing: MissingPage | None = None
+            async with self.mmap_lock.read():
+                ready, touched = self._touch(page, page + 1, write=write, keep=None)
+                if ready > page:
+                    return
+                try:
+                    await self._resolve(page, touched, rounds)
+                except MissingPage as wanted:
+                    missing = wanted
+            if missing is not None:
+                await missing.registration.wait(missing.page)
+            await give_way()
 
     def _touch(self, start: int, end: int, *, write: bool, keep: tuple[int, int] | None) -> tuple[int, fault.Touched]:
         """Make [start, end) ready as far as that goes now: the first page that is not, and why. `keep`: pages overwritten whole.

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hmmnet.devices.access import Load, LoadRange, Steps, Store, StoreRange, open_access
+from hmmnet.devices.access import Load, LoadRange, Request, Steps, StoreRange, Update, open_access
 
 BASE = 0x10_0000
 
@@ -44,7 +44,7 @@ class PlainMemory:
             self.requests += 1
             answer = self.serve(request)
 
-    def serve(self, request: Load | LoadRange | Store | StoreRange) -> npt.NDArray[Any] | None:
+    def serve(self, request: Request) -> npt.NDArray[Any] | None:
         """Do one request."""
         if isinstance(request, LoadRange):
             return self.array(request.start, request.count, request.dtype.str).copy()
@@ -54,6 +54,13 @@ class PlainMemory:
         if isinstance(request, Load):
             size = request.dtype.itemsize
             return self.bytes.reshape(-1, size)[(request.addresses.astype(np.int64) - BASE) // size].view(request.dtype).reshape(-1)
+        if isinstance(request, Update):
+            before = np.empty_like(request.values)
+            for lane, address in enumerate(request.addresses.tolist()):
+                word = self.array(address, 1, request.values.dtype.str)
+                before[lane] = word[0]
+                word += request.values[lane]
+            return before
         size = request.values.dtype.itemsize
         rows = request.values.reshape(-1, 1).view(np.uint8).reshape(-1, size)
         self.bytes.reshape(-1, size)[(request.addresses.astype(np.int64) - BASE) // size] = rows

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from hmmnet.devices.faultbuffer import FaultBuffer, Ticket
-from hmmnet.errors import HmmnetError
+from hmmnet.errors import HmmnetError, KernelError
 from hmmnet.pages import Words
 
 
@@ -94,3 +94,19 @@ def test_withdrawn_tickets_are_not_served() -> None:
     buffer.withdraw(ticket)
     assert len(buffer) == 0
     assert buffer.fetch() is None
+
+
+def test_a_reader_does_not_fail_for_the_writer_beside_it() -> None:
+    """Both miss one page; it cannot be had for writing. The writer is told; the reader asks again, and is told only of its own failure."""
+    told: list[str] = []
+    buffer = FaultBuffer()
+    writer = Ticket(np.array([7], np.uint64), True, "demand", lambda: told.append("writer"))
+    reader = Ticket(np.array([7], np.uint64), False, "demand", lambda: told.append("reader"))
+    buffer.push(writer)
+    buffer.push(reader)
+    batch = buffer.fetch()
+    assert batch is not None
+    buffer.finish(batch, {7: KernelError(1, "hmm_range_fault", "read-only")})
+    assert told == ["writer", "reader"]
+    assert 7 in writer.fatal
+    assert reader.fatal == {}

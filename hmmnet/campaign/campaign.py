@@ -1,0 +1,150 @@
+"""Many seeds: one after the other, on several processes, or over a dask scheduler; what they found, together.
+
+A seed is independent of every other, so they are handed out one by one, and results are taken as they come. Whoever interrupts a
+campaign gets what was found so far.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from hmmnet.errors import HmmnetError
+
+from .draw import OPERATIONS, draw
+from .trial import run_program
+
+AHEAD = 4
+"""Seeds handed to each worker before the first is back: none waits, and little is lost when somebody interrupts."""
+
+
+class Found(msgspec.Struct, frozen=True):
+    """What one seed came to: plain data, to be sent between processes. `violations` are (checker, what)."""
+
+    seed: int
+    operations: int
+    faults: dict[str, int]
+    violations: list[tuple[str, str]]
+    seconds: float
+
+
+@dataclass
+class Summary:
+    """What all seeds came to so far."""
+
+    mix: str
+    seeds: int = 0
+    operations: int = 0
+    faults: Counter[str] = field(default_factory=Counter)
+    violations: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0
+    began_s: float = field(default_factory=time.perf_counter)
+
+    def add(self, found: Found) -> None:
+        """One more seed."""
+        self.seeds += 1
+        self.operations += found.operations
+        self.faults.update(found.faults)
+        self.violations += [{"seed": found.seed, "checker": checker, "what": what} for checker, what in found.violations]
+        self.seconds = time.perf_counter() - self.began_s
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data, as ``--json`` prints it."""
+        return {
+            "seeds": self.seeds,
+            "operations": self.operations,
+            "faults": dict(sorted(self.faults.items())),
+            "violations": sorted(self.violations, key=lambda one: int(one["seed"])),
+            "seconds": round(self.seconds, 3),
+        }
+
+
+def try_seed(seed: int, mix: str = "all", operations: int = OPERATIONS) -> Found:
+    """Run one seed."""
+    began_s = time.perf_counter()
+    outcome = run_program(draw(seed, mix, operations)).outcome
+    violations = [(one.checker, one.what) for one in outcome.violations]
+    return Found(seed, outcome.operations, dict(outcome.faults), violations, time.perf_counter() - began_s)
+
+
+def replay_command(seed: int, mix: str, operations: int = OPERATIONS) -> str:
+    """The one command that repeats a seed."""
+    return f"hmmnet replay {seed} --faults {mix}" + ("" if operations == OPERATIONS else f" --operations {operations}")
+
+
+def run_campaign(
+    seeds: Iterable[int],
+    mix: str = "all",
+    operations: int = OPERATIONS,
+    *,
+    jobs: int = 1,
+    dask: str = "",
+    on_found: Callable[[Summary, Found], None] = lambda _, __: None,
+    summary: Summary | None = None,
+) -> Summary:
+    """Run all `seeds`, on `jobs` processes or over the dask scheduler at address `dask`. `on_found` is told of each as it ends.
+
+    `summary`, if it is given, is filled as it goes: what there is when this is interrupted. Raises HmmnetError: no such mix, no dask.
+    """
+    summary = Summary(mix) if summary is None else summary
+    draw(0, mix, operations)
+    with _results(list(seeds), mix, operations, jobs, dask) as results:
+        for found in results:
+            summary.add(found)
+            on_found(summary, found)
+    return summary
+
+
+@contextmanager
+def _results(seeds: list[int], mix: str, operations: int, jobs: int, dask: str) -> Iterator[Iterable[Found]]:
+    if dask:
+        with _over_dask(seeds, mix, operations, dask) as found:
+            yield found
+    elif jobs == 1:
+        yield (try_seed(seed, mix, operations) for seed in seeds)
+    else:
+        with ProcessPoolExecutor(jobs) as pool:
+            try:
+                yield _pooled(pool, seeds, mix, operations, jobs)
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+
+def _pooled(pool: ProcessPoolExecutor, seeds: list[int], mix: str, operations: int, jobs: int) -> Iterator[Found]:
+    """A few seeds ahead of what the workers do."""
+    left = iter(seeds)
+    under_way = {pool.submit(try_seed, seed, mix, operations) for seed, _ in zip(left, range(jobs * AHEAD), strict=False)}
+    while under_way:
+        done = next(as_completed(under_way))
+        under_way.discard(done)
+        for seed in left:
+            under_way.add(pool.submit(try_seed, seed, mix, operations))
+            break
+        yield done.result()
+
+
+@contextmanager
+def _over_dask(seeds: list[int], mix: str, operations: int, address: str) -> Iterator[Iterable[Found]]:
+    """Results from the workers of a dask scheduler, which must have hmmnet installed. Raises HmmnetError."""
+    try:
+        from distributed import Client
+        from distributed import as_completed as as_they_come
+    except ImportError:
+        raise HmmnetError('--dask needs the package "distributed"; install it (pip install distributed) here and on the workers') from None
+    try:
+        client = Client(address, timeout="10s", set_as_default=False)
+    except (OSError, ValueError) as error:
+        raise HmmnetError(f"no dask scheduler answers at {address}: {error}") from None
+    with client:
+        futures = client.map(try_seed, seeds, mix=mix, operations=operations, pure=False)
+        try:
+            yield (future.result() for future in as_they_come(futures))
+        finally:
+            client.cancel(futures)

@@ -1,0 +1,322 @@
+"""The actors of one machine: what they share, how their accesses are recorded, and what they may be told.
+
+`Crew` has a method for each way to touch a word. Each records the access in the region's history, and judges errors: a SIGSEGV is right
+where rights or place changed meanwhile, a lost page or a lost device where somebody was harmed, anything else is a violation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from collections import Counter as Counts
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import trio
+
+from hmmnet.errors import BusError, HmmnetError, IommuFault, KernelError, PeerError, SegmentationFault, SignalError
+from hmmnet.pages import PAGE_SIZE
+from hmmnet.program import Process
+from hmmnet.sim import SimulatedMachine, Trace
+
+from .history import Clock, Counter, Words
+from .program import Program
+from .regions import READ, WORD_BYTES, WORDS_PER_PAGE, WRITE, Look, Region
+
+AFTERMATH_S = 8.0
+"""Virtual seconds after a harm in which work may fail because of it: leases, patience, and repeats are over then."""
+VIOLATIONS_MAX = 16
+"""Of one run: what follows the first is often its consequence."""
+REGION_FIRST = 0x10_0000_0000
+REGION_STRIDE = 1 << 22
+"""Each mapping gets an address of its own that is never used again, so that a late store cannot hit another region."""
+SERIAL_SHIFT = 16
+COUNTERS = 8
+ONLY_COPY = "had its only copy"
+"""What is said of pages that died with their device."""
+
+
+@dataclass(frozen=True)
+class Violation:
+    """Something that must not be. `checker` is who found it; `line` is how many lines the trace had then."""
+
+    checker: str
+    what: str
+    line: int = 0
+
+
+class AtomicProcess(Process, Protocol):
+    """A process inside the host, which has atomic additions."""
+
+    async def fetch_add(self, address: int, value: int) -> int:
+        """Add to a word; what it was."""
+        ...
+
+
+@dataclass
+class Outcome:
+    """What a run found out."""
+
+    operations: int = 0
+    faults: Counts[str] = field(default_factory=Counts)
+    done: Counts[str] = field(default_factory=Counts)
+    """Operations by kind."""
+    refused: int = 0
+    """Operations that ended with an error."""
+    lost: int = 0
+    """How often a page was found to be lost."""
+    violations: list[Violation] = field(default_factory=list)
+
+
+class Crew:
+    """See the module."""
+
+    def __init__(self, machine: SimulatedMachine, process: AtomicProcess, program: Program, outcome: Outcome, trace: Trace | None) -> None:
+        self.machine = machine
+        self.process = process
+        self.program = program
+        self.outcome = outcome
+        self.clock = Clock()
+        self.regions: list[Region] = []
+        self.counters: Region | None = None
+        self.adds = [Counter(self.clock) for _ in range(COUNTERS)]
+        self.adds_sure = True
+        """No addition failed and no page of counters was lost: then they can be judged."""
+        self.harms = 0
+        """Harms under way."""
+        self.failures = 0
+        """Failures that were injected at protocol points: from the first on operations may be refused, but nothing may be lost."""
+        self._harmed_s = -AFTERMATH_S
+        self.down: list[str] = []
+        """Devices that crashed or hang at a protocol point, until somebody sees to them."""
+        self._trace = trace
+        self._mappings = 0
+        self._due: dict[int, trio.Event] = {}
+
+    # --- layout ---------------------------------------------------------------------------------------------------------------
+
+    def next_base(self) -> int:
+        """An address that nothing had before."""
+        self._mappings += 1
+        return REGION_FIRST + self._mappings * REGION_STRIDE
+
+    async def map_region(self, kind: str, pages: int) -> Region:
+        """A new region."""
+        region = Region(self.clock, len(self.regions), kind, pages, self.next_base())
+        if kind == "file":
+            region.file = await self.process.memfd_create(region.span_bytes)
+        await self.map_again(region)
+        self.regions.append(region)
+        return region
+
+    async def map_again(self, region: Region, page: int = 0, pages: int | None = None) -> None:
+        """Map `pages` pages of it (all) where it is."""
+        count = region.span_pages if pages is None else pages
+        at = region.base + page * PAGE_SIZE
+        shared = region.kind in {"shared", "file"}
+        offset = page * PAGE_SIZE if region.file is not None else 0
+        await self.process.mmap(count * PAGE_SIZE, "rw", at, shared=shared, file=region.file, offset=offset)
+        if region.kind == "huge":
+            await self.process.madvise(at, count * PAGE_SIZE, "HUGEPAGE")
+
+    # --- violations -----------------------------------------------------------------------------------------------------------
+
+    def note(self, what: str) -> None:
+        """A line in the story."""
+        if self._trace is not None:
+            self._trace.add(trio.current_time(), what)
+
+    def complain(self, checker: str, what: str) -> None:
+        """A violation, with its virtual time."""
+        if len(self.outcome.violations) < VIOLATIONS_MAX:
+            line = 0 if self._trace is None else self._trace.count
+            self.outcome.violations.append(Violation(checker, f"at {trio.current_time():.6f} s: {what}", line))
+            self.note(f"VIOLATION {checker}: {what}")
+
+    def one_ended(self, kind: str) -> None:
+        """An operation has ended."""
+        self.outcome.operations += 1
+        self.outcome.done[kind] += 1
+        event = self._due.pop(self.outcome.operations, None)
+        if event is not None:
+            event.set()
+
+    async def ended(self, operations: int) -> None:
+        """Return when so many operations have ended."""
+        if self.outcome.operations < operations:
+            await self._due.setdefault(operations, trio.Event()).wait()
+
+    async def sent(self, number: int) -> None:
+        """Return when message `number` of the run is sent: there is a trace that counts them."""
+        assert self._trace is not None, "only a trace counts messages"
+        await self._trace.reached(number)
+
+    def harm_begins(self, kind: str) -> None:
+        """Somebody is harmed: from now on work may fail."""
+        self.harms += 1
+        self.outcome.faults[kind] += 1
+
+    def harm_ends(self) -> None:
+        """It is mended; its aftermath is not over."""
+        self.harms -= 1
+        self._harmed_s = trio.current_time()
+
+    def excused(self, began_s: float) -> bool:
+        """Whether work that began then may have failed because somebody was harmed."""
+        return self.failures > 0 or self.in_aftermath(began_s)
+
+    def in_aftermath(self, at_s: float) -> bool:
+        """Whether somebody is harmed then, or was not long ago."""
+        return self.harms > 0 or at_s < self._harmed_s + AFTERMATH_S
+
+    @property
+    def harmed_ever(self) -> bool:
+        """Whether a page may be lost."""
+        return self.harms > 0 or self._harmed_s >= 0
+
+    async def attempt(self, who: str, work: Callable[[], Awaitable[None]], allowed: Iterable[int] = ()) -> bool:
+        """Do `work`, and judge what it raises; whether it raised nothing. `allowed` are errnos that are answers like any other."""
+        began_s = trio.current_time()
+        try:
+            await work()
+        except BusError as error:
+            if ONLY_COPY in str(error) or not self.failures:
+                await self._lost(who, error)
+        except KernelError as error:
+            limited = bool(self.program.limit_pages) and error.code == errno.ENOMEM
+            if error.code not in allowed and not limited and not self.excused(began_s):
+                self.complain("service", f"{who}: {error}")
+        except PeerError as error:
+            if isinstance(error, IommuFault) or not self.excused(began_s):
+                self.complain("service", f"{who}: {type(error).__name__}: {error}")
+        except SegmentationFault as error:
+            if ONLY_COPY in str(error):  # its page is lost, or was when the device asked for it
+                await self._lost(who, error)
+            elif not self.failures and any(region.word_at(error.address) is not None for region in self.regions):
+                self.complain("service", f"{who}: {error}")
+        except HmmnetError as error:
+            self.complain("progress" if "times" in str(error) else "service", f"{who}: {type(error).__name__}: {error}")
+        else:
+            return True
+        self.outcome.refused += 1
+        return False
+
+    async def _lost(self, who: str, error: SignalError) -> None:
+        """A page is gone with its device, which only a harm may do. It is given up, so that work can go on."""
+        self.outcome.lost += 1
+        if not self.harmed_ever:
+            self.complain("loss", f"{who}: {error}")
+        for region in self.regions:
+            word = region.word_at(error.address)
+            if word is not None:
+                with contextlib.suppress(KernelError):  # locked at this moment: whoever touches it next tries again
+                    await self.give_up(region, word // WORDS_PER_PAGE, 1)
+
+    async def give_up(self, region: Region, page: int, count: int) -> None:
+        """MADV_DONTNEED of some pages: private memory is zero afterwards, what is shared is what it was."""
+        words = count * WORDS_PER_PAGE
+        address = region.base + region.spread[page] * PAGE_SIZE
+        if region is self.counters:
+            self.adds_sure = False
+        if region.kind == "file" and region.file is not None:
+            hole = region.history.store_begins(page * WORDS_PER_PAGE, np.zeros(words, np.uint64))
+            with region.changing("given_up", page, count):
+                await region.file.punch(page * PAGE_SIZE, count * PAGE_SIZE)
+            region.history.store_ends(hole)
+            return
+        look = region.look(page * WORDS_PER_PAGE, words)
+        mark = region.history.store_begins(page * WORDS_PER_PAGE, np.zeros(words, np.uint64)) if region.is_private else None
+        done = False
+        try:
+            with region.changing("given_up", page, count):
+                await self.process.madvise(address, count * PAGE_SIZE, "DONTNEED")
+            done = region.stayed(look)
+        except KernelError:
+            if region.stayed(look):
+                raise
+        finally:
+            if mark is not None:
+                region.history.store_ends(mark, certain=done)
+
+    # --- accesses -------------------------------------------------------------------------------------------------------------
+
+    def values(self, serial: int, first: int, count: int) -> Words:
+        """What step `serial` stores to some words: each value is used once."""
+        return (np.arange(first, first + count, dtype=np.uint64) & np.uint64(0xFFFF)) | np.uint64(serial << SERIAL_SHIFT)
+
+    async def load(self, who: str, region: Region, first: int, count: int, fetch: Callable[[int], Awaitable[Words]]) -> None:
+        """Words are loaded by `fetch(address)`, and must be explainable."""
+        look, mark = region.look(first, count), region.history.load_begins(first, count)
+        got: Words | None = None
+        try:
+            got = await fetch(region.address(first))
+        except SegmentationFault as error:
+            self._judge(who, region, look, READ, error)
+        finally:
+            wrong = None
+            if got is None or not region.stayed(look):
+                region.history.load_fails(mark)
+            else:
+                wrong = region.history.load_ends(mark, got)
+        if got is not None and region.may(look, READ) is False:
+            self.complain("rights", f"{who}: loaded what it has no right to")
+        if wrong is not None:
+            where = f"word {wrong.word} of region {region.number} ({region.kind}, 0x{region.address(wrong.word):x})"
+            self.complain("history", f"{who}: {where} is 0x{wrong.value:x}, which {wrong.why}")
+
+    async def store(
+        self, who: str, region: Region, first: int, values: Words, put: Callable[[int, Words], Awaitable[None]], *, guarded: bool = True
+    ) -> None:
+        """`put(address, values)` stores; its success is remembered. Not `guarded`: it goes past the process's rights (a file's write)."""
+        look, mark = region.look(first, len(values)), region.history.store_begins(first, values)
+        done = False
+        try:
+            await put(region.address(first), values)
+            done = not guarded or region.stayed(look)
+        except SegmentationFault as error:
+            self._judge(who, region, look, WRITE, error)
+        finally:
+            region.history.store_ends(mark, certain=done)
+        if done and guarded and region.may(look, WRITE) is False:
+            self.complain("rights", f"{who}: stored what it has no right to")
+
+    def _judge(self, who: str, region: Region, look: Look, right: int, error: SignalError) -> None:
+        """A SIGSEGV: right where a right is missing, or where something changed meanwhile."""
+        if ONLY_COPY in str(error):
+            raise error
+        if region.may(look, right) and not self.failures:
+            self.complain("service", f"{who}: {error}")
+
+    async def cpu_load(self, who: str, region: Region, first: int, count: int, process: Process | None = None) -> None:
+        """By the CPU."""
+        reader = process or self.process
+
+        async def fetch(address: int) -> Words:
+            return np.frombuffer(await reader.read(address, count * WORD_BYTES), np.uint64)
+
+        await self.load(who, region, first, count, fetch)
+
+    async def cpu_store(self, who: str, region: Region, first: int, count: int, serial: int) -> None:
+        """By the CPU."""
+
+        async def put(address: int, values: Words) -> None:
+            await self.process.write(address, values.tobytes())
+
+        await self.store(who, region, first, self.values(serial, first, count), put)
+
+    async def add(self, who: str, which: int, work: Callable[[int], Awaitable[int]]) -> None:
+        """An atomic addition of one to counter `which`."""
+        assert self.counters is not None, "a region of counters is mapped first"
+        counter = self.adds[which]
+        began = counter.add_begins()
+        finished = False
+        try:
+            old = await work(self.counters.base + which * WORD_BYTES)
+            finished = True
+        finally:
+            self.adds_sure &= finished
+        wrong = counter.add_ends(began, old)
+        if wrong and self.adds_sure:
+            self.complain("history", f"{who}: counter {which} (0x{self.counters.base + which * WORD_BYTES:x}): {wrong}")

@@ -1,0 +1,588 @@
+"""What actors do: one function for each kind of step. A step says where (`region`, `page`, `word`, `count`), with which device, and how.
+
+Every operation is sound whatever others do at the same time, so any can be left out. Those that need memory of their own (lists to walk)
+map and unmap it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeAlias
+
+import numpy as np
+import trio
+
+from hmmnet.errors import BusError, HmmnetError, KernelError, PeerLost, RemoteError, SegmentationFault
+from hmmnet.pages import PAGE_SIZE
+from hmmnet.program import Process
+
+from .crew import COUNTERS, Crew
+from .history import Words
+from .program import Step
+from .regions import READ, RIGHTS, WORD_BYTES, WORDS_PER_PAGE, Region
+
+Operation: TypeAlias = Callable[[Crew, Step, str], Awaitable[None]]
+OPERATIONS: dict[str, Operation] = {}
+ANSWERS: dict[str, frozenset[int]] = {}
+"""Errnos that are answers like any other, by kind of step."""
+
+LANE_PART = 100
+"""Words of each of the three parts of an actor's lane."""
+LANE_WORDS = 3 * LANE_PART
+LIST_NODES = 24
+COMPOUND = 1 << 8
+"""A flag of the test driver: huge pages migrate whole."""
+LOCKED_OUT = (errno.EBUSY, errno.EAGAIN)
+NO_RIGHT = (errno.EFAULT, errno.EPERM, errno.EINVAL, errno.ENOENT, errno.ENOMEM)
+"""What a range answers that is unmapped, protected, or moved away meanwhile."""
+
+
+def operation(name: str, *answers: int) -> Callable[[Operation], Operation]:
+    """Offer a kind of step."""
+
+    def offer(function: Operation) -> Operation:
+        OPERATIONS[name] = function
+        ANSWERS[name] = frozenset(answers)
+        return function
+
+    return offer
+
+
+async def do(crew: Crew, step: Step) -> None:
+    """One step, judged."""
+    who = f"{step.serial}:{step.kind}"
+    crew.note(
+        f"> {who} actor {step.actor} region {step.region} page {step.page} word {step.word} +{step.count} {step.device} {step.choice}"
+    )
+    done = await crew.attempt(who, lambda: OPERATIONS[step.kind](crew, step, who), ANSWERS[step.kind])
+    crew.note(f"< {who} {'done' if done else 'refused'}")
+    crew.one_ended(step.kind)
+
+
+def region_of(crew: Crew, step: Step) -> Region:
+    """The region that a step means: never that of the lanes, which have one writer each."""
+    return crew.regions[1 + step.region % (len(crew.regions) - 1)]
+
+
+def device_of(crew: Crew, step: Step) -> str:
+    """The device that a step means."""
+    names = crew.machine.device_names
+    return names[step.device % len(names)]
+
+
+# --- the CPU ----------------------------------------------------------------------------------------------------------------------
+
+
+@operation("load")
+async def load(crew: Crew, step: Step, who: str) -> None:
+    """The CPU loads some words."""
+    region = region_of(crew, step)
+    await crew.cpu_load(who, region, *region.words(step.page, step.word, step.count))
+
+
+@operation("store")
+async def store(crew: Crew, step: Step, who: str) -> None:
+    """The CPU stores some words."""
+    region = region_of(crew, step)
+    await crew.cpu_store(who, region, *region.words(step.page, step.word, step.count), step.serial)
+
+
+@operation("add")
+async def add(crew: Crew, step: Step, who: str) -> None:
+    """The CPU adds one to a counter."""
+    await crew.add(who, step.word % COUNTERS, lambda address: crew.process.fetch_add(address, 1))
+
+
+# --- jobs -------------------------------------------------------------------------------------------------------------------------
+
+
+async def launched(process: Process, device: str, kernel: str, placement: str = "demand", **arguments: Any) -> Any:
+    """What a kernel returns."""
+    return (await process.launch(kernel, device, placement or "demand", **arguments)).results
+
+
+@operation("device_load")
+async def device_load(crew: Crew, step: Step, who: str) -> None:
+    """A device loads some words."""
+    region, device = region_of(crew, step), device_of(crew, step)
+    first, count = region.words(step.page, step.word, step.count)
+
+    async def fetch(address: int) -> Words:
+        seen = await launched(crew.process, device, "peek", step.choice, a=address, n=count)
+        return np.frombuffer(seen["words"], np.uint64)
+
+    await crew.load(f"{who} on {device}", region, first, count, fetch)
+
+
+@operation("device_gather")
+async def device_gather(crew: Crew, step: Step, who: str) -> None:
+    """A device loads words by their addresses, backwards."""
+    region, device = region_of(crew, step), device_of(crew, step)
+    first, count = region.words(step.page, step.word, step.count)
+
+    async def fetch(address: int) -> Words:
+        wanted = np.arange(address, address + count * WORD_BYTES, WORD_BYTES, dtype=np.uint64)[::-1]
+        seen = await launched(crew.process, device, "gather", step.choice, addresses=wanted.tobytes())
+        return np.frombuffer(seen["words"], np.uint64)[::-1]
+
+    await crew.load(f"{who} on {device}", region, first, count, fetch)
+
+
+@operation("device_store")
+async def device_store(crew: Crew, step: Step, who: str) -> None:
+    """A device stores some words."""
+    region, device = region_of(crew, step), device_of(crew, step)
+    first, count = region.words(step.page, step.word, step.count)
+
+    async def put(address: int, values: Words) -> None:
+        await launched(crew.process, device, "poke", step.choice, a=address, words=values.tobytes())
+
+    await crew.store(f"{who} on {device}", region, first, crew.values(step.serial, first, count), put)
+
+
+@operation("device_add")
+async def device_add(crew: Crew, step: Step, who: str) -> None:
+    """A device adds one to a counter."""
+    device = device_of(crew, step)
+    pinned = False
+
+    async def work(address: int) -> int:
+        nonlocal pinned
+        try:
+            seen = await launched(crew.process, device, "fetch_add", step.choice, a=address)
+        except SegmentationFault as error:
+            pinned = "does not come here" in str(error)
+            raise
+        return int.from_bytes(seen["words"], "little")
+
+    sure = crew.adds_sure
+    try:
+        await crew.add(f"{who} on {device}", step.word % COUNTERS, work)
+    except SegmentationFault:
+        if not pinned:
+            raise
+        crew.adds_sure = sure  # it was refused before it began
+
+
+@operation("compute")
+async def compute(crew: Crew, step: Step, who: str) -> None:
+    """A device adds the first two parts of the actor's lane into the third."""
+    lanes, base = crew.regions[0], step.actor * LANE_WORDS
+    a, b, out = (base + part * LANE_PART for part in range(3))
+    (left, sure_left), (right, sure_right) = (lanes.history.settled(first, LANE_PART) for first in (a, b))
+    device = device_of(crew, step)
+
+    async def put(_: int, __: Words) -> None:
+        places = {"a": lanes.address(a), "b": lanes.address(b), "out": lanes.address(out)}
+        await launched(crew.process, device, "vector_add", step.choice, **places, n=LANE_PART, dtype="<u8")
+
+    if sure_left.all() and sure_right.all():
+        await crew.store(f"{who} on {device}", lanes, out, left + right, put)
+        return
+    lanes.history.wild_begins(out, LANE_PART)
+    try:
+        await put(0, left)
+    finally:
+        lanes.history.wild_ends(out, LANE_PART)
+
+
+@operation("lane_store")
+async def lane_store(crew: Crew, step: Step, who: str) -> None:
+    """The CPU stores into the actor's lane."""
+    first = step.word % (2 * LANE_PART)
+    await crew.cpu_store(who, crew.regions[0], step.actor * LANE_WORDS + first, min(step.count, LANE_WORDS - first), step.serial)
+
+
+@operation("reduce")
+async def reduce(crew: Crew, step: Step, who: str) -> None:
+    """A device sums the actor's lane."""
+    lanes, first = crew.regions[0], step.actor * LANE_WORDS
+    values, sure = lanes.history.settled(first, LANE_WORDS)
+    device = device_of(crew, step)
+    seen = await launched(crew.process, device, "reduction", step.choice, a=lanes.address(first), n=LANE_WORDS, dtype="<u8")
+    after, still = lanes.history.settled(first, LANE_WORDS)
+    expected = int(values.sum(dtype=np.uint64))
+    if sure.all() and still.all() and (values == after).all() and seen["sum"] != expected:
+        crew.complain("history", f"{who} on {device}: lane {step.actor} sums to {seen['sum']}, its words are {expected} together")
+
+
+@operation("walk")
+async def walk(crew: Crew, step: Step, who: str) -> None:
+    """A list in fresh memory is walked by a device: pointers are good everywhere."""
+    device, at = device_of(crew, step), crew.next_base()
+    await crew.process.mmap(2 * PAGE_SIZE, address=at)
+    try:
+        nodes = np.zeros((LIST_NODES, 2), np.uint64)
+        order = [(step.serial * 7 + 5 * i) % LIST_NODES for i in range(LIST_NODES)]
+        for here, following in zip(order, [*order[1:], -1], strict=True):
+            nodes[here] = (0 if following < 0 else at + 64 + following * 16, step.serial + here)
+        await crew.process.write(at + 64, nodes)
+        await crew.process.write(at, np.array([at + 64 + order[0] * 16], np.uint64))
+        places = {"heads": at, "n": 1, "out": at + PAGE_SIZE}
+        await launched(crew.process, device, "list_walk", step.choice, **places)
+        found = await crew.process.load(at + PAGE_SIZE)
+        if found != int(nodes[:, 1].sum()):
+            crew.complain("history", f"{who} on {device}: a list sums to {found}, its nodes are {int(nodes[:, 1].sum())} together")
+    except BusError:
+        if not crew.harmed_ever:
+            raise
+    finally:
+        await crew.process.munmap(at, 2 * PAGE_SIZE)
+
+
+# --- where pages live -------------------------------------------------------------------------------------------------------------
+
+
+def some_pages(crew: Crew, step: Step) -> tuple[int, int]:
+    """(address, bytes) of the pages that a step means, or of its whole region; the lanes and counters take part."""
+    regions = [*crew.regions, *([] if crew.counters is None else [crew.counters])]
+    region = regions[step.region % len(regions)]
+    if step.choice == "whole":
+        return region.base, region.span_bytes
+    page, count = region.run(step.page, step.count)
+    return region.base + region.spread[page] * PAGE_SIZE, count * PAGE_SIZE
+
+
+@operation("migrate", *NO_RIGHT)
+async def migrate(crew: Crew, step: Step, _: str) -> None:
+    """Pages move to a device."""
+    address, nbytes = some_pages(crew, step)
+    await crew.process.migrate(address, nbytes, device_of(crew, step))
+
+
+@operation("home", *NO_RIGHT)
+async def home(crew: Crew, step: Step, _: str) -> None:
+    """Pages move home."""
+    address, nbytes = some_pages(crew, step)
+    await crew.process.migrate(address, nbytes, "host")
+
+
+@operation("advise", *NO_RIGHT, *LOCKED_OUT)
+async def advise(crew: Crew, step: Step, _: str) -> None:
+    """madvise that no program sees: paged out, cold, wanted soon, of another size."""
+    address, nbytes = some_pages(crew, step)
+    await crew.process.madvise(address, nbytes, step.choice or "PAGEOUT")
+
+
+@operation("drop", *NO_RIGHT)
+async def drop(crew: Crew, step: Step, _: str) -> None:
+    """MADV_DONTNEED, or a hole in a file: zeros."""
+    region = region_of(crew, step)
+    page, count = region.run(step.page, step.count)
+    await crew.give_up(region, page, count)
+
+
+# --- mappings ---------------------------------------------------------------------------------------------------------------------
+
+
+@operation("protect", *NO_RIGHT)
+async def protect(crew: Crew, step: Step, _: str) -> None:
+    """Rights go, or come back."""
+    region = region_of(crew, step)
+    page, count = region.run(step.page, step.count)
+    protection = step.choice or "rw"
+    look = region.look(page * WORDS_PER_PAGE, count * WORDS_PER_PAGE)
+    if (look.place & 1).any() or (look.rights & 1).any():
+        return  # somebody else is at it: two at once could not be told apart
+    with region.changing("rights", page, count):
+        region.rights[page : page + count] = RIGHTS[protection]
+        await crew.process.mprotect(region.base + region.spread[page] * PAGE_SIZE, count * PAGE_SIZE, protection)
+
+
+def is_quiet(region: Region) -> bool:
+    """Whether no mapping of the region is being changed now."""
+    look = region.look(0, region.pages * WORDS_PER_PAGE)
+    return not ((look.place | look.rights) & 1).any()
+
+
+@operation("move", errno.EFAULT)
+async def move(crew: Crew, step: Step, _: str) -> None:
+    """The whole region moves to another address (mremap); its pages stay where they are. EFAULT: it is not one mapping any more."""
+    region = region_of(crew, step)
+    if not is_quiet(region) or len(set(region.rights.tolist())) > 1:
+        return  # mremap moves one mapping
+    target = crew.next_base()
+    with region.changing("place"):
+        await crew.process.mremap(region.base, region.span_bytes, region.span_bytes, target)
+        region.base = target
+
+
+@operation("unmap")
+async def unmap(crew: Crew, step: Step, _: str) -> None:
+    """Some pages are unmapped, and mapped again: zeros, or what the file has."""
+    region = region_of(crew, step)
+    if not is_quiet(region):
+        return
+    page, count = (0, region.pages) if region.kind in {"huge", "shared"} else region.run(step.page, step.count)
+    words = (page * WORDS_PER_PAGE, count * WORDS_PER_PAGE)
+    empty = region.file is None
+    mark = region.history.store_begins(words[0], np.zeros(words[1], np.uint64)) if empty else None
+    at, nbytes = region.base + region.spread[page] * PAGE_SIZE, count * PAGE_SIZE
+    if count == region.pages:
+        at, nbytes = region.base, region.span_bytes
+    with region.changing("place", page, count):
+        await crew.process.munmap(at, nbytes)
+        await trio.lowlevel.checkpoint()
+        await crew.map_again(region, (at - region.base) // PAGE_SIZE, nbytes // PAGE_SIZE)
+        region.rights[page : page + count] = RIGHTS["rw"]
+    if mark is not None:
+        region.history.store_ends(mark)
+
+
+@operation("lock", *NO_RIGHT, *LOCKED_OUT)
+async def lock(crew: Crew, step: Step, _: str) -> None:
+    """mlock and munlock."""
+    address, nbytes = some_pages(crew, step)
+    try:
+        await crew.process.mlock(address, nbytes)
+    finally:
+        await crew.process.munlock(address, nbytes)
+
+
+@operation("pin", *NO_RIGHT)
+async def pin(crew: Crew, step: Step, who: str) -> None:
+    """Pages are pinned: they are the ones that the process sees, and stay, whoever wants to move them."""
+    region = region_of(crew, step)
+    page, count = region.run(step.page, step.count)
+    first, words = page * WORDS_PER_PAGE, count * WORDS_PER_PAGE
+    look = region.look(first, words)
+    address = region.base + region.spread[page] * PAGE_SIZE
+    held = await crew.process.get_user_pages(address, count, write=True, pin=step.choice != "plain", longterm=step.choice == "longterm")
+    try:
+        with contextlib.suppress(SegmentationFault):
+            await crew.process.migrate(address, count * PAGE_SIZE, device_of(crew, step))
+        await crew.cpu_store(who, region, first, 4, step.serial)
+        if held.count < count or step.choice == "plain":
+            return
+        mark = region.history.load_begins(first, words)
+        got = np.frombuffer(await held.read(count), np.uint64)
+        if region.stayed(look) and region.stayed(look, "given_up"):
+            wrong = region.history.load_ends(mark, got)
+            if wrong is not None:
+                crew.complain(
+                    "history", f"{who}: pinned word {wrong.word} of region {region.number} is 0x{wrong.value:x}, which {wrong.why}"
+                )
+        else:
+            region.history.load_fails(mark)
+    finally:
+        await held.put()
+
+
+# --- files ------------------------------------------------------------------------------------------------------------------------
+
+
+@operation("file_read")
+async def file_read(crew: Crew, step: Step, who: str) -> None:
+    """pread of a file that is mapped."""
+    region = region_of(crew, step)
+    file = region.file
+    if file is None:
+        return await load(crew, step, who)
+    first, count = region.words(step.page, step.word, step.count)
+    mark = region.history.load_begins(first, count)
+    try:
+        raw = await file.read(first * WORD_BYTES, count * WORD_BYTES)
+    except BaseException:
+        region.history.load_fails(mark)
+        raise
+    wrong = region.history.load_ends(mark, np.frombuffer(raw, np.uint64))
+    if wrong is not None:
+        crew.complain("history", f"{who}: word {wrong.word} of the file is 0x{wrong.value:x}, which {wrong.why}")
+    return None
+
+
+@operation("file_write")
+async def file_write(crew: Crew, step: Step, who: str) -> None:
+    """pwrite of a file that is mapped."""
+    region = region_of(crew, step)
+    file = region.file
+    if file is None:
+        return await store(crew, step, who)
+    first, count = region.words(step.page, step.word, step.count)
+
+    async def put(_: int, values: Words) -> None:
+        await file.write(first * WORD_BYTES, values.tobytes())
+
+    return await crew.store(who, region, first, crew.values(step.serial, first, count), put, guarded=False)
+
+
+# --- processes --------------------------------------------------------------------------------------------------------------------
+
+
+@operation("fork")
+async def fork(crew: Crew, step: Step, who: str) -> None:
+    """A child sees what was there when it was made, changes its own memory only, and ends; or is killed in the middle of it."""
+    region = region_of(crew, step)
+    first, count = region.words(step.page, step.word, max(step.count, 8))
+    look = region.look(first, count)
+    mark = region.history.load_begins(first, count)
+    address, rights = region.address(first), region.may(look, READ)
+    spent = False
+    try:
+        child = await crew.process.fork()
+        ended = crew.clock.tick()
+        try:
+            if step.choice == "kill":
+                await _killed(crew, step, child, address, count)
+                return
+            if not region.is_private:
+                await crew.cpu_load(who, region, first, count, child)
+                return
+            got = await _child_sees(crew, step, child, address, count)
+            if got is not None and region.stayed(look) and rights:
+                spent = True
+                wrong = region.history.load_ends(mark, got, ended)
+                if wrong is not None:
+                    crew.complain(
+                        "history", f"{who}: the child's word {wrong.word} of region {region.number} is 0x{wrong.value:x}, which {wrong.why}"
+                    )
+            if got is not None:
+                await _child_writes(crew, step, child, address, count, who)
+        finally:
+            await child.exit()
+    finally:
+        if not spent:
+            region.history.load_fails(mark)
+
+
+async def _child_sees(crew: Crew, step: Step, child: Process, address: int, count: int) -> Words | None:
+    try:
+        if step.choice == "device":
+            seen = await launched(child, device_of(crew, step), "peek", a=address, n=count)
+            return np.frombuffer(seen["words"], np.uint64)
+        return np.frombuffer(await child.read(address, count * WORD_BYTES), np.uint64)
+    except SegmentationFault:
+        return None
+    except BusError:
+        if not crew.harmed_ever:
+            raise
+        return None
+
+
+async def _child_writes(crew: Crew, step: Step, child: Process, address: int, count: int, who: str) -> None:
+    """It sees its own store; if the parent saw it, the parent's next load tells."""
+    mine = crew.values(step.serial, 0, count)
+    try:
+        await child.write(address, mine.tobytes())
+        if not (np.frombuffer(await child.read(address, count * WORD_BYTES), np.uint64) == mine).all():
+            crew.complain("history", f"{who}: the child does not load what it stored at 0x{address:x}")
+    except SegmentationFault:
+        return  # it has inherited a page without the right
+    except BusError:
+        if not crew.harmed_ever:
+            raise
+
+
+async def _killed(crew: Crew, step: Step, child: Process, address: int, count: int) -> None:
+    """It ends while it works."""
+
+    async def work() -> None:
+        with contextlib.suppress(KernelError, SegmentationFault, BusError, PeerLost, RemoteError):
+            await launched(child, device_of(crew, step), "peek", a=address, n=count)
+            await child.read(address, count * WORD_BYTES)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(work)
+        for _ in range(step.word % 40):
+            await trio.lowlevel.checkpoint()
+        await child.exit()
+
+
+# --- a dmirror's commands ---------------------------------------------------------------------------------------------------------
+
+
+async def _command(crew: Crew, step: Step, command: str, region: Region, page: int, count: int, data: bytes = b"") -> bytes:
+    handle = await crew.process.open(device_of(crew, step))
+    try:
+        return (await handle.ioctl(command, region.base + region.spread[page] * PAGE_SIZE, count, data)).data
+    finally:
+        with contextlib.suppress(KernelError):
+            await handle.close()
+
+
+def is_dmirror(crew: Crew, step: Step) -> bool:
+    """Whether the step's device has the test driver's commands."""
+    spec = next(spec for spec in crew.machine.topology.devices if spec.name == device_of(crew, step))
+    return spec.model == "dmirror"
+
+
+@operation("command", *NO_RIGHT, *LOCKED_OUT)
+async def command(crew: Crew, step: Step, who: str) -> None:
+    """read, write, migrate_to_dev, migrate_to_sys, snapshot or exclusive of the test driver; on other devices a job."""
+    if not is_dmirror(crew, step):
+        return await (device_store if step.choice == "write" else device_load)(crew, Step(**{**_fields(step), "choice": ""}), who)
+    region = region_of(crew, step)
+    page, count = region.run(step.page, min(step.count, 4))
+    first, words = page * WORDS_PER_PAGE, count * WORDS_PER_PAGE
+    if step.choice == "write":
+
+        async def put(_: int, values: Words) -> None:
+            await _command(crew, step, "write", region, page, count, values.tobytes())
+
+        return await crew.store(who, region, first, crew.values(step.serial, first, words), put)
+    if step.choice in {"read", "exclusive", "migrate_to_dev"}:
+
+        async def fetch(_: int) -> Words:
+            return np.frombuffer(await _command(crew, step, step.choice, region, page, count), np.uint64)
+
+        return await crew.load(who, region, first, words, fetch)
+    await _command(crew, step, step.choice or "snapshot", region, page, count)
+    return None
+
+
+@operation("migrate_large", *NO_RIGHT, *LOCKED_OUT)
+async def migrate_large(crew: Crew, step: Step, _: str) -> None:
+    """A test driver that takes huge pages whole (HMM_DMIRROR_FLAG_COMPOUND) migrates a region."""
+    if not is_dmirror(crew, step):
+        return
+    region = region_of(crew, step)
+    handle = await crew.process.open(device_of(crew, step))
+    try:
+        await handle.ioctl("flags", 0, 0, flags=COMPOUND)
+        await handle.ioctl("migrate_to_dev", region.base, region.span_pages)
+    finally:
+        with contextlib.suppress(HmmnetError):
+            await handle.close()
+
+
+def _fields(step: Step) -> dict[str, Any]:
+    return {name: getattr(step, name) for name in step.__struct_fields__}
+
+
+@operation("bounce")
+async def bounce(crew: Crew, step: Step, _: str) -> None:
+    """A device is started again, empty."""
+    device = device_of(crew, step)
+    crew.harm_begins("bounce")
+    try:
+        if device in crew.machine.running:
+            await crew.machine.kill_device(device)
+        with contextlib.suppress(HmmnetError):  # it may fall again at once; whoever heals the machine starts it once more
+            await crew.machine.start_device(device)
+    finally:
+        crew.harm_ends()
+
+
+@operation("populate", *NO_RIGHT)
+async def populate(crew: Crew, step: Step, _: str) -> None:
+    """Fresh memory is faulted in at once, with large pages or without, and given back."""
+    at, nbytes = crew.next_base(), step.count * PAGE_SIZE
+    await crew.process.mmap(nbytes, address=at)
+    try:
+        if step.choice:
+            await crew.process.madvise(at, nbytes, step.choice)
+        await crew.process.madvise(at, nbytes, "POPULATE_WRITE")
+        await crew.process.migrate(at, nbytes, device_of(crew, step))
+    finally:
+        await crew.process.munmap(at, nbytes)
+
+
+@operation("report")
+async def report(crew: Crew, _: Step, __: str) -> None:
+    """Somebody looks at the figures, and at where pages live."""
+    await crew.machine.report()
+    lanes = crew.regions[0]
+    await crew.process.residency(lanes.base, lanes.pages)
+    await crew.process.pagemap(lanes.base, lanes.pages)

@@ -1,0 +1,104 @@
+"""What one seed does, as plain data: the machine, the actors' operations, the faults. It can be repeated, shortened and sent to somebody.
+
+Everything that chance decides about *what* is done is decided when it is drawn, and stands here; the seed decides about the order in which
+tasks run and about which messages a fault hits. So any part of a program can be left out, and what is left is again a program with exactly
+one run. A file of it is JSON, which `hmmnet replay` reads.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from hmmnet.errors import HmmnetError
+
+FORMAT = 1
+"""Of the files; grows when older ones cannot be read any more."""
+
+
+class Layout(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A region: `kind` is ``anon``, ``shared``, ``file`` or ``huge``; `pages` are those that are used."""
+
+    kind: str
+    pages: int
+
+
+class Step(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One operation of actor `actor`: `kind` names it; what the others mean, `operations` says."""
+
+    actor: int
+    kind: str
+    region: int = 0
+    page: int = 0
+    word: int = 0
+    count: int = 1
+    device: int = 0
+    choice: str = ""
+    serial: int = 0
+    """Different in each step: what it stores is made of it."""
+
+
+class Harm(msgspec.Struct, frozen=True, omit_defaults=True):
+    """When `at` operations have ended, something happens to a device: ``death``, ``partition`` or ``hang``, for so long.
+
+    ``message``: it dies when message number `at` is sent.
+    """
+
+    at: int
+    kind: str
+    device: int = 0
+    seconds: float = 0.0
+
+
+class Hit(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Something happens at a protocol point (`hmmnet.faults.points`): ``delay``, ``pause``, ``fail``, ``crash`` or ``hang``.
+
+    At the `nth` time that it is reached, or each time with `probability`. `seconds` is how long it takes, until a paused or hung one goes
+    on, or until a crashed one is started again.
+    """
+
+    point: str
+    action: str
+    nth: int = 0
+    probability: float = 0.0
+    seconds: float = 0.0
+
+
+class Program(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One seed. `machine` and each of `faults` are TOML: a topology, and entries of a plan of faults."""
+
+    seed: int
+    machine: str
+    actors: int
+    regions: tuple[Layout, ...]
+    steps: tuple[Step, ...]
+    faults: tuple[str, ...] = ()
+    harms: tuple[Harm, ...] = ()
+    hits: tuple[Hit, ...] = ()
+    limit_pages: int = 0
+    """Of the memory cgroup of all processes; 0: none."""
+    mix: str = "all"
+    format: int = FORMAT
+    note: str = ""
+    """Why it was kept: the violation it shows."""
+
+    def write(self, file: Path) -> None:
+        """As a file. Raises HmmnetError."""
+        try:
+            file.write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n")
+        except OSError as error:
+            raise HmmnetError(f"{file}: {error.strerror}") from None
+
+
+def read(file: Path) -> Program:
+    """The program in a file. Raises HmmnetError."""
+    try:
+        program = msgspec.json.decode(file.read_bytes(), type=Program)
+    except OSError as error:
+        raise HmmnetError(f"{file}: {error.strerror}") from None
+    except msgspec.MsgspecError as error:
+        raise HmmnetError(f"{file}: no program of a campaign: {error}; hmmnet shrink writes them") from None
+    if program.format != FORMAT:
+        raise HmmnetError(f"{file}: format {program.format}; this hmmnet reads format {FORMAT}")
+    return program

@@ -1,0 +1,118 @@
+"""A region of memory that actors share: where it is mapped, with which rights, and the history of its words.
+
+Mappings change while others access them. What an access may meet then is judged by three counts for each page, noted when it begins and
+looked at again when it ends: changes of *place* (unmapped, moved: an access may be SIGSEGV, and a store may be nowhere), of *rights*
+(SIGSEGV, or not), and pages that were *given up* (a reference to the old page shows what was there). If nothing changed, the outcome is
+fixed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from hmmnet.pages import PAGE_SIZE
+from hmmnet.program import MemoryFile
+
+from .history import Clock, History
+
+WORD_BYTES = 8
+WORDS_PER_PAGE = PAGE_SIZE // WORD_BYTES
+RIGHTS = {"none": 0, "r": 1, "rw": 3}
+READ, WRITE = 1, 2
+HUGE_SPREAD = (0, 1, 2, 255, 256, 510, 511)
+"""Which pages of a huge page are used: both ends and the middle."""
+
+Counts = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Look:
+    """The counts of some pages when an access began."""
+
+    pages: slice
+    place: Counts
+    rights: Counts
+    given_up: Counts
+
+
+class Region:
+    """`pages` pages at `base`. `spread` says where each lies behind it, in pages; `file` is what is mapped, if it is a file."""
+
+    def __init__(self, clock: Clock, number: int, kind: str, pages: int, base: int) -> None:
+        self.number = number
+        self.kind = kind
+        self.pages = pages
+        self.base = base
+        self.spread = list(HUGE_SPREAD[:pages]) if kind == "huge" else list(range(pages))
+        self.span_pages = 512 if kind == "huge" else pages
+        self.history = History(clock, pages * WORDS_PER_PAGE)
+        self.file: MemoryFile | None = None
+        self.rights = np.full(pages, RIGHTS["rw"], np.int64)
+        self._counts = {name: np.zeros(pages, np.int64) for name in ("place", "rights", "given_up")}
+
+    @property
+    def is_private(self) -> bool:
+        """Whether a child has a copy of its own."""
+        return self.kind in {"anon", "huge", "lanes", "counters"}
+
+    @property
+    def span_bytes(self) -> int:
+        """What is mapped."""
+        return self.span_pages * PAGE_SIZE
+
+    def address(self, word: int) -> int:
+        """Of a word, where the region is now."""
+        page, inside = divmod(word, WORDS_PER_PAGE)
+        return self.base + self.spread[page] * PAGE_SIZE + inside * WORD_BYTES
+
+    def word_at(self, address: int) -> int | None:
+        """The word at an address, if it is one of this region's."""
+        page, inside = divmod(address - self.base, PAGE_SIZE)
+        return self.spread.index(page) * WORDS_PER_PAGE + inside // WORD_BYTES if page in self.spread else None
+
+    def run(self, page: int, count: int) -> tuple[int, int]:
+        """(first, how many) of at most `count` pages from `page` on that lie behind each other."""
+        page %= self.pages
+        last = page
+        while last + 1 < min(self.pages, page + count) and self.spread[last + 1] == self.spread[last] + 1:
+            last += 1
+        return page, last - page + 1
+
+    def words(self, page: int, word: int, count: int) -> tuple[int, int]:
+        """(first, how many) of at most `count` words from `word` of `page` on that lie behind each other."""
+        first_page, pages = self.run(page, 2 + count // WORDS_PER_PAGE)
+        first = first_page * WORDS_PER_PAGE + word % WORDS_PER_PAGE
+        return first, min(count, (first_page + pages) * WORDS_PER_PAGE - first)
+
+    # --- changes --------------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def changing(self, what: str, page: int = 0, count: int | None = None) -> Iterator[None]:
+        """`what` (``place``, ``rights``, ``given_up``) of some pages changes while the block runs."""
+        counts = self._counts[what][page : self.pages if count is None else page + count]
+        counts += 1
+        try:
+            yield
+        finally:
+            counts += 1
+
+    def look(self, first: int, count: int) -> Look:
+        """An access to words begins."""
+        pages = slice(first // WORDS_PER_PAGE, (first + count - 1) // WORDS_PER_PAGE + 1)
+        return Look(pages, *(self._counts[name][pages].copy() for name in ("place", "rights", "given_up")))
+
+    def stayed(self, look: Look, what: str = "place") -> bool:
+        """Whether nothing changed since, and nothing was changing."""
+        before: Counts = getattr(look, what)
+        return bool((before == self._counts[what][look.pages]).all()) and not (before & 1).any()
+
+    def may(self, look: Look, right: int) -> bool | None:
+        """Whether the access had that right on all pages; None: it changed meanwhile."""
+        if not (self.stayed(look) and self.stayed(look, "rights")):
+            return None
+        return bool((self.rights[look.pages] & right != 0).all())

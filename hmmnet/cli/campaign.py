@@ -1,0 +1,110 @@
+"""``hmmnet campaign``: many seeds, each a machine in virtual time with its own work and faults."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from hmmnet.campaign.campaign import Found, Summary
+
+SEEDS_MAX = 10_000_000
+SHOWN_MAX = 20
+"""Violations that are told in full; the rest are counted."""
+
+
+def campaign(
+    seeds: Annotated[str, typer.Option(help="Which: A:B from A up to but not B, or one number.", show_default=True)] = "0:100",
+    faults: Annotated[str, typer.Option(metavar="MIX", help="all, none, messages, deaths, partitions or points.")] = "all",
+    jobs: Annotated[int, typer.Option(min=1, max=1024, help="Processes.")] = 1,
+    dask: Annotated[
+        str, typer.Option(metavar="ADDRESS", help="A dask scheduler instead, such as tcp://HOST:8786.", show_default=False)
+    ] = "",
+    operations: Annotated[int, typer.Option(min=1, max=100_000, help="Operations of a seed.")] = 200,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> int:
+    """Run random work and random faults from seeds, heal everything, and demand that every word is right and nothing has leaked.
+
+    Each seed is a run of its own that can be repeated: a violation prints the command. Exit code 1 when there is one. Ctrl-C prints what
+    was found so far.
+    """
+    from hmmnet.campaign.campaign import Summary, run_campaign
+
+    wanted = seeds_of(seeds)
+    summary = Summary(faults)
+    screen = _Screen(len(wanted), faults, operations)
+    interrupted = False
+    try:
+        run_campaign(wanted, faults, operations, jobs=jobs, dask=dask, on_found=screen.found, summary=summary)
+    except KeyboardInterrupt:
+        interrupted = True
+    finally:
+        screen.done()
+    if as_json:
+        json.dump(summary.as_json(), sys.stdout, indent=1)
+        sys.stdout.write("\n")
+    else:
+        _tell(summary)
+    return 130 if interrupted else 1 if summary.violations else 0
+
+
+def seeds_of(text: str) -> range:
+    """``A:B`` or ``N``. Raises HmmnetError."""
+    from hmmnet.errors import HmmnetError
+
+    found = re.fullmatch(r"(\d{1,12})(?::(\d{1,12}))?", text)
+    first, last = (int(found[1]), int(found[2] or int(found[1]) + 1)) if found else (0, 0)
+    if not 0 < last - first <= SEEDS_MAX:
+        raise HmmnetError(f'"{text}" names no seeds; write A:B with A smaller than B (at most {SEEDS_MAX} seeds), or one number')
+    return range(first, last)
+
+
+class _Screen:
+    """Progress on stderr: a line that is written over on a terminal, one line now and then elsewhere; violations as they are found."""
+
+    def __init__(self, total: int, mix: str, operations: int) -> None:
+        self._total = total
+        self._mix = mix
+        self._operations = operations
+        self._told = 0
+        self._live = sys.stderr.isatty()
+        self._every = 1 if self._live else max(1, total // 10)
+
+    def found(self, summary: Summary, found: Found) -> None:
+        """One more seed."""
+        from hmmnet.campaign.campaign import replay_command
+
+        for checker, what in found.violations[:1]:
+            self._told += 1
+            if self._told <= SHOWN_MAX:
+                self._clear()
+                print(
+                    f"seed {found.seed}: {checker}: {what}\n  again: {replay_command(found.seed, self._mix, self._operations)}",
+                    file=sys.stderr,
+                )
+        if summary.seeds % self._every == 0 or summary.seeds == 1:
+            rate = summary.operations / max(summary.seconds, 1e-9)
+            line = f"{summary.seeds} of {self._total} seeds, {rate:.0f} operations/s, {len(summary.violations)} violations"
+            print(f"\r\x1b[K{line}" if self._live else line, file=sys.stderr, end="" if self._live else "\n", flush=True)
+
+    def done(self) -> None:
+        """No line is left half."""
+        self._clear()
+
+    def _clear(self) -> None:
+        if self._live:
+            print("\r\x1b[K", file=sys.stderr, end="", flush=True)
+
+
+def _tell(summary: Summary) -> None:
+    faults = ", ".join(f"{count} {kind}" for kind, count in sorted(summary.faults.items())) or "none"
+    print(f"{summary.seeds} seeds, {summary.operations} operations in {summary.seconds:.1f} s; faults: {faults}")
+    bad = sorted({int(one["seed"]) for one in summary.violations})
+    if bad:
+        print(f"{len(summary.violations)} violations in {len(bad)} seeds: {', '.join(map(str, bad[:SHOWN_MAX]))}")
+    else:
+        print("no violation")

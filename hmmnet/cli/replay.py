@@ -1,0 +1,79 @@
+"""``hmmnet replay``: one seed, or one file, exactly as it was, with its story."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from hmmnet.campaign.program import Program
+    from hmmnet.campaign.trial import Verdict
+
+AFTER = 6
+"""Lines of the story behind the violation."""
+
+
+def replay(
+    what: Annotated[str, typer.Argument(metavar="SEED|FILE", help="A seed of a campaign, or a file of hmmnet shrink.", show_default=False)],
+    faults: Annotated[str, typer.Option("--faults", "--mix", metavar="MIX", help="The campaign's mix of faults, for a seed.")] = "all",
+    operations: Annotated[int, typer.Option(min=1, max=100_000, help="The campaign's operations, for a seed.")] = 200,
+    lines: Annotated[int, typer.Option(min=0, help="Lines of the story before the violation.")] = 40,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> int:
+    """Repeat a run exactly, and tell what happened around its first violation. Exit code 1 when there is one.
+
+    The same seed or file gives the same digest on every computer.
+    """
+    from hmmnet.campaign.trial import run_program
+    from hmmnet.sim import Trace
+
+    program = program_of(what, faults, operations)
+    verdict = run_program(program, trace=Trace(keep=True))
+    if as_json:
+        json.dump(_as_json(verdict, lines), sys.stdout, indent=1)
+        sys.stdout.write("\n")
+    else:
+        _tell(verdict, lines)
+    return 1 if verdict.violations else 0
+
+
+def program_of(what: str, mix: str, operations: int) -> Program:
+    """The program of a seed or in a file. Raises HmmnetError."""
+    from hmmnet.campaign.draw import draw
+    from hmmnet.campaign.program import read
+
+    return draw(int(what), mix, operations) if what.isdecimal() else read(Path(what))
+
+
+def story(verdict: Verdict, before: int) -> list[str]:
+    """The lines around the first violation; the last ones, if there is none."""
+    end = len(verdict.lines)
+    if verdict.violations and verdict.violations[0].line:
+        end = min(end, verdict.violations[0].line + AFTER)
+    return verdict.lines[max(0, end - before - AFTER) : end]
+
+
+def _as_json(verdict: Verdict, lines: int) -> dict[str, Any]:
+    return {
+        "seed": verdict.program.seed,
+        "digest": verdict.digest,
+        "operations": verdict.outcome.operations,
+        "faults": dict(sorted(verdict.outcome.faults.items())),
+        "violations": [{"checker": one.checker, "what": one.what} for one in verdict.violations],
+        "story": story(verdict, lines),
+    }
+
+
+def _tell(verdict: Verdict, lines: int) -> None:
+    program, outcome = verdict.program, verdict.outcome
+    print(f"seed {program.seed}: {outcome.operations} operations of {program.actors} actors, digest {verdict.digest}")
+    if verdict.violations:
+        print("\n".join(story(verdict, lines)))
+    for one in verdict.violations:
+        print(f"{one.checker}: {one.what}")
+    if not verdict.violations:
+        print("no violation")

@@ -1,0 +1,41 @@
+"""``hmmnet shrink``: a failing run made short, as one file for a bug report."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .replay import program_of
+
+
+def shrink(
+    what: Annotated[
+        str, typer.Argument(metavar="SEED|FILE", help="A seed of a campaign, or a file of an earlier shrink.", show_default=False)
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The file to write.", show_default=False)],
+    faults: Annotated[str, typer.Option("--faults", "--mix", metavar="MIX", help="The campaign's mix of faults, for a seed.")] = "all",
+    operations: Annotated[int, typer.Option(min=1, max=100_000, help="The campaign's operations, for a seed.")] = 200,
+    runs: Annotated[int, typer.Option(min=1, help="Candidates to try at most.")] = 2000,
+) -> int:
+    """Leave out operations, faults and harms for as long as the run fails in the same way, and write what is left to a file.
+
+    Attach the file to a bug report: hmmnet replay FILE shows the failure. Exit code 1 when the run does not fail.
+    """
+    from hmmnet.campaign.program import Program
+    from hmmnet.campaign.shrink import Shrinker
+
+    def tell(count: int, best: Program) -> None:
+        print(f"{count} runs: {len(best.steps)} steps, {len(best.faults)} faults, {len(best.harms)} harms", file=sys.stderr)
+
+    program = program_of(what, faults, operations)
+    shrinker = Shrinker(program, runs_max=runs, on_run=tell)
+    if not shrinker.fails:
+        print(f"hmmnet shrink: {what} does not fail", file=sys.stderr)
+        return 1
+    short = shrinker.shrink()
+    short.write(output)
+    print(f"{len(program.steps)} steps became {len(short.steps)} in {shrinker.runs} runs: {short.note}\nagain: hmmnet replay {output}")
+    return 0

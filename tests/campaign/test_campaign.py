@@ -1,0 +1,165 @@
+"""Campaigns: seeds without a violation, the same twice, and what is found told, repeated and made short.
+
+The long campaign is ``hmmnet campaign --seeds 0:10000 --jobs N``.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from hmmnet.campaign.campaign import Summary, run_campaign, try_seed
+from hmmnet.campaign.draw import MIXES, SOMETIMES, draw
+from hmmnet.campaign.program import Program, read
+from hmmnet.campaign.shrink import Shrinker
+from hmmnet.campaign.trial import run_program
+from hmmnet.campaign.waits import find_cycle
+from hmmnet.errors import HmmnetError
+from hmmnet.sim import Trace
+
+SEEDS = range(24)
+
+
+def hmmnet(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "hmmnet", *arguments], capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_standard_campaign(seed: int) -> None:
+    """200 operations, faults of all kinds: every word is right, the machine is well again, nothing has leaked."""
+    found = try_seed(seed)
+    assert found.violations == [], f"again: hmmnet replay {seed}"
+    assert found.operations == 200
+
+
+@pytest.mark.parametrize("seed", [150])
+def test_seeds_that_failed_once(seed: int) -> None:
+    """150: a device that had lost its host waited for the credits of its last DMA write, and was not started again."""
+    assert try_seed(seed).violations == []
+
+
+def test_the_campaign_uses_everything() -> None:
+    """Every kind of operation, model, memory and fault is drawn within a hundred seeds."""
+    programs = [draw(seed) for seed in range(100)]
+    assert {step.kind for program in programs for step in program.steps} >= set(SOMETIMES)
+    assert {harm.kind for program in programs for harm in program.harms} == {"death", "partition"}
+    text = "".join(program.machine for program in programs)
+    assert all(word in text for word in ('"dmirror"', '"gpu"', '"coherent"', '"private"', "dev3"))
+    assert {layout.kind for program in programs for layout in program.regions} == {"anon", "shared", "file", "huge"}
+    assert any(program.limit_pages for program in programs)
+
+
+def test_a_seed_is_one_run() -> None:
+    """The same seed has the same digest, traced or not the same outcome; another has another."""
+    first, again, other = (run_program(draw(seed), trace=Trace()) for seed in (3, 3, 4))
+    assert first.digest == again.digest != other.digest
+    assert first.outcome == again.outcome == run_program(draw(3)).outcome
+
+
+def test_unknown_mix() -> None:
+    """Says which there are."""
+    with pytest.raises(HmmnetError, match=f"there are {', '.join(MIXES)}"):
+        run_campaign(range(1), "everything")
+
+
+def test_several_processes_find_the_same() -> None:
+    """Each seed once, whoever ran it."""
+    alone, together = run_campaign(range(6), "none"), run_campaign(range(6), "none", jobs=2)
+    assert alone.seeds == together.seeds == 6
+    assert (alone.operations, alone.faults) == (together.operations, together.faults)
+
+
+def broken(program: Program) -> Any:
+    """A stand-in for a run that fails when one step and one harm are there."""
+    verdict = run_program(msgspec.structs.replace(program, steps=(), harms=(), faults=()))
+    if any(step.serial == 77 for step in program.steps) and program.harms:
+        verdict.outcome.violations.append(_violation())
+    return verdict
+
+
+def _violation() -> Any:
+    from hmmnet.campaign.crew import Violation
+
+    return Violation("history", "made up")
+
+
+def failing() -> Program:
+    """A program with harms."""
+    return next(program for program in map(draw, range(100)) if program.harms and program.faults)
+
+
+def test_shrink_leaves_what_the_failure_needs(tmp_path: Path) -> None:
+    """One step, one harm, no fault; the file holds it."""
+    shrinker = Shrinker(failing(), run=broken)
+    short = shrinker.shrink()
+    assert [step.serial for step in short.steps] == [77]
+    assert len(short.harms) == 1
+    assert short.faults == ()
+    short.write(tmp_path / "bug.json")
+    assert read(tmp_path / "bug.json") == short
+    assert "made up" in short.note
+
+
+def test_what_does_not_fail_is_not_shrunk() -> None:
+    """It says so, and leaves it as it is."""
+    program = draw(0, "none", 5)
+    shrinker = Shrinker(program)
+    assert not shrinker.fails
+    assert shrinker.shrink() is program
+
+
+def test_command_line(tmp_path: Path) -> None:
+    """JSON as documented; replay gives a digest twice; a file plays like its seed; wrong words are said in one line."""
+    done = hmmnet("campaign", "--seeds", "0:3", "--faults", "none", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert set(report) == {"seeds", "operations", "faults", "violations", "seconds"}
+    assert (report["seeds"], report["operations"], report["violations"]) == (3, 600, [])
+    draw(5).write(tmp_path / "five.json")
+    digests = [json.loads(hmmnet("replay", what, "--json").stdout)["digest"] for what in ("5", str(tmp_path / "five.json"))]
+    assert digests[0] == digests[1]
+    for arguments, words in (
+        (("campaign", "--seeds", "7:3"), "names no seeds"),
+        (("campaign", "--faults", "some"), "there is no mix"),
+        (("campaign", "--dask", "tcp://127.0.0.1:1"), "dask"),
+        (("replay", str(tmp_path / "none.json")), "No such file"),
+        (("shrink", "0", "--operations", "5", "-o", str(tmp_path / "x")), "does not fail"),
+    ):
+        refused = hmmnet(*arguments)
+        assert refused.returncode == 1, arguments
+        assert words in refused.stderr
+        assert "Traceback" not in refused.stderr
+
+
+def test_interrupted_it_prints_what_it_found() -> None:
+    """Ctrl-C: the JSON of the seeds that were run."""
+    command = [sys.executable, "-m", "hmmnet", "campaign", "--seeds", "0:100000", "--faults", "none", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert "1 of 100000 seeds" in process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert json.loads(output)["seeds"] >= 1
+
+
+def test_summary_adds_up() -> None:
+    """Violations with their seeds, faults by kind."""
+    summary = Summary("all")
+    for seed in (4, 2):
+        summary.add(msgspec.structs.replace(try_seed(0, "none", 5), seed=seed, violations=[("history", "x")], faults={"loss": 2}))
+    assert [one["seed"] for one in summary.as_json()["violations"]] == [2, 4]
+    assert summary.as_json()["faults"] == {"loss": 4}
+
+
+def test_cycles_are_found() -> None:
+    """In a graph of who waits for whom."""
+    assert find_cycle({0: [1], 1: [2], 2: [1], 3: []}) == [1, 2]
+    assert find_cycle({0: [1], 1: []}) == []

@@ -1,0 +1,141 @@
+"""The history checker: what it must accept, and what it must name."""
+
+from __future__ import annotations
+
+from random import Random
+from typing import Any
+
+import numpy as np
+
+from hmmnet.campaign.history import COLUMNS, Clock, Counter, History, Words
+
+
+def words(*values: int) -> Words:
+    return np.array(values, np.uint64)
+
+
+def test_a_load_returns_the_latest_store() -> None:
+    """Zero at first; then what was stored; what was overwritten is wrong, and is named with its word."""
+    history = History(Clock(), 4)
+    load = history.load_begins(0, 4)
+    assert history.load_ends(load, words(0, 0, 0, 0)) is None
+    history.store_ends(history.store_begins(1, words(11, 12)))
+    assert history.load_ends(history.load_begins(0, 4), words(0, 11, 12, 0)) is None
+    history.store_ends(history.store_begins(2, words(22)))
+    wrong = history.load_ends(history.load_begins(0, 4), words(0, 11, 12, 0))
+    assert wrong is not None
+    assert (wrong.word, wrong.value) == (2, 12)
+    assert "overwritten" in wrong.why
+    assert "0x16" in wrong.why
+
+
+def test_overlapping_accesses_may_go_either_way_but_only_one_way() -> None:
+    """During a store a load may return either; once the new value was seen, the old one is wrong, before the store has ended, too."""
+    history = History(Clock(), 1)
+    store = history.store_begins(0, words(1))
+    assert history.load_ends(history.load_begins(0, 1), words(0)) is None
+    assert history.load_ends(history.load_begins(0, 1), words(1)) is None
+    wrong = history.load_ends(history.load_begins(0, 1), words(0))
+    assert wrong is not None
+    assert "0x1 before" in wrong.why
+    history.store_ends(store)
+
+
+def test_two_readers_must_agree_on_the_order_of_two_stores() -> None:
+    """Two stores at once: one reader sees them in one order, another in the other (a coherence violation)."""
+    history = History(Clock(), 1)
+    first, second = history.store_begins(0, words(1)), history.store_begins(0, words(2))
+    for value in (1, 2):
+        assert history.load_ends(history.load_begins(0, 1), words(value)) is None
+    assert history.load_ends(history.load_begins(0, 1), words(1)) is not None
+    history.store_ends(first)
+    history.store_ends(second)
+
+
+def test_a_failed_store_has_happened_or_not() -> None:
+    """Both are right, but it is one of them from when its error was told; nothing of it comes after another store."""
+    for seen in (0, 5):
+        history = History(Clock(), 1)
+        history.store_ends(history.store_begins(0, words(5)), certain=False)
+        assert history.load_ends(history.load_begins(0, 1), words(seen)) is None
+        assert history.load_ends(history.load_begins(0, 1), words(5 - seen)) is not None
+        history.store_ends(history.store_begins(0, words(6)))
+        assert history.load_ends(history.load_begins(0, 1), words(5)) is not None
+
+
+def test_what_nobody_knows_is_not_judged_until_it_is_known_again() -> None:
+    """A wild store silences its words; a known store that begins later ends that, and a store that went on meanwhile still counts."""
+    history = History(Clock(), 2)
+    slow = history.store_begins(0, words(9))
+    history.wild_begins(0, 1)
+    history.wild_ends(0, 1)
+    assert history.load_ends(history.load_begins(0, 1), words(12345)) is None
+    assert not history.settled(0, 1)[1][0]
+    history.store_ends(history.store_begins(0, words(7)))
+    assert history.load_ends(history.load_begins(0, 1), words(12345)) is not None
+    assert history.load_ends(history.load_begins(0, 1), words(7)) is None
+    history.store_ends(slow)
+    assert history.load_ends(history.load_begins(0, 1), words(9)) is None
+
+
+def test_more_stores_at_once_than_it_can_follow_silence_the_word() -> None:
+    """Rather no word than a false one; later it is judged again."""
+    history = History(Clock(), 1)
+    stores = [history.store_begins(0, words(i + 1)) for i in range(COLUMNS + 1)]
+    assert history.load_ends(history.load_begins(0, 1), words(77)) is None
+    for store in stores:
+        history.store_ends(store)
+    for value in (100, 101):
+        history.store_ends(history.store_begins(0, words(value)))
+    assert history.load_ends(history.load_begins(0, 1), words(77)) is not None
+
+
+def test_settled_words() -> None:
+    """One value, when nothing is under way and no other store may come later."""
+    history = History(Clock(), 3)
+    history.store_ends(history.store_begins(0, words(1, 2)))
+    under_way = history.store_begins(1, words(3))
+    values, sure = history.settled(0, 3)
+    assert values.tolist()[0] == 1
+    assert sure.tolist() == [True, False, True]
+    history.store_ends(under_way)
+    assert history.settled(1, 1)[0].tolist() == [3]
+
+
+def test_true_registers_are_never_accused() -> None:
+    """Random accesses of true registers, each taking effect somewhere between begin and end: no word is wrong. A stale one always is."""
+    for seed in range(60):
+        history, memory, value = History(Clock(), 3), [0, 0, 0], 0
+        under_way: list[list[Any]] = []
+        random = Random(seed)
+        for _ in range(300):
+            word = random.randrange(3)
+            if random.random() < 0.4 and len(under_way) < 5:
+                value += 1
+                kind = random.choice("ls")
+                mark: Any = history.load_begins(word, 1) if kind == "l" else history.store_begins(word, words(value))
+                under_way.append([kind, word, value, mark, None])
+            elif under_way:
+                access = random.choice(under_way)
+                kind, word, stored, mark, effect = access
+                if effect is None:
+                    if kind == "s":
+                        memory[word] = stored
+                    access[4] = memory[word]
+                else:
+                    under_way.remove(access)
+                    if kind == "s":
+                        history.store_ends(mark, certain=random.random() < 0.8)
+                    else:
+                        assert history.load_ends(mark, words(effect)) is None, f"seed {seed}"
+
+
+def test_counters() -> None:
+    """Additions return each value once, in order; a value that was seen is never gone."""
+    counter = Counter(Clock())
+    assert counter.add_ends(counter.add_begins(), 0) == ""
+    first, second = counter.add_begins(), counter.add_begins()
+    assert counter.add_ends(second, 1) == ""
+    assert "one is lost" in counter.add_ends(first, 1)
+    assert "seen before" in counter.load_ends(counter.clock.tick(), 0)
+    assert "more than" in counter.load_ends(counter.clock.tick(), 99)
