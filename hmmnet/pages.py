@@ -37,6 +37,10 @@ DEVICE_ZONE_MIN = 64
 HMM_PFN_VALID = 1 << 63
 HMM_PFN_WRITE = 1 << 62
 HMM_PFN_ERROR = 1 << 61
+HMM_PFN_DMA_MAPPED = 1 << 60
+HMM_PFN_P2PDMA = 1 << 59
+HMM_PFN_P2PDMA_BUS = 1 << 58
+"""How a page is mapped for DMA (`hmmnet.host.dma_map`); hmm_range_fault keeps these bits of the words it is given."""
 HMM_PFN_ORDER_SHIFT = 53
 HMM_PFN_REQ_FAULT = HMM_PFN_VALID
 HMM_PFN_REQ_WRITE = HMM_PFN_WRITE

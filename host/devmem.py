@@ -14,7 +14,8 @@ one memory, and entries that lead there are present like any other. That wants b
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import errno
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Protocol
@@ -23,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hmmnet.arena import Arena
-from hmmnet.errors import HmmnetError
+from hmmnet.errors import HmmnetError, KernelError
 from hmmnet.pages import LARGE, Words
 
 from .announce import clear
@@ -66,6 +67,8 @@ class PageMap:
         late = (lambda free: free) if memory.gather is None else memory.gather.late
         self.zone.on_free = late(link.free_frames)
         self.zone.on_free_folios = late(lambda heads: link.free_frames(heads | np.uint64(LARGE)))
+        self.on_memory_failure: Callable[[Words], None] | None = None
+        """dev_pagemap_ops.memory_failure: the driver's answer to broken frames."""
 
     @property
     def used_pages(self) -> int:
@@ -91,6 +94,16 @@ class PageMap:
         loose = int(np.count_nonzero(~mapped))
         if loose:
             yield Holder(0, loose)
+
+    def memory_failure(self, frames: Words) -> None:
+        """memory_failure_dev_pagemap: the hardware says that `frames` have broken. KernelError(ENXIO) without a driver that handles it."""
+        owner = self.zone.owner
+        if not self.zone.holds(frames):
+            raise KernelError(errno.ENXIO, "memory_failure", f'frames {frames[:4].tolist()} and more are not of device "{owner}"')
+        if self.on_memory_failure is None:
+            why = f'{len(frames)} frames of device "{owner}" broke, 0x{int(frames[0]):x} the first; its driver does not handle that'
+            raise KernelError(errno.ENXIO, "memory_failure", why)
+        self.on_memory_failure(frames)
 
     def remove(self) -> None:
         """memunmap_pages. Raises HmmnetError, naming the holders, while a frame has a reference."""

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 
 import numpy as np
+import trio
 
 from hmmnet.errors import BusError, KernelError, PeerError
 from hmmnet.observe.counters import CPU_FAULT, Profile
@@ -23,6 +24,7 @@ from hmmnet.observe.events import HOST, Events
 from hmmnet.pages import HUGE_PAGES, PAGE_SHIFT, PAGE_SIZE, Words, page_by_page
 
 from .announce import clear, split_large
+from .devmem import PageMap
 from .interfaces import NO_OWNER, AddressSpace, DeviceLink, Event, Migration, Select
 from .migrate import MIGRATE, SHIFT, VALID, Outcome, collect, joined, listed, set_targets, words_of
 from .mm import pte
@@ -33,6 +35,9 @@ from .mm.zones import ANON, LOCKED
 
 HOME_PAGES_MAX = 1 << 16
 """Pages of one explicit migration home (256 MiB): bounds the host frames allocated before anything has landed."""
+
+EVICT_ROUNDS_MAX = 100
+"""Rounds of an eviction in which nothing moves before it counts as held: who is busy with a page needs a few."""
 
 TOUCHED = "cpu fault"
 """The cause of a migration that a CPU waits for."""
@@ -416,6 +421,19 @@ class Homing:
             for mapped in mapped_at:
                 self.events.moved(mapped.mm.number, np.sort(mapped.pages[left[mapped.rows]]), link.name, HOST, cause)
         return moved
+
+    async def unplug(self, page_map: PageMap) -> None:
+        """Hot removal of a device's memory, in use or not: pages go home by frame until nothing is left, then the map goes.
+
+        Frames that are busy are tried again. What stays for `EVICT_ROUNDS_MAX` rounds is held by somebody: where the kernel would wait in
+        memunmap_pages for ever, HmmnetError names who holds how much. Raises PeerLost, KernelError(ENOMEM).
+        """
+        fruitless = 0
+        while fruitless < EVICT_ROUNDS_MAX and len(frames := page_map.used_frames()):
+            moved = await self.evict(page_map.link, frames[:HOME_PAGES_MAX], "unplug")
+            fruitless = 0 if moved else fruitless + 1
+            await trio.lowlevel.checkpoint()
+        page_map.remove()
 
 
 async def _at(name: str, space: AddressSpace, link: DeviceLink, start: int, pages: int) -> None:

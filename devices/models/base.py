@@ -10,6 +10,7 @@ The rules that a model may rely on, and must keep if it overrides a handler:
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass, field
 from errno import EBADF, EEXIST, EINTR, EINVAL, EMFILE, ENOENT, EOPNOTSUPP
@@ -60,6 +61,8 @@ from hmmnet.wire.messages import (
     Report,
 )
 from hmmnet.wire.session import Session
+
+log = logging.getLogger("hmmnet.devices")
 
 CONTEXTS_MAX = 4096
 """Open contexts of one device."""
@@ -121,6 +124,8 @@ class Device:
         self.bus = Bus(wiring.session, wiring.sender, wiring.receiver, wiring.clock)
         self.jobs_finished = 0
         self._entries = BATCH_PAGES
+        self.driver_bugs = 0
+        """What the driver did that a kernel would WARN about."""
         self._nursery = wiring.nursery
         self._processes: dict[int, MirroredProcess] = {}
         self._slots: dict[int, Context] = {}
@@ -425,12 +430,18 @@ class Device:
             "contexts": len(self.contexts),
             "jobs_running": sum(len(opened.jobs) for opened in self.contexts.values()),
             "jobs_finished": self.jobs_finished,
+            "driver_bugs": self.driver_bugs,
             "copied_in_bytes": self.copies.bytes_in,
             "copied_out_bytes": self.copies.bytes_out,
             "emulated_s": self.clock.now(),
             **traffic.as_map(),
             **sum_counts(services),
         }
+
+    def report_bug(self, why: str) -> None:
+        """The driver has done what a real kernel WARNs about: it goes on, and this is counted and logged."""
+        self.driver_bugs += 1
+        log.warning("driver bug on %s, where a kernel WARNs: %s", self.spec.name, why)
 
     def set_rate(self, message: Rate) -> None:
         """The emulated clock goes on at another rate."""

@@ -177,9 +177,24 @@ class Dmirror(Device):
         for first in range(start, end, WINDOW_PAGES):
 
             def program(at: int, words: Words) -> None:
-                program_window(context, at, words, write=write)
+                self._program_window(context, at, words, write=write)
 
             await context.range_fault(first, min(first + WINDOW_PAGES, end), flags, program=program, unlocked=unlocked)
+
+    def _program_window(self, context: Context, start: int, words: Words, *, write: bool) -> None:
+        """dmirror_do_fault. Raises KernelError(EFAULT) at the first entry without the right asked for; those before it are programmed.
+
+        That a range fault for writing ends in an entry that may not be written is what the driver did not expect: the kernel WARNs (h11).
+        """
+        if write:
+            refused = words & _WRITE == 0
+            if refused.any():
+                first = int(np.argmax(refused))
+                context.mirror.program(start, words[:first])
+                why = f"page 0x{start + first:x} is this device's own and read-only: a range fault does not upgrade it"
+                self.report_bug(why)
+                raise KernelError(EFAULT, "dmirror_do_fault", why)
+        context.mirror.program(start, words)
 
     async def _give(self, stream: int, data: Bytes) -> None:
         """Copy to the caller's buffer; no link is involved, so nothing is paced."""
@@ -287,18 +302,6 @@ class Dmirror(Device):
         out[foreign] = PROT_PRIVATE_REMOTE | np.where(words[foreign] & _WRITE != 0, PROT_WRITE, PROT_READ)
         out[words & _ERROR != 0] = PROT_ERROR
         return out
-
-
-def program_window(context: Context, start: int, words: Words, *, write: bool) -> None:
-    """dmirror_do_fault. Raises KernelError(EFAULT) at the first entry without the right asked for; those before it are programmed."""
-    if write:
-        refused = words & _WRITE == 0
-        if refused.any():
-            first = int(np.argmax(refused))
-            context.mirror.program(start, words[:first])
-            why = f"page 0x{start + first:x} is this device's own and read-only: a range fault does not upgrade it"
-            raise KernelError(EFAULT, "dmirror_do_fault", why)
-    context.mirror.program(start, words)
 
 
 def check_bounce(start: int, end: int) -> None:

@@ -75,6 +75,8 @@ def touch(mm: Mm, vma: Vma, pages: Words, write: bool, keep: slice | None = None
         return Touched(len(pages))
     if bool((entries & pte.KIND == pte.SWAP).any()):
         swap_in(mm, vma, pages, entries, mm.node if node is None else node)
+    if bool((entries & pte.KIND == pte.HINT).any()):
+        unhint(mm, pages, entries)
     causes = _causes(mm, vma, entries, write)
     if vma.file is not None:
         beyond = int(np.searchsorted(pages, end_in(vma)))
@@ -302,6 +304,23 @@ def zap_range(mm: Mm, start: int, end: int) -> None:
         zap(mm, pages)
 
 
+def hint(mm: Mm, start: int, end: int) -> int:
+    """change_prot_numa: the next access to each present small page of [start, end) faults; how many they are. Mirrors were told."""
+    count = 0
+    for _, part in mm.table.ptes.present(start, end):
+        present = (part & (pte.KIND | pte.SPECIAL | pte.HUGE) == pte.PRESENT) & (part < pte.DEVICE_MIN)
+        part[present] |= np.uint64(pte.HINT)
+        count += int(np.count_nonzero(present))
+    return count
+
+
+def unhint(mm: Mm, pages: Words, entries: Words) -> None:
+    """do_numa_page: those `entries` of `pages` that are hints are present again, with the rights that they had; in `entries`, too."""
+    hinted = entries & pte.KIND == pte.HINT
+    entries[hinted] ^= np.uint64(pte.HINT ^ pte.PRESENT)
+    mm.table.scatter(pages[hinted], entries[hinted])
+
+
 def age(mm: Mm, start: int, end: int, bits: int) -> None:
     """Clear `bits` (young, dirty) of present pages; entries of a device stay as they are (h15, h55)."""
     for _, part, _ in mm.table.parts(start, end):
@@ -329,6 +348,7 @@ def protect(mm: Mm, start: int, end: int, writable: bool, shared: bool = False) 
     """
     alone = 0 if shared else pte.ANON_EXCLUSIVE
     for _, part, _ in mm.table.parts(start, end):
+        part[part & pte.KIND == pte.HINT] ^= np.uint64(pte.HINT ^ pte.PRESENT)
         if writable:
             part[part & (pte.KIND | alone | pte.SPECIAL) == pte.PRESENT | alone] |= np.uint64(pte.WRITE)
         else:

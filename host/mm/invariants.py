@@ -103,7 +103,7 @@ def _check_entries(memory: PhysicalMemory, mm: Mm) -> tuple[Words, Words]:
     counted = (kinds != pte.MARKER) & (kinds != pte.SWAP) & (entries & pte.SPECIAL == 0)
     assert int(np.count_nonzero(counted)) == mm.rss, f"process {mm.number}: rss is {mm.rss}, mapped are {np.count_nonzero(counted)}"
     moving = kinds == pte.MIGRATION
-    mapped = counted & ((kinds == pte.PRESENT) | (kinds == pte.DEVICE) | (kinds == pte.EXCLUSIVE))
+    mapped = counted & ((kinds == pte.PRESENT) | (kinds == pte.DEVICE) | (kinds == pte.EXCLUSIVE) | (kinds == pte.HINT))
     left = np.ones(len(pages), np.bool_)
     for vma in mm.vmas.all():
         part = slice(*np.searchsorted(pages, (vma.start, vma.end)).tolist())

@@ -9,6 +9,7 @@ present entry without its low bits is a physical address, as on x86. Linux keeps
 - `MIGRATION`: the page is on its way. Whoever meets it waits; this is the page's lock. The frame is where it comes from.
 - `EXCLUSIVE`: the frame is ordinary memory, but a device has atomic access; the next CPU access takes it away.
 - `SWAP`: the "frame" is a slot of swap.
+- `HINT`: present, but for a trap: NUMA balancing wants to know who touches it (pte_protnone). The next access makes it present again.
 - `MARKER`: no page, but not empty either; the "frame" tells why (`MARKER_*`).
 
 WRITE and ANON_EXCLUSIVE mean the same on a migration, device or exclusive entry as on the present entry that it stands for.
@@ -28,6 +29,7 @@ MIGRATION = 3
 EXCLUSIVE = 4
 SWAP = 5
 MARKER = 6
+HINT = 7
 
 WRITE = 1 << 3
 YOUNG = 1 << 4

@@ -111,6 +111,6 @@ def _look(mm: Mm, rows: Rows, pages: Words, frames: Words) -> Mapped:
     entries = mm.table.gather(pages)
     kinds = entries & pte.KIND
     hit = (pte.frames_of(entries) == frames) & (
-        ((kinds == pte.PRESENT) & (entries & pte.SPECIAL == 0)) | (kinds == pte.DEVICE) | (kinds == pte.EXCLUSIVE)
+        ((kinds == pte.PRESENT) & (entries & pte.SPECIAL == 0)) | (kinds == pte.DEVICE) | (kinds == pte.EXCLUSIVE) | (kinds == pte.HINT)
     )
     return Mapped(mm, rows[hit], pages[hit], entries[hit])

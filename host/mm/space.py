@@ -21,11 +21,11 @@ from . import collect as migration_steps
 from . import pmd, pte, single, views
 from .access import Notifier
 from .advice import Advice
-from .fault import restore_exclusive
+from .fault import hint, restore_exclusive
 from .fork import copy_entries, inherit, needs_copy
 from .huge import Large, large
 from .mm import Mm
-from .vma import VM_DAX, VM_HUGETLB, VM_READ, VM_SPECIAL, Vma
+from .vma import VM_ACCESS, VM_DAX, VM_HUGETLB, VM_READ, VM_SPECIAL, Vma
 from .walk import walk
 from .zones import ANON
 
@@ -59,6 +59,23 @@ class Space(Advice):
                     await child.exit()
                 raise
         return child
+
+    # --- NUMA balancing -----------------------------------------------------------------------------------------------------------
+
+    async def numa_hints(self, start: int, end: int) -> int:
+        """task_numa_work on pages [start, end): the next access to each present one faults, so that it is known; how many those are.
+
+        Pages of devices take no part, nor do huge ones and mappings without access.
+        """
+        hinted = 0
+        async with self.mmap_lock.read():
+            for vma in self.mm.vmas.overlapping(start, end):
+                if not vma.flags & VM_ACCESS or vma.flags & (VM_SPECIAL | VM_HUGETLB):
+                    continue
+                low, high = max(start, vma.start), min(end, vma.end)
+                async with self.hub.invalidate(Event.PROTECTION_VMA, low, high):
+                    hinted += hint(self.mm, low, high)
+        return hinted
 
     # --- HMM ----------------------------------------------------------------------------------------------------------------------
 
@@ -198,8 +215,9 @@ class Space(Advice):
         kinds = entries & pte.KIND
         out = np.full(pages, ord("S"), np.uint8)
         out[(kinds == pte.NONE) | (kinds == pte.MARKER)] = ord("-")
-        out[kinds == pte.PRESENT] = ord("P")
-        once = np.flatnonzero(entries & (pte.KIND | pte.SPECIAL) == pte.PRESENT)
+        present = (kinds == pte.PRESENT) | (kinds == pte.HINT)
+        out[present] = ord("P")
+        once = np.flatnonzero(present & (entries & pte.SPECIAL == 0))
         if len(once):
             out[once[self.memory.field(pte.frames_of(entries[once]), "flags") & ANON == 0]] = ord("p")
             out[once[self.memory.field(pte.frames_of(entries[once]), "mapcount") == 1]] |= 0x80

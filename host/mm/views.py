@@ -43,7 +43,7 @@ def pagemap(mm: Mm, start: int, end: int) -> Words:
     entries = mm.table.read(start, end)
     kinds = entries & pte.KIND
     out = np.zeros(len(entries), np.uint64)
-    present = kinds == pte.PRESENT
+    present = (kinds == pte.PRESENT) | (kinds == pte.HINT)
     special = ~present & (kinds != pte.NONE) & (kinds != pte.MARKER)
     out[present] |= np.uint64(PM_PRESENT)
     out[special] |= np.uint64(PM_SWAP)

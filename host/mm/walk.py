@@ -16,8 +16,11 @@ import numpy.typing as npt
 
 from hmmnet.host.interfaces import Walk
 from hmmnet.pages import (
+    HMM_PFN_DMA_MAPPED,
     HMM_PFN_ERROR,
     HMM_PFN_ORDER_SHIFT,
+    HMM_PFN_P2PDMA,
+    HMM_PFN_P2PDMA_BUS,
     HMM_PFN_REQ_FAULT,
     HMM_PFN_REQ_WRITE,
     HMM_PFN_VALID,
@@ -30,8 +33,8 @@ from . import pte
 from .mm import Mm
 from .vma import VM_PFNMAP, VM_READ, VM_WRITE, Vma
 
-HMM_PFN_INOUT = 0b111 << 58
-"""Bits of the input that survive: DMA_MAPPED, P2PDMA, P2PDMA_BUS."""
+HMM_PFN_INOUT = HMM_PFN_DMA_MAPPED | HMM_PFN_P2PDMA | HMM_PFN_P2PDMA_BUS
+"""Bits of the input that survive."""
 BLOCK_PAGES = 1 << 14
 HUGE_ORDER = np.uint64(HUGE_SHIFT << HMM_PFN_ORDER_SHIFT)
 """HMM_PFN_ORDER of a page that is mapped with 511 others as one."""

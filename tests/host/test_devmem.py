@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+
+import numpy as np
 import pytest
 
-from hmmnet.errors import HmmnetError
+from hmmnet.errors import HmmnetError, KernelError
 from hmmnet.host.devmem import Holder
 from hmmnet.pages import PAGE_SIZE
 
@@ -65,3 +68,18 @@ async def test_a_lost_map_with_pages_stays_until_they_are_unmapped() -> None:
     await space.munmap(address, PAGE_SIZE)
     assert bench.link.freed == []
     assert bench.page_map.used_pages == 0
+
+
+def test_broken_frames_are_the_drivers_or_nobodys() -> None:
+    """memory_failure of dev_pagemap_ops: ENXIO without one, and for somebody else's frames; a driver that has one hears of them."""
+    bench = Bench()
+    frames = bench.grant(2).frames
+    with pytest.raises(KernelError, match="does not handle") as caught:
+        bench.page_map.memory_failure(frames)
+    assert caught.value.code == errno.ENXIO
+    heard: list[int] = []
+    bench.page_map.on_memory_failure = lambda broken: heard.extend(broken.tolist())
+    bench.page_map.memory_failure(frames)
+    assert heard == frames.tolist()
+    with pytest.raises(KernelError, match="are not of device"):
+        bench.page_map.memory_failure(frames + np.uint64(1 << 40))

@@ -159,3 +159,18 @@ async def test_an_unwatched_change_suspends_nobody() -> None:
     with pytest.raises(StopIteration):
         coroutine.send(None)
     hub.range_end()
+
+
+async def test_an_invalidation_that_may_not_wait_is_refused() -> None:
+    """invalidate_range_start_nonblock: where a mirror overlaps it is EAGAIN, nobody is told, nothing stays begun; elsewhere it runs."""
+    hub = Hub()
+    link = FakeLink("gpu0", 64)
+    subscription = hub.insert(0, 8, link, 1)
+    assert not hub.try_invalidate(4, 12)
+    assert link.told == []
+    assert not hub.core.is_invalidating
+    sequence = await hub.read_begin(subscription)
+    assert hub.try_invalidate(8, 12)
+    hub.range_end()
+    assert not hub.read_retry(subscription, sequence)
+    assert hub.core.active == 0
