@@ -429,8 +429,9 @@ class Homing:
         memunmap_pages for ever, HmmnetError names who holds how much. Raises PeerLost, KernelError(ENOMEM).
         """
         fruitless = 0
+        link = self._links[page_map.zone.number]
         while fruitless < EVICT_ROUNDS_MAX and len(frames := page_map.used_frames()):
-            moved = await self.evict(page_map.link, frames[:HOME_PAGES_MAX], "unplug")
+            moved = await self.evict(link, frames[:HOME_PAGES_MAX], "unplug")
             fruitless = 0 if moved else fruitless + 1
             await trio.lowlevel.checkpoint()
         page_map.remove()

@@ -169,7 +169,11 @@ def _settle(mm: Mm, vma: Vma, pages: Words, entries: Words, write: bool, keep: s
             bits |= pte.ANON_EXCLUSIVE
             reused = entries[there & (entries & (pte.WRITE | pte.ANON_EXCLUSIVE) == 0)]
             mm.memory.move_anon(pte.frames_of(reused), vma.anon)
-        mm.table.mark(pages[there], entries[there], bits)  # a block that is mapped as one becomes writable as one (pmd_mkwrite)
+        mm.table.mark(pages[there], entries[there], bits)
+        if write:
+            for block in huge.blocks_of(pages[there][entries[there] & (pte.HUGE | pte.WRITE) == pte.HUGE]):  # pmd_mkwrite
+                for _, part, _ in mm.table.parts(block, block + HUGE_PAGES):
+                    part[part != 0] |= np.uint64(pte.WRITE | pte.ANON_EXCLUSIVE)
 
 
 def _populate(mm: Mm, vma: Vma, pages: Words, empty: npt.NDArray[np.bool_], write: bool, keep: slice | None, node: int) -> None:
@@ -324,7 +328,7 @@ def unhint(mm: Mm, pages: Words, entries: Words) -> None:
 def age(mm: Mm, start: int, end: int, bits: int) -> None:
     """Clear `bits` (young, dirty) of present pages; entries of a device stay as they are (h15, h55)."""
     for _, part, _ in mm.table.parts(start, end):
-        part[part & (pte.KIND | pte.SPECIAL) == pte.PRESENT] &= ~np.uint64(bits)
+        part[pte.is_present(part) & (part & pte.SPECIAL == 0)] &= ~np.uint64(bits)
 
 
 def move_entries(mm: Mm, start: int, target: int, count: int) -> None:

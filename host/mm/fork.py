@@ -58,7 +58,7 @@ def _share(parent: Mm, child: Mm, vma: Vma, part: Words, where: np.ndarray[tuple
     if swapped.any():
         parent.memory.swap.share(pte.frames_of(entries[swapped]))
     counted = (entries & pte.SPECIAL == 0) & (kinds != pte.MARKER) & ~swapped
-    pinned = counted & (entries & (pte.KIND | pte.ANON_EXCLUSIVE) == pte.PRESENT | pte.ANON_EXCLUSIVE)
+    pinned = counted & pte.is_present(entries) & (entries & pte.ANON_EXCLUSIVE != 0)
     if pinned.any():
         pinned[pinned] = parent.memory.field(pte.frames_of(entries[pinned]), "pincount") > 0
     torn = np.isin(pages >> HUGE_BITS, pages[pinned & (entries & pte.HUGE != 0)] >> HUGE_BITS)

@@ -18,6 +18,7 @@ WRITE and ANON_EXCLUSIVE mean the same on a migration, device or exclusive entry
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from hmmnet.pages import DEVICE_ZONE_MIN, ZONE_SHIFT, Words
 
@@ -80,6 +81,13 @@ def zones_of(entries: Words) -> Words:
 def kinds_of(entries: Words) -> Words:
     """The kind of each entry."""
     return entries & np.uint64(KIND)
+
+
+def is_present(entries: Words) -> npt.NDArray[np.bool_]:
+    """pte_present: which entries lead to a page that is there for the CPU, trapped or not."""
+    kinds = entries & np.uint64(KIND)
+    present: npt.NDArray[np.bool_] = (kinds == PRESENT) | (kinds == HINT)
+    return present
 
 
 def entries_of(kind: int, frames: Words, bits: int = 0) -> Words:

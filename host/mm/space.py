@@ -215,7 +215,7 @@ class Space(Advice):
         kinds = entries & pte.KIND
         out = np.full(pages, ord("S"), np.uint8)
         out[(kinds == pte.NONE) | (kinds == pte.MARKER)] = ord("-")
-        present = (kinds == pte.PRESENT) | (kinds == pte.HINT)
+        present = pte.is_present(entries)
         out[present] = ord("P")
         once = np.flatnonzero(present & (entries & pte.SPECIAL == 0))
         if len(once):

@@ -81,7 +81,7 @@ class Swap:
 def reclaimable(mm: Mm, pages: Words, *, of_file: bool = False) -> Words:
     """Those of `pages` that PAGEOUT takes: present host memory that nobody else maps or holds; pages `of_file`, or anonymous ones."""
     entries = mm.table.gather(pages)
-    there = (entries & (pte.KIND | pte.SPECIAL) == pte.PRESENT) & (entries < pte.DEVICE_MIN)
+    there = pte.is_present(entries) & (entries & pte.SPECIAL == 0) & (entries < pte.DEVICE_MIN)
     frames = pte.frames_of(entries[there])
     kind, references = (0, 2) if of_file else (ANON, 1)  # the page cache has a reference of its own
     alone = (mm.memory.field(frames, "flags") & ANON == kind) & (mm.memory.field(frames, "refcount") == references)

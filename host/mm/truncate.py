@@ -80,7 +80,7 @@ def _zap(mm: Mm, low: int, high: int, *, even_cows: bool) -> None:
     pages = mm.table.occupied(low, high)
     if not even_cows and len(pages):
         entries = mm.table.gather(pages)
-        of_file = entries & (pte.KIND | pte.SPECIAL) == pte.PRESENT
+        of_file = pte.is_present(entries) & (entries & pte.SPECIAL == 0)
         of_file[of_file] = mm.memory.field(pte.frames_of(entries[of_file]), "flags") & ANON == 0
         pages = pages[of_file]
     if len(pages):

@@ -43,7 +43,7 @@ def pagemap(mm: Mm, start: int, end: int) -> Words:
     entries = mm.table.read(start, end)
     kinds = entries & pte.KIND
     out = np.zeros(len(entries), np.uint64)
-    present = (kinds == pte.PRESENT) | (kinds == pte.HINT)
+    present = pte.is_present(entries)
     special = ~present & (kinds != pte.NONE) & (kinds != pte.MARKER)
     out[present] |= np.uint64(PM_PRESENT)
     out[special] |= np.uint64(PM_SWAP)
@@ -101,6 +101,6 @@ def clear_soft_dirty(mm: Mm, start: int, end: int) -> None:
     """clear_soft_dirty: pages of [start, end) count as not written since now. Mirrors were told (SOFT_DIRTY)."""
     for _, part, _ in mm.table.parts(start, end):
         kinds = part & pte.KIND
-        present = (kinds == pte.PRESENT) & (part & pte.SPECIAL == 0)
+        present = pte.is_present(part) & (part & pte.SPECIAL == 0)
         part[present] &= ~np.uint64(pte.SOFT_DIRTY | pte.WRITE)
         part[(kinds != pte.NONE) & (kinds != pte.MARKER)] &= ~np.uint64(pte.SOFT_DIRTY)

@@ -30,6 +30,8 @@ class Cell:
     places: set[Place] = field(default_factory=set)
     held: int = 0
     exclusive: bool = False
+    pinned: int = 0
+    """How many of those who hold it have pinned it: fork copies it for the child."""
 
 
 @dataclass
