@@ -138,6 +138,8 @@ class VmaTree:
         return self._vmas[low:high]
 
     def _span(self, start: int, end: int) -> tuple[int, int]:
+        if start >= end:
+            return 0, 0  # nothing overlaps an empty range, also inside a VMA
         low = bisect_right(self._starts, start) - 1
         if low < 0 or self._vmas[low].end <= start:
             low += 1

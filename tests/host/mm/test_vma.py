@@ -95,7 +95,7 @@ def test_find_and_overlap() -> None:
     tree = tree_of(Vma(10, 20, RW, 10), Vma(30, 40, VM_READ, 30))
     assert [tree.find(page) is None for page in (9, 10, 19, 20, 29, 30, 39, 40)] == [True, False, False, True, True, False, False, True]
     assert [vma.start for vma in tree.overlapping(19, 31)] == [10, 30]
-    assert tree.overlapping(20, 30) == []
+    assert tree.overlapping(20, 30) == tree.overlapping(15, 15) == tree.remove(15, 15) == []
     assert tree.covered_until(10, 35) == 20
     assert tree.covered_until(10, 20) == 20
     assert tree.covered_until(25, 35) == 25
