@@ -430,12 +430,12 @@ class Device:
             "contexts": len(self.contexts),
             "jobs_running": sum(len(opened.jobs) for opened in self.contexts.values()),
             "jobs_finished": self.jobs_finished,
-            "driver_bugs": self.driver_bugs,
             "copied_in_bytes": self.copies.bytes_in,
             "copied_out_bytes": self.copies.bytes_out,
             "emulated_s": self.clock.now(),
             **traffic.as_map(),
             **sum_counts(services),
+            **({"driver_bugs": self.driver_bugs} if self.driver_bugs else {}),
         }
 
     def report_bug(self, why: str) -> None:

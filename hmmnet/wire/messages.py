@@ -277,9 +277,9 @@ class Inspect(Message, frozen=True):
 class Report(Message, frozen=True):
     """Reply to `Inspect`: a msgpack map.
 
-    ``name model kind zone pages pages_used pages_used_max contexts jobs_running jobs_finished driver_bugs copied_in_bytes
-    copied_out_bytes emulated_s``, the traffic counters of `Finished`, and of the fault buffers ``faults fault_groups
-    fault_duplicates fault_stale fault_fatal fault_group_s``.
+    ``name model kind zone pages pages_used pages_used_max contexts jobs_running jobs_finished copied_in_bytes copied_out_bytes
+    emulated_s``, the traffic counters of `Finished`, of the fault buffers ``faults fault_groups fault_duplicates fault_stale
+    fault_fatal fault_group_s``, and ``driver_bugs`` where there are any.
     """
 
     figures: Packed
