@@ -17,7 +17,7 @@ from enum import IntEnum
 import numpy as np
 import numpy.typing as npt
 
-from hmmnet.pages import HUGE_SHIFT, ZERO_FRAME, Words
+from hmmnet.pages import HUGE_PAGES, HUGE_SHIFT, ZERO_FRAME, Words
 
 from . import huge, pte
 from .filemap import end_in, fault_around, file_offsets, map_file, read_fault
