@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from .worlds import WORLD_HELP, World
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -37,6 +39,8 @@ def selftest(
     personality: Annotated[
         Personality, typer.Option(help="Whose rules: today (the present kernel's), or v25 (HMM's first, 2017).")
     ] = Personality.today,
+    world: Annotated[World, typer.Option(help=WORLD_HELP)] = World.real,
+    seed: Annotated[int, typer.Option(help="With --world sim: from which the order of events is drawn.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print a list of results for programs.")] = False,
     listed: Annotated[bool, typer.Option("--list", help="Name the tests and what they check; run nothing.")] = False,
 ) -> int:
@@ -46,10 +50,12 @@ def selftest(
 
     Exit code 0 only if none fails, 1 if one does, 2 for a name that there is not.
     """
-    import trio
+    from functools import partial
 
     from hmmnet.cli import did_you_mean
+    from hmmnet.play.world import simulated_world
     from hmmnet.selftest.runner import KINDS, ORDER, cases, run_all
+    from hmmnet.sim.worlds import run_in
 
     for name in names or ():
         if name not in ORDER:
@@ -63,7 +69,8 @@ def selftest(
     screen = Screen(chosen, quiet=as_json)
     try:
         rules: Literal["today", "v25"] = "v25" if personality is Personality.v25 else "today"
-        outcomes = trio.run(run_all, chosen, screen.on_outcome, None, rules)
+        simulation = partial(simulated_world, rules) if world is World.sim else None
+        outcomes = run_in(world.value, run_all, chosen, screen.on_outcome, simulation, rules, seed=seed)
     finally:
         screen.done()
     if as_json:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 
 from hmmnet.host.mm import fork, huge
-from hmmnet.play.world import real_world
+from hmmnet.play.world import real_world, simulated_world
 from hmmnet.selftest.case import TESTS
 from hmmnet.selftest.runner import KINDS, MODERN_ONLY, ORDER, Outcome, cases, run_all
+from hmmnet.sim import run_virtual
 from hmmnet.topology.model import Personality
 
 
@@ -45,6 +47,16 @@ async def test_v25_keeps_its_own_rules() -> None:
     }  # fmt: skip
 
 
+def test_all_cases_pass_in_virtual_time() -> None:
+    """The same host and devices in the other world: the same results."""
+    for personality in PERSONALITIES:
+        chosen = [case for case in cases() if case.name != "benchmark_thp_migration"]
+        outcomes = run_virtual(run_all, chosen, told, partial(simulated_world, personality), personality, seed=3)
+        assert [(o.case, o.why) for o in outcomes if o.result == "fail"] == []
+        assert len(outcomes) == 76
+
+
+PERSONALITIES: tuple[Personality, ...] = ("today", "v25")
 DIFFER = ("anon_write_hugetlbfs", "migrate_mixed", "mixedmap", "snapshot", "compound")
 
 
