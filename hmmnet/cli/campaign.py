@@ -5,12 +5,22 @@ from __future__ import annotations
 import json
 import re
 import sys
+from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
     from hmmnet.campaign.campaign import Found, Summary
+    from hmmnet.campaign.real import Summary as RealSummary
+
+
+class World(StrEnum):
+    """Where a campaign runs."""
+
+    sim = "sim"
+    real = "real"
+
 
 SEEDS_MAX = 10_000_000
 SHOWN_MAX = 20
@@ -25,6 +35,11 @@ def campaign(
         str, typer.Option(metavar="ADDRESS", help="A dask scheduler instead, such as tcp://HOST:8786.", show_default=False)
     ] = "",
     operations: Annotated[int, typer.Option(min=1, max=100_000, help="Operations of a seed.")] = 200,
+    world: Annotated[
+        World, typer.Option(help="sim: in virtual time, from the seeds; real: on processes, from the first of them, in rounds.")
+    ] = World.sim,
+    rounds: Annotated[int, typer.Option(min=1, max=1_000_000, help="Rounds of --world real: kill, stop, or spoil a cable.")] = 100,
+    cables: Annotated[bool, typer.Option("--cables", help="Of --world real: devices behind cables that are cut and spoilt.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
     """Run random work and random faults from seeds, heal everything, and demand that every word is right and nothing has leaked.
@@ -32,6 +47,8 @@ def campaign(
     Each seed is a run of its own that can be repeated: a violation prints the command. Exit code 1 when there is one. Ctrl-C prints what
     was found so far.
     """
+    if world is World.real:
+        return _real(seeds_of(seeds)[0], rounds, cables=cables, as_json=as_json)
     from hmmnet.campaign.campaign import Summary, run_campaign
 
     wanted = seeds_of(seeds)
@@ -50,6 +67,45 @@ def campaign(
     else:
         _tell(summary)
     return 130 if interrupted else 1 if summary.violations else 0
+
+
+def _real(seed: int, rounds: int, *, cables: bool, as_json: bool) -> int:
+    """Rounds on real processes."""
+    if cables:
+        from hmmnet.cable.namespaces import isolate
+
+        isolate()
+    import trio
+
+    from hmmnet.campaign.real import Summary, run_rounds
+
+    summary = Summary()
+
+    def told(so_far: Summary) -> None:
+        line = f"{so_far.rounds} of {rounds} rounds, {so_far.operations} operations, {len(so_far.violations)} violations"
+        print(line, file=sys.stderr, flush=True)
+
+    interrupted = False
+    try:
+        trio.run(lambda: run_rounds(seed, rounds, cables=cables, summary=summary, on_batch=told))
+    except* KeyboardInterrupt:
+        interrupted = True
+    if as_json:
+        json.dump(summary.as_json(), sys.stdout, indent=1)
+        sys.stdout.write("\n")
+    else:
+        _tell_real(summary)
+    return 130 if interrupted else 1 if summary.violations else 0
+
+
+def _tell_real(summary: RealSummary) -> None:
+    figures = summary.as_json()
+    faults = ", ".join(f"{count} {kind}" for kind, count in figures["faults"].items()) or "none"
+    print(f"{figures['rounds']} rounds, {figures['operations']} operations in {figures['seconds']:.0f} s; faults: {faults}")
+    print(f"{figures['lost_pages']} pages died with the only device that had them; {figures['processes_left']} processes are left")
+    for violation in figures["violations"][:SHOWN_MAX]:
+        print(f"seed {violation['seed']}: {violation['checker']}: {violation['what']}")
+    print(f"{len(figures['violations'])} violations" if figures["violations"] else "no violation")
 
 
 def seeds_of(text: str) -> range:

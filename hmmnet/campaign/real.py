@@ -1,0 +1,290 @@
+"""The same work and the same checkers on real processes: rounds of SIGKILL, SIGSTOP and bad cables, over ZeroMQ and the kernel's own TCP.
+
+A *batch* is one machine: actors work without a pause, while round after round one device is harmed, and mended again. Then everything is
+healed and must be well: every word that was acknowledged is there (or its only copy died, and that was said), every device serves, the
+books are in order, and when the machine is gone no process is left.
+
+Chance decides what is done, as in simulation; when it happens is the computer's doing, so a batch can be repeated and need not repeat.
+What is found is the history's verdict, whatever the timing.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from itertools import count, cycle
+from pathlib import Path
+from random import Random
+from typing import Any, ClassVar, cast
+
+import msgspec
+import trio
+
+from hmmnet.cable import Cable, Impairment
+from hmmnet.errors import HmmnetError
+from hmmnet.machine import LaunchedMachine, LaunchKind, launch
+from hmmnet.sim import SimulatedMachine
+
+from . import operations
+from .audit import Auditor
+from .crew import AtomicProcess, Crew, Outcome, Violation
+from .draw import draw
+from .program import Program
+from .trial import _books, _converge, _last_check, _lay_out, _leaves, _topology
+
+ROUNDS = 25
+"""Of one batch."""
+OPERATIONS = 400
+"""That a batch's actors know; they begin again when they are through."""
+BATCH_S = 300.0
+"""Real seconds for a batch; half a minute is usual."""
+GONE_S = 5.0
+"""Real seconds for the processes of a machine to be gone when it is left."""
+PAUSE_S = 0.02
+"""Between two rounds, for work to get going again."""
+
+
+@dataclass
+class Summary:
+    """What all rounds came to so far."""
+
+    rounds: int = 0
+    operations: int = 0
+    faults: Counter[str] = field(default_factory=Counter)
+    lost_pages: int = 0
+    violations: list[dict[str, Any]] = field(default_factory=list)
+    processes_left: int = 0
+    began_s: float = field(default_factory=time.perf_counter)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "rounds": self.rounds,
+            "operations": self.operations,
+            "faults": dict(sorted(self.faults.items())),
+            "lost_pages": self.lost_pages,
+            "violations": self.violations,
+            "processes_left": self.processes_left,
+            "seconds": round(time.perf_counter() - self.began_s, 3),
+        }
+
+
+async def run_rounds(
+    seed: int, rounds: int, *, cables: bool = False, summary: Summary | None = None, on_batch: Callable[[Summary], None] = lambda _: None
+) -> Summary:
+    """Run `rounds` rounds on as many machines as that takes. With `cables` this process stands in a network namespace of its own already.
+
+    `summary` is filled as it goes. Raises HmmnetError when a machine cannot be started.
+    """
+    summary = Summary() if summary is None else summary
+    for batch in range(-(-rounds // ROUNDS)):
+        some = min(ROUNDS, rounds - batch * ROUNDS)
+        outcome = await _batch(seed + batch, some, "cable" if cables else "ring", summary)
+        summary.rounds += some
+        summary.operations += outcome.operations
+        summary.faults.update(outcome.faults)
+        summary.violations += [{"seed": seed + batch, "checker": one.checker, "what": one.what} for one in outcome.violations]
+        on_batch(summary)
+    return summary
+
+
+class _Unfaulted:
+    """Stands where a simulated machine has its injected faults: a real one has none beside what is done to its processes and cables."""
+
+    fired: ClassVar[Counter[str]] = Counter()
+
+    def heal(self, but: str = "") -> None:
+        """Nothing is to be healed."""
+
+
+class _AsSimulated:
+    """A launched machine with the few further methods that the checkers know of simulated ones."""
+
+    network = _Unfaulted()
+    injector = _Unfaulted()
+
+    def __init__(self, machine: LaunchedMachine) -> None:
+        self._machine = machine
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._machine, name)
+
+    def audit(self, *, quiet: bool) -> list[str]:
+        """See `SimulatedMachine.audit`: of the host's books; devices are other processes."""
+        return self._machine.host.audit(quiet=quiet)
+
+    async def resume_device(self, name: str) -> None:
+        """See `SimulatedMachine.resume_device`."""
+        self._machine.resume_device(name)
+
+
+async def _batch(seed: int, rounds: int, transport: LaunchKind, summary: Summary) -> Outcome:
+    program = msgspec.structs.replace(draw(seed, "none", OPERATIONS), limit_pages=0)
+    outcome = Outcome()
+    pids: list[int] = []
+    try:
+        with trio.fail_after(BATCH_S):
+            async with launch(_topology(program.machine), rate=1.0, transport=transport) as machine:
+                pids += [device.pid for device in machine.devices]
+                summary.lost_pages += await _live(machine, program, rounds, outcome)
+                pids += [device.pid for device in machine.devices]
+    except trio.TooSlowError:
+        outcome.violations.append(Violation("progress", f"no end within {BATCH_S:g} s"))
+    except (HmmnetError, AssertionError, ExceptionGroup) as error:
+        outcome.violations.append(Violation("crash", "; ".join(_leaves(error))))
+    left = await _left(pids)
+    if left:
+        summary.processes_left += len(left)
+        outcome.violations.append(Violation("processes", f"{len(left)} devices are left behind: {', '.join(map(str, left))}"))
+    return outcome
+
+
+async def _live(machine: LaunchedMachine, program: Program, rounds: int, outcome: Outcome) -> int:
+    """The life of one machine; how many pages it lost."""
+    process = cast(AtomicProcess, await machine.create_process())
+    crew = Crew(cast(SimulatedMachine, _AsSimulated(machine)), process, program, outcome, None)
+    auditor = Auditor(crew)
+    await _lay_out(crew)
+    async with trio.open_nursery() as nursery:
+        for actor in range(program.actors):
+            nursery.start_soon(_act, crew, actor)
+        await _nemesis(machine, crew, Random(f"real {program.seed}"), rounds)  # noqa: S311 - chance, not secrecy
+        nursery.cancel_scope.cancel()
+    machine.cables.repair()
+    await _converge(crew)
+    await _last_check(crew)
+    auditor.full(quiet=True)
+    await process.exit()
+    for region in crew.regions:
+        if region.file is not None:
+            await region.file.close()
+    await _converge(crew)
+    await _books(crew, auditor)
+    return int(getattr(crew, "lost", 0))
+
+
+async def _act(crew: Crew, actor: int) -> None:
+    """Step after step, again and again; each time with serials of its own, so that every stored value stands for one store."""
+    serials = count(1 + actor, crew.program.actors)
+    own = [step for step in crew.program.steps if step.actor == actor]
+    for step in cycle(own):
+        await operations.do(crew, msgspec.structs.replace(step, serial=next(serials)))
+        await trio.lowlevel.checkpoint()
+
+
+async def _nemesis(machine: LaunchedMachine, crew: Crew, random: Random, rounds: int) -> None:
+    """Round after round, one harm to one device, until it is mended."""
+    harms = [_kill, _kill, _stop] + ([_cut, _cut, _impair, _reset] if machine.cables else [])
+    for _ in range(rounds):
+        await trio.sleep(random.uniform(0.0, PAUSE_S))
+        device = random.choice(machine.device_names)
+        harm = random.choice(harms)
+        began = crew.outcome.operations
+        kind = await harm(machine, crew, device, random)
+        crew.outcome.faults[kind] += 1
+        with trio.move_on_after(1.0):
+            await crew.ended(began + 1)
+
+
+async def _harmed(crew: Crew, kind: str, mend: Callable[[], Awaitable[None]]) -> str:
+    """Something is wrong with a device until `mend` returns."""
+    crew.harms += 1
+    try:
+        await mend()
+    finally:
+        crew.harm_ends()
+    return kind
+
+
+async def _kill(machine: LaunchedMachine, crew: Crew, device: str, random: Random) -> str:
+    async def die_and_return() -> None:
+        if device in machine.running:
+            await machine.kill_device(device)
+        await trio.sleep(random.choice((0.0, 0.01, 0.1)))
+        await _start(machine, device)
+
+    return await _harmed(crew, "kill", die_and_return)
+
+
+async def _stop(machine: LaunchedMachine, crew: Crew, device: str, random: Random) -> str:
+    """SIGSTOP: mostly shorter than a lease; now and then longer, and then the device is found dead or fenced when it wakes up."""
+    seconds = random.choice((0.05, 0.2, 0.5, 2.5))
+
+    async def sleep_and_wake() -> None:
+        if device in machine.running:
+            machine.pause_device(device)
+            await trio.sleep(seconds)
+        if device in machine.running:  # one that was given up may have been ended meanwhile
+            machine.resume_device(device)
+        await _start(machine, device)
+
+    return await _harmed(crew, f"stop {'longer' if seconds > 2 else 'shorter'} than the lease", sleep_and_wake)
+
+
+async def _start(machine: LaunchedMachine, device: str) -> None:
+    if device not in machine.running:
+        await machine.start_device(device)
+
+
+async def _cut(machine: LaunchedMachine, crew: Crew, device: str, random: Random) -> str:
+    """A cable that passes nothing, in one direction or both."""
+    down, way = Impairment(down=True), random.choice(("both ways", "to the device", "to the host"))
+
+    async def cut() -> None:
+        cable = machine.cables[device]
+        cable.impair(
+            to_device=down if way != "to the host" else Impairment(),
+            to_host=down if way != "to the device" else Impairment(),
+        )
+        await trio.sleep(random.choice((0.05, 0.3, 3.0)))
+        cable.repair()
+
+    return await _harmed(crew, f"cut {way}", cut)
+
+
+BAD: dict[str, Impairment] = {
+    "drops": Impairment(loss=0.05),
+    "delay": Impairment(latency_s=0.005, jitter_s=0.01),
+    "reordering": Impairment(reorder=0.2),
+    "duplicates": Impairment(duplicate=0.3),
+    "rate limit": Impairment(rate_bytes_per_s=2e6),
+}
+
+
+async def _impair(machine: LaunchedMachine, crew: Crew, device: str, random: Random) -> str:
+    """A cable that is bad for a while: it must not cost more than time."""
+    kind = random.choice(list(BAD))
+
+    async def bear() -> None:
+        cable: Cable = machine.cables[device]
+        cable.impair(BAD[kind])
+        await trio.sleep(random.uniform(0.1, 0.5))
+        cable.repair()
+
+    return await _harmed(crew, kind, bear)
+
+
+async def _reset(machine: LaunchedMachine, crew: Crew, device: str, random: Random) -> str:
+    """Its connections are reset, each at the next packet."""
+
+    async def reset() -> None:
+        seconds = random.choice((0.01, 0.1))
+        machine.cables[device].reset(seconds)
+        await trio.sleep(seconds)
+
+    return await _harmed(crew, "reset", reset)
+
+
+async def _left(pids: list[int]) -> list[int]:
+    """Processes that are still there some time after their machine has gone."""
+    with trio.move_on_after(GONE_S):
+        while any(_runs(pid) for pid in pids):  # noqa: ASYNC110 - nobody tells of the end of somebody else's children
+            await trio.sleep(0.05)
+    return [pid for pid in dict.fromkeys(pids) if _runs(pid)]
+
+
+def _runs(pid: int) -> bool:
+    return pid > 0 and pid != os.getpid() and Path(f"/proc/{pid}").exists()
