@@ -14,7 +14,7 @@ import trio
 
 from hmmnet.errors import KernelError
 from hmmnet.host.interfaces import Event, Migration, Select, Walk
-from hmmnet.pages import PAGE_SHIFT, PAGES_MAX, Words, zone_of
+from hmmnet.pages import PAGE_SHIFT, Words, zone_of
 from hmmnet.program import Mapping, Residency
 
 from . import collect as migration_steps
@@ -44,14 +44,13 @@ class Space(Advice):
         child.mm.node, child.mm.cgroup = self.mm.node, self.mm.cgroup
         child.mm.small_blocks = set(self.mm.small_blocks)
         async with self.mmap_lock.write():
-            await self._migrations_over(0, PAGES_MAX)
             try:
                 for vma in self.mm.vmas.all():
                     inherited = inherit(child.mm, vma)
                     if inherited is not None and inherited.file is not None:
                         inherited.file.mappers[number] = child
                     if inherited is not None and needs_copy(vma):
-                        async with self.hub.invalidate(Event.PROTECTION_PAGE, vma.start, vma.end):
+                        async with self.at_rest(Event.PROTECTION_PAGE, vma.start, vma.end):
                             restore_exclusive(self.mm, self.mm.table.ptes.occupied(vma.start, vma.end))
                             copy_entries(self.mm, child.mm, vma)
             except BaseException:  # cancelled, too: half a child would hold on to pages for ever

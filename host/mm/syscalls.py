@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -375,7 +377,8 @@ class SystemCalls(ExclusiveAccess):
 
     async def _move(self, start: int, old: int, target: int, new: int, *, dontunmap: bool) -> None:
         """move_vma: a VMA like the old at `target`, entries moved there, the old one unmapped (or emptied)."""
-        await self._migrations_over(start, start + old)
+        for page in self._migrating(start, start + old):
+            await self.wait_migration(page)
         vma = self.mm.vmas.find(start)
         assert vma is not None, "the range to move lies in a VMA"
         pgoff = vma.pgoff + start - vma.start if vma.anon or vma.file is not None else target
@@ -384,7 +387,7 @@ class SystemCalls(ExclusiveAccess):
         await self.split_edges(start, start + old)
         if (start ^ target) & HUGE_MASK:
             await self.split_blocks(range(block_of(start), start + old, HUGE_PAGES))
-        async with self.hub.invalidate(Event.UNMAP, start, start + old):
+        async with self.at_rest(Event.UNMAP, start, start + old):
             fault.move_entries(self.mm, start, target, old)
         if not dontunmap:
             self.mm.vmas.remove(start, start + old)
@@ -398,11 +401,28 @@ class SystemCalls(ExclusiveAccess):
         flags = vma.flags & ~VM_LOCKED
         return replace(vma, flags=flags, anon=0, chain=()) if whole else replace(vma, flags=flags)
 
-    async def _migrations_over(self, start: int, end: int) -> None:
-        """Wait until no page of [start, end) is under migration: evictions by frame need no mmap lock, so some may be."""
-        for first, part, pages in list(self.mm.table.parts(start, end)):
-            for offset in np.flatnonzero(pte.kinds_of(part) == pte.MIGRATION).tolist():
-                await self.wait_migration(first + offset * pages)
+    @asynccontextmanager
+    async def at_rest(self, event: Event, start: int, end: int) -> AsyncIterator[None]:
+        """An invalidation of [start, end) in which no page of it is under migration.
+
+        Who migrates pages that we share, or evicts by frame, does not need our mmap lock: such a migration may begin while mirrors are
+        told. It is waited for outside the invalidation, as everywhere, and they are told once more.
+        """
+        while True:
+            for page in self._migrating(start, end):
+                await self.wait_migration(page)
+            async with self.hub.invalidate(event, start, end):
+                if not self._migrating(start, end):
+                    yield
+                    return
+
+    def _migrating(self, start: int, end: int) -> list[int]:
+        """The pages of [start, end) that are under migration now; the first of those that are so together."""
+        return [
+            first + offset * pages
+            for first, part, pages in self.mm.table.parts(start, end)
+            for offset in np.flatnonzero(pte.kinds_of(part) == pte.MIGRATION).tolist()
+        ]
 
 
 def _lockable(vma: Vma, flag: int) -> int:
