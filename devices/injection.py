@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from hmmnet.errors import HmmnetError
-from hmmnet.faults.carry import Carrier
+from hmmnet.faults.carry import AtWork, Carrier
 from hmmnet.faults.catalogue import fault
 from hmmnet.faults.effects import DeviceEffect
 from hmmnet.faults.injector import PointFault
 from hmmnet.wire.messages import Inject
+from hmmnet.wire.session import Session
 
 from .faultbuffer import BATCH_PAGES
 
@@ -34,15 +35,28 @@ def carrier_of(device: Device, wiring: Wiring) -> Carrier:
         await clock.sleep_until(clock.now() + seconds)
 
     def at_points(fault: PointFault) -> Undo:
-        return _nothing if injector is None else partial(injector.remove, injector.add(fault))
+        if injector is None:
+            return AtWork(_nothing, lambda: 0)
+        number = injector.add(fault)
+        return AtWork(partial(injector.remove, number), partial(injector.count, number))
 
     def own(effect: DeviceEffect) -> Undo:
-        return begin(device, effect) if fnmatchcase(device.spec.name, effect.device) else _nothing
+        return begin(device, effect) if fnmatchcase(device.spec.name, effect.device) else AtWork(_nothing, lambda: 0)
 
-    return Carrier("real", {PointFault: at_points, DeviceEffect: own}, wiring.nursery.start_soon, sleep)
+    carrier = Carrier("real", {PointFault: at_points, DeviceEffect: own}, wiring.nursery.start_soon, sleep)
+    if injector is not None:
+        injector.on_fired = lambda _: tell_fired(carrier, wiring.session)
+    return carrier
 
 
-def obey(carrier: Carrier, message: Inject) -> None:
+def tell_fired(carrier: Carrier, session: Session) -> None:
+    """The host is told how often each fault has happened here."""
+    for number, fired in carrier.counts().items():
+        if fired:
+            session.note(Inject(number, msgspec.msgpack.encode({"fired": fired})))
+
+
+def obey(carrier: Carrier, message: Inject, session: Session) -> None:
     """Begin, or end, what the host says. Raises HmmnetError."""
     if not message.fault:
         if message.number in carrier.active:
@@ -56,6 +70,7 @@ def obey(carrier: Carrier, message: Inject) -> None:
     given.pop("lasts", None)
     if message.number not in carrier.active:
         carrier.add(fault(**given), message.number)
+        tell_fired(carrier, session)
 
 
 def begin(device: Device, effect: DeviceEffect) -> Undo:

@@ -60,6 +60,8 @@ class Host(Protocol):
     control_endpoint: str
     client_endpoint: str
     injector: Injector
+    on_restart: Callable[[str, float], None] | None
+    """Called with (device, emulated seconds) when a fault wants it started again so long after its end."""
     injection: Any
     """Carries out what faults do at the host (`hmmnet.host.injection`)."""
 
@@ -204,6 +206,14 @@ async def start_devices(host: Host, crew: Crew) -> None:
     await until_ready(host, crew, list(crew.records))
 
 
+async def start_again(crew: Crew, name: str, after_s: float) -> None:
+    """A fault wants a device back, so many real seconds after its end: empty, as a new incarnation."""
+    await crew.wait_ended(name)
+    await trio.sleep(after_s)
+    if not crew.ending and crew.records[name].state == "lost":
+        await crew.restart(name)
+
+
 async def until_ready(host: Host, crew: Crew, names: Sequence[str]) -> None:
     """Return when the host has welcomed the devices `names`. Raises HmmnetError naming those that did not come."""
 
@@ -302,6 +312,7 @@ async def embedded(topology: Topology, name: str, rate: Rate, transport: LaunchK
         clock.set_rate(await automatic_rate(topology, wire, probe, ring=transport == "ring") if rate == "auto" else rate)
         place = {"scheme": "tcp", "address": HOST_ADDRESS} if cables else {"scheme": transport}
         host: Host = host_class()(topology, wire, sockets, directory.secret(), clock, name, **place)
+        host.on_restart = lambda device, down_s: nursery.start_soon(start_again, crew, device, down_s / clock.rate)
         end = trio.Event()
         ended = await nursery.start(to_its_end, serve, host, end)
         stack.push_async_callback(wait_shielded, ended)

@@ -1,8 +1,11 @@
 """``python -m hmmnet.host``: the host as a process of its own, held by a launcher.
 
-It reads one JSON object a line from stdin: first its `Config`, then what the launcher sees, ``{"exited": DEVICE, "how": TEXT}``. It writes
-one JSON object a line to stdout: ``{"control": ENDPOINT, "client": ENDPOINT, "rate": NUMBER}`` when it serves, then
-``{"device": NAME, "state": "ready" | "lost", "how": TEXT}`` whenever a device comes or goes. It says goodbye to its peers and ends on
+It reads one JSON object a line from stdin: first its `Config`, then what the launcher sees, ``{"exited": DEVICE, "how": TEXT}``, and faults
+that are to begin, ``{"faults": [WHAT MAKES ONE, ...]}``. It writes one JSON object a line to stdout:
+``{"control": ENDPOINT, "client": ENDPOINT, "rate": NUMBER}`` when it serves, then
+``{"device": NAME, "state": "ready" | "lost", "how": TEXT}`` whenever a device comes or goes, ``{"restart": NAME, "after": SECONDS}`` when a
+fault wants a device started again, so many real seconds after its end, ``{"fired": {KIND: COUNT}}`` when faults have happened, and
+``{"refused": TEXT}`` for faults that cannot begin. It says goodbye to its peers and ends on
 SIGTERM, SIGINT, and at the end of stdin: then its launcher is gone.
 """
 
@@ -21,6 +24,7 @@ import trio
 from hmmnet.errors import HmmnetError, KernelError
 from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.fabric.measure import automatic_rate
+from hmmnet.faults.catalogue import fault
 from hmmnet.lifeline import die_with_parent, stop_on_signal
 from hmmnet.observe.logs import log_to
 from hmmnet.topology import Topology
@@ -33,6 +37,8 @@ from .service import Host
 LINE_BYTES_MAX = 1 << 24
 """A configuration holds a topology of at most some thousand parts."""
 READ_BYTES = 1 << 16
+FIRED_EVERY_S = 0.2
+"""Real seconds between looks at what faults did: seldom enough to cost nothing."""
 
 log = logging.getLogger("hmmnet.host")
 
@@ -53,11 +59,12 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     personality: Literal["", "today", "v25"] = ""
 
 
-class Exited(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A device's process has ended."""
+class Told(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the launcher says: a device's process has `exited`, or `faults` are to begin."""
 
-    exited: str
-    how: str
+    exited: str = ""
+    how: str = ""
+    faults: tuple[dict[str, Any], ...] = ()
 
 
 def tell(message: dict[str, Any]) -> None:
@@ -105,7 +112,9 @@ async def serve(config: Config, commands: AsyncIterator[bytes], obeying: trio.Ca
             personality=config.personality,
         )
         host.on_change = lambda device, state, how: tell({"device": device, "state": state, "how": how})
+        host.on_restart = lambda device, seconds: tell({"restart": device, "after": seconds / clock.rate})
         async with host.running():
+            host.spawn(tell_fired, host)
             tell({"control": host.control_endpoint, "client": host.client_endpoint, "rate": clock.rate})
             with obeying:
                 async for line in commands:
@@ -115,10 +124,32 @@ async def serve(config: Config, commands: AsyncIterator[bytes], obeying: trio.Ca
 def obey(host: Host, line: bytes) -> None:
     """Do what the launcher says in one line."""
     try:
-        told = msgspec.json.decode(line, type=Exited)
-        host.device_exited(told.exited, told.how)
+        told = msgspec.json.decode(line, type=Told)
+        if told.exited:
+            host.device_exited(told.exited, told.how)
+        for given in told.faults:
+            harm(host, given)
     except (msgspec.MsgspecError, KernelError) as error:
         log.warning("the launcher told something that makes no sense: %s", error)
+
+
+def harm(host: Host, given: dict[str, Any]) -> None:
+    """A fault of the plan begins; the launcher hears of one that cannot."""
+    try:
+        host.add_fault(fault(**given))
+    except HmmnetError as error:
+        tell({"refused": str(error)})
+
+
+async def tell_fired(host: Host) -> None:
+    """The launcher hears how often faults have happened, soon after they did."""
+    before: dict[str, int] = {}
+    while True:
+        fired = host.faults.fired()
+        if fired != before:
+            tell({"fired": fired})
+            before = fired
+        await trio.sleep(FIRED_EVERY_S)
 
 
 async def process() -> None:

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from hmmnet.errors import HmmnetError
+from hmmnet.errors import HmmnetError, ProtocolError
 from hmmnet.fabric.arbiter import LinkChange
 from hmmnet.fabric.clock import EmulatedClock
-from hmmnet.faults.carry import Carrier, Undo
+from hmmnet.faults.carry import AtWork, Carrier, Undo
 from hmmnet.faults.catalogue import as_given
 from hmmnet.faults.effects import HostEffect, LinkEffect, NodeEffect
 from hmmnet.faults.injector import HOST, Injector, PointFault
@@ -49,6 +49,7 @@ class Injection:
         self._host = host
         self._injector = injector
         self._links = 0
+        self._revived: dict[str, float] = {}
         self._carrier: Carrier
 
     def carrier(self, clock: EmulatedClock) -> Carrier:
@@ -61,7 +62,7 @@ class Injection:
         made = Carrier(
             "real",
             {
-                PointFault: lambda fault: partial(self._injector.remove, self._injector.add(fault)),
+                PointFault: self._at_points,
                 LinkEffect: self.link,
                 HostEffect: self.deed,
                 NodeEffect: self._to_nodes,
@@ -83,6 +84,18 @@ class Injection:
         for number, fault in self._carrier.begun.items():
             session.note(Inject(number, msgspec.msgpack.encode(as_given(fault))))
 
+    def heard(self, node: str, message: Inject) -> None:
+        """A device says how often a fault has happened there. Raises ProtocolError for what is no count."""
+        try:
+            told = msgspec.msgpack.decode(message.fault, type=dict[str, int])
+        except msgspec.MsgspecError as error:
+            raise ProtocolError(f"{node} tells of fault {message.number} what is no count: {error}") from error
+        self._carrier.heard(message.number, node, told.get("fired", 0))
+
+    def _at_points(self, fault: PointFault) -> Undo:
+        number = self._injector.add(fault)
+        return AtWork(partial(self._injector.remove, number), partial(self._injector.count, number))
+
     def _to_nodes(self, effect: NodeEffect) -> Undo:
         """Raises HmmnetError for a name that nothing has, and for what is no process of this computer."""
         if effect.node == HOST:
@@ -90,15 +103,34 @@ class Injection:
         names = [name for name in self._host.devices if fnmatchcase(name, effect.node)]
         if not names:
             raise HmmnetError(f'no device is called "{effect.node}"; there are {", ".join(self._host.devices)}')
-        if effect.deed == "revive":
-            raise HmmnetError("reset wants the launcher to watch for the device's end: use crash, and bounce")
+        if effect.deed in ("bounce", "revive"):
+            return self._revive(names, effect)
         for name in names:
             self._signal(name, {"hang": signal.SIGSTOP, "unload": signal.SIGTERM}.get(effect.deed, signal.SIGKILL))
-            if effect.deed == "bounce":
-                if self._host.on_restart is None:
-                    raise HmmnetError(f"{name} is gone; whoever started this machine does not start devices again")
-                self._host.on_restart(name, float(effect.settings["down"]))
         return partial(self._resume, names) if effect.deed == "hang" else _nothing
+
+    def _revive(self, names: Sequence[str], effect: NodeEffect) -> Undo:
+        """Devices end, now or when another fault ends them, and start again. Raises HmmnetError when nobody starts them."""
+        restart, down_s = self._host.on_restart, float(effect.settings["down"])
+        if restart is None:
+            raise HmmnetError(f"whoever started this machine does not start devices again: {effect.deed} needs hmmnet up, or hmmnet.launch")
+        if effect.deed == "bounce":
+            for name in names:
+                self._signal(name, signal.SIGKILL)
+                restart(name, down_s)
+            return _nothing
+        self._revived.update(dict.fromkeys(names, down_s))
+
+        def undo() -> None:
+            for name in names:
+                self._revived.pop(name, None)
+
+        return AtWork(undo, lambda: 0)
+
+    def device_lost(self, name: str) -> None:
+        """A device has ended: if a fault wants that, it starts again."""
+        if name in self._revived and self._host.on_restart is not None:
+            self._host.on_restart(name, self._revived[name])
 
     def _signal(self, name: str, number: signal.Signals) -> None:
         life = self._host.devices[name].life
@@ -162,8 +194,7 @@ class Injection:
             call=at,
             kind=effect.deed,
         )
-        number = self._injector.add(point)
-        return lambda: self._injector.remove(number)
+        return self._at_points(point)
 
 
 Deed = Callable[["Host", HostEffect, Where], Awaitable[None]]

@@ -33,7 +33,7 @@ from hmmnet.faults.kinds import Fault
 from hmmnet.pages import Words
 from hmmnet.topology import Topology
 from hmmnet.wire.exchange import HEARTBEAT_S, LEASE_S, RETRY_S
-from hmmnet.wire.messages import Call, Hello, Inspect, Rate, Recall
+from hmmnet.wire.messages import Call, Hello, Inject, Inspect, Rate, Recall
 from hmmnet.wire.server import Server
 from hmmnet.wire.session import Session
 from hmmnet.wire.transport import Channel, Listener, Transport
@@ -252,8 +252,11 @@ class Host:
             if self._samples is not None:
                 self._samples.forget(zone)
             self._tell(spec.name, "lost", str(cause))
+            if not self._ending:
+                self.injection.device_lost(spec.name)
 
         session.on_lost(lost)
+        session.on(Inject, partial(self.injection.heard, f"{spec.name}/{hello.incarnation}"))
         assert self._nursery is not None, "peers join while the host runs"
         self._nursery.start_soon(self._live, life, session, connecting, over)
 
@@ -437,6 +440,7 @@ class Host:
     async def report(self) -> dict[str, Any]:
         """What the run did so far, as plain data.
 
+        ``faults``: how often each kind of fault that was added has happened.
         ``links``: per link and direction what was asked and reached, and whether the emulation kept up; ``profile``: rows that
         `hmmnet.observe.counters.Profile.from_json` reads; ``devices`` and memory ``cgroups``, by name; the clock's ``rate`` and
         ``emulated_s``.
@@ -455,6 +459,7 @@ class Host:
             "processes": len(self.spaces),
             "poisoned_pages": self.memory.poisoned,
             "cgroups": self.memory.cgroups.as_json(),
+            "faults": self.faults.fired(),
             "refused_peers": sum(server.refused_count for server in self._servers),
         }
 

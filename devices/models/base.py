@@ -133,6 +133,7 @@ class Device:
         self._closed_traffic = Traffic()
         self._freed = trio.Event()
         self._trim = wiring.trim
+        self._session = wiring.session
         self.carrier = injection.carrier_of(self, wiring)
         """The faults that the host has told of."""
         self._attach(wiring.session)
@@ -231,7 +232,7 @@ class Device:
 
     def inject(self, message: Inject) -> None:
         """A fault begins or ends here, as far as it is this device's. Raises HmmnetError for what is none."""
-        injection.obey(self.carrier, message)
+        injection.obey(self.carrier, message, self._session)
 
     def suffer(self, effect: DeviceEffect) -> Callable[[], None]:
         """A fault of this device itself; what undoes it. Raises HmmnetError."""

@@ -7,6 +7,7 @@ process, that is told over its session).
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,23 @@ from .kinds import Fault, World
 Undo = Callable[[], None]
 
 
+@dataclass(frozen=True)
+class AtWork:
+    """An effect that goes on: `end` undoes it, `fired` tells how often it has happened. Any other effect happens once, as it begins."""
+
+    end: Undo
+    fired: Callable[[], int]
+
+    def __call__(self) -> None:
+        """End it."""
+        self.end()
+
+
+def times_fired(undo: Undo) -> int:
+    """How often the effect that `undo` ends has happened."""
+    return undo.fired() if isinstance(undo, AtWork) else 1
+
+
 @dataclass(eq=False)
 class Carried:
     """A fault that was added: whether it has begun, and what ends it."""
@@ -28,6 +46,11 @@ class Carried:
     undos: list[Undo] = field(default_factory=list)
     begun: bool = False
     ended: bool = False
+
+    @property
+    def fired(self) -> int:
+        """How often it has happened, here."""
+        return sum(map(times_fired, self.undos)) if self.begun else 0
 
 
 class Carrier:
@@ -48,12 +71,16 @@ class Carrier:
         self._sleep = sleep
         self._numbers = itertools.count(1)
         self._carried: dict[int, Carried] = {}
+        self._past: Counter[str] = Counter()
+        self._elsewhere: dict[tuple[int, str], int] = {}
+        self._names: dict[int, str] = {}
 
     def add(self, fault: Fault, number: int | None = None) -> int:
         """A fault begins (or will); its number. Raises HmmnetError when this world cannot do it, or nothing is called so."""
         fault.kind.check_world(self.world)
         carried = Carried(next(self._numbers) if number is None else number, fault)
         self._carried[carried.number] = carried
+        self._names[carried.number] = fault.kind.name
         if fault.after_s or fault.lasts_s:
             self._start(self._timed, carried)
         else:
@@ -74,6 +101,7 @@ class Carrier:
         carried.begun = True
         if carried.fault.kind.once:
             del self._carried[carried.number]
+            self._past[carried.fault.kind.name] += carried.fired
 
     async def _timed(self, carried: Carried) -> None:
         if carried.fault.after_s:
@@ -92,6 +120,7 @@ class Carrier:
         if carried is None:
             raise HmmnetError(f"no fault has number {number}; there are {', '.join(map(str, self._carried)) or 'none'}")
         carried.ended = True
+        self._past[carried.fault.kind.name] += carried.fired
         for undo in reversed(carried.undos):
             undo()
         if carried.begun and self.told is not None:
@@ -101,6 +130,25 @@ class Carrier:
         """All faults end."""
         for number in list(self._carried):
             self.remove(number)
+
+    def heard(self, number: int, node: str, fired: int) -> None:
+        """Fault `number` has happened so often at another node."""
+        self._elsewhere[number, node] = fired
+
+    def fired(self) -> dict[str, int]:
+        """How often faults have happened, by kind: every kind that was ever added, also those that never did."""
+        total = Counter(dict.fromkeys(self._names.values(), 0))
+        total.update(self._past)
+        for carried in self._carried.values():
+            total[carried.fault.kind.name] += carried.fired
+        for (number, _), count in self._elsewhere.items():
+            total[self._names.get(number, "")] += count
+        total.pop("", None)
+        return dict(total)
+
+    def counts(self) -> dict[int, int]:
+        """How often each fault that acts now has happened, here."""
+        return {number: carried.fired for number, carried in self._carried.items() if carried.begun}
 
     @property
     def active(self) -> dict[int, Fault]:

@@ -199,8 +199,9 @@ class Injector:
         return {number: active.fault for number, active in self._active.items()}
 
     def count(self, number: int) -> int:
-        """How often fault `number`, which is active, has happened."""
-        return self._active[number].chance.fired
+        """How often fault `number` has happened; 0 when it is over."""
+        active = self._active.get(number)
+        return 0 if active is None else active.chance.fired
 
     def _arm(self) -> None:
         armed = self._recording or bool(self._active)

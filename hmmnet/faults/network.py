@@ -85,6 +85,11 @@ class Network:
         """A fault ends."""
         self.active.pop(number).end()
 
+    def count(self, number: int) -> int:
+        """How often a fault has happened; 0 when it is over."""
+        active = self.active.get(number)
+        return 0 if active is None else active.chance.fired
+
     def discard(self, number: int) -> None:
         """A fault ends, if it has not."""
         if number in self.active:

@@ -64,6 +64,7 @@ KINDS = (
         "devices stop using their mirrors within the lease, and end",
         lambda _: [NodeEffect("crash", "host")],
         "nothing",
+        not_in={"real": "the host runs inside the program, or holds this very session: end its process instead"},
         once=True,
     ),
 )

@@ -1,9 +1,8 @@
 """``python -m hmmnet.launcher``: a machine in the background, for ``hmmnet up --detach``.
 
-Reads one JSON object from stdin (`topology`, `name`, `rate`, `transport`), writes one JSON object a line to stdout while the machine
-starts: its
-record after every change, at last with the state ``running``, or ``{"error": TEXT}``. Then it lets go of stdout and stderr, so that
-whoever started it can go, and holds the machine until SIGTERM.
+Reads one JSON object from stdin (`topology`, `name`, `rate`, `transport`, `faults`), writes one JSON object a line to stdout while the
+machine starts: its record after every change, at last with the state ``running``, or ``{"error": TEXT}``. Then it lets go of stdout and
+stderr, so that whoever started it can go, and holds the machine until SIGTERM.
 """
 
 from __future__ import annotations
@@ -49,7 +48,13 @@ async def hold(config: dict[str, Any]) -> None:
             tell(msgspec.to_builtins(record))
 
     supervisor = Supervisor(
-        msgspec.convert(config["topology"], Topology), config["name"], config["rate"], config["transport"], changed, quiet=True
+        msgspec.convert(config["topology"], Topology),
+        config["name"],
+        config["rate"],
+        config["transport"],
+        changed,
+        quiet=True,
+        faults=config.get("faults", ()),
     )
     async with trio.open_nursery() as nursery:
         nursery.start_soon(stop_on_signal, nursery.cancel_scope)

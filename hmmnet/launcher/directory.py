@@ -86,6 +86,8 @@ class MachineRecord(msgspec.Struct):
     sockets: str = ""
     """Folder of the sockets when it is not the machine's own; goes when the machine does."""
     devices: list[DeviceRecord] = []
+    faults: dict[str, int] = {}
+    """How often faults have happened, by kind, on a machine under ``up``."""
 
 
 def base_directory() -> Path:

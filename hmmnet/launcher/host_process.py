@@ -1,9 +1,11 @@
 """The launcher's side of the host process: its configuration, what it tells, its end.
 
 ``python -m hmmnet.host`` reads one JSON object a line from stdin. The first is its configuration (`Config` of its ``__main__``), those
-that follow tell of devices that ended: ``{"exited": NAME, "how": TEXT}``. It writes one JSON object a line to stdout:
+that follow tell of devices that ended, ``{"exited": NAME, "how": TEXT}``, and of faults that are to begin. It writes one
+JSON object a line to stdout:
 ``{"control": ENDPOINT, "client": ENDPOINT, "rate": NUMBER}`` when it serves, then
-``{"device": NAME, "state": "ready" | "lost", "how": TEXT}`` whenever a device comes or goes. It ends on SIGTERM after saying goodbye to its
+``{"device": NAME, "state": "ready" | "lost", "how": TEXT}`` whenever a device comes or goes, and what faults do and want
+(`hmmnet.host.__main__`). It ends on SIGTERM after saying goodbye to its
 devices, and when stdin ends: then its launcher is gone.
 """
 

@@ -8,7 +8,7 @@ everything else is ended, the record says why, and the logs stay. The launcher's
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -35,7 +35,7 @@ STDERR = "stderr.txt"
 
 class Supervisor:
     """One machine under a launcher. `changed` is called with the record after every change; `quiet` sends stderr of all processes to the
-    logs.
+    logs. `faults` begin when every device is there; each is what makes one (`hmmnet.faults.catalogue.as_given`).
     """
 
     host_command: Sequence[str] | None = None
@@ -51,6 +51,7 @@ class Supervisor:
         changed: Callable[[MachineRecord], None],
         *,
         quiet: bool = False,
+        faults: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         self.record = new_record(name, topology.name, "up")
         self._topology = topology
@@ -58,6 +59,7 @@ class Supervisor:
         self._transport = transport
         self._changed = changed
         self._quiet = quiet
+        self._faults = faults
         self._serving = trio.Event()
         self._all_ready = trio.Event()
         self._control = ""
@@ -113,6 +115,8 @@ class Supervisor:
         self.record.state = "running"
         self._save()
         log.info("machine %s runs", self.record.name, extra={"fields": {"topology": self.record.topology, "rate": self.record.rate}})
+        if self._faults:
+            await self.host.tell({"faults": list(self._faults)})
         task_status.started(self.record)
         await trio.sleep_forever()
 
@@ -142,12 +146,25 @@ class Supervisor:
             self.crew.ready(told["device"])
         elif told.get("state") == "lost":
             log.warning("the host lost %s: %s", told["device"], told.get("how", ""))
+        elif "restart" in told:
+            self._nursery.start_soon(self._start_again, told["restart"], float(told["after"]))
+        elif "fired" in told:
+            self.record.faults = told["fired"]
+        elif "refused" in told:
+            self._nursery.start_soon(self._give_up, told["refused"])
         self._save()
 
     def _device_lost(self, name: str, how: str) -> None:
         if not self._all_ready.is_set():
             self._nursery.start_soon(self._give_up, f"device {name} {how} before the machine was ready")
         self._nursery.start_soon(self.host.tell, {"exited": name, "how": how})
+
+    async def _start_again(self, name: str, after_s: float) -> None:
+        """A fault wants a device back, so many real seconds after its end: empty, as a new incarnation."""
+        await self.crew.wait_ended(name)
+        await trio.sleep(after_s)
+        if not self.crew.ending and self.crew.records[name].state == "lost":
+            await self.crew.restart(name)
 
     async def _give_up(self, why: str) -> None:
         raise self._error(why)

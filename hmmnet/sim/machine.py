@@ -17,7 +17,7 @@ from trio.testing import MockClock
 
 from hmmnet.blocking import only_error
 from hmmnet.errors import HmmnetError, KernelError, PeerLost
-from hmmnet.faults.carry import Carrier, Undo
+from hmmnet.faults.carry import AtWork, Carrier, Undo
 from hmmnet.faults.effects import DeviceEffect, HostEffect, LinkEffect, NodeEffect
 from hmmnet.faults.injector import HOST, Injector, PointFault
 from hmmnet.faults.kinds import Fault
@@ -177,7 +177,7 @@ class SimulatedMachine:
 
     async def report(self) -> dict[str, Any]:
         """See `Machine.report`."""
-        return await self.host.report()
+        return {**await self.host.report(), "faults": self.carrier.fired()}
 
     # --- devices --------------------------------------------------------------------------------------------------------------
 
@@ -295,10 +295,12 @@ class SimulatedMachine:
         self.injector.heal()
 
     def _at_points(self, fault: PointFault) -> Undo:
-        return partial(self.injector.remove, self.injector.add(fault))
+        number = self.injector.add(fault)
+        return AtWork(partial(self.injector.remove, number), partial(self.injector.count, number))
 
     def _on_wires(self, fault: MessageFault) -> Undo:
-        return partial(self.network.discard, self.network.add(fault))
+        number = self.network.add(fault)
+        return AtWork(partial(self.network.discard, number), partial(self.network.count, number))
 
     def _in_devices(self, effect: DeviceEffect) -> Undo:
         devices = [node.device for name, node in self._nodes.items() if fnmatchcase(name, effect.device)]

@@ -264,7 +264,10 @@ class Finished(Message, frozen=True):
 
 
 class Inject(Message, frozen=True):
-    """A fault begins at the device, under `number`: a msgpack map that makes it (`hmmnet.faults.catalogue`). Empty: it ends. `Done`."""
+    """A fault begins at the device, under `number`: a msgpack map that makes it (`hmmnet.faults.catalogue`). Empty: it ends. `Done`.
+
+    From a device, as a note: ``{"fired": N}``, how often the fault has happened there.
+    """
 
     number: U64
     fault: Packed
