@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .plans import Breaking, FaultsFile, plan_for
 from .worlds import WORLD_HELP, World
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Which words are looked up; with --world sim the order of events, too.")] = SEED,
     world: Annotated[World, typer.Option(help=WORLD_HELP)] = World.real,
     svg: Annotated[Path | None, typer.Option(help="Write where the pages live over time to this file.", show_default=False)] = None,
+    faults: FaultsFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print what happened for programs.")] = False,
 ) -> int:
     """Run word count and tree search on all GPUs over pointers that the CPU made, by demand and after migration, and check every result.
@@ -42,7 +44,8 @@ def demo(
     from hmmnet.demo.data import read_input
     from hmmnet.topology.load import load
 
-    load(topology)  # a machine that there is not is said before anything is read
+    # a machine that there is not, and faults that cannot be, are said before anything is read
+    plan = plan_for(faults, world.value, load(topology))
     paths = [*(given or []), *(files or [])]
     try:
         text = read_input(paths, limit_mib * MEBIBYTE)
@@ -52,13 +55,13 @@ def demo(
     if not any(byte in _WORD_BYTES for byte in text.text[:4096]) and not any(byte in _WORD_BYTES for byte in text.text):
         print(f"hmmnet demo: {text.source}: holds no word ([A-Za-z0-9_]); give another file to --input", file=sys.stderr)
         return 2
-    return _conduct(text, topology, rate, seed, world.value, svg, as_json=as_json)
+    return _conduct(text, topology, rate, seed, world.value, svg, plan, as_json=as_json)
 
 
 _WORD_BYTES = frozenset(b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ_abcdefghijklmnopqrstuvwxyz")
 
 
-def _conduct(text: Input, topology: str, rate: str, seed: int, world: WorldName, svg: Path | None, *, as_json: bool) -> int:
+def _conduct(text: Input, topology: str, rate: str, seed: int, world: WorldName, svg: Path | None, plan: Breaking, *, as_json: bool) -> int:
     from rich.console import Console
 
     from hmmnet.demo.conduct import Conductor
@@ -74,7 +77,7 @@ def _conduct(text: Input, topology: str, rate: str, seed: int, world: WorldName,
     screen.reading(text, topology)
     if world == "sim" and rate != "auto":
         raise HmmnetError("--rate and --world sim exclude each other: in virtual time every link holds")
-    conductor = Conductor(text, topology, seed, screen.tell, screen.started, parse_rate(rate), world=world)
+    conductor = Conductor(text, topology, seed, screen.tell, screen.started, parse_rate(rate), world=world, during=plan.on)
     outcome = run_in(world, conductor.run, seed=seed)
     unwritten: OSError | None = None
     if svg is not None:
@@ -83,10 +86,12 @@ def _conduct(text: Input, topology: str, rate: str, seed: int, world: WorldName,
         except OSError as error:
             unwritten = error
     if as_json:
-        json.dump(outcome.as_json(), sys.stdout, indent=1)
+        json.dump({**outcome.as_json(), **plan.as_json()}, sys.stdout, indent=1)
         sys.stdout.write("\n")
     else:
         screen.finished(outcome)
+        if plan:
+            print(plan.text)
     if unwritten is not None:
         raise HmmnetError(f"{svg}: cannot be written: {unwritten.strerror or unwritten}; name another file")
     return 0 if outcome.correct else 1

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .plans import Breaking, FaultsFile, plan_for
 from .worlds import WORLD_HELP, World
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def play(
     world: Annotated[World, typer.Option(help=WORLD_HELP)] = World.real,
     seed: Annotated[int, typer.Option(help="With --world sim: from which the order of events is drawn.")] = 0,
     only: Annotated[list[str] | None, typer.Option(help="Scripts to play, by name or pattern such as 'h0*'; may be repeated.")] = None,
+    faults: FaultsFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print counts and differences for programs.")] = False,
     everything: Annotated[bool, typer.Option("--all", help="Show every script that differs, not the first ten.")] = False,
 ) -> int:
@@ -39,24 +41,29 @@ def play(
     A real kernel's answers are the oracle. Exit code 0 only if all scripts are identical, 1 if not, 2 if a file cannot be played.
     """
     from hmmnet.play.script import ScriptError
+    from hmmnet.play.world import TOPOLOGY
+    from hmmnet.topology.load import load
 
+    plan = plan_for(faults, world.value, load(TOPOLOGY))
     try:
         count = f"{len(files)} files" if len(files) > 1 else files[0].name
         print(f"reading {count}", file=sys.stderr, flush=True)
-        return _play(files, world.value, seed, only or [], as_json=as_json, everything=everything)
+        return _play(files, world.value, seed, only or [], plan, as_json=as_json, everything=everything)
     except (ScriptError, ValueError) as error:
         print(f"hmmnet play: {error}", file=sys.stderr)
         return 2
 
 
-def _play(files: Sequence[Path], world: WorldName, seed: int, only: Sequence[str], *, as_json: bool, everything: bool) -> int:
+def _play(
+    files: Sequence[Path], world: WorldName, seed: int, only: Sequence[str], plan: Breaking, *, as_json: bool, everything: bool
+) -> int:
     from rich.console import Console
 
     from hmmnet.play.report import show_differences, show_summary
     from hmmnet.play.world import launcher, play_all, prepare_all
     from hmmnet.sim.worlds import run_in
 
-    launch = launcher(world)
+    launch = plan.world(launcher(world))
     scripts = chosen_scripts(files, only)
     prepared = prepare_all(scripts)
     notes = Console(stderr=True)
@@ -66,12 +73,14 @@ def _play(files: Sequence[Path], world: WorldName, seed: int, only: Sequence[str
     finally:
         progress.done()
     if as_json:
-        json.dump(tally.as_json(), sys.stdout, indent=1)
+        json.dump({**tally.as_json(), **plan.as_json()}, sys.stdout, indent=1)
         sys.stdout.write("\n")
     else:
         console = Console()
         show_differences(console, tally.outcomes, everything=everything)
         show_summary(console, tally)
+        if plan:
+            print(plan.text)
     return 0 if tally.identical == len(scripts) else 1
 
 

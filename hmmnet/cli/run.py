@@ -12,6 +12,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from .plans import Breaking, FaultsFile
 from .worlds import WORLD_HELP, World
 
 TOPOLOGY = "two-gpus"
@@ -31,6 +32,7 @@ def run(
     rate: Annotated[str, typer.Option(help="Emulated seconds for a real one: auto (measured) or a number.")] = "auto",
     world: Annotated[World, typer.Option(help=WORLD_HELP)] = World.real,
     seed: Annotated[int, typer.Option(help="With --world sim: from which the order of events is drawn.")] = 0,
+    faults: FaultsFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the workload's report for programs.")] = False,
 ) -> int:
     """Run a workload and print its report. Exit code 0 when the workload says that its results are correct, or does not say.
@@ -40,6 +42,9 @@ def run(
     """
     from hmmnet.errors import HmmnetError
     from hmmnet.sim.worlds import run_in
+    from hmmnet.topology.load import load
+
+    from .plans import plan_for
 
     if world is World.sim and (on is not None or rate != "auto"):
         raise HmmnetError("--world sim goes with neither --on nor --rate: it is a machine of its own, in virtual time")
@@ -48,12 +53,16 @@ def run(
     function = find(workload)
     given = parse_arguments(arguments or [])
     check_arguments(workload, function, given)
-    report, links, seconds = run_in(world.value, _play, machine_for(topology, on, rate, world), function, given, seed=seed)
+    plan = plan_for(faults, world.value, None if on is not None else load(topology or TOPOLOGY))
+    machine = machine_for(topology, on, rate, world)
+    report, links, seconds = run_in(world.value, _play, machine, function, given, plan, on is not None, seed=seed)
     shown: dict[str, Any] = dict(report) if isinstance(report, Mapping) else {"result": report}
     if as_json:
-        print(json.dumps({"links": links, **shown}, default=plain, indent=1))
+        print(json.dumps({"links": links, **plan.as_json(), **shown}, default=plain, indent=1))
     else:
         show(shown, links, seconds)
+        if plan:
+            print(plan.text)
     return 0 if shown.get("correct", True) else 1
 
 
@@ -77,13 +86,14 @@ def machine_for(topology: str | None, on: str | None, rate: str, world: World) -
 
 
 async def _play(
-    machine: AbstractAsyncContextManager[Any], function: Callable[..., Awaitable[Any]], given: dict[str, Any]
+    machine: AbstractAsyncContextManager[Any], function: Callable[..., Awaitable[Any]], given: dict[str, Any], plan: Breaking, stays: bool
 ) -> tuple[Any, list[dict[str, Any]], float]:
     async with machine as entered:
         print(f"running {getattr(function, '__name__', 'the workload')} on {', '.join(entered.device_names)}", file=sys.stderr, flush=True)
         began_s = entered.emulated_s()
-        with plain_errors(function):
-            report = await function(entered, **given)
+        async with plan.on(entered, stays=stays):
+            with plain_errors(function):
+                report = await function(entered, **given)
         seconds = entered.emulated_s() - began_s
         return report, (await entered.report())["links"], seconds
 

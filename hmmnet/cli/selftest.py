@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from .plans import FaultsFile, plan_for
 from .worlds import WORLD_HELP, World
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def selftest(
     ] = Personality.today,
     world: Annotated[World, typer.Option(help=WORLD_HELP)] = World.real,
     seed: Annotated[int, typer.Option(help="With --world sim: from which the order of events is drawn.")] = 0,
+    faults: FaultsFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a list of results for programs.")] = False,
     listed: Annotated[bool, typer.Option("--list", help="Name the tests and what they check; run nothing.")] = False,
 ) -> int:
@@ -53,9 +55,10 @@ def selftest(
     from functools import partial
 
     from hmmnet.cli import did_you_mean
-    from hmmnet.play.world import simulated_world
+    from hmmnet.play.world import TOPOLOGY, real_world, simulated_world
     from hmmnet.selftest.runner import KINDS, ORDER, cases, run_all
     from hmmnet.sim.worlds import run_in
+    from hmmnet.topology.load import load
 
     for name in names or ():
         if name not in ORDER:
@@ -66,11 +69,12 @@ def selftest(
         _list()
         return 0
     chosen = cases(names or (), KINDS if kind is None else (kind.value,))
+    plan = plan_for(faults, world.value, load(TOPOLOGY))
     screen = Screen(chosen, quiet=as_json)
     try:
         rules: Literal["today", "v25"] = "v25" if personality is Personality.v25 else "today"
-        simulation = partial(simulated_world, rules) if world is World.sim else None
-        outcomes = run_in(world.value, run_all, chosen, screen.on_outcome, simulation, rules, seed=seed)
+        launch = partial(simulated_world if world is World.sim else real_world, rules)
+        outcomes = run_in(world.value, run_all, chosen, screen.on_outcome, plan.world(launch), rules, seed=seed)
     finally:
         screen.done()
     if as_json:
@@ -78,6 +82,8 @@ def selftest(
         sys.stdout.write("\n")
     else:
         screen.summary(outcomes, personality.value)
+    if plan:
+        print(plan.text, file=sys.stderr if as_json else sys.stdout)
     return 1 if any(outcome.result == "fail" for outcome in outcomes) else 0
 
 

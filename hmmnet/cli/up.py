@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .plans import Breaking, FaultsFile, plan_for, told
+
 if TYPE_CHECKING:
     from hmmnet.launcher.directory import MachineRecord
     from hmmnet.launcher.rate import Rate
@@ -32,6 +34,7 @@ def up(
     personality: Annotated[
         str, typer.Option(help="Whose rules the host keeps: today or v25; the topology's own when left out.", show_default=False)
     ] = "",
+    faults: FaultsFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the machine's record, one line after every change, for programs.")] = False,
 ) -> int:
     """Start a machine and hold it until Ctrl-C (or until "hmmnet down", with --detach)."""
@@ -48,20 +51,23 @@ def up(
     refuse_if_running(check_name(name))
     how_fast = parse_rate(rate)
     machine = with_personality(load(topology, installed_models() or None), personality or None)
-    if detach:
-        return background(machine, name, how_fast, chosen, as_json=as_json)
-    return foreground(machine, name, how_fast, chosen, as_json=as_json)
+    plan = plan_for(faults, "real", machine)
+    hold = background if detach else foreground
+    return hold(machine, name, how_fast, chosen, plan, as_json=as_json)
 
 
-def foreground(topology: Topology, name: str, rate: Rate, transport: Kind, *, as_json: bool) -> int:
+def foreground(topology: Topology, name: str, rate: Rate, transport: Kind, plan: Breaking, *, as_json: bool) -> int:
     """Hold the machine here; the exit code."""
     import trio
 
     from hmmnet.launcher.__main__ import stop_on_signal
     from hmmnet.launcher.supervisor import Supervisor
 
+    held: list[Supervisor] = []
+
     async def hold(screen: Screen) -> None:
-        supervisor = Supervisor(topology, name, rate, transport, screen.show)
+        supervisor = Supervisor(topology, name, rate, transport, screen.show, faults=plan.as_given())
+        held.append(supervisor)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(stop_on_signal, nursery.cancel_scope)
             await nursery.start(supervisor.run)
@@ -69,18 +75,19 @@ def foreground(topology: Topology, name: str, rate: Rate, transport: Kind, *, as
     with a_screen(as_json=as_json) as screen:
         screen.announce(f'starting "{name}": {topology.name}, {count(len(topology.devices))}')
         trio.run(hold, screen)
-    screen.announce(f'machine "{name}" has ended')
+    fired = held[0].record.faults
+    screen.announce(f'machine "{name}" has ended' + (f"; {told(fired)}" if fired else ""))
     return 0
 
 
-def background(topology: Topology, name: str, rate: Rate, transport: Kind, *, as_json: bool) -> int:
+def background(topology: Topology, name: str, rate: Rate, transport: Kind, plan: Breaking, *, as_json: bool) -> int:
     """Start a launcher of its own, wait until the machine runs, and leave it; the exit code."""
     from msgspec import to_builtins
 
     from hmmnet.errors import HmmnetError
     from hmmnet.launcher.processes import child_environment
 
-    config = {"topology": to_builtins(topology), "name": name, "rate": rate, "transport": transport}
+    config = {"topology": to_builtins(topology), "name": name, "rate": rate, "transport": transport, "faults": plan.as_given()}
     launcher = subprocess.Popen(
         [sys.executable, "-m", "hmmnet.launcher"],
         stdin=subprocess.PIPE,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -83,6 +84,8 @@ class Conductor:
     rate: float | Literal["auto"] = "auto"
     searches: int = SEARCHES
     world: WorldName = "real"
+    during: Callable[[Any], AbstractAsyncContextManager[Any]] = nullcontext
+    """What holds while the steps run on the machine."""
 
     async def run(self) -> Outcome:
         """The whole demo on a machine of its own. Raises DemoTimeout, and what launching raises."""
@@ -129,7 +132,8 @@ class Conductor:
             self.tell(event)
 
         demo = Demo(machine, hear, self.given.text, answers, random.Random(self.seed), self.searches)  # noqa: S311 - chance, not secrecy
-        await demo.run()
+        async with self.during(machine):
+            await demo.run()
         return Outcome(
             source=self.given.source,
             text_bytes=len(self.given.text),

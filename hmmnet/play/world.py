@@ -50,12 +50,13 @@ class UnitWorld:
     """A machine whose devices are known by their unit numbers."""
 
     def __init__(self, machine: LaunchedMachine | SimulatedMachine) -> None:
-        self._machine = machine
+        self.machine = machine
+        """What it runs on."""
         self._units = {spec.unit: spec.name for spec in machine.topology.devices if spec.unit is not None}
 
     async def create_process(self) -> Process:
         """A new process of the machine."""
-        return await self._machine.create_process()
+        return await self.machine.create_process()
 
     def device_of_unit(self, unit: int) -> str:
         """The device with this unit number in the topology."""

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import signal
+import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -74,3 +83,100 @@ async def test_a_device_hangs_and_dies_by_fault() -> None:
         with pytest.raises(HmmnetError, match='no device is called "gpu7"'):
             machine.add_fault(fault("crash", "gpu7"))
         await process.exit()
+
+
+async def back(machine: hmmnet.LaunchedMachine, device: str, pid: int) -> None:
+    """Wait until another process is that device, and ready."""
+    with trio.fail_after(20):
+        while True:
+            figures = (await machine.report())["devices"][device]
+            if figures["state"] == "ready" and figures["pid"] not in (0, pid):
+                return
+            await trio.sleep(0.02)
+
+
+@pytest.mark.parametrize("kind", ["bounce", "reset"])
+async def test_a_device_that_bounces_is_another_process(kind: str) -> None:
+    """Its memory is gone, what was only there is SIGBUS, and it takes new work, under a new number; the count says once."""
+    async with hmmnet.launch("two-gpus", rate=1.0) as machine:
+        process = await machine.create_process()
+        address = await process.malloc(64 * PAGE)
+        await process.write(address, b"data" * 16 * PAGE)
+        before = {device.name: device.pid for device in machine.devices}
+        if kind == "bounce":
+            await process.migrate(address, PAGE, "gpu0")
+        machine.add_fault(fault(kind, "gpu0", down="200 ms"))
+        if kind == "bounce":
+            with pytest.raises(BusError):
+                await process.read(address, PAGE)
+        else:
+            with pytest.raises((PeerError, KernelError)):
+                await process.migrate(address, 64 * PAGE, "gpu0")
+            machine.remove_fault(1)
+        await back(machine, "gpu0", before["gpu0"])
+        await process.migrate(address + PAGE, PAGE, "gpu0")
+        assert await process.read(address + PAGE, 4) == b"data"
+        report = await machine.report()
+        assert report["devices"]["gpu0"]["lives"] == 2
+        assert report["devices"]["gpu1"]["pid"] == before["gpu1"]
+        assert report["faults"] == {kind: 1}
+        await process.exit()
+
+
+async def test_what_happens_inside_a_device_is_counted() -> None:
+    """The device tells the host of it."""
+    async with hmmnet.launch("two-gpus", rate=1.0) as machine:
+        process = await machine.create_process()
+        address = await process.malloc(COUNT * 8)
+        await process.write(address, np.arange(COUNT, dtype="<u8"))
+        machine.add_fault(fault("point.fail", "gpu1", point="device.job_start", times=2))
+        for _ in range(2):
+            with pytest.raises(KernelError, match="ENOMEM"):
+                await process.launch("reduction", "gpu1", "demand", a=address, n=COUNT, dtype="<u8")
+        await process.launch("reduction", "gpu1", "demand", a=address, n=COUNT, dtype="<u8")
+        assert (await machine.report())["faults"] == {"point.fail": 2}
+        await process.exit()
+
+
+@pytest.fixture
+def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="hn-") as folder:
+        monkeypatch.setenv("HMMNET_DIR", folder)
+        yield Path(folder)
+
+
+@asynccontextmanager
+async def up(*words: str) -> AsyncIterator[trio.Process]:
+    """``hmmnet up`` while the block runs."""
+    command = [sys.executable, "-m", "hmmnet", "up", "--rate", "1", *words]
+    async with trio.open_nursery() as nursery:
+        process: trio.Process = await nursery.start(partial(trio.run_process, command, check=False, stdout=subprocess.PIPE))
+        try:
+            yield process
+        finally:
+            process.send_signal(signal.SIGINT)
+
+
+async def test_a_plan_on_a_machine_that_is_up(place: Path) -> None:
+    """A device bounces by the plan, once all are there; the record and the last line count it."""
+    plan = place / "plan.toml"
+    plan.write_text('[[fault]]\nkind = "bounce"\non = "gpu1"\ndown = "100 ms"\n\n[[fault]]\nkind = "alloc.host"\nnth = 1000000\n')
+    counted = {"bounce": 1, "alloc.host": 0}
+    printed = b""
+    async with up("--name", "broken", "--faults", str(plan)) as process:
+        assert process.stdout is not None
+        with trio.fail_after(60):
+            while printed.count(b"gpu1 ready") < 2:
+                data = await process.stdout.receive_some()
+                assert data, printed.decode()
+                printed += data
+            record: dict[str, Any] = {}
+            while record.get("faults") != counted:
+                record = json.loads((place / "broken" / "machine.json").read_text())
+                await trio.sleep(0.05)
+            assert "no fault has number" in await command("fault", "rm", "1", "-m", "broken")
+            process.send_signal(signal.SIGINT)
+            async for data in process.stdout:
+                printed += data
+    assert b"gpu1 lost: killed by SIGKILL" in printed
+    assert printed.decode().splitlines()[-1] == 'machine "broken" has ended; faults: bounce 1, alloc.host 0'

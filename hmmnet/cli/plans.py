@@ -1,0 +1,156 @@
+"""``--faults FILE``: a plan of faults for the machine that a command works on, and what came of it.
+
+A plan is read and checked before anything starts (`plan_for`); its faults begin when every device is there (`Breaking.on`). The last
+line, or the report for programs, says how often each kind has happened.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+if TYPE_CHECKING:
+    from hmmnet.faults.kinds import Fault
+    from hmmnet.sim.worlds import WorldName
+    from hmmnet.topology.model import Topology
+
+FaultsFile = Annotated[
+    Path | None,
+    typer.Option("--faults", help="A plan: faults that begin when every device is there.", show_default=False),
+]
+END_S = 5.0
+"""Real seconds to take a plan's faults from a running machine that goes on without us."""
+W = TypeVar("W")
+
+
+def plan_for(path: Path | None, world: WorldName, topology: Topology | None = None) -> Breaking:
+    """The plan in a file; an empty one without a file. Raises PlanError and HmmnetError with every mistake, and what `world` cannot do.
+
+    `topology`, where it is known before the machine is, must have what the faults are on.
+    """
+    from hmmnet.errors import HmmnetError
+    from hmmnet.faults.plan import Plan, named
+
+    if path is None:
+        return Breaking(())
+    plan = Plan.load(path)
+    try:
+        plan.check_world(world)
+    except HmmnetError as error:
+        raise HmmnetError(f"{path}: {error}") from error
+    faults = tuple(named(one) for one in plan.faults)
+    if topology is not None:
+        mistakes = [cause for fault in faults for cause in check_target(fault, topology)]
+        if mistakes:
+            raise HmmnetError("\n".join(f"{path}: {cause}" for cause in mistakes))
+    return Breaking(faults)
+
+
+def check_target(fault: Fault, topology: Topology) -> list[str]:
+    """What is wrong with whom a fault is on: nothing of that machine is called so."""
+    from hmmnet.faults.messages import Way
+
+    names = {"link": [link.name for link in topology.links], "node": [*topology.device_names, "host"]}
+    known = names.get(fault.kind.on, list(topology.device_names))
+    pattern = Way.parse(fault.on).device if fault.kind.on == "way" else fault.on
+    if fault.kind.on == "nothing" or any(fnmatchcase(name, pattern) for name in known):
+        return []
+    what = "link" if fault.kind.on == "link" else "device"
+    return [f'fault {fault.kind.name}: no {what} is called "{pattern}"; {topology.name} has {", ".join(known[:8])}']
+
+
+class Breaking:
+    """The faults of a plan; `fired` counts by kind what happened on the machines that had them."""
+
+    def __init__(self, faults: tuple[Fault, ...]) -> None:
+        self.faults = faults
+        self.fired: Counter[str] = Counter()
+
+    def __bool__(self) -> bool:
+        """Whether there is any fault."""
+        return bool(self.faults)
+
+    @asynccontextmanager
+    async def on(self, machine: Any, *, stays: bool = False) -> AsyncIterator[None]:
+        """The faults act on `machine`, all of whose devices are there, while the block runs. Raises HmmnetError for what cannot be done.
+
+        `stays`: the machine goes on without us, and must be rid of them.
+        """
+        if not self.faults:
+            yield
+            return
+        before = dict((await machine.report())["faults"])
+        numbers: list[int] = []
+        try:
+            for fault in self.faults:
+                number = await begin(machine, fault)
+                numbers.append(number)
+            yield
+            self._count(before, (await machine.report())["faults"])
+        finally:
+            if stays:
+                await _end(machine, numbers)
+
+    def world(self, launch: Callable[[], AbstractAsyncContextManager[W]]) -> Callable[[], AbstractAsyncContextManager[W]]:
+        """What launches a world, with the faults on its `machine`."""
+
+        @asynccontextmanager
+        async def launched() -> AsyncIterator[W]:
+            async with launch() as world, self.on(world.machine):  # type: ignore[attr-defined] # worlds of units have one
+                yield world
+
+        return launched
+
+    def _count(self, before: Mapping[str, int], after: Mapping[str, int]) -> None:
+        for fault in self.faults:
+            self.fired.setdefault(fault.kind.name, 0)
+        for kind in self.fired:
+            self.fired[kind] += after.get(kind, 0) - before.get(kind, 0)
+
+    def as_given(self) -> list[dict[str, Any]]:
+        """What makes the faults again, as plain data."""
+        from hmmnet.faults.catalogue import as_given
+
+        return [as_given(fault) for fault in self.faults]
+
+    @property
+    def text(self) -> str:
+        """The last line: how often each kind happened."""
+        return told(self.fired)
+
+    def as_json(self) -> dict[str, Any]:
+        """What a report for programs says of it; nothing without a plan."""
+        return {"faults": dict(self.fired)} if self else {}
+
+
+def told(fired: Mapping[str, int]) -> str:
+    """``faults: alloc.host 3, loss 12``."""
+    return "faults: " + ", ".join(f"{kind} {count}" for kind, count in fired.items())
+
+
+async def begin(machine: Any, fault: Fault) -> int:
+    """A fault begins on a machine of any kind; its number. Raises HmmnetError."""
+    from hmmnet.client import RemoteMachine
+    from hmmnet.faults.catalogue import as_given
+
+    if isinstance(machine, RemoteMachine):
+        return await machine.add_fault(**as_given(fault))
+    return int(machine.add_fault(fault))
+
+
+async def _end(machine: Any, numbers: list[int]) -> None:
+    import trio
+
+    from hmmnet.errors import HmmnetError
+
+    with trio.move_on_after(END_S, shield=True), suppress(HmmnetError):  # the machine may be what broke
+        there = {one["number"] for one in await machine.list_faults()}
+        for number in numbers:
+            if number in there:
+                await machine.remove_fault(number)

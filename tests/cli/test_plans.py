@@ -1,0 +1,76 @@
+"""``--faults FILE``: mistakes before anything starts, faults while the machine runs, and how often they happened."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hmmnet.cli import exit_code
+
+LATE = '[[fault]]\nkind = "delay"\nlatency = "10 us"\n\n[[fault]]\nkind = "alloc.host"\nnth = 1000000\n'
+COMMANDS = [["run", "vector_add"], ["demo"], ["play", "none.trace"], ["selftest"], ["up", "--name", "planned"]]
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Path:
+    return tmp_path / "plan.toml"
+
+
+@pytest.mark.parametrize("command", [pytest.param(words, id=words[0]) for words in COMMANDS])
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (None, "cannot be read: No such file or directory"),
+        ('[[fault]]\nkind = "los"\n', 'did you mean "loss"?'),
+        ('[[fault]]\nkind = "partition"\non = "gpu0<->host"\n', 'the fault "partition" cannot be done in the real world'),
+        ('[[fault]]\nkind = "host.crash"\n', 'the fault "host.crash" cannot be done in the real world'),
+        ('[[fault]]\nkind = "crash"\non = "nothing7"\n', 'no device is called "nothing7"'),
+        ('[[fault]]\nkind = "link.down"\non = "nowhere"\n', 'no link is called "nowhere"'),
+    ],
+)
+def test_mistakes_are_told_before_anything_starts(
+    command: list[str], text: str | None, says: str, plan: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 1, the file and the mistake on stderr, and no word of a machine that starts."""
+    if text is not None:
+        plan.write_text(text)
+    assert exit_code([*command, "--faults", str(plan)]) == 1
+    captured = capsys.readouterr()
+    assert says in captured.err
+    assert str(plan) in captured.err
+    assert "starting" not in captured.out + captured.err
+
+
+def test_a_workload_under_faults_in_virtual_time(plan: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The results are right, and the last line counts what happened and names what did not; the same seed counts the same."""
+    plan.write_text(LATE)
+    words = ["run", "vector_add", "n=4096", "--world", "sim", "--faults", str(plan)]
+    assert exit_code(words) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert exit_code([*words, "--json"]) == 0
+    counted = json.loads(capsys.readouterr().out)["faults"]
+    assert counted["delay"] > 10
+    assert counted["alloc.host"] == 0
+    assert last == f"faults: delay {counted['delay']}, alloc.host 0"
+
+
+def test_a_failing_allocation_shows_in_a_selftest(plan: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The case fails by the fault, and the line says that it happened."""
+    plan.write_text('[[fault]]\nkind = "alloc.host"\n')
+    assert exit_code(["selftest", "anon_read", "--kind", "private", "--world", "sim", "--faults", str(plan)]) == 1
+    printed = capsys.readouterr().out
+    assert "ENOMEM" in printed
+    assert printed.splitlines()[-1].startswith("faults: alloc.host ")
+
+
+def test_the_demo_under_faults_in_virtual_time(plan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A delay changes no result."""
+    plan.write_text(LATE)
+    text = tmp_path / "text"
+    text.write_text("to be or not to be " * 50)
+    assert exit_code(["demo", "--input", str(text), "--world", "sim", "--faults", str(plan), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["correct"]
+    assert found["faults"]["delay"] > 10
