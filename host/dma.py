@@ -2,7 +2,7 @@
 
 The device names pages and the physical addresses that it computed from its mirror. If its context's domain says the same, the data go
 straight between the host's arenas and the bulk channel; the pages cannot change hands meanwhile, because whoever invalidates them waits for
-DMA under way (`Domain.busy`).
+DMA under way (`Domain.busy`). They stay mapped, so what a program sees of a write are chunks that were checked.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import trio
 
 from hmmnet.errors import IommuFault, PeerError, ProtocolError
 from hmmnet.fabric.arbiter import Flow
-from hmmnet.fabric.dma import ArenaSink, ArenaSource, Sink
+from hmmnet.fabric.dma import ArenaSource, LiveSink, Sink
 from hmmnet.pages import PAGE_SHIFT, PAGES_MAX, Words, from_wire
 from hmmnet.wire.messages import DmaGrant, DmaRead, DmaWrite
 from hmmnet.wire.session import Session
@@ -66,7 +66,7 @@ class Dma:
         context = self._life.context(message.context)
         pages, addresses = self._checked(context, message, write=True)
         access = context.domain.begin(pages, write=True)
-        sink = ArenaSink(self._interconnect.memories, addresses, message.size)
+        sink = LiveSink(self._interconnect.memories, addresses, message.size)
         flow: Flow = await self._nursery.start(self._land, context, access, message.stream, sink, int(addresses[0]) >> PAGE_SHIFT)
         return DmaGrant(flow.start_s, flow.bytes_per_s, flow.latency_s)
 

@@ -6,7 +6,7 @@ may leave and the one at which it is there. It is complete when its data have la
 millisecond are accounted for, not slept.
 
     sender                                          receiver
-    chunk 0..3  -- header, payload (pinned) -->     lands in memory, checksum
+    chunk 0..3  -- header, payload (pinned) -->     checked, and in memory
                 <-- credit: 4 landed, rate --       pins of 0..3 end
 
 What goes wrong: a lost chunk is missed and asked for again, a damaged one is refused and asked for again, a repeated one is ignored. A
@@ -20,7 +20,7 @@ in `ends`.
 
 from __future__ import annotations
 
-from .ends import ArenaSink, ArenaSource, BytesSink, BytesSource, MultiArena, Sink, Source
+from .ends import ArenaSink, ArenaSource, BytesSink, BytesSource, LiveSink, MultiArena, Sink, Source
 from .pace import UNPACED, Grant, Pace, Pacer
 from .receiver import Arrival, BulkReceiver
 from .ring import Ring, RingPlace, Rings, new_rings
@@ -36,6 +36,7 @@ __all__ = [
     "BytesSink",
     "BytesSource",
     "Grant",
+    "LiveSink",
     "MultiArena",
     "Pace",
     "Pacer",

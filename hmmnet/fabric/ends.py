@@ -1,7 +1,8 @@
 """Where a stream's bytes come from and where they go.
 
 A source hands out a chunk as a buffer: a slice of memory where the elements are one run (nothing is copied until ZeroMQ does), else a
-gathered copy. A sink offers a place to land where the elements are one run; else the chunk lands in a staging buffer and is scattered.
+gathered copy. A sink offers a place to land where the elements are one run and nobody sees them; else the chunk is checked elsewhere, and
+then written.
 """
 
 from __future__ import annotations
@@ -58,7 +59,10 @@ class Sink(Protocol):
     nbytes: int
 
     def landing(self, offset: int, length: int) -> memoryview | None:
-        """A writable view of the bytes ``[offset, offset + length)``, or None when they are not one run."""
+        """A writable view of the bytes ``[offset, offset + length)``: it may hold garbage until the chunk is found intact.
+
+        None when they are not one run, or when somebody would see that.
+        """
         ...
 
     def put(self, offset: int, data: Bytes) -> None:
@@ -144,7 +148,7 @@ class ArenaSource(_Elements):
 
 
 class ArenaSink(_Elements):
-    """Fill elements of memory."""
+    """Fill elements of memory that nobody uses yet, such as frames that a migration goes to."""
 
     def landing(self, offset: int, length: int) -> memoryview | None:
         """See `Sink`."""
@@ -156,6 +160,14 @@ class ArenaSink(_Elements):
     def put(self, offset: int, data: Bytes) -> None:
         """See `Sink`."""
         self._memory.scatter(self._slice(offset, len(data)), self._size, data)
+
+
+class LiveSink(ArenaSink):
+    """Fill elements of memory that is in use meanwhile: what it holds of a chunk, it holds only once the chunk is found intact."""
+
+    def landing(self, offset: int, length: int) -> memoryview | None:  # noqa: ARG002 - a chunk never lands here itself
+        """See `Sink`."""
+        return None
 
 
 class BytesSource:

@@ -1,8 +1,8 @@
-"""The receiving end of a bulk channel: chunks land where their stream's sink says, are checked there, and are credited.
+"""The receiving end of a bulk channel: chunks land where their stream's sink says, are checked, and are credited.
 
-A chunk lands in destination memory itself where that is one run; else it is scattered, from the ring or, if it came in a message, from a
-staging buffer, once its checksum has been found to fit. (In the first case a damaged chunk leaves garbage behind until its repeat comes.
-Nobody looks: memory that DMA has not finished is not mapped.)
+A chunk lands in destination memory itself where that is one run and nobody looks: frames that a migration goes to are mapped when all has
+arrived, so a damaged chunk may leave garbage there until its repeat comes. Else it is written, from the ring or, if it came in a message,
+from a staging buffer, once its checksum has been found to fit: the memory that a device stores to stays mapped all the while (`LiveSink`).
 
 Control and bulk are different sockets, so chunks may overtake the message that announces their stream. They are parked, within
 `PARKED_BYTES_MAX`; beyond, they are dropped and come again. An abort may overtake it as well, and is remembered.

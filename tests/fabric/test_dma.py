@@ -19,7 +19,7 @@ from hmmnet.arena import Arena
 from hmmnet.errors import PeerError
 from hmmnet.fabric.chunk import Credit, pack_credit
 from hmmnet.fabric.clock import EmulatedClock
-from hmmnet.fabric.dma import ArenaSink, ArenaSource, BulkReceiver, BulkSender, BytesSink, BytesSource, MultiArena, Pace
+from hmmnet.fabric.dma import ArenaSink, ArenaSource, BulkReceiver, BulkSender, BytesSink, BytesSource, LiveSink, MultiArena, Pace
 from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, ZONE_SHIFT, Words
 from hmmnet.wire.memory_transport import MemoryTransport
 from hmmnet.wire.transport import Channel
@@ -90,6 +90,36 @@ async def test_damage_is_caught_where_it_happens() -> None:
     assert arrival.state.corrupted == near.faults > 0
     assert report.resent == near.faults
     assert np.array_equal(data, landing)
+
+
+@pytest.mark.parametrize("step", [1, 2])
+@pytest.mark.parametrize("parked", [False, True])
+async def test_damage_is_not_seen_in_live_memory(step: int, parked: bool) -> None:
+    """One run or scattered, awaited or parked before: nothing of a damaged chunk is ever there; an intact one is."""
+    target, data = Arena(0, 512), pattern(MIB)
+    places = np.arange(0, 256 * step, step, dtype=np.uint64)
+    target.bytes[:] = before = pattern(len(target.bytes), 2)
+    near, far = faulty_pair(1, damage=1.0)
+    async with ends(near, far) as (sender, receiver), trio.open_nursery() as nursery:
+
+        async def send() -> None:
+            with pytest.raises(PeerError, match="did not fit its checksum"):
+                await sender.send(4, BytesSource(data))
+
+        if parked:
+            nursery.start_soon(send)
+            await trio.testing.wait_all_tasks_blocked()
+        arrival = receiver.expect(4, LiveSink(target, places << np.uint64(PAGE_SHIFT), PAGE_SIZE))
+        if not parked:
+            nursery.start_soon(send)
+        with pytest.raises(PeerError, match="did not fit its checksum"):
+            await arrival.wait()
+        assert np.array_equal(target.bytes, before)
+    async with ends(*memory_pair()) as (sender, receiver):
+        arrival = receiver.expect(2, LiveSink(target, places << np.uint64(PAGE_SHIFT), PAGE_SIZE))
+        await sender.send(2, BytesSource(data))
+        await arrival.wait()
+    assert np.array_equal(target.pages[places].reshape(-1), data)
 
 
 async def test_chunks_may_overtake_their_announcement() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hmmnet.arena import Arena
-from hmmnet.fabric.ends import ArenaSink, ArenaSource, BytesSink, BytesSource, MultiArena
+from hmmnet.fabric.ends import ArenaSink, ArenaSource, BytesSink, BytesSource, LiveSink, MultiArena
 from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, ZONE_SHIFT, Words
 
 
@@ -58,6 +58,16 @@ def test_scattered_elements_are_put() -> None:
     assert np.array_equal(memory.pages[9], data[:PAGE_SIZE])
     assert np.array_equal(memory.pages[2], data[PAGE_SIZE:])
     assert np.array_equal(np.delete(memory.pages, (2, 9), axis=0), np.delete(before, (2, 9), axis=0))
+
+
+def test_nothing_lands_in_live_memory() -> None:
+    """One run or not: what is not checked has no place there. What is goes to its elements as elsewhere."""
+    memory, data = arena(), np.full(2 * PAGE_SIZE, 7, dtype=np.uint8)
+    for run in (True, False):
+        sink = LiveSink(memory, addresses(memory, 4, 5) if run else addresses(memory, 9, 1), PAGE_SIZE)
+        assert sink.landing(0, 2 * PAGE_SIZE) is None
+        sink.put(0, data)
+    assert np.flatnonzero((memory.pages == 7).all(axis=1)).tolist() == [1, 4, 5, 9]
 
 
 def test_memories_of_a_host_are_one() -> None:

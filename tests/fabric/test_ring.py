@@ -22,7 +22,7 @@ from hmmnet.arena import Arena
 from hmmnet.errors import HmmnetError, PeerError, ProtocolError
 from hmmnet.fabric.chunk import CHUNK_BYTES, Chunk, pack_chunk, split_forward, unpack_forward
 from hmmnet.fabric.clock import EmulatedClock
-from hmmnet.fabric.dma import ArenaSink, ArenaSource, BulkReceiver, BulkSender, BytesSink, BytesSource, RingPlace, Rings
+from hmmnet.fabric.dma import ArenaSink, ArenaSource, BulkReceiver, BulkSender, BytesSink, BytesSource, LiveSink, RingPlace, Rings
 from hmmnet.fabric.ring import SLOTS, Ring
 from hmmnet.fabric.sender import IDLE_S
 from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE
@@ -194,6 +194,31 @@ async def test_a_scattered_sink_is_not_touched_by_damage(rings: tuple[Rings, Rin
             await sender.send(2, BytesSource(pattern(MIB)))
         assert host.to_device.slots.idle
     assert not target.bytes.any()
+
+
+@pytest.mark.parametrize("step", [1, 2])
+async def test_damage_is_not_seen_in_live_memory(rings: tuple[Rings, Rings], step: int) -> None:
+    """Each chunk comes damaged at first, and memory is as it was until it comes again; one run or scattered."""
+    host, device = rings
+    target, data = Arena(0, 2048), pattern(4 * MIB)
+    places = np.arange(0, 1024 * step, step, dtype=np.uint64)
+    target.bytes[:] = pattern(len(target.bytes), 2)
+    old, new, seen = target.pages[places], data.reshape(-1, PAGE_SIZE), set[int]()
+
+    def scribble(chunk: Chunk) -> None:
+        now = target.pages[places]
+        assert ((now == old).all(axis=1) | (now == new).all(axis=1)).all()
+        if chunk.slot is not None and chunk.sequence not in seen:
+            seen.add(chunk.sequence)
+            host.to_host.part(chunk.slot, chunk.length)[:] = 0xEE
+
+    near, far = channels(scribble)
+    async with ends(near, far, device.to_host, host.to_host) as (sender, receiver):
+        arrival = receiver.expect(2, LiveSink(target, places << np.uint64(PAGE_SHIFT), PAGE_SIZE))
+        report = await sender.send(2, BytesSource(data))
+        await arrival.wait()
+    assert (report.resent, len(seen), near.payloads) == (4, 4, 0)
+    assert np.array_equal(target.pages[places], new)
 
 
 @pytest.mark.parametrize("slot", [SLOTS, SLOTS + 1, (1 << 32) - 1])
