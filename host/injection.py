@@ -105,9 +105,10 @@ class Injection:
             raise HmmnetError(f'no device is called "{effect.node}"; there are {", ".join(self._host.devices)}')
         if effect.deed in ("bounce", "revive"):
             return self._revive(names, effect)
+        lives = [life for name in names if (life := self._host.devices[name].life) is not None]
         for name in names:
             self._signal(name, {"hang": signal.SIGSTOP, "unload": signal.SIGTERM}.get(effect.deed, signal.SIGKILL))
-        return partial(self._resume, names) if effect.deed == "hang" else _nothing
+        return partial(self._resume, [life.pid for life in lives]) if effect.deed == "hang" else _nothing
 
     def _revive(self, names: Sequence[str], effect: NodeEffect) -> Undo:
         """Devices end, now or when another fault ends them, and start again. Raises HmmnetError when nobody starts them."""
@@ -138,9 +139,12 @@ class Injection:
             with suppress(ProcessLookupError):
                 os.kill(life.pid, number)
 
-    def _resume(self, names: Sequence[str]) -> None:
-        for name in names:
-            self._signal(name, signal.SIGCONT)
+    def _resume(self, pids: Sequence[int]) -> None:
+        """They go on, also those that were silent for too long and are lost: they find out, and end."""
+        for pid in pids:
+            if pid > 1:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
 
     def _on_node(self, action: str, name: str) -> None:
         if name in self._host.devices:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from .toxics import Sights
 
 ON_HELP = "The machine (default: the only one that runs)."
 app = typer.Typer(
     add_completion=False, rich_markup_mode=None, no_args_is_help=True, help="Break a running machine on purpose, and mend it."
 )
 Machine = Annotated[str | None, typer.Option("--machine", "-m", help=ON_HELP, show_default=False)]
+Target = Annotated[str, typer.Argument(help="A device, DEVICE<->host, or a link.")]
+OneWay = Annotated[bool, typer.Option("--oneway", help="Only from the device to the host, or as the target says.")]
 
 
 @app.command()
@@ -52,14 +58,72 @@ def points() -> int:
 
 @app.command()
 def add(
-    kind: Annotated[str, typer.Argument(help="A kind of the catalogue.")],
+    what: Annotated[
+        str, typer.Argument(help="A kind of the catalogue, or a target: a device, DEVICE<->host, a link.", metavar="KIND|TARGET")
+    ],
     given: Annotated[list[str] | None, typer.Argument(help="Whom, and parameters as NAME=VALUE.", metavar="[ON] [NAME=VALUE]...")] = None,
     machine: Machine = None,
 ) -> int:
-    """A fault begins on a running machine; prints its number. Such as: fault add point.delay gpu0 point=migrate.mid_copy latency=5ms."""
-    made = said(kind, given or [])
-    print(f"fault {_ask(machine, 'add_fault', **made)}: {kind} {made.get('on', '')}".rstrip())
+    """Faults begin on a running machine; prints their numbers.
+
+    A kind first: fault add point.delay gpu0 point=migrate.mid_copy latency=5ms. Or a target first, and toxics, of which there are
+    latency, jitter, bandwidth, loss, duplicate, reorder and corrupt: fault add "gpu0<->host" latency=5ms jitter=1ms.
+    """
+    from hmmnet.faults.catalogue import KINDS
+
+    from . import toxics
+
+    words = given or []
+    if what not in KINDS and toxics.is_target(what, words):
+        toxics.pairs_of(words)  # mistakes are told without a machine, too
+        return _begin(machine, lambda sights: toxics.faults_for(what, words, sights))
+    made = said(what, words)
+    print(f"fault {_ask(machine, 'add_fault', **made)}: {what} {made.get('on', '')}".rstrip())
     return 0
+
+
+@app.command()
+def partition(target: Target, oneway: OneWay = False, machine: Machine = None) -> int:
+    """Nothing passes between a device and the host, or over a link, until it is repaired."""
+    from . import toxics
+
+    return _begin(machine, lambda sights: [toxics.cut(target, sights, oneway=oneway)])
+
+
+@app.command()
+def repair(target: Target, machine: Machine = None) -> int:
+    """A partition ends."""
+    return _undo("repair", target, machine)
+
+
+@app.command()
+def hold(target: Target, oneway: OneWay = False, machine: Machine = None) -> int:
+    """A device stops where it is (SIGSTOP), and what it is sent waits, until it is released."""
+    from . import toxics
+
+    return _begin(machine, lambda sights: [toxics.held(target, sights, oneway=oneway)])
+
+
+@app.command()
+def release(target: Target, machine: Machine = None) -> int:
+    """What is held goes on."""
+    return _undo("release", target, machine)
+
+
+@app.command()
+def crash(target: Target, machine: Machine = None) -> int:
+    """A device is gone from one moment to the next (SIGKILL)."""
+    return _begin(machine, lambda _: [said("crash", [target])])
+
+
+@app.command()
+def bounce(
+    target: Target,
+    down: Annotated[str, typer.Option(help="Emulated time until it starts again, such as 100ms.")] = "100ms",
+    machine: Machine = None,
+) -> int:
+    """A device crashes and starts again, empty."""
+    return _begin(machine, lambda _: [said("bounce", [target, f"down={down}"])])
 
 
 @app.command()
@@ -102,6 +166,54 @@ def said(kind: str, words: list[str]) -> dict[str, Any]:
         made[name if sign else "on"] = value if sign else word
     fault(**made)
     return made
+
+
+def _begin(machine: str | None, makes: Callable[[Sights], list[dict[str, Any]]]) -> int:
+    """Faults that depend on what the machine has begin, all or none."""
+    import hmmnet
+    from hmmnet.errors import HmmnetError
+
+    from .toxics import Sights
+
+    async def main() -> None:
+        async with hmmnet.attach(machine) as entered:
+            begun: list[int] = []
+            for made in makes(Sights.of(await entered.report())):
+                try:
+                    number = await entered.add_fault(**made)
+                except HmmnetError:
+                    for number in begun:
+                        await entered.remove_fault(number)
+                    raise
+                begun.append(number)
+                print(
+                    f"fault {number}: "
+                    + " ".join(f"{name}={value}" if name not in ("kind", "on") else value for name, value in made.items())
+                )
+
+    _run(main)
+    return 0
+
+
+def _undo(verb: str, target: str, machine: str | None) -> int:
+    """The faults that `verb` undoes end."""
+    import hmmnet
+
+    from .toxics import ended_by
+
+    async def main() -> None:
+        async with hmmnet.attach(machine) as entered:
+            for number in ended_by(verb, target, await entered.list_faults()):
+                await entered.remove_fault(number)
+
+    _run(main)
+    return 0
+
+
+def _run(main: Callable[[], Awaitable[None]]) -> None:
+    import trio
+
+    trio.run(main)
 
 
 def _ask(machine: str | None, call: str, **given: Any) -> Any:

@@ -180,3 +180,51 @@ async def test_a_plan_on_a_machine_that_is_up(place: Path) -> None:
                 printed += data
     assert b"gpu1 lost: killed by SIGKILL" in printed
     assert printed.decode().splitlines()[-1] == 'machine "broken" has ended; faults: bounce 1, alloc.host 0'
+
+
+def stopped(stat: Path) -> bool:
+    """Whether a process is held by SIGSTOP."""
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] == "T"
+
+
+async def test_toxics_and_verbs_on_a_running_machine() -> None:
+    """Targets are slow, held, down and gone by a word each; what real processes cannot do is refused, and nothing of that line stays."""
+    async with hmmnet.launch("two-gpus", rate=1.0) as machine:
+
+        async def said(*words: str) -> str:
+            return await command("fault", *words, "-m", machine.name)
+
+        process = await machine.create_process()
+        address = await process.malloc(4 * PAGE)
+        await process.write(address, b"data" * PAGE)
+
+        async def there_and_back_s() -> float:
+            began_s = time.monotonic()
+            await process.migrate(address, 4 * PAGE, "gpu0")
+            assert await process.read(address, 4 * PAGE) == b"data" * PAGE
+            return time.monotonic() - began_s
+
+        delayed = await said("add", "gpu0<->host", "latency=150ms", "jitter=1ms")
+        assert delayed == "fault 1: point.delay gpu0 point=device.copy_* latency=150ms jitter=1ms\n"
+        assert await there_and_back_s() > 0.29
+        assert await said("rm", "1") == ""
+        refused = await said("add", "gpu0<->host", "latency=1ms", "loss=5%")
+        assert 'the fault "loss" cannot be done in the real world: messages between processes' in refused
+        assert await said("ls") == ""
+        assert 'nothing here is called "gpu7"' in await said("hold", "gpu7")
+        assert "cannot be done in the real world" in await said("partition", "gpu0", "--oneway")
+        assert "end its process instead" in await said("crash", "host")
+        stat = Path(f"/proc/{machine.devices[0].pid}/stat")
+        assert (await said("hold", "gpu0")).endswith("hang gpu0\n")
+        assert stopped(stat)
+        assert await said("release", "gpu0") == ""
+        assert not stopped(stat)
+        assert "nothing to release at gpu0" in await said("release", "gpu0")
+        before = {device.name: device.pid for device in machine.devices}
+        assert "bounce gpu1 down=10ms" in await said("bounce", "gpu1", "--down", "10ms")
+        await back(machine, "gpu1", before["gpu1"])
+        assert (await said("crash", "gpu1")).endswith("crash gpu1\n")
+        with trio.fail_after(10):
+            while "gpu1" in machine.running:
+                await trio.sleep(0.02)
+        await process.exit()

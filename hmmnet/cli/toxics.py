@@ -1,0 +1,198 @@
+"""The words of ``hmmnet fault add TARGET NAME=VALUE...``: what each toxic comes down to on a machine of real processes.
+
+TARGET is a device, a way (``gpu0<->host``, ``gpu0->host``, ``host->gpu0``) or a link of the topology. Messages between processes are not in
+the machine's hands, so that there a way is slow where its device's copies begin (`point.delay`), and its bandwidth that of its links; what
+cannot be had so, as loss, is asked of the machine by its name in the catalogue, and refused with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from hmmnet.errors import HmmnetError
+from hmmnet.faults.catalogue import CONTROLS, TARGETS
+from hmmnet.faults.messages import Way
+from hmmnet.topology.problems import did_you_mean
+
+CHANCES = ("loss", "duplicate", "reorder", "corrupt")
+"""Toxics whose value is the part of the messages that suffer; each is a kind of the catalogue, too."""
+TOXICS = ("latency", "jitter", "bandwidth", *CHANCES)
+WITH = ("times", "interval", "after", "lasts")
+"""What may stand beside toxics, and holds for all of them."""
+COPIES = {(True, True): "device.copy_*", (True, False): "device.copy_in", (False, True): "device.copy_out"}
+"""(to the device, to the host): the points where copies that way begin."""
+
+
+@dataclass(frozen=True)
+class Sights:
+    """What a machine has, as its report says: devices, and links with their two ends."""
+
+    devices: tuple[str, ...]
+    links: Mapping[str, frozenset[str]]
+
+    @classmethod
+    def of(cls, report: Mapping[str, Any]) -> Sights:
+        """From a machine's report."""
+        return cls(tuple(report["devices"]), {row["link"]: frozenset((row["source"], row["target"])) for row in report["links"]})
+
+    def matching(self, pattern: str) -> tuple[str, ...]:
+        """Devices whose names match. Raises HmmnetError when none does."""
+        found = tuple(name for name in self.devices if fnmatchcase(name, pattern))
+        if not found:
+            known = [*self.devices, *self.links]
+            mend = did_you_mean(pattern, known, "a target is a device, DEVICE<->host or a link: " + ", ".join(known[:12]))
+            raise HmmnetError(f'nothing here is called "{pattern}"; {mend}')
+        return found
+
+    def is_link(self, pattern: str) -> bool:
+        """Whether a target is links."""
+        return any(fnmatchcase(name, pattern) for name in self.links)
+
+    def links_of(self, pattern: str) -> list[str]:
+        """The links that end at devices whose names match."""
+        devices = set(self.matching(pattern))
+        return [name for name, ends in self.links.items() if ends & devices]
+
+
+def is_way(word: str) -> bool:
+    """Whether a word is a way."""
+    return "->" in word or "<-" in word
+
+
+def is_target(word: str, rest: Sequence[str]) -> bool:
+    """Whether `word` begins a line of toxics: it is a way, or toxics follow."""
+    return is_way(word) or any(pair.partition("=")[0] in TOXICS for pair in rest)
+
+
+def way_of(target: str, *, oneway: bool = False) -> Way:
+    """The way that a target means; `oneway`: from the device to the host, where it does not say. Raises HmmnetError."""
+    way = Way.parse(target if is_way(target) else f"{target}{'->' if oneway else '<->'}host")
+    if oneway and way.to_device and way.to_host:
+        raise HmmnetError(f'"{target}" is both ways; with --oneway write {way.device}->host or host->{way.device}')
+    return way
+
+
+def pairs_of(words: Sequence[str]) -> dict[str, str]:
+    """Toxics and what stands beside them, by name. Raises HmmnetError with every mistake."""
+    given: dict[str, str] = {}
+    mistakes = []
+    for word in words:
+        name, sign, value = word.partition("=")
+        if not sign:
+            mistakes.append(f'"{word}" is no NAME=VALUE')
+        elif name not in (*TOXICS, *WITH):
+            known = [*TOXICS, *WITH]
+            mistakes.append(f'there is no toxic "{name}"; {did_you_mean(name, known, "there are " + ", ".join(known))}')
+        elif name in given:
+            mistakes.append(f"{name} is given twice")
+        else:
+            given[name] = value
+            mistakes += _wrong(name, value)
+    if not mistakes and not any(name in TOXICS for name in given):
+        mistakes.append(f"what is to happen? Give one of {', '.join(TOXICS)}")
+    if mistakes:
+        raise HmmnetError("; ".join(mistakes))
+    return given
+
+
+def part(value: str) -> float:
+    """``5%`` or ``0.05``. Raises ValueError."""
+    found = float(value[:-1]) / 100 if value.endswith("%") else float(value)
+    if not 0 < found <= 1:
+        raise ValueError
+    return found
+
+
+def _wrong(name: str, value: str) -> list[str]:
+    if name in (*CHANCES, "bandwidth"):
+        try:
+            part(value)
+        except ValueError:
+            return [f"{name}: {value!r} where a part is wanted, such as 5% or 0.05"]
+    elif name in ("latency", "jitter"):
+        try:
+            TARGETS["after"].read(value)
+        except ValueError as error:
+            return [f"{name}: {error}"]
+    else:
+        parameter = {**CONTROLS, **TARGETS}[name]
+        try:
+            int(value) if name == "times" else parameter.read(value)
+        except ValueError as error:
+            return [f"{name}: {value!r} is no whole number" if name == "times" else f"{name}: {error}"]
+    return []
+
+
+def faults_for(target: str, words: Sequence[str], sights: Sights) -> list[dict[str, Any]]:
+    """What makes the faults that a line of toxics means on a machine. Raises HmmnetError with every mistake."""
+    given = pairs_of(words)
+    beside = {name: value for name, value in given.items() if name in WITH}
+    if not is_way(target) and sights.is_link(target):
+        return _on_link(target, given, beside)
+    way = way_of(target)
+    sights.matching(way.device)
+    made: list[dict[str, Any]] = []
+    if "latency" in given or "jitter" in given:
+        point = COPIES[way.to_device, way.to_host]
+        times = {name: given.get(name, "0 ms") for name in ("latency", "jitter")}
+        made.append({"kind": "point.delay", "on": way.device, "point": point, **times, **beside})
+    if "bandwidth" in given:
+        if not (way.to_device and way.to_host):
+            raise HmmnetError("bandwidth: a link loses it in both directions; write DEVICE<->host")
+        links = sights.links_of(way.device)
+        made += [{"kind": "link.slow", "on": link, "factor": str(part(given["bandwidth"])), **beside} for link in links]
+    for name in CHANCES:
+        if name in given:
+            made.append({"kind": name, "on": way.text, "probability": part(given[name]), **beside})
+    return made
+
+
+def _on_link(target: str, given: Mapping[str, str], beside: dict[str, str]) -> list[dict[str, Any]]:
+    others = [name for name in given if name in TOXICS and name not in ("latency", "bandwidth")]
+    if others:
+        raise HmmnetError(f"{', '.join(others)}: a link has latency and bandwidth only; messages are those of DEVICE<->host")
+    made: list[dict[str, Any]] = []
+    if "latency" in given:
+        made.append({"kind": "link.latency", "on": target, "latency": given["latency"], **beside})
+    if "bandwidth" in given:
+        made.append({"kind": "link.slow", "on": target, "factor": str(part(given["bandwidth"])), **beside})
+    return made
+
+
+def cut(target: str, sights: Sights, *, oneway: bool) -> dict[str, Any]:
+    """What makes ``fault partition TARGET``: a link is down, or no message passes. Raises HmmnetError."""
+    if not is_way(target) and sights.is_link(target):
+        if oneway:
+            raise HmmnetError(f"{target} is a link, which is down in both directions; --oneway is for a device")
+        return {"kind": "link.down", "on": target}
+    way = way_of(target, oneway=oneway)
+    sights.matching(way.device)
+    return {"kind": "partition", "on": way.text}
+
+
+def held(target: str, sights: Sights, *, oneway: bool) -> dict[str, Any]:
+    """What makes ``fault hold TARGET``: a device is stopped, so that what it is sent waits; in one direction messages wait."""
+    way = way_of(target, oneway=oneway)
+    sights.matching(way.device)
+    both = way.to_device and way.to_host
+    return {"kind": "hang", "on": way.device} if both else {"kind": "hold", "on": way.text}
+
+
+UNDONE_BY = {"repair": ("partition", "link.down"), "release": ("hold", "hang")}
+"""The kinds that a verb ends."""
+
+
+def ended_by(verb: str, target: str, faults: Sequence[Mapping[str, Any]]) -> list[int]:
+    """The numbers of the faults that ``repair`` or ``release`` ends. Raises HmmnetError when there is none."""
+    device = Way.parse(target).device if is_way(target) else target
+    found = []
+    for one in faults:
+        kind, on = one["fault"]["kind"], one["fault"].get("on", "")
+        if kind in UNDONE_BY[verb] and device in (on, Way.parse(on).device if is_way(on) else on):
+            found.append(int(one["number"]))
+    if not found:
+        raise HmmnetError(f"nothing to {verb} at {target}: no {' or '.join(UNDONE_BY[verb])}; `hmmnet fault ls` shows what there is")
+    return found

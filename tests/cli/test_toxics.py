@@ -1,0 +1,124 @@
+"""``hmmnet fault add TARGET NAME=VALUE...`` and the verbs beside it: what they come down to, and mistakes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from hmmnet.cli import exit_code, toxics
+from hmmnet.errors import HmmnetError
+from hmmnet.faults.catalogue import fault
+
+SIGHTS = toxics.Sights(
+    ("gpu0", "gpu1"),
+    {"pcie0": frozenset(("node0", "gpu0")), "pcie1": frozenset(("node0", "gpu1")), "nvlink": frozenset(("gpu0", "gpu1"))},
+)
+DELAY = {"kind": "point.delay", "on": "gpu0", "point": "device.copy_*", "latency": "5ms", "jitter": "1ms"}
+
+
+@pytest.mark.parametrize(
+    ("line", "made"),
+    [
+        ("gpu0<->host latency=5ms jitter=1ms", [DELAY]),
+        ("gpu0 latency=5ms jitter=1ms times=3", [{**DELAY, "times": "3"}]),
+        ("gpu0->host latency=5ms", [{**DELAY, "point": "device.copy_out", "jitter": "0 ms"}]),
+        ("host->gpu0 jitter=1ms", [{**DELAY, "point": "device.copy_in", "latency": "0 ms"}]),
+        ("gpu1 bandwidth=10%", [{"kind": "link.slow", "on": link, "factor": "0.1"} for link in ("pcie1", "nvlink")]),
+        ("pcie0 latency=1us", [{"kind": "link.latency", "on": "pcie0", "latency": "1us"}]),
+        ("pcie* bandwidth=0.5", [{"kind": "link.slow", "on": "pcie*", "factor": "0.5"}]),
+        (
+            "gpu0<->host loss=5% reorder=0.25",
+            [{"kind": "loss", "on": "gpu0<->host", "probability": 0.05}, {"kind": "reorder", "on": "gpu0<->host", "probability": 0.25}],
+        ),
+        ("host->gpu1 duplicate=100%", [{"kind": "duplicate", "on": "gpu1<-host", "probability": 1.0}]),
+    ],
+)
+def test_toxics_are_faults_of_the_catalogue(line: str, made: list[dict[str, Any]]) -> None:
+    """And the catalogue takes them."""
+    target, *words = line.split()
+    assert toxics.is_target(target, words)
+    found = toxics.faults_for(target, words, SIGHTS)
+    assert found == made
+    for one in found:
+        fault(**one)
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("gpu0 latncy=5ms loss=1%", 'there is no toxic "latncy"; did you mean "latency"?'),
+        ("gpu0 loss=150%", "loss: '150%' where a part is wanted, such as 5% or 0.05"),
+        ("gpu0 loss=0", "loss: '0' where a part is wanted"),
+        ("gpu0 latency=5", "latency: '5' where a time with its unit, such as"),
+        ("gpu0 latency=5ms latency=6ms", "latency is given twice"),
+        ("gpu0 latency=5ms times=x", "times: 'x' is no whole number"),
+        ("gpu0<->host", "what is to happen? Give one of latency, jitter"),
+        ("gpu0<->host 5ms", '"5ms" is no NAME=VALUE'),
+        ("gpu9 latency=5ms", 'nothing here is called "gpu9"; did you mean "gpu'),
+        ("gpu0->gpu1 latency=5ms", '"gpu0->gpu1" is no way'),
+        ("gpu0->host bandwidth=5%", "bandwidth: a link loses it in both directions"),
+        ("pcie0 loss=5%", "loss: a link has latency and bandwidth only"),
+    ],
+)
+def test_mistakes_are_named_with_their_mend(line: str, says: str) -> None:
+    """Of each word, before anything begins."""
+    target, *words = line.split()
+    with pytest.raises(HmmnetError) as caught:
+        toxics.faults_for(target, words, SIGHTS)
+    assert says in str(caught.value)
+
+
+def test_every_mistake_of_a_line_is_told_without_a_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing needs to run for it."""
+    assert exit_code(["fault", "add", "gpu0<->host", "loss=x", "ltency=1ms"]) == 1
+    told = capsys.readouterr().err
+    assert "loss: 'x' where a part" in told
+    assert 'did you mean "latency"?' in told
+
+
+def test_what_is_neither_kind_nor_target() -> None:
+    """A word without toxics is a kind, and looked for among them."""
+    assert not toxics.is_target("point.fial", ["gpu0", "point=device.hello"])
+    assert toxics.is_target("gpu0->host", [])
+
+
+@pytest.mark.parametrize(
+    ("verb", "target", "oneway", "made"),
+    [
+        (toxics.cut, "gpu0", False, {"kind": "partition", "on": "gpu0<->host"}),
+        (toxics.cut, "gpu0", True, {"kind": "partition", "on": "gpu0->host"}),
+        (toxics.cut, "host->gpu0", True, {"kind": "partition", "on": "gpu0<-host"}),
+        (toxics.cut, "pcie0", False, {"kind": "link.down", "on": "pcie0"}),
+        (toxics.held, "gpu1", False, {"kind": "hang", "on": "gpu1"}),
+        (toxics.held, "gpu1", True, {"kind": "hold", "on": "gpu1->host"}),
+    ],
+)
+def test_verbs_are_faults_of_the_catalogue(verb: Any, target: str, oneway: bool, made: dict[str, Any]) -> None:
+    """Both ways, one way, and links."""
+    assert verb(target, SIGHTS, oneway=oneway) == made
+    fault(**made)
+
+
+@pytest.mark.parametrize(("verb", "target"), [(toxics.cut, "gpu0<->host"), (toxics.cut, "pcie0"), (toxics.held, "gpu0<->host")])
+def test_one_way_of_both_is_refused(verb: Any, target: str) -> None:
+    """It would say two things at once."""
+    with pytest.raises(HmmnetError, match="both"):
+        verb(target, SIGHTS, oneway=True)
+
+
+def test_what_a_verb_undoes() -> None:
+    """All of its kinds at the target, however it is written; nothing else; and a word when there is nothing."""
+    faults = [
+        {"number": 1, "fault": {"kind": "hang", "on": "gpu0"}},
+        {"number": 2, "fault": {"kind": "hold", "on": "gpu0->host"}},
+        {"number": 3, "fault": {"kind": "partition", "on": "gpu0<->host"}},
+        {"number": 4, "fault": {"kind": "hang", "on": "gpu1"}},
+        {"number": 5, "fault": {"kind": "link.down", "on": "pcie0"}},
+    ]
+    assert toxics.ended_by("release", "gpu0", faults) == [1, 2]
+    assert toxics.ended_by("release", "gpu1<->host", faults) == [4]
+    assert toxics.ended_by("repair", "gpu0", faults) == [3]
+    assert toxics.ended_by("repair", "pcie0", faults) == [5]
+    with pytest.raises(HmmnetError, match=r"nothing to repair at gpu1: no partition or link\.down"):
+        toxics.ended_by("repair", "gpu1", faults)
