@@ -31,6 +31,7 @@ def complaint(tally: Tally) -> str:
     return "\n".join(line for outcome in tally.outcomes if not outcome.identical for line in difference_lines(outcome))
 
 
+@pytest.mark.timeout(600)  # half a minute, on a busy machine several
 @pytest.mark.parametrize("backwards", [False, True], ids=["forwards", "backwards"])
 @pytest.mark.parametrize("world", WORLDS)
 def test_recordings_are_identical(world: WorldName, *, backwards: bool) -> None:

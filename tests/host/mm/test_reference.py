@@ -350,6 +350,7 @@ class Player:
                     assert not any(self.machine.bytes_of(entry >> pte.FRAME_SHIFT)), f"page {page - FIRST} of process {number} is not zero"
 
 
+@pytest.mark.timeout(600)  # half a minute, on a busy machine several
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(st.lists(operations, min_size=40, max_size=200))
 def test_memory_equals_the_reference(history: list[tuple[Any, ...]]) -> None:

@@ -469,6 +469,7 @@ class Player:
         assert read == b"".join(bytes(self.modelled.data.get(i, bytes(PAGE))) for i in range(self.modelled.pages))
 
 
+@pytest.mark.timeout(600)  # half a minute, on a busy machine several
 @settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(st.lists(operations, min_size=40, max_size=200))
 def test_files_and_shared_memory_equal_the_reference(history: list[tuple[Any, ...]]) -> None:
