@@ -106,7 +106,7 @@ async def test_values_of_the_wrong_kind(process: Process, call: Callable[[Proces
 
 @pytest.mark.parametrize(
     ("wrong", "words"),
-    [({"transport": "udp"}, "no transport 'udp'; there are ipc, tcp"), ({"rate": "x"}, "a rate of 'x' is none: write auto")],
+    [({"transport": "udp"}, "no transport 'udp'; there are ring, ipc, tcp, cable"), ({"rate": "x"}, "a rate of 'x' is none: write auto")],
 )
 def test_a_launch_that_cannot_be(wrong: dict[str, Any], words: str) -> None:
     """Told at once, before anything starts."""
