@@ -34,9 +34,9 @@ class MachineOverdue(HmmnetError):
 async def real(case: Case) -> AsyncIterator[LaunchedMachine]:
     """A machine of real processes for at most `case.limit_s` real seconds. Raises HmmnetError, MachineOverdue."""
     if case.plan.faults:
-        raise HmmnetError(
-            f'faults of messages ("{case.plan.faults[0].kind}") need a simulated machine: ask for simulated_machine or simulate instead'
-        )
+        kind = getattr(case.plan.faults[0], "kind", "")
+        name = getattr(kind, "name", kind)  # of a fault of the catalogue, or of messages
+        raise HmmnetError(f'faults ("{name}") need a simulated machine: ask for simulated_machine or simulate instead')
     name = f"test-{os.getpid()}-{next(_numbers)}"
     with only_error():
         async with trio.open_nursery() as nursery, launch(case.topology, name=name) as machine:

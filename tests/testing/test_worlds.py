@@ -214,7 +214,7 @@ def test_two_machines_are_one_too_many(pytester: pytest.Pytester) -> None:
             "*a test has one machine: machine or simulated_machine, not both",
             "E*AttributeError: the machine of an asynchronous test has no 'create_process' yet*need pytest-trio",
             "*simulated_machine brings the clock of its virtual time*",
-            'E*HmmnetError: faults of messages ("loss") need a simulated machine*',
+            'E*HmmnetError: faults ("loss") need a simulated machine*',
         ]
     )
 
