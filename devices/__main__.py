@@ -46,9 +46,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def zygote(launcher: int) -> int:
-    """Import all that a device may need, then fork devices at the launcher's command."""
-    from hmmnet.wire import zmq_transport  # noqa: F401 - imported for the children
+    """Import all that a device may need, then fork devices at the launcher's command.
 
+    What a device imports by itself is memory of its own: numpy.ma alone, which np.unique asks for when it is first called, is 4 MB.
+    """
+    import numpy.ma  # noqa: F401 - imported for the children
+
+    from hmmnet.wire import keys, zmq_transport  # noqa: F401 - imported for the children
+
+    from . import bugs  # noqa: F401 - imported for the children
     from .kernels import pointers, text, vector  # noqa: F401 - imported for the children
     from .models import dmirror, gpu  # noqa: F401 - imported for the children
     from .zygote import serve

@@ -148,10 +148,10 @@ def measure_bookkeeping() -> list[Measurement]:
 def _by_size(
     name: str, figures: dict[int, float], asked: int, goal: Goal | None, reference: dict[int, float] | None = None
 ) -> list[Measurement]:
-    """The figure for the size that the goal is for, then the others; a goal for a ratio is for that size only."""
+    """The figure for the size that the goal is for, then the others, which nothing is asked of."""
     found = []
     for pages in sorted(figures, key=lambda pages: (pages != asked, pages)):
-        own = goal if pages == asked or (goal is not None and goal.of == "value") else None
+        own = goal if pages == asked else None
         beside = None if reference is None else reference[pages]
         ratio = None if beside is None else figures[pages] / beside
         found.append(measured(name if pages == asked else f"{name}.{pages}", figures[pages], "ns", own, beside, ratio))

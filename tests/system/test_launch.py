@@ -56,6 +56,22 @@ async def gone(*pids: int) -> None:
             await wait_ended(pid)
 
 
+async def test_devices_import_nothing_of_their_own(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """Jobs, faults and migrations need what the zygote has imported, and no more: an import is memory that devices would not share."""
+    monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")
+    async with hmmnet.launch("two-gpus", rate=1.0) as machine:
+        process = await machine.process()
+        address = await process.malloc(4 * PAGE_SIZE)
+        for device in machine.device_names:
+            assert await add(process, device)
+            await process.migrate(address, 4 * PAGE_SIZE, device)
+            await process.load(address)
+            await process.mprotect(address, PAGE_SIZE, "r")
+    _, zygote, devices = capfd.readouterr().err.partition(" hmmnet.devices.zygote\n")
+    assert zygote
+    assert [line for line in devices.splitlines() if line.startswith("import time:")] == []
+
+
 async def test_a_program_that_stalls_keeps_its_devices() -> None:
     """Twice as long as the lease without a turn for the loop, with a job under way: what is on the devices is there afterwards."""
     async with hmmnet.launch("two-gpus", rate=1.0) as machine:
