@@ -11,7 +11,7 @@ Frame words are uint64 so that a range is one array and one array is one message
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -53,6 +53,7 @@ MIGRATE_PFN_COMPOUND = 1 << 4
 """The word stands for a huge page: there are none for its other 511 pages."""
 MIGRATE_PFN_SHIFT = 6
 
+Number = TypeVar("Number", bound=np.integer[Any])
 Words: TypeAlias = npt.NDArray[np.uint64]
 """An array of page numbers, frame numbers or frame words: uint64, one dimension."""
 
@@ -80,6 +81,11 @@ def from_wire(raw: bytes | memoryview) -> Words:
 def ascending(words: Words) -> Words:
     """`words` sorted; themselves if they are, as they mostly are: looking costs a fiftieth of sorting."""
     return words if bool((words[1:] >= words[:-1]).all()) else np.sort(words)
+
+
+def distinct(values: npt.NDArray[Number]) -> npt.NDArray[Number]:
+    """`values` ascending, each once; themselves if they are, as they mostly are: np.unique takes 25 us for a handful."""
+    return values if bool((values[1:] > values[:-1]).all()) else np.unique(values)
 
 
 LARGE = 1 << 63
@@ -143,7 +149,7 @@ def is_one_run(frames: Words) -> bool:
         return n == 1
     if int(frames[-1]) - int(frames[0]) != n - 1:
         return False
-    return bool((frames[1:] == frames[:-1] + np.uint64(1)).all())
+    return bool((frames[1:] > frames[:-1]).all())  # integers that ascend from the first to the last leave none out
 
 
 EXACT_RUNS_MAX = 64

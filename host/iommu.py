@@ -89,7 +89,8 @@ class Domain:
 
     def revoke_pages(self, pages: Words) -> None:
         """Forget the translations of `pages`, which may be large."""
-        self._table.scatter(self._some(pages), 0)
+        if self._table.leaf_count:
+            self._table.scatter(self._some(pages), 0)
 
     def _some(self, pages: Words) -> Words:
         """`pages` page by page; without large ones where there is no translation among them all, as is most common."""
@@ -114,6 +115,8 @@ class Domain:
 
     def suspend(self, pages: Words) -> None:
         """`pages` are on their way to the device itself: their translations answer EAGAIN until `resume` or `revoke_pages`."""
+        if not self._table.leaf_count:
+            return
         pages = self._some(pages)
         entries = self._table.gather(pages)
         held = (entries & _VALID) != 0
@@ -122,6 +125,8 @@ class Domain:
 
     def resume(self, pages: Words) -> None:
         """`pages` stayed where they were: what was suspended is good again."""
+        if not self._table.leaf_count:
+            return
         pages = self._some(pages)
         entries = self._table.gather(pages)
         held = (entries & _SUSPENDED) != 0

@@ -33,6 +33,7 @@ from hmmnet.pages import (
     MIGRATE_PFN_SHIFT,
     MIGRATE_PFN_VALID,
     Words,
+    distinct,
     page_by_page,
     pages_in,
     words_by_page,
@@ -94,7 +95,7 @@ async def collect(
     """
     large = space.takeable(start, end, select, owner)
     if select & Select.SYSTEM:
-        large = large[np.isin(large, blocks)] if blocks is not None and len(large) else _NONE
+        large = _common(large, blocks) if blocks is not None and len(large) else _NONE
     if len(large) << HUGE_SHIFT == end - start:
         pages = _NONE
     else:
@@ -119,6 +120,11 @@ async def collect(
                 await between()
 
 
+def _common(large: Words, blocks: Words) -> Words:
+    """Those of `large` that are among `blocks`: mostly all of them."""
+    return large if np.array_equal(large, blocks) else large[np.isin(large, blocks)]
+
+
 def listed(part: Migration, values: Words) -> Words:
     """Pages or frames of `part` as a list that others read: large ones say so."""
     return values | np.uint64(LARGE) if part.large else values
@@ -137,7 +143,7 @@ def pieces(parts: list[Migration]) -> list[tuple[Words, Words]]:
 def words_of(parts: list[Migration], count: int) -> Words:
     """The source words of a range of `count` pages in their order, huge ones as one word; zero where `parts` end before it does."""
     found = pieces(parts)
-    words = np.concatenate([_NONE, *(words for _, words in found)])
+    words = joined([words for _, words in found])
     if len(found) > 1:
         pages = np.concatenate([pages for pages, _ in found]) & np.uint64(LARGE - 1)
         words = words[np.argsort(pages, kind="stable")]
@@ -207,7 +213,7 @@ class MigrateVma:
     @property
     def pages(self) -> Words:
         """The pages of all parts, large ones marked."""
-        return np.concatenate([_NONE, *(listed(part, part.pages) for part in self.parts)])
+        return joined([listed(part, part.pages) for part in self.parts])
 
     async def install(self) -> None:
         """migrate_vma_pages. Pages that were never touched have no migration entry to hide behind, so they are announced once more."""
@@ -292,9 +298,11 @@ class Grant:
             return True
         last = self._heads + np.uint64(HUGE_PAGES - 1)
         blocks = (self._heads - np.uint64(self.zone.base)).astype(np.intp) >> HUGE_SHIFT
-        if not self.zone.holds(self._heads) or not self.zone.holds(last) or len(np.unique(blocks)) != len(blocks):
+        if not self.zone.holds(self._heads) or not self.zone.holds(last) or len(distinct(blocks)) != len(blocks):
             return False
-        return self.zone.unused(blocks) and not np.isin(self._offered >> _BLOCK, self._heads >> _BLOCK).any()
+        if len(self._offered) and np.isin(self._offered >> _BLOCK, self._heads >> _BLOCK).any():
+            return False
+        return self.zone.unused(blocks)
 
     def release(self) -> None:
         """Unlock what is not used. Once the driver knows of it, it may offer those frames to another migration."""
@@ -387,20 +395,25 @@ async def copy_in(work: MigrateVma, domains: Sequence[Domain], start: int, grant
     assert work.link is not None, "a migration to a device"
     if work.points.armed:
         await work.at("migrate.allocate")
-    sources, targets, zeros, chosen = [_NONE], [_NONE], [_NONE], []
+    sources: list[Words] = []
+    targets: list[Words] = []
+    zeros: list[Words] = []
+    chosen: list[Words] = []
     for i, part in enumerate(work.parts):
         frames = np.where(part.source & MIGRATE != 0, grant.for_part(part, start), np.uint64(0))
         own = part.source >> SHIFT if froms is None else froms[i]
         if froms is not None:
             frames[(own == 0) & (part.source & VALID != 0)] = 0
         full = (frames != 0) & (part.source & VALID != 0)
+        whole = bool(full.all())
+        rows = slice(None) if whole else full
         for domain in domains:
-            domain.suspend(listed(part, part.pages[full]))
-        sources.append(listed(part, own[full]))
-        targets.append(listed(part, frames[full]))
-        zeros.append(listed(part, frames[(frames != 0) & ~full]))
+            domain.suspend(listed(part, part.pages[rows]))
+        sources.append(listed(part, own[rows]))
+        targets.append(listed(part, frames[rows]))
+        zeros.append(_NONE if whole else listed(part, frames[(frames != 0) & ~full]))
         chosen.append(frames)
-    source, target, zero = np.concatenate(sources), np.concatenate(targets), np.concatenate(zeros)
+    source, target, zero = joined(sources), joined(targets), joined(zeros)
     if work.points.armed:
         await work.at("migrate.before_copy")
     if len(source) or len(zero):

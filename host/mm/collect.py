@@ -103,17 +103,23 @@ def _collect(mm: Mm, migration: Migration, select: Select, told: frozenset[int])
         migration.source[bare & _anonymous(mm, pages)] = MIGRATE_PFN_MIGRATE
     rows = np.flatnonzero(wanted(entries, select, migration.owner))
     if len(rows):
-        frames = pte.frames_of(entries if len(rows) == len(entries) else entries[rows])
-        whole = entries[rows] & pte.HUGE != 0 if migration.compound else None
+        frames = pte.frames_of(chosen(entries, rows))
+        whole = chosen(entries, rows) & pte.HUGE != 0 if migration.compound else None
         free = _free_to_go(mm.memory, frames, migration.fault_frame, whole)
         if mm.memory.points.armed:
             free &= lucky(mm, pages[rows], "migrate.trylock", "migrate.count")
         if not free.all():
             rows = rows[free]
-        rows = tear_collected(mm, pages, entries, rows)
-        frames = pte.frames_of(entries if len(rows) == len(entries) else entries[rows])
-        rows = _others(mm.memory, mm, migration, rows, pages, frames, told)
+        collected = tear_collected(mm, pages, entries, rows)
+        if len(collected) < len(frames):
+            frames = pte.frames_of(entries[collected])
+        rows = _others(mm.memory, mm, migration, collected, pages, frames, told)
         _install(mm, migration, rows, entries)
+
+
+def chosen(values: Words, rows: Rows) -> Words:
+    """Those of `values` at `rows` (ascending), themselves if that is all: as it mostly is, and picking them costs as much as a pass."""
+    return values if len(rows) == len(values) else values[rows]
 
 
 def _anonymous(mm: Mm, pages: Words) -> Flags:
@@ -209,13 +215,13 @@ def _stay_together(memory: PhysicalMemory, frames: Words, stays: Flags) -> None:
 
 def _install(mm: Mm | None, migration: Migration, rows: Rows, entries: Words) -> None:
     """Lock the frames of `rows`, replace every mapping by a migration entry."""
-    whole = len(rows) == len(entries)
-    chosen = entries if whole else entries[rows]
-    source = _words(pte.frames_of(chosen), BOTH) | pte.masked(chosen, pte.WRITE)
+    taken = chosen(entries, rows)
+    frames = pte.frames_of(taken)
+    into = slice(None) if taken is entries else rows
     if mm is not None:
-        mm.table.scatter(migration.pages if whole else migration.pages[rows], waiting(chosen))
-        migration.saved[rows] = chosen
-    migration.source[rows] = source
+        mm.table.scatter(chosen(migration.pages, rows), waiting(taken))
+        migration.saved[into] = taken
+    migration.source[into] = _words(frames, BOTH) | pte.masked(taken, pte.WRITE)
     memory = None if mm is None else mm.memory
     for mapped in migration.others:
         torn = mapped.entries.copy()
@@ -224,7 +230,7 @@ def _install(mm: Mm | None, migration: Migration, rows: Rows, entries: Words) ->
         memory = mapped.mm.memory
     if memory is None:
         return
-    for zone, _, where in memory.groups(pte.frames_of(chosen)):
+    for zone, _, where in memory.groups(frames):
         zone.flags[where] |= LOCKED
         if migration.others:
             zone.refcount[where] -= zone.mapcount[where] - 1
@@ -272,13 +278,12 @@ def _move(memory: PhysicalMemory, mm: Mm | None, migration: Migration) -> None:
     rows = np.flatnonzero(source & BOTH == BOTH)
     if len(rows) == 0:
         return
-    old, new = _frames(source[rows]), _frames(target[rows])
-    flags = memory.field(old, "flags")
-    refused = (memory.field(old, "refcount") > 1) | ((flags & ANON == 0) & (new >= DEVICE_ZONE_MIN << ZONE_SHIFT))
+    old, new = _frames(chosen(source, rows)), _frames(chosen(target, rows))
+    refcount, flags, mapping, index = memory.fields(old, "refcount", "flags", "mapping", "index")
+    refused = (refcount > 1) | ((flags & ANON == 0) & (new >= DEVICE_ZONE_MIN << ZONE_SHIFT))
     if refused.any():
         source[rows[refused]] &= NOT_MIGRATE
-        rows, old, new, flags = rows[~refused], old[~refused], new[~refused], flags[~refused]
-    mapping, index = memory.field(old, "mapping"), memory.field(old, "index")
+        new, flags, mapping, index = new[~refused], flags[~refused], mapping[~refused], index[~refused]
     for zone, part, where in memory.groups(new):
         zone.refcount[where] = 1
         zone.flags[where] = flags[part]

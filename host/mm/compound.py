@@ -41,7 +41,7 @@ def tear_collected(mm: Mm, pages: Words, entries: Words, rows: Rows) -> Rows:
     Memory of a device can be torn at any time; a page of system memory that could not be split is held by somebody, and stays. Changes
     `entries` as it does the table.
     """
-    huge = entries[rows] & pte.HUGE != 0
+    huge = (entries if len(rows) == len(entries) else entries[rows]) & pte.HUGE != 0
     if not huge.any():
         return rows
     blocks = pages[rows] >> _SHIFT
@@ -70,7 +70,8 @@ def tear_mapped(mm: Mm, pages: Words, entries: Words) -> None:
 def fit_targets(memory: PhysicalMemory, mm: Mm | None, migration: Migration) -> None:
     """Folios whose targets are not one aligned run are split, while nobody can touch them."""
     rows = np.flatnonzero(migration.source & np.uint64(BOTH) == BOTH)
-    frames = migration.source[rows] >> np.uint64(MIGRATE_PFN_SHIFT)
+    words = migration.source if len(rows) == len(migration.source) else migration.source[rows]
+    frames = words >> np.uint64(MIGRATE_PFN_SHIFT)
     large = memory.field(frames, "flags") & COMPOUND != 0
     if not large.any():
         return

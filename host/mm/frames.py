@@ -170,10 +170,10 @@ class PhysicalMemory:
             first = int(frames[0]) - zone.base
             yield zone, slice(None), slice(first, first + len(frames))
             return
-        low, high = int(frames.min()) >> ZONE_SHIFT, int(frames.max()) >> ZONE_SHIFT
-        if low == high:
-            zone = self.zones[low]
-            yield zone, slice(None), (frames - np.uint64(zone.base)).astype(np.intp)
+        first = frames[0]
+        if not int(np.bitwise_or.reduce(frames ^ first)) >> ZONE_SHIFT:  # all of one zone
+            zone = self.zones[int(first) >> ZONE_SHIFT]
+            yield zone, slice(None), (frames - np.uint64(zone.base)).view(np.intp)
             return
         numbers = frames >> np.uint64(ZONE_SHIFT)
         for number in np.unique(numbers).tolist():
@@ -183,15 +183,19 @@ class PhysicalMemory:
 
     def field(self, frames: Words, name: str) -> npt.NDArray[Any]:
         """One struct page field of each of `frames`, a copy."""
-        out: npt.NDArray[Any] | None = None
+        return self.fields(frames, name)[0]
+
+    def fields(self, frames: Words, *names: str) -> list[npt.NDArray[Any]]:
+        """`field` for several at once: where the frames are is found out only once."""
+        out: list[npt.NDArray[Any]] = []
         for zone, rows, where in self.where(frames):
-            values = zone.values(name, where)
+            values = [zone.values(name, where) for name in names]
             if isinstance(rows, slice):
                 return values
-            if out is None:
-                out = np.zeros(len(frames), dtype=values.dtype)
-            out[rows] = values
-        return np.zeros(0, np.int64) if out is None else out
+            out = out or [np.zeros(len(frames), dtype=some.dtype) for some in values]
+            for all_of_it, some in zip(out, values, strict=True):
+                all_of_it[rows] = some
+        return out or [np.zeros(0, np.int64) for _ in names]
 
     # --- allocation -------------------------------------------------------------------------------------------------------------
 

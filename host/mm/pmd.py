@@ -175,14 +175,14 @@ def move(mm: Mm, migration: Migration) -> None:
     _insert(mm, migration)
     rows = np.flatnonzero(source & BOTH == BOTH)
     if len(rows):
-        old, new = source[rows] >> _FRAME, target[rows] >> _FRAME
-        held = memory.field(old, "refcount") > 1
+        new = target[rows] >> _FRAME
+        refcount, *state = memory.fields(source[rows] >> _FRAME, "refcount", "flags", "mapping", "index")
+        held = refcount > 1
         if held.any():
             source[rows[held]] &= NOT_MIGRATE
-            rows, old, new = rows[~held], old[~held], new[~held]
-        state = [memory.field(old, name) for name in ("flags", "mapping", "index")]
+            new, state = new[~held], [values[~held] for values in state]
+        _make_folded(memory, new)
         for zone, part, where in memory.where(new):
-            _make_folded(memory, new[part])
             zone.refcount[where] = 1
             zone.flags[where], zone.mapping[where], zone.index[where] = (values[part] for values in state)
     for part_of in migration.torn:
@@ -284,10 +284,11 @@ def finalize(mm: Mm, migration: Migration) -> None:
     blocks = migration.pages[rows] >> _SHIFT
     entries = mm.table.pmds.gather(blocks)
     there = (entries & pte.KIND == pte.MIGRATION) & (pte.frames_of(entries) == came)
-    kinds = np.where(by_page.is_private(memory, final), np.uint64(pte.DEVICE), np.uint64(pte.PRESENT))
+    kinds = _settle(memory, final, there)
     new = pte.masked(entries, pte.BITS & ~pte.KIND) | pte.entries_of(pte.NONE, final) | kinds
     mm.table.pmds.scatter(blocks[there], new[there])
-    _settle(memory, final, there)
+    if not there.all():
+        memory.put_folios(final[~there])
     _release(memory, came[goes[rows] & full[rows]])
     unused = target[~goes & (target != 0)] >> _FRAME
     memory.put_folios(unused[unused < DEVICE_ZONE_MIN << ZONE_SHIFT])
@@ -297,13 +298,15 @@ def finalize(mm: Mm, migration: Migration) -> None:
         mm.migration_ended()
 
 
-def _settle(memory: PhysicalMemory, heads: Words, mapped: Flags) -> None:
-    """Folios end a migration, mapped once or (unmapped meanwhile) not at all."""
+def _settle(memory: PhysicalMemory, heads: Words, mapped: Flags) -> Words:
+    """Folios end a migration, mapped once or (unmapped meanwhile) not at all; the kind of entry that leads to each."""
+    kinds = np.full(len(heads), pte.PRESENT, np.uint64)
     for zone, rows, at in memory.where(heads):
         zone.mapcount[at] = mapped[rows]
         zone.flags[at] &= ~np.uint32(LOCKED)
-    if not mapped.all():
-        memory.put_folios(heads[~mapped])
+        if zone.kind == "private":
+            kinds[rows] = pte.DEVICE
+    return kinds
 
 
 def _release(memory: PhysicalMemory, heads: Words) -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hmmnet.pages import PAGE_SIZE, ZONE_SHIFT, from_wire, is_one_run, page_range, run_bounds, to_wire, zone_of
+from hmmnet.pages import PAGE_SIZE, ZONE_SHIFT, distinct, from_wire, is_one_run, page_range, run_bounds, to_wire, zone_of
 
 FRAMES = st.lists(st.integers(0, 40), max_size=30)
 
@@ -32,6 +32,12 @@ def test_one_run_means_two_bounds(frames: list[int]) -> None:
     """The quick question and the full answer agree."""
     words = np.array(frames, dtype=np.uint64)
     assert is_one_run(words) == (len(run_bounds(words)) == 2)
+
+
+@given(FRAMES)
+def test_distinct_is_what_numpy_calls_unique(frames: list[int]) -> None:
+    """Whatever the order: ascending, each once."""
+    assert distinct(np.array(frames, dtype=np.uint64)).tolist() == sorted(set(frames))
 
 
 @given(st.lists(st.integers(0, 2**64 - 1), max_size=20))

@@ -51,6 +51,22 @@ def test_reused_frames_are_zeroed_but_for_what_is_overwritten() -> None:
     assert memory.read_small(one, 0, PAGE_SIZE) == bytes(PAGE_SIZE)
 
 
+def test_fields_of_frames_in_several_zones_come_in_their_order() -> None:
+    """One array for each name, whether the frames lie in one zone, in several, in any order, or nowhere."""
+    memory = memory_of(8, 8)
+    for node in (0, 1):
+        frames = memory.allocate(4, node)
+        assert frames is not None
+        memory.map_new(frames, 5 + node, frames + np.uint64(100))
+    some = words(3, (1 << ZONE_SHIFT) + 2, 1, (1 << ZONE_SHIFT) + 7)
+    mapping, index, refcount = memory.fields(some, "mapping", "index", "refcount")
+    assert mapping.tolist() == [5, 6, 5, 0]
+    assert index.tolist() == [103, (1 << ZONE_SHIFT) + 102, 101, 0]
+    assert refcount.tolist() == [1, 1, 1, 0]
+    assert memory.field(some[1::2], "mapping").tolist() == [6, 0]
+    assert [values.tolist() for values in memory.fields(some[:0], "mapping", "index")] == [[], []]
+
+
 def test_an_allocation_spills_to_other_nodes() -> None:
     """First the node that was asked for, then a node where all fits, then pieces of all."""
     memory = memory_of(8, 16)
