@@ -2,8 +2,9 @@
 
 Most pages have one mapping, and the MIGRATE of the process whose range it is tells everybody. After fork pages are shared; then CLEAR is
 announced too, page by page, wherever they may be mapped (try_to_migrate walks the reverse map the same way), the process itself included.
-All announcements stand until the pages are collected, so nobody mirrors one anew in between; who came to share a page after the
-announcements (a further fork) was not told, and `collect` leaves such a page where it is.
+All announcements stand until the pages are collected, so nobody mirrors one anew in between. A page that came to be shared, or came here,
+while they were made (a further fork, a migration that ended) was not announced everywhere: `collect` is given what was (`Told`), and leaves
+such a page where it is.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from hmmnet.pages import Words, announced_runs
 
-from .interfaces import NO_OWNER, AddressSpace, Event, Select
+from .interfaces import NO_OWNER, AddressSpace, Event, Select, Told
 
 if TYPE_CHECKING:
     from .mm.mm import Mm
@@ -23,19 +24,19 @@ if TYPE_CHECKING:
 @asynccontextmanager
 async def announced(
     space: AddressSpace, spaces: Mapping[int, AddressSpace], start: int, end: int, pages: Words, select: Select, owner: int
-) -> AsyncIterator[frozenset[int]]:
+) -> AsyncIterator[Told]:
     """While the block runs, nobody mirrors those pages of [start, end), in one VMA, that `collect` with the same arguments may take.
 
     `pages` (ascending) are those of them that may be shared.
 
-    Yields the processes that were told beyond their own MIGRATE, for `collect`. Hold the mmap lock for reading.
+    Yields what was announced beyond the process's own MIGRATE, for `collect`. Hold the mmap lock for reading.
     """
     async with AsyncExitStack() as stack:
-        told = set()
+        told: dict[int, list[Words]] = {}
         for mm, places in space.sharers(pages, select, owner) if len(pages) else ():
-            told |= await clear(stack, spaces, mm, places, owner)
+            await clear(stack, spaces, mm, places, owner, told)
         await stack.enter_async_context(space.hub.invalidate(Event.MIGRATE, start, end, owner))
-        yield frozenset(told)
+        yield told
 
 
 async def split_large(space: AddressSpace, spaces: Mapping[int, AddressSpace], pages: Words, owner: int, *, compound: bool) -> None:
@@ -52,11 +53,22 @@ async def split_large(space: AddressSpace, spaces: Mapping[int, AddressSpace], p
             found.split()
 
 
-async def clear(stack: AsyncExitStack, spaces: Mapping[int, AddressSpace], mm: Mm, pages: Words, owner: int = NO_OWNER) -> set[int]:
-    """Announce CLEAR for `pages` of a process until `stack` is left, for zone `owner`; its number, or nothing when it has ended."""
+async def clear(
+    stack: AsyncExitStack,
+    spaces: Mapping[int, AddressSpace],
+    mm: Mm,
+    pages: Words,
+    owner: int = NO_OWNER,
+    told: dict[int, list[Words]] | None = None,
+) -> None:
+    """Announce CLEAR for `pages` of a process until `stack` is left, for zone `owner`, and enter them in `told`.
+
+    Nothing is announced when the process has ended.
+    """
     space = spaces.get(mm.number)
     if space is None:
-        return set()
+        return
     for start, end in announced_runs(pages):
         await stack.enter_async_context(space.hub.invalidate(Event.CLEAR, start, end, owner))
-    return {mm.number}
+    if told is not None:
+        told.setdefault(mm.number, []).append(pages)

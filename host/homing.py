@@ -389,11 +389,11 @@ class Homing:
         if points.armed:
             await points.at("home.evict", device=link.name, pages=len(frames))
         async with AsyncExitStack() as stack:
-            told: set[int] = set()
+            told: dict[int, list[Words]] = {}
             mapped_at = list(mappings(self._memory, frames))
             for mapped in mapped_at:
-                told |= await clear(stack, self.spaces, mapped.mm, mapped.pages)
-            migration = collect_frames(self._memory, frames, frozenset(told))
+                await clear(stack, self.spaces, mapped.mm, mapped.pages, told=told)
+            migration = collect_frames(self._memory, frames, told)
         going = migration.source & MIGRATE != 0
         if not going.any():
             return 0

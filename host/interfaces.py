@@ -10,11 +10,11 @@ synchronous call is atomic: no other task runs in between. That takes the place 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from enum import IntFlag, StrEnum
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -56,6 +56,10 @@ class Select(IntFlag):
 
 
 NO_OWNER = -1
+
+Told: TypeAlias = Mapping[int, Sequence[Words]]
+"""The pages of which mirrors were told (CLEAR), by process."""
+NOBODY: Told = {}
 
 
 @dataclass(eq=False)
@@ -289,11 +293,9 @@ class AddressSpace(Protocol):
         """Where pages that several processes share may be mapped, of those that `collect` would take: (process, pages)."""
         ...
 
-    def collect(
-        self, pages: Words, select: Select, owner: int, fault_frame: int | None = None, told: frozenset[int] = frozenset()
-    ) -> Migration:
+    def collect(self, pages: Words, select: Select, owner: int, fault_frame: int | None = None, told: Told = NOBODY) -> Migration:
         """migrate_vma_collect and migrate_vma_unmap (A4), after everybody was told (`announce.announced`): installs migration entries,
-        refuses pinned pages and those that a process not in `told` shares.
+        refuses pinned pages and those that are mapped where nobody was `told`.
         """
         ...
 

@@ -24,7 +24,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from hmmnet.host.interfaces import NO_OWNER, Migration, Select
+from hmmnet.host.interfaces import NO_OWNER, NOBODY, Migration, Select, Told
 from hmmnet.pages import (
     DEVICE_ZONE_MIN,
     HUGE_PAGES,
@@ -64,12 +64,11 @@ def _words(frames: Words, bits: int) -> Words:
     return frames << np.uint64(MIGRATE_PFN_SHIFT) | np.uint64(bits)
 
 
-def collect(
-    mm: Mm, pages: Words, select: Select, owner: int, fault_frame: int | None = None, told: frozenset[int] = frozenset()
-) -> Migration:
+def collect(mm: Mm, pages: Words, select: Select, owner: int, fault_frame: int | None = None, told: Told = NOBODY) -> Migration:
     """migrate_vma_collect and migrate_vma_unmap for `pages` (ascending, in VMAs that may take part).
 
-    Mirrors have been told, those of this process and of the processes `told`; a page that a further process maps stays where it is.
+    Mirrors have been told: those of this process of `pages`, and further ones of what `told` says; a page that is mapped elsewhere, too,
+    stays where it is.
     """
     source, target, saved = (np.zeros(len(pages), np.uint64) for _ in range(3))
     migration = Migration(pages, source, target, saved, owner, fault_frame, bool(select & Select.COMPOUND))
@@ -92,7 +91,7 @@ def sharers(mm: Mm, pages: Words, select: Select, owner: int) -> list[tuple[Mm, 
     return list(places(mm.memory, shared)) if len(shared) else []
 
 
-def _collect(mm: Mm, migration: Migration, select: Select, told: frozenset[int]) -> None:
+def _collect(mm: Mm, migration: Migration, select: Select, told: Told) -> None:
     pages = migration.pages
     entries = mm.table.gather(pages)
     bare = entries == 0
@@ -180,10 +179,8 @@ def lucky(mm: Mm, pages: Words, *names: str) -> Flags:
     return out
 
 
-def _others(
-    memory: PhysicalMemory, mm: Mm | None, migration: Migration, rows: Rows, pages: Words, frames: Words, told: frozenset[int]
-) -> Rows:
-    """Find the further mappings of `frames` (rows `rows` of `pages`), in processes `told`; returns the rows of which all are known."""
+def _others(memory: PhysicalMemory, mm: Mm | None, migration: Migration, rows: Rows, pages: Words, frames: Words, told: Told) -> Rows:
+    """Find the further mappings of `frames` (rows `rows` of `pages`); returns the rows of which mirrors have been `told` of all."""
     shared = np.flatnonzero(memory.field(frames, "mapcount") > (0 if mm is None else 1))
     if len(shared) == 0:
         return rows
@@ -194,8 +191,7 @@ def _others(
         if mapped.mm is mm:
             other = mapped.pages != pages[rows[which]]
             mapped, which = Mapped(mapped.mm, mapped.rows[other], mapped.pages[other], mapped.entries[other]), which[other]
-        elif mapped.mm.number not in told:
-            stays[which] = True
+        stays[which[~_announced(told, mapped)]] = True
         found.append(Mapped(mapped.mm, which, mapped.pages, mapped.entries))
     if stays.any():
         _stay_together(memory, frames, stays)
@@ -204,6 +200,14 @@ def _others(
         if go.any():
             migration.others.append(Mapped(mapped.mm, rows[mapped.rows[go]], mapped.pages[go], mapped.entries[go]))
     return rows[~stays]
+
+
+def _announced(told: Told, mapped: Mapped) -> Flags:
+    """Which of those mappings mirrors have been `told` of. That their process was told of others says nothing."""
+    out = np.zeros(len(mapped.pages), np.bool_)
+    for pages in told.get(mapped.mm.number, ()):
+        out |= np.isin(mapped.pages, pages)
+    return out
 
 
 def _stay_together(memory: PhysicalMemory, frames: Words, stays: Flags) -> None:
@@ -242,7 +246,7 @@ def waiting(entries: Words) -> Words:
     return entries & ~np.uint64(pte.BITS & ~pte.CARRIED) | np.uint64(pte.MIGRATION)
 
 
-def collect_frames(memory: PhysicalMemory, frames: Words, told: frozenset[int]) -> Migration:
+def collect_frames(memory: PhysicalMemory, frames: Words, told: Told) -> Migration:
     """migrate_device_range: take `frames` of a device, whoever maps them. `Migration.pages` is zero throughout: there is no range.
 
     Frames that are idle, locked or held by others stay out (source 0); the driver comes back for them.

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import trio
 
 from hmmnet.errors import KernelError
-from hmmnet.host.interfaces import Event, Migration, Select, Walk
+from hmmnet.host.interfaces import NOBODY, Event, Migration, Select, Told, Walk
 from hmmnet.pages import PAGE_SHIFT, Words, zone_of
 from hmmnet.program import Mapping, Residency
 
@@ -133,12 +133,10 @@ class Space(Advice):
         """See `huge.large`."""
         return large(self.mm, pages, compound=compound)
 
-    def collect(
-        self, pages: Words, select: Select, owner: int, fault_frame: int | None = None, told: frozenset[int] = frozenset()
-    ) -> Migration:
+    def collect(self, pages: Words, select: Select, owner: int, fault_frame: int | None = None, told: Told = NOBODY) -> Migration:
         """migrate_vma_collect and migrate_vma_unmap (A4): `pages` ascend, in VMAs that `check_migratable` passed.
 
-        The mirrors of this process have been told, and those of the processes numbered in `told` (see `sharers`).
+        The mirrors of this process have been told, and further ones of what `told` says (see `sharers`).
         """
         assert self.mmap_lock.held, "collect without the mmap lock"
         return migration_steps.collect(self.mm, pages, select, owner, fault_frame, told)
@@ -146,8 +144,8 @@ class Space(Advice):
     def sharers(self, pages: Words, select: Select, owner: int) -> list[tuple[Mm, Words]]:
         """What else has to be told before `collect` of the same arguments: (process, pages), this process included; mostly nothing.
 
-        For pages that several processes share, CLEAR is announced page by page wherever they may be mapped; `collect` is then `told` the
-        numbers of those processes.
+        For pages that several processes share, CLEAR is announced page by page wherever they may be mapped; `collect` is then `told`
+        which pages those were.
         """
         return migration_steps.sharers(self.mm, pages, select, owner)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import trio
 
 from hmmnet.host.hub import Hub
 from hmmnet.host.mm.space import Space
 from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, PAGES_MAX, announced_runs
 
-from .fakes import Bench, words
+from .fakes import Bench, FakeLink, words
 
 PAGES = 3
 
@@ -58,6 +59,36 @@ async def test_a_sharer_nobody_knows_keeps_the_page() -> None:
     del bench.spaces[2]
     assert (await bench.to_device(parent, address, PAGES)).moved == 0
     assert await child.load(address, 1) == await parent.load(address, 1) == b"\1"
+
+
+async def test_a_page_that_came_to_be_taken_was_not_announced() -> None:
+    """Mirrors are told of pages 1 and 2. Meanwhile page 0 comes home, and a mirror may have it again: it stays.
+
+    That its process was told of others is not enough: the mirror would go on reading the frame that page 0 has left, whoever has it then.
+    """
+    bench = Bench()
+    parent, child, address = await forked(bench)
+    first = address >> PAGE_SHIFT
+    await bench.to_device(parent, address, 1)
+    quick, slow = FakeLink("quick", 65), FakeLink("slow", 66)
+    bench.hub(child).insert(first, first + 1, quick, 2)
+    bench.hub(child).insert(first + 1, first + PAGES, slow, 2)
+    gate = slow.hold()
+    moved: list[int] = []
+
+    async def migrate() -> None:
+        moved.append((await bench.to_device(parent, address, PAGES)).moved)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(migrate)
+        while not slow.told:
+            await trio.lowlevel.checkpoint()
+        assert await parent.load(address, 1) == b"\1"
+        told = len(quick.told)
+        gate.set()
+    assert (moved, len(quick.told) - told) == ([2], 0)
+    for space in (parent, child):
+        assert bytes(value & 0x7F for value in space.pagemap(address, PAGES)) == b"PSS"
 
 
 def test_runs_are_exact_until_there_are_too_many() -> None:

@@ -225,13 +225,13 @@ class Machine:
         frames = np.flatnonzero(device.zone.referenced()).astype(np.uint64) + np.uint64(device.zone.base)
         if len(frames) == 0:
             return 0
-        told: set[int] = set()
+        told: dict[int, list[Words]] = {}
         for mm, places in rmap.places(self.memory, frames):
-            told.add(mm.number)
+            told.setdefault(mm.number, []).append(places)
             for page in places.tolist():
                 async with self.spaces[mm.number].hub.invalidate(Event.CLEAR, page, page + 1):
                     pass
-        migration = collect_frames(self.memory, frames, frozenset(told))
+        migration = collect_frames(self.memory, frames, told)
         going = np.flatnonzero(migration.source & MIGRATE)
         targets = self.memory.allocate(len(going), keep=slice(0, len(going)))
         assert targets is not None

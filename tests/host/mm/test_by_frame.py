@@ -26,7 +26,8 @@ async def test_system_memory_moves_by_frame_for_everybody() -> None:
     frames = pte.frames_of(parent.mm.table.read(FIRST, FIRST + 4))
     file_frame = int(parent.mm.table.get(shared // PAGE)) >> pte.FRAME_SHIFT
     wanted = np.array([frames[3], 4000, frames[0], file_frame, frames[2], frames[1]], np.uint64)
-    migration = collect_frames(machine.memory, wanted, frozenset({parent.number, child.number}))
+    told = {space.number: [span(FIRST, 4)] for space in (parent, child)}
+    migration = collect_frames(machine.memory, wanted, told)
     assert (migration.source & MIGRATE != 0).tolist() == [True, False, True, False, False, True]
     going = np.flatnonzero(migration.source & MIGRATE)
     device = machine.devices[64]
@@ -46,14 +47,17 @@ async def test_system_memory_moves_by_frame_for_everybody() -> None:
 
 
 async def test_who_was_not_told_keeps_the_page() -> None:
-    """A process that came to share a frame after the announcements has not let go of it."""
+    """A process that came to share a frame after the announcements has not let go of it; nor has one that was told of other pages."""
     machine = Machine()
     parent = machine.process()
-    await parent.mmap(PAGE, "rw", BASE)
-    await parent.store(BASE, b"x")
-    await machine.fork(parent)
-    frames = pte.frames_of(parent.mm.table.read(FIRST, FIRST + 1))
-    migration = collect_frames(machine.memory, frames, frozenset({parent.number}))
-    assert migration.cpages == 0
+    await parent.mmap(2 * PAGE, "rw", BASE)
+    await parent.store(BASE, b"x" * 2 * PAGE)
+    child = await machine.fork(parent)
+    frames = pte.frames_of(parent.mm.table.read(FIRST, FIRST + 2))
+    assert collect_frames(machine.memory, frames, {parent.number: [span(FIRST, 2)]}).cpages == 0
+    told = {parent.number: [span(FIRST, 2)], child.number: [span(FIRST + 1, 1)]}
+    migration = collect_frames(machine.memory, frames, told)
+    assert (migration.source & MIGRATE != 0).tolist() == [False, True]
+    move(machine.memory, None, migration)
+    finalize(machine.memory, None, migration)
     machine.check()
-    assert span(FIRST, 1).tolist() == [FIRST]

@@ -169,7 +169,7 @@ async def test_a_shared_huge_page_moves_for_both() -> None:
     child = await machine.fork(parent)
     await child.split_blocks([FIRST])
     async with parent.mmap_lock.read():
-        migration = parent.collect(span(FIRST, HUGE_PAGES), WHOLE, ZONE, told=frozenset({child.number}))
+        migration = parent.collect(span(FIRST, HUGE_PAGES), WHOLE, ZONE, told={child.number: [span(FIRST, HUGE_PAGES)]})
         migration.target[:] = device_run(machine) << np.uint64(MIGRATE_PFN_SHIFT) | np.uint64(MIGRATE_PFN_VALID)
         machine.copy(migration)
         parent.migrate_pages(migration)
@@ -224,7 +224,7 @@ async def test_a_further_mapping_is_torn_where_a_part_moves() -> None:
     home = machine.memory.allocate(4)
     assert home is not None
     async with parent.mmap_lock.read():
-        migration = parent.collect(pages, Select.DEVICE_PRIVATE, ZONE, told=frozenset({child.number}))
+        migration = parent.collect(pages, Select.DEVICE_PRIVATE, ZONE, told={child.number: [pages]})
         assert marks(child) == {(pte.DEVICE, False), (pte.MIGRATION, False)}
         migration.target[:] = home << np.uint64(MIGRATE_PFN_SHIFT) | np.uint64(MIGRATE_PFN_VALID)
         machine.copy(migration)

@@ -112,7 +112,7 @@ async def test_mremap_waits_for_an_eviction() -> None:
     address = await filled(space, 1, 1 << 30)
     await machine.to_device(space, 64, span(address // PAGE, 1))
     frame = entry(space, address) >> pte.FRAME_SHIFT
-    migration = collect_frames(machine.memory, np.array([frame], np.uint64), frozenset({1}))
+    migration = collect_frames(machine.memory, np.array([frame], np.uint64), {1: [span(address // PAGE, 1)]})
     async with trio.open_nursery() as nursery:
         nursery.start_soon(space.mremap, address, PAGE, PAGE, 2 << 30)
         await wait_all_tasks_blocked()
