@@ -1,4 +1,8 @@
-"""Open files of a process: memfd_create(2) and what one does with the descriptor, besides mapping it."""
+"""Open files of a process: memfd_create(2) and what one does with the descriptor, besides mapping it.
+
+Whose exit closes a descriptor stands in the table of each process that has it: of the one that made it, and of all that this one forked
+since. Here, unlike in the kernel, they share the descriptor itself and not only the file behind it: `close` closes it for all of them.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +26,22 @@ class MemFd:
     def __init__(self, memory: PhysicalMemory, length: int, node: int, group: MemoryCgroup | None = None) -> None:
         check_file("memfd_create", 0, length)
         self._file: File | None = File(memory, length)
+        self._file.open()
         self._node = node
         self._group = group
+        self._tables: list[dict[MemFd, None]] = []
+
+    def enter(self, table: dict[MemFd, None]) -> None:
+        """One more process has it, among the files in `table`."""
+        table[self] = None
+        self._tables.append(table)
+
+    def leave(self, table: dict[MemFd, None]) -> None:
+        """The process whose `table` this is exits; the last one closes the file."""
+        del table[self]
+        self._tables = [other for other in self._tables if other is not table]
+        if not self._tables:
+            self._close()
 
     def file(self, call: str) -> File:
         """What is open. Raises KernelError(EBADF)."""
@@ -48,8 +66,9 @@ class MemFd:
         file = self.file("pwrite")
         raw = as_bytes(data)
         check_file("pwrite", offset, len(raw))
-        async with file.lock.write():
-            file.write(offset, raw, self._node, self._group)
+        with file.held():
+            async with file.lock.write():
+                file.write(offset, raw, self._node, self._group)
 
     async def punch(self, offset: int, length: int) -> None:
         """fallocate(2) with FALLOC_FL_PUNCH_HOLE."""
@@ -62,4 +81,11 @@ class MemFd:
 
     async def close(self) -> None:
         """close(2)."""
-        self._file = None
+        self._close()
+
+    def _close(self) -> None:
+        if self._file is not None:
+            file, self._file = self._file, None
+            file.close()
+            for table in self._tables:
+                del table[self]

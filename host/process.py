@@ -74,6 +74,8 @@ class Process:
         self.space = space
         self.contexts = contexts
         self.handles: dict[int, Handle] = {}
+        self.files: dict[MemFd, None] = {}
+        """Files that it has open."""
         self.ended = False
         """`exit` has begun; nothing new may be asked."""
         self._exiting = trio.Lock()
@@ -126,7 +128,9 @@ class Process:
     async def memfd_create(self, length: int) -> MemFd:
         """memfd_create(2) and ftruncate(2)."""
         self._alive("memfd_create")
-        return MemFd(self.space.memory, length, self.space.node, self.space.mm.cgroup)
+        made = MemFd(self.space.memory, length, self.space.node, self.space.mm.cgroup)
+        made.enter(self.files)
+        return made
 
     async def munmap(self, address: int, length: int) -> None:
         """munmap(2)."""
@@ -388,6 +392,8 @@ class Process:
         child = await self._on_fork(self)
         for number, handle in self.handles.items():
             Handle(child.handles, number, handle.file)
+        for file in self.files:
+            file.enter(child.files)
         child._heap, child._heap_end = self._heap, self._heap_end  # noqa: SLF001 - one of its own kind
         return child
 
@@ -413,6 +419,8 @@ class Process:
             if not self._unmapped:
                 await self.space.exit()
                 self._unmapped = True
+            for opened in list(self.files):
+                opened.leave(self.files)
             while self.handles:
                 handle = self.handles.pop(next(iter(self.handles)))  # from here on it is closed, for whoever holds it still
                 with contextlib.suppress(PeerError):  # a device that will not close a dead process's context has nothing left to mirror

@@ -14,12 +14,15 @@ MADV_PAGEOUT takes file pages out of memory, too, as shmem does: to swap, from w
 
 A page behind the end of the file is SIGBUS. `File.mappers` (the kernel's i_mmap) are the address spaces that have mapped the file: whoever
 punches or truncates (`truncate.py`) asks each where. No entry of these pages is ever a migration entry: pages of files stay where they are.
+
+A file lives while somebody has it open or maps it, which is counted (struct file's f_count, and i_mmap): when Python's collector gets round
+to an object decides nothing, so the frames go back at the same moment of every run.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -49,7 +52,7 @@ ENOMEM = 12
 
 
 class File:
-    """A file of `size` bytes, all holes. Its frames go back when nobody has it any more: no handle, no mapping."""
+    """A file of `size` bytes, all holes. Its frames go back when nobody has it any more: no descriptor, no call under way, no mapping."""
 
     def __init__(self, memory: PhysicalMemory, size: int) -> None:
         self.memory = memory
@@ -57,12 +60,50 @@ class File:
         self.number = memory.new_file_number()
         self.mappers: dict[int, CpuAccess] = {}
         """i_mmap: the address spaces that have mapped the file, by number."""
+        self.openings = 0
+        """f_count: descriptors that lead here, and calls under way that have looked one up."""
         self.lock = RwLock()
         """i_rwsem: whoever writes, cuts or punches has it for writing. Outside all other locks, so inside it devices may be waited for."""
         self._cache = SparseTable()
         """What is at each page offset: a frame, or a slot of swap with `SWAPPED` (the kernel keeps a value entry there), or nothing."""
-        memory.files[self.number] = self
-        weakref.finalize(self, _forget, memory, self._cache)
+
+    # --- who has it -----------------------------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """One more has it open; `close` must follow."""
+        self.openings += 1
+
+    def close(self) -> None:
+        """fput: one less has it open."""
+        assert self.openings > 0, f"file {self.number} is closed more often than it was opened"
+        self.openings -= 1
+        self._let_go()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Open while the block runs (fdget, fdput): a call that waits keeps the file, whoever closes it meanwhile."""
+        self.open()
+        try:
+            yield
+        finally:
+            self.close()
+
+    def mapped_by(self, space: CpuAccess) -> None:
+        """An address space has mapped it."""
+        self.mappers[space.number] = space
+
+    def unmapped_by(self, number: int) -> None:
+        """Address space `number` maps it no more."""
+        self.mappers.pop(number, None)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """The last who had it is gone: so is what it held (evict_inode)."""
+        if not self.openings and not self.mappers:
+            self.drop(0, PAGES_MAX)
+            self.memory.files.pop(self.number, None)
+
+    # --- its pages ------------------------------------------------------------------------------------------------------------
 
     @property
     def pages(self) -> int:
@@ -97,6 +138,7 @@ class File:
             for zone, rows, at in self.memory.groups(new):
                 zone.mapping[at] = self.number
                 zone.index[at] = offsets[absent][rows]
+            self.memory.files[self.number] = self
             swapped = frames[absent] >= SWAPPED
             if swapped.any():  # shmem_swapin_folio
                 slots = frames[absent][swapped] ^ SWAPPED
@@ -178,11 +220,6 @@ def _let_go(memory: PhysicalMemory, found: Words) -> None:
     if swapped.any():
         memory.swap.free(found[swapped] ^ SWAPPED)
     _put(memory, found[~swapped])
-
-
-def _forget(memory: PhysicalMemory, cache: SparseTable) -> None:
-    """A file is gone."""
-    _let_go(memory, cache.gather(cache.occupied(0, PAGES_MAX)))
 
 
 # --- in an address space ----------------------------------------------------------------------------------------------------------

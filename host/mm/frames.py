@@ -10,7 +10,6 @@ first mapped (`rmap.py`).
 from __future__ import annotations
 
 import itertools
-import weakref
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -78,8 +77,8 @@ class PhysicalMemory:
         self.families: dict[int, list[Mm]] = {}
         self.anon_families: dict[int, int] = {}
         """The family of each anon_vma."""
-        self.files: weakref.WeakValueDictionary[int, File] = weakref.WeakValueDictionary()
-        """Files by number; frames of their page caches carry it as `mapping`."""
+        self.files: dict[int, File] = {}
+        """Files that have frames, by number; frames of their page caches carry it as `mapping`."""
         self.points = Points()
         """Where faults of this memory, and of whatever works on it, are injected."""
         self.cgroups = MemoryCgroups()

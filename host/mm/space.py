@@ -48,7 +48,7 @@ class Space(Advice):
                 for vma in self.mm.vmas.all():
                     inherited = inherit(child.mm, vma)
                     if inherited is not None and inherited.file is not None:
-                        inherited.file.mappers[number] = child
+                        inherited.file.mapped_by(child)
                     if inherited is not None and needs_copy(vma):
                         async with self.at_rest(Event.PROTECTION_PAGE, vma.start, vma.end):
                             restore_exclusive(self.mm, self.mm.table.ptes.occupied(vma.start, vma.end))

@@ -69,17 +69,22 @@ class SystemCalls(ExclusiveAccess):
             raise KernelError(errno.EINVAL, "mmap", f"offset {offset} is not the start of a page of a file")
         if shared and file is None:
             file = File(self.memory, count << PAGE_SHIFT)  # shmem_zero_setup
+        with contextlib.nullcontext() if file is None else file.held():
+            return await self._map(count, rights, address, flags, shared=shared, file=file, offset=offset)
+
+    async def _map(self, count: int, rights: int, address: int | None, flags: int, *, shared: bool, file: File | None, offset: int) -> int:
+        """mmap of `count` pages, once its arguments make sense."""
         async with self.mmap_lock.write():
             if address is None:
                 start = self._gap(count, "mmap")
             else:
                 start = aligned("mmap", address)
                 if start + count > PAGES_MAX:
-                    raise KernelError(errno.ENOMEM, "mmap", f"0x{address:x} + {length} bytes leaves the address space")
+                    raise KernelError(errno.ENOMEM, "mmap", f"0x{address:x} + {count} pages leaves the address space")
                 await self._unmap(start, start + count)
             rights |= flags | VM_SOFTDIRTY | (VM_SHARED if shared else 0)
             if file is not None:
-                file.mappers[self.number] = self
+                file.mapped_by(self)
             self.mm.vmas.add(Vma(start, start + count, rights, start if file is None else offset >> PAGE_SHIFT, file=file))
         return start << PAGE_SHIFT
 
@@ -100,17 +105,18 @@ class SystemCalls(ExclusiveAccess):
         Such a mapping does not fault: what is dropped from it is SIGBUS. Raises KernelError as `mmap`.
         """
         file = File(self.memory, whole_pages("mmap", length) << PAGE_SHIFT)
-        mapped = await self.mmap(length, protection, address, VM_MIXEDMAP, shared=shared, file=file)
-        try:
-            vma = self.mm.vmas.find(mapped >> PAGE_SHIFT)
-            if vma is not None and vma.file is file:
-                self._insert(vma, file)
-        except KernelError:
+        with file.held():
+            mapped = await self.mmap(length, protection, address, VM_MIXEDMAP, shared=shared, file=file)
+            try:
+                vma = self.mm.vmas.find(mapped >> PAGE_SHIFT)
+                if vma is not None and vma.file is file:
+                    self._insert(vma, file)
+            except KernelError:
+                file.size = 0
+                await self.munmap(mapped, length)
+                raise
             file.size = 0
-            await self.munmap(mapped, length)
-            raise
-        file.size = 0
-        return mapped
+            return mapped
 
     def _insert(self, vma: Vma, file: File) -> None:
         """vm_insert_page for every page of `vma`. Raises KernelError(ENOMEM)."""
@@ -149,7 +155,7 @@ class SystemCalls(ExclusiveAccess):
     def _forget_file(self, vma: Vma) -> None:
         """`vma` was unmapped: its file forgets this address space unless it is mapped elsewhere in it."""
         if vma.file is not None and all(other.file is not vma.file for other in self.mm.vmas.all()):
-            vma.file.mappers.pop(self.number, None)
+            vma.file.unmapped_by(self.number)
 
     def _zap(self, start: int, end: int) -> None:
         """Drop the entries of [start, end), which lies in one VMA: so no frame is there twice."""
@@ -184,10 +190,12 @@ class SystemCalls(ExclusiveAccess):
     async def exit(self) -> None:
         """exit_mmap: mirrors are told once, for everything; then all is unmapped."""
         async with self.mmap_lock.write(), self.hub.invalidate(Event.RELEASE, 0, PAGES_MAX):
-            for vma in self.mm.vmas.remove(0, PAGES_MAX):
+            gone = self.mm.vmas.remove(0, PAGES_MAX)
+            for vma in gone:
                 if vma.userfault is not None:
                     vma.userfault.abandon()
                 self._zap(vma.start, vma.end)  # one by one: a file that is mapped twice has a frame in both
+            for vma in gone:
                 self._forget_file(vma)
             self.mm.close()
 

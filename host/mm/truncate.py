@@ -27,6 +27,11 @@ FILE_PAGES_MAX = PAGES_MAX
 
 async def truncate(file: File, length: int) -> None:
     """ftruncate(2): what lies behind byte `length` is gone; a growing file gets a hole. Cancelled, it has had no effect."""
+    with file.held():
+        await _truncate(file, length)
+
+
+async def _truncate(file: File, length: int) -> None:
     async with file.lock.write():
         before, file.size = file.size, length
         if length < before:
@@ -44,6 +49,11 @@ async def punch(file: File, offset: int, length: int) -> None:
     if offset < 0 or length <= 0:
         raise KernelError(errno.EINVAL, "fallocate", f"a hole of {length} bytes at byte {offset} makes no sense")
     end = min(offset + length, FILE_PAGES_MAX << PAGE_SHIFT)
+    with file.held():
+        await _punch(file, offset, end)
+
+
+async def _punch(file: File, offset: int, end: int) -> None:
     first, last = offset + PAGE_SIZE - 1 >> PAGE_SHIFT, end >> PAGE_SHIFT
     async with file.lock.write():
         if first > last:

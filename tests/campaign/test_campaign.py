@@ -5,6 +5,7 @@ The long campaign is ``hmmnet campaign --seeds 0:10000 --jobs N``.
 
 from __future__ import annotations
 
+import gc
 import json
 import signal
 import subprocess
@@ -24,7 +25,7 @@ from hmmnet.campaign.waits import find_cycle
 from hmmnet.errors import HmmnetError
 from hmmnet.sim import Trace
 
-SEEDS = range(2, 26)
+SEEDS = range(24)
 
 
 def hmmnet(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -64,6 +65,17 @@ def test_a_seed_is_one_run() -> None:
     first, again, other = (run_program(draw(seed), trace=Trace()) for seed in (3, 3, 4))
     assert first.digest == again.digest != other.digest
     assert first.outcome == again.outcome == run_program(draw(3)).outcome
+
+
+def test_the_collector_decides_nothing() -> None:
+    """A run without Python's cyclic collector is the run with it: nothing of a machine hangs on when objects are found to be unused."""
+    with_it = [run_program(draw(seed)).outcome for seed in (1, 7)]
+    gc.disable()
+    try:
+        without = [run_program(draw(seed)).outcome for seed in (1, 7)]
+    finally:
+        gc.enable()
+    assert with_it == without
 
 
 def test_unknown_mix() -> None:
