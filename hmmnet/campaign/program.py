@@ -55,7 +55,7 @@ class Hit(msgspec.Struct, frozen=True, omit_defaults=True):
     """Something happens at a protocol point (`hmmnet.faults.points`): ``delay``, ``pause``, ``fail``, ``crash`` or ``hang``.
 
     At the `nth` time that it is reached, or each time with `probability`. `seconds` is how long it takes, until a paused or hung one goes
-    on, or until a crashed one is started again.
+    on, or until a crashed one is started again. Where the point concerns no device, device `nth` (they are counted round) crashes or hangs.
     """
 
     point: str

@@ -16,11 +16,12 @@ import trio
 from hmmnet.errors import HmmnetError
 from hmmnet.faults import Controls, MessageFault, Plan, Way
 from hmmnet.faults.injector import Fired, PointFault
-from hmmnet.faults.points import Action
+from hmmnet.faults.points import HOSTS_OWN, Action
 from hmmnet.sim import Trace, run_virtual, simulated
 from hmmnet.sim.run import SimulationStuck
 from hmmnet.topology.load import installed_models, parse
 from hmmnet.topology.model import Topology
+from hmmnet.wire.exchange import LEASE_S
 
 from . import operations
 from .audit import Auditor
@@ -43,6 +44,9 @@ TRIES_MAX = 40
 RELEASE_S = 0.01
 MEND_S = 0.3
 """Virtual seconds until a device that crashed or hangs at a protocol point is seen to: shorter than a lease."""
+LETHAL = frozenset({"crash", "hang"})
+GIVES_UP = frozenset({"device.before_ack"})
+"""Points at which a device that fails is given up by the host: who does not let go of pages is not to be trusted with any."""
 BYE = "session.bye"
 """The point that is reached when everything else is over."""
 CHECKED_SERIAL = 1 << 24
@@ -210,7 +214,9 @@ def _arm(crew: Crew, hit: Hit, nursery: trio.Nursery) -> None:
     """It will happen at its point; what is stopped there goes on after a while."""
     controls = Controls(nth=hit.nth) if hit.nth else Controls(probability=hit.probability)
     delay_s = hit.seconds if hit.action == "delay" else 0.0
-    fault = PointFault(hit.point, cast(Action, hit.action), controls=controls, delay_s=delay_s)
+    names = crew.machine.device_names
+    node = names[hit.nth % len(names)] if hit.action in LETHAL and hit.point.startswith(HOSTS_OWN) else ""
+    fault = PointFault(hit.point, cast(Action, hit.action), controls=controls, delay_s=delay_s, node=node)
     number = crew.machine.injector.add(fault)
     if hit.action == "pause":
         nursery.start_soon(_release, crew, number, hit.seconds)
@@ -229,14 +235,26 @@ async def _release(crew: Crew, number: int, seconds: float) -> None:
 def _fired(crew: Crew, fired: Fired) -> None:
     """Something happened at a point."""
     kind = f"{fired.action} at {fired.where.point}"
-    crew.note(f"fault {kind} {fired.where.device}")
-    if fired.action in {"crash", "hang"}:
+    victim = fired.node or fired.where.device
+    crew.note(f"fault {kind} {victim}")
+    if fired.action in LETHAL:
         crew.harm_begins(kind)
-        crew.down.append(fired.where.device or fired.where.node)
+        crew.down.append(victim)
         crew.machine.nursery.start_soon(_mend_soon, crew)
+    elif fired.action == "fail" and fired.where.point in GIVES_UP:
+        crew.harm_begins(kind)
+        crew.machine.nursery.start_soon(_mend_given_up, crew, victim)
     else:
         crew.outcome.faults[kind] += 1
         crew.failures += fired.action == "fail"
+
+
+async def _mend_given_up(crew: Crew, device: str) -> None:
+    """The host has given it up; once it has heard of that it ends, and is started again."""
+    with trio.move_on_after(LEASE_S):
+        await crew.machine.device_ended(device)
+    await _restart(crew, device)
+    crew.harm_ends()
 
 
 async def _mend_soon(crew: Crew) -> None:

@@ -93,13 +93,14 @@ class PointFault:
 
 @dataclass(frozen=True)
 class Fired:
-    """A fault happened: emulated time, its number, its kind, its action, where."""
+    """A fault happened: emulated time, its number, its kind, its action, where. `node` is who crashed or hangs, if that was said."""
 
     at_s: float
     number: int
     kind: str
     action: str
     where: Where
+    node: str = ""
 
 
 @dataclass(eq=False)
@@ -219,7 +220,7 @@ class Injector:
         for active in list(self._active.values()):
             if active.fault.concerns(where) and active.chance.fires():
                 fault = active.fault
-                fired = Fired(self.now(), active.number, fault.kind or f"{fault.action} {where.point}", fault.action, where)
+                fired = Fired(self.now(), active.number, fault.kind or f"{fault.action} {where.point}", fault.action, where, fault.node)
                 self.fired.append(fired)
                 if self.on_fired is not None:
                     self.on_fired(fired)
@@ -272,6 +273,8 @@ class Injector:
 
     def _on_node(self, fault: PointFault, where: Where) -> str:
         node = fault.node or where.device or where.node
+        if node == HOST:
+            raise HmmnetError(f'"{where.point}" concerns no device, and no host can {fault.action} alone; say which node is to')
         if self.on_node is None:
             raise HmmnetError(f'nobody here can {fault.action} "{node}": this machine was started without a world that does it')
         self.on_node(fault.action, node)

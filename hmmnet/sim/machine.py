@@ -236,6 +236,11 @@ class SimulatedMachine:
         self._crash(name)
         await trio.lowlevel.checkpoint()
 
+    async def device_ended(self, name: str) -> None:
+        """Return when it does not run, or not as the incarnation that it is now."""
+        if name in self._nodes:
+            await self._nodes[name].ended.wait()
+
     def _crash(self, name: str, *, told: bool = True) -> None:
         node = self._nodes.pop(name)
         self.injector.resume(name)

@@ -49,6 +49,14 @@ def test_seeds_that_failed_once(seed: int) -> None:
     assert try_seed(seed).violations == []
 
 
+@pytest.mark.parametrize("seed", [44, 55])
+def test_seeds_with_points_that_failed_once(seed: int) -> None:
+    """44: a device failed to acknowledge, was given up for that, and its pages were lost with it; nobody called that a harm.
+    55: a device was to crash where the host announces a change, which concerns none: the host's own task was left there for ever.
+    """
+    assert try_seed(seed, "points").violations == []
+
+
 def test_the_campaign_uses_everything() -> None:
     """Every kind of operation, model, memory and fault is drawn within a hundred seeds."""
     programs = [draw(seed) for seed in range(100)]

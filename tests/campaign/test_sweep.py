@@ -28,6 +28,14 @@ def test_a_hit_does_no_harm(pair: Pair) -> None:
         assert try_pair(pair, base, 1).wrong == ""
 
 
+@pytest.mark.parametrize("action", ["crash", "hang"])
+def test_a_device_falls_while_the_host_does_its_own(action: str) -> None:
+    """At a point that concerns no device one of them crashes or hangs; the host goes on."""
+    found = try_pair(Pair("point", "hub.before_range_end", action), SCENARIOS["tour"], 1)
+    assert found.hit
+    assert found.wrong == ""
+
+
 def test_a_sweep_ends_when_nothing_is_left() -> None:
     """nth = 1, 2, 3 ... as often as the point is reached; the next run goes by without a hit."""
     pair = Pair("point", "migrate.before_copy", "delay")

@@ -77,6 +77,22 @@ async def test_who_cannot_kill_says_so() -> None:
         await injector.points_of("host").at("migrate.before_copy", device="gpu0")
 
 
+async def test_a_host_does_not_crash_alone() -> None:
+    """At a point that concerns no device it has to be said who is to: nobody is left standing at it for ever."""
+    lost: list[tuple[str, str]] = []
+    injector = Injector(on_node=lambda action, node: lost.append((action, node)))
+    host = injector.points_of("host")
+    number = injector.add(PointFault("hub.after_acks", "crash"))
+    with pytest.raises(HmmnetError, match="say which node"):
+        await host.at("hub.after_acks", process=1000)
+    injector.remove(number)
+    injector.add(PointFault("hub.after_acks", "crash", node="gpu1"))
+    with trio.fail_after(1):
+        await host.at("hub.after_acks", process=1000)
+    assert lost == [("crash", "gpu1")]
+    assert injector.fired[-1].node == "gpu1"
+
+
 async def test_points_of_nobody_do_nothing() -> None:
     """What a host has that was given none."""
     points = Points()
