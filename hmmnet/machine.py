@@ -258,12 +258,11 @@ async def machine_directory(record: MachineRecord) -> AsyncIterator[Directory]:
         directory.remove()
 
 
-async def serve(host: Host, end: trio.Event, *, task_status: trio.TaskStatus[trio.Event]) -> None:
-    """Run the host until `end` is set; what is started with is an event that says that it is over."""
-    over = trio.Event()
+async def serve(host: Host, running: trio.Event, end: trio.Event, over: trio.Event) -> None:
+    """Run the host, which `running` tells, until `end` is set; `over` says that it is over."""
     try:
         async with host.running():
-            task_status.started(over)
+            running.set()
             await end.wait()
     finally:
         over.set()
@@ -313,11 +312,12 @@ async def embedded(topology: Topology, name: str, rate: Rate, transport: LaunchK
         place = {"scheme": "tcp", "address": HOST_ADDRESS} if cables else {"scheme": transport}
         host: Host = host_class()(topology, wire, sockets, directory.secret(), clock, name, **place)
         host.on_restart = lambda device, down_s: nursery.start_soon(start_again, crew, device, down_s / clock.rate)
-        end = trio.Event()
-        ended = await nursery.start(to_its_end, serve, host, end)
-        stack.push_async_callback(wait_shielded, ended)
+        running, end, over = trio.Event(), trio.Event(), trio.Event()
+        stack.push_async_callback(wait_shielded, over)
         stack.callback(end.set)
         stack.callback(crew.expect_end)
+        nursery.start_soon(to_its_end, serve, host, running, end, over)  # not `nursery.start`: cancelled, that waits for the end of `serve`
+        await running.wait()
         await start_devices(host, crew)
         record.rate, record.state, record.client_endpoint = clock.rate, "running", host.client_endpoint
         save()

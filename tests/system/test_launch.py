@@ -14,7 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ import pytest
 import trio
 
 import hmmnet
+import hmmnet.machine
 from hmmnet.errors import BusError, HmmnetError, KernelError, PeerLost, SegmentationFault
 from hmmnet.launcher.directory import MachineExists, directories
 from hmmnet.lifeline import wait_ended
@@ -54,6 +56,24 @@ async def gone(*pids: int) -> None:
     with trio.fail_after(10):
         for pid in pids:
             await wait_ended(pid)
+
+
+async def test_a_launch_can_be_cancelled_while_its_host_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host is shielded, so that it can say goodbye: it must be told to end all the same."""
+
+    class Slow(hmmnet.machine.host_class()):  # type: ignore[misc]  # a class that an entry point gives
+        @asynccontextmanager
+        async def running(self) -> AsyncIterator[None]:
+            scope.cancel()
+            await trio.sleep(0.01)
+            async with super().running():
+                yield
+
+    monkeypatch.setattr(hmmnet.machine, "host_class", lambda: Slow)
+    with trio.CancelScope() as scope:
+        async with hmmnet.launch("two-gpus", rate=1.0):
+            pytest.fail("the launch was cancelled")
+    assert scope.cancelled_caught
 
 
 async def test_devices_import_nothing_of_their_own(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
