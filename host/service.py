@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import trio
 
-from hmmnet.errors import PeerLost, RemoteError
+from hmmnet.errors import KernelError, PeerLost, RemoteError
 from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.fabric.dma import BulkReceiver, BulkSender
 from hmmnet.faults.injector import HOST, Injector
@@ -306,7 +306,7 @@ class Host:
             await session.request(Inspect())
         except PeerLost:
             return
-        except RemoteError as error:
+        except (RemoteError, KernelError) as error:
             log.info("device %s does not tell its figures: %s", life.name, error)
         self.injection.greet(session)
         self.devices[life.name].serves(life)

@@ -171,15 +171,12 @@ class CpuAccess:
         return vma is not None and vma.flags & VM_ACCESS != 0
 
     def _make_writable(self, page: int) -> bool:
-        """One page for a store, when it is there or was never touched."""
+        """One page for a store, when it is there or was never touched. An entry has WRITE only where its VMA does (`invariants.py`)."""
         entry = self.mm.table.get(page)
         if entry & pte.KIND == pte.DEVICE:
             return False
         if entry & (pte.KIND | pte.WRITE) != pte.WRITABLE:
             return self._try_touch(page, page + 1, write=True, keep=None)
-        vma = self.mm.vmas.find(page)
-        if vma is None or not vma.flags & VM_WRITE:
-            return False
         dirty = entry | pte.YOUNG | pte.DIRTY | pte.SOFT_DIRTY
         if dirty != entry:
             self.mm.table.mark_one(page, dirty)

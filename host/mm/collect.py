@@ -113,7 +113,7 @@ def _collect(mm: Mm, migration: Migration, select: Select, told: Told) -> None:
         if len(collected) < len(frames):
             frames = pte.frames_of(entries[collected])
         rows = _others(mm.memory, mm, migration, collected, pages, frames, told)
-        _install(mm, migration, rows, entries)
+        _install(mm.memory, mm, migration, rows, entries)
 
 
 def chosen(values: Words, rows: Rows) -> Words:
@@ -217,7 +217,7 @@ def _stay_together(memory: PhysicalMemory, frames: Words, stays: Flags) -> None:
     stays |= large & np.isin(heads, heads[stays & large])
 
 
-def _install(mm: Mm | None, migration: Migration, rows: Rows, entries: Words) -> None:
+def _install(memory: PhysicalMemory, mm: Mm | None, migration: Migration, rows: Rows, entries: Words) -> None:
     """Lock the frames of `rows`, replace every mapping by a migration entry."""
     taken = chosen(entries, rows)
     frames = pte.frames_of(taken)
@@ -226,14 +226,10 @@ def _install(mm: Mm | None, migration: Migration, rows: Rows, entries: Words) ->
         mm.table.scatter(chosen(migration.pages, rows), waiting(taken))
         migration.saved[into] = taken
     migration.source[into] = _words(frames, BOTH) | pte.masked(taken, pte.WRITE)
-    memory = None if mm is None else mm.memory
     for mapped in migration.others:
         torn = mapped.entries.copy()
         tear_mapped(mapped.mm, mapped.pages, torn)
         mapped.mm.table.scatter(mapped.pages, waiting(torn))
-        memory = mapped.mm.memory
-    if memory is None:
-        return
     for zone, _, where in memory.groups(frames):
         zone.flags[where] |= LOCKED
         if migration.others:
@@ -259,7 +255,7 @@ def collect_frames(memory: PhysicalMemory, frames: Words, told: Told) -> Migrati
     if len(rows):
         entries = np.zeros(len(frames), np.uint64)
         entries[rows] = pte.entries_of(pte.NONE, frames[rows])
-        _install(None, migration, rows, entries)
+        _install(memory, None, migration, rows, entries)
     return migration
 
 
@@ -377,7 +373,7 @@ def finalize(memory: PhysicalMemory, mm: Mm | None, migration: Migration) -> Non
     for part in _blocks(migration) if not migration.others else [migration]:
         _finalize(memory, mm, part)
     for touched in {id(one): one for one in [mm, *(mapped.mm for mapped in migration.others)]}.values():
-        if touched is not None and touched.migration_ended is not None:
+        if touched is not None:
             touched.migration_ended()
 
 

@@ -68,7 +68,7 @@ def tear_mapped(mm: Mm, pages: Words, entries: Words) -> None:
 
 
 def fit_targets(memory: PhysicalMemory, mm: Mm | None, migration: Migration) -> None:
-    """Folios whose targets are not one aligned run are split, while nobody can touch them."""
+    """Folios whose targets are not one aligned run are split, while nobody can touch them; those without any stay, as they are."""
     rows = np.flatnonzero(migration.source & np.uint64(BOTH) == BOTH)
     words = migration.source if len(rows) == len(migration.source) else migration.source[rows]
     frames = words >> np.uint64(MIGRATE_PFN_SHIFT)
@@ -81,8 +81,8 @@ def fit_targets(memory: PhysicalMemory, mm: Mm | None, migration: Migration) -> 
     for head in np.unique(heads).tolist():
         at = heads == head
         new = targets[at]
-        given = bool((new & np.uint64(MIGRATE_PFN_VALID) != 0).all())
-        if not (given and is_huge_run(frames[at]) and is_huge_run(new >> np.uint64(MIGRATE_PFN_SHIFT))):
+        valid = new & np.uint64(MIGRATE_PFN_VALID) != 0
+        if valid.any() and not (valid.all() and is_huge_run(frames[at]) and is_huge_run(new >> np.uint64(MIGRATE_PFN_SHIFT))):
             _split_under_way(memory, mm, migration, rows[at], head)
 
 
@@ -108,7 +108,8 @@ def join_inserted(mm: Mm, pages: Words, entries: Words, frames: Words) -> npt.ND
     blocks = pages >> _SHIFT
     for block in np.unique(blocks).tolist():
         at = blocks == block
-        if int(np.count_nonzero(at)) == HUGE_PAGES and is_huge_run(frames[at]):
+        whole = int(np.count_nonzero(at)) == HUGE_PAGES and is_huge_run(frames[at])
+        if whole and block << HUGE_SHIFT not in mm.small_blocks:  # where there is a page table, nothing is mapped as one
             joined |= at
         elif bool((entries[at] & pte.HUGE != 0).any()):
             split_entries(mm, block << HUGE_SHIFT)

@@ -35,7 +35,7 @@ from hmmnet.pages import (
 
 from .memcg import CHARGE_MASK, MemoryCgroup, MemoryCgroups
 from .swap import Swap
-from .zones import ANON, COMPOUND, DEVICE_EXTRA_REFERENCES, STATE, CpuZone, HostZone, Index, Zone
+from .zones import ANON, COMPOUND, DEVICE_EXTRA_REFERENCES, CpuZone, HostZone, Index, Zone
 
 if TYPE_CHECKING:
     from .filemap import File
@@ -400,23 +400,6 @@ class PhysicalMemory:
             if zone.folded_count:
                 out[rows] = zone.folded[positions(where) >> HUGE_SHIFT]
         return out
-
-    def fold(self, head: int) -> bool:
-        """Keep the state of the 512 frames from `head` on there, if it is one and the same without a pin; whether it is kept there now."""
-        zone = self.zones[head >> ZONE_SHIFT]
-        first = head - zone.base
-        if zone.folded[first >> HUGE_SHIFT]:
-            return True
-        frames = slice(first, first + HUGE_PAGES)
-        if zone.pincount[first] or not all(bool((getattr(zone, name)[frames] == getattr(zone, name)[first]).all()) for name in STATE):
-            return False
-        index = zone.index[frames]
-        if not bool((index[1:] == index[:-1] + np.uint64(1)).all()):
-            return False
-        for name in STATE:
-            getattr(zone, name)[first + 1 : first + HUGE_PAGES] = 0
-        zone.set_folded(np.array([first >> HUGE_SHIFT]))
-        return True
 
     def map_new_folio(self, head: int, mapping: int, index: int) -> None:
         """`map_new` for a folded folio that was just allocated: it is a large one."""

@@ -20,6 +20,10 @@ from .vma import Vma, VmaTree
 ENOMEM = 12
 
 
+def _nobody_waits() -> None:
+    """Nobody waits for migration entries yet."""
+
+
 class Mm:
     """Process `number`'s memory. `family` is the number of the process that it descends from by fork (its own when none)."""
 
@@ -40,7 +44,7 @@ class Mm:
         """Pages mapped, wherever they live; those on a device count too, the zero page does not."""
         self.unstable = False
         """MMF_UNSTABLE: the OOM reaper has been here, so what is missing must not be made anew."""
-        self.migration_ended: Callable[[], None] | None = None
+        self.migration_ended: Callable[[], None] = _nobody_waits
         """Called whenever migration entries of this process have been replaced: who waits on one looks again."""
         memory.families.setdefault(self.family, []).append(self)
 

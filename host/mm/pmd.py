@@ -37,7 +37,7 @@ from .frames import PhysicalMemory, frames_from, positions
 from .memcg import CHARGE_MASK
 from .mm import Mm
 from .vma import VM_UFFD_MISSING, VM_WRITE
-from .zones import ANON, COMPOUND, LOCKED, HostZone
+from .zones import ANON, COMPOUND, LOCKED
 
 BOTH = np.uint64(MIGRATE_PFN_VALID | MIGRATE_PFN_MIGRATE)
 MIGRATE = np.uint64(MIGRATE_PFN_MIGRATE)
@@ -181,19 +181,12 @@ def move(mm: Mm, migration: Migration) -> None:
         if held.any():
             source[rows[held]] &= NOT_MIGRATE
             new, state = new[~held], [values[~held] for values in state]
-        _make_folded(memory, new)
+        assert memory.folded(new).all(), "a huge page is folded since it was offered or allocated"
         for zone, part, where in memory.where(new):
             zone.refcount[where] = 1
             zone.flags[where], zone.mapping[where], zone.index[where] = (values[part] for values in state)
     for part_of in migration.torn:
         by_page.move(memory, mm, part_of)
-
-
-def _make_folded(memory: PhysicalMemory, heads: Words) -> None:
-    """Huge pages that are about to be filled have their state at the head, as most have since they were offered or allocated."""
-    for head in heads[~memory.folded(heads)].tolist():
-        folded = memory.fold(head)
-        assert folded, f"the frames from 0x{head:x} on are not alike, and cannot be one huge page"
 
 
 def _insert(mm: Mm, migration: Migration) -> None:
@@ -223,7 +216,7 @@ def _insert(mm: Mm, migration: Migration) -> None:
     mm.table.set_pmds(pages >> _SHIFT, pte.entries_of(pte.NONE, heads, bits))
     migration.source[rows] |= np.uint64(bits & MIGRATE_PFN_WRITE)
     mm.rss += len(rows) * HUGE_PAGES
-    _make_folded(mm.memory, heads)
+    assert mm.memory.folded(heads).all(), "a huge page is folded since it was offered"
     for zone, part, at in mm.memory.where(heads):
         zone.refcount[at] = 1
         zone.flags[at] = ANON | COMPOUND | LOCKED | charge
@@ -232,7 +225,7 @@ def _insert(mm: Mm, migration: Migration) -> None:
 
 
 def restore(mm: Mm, migration: Migration) -> None:
-    """The targets are gone between `move` and `finalize`: nothing has moved. `finalize` must still follow."""
+    """The targets, frames of a device, are gone between `move` and `finalize`: nothing has moved. `finalize` must still follow."""
     memory = mm.memory
     _tear_inserted(mm, migration)
     for part in migration.torn:
@@ -252,8 +245,7 @@ def restore(mm: Mm, migration: Migration) -> None:
     for zone, _, at in memory.where(migration.target[going & (migration.target != 0)] >> _FRAME):
         zone.flags[at] = 0
         zone.mapping[at] = 0
-        if not isinstance(zone, HostZone):
-            zone.refcount[at] = 0
+        zone.refcount[at] = 0
     migration.source[going] &= NOT_MIGRATE
 
 
@@ -294,8 +286,7 @@ def finalize(mm: Mm, migration: Migration) -> None:
     memory.put_folios(unused[unused < DEVICE_ZONE_MIN << ZONE_SHIFT])
     for part in migration.torn:
         by_page.finalize(memory, mm, part)
-    if mm.migration_ended is not None:
-        mm.migration_ended()
+    mm.migration_ended()
 
 
 def _settle(memory: PhysicalMemory, heads: Words, mapped: Flags) -> Words:

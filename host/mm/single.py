@@ -104,8 +104,7 @@ def finalize(memory: PhysicalMemory, mm: Mm, migration: Migration) -> bool:
         memory.put_one(came)
     elif target and target >> MIGRATE_PFN_SHIFT + ZONE_SHIFT < DEVICE_ZONE_MIN:
         memory.put_one(target >> MIGRATE_PFN_SHIFT)
-    if mm.migration_ended is not None:
-        mm.migration_ended()
+    mm.migration_ended()
     return True
 
 
@@ -149,8 +148,7 @@ def bring(mm: Mm, page: int, frame: int, target: int) -> None:
     else:  # unmapped meanwhile
         memory.put_one(target)
     memory.put_one(frame)
-    if mm.migration_ended is not None:
-        mm.migration_ended()
+    mm.migration_ended()
 
 
 def put_back(mm: Mm, page: int, frame: int) -> None:
@@ -164,5 +162,4 @@ def put_back(mm: Mm, page: int, frame: int) -> None:
         mm.table.set(page, entry & ~pte.KIND | pte.DEVICE)
     else:  # unmapped meanwhile
         mm.memory.put_one(frame)
-    if mm.migration_ended is not None:
-        mm.migration_ended()
+    mm.migration_ended()

@@ -7,7 +7,7 @@ and allocates its frames). Arrays are reserved whole and committed where they ar
 block of 512 frames, its state is that of its first frame, for all of them (index counting up), and the arrays hold zeros for the others.
 Everybody who maps such a folio maps it whole. Who wants to treat its frames one by one comes by way of `at` (or `PhysicalMemory.groups`),
 which writes the state of each frame out first, and `field` reads it as if it had been; so only who works on whole folios needs to know, and
-has one count to change instead of 512 (`PhysicalMemory.fold` and the methods named `_folios`).
+has one count to change instead of 512 (the methods of `PhysicalMemory` named `_folios`).
 """
 
 from __future__ import annotations
@@ -249,15 +249,6 @@ class HostZone(CpuZone):
         else:
             self.refcount[self.at(got.frames)] = 1
         return got.frames
-
-    def allocate_huge(self) -> Words | None:
-        """An aligned run of 512 zeroed frames with one reference each; None when there is none."""
-        head = self.allocate_folio()
-        if head is None:
-            return None
-        frames = np.arange(head, head + HUGE_PAGES, dtype=np.uint64)
-        self.at(frames)
-        return frames
 
     def allocate_folio(self) -> int | None:
         """The head of a folded folio of 512 zeroed frames with one reference; None when there is no aligned run."""

@@ -15,7 +15,7 @@ from hmmnet.host.mm.space import Space
 from hmmnet.observe.counters import CPU_FAULT
 from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE
 
-from .fakes import FIRST_FRAME, Bench, FakeLink, words
+from .fakes import FIRST_FRAME, ZONE, Bench, FakeLink, words
 
 
 async def on_device(bench: Bench, pages: int = 4, number: int = 1) -> tuple[Space, int]:
@@ -249,3 +249,14 @@ async def test_device_lost_during_eviction() -> None:
 
 async def _raise(error: Exception) -> None:
     raise error
+
+
+async def test_who_asks_for_a_page_of_a_device_that_is_gone_is_told_so() -> None:
+    """No link leads to the zone, and nobody has marked it lost yet: SIGBUS that names page and device, and the entry stays."""
+    bench = Bench()
+    space, address = await on_device(bench, 1)
+    link = bench.links.pop(ZONE)
+    with pytest.raises(BusError, match='has its only copy on device "gpu0" and cannot come home: the device is gone'):
+        await space.load(address, 1)
+    bench.links[ZONE] = link
+    assert await space.load(address, 1) == b"\1"

@@ -11,13 +11,19 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import trio
+from trio.testing import wait_all_tasks_blocked
 
-from hmmnet.errors import BusError, KernelError, PeerLost, ProtocolError
+from hmmnet.errors import BusError, KernelError, PeerError, PeerLost, ProtocolError
+from hmmnet.faults.controls import Controls
+from hmmnet.faults.injector import Injector, PointFault, Points
+from hmmnet.host.homing import HostFrames
 from hmmnet.host.interfaces import Select
 from hmmnet.host.migrate import Grant, Outcome, migrate_to_device
 from hmmnet.host.mm import pte
 from hmmnet.host.mm.invariants import check
 from hmmnet.host.mm.space import Space
+from hmmnet.observe.events import Moved
 from hmmnet.pages import (
     HUGE_PAGES,
     LARGE,
@@ -30,7 +36,7 @@ from hmmnet.pages import (
     words_by_page,
 )
 
-from .fakes import FIRST_FRAME, ZONE, Bench, words
+from .fakes import FIRST_FRAME, ZONE, Bench, nothing, words
 
 BASE = 1 << 30
 FIRST = BASE // PAGE_SIZE
@@ -357,3 +363,105 @@ def test_lists_say_what_is_large() -> None:
     assert (found[:512] == (np.arange(512, 1024, dtype=np.uint64) << np.uint64(6) | np.uint64(3))).all()
     assert (found[512:1024] == 2).all()
     assert found[1024:].tolist() == [0]
+
+
+async def test_what_waits_behind_a_broken_copy_is_put_back() -> None:
+    """A huge page and small ones come home in one go, and the first stream breaks: all are on the device as before, and come home later."""
+    bench = Bench()
+    space = await huge_space(bench)
+    await space.split_blocks([FIRST + HUGE_PAGES])
+    await go(bench, space, page_by_page(HEADS))
+    await space.madvise(BASE, BLOCK, "NORMAL")
+    assert bench.page_map.used_pages == 2 * HUGE_PAGES
+    home = [space.mm.table.get(FIRST + i * HUGE_PAGES) & (pte.KIND | pte.HUGE) for i in range(2)]
+
+    async def broken() -> None:
+        raise PeerError("the stream broke")
+
+    bench.link.during_copy = broken
+    with pytest.raises(PeerError, match="the stream broke"):
+        await bench.homing.migrate_to_system(space, bench.link, FIRST, FIRST + 2 * HUGE_PAGES)
+    assert [space.mm.table.get(FIRST + i * HUGE_PAGES) & (pte.KIND | pte.HUGE) for i in range(2)] == home
+    assert bench.host_pages_used() == 0
+    sound(bench)
+    bench.link.during_copy = nothing
+    assert np.array_equal(await contents(space), EXPECTED)
+    sound(bench)
+
+
+async def test_a_way_home_that_is_cancelled_before_its_end_gives_up_the_rest() -> None:
+    """One block has a huge page at the host and has changed over, the other waits to go page by page: that one stays on the device."""
+    bench = Bench(host_pages=3 * HUGE_PAGES + HUGE_PAGES // 2)
+    space = await huge_space(bench)
+    await go(bench, space)
+    taken = bench.memory.allocate_huge()
+    assert taken is not None
+    injector = Injector()
+    bench.memory.points = injector.points_of("host")
+    injector.add(PointFault("home.before_finalize", "pause"))
+    with trio.CancelScope() as scope:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(bench.homing.migrate_to_system, space, bench.link, FIRST, FIRST + 2 * HUGE_PAGES)
+            await wait_all_tasks_blocked()
+            scope.cancel()
+    assert sorted(shape(space)) == [0, pte.PRESENT]
+    assert {int(entry) & pte.KIND for entry in space.mm.table.read(FIRST, FIRST + 2 * HUGE_PAGES)} == {pte.PRESENT, pte.DEVICE}
+    assert bench.page_map.used_pages == HUGE_PAGES
+    sound(bench)
+    bench.memory.points = Points()
+    bench.memory.put(taken)
+    assert np.array_equal(await contents(space), EXPECTED)
+    sound(bench)
+
+
+async def test_no_memory_for_a_huge_page_is_enomem_where_a_fault_says_so() -> None:
+    """``host.alloc.home``: the CPU that touches it is told, and the huge page is on its device, whole, for the next touch."""
+    bench = Bench()
+    space = await huge_space(bench)
+    await go(bench, space)
+    injector = Injector()
+    bench.memory.points = injector.points_of("host")
+    injector.add(PointFault("host.alloc.home", "fail", controls=Controls(nth=1)))
+    with pytest.raises(KernelError, match="ENOMEM"):
+        await space.load(BASE, 1)
+    assert shape(space) == [pte.DEVICE, pte.DEVICE]
+    sound(bench)
+    assert np.array_equal(await contents(space), EXPECTED)
+
+
+async def test_who_listens_hears_of_each_page_of_a_huge_one() -> None:
+    """Homes by touch, one page and a huge one, and by eviction: process, pages, ends and cause."""
+    bench = Bench()
+    space = await huge_space(bench)
+    await go(bench, space)
+    heard: list[Moved] = []
+    with bench.homing.events.told_to(lambda event: heard.append(event) if isinstance(event, Moved) else None):
+        await space.load(BASE, 1)
+        assert [(event.process, len(event.pages), int(event.pages[0]), event.source, event.target, event.cause) for event in heard] == [
+            (1, HUGE_PAGES, FIRST, "gpu0", "host", "cpu fault")
+        ]
+        await space.split_blocks([FIRST + HUGE_PAGES])
+        await space.load(BASE + BLOCK, 1)
+        assert heard[-1].pages.tolist() == [FIRST + HUGE_PAGES]
+        await bench.homing.evict(bench.link, bench.page_map.used_frames()[:3], "unplug")
+        assert heard[-1].pages.tolist() == [FIRST + HUGE_PAGES + i for i in (1, 2, 3)]
+        assert heard[-1].cause == "unplug"
+    sound(bench)
+
+
+def test_frames_for_a_huge_page_go_back_when_the_rest_is_not_there() -> None:
+    """An aligned run was found, and not enough single frames beside it: ENOMEM, and nothing is taken."""
+    bench = Bench(host_pages=2 * HUGE_PAGES)
+    got = bench.memory.allocate(HUGE_PAGES - 100)
+    assert got is not None
+    before = bench.host_pages_used()
+    frames = HostFrames(bench.memory, HUGE_PAGES + 200, 0, [0])
+    with pytest.raises(KernelError, match="ENOMEM"):
+        frames.frames()
+    frames.release()
+    assert bench.host_pages_used() == before
+    enough = HostFrames(bench.memory, HUGE_PAGES + 50, 0, [50])
+    assert np.array_equal(np.diff(enough.frames()[50 : 50 + HUGE_PAGES]), np.ones(HUGE_PAGES - 1, np.uint64))
+    assert int(enough.frames()[50]) % HUGE_PAGES == 0
+    enough.release()
+    assert bench.host_pages_used() == before

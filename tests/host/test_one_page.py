@@ -10,9 +10,10 @@ import trio
 from hmmnet.errors import BusError, PeerLost
 from hmmnet.host.mm import pte, single
 from hmmnet.host.mm.frames import PhysicalMemory
+from hmmnet.host.mm.zones import LOCKED
 from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE
 
-from .fakes import Bench
+from .fakes import ZONE, Bench
 
 
 def state_of(memory: PhysicalMemory) -> dict[str, Any]:
@@ -107,3 +108,28 @@ async def test_a_cancelled_load_leaves_the_page_on_the_device() -> None:
     assert not space.mmap_lock.held
     bench.link.during_copy = trio.lowlevel.checkpoint
     assert await space.load(address, 1) == b"x"
+
+
+async def test_what_is_not_the_plain_case_is_left_alone() -> None:
+    """Another device's page, one that is locked, one that is held more than a device's page may be: None; no entry changed."""
+    bench = Bench()
+    space = bench.space()
+    address = await space.mmap(PAGE_SIZE)
+    await space.store(address, b"one")
+    await bench.to_device(space, address, 1)
+    page = address >> PAGE_SHIFT
+    entry = space.mm.table.get(page)
+    at = (entry >> pte.FRAME_SHIFT) - bench.page_map.zone.base
+    zone = bench.page_map.zone
+    assert space.take_one(page, ZONE + 1) is None
+    for field, value in (("flags", LOCKED), ("pincount", 1), ("refcount", 2), ("mapcount", 1)):
+        array = getattr(zone, field)
+        array[at] += value
+        assert space.take_one(page, ZONE) is None, field
+        array[at] -= value
+    assert space.mm.table.get(page) == entry
+    frame = space.take_one(page, ZONE)
+    assert frame == entry >> pte.FRAME_SHIFT
+    assert space.take_one(page, ZONE) is None, "it is on its way"
+    space.put_back_one(page, frame)
+    assert space.mm.table.get(page) == entry

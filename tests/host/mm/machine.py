@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import numpy.typing as npt
 
 from hmmnet.arena import Arena
 from hmmnet.host.hub import Hub
@@ -15,6 +16,7 @@ from hmmnet.host.mm.collect import collect_frames, finalize, inserts, move
 from hmmnet.host.mm.frames import PhysicalMemory
 from hmmnet.host.mm.invariants import check
 from hmmnet.host.mm.space import Space
+from hmmnet.host.mm.zones import Zone
 from hmmnet.pages import (
     HUGE_PAGES,
     HUGE_SHIFT,
@@ -185,6 +187,8 @@ class Machine:
                     space.migrate_pages(part)
                 for one in (part, *part.torn):
                     stayed = one.target[(one.source & MIGRATE == 0) & (one.target != 0)] >> SHIFT
+                    if one.large:
+                        self.devices[zone].zone.set_unused(blocks_in(self.devices[zone].zone, stayed))
                     self.devices[zone].allocator.free(page_by_page(listed(one, stayed)))
                 space.migrate_finalize(part)
             return words_by_page(words_of(parts, len(pages)))
@@ -197,6 +201,7 @@ class Machine:
             if run is None:
                 break
             heads[block] = run[0]
+        device.zone.set_folded(blocks_in(device.zone, words(*heads.values())))
         return heads
 
     def _granted(self, device: Device, pages: Words, *, compound: bool) -> Words:
@@ -240,6 +245,11 @@ class Machine:
         move(self.memory, None, migration)
         finalize(self.memory, None, migration)
         return len(going)
+
+
+def blocks_in(zone: Zone, heads: Words) -> npt.NDArray[np.intp]:
+    """The blocks of `zone` that begin with the frames `heads`."""
+    return (heads - np.uint64(zone.base)).astype(np.intp) >> HUGE_SHIFT
 
 
 def page_bytes(value: int) -> bytes:

@@ -7,10 +7,11 @@ from random import Random
 import numpy as np
 import pytest
 
+from hmmnet.errors import HmmnetError
 from hmmnet.host.mm import zones as zones_module
 from hmmnet.host.mm.frames import PhysicalMemory
 from hmmnet.host.mm.zones import ANON, HostZone
-from hmmnet.pages import PAGE_SIZE, ZERO_FRAME, ZONE_SHIFT, is_one_run
+from hmmnet.pages import HUGE_PAGES, PAGE_SIZE, ZERO_FRAME, ZONE_SHIFT, is_one_run
 
 from .machine import span, words
 
@@ -190,3 +191,70 @@ def test_cells_are_the_arrays(name: str) -> None:
     cells[4] = top - 1
     assert (cells[3], int(array[4])) == (top, top - 1)
     assert type(cells[3]) is int
+
+
+def test_a_node_is_found_by_its_name_or_those_there_are_named() -> None:
+    """The mistake, and the mend."""
+    memory = memory_of(16, 16)
+    assert [memory.node_named("node0"), memory.node_named("node1")] == [0, 1]
+    with pytest.raises(HmmnetError, match='no host memory is called "node2"; there are node0, node1'):
+        memory.node_named("node2")
+
+
+def test_who_gets_no_memory_is_not_charged_for_it() -> None:
+    """A host that is used up, for one page, for several, for a huge one: the group's usage is what it was, and nothing is allocated."""
+    memory = memory_of(HUGE_PAGES)  # the zero page lies in the only aligned run
+    group = memory.cgroups.create("job", None)
+    assert memory.allocate_folio(0, group) is None
+    assert memory.allocate_charged(group, HUGE_PAGES) is None
+    assert memory.allocate_charged(group, HUGE_PAGES - 1) is not None
+    assert memory.allocate_one(1, 0, 0, group) is None
+    assert (group.usage_pages, group.refused) == (HUGE_PAGES - 1, 0)
+
+
+def test_a_group_at_its_limit_gets_nothing_of_a_host_that_has_some() -> None:
+    """Refused before anything is allocated, and counted."""
+    memory = memory_of(3 * HUGE_PAGES)
+    group = memory.cgroups.create("job", 2 * PAGE_SIZE)
+    assert memory.allocate_folio(0, group) is None
+    assert memory.allocate_charged(group, 3) is None
+    assert memory.allocate_one(1, 0, 0, group) is not None
+    assert memory.allocate_one(1, 1, 0, group) is not None
+    assert memory.allocate_one(1, 2, 0, group) is None
+    assert (group.usage_pages, group.refused) == (2, 3)
+    assert memory.nodes[0].allocator.used_count == 2
+
+
+def test_a_long_run_is_given_back_beyond_what_free_frames_may_keep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FREE_COMMITTED_PAGES_MAX: frames of huge pages that are freed beyond it are zero when they come again, without being cleared."""
+    monkeypatch.setattr(zones_module, "FREE_COMMITTED_PAGES_MAX", HUGE_PAGES)
+    memory = memory_of(3 * HUGE_PAGES)
+    heads = memory.allocate_folios(2)
+    assert len(heads) == 2
+    for head in heads.tolist():
+        memory.nodes[0].arena.pages[head : head + HUGE_PAGES] = 7
+    memory.put_folios(heads)
+    assert memory.nodes[0].allocator.used_count == 0
+    assert not memory.nodes[0].arena.pages[int(heads[1]) + 1 :].any(), "given back to the operating system"
+    again = memory.allocate(2 * HUGE_PAGES)
+    assert again is not None
+    assert not memory.nodes[0].arena.pages[again.astype(np.intp)].any()
+
+
+def test_folded_folios_of_a_lost_device_are_nobodys() -> None:
+    """The driver is gone: their last reference calls nobody, and the books are right."""
+    memory = memory_of(16)
+    zone = memory.add_device(64, "private", "gpu0", 2 * HUGE_PAGES)
+    freed: list[int] = []
+    zone.on_free = lambda frames: freed.extend(frames.tolist())
+    for lost in (False, True):
+        if lost:
+            memory.zone_lost(64, "pulled out")
+        zone.refcount[HUGE_PAGES] = 1
+        zone.set_folded(np.array([1]))
+        memory.put_folios(words(zone.base + HUGE_PAGES))
+        assert zone.folded_count == 0
+    assert freed == list(range(zone.base + HUGE_PAGES, zone.base + 2 * HUGE_PAGES))
+    zone.refcount[3] = 1
+    memory.put_one(zone.base + 3)
+    assert not zone.refcount.any()

@@ -115,3 +115,21 @@ async def test_the_end_of_a_registration_lets_waiters_go(how: str) -> None:
             else:
                 await machine.exit(space)
     assert ended == [b"\0"] if how == "close" else ended == ["SegmentationFault"]
+
+
+async def test_who_is_late_does_not_wait_for_a_registration_that_is_being_closed() -> None:
+    """Its closer waits for the mmap lock, which the fault has; what the fault found missing is not waited for any more."""
+    machine = Machine()
+    space = machine.process()
+    await space.mmap(PAGE, "rw", BASE)
+    faults = await space.userfaultfd(BASE, PAGE)
+    with trio.fail_after(5):
+        async with trio.open_nursery() as nursery:
+            async with space.mmap_lock.read():
+                nursery.start_soon(faults.close)
+                await wait_all_tasks_blocked()
+                await faults.wait(FIRST)
+                assert space.mm.vmas.find(FIRST) is not None
+        await space.store(BASE, b"plain")
+    assert await space.load(BASE, 6) == b"plain\0"
+    machine.check()
