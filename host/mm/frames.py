@@ -91,7 +91,7 @@ class PhysicalMemory:
     def swap(self) -> Swap:
         """Where pages go that are paged out: as much as the host has memory."""
         if self._swap is None:
-            self._swap = Swap(sum(zone.count for zone in self.nodes))
+            self._swap = Swap(self, sum(zone.count for zone in self.nodes))
         return self._swap
 
     def add_node(self, owner: str, pages: int) -> HostZone:
@@ -242,7 +242,7 @@ class PhysicalMemory:
             if frames is not None:
                 return frames
         if count > sum(zone.allocator.free_count for zone in self.nodes):
-            return None
+            return self.allocate(count, node, keep) if self._reclaimed() else None
         parts = []
         for zone in self._from(node):
             part = zone.allocate(min(count, zone.allocator.free_count))
@@ -250,6 +250,10 @@ class PhysicalMemory:
             parts.append(part)
             count -= len(part)
         return np.concatenate(parts)
+
+    def _reclaimed(self) -> bool:
+        """Whether memory has become free that is only in the swap cache."""
+        return self._swap is not None and self._swap.shrink() > 0
 
     def allocate_huge(self, node: int = 0, group: MemoryCgroup | None = None) -> Words | None:
         """`allocate_folio`, frame by frame."""
@@ -293,7 +297,7 @@ class PhysicalMemory:
             frame = zone.allocate_bare()
             if frame is not None:
                 return frame
-        return None
+        return self.allocate_bare(node) if self._reclaimed() else None
 
     def allocate_one(self, mapping: int, index: int, node: int = 0, group: MemoryCgroup | None = None) -> int | None:
         """A zeroed frame that becomes an anonymous page of anon_vma `mapping`, mapped once: `allocate_charged` and `map_new` for one."""
@@ -315,7 +319,7 @@ class PhysicalMemory:
                 return frame
         if group is not None:
             group.uncharge(1)
-        return None
+        return self.allocate_one(mapping, index, node, group) if self._reclaimed() else None
 
     def put(self, frames: Words) -> None:
         """Drop one reference of each of `frames` (distinct); those without any left are freed."""

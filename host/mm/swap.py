@@ -3,9 +3,15 @@
 A slot holds one page's bytes; its count says how many entries lead to it (fork makes them two). A slot is memory of this program and of no
 zone: what is emulated is what it does to page tables, not the time that a disk takes.
 
-Paged out is what belongs to this process alone: pages that others map, hold or pin stay, and so does device memory (h55). Nobody migrates a
-swapped page, a snapshot shows nothing there, and whoever touches it has it back first. A page of a file leaves nothing in the page table;
-its slot stands in the page cache (`filemap.py`).
+Paged out is what this process alone maps: pages that others map (madvise_cold_or_pageout_pte_range), hold or pin stay, and so does device
+memory (h55). Nobody migrates a swapped page, a snapshot shows nothing there, and whoever touches it has it back first. A page of a file
+leaves nothing in the page table; its slot stands in the page cache (`filemap.py`).
+
+**The swap cache.** A slot that several entries lead to is read once: the page goes into the swap cache, read-only, and whoever comes for it
+next maps the same frame. So a family shares a page again after swap as it did before, and the first store of either copies. The cache holds
+one reference of the frame, and both, slot and place in the cache, go when the last entry that leads to the slot has gone (in the kernel,
+when somebody asks: folio_free_swap). While it is there the page does not migrate (migrate_vma_pages: a page of the swap cache whose slot is
+still in use stays), and paging it out again wants no new slot.
 """
 
 from __future__ import annotations
@@ -33,12 +39,15 @@ KEPT = pte.ANON_EXCLUSIVE | pte.SOFT_DIRTY | pte.UFFD_WP
 
 
 class Swap:
-    """`pages` slots. Their bytes are committed as they are used."""
+    """`pages` slots, for pages of `memory`. Their bytes are committed as they are used."""
 
-    def __init__(self, pages: int) -> None:
+    def __init__(self, memory: PhysicalMemory, pages: int) -> None:
+        self._memory = memory
         self._arena = Arena(0, pages)
         self._slots = RunAllocator(0, pages)
         self._count: npt.NDArray[np.int32] = lazy_array(pages, np.int32)
+        self._frames: Words = lazy_array(pages, np.uint64)
+        """The swap cache: the frame of each slot, 0 for most. `HostZone.swapped` leads back."""
 
     @property
     def used(self) -> int:
@@ -70,12 +79,43 @@ class Swap:
         return alone
 
     def free(self, slots: Words) -> None:
-        """swap_free: one entry less leads to each of `slots` (distinct)."""
+        """swap_free: one entry less leads to each of `slots` (distinct). The last one takes the page out of the swap cache, too."""
         at = slots.astype(np.intp)
         self._count[at] -= 1
         gone = np.sort(slots[self._count[at] == 0])
+        self.forget(gone)
         self._slots.free(gone)
         self._arena.discard(gone)
+
+    # --- the swap cache -----------------------------------------------------------------------------------------------------------
+
+    def cached(self, slots: Words) -> Words:
+        """The frames in which pages of `slots` are already; 0 where they are not."""
+        frames: Words = self._frames[slots.astype(np.intp)]
+        return frames
+
+    def remember(self, slots: Words, frames: Words) -> None:
+        """add_to_swap_cache: `frames` hold what `slots` do, for whoever wants it next."""
+        self._frames[slots.astype(np.intp)] = frames
+        for zone, rows, at in self._memory.groups(frames):
+            zone.swapped[at] = slots[rows] + np.uint64(1)
+            zone.refcount[at] += 1
+
+    def forget(self, slots: Words) -> int:
+        """delete_from_swap_cache: those of `slots` that are cached are so no more; how many were."""
+        frames = self.cached(slots)
+        cached = frames != 0
+        frames = frames[cached]
+        self._frames[slots[cached].astype(np.intp)] = 0
+        for zone, _, at in self._memory.groups(frames):
+            zone.swapped[at] = 0
+        self._memory.put(frames)
+        return len(frames)
+
+    def shrink(self) -> int:
+        """Memory is short: pages of the swap cache that nobody maps or holds are free; how many were."""
+        slots = np.flatnonzero(self._frames).astype(np.uint64)
+        return self.forget(slots[self._memory.field(self.cached(slots), "refcount") == 1])
 
 
 def reclaimable(mm: Mm, pages: Words, *, of_file: bool = False) -> Words:
@@ -83,7 +123,7 @@ def reclaimable(mm: Mm, pages: Words, *, of_file: bool = False) -> Words:
     entries = mm.table.gather(pages)
     there = pte.is_present(entries) & (entries & pte.SPECIAL == 0) & (entries < pte.DEVICE_MIN)
     frames = pte.frames_of(entries[there])
-    kind, references = (0, 2) if of_file else (ANON, 1)  # the page cache has a reference of its own
+    kind, references = (0, 2) if of_file else (ANON, 1 + (slots_of(mm.memory, frames) != 0))  # a cache has a reference of its own
     alone = (mm.memory.field(frames, "flags") & ANON == kind) & (mm.memory.field(frames, "refcount") == references)
     there[there] = alone & (mm.memory.field(frames, "mapcount") == 1) & (mm.memory.field(frames, "pincount") == 0)
     taken: Words = pages[there]
@@ -92,31 +132,52 @@ def reclaimable(mm: Mm, pages: Words, *, of_file: bool = False) -> Words:
 
 def page_out(mm: Mm, pages: Words) -> None:
     """Reclaim `pages`, which are reclaimable still and mapped one by one; mirrors were told. Without room in swap they stay."""
-    entries = mm.table.gather(pages)
+    swap, entries = mm.memory.swap, mm.table.gather(pages)
     frames = pte.frames_of(entries)
-    slots = mm.memory.swap.save(mm.memory, frames)
-    if slots is None:
+    known = slots_of(mm.memory, frames)
+    cached = known != 0
+    saved = swap.save(mm.memory, frames[~cached])
+    if saved is None:
         return
+    slots = known - np.uint64(1)
+    slots[~cached] = saved
+    swap.share(slots[cached])
     for zone, _, at in mm.memory.groups(frames):
         zone.flags[at] &= ~np.uint32(COMPOUND)
     mm.table.scatter(pages, pte.entries_of(pte.SWAP, slots) | entries & np.uint64(KEPT))
     mm.rss -= len(pages)
     mm.memory.unmap(frames)
+    swap.forget(slots[cached])
+
+
+def slots_of(memory: PhysicalMemory, frames: Words) -> Words:
+    """For each of `frames`, of the host, one more than the slot of which it is in the swap cache; 0 for those that are not."""
+    slots: Words = memory.field(frames, "swapped").astype(np.uint64)
+    return slots
 
 
 def swap_in(mm: Mm, vma: Vma, pages: Words, entries: Words, node: int) -> None:
     """do_swap_page for those `entries` of `pages` that are swapped: they are present again. Raises KernelError(ENOMEM)."""
     swapped = np.flatnonzero(entries & pte.KIND == pte.SWAP)
     pages, old = pages[swapped], entries[swapped]
-    frames = mm.memory.allocate_charged(mm.cgroup, len(pages), node, slice(0, len(pages)))
-    if frames is None:
-        raise mm.out_of_memory("page fault", len(pages))
-    slots = pte.frames_of(old)
-    mm.memory.swap.load(mm.memory, slots, frames)
-    own = (old & pte.ANON_EXCLUSIVE != 0) | mm.memory.swap.alone(slots)
-    mm.memory.swap.free(slots)
+    slots, swap = pte.frames_of(old), mm.memory.swap
+    frames = swap.cached(slots)
+    fresh = frames == 0
+    count = int(np.count_nonzero(fresh))
+    new = mm.memory.allocate_charged(mm.cgroup, count, node, slice(0, count))
+    if new is None:
+        raise mm.out_of_memory("page fault", count)
+    frames[fresh] = new
+    own = fresh & ((old & pte.ANON_EXCLUSIVE != 0) | swap.alone(slots))
     index = mm.anon_index(vma, pages)
-    mm.memory.map_new(frames, vma.anon, index)
+    swap.load(mm.memory, slots[fresh], new)
+    mm.memory.map_new(frames[own], vma.anon, index[own])
+    mm.memory.map_new(frames[fresh & ~own], vma.chain[-1] if vma.chain else vma.anon, index[fresh & ~own])  # the root: all of them have it
+    swap.remember(slots[fresh & ~own], frames[fresh & ~own])
+    for zone, _, at in mm.memory.groups(frames[~fresh]):
+        zone.refcount[at] += 1
+        zone.mapcount[at] += 1
+    swap.free(slots)
     bits = old & np.uint64(KEPT & ~pte.ANON_EXCLUSIVE) | np.uint64(pte.YOUNG | pte.DIRTY)
     bits[own] |= np.uint64(pte.ANON_EXCLUSIVE | (pte.WRITE if vma.flags & VM_WRITE else 0))
     mm.table.scatter(pages, pte.entries_of(pte.PRESENT, frames) | bits)

@@ -227,6 +227,8 @@ class HostZone(CpuZone):
         super().__init__(number, "system", owner, Arena(number << ZONE_SHIFT, count))
         skip = 1 if self.base == ZERO_FRAME else 0
         self.allocator = RunAllocator(self.base + skip, count - skip)
+        self.swapped: npt.NDArray[np.uint32] = lazy_array(count, np.uint32)
+        """Of a frame in the swap cache, one more than its slot (folio->swap); else 0."""
         self.gather: Gather | None = None
         """Where free frames wait until no device reaches them any more, if they have to."""
         self._free_committed = 0

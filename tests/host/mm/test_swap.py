@@ -239,3 +239,104 @@ async def test_a_swapped_page_of_a_file_is_not_missing() -> None:
     assert await space.load(BASE, 1) == b"\1"
     with pytest.raises(BusError):
         await space.load(BASE + PAGE, 1)
+
+
+async def family(machine: Machine, pages: int = 2, children: int = 1) -> list[Space]:
+    """A process whose pages are in swap, and children with entries that lead to the same slots."""
+    parent = await written(machine, pages)
+    await parent.madvise(BASE, pages * PAGE, "PAGEOUT")
+    return [parent, *[await machine.fork(parent) for _ in range(children)]]
+
+
+def frame_at(space: Space, page: int = FIRST) -> int:
+    return space.mm.table.get(page) >> pte.FRAME_SHIFT
+
+
+async def test_a_page_that_several_have_in_swap_is_read_once_for_all() -> None:
+    """do_swap_page and the swap cache: the second to come maps the frame that the first has read; a store copies, for the storer alone."""
+    machine = Machine()
+    parent, one, two = await family(machine, children=2)
+    assert await one.load(BASE, PAGE) == page_bytes(1)
+    assert (used(machine), machine.memory.swap.used) == (1, 2)
+    assert await parent.load(BASE, PAGE) == page_bytes(1)
+    assert frame_at(parent) == frame_at(one)
+    assert [space.pagemap(BASE, 1) for space in (parent, one, two)] == [b"P", b"P", b"S"]
+    await parent.store(BASE, b"mine")
+    assert (await one.load(BASE, 4), await two.load(BASE, 4), await parent.load(BASE, 5)) == (b"\1" * 4, b"\1" * 4, b"mine\1")
+    assert frame_at(one) == frame_at(two) != frame_at(parent)
+    assert (used(machine), machine.memory.swap.used) == (2, 1), "the last entry took the slot, and the cache's reference, along"
+    machine.check()
+    await machine.exit(two)
+    before = frame_at(one)
+    await one.store(BASE, b"own")
+    assert frame_at(one) == before, "nobody else has it: it is not copied"
+    await one.load(BASE, 2 * PAGE)
+    await machine.exit(parent)
+    assert await one.load(BASE + PAGE, PAGE) == page_bytes(2)
+    machine.check()
+    await machine.exit(one)
+    assert (used(machine), machine.memory.swap.used) == (0, 0)
+
+
+async def test_a_page_in_the_swap_cache_does_not_migrate_until_its_slot_is_free() -> None:
+    """migrate_vma_pages: folio_free_swap fails while another entry leads to the slot; afterwards the page goes, for both that map it."""
+    machine = Machine()
+    parent, child = await family(machine, 1)
+    await child.load(BASE, 1)
+    assert (await machine.to_device(child, 64, span(FIRST, 1)) & 2).tolist() == [0]
+    assert symbols(child, BASE, 1) == "P"
+    await parent.load(BASE, 1)
+    assert (await machine.to_device(child, 64, span(FIRST, 1)) & 2).tolist() == [2]
+    assert symbols(child, BASE, 1) == symbols(parent, BASE, 1) == "S"
+    assert machine.memory.swap.used == 0
+    assert await parent.load(BASE, PAGE) == page_bytes(1)
+    machine.check()
+
+
+async def test_a_page_of_the_swap_cache_goes_out_to_the_slot_that_it_has() -> None:
+    """PAGEOUT by the one who maps it: no new slot, its frame is free, and both read the same bytes later."""
+    machine = Machine()
+    parent, child = await family(machine)
+    await child.load(BASE, 2 * PAGE)
+    await child.store(BASE + PAGE, b"new")
+    assert (used(machine), machine.memory.swap.used) == (3, 2)
+    await child.madvise(BASE, 2 * PAGE, "PAGEOUT")
+    assert symbols(child, BASE, 2) == symbols(parent, BASE, 2) == "SS"
+    assert (used(machine), machine.memory.swap.used) == (1, 3), "what nobody maps is left, in the cache, for the parent"
+    assert await child.load(BASE, 2 * PAGE) == page_bytes(1) + b"new" + page_bytes(2)[3:]
+    assert await parent.load(BASE, 2 * PAGE) == page_bytes(1) + page_bytes(2)
+    assert machine.memory.swap.used == 0
+    machine.check()
+
+
+async def test_pages_that_are_only_in_the_swap_cache_are_given_up_for_memory() -> None:
+    """Copied by whoever mapped them, wanted by somebody who has not come yet: they are read again later, and memory is not used up."""
+    machine = Machine(host_pages=12)  # 11 for processes
+    parent, child = await family(machine, 4)
+    await child.store(BASE, b"".join(page_bytes(i + 11) for i in range(4)))
+    assert used(machine) == 8
+    await child.mmap(6 * PAGE, "rw", 2 * BASE)
+    await child.store(2 * BASE, bytes([7]) * 6 * PAGE)
+    assert used(machine) == 10
+    await child.store(2 * BASE + 5 * PAGE, b"x")
+    await parent.mmap(2 * PAGE, "rw", 2 * BASE)
+    await parent.store(2 * BASE, b"y")
+    with pytest.raises(KernelError, match="ENOMEM"):
+        await parent.load(BASE, 4 * PAGE)
+    await child.munmap(2 * BASE, 6 * PAGE)
+    assert await parent.load(BASE, 4 * PAGE) == b"".join(page_bytes(i + 1) for i in range(4))
+    assert await child.load(BASE + PAGE, 1) == bytes([12])
+    assert machine.memory.swap.used == 0
+    machine.check()
+
+
+async def test_a_pin_of_a_page_in_the_swap_cache_has_its_own() -> None:
+    """FAULT_FLAG_UNSHARE: what a pin sees is what its process writes, so it is no page that others will map."""
+    machine = Machine()
+    parent, child = await family(machine, 1)
+    pinned = await child.get_pages(FIRST, 1, pin=True)
+    await child.store(BASE, b"seen")
+    assert machine.bytes_of(int(pinned[0]))[:4] == b"seen"
+    assert await parent.load(BASE, 4) == b"\1" * 4
+    child.put_pages(pinned, pin=True)
+    machine.check()
