@@ -366,6 +366,14 @@ class BlockingProcess:
         """See `Process.fork`."""
         return BlockingProcess(self._loop.call(self._process.fork), self._loop)
 
+    def oom_score(self) -> int:
+        """See `Process.oom_score`."""
+        return self._loop.call(self._process.oom_score)
+
+    def set_oom_score_adj(self, value: int) -> None:
+        """See `Process.set_oom_score_adj`."""
+        self._loop.call(self._process.set_oom_score_adj, value)
+
     def kill(self, *, out_of_memory: bool = False) -> None:
         """See `Process.kill`."""
         self._loop.call(self._process.kill, out_of_memory=out_of_memory)
@@ -402,6 +410,14 @@ class BlockingMachine:
     def create_cgroup(self, name: str, limit_bytes: int | None = None) -> None:
         """See `Machine.create_cgroup`."""
         self._loop.call(self._machine.create_cgroup, name, limit_bytes)
+
+    def oom_kill(self, cgroup: str = "") -> int:
+        """See `Machine.oom_kill`."""
+        return self._loop.call(self._machine.oom_kill, cgroup)
+
+    def unplug(self, device: str) -> None:
+        """See `Machine.unplug`."""
+        self._loop.call(self._machine.unplug, device)
 
     def report(self) -> dict[str, Any]:
         """See `Machine.report`."""

@@ -62,6 +62,14 @@ class RemoteMachine:
         """See `Machine.create_cgroup`."""
         await self._calls.call("create_cgroup", name=name, limit=limit_bytes)
 
+    async def oom_kill(self, cgroup: str = "") -> int:
+        """See `Machine.oom_kill`."""
+        return int((await self._calls.call("oom_kill", cgroup=cgroup))[0])
+
+    async def unplug(self, device: str) -> None:
+        """See `Machine.unplug`."""
+        await self._calls.call("unplug", device=device)
+
     async def add_fault(self, kind: str, **given: Any) -> int:
         """A fault begins (see `hmmnet.faults.fault`); its number. Raises HmmnetError for what is none, or cannot be done."""
         value, _ = await self._calls.call("add_fault", fault={"kind": kind, **given})

@@ -99,6 +99,14 @@ class Host(Protocol):
         """A memory cgroup."""
         ...
 
+    async def oom_kill(self, cgroup: str = "") -> int:
+        """Kill whose end frees most memory."""
+        ...
+
+    async def unplug(self, device: str) -> None:
+        """Hot removal."""
+        ...
+
     def audit(self, *, quiet: bool = True) -> list[str]:
         """What is wrong with the books; empty when all is well. `quiet`: nothing is under way."""
         ...
@@ -161,6 +169,14 @@ class LaunchedMachine:
     async def create_cgroup(self, name: str, limit_bytes: int | None = None) -> None:
         """A memory cgroup for processes to be created in."""
         await self.host.create_cgroup(name, limit_bytes)
+
+    async def oom_kill(self, cgroup: str = "") -> int:
+        """Kill the process whose end frees most memory; its pid. See `Machine.oom_kill`."""
+        return await self.host.oom_kill(cgroup)
+
+    async def unplug(self, device: str) -> None:
+        """Hot removal of a device, its pages home first. See `Machine.unplug`."""
+        await self.host.unplug(device)
 
     async def report(self) -> dict[str, Any]:
         """Per link asked, reached and whether the emulation kept up; counters of the profile; devices."""

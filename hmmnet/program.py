@@ -305,6 +305,14 @@ class Process(Protocol):
         """Unmap everything and close all handles."""
         ...
 
+    async def oom_score(self) -> int:
+        """/proc/PID/oom_score: how much killing it would help when memory is used up, from 0 to 2000."""
+        ...
+
+    async def set_oom_score_adj(self, value: int) -> None:
+        """/proc/PID/oom_score_adj: from 1000 (before all others) to -1000 (never). Children inherit it. Raises KernelError(EINVAL)."""
+        ...
+
     async def kill(self, *, out_of_memory: bool = False) -> None:
         """SIGKILL: the process ends whatever it is doing; a device that waits on its behalf gets EINTR.
 
@@ -339,6 +347,20 @@ class Machine(Protocol):
         """A memory cgroup: its processes have at most `limit_bytes` (memory.max, whole pages), wherever the pages live; beyond is ENOMEM.
 
         ``report()["cgroups"][name]`` tells what it has. Raises HmmnetError for a name that is taken, and for a negative limit.
+        """
+        ...
+
+    async def oom_kill(self, cgroup: str = "") -> int:
+        """Have the kernel kill the process, of `cgroup` or of all, whose end frees most memory, weighed by oom_score_adj; its pid.
+
+        Raises HmmnetError when there is no such group, KernelError(ESRCH) when there is nobody to kill.
+        """
+        ...
+
+    async def unplug(self, device: str) -> None:
+        """Hot removal: everything in the device's memory goes home, the memory goes away, and the device is told goodbye.
+
+        Raises KernelError(ENOENT, ENODEV), and HmmnetError, naming who holds how much, when pages cannot come home; the device then stays.
         """
         ...
 

@@ -438,6 +438,14 @@ class RemoteProcess:
             child.handles[number] = RemoteHandle(self._calls, child, device, number)
         return child
 
+    async def oom_score(self) -> int:
+        """See `Process.oom_score`."""
+        return int((await self._calls.call("oom_score", process=self.pid))[0])
+
+    async def set_oom_score_adj(self, value: int) -> None:
+        """See `Process.set_oom_score_adj`."""
+        await self._calls.call("set_oom_score_adj", process=self.pid, value=value)
+
     async def kill(self, *, out_of_memory: bool = False) -> None:
         """See `Process.kill`."""
         self.handles.clear()

@@ -42,6 +42,18 @@ class CreateCgroup(Operation, frozen=True):
     limit: Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)] | None = None
 
 
+class OnCgroup(Operation, frozen=True):
+    """``oom_kill``; without a name all processes are meant."""
+
+    cgroup: Annotated[str, msgspec.Meta(max_length=NAME_MAX)] = ""
+
+
+class OnDevice(Operation, frozen=True):
+    """``unplug``."""
+
+    device: Name
+
+
 class AddFault(Operation, frozen=True):
     """``add_fault``: what makes a fault (`hmmnet.faults.catalogue.fault`)."""
 
@@ -58,6 +70,12 @@ class OnProcess(Operation, frozen=True):
     """Arguments of an operation on a process."""
 
     process: int
+
+
+class ScoreAdj(OnProcess, frozen=True):
+    """``set_oom_score_adj``."""
+
+    value: int
 
 
 class Map(OnProcess, frozen=True):

@@ -42,6 +42,8 @@ from .arguments import (
     LookAtWords,
     Map,
     Move,
+    OnCgroup,
+    OnDevice,
     OnFaults,
     OnFile,
     OnHandle,
@@ -57,6 +59,7 @@ from .arguments import (
     Register,
     Remap,
     RemoveFault,
+    ScoreAdj,
     Start,
     Write,
 )
@@ -115,6 +118,19 @@ async def create_process(client: Client, arguments: Create, _data: bytes) -> Ans
 async def create_cgroup(client: Client, arguments: CreateCgroup, _data: bytes) -> Answer:
     """A new memory cgroup."""
     await client.machine.create_cgroup(arguments.name, arguments.limit)
+    return None, b""
+
+
+@serves(OnCgroup)
+async def oom_kill(client: Client, arguments: OnCgroup, _data: bytes) -> Answer:
+    """Kill whose end frees most memory; its pid."""
+    return await client.machine.oom_kill(arguments.cgroup), b""
+
+
+@serves(OnDevice)
+async def unplug(client: Client, arguments: OnDevice, _data: bytes) -> Answer:
+    """Hot removal."""
+    await client.machine.unplug(arguments.device)
     return None, b""
 
 
@@ -418,6 +434,19 @@ async def kill(client: Client, arguments: Kill, _data: bytes) -> Answer:
     _forget_handles(client, arguments.process)
     await process.kill(out_of_memory=arguments.out_of_memory)
     client.processes.pop(arguments.process, None)
+    return None, b""
+
+
+@serves(OnProcess)
+async def oom_score(client: Client, arguments: OnProcess, _data: bytes) -> Answer:
+    """/proc/PID/oom_score."""
+    return await client.process(arguments).oom_score(), b""
+
+
+@serves(ScoreAdj)
+async def set_oom_score_adj(client: Client, arguments: ScoreAdj, _data: bytes) -> Answer:
+    """/proc/PID/oom_score_adj."""
+    await client.process(arguments).set_oom_score_adj(arguments.value)
     return None, b""
 
 

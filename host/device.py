@@ -7,6 +7,8 @@ frame zone of its own, so that a frame of a dead life is never mistaken for one 
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import trio
@@ -58,6 +60,13 @@ class Life:
     serving: bool = False
     """It has answered a request: welcomed is not enough, because a device may find that it cannot be what it was told to be."""
 
+    migrating: int = 0
+    """Migrations to its memory that are under way."""
+    migrated: trio.lowlevel.ParkingLot = field(default_factory=trio.lowlevel.ParkingLot)
+    """Who waits for their end parks here."""
+    leaving: bool = False
+    """It is being unplugged: nobody opens it any more, and nothing new comes to its memory."""
+
     @property
     def name(self) -> str:
         """The device's name."""
@@ -67,6 +76,23 @@ class Life:
     def zone(self) -> int:
         """The zone of its frames."""
         return self.link.zone
+
+    @contextmanager
+    def migration(self) -> Iterator[None]:
+        """Around a migration to its memory."""
+        self.migrating += 1
+        try:
+            yield
+        finally:
+            self.migrating -= 1
+            self.migrated.unpark_all()
+
+    async def settled(self) -> None:
+        """Return when no migration to its memory is under way. Raises PeerLost when it is gone then."""
+        while self.migrating:
+            await self.migrated.park()
+        if self.link.session.lost is not None:
+            raise self.link.lost_error()
 
     def context(self, number: int) -> Context:
         """An open context. Raises KernelError(ESRCH) for one that was closed, or never was."""
@@ -125,4 +151,6 @@ class Device:
         if self.life is None:
             why = f"it was lost: {self.last_loss}" if self.last_loss else "it has not started"
             raise KernelError(errno.ENODEV, "open", f'device "{self.spec.name}" is not there: {why}')
+        if self.life.leaving:
+            raise KernelError(errno.ENODEV, "open", f'device "{self.spec.name}" is being unplugged')
         return self.life

@@ -69,6 +69,8 @@ class PageMap:
         self.zone.on_free_folios = late(lambda heads: link.free_frames(heads | np.uint64(LARGE)))
         self.on_memory_failure: Callable[[Words], None] | None = None
         """dev_pagemap_ops.memory_failure: the driver's answer to broken frames."""
+        self.removed = False
+        """The memory has been taken out of the machine; nothing of it can be lost any more."""
 
     @property
     def used_pages(self) -> int:
@@ -111,9 +113,12 @@ class PageMap:
         if holders:
             raise HmmnetError(f'memory of device "{self.zone.owner}" (zone {self.zone.number}) cannot be removed: {"; ".join(holders)}')
         self._memory.remove_device(self.zone.number)
+        self.removed = True
 
     def lose(self, cause: str) -> None:
         """The device died with its memory: an access to a page whose only copy was there is a SIGBUS that names `cause`."""
+        if self.removed:
+            return
         coherent = self.zone.kind == "coherent"
         self._memory.zone_lost(self.zone.number, cause)
         if coherent:
@@ -130,5 +135,6 @@ class PageMap:
         """Nothing is under way to or from the lost device any more: without pages that were lost with it, the map goes away."""
         if self.used_pages:
             return False
-        self._memory.remove_device(self.zone.number)
+        if not self.removed:
+            self._memory.remove_device(self.zone.number)
         return True

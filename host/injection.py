@@ -235,6 +235,9 @@ async def _exit(host: Host, effect: HostEffect, where: Where) -> None:
 
 
 async def _reap(host: Host, effect: HostEffect, where: Where) -> None:
+    if not (effect.process or where.process):
+        await host.oom_kill()
+        return
     for process in _concerned(host, effect, where):
         for vma in process.space.vmas(0, PAGES_MAX):
             if vma.is_anonymous:

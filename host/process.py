@@ -33,6 +33,7 @@ from .files import MemFd
 from .handles import Handle, HeldPages, OpenFile, command_device
 from .homing import Homing
 from .link import SessionLink
+from .mm import oom
 from .mm.space import Space
 from .mm.syscalls import aligned, whole_pages
 from .mm.userfault import UserFault
@@ -291,7 +292,7 @@ class Process:
         """The context that this process keeps open itself."""
         self._alive("open")
         context = self._own.get(device)
-        if context is None or context.life.link.session.lost is not None:
+        if context is None or context.life.leaving or context.life.link.session.lost is not None:
             context = await self._acquired(device, self.contexts.get)
             if self._own.get(device) is context:
                 await self.contexts.put(context)  # another task opened it meanwhile, and one use is enough
@@ -396,6 +397,15 @@ class Process:
             file.enter(child.files)
         child._heap, child._heap_end = self._heap, self._heap_end  # noqa: SLF001 - one of its own kind
         return child
+
+    async def oom_score(self) -> int:
+        """/proc/PID/oom_score."""
+        return oom.score(self.space.mm, self.space.memory.total_pages)
+
+    async def set_oom_score_adj(self, value: int) -> None:
+        """/proc/PID/oom_score_adj. Raises KernelError(EINVAL)."""
+        check_whole("set_oom_score_adj", value=value)
+        oom.set_score_adj(self.space.mm, value)
 
     async def kill(self, *, out_of_memory: bool = False) -> None:
         """SIGKILL, or the OOM killer's."""

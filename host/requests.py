@@ -47,7 +47,7 @@ from hmmnet.wire.session import Session
 from .device import Context, Life
 from .homing import Homing
 from .interfaces import Select
-from .migrate import Copy, Grant, Outcome, migrate_to_device
+from .migrate import Announce, Copy, Grant, Outcome, migrate_to_device
 from .mirror import Request
 from .notifier import Subscription
 from .personality import TODAY, Personality
@@ -153,6 +153,8 @@ class Requests:
         frames = _words(message.grant, "Migrate.grant")
         if pages_in(frames) != message.pages:
             raise ProtocolError(f"Migrate of {message.pages} pages with {pages_in(frames)} frames granted")
+        if self._life.leaving:  # as if every page were busy: a driver has to live with that
+            return Migrated(0, to_wire(np.zeros(message.pages, np.uint64)), 0, 0)
         grant = Grant(self._life.page_map.zone, frames)
         reply: Migrated = await self._nursery.start(partial(self._to_device, context, message, grant))
         return reply
@@ -183,21 +185,25 @@ class Requests:
                     del self._table_updates[number]
 
         try:
-            domains = [one.domain for one in self._life.contexts_of(context.space.number)]
-            await migrate_to_device(
-                context.space,
-                self._homing.spaces,
-                self._life.link,
-                domains,
-                message.start,
-                self._personality.select(Select(message.select)),
-                grant,
-                announce,
-                self._copy,
-            )
+            with self._life.migration():
+                await self._migrate_in(context, message, grant, announce)
         except PeerLost:
             if not replied:
                 raise
+
+    async def _migrate_in(self, context: Context, message: Migrate, grant: Grant, announce: Announce) -> None:
+        domains = [one.domain for one in self._life.contexts_of(context.space.number)]
+        await migrate_to_device(
+            context.space,
+            self._homing.spaces,
+            self._life.link,
+            domains,
+            message.start,
+            self._personality.select(Select(message.select)),
+            grant,
+            announce,
+            self._copy,
+        )
 
     async def _table_updated(self, update: TableUpdate) -> None:
         link = self._life.link

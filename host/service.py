@@ -11,6 +11,7 @@ Then, in a task: the fence is waited for, its contexts leave the hubs, and what 
 
 from __future__ import annotations
 
+import errno
 import logging
 import secrets
 from collections import Counter
@@ -50,6 +51,7 @@ from .hub import Hub
 from .injection import Injection
 from .interconnect import Interconnect
 from .link import SessionLink
+from .mm import oom
 from .mm.space import Space
 from .personality import personality_named
 from .process import Process
@@ -244,14 +246,16 @@ class Host:
         over = trio.Event()
 
         def lost(cause: PeerLost) -> None:
-            log.log(logging.INFO if self._ending else logging.WARNING, "device %s is lost: %s", spec.name, cause)
+            removed = life.page_map.removed
+            how = "it was unplugged" if removed else str(cause)
+            log.log(logging.INFO if self._ending or removed else logging.WARNING, "device %s is lost: %s", spec.name, how)
             self.links.pop(zone, None)
-            self.devices[spec.name].end(life, str(cause))
-            life.page_map.lose(str(cause))
+            self.devices[spec.name].end(life, how)
+            life.page_map.lose(how)
             over.set()
             if self._samples is not None:
                 self._samples.forget(zone)
-            self._tell(spec.name, "lost", str(cause))
+            self._tell(spec.name, "lost", how)
             if not self._ending:
                 self.injection.device_lost(spec.name)
 
@@ -359,6 +363,34 @@ class Host:
     async def create_cgroup(self, name: str, limit_bytes: int | None = None) -> None:
         """A memory cgroup for processes to be created in (see `host.mm.memcg`). Raises HmmnetError."""
         self.memory.cgroups.create(name, limit_bytes)
+
+    async def oom_kill(self, cgroup: str = "") -> int:
+        """out_of_memory: kill the process whose end frees most; see `Machine.oom_kill`. Raises HmmnetError, KernelError(ESRCH)."""
+        group = self.memory.cgroups.named(cgroup) if cgroup else None
+        total = self.memory.total_pages if group is None or group.limit_pages is None else max(1, group.limit_pages)
+        among = [space.mm for space in self.spaces.values() if group is None or space.mm.cgroup is group]
+        victim = oom.select(among, total)
+        if victim is None:
+            raise KernelError(errno.ESRCH, "out_of_memory", f"none of {len(among)} processes may be killed")
+        await self.processes[victim.number].kill(out_of_memory=True)
+        return victim.number
+
+    async def unplug(self, name: str) -> None:
+        """Hot removal of a device: its pages home, its memory gone, then goodbye; see `Machine.unplug`.
+
+        Nothing new comes to its memory from the first moment on; what runs on it goes on by DMA until the goodbye. Raises
+        KernelError(ENOENT, ENODEV, ENOMEM), PeerLost, HmmnetError (who holds what; the device is as before then).
+        """
+        life = self.contexts.device(name).present()
+        life.leaving = True
+        try:
+            await life.settled()
+            await self.homing.unplug(life.page_map)
+        except BaseException:
+            life.leaving = False
+            raise
+        life.link.flush_freed()
+        await life.link.session.bye()
 
     async def create_process(self, node: str = "", cgroup: str = "") -> Process:
         """A new, empty process; see `Machine.create_process`. Raises HmmnetError."""

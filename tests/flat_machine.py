@@ -97,6 +97,12 @@ class FlatProcess:
     async def smaps(self) -> list[Mapping]:
         raise AssertionError("no workload looks at smaps")
 
+    async def oom_score(self) -> int:
+        raise NotImplementedError
+
+    async def set_oom_score_adj(self, value: int) -> None:
+        raise NotImplementedError
+
     async def clear_refs(self, *, soft_dirty: bool = True) -> None:
         raise AssertionError("no workload clears references")
 

@@ -146,5 +146,11 @@ class LoggedCalls:
     async def clear_refs(self, *, soft_dirty: bool = True) -> None:
         self.log.append(("clear_refs", soft_dirty))
 
+    async def oom_score(self) -> int:
+        return 666
+
+    async def set_oom_score_adj(self, value: int) -> None:
+        self.log.append(("oom_score_adj", value))
+
     async def kill(self, *, out_of_memory: bool = False) -> None:
         self.log.append(("kill", out_of_memory))

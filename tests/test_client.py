@@ -116,6 +116,7 @@ class PlainMachine:
         self.nodes: list[str] = []
         self.memberships: list[str] = []
         self.cgroups: dict[str, int | None] = {}
+        self.asked: list[tuple[str, str]] = []
 
     def emulated_s(self) -> float:
         return 0.0
@@ -125,6 +126,13 @@ class PlainMachine:
         self.nodes.append(node)
         self.memberships.append(cgroup)
         return self.processes[-1]
+
+    async def oom_kill(self, cgroup: str = "") -> int:
+        self.asked.append(("oom_kill", cgroup))
+        return 7
+
+    async def unplug(self, device: str) -> None:
+        self.asked.append(("unplug", device))
 
     async def create_cgroup(self, name: str, limit_bytes: int | None = None) -> None:
         self.cgroups[name] = limit_bytes
@@ -315,8 +323,16 @@ async def test_what_proc_shows() -> None:
         assert await process.smaps() == [Mapping(0x1000, 0x3000, "rw-p", 8192, 4096, 0, 0, 0, 0)]
         await process.clear_refs()
         await process.clear_refs(soft_dirty=False)
+        assert await process.oom_score() == 666
+        await process.set_oom_score_adj(-500)
+        assert machine.processes[0].log[-1] == ("oom_score_adj", -500)
         await process.kill(out_of_memory=True)
-        assert machine.processes[0].log[-3:] == [("clear_refs", True), ("clear_refs", False), ("kill", True)]
+        assert machine.processes[0].log[-4:] == [
+            ("clear_refs", True),
+            ("clear_refs", False),
+            ("oom_score_adj", -500),
+            ("kill", True),
+        ]
         with pytest.raises(KernelError, match="ESRCH"):
             await process.smaps()
 

@@ -127,6 +127,23 @@ def bounce(
 
 
 @app.command()
+def unplug(device: Annotated[str, typer.Argument(help="A device.")], machine: Machine = None) -> int:
+    """A device is taken out in order: its pages go home, its memory goes, it is told goodbye. Who holds on to a page is named."""
+    _ask(machine, "unplug", device=device)
+    print(f"{device} is unplugged")
+    return 0
+
+
+@app.command()
+def oom(
+    cgroup: Annotated[str, typer.Option(help="Only processes of this memory cgroup.", show_default=False)] = "", machine: Machine = None
+) -> int:
+    """The OOM killer ends the process whose end frees most memory, weighed by its oom_score_adj."""
+    print(f"process {_ask(machine, 'oom_kill', cgroup=cgroup)} is killed")
+    return 0
+
+
+@app.command()
 def ls(machine: Machine = None) -> int:
     """The faults of a running machine."""
     for one in _ask(machine, "list_faults"):

@@ -10,7 +10,10 @@ DEEDS = {
     "fork": ("the process forks; the child reads the pages concerned, and exits", "parent and child see what they should"),
     "exit": ("the process exits", "its pages are free everywhere; others go on"),
     "kill": ("the process is killed (SIGKILL)", "its pages are free everywhere; others go on"),
-    "oom": ("the process is reaped by the OOM killer, and exits", "its pages are free everywhere; late faults are EFAULT"),
+    "oom": (
+        "the process (none given: whom the OOM killer chooses) is reaped, and exits",
+        "its pages are free everywhere; late faults are EFAULT",
+    ),
     "exec": ("the process's address space goes, and with it the mirrors (as at exec)", "devices lose what they mirrored"),
     "mprotect": ("the pages concerned become read-only and writable again", "no write after that is lost"),
     "mremap": ("the pages concerned move to another address and back", "data move with them"),

@@ -175,6 +175,14 @@ class SimulatedMachine:
         """See `Machine.create_cgroup`."""
         await self.host.create_cgroup(name, limit_bytes)
 
+    async def oom_kill(self, cgroup: str = "") -> int:
+        """See `Machine.oom_kill`."""
+        return await self.host.oom_kill(cgroup)
+
+    async def unplug(self, device: str) -> None:
+        """See `Machine.unplug`."""
+        await self.host.unplug(device)
+
     async def report(self) -> dict[str, Any]:
         """See `Machine.report`."""
         return {**await self.host.report(), "faults": self.carrier.fired()}

@@ -463,7 +463,7 @@ class Call(Message, frozen=True):
 
     Machine: ``devices`` -> [name], ``report`` -> map, ``create_process`` (node, cgroup) -> pid,
     ``create_cgroup`` (name, limit or nil), ``add_fault`` (fault: a map of what makes one), ``remove_fault`` (fault: its number),
-    ``list_faults``. Process operations carry ``process`` (a pid that
+    ``list_faults``, ``oom_kill`` (cgroup) -> pid, ``unplug`` (device). Process operations carry ``process`` (a pid that
     this client made) and what `hmmnet.program.Process` names: ``mmap`` (length, protection, address or nil, populate, shared,
     file or nil, handle or nil, offset, hugetlb) -> address;
     ``memfd_create`` (length) -> file number; ``file_read`` (file, offset, length) -> data, ``file_write`` (file, offset) with data -> size,
@@ -476,7 +476,8 @@ class Call(Message, frozen=True):
     (address, length, at most a chunk) -> data; ``write`` (address) with data; ``pagemap`` (address, pages) -> data; ``residency``
     (address, pages) -> [owner names], data: int16 a page; ``pagemap_words`` (address, pages) -> data: uint64 a page; ``smaps`` ->
     [[start, end, rights, bytes of each kind]]; ``clear_refs`` (soft_dirty); ``migrate`` (address, length, to) -> bytes; ``launch``
-    (kernel, device, placement, arguments: map) -> {results, counters}; ``exit``; ``kill`` (out_of_memory);
+    (kernel, device, placement, arguments: map) -> {results, counters}; ``exit``; ``kill`` (out_of_memory); ``oom_score`` -> points;
+    ``set_oom_score_adj`` (value);
     ``open`` (device) -> handle number; ``close`` (handle). ``ioctl``
     (handle, command, address, pages, flags) -> {cpages, faults, length} with the first chunk of the data, ``length`` bytes in all; the
     rest by ``fetch`` (handle, offset) -> data. Data for an ioctl beyond one chunk goes ahead in ``stage`` (handle) calls, which append;

@@ -94,6 +94,11 @@ class PhysicalMemory:
             self._swap = Swap(self, sum(zone.count for zone in self.nodes))
         return self._swap
 
+    @property
+    def total_pages(self) -> int:
+        """totalram_pages and total_swap_pages, which are as many."""
+        return 2 * sum(zone.count for zone in self.nodes)
+
     def add_node(self, owner: str, pages: int) -> HostZone:
         """A host memory node."""
         zone = HostZone(len(self.nodes), owner, pages)

@@ -42,6 +42,8 @@ class Mm:
         """Aligned blocks in mappings for huge pages that have a page table of their own: no huge page comes there any more."""
         self.rss = 0
         """Pages mapped, wherever they live; those on a device count too, the zero page does not."""
+        self.oom_score_adj = 0
+        """How much more, or less, it is worth killing than it has memory (`oom.py`); a child inherits it."""
         self.unstable = False
         """MMF_UNSTABLE: the OOM reaper has been here, so what is missing must not be made anew."""
         self.migration_ended: Callable[[], None] = _nobody_waits

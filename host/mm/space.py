@@ -41,7 +41,7 @@ class Space(Advice):
         Exclusive access of devices ends first (h26). Raises KernelError(ENOMEM); then there is no child.
         """
         child = Space(number, self.memory, hub, self.home, self.mm.family)
-        child.mm.node, child.mm.cgroup = self.mm.node, self.mm.cgroup
+        child.mm.node, child.mm.cgroup, child.mm.oom_score_adj = self.mm.node, self.mm.cgroup, self.mm.oom_score_adj
         child.mm.small_blocks = set(self.mm.small_blocks)
         async with self.mmap_lock.write():
             try:

@@ -27,7 +27,7 @@ from hmmnet.runs import RunAllocator
 
 from . import pte
 from .vma import VM_WRITE, Vma
-from .zones import ANON, COMPOUND, lazy_array
+from .zones import ANON, COMPOUND, HostZone, lazy_array
 
 if TYPE_CHECKING:
     from .frames import PhysicalMemory
@@ -98,6 +98,7 @@ class Swap:
         """add_to_swap_cache: `frames` hold what `slots` do, for whoever wants it next."""
         self._frames[slots.astype(np.intp)] = frames
         for zone, rows, at in self._memory.groups(frames):
+            assert isinstance(zone, HostZone), "pages of the host are swapped, and no others"
             zone.swapped[at] = slots[rows] + np.uint64(1)
             zone.refcount[at] += 1
 
@@ -108,6 +109,7 @@ class Swap:
         frames = frames[cached]
         self._frames[slots[cached].astype(np.intp)] = 0
         for zone, _, at in self._memory.groups(frames):
+            assert isinstance(zone, HostZone), "pages of the host are swapped, and no others"
             zone.swapped[at] = 0
         self._memory.put(frames)
         return len(frames)

@@ -91,6 +91,7 @@ class RecordingMachine:
     def __init__(self) -> None:
         self.processes: list[RecordingProcess] = []
         self.cgroups: dict[str, int | None] = {}
+        self.asked: list[tuple[str, str]] = []
 
     def emulated_s(self) -> float:
         return 0.0
@@ -98,6 +99,13 @@ class RecordingMachine:
     async def create_process(self, node: str = "", cgroup: str = "") -> RecordingProcess:
         self.processes.append(RecordingProcess(len(self.processes) + 1))
         return self.processes[-1]
+
+    async def oom_kill(self, cgroup: str = "") -> int:
+        self.asked.append(("oom_kill", cgroup))
+        return 7
+
+    async def unplug(self, device: str) -> None:
+        self.asked.append(("unplug", device))
 
     async def create_cgroup(self, name: str, limit_bytes: int | None = None) -> None:
         self.cgroups[name] = limit_bytes

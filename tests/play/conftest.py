@@ -188,6 +188,12 @@ class FakeProcess:
     async def smaps(self) -> list[Mapping]:
         raise AssertionError("scripts never ask for smaps")
 
+    async def oom_score(self) -> int:
+        raise NotImplementedError
+
+    async def set_oom_score_adj(self, value: int) -> None:
+        raise NotImplementedError
+
     async def clear_refs(self, *, soft_dirty: bool = True) -> None:
         raise AssertionError("scripts never clear references")
 
