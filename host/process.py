@@ -115,10 +115,10 @@ class Process:
             raise KernelError(errno.EBADF, "mmap", f"{type(file).__name__} is no file of this machine; take one from memfd_create")
         opened = None if file is None else file.file("mmap")
         if hugetlb:
-            if shared or opened is not None:
-                raise KernelError(errno.EINVAL, "mmap", "huge pages of the pool are for anonymous private memory here")
+            if opened is not None:
+                raise KernelError(errno.EINVAL, "mmap", "a memfd has no huge pages of the pool; they are for anonymous memory here")
             length = -(-length // HUGE_BYTES) * HUGE_BYTES
-            mapped = await self.space.mmap_hugetlb(length, protection, address)
+            mapped = await self.space.mmap_hugetlb(length, protection, address, shared=shared)
         else:
             mapped = await self.space.mmap(length, protection, address, shared=shared, file=opened, offset=offset)
         if populate:

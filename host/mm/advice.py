@@ -16,13 +16,13 @@ from dataclasses import dataclass
 
 from hmmnet.errors import KernelError
 from hmmnet.host.interfaces import Event
-from hmmnet.pages import HUGE_PAGES, PAGE_SHIFT, Words, announced_runs
+from hmmnet.pages import HUGE_PAGES, HUGE_SHIFT, PAGE_SHIFT, Words, announced_runs
 
-from . import fault, huge, pte, swap
-from .filemap import file_offsets
+from . import fault, filehuge, huge, pte, swap
+from .filemap import File, file_offsets, ranges_of
 from .huge import HUGE_MASK
 from .syscalls import SystemCalls, aligned, whole_pages
-from .truncate import punch
+from .truncate import punch, told_everywhere
 from .vma import (
     VM_DONTCOPY,
     VM_HUGEPAGE,
@@ -113,12 +113,15 @@ class Advice(SystemCalls):
         """madvise_collapse: huge pages for every aligned block that lies in the range, and in its mapping, whole."""
         for vma in self.mm.vmas.overlapping(start, end):
             low, high = max(start, vma.start), min(end, vma.end)
-            if not vma.is_anonymous or vma.flags & (VM_NOHUGEPAGE | VM_HUGETLB):
+            if vma.flags & (VM_NOHUGEPAGE | VM_HUGETLB | VM_SPECIAL):
                 raise self._refused(vma, COLLAPSE)
             if huge.block_of(vma.end) - HUGE_PAGES < vma.start:  # thp_vma_suitable_order
                 raise self._refused(vma, COLLAPSE)
             failed = 0
             for block in range(-(-low // HUGE_PAGES) * HUGE_PAGES, high - HUGE_PAGES + 1, HUGE_PAGES):
+                if vma.file is not None:
+                    failed = await self._collapse_file(vma, vma.file, block) or failed
+                    continue
                 devices = self.mm.table.occupied(block, block + HUGE_PAGES)
                 kinds = self.mm.table.gather(devices) & pte.KIND
                 away = devices[(kinds == pte.DEVICE) | (kinds == pte.MIGRATION) | (kinds == pte.SWAP)]
@@ -129,6 +132,23 @@ class Advice(SystemCalls):
             if failed:
                 where = f"0x{low << PAGE_SHIFT:x} of process {self.number}"
                 raise KernelError(failed, "madvise", f"a block of the mapping at {where} cannot be made a huge page")
+
+    async def _collapse_file(self, vma: Vma, file: File, page: int) -> int:
+        """hpage_collapse_scan_file: one large folio for a block of a file, which everybody maps anew; 0 or an errno."""
+        block = filehuge.block_in(vma, page)
+        if block is None:
+            raise self._refused(vma, COLLAPSE)
+        if block in file.blocks:
+            return 0
+        if failed := filehuge.check_collapsible(file, block):
+            return failed
+        first = block << HUGE_SHIFT
+        async with AsyncExitStack() as stack:
+            await told_everywhere(stack, file, first, first + HUGE_PAGES)
+            for space in file.mappers.values():
+                for _, low, high in ranges_of(space.mm, file, first, first + HUGE_PAGES):
+                    huge.drop_file_pages(space.mm, low, high)
+            return filehuge.collapse(file, block, self.mm)
 
     async def _remove(self, start: int, end: int) -> None:
         """madvise_remove: a hole in the file behind each shared mapping, for everybody. The mmap lock is not held meanwhile, as there."""
@@ -146,8 +166,14 @@ class Advice(SystemCalls):
                     raise KernelError(errno.EACCES, "madvise", f"{REMOVE} is for shared mappings; page 0x{page:x} is in a private one")
                 low, high, file = max(page, vma.start), min(end, vma.end), vma.file
                 offset = low - vma.start + vma.pgoff
-            await punch(file, offset << PAGE_SHIFT, high - low << PAGE_SHIFT)
-            page = high
+                if vma.flags & VM_HUGETLB:  # hugetlbfs_punch_hole: whole huge pages
+                    inside = -(-low // HUGE_PAGES) * HUGE_PAGES, huge.block_of(high)
+                    offset, low = offset + inside[0] - low, inside[0]
+                    page, high = high, max(low, inside[1])
+                else:
+                    page = high
+            if low < high:
+                await punch(file, offset << PAGE_SHIFT, high - low << PAGE_SHIFT)
 
     async def _advise_pages(self, start: int, end: int, advice: str) -> None:
         for vma in self.mm.vmas.overlapping(start, end):
@@ -190,6 +216,7 @@ class Advice(SystemCalls):
                     swap.page_out(self.mm, still)
         file = None if vma.flags & VM_SPECIAL else vma.file  # what a driver inserted is on no LRU list
         if file is not None and len(pages := swap.reclaimable(self.mm, present, of_file=True)):
+            await self.split_blocks(block for block in huge.huge_blocks(self.mm, pages) if block < low or block + HUGE_PAGES > high)
             async with self._told(pages):
                 still = swap.reclaimable(self.mm, pages, of_file=True)
                 fault.zap(self.mm, still)

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from hmmnet.pages import HUGE_PAGES, HUGE_SHIFT, ZERO_FRAME, Words
 
-from . import huge, pte
+from . import filehuge, huge, pte
 from .filemap import end_in, fault_around, file_offsets, map_file, read_fault
 from .mm import Mm
 from .swap import swap_in
@@ -173,7 +173,7 @@ def _settle(mm: Mm, vma: Vma, pages: Words, entries: Words, write: bool, keep: s
         if write:
             for block in huge.blocks_of(pages[there][entries[there] & (pte.HUGE | pte.WRITE) == pte.HUGE]):  # pmd_mkwrite
                 for _, part, _ in mm.table.parts(block, block + HUGE_PAGES):
-                    part[part != 0] |= np.uint64(pte.WRITE | pte.ANON_EXCLUSIVE)
+                    part[part != 0] |= np.uint64(bits & (pte.WRITE | pte.ANON_EXCLUSIVE))
 
 
 def _populate(mm: Mm, vma: Vma, pages: Words, empty: npt.NDArray[np.bool_], write: bool, keep: slice | None, node: int) -> None:
@@ -200,6 +200,9 @@ def _populate(mm: Mm, vma: Vma, pages: Words, empty: npt.NDArray[np.bool_], writ
 
 def _populate_from_file(mm: Mm, vma: Vma, pages: Words, write: bool, node: int) -> None:
     """do_read_fault, do_shared_fault or do_cow_fault for each of `pages`, which are empty and inside the file."""
+    pages = pages[~filehuge.populate(mm, vma, pages, write=write, node=node)]
+    if len(pages) == 0:
+        return
     if not write:
         read_fault(mm, vma, pages, node)
         return

@@ -13,7 +13,8 @@ What a CPU fault does depends on the mapping (do_fault):
 MADV_PAGEOUT takes file pages out of memory, too, as shmem does: to swap, from where whoever wants one next has it back.
 
 A page behind the end of the file is SIGBUS. `File.mappers` (the kernel's i_mmap) are the address spaces that have mapped the file: whoever
-punches or truncates (`truncate.py`) asks each where. No entry of these pages is ever a migration entry: pages of files stay where they are.
+punches or truncates (`truncate.py`) asks each where. Large folios of a cache are in `filehuge.py`. No entry of these pages is ever a
+migration entry: pages of files stay where they are.
 
 A file lives while somebody has it open or maps it, which is counted (struct file's f_count, and i_mmap): when Python's collector gets round
 to an object decides nothing, so the frames go back at the same moment of every run.
@@ -30,7 +31,7 @@ import numpy.typing as npt
 
 from hmmnet.arena import Bytes
 from hmmnet.errors import KernelError
-from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, PAGES_MAX, Words
+from hmmnet.pages import HUGE_PAGES, HUGE_SHIFT, PAGE_SHIFT, PAGE_SIZE, PAGES_MAX, Words
 from hmmnet.sparse import SparseTable
 
 from . import pte
@@ -39,6 +40,7 @@ from .locks import RwLock
 from .memcg import MemoryCgroup
 from .mm import Mm
 from .vma import VM_SHARED, VM_WRITE, Vma
+from .zones import COMPOUND
 
 if TYPE_CHECKING:
     from .access import CpuAccess
@@ -52,11 +54,18 @@ ENOMEM = 12
 
 
 class File:
-    """A file of `size` bytes, all holes. Its frames go back when nobody has it any more: no descriptor, no call under way, no mapping."""
+    """A file of `size` bytes, all holes; of the huge page `pool`, if it says so.
 
-    def __init__(self, memory: PhysicalMemory, size: int) -> None:
+    Its frames go back when nobody has it any more: no descriptor, no call under way, no mapping.
+    """
+
+    def __init__(self, memory: PhysicalMemory, size: int, *, pool: bool = False) -> None:
         self.memory = memory
         self.size = size
+        self.pool = pool
+        """MAP_HUGETLB: all of it in huge pages, which cannot be split."""
+        self.blocks: set[int] = set()
+        """Which blocks of 512 page offsets are one large folio each (`filehuge.py`)."""
         self.number = memory.new_file_number()
         self.mappers: dict[int, CpuAccess] = {}
         """i_mmap: the address spaces that have mapped the file, by number."""
@@ -154,6 +163,8 @@ class File:
         slots = self.memory.swap.save(self.memory, frames)
         if slots is None:
             return False
+        for block in self.blocks & set(np.unique(offsets >> np.uint64(HUGE_SHIFT)).tolist()):
+            self.split(block)
         self._cache.scatter(offsets, slots | SWAPPED)
         _put(self.memory, frames)
         return True
@@ -194,8 +205,38 @@ class File:
             frame = int(self.filled(_covering(offset, 1), 0, None)[0])
             self.memory.write_small(frame, offset & PAGE_SIZE - 1, bytes(length))
 
+    def adopt(self, block: int, frames: Words) -> None:
+        """The huge page of `frames` is the cache's, at a block that has nothing: a reference of each is handed over."""
+        offsets = np.arange(block << HUGE_SHIFT, block + 1 << HUGE_SHIFT, dtype=np.uint64)
+        for zone, rows, at in self.memory.groups(frames):
+            zone.flags[at] |= np.uint32(COMPOUND)
+            zone.mapping[at] = self.number
+            zone.index[at] = offsets[rows]
+        self._cache.scatter(offsets, frames)
+        self.blocks.add(block)
+
+    def split(self, block: int) -> None:
+        """The pages of a large folio, which nobody maps as one any more, are ordinary ones."""
+        self.blocks.discard(block)
+        frames = self.cached(np.arange(block << HUGE_SHIFT, block + 1 << HUGE_SHIFT, dtype=np.uint64))
+        for zone, _, at in self.memory.groups(frames[frames != 0]):
+            zone.flags[at] &= ~np.uint32(COMPOUND)
+
+    def around(self, first: int, end: int) -> tuple[int, int]:
+        """Pages [first, end), and all of the large folios of which they are a part."""
+        if first >> HUGE_SHIFT in self.blocks:
+            first = first >> HUGE_SHIFT << HUGE_SHIFT
+        if end & HUGE_PAGES - 1 and end >> HUGE_SHIFT in self.blocks:
+            end = (end >> HUGE_SHIFT) + 1 << HUGE_SHIFT
+        return first, end
+
     def drop(self, first: int, end: int) -> None:
-        """truncate_inode_pages: pages [first, end) become holes. Nobody maps them any more; who pinned one keeps it."""
+        """truncate_inode_pages: pages [first, end) become holes. Nobody maps them any more; who pinned one keeps it.
+
+        A large folio of which a part goes is split.
+        """
+        for block in [block for block in self.blocks if block << HUGE_SHIFT < end and first < block + 1 << HUGE_SHIFT]:
+            self.split(block)
         found = self._cache.gather(self._cache.occupied(first, end))
         self._cache.clear(first, end)
         _let_go(self.memory, found)

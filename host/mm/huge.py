@@ -19,7 +19,7 @@ PMD that is unfolded unfolds its folio. Measured before: 512 words for each huge
 
 A transparent huge page is made by the first access to an aligned block that lies in a VM_HUGEPAGE mapping whole and has no page table yet
 (`Mm.small_blocks` are the blocks that have one): a store takes 512 frames, a load maps the huge zero page. A hugetlb mapping has nothing
-else; it does not migrate and cannot be split.
+else; it does not migrate and cannot be split. Huge pages of files, which processes share, are in `filehuge.py`.
 """
 
 from __future__ import annotations
@@ -34,12 +34,13 @@ import numpy.typing as npt
 from hmmnet.errors import KernelError
 from hmmnet.pages import HUGE_PAGES, HUGE_SHIFT, PAGE_SIZE, ZERO_FRAME, Words
 
-from . import pte
+from . import filehuge, pte
+from .filemap import ranges_of
 from .frames import PhysicalMemory
 from .mm import Mm
-from .rmap import mappings
+from .rmap import mappings, places
 from .vma import VM_HUGEPAGE, VM_HUGETLB, VM_LOCKED, VM_NOHUGEPAGE, VM_SHARED, VM_WRITE, Vma
-from .zones import COMPOUND
+from .zones import ANON, COMPOUND
 
 EAGAIN = 11
 ENOMEM = 12
@@ -161,7 +162,13 @@ def share(parent: Mm, child: Mm, vma: Vma, blocks: Words) -> None:
 
 
 def split_entries(mm: Mm, block: int) -> None:
-    """__split_huge_pmd: the pages of `block` are mapped one by one. Mirrors were told."""
+    """__split_huge_pmd: the pages of `block` are mapped one by one; those of a file not at all. Mirrors were told."""
+    entries = mm.table.read(block, block + HUGE_PAGES)
+    if entries[0] & pte.KIND == pte.PRESENT and mm.memory.files.get(int(mm.memory.field(pte.frames_of(entries[:1]), "mapping")[0])):
+        mm.table.clear(block, block + HUGE_PAGES)
+        mm.rss -= HUGE_PAGES
+        mm.memory.unmap(pte.frames_of(entries))
+        return
     for _, part in mm.table.segments(block, block + HUGE_PAGES):
         part &= ~np.uint64(pte.HUGE)
     mm.small_blocks.add(block)
@@ -180,9 +187,14 @@ def large(mm: Mm, pages: Words, *, compound: bool = False) -> list[Large]:
     zeros = blocks_of(pages[entries & (pte.SPECIAL | pte.HUGE) == pte.SPECIAL | pte.HUGE])
     found = [Large([(mm, np.arange(block, block + HUGE_PAGES, dtype=np.uint64))], partial(split_entries, mm, block)) for block in zeros]
     frames = pte.frames_of(entries[(entries & (pte.KIND | pte.SPECIAL) == pte.PRESENT) & (entries < pte.DEVICE_MIN)])
-    for head in blocks_of(frames[memory.field(frames, "flags") & COMPOUND != 0]):
-        places = [(mapped.mm, mapped.pages) for mapped in mappings(memory, np.arange(head, head + HUGE_PAGES, dtype=np.uint64))]
-        found.append(Large(places, partial(split_folio, memory, head)))
+    heads = np.array(blocks_of(frames[memory.field(frames, "flags") & COMPOUND != 0]), np.uint64)
+    of_file = filehuge.is_of_file(memory, heads)
+    for head in heads[of_file].tolist():
+        where = list(places(memory, np.arange(head, head + HUGE_PAGES, dtype=np.uint64)))
+        found.append(Large(where, partial(_split_file, memory, where, head)))
+    for head in heads[~of_file].tolist():
+        mapped_at = [(mapped.mm, mapped.pages) for mapped in mappings(memory, np.arange(head, head + HUGE_PAGES, dtype=np.uint64))]
+        found.append(Large(mapped_at, partial(split_folio, memory, head)))
     return found
 
 
@@ -211,6 +223,36 @@ def split_folio(memory: PhysicalMemory, head: int) -> bool:
         mm.rss -= int(np.count_nonzero(zeros))
         memory.unmap(frames[mapped.rows[zeros]])
     return True
+
+
+def _split_file(memory: PhysicalMemory, told: list[tuple[Mm, Words]], head: int) -> bool:
+    """split_folio for one of a file: it is unmapped everywhere, and its pages are ordinary ones of the page cache.
+
+    False, nothing done, when somebody holds on to a page, or maps it who was not told.
+    """
+    frames = np.arange(head, head + HUGE_PAGES, dtype=np.uint64)
+    file = memory.files[int(memory.field(frames[:1], "mapping")[0])]
+    first = int(memory.field(frames[:1], "index")[0])
+    if bool((memory.field(frames, "refcount") > memory.field(frames, "mapcount") + 1).any()):
+        return False
+    if not {space.number for space in file.mappers.values()} <= {mm.number for mm, _ in told}:
+        return False
+    for space in file.mappers.values():
+        for _, low, high in ranges_of(space.mm, file, first, first + HUGE_PAGES):
+            drop_file_pages(space.mm, low, high)
+    file.split(first >> HUGE_SHIFT)
+    return True
+
+
+def drop_file_pages(mm: Mm, low: int, high: int) -> None:
+    """try_to_unmap for pages of a file in [low, high), which lies in one VMA; copies that the process has made of them stay."""
+    pages = mm.table.occupied(low, high)
+    entries = mm.table.gather(pages)
+    of_file = pte.is_present(entries) & (entries & pte.SPECIAL == 0)
+    of_file[of_file] = mm.memory.field(pte.frames_of(entries[of_file]), "flags") & ANON == 0
+    mm.table.scatter(pages[of_file], 0)
+    mm.rss -= int(np.count_nonzero(of_file))
+    mm.memory.unmap(pte.frames_of(entries[of_file]))
 
 
 def _unlocked(mm: Mm, pages: Words) -> npt.NDArray[np.bool_]:

@@ -88,8 +88,8 @@ class SystemCalls(ExclusiveAccess):
             self.mm.vmas.add(Vma(start, start + count, rights, start if file is None else offset >> PAGE_SHIFT, file=file))
         return start << PAGE_SHIFT
 
-    async def mmap_hugetlb(self, length: int, protection: str, address: int | None) -> int:
-        """mmap(2) with MAP_HUGETLB: anonymous private memory of huge pages, which are reserved as far as the host has memory now.
+    async def mmap_hugetlb(self, length: int, protection: str, address: int | None, *, shared: bool = False) -> int:
+        """mmap(2) with MAP_HUGETLB: anonymous memory of huge pages, private or `shared`, reserved as far as the host has memory now.
 
         Raises KernelError as `mmap`: EINVAL for an address that is not a huge page's, ENOMEM.
         """
@@ -97,7 +97,8 @@ class SystemCalls(ExclusiveAccess):
             raise KernelError(errno.EINVAL, "mmap", f"0x{address:x} is not the start of a huge page")
         if length >> PAGE_SHIFT > sum(node.allocator.free_count for node in self.memory.nodes):
             raise KernelError(errno.ENOMEM, "mmap", f"{length >> 20} MiB of huge pages are more than the host has left")
-        return await self.mmap(length, protection, address, VM_HUGETLB)
+        file = File(self.memory, length, pool=True) if shared else None  # hugetlb_file_setup
+        return await self.mmap(length, protection, address, VM_HUGETLB, shared=shared, file=file)
 
     async def mmap_inserted(self, length: int, protection: str, address: int | None, *, shared: bool) -> int:
         """mmap(2) of a device file whose driver makes the pages and inserts them all at once (vm_insert_page; VM_MIXEDMAP).

@@ -16,10 +16,9 @@ from hmmnet.errors import KernelError
 from hmmnet.host.interfaces import Event
 from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, PAGES_MAX
 
-from . import fault, pte
+from . import fault
 from .filemap import File, ranges_of
-from .mm import Mm
-from .zones import ANON
+from .huge import drop_file_pages
 
 FILE_PAGES_MAX = PAGES_MAX
 """MAX_LFS_FILESIZE, as far as it can be mapped."""
@@ -66,32 +65,29 @@ async def _punch(file: File, offset: int, end: int) -> None:
 
 
 async def _unmap(file: File, first: int, end: int, *, even_cows: bool) -> None:
-    """unmap_mapping_range, and truncate_inode_pages, of pages [first, end)."""
-    told: set[tuple[int, int, int]] = set()
+    """unmap_mapping_range, and truncate_inode_pages, of pages [first, end). Where a part of a large folio goes, all of it is unmapped."""
+    low_first, high_end = file.around(first, end)
     async with AsyncExitStack() as stack:
-        while fresh := _mapped(file, first, end) - told:
-            for number, low, high in sorted(fresh):
-                told.add((number, low, high))
-                space = file.mappers.get(number)
-                if space is not None:
-                    await stack.enter_async_context(space.hub.invalidate(Event.CLEAR, low, high))
+        await told_everywhere(stack, file, low_first, high_end)
         for space in file.mappers.values():
-            for _, low, high in ranges_of(space.mm, file, first, end):
-                _zap(space.mm, low, high, even_cows=even_cows)
+            for _, low, high in ranges_of(space.mm, file, low_first, high_end):
+                drop_file_pages(space.mm, low, high)
+            for _, low, high in ranges_of(space.mm, file, first, end) if even_cows else ():
+                fault.zap_range(space.mm, low, high)
         file.drop(first, end)
+
+
+async def told_everywhere(stack: AsyncExitStack, file: File, first: int, end: int) -> None:
+    """Announce CLEAR wherever pages [first, end) are mapped until `stack` is left; whoever maps them meanwhile is told, too."""
+    told: set[tuple[int, int, int]] = set()
+    while fresh := _mapped(file, first, end) - told:
+        for number, low, high in sorted(fresh):
+            told.add((number, low, high))
+            space = file.mappers.get(number)
+            if space is not None:
+                await stack.enter_async_context(space.hub.invalidate(Event.CLEAR, low, high))
 
 
 def _mapped(file: File, first: int, end: int) -> set[tuple[int, int, int]]:
     """Where pages [first, end) are mapped: (process, first page, end)."""
     return {(space.number, low, high) for space in file.mappers.values() for _, low, high in ranges_of(space.mm, file, first, end)}
-
-
-def _zap(mm: Mm, low: int, high: int, *, even_cows: bool) -> None:
-    pages = mm.table.occupied(low, high)
-    if not even_cows and len(pages):
-        entries = mm.table.gather(pages)
-        of_file = pte.is_present(entries) & (entries & pte.SPECIAL == 0)
-        of_file[of_file] = mm.memory.field(pte.frames_of(entries[of_file]), "flags") & ANON == 0
-        pages = pages[of_file]
-    if len(pages):
-        fault.zap(mm, pages)

@@ -82,7 +82,8 @@ def _mapping(mm: Mm, vma: Vma) -> Mapping:
         resident += len(there) * pages
         referenced += int(np.count_nonzero(there & (pte.KIND | pte.YOUNG) == pte.PRESENT | pte.YOUNG)) * pages
         anonymous += int(np.count_nonzero(mm.memory.field(pte.frames_of(there), "flags") & ANON)) * pages if len(there) else 0
-        huge += int(np.count_nonzero(there & pte.HUGE)) * pages
+        large = there[there & pte.HUGE != 0]
+        huge += int(np.count_nonzero(mm.memory.field(pte.frames_of(large), "flags") & ANON)) * pages if len(large) else 0
     rights = "".join(letter if vma.flags & bit else "-" for bit, letter in VM_EXEC_LETTERS)
     return Mapping(
         vma.start << PAGE_SHIFT,
