@@ -97,8 +97,11 @@ class SystemCalls(ExclusiveAccess):
             raise KernelError(errno.EINVAL, "mmap", f"0x{address:x} is not the start of a huge page")
         if length >> PAGE_SHIFT > sum(node.allocator.free_count for node in self.memory.nodes):
             raise KernelError(errno.ENOMEM, "mmap", f"{length >> 20} MiB of huge pages are more than the host has left")
-        file = File(self.memory, length, pool=True) if shared else None  # hugetlb_file_setup
-        return await self.mmap(length, protection, address, VM_HUGETLB, shared=shared, file=file)
+        if not shared:
+            return await self.mmap(length, protection, address, VM_HUGETLB)
+        file = File(self.memory, length, pool=True)  # hugetlb_file_setup
+        with file.held():
+            return await self.mmap(length, protection, address, VM_HUGETLB, shared=True, file=file)
 
     async def mmap_inserted(self, length: int, protection: str, address: int | None, *, shared: bool) -> int:
         """mmap(2) of a device file whose driver makes the pages and inserts them all at once (vm_insert_page; VM_MIXEDMAP).
