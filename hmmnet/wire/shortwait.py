@@ -1,0 +1,110 @@
+"""Wait for a message without a turn of trio's loop, where the loop would do nothing but wait.
+
+A wait in trio is a change of its epoll set, a pass through its loop and a turn of its scheduler: some 10 us at each end of a round trip of
+80. When no other task can run, all of that is there to sleep in the kernel until something happens. So sleep here instead, on two
+descriptors: the socket's, and trio's own epoll set, which is readable when anything that trio waits for has happened. Nothing is held up:
+
+- another socket, a signal, a word from another thread: the set is readable at once, and the wait goes on in the loop;
+- a task that could run: then there is no short wait. An `Instrument` counts them;
+- a deadline: it comes up to `WAIT_S` late. trio rounds its own waits up to whole milliseconds.
+
+It is no spinning: asking the socket again and again instead made the round trip two to five times as long, because the io threads of both
+ends need the processors. Who waited in vain does not try again until a message has come within `WAIT_S`.
+
+trio has no public name for its epoll set. Where it cannot be found (another trio, another system, a guest of another loop), all waits are
+the loop's.
+"""
+
+from __future__ import annotations
+
+import select
+from typing import Any
+
+from trio import lowlevel
+from trio.abc import Instrument
+
+WAIT_S = 0.001
+"""The longest short wait; the smallest that epoll knows. The far end of a round trip answers in a tenth of it."""
+_UNKNOWN = 1 << 40
+
+_LOOP: lowlevel.RunVar[Loop | None] = lowlevel.RunVar("hmmnet.wire.shortwait")
+
+
+class Loop(Instrument):
+    """What has to be known of one trio run: its epoll set, and how many tasks could run."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        self.runnable = _UNKNOWN
+        """Beside the task that runs; unknown until the loop has been idle for the first time."""
+
+    def task_scheduled(self, task: lowlevel.Task) -> None:  # noqa: ARG002 - Instrument's
+        """One more can run."""
+        self.runnable += 1
+
+    def before_task_step(self, task: lowlevel.Task) -> None:  # noqa: ARG002 - Instrument's
+        """One of them runs."""
+        self.runnable -= 1
+
+    def before_io_wait(self, timeout: float) -> None:
+        """trio is about to sleep: nobody can run."""
+        if timeout > 0:
+            self.runnable = 0
+
+
+def this_loop() -> Loop | None:
+    """That of the run that the caller is in; None where there are no short waits."""
+    loop = _LOOP.get(None)
+    if loop is None and (descriptor := _epoll_descriptor()) is not None:
+        loop = Loop(descriptor)
+        _LOOP.set(loop)
+        lowlevel.add_instrument(loop)
+    return loop
+
+
+def _epoll_descriptor() -> int | None:
+    from trio._core import _run as trio_run
+
+    runner: Any = getattr(trio_run.GLOBAL_RUN_CONTEXT, "runner", None)
+    found = getattr(getattr(runner, "io_manager", None), "_epoll", None)
+    if getattr(runner, "is_guest", True) or not isinstance(found, select.epoll):
+        return None
+    return found.fileno()
+
+
+class ShortWait:
+    """Short waits for `descriptor`, of which one task at a time may be in."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._loop: Loop | None = None
+        self._both: select.epoll | None = None
+        self.worthwhile = False
+        """Whether a message came within `WAIT_S` the last time."""
+
+    def wait(self) -> bool:
+        """Return True when the descriptor is readable, False when to wait is the loop's business. Blocks for `WAIT_S` at most."""
+        loop = this_loop()
+        if loop is None or loop.runnable:
+            return False
+        both = self._both if loop is self._loop else self._watch(loop)
+        if both is None:
+            return False
+        ready = both.poll(WAIT_S)
+        if not ready:
+            self.worthwhile = False
+        return len(ready) == 1 and ready[0][0] == self._descriptor
+
+    def _watch(self, loop: Loop) -> select.epoll | None:
+        self.close()
+        both = select.epoll()
+        both.register(self._descriptor, select.EPOLLIN)
+        both.register(loop.descriptor, select.EPOLLIN)
+        self._loop, self._both = loop, both
+        return both
+
+    def close(self) -> None:
+        """Give the set back; the descriptor is somebody else's."""
+        if self._both is not None:
+            self._both.close()
+        self._both = self._loop = None
