@@ -147,11 +147,11 @@ class Mirror:
         """The entries of [start, end)."""
         return self._table.read(start, end)
 
-    def translations(self) -> tuple[Words, Words, npt.NDArray[np.bool_]]:
-        """(pages, frames, may write) of every entry that may be used now."""
-        pages = self._table.occupied(0, PAGES_MAX)
+    def translations(self, start: int = 0, most: int | None = None) -> tuple[Words, Words, npt.NDArray[np.bool_]]:
+        """(pages, frames, may write) of every entry that may be used now, from page `start` on; of the first `most`."""
+        pages = self._table.occupied(start, PAGES_MAX)
         entries = self._table.gather(pages)
-        usable = allows(entries, False)
+        usable = np.flatnonzero(allows(entries, False))[:most]
         return pages[usable], frames_of(entries[usable]), allows(entries[usable], True)
 
     def has_exclusive(self, start: int, end: int) -> bool:

@@ -423,6 +423,10 @@ class BlockingMachine:
         """See `Machine.report`."""
         return self._loop.call(self._machine.report)
 
+    def check(self) -> dict[str, Any]:
+        """See `Machine.check`."""
+        return self._loop.call(self._machine.check)
+
     def run(self, workload: Callable[..., Awaitable[R]], *args: Any, **kwargs: Any) -> R:
         """Run an asynchronous workload, ``workload(machine, ...)``, and return what it returns."""
         return self._loop.call(workload, self._machine, *args, **kwargs)

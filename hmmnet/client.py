@@ -89,6 +89,11 @@ class RemoteMachine:
         value, _ = await self._calls.call("report")
         return dict(value)
 
+    async def check(self) -> dict[str, Any]:
+        """See `Machine.check`."""
+        value, _ = await self._calls.call("check")
+        return dict(value)
+
 
 @asynccontextmanager
 async def remote_machine(endpoint: str, secret: bytes, name: str, transport: Transport | None = None) -> AsyncIterator[RemoteMachine]:

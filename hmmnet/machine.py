@@ -119,6 +119,10 @@ class Host(Protocol):
         """What the run did so far."""
         ...
 
+    async def check(self) -> dict[str, Any]:
+        """The invariants, now."""
+        ...
+
 
 class LaunchedMachine:
     """A running machine; see `hmmnet.program.Machine`."""
@@ -181,6 +185,10 @@ class LaunchedMachine:
     async def report(self) -> dict[str, Any]:
         """Per link asked, reached and whether the emulation kept up; counters of the profile; devices."""
         return await self.host.report()
+
+    async def check(self) -> dict[str, Any]:
+        """See `hmmnet.program.Machine.check`."""
+        return await self.host.check()
 
     def add_fault(self, fault: Fault) -> int:
         """A fault begins; its number. Raises HmmnetError for what real processes cannot do, and for what is not there."""

@@ -367,3 +367,10 @@ class Machine(Protocol):
     async def report(self) -> dict[str, Any]:
         """What the run did so far: per link asked, reached and whether the emulation kept up; counters of the profile; devices."""
         ...
+
+    async def check(self) -> dict[str, Any]:
+        """The invariants of page tables, frames, IOMMU and every device's mirror, now: ``complaints`` says what is wrong, mostly nothing.
+
+        ``processes pages mirrors translations`` say what was looked at, ``unseen`` which devices did not tell, and why.
+        """
+        ...

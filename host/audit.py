@@ -57,21 +57,29 @@ def domains(devices: Mapping[str, Device]) -> list[str]:
 
 
 def believed(context: Context, who: str, pages: Words, frames: Words, writable: Mask) -> list[str]:
-    """I1: which of the translations that somebody holds of a process the page table does not have, with that right.
+    """I1: the first of the translations that somebody holds of a process which the page table has not, with that right; mostly none."""
+    bad = stale(context, pages, frames, writable)
+    return [described(context, who, int(pages[i]), int(frames[i]), may_write=bool(writable[i])) for i in np.flatnonzero(bad)[:1].tolist()]
 
-    Silent while an invalidation of that process is open, and about pages that are in transit: then the device is being told.
+
+def stale(context: Context, pages: Words, frames: Words, writable: Mask) -> Mask:
+    """Which of those translations the page table does not have, with that right.
+
+    None while an invalidation of that process is open, and none of pages that are in transit: then the device is being told.
     """
     if context.hub.core.active or len(pages) == 0:
-        return []
+        return np.zeros(len(pages), np.bool_)
     entries = context.space.entries(pages)
     kinds = pte.kinds_of(entries)
     present = (kinds == pte.PRESENT) | (kinds == pte.DEVICE) | (kinds == pte.EXCLUSIVE)
     rights = (entries & np.uint64(pte.WRITE) != 0) | (kinds == pte.EXCLUSIVE)
-    good = (kinds == pte.MIGRATION) | (present & (pte.frames_of(entries) == frames) & (rights | ~writable))
-    if good.all():
-        return []
-    i = int(np.argmin(good))
-    right = "may write" if writable[i] else "may read"
-    table = f"0x{int(entries[i]):x}" if entries[i] else "nothing"
-    where = f"page 0x{int(pages[i]):x} of process {context.space.number} as frame 0x{int(frames[i]):x}"
-    return [f"{who} {right} {where}, the page table has {table} there (I1)"]
+    good: Mask = (kinds == pte.MIGRATION) | (present & (pte.frames_of(entries) == frames) & (rights | ~writable))
+    return ~good
+
+
+def described(context: Context, who: str, page: int, frame: int, *, may_write: bool) -> str:
+    """A translation that is stale, in words."""
+    entry = int(context.space.entries(np.array([page], np.uint64))[0])
+    where = f"page 0x{page:x} of process {context.space.number} as frame 0x{frame:x}"
+    table = f"0x{entry:x}" if entry else "nothing"
+    return f"{who} {'may write' if may_write else 'may read'} {where}, the page table has {table} there (I1)"

@@ -105,6 +105,12 @@ async def report(client: Client, _arguments: Operation, _data: bytes) -> Answer:
     return await client.machine.report(), b""
 
 
+@serves(Operation)
+async def check(client: Client, _arguments: Operation, _data: bytes) -> Answer:
+    """The invariants of the whole machine, now."""
+    return await client.machine.check(), b""
+
+
 @serves(Create)
 async def create_process(client: Client, arguments: Create, _data: bytes) -> Answer:
     """A new process; its pid."""

@@ -42,6 +42,7 @@ from hmmnet.wire.transport import Channel, Listener, Transport
 from . import audit
 from .admission import Admission, Connecting
 from .calls import new_client
+from .checking import Checker
 from .contexts import Contexts
 from .device import Device, Life
 from .devmem import PageMap
@@ -468,6 +469,10 @@ class Host:
         life = self.devices[device].life
         context = None if life is None else life.context_of(process)
         return [] if context is None else audit.believed(context, f"the mirror of {device}", pages, frames, writable)
+
+    async def check(self) -> dict[str, Any]:
+        """The invariants, and those of every device's mirror, while the machine runs: see `Checker.check`."""
+        return await Checker(self.memory, self.spaces, self.devices, self.clock).check()
 
     async def report(self) -> dict[str, Any]:
         """What the run did so far, as plain data.

@@ -140,6 +140,9 @@ class PlainMachine:
     async def report(self) -> dict[str, Any]:
         return {"links": {"pcie0": {"kept_up": True}}}
 
+    async def check(self) -> dict[str, Any]:
+        return {"complaints": [], "pages": 3}
+
 
 def welcome(hello: Hello) -> Welcome | Refused:
     return Welcome(hello.version, 1, -1, [], "", "", b"", "", time.monotonic(), 5.0, 0.5, 2.0, b"")
@@ -177,7 +180,7 @@ def test_remote_and_blocking_classes_fill_the_interfaces() -> None:
         wanted = {name for name, value in vars(interface).items() if callable(value) and not name.startswith("_")}
         for kind in classes:
             assert wanted <= set(dir(kind)), kind
-    assert {"device_names", "emulated_s", "process", "report"} <= set(dir(BlockingMachine))
+    assert {"check", "device_names", "emulated_s", "process", "report"} <= set(dir(BlockingMachine))
 
 
 async def test_machine_operations() -> None:
@@ -185,6 +188,7 @@ async def test_machine_operations() -> None:
     async with world() as (remote, machine):
         assert remote.device_names == ("gpu0", "gpu1")
         assert (await remote.report())["links"]["pcie0"]["kept_up"] is True
+        assert await remote.check() == {"complaints": [], "pages": 3}
         assert 5.0 <= remote.emulated_s() < 35.0
         assert (await remote.create_process()).pid == 100
         assert (await remote.process(node="node1")).pid == 200

@@ -39,9 +39,10 @@ from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.fabric.dma import BulkReceiver, BulkSender
 from hmmnet.faults.effects import DeviceEffect
 from hmmnet.faults.injector import Injector, Points
-from hmmnet.pages import LARGE, PAGES_MAX, Words, ascending, from_wire, page_by_page
+from hmmnet.pages import LARGE, PAGES_MAX, Words, ascending, from_wire, page_by_page, to_wire
 from hmmnet.wire.messages import (
     ARGUMENT_BYTES_MAX,
+    PAGES_PER_MESSAGE_MAX,
     TEXT_MAX,
     CloseContext,
     Copied,
@@ -56,9 +57,11 @@ from hmmnet.wire.messages import (
     Ioctl,
     IoctlDone,
     Launch,
+    MirrorShown,
     OpenContext,
     Rate,
     Report,
+    ShowMirror,
 )
 from hmmnet.wire.session import Session
 
@@ -152,6 +155,7 @@ class Device:
         session.on(Ioctl, self.ioctl)
         session.on(Inject, self.inject)
         session.on(Inspect, self.inspect)
+        session.on(ShowMirror, self.show_mirror)
         session.on(Rate, self.set_rate)
 
     # --- contexts -------------------------------------------------------------------------------------------------------------
@@ -407,6 +411,14 @@ class Device:
     def mirrors(self) -> list[tuple[int, Words, Words, npt.NDArray[np.bool_]]]:
         """(process, pages, frames, may write) of every open context: for who checks them against page tables."""
         return [(opened.context.process.number, *opened.context.mirror.translations()) for opened in self.contexts.values()]
+
+    def show_mirror(self, message: ShowMirror) -> MirrorShown:
+        """What a context's mirror holds."""
+        opened = self.contexts.get(message.context)
+        if opened is None:
+            return MirrorShown(b"", b"")
+        pages, frames, writable = opened.context.mirror.translations(message.start, PAGES_PER_MESSAGE_MAX)
+        return MirrorShown(to_wire(pages), to_wire(frames << np.uint64(1) | writable))
 
     def inspect(self, _: Inspect) -> Report:
         """The device's figures."""

@@ -113,7 +113,7 @@ class _AsSimulated:
         return getattr(self._machine, name)
 
     def audit(self, *, quiet: bool) -> list[str]:
-        """See `SimulatedMachine.audit`: of the host's books; devices are other processes."""
+        """See `SimulatedMachine.audit`: of the host's books; devices are other processes, and are asked at the end."""
         return self._machine.host.audit(quiet=quiet)
 
     async def resume_device(self, name: str) -> None:
@@ -157,6 +157,8 @@ async def _live(machine: LaunchedMachine, program: Program, rounds: int, outcome
     await _converge(crew)
     await _last_check(crew)
     auditor.full(quiet=True)
+    for complaint in (await machine.check())["complaints"]:
+        crew.complain("invariants", complaint)
     await process.exit()
     for region in crew.regions:
         if region.file is not None:

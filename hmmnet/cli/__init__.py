@@ -30,6 +30,7 @@ COMMANDS = {
     "shrink": "a failing seed made short, as a file for a bug report",
     "sweep": "one fault at a time, at every protocol point and message",
     "bench": "speed, as ratios to references measured in the same run",
+    "check": "whether the invariants of a running machine hold",
     "fault": "break a running machine on purpose, and mend it; the catalogue of faults",
     "topo": "machines as data: list, show, check, draw",
     "doctor": "what this computer has and lacks for this",

@@ -183,6 +183,10 @@ class SimulatedMachine:
         """See `Machine.unplug`."""
         await self.host.unplug(device)
 
+    async def check(self) -> dict[str, Any]:
+        """See `Machine.check`."""
+        return await self.host.check()
+
     async def report(self) -> dict[str, Any]:
         """See `Machine.report`."""
         return {**await self.host.report(), "faults": self.carrier.fired()}

@@ -288,6 +288,23 @@ class Report(Message, frozen=True):
     figures: Packed
 
 
+class ShowMirror(Message, frozen=True):
+    """Ask a device which translations the mirror of `context` holds, from page `start` on. `MirrorShown`."""
+
+    context: U64
+    start: Page
+
+
+class MirrorShown(Message, frozen=True):
+    """Reply to `ShowMirror`: pages, ascending and one by one, and for each its frame << 1, with bit 0 set if it may be written.
+
+    As many as a list holds; who gets so many asks again for those behind. Nothing of a context that is not open.
+    """
+
+    pages: PageList
+    entries: PageList
+
+
 # --- device to host ---------------------------------------------------------------------------------------------------------------
 
 
@@ -461,7 +478,7 @@ class DmaGrant(Message, frozen=True):
 class Call(Message, frozen=True):
     """A client's call of a machine or process operation by name. `Result`. `arguments` is a msgpack map, `data` at most one chunk.
 
-    Machine: ``devices`` -> [name], ``report`` -> map, ``create_process`` (node, cgroup) -> pid,
+    Machine: ``devices`` -> [name], ``report`` -> map, ``check`` -> map, ``create_process`` (node, cgroup) -> pid,
     ``create_cgroup`` (name, limit or nil), ``add_fault`` (fault: a map of what makes one), ``remove_fault`` (fault: its number),
     ``list_faults``, ``oom_kill`` (cgroup) -> pid, ``unplug`` (device). Process operations carry ``process`` (a pid that
     this client made) and what `hmmnet.program.Process` names: ``mmap`` (length, protection, address or nil, populate, shared,
@@ -507,7 +524,8 @@ class Result(Message, frozen=True):
 
 Body: TypeAlias = (
     Hello | Welcome | Refused | Done | Failed | Rate | OpenContext | CloseContext | Invalidate | CopyIn | CopyOut
-    | Copied | FreeFrames | Launch | EndJob | Ioctl | IoctlDone | Finished | Inspect | Report | Subscribe | Subscribed | Unsubscribe
+    | Copied | FreeFrames | Launch | EndJob | Ioctl | IoctlDone | Finished | Inspect | Report | ShowMirror | MirrorShown
+    | Subscribe | Subscribed | Unsubscribe
     | RangeFault | RangeFaulted | Migrate | Migrated | MigrateDone | Evict | Evicted | MakeExclusive | Exclusive
     | DmaRead | DmaWrite | DmaGrant | Call | Recall | Result | Inject
 )  # fmt: skip

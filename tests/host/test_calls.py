@@ -113,6 +113,9 @@ class RecordingMachine:
     async def report(self) -> dict[str, Any]:
         return {"links": []}
 
+    async def check(self) -> dict[str, Any]:
+        return {"complaints": [], "pages": 3}
+
 
 async def call(client: Client, operation: str, data: bytes = b"", **arguments: Any) -> tuple[Any, bytes]:
     result = await client.call(Call(operation, msgspec.msgpack.encode(arguments), data))
@@ -143,6 +146,7 @@ async def test_operations_reach_the_process(client: Client) -> None:
     """Arguments arrive as given; values and data come back."""
     assert await call(client, "devices") == (["gpu0", "gpu1"], b"")
     assert await call(client, "report") == ({"links": []}, b"")
+    assert await call(client, "check") == ({"complaints": [], "pages": 3}, b"")
     assert await call(client, "mmap", process=1, length=8192) == (0x1000, b"")
     await call(client, "mprotect", process=1, address=4096, length=1, protection="r")
     await call(client, "write", b"abc", process=1, address=5)

@@ -245,6 +245,8 @@ def test_a_machine_in_the_background(base: Path, transport: str) -> None:
         done = hmmnet_command("run", "vector_add", "n=5000", "--on", "default", "--json")
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["correct"] is True
+        checked = hmmnet_command("check")
+        assert (checked.returncode, checked.stdout.split("  ")[0]) == (0, "RIGHT"), checked.stdout + checked.stderr
         assert "machine default runs" in hmmnet_command("logs").stdout
     finally:
         ended = hmmnet_command("down")
