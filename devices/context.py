@@ -14,7 +14,7 @@ one thread, and messages are handled by the same thread: when a `CopyOut` drops 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from errno import EBUSY
 from itertools import pairwise
 
@@ -97,16 +97,19 @@ class Traffic:
 
     def as_map(self) -> dict[str, int]:
         """By name."""
-        return asdict(self)
+        return {name: getattr(self, name) for name in TRAFFIC_FIELDS}
 
     def since(self, earlier: Traffic) -> Traffic:
         """What was added after the copy `earlier` was taken."""
-        return Traffic(**{name: count - getattr(earlier, name) for name, count in asdict(self).items()})
+        return Traffic(*(getattr(self, name) - getattr(earlier, name) for name in TRAFFIC_FIELDS))
 
     def add(self, other: Traffic) -> None:
         """Take another's counts in."""
-        for name, count in asdict(other).items():
-            setattr(self, name, getattr(self, name) + count)
+        for name in TRAFFIC_FIELDS:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+
+TRAFFIC_FIELDS = tuple(one.name for one in fields(Traffic))
 
 
 @dataclass(frozen=True)

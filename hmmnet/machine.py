@@ -115,6 +115,11 @@ class Host(Protocol):
         """What is wrong with translations that a device's mirror holds."""
         ...
 
+    @property
+    def all_ready(self) -> bool:
+        """Whether every device of the topology serves now."""
+        ...
+
     async def report(self) -> dict[str, Any]:
         """What the run did so far."""
         ...

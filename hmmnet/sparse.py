@@ -7,6 +7,8 @@ levels: a dictionary, and leaves of 2**18 entries (1 GiB of addresses) that are 
 
 A range operation is one numpy operation for each leaf it crosses, and so is one on consecutive pages of a list, which most lists are: a
 slice does in a tenth of the time what a fancy index would. Host page tables, device mirrors and IOMMU domains are all this.
+
+Each leaf remembers which of its blocks of 512 entries were ever written, so that looking for what there is costs what there is.
 """
 
 from __future__ import annotations
@@ -24,6 +26,11 @@ MAP_NORESERVE = 0x4000
 LEAF_SHIFT = 18
 LEAF_PAGES = 1 << LEAF_SHIFT
 _MASK = LEAF_PAGES - 1
+BLOCK_SHIFT = 9
+BLOCKS = LEAF_PAGES >> BLOCK_SHIFT
+_BLOCK_MASK = (1 << BLOCK_SHIFT) - 1
+SCANNED_MAX = 16 << BLOCK_SHIFT
+"""Entries that are looked at one by one before it pays to ask which blocks were written."""
 
 
 def lazy_words(count: int) -> Words:
@@ -44,6 +51,8 @@ class SparseTable:
         self._leaves: dict[int, Words] = {}
         self._cells: dict[int, memoryview] = {}
         """The same leaves, for single entries: a plain number in or out in a third of the time."""
+        self._written: dict[int, bytearray] = {}
+        """For each block of a leaf whether it was ever written."""
 
     def get(self, page: int) -> int:
         """The entry of one page."""
@@ -58,39 +67,51 @@ class SparseTable:
             self._leaf(page >> LEAF_SHIFT)
             cells = self._cells[page >> LEAF_SHIFT]
         cells[page & _MASK] = value
+        self._written[page >> LEAF_SHIFT][(page & _MASK) >> BLOCK_SHIFT] = 1
 
     def _leaf(self, key: int) -> Words:
         leaf = self._leaves.get(key)
         if leaf is None:
             leaf = self._leaves[key] = lazy_words(LEAF_PAGES)
             self._cells[key] = memoryview(leaf.data)
+            self._written[key] = bytearray(BLOCKS)
         return leaf
+
+    def _part(self, start: int, end: int) -> Words:
+        """A view of ``[start, end)``, inside one leaf, that will be written."""
+        key, first, last = start >> LEAF_SHIFT, start & _MASK, end - 1 & _MASK
+        leaf = self._leaf(key)
+        low, high = first >> BLOCK_SHIFT, (last >> BLOCK_SHIFT) + 1
+        self._written[key][low:high] = b"\1" * (high - low)
+        return leaf[first : last + 1]
 
     def segments(self, start: int, end: int) -> Iterator[tuple[int, Words]]:
         """Writable views that together cover ``[start, end)``, each with its first page; absent leaves are made."""
         while start < end:
             stop = min(end, (start | _MASK) + 1)
-            yield start, self._leaf(start >> LEAF_SHIFT)[start & _MASK : (stop - 1 & _MASK) + 1]
+            yield start, self._part(start, stop)
             start = stop
 
     def present(self, start: int, end: int) -> Iterator[tuple[int, Words]]:
-        """Like `segments`, in page order, but only where a leaf exists: safe for ``[0, PAGES_MAX)``."""
-        first, last = start >> LEAF_SHIFT, (end - 1) >> LEAF_SHIFT
-        if last - first < len(self._leaves):
-            keys = [key for key in range(first, last + 1) if key in self._leaves]
-        else:
-            keys = sorted(key for key in self._leaves if first <= key <= last)
-        for key in keys:
+        """Like `segments`, in page order, but only where a leaf exists: safe for ``[0, PAGES_MAX)``. Entries that are zero must stay so."""
+        for key in self._keys(start, end):
             low = max(start, key << LEAF_SHIFT)
             high = min(end, (key + 1) << LEAF_SHIFT)
             if low < high:
                 yield low, self._leaves[key][low & _MASK : (high - 1 & _MASK) + 1]
 
+    def _keys(self, start: int, end: int) -> list[int]:
+        """The leaves of [start, end) that exist, in order."""
+        first, last = start >> LEAF_SHIFT, (end - 1) >> LEAF_SHIFT
+        if last - first < len(self._leaves):
+            return [key for key in range(first, last + 1) if key in self._leaves]
+        return sorted(key for key in self._leaves if first <= key <= last)
+
     def view(self, start: int, end: int) -> Words | None:
         """A writable view of ``[start, end)`` when one leaf holds it, else None."""
         if start >> LEAF_SHIFT != (end - 1) >> LEAF_SHIFT:
             return None
-        return self._leaf(start >> LEAF_SHIFT)[start & _MASK : (end - 1 & _MASK) + 1]
+        return self._part(start, end)
 
     def read(self, start: int, end: int) -> Words:
         """A copy of the entries of ``[start, end)``."""
@@ -114,7 +135,7 @@ class SparseTable:
         """Zero ``[start, end)``; whole leaves are given back."""
         for first, part in list(self.present(start, end)):
             if len(part) == LEAF_PAGES:
-                del self._leaves[first >> LEAF_SHIFT], self._cells[first >> LEAF_SHIFT]
+                del self._leaves[first >> LEAF_SHIFT], self._cells[first >> LEAF_SHIFT], self._written[first >> LEAF_SHIFT]
             else:
                 part[:] = 0
 
@@ -141,11 +162,30 @@ class SparseTable:
         offsets = (pages & np.uint64(_MASK)).astype(np.intp)
         for key, here in _by_leaf(pages):
             self._leaf(key)[offsets[here]] = values if isinstance(values, int) else values[here]
+            np.frombuffer(self._written[key], np.uint8)[offsets[here] >> BLOCK_SHIFT] = 1
 
     def occupied(self, start: int, end: int) -> Words:
         """The pages of [start, end) whose entry is not zero, ascending."""
-        found = [np.flatnonzero(part).astype(np.uint64) + np.uint64(first) for first, part in self.present(start, end)]
+        found = [
+            self._occupied(key, max(start - (key << LEAF_SHIFT), 0), min(end - (key << LEAF_SHIFT), LEAF_PAGES))
+            for key in self._keys(start, end)
+        ]
         return found[0] if len(found) == 1 else np.concatenate(found) if found else np.zeros(0, np.uint64)
+
+    def _occupied(self, key: int, low: int, high: int) -> Words:
+        """`occupied` for entries [low, high) of one leaf."""
+        leaf, base = self._leaves[key], np.uint64(key << LEAF_SHIFT)
+        if high - low > SCANNED_MAX:
+            blocks = np.flatnonzero(np.frombuffer(self._written[key], np.uint8))
+            if len(blocks) < BLOCKS // 4:
+                inside = np.flatnonzero(leaf.reshape(BLOCKS, -1)[blocks])
+                offsets = (blocks[inside >> BLOCK_SHIFT] << BLOCK_SHIFT) + (inside & _BLOCK_MASK)
+                if low or high < LEAF_PAGES:
+                    offsets = offsets[(offsets >= low) & (offsets < high)]
+                found: Words = offsets.astype(np.uint64) + base
+                return found
+        scanned: Words = np.flatnonzero(leaf[low:high]).astype(np.uint64) + (base + np.uint64(low))
+        return scanned
 
     @property
     def leaf_count(self) -> int:

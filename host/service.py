@@ -474,6 +474,11 @@ class Host:
         """The invariants, and those of every device's mirror, while the machine runs: see `Checker.check`."""
         return await Checker(self.memory, self.spaces, self.devices, self.clock).check()
 
+    @property
+    def all_ready(self) -> bool:
+        """Whether every device of the topology serves now."""
+        return all(device.life is not None for device in self.devices.values())
+
     async def report(self) -> dict[str, Any]:
         """What the run did so far, as plain data.
 

@@ -123,6 +123,11 @@ class Crew:
 
     # --- violations -----------------------------------------------------------------------------------------------------------
 
+    @property
+    def noting(self) -> bool:
+        """Whether anybody reads what is noted."""
+        return self._trace is not None
+
     def note(self, what: str) -> None:
         """A line in the story."""
         if self._trace is not None:

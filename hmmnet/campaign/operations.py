@@ -53,11 +53,14 @@ def operation(name: str, *answers: int) -> Callable[[Operation], Operation]:
 async def do(crew: Crew, step: Step) -> None:
     """One step, judged."""
     who = f"{step.serial}:{step.kind}"
-    crew.note(
-        f"> {who} actor {step.actor} region {step.region} page {step.page} word {step.word} +{step.count} {step.device} {step.choice}"
-    )
+    noting = crew.noting
+    if noting:
+        crew.note(
+            f"> {who} actor {step.actor} region {step.region} page {step.page} word {step.word} +{step.count} {step.device} {step.choice}"
+        )
     done = await crew.attempt(who, lambda: OPERATIONS[step.kind](crew, step, who), ANSWERS[step.kind])
-    crew.note(f"< {who} {'done' if done else 'refused'}")
+    if noting:
+        crew.note(f"< {who} {'done' if done else 'refused'}")
     crew.one_ended(step.kind)
 
 
@@ -284,7 +287,7 @@ async def protect(crew: Crew, step: Step, _: str) -> None:
     page, count = region.run(step.page, step.count)
     protection = step.choice or "rw"
     look = region.look(page * WORDS_PER_PAGE, count * WORDS_PER_PAGE)
-    if (look.place & 1).any() or (look.rights & 1).any():
+    if look.changing("place") or look.changing("rights"):
         return  # somebody else is at it: two at once could not be told apart
     with region.changing("rights", page, count):
         region.rights[page : page + count] = RIGHTS[protection]
@@ -294,7 +297,7 @@ async def protect(crew: Crew, step: Step, _: str) -> None:
 def is_quiet(region: Region) -> bool:
     """Whether no mapping of the region is being changed now."""
     look = region.look(0, region.pages * WORDS_PER_PAGE)
-    return not ((look.place | look.rights) & 1).any()
+    return not (look.changing("place") or look.changing("rights"))
 
 
 @operation("move", errno.EFAULT)

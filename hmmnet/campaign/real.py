@@ -112,6 +112,11 @@ class _AsSimulated:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._machine, name)
 
+    @property
+    def all_ready(self) -> bool:
+        """See `SimulatedMachine.all_ready`."""
+        return self._machine.host.all_ready
+
     def audit(self, *, quiet: bool) -> list[str]:
         """See `SimulatedMachine.audit`: of the host's books; devices are other processes, and are asked at the end."""
         return self._machine.host.audit(quiet=quiet)

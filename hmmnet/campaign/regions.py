@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from hmmnet.pages import PAGE_SIZE
 from hmmnet.program import MemoryFile
@@ -27,17 +26,23 @@ READ, WRITE = 1, 2
 HUGE_SPREAD = (0, 1, 2, 255, 256, 510, 511)
 """Which pages of a huge page are used: both ends and the middle."""
 
-Counts = npt.NDArray[np.int64]
+Counts = tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class Look:
-    """The counts of some pages when an access began."""
+    """The counts of some pages when an access began. `changes` are those of the region then; -1: one was under way."""
 
     pages: slice
     place: Counts
     rights: Counts
     given_up: Counts
+    changes: int
+
+    def changing(self, what: str) -> bool:
+        """Whether one of its pages was changing then."""
+        counts: Counts = getattr(self, what)
+        return any(count & 1 for count in counts)
 
 
 class Region:
@@ -53,7 +58,12 @@ class Region:
         self.history = History(clock, pages * WORDS_PER_PAGE)
         self.file: MemoryFile | None = None
         self.rights = np.full(pages, RIGHTS["rw"], np.int64)
-        self._counts = {name: np.zeros(pages, np.int64) for name in ("place", "rights", "given_up")}
+        self._place, self._rights, self._given_up = ([0] * pages for _ in range(3))
+        self._counts = {"place": self._place, "rights": self._rights, "given_up": self._given_up}
+        self._changes = 0
+        """Changes of any kind that have begun."""
+        self._changing = 0
+        """Those under way."""
 
     @property
     def is_private(self) -> bool:
@@ -94,22 +104,27 @@ class Region:
     @contextmanager
     def changing(self, what: str, page: int = 0, count: int | None = None) -> Iterator[None]:
         """`what` (``place``, ``rights``, ``given_up``) of some pages changes while the block runs."""
-        counts = self._counts[what][page : self.pages if count is None else page + count]
-        counts += 1
+        counts, pages = self._counts[what], range(page, self.pages if count is None else page + count)
+        self._changes += 1
+        self._changing += 1
+        for one in pages:
+            counts[one] += 1
         try:
             yield
         finally:
-            counts += 1
+            self._changing -= 1
+            for one in pages:
+                counts[one] += 1
 
     def look(self, first: int, count: int) -> Look:
         """An access to words begins."""
         pages = slice(first // WORDS_PER_PAGE, (first + count - 1) // WORDS_PER_PAGE + 1)
-        return Look(pages, *(self._counts[name][pages].copy() for name in ("place", "rights", "given_up")))
+        changes = -1 if self._changing else self._changes
+        return Look(pages, tuple(self._place[pages]), tuple(self._rights[pages]), tuple(self._given_up[pages]), changes)
 
     def stayed(self, look: Look, what: str = "place") -> bool:
         """Whether nothing changed since, and nothing was changing."""
-        before: Counts = getattr(look, what)
-        return bool((before == self._counts[what][look.pages]).all()) and not (before & 1).any()
+        return look.changes == self._changes or (getattr(look, what) == tuple(self._counts[what][look.pages]) and not look.changing(what))
 
     def may(self, look: Look, right: int) -> bool | None:
         """Whether the access had that right on all pages; None: it changed meanwhile."""

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from typing import cast
 
 import numpy as np
@@ -105,7 +105,13 @@ def _leaves(error: BaseException) -> list[str]:
 
 @lru_cache(maxsize=256)
 def _topology(text: str) -> Topology:
-    return parse(text, models=installed_models() or None)
+    return parse(text, models=_models() or None)
+
+
+@cache
+def _models() -> frozenset[str]:
+    """Reading what is installed takes longer than starting a machine."""
+    return installed_models()
 
 
 async def _trial(program: Program, outcome: Outcome, trace: Trace | None) -> None:
@@ -202,7 +208,7 @@ async def _one_harm(crew: Crew, harm: Harm) -> None:
         else:
             cut = machine.network.add(MessageFault("partition", Way(device)))
             await trio.sleep(harm.seconds)
-            machine.network.active.pop(cut, None)
+            machine.network.discard(cut)
     finally:
         crew.harm_ends()
 
@@ -302,11 +308,10 @@ async def _converge(crew: Crew) -> None:
     while trio.current_time() < deadline_s:
         for device in machine.device_names:
             await _restart(crew, device)
-        states = (await machine.report())["devices"]
-        if all(figures["state"] == "ready" for figures in states.values()) and not crew.in_aftermath(trio.current_time()):
+        if machine.all_ready and not crew.in_aftermath(trio.current_time()):
             return
         await trio.sleep(LOOK_S * 4)
-    behind = [name for name, figures in states.items() if figures["state"] != "ready"]
+    behind = [name for name, figures in (await machine.report())["devices"].items() if figures["state"] != "ready"]
     crew.complain("convergence", f"{CONVERGED_S:g} s after all faults ended {', '.join(behind) or 'nobody'} is not there again")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
 
@@ -34,13 +34,10 @@ class Active:
     waiting: list[tuple[Deliver, Parts]] = field(default_factory=list)
     """What ``hold`` holds."""
 
-    def concerns(self, device: str, channel: Channel, parts: Parts, *, to_device: bool) -> bool:
-        """Whether it may happen to that message."""
-        fault = self.fault
-        return fault.way.matches(device, channel, to_device=to_device) and fault.message in (
-            "",
-            _type_of(parts, channel) if fault.message else "",
-        )
+    def concerns(self, channel: Channel, parts: Parts) -> bool:
+        """Whether it may happen to that message, which goes its way."""
+        wanted = self.fault.message
+        return not wanted or wanted == _type_of(parts, channel)
 
     def end(self) -> None:
         """It is over."""
@@ -74,16 +71,21 @@ class Network:
         self._wake = trio.Event()
         self._quiet_until: dict[tuple[str, Channel, bool], float] = {}
         self._held: dict[str, list[tuple[Deliver, Parts]]] = {}
+        self._matching: dict[tuple[str, Channel, bool], list[Active]] = {}
+        """Which faults may concern messages that go that way; made when the first does."""
 
     def add(self, fault: MessageFault) -> int:
         """A fault begins; its number."""
         number = next(self._numbers)
         self.active[number] = Active(number, fault, Chance(fault.controls, self.random))
+        self._matching.clear()
         return number
 
     def remove(self, number: int) -> None:
         """A fault ends."""
-        self.active.pop(number).end()
+        active = self.active.pop(number)
+        self._matching.clear()
+        active.end()
 
     def count(self, number: int) -> int:
         """How often a fault has happened; 0 when it is over."""
@@ -114,10 +116,18 @@ class Network:
 
     def sent(self, device: str, channel: Channel, parts: Parts, deliver: Deliver, *, to_device: bool) -> None:
         """A message is on its way; `deliver` puts it down where it goes."""
-        now_s = trio.current_time()
         way = (device, channel, to_device)
+        matching = self._matching.get(way)
+        if matching is None:
+            matching = self._matching[way] = [
+                one for one in self.active.values() if one.fault.way.matches(device, channel, to_device=to_device)
+            ]
+        if not matching and device not in self._held and way not in self._quiet_until:
+            deliver(parts)
+            return
+        now_s = trio.current_time()
         deliveries: list[Delivery] = [(max(0.0, self._quiet_until.get(way, 0.0) - now_s), parts)]
-        for active in self._concerned(device, channel, parts, to_device=to_device):
+        for active in [one for one in matching if one.concerns(channel, parts)]:
             if active.chance.fires(sum(map(len, parts))):
                 deliveries = active.fault.apply(deliveries, self.random)
                 self.fired[active.fault.kind] += 1
@@ -151,9 +161,6 @@ class Network:
     def idle(self) -> bool:
         """Whether nothing happens to messages, and none is late."""
         return not (self.active or self._late or self._held)
-
-    def _concerned(self, device: str, channel: Channel, parts: Parts, *, to_device: bool) -> Iterable[Active]:
-        return [one for one in self.active.values() if one.concerns(device, channel, parts, to_device=to_device)]
 
     async def run(self) -> None:
         """Deliver what is late, until cancelled."""

@@ -1,10 +1,60 @@
-"""Virtual time: the machine's seconds are those of the trio run, which jump."""
+"""Virtual time: the clock of a simulated trio run, which jumps, and that of the machine in it, whose seconds are the run's.
+
+When no task can run, virtual time is at the next deadline. `trio.testing.MockClock` does that, too, and takes two rounds of the scheduler
+and a census of all tasks for each jump; a machine's life is made of jumps. Ours is asked by the scheduler how long to sleep whenever nobody
+can run, and that *is* the moment to jump. Only `wait_all_tasks_blocked` comes first, as with trio's.
+
+It also finds out when a simulation goes in circles. Tasks that ask and answer each other without an end, and without waiting for the clock,
+keep it where it is: no timeout of theirs ever comes, and no limit on virtual time either. The scheduler looks at the clock once a round, so
+looks at one and the same moment are counted, and after a number that no honest program needs the run is cancelled.
+"""
 
 from __future__ import annotations
+
+import math
 
 import trio
 
 from hmmnet.fabric.clock import EmulatedClock
+
+from .schedule import tasks_wait_for_idle
+
+LOOKS_MAX = 2_000_000
+"""Looks at the clock at one moment: some twenty seconds of real time. A migration of a page takes some hundred."""
+FOR_EVER_S = 1e9
+"""What the scheduler is told to sleep when there is no deadline; it sleeps a day at most and asks again."""
+
+
+class JumpClock(trio.abc.Clock):
+    """The clock of a run; begins at 0. Cancels `scope`, once it is set, after `looks_max` looks at one moment; then `stuck` is true."""
+
+    def __init__(self, looks_max: int = LOOKS_MAX) -> None:
+        self.scope: trio.CancelScope | None = None
+        self.stuck = False
+        self._now_s = 0.0
+        self._looks = 0
+        self._looks_max = looks_max
+
+    def start_clock(self) -> None:
+        """Nothing to start."""
+
+    def current_time(self) -> float:
+        """Virtual seconds since the run began."""
+        self._looks += 1
+        if self._looks == self._looks_max and self.scope is not None:
+            self.stuck = True
+            self.scope.cancel()
+        return self._now_s
+
+    def deadline_to_sleep_time(self, deadline: float) -> float:
+        """Nobody can run before `deadline`: it is that time now."""
+        if deadline <= self._now_s:
+            return 0.0
+        if math.isinf(deadline) or tasks_wait_for_idle():
+            return FOR_EVER_S
+        self._now_s = deadline
+        self._looks = 0
+        return 0.0
 
 
 class VirtualClock(EmulatedClock):

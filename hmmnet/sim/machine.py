@@ -31,7 +31,7 @@ from hmmnet.topology.model import Personality, Topology, with_personality
 from hmmnet.wire.memory_transport import MemoryChannel, MemoryTransport, Parts
 from hmmnet.wire.transport import CHANNEL_BYTES_MAX
 
-from .clock import VirtualClock
+from .clock import JumpClock, VirtualClock
 from .trace import Trace
 
 SECRET = bytes(32)
@@ -197,6 +197,11 @@ class SimulatedMachine:
     def running(self) -> tuple[str, ...]:
         """The devices that run now."""
         return tuple(name for name in self.device_names if name in self._nodes)
+
+    @property
+    def all_ready(self) -> bool:
+        """Whether every device serves, as the host sees it."""
+        return self.host.all_ready
 
     def device(self, name: str) -> Any:
         """The device called `name` itself, to look at (`hmmnet.devices.models.base.Device`). Raises KernelError(ENOENT) unless it runs."""
@@ -414,7 +419,7 @@ async def simulated(
 
     `faults` begin when all devices are there; `seed` is what their chance is drawn from. `personality`: as `hmmnet.launch`.
     """
-    if not isinstance(trio.lowlevel.current_clock(), MockClock):
+    if not isinstance(trio.lowlevel.current_clock(), (JumpClock, MockClock)):
         raise HmmnetError("a simulated machine needs virtual time: run it with hmmnet.simulate, or hmmnet.sim.run_virtual")
     machine = topology if isinstance(topology, Topology) else load(topology, installed_models() or None)
     machine = with_personality(machine, personality)

@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import trio
-from trio.testing import MockClock
 
 from hmmnet.errors import HmmnetError
 from hmmnet.faults.plan import AnyFault
 from hmmnet.topology.model import Personality, Topology
 
+from .clock import JumpClock
 from .machine import SimulatedMachine, simulated
 from .schedule import seeded
-from .standstill import Standstill
 from .trace import Trace
 
 LIMIT_S = 3600.0
@@ -45,20 +44,19 @@ class Simulation(Generic[T]):
 def run_virtual(main: Callable[..., Awaitable[T]], *arguments: Any, seed: int = 0, limit_s: float = LIMIT_S) -> T:
     """`trio.run` in virtual time, scheduled from `seed`.
 
-    Raises SimulationStuck after `limit_s` virtual seconds, and when things happen without an end while no time passes (`standstill`).
+    Raises SimulationStuck after `limit_s` virtual seconds, and when things happen without an end while no time passes (`clock`).
     """
-    clock = MockClock(autojump_threshold=0)
-    watch = Standstill(clock)
+    clock = JumpClock()
 
     async def limited() -> T:
-        with trio.move_on_after(limit_s) as watch.scope:
+        with trio.move_on_after(limit_s) as clock.scope:
             return await main(*arguments)
-        if watch.found:
+        if clock.stuck:
             raise SimulationStuck(f"time stands still at {trio.current_time():g} virtual seconds (seed {seed}): somebody goes in circles")
         raise SimulationStuck(f"no end after {limit_s:g} virtual seconds (seed {seed}): somebody waits for what never comes")
 
     with seeded(seed):
-        return trio.run(limited, clock=clock, instruments=[watch])
+        return trio.run(limited, clock=clock)
 
 
 def simulate(

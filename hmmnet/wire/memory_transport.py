@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Self
 
 import trio
-from trio.lowlevel import ParkingLot, checkpoint, checkpoint_if_cancelled
+from trio.lowlevel import Abort, Task, checkpoint, checkpoint_if_cancelled, current_task, reschedule, wait_task_rescheduled
 
 from hmmnet.errors import HmmnetError
 
@@ -31,6 +31,36 @@ Watch = Callable[[float, str, Parts], None]
 """Told the time, the way and the parts of every message that a pipe takes."""
 
 
+class Waiters:
+    """Who waits, in their order: trio's ParkingLot with less around it."""
+
+    __slots__ = ("_tasks",)
+
+    def __init__(self) -> None:
+        self._tasks: deque[Task] = deque()
+
+    async def park(self) -> None:
+        """Wait for `unpark`."""
+        task = current_task()
+        self._tasks.append(task)
+
+        def leave(_: object) -> Abort:
+            self._tasks.remove(task)
+            return Abort.SUCCEEDED
+
+        await wait_task_rescheduled(leave)
+
+    def unpark(self) -> None:
+        """The first goes on, if there is one."""
+        if self._tasks:
+            reschedule(self._tasks.popleft())
+
+    def unpark_all(self) -> None:
+        """All go on."""
+        while self._tasks:
+            reschedule(self._tasks.popleft())
+
+
 class Pipe:
     """One direction: a bounded queue with waiters at both ends."""
 
@@ -43,14 +73,14 @@ class Pipe:
         self._dead = False
         self._limit = limit
         self._max_bytes = max_bytes
-        self._takers = ParkingLot()
-        self._givers = ParkingLot()
+        self._takers = Waiters()
+        self._givers = Waiters()
         self._way = way
         self._watch = watch
 
     def put_nowait(self, parts: Parts) -> None:
         """Append. Raises `trio.WouldBlock` when full. A part above the limit is lost, as a socket would drop it with its connection."""
-        if self.closed or any(len(part) > self._max_bytes for part in parts):
+        if self.closed or max(map(len, parts)) > self._max_bytes:
             return
         if len(self.queue) >= self._limit:
             raise trio.WouldBlock

@@ -68,8 +68,16 @@ class Server:
         """Serve until cancelled."""
         async with trio.open_nursery() as nursery:
             self._reader = Reader(partial(self._step, nursery), self.listener.nudge)
+            nursery.start_soon(self._tick)
             task_status.started()
             await self._reader.run()
+
+    async def _tick(self) -> None:
+        """One timer for all sessions."""
+        while True:
+            await trio.sleep(self.heartbeat_s)
+            for session in self.sessions:
+                session.tick()
 
     async def _step(self, nursery: trio.Nursery) -> Awaitable[None] | None:
         """Take one frame and deliver it."""
@@ -134,7 +142,7 @@ class Server:
         peer = Peer(address, session, encode(Kind.WELCOME, 0, 0, answer), known.session.incarnation if known is not None else None)
         self._remember(peer, hello)
         self.joined(session, hello)
-        session.start(nursery)
+        session.start(nursery, ticked=True)
         self._put(address, peer.welcome)
 
     def _check(self, hello: Hello, known: Peer | None) -> Refused | None:

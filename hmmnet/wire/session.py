@@ -142,6 +142,7 @@ class Session:
         self.reader: Reader | None = None
         """Who feeds `deliver`, if those who wait for answers may stand in for it."""
         self._spoke = False
+        self._ticked_s = 0.0
         self._ended = trio.Event()
 
     # --- asking ----------------------------------------------------------------------------------------------------------------------
@@ -348,32 +349,39 @@ class Session:
 
     # --- living and ending -----------------------------------------------------------------------------------------------------------
 
-    def start(self, nursery: trio.Nursery) -> None:
+    def start(self, nursery: trio.Nursery, *, ticked: bool = False) -> None:
         """Serve, in tasks of `nursery`, until the session is over: heartbeats, repeats, the lease, and the tasks of handlers.
+
+        `ticked`: whoever owns the transport calls `tick` every `heartbeat_s`, for all its sessions together.
 
         Handlers that still run at the end are not cancelled: a migration must be undone or finished, not dropped. What they ask of the
         peer raises PeerLost, and their answers go nowhere. Cancel the nursery to cancel them.
         """
         self._nursery = nursery
-        nursery.start_soon(self._keep_alive)
+        self._ticked_s = trio.current_time()
+        if not ticked:
+            nursery.start_soon(self._keep_alive)
 
     async def _keep_alive(self) -> None:
-        exchange = self._exchange
-        before_s = trio.current_time()
         while self.lost is None:
             with trio.move_on_after(self._heartbeat_s):
                 await self._ended.wait()
                 return
-            now_s = trio.current_time()
-            stalled = now_s - before_s > 2 * self._heartbeat_s
-            before_s = now_s
-            if not self._in_touch(now_s, stalled=stalled):
-                return
-            for frame in exchange.overdue(now_s):
-                self._put(frame)
-            if not self._spoke or exchange.unreported:
-                self._send(Kind.BEAT)
-            self._spoke = False
+            self.tick()
+
+    def tick(self) -> None:
+        """It is time for a heartbeat: look whether the peer lives, repeat what it has not acknowledged, show that we live."""
+        now_s = trio.current_time()
+        stalled = now_s - self._ticked_s > 2 * self._heartbeat_s
+        self._ticked_s = now_s
+        if self.lost is not None or not self._in_touch(now_s, stalled=stalled):
+            return
+        exchange = self._exchange
+        for frame in exchange.overdue(now_s):
+            self._put(frame)
+        if not self._spoke or exchange.unreported:
+            self._send(Kind.BEAT)
+        self._spoke = False
 
     def _in_touch(self, now_s: float, *, stalled: bool) -> bool:
         """Whether the session goes on. After a stall of our own the peer's frames may lie unread: nobody is lost by that."""

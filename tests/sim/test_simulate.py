@@ -141,7 +141,7 @@ def test_what_never_comes_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
         while True:
             await trio.lowlevel.checkpoint()
 
-    monkeypatch.setattr("hmmnet.sim.standstill.Standstill.__init__.__defaults__", (2000,))
+    monkeypatch.setattr("hmmnet.sim.clock.JumpClock.__init__.__defaults__", (10_000,))
     with pytest.raises(SimulationStuck, match=r"time stands still at \S+ virtual seconds \(seed 9\): somebody goes in circles"):
         hmmnet.simulate(circling, seed=9)
 
