@@ -14,6 +14,7 @@ asked (table A3): the page is sent home, where the CPU side can break the sharin
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from errno import EBUSY, EFAULT, EINVAL
@@ -36,6 +37,9 @@ LOOK_PIECES_MIN = 3
 """Scattered misses in 2 MiB from which on a snapshot is taken first."""
 REPLAY_LOST_S = 0.5
 """After which accesses whose replay was lost count as faulting again."""
+STAYS_S = 1e-3
+"""Emulated seconds for which pages that would not move (somebody holds them, a file has them) are used where they are. An attempt takes
+them out of the mirrors of all other devices: two that want the same page and try again and again keep each other from ever using it."""
 RANGES_AT_ONCE = 4
 """Migrations or range faults of one pass that are under way together: hides the round trip, bounds what the host must juggle."""
 
@@ -73,6 +77,9 @@ class FaultService:
         self._compound = compound
         self._wake = trio.Event()
         self._policies: dict[str, Policy] = {}
+        self._stays = np.zeros(0, np.uint64)
+        """Pages that would not move, and are left where they are until `_stays_until_s`."""
+        self._stays_until_s = 0.0
 
     def policy(self, name: str) -> Policy | None:
         """This context's policy called `name`, None when there is none. Raises BadPlan for something that is no policy."""
@@ -141,7 +148,8 @@ class FaultService:
         fatal: dict[int, HmmnetError] = {}
         pages, write = self._still_missing(batch.pages, batch.write)
         self.counts.stale += len(batch.pages) - len(pages)
-        await self._migrate(pages, write, policy)
+        moving = self._may_move(pages)
+        await self._migrate(pages[moving], write[moving], policy)
         pages, write = self._still_missing(pages, write)
         missing, write_missing = pages, write
         pages_own = pages[write & self._read_only_own(pages)]
@@ -216,14 +224,25 @@ class FaultService:
         """What another device held is at home now that it was mapped (migrate_vma passes over foreign pages): it can move here."""
         entries = self._context.mirror.translate(pages)
         here = (entries & _VALID != 0) & ~self._context.memory.owns(frames_of(entries)) & (frames_of(entries) != _ZERO)
+        here &= self._may_move(pages)
         if self._context.memory.free_pages and here.any() and policy.ranges(pages[here], write[here]):
-            await self._each(partial(self._try_migrate, "fault"), self._cut(pieces(pages[here])))
+            await self._each(self._try_migrate, self._cut(pieces(pages[here])))
 
-    async def _try_migrate(self, cause: str, start: int, end: int) -> None:
-        try:
-            await self._context.migrate_in(start, end, cause, compound=self._compound)
-        except KernelError:
-            return  # the pages are mapped where they are
+    async def _try_migrate(self, start: int, end: int) -> None:
+        """Migrate pages that are mapped already; those that still do not move are left alone for a while."""
+        moved = np.zeros(0, np.uint64)
+        with contextlib.suppress(KernelError):  # the pages are mapped where they are
+            moved = (await self._context.migrate_in(start, end, "fault", compound=self._compound)).pages
+        stay = np.setdiff1d(np.arange(start, end, dtype=np.uint64), moved)
+        if len(stay):
+            self._stays = np.union1d(self._stays, stay) if self._now() < self._stays_until_s else stay
+            self._stays_until_s = self._now() + STAYS_S
+
+    def _may_move(self, pages: Words) -> Mask:
+        """Which of `pages` have not just refused to move."""
+        if not len(self._stays) or self._now() >= self._stays_until_s:
+            return np.ones(len(pages), np.bool_)
+        return ~np.isin(pages, self._stays)
 
     async def _send_home(self, start: int, end: int) -> None:
         try:

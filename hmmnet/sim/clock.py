@@ -19,8 +19,8 @@ from hmmnet.fabric.clock import EmulatedClock
 
 from .schedule import tasks_wait_for_idle
 
-LOOKS_MAX = 2_000_000
-"""Looks at the clock at one moment: some twenty seconds of real time. A migration of a page takes some hundred."""
+LOOKS_MAX = 500_000
+"""Looks at the clock at one moment: some ten seconds of real time. A migration of a page takes some hundred."""
 FOR_EVER_S = 1e9
 """What the scheduler is told to sleep when there is no deadline; it sleeps a day at most and asks again."""
 

@@ -44,6 +44,10 @@ def test_equals_a_dictionary(steps: list[tuple[str, int, int, int]]) -> None:
         assert table.gather(np.array(pages, dtype=np.uint64)).tolist() == expected
     found = {first + int(i): int(part[i]) for first, part in table.present(0, PAGES_MAX) for i in np.flatnonzero(part)}
     assert found == {page: value for page, value in model.items() if value}
+    assert table.occupied(0, PAGES_MAX).tolist() == sorted(found)
+    for _, page, _, _ in steps:
+        end = min(page + LEAF_PAGES // 2, PAGES_MAX)
+        assert table.occupied(page, end).tolist() == sorted(each for each in found if page <= each < end)
 
 
 def test_whole_leaves_are_given_back() -> None:

@@ -1,0 +1,64 @@
+"""The clock that jumps, and what it leaves alone."""
+
+from __future__ import annotations
+
+import pytest
+import trio
+import trio.testing
+
+from hmmnet.sim import run_virtual
+from hmmnet.sim.clock import JumpClock
+from hmmnet.sim.run import SimulationStuck
+
+
+def test_time_is_at_the_next_deadline_when_nobody_can_run() -> None:
+    """Sleeps end exactly when they should, in their order, and take no real time."""
+
+    async def main() -> list[tuple[str, float]]:
+        seen: list[tuple[str, float]] = []
+
+        async def sleep(name: str, seconds: float) -> None:
+            await trio.sleep(seconds)
+            seen.append((name, trio.current_time()))
+
+        async with trio.open_nursery() as nursery:
+            for name, seconds in (("long", 1e6), ("short", 0.1), ("tiny", 1e-9)):
+                nursery.start_soon(sleep, name, seconds)
+        return seen
+
+    assert run_virtual(main, limit_s=1e7) == [("tiny", 1e-9), ("short", 0.1), ("long", 1e6)]
+
+
+def test_who_waits_until_all_are_blocked_comes_first() -> None:
+    """As with trio's own: time does not jump past them."""
+
+    async def main() -> float:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.sleep, 5.0)
+            await trio.testing.wait_all_tasks_blocked()
+            before = trio.current_time()
+            nursery.cancel_scope.cancel()
+        return before
+
+    assert run_virtual(main) == 0.0
+
+
+def test_nobody_waits_for_the_clock_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What goes in circles is found; the count begins anew whenever time passes."""
+    monkeypatch.setattr(JumpClock.__init__, "__defaults__", (1000,))
+
+    async def main() -> str:
+        for _ in range(5):
+            await trio.sleep(1.0)
+            for _ in range(100):
+                await trio.lowlevel.checkpoint()
+        return "through"
+
+    assert run_virtual(main) == "through"
+
+    async def circle() -> None:
+        while True:
+            await trio.lowlevel.checkpoint()
+
+    with pytest.raises(SimulationStuck, match="time stands still at 0 virtual seconds"):
+        run_virtual(circle)
