@@ -143,6 +143,7 @@ class Session:
         """Who feeds `deliver`, if those who wait for answers may stand in for it."""
         self._spoke = False
         self._ticked_s = 0.0
+        self._stalled_s = 0.0
         self._ended = trio.Event()
 
     # --- asking ----------------------------------------------------------------------------------------------------------------------
@@ -384,7 +385,11 @@ class Session:
         self._spoke = False
 
     def _in_touch(self, now_s: float, *, stalled: bool) -> bool:
-        """Whether the session goes on. After a stall of our own the peer's frames may lie unread: nobody is lost by that."""
+        """Whether the session goes on. After a stall of our own the peer's frames may lie unread, here or on their way through a computer
+        that is busy: it has a whole lease again, from then on, to be heard.
+        """
+        if stalled:
+            self._stalled_s = now_s
         if not self._exchange.silent(now_s):
             self._silent = False
             return True
@@ -394,7 +399,7 @@ class Session:
             log.info("%s is silent for %.1f s, longer than its lease", self.peer_name, silence_s)
             for callback in self._on_silent:
                 callback()
-        if stalled or silence_s <= self._exchange.lease_s + self._patience_s:
+        if now_s - max(self._exchange.heard_s, self._stalled_s) <= self._exchange.lease_s + self._patience_s:
             return True
         self.end(PeerLost(f"{self.peer_name} was silent for {silence_s:.1f} s, longer than its lease"))
         return False
