@@ -21,6 +21,7 @@ from hmmnet.wire.messages import DmaGrant, DmaRead, DmaWrite
 from hmmnet.wire.session import Session
 
 from .device import Context, Life
+from .dma_map import DeviceDma
 from .interconnect import Interconnect
 from .iommu import Access
 
@@ -33,12 +34,14 @@ log = logging.getLogger("hmmnet.host")
 class Dma:
     """Serves the DMA requests of one life of a device; streams towards us run in `nursery`."""
 
-    def __init__(self, life: Life, interconnect: Interconnect, nursery: trio.Nursery) -> None:
+    def __init__(self, life: Life, interconnect: Interconnect, nursery: trio.Nursery, maps: DeviceDma) -> None:
         self.refused = 0
         """Accesses that the IOMMU refused."""
         self.last_refusal = ""
         self.on_refused: Callable[[str, str], None] | None = None
         """Called with (device, why) for each of them."""
+        self.maps = maps
+        """How it reaches what."""
         self._life = life
         self._interconnect = interconnect
         self._nursery = nursery
@@ -57,6 +60,7 @@ class Dma:
         try:
             source = ArenaSource(self._interconnect.memories, addresses, message.size)
             await self._life.link.send(message.stream, source, int(addresses[0]) >> PAGE_SHIFT)
+            self.maps.count(int(addresses[0]) >> PAGE_SHIFT, source.nbytes)
         finally:
             self._streams.discard(message.stream)
             self._end(context, access)
@@ -86,6 +90,7 @@ class Dma:
             async with self._life.link.coming(stream, sink, frame) as flow:
                 task_status.started(flow)
                 started = True
+            self.maps.count(frame, sink.nbytes)
         except PeerError as error:
             if not started:
                 raise

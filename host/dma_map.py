@@ -8,6 +8,10 @@ A device that reaches pages by DMA needs an address for each, and which kind dep
 
 That is more than a mark: the three ways cross different links, so they differ in bandwidth and latency (`DmaRoutes`, per topology).
 
+Every range that a device faults goes through here before its addresses are handed out (`DeviceDma`, in `requests.py`): what it gets are
+words with these marks, and where no link leads there is no address. Our IOMMU checks and does not translate (it passes addresses through,
+as iommu=pt does): a DMA address is the physical one, the peer's bus address too, as both number the same frames.
+
 A page that is mapped says so in its word (DMA_MAPPED), and hmm_range_fault keeps these bits of the words it is given. So who faults a range
 again, for the right to write, say, maps nothing twice.
 """
@@ -48,6 +52,8 @@ MAPPING_ERROR = (1 << 64) - 1
 """DMA_MAPPING_ERROR."""
 
 FLAGS = HMM_PFN_DMA_MAPPED | HMM_PFN_P2PDMA | HMM_PFN_P2PDMA_BUS
+_TO_MAPPED = np.uint64(3)
+"""VALID is so many bits above DMA_MAPPED."""
 _VALID_DMA = np.uint64(HMM_PFN_VALID | HMM_PFN_DMA_MAPPED)
 
 
@@ -192,3 +198,53 @@ class DmaMap:
         if self._iova is not None and self.device.iova is not None:
             self.device.iova.free(np.sort(self._iova))
             self._iova = None
+
+
+class DeviceDma:
+    """The maps of one device of a machine: every range that it has faulted is mapped for it, and what it moves is counted by way.
+
+    `zone` is its own memory, for which it needs no map; `place_of` tells where on the links the memory of a zone lies (None: nowhere).
+    """
+
+    def __init__(self, device: str, zone: int, routes: DmaRoutes, place_of: Callable[[int], str | None]) -> None:
+        self.moved = dict.fromkeys(Route, 0)
+        """Bytes that it has read and written, by way."""
+        self._device = DmaDevice(device)
+        self._zone = zone
+        self._routes = routes
+        self._place_of = place_of
+
+    def map(self, start: int, words: Words, *, fault: bool) -> Words:
+        """The words of hmm_range_fault from page `start` on, with the marks of how each page is reached; own pages have none.
+
+        Raises KernelError(EFAULT) for a page that was to be faulted in (`fault`) and that no link reaches.
+        """
+        frames = words & np.uint64(HMM_PFN_FRAME_MASK)
+        first, last = int(frames.min()) >> ZONE_SHIFT, int(frames.max()) >> ZONE_SHIFT
+        if first == last != self._zone and self._route_of(first) is Route.MEMORY:  # as below, for what is most common
+            return words & ~np.uint64(FLAGS) | (words & np.uint64(HMM_PFN_VALID)) >> _TO_MAPPED
+        made = DmaMap(self._device, len(words), self._route_of)
+        own = frames >> np.uint64(ZONE_SHIFT) == np.uint64(self._zone)
+        made.words[:] = np.where(own, np.uint64(0), words & ~np.uint64(FLAGS))
+        addresses = made.map(0, len(words))
+        beyond = (made.words & np.uint64(HMM_PFN_VALID) != 0) & (addresses == np.uint64(MAPPING_ERROR))
+        if fault and beyond.any():
+            page, frame = start + int(np.argmax(beyond)), int(frames[np.argmax(beyond)])
+            why = f"page 0x{page:x} lies in the memory of {self._place_of(frame >> ZONE_SHIFT)}, to which no link leads"
+            raise KernelError(errno.EFAULT, "hmm_dma_map_pfn", f"device {self._device.name}: {why}")
+        return np.where(own, words, made.words)
+
+    def count(self, frame: int, nbytes: int) -> None:
+        """`nbytes` have gone to or from the memory that `frame` lies in."""
+        route = self._route_of(frame >> ZONE_SHIFT)
+        if route is not None:
+            self.moved[route] += nbytes
+
+    def _route_of(self, zone: int) -> Route | None:
+        place = self._place_of(zone)
+        found = None if place is None else self._routes.between(self._device.name, place)
+        return None if found is None else found.route
+
+    def as_json(self) -> dict[str, int]:
+        """Plain data: bytes by way."""
+        return {route.name.lower(): nbytes for route, nbytes in self.moved.items()}

@@ -46,6 +46,10 @@ class Interconnect:
         self._arenas[zone.number] = zone.arena
         self._nodes[zone.number] = place
 
+    def place_of(self, zone: int) -> str | None:
+        """Where on the links the memory of a zone lies; None for what neither the CPU nor another device reaches."""
+        return self._nodes.get(zone)
+
     def detach(self, zone: Zone) -> None:
         """That memory is gone."""
         self._arenas.pop(zone.number, None)

@@ -21,6 +21,7 @@ from hmmnet.errors import PeerLost, ProtocolError
 from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.observe.events import HOST
 from hmmnet.pages import (
+    HMM_PFN_REQ_FAULT,
     PAGES_MAX,
     Words,
     from_wire,
@@ -45,6 +46,7 @@ from hmmnet.wire.messages import (
 from hmmnet.wire.session import Session
 
 from .device import Context, Life
+from .dma_map import DeviceDma
 from .homing import Homing
 from .interfaces import Select
 from .migrate import Announce, Copy, Grant, Outcome, migrate_to_device
@@ -75,9 +77,11 @@ class Requests:
         homing: Homing,
         clock: EmulatedClock,
         nursery: trio.Nursery,
+        dma: DeviceDma,
         personality: Personality = TODAY,
         copy: Copy | None = None,
     ) -> None:
+        self._dma = dma
         self._personality = personality
         self._copy = copy
         self._life = life
@@ -133,6 +137,7 @@ class Requests:
         )
         timeout_s = self._clock.real(message.timeout_ms / 1000) if message.timeout_ms > 0 else math.inf
         sequence, words = await self._personality.range_fault(context.space, context.hub, subscription, request, timeout_s)
+        words = self._dma.map(message.start, words, fault=bool(message.default_flags & HMM_PFN_REQ_FAULT or len(inputs)))
         context.domain.grant(message.start, words)
         return RangeFaulted(sequence, to_wire(words))
 
@@ -269,6 +274,7 @@ class Requests:
                 break
             await context.hub.read_begin(subscription)  # what is being invalidated now has no sequence of its own yet
         self._subscription(message.context, message.subscription)  # without one nothing would ever take back what is granted now
+        words = self._dma.map(message.start, words, fault=False)
         context.domain.grant(message.start, words)
         return Exclusive(subscription.sequence, to_wire(words))
 

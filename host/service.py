@@ -47,6 +47,7 @@ from .contexts import Contexts
 from .device import Device, Life
 from .devmem import PageMap
 from .dma import Dma
+from .dma_map import DeviceDma, DmaRoutes
 from .homing import Homing
 from .hub import Hub
 from .injection import Injection
@@ -110,6 +111,7 @@ class Host:
         for node in topology.nodes:
             self.memory.add_node(node.name, node.pages)
         self.interconnect = Interconnect(topology, clock, self.memory)
+        self._routes = DmaRoutes(topology)
         self.devices = {spec.name: Device(spec) for spec in topology.devices}
         self.spaces: dict[int, Space] = {}
         self.hubs: dict[int, Hub] = {}
@@ -278,8 +280,9 @@ class Host:
                 nursery.start_soon(life.link.sender.run)
                 nursery.start_soon(life.link.receiver.run)
                 nursery.start_soon(life.link.run)
-                Requests(life, self.homing, self.clock, nursery, self.personality, self._copy).attach(session)
-                dma = self._dma[life.name] = Dma(life, self.interconnect, nursery)
+                maps = DeviceDma(life.name, life.zone, self._routes, self.interconnect.place_of)
+                Requests(life, self.homing, self.clock, nursery, maps, self.personality, self._copy).attach(session)
+                dma = self._dma[life.name] = Dma(life, self.interconnect, nursery, maps)
                 dma.on_refused = self.events.refused
                 dma.attach(session)
                 await self._greet(life, session)
@@ -521,6 +524,7 @@ class Host:
             "contexts": 0 if life is None else len(life.contexts),
             "jobs": 0 if life is None else life.jobs,
             "ecc_corrected": self.corrected_errors[device.spec.name],
+            "dma_bytes": {} if dma is None else dma.maps.as_json(),
             "iommu_refused": 0 if dma is None else dma.refused,
             "iommu_last": "" if dma is None else dma.last_refusal,
             "telemetry": {} if life is None or self._samples is None else self._samples.figures(life.zone),

@@ -346,7 +346,10 @@ class RangeFault(Message, frozen=True):
 
 
 class RangeFaulted(Message, frozen=True):
-    """Reply: HMM_PFN words, good as long as the subscription's sequence is still `sequence` (read_retry is the device's to check)."""
+    """Reply: HMM_PFN words, good as long as the subscription's sequence is still `sequence` (read_retry is the device's to check).
+
+    Pages that are not the device's own are mapped for its DMA: their words say by which way (DMA_MAPPED, P2PDMA, P2PDMA_BUS).
+    """
 
     sequence: U64
     words: PageList

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from hmmnet.errors import KernelError
-from hmmnet.host.dma_map import BUS_ADDRESS_BIT, ENTRIES_MAX, MAPPING_ERROR, DmaDevice, DmaMap, DmaRoutes, Route
+from hmmnet.host.dma_map import BUS_ADDRESS_BIT, ENTRIES_MAX, MAPPING_ERROR, DeviceDma, DmaDevice, DmaMap, DmaRoutes, Route
 from hmmnet.pages import (
     HMM_PFN_DMA_MAPPED,
     HMM_PFN_FRAME_MASK,
@@ -138,3 +138,47 @@ def test_a_map_in_use_is_not_freed() -> None:
     made.unmap(0, 1)
     made.free()
     made.free()
+
+
+def device_dma(*unreachable: int) -> DeviceDma:
+    """The maps of device a, whose own memory is zone 67; b is zone 65, c zone 64."""
+    places = {0: "node0", 64: "c", 65: "b", 66: "d"}
+    return DeviceDma("a", 67, DmaRoutes(MACHINE), lambda zone: None if zone in unreachable else places.get(zone))
+
+
+def test_what_a_device_is_told_of_a_range_says_how_it_is_reached() -> None:
+    """Marks of each kind, none for its own pages and for what is no page; stale marks of the input count for nothing."""
+    own = (67 << ZONE_SHIFT) + 3
+    stale = np.uint64(HMM_PFN_P2PDMA_BUS | HMM_PFN_DMA_MAPPED)
+    words = np.array([MEMORY, BRIDGED, BUS, own, 0], np.uint64) | np.array([VALID | stale, VALID, VALID, VALID, 0], np.uint64)
+    got = device_dma().map(7, words, fault=True).tolist()
+    assert [word & ~HMM_PFN_FRAME_MASK for word in got] == [
+        HMM_PFN_VALID | HMM_PFN_DMA_MAPPED,
+        HMM_PFN_VALID | HMM_PFN_DMA_MAPPED | HMM_PFN_P2PDMA,
+        HMM_PFN_VALID | HMM_PFN_DMA_MAPPED | HMM_PFN_P2PDMA_BUS,
+        HMM_PFN_VALID,
+        0,
+    ]
+    assert [word & HMM_PFN_FRAME_MASK for word in got] == [MEMORY, BRIDGED, BUS, own, 0]
+    plain = np.array([MEMORY, MEMORY + 1, 0], np.uint64) | np.array([VALID | HMM_PFN_WRITE, VALID | stale, 0], np.uint64)
+    assert [word & ~HMM_PFN_FRAME_MASK for word in device_dma().map(0, plain, fault=True).tolist()] == [
+        HMM_PFN_VALID | HMM_PFN_WRITE | HMM_PFN_DMA_MAPPED,
+        HMM_PFN_VALID | HMM_PFN_DMA_MAPPED,
+        0,
+    ]
+
+
+def test_a_page_that_no_link_reaches_is_efault_to_who_faults_it() -> None:
+    """It names page, place and device; a snapshot has it without an address; nothing is counted for it."""
+    maps = device_dma()
+    words = np.array([MEMORY, FAR], np.uint64) | VALID
+    with pytest.raises(KernelError, match="page 0x8 lies in the memory of d, to which no link leads") as caught:
+        maps.map(7, words, fault=True)
+    assert caught.value.code == errno.EFAULT
+    assert [word & ~HMM_PFN_FRAME_MASK for word in maps.map(7, words, fault=False).tolist()] == [
+        HMM_PFN_VALID | HMM_PFN_DMA_MAPPED,
+        HMM_PFN_VALID,
+    ]
+    for frame, nbytes in ((MEMORY, 8), (BRIDGED, 16), (BUS, 32), (FAR, 64), (MEMORY, 128)):
+        maps.count(frame, nbytes)
+    assert maps.as_json() == {"memory": 136, "host_bridge": 16, "bus_address": 32}
