@@ -13,7 +13,9 @@ import pytest
 import trio
 import trio.testing
 
-from hmmnet.errors import KernelError, ProtocolError
+from hmmnet.errors import HmmnetError, KernelError, ProtocolError
+from hmmnet.faults.kinds import Fault
+from hmmnet.host import calls
 from hmmnet.host.arguments import CHUNK_BYTES, STAGED_BYTES_MAX
 from hmmnet.host.calls import new_client, operation_names
 from hmmnet.host.clients import FILES_MAX, HANDLES_MAX, PROCESSES_MAX, Client
@@ -356,3 +358,77 @@ async def test_a_client_that_goes_away_leaves_nothing_of_what_it_waits_for(opera
                     await trio.testing.wait_all_tasks_blocked()
         assert (await host.report())["processes"] == 0
         assert sum(node.allocator.used_count for node in host.memory.nodes) == 0
+
+
+class BreakableMachine(RecordingMachine):
+    """One that takes faults."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.faults: dict[int, Fault] = {}
+
+    def add_fault(self, fault: Fault) -> int:
+        self.faults[3] = fault
+        return 3
+
+    def remove_fault(self, number: int) -> None:
+        del self.faults[number]
+
+    def list_faults(self) -> list[dict[str, Any]]:
+        return [{"number": number, "fault": fault.kind.name} for number, fault in self.faults.items()]
+
+
+async def test_a_machine_is_broken_and_mended_over_a_session() -> None:
+    """A fault by what makes it; a machine that is no host refuses; what is no fault is refused with every mistake, and nothing begins."""
+    machine = BreakableMachine()
+    client = new_client(machine)
+    assert await call(client, "add_fault", fault={"kind": "alloc.host", "probability": 0.25}) == (3, b"")
+    assert machine.faults[3].kind.name == "alloc.host"
+    assert await call(client, "list_faults") == ([{"number": 3, "fault": "alloc.host"}], b"")
+    await call(client, "remove_fault", fault=3)
+    assert await call(client, "list_faults") == ([], b"")
+    with pytest.raises(HmmnetError, match="no fault is called"):
+        await call(client, "add_fault", fault={"kind": "nonsense"})
+    assert machine.faults == {}
+    plain = new_client(RecordingMachine())
+    with pytest.raises(KernelError, match="EOPNOTSUPP"):
+        await call(plain, "add_fault", fault={"kind": "alloc.host"})
+    with pytest.raises(KernelError, match="EOPNOTSUPP"):
+        await call(plain, "list_faults")
+
+
+async def test_taking_something_out_of_the_machine(client: Client) -> None:
+    """A device by name, a process by the kernel's choice: asked of the machine as given, and answered."""
+    machine = client.machine
+    assert isinstance(machine, RecordingMachine)
+    assert await call(client, "unplug", device="gpu1") == (None, b"")
+    assert await call(client, "oom_kill", cgroup="job") == (7, b"")
+    assert await call(client, "oom_kill") == (7, b"")
+    assert machine.asked == [("unplug", "gpu1"), ("oom_kill", "job"), ("oom_kill", "")]
+    assert await call(client, "oom_score", process=1) == (666, b"")
+    await call(client, "set_oom_score_adj", process=1, value=-7)
+    assert log_of(client) == [("oom_score_adj", -7)]
+
+
+async def test_registrations_and_held_pages_have_limits(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One more than a client may have is EMFILE; the process is not asked; what is given back makes room."""
+    monkeypatch.setattr(calls, "FAULTS_MAX", 1)
+    monkeypatch.setattr(calls, "REFERENCE_SETS_MAX", 1)
+    number, _ = await call(client, "userfaultfd", process=1, address=4096, length=4096)
+    held, _ = await call(client, "get_user_pages", process=1, address=4096, pages=2)
+    asked = len(log_of(client))
+    with pytest.raises(KernelError, match="EMFILE"):
+        await call(client, "userfaultfd", process=1, address=4096, length=4096)
+    with pytest.raises(KernelError, match="EMFILE"):
+        await call(client, "get_user_pages", process=1, address=4096, pages=2)
+    assert len(log_of(client)) == asked
+    await call(client, "fault_close", process=1, faults=number)
+    await call(client, "put_pages", process=1, reference=held["reference"])
+    await call(client, "userfaultfd", process=1, address=4096, length=4096)
+    await call(client, "get_user_pages", process=1, address=4096, pages=2)
+
+
+async def test_memory_is_unlocked(client: Client) -> None:
+    """munlock(2), as given."""
+    assert await call(client, "munlock", process=1, address=4096, length=1) == (None, b"")
+    assert log_of(client)[-1] == ("munlock", 4096, 1)

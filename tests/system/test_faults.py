@@ -229,3 +229,25 @@ async def test_toxics_and_verbs_on_a_running_machine() -> None:
             while "gpu1" in machine.running:
                 await trio.sleep(0.02)
         await process.exit()
+
+
+async def test_a_device_and_a_process_are_taken_out_by_command() -> None:
+    """Pages are home when the device has gone, whose process ends; who holds a page is named; the larger of two processes is killed."""
+    async with hmmnet.launch("two-gpus", rate=1.0) as machine:
+        small, large = [await machine.create_process() for _ in range(2)]
+        values = np.arange(COUNT, dtype="<u8")
+        address = await large.malloc(COUNT * 8)
+        await large.write(address, values)
+        assert await large.migrate(address, COUNT * 8, "gpu0") == COUNT * 8
+        assert await command("fault", "unplug", "gpu0", "-m", machine.name) == "gpu0 is unplugged\n"
+        assert "is not there: it was lost: it was unplugged" in await command("fault", "unplug", "gpu0", "-m", machine.name)
+        assert (await large.read_array(address, "<u8", COUNT) == values).all()
+        assert (await machine.report())["devices"]["gpu0"]["pages_used"] == 0
+        with trio.fail_after(10):
+            while next(record.state for record in machine.devices if record.name == "gpu0") != "lost":
+                await trio.sleep(0.02)
+        assert await command("fault", "oom", "-m", machine.name) == f"process {large.pid} is killed\n"
+        with pytest.raises(KernelError, match="ESRCH"):
+            await large.read(address, 8)
+        await small.set_oom_score_adj(-1000)
+        assert "none of 1 processes may be killed" in await command("fault", "oom", "-m", machine.name)

@@ -79,3 +79,32 @@ async def test_a_device_tells_what_changes(autojump_clock: trio.testing.MockCloc
         assert telemetry._newest[64].number == 2
         nursery.cancel_scope.cancel()
     transport.close()
+
+
+class Script:
+    """A channel that gives what is in it, and is closed then."""
+
+    def __init__(self, *messages: tuple[bytes, bytes | None]) -> None:
+        self.messages = list(messages)
+
+    async def receive(self) -> tuple[bytes, bytes | None]:
+        await trio.lowlevel.checkpoint()
+        if not self.messages:
+            raise trio.ClosedResourceError
+        return self.messages.pop(0)
+
+
+async def test_samples_have_no_payload_and_reading_ends_with_the_socket(caplog: pytest.LogCaptureFixture) -> None:
+    """A message with page data behind it is none of ours; the log says that nothing comes any more, and not each of a flood."""
+    good = pack_sample(Sample("gpu0", 64, 1, {"jobs": 5}), SECRET)
+    channel: Any = Script((good, b"data"), *[(b"garbage", None)] * 6, (good, None))
+    telemetry = Telemetry(channel, SECRET, {64: object()})
+    with caplog.at_level("INFO", "hmmnet.host"):
+        await telemetry.run()
+    assert telemetry.dropped == 7
+    assert telemetry.figures(64) == {"jobs": 5}
+    assert [record.message.split(" telemetry")[0] for record in caplog.records] == [
+        "dropped 2",
+        "dropped 4",
+        "telemetry has ended: its socket was closed",
+    ]

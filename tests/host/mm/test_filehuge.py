@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import trio
+from trio.testing import wait_all_tasks_blocked
 
 from hmmnet.errors import BusError, KernelError
 from hmmnet.host.hub import Hub
@@ -343,4 +345,53 @@ async def test_a_collapse_is_charged_to_who_asks_for_it() -> None:
     await one.madvise(BASE, BLOCK, "COLLAPSE")
     assert one.mm.cgroup.usage_pages == HUGE_PAGES
     assert await two.load(BASE, BLOCK) == expected(written=10)
+    machine.check()
+
+
+async def test_a_page_that_is_held_while_mirrors_are_told_stays() -> None:
+    """EAGAIN: nothing was collapsed, and what was unmapped for it is faulted in again."""
+    machine = Machine()
+    one, two = await shmem(machine, pages=5)
+    await two.load(BASE, 1)
+    link = FakeLink("gpu0", 64)
+    assert isinstance(two.hub, Hub)
+    two.hub.insert(0, 1 << 30, link, 1)
+    gate = link.hold()
+    codes: list[int] = []
+
+    async def collapse() -> None:
+        with pytest.raises(KernelError) as caught:
+            await one.madvise(BASE, BLOCK, "COLLAPSE")
+        codes.append(caught.value.code)
+
+    with trio.fail_after(5):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(collapse)
+            await wait_all_tasks_blocked()
+            held = await two.get_pages(FIRST + 2, 1)
+            gate.set()
+    assert codes == [errno.EAGAIN]
+    two.put_pages(held)
+    assert await one.load(BASE, BLOCK) == await two.load(BASE, BLOCK) == expected(written=5)
+    machine.check()
+
+
+async def test_memory_that_is_missing_for_what_is_in_swap_is_enomem() -> None:
+    """There is a huge page and nothing beside it: it goes back, and the pages stay in swap."""
+    machine = Machine(host_pages=2 * HUGE_PAGES)
+    one, _ = await shmem(machine, pages=5)
+    await one.load(BASE, 5 * PAGE)
+    await one.madvise(BASE, 5 * PAGE, "PAGEOUT")
+    whole = machine.memory.allocate_huge()
+    taken = machine.memory.allocate(HUGE_PAGES - 1)
+    assert whole is not None
+    assert taken is not None
+    machine.memory.put(whole)
+    with pytest.raises(KernelError) as caught:
+        await one.madvise(BASE, BLOCK, "COLLAPSE")
+    assert caught.value.code == errno.ENOMEM
+    assert (used(machine), machine.memory.swap.used) == (HUGE_PAGES - 1, 5)
+    machine.memory.put(taken)
+    await one.madvise(BASE, BLOCK, "COLLAPSE")
+    assert await one.load(BASE, BLOCK) == expected(written=5)
     machine.check()
