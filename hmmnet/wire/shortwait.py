@@ -5,7 +5,8 @@ A wait in trio is a change of its epoll set, a pass through its loop and a turn 
 descriptors: the socket's, and trio's own epoll set, which is readable when anything that trio waits for has happened. Nothing is held up:
 
 - another socket, a signal, a word from another thread: the set is readable at once, and the wait goes on in the loop;
-- a task that could run: then there is no short wait. An `Instrument` counts them;
+- a task that could run: then there is no short wait. An `Instrument` counts them. One is excused: the reading task that the waiting task
+  stands in for, which would only look whether somebody does (`reading.py`);
 - a deadline: it comes up to `WAIT_S` late. trio rounds its own waits up to whole milliseconds.
 
 It is no spinning: asking the socket again and again instead made the round trip two to five times as long, because the io threads of both
@@ -37,6 +38,8 @@ class Loop(Instrument):
         self.descriptor = descriptor
         self.runnable = _UNKNOWN
         """Beside the task that runs; unknown until the loop has been idle for the first time."""
+        self.excused = 0
+        """Of those, how many need not run while the task that runs waits shortly (`reading.py`)."""
 
     def task_scheduled(self, task: lowlevel.Task) -> None:  # noqa: ARG002 - Instrument's
         """One more can run."""
@@ -62,6 +65,11 @@ def this_loop() -> Loop | None:
     return loop
 
 
+def known_loop() -> Loop | None:
+    """`this_loop`, if somebody in this run has short waits."""
+    return _LOOP.get(None)
+
+
 def _epoll_descriptor() -> int | None:
     from trio._core import _run as trio_run
 
@@ -85,7 +93,7 @@ class ShortWait:
     def wait(self) -> bool:
         """Return True when the descriptor is readable, False when to wait is the loop's business. Blocks for `WAIT_S` at most."""
         loop = this_loop()
-        if loop is None or loop.runnable:
+        if loop is None or loop.runnable > loop.excused:
             return False
         both = self._both if loop is self._loop else self._watch(loop)
         if both is None:
