@@ -205,6 +205,11 @@ class RunAllocator:
         return self._end - self._base - self.free_count
 
     @property
+    def fresh_count(self) -> int:
+        """Frames at the end that were never handed out."""
+        return self._end - self._fresh
+
+    @property
     def touched_count(self) -> int:
         """Frames at the front that were handed out at least once; beyond it nothing was ever written."""
         return self._fresh - self._base

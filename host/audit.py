@@ -39,7 +39,7 @@ def books(memory: PhysicalMemory, spaces: Iterable[Space], *, quiet: bool) -> li
     if mms or not quiet:
         return []
     used = {
-        zone.owner: int(np.count_nonzero(zone.referenced()[1 if zone.number == 0 else 0 :]))
+        zone.owner: int(np.count_nonzero(zone.referenced(zone.used.stop)[1 if zone.number == 0 else 0 :]))
         for zone in memory.zones.values()
         if not zone.lost
     }

@@ -329,7 +329,8 @@ def hmmnet_seed(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture
 def machine(request: pytest.FixtureRequest, hmmnet_seed: int) -> Any:  # noqa: ARG001 - a test with a machine has a seed
-    """A running machine of real processes, of the marker topology(...); gone when the test is over, whatever becomes of it.
+    """A running machine of real processes, of the marker topology(...), with the faults of the marker faults(...) that real ones can have;
+    gone when the test is over, whatever becomes of it.
 
     In a test under trio a `hmmnet.machine.LaunchedMachine`, otherwise a `LaunchedBlockingMachine`.
     """

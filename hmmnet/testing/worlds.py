@@ -13,7 +13,8 @@ import trio
 
 from hmmnet.blocking import Blocking, only_error
 from hmmnet.errors import HmmnetError
-from hmmnet.faults import AnyFault, Plan
+from hmmnet.faults import AnyFault, Fault, Plan
+from hmmnet.faults.plan import named
 from hmmnet.machine import LaunchedBlockingMachine, LaunchedMachine, launch
 from hmmnet.sim import SimulatedMachine, Simulation, run_virtual, simulated
 from hmmnet.sim.run import LIMIT_S
@@ -32,18 +33,30 @@ class MachineOverdue(HmmnetError):
 
 @asynccontextmanager
 async def real(case: Case) -> AsyncIterator[LaunchedMachine]:
-    """A machine of real processes for at most `case.limit_s` real seconds. Raises HmmnetError, MachineOverdue."""
-    if case.plan.faults:
-        kind = getattr(case.plan.faults[0], "kind", "")
-        name = getattr(kind, "name", kind)  # of a fault of the catalogue, or of messages
-        raise HmmnetError(f'faults ("{name}") need a simulated machine: ask for simulated_machine or simulate instead')
+    """A machine of real processes for at most `case.limit_s` real seconds, with the test's faults from the moment on when it is ready.
+
+    Raises HmmnetError, for faults too that only a simulated machine can have; MachineOverdue.
+    """
+    faults = _for_processes(case.plan)
     name = f"test-{os.getpid()}-{next(_numbers)}"
     with only_error():
         async with trio.open_nursery() as nursery, launch(case.topology, name=name) as machine:
             with case.listening(machine.host):
+                for fault in faults:
+                    machine.add_fault(fault)
                 nursery.start_soon(_bell, case.limit_s)
                 yield machine
                 nursery.cancel_scope.cancel()
+
+
+def _for_processes(plan: Plan) -> list[Fault]:
+    """The faults of `plan` as real processes can have them. Raises HmmnetError that names every one they cannot."""
+    try:
+        faults = [named(one) for one in plan.faults]
+        Plan(faults).check_world("real")
+    except HmmnetError as error:
+        raise HmmnetError(f"{error}\nask for simulated_machine or simulate instead") from None
+    return faults
 
 
 async def _bell(limit_s: float) -> None:

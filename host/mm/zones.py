@@ -171,6 +171,11 @@ class Zone:
         self.folded[blocks] = False
         self.folded_count -= len(blocks)
 
+    @property
+    def used(self) -> slice:
+        """Where frames stand that have been used at some time; beyond, all are idle, and nothing was ever written."""
+        return slice(0, self.offered)
+
     def values(self, name: str, where: Index) -> npt.NDArray[Any]:
         """A copy of the array `name` at `where`, as it would be if nothing were folded."""
         array: npt.NDArray[Any] = getattr(self, name)
@@ -232,6 +237,11 @@ class HostZone(CpuZone):
         self.gather: Gather | None = None
         """Where free frames wait until no device reaches them any more, if they have to."""
         self._free_committed = 0
+
+    @property
+    def used(self) -> slice:
+        """See `Zone.used`."""
+        return slice(0, self.count - self.allocator.fresh_count)
 
     def allocate(self, count: int, keep: slice | None = None) -> Words | None:
         """`count` frames with one reference, zeroed but for positions `keep` (the caller overwrites those); None when there are fewer."""

@@ -214,9 +214,31 @@ def test_two_machines_are_one_too_many(pytester: pytest.Pytester) -> None:
             "*a test has one machine: machine or simulated_machine, not both",
             "E*AttributeError: the machine of an asynchronous test has no 'create_process' yet*need pytest-trio",
             "*simulated_machine brings the clock of its virtual time*",
-            'E*HmmnetError: faults ("loss") need a simulated machine*',
+            'E*HmmnetError: the fault "loss" cannot be done in the real world*',
+            "E*ask for simulated_machine or simulate instead",
         ]
     )
+
+
+def test_a_real_machine_with_faults(pytester: pytest.Pytester) -> None:
+    """What real processes can have they have, whoever runs the test."""
+    text = """
+    import pytest
+
+    @pytest.mark.faults({"kind": "alloc.host", "times": 1})
+    def test_blocking(machine):
+        process = machine.process()
+        process.write(process.mmap(4096), b"x")
+        assert machine.report()["faults"] == {"alloc.host": 1}
+
+    @pytest.mark.faults({"kind": "alloc.host", "times": 1})
+    async def test_awaited(machine):
+        process = await machine.create_process()
+        await process.write(await process.mmap(4096), b"x")
+        assert (await machine.report())["faults"] == {"alloc.host": 1}
+    """
+    write(pytester, text)
+    run(pytester).assert_outcomes(passed=2)
 
 
 def test_a_machine_cannot_be_kept_for_ever(pytester: pytest.Pytester) -> None:

@@ -37,7 +37,9 @@ class World:
         self.memory.add_node("node0", 64)
         self.freed: list[int] = []
         for zone in (GPU, OTHER):
-            self.memory.add_device(zone, kind, f"gpu{zone - 64}", 32).on_free = lambda frames: self.freed.extend(frames.tolist())
+            device = self.memory.add_device(zone, kind, f"gpu{zone - 64}", 32)
+            device.on_free = lambda frames: self.freed.extend(frames.tolist())
+            device.offered = 32  # frames are taken without a grant here
         self.mm = Mm(1, self.memory)
         self.vma = Vma(100, 108, flags, 100)
         self.mm.vmas.add(self.vma)
