@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 from collections import Counter as Counts
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -55,6 +55,18 @@ class AtomicProcess(Process, Protocol):
         ...
 
 
+@dataclass(eq=False)
+class Derived:
+    """A job under way that stores what it makes of words [first, first + count) of a region; `unknown` once some of them were given up."""
+
+    region: Region
+    first: int
+    count: int
+    out: int
+    out_count: int
+    unknown: bool = False
+
+
 @dataclass
 class Outcome:
     """What a run found out."""
@@ -91,6 +103,7 @@ class Crew:
         self._harmed_s = -AFTERMATH_S
         self.down: list[str] = []
         """Devices that crashed or hang at a protocol point, until somebody sees to them."""
+        self._derived: list[Derived] = []
         self._trace = trace
         self._mappings = 0
         self._due: dict[int, trio.Event] = {}
@@ -223,6 +236,7 @@ class Crew:
         """MADV_DONTNEED of some pages: private memory is zero afterwards, what is shared is what it was."""
         words = count * WORDS_PER_PAGE
         address = region.base + region.spread[page] * PAGE_SIZE
+        self._unsettle(region, page * WORDS_PER_PAGE, words)
         if region is self.counters:
             self.adds_sure = False
         if region.kind == "file" and region.file is not None:
@@ -244,6 +258,25 @@ class Crew:
         finally:
             if mark is not None:
                 region.history.store_ends(mark, certain=done)
+
+    @contextlib.contextmanager
+    def deriving(self, region: Region, first: int, count: int, out: int, out_count: int) -> Iterator[None]:
+        """While a job makes words from `out` on of words from `first` on: if those are given up meanwhile, nobody knows what it makes."""
+        derived = Derived(region, first, count, out, out_count)
+        self._derived.append(derived)
+        try:
+            yield
+        finally:
+            self._derived.remove(derived)
+            if derived.unknown:
+                region.history.wild_ends(out, out_count)
+
+    def _unsettle(self, region: Region, first: int, count: int) -> None:
+        """Some words are about to be given up."""
+        for one in self._derived:
+            if one.region is region and not one.unknown and one.first < first + count and first < one.first + one.count:
+                one.unknown = True
+                region.history.wild_begins(one.out, one.out_count)
 
     # --- accesses -------------------------------------------------------------------------------------------------------------
 

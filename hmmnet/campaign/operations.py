@@ -182,7 +182,8 @@ async def compute(crew: Crew, step: Step, who: str) -> None:
         await launched(crew.process, device, "vector_add", step.choice, **places, n=LANE_PART, dtype="<u8")
 
     if sure_left.all() and sure_right.all():
-        await crew.store(f"{who} on {device}", lanes, out, left + right, put)
+        with crew.deriving(lanes, a, 2 * LANE_PART, out, LANE_PART):
+            await crew.store(f"{who} on {device}", lanes, out, left + right, put)
         return
     lanes.history.wild_begins(out, LANE_PART)
     try:

@@ -232,18 +232,22 @@ class SimulatedMachine:
         self._incarnations[name] += 1
         node = _Node(NodeTransport(self._wires, name, self.network), trio.CancelScope(), self._incarnations[name])
         self._nodes[name] = node
+        ready = False
         with only_error():
             async with trio.open_nursery() as watch:
-                watch.start_soon(self._fail_with, node)
+                watch.start_soon(self._give_up_with, node, watch.cancel_scope)
                 self.nursery.start_soon(self._be, name, node)
                 await self.host.device_ready(name)
+                ready = True
                 watch.cancel_scope.cancel()
+        if not ready:
+            raise node.failure or HmmnetError("the device ended before it was ready")
 
     @staticmethod
-    async def _fail_with(node: _Node) -> None:
-        """The device has ended before it was ready: whoever starts it hears why."""
+    async def _give_up_with(node: _Node, scope: trio.CancelScope) -> None:
+        """Nobody need wait for a device that has ended. (An error raised here would come together with a cancellation from elsewhere.)"""
         await node.ended.wait()
-        raise node.failure or HmmnetError("the device ended before it was ready")
+        scope.cancel()
 
     async def kill_device(self, name: str) -> None:
         """Its process is gone from one moment to the next, with its memory; the launcher tells the host. Raises KernelError(ENOENT)."""
