@@ -6,8 +6,8 @@ does not change when its pages move. The charge of a page is the number of its g
 where the page goes; a device's page that a migration makes out of nothing is charged as one of the host is.
 
 What a group's limit refuses is ENOMEM, as memory of the host that is used up is. The kernel would reclaim before, and end a process of
-the group after; there is no reclaim here (a group is as with memory.swap.max of 0), and who gets ENOMEM decides. Pages of hugetlb are
-charged to nobody.
+the group after; there is no reclaim here (a group is as with memory.swap.max of 0), and who gets ENOMEM decides: it may have the kernel
+choose and end one (`oom.py`, `Machine.oom_kill`). Pages of hugetlb are charged to nobody.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ CAUGHT: dict[str, tuple[int, str]] = {
     "pages_not_unpinned": (3, "invariants"),
     "partial_success_ignored": (0, "history"),
     "protection_changes_nothing": (1, "invariants"),
-    "protection_is_not_told": (21, "invariants"),
+    "protection_is_not_told": (36, "invariants"),
     "punched_pages_stay_mapped": (11, "history"),
     "reference_not_dropped": (0, "invariants"),
     "repeats_take_effect_twice": (1, "service"),

@@ -122,3 +122,25 @@ def test_a_range_with_pages_at_all_places_has_the_marks_of_each() -> None:
 
     got = hmmnet.simulate(main, MACHINE).value
     assert got == [WAYS["near"][1], WAYS["far"][1], 0, WAYS["host"][1]]
+
+
+def test_the_cpu_reaches_coherent_memory_at_the_rate_of_its_link() -> None:
+    """A load and a store of a megabyte each, in place: each takes what the link takes, and no page moves."""
+
+    async def main(machine: SimulatedMachine) -> list[float]:
+        process = await machine.create_process()
+        address = await process.mmap(NBYTES)
+        values = np.arange(COUNT, dtype="<u8")
+        await process.write(address, values)
+        await process.migrate(address, NBYTES, "far")
+        times = [machine.emulated_s()]
+        assert await process.read(address, NBYTES) == values.tobytes()
+        times.append(machine.emulated_s())
+        await process.write(address, values[::-1].copy())
+        times.append(machine.emulated_s())
+        assert (await process.residency(address, NBYTES // PAGE_SIZE)).owners == ("far",)
+        assert await process.load(address) == COUNT - 1
+        return times
+
+    times = hmmnet.simulate(main, MACHINE).value
+    assert np.diff(times) == pytest.approx([1e-6 + NBYTES / 5e9] * 2, rel=0.02)

@@ -7,14 +7,20 @@ Oracle: the bytes that processes stored; the errno of whoever comes too late; th
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import pytest
 import trio
 
 import hmmnet
 from hmmnet.errors import HmmnetError, KernelError, PeerError
+from hmmnet.faults import PointFault, fault
 from hmmnet.pages import PAGE_SIZE
 from hmmnet.sim import SimulatedMachine
+
+from .everything import MACHINE
+from .test_dma_ways import MACHINE as COHERENT
 
 PAGES = 64
 
@@ -46,14 +52,14 @@ def test_a_device_is_unplugged_with_pages_in_its_memory() -> None:
         await trio.sleep(5)
         assert machine.audit() == []
 
-    hmmnet.simulate(main)
+    hmmnet.simulate(main, MACHINE)
 
 
 def test_a_device_whose_page_is_held_stays() -> None:
     """Coherent memory that somebody has a reference of: who holds it is named, the device is as before, and can be unplugged later."""
 
     async def main(machine: SimulatedMachine) -> None:
-        (device,) = machine.device_names
+        device = "far"
         process = await machine.create_process()
         address = await process.mmap(4 * PAGE_SIZE)
         await process.write(address, bytes([9]) * 4 * PAGE_SIZE)
@@ -69,7 +75,7 @@ def test_a_device_whose_page_is_held_stays() -> None:
         await trio.sleep(5)
         assert machine.audit() == []
 
-    hmmnet.simulate(main, "grace-hopper")
+    hmmnet.simulate(main, COHERENT)
 
 
 def test_jobs_and_migrations_that_run_meanwhile_end_in_order() -> None:
@@ -101,7 +107,7 @@ def test_jobs_and_migrations_that_run_meanwhile_end_in_order() -> None:
         await trio.sleep(5)
         assert machine.audit() == []
 
-    hmmnet.simulate(main)
+    hmmnet.simulate(main, MACHINE)
 
 
 def test_the_oom_killer_takes_whom_it_must() -> None:
@@ -132,4 +138,51 @@ def test_the_oom_killer_takes_whom_it_must() -> None:
         assert (await machine.report())["cgroups"]["job"]["current_bytes"] == 0
         assert machine.audit() == []
 
-    hmmnet.simulate(main)
+    hmmnet.simulate(main, MACHINE)
+
+
+@pytest.mark.parametrize("dies", [False, True], ids=["to its end", "to the death of the device"])
+def test_a_migration_under_way_is_waited_for(*, dies: bool) -> None:
+    """It was asked for before: its pages land, and go home at once. Nobody opens the device meanwhile; if it dies, unplugging says so."""
+
+    async def main(machine: SimulatedMachine) -> None:
+        process, late = await machine.create_process(), await machine.create_process()
+        address = await process.mmap(PAGES * PAGE_SIZE)
+        data = np.arange(PAGES * PAGE_SIZE // 8, dtype=np.uint64)
+        await process.write(address, data)
+        machine.injector.add(PointFault("migrate.before_pages", "delay", delay_s=0.5))
+        moved: list[int] = []
+        ended: list[str] = []
+
+        async def migrate() -> None:
+            with contextlib.suppress(PeerError):
+                moved.append(await process.migrate(address, PAGES * PAGE_SIZE, "gpu0"))
+
+        async def unplug() -> None:
+            try:
+                await machine.unplug("gpu0")
+                ended.append("unplugged")
+            except PeerError as error:
+                ended.append(str(error))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(migrate)
+            await trio.sleep(0.1)
+            nursery.start_soon(unplug)
+            await trio.sleep(0.1)
+            with pytest.raises(KernelError, match='"gpu0" is being unplugged'):
+                await late.open("gpu0")
+            assert ended == []
+            if dies:
+                machine.add_fault(fault("crash", "gpu0"))
+        if dies:
+            assert moved == []
+            assert "was killed" in ended[0]
+        else:
+            assert (moved, ended) == ([PAGES * PAGE_SIZE], ["unplugged"])
+        assert (await process.residency(address, PAGES)).owners == (machine.topology.nodes[0].name,)
+        assert (np.frombuffer(await process.read(address, data.nbytes), np.uint64) == data).all()
+        await trio.sleep(5)
+        assert machine.audit() == []
+
+    hmmnet.simulate(main, MACHINE)
