@@ -39,6 +39,10 @@ class KernelError(HmmnetError):
         return (type(self), (self.code, self.call, self.why))
 
 
+class InjectedError(KernelError):
+    """A failure that a fault plan asked for: who meets it does not try again, as it may where memory is short."""
+
+
 class SignalError(HmmnetError):
     """An access ended in a signal. `address` is the byte address that was touched."""
 

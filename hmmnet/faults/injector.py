@@ -29,7 +29,7 @@ from typing import Any
 
 import trio
 
-from hmmnet.errors import HmmnetError
+from hmmnet.errors import HmmnetError, PeerLost
 
 from .controls import Chance, Controls
 from .points import ACTIONS, POINTS, Action, Where, matching
@@ -266,7 +266,8 @@ class Injector:
     async def _lose(self, fault: PointFault, where: Where) -> None:
         node = self._on_node(fault, where)
         if node == where.node and fault.action == "crash":
-            await trio.sleep_forever()  # its tasks are being cancelled: nothing of it goes on
+            await trio.lowlevel.checkpoint()  # its tasks are being cancelled: nothing of it goes on
+            raise PeerLost(f"{node} has crashed")  # this one is behind a shield
         stopped = self._stopped.get(where.node)
         if stopped is not None:
             await stopped.wait()

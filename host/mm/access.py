@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import trio
 
-from hmmnet.errors import BusError, HmmnetError, KernelError, SegmentationFault, SignalError
+from hmmnet.errors import BusError, HmmnetError, InjectedError, KernelError, SegmentationFault, SignalError
 from hmmnet.faults.injector import Points
 from hmmnet.host.interfaces import NO_OWNER, Event
 from hmmnet.pages import HUGE_PAGES, PAGE_SHIFT, PAGE_SIZE, ZONE_SHIFT, Words
@@ -188,6 +188,8 @@ class CpuAccess:
             return False
         try:
             return self._touch(start, end, write=write, keep=keep)[0] == end
+        except InjectedError:
+            raise  # `load` and `store` would be better off than whoever asked for the fault wants them to be
         except (SignalError, KernelError):
             return False
 
@@ -290,8 +292,8 @@ class CpuAccess:
             async with self.mmap_lock.read():
                 try:
                     ready, touched = self._touch(start, end, write=write, keep=_whole(position, left) if write else None)
-                except KernelError:
-                    if end - start == 1:
+                except KernelError as error:
+                    if end - start == 1 or isinstance(error, InjectedError):
                         raise
                     batch = (end - start) // 2  # memory is short: store as far as it goes
                     continue

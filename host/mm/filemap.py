@@ -138,10 +138,11 @@ class File:
         frames = self._cache.gather(offsets)
         absent = (frames == 0) | (frames >= SWAPPED)
         if absent.any():
-            lacks = self.memory.points.armed and self.memory.points.fails("host.alloc.page_cache")
-            new = None if lacks else self.memory.allocate_charged(group, int(np.count_nonzero(absent)), node)
+            wanted = int(np.count_nonzero(absent))
+            if self.memory.points.armed:
+                self.memory.refuse("host.alloc.page_cache", wanted, None)
+            new = self.memory.allocate_charged(group, wanted, node)
             if new is None:
-                wanted = int(np.count_nonzero(absent))
                 why = ("" if group is None else group.shortage(wanted)) or "the host's memory is used up"
                 raise KernelError(ENOMEM, "page fault", f"a file wants {wanted} pages and {why}")
             for zone, rows, at in self.memory.groups(new):

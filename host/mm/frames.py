@@ -9,6 +9,7 @@ first mapped (`rmap.py`).
 
 from __future__ import annotations
 
+import errno
 import itertools
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hmmnet.arena import Arena, Bytes
-from hmmnet.errors import HmmnetError
+from hmmnet.errors import HmmnetError, InjectedError
 from hmmnet.faults.injector import Points
 from hmmnet.pages import (
     DEVICE_ZONE_MIN,
@@ -215,9 +216,9 @@ class PhysicalMemory:
         return [*self.nodes[node:], *self.nodes[:node]] if node else self.nodes
 
     def allocate_charged(self, group: MemoryCgroup | None, count: int, node: int = 0, keep: slice | None = None) -> Words | None:
-        """`allocate` for a process of `group`. None when the host is out of memory, or the group at its limit."""
-        if self.points.armed and self.lacking("host.alloc.frame", group):
-            return None
+        """`allocate` for a process of `group`. None when the host is out of memory, or the group at its limit. Raises InjectedError."""
+        if self.points.armed:
+            self.refuse("host.alloc.frame", count, group)
         if group is None:
             return self.allocate(count, node, keep)
         if not group.try_charge(count):
@@ -236,6 +237,11 @@ class PhysicalMemory:
             group.refused += 1
             return True
         return self.points.fails(point)
+
+    def refuse(self, point: str, pages: int, group: MemoryCgroup | None) -> None:
+        """Raises InjectedError where an allocation of `pages` for `group` is made to fail at `point`, or its charge."""
+        if self.lacking(point, group):
+            raise InjectedError(errno.ENOMEM, "page fault", f"{pages} pages are wanted; a fault was injected at {point} or memcg.charge")
 
     def allocate(self, count: int, node: int = 0, keep: slice | None = None) -> Words | None:
         """`count` zeroed host frames with one reference each, in as few runs as can be, from `node` or where there is room.
@@ -305,9 +311,12 @@ class PhysicalMemory:
         return self.allocate_bare(node) if self._reclaimed() else None
 
     def allocate_one(self, mapping: int, index: int, node: int = 0, group: MemoryCgroup | None = None) -> int | None:
-        """A zeroed frame that becomes an anonymous page of anon_vma `mapping`, mapped once: `allocate_charged` and `map_new` for one."""
-        if self.points.armed and self.lacking("host.alloc.frame", group):
-            return None
+        """A zeroed frame that becomes an anonymous page of anon_vma `mapping`, mapped once: `allocate_charged` and `map_new` for one.
+
+        None as there. Raises InjectedError.
+        """
+        if self.points.armed:
+            self.refuse("host.alloc.frame", 1, group)
         if group is not None and not group.try_charge(1):
             return None
         for zone in self._from(node):
