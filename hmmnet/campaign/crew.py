@@ -80,6 +80,8 @@ class Outcome:
     lost: int = 0
     """How often a page was found to be lost."""
     violations: list[Violation] = field(default_factory=list)
+    reached: Counts[str] = field(default_factory=Counts)
+    """How often protocol points were reached and messages sent, by name, until everything was healed; only if that was to be counted."""
 
 
 class Crew:
@@ -107,6 +109,10 @@ class Crew:
         self._trace = trace
         self._mappings = 0
         self._due: dict[int, trio.Event] = {}
+        self.messages: Counts[str] = Counts()
+        """How many were sent, by type or way."""
+        self._awaited: dict[tuple[str, int], trio.Event] = {}
+        self._senders: dict[tuple[str, int], str] = {}
 
     # --- layout ---------------------------------------------------------------------------------------------------------------
 
@@ -170,6 +176,23 @@ class Crew:
         """Return when message `number` of the run is sent: there is a trace that counts them."""
         assert self._trace is not None, "only a trace counts messages"
         await self._trace.reached(number)
+
+    def message_sent(self, device: str, kind: str) -> None:
+        """A message of `device` was sent."""
+        self.messages[kind] += 1
+        number = (kind, self.messages[kind])
+        if number in self._awaited:
+            self._senders[number] = device
+            self._awaited[number].set()
+
+    def await_message(self, kind: str, number: int) -> None:
+        """Somebody will wait for it in `sender`."""
+        self._awaited[kind, number] = trio.Event()
+
+    async def sender(self, kind: str, number: int) -> str:
+        """The device of the `number`-th message of a kind, when it is sent."""
+        await self._awaited[kind, number].wait()
+        return self._senders[kind, number]
 
     def harm_begins(self, kind: str) -> None:
         """Somebody is harmed: from now on work may fail."""

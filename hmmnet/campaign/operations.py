@@ -15,6 +15,7 @@ import numpy as np
 import trio
 
 from hmmnet.errors import BusError, HmmnetError, KernelError, PeerLost, RemoteError, SegmentationFault
+from hmmnet.faults.catalogue import fault
 from hmmnet.pages import PAGE_SIZE
 from hmmnet.program import Process
 
@@ -34,6 +35,9 @@ LANE_WORDS = 3 * LANE_PART
 LIST_NODES = 24
 COMPOUND = 1 << 8
 """A flag of the test driver: huge pages migrate whole."""
+UNKNOWN = "no such kernel"
+CANCELLED_S = 1e-6
+"""Virtual seconds, of which a job needs more: its pages come over a link."""
 LOCKED_OUT = (errno.EBUSY, errno.EAGAIN)
 NO_RIGHT = (errno.EFAULT, errno.EPERM, errno.EINVAL, errno.ENOENT, errno.ENOMEM)
 """What a range answers that is unmapped, protected, or moved away meanwhile."""
@@ -567,6 +571,59 @@ async def bounce(crew: Crew, step: Step, _: str) -> None:
             await crew.machine.start_device(device)
     finally:
         crew.harm_ends()
+
+
+@operation("unload")
+async def unload(crew: Crew, step: Step, _: str) -> None:
+    """A device's driver is unloaded: it says goodbye, and is started again."""
+    device = device_of(crew, step)
+    crew.harm_begins("unload")
+    try:
+        if device in crew.machine.running:
+            crew.machine.add_fault(fault("unload", device))
+        await _comes_back(crew, device)
+    finally:
+        crew.harm_ends()
+
+
+@operation("unplug", errno.ENODEV)
+async def unplug(crew: Crew, step: Step, _: str) -> None:
+    """A device's memory is removed, its pages home first; then it is plugged in again."""
+    device = device_of(crew, step)
+    crew.harm_begins("unplug")
+    try:
+        await crew.machine.unplug(device)
+        await _comes_back(crew, device)
+    finally:
+        crew.harm_ends()
+
+
+async def _comes_back(crew: Crew, device: str) -> None:
+    """It has ended, or will; it is started once it has."""
+    await crew.machine.device_ended(device)
+    with contextlib.suppress(HmmnetError):  # as in `bounce`
+        await crew.machine.start_device(device)
+
+
+@operation("unknown_job")
+async def unknown_job(crew: Crew, step: Step, who: str) -> None:
+    """A job that no device knows is refused, and says so."""
+    try:
+        await launched(crew.process, device_of(crew, step), UNKNOWN)
+    except KernelError as error:
+        if error.code != errno.ENOENT:
+            raise
+    else:
+        crew.complain("service", f"{who}: a job was done that does not exist")
+
+
+@operation("cancelled_job")
+async def cancelled_job(crew: Crew, step: Step, _: str) -> None:
+    """A job whose program does not want it any more ends on the device, too."""
+    region = region_of(crew, step)
+    first, count = region.words(step.page, step.word, step.count)
+    with trio.move_on_after(CANCELLED_S):
+        await launched(crew.process, device_of(crew, step), "peek", step.choice, a=region.address(first), n=count)
 
 
 @operation("populate", *NO_RIGHT)

@@ -42,13 +42,15 @@ class Step(msgspec.Struct, frozen=True, omit_defaults=True):
 class Harm(msgspec.Struct, frozen=True, omit_defaults=True):
     """When `at` operations have ended, something happens to a device: ``death``, ``partition`` or ``hang``, for so long.
 
-    ``message``: it dies when message number `at` is sent.
+    ``message``: it dies when message number `at` is sent; with a type (or way) of messages in `message`, whose device dies when the
+    `at`-th of them is sent.
     """
 
     at: int
     kind: str
     device: int = 0
     seconds: float = 0.0
+    message: str = ""
 
 
 class Hit(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -5,9 +5,12 @@ A sweep runs a scenario hundreds of times with one fault in another place each t
 
 from __future__ import annotations
 
-from hmmnet.errors import HmmnetError
+from typing import Any
 
-from .program import Layout, Program, Step
+from hmmnet.errors import HmmnetError
+from hmmnet.faults import Controls, MessageFault, Plan, Way
+
+from .program import Harm, Hit, Layout, Program, Step
 
 MACHINE = """
 name = "swept"
@@ -93,8 +96,6 @@ MAPPINGS = _steps(
     ("lock", PAGES_ANON, 0, 1),
     ("advise", PAGES_ANON, 3, 1, 0, "PAGEOUT"),
     ("load", ANON, 3, 8),
-    ("bounce", 0, 0, 1, 0),
-    ("device_load", ANON, 0, 8, 0, "demand"),
 )
 HUGE_PAGES = _steps(
     ("store", HUGE, 0, 600),
@@ -129,17 +130,128 @@ TOGETHER = _steps(
     ("device_add", 0, 0, 1, 1, "demand", 2),
     ("add",),
 )
-SCENARIOS: dict[str, Program] = {
-    name: Program(seed=1, machine=machine, actors=actors, regions=REGIONS, steps=steps, limit_pages=limit, mix=name)
-    for name, machine, actors, steps, limit in (
-        ("tour", MACHINE, 1, TOUR, 64),
-        ("mappings", MACHINE, 1, MAPPINGS, 0),
-        ("huge", MACHINE, 1, HUGE_PAGES, 0),
-        ("together", MACHINE, 3, TOGETHER, 0),
-        ("coherent", COHERENT, 1, TOUR, 0),
+RESTARTS = _steps(
+    ("store", ANON, 0, 600),
+    ("device_load", ANON, 0, 600, 1, "remote"),
+    ("migrate", PAGES_ANON, 0, 2, 0),
+    ("bounce", 0, 0, 1, 1),
+    ("device_load", ANON, 0, 600, 1, "remote"),
+    ("home", PAGES_ANON, 0, 2),
+    ("device_load", ANON, 0, 8, 0, "demand"),
+    ("unplug", 0, 0, 1, 0),
+    ("device_store", ANON, 0, 8, 0, "remote"),
+    ("unload", 0, 0, 1, 1),
+    ("device_load", ANON, 2, 8, 1, "remote"),
+    ("report",),
+    ("load", ANON, 0, 600),
+)
+"""Devices leave and come back. None has an only copy when it does, so what is lost is lost by the fault."""
+JOBS = _steps(
+    ("lane_store", 0, 0, 200),
+    ("store", ANON, 0, 600),
+    ("unknown_job", ANON, 0, 1, 0),
+    ("cancelled_job", ANON, 0, 600, 0, "demand"),
+    ("cancelled_job", ANON, 2, 600, 1, "demand"),
+    ("walk", 0, 0, 1, 0, "demand"),
+    ("walk", 0, 0, 1, 1, "remote"),
+    ("reduce", 0, 0, 1, 1, "demand"),
+    ("device_gather", ANON, 0, 600, 1, "remote"),
+    ("device_gather", ANON, 0, 600, 0, "demand"),
+    ("compute", 0, 0, 1, 1, "remote"),
+    ("device_add", 0, 0, 1, 1, "remote"),
+    ("load", ANON, 0, 600),
+)
+FILES = _steps(
+    ("file_write", FILE, 0, 600),
+    ("store", FILE, 0, 8),
+    ("device_load", FILE, 0, 600, 0, "demand"),
+    ("device_store", FILE, 1, 8, 1, "demand"),
+    ("migrate", FILE + 1, 0, 2, 0),
+    ("file_read", FILE, 0, 600),
+    ("drop", FILE, 1, 1),
+    ("device_load", FILE, 1, 8, 1, "remote"),
+    ("unmap", FILE, 0, 1),
+    ("device_store", FILE, 0, 8, 0, "remote"),
+    ("store", SHARED, 0, 600),
+    ("device_store", SHARED, 0, 8, 0, "demand"),
+    ("migrate", SHARED + 1, 0, 2, 1),
+    ("fork", SHARED, 0, 8, 0, "device"),
+    ("advise", SHARED + 1, 0, 1, 0, "PAGEOUT"),
+    ("load", SHARED, 0, 600),
+    ("load", FILE, 0, 600),
+)
+EXCLUSIVE = _steps(
+    ("store", ANON, 0, 600),
+    ("store", ANON, 2, 8),
+    ("command", ANON, 0, 2, 1, "exclusive"),
+    ("load", ANON, 0, 1),
+    ("command", ANON, 0, 2, 1, "exclusive"),
+    ("fork", ANON, 0, 8, 0, ""),
+    ("command", ANON, 0, 2, 1, "exclusive"),
+    ("protect", ANON, 0, 2, 0, "r"),
+    ("command", ANON, 0, 2, 1, "snapshot"),
+    ("protect", ANON, 0, 2, 0, "rw"),
+    ("command", ANON, 0, 2, 1, "exclusive"),
+    ("device_store", ANON, 0, 8, 0, "demand"),
+    ("command", ANON, 2, 1, 1, "migrate_to_dev"),
+    ("command", ANON, 2, 1, 1, "migrate_to_sys"),
+    ("command", ANON, 0, 4, 1, "read"),
+    ("load", ANON, 0, 600),
+)
+SMALL = _steps(
+    ("store", ANON, 0, 600),
+    ("store", ANON, 2, 600),
+    ("device_load", ANON, 0, 8, 0, "demand"),
+    ("device_load", ANON, 2, 8, 0, "demand"),
+    ("device_store", SHARED, 0, 8, 0, "demand"),
+    ("migrate", PAGES_ANON, 0, 4, 1),
+    ("device_store", ANON, 1, 8, 0, "demand"),
+    ("migrate", PAGES_ANON, 0, 4, 0),
+    ("load", ANON, 0, 600),
+    ("load", ANON, 2, 600),
+)
+"""The devices have memory for three pages."""
+OLDEN = tuple(step for step in TOUR if step.choice != "exclusive")
+
+
+def _made(
+    name: str, note: str, steps: tuple[Step, ...], *, machine: str = MACHINE, actors: int = 1, limit_pages: int = 0, **broken: Any
+) -> Program:
+    return Program(
+        seed=1, machine=machine, actors=actors, regions=REGIONS, steps=steps, limit_pages=limit_pages, mix=name, note=note, **broken
     )
-}
-"""By name. ``tour`` is in a memory cgroup, so that charges are made."""
+
+
+def _message(fault: MessageFault) -> str:
+    return Plan([fault]).as_toml()
+
+
+_EVERY = (
+    _made("tour", "every kind of work once, in a memory cgroup", TOUR, limit_pages=64),
+    _made("mappings", "mappings that change under pages that move", MAPPINGS),
+    _made("huge", "huge pages, whole and in pieces", HUGE_PAGES),
+    _made("together", "three actors at once", TOGETHER, actors=3),
+    _made("coherent", "the tour, one device with coherent memory", TOUR, machine=COHERENT),
+    _made("restarts", "devices that restart, are unplugged, are unloaded", RESTARTS),
+    _made("jobs", "jobs of all kinds: unknown ones, and ones that are cancelled", JOBS),
+    _made("files", "files and shared memory", FILES),
+    _made("exclusive", "atomic access of a device, and who takes it away", EXCLUSIVE),
+    _made("small", "devices with too little memory", SMALL, machine=MACHINE.replace('memory = "4 MiB"', 'memory = "12 KiB"')),
+    _made(
+        "v25", "the tour under the rules of HMM's first version", OLDEN, machine=MACHINE.replace('"swept"', '"swept"\npersonality = "v25"')
+    ),
+    _made("refusal", "a device that is turned away when it comes back", RESTARTS, hits=(Hit("session.hello", "fail", nth=1),)),
+    _made(
+        "noise",
+        "the tour while messages are lost",
+        TOUR,
+        faults=(_message(MessageFault("loss", Way(channel="control"), Controls(interval=11))),),
+    ),
+    _made("given_up", "a device that the host gives up, because it does not let go", TOUR, hits=(Hit("device.before_ack", "fail", nth=6),)),
+    _made("silence", "a device that is silent for longer than its lease", TOUR, harms=(Harm(6, "hang", 0, 8.0),)),
+)
+SCENARIOS = {program.mix: program for program in _EVERY}
+"""By name. A sweep compares each run with the scenario alone, so what refuses or loses something by itself is no finding."""
 
 
 def scenario(name: str) -> list[Program]:

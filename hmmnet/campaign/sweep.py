@@ -1,11 +1,12 @@
 """The systematic sweep: one fault at a time, at every protocol point and every message in turn, until nothing is left.
 
-As the kernel's fail-nth: with *n* = 1, 2, 3 ... the *n*-th time that a point is reached (or the *n*-th message) is the one that is hit,
-and the sweep of that pair ends when a whole run goes by without a hit. No chance is left: what the scenario can reach is hit.
+As the kernel's fail-nth: with *n* = 1, 2, 3 ... the *n*-th time that a point is reached (or the *n*-th message of a kind) is the one that
+is hit, and the sweep of that pair ends when a whole run goes by without a hit. No chance is left: what the scenario can reach is hit. Only
+points that are reached once for each page of a huge page are not hit at all of them: one of its pages is like another.
 
-After each hit everything is healed, and everything that a campaign demands must hold. How a run ended:
+After each hit everything is healed, and everything that a campaign demands must hold. How a run ended, compared with the scenario alone:
 
-- ``same``: every operation ended well;
+- ``same``: as many operations ended well;
 - ``refused``: some operation ended with an error that says why, nothing is lost;
 - ``lost``: pages whose only copy died with a device were lost, and said so;
 - ``wrong``: a violation.
@@ -15,46 +16,26 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import lru_cache
+from itertools import islice
 
-import msgspec
-
-from hmmnet.faults import Controls, MessageFault, Plan, Way
-from hmmnet.faults.points import POINTS, Point
-from hmmnet.sim import Trace
-
-from .program import Harm, Hit, Program
-from .trial import run_program
+from .crew import Outcome
+from .places import DEATH, Pair, pairs
+from .program import Program
+from .trial import BYE, run_program
 
 OUTCOMES = ("same", "refused", "lost", "wrong")
 NTH_MAX = 500
-"""Hits of one pair in one scenario: more would be a point inside a loop over pages."""
-MESSAGES = {"control": ("loss", "delay", "duplicate", "reorder"), "bulk": ("loss", "delay", "duplicate", "reorder", "corrupt")}
-DEATH = "death"
-SECONDS = {"delay": 0.005, "pause": 0.2}
-BROKEN_BY_FAILURE = frozenset({"session.bye"})
-"""Points behind the end of every run: what is hit there has nothing to come back to."""
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A place and a fault. `kind` is ``point`` or ``message``."""
-
-    kind: str
-    place: str
-    fault: str
-
-    def program(self, base: Program, nth: int) -> Program:
-        """`base` with the fault at the `nth` time."""
-        if self.kind == "point":
-            return msgspec.structs.replace(base, hits=(Hit(self.place, self.fault, nth=nth, seconds=SECONDS.get(self.fault, 0.0)),))
-        if self.fault == DEATH:
-            return msgspec.structs.replace(base, harms=(Harm(nth, "message", int(self.place[-1]), 0.001),))
-        device, channel = self.place.split()
-        latency_s = 0.01 if self.fault in {"delay", "reorder"} else 0.0
-        fault = MessageFault(self.fault, Way(device, channel="bulk" if channel == "bulk" else "control"), Controls(nth=nth), latency_s)
-        return msgspec.structs.replace(base, faults=(Plan([fault]).as_toml(),))
+"""Hits of one pair in one scenario: what goes on for longer goes on without an end."""
+PER_PAGE = frozenset({"migrate.after_entry", "migrate.trylock", "migrate.count", "migrate.insert"})
+"""Points inside loops over pages."""
+PAGES_EACH = 12
+"""So many pages are hit one by one; from there on each is twice as far as the last."""
+AHEAD = 4
+"""Pieces of work handed to each worker before its first is back."""
 
 
 @dataclass
@@ -80,31 +61,53 @@ class Hits:
     wrong: str = ""
 
 
-def applies(point: Point, action: str) -> bool:
-    """Whether that can be done there. Where a point concerns no device, one of them crashes or hangs at that moment (see `Hit`)."""
-    return action != "call" and point.name not in BROKEN_BY_FAILURE
+@dataclass(frozen=True)
+class Tried:
+    """One run of a sweep."""
+
+    pair: Pair
+    scenario: str
+    nth: int
+    found: Hits
 
 
-def pairs() -> list[Pair]:
-    """Every pair that there can be."""
-    found = [Pair("point", point.name, action) for point in POINTS.values() for action in point.actions if applies(point, action)]
-    for device in ("dev0", "dev1"):
-        found += [Pair("message", f"{device} {channel}", fault) for channel, faults in MESSAGES.items() for fault in faults]
-        found.append(Pair("message", device, DEATH))
-    return found
+@lru_cache(maxsize=64)
+def alone(base: Program) -> Outcome:
+    """The scenario without the fault: what it reaches, and how it ends."""
+    return run_program(base, count=True).outcome
 
 
 def try_pair(pair: Pair, base: Program, nth: int) -> Hits:
     """Run the scenario with that fault at that time."""
-    program = pair.program(base, nth)
-    verdict = run_program(program, trace=Trace() if pair.fault == DEATH else None)
-    outcome = verdict.outcome
-    hit = bool(outcome.faults) if pair.kind == "point" or pair.fault != DEATH else outcome.faults["message"] > 0
-    if pair.kind == "point":
-        hit = outcome.faults[f"{pair.fault} at {pair.place}"] > 0
+    verdict = run_program(pair.program(base, nth))
+    before, outcome = alone(base), verdict.outcome
+    name = f"{pair.fault} at {pair.place}" if pair.kind == "point" else "message" if pair.fault == DEATH else pair.fault
+    hit = outcome.faults[name] > before.faults[name]
     if verdict.violations:
         return Hits(hit, "wrong", f"{verdict.violations[0].checker}: {verdict.violations[0].what}")
-    return Hits(hit, "lost" if outcome.lost else "refused" if outcome.refused else "same")
+    return Hits(hit, "lost" if outcome.lost > before.lost else "refused" if outcome.refused > before.refused else "same")
+
+
+def try_all(pair: Pair, bases: list[Program], nth_max: int, *, first_only: bool) -> list[Tried]:
+    """The pair in these scenarios, each time; `first_only`: once a scenario has hit it, the others are not tried."""
+    tried: list[Tried] = []
+    for base in bases:
+        tried += [Tried(pair, base.mix, nth, found) for nth, found in _until_missed(pair, base, nth_max)]
+        if first_only and tried:
+            break
+    return tried
+
+
+def _until_missed(pair: Pair, base: Program, nth_max: int) -> Iterator[tuple[int, Hits]]:
+    if not alone(base).reached[pair.place] and pair.place != BYE:
+        return  # up to the hit a run is as without it: what is never reached cannot be hit
+    nth = 0
+    while (nth := nth * 2 if pair.place in PER_PAGE and nth >= PAGES_EACH else nth + 1) <= nth_max:
+        found = try_pair(pair, base, nth)
+        if found.hit or found.outcome == "wrong":
+            yield nth, found
+        if not found.hit:
+            return
 
 
 def sweep(
@@ -113,66 +116,52 @@ def sweep(
     chosen: list[Pair] | None = None,
     nth_max: int = NTH_MAX,
     first_only: bool = False,
-    on_run: Callable[[Pair, Program, int, Hits], None] = lambda *_: None,
+    jobs: int = 1,
+    on_done: Callable[[int, int, list[Tried]], None] = lambda *_: None,
 ) -> dict[Pair, Cell]:
-    """Every pair (or the `chosen`), in every scenario, at every time up to `nth_max`.
+    """Every pair (or the `chosen`), in every scenario, at every time up to `nth_max`, on `jobs` processes.
 
-    `first_only`: once a scenario has hit a pair, the others are not tried.
+    `first_only`: once a scenario has hit a pair, the others are not tried. `on_done` is told of each piece of work, in order: which, of how
+    many, and its runs.
     """
     table = {pair: Cell() for pair in (pairs() if chosen is None else chosen)}
-    for pair, cell in table.items():
-        for base in scenarios:
-            for nth, found in _until_missed(pair, base, nth_max):
-                on_run(pair, base, nth, found)
-                cell.outcomes[found.outcome] += 1
-                if found.outcome == "wrong":
-                    cell.wrong.append(f"{base.mix} nth={nth}: {found.wrong}")
-            if first_only and cell.hits:
-                break
+    groups = [scenarios] if first_only else [[base] for base in scenarios]
+    work = [(pair, group, nth_max, first_only) for pair in table for group in groups]
+    with _results(work, jobs) as results:
+        for number, tried in enumerate(results, 1):
+            for one in tried:
+                cell = table[one.pair]
+                cell.outcomes[one.found.outcome] += 1
+                if one.found.outcome == "wrong":
+                    cell.wrong.append(f"{one.scenario} nth={one.nth}: {one.found.wrong}")
+            on_done(number, len(work), tried)
     return table
 
 
-def _until_missed(pair: Pair, base: Program, nth_max: int) -> Iterator[tuple[int, Hits]]:
-    for nth in range(1, nth_max + 1):
-        found = try_pair(pair, base, nth)
-        if found.hit:
-            yield nth, found
-        elif found.outcome == "wrong":
-            yield nth, found
-            return
-        else:
-            return
+Work = tuple[Pair, list[Program], int, bool]
 
 
-def as_json(table: dict[Pair, Cell]) -> dict[str, Any]:
-    """Plain data: coverage, and a list of cells."""
-    hit = sum(cell.hits > 0 for cell in table.values())
-    return {
-        "pairs": len(table),
-        "hit": hit,
-        "coverage": round(hit / max(1, len(table)), 4),
-        "runs": sum(cell.hits for cell in table.values()),
-        "cells": [
-            {"kind": pair.kind, "place": pair.place, "fault": pair.fault, "outcomes": dict(cell.outcomes), "wrong": cell.wrong}
-            for pair, cell in table.items()
-        ],
-    }
+def _do(work: Work) -> list[Tried]:
+    pair, bases, nth_max, first_only = work
+    return try_all(pair, bases, nth_max, first_only=first_only)
 
 
-def as_markdown(table: dict[Pair, Cell]) -> str:
-    """The coverage table: places x faults x outcomes."""
-    faults = list(dict.fromkeys(pair.fault for pair in table))
-    places = list(dict.fromkeys(pair.place for pair in table))
-    cells = {(pair.place, pair.fault): cell for pair, cell in table.items()}
-    lines = [f"| place | {' | '.join(faults)} |", f"| --- |{' --- |' * len(faults)}"]
-    for place in places:
-        shown = [_shown(cells.get((place, fault))) for fault in faults]
-        lines.append(f"| `{place}` | {' | '.join(shown)} |")
-    return "\n".join(lines) + "\n"
+@contextmanager
+def _results(work: list[Work], jobs: int) -> Iterator[Iterator[list[Tried]]]:
+    """The runs of each piece of work, in order."""
+    if jobs == 1:
+        yield map(_do, work)
+        return
+    with ProcessPoolExecutor(jobs) as pool:
+        try:
+            yield _pooled(pool, iter(work), jobs * AHEAD)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
-def _shown(cell: Cell | None) -> str:
-    """``12 same, 3 refused``; a dash where the fault does not apply."""
-    if cell is None:
-        return "-"
-    return ", ".join(f"{cell.outcomes[name]} {name}" for name in OUTCOMES if cell.outcomes[name]) or "not hit"
+def _pooled(pool: ProcessPoolExecutor, left: Iterator[Work], ahead: int) -> Iterator[list[Tried]]:
+    under_way: list[Future[list[Tried]]] = [pool.submit(_do, one) for one in islice(left, ahead)]
+    while under_way:
+        done = under_way.pop(0).result()
+        under_way += [pool.submit(_do, one) for one in islice(left, 1)]
+        yield done

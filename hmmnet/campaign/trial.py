@@ -69,13 +69,13 @@ class Verdict:
         return self.outcome.violations
 
 
-def run_program(program: Program, *, trace: Trace | None = None) -> Verdict:
-    """Run it. Raises nothing for what goes wrong in it: that is a violation."""
+def run_program(program: Program, *, trace: Trace | None = None, count: bool = False) -> Verdict:
+    """Run it. Raises nothing for what goes wrong in it: that is a violation. `count`: what it reaches (`Outcome.reached`)."""
     verdict = Verdict(program)
     line = 0
     with _quietly():
         try:
-            run_virtual(_trial, program, verdict.outcome, trace, seed=program.seed, limit_s=LIMIT_S)
+            run_virtual(_trial, program, verdict.outcome, trace, count, seed=program.seed, limit_s=LIMIT_S)
         except SimulationStuck as stuck:
             verdict.violations.append(Violation("progress", str(stuck), line))
         except (HmmnetError, AssertionError, ExceptionGroup) as error:
@@ -114,7 +114,7 @@ def _models() -> frozenset[str]:
     return installed_models()
 
 
-async def _trial(program: Program, outcome: Outcome, trace: Trace | None) -> None:
+async def _trial(program: Program, outcome: Outcome, trace: Trace | None, count: bool) -> None:
     async with simulated(_topology(program.machine), trace=trace, seed=program.seed) as machine:
         if program.limit_pages:
             await machine.create_cgroup(CGROUP, program.limit_pages * WORDS_PER_PAGE * WORD_BYTES)
@@ -123,6 +123,7 @@ async def _trial(program: Program, outcome: Outcome, trace: Trace | None) -> Non
         auditor = Auditor(crew)
         await _lay_out(crew)
         machine.injector.on_fired = partial(_fired, crew)
+        _watch(crew, count=count)
         for text in program.faults:
             for fault in Plan.parse(text).faults:
                 machine.add_fault(fault)
@@ -130,8 +131,10 @@ async def _trial(program: Program, outcome: Outcome, trace: Trace | None) -> Non
             watchdog = Watchdog(crew)
             nursery.start_soon(watchdog.run)
             for hit in program.hits:
-                _arm(crew, hit, nursery)
+                _arm(crew, hit, machine.nursery if hit.point == BYE else nursery)
             await _work(crew, auditor)
+            if count:
+                outcome.reached.update({**machine.injector.reached, **crew.messages})
             await _heal(crew)
             await _converge(crew)
             await _last_check(crew)
@@ -153,6 +156,17 @@ async def _lay_out(crew: Crew) -> None:
         await crew.map_region(layout.kind, layout.pages)
     crew.counters = Region(crew.clock, len(crew.regions), "counters", 1, crew.next_base())
     await crew.map_again(crew.counters)
+
+
+def _watch(crew: Crew, *, count: bool) -> None:
+    """Messages are counted where somebody wants that, and awaited where one is to cost a device its life."""
+    awaited = [harm for harm in crew.program.harms if harm.message]
+    for harm in awaited:
+        crew.await_message(harm.message, harm.at)
+    if awaited or count:
+        crew.machine.network.watch = crew.message_sent
+    if count:
+        crew.machine.injector.record()
 
 
 # --- work and harm ----------------------------------------------------------------------------------------------------------------
@@ -187,11 +201,13 @@ async def _harm(crew: Crew, scope: trio.CancelScope) -> None:
 async def _one_harm(crew: Crew, harm: Harm) -> None:
     """Once so many operations have ended."""
     machine = crew.machine
-    if harm.kind == "message":
+    device = machine.device_names[harm.device % len(machine.device_names)]
+    if harm.message:
+        device = await crew.sender(harm.message, harm.at)
+    elif harm.kind == "message":
         await crew.sent(harm.at)
     else:
         await crew.ended(harm.at)
-    device = machine.device_names[harm.device % len(machine.device_names)]
     crew.harm_begins(harm.kind)
     crew.note(f"harm {harm.kind} {device} {harm.seconds:g} s")
     try:

@@ -10,59 +10,85 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from hmmnet.campaign.program import Program
-    from hmmnet.campaign.sweep import Hits, Pair
+    from hmmnet.campaign.sweep import Tried
 
 
 def sweep(
-    scenario: Annotated[str, typer.Argument(help="tour, mappings, huge, together, coherent, or all.")] = "all",
+    scenario: Annotated[str, typer.Argument(help="A scenario (see --list), or all.")] = "all",
     only: Annotated[str, typer.Option(help="Only places whose name begins so.", show_default=False)] = "",
+    fault: Annotated[str, typer.Option(help="Only this fault, such as crash or loss.", show_default=False)] = "",
     nth: Annotated[int, typer.Option(min=1, help="At most so many hits of each pair in each scenario.")] = 500,
     first: Annotated[bool, typer.Option("--first", help="Hit each pair in one scenario only.")] = False,
+    jobs: Annotated[int, typer.Option(min=1, max=1024, help="Processes.")] = 1,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Write the table to a Markdown file, too.", show_default=False)
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    listed: Annotated[bool, typer.Option("--list", help="Name the scenarios; run nothing.")] = False,
 ) -> int:
     """Fail, delay, pause, crash and hang at every protocol point in turn; lose, delay, repeat and damage every message; kill at each.
 
-    After each hit everything is healed and must be well. Prints which places were hit by which fault, and how it ended. Exit code 1 when
-    something is wrong.
+    Each is hit the first time, the second, the third ... until nothing is left. After each hit everything is healed and must be well.
+    Prints which places were hit by which fault, and how it ended. Exit code 1 when something is wrong.
     """
+    from hmmnet.campaign.coverage import as_json as as_data
+    from hmmnet.campaign.coverage import as_markdown, document
+    from hmmnet.campaign.places import pairs
+    from hmmnet.campaign.scenarios import SCENARIOS
     from hmmnet.campaign.scenarios import scenario as named
-    from hmmnet.campaign.sweep import as_json as as_data
-    from hmmnet.campaign.sweep import as_markdown, pairs
     from hmmnet.campaign.sweep import sweep as run
+    from hmmnet.errors import HmmnetError
 
+    if listed:
+        for name, base in SCENARIOS.items():
+            print(f"{name:<12}{base.note}")
+        return 0
     scenarios = named(scenario)
-    chosen = [pair for pair in pairs() if pair.place.startswith(only)]
-    last: list[Pair] = []
-
-    def tell(pair: Pair, base: Program, number: int, found: Hits) -> None:
-        if last != [pair]:
-            last[:] = [pair]
-            print(f"{pair.place}: {pair.fault}", file=sys.stderr)
-        if found.outcome == "wrong":
-            print(f"  {base.mix}, number {number}: {found.wrong}", file=sys.stderr)
-
-    table = run(scenarios, chosen=chosen, nth_max=nth, first_only=first, on_run=tell)
+    chosen = [pair for pair in pairs() if pair.place.startswith(only) and fault in ("", pair.fault)]
+    if not chosen:
+        raise HmmnetError(f'nothing begins with "{only}"' + (f' and has the fault "{fault}"' if fault else "") + "; see COVERAGE.md")
+    screen = _Screen()
+    try:
+        table = run(scenarios, chosen=chosen, nth_max=nth, first_only=first, jobs=jobs, on_done=screen.done)
+    finally:
+        screen.clear()
     if output is not None:
-        output.write_text(document(as_markdown(table), f"{scenario} --nth {nth}{' --first' if first else ''}"))
+        output.write_text(document(table, f"{scenario}{f' --nth {nth}' if nth != 500 else ''}{' --first' if first else ''}"))
+    data = as_data(table)
     if as_json:
-        json.dump(as_data(table), sys.stdout, indent=1)
+        json.dump(data, sys.stdout, indent=1)
         sys.stdout.write("\n")
     else:
         print(as_markdown(table), end="")
-        data = as_data(table)
         print(f"{data['hit']} of {data['pairs']} pairs were hit, in {data['runs']} runs")
     return 1 if any(cell.wrong for cell in table.values()) else 0
 
 
-def document(table: str, arguments: str) -> str:
-    """The Markdown file around a table."""
-    return (
-        "# What was hit by what, and how it ended\n\n"
-        f"Made by `hmmnet sweep {arguments} -o FILE`. A cell counts runs, each with one fault at one moment: *same*, every\n"
-        "operation ended well; *refused*, some operation ended with an error that says why, and nothing was lost; *lost*, pages whose\n"
-        "only copy died with a device were lost, and said so. A dash: the fault does not apply there.\n\n" + table
-    )
+class _Screen:
+    """Progress on stderr: a line that is written over on a terminal, one line for each place elsewhere; violations as they are found."""
+
+    def __init__(self) -> None:
+        self._live = sys.stderr.isatty()
+        self._runs = 0
+        self._wrong = 0
+        self._place = ""
+
+    def done(self, number: int, total: int, tried: list[Tried]) -> None:
+        """One piece of work."""
+        self._runs += len(tried)
+        for one in tried:
+            if one.found.outcome == "wrong":
+                self._wrong += 1
+                self.clear()
+                print(
+                    f"{one.pair.place} {one.pair.fault}, {one.scenario}, number {one.nth}: {one.found.wrong}", file=sys.stderr, flush=True
+                )
+        if tried and (self._live or tried[0].pair.place != self._place):
+            self._place = tried[0].pair.place
+            line = f"{number} of {total}: {self._place} {tried[0].pair.fault}; {self._runs} runs, {self._wrong} wrong"
+            print(f"\r\x1b[K{line}" if self._live else line, file=sys.stderr, end="" if self._live else "\n", flush=True)
+
+    def clear(self) -> None:
+        """No line is left half."""
+        if self._live:
+            print("\r\x1b[K", file=sys.stderr, end="", flush=True)

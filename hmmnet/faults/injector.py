@@ -212,8 +212,8 @@ class Injector:
     # --- at a point -----------------------------------------------------------------------------------------------------------
 
     def wants(self, name: str) -> bool:
-        """Whether a fault may happen at the point `name`."""
-        return any(name == one.fault.point or fnmatchcase(name, one.fault.point) for one in self._active.values())
+        """Whether a fault may happen at the point `name`, or somebody counts how often it is reached."""
+        return self._recording or any(name == one.fault.point or fnmatchcase(name, one.fault.point) for one in self._active.values())
 
     def _firing(self, where: Where) -> Iterable[_Active]:
         self.reached[where.point] += 1

@@ -66,8 +66,8 @@ class Way:
 class MessageFault:
     """One fault: `kind` is a name in `FAULTS`. `latency_s` and `jitter_s` are of ``delay`` and ``reorder`` (1 ms by itself).
 
-    `message`, if it is not empty, is the type of the control messages that are meant. `shape` is of ``corrupt``: one ``bit``, a ``burst``
-    of bytes, or halves that ``swap`` places.
+    `message`, if it is not empty, is the type of the control messages that are meant, or of frames without one (``BEAT``, ``BYE`` ...).
+    `shape` is of ``corrupt``: one ``bit``, a ``burst`` of bytes, or halves that ``swap`` places.
     """
 
     kind: str

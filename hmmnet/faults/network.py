@@ -16,12 +16,14 @@ from random import Random
 import trio
 
 from hmmnet.errors import ProtocolError
-from hmmnet.wire.codec import decode_body
+from hmmnet.wire.codec import WITH_BODY, decode_body, decode_header
 
 from .controls import Chance
 from .messages import Channel, Delivery, MessageFault, Parts
 
 Deliver = Callable[[Parts], None]
+BULK_WAYS = ("bulk to host", "bulk to device")
+"""What `Network.watch` is told of chunks and their acknowledgements."""
 
 
 @dataclass(eq=False)
@@ -37,7 +39,7 @@ class Active:
     def concerns(self, channel: Channel, parts: Parts) -> bool:
         """Whether it may happen to that message, which goes its way."""
         wanted = self.fault.message
-        return not wanted or wanted == _type_of(parts, channel)
+        return not wanted or wanted == type_of(parts, channel)
 
     def end(self) -> None:
         """It is over."""
@@ -45,12 +47,13 @@ class Active:
             deliver(parts)
 
 
-def _type_of(parts: Parts, channel: Channel) -> str:
-    """The type of a control message; nothing for what is none."""
+def type_of(parts: Parts, channel: Channel) -> str:
+    """The type of a control message, or of a frame that carries none (``BEAT``, ``BYE`` ...); a dash for what is neither."""
     if channel == "bulk":
         return "-"
     try:
-        return type(decode_body(parts[-1])).__name__
+        kind = decode_header(parts[-1])[0]
+        return type(decode_body(parts[-1])).__name__ if kind in WITH_BODY else kind.name
     except ProtocolError:
         return "-"
 
@@ -63,6 +66,8 @@ class Network:
     told: Callable[[float, str], None] | None = None
     active: dict[int, Active] = field(default_factory=dict)
     fired: Counter[str] = field(default_factory=Counter)
+    watch: Callable[[str, str], None] | None = None
+    """Told of each message before anything happens to it: its device, and its type or, on the bulk channel, its way."""
 
     def __post_init__(self) -> None:
         self._numbers = itertools.count(1)
@@ -116,6 +121,8 @@ class Network:
 
     def sent(self, device: str, channel: Channel, parts: Parts, deliver: Deliver, *, to_device: bool) -> None:
         """A message is on its way; `deliver` puts it down where it goes."""
+        if self.watch is not None:
+            self.watch(device, BULK_WAYS[to_device] if channel == "bulk" else type_of(parts, channel))
         way = (device, channel, to_device)
         matching = self._matching.get(way)
         if matching is None:

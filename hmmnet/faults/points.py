@@ -21,7 +21,7 @@ ACTIONS: tuple[Action, ...] = ("delay", "pause", "fail", "crash", "hang", "call"
 _WAITS: tuple[Action, ...] = ("delay", "pause", "crash", "hang", "call")
 _WAITS_FAILS: tuple[Action, ...] = (*_WAITS, "fail")
 _DECIDES: tuple[Action, ...] = ("fail", "call")
-HOSTS_OWN = ("hub.", "process.")
+HOSTS_OWN = ("hub.", "process.", "session.bye")
 """How the names of points begin that concern no device: who crashes or hangs there has to be said."""
 COPY_ENGINE = -1
 """In place of an errno: the copy engine, or the link, gives up in the middle of a transfer."""
