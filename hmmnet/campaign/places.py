@@ -36,6 +36,8 @@ NOT_APPLICABLE: dict[tuple[str, str], str] = {
     ("Call", "*"): "is between a program and the host, and no device: programs are inside a simulated host",
     ("Recall", "*"): "as Call",
     ("Result", "*"): "as Call",
+    ("ShowMirror", "*"): "asks a device's process for its mirror, to check it: whoever checks a simulated machine looks at it",
+    ("MirrorShown", "*"): "as ShowMirror",
     ("Unsubscribe", "*"): "is for drivers that give up one range and go on: those here end whole contexts (CloseContext)",
 }
 """(place, fault) to the reason; a ``*`` is any."""

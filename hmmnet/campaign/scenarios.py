@@ -193,6 +193,7 @@ EXCLUSIVE = _steps(
     ("protect", ANON, 0, 2, 0, "rw"),
     ("command", ANON, 0, 2, 1, "exclusive"),
     ("device_store", ANON, 0, 8, 0, "demand"),
+    ("home", PAGES_ANON, 0, 4),
     ("command", ANON, 2, 1, 1, "migrate_to_dev"),
     ("command", ANON, 2, 1, 1, "migrate_to_sys"),
     ("command", ANON, 0, 4, 1, "read"),

@@ -78,7 +78,8 @@ def _conduct(text: Input, topology: str, rate: str, seed: int, world: WorldName,
     if world == "sim" and rate != "auto":
         raise HmmnetError("--rate and --world sim exclude each other: in virtual time every link holds")
     conductor = Conductor(text, topology, seed, screen.tell, screen.started, parse_rate(rate), world=world, during=plan.on)
-    outcome = run_in(world, conductor.run, seed=seed)
+    with plan.telling():
+        outcome = run_in(world, conductor.run, seed=seed)
     unwritten: OSError | None = None
     if svg is not None:
         try:

@@ -1,14 +1,15 @@
 """``--faults FILE``: a plan of faults for the machine that a command works on, and what came of it.
 
 A plan is read and checked before anything starts (`plan_for`); its faults begin when every device is there (`Breaking.on`). The last
-line, or the report for programs, says how often each kind has happened.
+line, or the report for programs, says how often each kind has happened; where the work fails, a line on stderr does (`Breaking.telling`).
 """
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -92,10 +93,33 @@ class Breaking:
                 number = await begin(machine, fault)
                 numbers.append(number)
             yield
+        except BaseException:
+            await self._count_what_broke(machine, before)
+            raise
+        else:
             self._count(before, (await machine.report())["faults"])
         finally:
             if stays:
                 await _end(machine, numbers)
+
+    async def _count_what_broke(self, machine: Any, before: Mapping[str, int]) -> None:
+        """Count although the work failed, if the machine still answers."""
+        import trio
+
+        from hmmnet.errors import HmmnetError
+
+        with trio.move_on_after(END_S, shield=True), suppress(HmmnetError):
+            self._count(before, (await machine.report())["faults"])
+
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """Around the work: when it fails, the faults that may be why are told on stderr."""
+        try:
+            yield
+        except BaseException:
+            if self.fired:
+                print(self.text, file=sys.stderr, flush=True)
+            raise
 
     def world(self, launch: Callable[[], AbstractAsyncContextManager[W]]) -> Callable[[], AbstractAsyncContextManager[W]]:
         """What launches a world, with the faults on its `machine`."""

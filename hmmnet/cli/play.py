@@ -69,7 +69,8 @@ def _play(
     notes = Console(stderr=True)
     progress = Progress(notes, len(scripts))
     try:
-        tally = run_in(world, play_all, prepared, launch, progress.on_outcome, seed=seed)
+        with plan.telling():
+            tally = run_in(world, play_all, prepared, launch, progress.on_outcome, seed=seed)
     finally:
         progress.done()
     if as_json:

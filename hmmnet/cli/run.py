@@ -55,7 +55,8 @@ def run(
     check_arguments(workload, function, given)
     plan = plan_for(faults, world.value, None if on is not None else load(topology or TOPOLOGY))
     machine = machine_for(topology, on, rate, world)
-    report, links, seconds = run_in(world.value, _play, machine, function, given, plan, on is not None, seed=seed)
+    with plan.telling():
+        report, links, seconds = run_in(world.value, _play, machine, function, given, plan, on is not None, seed=seed)
     shown: dict[str, Any] = dict(report) if isinstance(report, Mapping) else {"result": report}
     if as_json:
         print(json.dumps({"links": links, **plan.as_json(), **shown}, default=plain, indent=1))

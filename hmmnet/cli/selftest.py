@@ -74,7 +74,8 @@ def selftest(
     try:
         rules: Literal["today", "v25"] = "v25" if personality is Personality.v25 else "today"
         launch = partial(simulated_world if world is World.sim else real_world, rules)
-        outcomes = run_in(world.value, run_all, chosen, screen.on_outcome, plan.world(launch), rules, seed=seed)
+        with plan.telling():
+            outcomes = run_in(world.value, run_all, chosen, screen.on_outcome, plan.world(launch), rules, seed=seed)
     finally:
         screen.done()
     if as_json:

@@ -65,6 +65,31 @@ def test_a_failing_allocation_shows_in_a_selftest(plan: Path, capsys: pytest.Cap
     assert printed.splitlines()[-1].startswith("faults: alloc.host ")
 
 
+def test_one_failing_allocation_is_enough(plan: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Who meets an injected ENOMEM does not try again, as it would where memory is short: the case fails by that one fault."""
+    plan.write_text('[[fault]]\nkind = "alloc.host"\ntimes = 1\n')
+    assert exit_code(["selftest", "anon_read", "--kind", "private", "--world", "sim", "--faults", str(plan)]) == 1
+    printed = capsys.readouterr().out
+    assert "a fault was injected at host.alloc.frame" in printed
+    assert printed.splitlines()[-1] == "faults: alloc.host 1"
+
+
+@pytest.mark.parametrize("words", [["run", "vector_add", "n=4096"], ["demo", "--input", "TEXT"]], ids=["run", "demo"])
+@pytest.mark.parametrize("form", [[], ["--json"]], ids=["told", "json"])
+def test_faults_are_counted_when_the_work_fails(
+    words: list[str], form: list[str], plan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The error, and before it how often each fault has happened, on stderr."""
+    plan.write_text('[[fault]]\nkind = "alloc.host"\ntimes = 1\n\n[[fault]]\nkind = "alloc.home"\n')
+    text = tmp_path / "text"
+    text.write_text("to be or not to be " * 50)
+    given = [str(text) if word == "TEXT" else word for word in words]
+    assert exit_code([*given, "--world", "sim", "--faults", str(plan), *form]) == 1
+    told, error = capsys.readouterr().err.splitlines()[-2:]
+    assert told == "faults: alloc.host 1, alloc.home 0"
+    assert "ENOMEM" in error
+
+
 def test_the_demo_under_faults_in_virtual_time(plan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A delay changes no result."""
     plan.write_text(LATE)
