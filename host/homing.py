@@ -12,13 +12,14 @@ returns, and its access looks at the page again.
 from __future__ import annotations
 
 import errno
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 
 import numpy as np
 import trio
 
-from hmmnet.errors import BusError, KernelError, PeerError
+from hmmnet.errors import BusError, KernelError, PeerError, PeerLost
 from hmmnet.observe.counters import CPU_FAULT, Profile
 from hmmnet.observe.events import HOST, Events
 from hmmnet.pages import HUGE_PAGES, PAGE_SHIFT, PAGE_SIZE, Words, page_by_page
@@ -38,6 +39,9 @@ HOME_PAGES_MAX = 1 << 16
 
 EVICT_ROUNDS_MAX = 100
 """Rounds of an eviction in which nothing moves before it counts as held: who is busy with a page needs a few."""
+
+COPIES_MAX = 4
+"""Copies home for one CPU fault: what a link or a copy engine does wrong once it seldom does again; the CPU waits meanwhile."""
 
 TOUCHED = "cpu fault"
 """The cause of a migration that a CPU waits for."""
@@ -125,8 +129,8 @@ class Homing:
         """A CPU touched device-private `pages` (consecutive, in one VMA and one zone), or wants coherent ones for good (FOLL_LONGTERM).
         One page may come as a number.
 
-        Hold the mmap lock for reading. Returns when it makes sense to look again. Raises BusError when the data are lost,
-        KernelError(ENOMEM).
+        Hold the mmap lock for reading. Returns when it makes sense to look again. Raises BusError when the data are lost, and when the
+        device has them and several copies in a row failed; KernelError(ENOMEM).
         """
         began_s = self._now()
         first, count = (pages, 1) if isinstance(pages, int) else (int(pages[0]), len(pages))
@@ -140,15 +144,25 @@ class Homing:
             raise self._lost(space, first, zone, "the device is gone")
         if space.points.armed:
             await _at("home.fault", space, link, first, count)
-        try:
-            if count == 1 and link.kind == "private":
-                moved = await self._home_one(space, link, first)
-            else:
-                moved = await self._bring_pages(space, link, first, first + count)
-        except PeerError as error:
-            raise self._lost(space, first, zone, str(error)) from error
+        moved = await self._touched(space, link, first, count)
         if moved:
             self._profile.record(CPU_FAULT, moved * PAGE_SIZE, self._now() - began_s, link.name, moved)
+
+    async def _touched(self, space: AddressSpace, link: DeviceLink, first: int, count: int) -> int:
+        """Bring `count` pages home that a CPU touched; how many moved. A copy that fails leaves them on the device, and is tried again."""
+        for tries in itertools.count(1):
+            try:
+                if count == 1 and link.kind == "private":
+                    return await self._home_one(space, link, first)
+                return await self._bring_pages(space, link, first, first + count)
+            except PeerError as error:
+                if isinstance(error, PeerLost) or self._links.get(link.zone) is not link:
+                    raise self._lost(space, first, link.zone, str(error)) from error
+                if tries == COPIES_MAX:
+                    why = f'page 0x{first:x} of process {space.number} is intact on device "{link.name}" and could not be copied home'
+                    raise BusError(first << PAGE_SHIFT, f"{why} in {tries} tries: {error}") from error
+            await trio.lowlevel.checkpoint()
+        raise AssertionError("a count without an end has ended")
 
     def _lost(self, space: AddressSpace, page: int, zone: int, cause: str) -> BusError:
         owner = self._memory.zones[zone].owner if zone in self._memory.zones else f"zone {zone}"

@@ -310,7 +310,7 @@ class SessionLink:
         links = self._interconnect
         flow = links.open_out(self.name, frame, sink.nbytes)
         try:
-            async with self.expected(stream, sink, lambda: flow.bytes_per_s):
+            async with self.expected(stream, sink, lambda: 0.0 if flow.stalled else flow.bytes_per_s):
                 yield flow
         finally:
             now_s = links.now()

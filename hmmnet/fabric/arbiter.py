@@ -28,10 +28,16 @@ class Flow:
 
     Two times run along. `_next_s` is when the next chunk may leave; it skips what a late sender cannot catch up with. `_carried_s` does not
     skip: it is when the links of the *model* are done with what was granted, whatever became of it here. Reports measure lateness by it.
+
+    When a link on its way goes down, a flow goes on over other links; while there are none it is `stalled`.
     """
 
-    def __init__(self, arbiter: Arbiter, links: tuple[Link, ...], start_s: float) -> None:
+    def __init__(self, arbiter: Arbiter, source: str, target: str, links: tuple[Link, ...], start_s: float) -> None:
+        self.source = source
+        self.target = target
         self.links = links
+        self.stalled = False
+        """No links that work lead there: what is sent now is gone."""
         self.latency_s = sum(link.latency_s for link in links)
         self.bytes_per_s = float("inf")
         self.start_s = start_s
@@ -41,6 +47,9 @@ class Flow:
         self._ahead = 0.0
         """Bytes of `count` that the model has not carried yet at `_carried_s`."""
         self._bytes = 0
+        """Granted on these links."""
+        self._leg_s = start_s
+        """Since when it is on these links."""
         self._open = True
 
     def grant(self, nbytes: int, now_s: float, catch_up_s: float = 0.0) -> Grant:
@@ -59,11 +68,31 @@ class Flow:
 
     def change_rate(self, bytes_per_s: float, now_s: float) -> None:
         """Go on at another rate (called by the arbiter)."""
+        self._carry(now_s)
+        self.bytes_per_s = bytes_per_s
+
+    def _carry(self, now_s: float) -> None:
         if self._ahead:
             carried = min(self._ahead, max(now_s - self._carried_s, 0.0) * self.bytes_per_s)
             self._ahead -= carried
             self._carried_s += carried / self.bytes_per_s
-        self.bytes_per_s = bytes_per_s
+
+    def change_links(self, links: tuple[Link, ...], now_s: float) -> None:
+        """Go on over other links; without any, wait for some (called by the arbiter). What was carried stays with those that did."""
+        if self.stalled:
+            self._carried_s, self._next_s = max(self._carried_s, now_s), max(self._next_s, now_s)
+        else:
+            self._carry(now_s)
+            self._record(int(self._bytes - self._ahead), now_s, now_s)
+            self._bytes = math.ceil(self._ahead)
+        self.links = links
+        self.stalled = not links
+        self.latency_s = sum(link.latency_s for link in links)
+        self._leg_s = now_s
+
+    def _record(self, nbytes: int, due_s: float, now_s: float) -> None:
+        for link in self.links if nbytes else ():
+            link.record(nbytes, self._leg_s, due_s, now_s)
 
     @property
     def due_s(self) -> float:
@@ -76,9 +105,7 @@ class Flow:
             return
         self._open = False
         self._arbiter.closed(self, now_s)
-        if self._bytes:
-            for link in self.links:
-                link.record(self._bytes, self.start_s, self.due_s, now_s)
+        self._record(self._bytes, self.due_s, now_s)
 
 
 LISTED_MAX = 16
@@ -109,6 +136,7 @@ class Arbiter:
             self._links[spec.name, True] = Link(spec.name, spec.a, spec.b, spec.capacity_bytes_per_s(True), spec.latency_s)
             self._links[spec.name, False] = Link(spec.name, spec.b, spec.a, spec.capacity_bytes_per_s(False), spec.latency_s)
         self._flows: list[Flow] = []
+        self._stalled: list[Flow] = []
         self._topology = topology
         self._changes: dict[int, LinkChange] = {}
         self.changed = 0
@@ -124,7 +152,10 @@ class Arbiter:
         return found
 
     def change(self, number: int, change: LinkChange | None, now_s: float) -> None:
-        """From now on `change` holds for the links that it names, under `number`; None: no more. Transfers under way keep their way."""
+        """From now on `change` holds for the links that it names, under `number`; None: no more.
+
+        Transfers under way keep their way unless a link of it is down; then they take another, or wait for one.
+        """
         if change is None:
             self._changes.pop(number, None)
         else:
@@ -143,8 +174,28 @@ class Arbiter:
         left = [spec for spec in self._topology.links if spec.name not in down]
         self._routes = Routes(replace(self._topology, links=tuple(left)) if down else self._topology)
         self.changed += 1
+        self._reroute(down, now_s)
         if self._flows:
             self._share(now_s)
+
+    def _reroute(self, down: set[str], now_s: float) -> None:
+        """Flows over links that are `down` take others if they can; those that wait go on where they can."""
+        broken = [flow for flow in self._flows if any(link.name in down for link in flow.links)]
+        for flow in [*broken, *self._stalled]:
+            hops = self._routes.find(flow.source, flow.target) or ()
+            self._leave(flow)
+            flow.change_links(tuple(self._links[hop.link.name, hop.forward] for hop in hops), now_s)
+            self._join(flow)
+
+    def _join(self, flow: Flow) -> None:
+        (self._stalled if flow.stalled else self._flows).append(flow)
+        for link in flow.links:
+            link.flows += 1
+
+    def _leave(self, flow: Flow) -> None:
+        (self._stalled if flow.stalled else self._flows).remove(flow)
+        for link in flow.links:
+            link.flows -= 1
 
     def route(self, source: str, target: str) -> tuple[Link, ...]:
         """The links from `source` to `target`, by name of memory node or device. Raises TopologyError; PeerError while links are down."""
@@ -156,20 +207,16 @@ class Arbiter:
     def open_flow(self, source: str, target: str, now_s: float) -> Flow:
         """A transfer begins; the rates of all flows it meets change. Raises TopologyError when there is no route."""
         links = self.route(source, target)
-        flow = Flow(self, links, max([now_s, *(link.free_s for link in links)]))
+        flow = Flow(self, source, target, links, max([now_s, *(link.free_s for link in links)]))
         if links:
-            self._flows.append(flow)
-            for link in links:
-                link.flows += 1
+            self._join(flow)
             self._share(now_s)
         return flow
 
     def closed(self, flow: Flow, now_s: float) -> None:
         """`flow` is over (called by it)."""
-        if flow.links:
-            self._flows.remove(flow)
-            for link in flow.links:
-                link.flows -= 1
+        if flow.links or flow.stalled:
+            self._leave(flow)
             self._share(now_s)
 
     def _share(self, now_s: float) -> None:

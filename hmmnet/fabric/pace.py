@@ -24,6 +24,11 @@ class Grant(NamedTuple):
 class Pacer(Protocol):
     """Gives each chunk its time; `arbiter.Flow` at the host, `Pace` where the host's grant was sent along."""
 
+    @property
+    def stalled(self) -> bool:
+        """Whether there is no way now: links are down. Where the arbiter is at the other end, that drops what comes."""
+        ...
+
     def grant(self, nbytes: int, now_s: float, catch_up_s: float) -> Grant:
         """When the next `nbytes` may leave and are there; `catch_up_s` is `CATCH_UP_S` in emulated seconds."""
         ...
@@ -31,6 +36,8 @@ class Pacer(Protocol):
 
 class Pace:
     """A grant that came in a message: from `start_s` on at `bytes_per_s`, there `latency_s` later. Credits may change the rate."""
+
+    stalled = False
 
     def __init__(self, start_s: float, bytes_per_s: float, latency_s: float) -> None:
         self.bytes_per_s = bytes_per_s
@@ -46,6 +53,8 @@ class Pace:
 
 class _Unpaced:
     """As fast as it goes."""
+
+    stalled = False
 
     def grant(self, nbytes: int, now_s: float, catch_up_s: float) -> Grant:  # noqa: ARG002 - the interface of Pacer
         """See `Pacer`."""

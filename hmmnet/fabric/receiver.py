@@ -114,7 +114,10 @@ class BulkReceiver:
         self._closed: str | None = None
 
     def expect(self, stream: int, sink: Sink, rate_of: Callable[[], float] | None = None) -> Arrival:
-        """A stream of exactly ``sink.nbytes`` will come. `rate_of` gives the pace to tell the sender with each credit."""
+        """A stream of exactly ``sink.nbytes`` will come.
+
+        `rate_of` gives the pace to tell the sender with each credit; 0 while links are down, and what comes is lost.
+        """
         assert stream not in self._expected, f"stream {stream} is expected already"
         arrival = Arrival(self, stream, sink, rate_of)
         last_word = self._ended.get(stream)
@@ -216,6 +219,8 @@ class BulkReceiver:
     def _land(self, arrival: Arrival, chunk: Chunk, payload: Payload) -> None:
         """Put a chunk where it belongs, check it, credit it."""
         state = arrival.state
+        if arrival.rate_of is not None and arrival.rate_of() == 0.0:
+            return  # lost with its link, and sent again when that is up
         try:
             if not state.wants(chunk):
                 if chunk.probe:

@@ -22,10 +22,14 @@ from .clock import EmulatedClock
 from .ends import Bytes, Source
 from .pace import CATCH_UP_S, UNPACED, Pace, Pacer
 from .ring import Ring
-from .stream import CREDIT_EVERY, SendState
+from .stream import CREDIT_EVERY, REPEATS_MAX, SendState
 
 REPEAT_S = 0.25
 """Real seconds without a credit after which the oldest chunk is repeated."""
+DOWN_S = REPEAT_S * REPEATS_MAX
+"""Real seconds that a stream waits for a link that is down: as long as it repeats what nobody answers."""
+LOOK_S = 0.005
+"""Real seconds between two looks at such a link."""
 IDLE_S = 1.0
 """Real seconds without a stream after which the memory of a ring goes back to the operating system: committing it again costs as much as
 filling it."""
@@ -162,6 +166,8 @@ class BulkSender:
     async def _send_chunk(self, out: _Outgoing, source: Source, sequence: int) -> float:
         """Returns when the chunk will be there, emulated."""
         state, clock = out.state, self._clock
+        if out.pacer.stalled:
+            await self._await_link(out)
         offset = sequence * state.stride
         length = min(state.stride, state.total - offset)
         grant = out.pacer.grant(length, clock.now(), CATCH_UP_S * clock.rate)
@@ -235,6 +241,16 @@ class BulkSender:
                 ring.discard()
             else:
                 self._ring_used.set()
+
+    async def _await_link(self, out: _Outgoing) -> None:
+        """Return when a link leads to the receiver again. Raises PeerError when none does for `DOWN_S`, or the receiver has given up."""
+        await self._announce(out)
+        with trio.move_on_after(self._clock.real(DOWN_S)):
+            while out.pacer.stalled:
+                out.check()
+                await trio.sleep(self._clock.real(LOOK_S))
+            return
+        raise PeerError(f"stream {out.state.stream}: no link that works leads to its receiver: links are down for {DOWN_S:g} s")
 
     # --- waiting --------------------------------------------------------------------------------------------------------------
 

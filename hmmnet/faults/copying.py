@@ -142,8 +142,8 @@ KINDS = (
     Kind(
         "link.down",
         "link",
-        "the link is gone until the fault is removed: transfers take another way, or fail",
-        "every byte is right where there is another way; else copies fail and the source is intact",
+        "the link is gone until the fault is removed: transfers take another way; without one, those under way wait, new ones fail",
+        "every byte is right where there is another way, or soon is; else copies fail and the source is intact",
         _link(down=lambda _: True),
         "link",
     ),

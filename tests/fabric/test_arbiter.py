@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hmmnet.errors import TopologyError
-from hmmnet.fabric.arbiter import Arbiter, Flow, max_min_rates
+from hmmnet.errors import PeerError, TopologyError
+from hmmnet.fabric.arbiter import Arbiter, Flow, LinkChange, max_min_rates
 from hmmnet.fabric.link import Link, LinkReport
 from hmmnet.fabric.pace import CATCH_UP_S
 from hmmnet.topology.load import parse
@@ -228,3 +228,101 @@ def test_chunks_of_concurrent_flows_fit_the_link(count: int, chunks: int, seed: 
     for moment_s in [last_s * i / 7 for i in range(1, 8)]:
         carried = sum(min(max(moment_s - start, 0.0) / (finish - start), 1.0) * MIB for start, finish in spans)
         assert carried <= 31.5e9 * moment_s * (1 + 1e-6)
+
+
+# --- links that go down -------------------------------------------------------------------------------------------------------------
+
+TWO_WAYS = """
+[[memory]]
+name = "node0"
+size = "1 GiB"
+[[switch]]
+name = "switch0"
+[[device]]
+name = "gpu0"
+memory = "1 GiB"
+[[link]]
+name = "nvlink"
+a = "node0"
+b = "gpu0"
+bandwidth = "100 GB/s"
+latency = "100 ns"
+[[link]]
+name = "uplink"
+a = "node0"
+b = "switch0"
+bandwidth = "10 GB/s"
+latency = "500 ns"
+[[link]]
+name = "pcie"
+a = "switch0"
+b = "gpu0"
+bandwidth = "10 GB/s"
+latency = "150 ns"
+"""
+DOWN = LinkChange("nvlink", down=True)
+
+
+def moved(arbiter: Arbiter) -> dict[str, int]:
+    """Bytes by link, towards the device."""
+    return {link.link: link.bytes_moved for link in arbiter.report() if link.source != "gpu0" and link.bytes_moved}
+
+
+def test_a_flow_under_way_goes_on_over_another_link() -> None:
+    """NVLink is lost, PCIe is there: the rate and the latency are its, each link has carried its part, and nobody is counted twice."""
+    arbiter = Arbiter(parse(TWO_WAYS))
+    flow = arbiter.open_flow("node0", "gpu0", 0.0)
+    flow.grant(MIB, 0.0)
+    arbiter.change(1, DOWN, 0.001)
+    assert not flow.stalled
+    assert [link.name for link in flow.links] == ["uplink", "pcie"]
+    assert (flow.bytes_per_s, flow.latency_s) == (10e9, pytest.approx(650e-9))
+    other = arbiter.open_flow("node0", "gpu0", 0.001)
+    assert flow.bytes_per_s == other.bytes_per_s == 5e9
+    other.close(0.001)
+    flow.grant(2 * MIB, 0.001)
+    flow.close(0.002)
+    assert moved(arbiter) == {"nvlink": MIB, "uplink": 2 * MIB, "pcie": 2 * MIB}
+    assert all(link.flows == 0 for link in arbiter.route("node0", "gpu0"))
+
+
+def test_a_flow_whose_sender_is_far_away_is_counted_where_it_went() -> None:
+    """Of what the device sends at the flow's rate, the first link has what was through when it went down."""
+    arbiter = Arbiter(parse(TWO_WAYS))
+    flow = arbiter.open_flow("gpu0", "node0", 0.0)
+    flow.count(200_000_000)
+    arbiter.change(1, DOWN, 0.001)
+    flow.close(0.02)
+    carried = {link.link: link.bytes_moved for link in arbiter.report() if link.bytes_moved}
+    assert carried == {"nvlink": 100_000_000, "pcie": 100_000_000, "uplink": 100_000_000}
+    assert flow.due_s == pytest.approx(0.001 + 0.01, rel=1e-3)
+
+
+def test_a_flow_without_any_way_waits_until_its_link_is_up() -> None:
+    """Its time goes on from there, and others are not slowed by it meanwhile."""
+    arbiter = switch()
+    flow = arbiter.open_flow("node0", "gpu0", 0.0)
+    first = flow.grant(MIB, 0.0)
+    arbiter.change(1, LinkChange("switch0-gpu0", down=True), 0.001)
+    assert flow.stalled
+    other = arbiter.open_flow("node0", "gpu1", 0.001)
+    assert other.bytes_per_s == 31.5e9
+    with pytest.raises(PeerError, match="links are down"):
+        arbiter.open_flow("node0", "gpu0", 0.001)
+    arbiter.change(1, None, 0.5)
+    assert not flow.stalled
+    assert flow.bytes_per_s == other.bytes_per_s == 31.5e9 / 2
+    assert flow.grant(MIB, 0.2).start_s == pytest.approx(0.5)
+    assert first.start_s == 0.0
+    flow.close(0.6)
+    other.close(0.6)
+
+
+def test_a_flow_that_waits_can_be_closed() -> None:
+    """Whoever gives it up is not waited for."""
+    arbiter = switch()
+    flow = arbiter.open_flow("node0", "gpu0", 0.0)
+    arbiter.change(1, LinkChange("switch0-gpu0", down=True), 0.001)
+    flow.close(0.002)
+    arbiter.change(1, None, 0.5)
+    assert arbiter.open_flow("node0", "gpu0", 0.5).bytes_per_s == 31.5e9

@@ -10,6 +10,7 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from hmmnet.errors import BusError, KernelError, PeerError, PeerLost
+from hmmnet.host.homing import COPIES_MAX
 from hmmnet.host.interfaces import Event
 from hmmnet.host.mm.space import Space
 from hmmnet.observe.counters import CPU_FAULT
@@ -142,18 +143,42 @@ async def test_device_lost_while_a_page_comes_home() -> None:
     assert bench.page_map.used_pages == 0
 
 
-async def test_a_broken_stream_is_a_bus_error_and_the_page_can_come_home_later() -> None:
-    """The device lives and still has the page."""
+def breaking(bench: Bench, times: int) -> None:
+    """The next `times` copies of the device fail."""
+    left = times
+
+    async def break_down() -> None:
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            raise PeerError("stream 2 was given up by its sender")
+
+    bench.link.during_copy = break_down
+
+
+@pytest.mark.parametrize("pages", [1, 4])
+async def test_a_copy_that_fails_is_tried_again(pages: int) -> None:
+    """The device lives and has the pages: the access ends well, and the page is home once."""
     bench = Bench()
-    space, address = await on_device(bench, 1)
+    space, address = await on_device(bench, pages)
+    breaking(bench, COPIES_MAX - 1)
+    assert await space.load(address, pages * PAGE_SIZE) == bytes(np.repeat(np.arange(1, pages + 1, dtype=np.uint8), PAGE_SIZE))
+    assert bench.host_pages_used() == pages
+    assert bench.page_map.used_pages == 0
 
-    async def break_once() -> None:
-        bench.link.during_copy = trio.lowlevel.checkpoint
-        raise PeerError("stream 2 was given up by its sender")
 
-    bench.link.during_copy = break_once
-    with pytest.raises(BusError, match="given up"):
-        await space.load(address, 1)
+@pytest.mark.parametrize("pages", [1, 4])
+async def test_copies_that_go_on_failing_are_a_bus_error_and_the_page_can_come_home_later(pages: int) -> None:
+    """It says that the page is intact, and where; nothing is lost: the next access has it."""
+    bench = Bench()
+    space, address = await on_device(bench, pages)
+    breaking(bench, COPIES_MAX)
+    with pytest.raises(
+        BusError, match=rf'is intact on device "gpu0" and could not be copied home in {COPIES_MAX} tries: .*given up'
+    ) as caught:
+        await space.load(address, pages * PAGE_SIZE)
+    assert "only copy" not in str(caught.value)
+    assert bench.host_pages_used() == 0
     assert await space.load(address, 1) == b"\1"
 
 

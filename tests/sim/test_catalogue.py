@@ -12,6 +12,7 @@ import hmmnet
 from hmmnet.errors import BusError, HmmnetError, KernelError, PeerError, SegmentationFault, SignalError
 from hmmnet.faults import KINDS, fault
 from hmmnet.sim import SimulatedMachine
+from hmmnet.topology.load import parse
 
 from .everything import MACHINE, MIB, PAGE, everything
 from .test_points import RIGHT, leave
@@ -176,6 +177,76 @@ def test_links_are_slow_down_and_mended() -> None:
         await process.exit()
 
     hmmnet.simulate(main, MACHINE)
+
+
+TWO_WAYS = """
+name = "two-ways"
+[[memory]]
+name = "node0"
+size = "256 MiB"
+[[switch]]
+name = "switch0"
+[[device]]
+name = "gpu0"
+model = "gpu"
+memory = "64 MiB"
+[[link]]
+name = "nvlink"
+a = "node0"
+b = "gpu0"
+bandwidth = "4 GB/s"
+[[link]]
+name = "uplink"
+a = "node0"
+b = "switch0"
+bandwidth = "1 GB/s"
+[[link]]
+name = "pcie"
+a = "switch0"
+b = "gpu0"
+bandwidth = "1 GB/s"
+"""
+PATTERN = bytes(range(256)) * (8 * MIB // 256)
+
+
+def moving(faults: list[tuple[str, float, float]], links: str = TWO_WAYS) -> tuple[dict[str, int], float]:
+    """8 MiB to gpu0 and home while links go down, (link, when, for how long), in each direction; bytes by link, and how long it took."""
+
+    async def main(machine: SimulatedMachine) -> tuple[dict[str, int], float]:
+        process = await machine.create_process()
+        address = await process.mmap(8 * MIB)
+        await process.write(address, PATTERN)
+        taken_s = 0.0
+        for target in ("gpu0", "host"):
+            for link, after_s, lasts_s in faults:
+                machine.add_fault(fault("link.down", link, after=after_s, lasts=lasts_s))
+            began_s = machine.emulated_s()
+            assert await process.migrate(address, 8 * MIB, target) == 8 * MIB
+            taken_s += machine.emulated_s() - began_s
+            await trio.sleep(5)
+        assert await process.read(address, 8 * MIB) == PATTERN
+        carried = {link["link"]: link["bytes_moved"] for link in (await machine.report())["links"] if link["bytes_moved"]}
+        await process.exit()
+        return carried, taken_s
+
+    return hmmnet.simulate(main, parse(links)).value
+
+
+def test_transfers_under_way_take_another_link() -> None:
+    """NVLink is lost in the middle of 8 MiB, in each direction: the rest goes over PCIe, every byte is right, and it takes its time."""
+    usual, usual_s = moving([])
+    assert set(usual) == {"nvlink"}
+    carried, seconds = moving([("nvlink", 0.001, 1.0)])
+    assert set(carried) == {"nvlink", "uplink", "pcie"}
+    assert carried["uplink"] > 2 * MIB
+    assert usual_s < seconds < 10 * usual_s
+
+
+def test_transfers_under_way_wait_for_their_only_link() -> None:
+    """Both ways are lost for a second: what is on the way goes on when they are back."""
+    usual_s = moving([])[1]
+    seconds = moving([("nvlink", 0.001, 1.0), ("pcie", 0.001, 1.0)])[1]
+    assert 2.0 < seconds < 2.0 + 1.0 + 4 * usual_s
 
 
 def test_numbers_times_and_once() -> None:
