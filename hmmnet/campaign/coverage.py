@@ -10,7 +10,7 @@ from .places import NOT_APPLICABLE, Pair, places, reason
 from .sweep import OUTCOMES, Cell
 
 FILE = Path(__file__).with_name("COVERAGE.md")
-UNLIKELY = "not hit"
+NOT_HIT = "not hit"
 NEVER = "-"
 INTRODUCTION = """# What was hit by what, and how it ended
 
@@ -59,7 +59,7 @@ def _shown(cell: Cell | None) -> str:
     """``12 same, 3 refused``; a dash where the fault does not apply."""
     if cell is None:
         return NEVER
-    return ", ".join(f"{cell.outcomes[name]} {name}" for name in OUTCOMES if cell.outcomes[name]) or UNLIKELY
+    return ", ".join(f"{cell.outcomes[name]} {name}" for name in OUTCOMES if cell.outcomes[name]) or NOT_HIT
 
 
 def legend() -> str:

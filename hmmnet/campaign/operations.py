@@ -15,7 +15,6 @@ import numpy as np
 import trio
 
 from hmmnet.errors import BusError, HmmnetError, KernelError, PeerLost, RemoteError, SegmentationFault
-from hmmnet.faults.catalogue import fault
 from hmmnet.pages import PAGE_SIZE
 from hmmnet.program import Process
 
@@ -557,52 +556,6 @@ async def migrate_large(crew: Crew, step: Step, _: str) -> None:
 
 def _fields(step: Step) -> dict[str, Any]:
     return {name: getattr(step, name) for name in step.__struct_fields__}
-
-
-@operation("bounce")
-async def bounce(crew: Crew, step: Step, _: str) -> None:
-    """A device is started again, empty."""
-    device = device_of(crew, step)
-    crew.harm_begins("bounce")
-    try:
-        if device in crew.machine.running:
-            await crew.machine.kill_device(device)
-        with contextlib.suppress(HmmnetError):  # it may fall again at once; whoever heals the machine starts it once more
-            await crew.machine.start_device(device)
-    finally:
-        crew.harm_ends()
-
-
-@operation("unload")
-async def unload(crew: Crew, step: Step, _: str) -> None:
-    """A device's driver is unloaded: it says goodbye, and is started again."""
-    device = device_of(crew, step)
-    crew.harm_begins("unload")
-    try:
-        if device in crew.machine.running:
-            crew.machine.add_fault(fault("unload", device))
-        await _comes_back(crew, device)
-    finally:
-        crew.harm_ends()
-
-
-@operation("unplug", errno.ENODEV)
-async def unplug(crew: Crew, step: Step, _: str) -> None:
-    """A device's memory is removed, its pages home first; then it is plugged in again."""
-    device = device_of(crew, step)
-    crew.harm_begins("unplug")
-    try:
-        await crew.machine.unplug(device)
-        await _comes_back(crew, device)
-    finally:
-        crew.harm_ends()
-
-
-async def _comes_back(crew: Crew, device: str) -> None:
-    """It has ended, or will; it is started once it has."""
-    await crew.machine.device_ended(device)
-    with contextlib.suppress(HmmnetError):  # as in `bounce`
-        await crew.machine.start_device(device)
 
 
 @operation("unknown_job")

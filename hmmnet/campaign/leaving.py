@@ -1,0 +1,59 @@
+"""Steps in which a device leaves the machine, in a way of its own each, and comes back empty."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+
+from hmmnet.errors import HmmnetError
+from hmmnet.faults.catalogue import fault
+
+from .crew import Crew
+from .operations import device_of, operation
+from .program import Step
+
+
+@operation("bounce")
+async def bounce(crew: Crew, step: Step, _: str) -> None:
+    """A device is started again, empty."""
+    device = device_of(crew, step)
+    crew.harm_begins("bounce")
+    try:
+        if device in crew.machine.running:
+            await crew.machine.kill_device(device)
+        with contextlib.suppress(HmmnetError):  # it may fall again at once; whoever heals the machine starts it once more
+            await crew.machine.start_device(device)
+    finally:
+        crew.harm_ends()
+
+
+@operation("unload")
+async def unload(crew: Crew, step: Step, _: str) -> None:
+    """A device's driver is unloaded: it says goodbye, and is started again."""
+    device = device_of(crew, step)
+    crew.harm_begins("unload")
+    try:
+        if device in crew.machine.running:
+            crew.machine.add_fault(fault("unload", device))
+        await _comes_back(crew, device)
+    finally:
+        crew.harm_ends()
+
+
+@operation("unplug", errno.ENODEV)
+async def unplug(crew: Crew, step: Step, _: str) -> None:
+    """A device's memory is removed, its pages home first; then it is plugged in again."""
+    device = device_of(crew, step)
+    crew.harm_begins("unplug")
+    try:
+        await crew.machine.unplug(device)
+        await _comes_back(crew, device)
+    finally:
+        crew.harm_ends()
+
+
+async def _comes_back(crew: Crew, device: str) -> None:
+    """It has ended, or will; it is started once it has."""
+    await crew.machine.device_ended(device)
+    with contextlib.suppress(HmmnetError):  # as in `bounce`
+        await crew.machine.start_device(device)
