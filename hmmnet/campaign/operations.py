@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import trio
 
-from hmmnet.errors import BusError, HmmnetError, KernelError, PeerLost, RemoteError, SegmentationFault
+from hmmnet.errors import BusError, KernelError, PeerLost, RemoteError, SegmentationFault
 from hmmnet.pages import PAGE_SIZE
 from hmmnet.program import Process
 
@@ -32,8 +32,6 @@ LANE_PART = 100
 """Words of each of the three parts of an actor's lane."""
 LANE_WORDS = 3 * LANE_PART
 LIST_NODES = 24
-COMPOUND = 1 << 8
-"""A flag of the test driver: huge pages migrate whole."""
 UNKNOWN = "no such kernel"
 CANCELLED_S = 1e-6
 """Virtual seconds, of which a job needs more: its pages come over a link."""
@@ -495,67 +493,6 @@ async def _killed(crew: Crew, step: Step, child: Process, address: int, count: i
         for _ in range(step.word % 40):
             await trio.lowlevel.checkpoint()
         await child.exit()
-
-
-# --- a dmirror's commands ---------------------------------------------------------------------------------------------------------
-
-
-async def _command(crew: Crew, step: Step, command: str, region: Region, page: int, count: int, data: bytes = b"") -> bytes:
-    handle = await crew.process.open(device_of(crew, step))
-    try:
-        return (await handle.ioctl(command, region.base + region.spread[page] * PAGE_SIZE, count, data)).data
-    finally:
-        with contextlib.suppress(KernelError):
-            await handle.close()
-
-
-def is_dmirror(crew: Crew, step: Step) -> bool:
-    """Whether the step's device has the test driver's commands."""
-    spec = next(spec for spec in crew.machine.topology.devices if spec.name == device_of(crew, step))
-    return spec.model == "dmirror"
-
-
-@operation("command", *NO_RIGHT, *LOCKED_OUT)
-async def command(crew: Crew, step: Step, who: str) -> None:
-    """read, write, migrate_to_dev, migrate_to_sys, snapshot or exclusive of the test driver; on other devices a job."""
-    if not is_dmirror(crew, step):
-        return await (device_store if step.choice == "write" else device_load)(crew, Step(**{**_fields(step), "choice": ""}), who)
-    region = region_of(crew, step)
-    page, count = region.run(step.page, min(step.count, 4))
-    first, words = page * WORDS_PER_PAGE, count * WORDS_PER_PAGE
-    if step.choice == "write":
-
-        async def put(_: int, values: Words) -> None:
-            await _command(crew, step, "write", region, page, count, values.tobytes())
-
-        return await crew.store(who, region, first, crew.values(step.serial, first, words), put)
-    if step.choice in {"read", "exclusive", "migrate_to_dev"}:
-
-        async def fetch(_: int) -> Words:
-            return np.frombuffer(await _command(crew, step, step.choice, region, page, count), np.uint64)
-
-        return await crew.load(who, region, first, words, fetch)
-    await _command(crew, step, step.choice or "snapshot", region, page, count)
-    return None
-
-
-@operation("migrate_large", *NO_RIGHT, *LOCKED_OUT)
-async def migrate_large(crew: Crew, step: Step, _: str) -> None:
-    """A test driver that takes huge pages whole (HMM_DMIRROR_FLAG_COMPOUND) migrates a region."""
-    if not is_dmirror(crew, step):
-        return
-    region = region_of(crew, step)
-    handle = await crew.process.open(device_of(crew, step))
-    try:
-        await handle.ioctl("flags", 0, 0, flags=COMPOUND)
-        await handle.ioctl("migrate_to_dev", region.base, region.span_pages)
-    finally:
-        with contextlib.suppress(HmmnetError):
-            await handle.close()
-
-
-def _fields(step: Step) -> dict[str, Any]:
-    return {name: getattr(step, name) for name in step.__struct_fields__}
 
 
 @operation("unknown_job")

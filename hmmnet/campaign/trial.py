@@ -23,7 +23,7 @@ from hmmnet.topology.load import installed_models, parse
 from hmmnet.topology.model import Topology
 from hmmnet.wire.exchange import LEASE_S
 
-from . import leaving, operations
+from . import commands, leaving, operations
 from .audit import Auditor
 from .crew import AtomicProcess, Crew, Outcome, Violation
 from .history import Words
@@ -49,7 +49,7 @@ GIVES_UP = frozenset({"device.before_ack"})
 """Points at which a device that fails is given up by the host: who does not let go of pages is not to be trusted with any."""
 BYE = "session.bye"
 """The point that is reached when everything else is over."""
-STEPS = (leaving, operations)
+STEPS = (commands, leaving, operations)
 """Where the steps of a program are."""
 CHECKED_SERIAL = 1 << 24
 """What the last check stores has serials beyond those of all steps."""
