@@ -120,6 +120,11 @@ class Host(Protocol):
         """Whether every device of the topology serves now."""
         ...
 
+    @property
+    def settled(self) -> bool:
+        """Whether no session has anything under way, and none has been silent."""
+        ...
+
     async def report(self) -> dict[str, Any]:
         """What the run did so far."""
         ...

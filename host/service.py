@@ -482,6 +482,11 @@ class Host:
         """Whether every device of the topology serves now."""
         return all(device.life is not None for device in self.devices.values())
 
+    @property
+    def settled(self) -> bool:
+        """Whether no session has anything under way, and none has been silent."""
+        return all(session.settled for server in self._servers for session in server.sessions)
+
     async def report(self) -> dict[str, Any]:
         """What the run did so far, as plain data.
 

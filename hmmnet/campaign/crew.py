@@ -102,7 +102,8 @@ class Crew:
         """Harms under way."""
         self.failures = 0
         """Failures that were injected at protocol points: from the first on operations may be refused, but nothing may be lost."""
-        self._harmed_s = -AFTERMATH_S
+        self._harmed_s = -1.0
+        self._aftermath_until_s = 0.0
         self.down: list[str] = []
         """Devices that crashed or hang at a protocol point, until somebody sees to them."""
         self._derived: list[Derived] = []
@@ -203,6 +204,11 @@ class Crew:
         """It is mended; its aftermath is not over."""
         self.harms -= 1
         self._harmed_s = trio.current_time()
+        self._aftermath_until_s = self._harmed_s + AFTERMATH_S
+
+    def calm(self) -> None:
+        """What happened to anybody is over and has been overcome: from now on nothing may fail because of it."""
+        self._aftermath_until_s = min(self._aftermath_until_s, trio.current_time())
 
     def excused(self, began_s: float) -> bool:
         """Whether work that began then may have failed because somebody was harmed."""
@@ -210,7 +216,7 @@ class Crew:
 
     def in_aftermath(self, at_s: float) -> bool:
         """Whether somebody is harmed then, or was not long ago."""
-        return self.harms > 0 or at_s < self._harmed_s + AFTERMATH_S
+        return self.harms > 0 or at_s < self._aftermath_until_s
 
     @property
     def harmed_ever(self) -> bool:

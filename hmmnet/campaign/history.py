@@ -105,6 +105,8 @@ class History:
         self._high = np.full(shape, ALWAYS, np.int64)
         self._wild = np.full(words, ALWAYS, np.int64)
         """Since when nothing is known of a word; `NEVER` while a wild store is under way."""
+        self._tamed = np.full(words, ALWAYS, np.int64)
+        """When a word was last made known again: a load that began before may return what has been forgotten since."""
         self._wilds = np.zeros(words, np.int64)
         """Wild stores under way."""
         self._live[:, 0] = True
@@ -157,6 +159,7 @@ class History:
             tamed = rows[known]
             self._live[tamed] &= self._end[tamed] > self._wild[tamed][:, None]
             self._wild[tamed] = ALWAYS
+            self._tamed[tamed] = self.clock.now
 
     # --- what nobody knows ----------------------------------------------------------------------------------------------------
 
@@ -185,7 +188,7 @@ class History:
         """It returned `values`. Returns the first word that cannot be explained. `ended`: when it was over, if that was earlier."""
         now = self.clock.tick() if ended is None else ended
         rows = slice(mark.first, mark.first + mark.count)
-        sure = mark.sure & (self._wild[rows] == ALWAYS)
+        sure = mark.sure & (self._wild[rows] == ALWAYS) & (self._tamed[rows] < mark.began)
         match = self._live[rows] & (self._value[rows] == values[:, None]) & (self._begin[rows] < now)
         matches = match.sum(axis=1)
         unknown = sure & (matches == 0)

@@ -117,6 +117,9 @@ class _AsSimulated:
         """See `SimulatedMachine.all_ready`."""
         return self._machine.host.all_ready
 
+    settled = False
+    """Nobody here sees what is on its way between processes: time has to tell."""
+
     def audit(self, *, quiet: bool) -> list[str]:
         """See `SimulatedMachine.audit`: of the host's books; devices are other processes, and are asked at the end."""
         return self._machine.host.audit(quiet=quiet)

@@ -38,6 +38,8 @@ CALM_S = 0.05
 """Virtual seconds after work without harm, until what is freed late is free."""
 CONVERGED_S = 30.0
 """Virtual seconds after the last harm within which everything must be well again: leases, patience and repeats."""
+SETTLED_S = 2.5
+"""Virtual seconds after which every message that was lost has come again, and who was silent too long has been given up."""
 LOOK_S = 0.05
 CGROUP = "campaign"
 TRIES_MAX = 40
@@ -321,12 +323,15 @@ async def _converge(crew: Crew) -> None:
     if not crew.harmed_ever:
         await trio.sleep(CALM_S)
         return
-    deadline_s = trio.current_time() + CONVERGED_S
+    began_s = trio.current_time()
+    deadline_s = began_s + CONVERGED_S
     await trio.sleep(LOOK_S)
     while trio.current_time() < deadline_s:
         for device in machine.device_names:
             await _restart(crew, device)
-        if machine.all_ready and not crew.in_aftermath(trio.current_time()):
+        now_s = trio.current_time()
+        if machine.all_ready and (not crew.in_aftermath(now_s) or (now_s >= began_s + SETTLED_S and machine.settled)):
+            crew.calm()
             return
         await trio.sleep(LOOK_S * 4)
     behind = [name for name, figures in (await machine.report())["devices"].items() if figures["state"] != "ready"]

@@ -203,6 +203,11 @@ class SimulatedMachine:
         """Whether every device serves, as the host sees it."""
         return self.host.all_ready
 
+    @property
+    def settled(self) -> bool:
+        """Whether nothing is on its way: no message is late, and the host has heard of every device lately and waits for none."""
+        return self.network.idle and self.host.settled
+
     def device(self, name: str) -> Any:
         """The device called `name` itself, to look at (`hmmnet.devices.models.base.Device`). Raises KernelError(ENOENT) unless it runs."""
         node = self._nodes.get(name)

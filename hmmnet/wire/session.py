@@ -146,6 +146,13 @@ class Session:
         self._stalled_s = 0.0
         self._ended = trio.Event()
 
+    @property
+    def settled(self) -> bool:
+        """Whether nothing of ours is unanswered or not acknowledged, and the peer was heard within two heartbeats."""
+        exchange = self._exchange
+        heard = trio.current_time() - exchange.heard_s <= 2 * self._heartbeat_s
+        return heard and not self._waiting and not exchange.unacknowledged
+
     # --- asking ----------------------------------------------------------------------------------------------------------------------
 
     def begin(self, message: Message) -> PendingReply:
