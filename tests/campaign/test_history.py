@@ -93,16 +93,15 @@ def test_more_stores_at_once_than_it_can_follow_silence_the_word() -> None:
 def test_a_load_across_such_a_silence_is_not_judged() -> None:
     """It began before the word was silenced and ends after it is known again: what it returns may be forgotten."""
     history = History(Clock(), 1)
-    history.store_ends(history.store_begins(0, words(1)))
-    load, held = history.load_begins(0, 1), history.load_begins(0, 1)
-    stores = [history.store_begins(0, words(2 + i)) for i in range(COLUMNS)]
-    for store in stores:
-        history.store_ends(store)
-    history.store_ends(history.store_begins(0, words(100)))
-    history.store_ends(history.store_begins(0, words(101)))
-    assert history.load_ends(load, words(1)) is None
-    assert history.load_ends(history.load_begins(0, 1), words(1)) is not None
-    history.load_fails(held)
+    oldest = history.load_begins(0, 1)
+    for value in range(1, COLUMNS):
+        history.store_ends(history.store_begins(0, words(value)))
+    load = history.load_begins(0, 1)
+    history.store_ends(history.store_begins(0, words(50)))
+    history.load_fails(oldest)
+    history.store_ends(history.store_begins(0, words(51)))
+    assert history.load_ends(history.load_begins(0, 1), words(77)) is not None
+    assert history.load_ends(load, words(COLUMNS - 1)) is None
 
 
 def test_settled_words() -> None:
