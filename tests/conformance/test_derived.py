@@ -1,8 +1,8 @@
 """What no recording shows: operations, options and combinations of the trace syntax, with answers that were derived from Linux's source.
 
 `derived.traces` has the form of a recording and is none. Each script says in its comment which rule it is about; the answers were read out
-of Linux 6.12 (mm/gup.c, mm/madvise.c, mm/mlock.c, mm/mremap.c, mm/vmscan.c, mm/rmap.c, lib/test_hmm.c, mm/gup_test.c) and hold in both
-orders, like those of the recordings.
+of Linux 6.12 (mm/gup.c, mm/madvise.c, mm/mlock.c, mm/mremap.c, mm/vmscan.c, mm/rmap.c, mm/memory.c, mm/khugepaged.c, mm/hugetlb.c,
+lib/test_hmm.c, mm/gup_test.c) and hold in both orders, like those of the recordings.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from hmmnet.play.script import read_scripts
 from tests.conformance.test_recordings import RECORDINGS, complaint, played
 
 DERIVED = Path(__file__).parent / "derived.traces"
-SCRIPTS = 14
+SCRIPTS = 17
 
 
 @pytest.mark.parametrize("backwards", [False, True], ids=["forwards", "backwards"])
