@@ -33,6 +33,8 @@ UPDATE_REPLAYS_MAX = 64
 """Replays of an atomic access: two devices that want a page which neither can have would take its mapping from each other for ever."""
 CLAIMS_MAX = 8
 """Tries to bring a page here that an atomic access needs here: somebody may hold it for a moment."""
+CLAIMS_AT_ONCE = 2
+"""Of these without a nap in between: another device may want the page, too, and take it as fast."""
 REPLAYS_MAX = 10_000
 """Replays of one access: pages that are taken away again faster than they can be used."""
 
@@ -157,7 +159,9 @@ class Engine:
         """Bring pages here that an atomic access needs here. Raises AccessError for one that will not come."""
         context = self._context
         for page in pages.tolist():
-            for _ in range(CLAIMS_MAX):
+            for tries in range(CLAIMS_MAX):
+                if tries >= CLAIMS_AT_ONCE:
+                    await self._service.back_off()
                 with contextlib.suppress(KernelError):  # what is wrong with the page its next fault says
                     await context.migrate_in(page, page + 1, "atomic")
                 entry = context.mirror.translate(np.array([page], np.uint64))

@@ -8,6 +8,9 @@ pulled away again simply faults once more when it is replayed.
 Two errors need finding out *which* page they mean, because a range fault fails as a whole: the range is halved until the bad page is alone.
 It is then *fatal*, and ends the jobs that touched it and nothing else.
 
+Pages that come and go faster than they can be used thrash (`thrashing`): before such a page is served there is a nap, and if naps do not
+help it is not migrated for a while, but mapped where it is.
+
 A write fault on an own page that is mapped read-only (copy-on-write after fork) is not upgraded by ``hmm_range_fault``, whatever it is
 asked (table A3): the page is sent home, where the CPU side can break the sharing, and faulted again.
 """
@@ -26,12 +29,14 @@ import numpy.typing as npt
 import trio
 
 from hmmnet.errors import HmmnetError, KernelError, PeerError
+from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.pages import HMM_PFN_REQ_FAULT, HMM_PFN_REQ_WRITE, HMM_PFN_WRITE, HUGE_SHIFT, ZERO_FRAME, Words
 
 from .context import MIGRATE_PAGES_MAX, Context, cut
 from .faultbuffer import Batch, FaultBuffer
 from .mirror import ENTRY_VALID, allows, frames_of
 from .policy import Policy, make_policy
+from .thrashing import Thrashing, without
 
 LOOK_PIECES_MIN = 3
 """Scattered misses in 2 MiB from which on a snapshot is taken first."""
@@ -69,11 +74,13 @@ class ServiceCounts:
 class FaultService:
     """Serves one context's fault buffer; `run` it as a task."""
 
-    def __init__(self, context: Context, clock_now: Callable[[], float], *, compound: bool = False) -> None:
+    def __init__(self, context: Context, clock: EmulatedClock, *, compound: bool = False, name: str = "") -> None:
         self.buffer = FaultBuffer()
         self.counts = ServiceCounts()
         self._context = context
-        self._now = clock_now
+        self._clock = clock
+        self._now = clock.now
+        self._thrashing = Thrashing(f"{name} {context.process.number} {context.number}")
         self._compound = compound
         self._wake = trio.Event()
         self._policies: dict[str, Policy] = {}
@@ -148,6 +155,27 @@ class FaultService:
         fatal: dict[int, HmmnetError] = {}
         pages, write = self._still_missing(batch.pages, batch.write)
         self.counts.stale += len(batch.pages) - len(pages)
+        verdict = self._thrashing.look(pages, self._now())
+        if verdict.after.any():
+            await self._serve(pages[~verdict.after], write[~verdict.after], policy, fatal)
+            pages, write = pages[verdict.after], write[verdict.after]
+            await self._nap(verdict.nap_s)
+            self._thrashing.napped(pages, self._now())
+            pages, write = self._still_missing(pages, write)
+        await self._serve(pages, write, policy, fatal)
+        return fatal
+
+    async def back_off(self) -> None:
+        """Somebody has what this device wants: let them use it."""
+        await self._nap(self._thrashing.nap_s())
+
+    async def _nap(self, seconds: float) -> None:
+        await self._clock.sleep_until(self._now() + seconds)
+
+    async def _serve(self, pages: Words, write: Mask, policy: Policy, fatal: dict[int, HmmnetError]) -> None:
+        """Make `pages` accessible; what cannot be had is added to `fatal`."""
+        if not len(pages):
+            return
         moving = self._may_move(pages)
         await self._migrate(pages[moving], write[moving], policy)
         pages, write = self._still_missing(pages, write)
@@ -161,7 +189,6 @@ class FaultService:
             some = pages[write == wanted]
             await self._each(partial(self._map, flags, fatal), self._cut(pieces(some)))
         await self._migrate_again(missing, write_missing, policy)
-        return fatal
 
     def _still_missing(self, pages: Words, write: Mask) -> tuple[Words, Mask]:
         entries = self._context.mirror.translate(pages)
@@ -191,7 +218,7 @@ class FaultService:
                     for low, high in exact:
                         await one(low, high)
 
-        await self._each(one, self._cut(policy.ranges(pages, write)))
+        await self._each(one, self._cut(without(policy.ranges(pages, write), self._thrashing.pinned(self._now()))))
 
     async def _look(self, pages: Words, write: Mask) -> None:
         """Map what needs no faulting: where misses are scattered, one snapshot of a block replaces a range fault for each of them.
@@ -239,10 +266,11 @@ class FaultService:
             self._stays_until_s = self._now() + STAYS_S
 
     def _may_move(self, pages: Words) -> Mask:
-        """Which of `pages` have not just refused to move."""
-        if not len(self._stays) or self._now() >= self._stays_until_s:
-            return np.ones(len(pages), np.bool_)
-        return ~np.isin(pages, self._stays)
+        """Which of `pages` have not just refused to move, and do not thrash."""
+        may = ~np.isin(pages, self._thrashing.pinned(self._now()))
+        if len(self._stays) and self._now() < self._stays_until_s:
+            may &= ~np.isin(pages, self._stays)
+        return may
 
     async def _send_home(self, start: int, end: int) -> None:
         try:

@@ -171,7 +171,7 @@ class Device:
         mirror = Mirror(message.context, message.process, self._slot_last, self.memory, end_inclusive=self.end_inclusive)
         context = Context(mirror, process, self.memory, self.copies, self.bus, self.slab_pages, self.spec.is_coherent)
         process.contexts.append(context)
-        service = FaultService(context, self.clock.now, compound=self.compound)
+        service = FaultService(context, self.clock, compound=self.compound, name=self.spec.name)
         service.buffer.entries = self._entries
         opened = Opened(context, service, Engine(context, service, self.clock.now, can_fault=self.spec.fault_capable))
         self.contexts[message.context] = opened
