@@ -60,7 +60,7 @@ class SharedMemory:
 
 
 class Admission:
-    """Decides about hellos. `endpoint_of` names a fresh endpoint for a short name."""
+    """Decides about hellos. `endpoint_of` names a fresh endpoint for a short name, `tap` may wrap a device's bulk channel."""
 
     def __init__(
         self,
@@ -74,6 +74,7 @@ class Admission:
         telemetry: str = "",
         *,
         ring: bool = False,
+        tap: Callable[[Channel, str], Channel] = lambda channel, _: channel,
     ) -> None:
         self._topology = topology
         self._transport = transport
@@ -84,6 +85,7 @@ class Admission:
         self._lease_s = lease_s
         self._telemetry = telemetry
         self._ring = ring
+        self._tap = tap
         self._zone_next = DEVICE_ZONE_MIN
         self._connecting: dict[str, Connecting] = {}
 
@@ -108,7 +110,8 @@ class Admission:
             rings = new_rings(spec.name) if self._ring else None
             shared = SharedMemory(spec.name, zone, spec.pages) if spec.kind == "coherent" else None
             for endpoint in (self._endpoint_of(f"b{zone}{end}") for end in "io"):
-                bound.append(self._transport.bind_channel(endpoint, key=key))  # noqa: PERF401 - what was bound before an error is closed
+                channel = self._transport.bind_channel(endpoint, key=key)
+                bound.append(self._tap(channel, spec.name))
         except (HmmnetError, OSError) as error:
             for channel in bound:
                 channel.close()

@@ -25,6 +25,7 @@ from hmmnet.faults.catalogue import as_given
 from hmmnet.faults.effects import HostEffect, LinkEffect, NodeEffect
 from hmmnet.faults.injector import HOST, Injector, PointFault
 from hmmnet.faults.kinds import Fault
+from hmmnet.faults.messages import MessageFault
 from hmmnet.faults.points import Where
 from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, PAGES_MAX
 from hmmnet.wire.messages import Inject
@@ -66,6 +67,7 @@ class Injection:
                 LinkEffect: self.link,
                 HostEffect: self.deed,
                 NodeEffect: self._to_nodes,
+                MessageFault: self._on_wires,
             },
             self._host.spawn,
             sleep,
@@ -96,13 +98,24 @@ class Injection:
         number = self._injector.add(fault)
         return AtWork(partial(self._injector.remove, number), partial(self._injector.count, number))
 
+    def _on_wires(self, fault: MessageFault) -> Undo:
+        """Raises HmmnetError for a name that nothing has."""
+        self._devices_called(fault.way.device)
+        network = self._host.network
+        number = network.add(fault)
+        return AtWork(partial(network.discard, number), partial(network.count, number))
+
+    def _devices_called(self, pattern: str) -> list[str]:
+        names = [name for name in self._host.devices if fnmatchcase(name, pattern)]
+        if not names:
+            raise HmmnetError(f'no device is called "{pattern}"; there are {", ".join(self._host.devices)}')
+        return names
+
     def _to_nodes(self, effect: NodeEffect) -> Undo:
         """Raises HmmnetError for a name that nothing has, and for what is no process of this computer."""
         if effect.node == HOST:
             raise HmmnetError("the host runs inside the program, or holds this very session: end its process instead")
-        names = [name for name in self._host.devices if fnmatchcase(name, effect.node)]
-        if not names:
-            raise HmmnetError(f'no device is called "{effect.node}"; there are {", ".join(self._host.devices)}')
+        names = self._devices_called(effect.node)
         if effect.deed in ("bounce", "revive"):
             return self._revive(names, effect)
         lives = [life for name in names if (life := self._host.devices[name].life) is not None]

@@ -20,6 +20,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,8 @@ from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.fabric.dma import BulkReceiver, BulkSender
 from hmmnet.faults.injector import HOST, Injector
 from hmmnet.faults.kinds import Fault
+from hmmnet.faults.network import Network
+from hmmnet.faults.taps import TappedChannel, TappedListener
 from hmmnet.pages import Words
 from hmmnet.topology import Topology
 from hmmnet.wire.exchange import HEARTBEAT_S, LEASE_S, RETRY_S
@@ -104,6 +107,8 @@ class Host:
         self.injector = injector or Injector(now=clock.now, sleep=partial(sleep_emulated, clock))
         self.points = self.memory.points = self.injector.points_of(HOST)
         self.injection = Injection(self, self.injector)
+        self.network = Network(Random())  # noqa: S311 - chance, not secrecy
+        """What happens to messages on the wires to the devices (a simulated machine has a network of its own at their other end)."""
         self.faults = self.injection.carrier(clock)
         """The faults of this machine, where the host carries them out (a simulated machine has its own)."""
         self.corrected_errors: Counter[str] = Counter()
@@ -168,8 +173,11 @@ class Host:
                 self._lease_s,
                 samples.endpoint,
                 ring=self._ring,
+                tap=self._tapped,
             )
             control = await self._listen(stack, "control")
+            if self._scheme != "mem":
+                control = TappedListener(control, self.network)
             clients = await self._listen(stack, "client")
             self.control_endpoint, self.client_endpoint = control.endpoint, clients.endpoint
 
@@ -178,6 +186,7 @@ class Host:
 
             async with trio.open_nursery() as self._nursery:
                 self._nursery.start_soon(self._samples.run)
+                self._nursery.start_soon(self.network.run)
                 for listener, welcome, joined in (
                     (control, admission.device, device_joined),
                     (clients, admission.program, self._program_joined),
@@ -215,6 +224,10 @@ class Host:
         stack.push_async_callback(close)
         return listener
 
+    def _tapped(self, channel: Channel, device: str) -> Channel:
+        """A device's bulk channel, with the network in it; in a simulated machine that stands elsewhere."""
+        return channel if self._scheme == "mem" else TappedChannel(channel, device, self.network)
+
     async def _telemetry_channel(self, stack: AsyncExitStack) -> Channel:
         channel = self._transport.bind_telemetry(self._endpoint("telemetry"))
 
@@ -226,6 +239,7 @@ class Host:
         return channel
 
     async def _goodbye(self) -> None:
+        self.network.heal()  # goodbyes are for everybody
         if self.points.armed:
             await self.points.at("session.bye")
         async with trio.open_nursery() as nursery:

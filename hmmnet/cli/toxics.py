@@ -1,8 +1,8 @@
 """The words of ``hmmnet fault add TARGET NAME=VALUE...``: what each toxic comes down to on a machine of real processes.
 
-TARGET is a device, a way (``gpu0<->host``, ``gpu0->host``, ``host->gpu0``) or a link of the topology. Messages between processes are not in
-the machine's hands, so that there a way is slow where its device's copies begin (`point.delay`), and its bandwidth that of its links; what
-cannot be had so, as loss, is asked of the machine by its name in the catalogue, and refused with the reason.
+TARGET is a device, a way (``gpu0<->host``, ``gpu0->host``, ``host->gpu0``) or a link of the topology. Latency and bandwidth are emulated as
+those of links are: a way is slow where its device's copies begin (`point.delay`), and its bandwidth is that of its links. (The fault
+``delay`` has messages themselves late, in real time, those of the protocol too.) Loss and the like happen to messages.
 """
 
 from __future__ import annotations

@@ -83,7 +83,6 @@ KINDS = (
             DIRECTION,
             Parameter("shape", "choice", "one bit, a burst of bytes, or halves swapped", "bit", ("bit", "burst", "swap")),
         ),
-        wires=True,
     ),
     Kind(
         "copy.lost",
@@ -92,7 +91,6 @@ KINDS = (
         "it is sent again",
         lambda fault: [_bulk(fault, "loss")],
         parameters=(DIRECTION,),
-        wires=True,
     ),
     Kind(
         "copy.duplicate",
@@ -101,7 +99,6 @@ KINDS = (
         "the second is ignored",
         lambda fault: [_bulk(fault, "duplicate")],
         parameters=(DIRECTION,),
-        wires=True,
     ),
     Kind(
         "copy.reorder",
@@ -110,7 +107,6 @@ KINDS = (
         "it lands by its index",
         lambda fault: [_bulk(fault, "reorder", jitter_s=fault.settings["jitter"])],
         parameters=(DIRECTION, Parameter("jitter", "time", "by at most so much", 0.005)),
-        wires=True,
     ),
     Kind(
         "link.slow",

@@ -17,7 +17,6 @@ from hmmnet.units import parse_size, parse_time
 from .controls import Controls
 from .effects import Effect
 
-NO_WIRES = "messages between processes are not in its hands: use faults of nodes and points, or a network namespace"
 """Why faults of messages are for the simulated world."""
 Form = Literal["time", "number", "count", "size", "choice", "text", "flag"]
 World = Literal["sim", "real"]
@@ -108,12 +107,6 @@ class Kind:
     parameters: tuple[Parameter, ...] = ()
     not_in: Mapping[str, str] = field(default_factory=dict)
     once: bool = False
-    wires: bool = False
-    """It comes down to faults of messages."""
-
-    def __post_init__(self) -> None:
-        if self.on == "way" or self.wires:
-            object.__setattr__(self, "not_in", {"real": NO_WIRES, **self.not_in})
 
     def parameter(self, name: str) -> Parameter | None:
         """The parameter called `name`."""

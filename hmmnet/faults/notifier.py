@@ -40,7 +40,6 @@ KINDS = (
         "an invalidation is lost on its way",
         "it is repeated; " + SAME,
         _message("loss", "Invalidate", to_device=True),
-        wires=True,
     ),
     Kind(
         "invalidate.late",
@@ -49,7 +48,6 @@ KINDS = (
         SAME,
         _message("delay", "Invalidate", to_device=True),
         parameters=(LATENCY, JITTER),
-        wires=True,
     ),
     Kind(
         "invalidate.duplicate",
@@ -57,7 +55,6 @@ KINDS = (
         "an invalidation arrives twice",
         SAME,
         _message("duplicate", "Invalidate", to_device=True),
-        wires=True,
     ),
     Kind(
         "invalidate.reorder",
@@ -66,7 +63,6 @@ KINDS = (
         SAME,
         _message("reorder", "Invalidate", to_device=True),
         parameters=(LATENCY, JITTER),
-        wires=True,
     ),
     Kind(
         "ack.lost",
@@ -74,7 +70,6 @@ KINDS = (
         "an acknowledgement is lost",
         "it is repeated; " + SAME,
         _message("loss", "Done", to_device=False),
-        wires=True,
     ),
     Kind(
         "invalidate.slow",

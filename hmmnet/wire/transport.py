@@ -48,8 +48,11 @@ class Channel(Protocol):
 
     endpoint: str
     """As the peer should connect to it (for tcp with the port that was chosen)."""
-    refused: int
-    """Messages dropped because they had more than two parts, or came from somebody else than the peer."""
+
+    @property
+    def refused(self) -> int:
+        """Messages dropped because they had more than two parts, or came from somebody else than the peer."""
+        ...
 
     async def send(self, header: Buffer, payload: Buffer | None = None) -> None:
         """Queue a message of one or two parts, waiting while the queue is full.

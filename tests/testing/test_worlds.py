@@ -202,7 +202,7 @@ def test_two_machines_are_one_too_many(pytester: pytest.Pytester) -> None:
     async def test_clock(simulated_machine, autojump_clock):
         pass
 
-    @pytest.mark.faults(loss=0.1)
+    @pytest.mark.faults({"kind": "restart.kept", "on": "gpu0"})
     def test_faults(machine):
         pass
     """
@@ -214,7 +214,7 @@ def test_two_machines_are_one_too_many(pytester: pytest.Pytester) -> None:
             "*a test has one machine: machine or simulated_machine, not both",
             "E*AttributeError: the machine of an asynchronous test has no 'create_process' yet*need pytest-trio",
             "*simulated_machine brings the clock of its virtual time*",
-            'E*HmmnetError: the fault "loss" cannot be done in the real world*',
+            'E*HmmnetError: the fault "restart.kept" cannot be done in the real world*',
             "E*ask for simulated_machine or simulate instead",
         ]
     )
