@@ -44,7 +44,8 @@ class Simulation(Generic[T]):
 def run_virtual(main: Callable[..., Awaitable[T]], *arguments: Any, seed: int = 0, limit_s: float = LIMIT_S) -> T:
     """`trio.run` in virtual time, scheduled from `seed`.
 
-    Raises SimulationStuck after `limit_s` virtual seconds, and when things happen without an end while no time passes (`clock`).
+    Raises SimulationStuck after `limit_s` virtual seconds, and when things happen without an end while no time passes (`clock`). Ctrl-C is
+    KeyboardInterrupt, whatever ends with it.
     """
     clock = JumpClock()
 
@@ -56,7 +57,12 @@ def run_virtual(main: Callable[..., Awaitable[T]], *arguments: Any, seed: int = 
         raise SimulationStuck(f"no end after {limit_s:g} virtual seconds (seed {seed}): somebody waits for what never comes")
 
     with seeded(seed):
-        return trio.run(limited, clock=clock)
+        try:
+            return trio.run(limited, clock=clock)
+        except BaseExceptionGroup as group:
+            if group.subgroup(KeyboardInterrupt) is not None:  # together with what it interrupted, when that ended in an error, too
+                raise KeyboardInterrupt from None
+            raise
 
 
 def simulate(

@@ -18,13 +18,14 @@ from trio._core import _run as trio_run
 from hmmnet.errors import HmmnetError
 
 ORDERED = "_ALLOW_DETERMINISTIC_SCHEDULING"
+IDLE = "waiting_for_idle"
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Every trio run that begins inside the block is scheduled from `seed`. Raises HmmnetError for a trio whose inside is another."""
     chance = getattr(trio_run, "_r", None)
-    if not isinstance(chance, Random) or not hasattr(trio_run, ORDERED) or not hasattr(trio_run.Runner, "reschedule"):
+    if not isinstance(chance, Random) or not hasattr(trio_run, ORDERED) or not hasattr(trio_run.Runner, IDLE):
         raise HmmnetError(f"trio {version('trio')} cannot be scheduled from a seed: hmmnet does not know its inside; use another trio")
     before, ordered = chance.getstate(), getattr(trio_run, ORDERED)
     chance.seed(seed)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import trio
 import trio.testing
+from trio._core import _run as trio_run
 
+from hmmnet.errors import HmmnetError
 from hmmnet.sim import run_virtual
 from hmmnet.sim.clock import JumpClock
 from hmmnet.sim.run import SimulationStuck
+from hmmnet.sim.schedule import ORDERED, seeded
 
 
 def test_time_is_at_the_next_deadline_when_nobody_can_run() -> None:
@@ -43,6 +46,14 @@ def test_who_waits_until_all_are_blocked_comes_first() -> None:
     assert run_virtual(main) == 0.0
 
 
+@pytest.mark.parametrize("name", [ORDERED, "_r"])
+def test_a_trio_that_is_another_inside_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Loudly, and before anything runs: without its private names no run could be repeated."""
+    monkeypatch.delattr(trio_run, name)
+    with pytest.raises(HmmnetError, match="cannot be scheduled from a seed"), seeded(1):
+        pytest.fail("nothing runs")
+
+
 def test_nobody_waits_for_the_clock_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     """What goes in circles is found; the count begins anew whenever time passes."""
     monkeypatch.setattr(JumpClock.__init__, "__defaults__", (1000,))
@@ -62,3 +73,22 @@ def test_nobody_waits_for_the_clock_for_ever(monkeypatch: pytest.MonkeyPatch) ->
 
     with pytest.raises(SimulationStuck, match="time stands still at 0 virtual seconds"):
         run_virtual(circle)
+
+
+def test_ctrl_c_is_ctrl_c_whatever_ends_with_it() -> None:
+    """Who interrupts a run gets KeyboardInterrupt, not a group in which it is."""
+
+    async def failing() -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            raise HmmnetError("interrupted")
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(failing)
+            await trio.sleep(1.0)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_virtual(main)
