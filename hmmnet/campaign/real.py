@@ -117,6 +117,10 @@ class _AsSimulated:
         """See `SimulatedMachine.all_ready`."""
         return self._machine.host.all_ready
 
+    def left_over(self) -> list[str]:
+        """See `SimulatedMachine.left_over`: devices are other processes."""
+        return []
+
     settled = False
     """Nobody here sees what is on its way between processes: time has to tell."""
 

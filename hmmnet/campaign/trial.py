@@ -393,6 +393,8 @@ async def _device_check(crew: Crew, region: Region, device: str, serial: int) ->
 async def _books(crew: Crew, auditor: Auditor) -> None:
     """Leaks, and translations that were used after they were dropped, when nothing runs any more."""
     auditor.full(quiet=True)
+    for complaint in crew.machine.left_over():
+        crew.complain("leaks", complaint)
     report = await crew.machine.report()
     for name, figures in report["devices"].items():
         if figures["iommu_refused"]:

@@ -226,6 +226,11 @@ class SimulatedMachine:
                 found += self.host.audit_mirror(name, *mirror)
         return found
 
+    def left_over(self) -> list[str]:
+        """Which devices still have frames in use, when no process is there any more."""
+        used = {name: node.device.memory.used_pages for name, node in self._nodes.items() if node.device is not None}
+        return [f"{name}: {frames} frames of its memory are left over" for name, frames in used.items() if frames]
+
     async def start_device(self, name: str) -> None:
         """Start the device `name`, empty, as a new incarnation; returns when it is ready.
 

@@ -20,7 +20,7 @@ CAUGHT: dict[str, tuple[int, str]] = {
     "entries_stay_when_pages_leave": (0, "invariants"),
     "frames_are_not_zeroed": (0, "history"),
     "gaps_are_passed_over": (3, "crash"),
-    "granted_frames_leak": (0, "history"),
+    "granted_frames_leak": (0, "leaks"),
     "invalidation_drops_nothing": (0, "invariants"),
     "jobs_never_answer_after_a_fault": (0, "crash"),
     "migration_entry_not_restored": (16, "crash"),
