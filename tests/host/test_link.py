@@ -9,6 +9,7 @@ import pytest
 import trio
 
 from hmmnet.errors import BusError
+from hmmnet.host.homing import COPIES_MAX
 from hmmnet.host.process import Process
 from hmmnet.host.service import Host
 from hmmnet.pages import PAGE_SIZE
@@ -55,7 +56,7 @@ async def test_a_damaged_answer_is_asked_for_again(machine: Machine) -> None:
 async def test_damage_that_does_not_end_is_a_bus_error_and_the_page_stays(machine: Machine) -> None:
     """The page is still on the device: a later load succeeds."""
     _, _, device, process, address = machine
-    answer_with(device, [Copied(bytes(PAGE_SIZE), 1)] * 3)
+    answer_with(device, [Copied(bytes(PAGE_SIZE), 1) for _ in range(3 * COPIES_MAX)])
     with pytest.raises(BusError, match="checksum"):
         await process.read(address, 1)
     assert await process.read(address, 1) == b"\1"
@@ -65,7 +66,7 @@ async def test_damage_that_does_not_end_is_a_bus_error_and_the_page_stays(machin
 async def test_an_answer_that_is_none_is_a_bus_error(machine: Machine, answer: Message) -> None:
     """The peer's mistake is named; nothing of it lands."""
     _, _, device, process, address = machine
-    answer_with(device, [answer])
+    answer_with(device, [answer] * COPIES_MAX)
     with pytest.raises(BusError, match="answered a CopyOut"):
         await process.read(address, 1)
     assert await process.read(address, 1) == b"\1"
