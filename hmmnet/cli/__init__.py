@@ -56,18 +56,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def as_ctrl_c(*_: object) -> None:
         nonlocal terminated
         terminated = True
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell leaves it to what it starts in the background
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.raise_signal(signal.SIGINT)
 
-    signal.signal(signal.SIGTERM, as_ctrl_c)  # so that "kill" ends as cleanly as Ctrl-C
     try:
+        signal.signal(signal.SIGTERM, as_ctrl_c)  # so that "kill" ends as cleanly as Ctrl-C
         code = exit_code(sys.argv[1:] if arguments is None else list(arguments))
         sys.stdout.flush()
-        if code == INTERRUPTED and terminated:
-            code = TERMINATED
+    except KeyboardInterrupt:  # before the command began
+        code = INTERRUPTED
     except BrokenPipeError:  # whoever read our output has seen enough; the interpreter's own flush must not fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         code = 0
-    raise SystemExit(code)
+    raise SystemExit(TERMINATED if code == INTERRUPTED and terminated else code)
 
 
 def exit_code(arguments: list[str]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -137,3 +138,23 @@ def test_a_file_is_named_once(capsys: pytest.CaptureFixture[str], tmp_path: Path
     code, out, _ = asked(capsys, "topo", "check", str(file))
     assert code == 1
     assert out == f"{file}:2: byte 0xff is no UTF-8; save the file as UTF-8\n"
+
+
+def test_a_command_in_the_background_can_be_terminated() -> None:
+    """A shell starts those with Ctrl-C ignored; ``kill`` ends them all the same."""
+    command = [sys.executable, "-m", "hmmnet", "campaign", "--seeds", "0:100000"]
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),  # noqa: PLW1509 - what a shell does
+    ) as process:
+        caught = 0
+        while not caught >> (signal.SIGTERM - 1) & 1:
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            caught = int(next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt")), 16)
+        process.terminate()
+        try:
+            assert process.wait(20) == 143
+        finally:
+            process.kill()
