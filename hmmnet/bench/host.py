@@ -64,35 +64,46 @@ def machine_topology() -> Topology:
 
 
 def measure_migration(rounds: int = ROUNDS, nbytes: int = STREAM_BYTES, faults: int = FAULTS) -> list[Measurement]:
-    """``migrate.to_device``, ``migrate.to_host``, ``fault.cpu_home``."""
+    """``migrate.to_device``, ``migrate.to_host``, ``fault.cpu_home``: on a machine as it is by default, page data through shared memory.
+
+    ``migrate.messages_*`` are the same migrations with page data as messages over ipc, as the raw reference sends them.
+    """
     with raw_reference(nbytes) as raw, pairs("bridge") as started:
         return trio.run(_measure_migration, raw, started["bridge"], rounds, nbytes, faults)
 
 
 async def _measure_migration(raw: Reference, bridge: Pair, rounds: int, nbytes: int, faults: int) -> list[Measurement]:
-    taken: dict[str, list[float]] = {name: [] for name in ("raw out", "raw in", "out", "in", "bridge", "fault")}
-    async with launch(machine_topology(), rate=1.0, name=f"bench-{os.getpid()}") as machine:
-        process = await machine.create_process()
-        area = await process.mmap(nbytes)
-        await process.write(area, np.arange(nbytes // 8, dtype="<u8"))
+    taken: dict[str, list[float]] = {}
+    name = f"bench-{os.getpid()}"
+    async with (
+        launch(machine_topology(), rate=1.0, name=name) as machine,
+        launch(machine_topology(), rate=1.0, name=f"{name}-ipc", transport="ipc") as plain,
+    ):
+        process, other = await machine.create_process(), await plain.create_process()
+        area, other_area = [await _filled(one, nbytes) for one in (process, other)]
         touched = await process.mmap(faults * PAGE_SIZE)
         await process.write(touched, np.arange(faults * PAGE_SIZE // 8, dtype="<u8"))
         for lap in range(rounds + 1):
             figures = {
                 "raw out": raw.to_far(),
                 "out": await _timed_migration(process, area, nbytes, DEVICE),
+                "messages out": await _timed_migration(other, other_area, nbytes, DEVICE),
                 "raw in": raw.to_near(),
                 "in": await _timed_migration(process, area, nbytes, "host"),
+                "messages in": await _timed_migration(other, other_area, nbytes, "host"),
                 "bridge": bridge.ask("rtt", ROUND_TRIPS),
                 "fault": await _timed_faults(process, touched, faults),
             }
             if lap:  # the first lap touches memory for the first time
-                for name, seconds in figures.items():
-                    taken[name].append(seconds)
-        await process.exit()
+                for figure, seconds in figures.items():
+                    taken.setdefault(figure, []).append(seconds)
+        for one in (process, other):
+            await one.exit()
     return [
         _rate("migrate.to_device", taken["raw out"], taken["out"], nbytes),
         _rate("migrate.to_host", taken["raw in"], taken["in"], nbytes),
+        _rate("migrate.messages_to_device", taken["raw out"], taken["messages out"], nbytes),
+        _rate("migrate.messages_to_host", taken["raw in"], taken["messages in"], nbytes),
         measured(
             "fault.cpu_home",
             median(taken["fault"]) * US,
@@ -102,6 +113,13 @@ async def _measure_migration(raw: Reference, bridge: Pair, rounds: int, nbytes: 
             median_ratio(taken["fault"], taken["bridge"]),
         ),
     ]
+
+
+async def _filled(process: Process, nbytes: int) -> int:
+    """Memory of a process in which every word is another."""
+    area = await process.mmap(nbytes)
+    await process.write(area, np.arange(nbytes // 8, dtype="<u8"))
+    return area
 
 
 def _rate(name: str, raw: list[float], ours: list[float], nbytes: int) -> Measurement:
@@ -161,6 +179,8 @@ def _by_size(
 BENCHMARKS = {
     "migrate.to_device": measure_migration,
     "migrate.to_host": measure_migration,
+    "migrate.messages_to_device": measure_migration,
+    "migrate.messages_to_host": measure_migration,
     "fault.cpu_home": measure_migration,
     "snapshot.ns_per_page": measure_bookkeeping,
     "migrate.bookkeeping_ns_per_page": measure_bookkeeping,

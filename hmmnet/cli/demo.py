@@ -74,7 +74,7 @@ def _conduct(text: Input, topology: str, rate: str, seed: int, world: WorldName,
     if svg is not None:
         writable(svg)
     screen = Screen(Console(quiet=as_json))
-    screen.reading(text, topology)
+    screen.reading(text, topology, simulated=world == "sim")
     if world == "sim" and rate != "auto":
         raise HmmnetError("--rate and --world sim exclude each other: in virtual time every link holds")
     conductor = Conductor(text, topology, seed, screen.tell, screen.started, parse_rate(rate), world=world, during=plan.on)

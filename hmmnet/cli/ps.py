@@ -91,9 +91,9 @@ def show(described: list[dict[str, Any]], *, everything: bool) -> None:
     gone = [entry for entry in described if not entry["alive"]]
     for entry in gone:
         if entry.get("why"):
-            console.print(
-                f'{entry["name"]}: {entry["why"]}; "hmmnet logs {entry["name"]}" tells more', markup=False, highlight=False, soft_wrap=True
-            )
+            hint = f'; "hmmnet logs {entry["name"]}" tells more'
+            cause = entry["why"].removesuffix(hint)
+            console.print(f"{entry['name']}: {cause}{hint}", markup=False, highlight=False, soft_wrap=True)
     if gone:
         names = ", ".join(entry["name"] for entry in gone)
         them = "it" if len(gone) == 1 else "them"

@@ -48,11 +48,12 @@ class Screen:
         self._demand_s: dict[str, float] = {}
         self.samples: list[Sampled] = []
 
-    def reading(self, given: Input, topology: str) -> None:
-        """What goes in, before anything has started."""
+    def reading(self, given: Input, topology: str, *, simulated: bool = False) -> None:
+        """What goes in, before anything has started, and what will: processes, or a machine that is `simulated`."""
         self._text = given.text
         self.line("input", f"{show_size(len(given.text))} of text: {escape(given.source)}")
-        self.line("machine", f"starting {escape(topology)}: a host and its devices, each a process")
+        how = "all in this process, in virtual time" if simulated else "each a process"
+        self.line("machine", f"starting {escape(topology)}: a host and its devices, {how}")
 
     def started(self, started: Started) -> None:
         """The machine is up."""

@@ -309,13 +309,17 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 
 def _replay(item: pytest.Item) -> str:
-    """The command that runs this very test again."""
+    """The command that runs this very test again, under the settings of hmmnet's that this command line gave."""
     inside = str(item.nodeid).partition("::")[2]
     callspec = getattr(item, "callspec", None)
     if callspec is not None and set(callspec.params) == {SEED}:
         inside = inside[: inside.rindex("[")]
     place = f"{os.path.relpath(item.path, item.config.invocation_params.dir)}::{inside}"
-    return f"pytest {shlex.quote(place)} --hmmnet-seed {_seed_of(item)}"
+    settings = ["--hmmnet-strict"] if item.config.getoption("hmmnet_strict") else []
+    for given in item.config.getoption("override_ini") or ():
+        if given.startswith("hmmnet_"):
+            settings += ["-o", shlex.quote(given)]
+    return " ".join(["pytest", shlex.quote(place), "--hmmnet-seed", str(_seed_of(item)), *settings])
 
 
 # --- fixtures -------------------------------------------------------------------------------------------------------------------------

@@ -93,6 +93,20 @@ def test_ps_reports_what_is_stale_and_how_to_clean(capsys: pytest.CaptureFixture
     assert "no machine runs" in capsys.readouterr().out
 
 
+def test_the_way_to_the_logs_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """Whether the cause that the machine left tells it, or not."""
+    for name, why in (("with", 'its host was killed; "hmmnet logs with" tells more'), ("without", "the disk was full")):
+        left = machine(name, state="failed")
+        record = left.read()
+        assert record is not None
+        record.why = why
+        left.write(record)
+        left.release()
+    assert exit_code(["ps"]) == 0
+    told = capsys.readouterr().out
+    assert told.count('"hmmnet logs with" tells more') == told.count('"hmmnet logs without" tells more') == 1
+
+
 def test_a_folder_without_a_record_is_shown_too(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A launcher that was killed in its first moments."""
     Directory.create("young").release()

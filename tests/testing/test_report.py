@@ -162,3 +162,11 @@ def test_words() -> None:
     assert story.shown(2)[0] == "           ...  8 events before"
     assert len(story.shown(2)) == 3
     assert story.shown(0) == []
+
+
+def test_the_command_repeats_what_the_command_line_said(pytester: pytest.Pytester) -> None:
+    """Settings of hmmnet's, without which the test might pass; no others."""
+    write(pytester, SUITE)
+    given = ["--hmmnet-strict", "-o", "hmmnet_story=2", "-o", "console_output_style=count"]
+    said = commands(run(pytester, "-k", "plain", *given))
+    assert said == ["pytest test_mine.py::test_plain --hmmnet-seed 0 --hmmnet-strict -o hmmnet_story=2"]
