@@ -29,6 +29,7 @@ from .mm.vma import VM_HUGEPAGE
 
 SIZES = (1 << 12, 1 << 16, 1 << 18)
 ZONE = 64
+CHILD = 2
 ROUNDS_MIN, ROUNDS_MAX = 5, 31
 ROUNDS_PAGES = 1 << 19
 """Pages moved in all rounds of one size, about: small sizes get more rounds."""
@@ -70,8 +71,8 @@ class CopylessLink:
 def measure(sizes: tuple[int, ...] = SIZES) -> dict[str, dict[int, float]]:
     """Pages -> nanoseconds a page, medians over rounds.
 
-    ``snapshot`` and ``migrate`` (there and back, halved); ``thp`` is the latter for whole huge pages, of which ``thp_to_device`` and
-    ``thp_to_host`` are the two ways.
+    ``snapshot`` and ``migrate`` (there and back, halved); ``shared`` is ``migrate`` of pages that a child maps, too; ``thp`` is ``migrate``
+    of whole huge pages, of which ``thp_to_device`` and ``thp_to_host`` are the two ways.
     """
     return trio.run(_measure, sizes)
 
@@ -85,12 +86,12 @@ async def _measure(sizes: tuple[int, ...]) -> dict[str, dict[int, float]]:
     spaces: dict[int, Space] = {}
     homing = Homing(memory, links, spaces, lambda _process, _zone: 0, Profile(), time.monotonic)
     space = spaces[1] = Space(1, memory, Hub(), homing.migrate_to_ram)
-    found: dict[str, dict[int, float]] = {name: {} for name in ("snapshot", "migrate", "thp", "thp_to_device", "thp_to_host")}
+    found: dict[str, dict[int, float]] = {name: {} for name in ("snapshot", "migrate", "shared", "thp", "thp_to_device", "thp_to_host")}
     for pages in sizes:
         small = await _populated(space, pages)
         huge = await _populated(space, pages, VM_HUGEPAGE) if pages % HUGE_PAGES == 0 else None
         taken: dict[str, list[float]] = {name: [] for name in found}
-        for lap in range(1 + min(max(ROUNDS_PAGES // pages, ROUNDS_MIN), ROUNDS_MAX)):
+        for lap in range(1 + _rounds(pages)):
             figures = {"snapshot": await _snapshot(space, small, pages)}
             figures["migrate"] = sum(await _there_and_back(space, page_map, homing, link, small, pages)) / 2
             if huge is not None:
@@ -101,6 +102,7 @@ async def _measure(sizes: tuple[int, ...]) -> dict[str, dict[int, float]]:
         for name, times in taken.items():
             if times:
                 found[name][pages] = median(times) / pages * NS
+        found["shared"][pages] = await _shared(space, spaces, page_map, homing, link, small, pages)
         for address in (small, huge):
             if address is not None:
                 await space.munmap(address, pages * PAGE_SIZE)
@@ -114,6 +116,22 @@ async def _populated(space: Space, pages: int, flags: int = 0) -> int:
     for first in range(0, pages, POPULATE_PAGES):
         await space.store(address + first * PAGE_SIZE, np.ones(min(POPULATE_PAGES, pages - first) * PAGE_SIZE, dtype=np.uint8))
     return address
+
+
+async def _shared(
+    space: Space, spaces: dict[int, Space], page_map: PageMap, homing: Homing, link: DeviceLink, address: int, pages: int
+) -> float:
+    """Nanoseconds a page, there and back halved, while a child of fork maps every page too."""
+    child = spaces[CHILD] = await space.fork(CHILD, Hub())
+    taken = [await _there_and_back(space, page_map, homing, link, address, pages) for _ in range(1 + _rounds(pages))]
+    del spaces[CHILD]
+    await child.exit()
+    return median(sum(both) / 2 for both in taken[1:]) / pages * NS
+
+
+def _rounds(pages: int) -> int:
+    """Rounds of a size, beside the first."""
+    return min(max(ROUNDS_PAGES // pages, ROUNDS_MIN), ROUNDS_MAX)
 
 
 async def _snapshot(space: Space, address: int, pages: int) -> float:
@@ -140,7 +158,7 @@ async def _there_and_back(
         finalize()
 
     began_s = time.perf_counter()
-    await migrate_to_device(space, {}, link, [domain], start, select, Grant(page_map.zone, frames), announce)
+    await migrate_to_device(space, homing.spaces, link, [domain], start, select, Grant(page_map.zone, frames), announce)
     there_s = time.perf_counter()
     done = await homing.migrate_to_system(space, link, start, start + pages)
     back_s = time.perf_counter()

@@ -147,7 +147,8 @@ async def _timed_faults(process: Process, area: int, faults: int) -> float:
 def measure_bookkeeping() -> list[Measurement]:
     """``snapshot.ns_per_page``, ``migrate.bookkeeping_ns_per_page``, and ``migrate.thp_bookkeeping_ns_per_page`` beside small pages.
 
-    Figures of further sizes carry theirs in the name.
+    ``migrate.bookkeeping_ns_per_page.shared``, for which there is no goal, is that of pages which a child of fork maps, too. Figures of
+    further sizes carry theirs in the name.
     """
     probes = {entry.name: entry for entry in entry_points(group="hmmnet.bench")}
     if "bookkeeping" not in probes:
@@ -157,6 +158,7 @@ def measure_bookkeeping() -> list[Measurement]:
     return [
         *_by_size("snapshot.ns_per_page", found["snapshot"], SNAPSHOT_PAGES, SNAPSHOT),
         *_by_size("migrate.bookkeeping_ns_per_page", found["migrate"], BOOKKEEPING_PAGES, BOOKKEEPING),
+        *_by_size("migrate.bookkeeping_ns_per_page.shared", found["shared"], BOOKKEEPING_PAGES, None, found["migrate"]),
         *_by_size("migrate.thp_bookkeeping_ns_per_page", found["thp"], BOOKKEEPING_PAGES, THP, found["migrate"]),
         *_by_size("migrate.thp_bookkeeping_to_device", found["thp_to_device"], BOOKKEEPING_PAGES, None, found["migrate"]),
         *_by_size("migrate.thp_bookkeeping_to_host", found["thp_to_host"], BOOKKEEPING_PAGES, None, found["migrate"]),
@@ -184,6 +186,7 @@ BENCHMARKS = {
     "fault.cpu_home": measure_migration,
     "snapshot.ns_per_page": measure_bookkeeping,
     "migrate.bookkeeping_ns_per_page": measure_bookkeeping,
+    "migrate.bookkeeping_ns_per_page.shared": measure_bookkeeping,
     "migrate.thp_bookkeeping_ns_per_page": measure_bookkeeping,
 }
 """Which function measures what; one function may give several figures."""

@@ -42,7 +42,7 @@ from .compound import fit_targets, join_inserted, tear_collected, tear_mapped
 from .frames import PhysicalMemory
 from .memcg import CHARGE_MASK
 from .mm import Mm
-from .rmap import Mapped, Rows, mappings, places
+from .rmap import Mapped, Rows, chosen, mappings, places
 from .vma import VM_UFFD_MISSING, VM_WRITE
 from .zones import ANON, COMPOUND, LOCKED, HostZone
 
@@ -116,11 +116,6 @@ def _collect(mm: Mm, migration: Migration, select: Select, told: Told) -> None:
         _install(mm.memory, mm, migration, rows, entries)
 
 
-def chosen(values: Words, rows: Rows) -> Words:
-    """Those of `values` at `rows` (ascending), themselves if that is all: as it mostly is, and picking them costs as much as a pass."""
-    return values if len(rows) == len(values) else values[rows]
-
-
 def _anonymous(mm: Mm, pages: Words) -> Flags:
     """Which `pages` lie in anonymous VMAs."""
     out = np.zeros(len(pages), np.bool_)
@@ -186,7 +181,8 @@ def _others(memory: PhysicalMemory, mm: Mm | None, migration: Migration, rows: R
         return rows
     found: list[Mapped] = []
     stays = np.zeros(len(rows), np.bool_)
-    for mapped in mappings(memory, frames[shared]):
+    known = None if mm is None else (mm, chosen(pages, chosen(rows, shared)))
+    for mapped in mappings(memory, chosen(frames, shared), known):
         which = shared[mapped.rows]
         if mapped.mm is mm:
             other = mapped.pages != pages[rows[which]]
@@ -195,19 +191,39 @@ def _others(memory: PhysicalMemory, mm: Mm | None, migration: Migration, rows: R
         found.append(Mapped(mapped.mm, which, mapped.pages, mapped.entries))
     if stays.any():
         _stay_together(memory, frames, stays)
-    for mapped in found:
-        go = ~stays[mapped.rows]
-        if go.any():
-            migration.others.append(Mapped(mapped.mm, rows[mapped.rows[go]], mapped.pages[go], mapped.entries[go]))
-    return rows[~stays]
+        found = [_without(mapped, stays) for mapped in found]
+        migration.others += [Mapped(one.mm, rows[one.rows], one.pages, one.entries) for one in found if len(one.rows)]
+        return rows[~stays]
+    migration.others += [Mapped(one.mm, rows[one.rows], one.pages, one.entries) for one in found if len(one.rows)]
+    return rows
+
+
+def _without(mapped: Mapped, stays: Flags) -> Mapped:
+    """`mapped` less the rows that stay."""
+    go = ~stays[mapped.rows]
+    return Mapped(mapped.mm, mapped.rows[go], mapped.pages[go], mapped.entries[go])
 
 
 def _announced(told: Told, mapped: Mapped) -> Flags:
     """Which of those mappings mirrors have been `told` of. That their process was told of others says nothing."""
     out = np.zeros(len(mapped.pages), np.bool_)
     for pages in told.get(mapped.mm.number, ()):
-        out |= np.isin(mapped.pages, pages)
+        out |= _among(mapped.pages, pages)
+        if out.all():
+            break
     return out
+
+
+def _among(pages: Words, told: Words) -> Flags:
+    """Which of `pages` are in `told` (ascending, each once): mostly all, as neighbours; else looked up, as np.isin would sort both."""
+    if len(pages) == 0 or len(told) == 0:
+        return np.zeros(len(pages), np.bool_)
+    first = int(np.searchsorted(told, pages[0]))
+    if np.array_equal(told[first : first + len(pages)], pages):
+        return np.ones(len(pages), np.bool_)
+    at = np.minimum(np.searchsorted(told, pages), len(told) - 1)
+    found: Flags = told[at] == pages
+    return found
 
 
 def _stay_together(memory: PhysicalMemory, frames: Words, stays: Flags) -> None:
@@ -395,12 +411,19 @@ def _finalize(memory: PhysicalMemory, mm: Mm | None, migration: Migration) -> No
         if mm is not None:
             count += _replace(mm, migration.pages[rows], np.where(full, came, final), final, private)
         for mapped in migration.others:
-            at = np.searchsorted(rows, mapped.rows)
+            at = _standing(rows, mapped.rows)
             count[at] += _replace(mapped.mm, mapped.pages, came[at], final[at], private[at])
         _settle(memory, final, count)
         _release(memory, came[goes & full])
     unused = _frames(target[~going & (target != 0)])
     memory.put(unused[unused < DEVICE_ZONE_MIN << ZONE_SHIFT])
+
+
+def _standing(rows: Rows, some: Rows) -> slice | Rows:
+    """Where `some` of `rows` stand; both ascend, so that neighbours are a slice, found by their first and last."""
+    first = int(np.searchsorted(rows, some[0]))
+    end = first + len(some)
+    return slice(first, end) if rows[end - 1] == some[-1] else np.searchsorted(rows, some)
 
 
 def is_private(memory: PhysicalMemory, frames: Words) -> Flags:

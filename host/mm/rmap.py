@@ -14,12 +14,15 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from hmmnet.pages import Words
+from hmmnet.pages import Number, Words, distinct
 
 from . import pte
 from .frames import PhysicalMemory
 from .mm import Mm
 from .vma import Vma
+
+FEW = 8
+"""Anon_vmas up to which a list of them is gone through one by one: a child of the eighth generation has as many."""
 
 Rows = npt.NDArray[np.intp]
 
@@ -34,16 +37,33 @@ class Mapped:
     entries: Words
 
 
-def mappings(memory: PhysicalMemory, frames: Words) -> Iterator[Mapped]:
-    """Every mapping of `frames`: present, device-private or exclusive entries."""
-    indices = memory.field(frames, "index")
-    for family, rows in _by_family(memory, memory.field(frames, "mapping")):
+def mappings(memory: PhysicalMemory, frames: Words, known: tuple[Mm, Words] | None = None) -> Iterator[Mapped]:
+    """Every mapping of `frames`: present, device-private or exclusive entries.
+
+    `known` are a process and the pages at which it maps them; where those are the frames' indices it is left out, for want of others.
+    """
+    mappers, indices = memory.fields(frames, "mapping", "index")
+    for family, rows in _by_family(memory, mappers):
+        at = chosen(indices, rows)
         for mm in memory.families[family]:
-            yield from _in_process(mm, rows, indices[rows], frames[rows])
+            if known is None or mm is not known[0] or not np.array_equal(at, chosen(known[1], rows)):
+                yield from _in_process(mm, rows, at, chosen(frames, rows))
+
+
+def chosen(values: npt.NDArray[Number], rows: Rows) -> npt.NDArray[Number]:
+    """Those of `values` at `rows` (ascending), themselves if that is all: as it mostly is, and picking them costs as much as a pass."""
+    return values if len(rows) == len(values) else values[rows]
 
 
 def _by_family(memory: PhysicalMemory, anon_vmas: npt.NDArray[np.uint32]) -> Iterator[tuple[int, Rows]]:
     """Rows of `anon_vmas` by the family that they belong to."""
+    if len(anon_vmas) == 0:
+        return
+    if bool((anon_vmas == anon_vmas[0]).all()):  # as it mostly is: sorting to find that out costs ten passes
+        family = memory.anon_families.get(int(anon_vmas[0]), 0)
+        if family:
+            yield family, np.arange(len(anon_vmas), dtype=np.intp)
+        return
     known, which = np.unique(anon_vmas, return_inverse=True)
     families = np.array([memory.anon_families.get(number, 0) for number in known.tolist()])[which]
     for family in np.unique(families).tolist():
@@ -62,14 +82,16 @@ def places(memory: PhysicalMemory, frames: Words) -> Iterator[tuple[Mm, Words]]:
     yield from _places_of_files(memory, indices, anon_vmas)
     for family, rows in _by_family(memory, anon_vmas):
         for mm in memory.families[family]:
-            found = [_inside(vma, indices[rows], anon_vmas[rows]) for vma in mm.vmas.all() if vma.anon]
-            pages = np.concatenate(found) if found else indices[:0]
-            if len(pages):
-                yield mm, np.unique(pages)
+            parts = [_inside(vma, chosen(indices, rows), chosen(anon_vmas, rows)) for vma in mm.vmas.all() if vma.anon]
+            parts = [part for part in parts if len(part)]
+            if parts:
+                yield mm, distinct(parts[0] if len(parts) == 1 else np.concatenate(parts))
 
 
 def _places_of_files(memory: PhysicalMemory, indices: Words, numbers: npt.NDArray[np.uint32]) -> Iterator[tuple[Mm, Words]]:
     """`places` for frames of page caches: wherever a process maps that page of the file (rmap_walk_file)."""
+    if not memory.files:
+        return
     for number in np.unique(numbers).tolist():
         file = memory.files.get(number)
         if file is None:
@@ -83,13 +105,27 @@ def _places_of_files(memory: PhysicalMemory, indices: Words, numbers: npt.NDArra
             ]
             pages = np.concatenate(parts) if parts else offsets[:0]
             if len(pages):
-                yield space.mm, np.unique(pages)
+                yield space.mm, distinct(pages)
 
 
 def _inside(vma: Vma, indices: Words, anon_vmas: npt.NDArray[np.uint32]) -> Words:
     """The pages of `vma` that have one of `indices` in one of its anon_vmas."""
-    here = (indices >= vma.pgoff) & (indices < vma.pgoff + vma.end - vma.start) & np.isin(anon_vmas, (vma.anon, *vma.chain))
+    here = (indices >= vma.pgoff) & (indices < vma.pgoff + vma.end - vma.start)
+    if here.any():
+        here &= _one_of(anon_vmas, (vma.anon, *vma.chain))
     return indices[here] - vma.pgoff + vma.start
+
+
+def _one_of(anon_vmas: npt.NDArray[np.uint32], few: tuple[int, ...]) -> npt.NDArray[np.bool_]:
+    """Which of `anon_vmas` are among a `few`: comparing with each costs a pass, np.isin thirty."""
+    if len(few) > FEW:
+        return np.isin(anon_vmas, few)
+    out: npt.NDArray[np.bool_] = anon_vmas == few[0]
+    for number in few[1:]:
+        if out.all():
+            break
+        out |= anon_vmas == number
+    return out
 
 
 def _in_process(mm: Mm, rows: Rows, indices: Words, frames: Words) -> Iterator[Mapped]:
@@ -113,4 +149,6 @@ def _look(mm: Mm, rows: Rows, pages: Words, frames: Words) -> Mapped:
     hit = (pte.frames_of(entries) == frames) & (
         ((kinds == pte.PRESENT) & (entries & pte.SPECIAL == 0)) | (kinds == pte.DEVICE) | (kinds == pte.EXCLUSIVE) | (kinds == pte.HINT)
     )
+    if hit.all():
+        return Mapped(mm, rows, pages, entries)
     return Mapped(mm, rows[hit], pages[hit], entries[hit])
