@@ -87,8 +87,6 @@ async def anon_write_child(ground: Ground) -> None:
             child = await ground.process.fork()
             await ground.check(address, numbers, child)
             own = await ground.open(process=child)
-            if migrated and not ground.coherent:
-                await child.write(address, numbers)  # the driver does not break COW of its own pages
             await device_write(own, address, ~numbers)
             await ground.check(address, ~numbers, child)
             await child.exit()
