@@ -1,7 +1,8 @@
 """Histories of processes, private and coherent devices, small and huge pages: memory equals the reference model (`model.py`) throughout.
 
-After every operation: the invariants I1 to I8, every byte that the model knows, where each such page is, and that what it does not know is
-zero. Hypothesis shrinks what fails to the shortest history; `derandomize` makes every run the same.
+After every operation: the invariants I2 to I5 and I8 (`Machine.check`), I6 by its bytes: every one that the model knows, where each such
+page is, and that what it does not know is zero. Hypothesis shrinks what fails to the shortest history; `derandomize` makes every run the
+same.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Histories with files, shared memory, missing pages, locked and pinned memory, huge pages of the pool, a memory cgroup.
 
-After every operation: the invariants I1 to I8, every byte that the model (`model_files.py`) knows, and where each such page is. What the
-other reference test does for anonymous memory and transparent huge pages this one does for the rest.
+After every operation: the invariants I2 to I5 and I8 (`Machine.check`), I6 by its bytes: every one that the model (`model_files.py`) knows,
+and where each such page is. What the other reference test does for anonymous memory and transparent huge pages this one does for the rest.
 """
 
 from __future__ import annotations
