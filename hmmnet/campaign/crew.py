@@ -101,7 +101,9 @@ class Crew:
         self.harms = 0
         """Harms under way."""
         self.failures = 0
-        """Failures that were injected at protocol points: from the first on operations may be refused, but nothing may be lost."""
+        """Failures injected at protocol points, until all is calm: meanwhile operations may be refused, but nothing may be lost."""
+        self.short = 0
+        """How often memory was refused to a program that has little of it."""
         self._harmed_s = -1.0
         self._aftermath_until_s = 0.0
         self.down: list[str] = []
@@ -209,6 +211,7 @@ class Crew:
     def calm(self) -> None:
         """What happened to anybody is over and has been overcome: from now on nothing may fail because of it."""
         self._aftermath_until_s = min(self._aftermath_until_s, trio.current_time())
+        self.failures = 0
 
     def excused(self, began_s: float) -> bool:
         """Whether work that began then may have failed because somebody was harmed."""
@@ -233,6 +236,7 @@ class Crew:
                 await self._lost(who, error)
         except KernelError as error:
             limited = bool(self.program.limit_pages) and error.code == errno.ENOMEM
+            self.short += limited
             if error.code not in allowed and not limited and not self.excused(began_s):
                 self.complain("service", f"{who}: {error}")
         except PeerError as error:

@@ -24,7 +24,6 @@ import msgspec
 import trio
 
 from hmmnet.cable import Cable, Impairment
-from hmmnet.errors import HmmnetError
 from hmmnet.machine import LaunchedMachine, LaunchKind, launch
 from hmmnet.sim import SimulatedMachine
 
@@ -145,7 +144,7 @@ async def _batch(seed: int, rounds: int, transport: LaunchKind, summary: Summary
                 pids += [device.pid for device in machine.devices]
     except trio.TooSlowError:
         outcome.violations.append(Violation("progress", f"no end within {BATCH_S:g} s"))
-    except (HmmnetError, AssertionError, ExceptionGroup) as error:
+    except Exception as error:  # noqa: BLE001 - as in `run_program`
         outcome.violations.append(Violation("crash", "; ".join(_leaves(error))))
     left = await _left(pids)
     if left:
