@@ -233,6 +233,10 @@ class AddressSpace(Protocol):
         """The zone that the entry of `page` leads to (0 for an empty one, too)."""
         ...
 
+    def why_not(self, page: int, *, write: bool, start: int, end: int) -> str:
+        """Why `page` of [start, end), which was asked for (for a `write`), cannot be had: the words of a CPU fault there."""
+        ...
+
     def vma_end(self, page: int) -> int:
         """The end of the VMA that holds `page`; `page` itself when none does."""
         ...

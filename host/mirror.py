@@ -99,7 +99,8 @@ async def _walk(space: AddressSpace, hub: Hub, subscription: Subscription, reque
         walk = space.walk(request.start, request.end, request.inputs, request.default_flags, request.flags_mask, request.owner)
         if not walk.read.any():
             if walk.errno:
-                raise KernelError(walk.errno, "hmm_range_fault", f"page 0x{walk.failed:x} of process {space.number} cannot be had")
+                why = space.why_not(walk.failed, write=walk.errno == errno.EPERM, start=request.start, end=request.end)
+                raise KernelError(walk.errno, "hmm_range_fault", why)
             return walk.words
         await space.fault_in(*_faulted_along(space, request, walk), request.node)
         if hub.points.armed:

@@ -380,7 +380,7 @@ class CpuAccess:
             async with self.hub.invalidate(Event.CLEAR, page, end):
                 fault.restore_exclusive(self.mm, np.arange(page, end, dtype=np.uint64))
         elif touched.cause is Cause.MARKER:
-            raise BusError(page << PAGE_SHIFT, f"page 0x{page:x} of process {self.number} is poisoned or a guard page")
+            raise BusError(page << PAGE_SHIFT, self.mm.refusal(page, write=False))
         elif touched.cause is Cause.MISSING:
             vma = self.mm.vmas.find(page)
             assert vma is not None, "a missing page lies in a VMA"
@@ -388,7 +388,7 @@ class CpuAccess:
                 raise MissingPage(self.number, page, vma.userfault)
             raise BusError(page << PAGE_SHIFT, f"page 0x{page:x} of process {self.number} is missing, and a userfaultfd wants SIGBUS")
         elif touched.cause is Cause.BEYOND:
-            raise BusError(page << PAGE_SHIFT, f"page 0x{page:x} of process {self.number} lies behind the end of the file mapped there")
+            raise BusError(page << PAGE_SHIFT, self._behind(page))
 
     async def _bring_home(self, page: int, count: int) -> None:
         """A CPU access found device-private pages: migrate_to_ram for up to `count` of them, all of one zone; a huge page comes whole."""
@@ -408,10 +408,27 @@ class CpuAccess:
         await self.home(self, np.arange(page, page + count, dtype=np.uint64))
 
     def _check_there(self, page: int, number: int) -> None:
+        if self.memory.zones[number].lost:
+            raise BusError(page << PAGE_SHIFT, self._lost(page, number))
+
+    def _lost(self, page: int, number: int) -> str:
         zone = self.memory.zones[number]
-        if zone.lost:
-            why = f'page 0x{page:x} of process {self.number} had its only copy on device "{zone.owner}", which was lost: {zone.lost}'
-            raise BusError(page << PAGE_SHIFT, why)
+        return f'page 0x{page:x} of process {self.number} had its only copy on device "{zone.owner}", which was lost: {zone.lost}'
+
+    def _behind(self, page: int) -> str:
+        return f"page 0x{page:x} of process {self.number} lies behind the end of the file mapped there"
+
+    def why_not(self, page: int, *, write: bool, start: int, end: int) -> str:
+        """Why `page` of [start, end), which was asked for (for a `write`), cannot be had: the words of a CPU fault there."""
+        entry, vma = self.mm.table.get(page), self.mm.vmas.find(page)
+        number = entry >> pte.FRAME_SHIFT + ZONE_SHIFT
+        if entry & pte.KIND == pte.DEVICE and self.memory.zones[number].lost:
+            why = self._lost(page, number)
+        elif entry == 0 and vma is not None and vma.file is not None and vma.may_read and page >= end_in(vma):
+            why = self._behind(page)
+        else:
+            why = self.mm.refusal(page, write=write)
+        return f"{why} (asked for: pages 0x{start:x} to 0x{end - 1:x})"
 
     def signal_for(self, address: int) -> type[SignalError]:
         """What an access to `address` that cannot be served ends with: SIGBUS where the data is gone, else SIGSEGV."""
@@ -496,9 +513,9 @@ class CpuAccess:
                 errno.EFAULT, "handle_mm_fault", f"page 0x{page:x} of process {self.number}, which is being killed, was reaped"
             )
         if vma is None or not vma.flags & VM_ACCESS:
-            raise KernelError(errno.EFAULT, "handle_mm_fault", f"page 0x{page:x} of process {self.number} allows no access")
+            raise KernelError(errno.EFAULT, "handle_mm_fault", self.mm.refusal(page, write=write))
         if write and not vma.flags & VM_WRITE:
-            raise KernelError(errno.EPERM, "handle_mm_fault", f"page 0x{page:x} of process {self.number} is read-only")
+            raise KernelError(errno.EPERM, "handle_mm_fault", self.mm.refusal(page, write=write))
         return vma
 
 

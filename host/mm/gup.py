@@ -65,7 +65,8 @@ class Pins(CpuAccess):
             pages = np.arange(start, start + got, dtype=np.uint64)
             rounds = 0
             if refused and not got:
-                raise KernelError(errno.EFAULT, "get_user_pages", f"page 0x{start:x} of process {self.number} cannot be had")
+                why = self.why_not(start, write=write, start=start, end=start + count)
+                raise KernelError(errno.EFAULT, "get_user_pages", why)
             while True:
                 await self._fault_pages(pages, write=write)
                 if pin and not write:
@@ -160,7 +161,7 @@ class Pins(CpuAccess):
             stop = min(end, vma.end)
             wants = vma.flags & (VM_WRITE | VM_SHARED) == VM_WRITE if write is None else write
             if write is not None and not may_follow(vma, write=write):
-                raise KernelError(errno.EINVAL, "populate", f"page 0x{page:x} of process {self.number} does not allow it")
+                raise KernelError(errno.EINVAL, "populate", self.why_not(page, write=write, start=start, end=end))
             for low in range(page, stop, BATCH_PAGES):
                 await self._fault_pages(np.arange(low, min(stop, low + BATCH_PAGES), dtype=np.uint64), write=wants)
             page = stop

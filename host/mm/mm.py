@@ -15,7 +15,13 @@ from hmmnet.pagetable import PageTable
 from . import pte
 from .frames import PhysicalMemory
 from .memcg import MemoryCgroup
-from .vma import Vma, VmaTree
+from .vma import VM_PFNMAP, VM_READ, VM_WRITE, Vma, VmaTree
+
+MARKED = {
+    pte.MARKER_UFFD_WP: "is write-protected by a userfaultfd",
+    pte.MARKER_POISON: "is poisoned",
+    pte.MARKER_GUARD: "is a guard page",
+}
 
 ENOMEM = 12
 
@@ -83,10 +89,27 @@ class Mm:
     def check_access(self, page: int, write: bool) -> Vma:
         """The VMA of `page` if the CPU may load (or store) there. Raises SegmentationFault."""
         vma = self.vmas.find(page)
-        if vma is None:
-            raise SegmentationFault(page << PAGE_SHIFT, f"page 0x{page:x} of process {self.number} is not mapped")
-        if write and not vma.flags & 2:
-            raise SegmentationFault(page << PAGE_SHIFT, f"page 0x{page:x} of process {self.number} is mapped without the right to write")
-        if not vma.may_read:
-            raise SegmentationFault(page << PAGE_SHIFT, f"page 0x{page:x} of process {self.number} is mapped with PROT_NONE")
+        if vma is None or not vma.may_read or (write and not vma.flags & VM_WRITE):
+            raise SegmentationFault(page << PAGE_SHIFT, self.refusal(page, write=write))
         return vma
+
+    def refusal(self, page: int, *, write: bool) -> str:
+        """Why nobody, CPU or device, gets at `page` (for a `write`): what its VMA or its entry has against it."""
+        return f"page 0x{page:x} of process {self.number} {self._against(page, write=write)}"
+
+    def _against(self, page: int, *, write: bool) -> str:
+        vma = self.vmas.find(page)
+        if vma is None:
+            return "is not mapped"
+        if not vma.may_read:
+            return "is mapped with PROT_NONE"
+        if write and not vma.flags & VM_WRITE:
+            return "is mapped without the right to write"
+        if vma.flags & VM_PFNMAP:
+            return "is a driver's, without a struct page (VM_PFNMAP)"
+        entry = self.table.get(page)
+        if entry & pte.KIND == pte.MARKER:
+            return MARKED[entry >> pte.FRAME_SHIFT]
+        if not vma.flags & VM_READ:
+            return "is mapped without the right to read"
+        return "cannot be had"

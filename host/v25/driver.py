@@ -28,7 +28,7 @@ from hmmnet.host.migrate import MIGRATE, SHIFT, VALID, Copy, Grant, MigrateVma, 
 from hmmnet.host.mirror import ROUNDS_MAX, Request
 from hmmnet.host.mm.rmap import mappings
 from hmmnet.host.mm.space import Space
-from hmmnet.host.mm.vma import VM_WRITE
+from hmmnet.host.mm.vma import VM_HUGETLB, VM_WRITE
 from hmmnet.host.notifier import Subscription
 from hmmnet.pages import (
     HMM_PFN_ERROR,
@@ -126,10 +126,9 @@ def _wishes(request: Request, start: int, end: int) -> Iterator[tuple[int, int, 
 async def _piece(space: Space, vma: VmArea | None, request: Request, start: int, end: int, *, fault: bool, write: bool) -> Words | None:
     """Pages of one mapping (or of none) with one wish; None when they changed meanwhile. Raises KernelError as table A3."""
     call = "hmm_vma_fault" if fault else "hmm_vma_get_pfns"
-    refused = KernelError(errno.EFAULT, call, f"page 0x{start:x} of process {space.number} cannot be had")
     if vma is None:
         if fault:
-            raise refused
+            raise KernelError(errno.EFAULT, call, _why_not(space, request, start, write=write))
         return np.full(end - start, HMM_PFN_ERROR, np.uint64)
     pages, pfns = np.arange(start, end, dtype=np.uint64), np.zeros(end - start, np.uint64)
     for _ in range(ROUNDS_MAX):
@@ -144,7 +143,7 @@ async def _piece(space: Space, vma: VmArea | None, request: Request, start: int,
             if error.code != errno.EPERM:
                 raise
             if fault:
-                raise refused from error
+                raise KernelError(errno.EFAULT, call, _why_not(space, request, start, write=write)) from error
             return np.full(end - start, HMM_PFN_ERROR, np.uint64)
         if not hmm_vma_range_done(vma, tracked):
             return None
@@ -152,19 +151,26 @@ async def _piece(space: Space, vma: VmArea | None, request: Request, start: int,
         foreign &= pfns >> np.uint64(ZONE_SHIFT + pfn.HMM_PFN_SHIFT) != np.uint64(max(request.owner, 0))
         if not (fault and foreign.any()):
             if fault:
-                _check_had(space, vma, pages, pfns, write=write)
+                _check_had(space, vma, request, pages, pfns, write=write)
             return as_today(pfns, foreign)
         await space.fault_in(pages[foreign], np.full(int(np.count_nonzero(foreign)), write), request.node)
     return None
 
 
-def _check_had(space: Space, vma: VmArea, pages: Words, pfns: Words, *, write: bool) -> None:
+def _why_not(space: Space, request: Request, page: int, *, write: bool) -> str:
+    vma = space.mm.vmas.find(page)
+    if vma is not None and vma.flags & VM_HUGETLB:
+        return f"page 0x{page:x} of process {space.number} is of the huge page pool (hugetlb), which v25 does not mirror"
+    return space.why_not(page, write=write, start=request.start, end=request.end)
+
+
+def _check_had(space: Space, vma: VmArea, request: Request, pages: Words, pfns: Words, *, write: bool) -> None:
     """Everything that was to be faulted in is there. Raises KernelError: EPERM (no right to write), EFAULT."""
     wanting = pfns & np.uint64(pfn.HMM_PFN_VALID) == 0
     if wanting.any():
         code = errno.EPERM if write and not vma.vma.flags & VM_WRITE else errno.EFAULT
         first = int(pages[np.argmax(wanting)])
-        raise KernelError(code, "hmm_vma_fault", f"page 0x{first:x} of process {space.number} cannot be had")
+        raise KernelError(code, "hmm_vma_fault", _why_not(space, request, first, write=write))
 
 
 def as_today(pfns: Words, foreign: Flags) -> Words:

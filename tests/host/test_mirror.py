@@ -12,7 +12,9 @@ from trio.testing import wait_all_tasks_blocked
 from hmmnet.errors import BusError, KernelError
 from hmmnet.host.interfaces import Event
 from hmmnet.host.mirror import Request, range_fault
+from hmmnet.host.mm import pte
 from hmmnet.host.mm.space import Space
+from hmmnet.host.mm.vma import VM_PFNMAP
 from hmmnet.pages import (
     HMM_PFN_ERROR,
     HMM_PFN_REQ_FAULT,
@@ -80,6 +82,49 @@ async def test_missing_rights(protection: str, flags: int, code: int) -> None:
     with pytest.raises(KernelError) as caught:
         await ask(bench, space, address, 1, flags)
     assert caught.value.code == code
+
+
+REASONS = {
+    "hole": (READ, errno.EFAULT, "is not mapped"),
+    "PROT_NONE": (WRITE, errno.EFAULT, "is mapped with PROT_NONE"),
+    "write-only": (READ, errno.EFAULT, "is mapped without the right to read"),
+    "read-only": (WRITE, errno.EPERM, "is mapped without the right to write"),
+    "driver's": (READ, errno.EFAULT, r"is a driver's, without a struct page \(VM_PFNMAP\)"),
+    "guard": (READ, errno.EFAULT, "is a guard page"),
+    "poison": (READ, errno.EFAULT, "is poisoned"),
+}
+
+
+async def spoil(space: Space, page: int, how: str) -> None:
+    """Make `page` of a mapping what `how` says."""
+    address = page << PAGE_SHIFT
+    if how == "hole":
+        await space.munmap(address, PAGE_SIZE)
+    elif how in {"PROT_NONE", "write-only", "read-only"}:
+        await space.mprotect(address, PAGE_SIZE, {"PROT_NONE": "none", "write-only": "w", "read-only": "r"}[how])
+    elif how == "driver's":
+        await space.munmap(address, PAGE_SIZE)
+        await space.mmap(PAGE_SIZE, "rw", address, flags=VM_PFNMAP)
+    else:
+        space.mm.table.set(page, pte.entry(pte.MARKER, {"guard": pte.MARKER_GUARD, "poison": pte.MARKER_POISON}[how]))
+
+
+@pytest.mark.parametrize("how", REASONS)
+async def test_the_error_says_why_and_what_was_asked_for(how: str) -> None:
+    """Each kind of page that cannot be had in its own words, with the range; a reference is refused in the same ones."""
+    flags, code, why = REASONS[how]
+    bench = Bench()
+    space = bench.space()
+    first = await space.mmap(3 * PAGE_SIZE) >> PAGE_SHIFT
+    await spoil(space, first + 1, how)
+    page = f"page 0x{first + 1:x} of process {space.number}"
+    with pytest.raises(KernelError, match=rf"{page} {why} \(asked for: pages 0x{first:x} to 0x{first + 2:x}\)") as caught:
+        await ask(bench, space, first << PAGE_SHIFT, 3, flags)
+    assert caught.value.code == code
+    if how not in {"guard", "poison"}:  # found by the fault, not by the mapping
+        with pytest.raises(KernelError, match=rf"{page} {why} \(asked for: pages 0x{first + 1:x} to") as caught:
+            await space.get_pages(first + 1, 2, write=flags == WRITE)
+        assert caught.value.code == errno.EFAULT
 
 
 async def test_pages_before_a_hole_are_faulted_in_before_the_error() -> None:

@@ -358,12 +358,13 @@ async def test_fault_in_takes_scattered_pages() -> None:
         assert space.walk(first, first + 4, None, HMM_PFN_REQ_FAULT, 0, 64).read.tolist() == [False, False, True, False]
 
 
-async def test_poisoned_page() -> None:
-    """A marker is SIGBUS for the CPU and EFAULT for a device."""
+@pytest.mark.parametrize(("marker", "why"), [(pte.MARKER_POISON, "is poisoned$"), (pte.MARKER_GUARD, "is a guard page$")])
+async def test_a_marker_is_sigbus_and_says_which_it_is(marker: int, why: str) -> None:
+    """A poisoned page and a guard page, each by its name."""
     space = Machine().process()
     address = await space.mmap(PAGE)
-    space.mm.table.set(address // PAGE, pte.entry(pte.MARKER, pte.MARKER_POISON))
-    with pytest.raises(BusError, match="poisoned"):
+    space.mm.table.set(address // PAGE, pte.entry(pte.MARKER, marker))
+    with pytest.raises(BusError, match=why):
         await space.load(address, 1)
 
 

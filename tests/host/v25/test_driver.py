@@ -55,11 +55,12 @@ async def test_a_range_over_holes_and_rights() -> None:
     await ground.space.mprotect(address + PAGE_SIZE, PAGE_SIZE, "none")
     assert await device.bits(address, 6) == [MAPPED, HMM_PFN_ERROR, 0, HMM_PFN_ERROR, 0, 0]
     assert await device.bits(address + 6 * PAGE_SIZE, 1) == [HMM_PFN_ERROR]
-    for first, flags in ((3, READ), (6, READ), (1, READ), (1, BOTH)):
-        with refused(errno.EFAULT):
+    for first, flags, why in ((3, READ, "is not mapped"), (6, READ, "is not mapped"), (1, READ, "PROT_NONE"), (1, BOTH, "PROT_NONE")):
+        page = (address >> 12) + first
+        with refused(errno.EFAULT, rf"page 0x{page:x} .*{why} \(asked for: pages 0x{page:x} to 0x{page:x}\)"):
             await device.ask(address + first * PAGE_SIZE, 1, flags)
     fixed = await ground.space.mmap(PAGE_SIZE, "r")
-    with refused(errno.EPERM):
+    with refused(errno.EPERM, "is mapped without the right to write"):
         await device.ask(fixed, 1, BOTH)
     assert await device.bits(fixed, 1, READ) == [HMM_PFN_VALID]
 
@@ -80,7 +81,7 @@ async def test_special_mappings_are_refused() -> None:
     hugetlb = await ground.space.mmap_hugetlb(2 << 20, "rw", None)
     with refused(errno.EINVAL):
         await device.ask(hugetlb, 1)
-    with refused(errno.EFAULT):
+    with refused(errno.EFAULT, "is of the huge page pool"):
         await device.ask(hugetlb, 1, READ)
 
 
