@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -158,6 +158,11 @@ class LaunchedMachine:
     def devices(self) -> tuple[DeviceRecord, ...]:
         """The device processes: name, model, pid, state."""
         return tuple(self._crew.records.values())
+
+    @property
+    def processes(self) -> Mapping[int, int]:
+        """Every process beside this one that there has been, the zygote and each incarnation of each device: pid to its start in ticks."""
+        return self._crew.processes
 
     @property
     def rate(self) -> float:

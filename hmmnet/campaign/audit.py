@@ -1,8 +1,8 @@
 """Invariants while a program runs: I1 to I5 and I8 of the whole machine, after every so many events; at its end of a machine at rest.
 
-A full look costs as much as a dozen operations, so it is taken after some of them: after every operation that changes mappings or
-moves pages with a chance of one in `EVERY`, chosen by the operation's own number, so that a replay looks at the same moments. What is cheap
-is looked at after every operation: nothing refused by the IOMMU, no count below zero.
+A look costs as much as a dozen operations, so it is taken after one in `EVERY` of those that change mappings or move pages, and one in four
+times as many of the others, chosen by the operation's own number, so that a replay looks at the same moments. What the IOMMU refused is
+looked at once, when the program has ended (`trial`).
 """
 
 from __future__ import annotations

@@ -10,13 +10,11 @@ What is found is the history's verdict, whatever the timing.
 
 from __future__ import annotations
 
-import os
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import count, cycle
-from pathlib import Path
 from random import Random
 from typing import Any, ClassVar, cast
 
@@ -24,6 +22,7 @@ import msgspec
 import trio
 
 from hmmnet.cable import Cable, Impairment
+from hmmnet.launcher.directory import process_started
 from hmmnet.machine import LaunchedMachine, LaunchKind, launch
 from hmmnet.sim import SimulatedMachine
 
@@ -50,17 +49,29 @@ PAUSE_S = 0.02
 class Summary:
     """What all rounds came to so far."""
 
+    seeds: int = 0
+    """Machines that were begun, each with a seed of its own."""
     rounds: int = 0
+    """Harms that were done and mended."""
     operations: int = 0
     faults: Counter[str] = field(default_factory=Counter)
     lost_pages: int = 0
+    """How often a page was found to have died with the only device that had it."""
     violations: list[dict[str, Any]] = field(default_factory=list)
     processes_left: int = 0
     began_s: float = field(default_factory=time.perf_counter)
 
+    def add(self, seed: int, outcome: Outcome) -> None:
+        """What became of one machine, or of as much of its life as there was."""
+        self.operations += outcome.operations
+        self.lost_pages += outcome.lost
+        self.faults.update(outcome.faults)
+        self.violations += [{"seed": seed, "checker": one.checker, "what": one.what} for one in outcome.violations]
+
     def as_json(self) -> dict[str, Any]:
         """Plain data."""
         return {
+            "seeds": self.seeds,
             "rounds": self.rounds,
             "operations": self.operations,
             "faults": dict(sorted(self.faults.items())),
@@ -80,12 +91,12 @@ async def run_rounds(
     """
     summary = Summary() if summary is None else summary
     for batch in range(-(-rounds // ROUNDS)):
-        some = min(ROUNDS, rounds - batch * ROUNDS)
-        outcome = await _batch(seed + batch, some, "cable" if cables else "ring", summary)
-        summary.rounds += some
-        summary.operations += outcome.operations
-        summary.faults.update(outcome.faults)
-        summary.violations += [{"seed": seed + batch, "checker": one.checker, "what": one.what} for one in outcome.violations]
+        outcome = Outcome()
+        summary.seeds += 1
+        try:
+            await _batch(seed + batch, min(ROUNDS, rounds - batch * ROUNDS), "cable" if cables else "ring", outcome, summary)
+        finally:
+            summary.add(seed + batch, outcome)
         on_batch(summary)
     return summary
 
@@ -132,29 +143,27 @@ class _AsSimulated:
         self._machine.resume_device(name)
 
 
-async def _batch(seed: int, rounds: int, transport: LaunchKind, summary: Summary) -> Outcome:
+async def _batch(seed: int, rounds: int, transport: LaunchKind, outcome: Outcome, summary: Summary) -> None:
+    """One machine from its start until no process of it is left."""
     program = msgspec.structs.replace(draw(seed, "none", OPERATIONS), limit_pages=0)
-    outcome = Outcome()
-    pids: list[int] = []
+    processes: Mapping[int, int] = {}
     try:
         with trio.fail_after(BATCH_S):
             async with launch(_topology(program.machine), rate=1.0, transport=transport) as machine:
-                pids += [device.pid for device in machine.devices]
-                summary.lost_pages += await _live(machine, program, rounds, outcome)
-                pids += [device.pid for device in machine.devices]
+                processes = machine.processes
+                await _live(machine, program, rounds, outcome, summary)
     except trio.TooSlowError:
         outcome.violations.append(Violation("progress", f"no end within {BATCH_S:g} s"))
     except Exception as error:  # noqa: BLE001 - as in `run_program`
         outcome.violations.append(Violation("crash", "; ".join(_leaves(error))))
-    left = await _left(pids)
+    left = await _left(processes)
     if left:
         summary.processes_left += len(left)
-        outcome.violations.append(Violation("processes", f"{len(left)} devices are left behind: {', '.join(map(str, left))}"))
-    return outcome
+        outcome.violations.append(Violation("processes", f"{len(left)} processes are left behind: {', '.join(map(str, left))}"))
 
 
-async def _live(machine: LaunchedMachine, program: Program, rounds: int, outcome: Outcome) -> int:
-    """The life of one machine; how many pages it lost."""
+async def _live(machine: LaunchedMachine, program: Program, rounds: int, outcome: Outcome, summary: Summary) -> None:
+    """The life of one machine."""
     process = cast(AtomicProcess, await machine.create_process())
     crew = Crew(cast(SimulatedMachine, _AsSimulated(machine)), process, program, outcome, None)
     auditor = Auditor(crew)
@@ -162,7 +171,7 @@ async def _live(machine: LaunchedMachine, program: Program, rounds: int, outcome
     async with trio.open_nursery() as nursery:
         for actor in range(program.actors):
             nursery.start_soon(_act, crew, actor)
-        await _nemesis(machine, crew, Random(f"real {program.seed}"), rounds)  # noqa: S311 - chance, not secrecy
+        await _nemesis(machine, crew, Random(f"real {program.seed}"), rounds, summary)  # noqa: S311 - chance, not secrecy
         nursery.cancel_scope.cancel()
     machine.cables.repair()
     await _converge(crew)
@@ -176,7 +185,6 @@ async def _live(machine: LaunchedMachine, program: Program, rounds: int, outcome
             await region.file.close()
     await _converge(crew)
     await _books(crew, auditor)
-    return int(getattr(crew, "lost", 0))
 
 
 async def _act(crew: Crew, actor: int) -> None:
@@ -188,8 +196,8 @@ async def _act(crew: Crew, actor: int) -> None:
         await trio.lowlevel.checkpoint()
 
 
-async def _nemesis(machine: LaunchedMachine, crew: Crew, random: Random, rounds: int) -> None:
-    """Round after round, one harm to one device, until it is mended."""
+async def _nemesis(machine: LaunchedMachine, crew: Crew, random: Random, rounds: int, summary: Summary) -> None:
+    """Round after round, one harm to one device, until it is mended; each is counted when it is over."""
     harms = [_kill, _kill, _stop] + ([_cut, _cut, _impair, _reset] if machine.cables else [])
     for _ in range(rounds):
         await trio.sleep(random.uniform(0.0, PAUSE_S))
@@ -198,6 +206,7 @@ async def _nemesis(machine: LaunchedMachine, crew: Crew, random: Random, rounds:
         began = crew.outcome.operations
         kind = await harm(machine, crew, device, random)
         crew.outcome.faults[kind] += 1
+        summary.rounds += 1
         with trio.move_on_after(1.0):
             await crew.ended(began + 1)
 
@@ -291,13 +300,14 @@ async def _reset(machine: LaunchedMachine, crew: Crew, device: str, random: Rand
     return await _harmed(crew, "reset", reset)
 
 
-async def _left(pids: list[int]) -> list[int]:
-    """Processes that are still there some time after their machine has gone."""
+async def _left(processes: Mapping[int, int]) -> list[int]:
+    """Those of `processes` (pid to start) that are still there some time after their machine has gone."""
     with trio.move_on_after(GONE_S):
-        while any(_runs(pid) for pid in pids):  # noqa: ASYNC110 - nobody tells of the end of somebody else's children
+        while any(map(_runs, processes, processes.values())):  # noqa: ASYNC110 - nobody tells of the end of somebody else's children
             await trio.sleep(0.05)
-    return [pid for pid in dict.fromkeys(pids) if _runs(pid)]
+    return [pid for pid, started in processes.items() if _runs(pid, started)]
 
 
-def _runs(pid: int) -> bool:
-    return pid > 0 and pid != os.getpid() and Path(f"/proc/{pid}").exists()
+def _runs(pid: int, started: int) -> bool:
+    """Whether it is there, and no later process with its number."""
+    return started > 0 and process_started(pid) == started

@@ -1,4 +1,4 @@
-"""Making a failing program short: delta debugging over its steps, faults, harms, actors and devices.
+"""Making a failing program short: delta debugging over its harms, faults, hits and steps, then no limit and accesses of one word.
 
 Every candidate is a run of its own with one outcome, so the search needs no repeats. It fails "in the same way" when the same checker
 complains; what it complains of may differ in its details. Zeller and Hildebrandt, Simplifying and Isolating Failure-Inducing Input, 2002.
@@ -86,7 +86,7 @@ class Shrinker:
             items = getattr(self.best, field)
 
     def _simplify(self) -> None:
-        """One actor where two were, shorter accesses, no limit."""
+        """No limit of memory, and accesses of one word (or page)."""
         if self.best.limit_pages:
             self._still(limit_pages=0)
         for number, step in enumerate(self.best.steps):

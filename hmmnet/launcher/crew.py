@@ -19,7 +19,7 @@ import trio
 from hmmnet.errors import HmmnetError, KernelError
 from hmmnet.topology.model import Topology
 
-from .directory import DeviceRecord, Directory
+from .directory import DeviceRecord, Directory, process_started
 from .zygote import GRACE_S, Exited, Told, ZygoteClient
 
 READY_S = 30.0
@@ -51,6 +51,8 @@ class Crew:
         self._lost = lost
         self._ended = {name: trio.Event() for name in self.records}
         self.zygote = zygote
+        self.processes = {zygote.process.pid: process_started(zygote.process.pid)}
+        """Every process that there has been, the zygote and each incarnation of each device: pid to `process_started`."""
         self._extra = extra
         self._endpoint = ""
         self._host_pid = 0
@@ -139,6 +141,7 @@ class Crew:
             self._end(told.name, told.how)
         else:
             self.records[told.name].pid = told.pid
+            self.processes[told.pid] = process_started(told.pid)
             self._changed()
 
     def _end(self, name: str, how: str) -> None:
