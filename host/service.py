@@ -34,6 +34,7 @@ from hmmnet.faults.injector import HOST, Injector
 from hmmnet.faults.kinds import Fault
 from hmmnet.faults.network import Network
 from hmmnet.faults.taps import TappedChannel, TappedListener
+from hmmnet.faults.targets import check_target
 from hmmnet.pages import Words
 from hmmnet.topology import Topology
 from hmmnet.wire.exchange import HEARTBEAT_S, LEASE_S, RETRY_S
@@ -451,6 +452,7 @@ class Host:
 
     def add_fault(self, fault: Fault) -> int:
         """A fault begins; its number. Raises HmmnetError for what real processes cannot do, and for what is not there."""
+        check_target(fault, self.topology, "real")
         return self.faults.add(fault)
 
     def remove_fault(self, number: int) -> None:

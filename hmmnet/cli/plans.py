@@ -10,7 +10,6 @@ import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -37,6 +36,7 @@ def plan_for(path: Path | None, world: WorldName, topology: Topology | None = No
     """
     from hmmnet.errors import HmmnetError
     from hmmnet.faults.plan import Plan, named
+    from hmmnet.faults.targets import wrong_targets
 
     if path is None:
         return Breaking(())
@@ -47,23 +47,10 @@ def plan_for(path: Path | None, world: WorldName, topology: Topology | None = No
         raise HmmnetError(f"{path}: {error}") from error
     faults = tuple(named(one) for one in plan.faults)
     if topology is not None:
-        mistakes = [cause for fault in faults for cause in check_target(fault, topology)]
+        mistakes = [cause for fault in faults for cause in wrong_targets(fault, topology, world)]
         if mistakes:
             raise HmmnetError("\n".join(f"{path}: {cause}" for cause in mistakes))
     return Breaking(faults)
-
-
-def check_target(fault: Fault, topology: Topology) -> list[str]:
-    """What is wrong with whom a fault is on: nothing of that machine is called so."""
-    from hmmnet.faults.messages import Way
-
-    names = {"link": [link.name for link in topology.links], "node": [*topology.device_names, "host"]}
-    known = names.get(fault.kind.on, list(topology.device_names))
-    pattern = Way.parse(fault.on).device if fault.kind.on == "way" else fault.on
-    if fault.kind.on == "nothing" or any(fnmatchcase(name, pattern) for name in known):
-        return []
-    what = "link" if fault.kind.on == "link" else "device"
-    return [f'fault {fault.kind.name}: no {what} is called "{pattern}"; {topology.name} has {", ".join(known[:8])}']
 
 
 class Breaking:

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 from .controls import Controls
 from .injector import PointFault
 from .messages import MessageFault
+from .points import matching
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class HostEffect:
     """The host does `deed`, at each occurrence of `point` that `controls` choose (empty: at once), to who is concerned there.
 
     `process` (0: whoever reaches the point) and addresses [`start`, `end`) (empty: what is concerned there) narrow it, as in `PointFault`.
+    Raises HmmnetError when no point is called so.
     """
 
     deed: str
@@ -42,6 +44,10 @@ class HostEffect:
     end: int = 0
     controls: Controls = field(default_factory=Controls)
     settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.point:
+            matching(self.point)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from random import Random
@@ -32,10 +32,12 @@ import trio
 from hmmnet.errors import HmmnetError, PeerLost
 
 from .controls import Chance, Controls
-from .points import ACTIONS, POINTS, Action, Where, matching
+from .points import ACTIONS, HOSTS_OWN, POINTS, Action, Point, Where, matching
 
 HOST = "host"
 """The host's name as a node."""
+LETHAL = ("crash", "hang")
+"""Actions that happen to a node: the one that is named, or the device concerned; the host's own points concern none."""
 FIRED_MAX = 100_000
 """Records of faults that fired: a campaign reads them after each seed; a machine that runs for days keeps the last."""
 
@@ -74,15 +76,25 @@ class PointFault:
         if not any(self.action in point.actions for point in found):
             able = sorted({action for point in found for action in point.actions})
             raise HmmnetError(f'nothing can {self.action} at "{self.point}"; there is {", ".join(able)}')
+        if self.action in LETHAL:
+            self._check_node([point for point in found if self.action in point.actions])
         if (self.call is None) is (self.action == "call"):
             raise HmmnetError('a function goes with the action "call", and only with that')
         if self.delay_s < 0 or self.jitter_s < 0 or not math.isfinite(self.delay_s + self.jitter_s):
             raise HmmnetError(f"a delay of {self.delay_s:g} s with a jitter of {self.jitter_s:g} s cannot be")
 
+    def _check_node(self, found: Sequence[Point]) -> None:
+        """Somebody has to be meant, or nobody could die when the point is reached, in the middle of other work."""
+        if self.node == HOST:
+            raise HmmnetError(f"no host can {self.action} alone, at a point; a device can: node=gpu0")
+        if not self.node and all(point.name.startswith(HOSTS_OWN) for point in found):
+            raise HmmnetError(f'"{self.point}" concerns no device; say which node is to {self.action}, such as node=gpu0')
+
     def concerns(self, where: Where) -> bool:
         """Whether it may happen there."""
         return (
             self.action in POINTS[where.point].actions
+            and (self.action not in LETHAL or (self.node or where.device or where.node) != HOST)
             and (where.point == self.point or fnmatchcase(where.point, self.point))
             and (self.device == "*" or fnmatchcase(where.device, self.device))
             and self.process in (0, where.process)
@@ -274,8 +286,6 @@ class Injector:
 
     def _on_node(self, fault: PointFault, where: Where) -> str:
         node = fault.node or where.device or where.node
-        if node == HOST:
-            raise HmmnetError(f'"{where.point}" concerns no device, and no host can {fault.action} alone; say which node is to')
         if self.on_node is None:
             raise HmmnetError(f'nobody here can {fault.action} "{node}": this machine was started without a world that does it')
         self.on_node(fault.action, node)

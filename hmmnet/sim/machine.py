@@ -24,6 +24,7 @@ from hmmnet.faults.kinds import Fault
 from hmmnet.faults.messages import Channel, MessageFault
 from hmmnet.faults.network import Network
 from hmmnet.faults.plan import AnyFault, plain
+from hmmnet.faults.targets import check_target
 from hmmnet.machine import Host, host_class
 from hmmnet.program import Process
 from hmmnet.topology.load import installed_models, load
@@ -317,8 +318,10 @@ class SimulatedMachine:
     # --- faults ---------------------------------------------------------------------------------------------------------------
 
     def add_fault(self, fault: AnyFault) -> int:
-        """A fault begins; its number, for `remove_fault`. Raises HmmnetError for what a simulated machine cannot do."""
-        return self.carrier.add(fault if isinstance(fault, Fault) else plain(fault))
+        """A fault begins; its number, for `remove_fault`. Raises HmmnetError for what a simulated machine cannot do, or has not."""
+        whole = fault if isinstance(fault, Fault) else plain(fault)
+        check_target(whole, self.topology, "sim")
+        return self.carrier.add(whole)
 
     def remove_fault(self, number: int) -> None:
         """It ends. Raises HmmnetError when there is none of that number."""

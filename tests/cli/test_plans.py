@@ -25,6 +25,8 @@ def plan(tmp_path: Path) -> Path:
         (None, "cannot be read: No such file or directory"),
         ('[[fault]]\nkind = "los"\n', 'did you mean "loss"?'),
         ('[[fault]]\nkind = "unplug"\non = "gpu0"\n', 'the fault "unplug" cannot be done in the real world'),
+        ('[[fault]]\nkind = "partition"\non = "nothing7<->host"\n', 'no device is called "nothing7"'),
+        ('[[fault]]\nkind = "process.exit"\npoint = "device.job_end"\n', "where the host cannot act; give a point of the host"),
         ('[[fault]]\nkind = "host.crash"\n', 'the fault "host.crash" cannot be done in the real world'),
         ('[[fault]]\nkind = "crash"\non = "nothing7"\n', 'no device is called "nothing7"'),
         ('[[fault]]\nkind = "link.down"\non = "nowhere"\n', 'no link is called "nowhere"'),

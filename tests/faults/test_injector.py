@@ -78,13 +78,21 @@ async def test_who_cannot_kill_says_so() -> None:
 
 
 async def test_a_host_does_not_crash_alone() -> None:
-    """At a point that concerns no device it has to be said who is to: nobody is left standing at it for ever."""
+    """At a point that concerns no device it has to be said who is to, before anybody comes to it; patterns leave those points out."""
     lost: list[tuple[str, str]] = []
     injector = Injector(on_node=lambda action, node: lost.append((action, node)))
     host = injector.points_of("host")
-    number = injector.add(PointFault("hub.after_acks", "crash"))
-    with pytest.raises(HmmnetError, match="say which node"):
-        await host.at("hub.after_acks", process=1000)
+    for point in ("hub.after_acks", "process.*", "session.bye"):
+        with pytest.raises(HmmnetError, match="concerns no device; say which node is to hang"):
+            PointFault(point, "hang")
+    with pytest.raises(HmmnetError, match="no host can crash alone"):
+        PointFault("hub.after_acks", "crash", node="host")
+    number = injector.add(PointFault("*.before_*", "crash"))
+    await host.at("hub.before_callbacks", process=1000)
+    assert lost == []
+    await host.at("home.before_copy", device="gpu0")
+    assert lost == [("crash", "gpu0")]
+    lost.clear()
     injector.remove(number)
     injector.add(PointFault("hub.after_acks", "crash", node="gpu1"))
     with trio.fail_after(1):

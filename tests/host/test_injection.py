@@ -135,7 +135,7 @@ async def test_what_cannot_be_done_is_refused_with_the_mend() -> None:
     async with running_host("gpu0") as (host, _):
         for kind, on, why in (
             ("crash", "host", "end its process instead"),
-            ("crash", "gpu7", 'no device is called "gpu7"; there are gpu0'),
+            ("crash", "gpu7", 'no device is called "gpu7"; did you mean "gpu0"[?] There are gpu0'),
         ):
             with pytest.raises(HmmnetError, match=why):
                 host.add_fault(fault(kind, on=on))

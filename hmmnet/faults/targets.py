@@ -1,0 +1,74 @@
+"""Whom a fault is on: whether a machine has what is called so, and whether the world at hand sees the points that are meant.
+
+Both worlds ask before a fault is added, also one that begins later, so that no fault waits for what never comes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+from hmmnet.errors import HmmnetError
+from hmmnet.topology.problems import did_you_mean
+
+from .effects import DeviceEffect, Effect, HostEffect, LinkEffect, NodeEffect
+from .injector import HOST, PointFault
+from .kinds import Fault, World
+from .messages import MessageFault
+from .points import matching
+
+if TYPE_CHECKING:
+    from hmmnet.topology.model import Topology
+
+NAMES_MAX = 8
+"""So many names a message lists."""
+
+
+def check_target(fault: Fault, topology: Topology, world: World) -> None:
+    """Raises HmmnetError with everything that is wrong with whom `fault` is on."""
+    mistakes = wrong_targets(fault, topology, world)
+    if mistakes:
+        raise HmmnetError("\n".join(mistakes))
+
+
+def wrong_targets(fault: Fault, topology: Topology, world: World) -> list[str]:
+    """What is wrong with whom `fault` is on: nothing of that machine is called so, or that `world` cannot do it there."""
+    causes = [cause for effect in fault.effects for cause in (*_unknown(effect, topology), *_out_of_reach(effect, world))]
+    return [f"fault {fault.kind.name}: {cause}" for cause in dict.fromkeys(causes)]
+
+
+def _unknown(effect: Effect, topology: Topology) -> Iterator[str]:
+    devices = topology.device_names
+    if isinstance(effect, LinkEffect):
+        yield from _named("link", effect.link, [link.name for link in topology.links])
+    elif isinstance(effect, NodeEffect):
+        yield from _named("device", effect.node, [*devices, HOST])
+    elif isinstance(effect, MessageFault):
+        yield from _named("device", effect.way.device, devices)
+    elif isinstance(effect, PointFault | HostEffect | DeviceEffect):
+        yield from _named("device", effect.device, devices)
+    if isinstance(effect, PointFault) and effect.node:
+        yield from _named("device", effect.node, devices, "node: ", exact=True)
+    if isinstance(effect, HostEffect) and effect.settings.get("to"):
+        yield from _named("device", str(effect.settings["to"]), devices, "to: ", exact=True)
+
+
+def _named(what: str, pattern: str, known: Sequence[str], field: str = "", *, exact: bool = False) -> Iterator[str]:
+    """What is wrong with a name, or with a pattern of names."""
+    if pattern in known or pattern == "*" or (not exact and any(fnmatchcase(name, pattern) for name in known)):
+        return
+    guess = did_you_mean(pattern, known)
+    there = f"there are {', '.join(known[:NAMES_MAX])}{', ...' if len(known) > NAMES_MAX else ''}"
+    yield f'{field}no {what} is called "{pattern}"; ' + (f"{guess} {there[0].upper()}{there[1:]}" if guess else there)
+
+
+def _out_of_reach(effect: Effect, world: World) -> Iterator[str]:
+    """What real processes cannot do, each of which passes its own points only; in the simulated world everybody is at hand."""
+    if world != "real":
+        return
+    if isinstance(effect, HostEffect) and effect.point and all(point.side == "device" for point in matching(effect.point)):
+        yield f'"{effect.point}" is passed in a device\'s own process, where the host cannot act; give a point of the host'
+    other = isinstance(effect, PointFault) and effect.node not in ("", effect.device)
+    if isinstance(effect, PointFault) and other and all(point.side == "device" for point in matching(effect.point)):
+        yield f'"{effect.point}" is passed in a device\'s own process, which can {effect.action} nobody else; say on={effect.node}'
