@@ -7,12 +7,17 @@ one run. A file of it is JSON, which `hmmnet replay` reads.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import msgspec
 
 from hmmnet.errors import HmmnetError
+from hmmnet.faults.points import POINTS
+from hmmnet.topology.problems import did_you_mean
 
+REGION_KINDS = ("anon", "shared", "file", "huge")
+HARM_KINDS = ("death", "partition", "hang", "message")
 FORMAT = 1
 """Of the files; grows when older ones cannot be read any more."""
 
@@ -103,4 +108,26 @@ def read(file: Path) -> Program:
         raise HmmnetError(f"{file}: no program of a campaign: {error}; hmmnet shrink writes them") from None
     if program.format != FORMAT:
         raise HmmnetError(f"{file}: format {program.format}; this hmmnet reads format {FORMAT}")
+    for place, word, known in _words(program):
+        if word not in known:
+            others = f"there are {', '.join(sorted(known))}"
+            raise HmmnetError(f'{file}: {place}: there is no "{word}"; {did_you_mean(word, known, others)}')
     return program
+
+
+def _words(program: Program) -> Iterator[tuple[str, str, Collection[str]]]:
+    """Every word of a program that must be one of some: its place, the word, and those that there are."""
+    from .places import places
+    from .trial import STEP_KINDS
+
+    for number, layout in enumerate(program.regions):
+        yield f"regions[{number}].kind", layout.kind, REGION_KINDS
+    for number, step in enumerate(program.steps):
+        yield f"steps[{number}].kind", step.kind, STEP_KINDS
+    for number, harm in enumerate(program.harms):
+        yield f"harms[{number}].kind", harm.kind, HARM_KINDS
+        if harm.message:
+            yield f"harms[{number}].message", harm.message, places().keys() - POINTS.keys()
+    for number, hit in enumerate(program.hits):
+        yield f"hits[{number}].point", hit.point, POINTS
+        yield f"hits[{number}].action", hit.action, POINTS[hit.point].actions

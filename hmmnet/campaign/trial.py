@@ -55,6 +55,8 @@ BYE = "session.bye"
 """The point that is reached when everything else is over."""
 STEPS = (commands, leaving, operations)
 """Where the steps of a program are."""
+STEP_KINDS = frozenset(operations.OPERATIONS)
+"""Their kinds: each of those modules has offered its own when it was imported."""
 CHECKED_SERIAL = 1 << 24
 """What the last check stores has serials beyond those of all steps."""
 
@@ -78,6 +80,8 @@ class Verdict:
 def run_program(program: Program, *, trace: Trace | None = None, count: bool = False) -> Verdict:
     """Run it. Raises nothing for what goes wrong in it: that is a violation. `count`: what it reaches (`Outcome.reached`)."""
     verdict = Verdict(program)
+    if trace is None and any(harm.kind == "message" and not harm.message for harm in program.harms):
+        trace = Trace()  # which counts messages
     line = 0
     with _quietly():
         try:

@@ -23,11 +23,14 @@ class World(StrEnum):
 
 
 SEEDS_MAX = 10_000_000
+OF_A_WORLD = {World.sim: ("faults", "jobs", "dask", "operations"), World.real: ("rounds", "cables")}
+"""Options that mean nothing in the other world."""
 SHOWN_MAX = 20
 """Violations that are told in full; the rest are counted."""
 
 
 def campaign(
+    context: typer.Context,
     seeds: Annotated[str, typer.Option(help="Which: A:B from A up to but not B, or one number.", show_default=True)] = "0:100",
     faults: Annotated[str, typer.Option(metavar="MIX", help="all, none, messages, deaths, partitions or points.")] = "all",
     jobs: Annotated[int, typer.Option(min=1, max=1024, help="Processes.")] = 1,
@@ -36,7 +39,7 @@ def campaign(
     ] = "",
     operations: Annotated[int, typer.Option(min=1, max=100_000, help="Operations of a seed.")] = 200,
     world: Annotated[
-        World, typer.Option(help="sim: in virtual time, from the seeds; real: on processes, from the first of them, in rounds.")
+        World, typer.Option(help="sim: in virtual time, from the seeds; real: on processes, from one seed on, in rounds.")
     ] = World.sim,
     rounds: Annotated[int, typer.Option(min=1, max=1_000_000, help="Rounds of --world real: kill, stop, or spoil a cable.")] = 100,
     cables: Annotated[bool, typer.Option("--cables", help="Of --world real: devices behind cables that are cut and spoilt.")] = False,
@@ -47,6 +50,8 @@ def campaign(
     Each seed is a run of its own that can be repeated: a violation prints the command. Exit code 1 when there is one. Ctrl-C prints what
     was found so far.
     """
+    given = {name for name in context.params if str(getattr(context.get_parameter_source(name), "name", "")) == "COMMANDLINE"}
+    _check_together(world, given, seeds)
     if world is World.real:
         return _real(seeds_of(seeds)[0], rounds, cables=cables, as_json=as_json)
     from hmmnet.campaign.campaign import Summary, run_campaign
@@ -67,6 +72,22 @@ def campaign(
     else:
         _tell(summary)
     return 130 if interrupted else 1 if summary.violations else 0
+
+
+def _check_together(world: World, given: set[str], seeds: str) -> None:
+    """Raises HmmnetError for options among `given` that would be passed over."""
+    from hmmnet.errors import HmmnetError
+
+    other = World.real if world is World.sim else World.sim
+    strange = [f"--{name}" for name in OF_A_WORLD[other] if name in given]
+    if strange:
+        own = ", ".join(f"--{name}" for name in ("seeds", *OF_A_WORLD[world]))
+        raise HmmnetError(f"{', '.join(strange)} mean{'s' * (len(strange) == 1)} nothing in --world {world.value}, which has {own}")
+    if world is World.real and "seeds" in given and len(seeds_of(seeds)) > 1:
+        first = seeds_of(seeds)[0]
+        raise HmmnetError(f"--world real begins with one seed, and --rounds says how far it goes: write --seeds {first}, not {seeds}")
+    if {"dask", "jobs"} <= given:
+        raise HmmnetError("--jobs means nothing with --dask, whose scheduler has workers of its own: leave one of them out")
 
 
 def _real(seed: int, rounds: int, *, cables: bool, as_json: bool) -> int:

@@ -18,10 +18,13 @@ import pytest
 
 from hmmnet.campaign.campaign import Summary, run_campaign, try_seed
 from hmmnet.campaign.draw import MIXES, SOMETIMES, draw
-from hmmnet.campaign.program import Program, read
+from hmmnet.campaign.places import pairs
+from hmmnet.campaign.program import Harm, Program, read
+from hmmnet.campaign.scenarios import SCENARIOS
 from hmmnet.campaign.shrink import Shrinker
 from hmmnet.campaign.trial import run_program
 from hmmnet.campaign.waits import find_cycle
+from hmmnet.cli import exit_code
 from hmmnet.errors import HmmnetError
 from hmmnet.sim import Trace
 
@@ -156,6 +159,7 @@ def test_command_line(tmp_path: Path) -> None:
         (("campaign", "--seeds", "7:3"), "names no seeds"),
         (("campaign", "--faults", "some"), "there is no mix"),
         (("campaign", "--dask", "tcp://127.0.0.1:1"), "dask"),
+        (("campaign", "--dask", "tcp://127.0.0.1:1", "--jobs", "2"), "--jobs means nothing with --dask"),
         (("replay", str(tmp_path / "none.json")), "No such file"),
         (("shrink", "0", "--operations", "5", "-o", str(tmp_path / "x")), "does not fail"),
     ):
@@ -163,6 +167,77 @@ def test_command_line(tmp_path: Path) -> None:
         assert refused.returncode == 1, arguments
         assert words in refused.stderr
         assert "Traceback" not in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--world real --operations 5", "--operations means nothing in --world real, which has --seeds, --rounds, --cables"),
+        ("--world real --jobs 2 --faults none --dask x", "--faults, --jobs, --dask mean nothing in --world real"),
+        ("--world real --seeds 5:9", "write --seeds 5, not 5:9"),
+        ("--rounds 3", "--rounds means nothing in --world sim, which has --seeds, --faults, --jobs, --dask, --operations"),
+        ("--world sim --cables --rounds 3", "--rounds, --cables mean nothing in --world sim"),
+    ],
+)
+def test_options_that_would_be_passed_over_are_refused(options: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """In one line, before anything is run."""
+    assert exit_code(["campaign", *options.split()]) == 1
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert words in told.err
+    assert told.err.count("\n") == 1
+
+
+# --- files of programs --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"steps": [{"actor": 0, "kind": "load"}, {"actor": 0, "kind": "lode"}]},
+            'steps[1].kind: there is no "lode"; did you mean "load"?',
+        ),
+        ({"regions": [{"kind": "anon", "pages": 1}, {"kind": "stack", "pages": 1}]}, 'regions[1].kind: there is no "stack"'),
+        ({"harms": [{"at": 1, "kind": "flood"}]}, 'harms[0].kind: there is no "flood"'),
+        ({"harms": [{"at": 1, "kind": "message", "message": "Migrat"}]}, 'harms[0].message: there is no "Migrat"; did you mean "Migrate"?'),
+        ({"hits": [{"point": "home.falt", "action": "fail"}]}, 'hits[0].point: there is no "home.falt"; did you mean "home.fault"?'),
+        ({"hits": [{"point": "home.fault", "action": "explode"}]}, 'hits[0].action: there is no "explode"'),
+        ({"steps": [{"actor": 0}]}, "$.steps[0]"),
+    ],
+)
+@pytest.mark.parametrize("command", ["replay", "shrink"])
+def test_a_file_with_an_unknown_word(
+    command: str, changes: dict[str, Any], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line with the file, the place in it, and what was meant."""
+    file = tmp_path / "typo.json"
+    file.write_text(json.dumps(msgspec.to_builtins(draw(0, "none", 5)) | changes))
+    assert exit_code([command, str(file), *(["-o", str(tmp_path / "short.json")] if command == "shrink" else [])]) == 1
+    told = capsys.readouterr().err
+    assert str(file) in told
+    assert words in told
+    assert told.count("\n") == 1
+
+
+def test_what_is_drawn_and_swept_can_be_read(tmp_path: Path) -> None:
+    """Every word that programs of ours use is known."""
+    file = tmp_path / "one.json"
+    swept = [pair.program(base, 1) for base in SCENARIOS.values() for pair in pairs()[::7]]
+    for program in (*(draw(seed, mix) for mix in MIXES for seed in range(10)), *swept):
+        program.write(file)
+        assert read(file) == program
+
+
+def test_a_death_at_any_message_needs_no_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A device dies when message 40 of all is sent, also where nobody reads the story: the same run, and what shrink says is no crash."""
+    program = msgspec.structs.replace(draw(0, "none", 40), harms=(Harm(40, "message", seconds=0.01),))
+    traced, alone = run_program(program, trace=Trace()).outcome, run_program(program).outcome
+    assert alone.faults["message"] == 1
+    assert alone == traced
+    program.write(tmp_path / "dies.json")
+    assert exit_code(["shrink", str(tmp_path / "dies.json"), "-o", str(tmp_path / "short.json")]) == 1
+    assert "does not fail" in capsys.readouterr().err
 
 
 def test_interrupted_it_prints_what_it_found() -> None:
