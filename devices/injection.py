@@ -14,6 +14,7 @@ import msgspec
 from hmmnet.errors import HmmnetError
 from hmmnet.faults.carry import AtWork, Carrier
 from hmmnet.faults.catalogue import fault
+from hmmnet.faults.controls import Tally
 from hmmnet.faults.effects import DeviceEffect
 from hmmnet.faults.injector import PointFault
 from hmmnet.wire.messages import Inject
@@ -34,16 +35,16 @@ def carrier_of(device: Device, wiring: Wiring) -> Carrier:
     async def sleep(seconds: float) -> None:
         await clock.sleep_until(clock.now() + seconds)
 
-    def at_points(fault: PointFault) -> Undo:
+    def at_points(fault: PointFault, tally: Tally) -> Undo:
         if injector is None:
             return AtWork(_nothing, lambda: 0)
-        number = injector.add(fault)
+        number = injector.add(fault, tally=tally)
         return AtWork(partial(injector.remove, number), partial(injector.count, number))
 
     def own(effect: DeviceEffect) -> Undo:
         return begin(device, effect) if fnmatchcase(device.spec.name, effect.device) else AtWork(_nothing, lambda: 0)
 
-    carrier = Carrier("real", {PointFault: at_points, DeviceEffect: own}, wiring.nursery.start_soon, sleep)
+    carrier = Carrier("real", {DeviceEffect: own}, wiring.nursery.start_soon, sleep, counted={PointFault: at_points})
     if injector is not None:
         injector.on_fired = lambda _: tell_fired(carrier, wiring.session)
     return carrier

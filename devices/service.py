@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import msgspec
@@ -98,7 +99,7 @@ async def serve(
     device: Device | None = None
     injector = None
     if points is None:  # nobody else decides what goes wrong here: the host may, over the session
-        injector = Injector(now=emulated.now, sleep=lambda seconds: emulated.sleep_until(emulated.now() + seconds), on_node=on_own_node)
+        injector = injector_of(name, emulated)
         points = injector.points_of(name)
     hooks = points
     if hooks.armed:
@@ -158,6 +159,15 @@ def assemble(
     session.on_lost(lambda cause: sender.fail(str(cause)))
     session.on_lost(lambda cause: receiver.fail(str(cause)))
     return device
+
+
+def injector_of(name: str, clock: EmulatedClock) -> Injector:
+    """What is to happen at the points of a process of its own: each device draws its own chances, the same ones in each life."""
+
+    async def sleep(seconds: float) -> None:
+        await clock.sleep_until(clock.now() + seconds)
+
+    return Injector(Random(name), now=clock.now, sleep=sleep, on_node=on_own_node)  # noqa: S311 - chance, not secrecy
 
 
 def on_own_node(action: str, node: str) -> None:

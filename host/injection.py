@@ -22,6 +22,7 @@ from hmmnet.fabric.arbiter import LinkChange
 from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.faults.carry import AtWork, Carrier, Undo
 from hmmnet.faults.catalogue import as_given
+from hmmnet.faults.controls import Tally
 from hmmnet.faults.effects import HostEffect, LinkEffect, NodeEffect
 from hmmnet.faults.injector import HOST, Injector, PointFault
 from hmmnet.faults.kinds import Fault
@@ -62,15 +63,10 @@ class Injection:
         self._injector.on_node = self._on_node
         made = Carrier(
             "real",
-            {
-                PointFault: self._at_points,
-                LinkEffect: self.link,
-                HostEffect: self.deed,
-                NodeEffect: self._to_nodes,
-                MessageFault: self._on_wires,
-            },
+            {LinkEffect: self.link, HostEffect: self.deed, NodeEffect: self._to_nodes},
             self._host.spawn,
             sleep,
+            counted={PointFault: self._at_points, MessageFault: self._on_wires},
         )
         made.told = self._tell
         self._carrier = made
@@ -94,15 +90,15 @@ class Injection:
             raise ProtocolError(f"{node} tells of fault {message.number} what is no count: {error}") from error
         self._carrier.heard(message.number, node, told.get("fired", 0))
 
-    def _at_points(self, fault: PointFault) -> Undo:
-        number = self._injector.add(fault)
+    def _at_points(self, fault: PointFault, tally: Tally | None = None) -> Undo:
+        number = self._injector.add(fault, tally=tally)
         return AtWork(partial(self._injector.remove, number), partial(self._injector.count, number))
 
-    def _on_wires(self, fault: MessageFault) -> Undo:
+    def _on_wires(self, fault: MessageFault, tally: Tally) -> Undo:
         """Raises HmmnetError for a name that nothing has."""
         self._devices_called(fault.way.device)
         network = self._host.network
-        number = network.add(fault)
+        number = network.add(fault, tally)
         return AtWork(partial(network.discard, number), partial(network.count, number))
 
     def _devices_called(self, pattern: str) -> list[str]:

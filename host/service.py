@@ -108,7 +108,7 @@ class Host:
         self.injector = injector or Injector(now=clock.now, sleep=partial(sleep_emulated, clock))
         self.points = self.memory.points = self.injector.points_of(HOST)
         self.injection = Injection(self, self.injector)
-        self.network = Network(Random())  # noqa: S311 - chance, not secrecy
+        self.network = Network(Random(f"wires of {name}"))  # noqa: S311 - chance, not secrecy
         """What happens to messages on the wires to the devices (a simulated machine has a network of its own at their other end)."""
         self.faults = self.injection.carrier(clock)
         """The faults of this machine, where the host carries them out (a simulated machine has its own)."""

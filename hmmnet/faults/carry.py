@@ -1,20 +1,22 @@
 """The faults of a machine, or of one process of it: their numbers, their times, and who carries their effects out.
 
-`Carrier.begin` has a function for each type of effect that its world can do; what it lacks is somebody else's (a device's, in another
-process, that is told over its session).
+`Carrier.begin` has a function for each type of effect that its world can do, `Carrier.counted` for those that happen as often as controls
+say; what they lack is somebody else's (a device's, in another process, that is told over its session). All that one fault comes down to
+here is counted together: ``times=1`` is once, also where a fault is at two points.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from hmmnet.errors import HmmnetError
 
 from .catalogue import as_given
+from .controls import Tally
 from .kinds import Fault, World
 
 Undo = Callable[[], None]
@@ -62,11 +64,14 @@ class Carrier:
         begin: Mapping[type, Callable[[Any], Undo]],
         start: Callable[..., None],
         sleep: Callable[[float], Awaitable[None]],
+        *,
+        counted: Mapping[type, Callable[[Any, Tally], Undo]],
     ) -> None:
         self.world = world
         self.told: Callable[[int, Fault | None], None] | None = None
         """Called with each fault that begins, and with None when it ends."""
         self._begin = dict(begin)
+        self._counted = dict(counted)
         self._start = start
         self._sleep = sleep
         self._numbers = itertools.count(1)
@@ -89,9 +94,12 @@ class Carrier:
 
     def _enter(self, carried: Carried) -> None:
         try:
+            tally = Tally()
             for effect in carried.fault.effects:
-                begin = self._begin.get(type(effect))
-                if begin is not None:
+                begin, counted = self._begin.get(type(effect)), self._counted.get(type(effect))
+                if counted is not None:
+                    carried.undos.append(counted(effect, tally))
+                elif begin is not None:
                     carried.undos.append(begin(effect))
             if self.told is not None:
                 self.told(carried.number, carried.fault)
@@ -149,6 +157,13 @@ class Carrier:
     def counts(self) -> dict[int, int]:
         """How often each fault that acts now has happened, here."""
         return {number: carried.fired for number, carried in self._carried.items() if carried.begun}
+
+    @property
+    def at_work(self) -> Iterator[Undo]:
+        """What ends each effect of the faults that act now."""
+        for carried in self._carried.values():
+            if carried.begun:
+                yield from carried.undos
 
     @property
     def active(self) -> dict[int, Fault]:

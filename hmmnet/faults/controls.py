@@ -32,29 +32,38 @@ class Controls:
             raise HmmnetError(f"times {self.times} is too small; -1 means without end")
 
 
-class Chance:
-    """The controls of one fault at work."""
+@dataclass
+class Tally:
+    """What counts for one fault, wherever it can happen: occurrences so far, how many of them it was, bytes that passed before."""
 
-    def __init__(self, controls: Controls, random: Random) -> None:
+    seen: int = 0
+    fired: int = 0
+    passed_bytes: int = 0
+
+
+class Chance:
+    """The controls of one fault at work, in one place; `tally` is common to all its places."""
+
+    def __init__(self, controls: Controls, random: Random, tally: Tally | None = None) -> None:
         self.controls = controls
-        self.seen = 0
-        """Occurrences so far."""
         self.fired = 0
+        """How often it has happened in this place."""
         self._random = random
-        self._space = controls.space
+        self._tally = tally or Tally()
 
     def fires(self, nbytes: int = 1) -> bool:
         """Whether it happens this time; `nbytes` pass if it does not."""
-        controls = self.controls
-        self.seen += 1
+        controls, tally = self.controls, self._tally
+        tally.seen += 1
         if controls.nth:
-            happens = self.seen == controls.nth
-        elif self.fired == controls.times:
+            happens = tally.seen == controls.nth
+        elif tally.fired == controls.times:
             happens = False
-        elif self._space > 0:
-            self._space -= nbytes
+        elif tally.passed_bytes < controls.space:
+            tally.passed_bytes += nbytes
             happens = False
         else:
-            happens = self.seen % controls.interval == 0 and self._random.random() < controls.probability
+            happens = tally.seen % controls.interval == 0 and self._random.random() < controls.probability
+        tally.fired += happens
         self.fired += happens
         return happens

@@ -31,7 +31,7 @@ import trio
 
 from hmmnet.errors import HmmnetError, PeerLost
 
-from .controls import Chance, Controls
+from .controls import Chance, Controls, Tally
 from .points import ACTIONS, HOSTS_OWN, POINTS, Action, Point, Where, matching
 
 HOST = "host"
@@ -164,10 +164,10 @@ class Injector:
         self._recording = on
         self._arm()
 
-    def add(self, fault: PointFault, number: int | None = None) -> int:
-        """From now on that happens; its number."""
+    def add(self, fault: PointFault, number: int | None = None, *, tally: Tally | None = None) -> int:
+        """From now on that happens; its number. `tally`: what it is counted with."""
         number = next(self._numbers) if number is None else number
-        self._active[number] = _Active(number, fault, Chance(fault.controls, self.random))
+        self._active[number] = _Active(number, fault, Chance(fault.controls, self.random, tally))
         self._arm()
         return number
 

@@ -1,7 +1,8 @@
 """What happens to messages on their way between the host and its devices: faults, drawn from a seed.
 
-Each wire of a device leads through here, in a simulated machine and in a device's process. Without faults a message is there at once (time
-on links is the fabric's business); with faults it may be gone, late, twice or damaged. What is late is delivered by `run`.
+Each wire of a device leads through here: in a simulated machine at the device's end, between real processes at the host's. Without faults
+a message is there at once (time on links is the fabric's business); with faults it may be gone, late, twice or damaged. What is late is
+delivered by `run`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import trio
 from hmmnet.errors import ProtocolError
 from hmmnet.wire.codec import WITH_BODY, decode_body, decode_header
 
-from .controls import Chance
+from .controls import Chance, Tally
 from .messages import Channel, Delivery, MessageFault, Parts
 
 Deliver = Callable[[Parts], None]
@@ -79,10 +80,10 @@ class Network:
         self._matching: dict[tuple[str, Channel, bool], list[Active]] = {}
         """Which faults may concern messages that go that way; made when the first does."""
 
-    def add(self, fault: MessageFault) -> int:
-        """A fault begins; its number."""
+    def add(self, fault: MessageFault, tally: Tally | None = None) -> int:
+        """A fault begins; its number. `tally`: what it is counted with."""
         number = next(self._numbers)
-        self.active[number] = Active(number, fault, Chance(fault.controls, self.random))
+        self.active[number] = Active(number, fault, Chance(fault.controls, self.random, tally))
         self._matching.clear()
         return number
 

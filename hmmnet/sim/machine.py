@@ -18,6 +18,7 @@ from trio.testing import MockClock
 from hmmnet.blocking import only_error
 from hmmnet.errors import HmmnetError, KernelError, PeerLost
 from hmmnet.faults.carry import AtWork, Carrier, Undo
+from hmmnet.faults.controls import Tally
 from hmmnet.faults.effects import DeviceEffect, HostEffect, LinkEffect, NodeEffect
 from hmmnet.faults.injector import HOST, Injector, PointFault
 from hmmnet.faults.kinds import Fault
@@ -33,6 +34,7 @@ from hmmnet.wire.memory_transport import MemoryChannel, MemoryTransport, Parts
 from hmmnet.wire.transport import CHANNEL_BYTES_MAX
 
 from .clock import JumpClock, VirtualClock
+from .suffering import Suffering
 from .trace import Trace
 
 SECRET = bytes(32)
@@ -130,8 +132,6 @@ class SimulatedMachine:
         self.carrier = Carrier(
             "sim",
             {
-                PointFault: self._at_points,
-                MessageFault: self._on_wires,
                 LinkEffect: host.injection.link,
                 HostEffect: host.injection.deed,
                 DeviceEffect: self._in_devices,
@@ -139,6 +139,7 @@ class SimulatedMachine:
             },
             nursery.start_soon,
             trio.sleep,
+            counted={PointFault: self._at_points, MessageFault: self._on_wires},
         )
         """The faults that were added, by number."""
         self._revived: dict[str, float] = {}
@@ -333,23 +334,27 @@ class SimulatedMachine:
         self.network.heal()
         self.injector.heal()
 
-    def _at_points(self, fault: PointFault) -> Undo:
-        number = self.injector.add(fault)
+    def _at_points(self, fault: PointFault, tally: Tally) -> Undo:
+        number = self.injector.add(fault, tally=tally)
         return AtWork(partial(self.injector.remove, number), partial(self.injector.count, number))
 
-    def _on_wires(self, fault: MessageFault) -> Undo:
-        number = self.network.add(fault)
+    def _on_wires(self, fault: MessageFault, tally: Tally) -> Undo:
+        number = self.network.add(fault, tally)
         return AtWork(partial(self.network.discard, number), partial(self.network.count, number))
 
     def _in_devices(self, effect: DeviceEffect) -> Undo:
-        devices = [node.device for name, node in self._nodes.items() if fnmatchcase(name, effect.device)]
-        undos = [device.suffer(effect) for device in devices if device is not None]
+        suffering = Suffering(effect)
+        for name, node in self._nodes.items():
+            if node.device is not None:
+                suffering.begin(name, node.device)
+        return suffering
 
-        def undo() -> None:
-            for one in undos:
-                one()
-
-        return undo
+    def _made(self, name: str, node: _Node, device: Any) -> None:
+        """A device has started: it suffers what those of its name do now, as a real one is told when it comes."""
+        node.device = device
+        for undo in self.carrier.at_work:
+            if isinstance(undo, Suffering):
+                undo.begin(name, device)
 
     def _to_nodes(self, effect: NodeEffect) -> Undo:
         """Raises HmmnetError when nothing is called so."""
@@ -386,7 +391,7 @@ class SimulatedMachine:
             for name in names:
                 self._revived.pop(name, None)
 
-        return undo
+        return AtWork(undo, lambda: 0)
 
     async def _again(self, name: str, down_s: float) -> None:
         await trio.sleep(down_s)
@@ -411,7 +416,7 @@ class SimulatedMachine:
                     VirtualClock(),
                     pid=PID,
                     points=self._points[name],
-                    made=partial(setattr, node, "device"),
+                    made=partial(self._made, name, node),
                 )
         except HmmnetError as error:
             node.failure = error

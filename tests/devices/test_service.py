@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 import trio
 
-from hmmnet.devices.service import Settings, run_device, serve, single
+from hmmnet.devices.service import Settings, injector_of, run_device, serve, single
 from hmmnet.errors import HmmnetError, PeerLost, PeerRefused
+from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.testing.scripted_host import SECRET, ScriptedHost, host_alone, results_of, until
 from hmmnet.wire.memory_transport import MemoryTransport
 from hmmnet.wire.secrets import write_secret
@@ -241,3 +242,11 @@ def test_single_error_of_nested_groups() -> None:
     assert single(ExceptionGroup("a", [ExceptionGroup("b", [one])])) is one
     several = ExceptionGroup("a", [one, KeyError()])
     assert single(several) is several
+
+
+def test_each_device_draws_its_own_chances() -> None:
+    """Two devices are not hit by a fault at the same occurrences; one device is, in each life."""
+    first, again, other = (injector_of(name, EmulatedClock()).random for name in ("gpu0", "gpu0", "gpu1"))
+    drawn = [first.random() for _ in range(8)]
+    assert drawn == [again.random() for _ in range(8)]
+    assert drawn != [other.random() for _ in range(8)]

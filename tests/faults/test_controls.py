@@ -7,7 +7,7 @@ from random import Random
 import pytest
 
 from hmmnet.errors import HmmnetError
-from hmmnet.faults.controls import Chance, Controls
+from hmmnet.faults.controls import Chance, Controls, Tally
 
 
 def fired(controls: Controls, occurrences: int, nbytes: int = 1, seed: int = 1) -> list[int]:
@@ -33,6 +33,20 @@ def fired(controls: Controls, occurrences: int, nbytes: int = 1, seed: int = 1) 
 def test_when_it_happens(controls: Controls, expected: list[int]) -> None:
     """Each attribute by itself, and nth over all others."""
     assert fired(controls, 6) == expected
+
+
+def test_two_places_of_one_fault_count_together() -> None:
+    """What one has seen, the other has not to wait for; each knows how often it was itself."""
+    for controls, expected in (
+        (Controls(times=1), [True, False, False, False]),
+        (Controls(nth=2), [False, True, False, False]),
+        (Controls(space=2), [False, False, True, True]),
+    ):
+        tally = Tally()
+        places = [Chance(controls, Random(1), tally) for _ in range(2)]
+        assert [places[number % 2].fires() for number in range(4)] == expected
+        assert sum(place.fired for place in places) == tally.fired == sum(expected)
+        assert tally.seen == 4
 
 
 def test_space_is_counted_in_bytes() -> None:

@@ -272,6 +272,51 @@ def test_numbers_times_and_once() -> None:
     hmmnet.simulate(main, MACHINE)
 
 
+@pytest.mark.parametrize("controls", [{"times": 1}, {"nth": 2}])
+def test_a_fault_in_two_places_is_counted_as_one(controls: dict[str, int]) -> None:
+    """The copy engine gives up once, on the way there or on the way back, and the count says so."""
+
+    async def main(machine: SimulatedMachine) -> None:
+        process = await machine.create_process()
+        address = await process.malloc(MIB)
+        await process.write(address, b"d" * MIB)
+        machine.add_fault(fault("copy.error", "gpu0", **controls))
+        lost = 0
+        for target in ("gpu0", "host", "gpu0", "host"):
+            try:
+                await process.migrate(address, MIB, target)
+            except PeerError:
+                lost += 1
+        assert lost == 1
+        assert machine.carrier.fired() == {"copy.error": 1}
+        assert await process.read(address, MIB) == b"d" * MIB
+
+    hmmnet.simulate(main, MACHINE)
+
+
+def test_a_device_that_starts_again_suffers_what_it_did() -> None:
+    """A fault that acts is there for a new incarnation, too, and for a device that was away when it began; until it ends."""
+
+    async def main(machine: SimulatedMachine) -> None:
+        number = machine.add_fault(fault("clock.skew", "gpu*", factor=2))
+        machine.add_fault(fault("page.retire", "gpu1", pages=8))
+        usual = machine.device("gpu1").memory.free_pages + 8
+        assert machine.device("gpu1").clock.rate == 2.0
+        await machine.kill_device("gpu1")
+        small = machine.add_fault(fault("buffer.overflow", "gpu1", entries=3))
+        await machine.start_device("gpu1")
+        device = machine.device("gpu1")
+        assert device.clock.rate == 2.0
+        assert device.memory.free_pages == usual, "what happens once is over: the new memory has all its pages"
+        machine.remove_fault(number)
+        machine.remove_fault(small)
+        assert device.clock.rate == machine.device("gpu0").clock.rate == 1.0
+        machine.add_fault(fault("reset", "gpu0"))
+        assert machine.carrier.fired()["reset"] == 0
+
+    hmmnet.simulate(main, MACHINE)
+
+
 def test_a_device_that_never_acknowledges_is_lost_in_time() -> None:
     """The CPU goes on after the invalidation timeout and the lease, though the device's heart beats."""
 

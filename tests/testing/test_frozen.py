@@ -12,7 +12,7 @@ import pytest
 import trio
 
 from hmmnet.errors import BusError, HmmnetError, KernelError
-from hmmnet.faults import Controls, MessageFault, Plan, Way
+from hmmnet.faults import Controls, MessageFault, Plan, Way, fault
 from hmmnet.sim import SimulatedMachine, Trace, simulated
 from hmmnet.sim.run import SimulationStuck
 from hmmnet.testing import FrozenMachine
@@ -104,6 +104,8 @@ def test_devices_and_faults() -> None:
         made.sleep(1.0)
         made.remove_fault(number)
         assert made.faults_fired()["partition"] > 0
+        made.add_fault(fault("ecc.corrected", "gpu1"))
+        assert made.faults_fired()["ecc.corrected"] == 1
         assert made.report()["devices"]["gpu0"]["lives"] == 2
 
 
