@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from hmmnet.faults.kinds import Kind, Parameter
+
     from .toxics import Sights
 
 ON_HELP = "The machine (default: the only one that runs)."
@@ -16,41 +18,81 @@ app = typer.Typer(
 )
 Machine = Annotated[str | None, typer.Option("--machine", "-m", help=ON_HELP, show_default=False)]
 Target = Annotated[str, typer.Argument(help="A device, DEVICE<->host, or a link.")]
+Device = Annotated[str, typer.Argument(help="A device, or a pattern of names, such as gpu*.", metavar="DEVICE")]
+Held = Annotated[str, typer.Argument(help="A device, or a way: DEVICE<->host, DEVICE->host, host->DEVICE.", metavar="DEVICE|WAY")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 OneWay = Annotated[bool, typer.Option("--oneway", help="Only from the device to the host, or as the target says.")]
 
 
 @app.command()
 def kinds(
     names: Annotated[list[str] | None, typer.Argument(help="Only these kinds or families.", show_default=False)] = None,
+    as_json: AsJson = False,
 ) -> int:
     """The catalogue: every kind of fault, its parameters, what holds afterwards, and where it works."""
-    from hmmnet.faults.catalogue import KINDS
-    from hmmnet.faults.kinds import WORLDS
+    from hmmnet.faults.catalogue import CONTROLS, COUNTED, TARGETS
 
+    chosen = _chosen(names or [])
+    if as_json:
+        return _write([kind.as_json() for kind in chosen])
     family = ""
-    for kind in KINDS.values():
-        if names and kind.name not in names and kind.family not in names:
-            continue
+    for kind in chosen:
         if kind.family != family:
             family = kind.family
             print(f"\n{family}")
-        print(f"  {kind.name:<22}{kind.what}")
-        for parameter in kind.parameters:
-            default = "" if parameter.default in (None, "") else f" (default {parameter.default})"
-            print(f"    {parameter.name:<20}{parameter.what}{default}")
-        if kind.holds:
-            print(f"    {'afterwards':<20}{kind.holds}")
-        for world in WORLDS:
-            if world in kind.not_in:
-                print(f"    {'not in ' + world:<20}{kind.not_in[world]}")
+        _describe(kind)
+    print("\nevery kind")
+    for parameter in (*TARGETS.values(), *CONTROLS.values()):
+        _parameter(parameter)
+    print(f"    {'counted':<20}{COUNTED}")
+    return 0
+
+
+def _chosen(names: list[str]) -> list[Kind]:
+    """The kinds that are called so, or whose families are; all without a name. Raises HmmnetError for names of neither."""
+    from hmmnet.cli import did_you_mean
+    from hmmnet.errors import HmmnetError
+    from hmmnet.faults.catalogue import KINDS
+
+    known = [*KINDS, *dict.fromkeys(kind.family for kind in KINDS.values())]
+    wrong = [f'no fault or family is called "{name}"{did_you_mean(name, known)}' for name in names if name not in known]
+    if wrong:
+        raise HmmnetError("\n".join([*wrong, "`hmmnet fault kinds` lists them all"]))
+    return [kind for kind in KINDS.values() if not names or kind.name in names or kind.family in names]
+
+
+def _describe(kind: Kind) -> None:
+    from hmmnet.faults.kinds import WORLDS
+
+    print(f"  {kind.name:<22}{kind.what}")
+    for parameter in kind.parameters:
+        _parameter(parameter)
+    if kind.holds:
+        print(f"    {'afterwards':<20}{kind.holds}")
+    for world in WORLDS:
+        if world in kind.not_in:
+            print(f"    {'not in ' + world:<20}{kind.not_in[world]}")
+
+
+def _parameter(parameter: Parameter) -> None:
+    default = f" (default {parameter.default_text})" if parameter.default_text else ""
+    print(f"    {parameter.name:<20}{parameter.what}{default}")
+
+
+def _write(data: Any) -> int:
+    import json
+
+    print(json.dumps(data, indent=1))
     return 0
 
 
 @app.command()
-def points() -> int:
+def points(as_json: AsJson = False) -> int:
     """Every protocol point: where `point.delay`, `point.fail` and the like can happen."""
     from hmmnet.faults.points import POINTS
 
+    if as_json:
+        return _write([point.as_json() for point in POINTS.values()])
     for point in POINTS.values():
         print(f"{point.name:<26}{point.side:<8}{point.what} ({', '.join(point.actions)})")
     return 0
@@ -97,7 +139,7 @@ def repair(target: Target, machine: Machine = None) -> int:
 
 
 @app.command()
-def hold(target: Target, oneway: OneWay = False, machine: Machine = None) -> int:
+def hold(target: Held, oneway: OneWay = False, machine: Machine = None) -> int:
     """A device stops where it is (SIGSTOP), and what it is sent waits, until it is released."""
     from . import toxics
 
@@ -105,20 +147,20 @@ def hold(target: Target, oneway: OneWay = False, machine: Machine = None) -> int
 
 
 @app.command()
-def release(target: Target, machine: Machine = None) -> int:
+def release(target: Held, machine: Machine = None) -> int:
     """What is held goes on."""
     return _undo("release", target, machine)
 
 
 @app.command()
-def crash(target: Target, machine: Machine = None) -> int:
+def crash(target: Device, machine: Machine = None) -> int:
     """A device is gone from one moment to the next (SIGKILL)."""
     return _begin(machine, lambda _: [said("crash", [target])])
 
 
 @app.command()
 def bounce(
-    target: Target,
+    target: Device,
     down: Annotated[str, typer.Option(help="Emulated time until it starts again, such as 100ms.")] = "100ms",
     machine: Machine = None,
 ) -> int:
@@ -144,9 +186,12 @@ def oom(
 
 
 @app.command()
-def ls(machine: Machine = None) -> int:
+def ls(machine: Machine = None, as_json: AsJson = False) -> int:
     """The faults of a running machine."""
-    for one in _ask(machine, "list_faults"):
+    faults = _ask(machine, "list_faults")
+    if as_json:
+        return _write(faults)
+    for one in faults:
         given = dict(one["fault"])
         kind, on = given.pop("kind"), given.pop("on", "")
         words = " ".join(f"{name}={value}" for name, value in given.items())

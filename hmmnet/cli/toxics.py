@@ -41,6 +41,10 @@ class Sights:
     def matching(self, pattern: str) -> tuple[str, ...]:
         """Devices whose names match. Raises HmmnetError when none does."""
         found = tuple(name for name in self.devices if fnmatchcase(name, pattern))
+        if not found and self.is_link(pattern):
+            raise HmmnetError(
+                f"{pattern} is a link, where a device is wanted: {', '.join(self.devices)}; `hmmnet fault partition` takes links"
+            )
         if not found:
             known = [*self.devices, *self.links]
             mend = did_you_mean(pattern, known, "a target is a device, DEVICE<->host or a link: " + ", ".join(known[:12]))

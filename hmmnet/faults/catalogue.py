@@ -42,6 +42,10 @@ TARGETS: dict[str, Parameter] = {
     "lasts": Parameter("lasts", "time", "ends so long after it began (0: when it is removed)", 0.0),
 }
 """Whom it concerns and when, which every kind has."""
+COUNTED = (
+    "one simulated machine counts once for all; of real processes the host and each device count for themselves: times=1 is once in each"
+)
+"""How the controls count."""
 _EVERYBODY = {"way": "*<->host", "nothing": ""}
 _RANGE = re.compile(r"\s*(0x[0-9a-fA-F]+|[0-9]+)\s*\+\s*(.+?)\s*")
 

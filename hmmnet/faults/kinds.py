@@ -12,12 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from hmmnet.errors import HmmnetError
-from hmmnet.units import parse_size, parse_time
+from hmmnet.units import parse_size, parse_time, show_size, show_time
 
 from .controls import Controls
 from .effects import Effect
 
-"""Why faults of messages are for the simulated world."""
 Form = Literal["time", "number", "count", "size", "choice", "text", "flag"]
 World = Literal["sim", "real"]
 WORLDS: tuple[World, ...] = ("sim", "real")
@@ -34,6 +33,20 @@ class Parameter:
     what: str
     default: Any = None
     choices: tuple[str, ...] = ()
+
+    @property
+    def default_text(self) -> str:
+        """`default` as a person writes it, with its unit; empty when there is none."""
+        if self.default in (None, ""):
+            return ""
+        if self.form == "time":
+            return show_time(self.default) if self.default else "0 s"
+        return show_size(self.default) if self.form == "size" else str(self.default)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data; times are seconds, sizes bytes."""
+        made = {"name": self.name, "form": self.form, "what": self.what, "default": self.default}
+        return made | ({"choices": list(self.choices)} if self.choices else {})
 
     def read(self, value: Any) -> Any:
         """`value`, as a file or a command line gives it, as the effect wants it. Raises ValueError that says what is wanted."""
@@ -111,6 +124,19 @@ class Kind:
     def parameter(self, name: str) -> Parameter | None:
         """The parameter called `name`."""
         return next((one for one in self.parameters if one.name == name), None)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data: all that `hmmnet fault kinds` says of it."""
+        return {
+            "name": self.name,
+            "family": self.family,
+            "what": self.what,
+            "on": self.on,
+            "parameters": [parameter.as_json() for parameter in self.parameters],
+            "holds": self.holds,
+            "once": self.once,
+            "not_in": dict(self.not_in),
+        }
 
     def check_world(self, world: World) -> None:
         """Raises HmmnetError when it cannot be done there, and says why."""

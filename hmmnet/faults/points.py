@@ -69,6 +69,10 @@ class Point:
         """Whether a task can be held up there."""
         return "pause" in self.actions
 
+    def as_json(self) -> dict[str, Any]:
+        """Plain data: all that `hmmnet fault points` says of it."""
+        return {"name": self.name, "side": self.side, "what": self.what, "actions": list(self.actions)}
+
     def error(self, where: Where) -> HmmnetError:
         """What ``fail`` raises."""
         why = f"a fault was injected at {self.name}"

@@ -19,7 +19,18 @@ from typing import Any, TypeAlias, TypeVar
 import trio
 from trio.lowlevel import Abort, Task, current_task, reschedule, wait_task_rescheduled
 
-from hmmnet.errors import BusError, KernelError, PeerError, PeerGone, PeerLost, ProtocolError, RemoteError, SegmentationFault, SignalError
+from hmmnet.errors import (
+    BusError,
+    HmmnetError,
+    KernelError,
+    PeerError,
+    PeerGone,
+    PeerLost,
+    ProtocolError,
+    RemoteError,
+    SegmentationFault,
+    SignalError,
+)
 
 from .codec import ANSWERS_MASK, Kind, decode_body, decode_header, encode
 from .exchange import ACKNOWLEDGE_EVERY, BYE_S, HEARTBEAT_S, LEASE_S, RETRY_S, Action, Arrival, Exchange, State
@@ -443,6 +454,8 @@ class Session:
 
 
 _DONE = Done()
+HOST = "host"
+"""What its peers call the host."""
 
 
 def failure(peer_name: str, failed: Failed) -> Exception:
@@ -454,4 +467,7 @@ def failure(peer_name: str, failed: Failed) -> Exception:
             return signal(int(match[1], 16), match[2])
     if failed.errno > 0:
         return KernelError(failed.errno, failed.call, failed.why)
+    told = failed.why.removeprefix(f"{HmmnetError.__name__}: ")
+    if peer_name == HOST and told != failed.why:
+        return RemoteError(told)  # what a host says to people is a sentence by itself
     return RemoteError(f"{peer_name}: {failed.call}: {failed.why}")

@@ -122,3 +122,10 @@ def test_what_a_verb_undoes() -> None:
     assert toxics.ended_by("repair", "pcie0", faults) == [5]
     with pytest.raises(HmmnetError, match=r"nothing to repair at gpu1: no partition or link\.down"):
         toxics.ended_by("repair", "gpu1", faults)
+
+
+@pytest.mark.parametrize("target", ["pcie0", "pcie0<->host"])
+def test_a_link_cannot_be_held(target: str) -> None:
+    """It is said what it is, and what takes links; a word is never what was meant by itself."""
+    with pytest.raises(HmmnetError, match="pcie0 is a link, where a device is wanted: gpu0, gpu1; `hmmnet fault partition` takes links"):
+        toxics.held(target, SIGHTS, oneway=False)

@@ -219,6 +219,10 @@ async def test_toxics_and_verbs_on_a_running_machine() -> None:
                 await there_and_back_s()
         assert await said("rm", "all") == ""
         assert await said("ls") == ""
+        assert await said("ls", "--json") == "[]\n"
+        wrong = await said("add", "alloc.device", "gpu9")
+        assert 'fault alloc.device: no device is called "gpu9"; did you mean "gpu' in wrong
+        assert "HmmnetError" not in wrong, "a sentence, without the path that it took"
         assert 'nothing here is called "gpu7"' in await said("hold", "gpu7")
         assert "end its process instead" in await said("crash", "host")
         stat = Path(f"/proc/{machine.devices[0].pid}/stat")

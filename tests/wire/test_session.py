@@ -13,11 +13,11 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from hmmnet.errors import BusError, KernelError, PeerGone, PeerLost, ProtocolError, RemoteError, SegmentationFault
+from hmmnet.errors import BusError, HmmnetError, KernelError, PeerGone, PeerLost, ProtocolError, RemoteError, SegmentationFault
 from hmmnet.wire.codec import Kind, encode
 from hmmnet.wire.exchange import BACKLOG_MAX, LEASE_S, RETRY_S, WINDOW
-from hmmnet.wire.messages import CloseContext, Done, FreeFrames, Inspect, MigrateDone, OpenContext, Report, Subscribe
-from hmmnet.wire.session import PROTOCOL_ERRORS_MAX, Session
+from hmmnet.wire.messages import CloseContext, Done, Failed, FreeFrames, Inspect, MigrateDone, OpenContext, Report, Subscribe
+from hmmnet.wire.session import PROTOCOL_ERRORS_MAX, Session, failure
 
 
 class Line:
@@ -119,6 +119,12 @@ async def test_a_long_request_holds_up_nothing(world: World, autojump_clock: Moc
     assert await long.wait() == Done()
 
 
+def test_what_the_host_says_to_people_is_a_sentence() -> None:
+    """Its own words come without the path that they took; what is a mistake of the program says where it was met."""
+    assert str(failure("host", Failed(0, "Call", "HmmnetError: no fault has number 3"))) == "no fault has number 3"
+    assert str(failure("host", Failed(0, "Call", "KeyError: 3"))) == "host: Call: KeyError: 3"
+
+
 @pytest.mark.parametrize(
     ("raised", "arrives"),
     [
@@ -126,6 +132,7 @@ async def test_a_long_request_holds_up_nothing(world: World, autojump_clock: Moc
         (SegmentationFault(0x7F00, "no mapping"), SegmentationFault(0x7F00, "no mapping")),
         (BusError(0x1000, 'its only copy was on device "gpu0"'), BusError(0x1000, 'its only copy was on device "gpu0"')),
         (ZeroDivisionError("by zero"), RemoteError("gpu0: Inspect: ZeroDivisionError: by zero")),
+        (HmmnetError("no such thing"), RemoteError("gpu0: Inspect: HmmnetError: no such thing")),
         (ProtocolError("no such stream"), RemoteError("gpu0: Inspect: ProtocolError: no such stream")),
     ],
 )

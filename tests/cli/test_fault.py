@@ -1,0 +1,63 @@
+"""``hmmnet fault``: what can be looked up, for people and for programs."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from hmmnet.cli import exit_code
+from hmmnet.faults import KINDS, POINTS
+
+
+def told(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What a command that succeeds prints."""
+    assert exit_code(["fault", *words]) == 0
+    return capsys.readouterr().out
+
+
+def test_kinds_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
+    """All of them, or those that are asked for by name or family; times are seconds."""
+    every: list[dict[str, Any]] = json.loads(told(["kinds", "--json"], capsys))
+    assert [one["name"] for one in every] == list(KINDS)
+    some: list[dict[str, Any]] = json.loads(told(["kinds", "copy.slow", "clocks", "--json"], capsys))
+    assert [one["name"] for one in some] == ["copy.slow", "clock.jump", "clock.skew"]
+    direction, latency, _ = some[0]["parameters"]
+    assert direction["choices"] == ["both", "to_device", "to_host"]
+    assert latency == {"name": "latency", "form": "time", "what": "for each chunk", "default": 0.001}
+
+
+def test_kinds_for_people(capsys: pytest.CaptureFixture[str]) -> None:
+    """Times have their units, and what every kind has is there, with how it counts."""
+    text = told(["kinds", "copy.slow", "crash"], capsys)
+    assert "for each chunk (default 1 ms)" in text
+    assert "at most so much more (default 0 s)" in text
+    assert "times=1 is once in each" in text
+    assert "copy.stall" not in text
+
+
+def test_a_kind_that_there_is_not(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every wrong word, with what was meant; nothing is listed."""
+    assert exit_code(["fault", "kinds", "crsh", "loss", "copyengine"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert 'no fault or family is called "crsh"; did you mean "crash"?' in captured.err
+    assert 'no fault or family is called "copyengine"; did you mean "copy engine"?' in captured.err
+
+
+def test_points_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each with its side and what can be done there."""
+    points: list[dict[str, Any]] = json.loads(told(["points", "--json"], capsys))
+    assert [point["name"] for point in points] == list(POINTS)
+    assert {"name": "hub.wide", "side": "host", "actions": ["fail", "call"]}.items() <= next(
+        point for point in points if point["name"] == "hub.wide"
+    ).items()
+
+
+@pytest.mark.parametrize(("verb", "takes"), [("hold", "DEVICE|WAY"), ("release", "DEVICE|WAY"), ("crash", "DEVICE"), ("bounce", "DEVICE")])
+def test_verbs_say_what_they_take(verb: str, takes: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A link is none of it."""
+    text = told([verb, "--help"], capsys)
+    assert takes in text
+    assert "link" not in text
