@@ -291,7 +291,11 @@ class Process(Protocol):
         ...
 
     async def migrate(self, address: int, length: int, to: str) -> int:
-        """Move pages to device `to` (or ``host``); returns how many bytes moved. Pages that cannot move stay; no error."""
+        """Move pages to device `to` (or ``host``); returns how many bytes moved. Pages that cannot move stay; no error.
+
+        Whole pages move: those that [address, address + length) touches, so that memory of malloc can be named as it is. What is not
+        mapped, or with PROT_NONE, is passed over. Raises KernelError(ENOENT, ENODEV, ENOMEM).
+        """
         ...
 
     async def fork(self) -> Process:

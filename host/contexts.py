@@ -37,11 +37,11 @@ class Contexts:
         """The devices that are there, in the order of the topology."""
         return [device.life.link for device in self._devices.values() if device.life is not None]
 
-    def device(self, name: str) -> Device:
-        """A device of the topology. Raises KernelError(ENOENT)."""
+    def device(self, name: str, call: str = "open") -> Device:
+        """A device of the topology. Raises KernelError(ENOENT), in the name of `call`."""
         device = self._devices.get(name)
         if device is None:
-            raise KernelError(errno.ENOENT, "open", f'no device is called "{name}"; this machine has {", ".join(self._devices)}')
+            raise KernelError(errno.ENOENT, call, f'no device is called "{name}"; this machine has {", ".join(self._devices)}')
         return device
 
     async def get(self, space: AddressSpace, name: str) -> Context:

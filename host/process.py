@@ -288,9 +288,10 @@ class Process:
         number = next(number for number in itertools.count(FD_FIRST) if number not in self.handles)
         return Handle(self.handles, number, file)
 
-    async def _context(self, device: str) -> Context:
+    async def _context(self, device: str, call: str) -> Context:
         """The context that this process keeps open itself."""
-        self._alive("open")
+        self._alive(call)
+        self.contexts.device(device, call)
         context = self._own.get(device)
         if context is None or context.life.leaving or context.life.link.session.lost is not None:
             context = await self._acquired(device, self.contexts.get)
@@ -314,7 +315,7 @@ class Process:
         Raises SegmentationFault or BusError for an access that could not be served, KernelError(ENOMEM) where memory for it was used up,
         KernelError (ENOENT, EINVAL, E2BIG, ENODEV), RemoteError for a kernel that failed.
         """
-        context = await self._context(device)
+        context = await self._context(device, "launch")
         packed = msgspec.msgpack.encode(plain_arguments(kernel, arguments))
         if len(packed) > ARGUMENT_BYTES_MAX:
             why = f"the arguments have {len(packed)} bytes, at most {ARGUMENT_BYTES_MAX} fit; pass addresses"
@@ -349,7 +350,7 @@ class Process:
             return 0
         if to == HOST:
             return sum([await self._in_pieces(start, end, partial(self._piece_home, link)) for link in self.contexts.links()])
-        return await self._in_pieces(start, end, partial(self._piece_out, await self._context(to)))
+        return await self._in_pieces(start, end, partial(self._piece_out, await self._context(to, "migrate")))
 
     async def _piece_out(self, context: Context, start: int, end: int) -> int:
         return (await command_device(context, "migrate_to_dev", start << PAGE_SHIFT, end - start, b"", 0, 0)).cpages
