@@ -28,6 +28,7 @@ from .faultbuffer import Ticket
 from .mirror import allows, frames_of
 from .policy import BadPlan
 from .servicing import FaultService
+from .spec import Spec
 
 UPDATE_REPLAYS_MAX = 64
 """Replays of an atomic access: two devices that want a page which neither can have would take its mapping from each other for ever."""
@@ -81,11 +82,14 @@ class JobOutcome:
 
 
 class Engine:
-    """Runs the jobs of one context. Where the hardware cannot fault (`can_fault`), a page that is not mapped ends the job."""
+    """Runs the jobs of one context, of the device of `spec`.
 
-    def __init__(self, context: Context, service: FaultService, clock_now: Callable[[], float], *, can_fault: bool = True) -> None:
+    Where the hardware cannot fault, a page that is not mapped ends the job; where it has no atomics, an atomic update does.
+    """
+
+    def __init__(self, context: Context, service: FaultService, clock_now: Callable[[], float], spec: Spec) -> None:
         self.running = 0
-        self._can_fault = can_fault
+        self._spec = spec
         self._context = context
         self._service = service
         self._now = clock_now
@@ -131,6 +135,9 @@ class Engine:
     async def _serve(self, request: Request, placement: str, counters: JobCounters) -> Array | None:
         counters.requests += 1
         access = open_access(request)
+        if isinstance(request, Update) and not self._spec.atomics:
+            why = f'device "{self._spec.name}" has no atomic operations (atomics = false)'
+            raise KernelError(errno.EOPNOTSUPP, "update", why)
         for _ in range(UPDATE_REPLAYS_MAX if isinstance(request, Update) else REPLAYS_MAX):
             if access.is_done:
                 break
@@ -173,7 +180,7 @@ class Engine:
 
     async def _fault(self, access: Access, missing: Words, placement: str, counters: JobCounters) -> None:
         """Enter the misses in the fault buffer and wait until they were serviced. Raises AccessError when a page cannot be had."""
-        if not self._can_fault:
+        if not self._spec.fault_capable:
             page = int(missing.min())
             why = (
                 f"page 0x{page:x} is not mapped on this device, which cannot fault (fault_capable = false): migrate it there before the job"

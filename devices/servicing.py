@@ -35,7 +35,7 @@ from hmmnet.pages import HMM_PFN_REQ_FAULT, HMM_PFN_REQ_WRITE, HMM_PFN_WRITE, HU
 from .context import MIGRATE_PAGES_MAX, Context, cut
 from .faultbuffer import Batch, FaultBuffer
 from .mirror import ENTRY_VALID, allows, frames_of
-from .policy import Policy, make_policy
+from .policy import Planned, make_policy
 from .thrashing import Thrashing, without
 
 LOOK_PIECES_MIN = 3
@@ -83,12 +83,12 @@ class FaultService:
         self._thrashing = Thrashing(f"{name} {context.process.number} {context.number}")
         self._compound = compound
         self._wake = trio.Event()
-        self._policies: dict[str, Policy] = {}
+        self._policies: dict[str, Planned] = {}
         self._stays = np.zeros(0, np.uint64)
         """Pages that would not move, and are left where they are until `_stays_until_s`."""
         self._stays_until_s = 0.0
 
-    def policy(self, name: str) -> Policy | None:
+    def policy(self, name: str) -> Planned | None:
         """This context's policy called `name`, None when there is none. Raises BadPlan for something that is no policy."""
         if name not in self._policies:
             made = make_policy(name)
@@ -172,7 +172,7 @@ class FaultService:
     async def _nap(self, seconds: float) -> None:
         await self._clock.sleep_until(self._now() + seconds)
 
-    async def _serve(self, pages: Words, write: Mask, policy: Policy, fatal: dict[int, HmmnetError]) -> None:
+    async def _serve(self, pages: Words, write: Mask, policy: Planned, fatal: dict[int, HmmnetError]) -> None:
         """Make `pages` accessible; what cannot be had is added to `fatal`."""
         if not len(pages):
             return
@@ -200,7 +200,7 @@ class FaultService:
         stuck: Mask = (entries & _VALID != 0) & self._context.memory.owns(frames_of(entries)) & ~allows(entries, True)
         return stuck
 
-    async def _migrate(self, pages: Words, write: Mask, policy: Policy) -> None:
+    async def _migrate(self, pages: Words, write: Mask, policy: Planned) -> None:
         """Migrate what the policy chooses; where growth ran into a mapping that does not take part, just the faulted pages."""
         if len(pages) == 0:
             return
@@ -247,7 +247,7 @@ class FaultService:
         chosen[places[suits]] = words[places[suits]]
         self._context.mirror.program(start, chosen)
 
-    async def _migrate_again(self, pages: Words, write: Mask, policy: Policy) -> None:
+    async def _migrate_again(self, pages: Words, write: Mask, policy: Planned) -> None:
         """What another device held is at home now that it was mapped (migrate_vma passes over foreign pages): it can move here."""
         entries = self._context.mirror.translate(pages)
         here = (entries & _VALID != 0) & ~self._context.memory.owns(frames_of(entries)) & (frames_of(entries) != _ZERO)

@@ -7,7 +7,7 @@ from typing import Annotated
 import msgspec
 
 from hmmnet.errors import ProtocolError
-from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, PAGES_MAX
+from hmmnet.pages import HUGE_PAGES, PAGE_SHIFT, PAGE_SIZE, PAGES_MAX
 from hmmnet.wire.messages import Welcome
 
 
@@ -18,7 +18,10 @@ class Spec(msgspec.Struct, frozen=True):
     model: str = "gpu"
     memory_bytes: Annotated[int, msgspec.Meta(ge=PAGE_SIZE, le=PAGES_MAX << PAGE_SHIFT)] = 1 << 30
     kind: str = "private"
+    page_sizes: tuple[int, ...] = (PAGE_SIZE, 16 * PAGE_SIZE, HUGE_PAGES * PAGE_SIZE)
+    """Bytes, ascending."""
     fault_capable: bool = True
+    atomics: bool = True
     unit: int | None = None
     memory_file: str = ""
     """Where its memory is, if it is shared with the host because it is coherent."""
@@ -30,6 +33,11 @@ class Spec(msgspec.Struct, frozen=True):
     def pages(self) -> int:
         """Frames of its memory."""
         return self.memory_bytes >> PAGE_SHIFT
+
+    @property
+    def maps_huge(self) -> bool:
+        """Whether its page table can map 2 MiB as one; what cannot never asks for huge pages as one (MIGRATE_VMA_SELECT_COMPOUND)."""
+        return HUGE_PAGES * PAGE_SIZE in self.page_sizes
 
     @property
     def is_coherent(self) -> bool:

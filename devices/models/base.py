@@ -40,6 +40,7 @@ from hmmnet.fabric.dma import BulkReceiver, BulkSender
 from hmmnet.faults.effects import DeviceEffect
 from hmmnet.faults.injector import Injector, Points
 from hmmnet.pages import LARGE, PAGES_MAX, Words, ascending, from_wire, page_by_page, to_wire
+from hmmnet.units import show_size
 from hmmnet.wire.messages import (
     ARGUMENT_BYTES_MAX,
     PAGES_PER_MESSAGE_MAX,
@@ -119,6 +120,7 @@ class Device:
 
     def __init__(self, spec: Spec, zone: int, wiring: Wiring) -> None:
         self.spec = spec
+        self.compound = self.compound and spec.maps_huge
         self.memory = Memory(zone, spec.pages, shared_arena(zone, spec.pages, spec.memory_file) if spec.memory_file else None)
         self.points = self.memory.points = wiring.points
         self.contexts: dict[int, Opened] = {}
@@ -173,7 +175,7 @@ class Device:
         process.contexts.append(context)
         service = FaultService(context, self.clock, compound=self.compound, name=self.spec.name)
         service.buffer.entries = self._entries
-        opened = Opened(context, service, Engine(context, service, self.clock.now, can_fault=self.spec.fault_capable))
+        opened = Opened(context, service, Engine(context, service, self.clock.now, self.spec))
         self.contexts[message.context] = opened
         self._slots[self._slot_last] = context
         self._nursery.start_soon(self._serve_context, opened)
@@ -350,7 +352,8 @@ class Device:
     # --- jobs and commands ----------------------------------------------------------------------------------------------------
 
     def launch(self, message: Launch) -> Awaitable[Finished]:
-        """Run a kernel. Raises KernelError: EBADF, ENOENT (no such kernel), EINVAL (no such placement, bad arguments), EEXIST, EMFILE;
+        """Run a kernel. Raises KernelError: EBADF, ENOENT (no such kernel), EINVAL (no such placement, bad arguments), EEXIST, EMFILE,
+        EOPNOTSUPP (a placement for pages that this device cannot map);
         BadPlan for a placement that is no policy.
 
         The job is known from the moment of arrival, so that an `EndJob` that comes right behind finds it.
@@ -359,8 +362,13 @@ class Device:
         kernel = load_kernel(message.kernel)
         if kernel is None:
             raise KernelError(ENOENT, "launch", f'no kernel is called "{message.kernel}"; there are {", ".join(kernel_names())}')
-        if opened.service.policy(message.placement) is None:
+        policy = opened.service.policy(message.placement)
+        if policy is None:
             raise KernelError(EINVAL, "launch", f'no placement is called "{message.placement}": there are {", ".join(policy_names())}')
+        if policy.page_bytes not in self.spec.page_sizes:
+            wants, mapped = show_size(policy.page_bytes), ", ".join(show_size(size) for size in self.spec.page_sizes)
+            why = f'placement "{message.placement}" wants pages of {wants}; page_sizes of device "{self.spec.name}" are {mapped}'
+            raise KernelError(EOPNOTSUPP, "launch", why)
         if message.job in opened.jobs:
             raise KernelError(EEXIST, "launch", f"job {message.job} runs already")
         if len(opened.jobs) >= JOBS_MAX:

@@ -207,7 +207,7 @@ class Dmirror(Device):
         """dmirror_migrate_to_device; what was readable is counted, not what moved, unless nobody wants the data."""
         moved_count = 0
         for low in range(start, end, MIGRATE_PAGES_MAX):
-            large = bool(self.flags & COMPOUND) and not self.flags & FAIL_ALLOC
+            large = bool(self.flags & COMPOUND) and self.spec.maps_huge and not self.flags & FAIL_ALLOC
             self.flags &= ~FAIL_ALLOC
             moved = await context.migrate_in(low, min(low + MIGRATE_PAGES_MAX, end), "user", compound=large)
             moved_count += moved.count

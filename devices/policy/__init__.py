@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hmmnet.errors import HmmnetError
-from hmmnet.pages import PAGES_MAX, Words
+from hmmnet.pages import PAGE_SIZE, PAGES_MAX, Words
 from hmmnet.plugins import POLICIES, load, names
 
 BUILT_IN = {
@@ -32,7 +32,11 @@ PLAN_PAGES_MAX = 1 << 27
 
 
 class Policy(Protocol):
-    """Plans one service pass."""
+    """Plans one service pass.
+
+    A policy that is of use only where the device's page table maps pages of one size says so in a field ``page_bytes``: a device without
+    them in its ``page_sizes`` refuses it at launch.
+    """
 
     def ranges(self, pages: Words, write: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
         """Page ranges [start, end) to migrate for the faults on `pages` (ascending, each once); ascending and apart.
@@ -52,6 +56,7 @@ class Planned:
 
     def __init__(self, name: str, policy: Policy) -> None:
         self.name = name
+        self.page_bytes: int = getattr(policy, "page_bytes", PAGE_SIZE)
         self._policy = policy
 
     def ranges(self, pages: Words, write: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
@@ -74,7 +79,7 @@ class Planned:
         return answer
 
 
-def make_policy(name: str) -> Policy | None:
+def make_policy(name: str) -> Planned | None:
     """The policy called `name`, made for one context; None when there is none. Raises BadPlan for something that is no policy."""
     found: Any = load(POLICIES, name, BUILT_IN)
     if found is None:
@@ -86,6 +91,8 @@ def make_policy(name: str) -> Policy | None:
             raise BadPlan(f'policy "{name}" cannot be made: {error!r}') from error
     if not callable(getattr(found, "ranges", None)):
         raise BadPlan(f'policy "{name}" is a {type(found).__name__} without a method "ranges"; see hmmnet.devices.policy.Policy')
+    if type(getattr(found, "page_bytes", PAGE_SIZE)) is not int:
+        raise BadPlan(f'policy "{name}" has a page_bytes of {found.page_bytes!r}; a whole number is wanted')
     return Planned(name, found)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from hmmnet.pages import HUGE_PAGES, Words
+from hmmnet.pages import HUGE_PAGES, PAGE_SIZE, Words
 
 GROUP_PAGES = 16
 """64 KiB."""
@@ -37,6 +37,8 @@ class DemandHuge(Demand):
 
     Huge pages migrate whole then, as one entry.
     """
+
+    page_bytes = HUGE_PAGES * PAGE_SIZE
 
     def __init__(self) -> None:
         super().__init__(HUGE_PAGES)

@@ -56,10 +56,9 @@ class DeviceSpec:
     """A device: a GPU, or anything that mirrors an address space and has memory of its own.
 
     `kind` is ``private`` (the CPU cannot reach its memory: MEMORY_DEVICE_PRIVATE) or ``coherent`` (MEMORY_DEVICE_COHERENT). `node` is the
-    nearest memory node. `page_sizes` are those its page table can map, ascending. A job on a device that is not `fault_capable` fails
-    at the first page that was not migrated there before. `atomics`: it can do atomic operations on system memory over its link; nothing
-    that is built in does any, nor maps pages of other sizes yet. `unit` is the device number that a dmirror device has in the kernel
-    (``/dev/hmm_dmirror0``).
+    nearest memory node. `page_sizes` are those its page table can map, ascending; without 2 MiB huge pages come to it page by page. A job
+    on a device that is not `fault_capable` fails at the first page that was not migrated there before, one on a device without `atomics`
+    at its first atomic update. `unit` is the device number that a dmirror device has in the kernel (``/dev/hmm_dmirror0``).
     """
 
     name: str

@@ -101,7 +101,7 @@ DEVICE = Section(
         Field(
             "page_sizes",
             "sizes",
-            "Sizes that its page table can map; 4 KiB among them. Default: 4 KiB, 64 KiB, 2 MiB.",
+            "Sizes that its page table can map; 4 KiB among them. Default: 4 KiB, 64 KiB, 2 MiB (without: no huge pages).",
             default=(4 << 10, 64 << 10, 2 << 20),
             also=("pages", "page_size"),
         ),
@@ -112,7 +112,7 @@ DEVICE = Section(
             default=True,
             also=("faults", "xnack"),
         ),
-        Field("atomics", "flag", "Whether it can do atomic operations on system memory.", default=True),
+        Field("atomics", "flag", "Whether it can do atomic operations (false: a job fails at its first atomic update).", default=True),
         Field("unit", "number", "Device number of a dmirror device; counts up along a range of names.", also=("number", "minor")),
     ),
 )

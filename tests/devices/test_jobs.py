@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Any
 
 import msgspec
@@ -14,6 +15,8 @@ from hmmnet.testing.scripted_host import counters_of, machine, results_of, u64, 
 from hmmnet.wire import messages as m
 from hmmnet.workloads.structures import build_lists, build_tree
 
+BLOCK = 0x20000
+"""A page at which an aligned huge page begins."""
 PAGE = 0x10000
 """The first page of the tests' mapping; aligned to a fault group."""
 
@@ -288,3 +291,47 @@ async def test_an_end_right_behind_the_launch_finds_the_job() -> None:
             await asked.wait()
         assert device.contexts[1].jobs == {}
         never.set()
+
+
+async def test_a_device_without_atomics_refuses_atomic_updates_by_name() -> None:
+    """EOPNOTSUPP with the device and the key; nothing was added, plain loads go on. The same job runs where there are atomics."""
+    for atomics in (False, True):
+        async with machine(atomics=atomics) as (host, _):
+            at = host.mmap(PAGE, 1)
+            await host.cpu_write(at, np.arange(4, dtype="<u8").tobytes())
+            finished = await host.launch("fetch_add", a=at, n=4, by=5)
+            if atomics:
+                assert finished.error == ""
+            else:
+                assert finished.errno == errno.EOPNOTSUPP
+                assert f'device "{host.spec["name"]}" has no atomic operations (atomics = false)' in finished.error
+                assert finished.fault_address is None
+            added = 5 if atomics else 0
+            assert (np.frombuffer(await host.cpu_read(at, 32), "<u8") == np.arange(4) + added).all()
+            assert (await host.launch("peek", a=at, n=4)).error == ""
+
+
+async def test_without_pages_of_2_mib_huge_pages_are_not_asked_for() -> None:
+    """Neither by a prefetch nor by a fault does the driver say COMPOUND; demand-2m is refused with what the device can map."""
+    for sizes in ((4096, 65536), (4096, 65536, 2 << 20)):
+        async with machine(page_sizes=sizes) as (host, device):
+            at = host.mmap(BLOCK, 512)
+            await host.cpu_write(at, np.ones(512 * 512, dtype="<i8").tobytes())
+            asked: list[bool] = []
+            context = device.contexts[1].context
+            plain = context._migrate_offered
+
+            async def offered(start: int, end: int, cause: str, *, compound: bool, plain: Any = plain, asked: list[bool] = asked) -> Any:
+                asked.append(compound)
+                return await plain(start, end, cause, compound=compound)
+
+            context._migrate_offered = offered
+            await host.ioctl("migrate_to_dev", BLOCK, 256)
+            assert (await host.launch("reduction", a=at, n=512 * 512)).error == ""
+            assert len(asked) >= 2
+            assert set(asked) == {2 << 20 in sizes}
+            if 2 << 20 in sizes:
+                assert (await host.launch("reduction", placement="demand-2m", a=at, n=1)).error == ""
+            else:
+                with pytest.raises(KernelError, match=r'EOPNOTSUPP.*demand-2m" wants pages of 2 MiB; page_sizes of .* are 4 KiB, 64 KiB'):
+                    await host.launch("reduction", placement="demand-2m", a=at, n=1)

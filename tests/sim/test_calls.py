@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,11 @@ import pytest
 import trio
 
 import hmmnet
-from hmmnet.errors import HmmnetError, KernelError
+from hmmnet.errors import HmmnetError, KernelError, RemoteError
 from hmmnet.pages import HUGE_PAGES, PAGE_SIZE
 from hmmnet.program import Process
 from hmmnet.sim import SimulatedMachine, run_virtual, simulated
+from hmmnet.topology.load import load
 
 from .countdown import Countdown
 
@@ -41,7 +43,8 @@ def test_system_calls_at_their_edges() -> None:
             ("EBADF", lambda: process.mmap(PAGE_SIZE, file=object())),  # type: ignore[arg-type]  # no file at all
             ("ENODEV", lambda: process.mmap(PAGE_SIZE, file=handle)),
             ("EINVAL", lambda: process.malloc(-1)),
-            ("ENOENT", lambda: process.migrate(populated, PAGE_SIZE, "gpu9")),
+            ("migrate: ENOENT", lambda: process.migrate(populated, PAGE_SIZE, "gpu9")),
+            ("launch: ENOENT", lambda: process.launch("reduction", "gpu9", a=populated, n=1)),
             ("E2BIG", lambda: process.launch("vector_add", "gpu0", text="x" * (2 * MIB))),
             ("EINVAL", lambda: handle.ioctl("migrate_to_dev", -1, 1)),
             ("EINVAL", lambda: handle.ioctl("migrate_to_dev", 0, 1 << 40)),
@@ -154,3 +157,45 @@ def test_a_death_interrupts_a_call(call: Callable[[Process, int], Awaitable[None
     while run_virtual(one_life, at, seed=seed, limit_s=600.0):
         at += 1
     assert at > 20
+
+
+@pytest.mark.parametrize("to", ["gpu0", "host"])
+@pytest.mark.parametrize("how", ["hole", "none"])
+def test_a_migration_passes_over_what_is_not_there(how: str, to: str) -> None:
+    """A hole or PROT_NONE in the middle: the pages on both sides move, and are counted."""
+
+    async def main(machine: SimulatedMachine) -> None:
+        process = await machine.create_process()
+        address = await process.mmap(6 * PAGE_SIZE)
+        await process.write(address, bytes(range(6)) * PAGE_SIZE)
+        if to == "host":
+            assert await process.migrate(address, 6 * PAGE_SIZE, "gpu0") == 6 * PAGE_SIZE
+        bad = address + 3 * PAGE_SIZE
+        await (process.munmap(bad, PAGE_SIZE) if how == "hole" else process.mprotect(bad, PAGE_SIZE, "none"))
+        assert await process.migrate(address, 6 * PAGE_SIZE, to) == 5 * PAGE_SIZE
+        there = await process.residency(address, 6)
+        assert [there.owners[there.pages[i]] == "gpu0" for i in (0, 1, 2, 4, 5)] == [to == "gpu0"] * 5
+        assert await process.read(address, 3) == bytes(range(3))
+
+    hmmnet.simulate(main, "two-gpus")
+
+
+def test_what_a_topology_says_of_a_device_reaches_its_jobs() -> None:
+    """``atomics = false`` and ``page_sizes`` without 2 MiB of one device: it refuses what wants them, with its name; the other does not."""
+    plain = load("two-gpus")
+    devices = tuple(
+        replace(device, atomics=False, page_sizes=(4 << 10, 64 << 10)) if device.name == "gpu0" else device for device in plain.devices
+    )
+
+    async def main(machine: SimulatedMachine) -> None:
+        process = await machine.create_process()
+        address = await process.mmap(PAGE_SIZE)
+        with pytest.raises(RemoteError, match=r'device "gpu0" has no atomic operations \(atomics = false\)'):
+            await process.launch("fetch_add", "gpu0", a=address)
+        await process.launch("fetch_add", "gpu1", a=address)
+        with pytest.raises(KernelError, match='page_sizes of device "gpu0" are 4 KiB, 64 KiB'):
+            await process.launch("peek", "gpu0", "demand-2m", a=address, n=1)
+        await process.launch("peek", "gpu1", "demand-2m", a=address, n=1)
+        assert await process.load(address) == 1
+
+    hmmnet.simulate(main, replace(plain, devices=devices))

@@ -135,3 +135,18 @@ def test_a_fault_can_grow_to_a_huge_page() -> None:
     assert policy is not None
     pages = np.array([5, 600, 5000], np.uint64)
     assert policy.ranges(pages, np.zeros(3, np.bool_)) == [(0, 1024), (4608, 5120)]
+
+
+def test_page_bytes_of_a_policy_is_a_whole_number() -> None:
+    """Pages of 4 KiB, which every device has, when it says nothing; anything else than a number is no policy."""
+
+    class Odd(Answers):
+        page_bytes = "2 MiB"
+
+    demand = make_policy("demand")
+    huge = make_policy("demand-2m")
+    assert demand is not None
+    assert huge is not None
+    assert (demand.page_bytes, huge.page_bytes) == (4096, 2 << 20)
+    with offered(POLICIES, "odd", Odd(list)), pytest.raises(BadPlan, match=r"page_bytes of '2 MiB'"):
+        make_policy("odd")
