@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import random
 import sys
 
 from hmmnet.lifeline import die_with_parent
@@ -50,6 +51,7 @@ def zygote(launcher: int) -> int:
 
     What a device imports by itself is memory of its own: numpy.ma alone, which np.unique asks for when it is first called, is 4 MB.
     """
+    random.Random("")  # noqa: S311 - chance from a text takes a hash, which newer Pythons import when it is first wanted
     import numpy.ma  # noqa: F401 - imported for the children
 
     from hmmnet.wire import keys, zmq_transport  # noqa: F401 - imported for the children
