@@ -98,10 +98,10 @@ class FlatProcess:
         raise AssertionError("no workload looks at smaps")
 
     async def oom_score(self) -> int:
-        raise NotImplementedError
+        raise AssertionError("no workload asks the OOM killer")
 
     async def set_oom_score_adj(self, value: int) -> None:
-        raise NotImplementedError
+        raise AssertionError("no workload asks the OOM killer")
 
     async def clear_refs(self, *, soft_dirty: bool = True) -> None:
         raise AssertionError("no workload clears references")

@@ -189,10 +189,10 @@ class FakeProcess:
         raise AssertionError("scripts never ask for smaps")
 
     async def oom_score(self) -> int:
-        raise NotImplementedError
+        raise AssertionError("scripts never ask the OOM killer")
 
     async def set_oom_score_adj(self, value: int) -> None:
-        raise NotImplementedError
+        raise AssertionError("scripts never ask the OOM killer")
 
     async def clear_refs(self, *, soft_dirty: bool = True) -> None:
         raise AssertionError("scripts never clear references")

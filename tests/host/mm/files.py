@@ -23,6 +23,14 @@ async def filled(machine: Machine, pages: int) -> MemFd:
     return file
 
 
+async def written(machine: Machine, pages: int = 4) -> Space:
+    """A process whose page i, from `BASE` on, holds the byte i + 1 throughout."""
+    space = machine.process()
+    await space.mmap(pages * PAGE, "rw", BASE)
+    await space.store(BASE, b"".join(page_bytes(i + 1) for i in range(pages)))
+    return space
+
+
 async def mapped(space: Space, file: MemFd, pages: int, at: int = BASE, *, shared: bool = True, first: int = 0, rights: str = "rw") -> int:
     return await space.mmap(pages * PAGE, rights, at, shared=shared, file=file.file("mmap"), offset=first * PAGE)
 

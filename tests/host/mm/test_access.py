@@ -15,17 +15,10 @@ from hmmnet.host.mm import access, pte
 from hmmnet.host.mm.space import Space
 from hmmnet.pages import Words
 
-from .files import BASE, PAGE, symbols
+from .files import BASE, PAGE, symbols, written
 from .machine import Machine, page_bytes, span
 
 FIRST = BASE // PAGE
-
-
-async def written(machine: Machine, pages: int = 4) -> Space:
-    space = machine.process()
-    await space.mmap(pages * PAGE, "rw", BASE)
-    await space.store(BASE, b"".join(page_bytes(i + 1) for i in range(pages)))
-    return space
 
 
 class Tollgate:

@@ -14,21 +14,13 @@ from trio.testing import wait_all_tasks_blocked
 from hmmnet.errors import KernelError
 from hmmnet.host.hub import Hub
 from hmmnet.host.mm import gup, pte
-from hmmnet.host.mm.space import Space
 from hmmnet.pages import zone_of
 from tests.host.fakes import FakeLink
 
-from .files import BASE, PAGE, symbols
+from .files import BASE, PAGE, symbols, written
 from .machine import Machine, page_bytes, span
 
 FIRST = BASE // PAGE
-
-
-async def written(machine: Machine, pages: int = 4) -> Space:
-    space = machine.process()
-    await space.mmap(pages * PAGE, "rw", BASE)
-    await space.store(BASE, b"".join(page_bytes(i + 1) for i in range(pages)))
-    return space
 
 
 async def test_a_longterm_pin_takes_coherent_pages_home_device_by_device() -> None:

@@ -15,17 +15,10 @@ from hmmnet.host.mm import pte
 from hmmnet.host.mm.space import Space
 from tests.host.fakes import FakeLink
 
-from .files import BASE, PAGE, filled, mapped, symbols, used
+from .files import BASE, PAGE, filled, mapped, symbols, used, written
 from .machine import Machine, page_bytes, span
 
 FIRST = BASE // PAGE
-
-
-async def written(machine: Machine, pages: int = 4) -> Space:
-    space = machine.process()
-    await space.mmap(pages * PAGE, "rw", BASE)
-    await space.store(BASE, b"".join(page_bytes(i + 1) for i in range(pages)))
-    return space
 
 
 async def test_pages_go_out_and_come_back() -> None:
