@@ -28,6 +28,17 @@ from hmmnet.program import Handle, IoctlResult, JobResult, Machine, Mapping, Mem
 T = TypeVar("T")
 R = TypeVar("R")
 
+CANCEL_S_MAX = 0.5
+"""Real seconds that Ctrl-C waits for the call that it cancels: one that cleans up behind a shield must not hold up who wants out."""
+
+
+@contextmanager
+def _refused_after_the_end() -> Iterator[None]:
+    try:
+        yield
+    except trio.RunFinishedError:
+        raise HmmnetError("the machine has ended") from None
+
 
 @contextmanager
 def only_error(body: BaseException | None = None) -> Iterator[None]:
@@ -85,7 +96,10 @@ class Blocking(Generic[T]):
             ended.unwrap()
 
     def call(self, function: Callable[..., Awaitable[R]], *args: Any, **kwargs: Any) -> R:
-        """Run a coroutine function in the loop and wait for what it returns or raises."""
+        """Run a coroutine function in the loop and wait for what it returns or raises.
+
+        A KeyboardInterrupt cancels it, and goes on when it has ended, or after `CANCEL_S_MAX`: what the caller does next finds it gone.
+        """
         result: queue.SimpleQueue[outcome.Outcome[R]] = queue.SimpleQueue()
         scope = trio.CancelScope()
 
@@ -107,16 +121,16 @@ class Blocking(Generic[T]):
             else:
                 self._nursery.start_soon(work)
 
-        assert self._token is not None, "start() comes first"
+        token = self._token
+        assert token is not None, "start() comes first"
         try:
-            self._token.run_sync_soon(begin)
-        except trio.RunFinishedError:
-            raise HmmnetError("the machine has ended") from None
-        try:
+            with _refused_after_the_end():
+                token.run_sync_soon(begin)
             return result.get().unwrap()
         except KeyboardInterrupt:
-            with suppress(trio.RunFinishedError):
-                self._token.run_sync_soon(scope.cancel)
+            with suppress(trio.RunFinishedError, queue.Empty):
+                token.run_sync_soon(scope.cancel)
+                result.get(timeout=CANCEL_S_MAX)
             raise
 
     def ask(self, function: Callable[[], R]) -> R:

@@ -102,8 +102,9 @@ def test_calls_that_wait_when_the_machine_ends_get_an_error() -> None:
     assert len(caught) == 1
 
 
-def test_ctrl_c_cancels_the_call_and_not_the_loop() -> None:
-    """KeyboardInterrupt in the calling thread; the coroutine is cancelled; the next call works."""
+def test_ctrl_c_cancels_the_call_and_not_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """KeyboardInterrupt in the calling thread when the coroutine has ended, cancelled; the next call works."""
+    monkeypatch.setattr("hmmnet.blocking.CANCEL_S_MAX", 30.0)
     loop, value = started()
 
     def interrupt() -> None:
@@ -114,9 +115,9 @@ def test_ctrl_c_cancels_the_call_and_not_the_loop() -> None:
     interrupter.start()
     with pytest.raises(KeyboardInterrupt):
         loop.call(value.forever)
+    assert value.cancelled
     interrupter.join()
     assert loop.call(value.double, 2) == 4
-    assert value.cancelled
     loop.stop()
 
 
