@@ -6,8 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from .places import NOT_APPLICABLE, Pair, places, reason
+from .places import NOT_APPLICABLE, Pair, reason
 from .sweep import OUTCOMES, Cell
+from .words import places
 
 FILE = Path(__file__).with_name("COVERAGE.md")
 NOT_HIT = "not hit"

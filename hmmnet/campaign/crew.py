@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import traceback
 from collections import Counter as Counts
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -34,6 +36,9 @@ REGION_STRIDE = 1 << 22
 """Each mapping gets an address of its own that is never used again, so that a late store cannot hit another region."""
 SERIAL_SHIFT = 16
 COUNTERS = 8
+LANE_PART = 100
+"""Words of each of the three parts of an actor's lane."""
+LANE_WORDS = 3 * LANE_PART
 ONLY_COPY = "had its only copy"
 """What is said of pages that died with their device."""
 
@@ -45,6 +50,19 @@ class Violation:
     checker: str
     what: str
     line: int = 0
+
+    @classmethod
+    def crash(cls, error: BaseException) -> Violation:
+        """An exception that came out of a run."""
+        return cls("crash", "; ".join(_leaves(error)))
+
+
+def _leaves(error: BaseException) -> list[str]:
+    """Each exception by type and text, and by its place where it is none of ours."""
+    if isinstance(error, BaseExceptionGroup):
+        return [text for one in error.exceptions for text in _leaves(one)]
+    frames = [] if isinstance(error, HmmnetError) else traceback.extract_tb(error.__traceback__)[-1:]
+    return [f"{type(error).__name__}: {error}" + "".join(f" ({Path(frame.filename).name}:{frame.lineno})" for frame in frames)]
 
 
 class AtomicProcess(Process, Protocol):
@@ -142,6 +160,15 @@ class Crew:
         await self.process.mmap(count * PAGE_SIZE, "rw", at, shared=shared, file=region.file, offset=offset)
         if region.kind == "huge":
             await self.process.madvise(at, count * PAGE_SIZE, "HUGEPAGE")
+
+    async def lay_out(self) -> None:
+        """Map the lanes, the program's regions, and the counters."""
+        lanes = -(-self.program.actors * LANE_WORDS // WORDS_PER_PAGE)
+        await self.map_region("lanes", lanes)
+        for layout in self.program.regions:
+            await self.map_region(layout.kind, layout.pages)
+        self.counters = Region(self.clock, len(self.regions), "counters", 1, self.next_base())
+        await self.map_again(self.counters)
 
     # --- violations -----------------------------------------------------------------------------------------------------------
 

@@ -18,19 +18,17 @@ from hmmnet.errors import BusError, KernelError, PeerLost, RemoteError, Segmenta
 from hmmnet.pages import PAGE_SIZE
 from hmmnet.program import Process
 
-from .crew import COUNTERS, Crew
+from .crew import COUNTERS, LANE_PART, LANE_WORDS, Crew
 from .history import Words
 from .program import Step
 from .regions import READ, RIGHTS, WORD_BYTES, WORDS_PER_PAGE, Region
+from .words import STEP_KINDS
 
 Operation: TypeAlias = Callable[[Crew, Step, str], Awaitable[None]]
 OPERATIONS: dict[str, Operation] = {}
 ANSWERS: dict[str, frozenset[int]] = {}
 """Errnos that are answers like any other, by kind of step."""
 
-LANE_PART = 100
-"""Words of each of the three parts of an actor's lane."""
-LANE_WORDS = 3 * LANE_PART
 LIST_NODES = 24
 UNKNOWN = "no such kernel"
 CANCELLED_S = 1e-6
@@ -41,7 +39,8 @@ NO_RIGHT = (errno.EFAULT, errno.EPERM, errno.EINVAL, errno.ENOENT, errno.ENOMEM)
 
 
 def operation(name: str, *answers: int) -> Callable[[Operation], Operation]:
-    """Offer a kind of step."""
+    """Offer a kind of step, one of `STEP_KINDS`."""
+    assert name in STEP_KINDS, f"words.py does not know the kind {name}"
 
     def offer(function: Operation) -> Operation:
         OPERATIONS[name] = function

@@ -7,28 +7,19 @@ has a cell for each. A message's place is its type, a session's frame that carri
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import get_args
 
 import msgspec
 
 from hmmnet.faults import Controls, MessageFault, Plan, Way
 from hmmnet.faults.network import BULK_WAYS
 from hmmnet.faults.points import POINTS
-from hmmnet.wire.codec import WITH_BODY, Kind
-from hmmnet.wire.messages import Body
 
 from .program import Harm, Hit, Program
+from .words import DEATH, places
 
-DEATH = "death"
-"""Of a message: its device dies when it is sent."""
-CONTROL_FAULTS = ("loss", "delay", "duplicate", "reorder", DEATH)
-BULK_FAULTS = (*CONTROL_FAULTS, "corrupt")
 SECONDS = {"delay": 0.005, "pause": 0.2}
 LATE_S = 0.01
 DOWN_S = 0.001
-CONTROL = (*(kind.__name__ for kind in get_args(Body)), *(kind.name for kind in Kind if kind not in WITH_BODY))
-"""Every message of a session."""
-
 NOT_APPLICABLE: dict[tuple[str, str], str] = {
     ("*", "call"): "no fault, but a function of a test",
     ("Rate", "*"): "tells a device how fast emulated time runs beside the wall's: in virtual time there is no wall",
@@ -66,13 +57,6 @@ class Pair:
             inwards = self.place == BULK_WAYS[True]
             return MessageFault(self.fault, Way("*", inwards, not inwards, "bulk"), Controls(nth=nth), latency_s)
         return MessageFault(self.fault, Way(channel="control"), Controls(nth=nth), latency_s, message=self.place)
-
-
-def places() -> dict[str, tuple[str, ...]]:
-    """Every place, in order, with what could happen there if it applied."""
-    found = {point.name: point.actions for point in POINTS.values()}
-    found |= dict.fromkeys(CONTROL, CONTROL_FAULTS)
-    return found | dict.fromkeys(BULK_WAYS, BULK_FAULTS)
 
 
 def reason(place: str, fault: str) -> str:

@@ -16,8 +16,8 @@ from hmmnet.errors import HmmnetError
 from hmmnet.faults.points import POINTS
 from hmmnet.topology.problems import did_you_mean
 
-REGION_KINDS = ("anon", "shared", "file", "huge")
-HARM_KINDS = ("death", "partition", "hang", "message")
+from .words import HARM_KINDS, REGION_KINDS, STEP_KINDS, places
+
 FORMAT = 1
 """Of the files; grows when older ones cannot be read any more."""
 
@@ -117,9 +117,6 @@ def read(file: Path) -> Program:
 
 def _words(program: Program) -> Iterator[tuple[str, str, Collection[str]]]:
     """Every word of a program that must be one of some: its place, the word, and those that there are."""
-    from .places import places
-    from .trial import STEP_KINDS
-
     for number, layout in enumerate(program.regions):
         yield f"regions[{number}].kind", layout.kind, REGION_KINDS
     for number, step in enumerate(program.steps):

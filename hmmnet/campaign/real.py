@@ -29,9 +29,10 @@ from hmmnet.sim import SimulatedMachine
 from . import operations
 from .audit import Auditor
 from .crew import AtomicProcess, Crew, Outcome, Violation
+from .demands import books, converge, last_check
 from .draw import draw
+from .machines import topology_of
 from .program import Program
-from .trial import _books, _converge, _last_check, _lay_out, _leaves, _topology
 
 ROUNDS = 25
 """Of one batch."""
@@ -149,13 +150,13 @@ async def _batch(seed: int, rounds: int, transport: LaunchKind, outcome: Outcome
     processes: Mapping[int, int] = {}
     try:
         with trio.fail_after(BATCH_S):
-            async with launch(_topology(program.machine), rate=1.0, transport=transport) as machine:
+            async with launch(topology_of(program.machine), rate=1.0, transport=transport) as machine:
                 processes = machine.processes
                 await _live(machine, program, rounds, outcome, summary)
     except trio.TooSlowError:
         outcome.violations.append(Violation("progress", f"no end within {BATCH_S:g} s"))
     except Exception as error:  # noqa: BLE001 - as in `run_program`
-        outcome.violations.append(Violation("crash", "; ".join(_leaves(error))))
+        outcome.violations.append(Violation.crash(error))
     left = await _left(processes)
     if left:
         summary.processes_left += len(left)
@@ -167,15 +168,15 @@ async def _live(machine: LaunchedMachine, program: Program, rounds: int, outcome
     process = cast(AtomicProcess, await machine.create_process())
     crew = Crew(cast(SimulatedMachine, _AsSimulated(machine)), process, program, outcome, None)
     auditor = Auditor(crew)
-    await _lay_out(crew)
+    await crew.lay_out()
     async with trio.open_nursery() as nursery:
         for actor in range(program.actors):
             nursery.start_soon(_act, crew, actor)
         await _nemesis(machine, crew, Random(f"real {program.seed}"), rounds, summary)  # noqa: S311 - chance, not secrecy
         nursery.cancel_scope.cancel()
     machine.cables.repair()
-    await _converge(crew)
-    await _last_check(crew)
+    await converge(crew)
+    await last_check(crew)
     auditor.full(quiet=True)
     for complaint in (await machine.check())["complaints"]:
         crew.complain("invariants", complaint)
@@ -183,8 +184,8 @@ async def _live(machine: LaunchedMachine, program: Program, rounds: int, outcome
     for region in crew.regions:
         if region.file is not None:
             await region.file.close()
-    await _converge(crew)
-    await _books(crew, auditor)
+    await converge(crew)
+    await books(crew, auditor)
 
 
 async def _act(crew: Crew, actor: int) -> None:

@@ -115,7 +115,7 @@ def test_an_exception_is_a_violation() -> None:
 
 def test_an_exception_outside_of_any_task_is_a_violation(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is no group of exceptions counts just as well."""
-    monkeypatch.setattr(trial, "_topology", {}.__getitem__)
+    monkeypatch.setattr(trial, "topology_of", {}.__getitem__)
     assert [one.checker for one in run_program(FAILED).violations] == ["crash"]
 
 

@@ -7,9 +7,10 @@ from typing import get_args
 import pytest
 
 from hmmnet.campaign.coverage import FILE, as_json, as_markdown, document, lacking, read
-from hmmnet.campaign.places import CONTROL, NOT_APPLICABLE, Pair, pairs, places, reason
+from hmmnet.campaign.places import NOT_APPLICABLE, Pair, pairs, reason
 from hmmnet.campaign.scenarios import SCENARIOS, scenario
 from hmmnet.campaign.sweep import OUTCOMES, alone, sweep, try_all, try_pair
+from hmmnet.campaign.words import CONTROL, places
 from hmmnet.errors import HmmnetError
 from hmmnet.faults.network import BULK_WAYS
 from hmmnet.faults.points import POINTS

@@ -1,0 +1,118 @@
+"""What is demanded once all faults have ended: the machine is well again, every word is there, and nothing has leaked.
+
+The same of simulated machines and of real processes (`trial`, `real`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import numpy as np
+import trio
+
+from hmmnet.errors import HmmnetError
+
+from .audit import Auditor
+from .crew import Crew
+from .history import Words
+from .operations import launched
+from .regions import RIGHTS, WORDS_PER_PAGE, Region
+
+CALM_S = 0.05
+"""Virtual seconds after work without harm, until what is freed late is free."""
+CONVERGED_S = 30.0
+"""Virtual seconds after the last harm within which everything must be well again: leases, patience and repeats."""
+SETTLED_S = 2.5
+"""Virtual seconds after which every message that was lost has come again, and who was silent too long has been given up."""
+LOOK_S = 0.05
+TRIES_MAX = 40
+CHECKED_SERIAL = 1 << 24
+"""What the last check stores has serials beyond those of all steps."""
+
+
+async def restart(crew: Crew, device: str) -> None:
+    """Start it if it does not run; one that cannot reach the host ends again, and is started again when all is healed."""
+    if device not in crew.machine.running:
+        with contextlib.suppress(HmmnetError):
+            await crew.machine.start_device(device)
+
+
+async def converge(crew: Crew) -> None:
+    """Wait until every device serves again and nothing is on its way; a violation when that does not come."""
+    machine = crew.machine
+    if not crew.harmed_ever:
+        await trio.sleep(CALM_S)
+        crew.calm()
+        return
+    began_s = trio.current_time()
+    deadline_s = began_s + CONVERGED_S
+    await trio.sleep(LOOK_S)
+    while trio.current_time() < deadline_s:
+        for device in machine.device_names:
+            await restart(crew, device)
+        now_s = trio.current_time()
+        if machine.all_ready and (not crew.in_aftermath(now_s) or (now_s >= began_s + SETTLED_S and machine.settled)):
+            crew.calm()
+            return
+        await trio.sleep(LOOK_S * 4)
+    behind = [name for name, figures in (await machine.report())["devices"].items() if figures["state"] != "ready"]
+    crew.complain("convergence", f"{CONVERGED_S:g} s after all faults ended {', '.join(behind) or 'nobody'} is not there again")
+
+
+async def last_check(crew: Crew) -> None:
+    """Every word is there, every device can load and store it, and counters have counted."""
+    program = crew.program
+    for region in crew.regions:
+        await crew.process.mprotect(region.base, region.span_bytes, "rw")
+        await crew.process.munlock(region.base, region.span_bytes)
+        region.rights[:] = RIGHTS["rw"]
+        for page in range(region.pages):
+            await _whole_page(crew, region, page)
+    region = crew.regions[1]
+    for number, device in enumerate(crew.machine.device_names):
+        await _device_check(crew, region, device, CHECKED_SERIAL + number)
+    crew.note(f"checked {len(program.steps)} steps")
+
+
+async def _whole_page(crew: Crew, region: Region, page: int) -> None:
+    """The CPU loads a page. One that is lost is given up and loaded again; without memory it is left, if the program has little."""
+    first, complaints, short = page * WORDS_PER_PAGE, len(crew.outcome.violations), crew.short
+    for _ in range(TRIES_MAX):
+        if await crew.attempt("the last check", lambda: crew.cpu_load("the last check", region, first, WORDS_PER_PAGE)):
+            return
+        if len(crew.outcome.violations) > complaints:
+            return  # it has been said why
+    if crew.short == short:
+        crew.complain("convergence", f"page {page} of region {region.number} cannot be loaded after everything is healed")
+
+
+async def _device_check(crew: Crew, region: Region, device: str, serial: int) -> None:
+    """A device stores, the CPU loads; the CPU stores, the device loads."""
+    first, count = 8 * crew.machine.device_names.index(device), 4
+
+    async def put(address: int, values: Words) -> None:
+        await launched(crew.process, device, "poke", a=address, words=values.tobytes())
+
+    async def fetch(address: int) -> Words:
+        return np.frombuffer((await launched(crew.process, device, "peek", a=address, n=count))["words"], np.uint64)
+
+    async def both() -> None:
+        await crew.store(who, region, first, crew.values(serial, first, count), put)
+        await crew.cpu_load(who, region, first, count)
+        await crew.cpu_store(who, region, first, count, serial + 64)
+        await crew.load(who, region, first, count, fetch)
+
+    who, complaints, short = f"the last check of {device}", len(crew.outcome.violations), crew.short
+    if not await crew.attempt(who, both) and len(crew.outcome.violations) == complaints and crew.short == short:
+        crew.complain("convergence", f"{device} cannot be used after everything is healed")
+
+
+async def books(crew: Crew, auditor: Auditor) -> None:
+    """Leaks, and translations that were used after they were dropped, when nothing runs any more."""
+    auditor.full(quiet=True)
+    for complaint in crew.machine.left_over():
+        crew.complain("leaks", complaint)
+    report = await crew.machine.report()
+    for name, figures in report["devices"].items():
+        if figures["iommu_refused"]:
+            crew.complain("iommu", f"{name} used {figures['iommu_refused']} translations that it must not use: {figures['iommu_last']}")
