@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import trio
+import trio.testing
 
 from hmmnet.errors import HmmnetError
 from hmmnet.faults.catalogue import fault
@@ -22,12 +23,13 @@ from hmmnet.faults.effects import HostEffect
 from hmmnet.host.device import Life
 from hmmnet.host.interfaces import Event
 from hmmnet.host.service import Host
-from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE
+from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, PAGES_MAX
 from hmmnet.wire.messages import Inject, Message
 
 from .fakes import words
 from .scripted_device import ScriptedDevice, running_host, scripted_device
-from .test_service import one_device, pages_of
+from .test_killed import machine
+from .test_service import check, one_device, pages_of
 
 
 @pytest.fixture
@@ -187,6 +189,53 @@ async def test_deeds_without_a_process_concern_all_of_them() -> None:
         for process in processes:
             assert await process.read(address + PAGE_SIZE, 1) == b"\2"
             assert host.spaces[process.pid].pagemap(address, 1) == b"-"
+
+
+async def test_messages_are_lost_on_the_wires_of_a_host() -> None:
+    """Over ipc, to a device process: what is lost is asked for again and counted; wires to nobody are refused."""
+    async with machine("ipc") as (host, _):
+        with pytest.raises(HmmnetError, match='no device is called "gpu9"'):
+            host.add_fault(fault("loss", on="gpu9<->host"))
+        number = host.add_fault(fault("loss", on="host->gpu0", channel="control", message="OpenContext", times=1))
+        process = await host.create_process()
+        address = await pages_of(process)
+        await process.open("gpu0")
+        assert await process.migrate(address, 8 * PAGE_SIZE, "gpu0") == 8 * PAGE_SIZE
+        await check(process, address)
+        assert host.faults.fired() == {"loss": 1}
+        host.remove_fault(number)
+
+
+async def test_deeds_are_done_to_the_process_that_is_meant() -> None:
+    """At once, by number: a fork is a child that ends; ``exec`` unmaps all; what needs a range and has none does nothing."""
+    async with running_host("gpu0") as (host, _):
+        one, other = [await host.create_process() for _ in range(2)]
+        address = await pages_of(one)
+        assert await pages_of(other) == address
+        for deed in ("fork", "mprotect", "mremap", "munmap", "madvise", "touch", "nested"):
+            host.injection.deed(HostEffect(deed, process=one.pid))
+        host.injection.deed(HostEffect("exec", process=other.pid + 1))
+        await trio.testing.wait_all_tasks_blocked()
+        await check(one, address)
+        assert sorted(host.processes) == [one.pid, other.pid]
+        host.injection.deed(HostEffect("exec", process=other.pid))
+        await trio.testing.wait_all_tasks_blocked()
+        await check(one, address)
+        assert not other.space.vmas(0, PAGES_MAX)
+
+
+async def test_the_oom_killer_chooses_unless_it_is_told_whom_to_take() -> None:
+    """``oom`` of a process: its memory is reaped, then it ends; of nobody: whose end gives most; nobody left is no error."""
+    async with running_host("gpu0") as (host, _):
+        small, large, told = [await host.create_process() for _ in range(3)]
+        file = await told.memfd_create(4 * PAGE_SIZE)
+        for process, pages in ((small, 1), (large, 9), (told, 4)):
+            await pages_of(process, pages)
+        await told.mmap(4 * PAGE_SIZE, shared=True, file=file)
+        for number, left in ((told.pid, [small.pid, large.pid]), (0, [small.pid]), (0, []), (0, [])):
+            host.injection.deed(HostEffect("oom", process=number))
+            await trio.testing.wait_all_tasks_blocked()
+            assert sorted(host.processes) == left
 
 
 # --- what a host says of itself ---------------------------------------------------------------------------------------------------
