@@ -90,12 +90,12 @@ class Bridge:
     async def send(self, parts: Sequence[Buffer], copy: bool = True) -> None:
         """As `send_nowait`, and wait while the queue is full."""
         self._sent += 1
-        if self._sent >= IMMEDIATE_MAX or len(parts[-1]) >= BULK_BYTES:
-            self._sent = 0
-            await checkpoint()
-        else:
-            await checkpoint_if_cancelled()
         try:
+            if self._sent >= IMMEDIATE_MAX or len(parts[-1]) >= BULK_BYTES:
+                self._sent = 0
+                await self._wait(_POLLOUT)  # full or not, others have their turn
+            else:
+                await checkpoint_if_cancelled()
             self._send(parts, copy)
         except zmq.Again:
             await self._send_later(parts, copy)
@@ -147,11 +147,11 @@ class Bridge:
     async def recv_first(self) -> bytes:
         """As `recv_first_nowait`, and wait for a message. No checkpoint follows the receipt, so the other parts can be taken."""
         self._received += 1
-        if self._received >= IMMEDIATE_MAX:
-            self._received = 0
-            await checkpoint()
         try:
-            if self._receive_waited and not (events := self._get(_EVENTS)) & _POLLIN:  # nothing the last time: ask, cheaper than `Again`
+            if self._received >= IMMEDIATE_MAX:
+                self._received = 0
+                await (checkpoint() if self._nudged else self._wait(_POLLIN))  # a message or none, others have their turn
+            elif self._receive_waited and not (events := self._get(_EVENTS)) & _POLLIN:  # nothing last time: ask, cheaper than `Again`
                 await self._wait_turn(_POLLIN, events)
             else:
                 self._receive_waited = False
@@ -251,7 +251,7 @@ class Bridge:
             self._senders.unpark()
 
     async def _wait(self, direction: int) -> None:
-        """After `Again`: return when `direction` may be ready, for the caller to try once more."""
+        """Yield, and return when `direction` may be ready, for the caller to try."""
         events = self._get(_EVENTS)
         if events & direction:
             await checkpoint()
