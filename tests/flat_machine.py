@@ -125,6 +125,7 @@ class FlatMachine:
 
     def __init__(self) -> None:
         self.error = 0
+        self.lost: set[str] = set()
         self.time_s = 0.0
         self.launched: list[tuple[str, str, str]] = []
         self.processes: list[FlatProcess] = []
@@ -138,4 +139,4 @@ class FlatMachine:
         return self.time_s
 
     async def report(self) -> dict[str, Any]:
-        return {}
+        return {"devices": {name: {"state": "lost" if name in self.lost else "ready"} for name in self.device_names}}

@@ -131,8 +131,8 @@ def svg(topology: Topology) -> str:
     """The machine as a stand-alone SVG document."""
     layout = Layout(topology, 2 * MARGIN + CHARACTER_WIDTH * len(topology.description))
     width = layout.width
-    texts = list(dict.fromkeys((link.kind, link_text(link)) for link in topology.links))
-    colours = {kind: LINK_COLOURS[i % len(LINK_COLOURS)] for i, kind in enumerate(dict.fromkeys(kind for kind, _ in texts))}
+    texts = list(dict.fromkeys(link_text(link) for link in topology.links))
+    colours = {text: LINK_COLOURS[i % len(LINK_COLOURS)] for i, text in enumerate(texts)}
     height = layout.bottom + (28 if texts else 0) + 18 * len(texts) + MARGIN
     size = f'width="{width:.0f}" height="{height:.0f}" viewBox="0 0 {width:.0f} {height:.0f}"'
     parts = [
@@ -141,7 +141,7 @@ def svg(topology: Topology) -> str:
         f'<text x="{MARGIN}" y="{MARGIN + 6}" font-size="16" font-weight="bold">{escape(topology.name)}</text>',
         f'<text x="{MARGIN}" y="{MARGIN + 23}" fill="#555">{escape(topology.description)}</text>',
     ]
-    parts += [_line(link, layout, colours[link.kind]) for link in topology.links]
+    parts += [_line(link, layout, colours[link_text(link)]) for link in topology.links]
     if len(topology.links) <= LABELLED_LINKS_MAX:
         parts += [_rate_label(link, layout) for link in topology.links]
     parts += [_box(topology.vertex(name), box) for name, box in layout.boxes.items()]
@@ -215,10 +215,10 @@ def _box(vertex: MemoryNode | DeviceSpec | Switch, box: Box) -> str:
     )
 
 
-def _legend(texts: list[tuple[str, str]], colours: dict[str, str], first: float) -> list[str]:
+def _legend(texts: list[str], colours: dict[str, str], first: float) -> list[str]:
     parts = []
-    for i, (kind, text) in enumerate(texts):
+    for i, text in enumerate(texts):
         y = first + 18 * i
-        parts.append(f'<rect x="{MARGIN}" y="{y - 5:.0f}" width="22" height="3" fill="{colours[kind]}"/>')
+        parts.append(f'<rect x="{MARGIN}" y="{y - 5:.0f}" width="22" height="3" fill="{colours[text]}"/>')
         parts.append(f'<text x="{MARGIN + 30}" y="{y:.0f}" fill="#444">{escape(text)}</text>')
     return parts

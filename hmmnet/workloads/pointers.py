@@ -29,7 +29,7 @@ async def list_walk(
 
     The nodes of one device's lists lie together, in random order: neighbours in a list are far apart, but no group is wanted twice.
     """
-    names = chosen_devices(machine, devices)
+    names = await chosen_devices(machine, devices)
     random = np.random.default_rng(seed)
     values = random.integers(0, 1 << 32, nodes, dtype=np.uint64)
     borders = np.sort(random.integers(0, nodes + 1, max(n - 1, 0)))
@@ -75,7 +75,7 @@ async def tree_search(
     seed: int = 1,
 ) -> Report:
     """Look `n` keys up in a search tree of `keys` keys for each device, half of them in vain; checked against a dictionary."""
-    names = chosen_devices(machine, devices)
+    names = await chosen_devices(machine, devices)
     random = np.random.default_rng(seed)
     known = np.unique(random.integers(0, 1 << 62, keys, dtype=np.uint64)) * np.uint64(2)
     values = random.integers(0, 1 << 62, len(known), dtype=np.uint64)

@@ -23,10 +23,17 @@ MISTAKES_SHOWN = 10
 """Wrong elements that a report lists; the count is always whole."""
 
 
-def chosen_devices(machine: Machine, devices: Sequence[str] | str | None) -> tuple[str, ...]:
-    """The devices to use: those named (a list, or a text with commas), else all. Raises ValueError for a name the machine does not have."""
+async def chosen_devices(machine: Machine, devices: Sequence[str] | str | None) -> tuple[str, ...]:
+    """The devices to use: those named (a list, or a text with commas), else all that are not lost.
+
+    Raises ValueError for a name that the machine does not have, and when every device is lost.
+    """
     if devices is None:
-        return machine.device_names
+        found = (await machine.report())["devices"]
+        names = tuple(name for name in machine.device_names if found[name]["state"] != "lost")
+        if not names:
+            raise ValueError(f"all devices of this machine are lost: {', '.join(machine.device_names)}; restart one, or start it anew")
+        return names
     names = tuple(devices.split(",")) if isinstance(devices, str) else tuple(devices)
     unknown = [name for name in names if name not in machine.device_names]
     if unknown or not names:

@@ -88,7 +88,7 @@ async def word_count(
     placement: str = "demand",
 ) -> Report:
     """Count the words of `input` (files; default: the standard library's sources), each device its share of the text."""
-    names = chosen_devices(machine, devices)
+    names = await chosen_devices(machine, devices)
     paths = [Path(p) for p in ([input] if isinstance(input, str) else input)] if input else None
     text = load_text(paths, limit)
     words = np.unique(tokenize(as_array(text)).hashes)

@@ -19,7 +19,7 @@ async def vector_add(
     machine: Machine, n: int = ELEMENTS, devices: Sequence[str] | str | None = None, placement: str = "demand", seed: int = 1
 ) -> Report:
     """``out = a + b`` over `n` doubles, checked against numpy element by element."""
-    names = chosen_devices(machine, devices)
+    names = await chosen_devices(machine, devices)
     random = np.random.default_rng(seed)
     a, b = random.random(n), random.random(n)
     process = await machine.create_process()
@@ -38,7 +38,7 @@ async def reduction(
     machine: Machine, n: int = ELEMENTS, devices: Sequence[str] | str | None = None, placement: str = "demand", seed: int = 1
 ) -> Report:
     """The sum of `n` integers; the devices' partial sums are added up on the CPU and compared with Python's exact sum."""
-    names = chosen_devices(machine, devices)
+    names = await chosen_devices(machine, devices)
     values = np.random.default_rng(seed).integers(-(1 << 40), 1 << 40, n, dtype=np.int64)
     process = await machine.create_process()
     at = await store_array(process, values)

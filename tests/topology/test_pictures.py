@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console, RenderableType
 
 from hmmnet.topology.draw import BOX_WIDTH, Layout, svg
+from hmmnet.topology.tree import link_text
 from hmmnet.topology.load import load, parse, preset_names
 from hmmnet.topology.matrix import ends, matrix, route_rows
 from hmmnet.topology.tree import rate_text, terminal_tree
@@ -89,6 +90,15 @@ def test_svg_is_whole(name: str) -> None:
         assert any(title.startswith(f"{link_.name}: ") for title in titles)
     for vertex in topology.vertices():
         assert any(title.startswith(f"{vertex.name}: ") for title in titles)
+
+
+def test_legend_tells_links_of_one_kind_apart() -> None:
+    """What differs in more than its name has a colour of its own, the same in the legend and in the picture."""
+    topology = load("pcie-64")
+    root = ET.fromstring(svg(topology))
+    strokes = {path.get("stroke") for path in root.iter(f"{SVG}path")}
+    assert len(strokes) == len({link_text(link) for link in topology.links}) == 2
+    assert strokes == {box.get("fill") for box in root.iter(f"{SVG}rect") if box.get("height") == "3"}
 
 
 def test_parents_stand_above_their_children() -> None:

@@ -61,6 +61,19 @@ async def test_one_device_remote(workload: Any, arguments: dict[str, Any], machi
     assert machine.launched == [(workload.__name__, "gpu1", "remote")]
 
 
+@EACH
+async def test_a_lost_device_gets_no_share(workload: Any, arguments: dict[str, Any], machine: Any) -> None:
+    """Unless it is named; with all of them lost, that is said."""
+    machine.lost = {"gpu0"}
+    assert (await workload(machine, **arguments))["correct"]
+    assert {device for _, device, _ in machine.launched} == {"gpu1"}
+    await workload(machine, devices="gpu0", **arguments)
+    assert machine.launched[-1][1] == "gpu0"
+    machine.lost = {"gpu0", "gpu1"}
+    with pytest.raises(ValueError, match="all devices of this machine are lost: gpu0, gpu1"):
+        await workload(machine, **arguments)
+
+
 @pytest.mark.parametrize(
     ("workload", "arguments"),
     [
