@@ -150,7 +150,7 @@ class Bridge:
         try:
             if self._received >= IMMEDIATE_MAX:
                 self._received = 0
-                await (checkpoint() if self._nudged else self._wait(_POLLIN))  # a message or none, others have their turn
+                await self._wait(_POLLIN)  # a message or none, others have their turn
             elif self._receive_waited and not (events := self._get(_EVENTS)) & _POLLIN:  # nothing last time: ask, cheaper than `Again`
                 await self._wait_turn(_POLLIN, events)
             else:
@@ -251,9 +251,9 @@ class Bridge:
             self._senders.unpark()
 
     async def _wait(self, direction: int) -> None:
-        """Yield, and return when `direction` may be ready, for the caller to try."""
+        """Yield, and return when `direction` may be ready, for the caller to try. A nudge, which the caller will find, is no wait."""
         events = self._get(_EVENTS)
-        if events & direction:
+        if events & direction or self._nudged:
             await checkpoint()
         else:
             await self._wait_turn(direction, events)

@@ -9,10 +9,9 @@ import pytest
 from rich.console import Console, RenderableType
 
 from hmmnet.topology.draw import BOX_WIDTH, Layout, svg
-from hmmnet.topology.tree import link_text
 from hmmnet.topology.load import load, parse, preset_names
 from hmmnet.topology.matrix import ends, matrix, route_rows
-from hmmnet.topology.tree import rate_text, terminal_tree
+from hmmnet.topology.tree import link_text, rate_text, terminal_tree
 
 from .machines import link, machine
 
