@@ -154,6 +154,17 @@ class Mirror:
         usable = np.flatnonzero(allows(entries, False))[:most]
         return pages[usable], frames_of(entries[usable]), allows(entries[usable], True)
 
+    def touched(self) -> Words:
+        """The pages with entries that may be others since the last call: for one who checks them."""
+        small, blocks = self._table.ptes.take_touched_pages(), self._table.pmds.take_touched_pages()
+        return small if len(blocks) == 0 else np.concatenate((small, page_by_page((blocks << _BLOCK) | np.uint64(LARGE))))
+
+    def held(self, pages: Words) -> tuple[Words, Words, npt.NDArray[np.bool_]]:
+        """`translations`, of `pages`."""
+        entries = self._table.gather(pages)
+        usable = allows(entries, False).nonzero()[0]
+        return pages[usable], frames_of(entries[usable]), allows(entries[usable], True)
+
     def has_exclusive(self, start: int, end: int) -> bool:
         """Whether a page of [start, end) is mapped for exclusive access."""
         return any(bool((part & np.uint64(ENTRY_ATOMIC)).any()) for _, part, _ in self._table.parts(start, end))

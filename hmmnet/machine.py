@@ -111,6 +111,10 @@ class Host(Protocol):
         """What is wrong with the books; empty when all is well. `quiet`: nothing is under way."""
         ...
 
+    def audit_changes(self, mirrors: Sequence[tuple[str, int, Any]] = ()) -> list[str]:
+        """The same of what has changed since the last call, while things are under way; with mirrors that can be seen."""
+        ...
+
     def audit_mirror(self, device: str, process: int, pages: Words, frames: Words, writable: npt.NDArray[np.bool_]) -> list[str]:
         """What is wrong with translations that a device's mirror holds."""
         ...

@@ -81,11 +81,11 @@ class PageTable:
         if low >= high:
             return np.zeros(0, np.uint64)
         used = np.zeros(high - low, np.bool_)
-        for first, part in self.pmds.present(low, high) if self.pmd_count else ():
+        for first, part in self.pmds.existing(low, high) if self.pmd_count else ():
             used[first - low : first - low + len(part)] = part != 0
         if used.all():
             return np.zeros(0, np.uint64)
-        for first, part in self.ptes.present(low << HUGE_SHIFT, high << HUGE_SHIFT):
+        for first, part in self.ptes.existing(low << HUGE_SHIFT, high << HUGE_SHIFT):
             at = (first >> HUGE_SHIFT) - low
             used[at : at + len(part) // HUGE_PAGES] |= np.bitwise_or.reduce(part.reshape(-1, HUGE_PAGES), axis=1) != 0
         return np.flatnonzero(~used).astype(np.uint64) + np.uint64(low)

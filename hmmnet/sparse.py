@@ -8,13 +8,16 @@ levels: a dictionary, and leaves of 2**18 entries (1 GiB of addresses) that are 
 A range operation is one numpy operation for each leaf it crosses, and so is one on consecutive pages of a list, which most lists are: a
 slice does in a tenth of the time what a fancy index would. Host page tables, device mirrors and IOMMU domains are all this.
 
-Each leaf remembers which of its blocks of 512 entries were ever written, so that looking for what there is costs what there is.
+Each leaf remembers which of its blocks of 512 entries were ever written, so that looking for what there is costs what there is; and which
+may have been written since somebody last asked (`take_touched`), so that whoever checks a table need not look at all of it each time. Both
+are one mark, so that those who write pay once.
 """
 
 from __future__ import annotations
 
 import mmap
 from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
 from itertools import pairwise
 
 import numpy as np
@@ -27,8 +30,13 @@ LEAF_SHIFT = 18
 LEAF_PAGES = 1 << LEAF_SHIFT
 _MASK = LEAF_PAGES - 1
 BLOCK_SHIFT = 9
+BLOCK_PAGES = 1 << BLOCK_SHIFT
 BLOCKS = LEAF_PAGES >> BLOCK_SHIFT
 _BLOCK_MASK = (1 << BLOCK_SHIFT) - 1
+WRITTEN, TOUCHED = 1, 3
+"""Marks of a block: it was written at some time; and, beside that, since `take_touched`."""
+_MARK = bytes([0, *[TOUCHED] * 255])
+"""Of marks: what they are once everything that was ever written may have been written again."""
 SCANNED_MAX = 16 << BLOCK_SHIFT
 """Entries that are looked at one by one before it pays to ask which blocks were written."""
 
@@ -52,7 +60,9 @@ class SparseTable:
         self._cells: dict[int, memoryview] = {}
         """The same leaves, for single entries: a plain number in or out in a third of the time."""
         self._written: dict[int, bytearray] = {}
-        """For each block of a leaf whether it was ever written."""
+        """The mark of each block of a leaf: `WRITTEN`, `TOUCHED`, or 0."""
+        self._dropped: set[int] = set()
+        """Leaves that were given back since `take_touched`."""
 
     def get(self, page: int) -> int:
         """The entry of one page."""
@@ -67,7 +77,7 @@ class SparseTable:
             self._leaf(page >> LEAF_SHIFT)
             cells = self._cells[page >> LEAF_SHIFT]
         cells[page & _MASK] = value
-        self._written[page >> LEAF_SHIFT][(page & _MASK) >> BLOCK_SHIFT] = 1
+        self._written[page >> LEAF_SHIFT][(page & _MASK) >> BLOCK_SHIFT] = TOUCHED
 
     def _leaf(self, key: int) -> Words:
         leaf = self._leaves.get(key)
@@ -82,7 +92,7 @@ class SparseTable:
         key, first, last = start >> LEAF_SHIFT, start & _MASK, end - 1 & _MASK
         leaf = self._leaf(key)
         low, high = first >> BLOCK_SHIFT, (last >> BLOCK_SHIFT) + 1
-        self._written[key][low:high] = b"\1" * (high - low)
+        self._written[key][low:high] = b"\3" * (high - low)
         return leaf[first : last + 1]
 
     def segments(self, start: int, end: int) -> Iterator[tuple[int, Words]]:
@@ -94,6 +104,14 @@ class SparseTable:
 
     def present(self, start: int, end: int) -> Iterator[tuple[int, Words]]:
         """Like `segments`, in page order, but only where a leaf exists: safe for ``[0, PAGES_MAX)``. Entries that are zero must stay so."""
+        for low, part in self.existing(start, end):
+            marks = self._written[low >> LEAF_SHIFT]
+            blocks = slice((low & _MASK) >> BLOCK_SHIFT, ((low + len(part) - 1 & _MASK) >> BLOCK_SHIFT) + 1)
+            marks[blocks] = marks[blocks].translate(_MARK)
+            yield low, part
+
+    def existing(self, start: int, end: int) -> Iterator[tuple[int, Words]]:
+        """Like `present`, for who does not write."""
         for key in self._keys(start, end):
             low = max(start, key << LEAF_SHIFT)
             high = min(end, (key + 1) << LEAF_SHIFT)
@@ -120,7 +138,7 @@ class SparseTable:
             if leaf is not None:
                 return leaf[start & _MASK : (end - 1 & _MASK) + 1].copy()
         out = np.zeros(end - start, dtype=np.uint64)
-        for first, part in self.present(start, end):
+        for first, part in self.existing(start, end):
             out[first - start : first - start + len(part)] = part
         return out
 
@@ -136,6 +154,7 @@ class SparseTable:
         for first, part in list(self.present(start, end)):
             if len(part) == LEAF_PAGES:
                 del self._leaves[first >> LEAF_SHIFT], self._cells[first >> LEAF_SHIFT], self._written[first >> LEAF_SHIFT]
+                self._dropped.add(first >> LEAF_SHIFT)
             else:
                 part[:] = 0
 
@@ -162,7 +181,7 @@ class SparseTable:
         offsets = (pages & np.uint64(_MASK)).astype(np.intp)
         for key, here in _by_leaf(pages):
             self._leaf(key)[offsets[here]] = values if isinstance(values, int) else values[here]
-            np.frombuffer(self._written[key], np.uint8)[offsets[here] >> BLOCK_SHIFT] = 1
+            np.frombuffer(self._written[key], np.uint8)[offsets[here] >> BLOCK_SHIFT] = TOUCHED
 
     def occupied(self, start: int, end: int) -> Words:
         """The pages of [start, end) whose entry is not zero, ascending."""
@@ -186,6 +205,40 @@ class SparseTable:
                 return found
         scanned: Words = np.flatnonzero(leaf[low:high]).astype(np.uint64) + (base + np.uint64(low))
         return scanned
+
+    # --- for who checks the table ---------------------------------------------------------------------------------------------------
+
+    def take_touched(self) -> tuple[list[tuple[int, Words]], AbstractSet[int]]:
+        """What may have been written since the last call: (first page, entries) of blocks, to read; and leaves that were given back.
+
+        For one who asks: whoever asks next is told of what comes after.
+        """
+        blocks: list[tuple[int, Words]] = []
+        for key, marks in self._written.items():
+            at = marks.find(TOUCHED)
+            while at >= 0:
+                marks[at] = WRITTEN
+                first = at << BLOCK_SHIFT
+                blocks.append(((key << LEAF_SHIFT) + first, self._leaves[key][first : first + BLOCK_PAGES]))
+                at = marks.find(TOUCHED, at + 1)
+        dropped = self._dropped
+        if dropped:
+            self._dropped = set()
+        return blocks, dropped
+
+    def take_touched_pages(self) -> Words:
+        """The pages with an entry in those blocks, in no order."""
+        found = []
+        for first, entries in self.take_touched()[0]:
+            at = entries.nonzero()[0]
+            if len(at):
+                found.append(at.astype(np.uint64) + np.uint64(first))
+        return found[0] if len(found) == 1 else np.concatenate(found) if found else np.zeros(0, np.uint64)
+
+    def touch(self) -> None:
+        """Everything may have been written, for who asks next."""
+        for key, marks in self._written.items():
+            self._written[key] = marks.translate(_MARK)
 
     @property
     def leaf_count(self) -> int:

@@ -2,12 +2,15 @@
 
 `mm/invariants.py` looks at the host's own tables (I2 to I5, I8). Here the rest of what the host can see: that no device may reach a page
 with a right that the page table does not give (I1), as far as its IOMMU domain goes, and, where the device's own mirror can be seen (in a
-simulated machine), there too; and that nothing has leaked.
+simulated machine), there too; that no mirror is told of anything once it has unsubscribed (I7); and that nothing has leaked.
+
+`Audit` does the same after every step of a program, for what that has changed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +21,7 @@ from .device import Context, Device
 from .mm import pte
 from .mm.frames import PhysicalMemory
 from .mm.invariants import check
+from .mm.ledger import Ledger
 from .mm.space import Space
 
 Mask = npt.NDArray[np.bool_]
@@ -83,3 +87,76 @@ def described(context: Context, who: str, page: int, frame: int, *, may_write: b
     where = f"page 0x{page:x} of process {context.space.number} as frame 0x{frame:x}"
     table = f"0x{entry:x}" if entry else "nothing"
     return f"{who} {'may write' if may_write else 'may read'} {where}, the page table has {table} there (I1)"
+
+
+class Translations(Protocol):
+    """What somebody translates: an IOMMU domain, a device's mirror."""
+
+    def touched(self) -> Words:
+        """The pages with translations that may be others since the last call."""
+        ...
+
+    def translations(self) -> tuple[Words, Words, Mask]:
+        """(pages, frames, may write) of everything that may be used now."""
+        ...
+
+    def held(self, pages: Words) -> tuple[Words, Words, Mask]:
+        """The same of those of `pages` that have some."""
+        ...
+
+
+class Audit:
+    """The invariants of one machine for who asks after every step: of what has changed since the last call.
+
+    There can be one for each machine, as there is one `Ledger`.
+    """
+
+    def __init__(self, memory: PhysicalMemory, spaces: Mapping[int, Space], devices: Mapping[str, Device]) -> None:
+        self._spaces = spaces
+        self._devices = devices
+        self._ledger = Ledger(memory)
+        self._left: dict[Translations, list[Words]] = {}
+        """Pages that could not be checked yet, because mirrors of their process were just being told."""
+
+    def changes(self, mirrors: Sequence[tuple[str, int, Translations]], now_s: float) -> list[str]:
+        """What is wrong with what has changed. `mirrors` are (device, process, mirror) of those that can be seen."""
+        if any(space.mmap_lock.written for space in self._spaces.values()):
+            return []  # see `books`
+        found: list[str] = []
+        changed: dict[int, Words] | None = None
+        try:
+            changed = self._ledger.look([space.mm for space in self._spaces.values()], now_s)
+        except AssertionError as wrong:
+            found.append(str(wrong))
+        held = [*self._domains(), *self._seen(mirrors)]
+        self._left = {who: self._left.get(who, []) for _, _, who in held}
+        for name, context, who in held:
+            if changed is None or context.space.number not in self._spaces:
+                found += believed(context, name, *who.translations())
+            else:
+                found += self._believed(name, context, who, changed.get(context.space.number))
+        return found
+
+    def _domains(self) -> list[tuple[str, Context, Translations]]:
+        lives = [device.life for device in self._devices.values() if device.life is not None]
+        return [(f"the IOMMU of {life.name}", context, context.domain) for life in lives for context in life.contexts.values()]
+
+    def _seen(self, mirrors: Sequence[tuple[str, int, Translations]]) -> list[tuple[str, Context, Translations]]:
+        found = []
+        for device, process, mirror in mirrors:
+            life = self._devices[device].life
+            context = None if life is None else life.context_of(process)
+            if context is not None:
+                found.append((f"the mirror of {device}", context, mirror))
+        return found
+
+    def _believed(self, name: str, context: Context, who: Translations, changed: Words | None) -> list[str]:
+        """I1 of the pages of one mirror that changed, or whose entries did."""
+        left, touched = self._left[who], who.touched()
+        left += [pages for pages in (touched, changed) if pages is not None and len(pages)]
+        if not left or context.hub.core.active:
+            return []
+        if not stale(context, *who.held(left[0] if len(left) == 1 else np.concatenate(left))).any():
+            self._left[who] = []
+            return []
+        return believed(context, name, *who.translations())

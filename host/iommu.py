@@ -97,7 +97,7 @@ class Domain:
         if not has_large(pages):
             return pages
         large = pages & np.uint64(LARGE - 1)
-        if any(bool(part.any()) for _, part in self._table.present(int(large.min()), int(large.max()) + HUGE_PAGES)):
+        if any(bool(part.any()) for _, part in self._table.existing(int(large.min()), int(large.max()) + HUGE_PAGES)):
             return page_by_page(pages)
         return pages[pages < np.uint64(LARGE)]
 
@@ -111,6 +111,16 @@ class Domain:
         pages = self._table.occupied(0, PAGES_MAX)
         entries = self._table.gather(pages)
         held = (entries & (_VALID | _SUSPENDED)) == _VALID
+        return pages[held], entries[held] >> _FRAME_SHIFT, (entries[held] & _WRITE) != 0
+
+    def touched(self) -> Words:
+        """The pages with translations that may be others since the last call: for one who checks them."""
+        return self._table.take_touched_pages()
+
+    def held(self, pages: Words) -> tuple[Words, Words, npt.NDArray[np.bool_]]:
+        """`translations`, of `pages`."""
+        entries = self._table.gather(pages)
+        held = ((entries & (_VALID | _SUSPENDED)) == _VALID).nonzero()[0]
         return pages[held], entries[held] >> _FRAME_SHIFT, (entries[held] & _WRITE) != 0
 
     def suspend(self, pages: Words) -> None:

@@ -15,7 +15,7 @@ import errno
 import logging
 import secrets
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict
 from functools import partial
@@ -45,6 +45,7 @@ from hmmnet.wire.transport import Channel, Listener, Transport
 
 from . import audit
 from .admission import Admission, Connecting
+from .audit import Audit, Translations
 from .calls import new_client
 from .checking import Checker
 from .contexts import Contexts
@@ -146,6 +147,7 @@ class Host:
         self._nursery: trio.Nursery | None = None
         self._ending = False
         self._samples: Telemetry | None = None
+        self._audit: Audit | None = None
         self.on_restart: Callable[[str, float], None] | None = None
         """Called with (device, emulated seconds) when a fault wants it started again then."""
         self.on_change: Callable[[str, str, str], None] | None = None
@@ -479,6 +481,15 @@ class Host:
         `quiet`: nothing is under way now. Then nothing may be in transit either, and without processes only the zero page may be in use.
         """
         return [*audit.books(self.memory, self.spaces.values(), quiet=quiet), *audit.domains(self.devices)]
+
+    def audit_changes(self, mirrors: Sequence[tuple[str, int, Translations]] = ()) -> list[str]:
+        """`audit`, while things move, of what has changed since the last call; and of those `mirrors`: (device, process, mirror).
+
+        For one who asks: what has been told is told again, but changes are looked at once.
+        """
+        if self._audit is None:
+            self._audit = Audit(self.memory, self.spaces, self.devices)
+        return self._audit.changes(mirrors, self.clock.now())
 
     def audit_mirror(self, device: str, process: int, pages: Words, frames: Words, writable: npt.NDArray[np.bool_]) -> list[str]:
         """I1 of a mirror that can be seen: which translations that `device` holds of `process` the page table does not have.

@@ -420,6 +420,10 @@ class Device:
         """(process, pages, frames, may write) of every open context: for who checks them against page tables."""
         return [(opened.context.process.number, *opened.context.mirror.translations()) for opened in self.contexts.values()]
 
+    def open_mirrors(self) -> list[tuple[int, Mirror]]:
+        """(process, mirror) of every open context: for who checks them after every step."""
+        return [(opened.context.process.number, opened.context.mirror) for opened in self.contexts.values()]
+
     def show_mirror(self, message: ShowMirror) -> MirrorShown:
         """What a context's mirror holds."""
         opened = self.contexts.get(message.context)

@@ -228,6 +228,11 @@ class SimulatedMachine:
                 found += self.host.audit_mirror(name, *mirror)
         return found
 
+    def audit_changes(self) -> list[str]:
+        """`audit` of what has changed since the last call: as true, and some ten times as fast."""
+        devices = [(name, node.device) for name, node in self._nodes.items() if node.device is not None]
+        return self.host.audit_changes([(name, *mirror) for name, device in devices for mirror in device.open_mirrors()])
+
     def left_over(self) -> list[str]:
         """Which devices still have frames in use, when no process is there any more."""
         used = {name: node.device.memory.used_pages for name, node in self._nodes.items() if node.device is not None}

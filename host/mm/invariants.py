@@ -1,25 +1,36 @@
-"""What must hold between any two steps, as one function for tests (I2, I3 and I5 of the semantics, and the books of `frames.py`).
+"""What must hold between any two steps (I2 to I5 and I8 of the semantics, and the books of `frames.py`).
 
-It looks at every frame that was ever used: a machine at work stands still for some 20 ms for each GiB.
+`check` looks at every frame that was ever used: a machine at work stands still for some 20 ms for each GiB. Whoever looks after each step
+looks only at what has changed (`ledger.py`), by the same rules: those of an entry and of a frame are each one function here, for all of
+them or for some.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from itertools import pairwise
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from hmmnet.pages import HUGE_PAGES, HUGE_SHIFT, PAGES_MAX, Words
+from hmmnet.pages import HUGE_PAGES, HUGE_SHIFT, PAGES_MAX, ZONE_SHIFT, Words
 
 from . import pte
 from .frames import PhysicalMemory
 from .memcg import CHARGE_SHIFT
 from .mm import Mm
 from .vma import VM_WRITE, Vma
-from .zones import ANON, COMPOUND, LOCKED, STATE, HostZone, Zone
+from .zones import ANON, COMPOUND, LOCKED, STATE, HostZone, Index, Zone
+
+KIND, WRITE, SPECIAL, EXCLUSIVE = (np.uint64(bits) for bits in (pte.KIND, pte.WRITE, pte.SPECIAL, pte.ANON_EXCLUSIVE))
+OWN = WRITE | EXCLUSIVE
+WORD = (1 << 64) - 1
+COUNTED = ~np.isin(np.arange(8), (pte.MARKER, pte.SWAP))
+"""By kind of entry, whether it counts in rss."""
+MAPPED = np.isin(np.arange(8), (pte.PRESENT, pte.DEVICE, pte.EXCLUSIVE, pte.HINT))
+"""By kind of entry, whether it maps its frame."""
 
 
 def check(memory: PhysicalMemory, mms: Iterable[Mm], *, quiet: bool = True) -> None:
@@ -30,27 +41,35 @@ def check(memory: PhysicalMemory, mms: Iterable[Mm], *, quiet: bool = True) -> N
     mappings: list[Words] = []
     migrating: list[Words] = []
     for mm in mms:
-        _check_vmas(mm)
-        _check_blocks(memory, mm)
-        mapped, moving = _check_entries(memory, mm)
+        check_vmas(mm)
+        check_blocks(memory, mm)
+        mapped, moving = _check_table(memory, mm)
         mappings.append(mapped)
         migrating.append(moving)
     frames, counts = np.unique(np.concatenate([np.zeros(0, np.uint64), *mappings]), return_counts=True)
     moving = np.unique(np.concatenate([np.zeros(0, np.uint64), *migrating]))
-    assert not quiet or len(moving) == 0, f"frame 0x{int(moving[0]):x} is still behind a migration entry"
+    assert not quiet or len(moving) == 0, f"frame 0x{int(moving[0]):x} is still behind a migration entry (I5)"
     for zone in memory.zones.values():
-        _check_folded(zone, quiet=quiet)
+        check_folded(zone, quiet=quiet)
         inside = (frames >= zone.base) & (frames < zone.base + zone.count)
-        _check_zone(zone, frames[inside], counts[inside].astype(np.int64), quiet=quiet)
-    if quiet:
-        charged = np.concatenate([_all(zone, "flags") >> np.uint32(CHARGE_SHIFT) for zone in memory.zones.values()])
-        per_group = {number: pages for number, pages in enumerate(np.bincount(charged).tolist()) if number and pages}
-        assert per_group == memory.cgroups.charged(), (
-            f"pages charged to memory cgroups (I4): {per_group}, they say {memory.cgroups.charged()}"
-        )
+        check_frames(zone, zone.used, _expected(zone, frames[inside], counts[inside]), quiet=quiet)
+        check_free(zone)
+    check_charges(memory, sum((charges(zone) for zone in memory.zones.values()), Counter()))
 
 
-def _check_vmas(mm: Mm) -> None:
+def charges(zone: Zone) -> Counter[int]:
+    """How many frames of `zone` are charged to each memory cgroup, by its number."""
+    charged = np.bincount(zone.values("flags", zone.used) >> np.uint32(CHARGE_SHIFT))
+    return Counter({number: pages for number, pages in enumerate(charged.tolist()) if number and pages})
+
+
+def check_charges(memory: PhysicalMemory, charged: Counter[int]) -> None:
+    """Groups count the pages that are charged to them (I4)."""
+    said = memory.cgroups.charged()
+    assert charged == said, f"pages charged to memory cgroups (I4): {dict(sorted(charged.items()))}, they say {said}"
+
+
+def check_vmas(mm: Mm) -> None:
     """VMAs are in order, apart, and as few as can be."""
     vmas = mm.vmas.all()
     for left, right in pairwise(vmas):
@@ -58,7 +77,7 @@ def _check_vmas(mm: Mm) -> None:
         assert not left.merges_with(right), f"process {mm.number}: VMAs that are equal did not merge at page 0x{right.start:x}"
 
 
-def _check_blocks(memory: PhysicalMemory, mm: Mm) -> None:
+def check_blocks(memory: PhysicalMemory, mm: Mm) -> None:
     """A block that is mapped as one has no entries beside that, and leads to an aligned run; folded folios are mapped so only."""
     blocks = mm.table.pmds.occupied(0, PAGES_MAX >> HUGE_SHIFT)
     assert len(blocks) == mm.table.pmd_count, f"process {mm.number}: {len(blocks)} blocks are mapped as one, not {mm.table.pmd_count}"
@@ -69,14 +88,17 @@ def _check_blocks(memory: PhysicalMemory, mm: Mm) -> None:
     for block in blocks.tolist():
         beside = mm.table.ptes.read(block << HUGE_SHIFT, block + 1 << HUGE_SHIFT)
         assert not beside.any(), f"process {mm.number}: the block at page 0x{block << HUGE_SHIFT:x} is mapped as one, and page by page"
-    small = mm.table.ptes.gather(mm.table.ptes.occupied(0, PAGES_MAX))
-    kinds = small & pte.KIND
-    frames = pte.frames_of(small[(kinds != pte.MARKER) & (kinds != pte.SWAP) & (small & pte.SPECIAL == 0)])
+    check_unfolded(memory, mm, mm.table.ptes.gather(mm.table.ptes.occupied(0, PAGES_MAX)))
+
+
+def check_unfolded(memory: PhysicalMemory, mm: Mm, small: Words) -> None:
+    """No one of the entries `small`, which stand for a page each, leads to a page of a folded folio."""
+    frames = pte.frames_of(small[counted(small) & (small != 0)])
     heads = frames >> np.uint64(HUGE_SHIFT) << np.uint64(HUGE_SHIFT)
     assert not memory.folded(np.unique(heads)).any(), f"process {mm.number}: one page of a folded folio is mapped"
 
 
-def _check_folded(zone: Zone, *, quiet: bool) -> None:
+def check_folded(zone: Zone, *, quiet: bool) -> None:
     """Folded folios are large ones, in use (or granted, while a migration runs), and say nothing but at their heads."""
     blocks = np.flatnonzero(zone.folded)
     assert len(blocks) == zone.folded_count, f"{zone.owner}: {len(blocks)} folios are folded, counted are {zone.folded_count}"
@@ -89,70 +111,146 @@ def _check_folded(zone: Zone, *, quiet: bool) -> None:
         assert large, f"{zone.owner}: folio {head} is folded, mapped and not large"
 
 
-def _all(zone: Zone, name: str) -> npt.NDArray[Any]:
-    """What `name` says of each frame that was ever used."""
-    return zone.values(name, zone.used)
+class Areas(NamedTuple):
+    """The VMAs of a process as arrays, to look up many pages at once."""
+
+    vmas: list[Vma]
+    starts: Words
+    ends: Words
+    steps: Words
+    """What to subtract from a page to have its index."""
+    writable: npt.NDArray[np.bool_]
+    anon: npt.NDArray[np.uint32]
+    files: npt.NDArray[np.uint32]
+    """The number of the file; of anonymous memory its anon_vma once more."""
 
 
-def _check_entries(memory: PhysicalMemory, mm: Mm) -> tuple[Words, Words]:
-    """Entries lie in VMAs and agree with their rights and with the frames' owners; (mapped frames, frames behind migration entries)."""
+def areas(mm: Mm) -> Areas:
+    """Those of `mm` now."""
+    vmas = mm.vmas.all()
+    rows = [(vma.start, vma.end, vma.start - vma.pgoff & WORD, vma.anon, vma_file(vma)) for vma in vmas]
+    table = np.array(rows or [(0, 0, 0, 0, 0)], np.uint64)
+    writable = np.array([vma.flags & VM_WRITE != 0 for vma in vmas] or [False])
+    anon, files = table[:, 3].astype(np.uint32), table[:, 4].astype(np.uint32)
+    return Areas(vmas, table[:, 0], table[:, 1], table[:, 2], writable, anon, files)
+
+
+def counted(entries: Words) -> npt.NDArray[np.bool_]:
+    """Which of `entries`, none of them empty, count in rss."""
+    which: npt.NDArray[np.bool_] = COUNTED[entries & KIND] & (entries & SPECIAL == 0)
+    return which
+
+
+def mapped(entries: Words) -> npt.NDArray[np.bool_]:
+    """Which of `entries` count as mappings of their frames."""
+    which: npt.NDArray[np.bool_] = MAPPED[entries & KIND] & (entries & SPECIAL == 0)
+    return which
+
+
+def _check_table(memory: PhysicalMemory, mm: Mm) -> tuple[Words, Words]:
+    """All entries of a process; (mapped frames, frames behind migration entries)."""
     pages = mm.table.occupied(0, PAGES_MAX)
     entries = mm.table.gather(pages)
-    kinds = pte.kinds_of(entries)
-    frames = pte.frames_of(entries)
-    counted = (kinds != pte.MARKER) & (kinds != pte.SWAP) & (entries & pte.SPECIAL == 0)
-    assert int(np.count_nonzero(counted)) == mm.rss, f"process {mm.number}: rss is {mm.rss}, mapped are {np.count_nonzero(counted)}"
-    moving = kinds == pte.MIGRATION
-    mapped = counted & ((kinds == pte.PRESENT) | (kinds == pte.DEVICE) | (kinds == pte.EXCLUSIVE) | (kinds == pte.HINT))
-    left = np.ones(len(pages), np.bool_)
-    for vma in mm.vmas.all():
-        part = slice(*np.searchsorted(pages, (vma.start, vma.end)).tolist())
-        left[part] = False
-        if not vma.flags & VM_WRITE:
-            assert not (entries[part] & pte.WRITE).any(), f"process {mm.number}: a writable entry in a read-only VMA at 0x{vma.start:x}"
-        known = memory.field(frames[part][mapped[part]], "index") - vma.pgoff + vma.start
-        same = known == pages[part][mapped[part]]
-        assert same.all(), f"process {mm.number}: a frame's index does not lead to its page in the VMA at 0x{vma.start:x}"
-        owned = np.isin(memory.field(frames[part][mapped[part]], "mapping"), (vma.anon, *vma.chain, *vma_file(vma)))
-        assert owned.all(), f"process {mm.number}: a frame of an anon_vma or a file that the VMA at 0x{vma.start:x} does not have"
-    assert not left.any(), f"process {mm.number}: page 0x{int(pages[np.argmax(left)]):x} is mapped outside every VMA"
-    anonymous = mapped.copy()
-    anonymous[mapped] = memory.field(frames[mapped], "flags") & ANON != 0
-    assert not (entries[mapped & ~anonymous] & pte.ANON_EXCLUSIVE).any(), f"process {mm.number}: a page of a file that is one process's own"
-    shared = anonymous & (entries & (pte.WRITE | pte.ANON_EXCLUSIVE) != 0)
-    alone = memory.field(frames[shared], "mapcount") == 1
-    assert alone.all(), f"process {mm.number}: a page that several map is writable or exclusive (I2)"
-    locked = memory.field(frames[moving], "flags") & LOCKED != 0
-    assert locked.all(), f"process {mm.number}: a migration entry whose frame is not locked"
-    assert not memory.field(frames[moving], "mapcount").any(), f"process {mm.number}: a frame under migration counts as mapped"
-    return frames[mapped], frames[moving]
+    check_rss(mm, int(np.count_nonzero(counted(entries))))
+    check_entries(memory, mm, areas(mm), pages, entries)
+    return pte.frames_of(entries[mapped(entries)]), pte.frames_of(entries[entries & KIND == pte.MIGRATION])
 
 
-def vma_file(vma: Vma) -> tuple[int, ...]:
-    """The number of the file that `vma` maps, if it does."""
-    return () if vma.file is None else (vma.file.number,)
+def check_rss(mm: Mm, pages: int) -> None:
+    """The process counts its `pages`."""
+    assert pages == mm.rss, f"process {mm.number}: rss is {mm.rss}, mapped are {pages}"
 
 
-def _check_zone(zone: Zone, frames: Words, counts: npt.NDArray[np.int64], *, quiet: bool) -> None:
-    """Every frame counts its mappings; what has no reference is free, and the other way round (I3)."""
+def check_entries(memory: PhysicalMemory, mm: Mm, inside: Areas, pages: Words, entries: Words) -> None:
+    """`entries` (of `pages`, none of them empty) lie in VMAs and agree with their rights, and with what their frames say."""
+    at = np.maximum(inside.starts.searchsorted(pages, "right"), 1) - 1
+    outside = (pages < inside.starts[at]) | (pages >= inside.ends[at])
+    assert not outside.any(), f"process {mm.number}: page 0x{int(pages[outside].min(initial=PAGES_MAX)):x} is mapped outside every VMA"
+    forbidden = (entries & WRITE != 0) & ~inside.writable[at]
+    assert not forbidden.any(), f"process {mm.number}: a writable entry in a read-only VMA at 0x{_first(inside, at, forbidden):x}"
+    rows = mapped(entries).nonzero()[0]
+    _check_mapped(memory, mm, inside, at[rows], pages[rows], entries[rows])
+    moving = pte.frames_of(entries[entries & KIND == pte.MIGRATION])
+    if len(moving):
+        flags, mapcount = memory.fields(known(memory, mm, moving), "flags", "mapcount")
+        assert (flags & LOCKED != 0).all(), f"process {mm.number}: a migration entry whose frame is not locked"
+        assert not mapcount.any(), f"process {mm.number}: a frame under migration counts as mapped"
+
+
+def _first(inside: Areas, at: npt.NDArray[np.intp], wrong: npt.NDArray[np.bool_]) -> int:
+    """Where the first VMA begins that something is wrong in."""
+    return int(inside.starts[at[wrong]].min())
+
+
+def known(memory: PhysicalMemory, mm: Mm, frames: Words) -> Words:
+    """`frames`, all of which there is memory for."""
+    for number in set((frames >> np.uint64(ZONE_SHIFT)).tolist()):
+        assert number in memory.zones, f"process {mm.number}: an entry leads to a frame of zone {number}, which there is not"
+    return frames
+
+
+def _check_mapped(memory: PhysicalMemory, mm: Mm, inside: Areas, at: npt.NDArray[np.intp], pages: Words, entries: Words) -> None:
+    """The frames of `entries`, which map them in the VMAs `at`, know it; and what is one process's own has one mapping (I2)."""
+    if len(pages) == 0:
+        return
+    frames = known(memory, mm, pte.frames_of(entries))
+    index, mapping, flags, mapcount = memory.fields(frames, "index", "mapping", "flags", "mapcount")
+    strange = index != pages - inside.steps[at]
+    assert not strange.any(), (
+        f"process {mm.number}: a frame's index does not lead to its page in the VMA at 0x{_first(inside, at, strange):x}"
+    )
+    foreign = (mapping != inside.anon[at]) & (mapping != inside.files[at])
+    for row in foreign.nonzero()[0].tolist():  # of an ancestor, which there are few of
+        foreign[row] = int(mapping[row]) not in inside.vmas[at[row]].chain
+    assert not foreign.any(), (
+        f"process {mm.number}: a frame of an anon_vma or a file that the VMA at 0x{_first(inside, at, foreign):x} does not have"
+    )
+    anonymous = flags & ANON != 0
+    assert not (entries[~anonymous] & EXCLUSIVE).any(), f"process {mm.number}: a page of a file that is one process's own"
+    shared = anonymous & (entries & OWN != 0) & (mapcount != 1)
+    assert not shared.any(), f"process {mm.number}: a page that several map is writable or exclusive (I2)"
+
+
+def vma_file(vma: Vma) -> int:
+    """The number of the file that `vma` maps; of anonymous memory its anon_vma."""
+    return vma.anon if vma.file is None else vma.file.number
+
+
+def _expected(zone: Zone, frames: Words, counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+    """How often each frame of `zone` that was ever used is mapped, when `frames` are, so often."""
     used = zone.used.stop
     unused = frames[frames >= np.uint64(zone.base + used)]
     assert len(unused) == 0, f"{zone.owner}: frame {unused[0] - np.uint64(zone.base)} is mapped, and was never allocated"
     expected = np.zeros(used, np.int32)
     expected[(frames - np.uint64(zone.base)).astype(np.intp)] = counts
-    mapcount, refcount, mapping, flags = (_all(zone, name) for name in ("mapcount", "refcount", "mapping", "flags"))
-    wrong = np.flatnonzero(mapcount != expected)
-    assert len(wrong) == 0, f"{zone.owner}: frame {wrong[0]} says it is mapped {mapcount[wrong[0]]} times, but is {expected[wrong[0]]}"
-    idle = zone.idle_references
-    below = np.flatnonzero(zone.page_counts(zone.used) < idle)
-    assert len(below) == 0, f"{zone.owner}: frame {below[0]} has fewer references than the {idle} of an idle one (I8)"
-    below = np.flatnonzero(refcount < mapcount)
-    assert len(below) == 0, f"{zone.owner}: frame {below[0]} has fewer references than mappings"
+    return expected
+
+
+def check_frames(zone: Zone, where: Index, expected: npt.NDArray[np.int32], *, quiet: bool) -> None:
+    """The frames at `where`, `expected` to be mapped so often, count their mappings; what has no reference is free (I3, I8)."""
+    refcount, mapcount, flags, mapping = (zone.values(name, where) for name in ("refcount", "mapcount", "flags", "mapping"))
+    wrong = (mapcount != expected).nonzero()[0]
+    assert len(wrong) == 0, (
+        f"{zone.owner}: frame {_at(where, wrong)} says it is mapped {mapcount[wrong[0]]} times, but is {expected[wrong[0]]}"
+    )
+    idle, below = zone.idle_references, (refcount < 0).nonzero()[0]
+    assert len(below) == 0, f"{zone.owner}: frame {_at(where, below)} has fewer references than the {idle} of an idle one (I8)"
+    below = (refcount < mapcount).nonzero()[0]
+    assert len(below) == 0, f"{zone.owner}: frame {_at(where, below)} has fewer references than mappings"
     free = refcount == 0
     assert not mapping[free].any(), f"{zone.owner}: a free frame still belongs to somebody"
     if quiet:
-        assert not (flags & LOCKED).any(), f"{zone.owner}: frame {np.argmax(flags & LOCKED)} is still locked"
+        assert not (flags & LOCKED).any(), f"{zone.owner}: frame {_at(where, (flags & LOCKED).nonzero()[0])} is still locked"
         assert not flags[free].any(), f"{zone.owner}: a free frame still has flags"
+
+
+def _at(where: Index, rows: npt.NDArray[np.intp]) -> int:
+    """The first of the frames that `rows` of `where` are."""
+    return int(rows[0]) + where.start if isinstance(where, slice) else int(where[rows[0]])
+
+
+def check_free(zone: Zone) -> None:
+    """What a memory of the host has given out is what has references (I3)."""
     if isinstance(zone, HostZone):
-        held = int(np.count_nonzero(~free))
-        assert held == zone.allocator.used_count, f"{zone.owner}: {held} frames have references, {zone.allocator.used_count} are allocated"
+        held, used = int(np.count_nonzero(zone.values("refcount", zone.used))), zone.allocator.used_count
+        assert held == used, f"{zone.owner}: {held} frames have references, {used} are allocated (I3)"

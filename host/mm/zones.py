@@ -92,11 +92,13 @@ class Zone:
         self.owner = owner
         self.base = number << ZONE_SHIFT
         self.count = count
-        self.refcount: npt.NDArray[np.int32] = lazy_array(count, np.int32)
-        self.mapcount: npt.NDArray[np.int32] = lazy_array(count, np.int32)
-        self.pincount: npt.NDArray[np.int32] = lazy_array(count, np.int32)
-        self.flags: npt.NDArray[np.uint32] = lazy_array(count, np.uint32)
-        self.mapping: npt.NDArray[np.uint32] = lazy_array(count, np.uint32)
+        self.state: npt.NDArray[np.uint32] = lazy_array(len(STATE) * count, np.uint32).reshape(len(STATE), count)
+        """The arrays named in `STATE`, one a row: for who wants to know whether anything has changed."""
+        self.refcount: npt.NDArray[np.int32] = self.state[0].view(np.int32)
+        self.mapcount: npt.NDArray[np.int32] = self.state[1].view(np.int32)
+        self.pincount: npt.NDArray[np.int32] = self.state[2].view(np.int32)
+        self.flags: npt.NDArray[np.uint32] = self.state[3]
+        self.mapping: npt.NDArray[np.uint32] = self.state[4]
         self.index: npt.NDArray[np.uint64] = lazy_array(count, np.uint64)
         self.cells = Cells(self)
         self.folded: npt.NDArray[np.bool_] = lazy_array((count >> HUGE_SHIFT) + 1, np.bool_)
