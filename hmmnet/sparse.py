@@ -37,6 +37,7 @@ WRITTEN, TOUCHED = 1, 3
 """Marks of a block: it was written at some time; and, beside that, since `take_touched`."""
 _MARK = bytes([0, *[TOUCHED] * 255])
 """Of marks: what they are once everything that was ever written may have been written again."""
+_NO_PAGES = np.zeros(0, np.uint64)
 SCANNED_MAX = 16 << BLOCK_SHIFT
 """Entries that are looked at one by one before it pays to ask which blocks were written."""
 
@@ -228,12 +229,13 @@ class SparseTable:
 
     def take_touched_pages(self) -> Words:
         """The pages with an entry in those blocks, in no order."""
+        touched, _ = self.take_touched()
         found = []
-        for first, entries in self.take_touched()[0]:
+        for first, entries in touched:
             at = entries.nonzero()[0]
             if len(at):
                 found.append(at.astype(np.uint64) + np.uint64(first))
-        return found[0] if len(found) == 1 else np.concatenate(found) if found else np.zeros(0, np.uint64)
+        return found[0] if len(found) == 1 else np.concatenate(found) if found else _NO_PAGES
 
     def touch(self) -> None:
         """Everything may have been written, for who asks next."""

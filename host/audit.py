@@ -111,7 +111,8 @@ class Audit:
     There can be one for each machine, as there is one `Ledger`.
     """
 
-    def __init__(self, memory: PhysicalMemory, spaces: Mapping[int, Space], devices: Mapping[str, Device]) -> None:
+    def __init__(self, memory: PhysicalMemory, spaces: Mapping[int, Space], devices: Mapping[str, Device], late: Sequence[str]) -> None:
+        self._late = late
         self._spaces = spaces
         self._devices = devices
         self._ledger = Ledger(memory)
@@ -121,8 +122,8 @@ class Audit:
     def changes(self, mirrors: Sequence[tuple[str, int, Translations]], now_s: float) -> list[str]:
         """What is wrong with what has changed. `mirrors` are (device, process, mirror) of those that can be seen."""
         if any(space.mmap_lock.written for space in self._spaces.values()):
-            return []  # see `books`
-        found: list[str] = []
+            return list(self._late)  # see `books`
+        found = list(self._late)
         changed: dict[int, Words] | None = None
         try:
             changed = self._ledger.look([space.mm for space in self._spaces.values()], now_s)

@@ -7,7 +7,7 @@ dropped stays until somebody uses it, so only what is wrong in `LOOKS` looks in 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,15 @@ Stale = tuple[int, int, bool]
 class Checker:
     """Looks at one machine."""
 
-    def __init__(self, memory: PhysicalMemory, spaces: Mapping[int, Space], devices: Mapping[str, Device], clock: EmulatedClock) -> None:
+    def __init__(
+        self,
+        memory: PhysicalMemory,
+        spaces: Mapping[int, Space],
+        devices: Mapping[str, Device],
+        clock: EmulatedClock,
+        late: Sequence[str] = (),
+    ) -> None:
+        self._late = late
         self._memory = memory
         self._spaces = spaces
         self._devices = devices
@@ -44,13 +52,13 @@ class Checker:
         self._translations = 0
 
     async def check(self) -> dict[str, Any]:
-        """I1 to I5 and I8 of every process and memory, I1 of every mirror, as plain data.
+        """I1 to I5, I7 and I8 of every process and memory, I1 of every mirror, as plain data.
 
         ``complaints``: what is wrong, in words; ``processes``, ``pages`` (that these have resident) and ``translations``: what was looked
         at; ``mirrors``: of how many open contexts; ``unseen``: devices that did not tell theirs, and why.
         """
         quiet = not self._spaces and not self._memory.files  # then nothing may be left
-        complaints = [*audit.books(self._memory, self._spaces.values(), quiet=quiet), *audit.domains(self._devices)]
+        complaints = [*self._late, *audit.books(self._memory, self._spaces.values(), quiet=quiet), *audit.domains(self._devices)]
         self._translations, mirrors, unseen = 0, 0, {}
         for name, device in self._devices.items():
             for context in [] if device.life is None else list(device.life.contexts.values()):

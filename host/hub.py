@@ -31,6 +31,8 @@ from hmmnet.pages import PAGES_MAX
 from .interfaces import NO_OWNER, Acknowledgement, DeviceLink, Event
 from .notifier import MmuNotifier, Subscription
 
+LATE_MAX = 16
+"""Callbacks that came too late of which is told: one is enough to know that a driver cannot rely on anything."""
 WIDE_PAGES = 8
 """By how much an event is too wide, on either side, when that fault is injected."""
 
@@ -63,21 +65,25 @@ class Invalidation:
         if points.armed:
             await self._at("hub.before_callbacks")
         told = self._tell(found, self._hub.core.sequence)
-        if points.armed:
-            await self._at("hub.after_callbacks")
-        for acknowledgement in told:
-            await acknowledgement.finish()
-        if points.armed:
-            await self._at("hub.after_acks")
+        try:
+            if points.armed:
+                await self._at("hub.after_callbacks")
+            for _, acknowledgement in told:
+                await acknowledgement.finish()
+            if points.armed:
+                await self._at("hub.after_acks")
+        finally:
+            for subscription, _ in told:
+                subscription.running -= 1
 
     async def _at(self, name: str) -> None:
         """A step boundary (`hmmnet.faults.points`)."""
         hub = self._hub
         await hub.points.at(name, process=hub.process, start=self.start, pages=self.end - self.start, event=self.event.value)
 
-    def _tell(self, found: list[Subscription], sequence: int) -> list[Acknowledgement]:
+    def _tell(self, found: list[Subscription], sequence: int) -> list[tuple[Subscription, Acknowledgement]]:
         """The first pass: set each subscription's sequence and start the device's work."""
-        started: list[Acknowledgement] = []
+        started: list[tuple[Subscription, Acknowledgement]] = []
         points = self._hub.points
         filters = self.event is Event.MIGRATE
         for subscription in found:
@@ -88,9 +94,12 @@ class Invalidation:
             if points.armed and points.fails("hub.wide", device=link.name, start=start, pages=end - start, event=self.event.value):
                 start, end = max(0, start - WIDE_PAGES), min(PAGES_MAX, end + WIDE_PAGES)
             subscription.sequence = sequence
+            if subscription.gone:
+                self._hub.too_late(subscription, f"was told of pages [0x{start:x}, 0x{end:x}) after its removal had returned")
             acknowledgement = link.invalidate_start(subscription.context, subscription.number, start, end, self.event, self.owner, sequence)
             if acknowledgement is not None:
-                started.append(acknowledgement)
+                subscription.running += 1
+                started.append((subscription, acknowledgement))
         self._hub.messages += len(started)
         if started and self._hub.watch is not None:
             self._hub.watch(self.start, self.end, self.event.value, len(started))
@@ -119,9 +128,13 @@ class AtStart:
 
 
 class Hub:
-    """The notifier hub of one address space, `process`'s. `order` is its own: v25's has state."""
+    """The notifier hub of one address space, `process`'s. `order` is its own: v25's has state.
 
-    def __init__(self, process: int = 0, points: Points | None = None, order: Order | None = None) -> None:
+    `late` is where callbacks are complained of that came after their removal had returned (I7): a machine's hubs share one list.
+    """
+
+    def __init__(self, process: int = 0, points: Points | None = None, order: Order | None = None, late: list[str] | None = None) -> None:
+        self.late: list[str] = [] if late is None else late
         self.order: Order = AtStart() if order is None else order
         self.core = MmuNotifier()
         self._invalidation = self.order.invalidation
@@ -174,6 +187,16 @@ class Hub:
         pending = self.core.remove(subscription)
         while pending is not None and self.core.sequence == pending:
             await self._turned_even.wait()
+        subscription.gone = True
+        if subscription.running:
+            self.too_late(subscription, "is still letting go of pages, and its removal has returned")
+
+    def too_late(self, subscription: Subscription, what: str) -> None:
+        """Complain of a callback that runs though its subscription is gone."""
+        if len(self.late) < LATE_MAX:
+            where = f"pages [0x{subscription.start:x}, 0x{subscription.end:x})"
+            who = f"subscription {subscription.number} of {subscription.link.name} to {where} of process {self.process}"
+            self.late.append(f"{who} {what} (I7)")
 
     async def read_begin(self, subscription: Subscription) -> int:
         """mmu_interval_read_begin: the sequence that `read_retry` compares with; waits while the subscription is being invalidated."""

@@ -52,6 +52,10 @@ class Subscription:
     sequence: int = 0
     inserted: bool = False
     removed: bool = False
+    gone: bool = False
+    """Its removal has returned: from now on no callback may run (I7)."""
+    running: int = 0
+    """Callbacks that run now: who was told, and not yet waited for."""
 
     @property
     def order(self) -> tuple[int, int]:

@@ -122,6 +122,8 @@ class Host:
         self.devices = {spec.name: Device(spec) for spec in topology.devices}
         self.spaces: dict[int, Space] = {}
         self.hubs: dict[int, Hub] = {}
+        self.late_callbacks: list[str] = []
+        """Mirrors that were told something after they had unsubscribed (I7): what `Hub.too_late` says."""
         self.processes: dict[int, Process] = {}
         self.links: dict[int, SessionLink] = {}
         """Living devices by zone."""
@@ -418,7 +420,7 @@ class Host:
         number = self.memory.node_named(node) if node else 0
         group = self.memory.cgroups.named(cgroup) if cgroup else None
         pid = self._next_pid()
-        hub = Hub(pid, self.points, self.personality.order(self.memory))
+        hub = Hub(pid, self.points, self.personality.order(self.memory), self.late_callbacks)
         space = Space(pid, self.memory, hub, self.homing.migrate_to_ram)
         space.mm.node, space.mm.cgroup = number, group
         return self._process(space, hub)
@@ -427,7 +429,7 @@ class Host:
         if self.points.armed:
             await self.points.at("process.fork", process=parent.pid)
         pid = self._next_pid()
-        hub = Hub(pid, self.points, self.personality.order(self.memory))
+        hub = Hub(pid, self.points, self.personality.order(self.memory), self.late_callbacks)
         return self._process(await parent.space.fork(pid, hub), hub)
 
     def _next_pid(self) -> int:
@@ -476,11 +478,11 @@ class Host:
     # --- figures --------------------------------------------------------------------------------------------------------------
 
     def audit(self, *, quiet: bool = True) -> list[str]:
-        """What is wrong with the books (I1 to I5, I8 of every process and memory) at this moment; empty when all is well.
+        """What is wrong with the books (I1 to I5, I7, I8 of every process and memory) at this moment; empty when all is well.
 
         `quiet`: nothing is under way now. Then nothing may be in transit either, and without processes only the zero page may be in use.
         """
-        return [*audit.books(self.memory, self.spaces.values(), quiet=quiet), *audit.domains(self.devices)]
+        return [*self.late_callbacks, *audit.books(self.memory, self.spaces.values(), quiet=quiet), *audit.domains(self.devices)]
 
     def audit_changes(self, mirrors: Sequence[tuple[str, int, Translations]] = ()) -> list[str]:
         """`audit`, while things move, of what has changed since the last call; and of those `mirrors`: (device, process, mirror).
@@ -488,7 +490,7 @@ class Host:
         For one who asks: what has been told is told again, but changes are looked at once.
         """
         if self._audit is None:
-            self._audit = Audit(self.memory, self.spaces, self.devices)
+            self._audit = Audit(self.memory, self.spaces, self.devices, self.late_callbacks)
         return self._audit.changes(mirrors, self.clock.now())
 
     def audit_mirror(self, device: str, process: int, pages: Words, frames: Words, writable: npt.NDArray[np.bool_]) -> list[str]:
@@ -502,7 +504,7 @@ class Host:
 
     async def check(self) -> dict[str, Any]:
         """The invariants, and those of every device's mirror, while the machine runs: see `Checker.check`."""
-        return await Checker(self.memory, self.spaces, self.devices, self.clock).check()
+        return await Checker(self.memory, self.spaces, self.devices, self.clock, self.late_callbacks).check()
 
     @property
     def all_ready(self) -> bool:

@@ -139,6 +139,10 @@ class _AsSimulated:
         """See `SimulatedMachine.audit`: of the host's books; devices are other processes, and are asked at the end."""
         return self._machine.host.audit(quiet=quiet)
 
+    def audit_changes(self) -> list[str]:
+        """See `SimulatedMachine.audit_changes`: of the host's books, as `audit`."""
+        return self._machine.host.audit_changes()
+
     async def resume_device(self, name: str) -> None:
         """See `SimulatedMachine.resume_device`."""
         self._machine.resume_device(name)

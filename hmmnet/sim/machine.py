@@ -218,7 +218,7 @@ class SimulatedMachine:
         return node.device
 
     def audit(self, *, quiet: bool = False) -> list[str]:
-        """What is wrong with the books of the host and the mirrors of its devices, at this moment (I1 to I5, I8); empty when all is well.
+        """What is wrong with the books of the host and the mirrors of its devices now (I1 to I5, I7, I8); empty when all is well.
 
         `quiet`: nothing is under way, so that nothing may be in transit.
         """

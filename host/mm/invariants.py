@@ -93,7 +93,7 @@ def check_blocks(memory: PhysicalMemory, mm: Mm) -> None:
 
 def check_unfolded(memory: PhysicalMemory, mm: Mm, small: Words) -> None:
     """No one of the entries `small`, which stand for a page each, leads to a page of a folded folio."""
-    frames = pte.frames_of(small[counted(small) & (small != 0)])
+    frames = known(memory, mm, pte.frames_of(small[counted(small) & (small != 0)]))
     heads = frames >> np.uint64(HUGE_SHIFT) << np.uint64(HUGE_SHIFT)
     assert not memory.folded(np.unique(heads)).any(), f"process {mm.number}: one page of a folded folio is mapped"
 

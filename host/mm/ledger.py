@@ -19,7 +19,7 @@ Copies of all that take as much memory as page tables and struct pages do; none 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -54,9 +54,8 @@ class _Table:
         self.rss = 0
         self.blocks = 0
         """Blocks that are mapped as one."""
-        self.small = NO_CHANGES
-        self.huge = NO_CHANGES
-        """What the last look found to be another, page by page and (by number) block by block."""
+        self.small = self.huge = self.changed = NO_CHANGES
+        """What the last look found to be another: pages that are mapped by themselves, blocks by number, and all, page by page."""
         self._vmas: list[tuple[object, ...]] = []
         self._ptes = Seen(mm.table.ptes)
         self._pmds = Seen(mm.table.pmds)
@@ -64,11 +63,13 @@ class _Table:
     def look(self) -> Changes:
         """The pages whose entries changed, blocks page by page."""
         self.small, self.huge = self._ptes.changes(), self._pmds.changes()
+        self.changed = self.small
         if not len(self.huge.pages):
             return self.small
         pages = ((self.huge.pages << np.uint64(HUGE_SHIFT))[:, np.newaxis] + _STEPS).reshape(-1)
         whole = Changes(pages, self._pages_of(self.huge.before), self._pages_of(self.huge.now))
-        return Changes(*(np.concatenate(both) for both in zip(self.small, whole, strict=True)))
+        self.changed = Changes(*(np.concatenate(both) for both in zip(self.small, whole, strict=True)))
+        return self.changed
 
     def _pages_of(self, blocks: Words) -> Words:
         """The entries that those of `blocks` stand for; none for an empty one."""
@@ -95,12 +96,12 @@ class _Table:
 
     def check_blocks(self, memory: PhysicalMemory, *, folded: bool) -> None:
         """The rules of huge pages, where one came or went, or may have: `folded` says that of folios."""
-        self.blocks += int(np.count_nonzero(self.huge.now)) - int(np.count_nonzero(self.huge.before))
-        count = self.mm.table.pmd_count
-        if folded or len(self.huge.pages) or count != self.blocks or (count and len(self.small.pages)):
+        count, changed = self.mm.table.pmd_count, len(self.changed.pages)
+        if len(self.huge.pages):
+            self.blocks += int(np.count_nonzero(self.huge.now)) - int(np.count_nonzero(self.huge.before))
+        if folded or count != self.blocks or (changed and (count or len(self.huge.pages))):
             invariants.check_blocks(memory, self.mm)
-            return
-        if any(zone.folded_count for zone in memory.zones.values()):
+        elif changed and any(zone.folded_count for zone in memory.zones.values()):
             invariants.check_unfolded(memory, self.mm, self.small.now)
 
 
@@ -117,19 +118,19 @@ class _Frames:
         """Frames that are mapped otherwise than at the last look."""
         self.folded = False
         """Whether folios were folded or unfolded since the last look."""
-        self._used_count = self._folded_count = 0
+        self._given_out = self._folded_count = 0
+        self.changed = self.loud = _NOWHERE
+        """The frames whose struct pages the last look found to be others: all, and those that the rules of entries look at."""
         self._state = np.zeros((len(STATE), 0), np.uint32)
         self._index = np.zeros(0, np.uint64)
         self._raw = self._raw_index = self._raw_folded = b""
 
     def grow(self) -> None:
-        """Frames may have come into use."""
+        """Frames have come into use."""
         used = self.zone.used.stop
-        if used > self.used:
-            self.expected, self.behind = (
-                np.concatenate((old, np.zeros(used - self.used, np.int32))) for old in (self.expected, self.behind)
-            )
-            self.used = used
+        more = np.zeros(used - self.used, np.int32)
+        self.expected, self.behind = np.concatenate((self.expected, more)), np.concatenate((self.behind, more))
+        self.used = used
 
     def tally(self, counts: Counts, where: Index, step: int) -> None:
         """The frames at `where` are mapped, or behind migration entries, once more (`step` 1) or less (-1)."""
@@ -141,23 +142,23 @@ class _Frames:
             np.add.at(counts, where, step)
         self.touched.append(where)
 
-    def look(self) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
-        """The frames whose struct pages changed: all, and those of which the rules of entries must be asked again."""
+    def look(self) -> bool:
+        """Whether the struct pages are others than they were: `changed` then, and `loud` for the rules of entries."""
         zone, used = self.zone, self.used
-        raw, index = zone.state[:, :used].tobytes(), zone.index[:used].tobytes()
-        folded = zone.folded[: (used >> HUGE_SHIFT) + 1].tobytes()
+        raw, index, folded = zone.state[:, :used].tobytes(), zone.index[:used].tobytes(), zone.folded[: (used >> HUGE_SHIFT) + 1].tobytes()
         self.folded = folded != self._raw_folded
         if raw == self._raw and index == self._raw_index and not self.folded:
-            return _NOWHERE, _NOWHERE
+            self.changed = self.loud = _NOWHERE
+            return False
         state, numbers = np.frombuffer(raw, np.uint32).reshape(len(STATE), used), np.frombuffer(index, np.uint64)
         if self.folded or zone.folded_count:
-            changed = loud = np.arange(used)  # the state of a head is that of all its frames
+            self.changed = self.loud = np.arange(used)  # the state of a head is that of all its frames
         else:
             other, moved = self._differs(state, numbers)
-            changed, loud = (other.any(axis=0) | moved).nonzero()[0], (other[_LOUD].any(axis=0) | moved).nonzero()[0]
+            self.changed, self.loud = (other.any(axis=0) | moved).nonzero()[0], (other[_LOUD].any(axis=0) | moved).nonzero()[0]
         self._state, self._index = state, numbers
         self._raw, self._raw_index, self._raw_folded = raw, index, folded
-        return changed, loud
+        return True
 
     def _differs(self, state: npt.NDArray[np.uint32], numbers: Words) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
         """Where the struct pages, and where their indices, are others than they were."""
@@ -166,25 +167,32 @@ class _Frames:
         other[:, :before], moved[:before] = state[:, :before] != self._state, numbers[:before] != self._index
         return other, moved
 
-    def check(self, changed: npt.NDArray[np.intp]) -> None:
+    def check(self) -> None:
         """The rules of frames, of those that changed or are mapped otherwise."""
-        zone, where = self.zone, self.touched
-        if where or len(changed):
-            parts = [np.arange(part.start, part.stop) if isinstance(part, slice) else part for part in where]
+        zone, changed = self.zone, self.changed
+        if self.touched or len(changed):
+            parts = [np.arange(part.start, part.stop) if isinstance(part, slice) else part for part in self.touched]
             at = np.concatenate((changed, *parts))
             invariants.check_frames(zone, at, self.expected[at], quiet=False)
             self.touched = []
         if len(changed):
-            if zone.folded_count or self.folded:
-                invariants.check_folded(zone, quiet=False)
             self.charges = invariants.charges(zone)
-        used = zone.allocator.used_count if isinstance(zone, HostZone) else 0
-        if len(changed) or used != self._used_count:
+        if len(changed) or self.given_out != self._given_out:
             invariants.check_free(zone)
-            self._used_count = used
-        if zone.folded_count != self._folded_count:
+            self._given_out = self.given_out
+        if (zone.folded_count and len(changed)) or self.folded or zone.folded_count != self._folded_count:
             invariants.check_folded(zone, quiet=False)
             self._folded_count = zone.folded_count
+
+    @property
+    def given_out(self) -> int:
+        """How many frames of the host are allocated."""
+        return self.zone.allocator.used_count if isinstance(self.zone, HostZone) else 0
+
+    @property
+    def restless(self) -> bool:
+        """Whether what is counted beside the struct pages is another number than at the last look."""
+        return self.given_out != self._given_out or self.zone.folded_count != self._folded_count
 
 
 class Ledger:
@@ -194,6 +202,7 @@ class Ledger:
         self._memory = memory
         self._tables: dict[Mm, _Table] = {}
         self._zones: dict[int, _Frames] = {}
+        self._charges: Counter[int] = Counter()
         self._moving: dict[tuple[Mm, int], float] = {}
         """Since when a page is behind a migration entry."""
 
@@ -218,27 +227,31 @@ class Ledger:
         self._zones.clear()
 
     def _look(self, mms: Sequence[Mm]) -> dict[int, Words]:
-        for number in [number for number, seen in self._zones.items() if self._memory.zones.get(number) is not seen.zone]:
-            del self._zones[number]
-        for zone in self._memory.zones.values():
-            self._frames(zone).grow()
-        self._drop_ended(mms)
-        changes = {mm: self._table(mm).look() for mm in mms}
-        for mm, changed in changes.items():
-            self._count(mm, changed)
-        self._check(changes)
-        return {mm.number: changed.pages[_elsewhere(changed)] for mm, changed in changes.items() if len(changed.pages)}
+        memory = self._memory
+        if len(self._zones) > len(memory.zones) or any(memory.zones.get(number) is not seen.zone for number, seen in self._zones.items()):
+            self._zones = {number: seen for number, seen in self._zones.items() if memory.zones.get(number) is seen.zone}
+        for zone in memory.zones.values():
+            seen = self._zones.get(zone.number) or self._new_zone(zone)
+            if seen.used != zone.used.stop:
+                seen.grow()
+        if len(self._tables) > len(mms) or any(mm not in mms for mm in self._tables):
+            self._drop_ended(mms)
+        tables = [self._tables.get(mm) or self._new_table(mm) for mm in mms]
+        found = {}
+        for table in tables:
+            changed = table.look()
+            if len(changed.pages):
+                self._count(table, changed)
+                found[table.mm.number] = changed.pages[_elsewhere(changed)]
+        self._check(tables)
+        return found
 
-    def _table(self, mm: Mm) -> _Table:
-        seen = self._tables.get(mm)
-        if seen is None:
-            seen = self._tables[mm] = _Table(mm)
+    def _new_table(self, mm: Mm) -> _Table:
+        seen = self._tables[mm] = _Table(mm)
         return seen
 
-    def _frames(self, zone: Zone) -> _Frames:
-        seen = self._zones.get(zone.number)
-        if seen is None or seen.zone is not zone:
-            seen = self._zones[zone.number] = _Frames(zone)
+    def _new_zone(self, zone: Zone) -> _Frames:
+        seen = self._zones[zone.number] = _Frames(zone)
         return seen
 
     # --- how often frames are mapped ------------------------------------------------------------------------------------------------
@@ -249,12 +262,11 @@ class Ledger:
             self._tally(mm, self._tables.pop(mm).all(), -1)
             self._moving = {key: since for key, since in self._moving.items() if key[0] is not mm}
 
-    def _count(self, mm: Mm, changed: Changes) -> None:
+    def _count(self, table: _Table, changed: Changes) -> None:
         """Entries changed."""
-        if len(changed.pages) == 0:
-            return
+        mm = table.mm
         before, now = changed.before[changed.before != 0], changed.now[changed.now != 0]
-        self._tables[mm].rss += self._tally(mm, now, 1) - self._tally(mm, before, -1)
+        table.rss += self._tally(mm, now, 1) - self._tally(mm, before, -1)
         for page in changed.pages[changed.before & invariants.KIND == pte.MIGRATION].tolist():
             self._moving.pop((mm, page), None)
         for page in changed.pages[changed.now & invariants.KIND == pte.MIGRATION].tolist():
@@ -273,37 +285,42 @@ class Ledger:
 
     # --- the rules ------------------------------------------------------------------------------------------------------------------
 
-    def _check(self, changes: Mapping[Mm, Changes]) -> None:
+    def _check(self, tables: Sequence[_Table]) -> None:
         """Ask the rules of what has changed, and of what that reaches."""
         memory = self._memory
-        frames = {number: seen.look() for number, seen in self._zones.items()}
-        folded = any(seen.folded for seen in self._zones.values())
-        everywhere = self._reaches_others(changes, {number: loud for number, (_, loud) in frames.items() if len(loud)})
-        for mm, changed in changes.items():
-            seen = self._tables[mm]
-            if seen.vmas_changed() or everywhere:
-                pages = mm.table.occupied(0, PAGES_MAX)
-                invariants.check_entries(memory, mm, seen.areas, pages, mm.table.gather(pages))
-            elif len(changed.pages):
-                there = changed.now != 0
-                invariants.check_entries(memory, mm, seen.areas, changed.pages[there], changed.now[there])
-            seen.check_blocks(memory, folded=folded)
-            invariants.check_rss(mm, seen.rss)
-        for number, (changed_frames, _) in frames.items():
-            self._zones[number].check(changed_frames)
-        invariants.check_charges(memory, sum((seen.charges for seen in self._zones.values()), Counter()))
+        zones = list(self._zones.values())
+        others = [seen for seen in zones if seen.look()]
+        folded = any(seen.folded for seen in others)
+        everywhere = bool(others) and self._reaches_others(tables, others)
+        for table in tables:
+            self._check_table(table, everywhere=everywhere)
+            table.check_blocks(memory, folded=folded)
+            invariants.check_rss(table.mm, table.rss)
+        for seen in zones:
+            if seen.touched or seen.restless or len(seen.changed):
+                seen.check()
+        if others:
+            self._charges = sum((seen.charges for seen in zones), Counter())
+        if self._charges or memory.cgroups.any:
+            invariants.check_charges(memory, self._charges)
 
-    def _reaches_others(self, changes: Mapping[Mm, Changes], loud: Mapping[int, npt.NDArray[np.intp]]) -> bool:
-        """Whether an entry that did not change may lead to a frame whose struct page did (`loud`, by zone)."""
-        if not loud:
-            return False
-        entries = np.concatenate([changed.now for changed in changes.values()]) if changes else NO_CHANGES.now
-        fresh = Counter(pte.frames_of(entries[entries != 0]).tolist())
-        for number, where in loud.items():
-            seen = self._zones[number]
+    def _check_table(self, table: _Table, *, everywhere: bool) -> None:
+        """The rules of a process's VMAs and entries: of all of them, where they may be broken `everywhere`."""
+        mm, changed = table.mm, table.changed
+        if table.vmas_changed() or everywhere:
+            pages = mm.table.occupied(0, PAGES_MAX)
+            invariants.check_entries(self._memory, mm, table.areas, pages, mm.table.gather(pages))
+        elif len(changed.pages):
+            there = changed.now != 0
+            invariants.check_entries(self._memory, mm, table.areas, changed.pages[there], changed.now[there])
+
+    def _reaches_others(self, tables: Sequence[_Table], zones: Sequence[_Frames]) -> bool:
+        """Whether an entry that did not change may lead to a frame of `zones` whose struct page did."""
+        fresh = Counter(frame for table in tables for frame in pte.frames_of(table.changed.now[table.changed.now != 0]).tolist())
+        for seen in zones:
+            where, base = seen.loud, seen.zone.base
             held = seen.expected[where] + seen.behind[where]
-            base = seen.zone.base
-            if any(fresh[base + at] < times for at, times in zip(where[held > 0].tolist(), held[held > 0].tolist(), strict=True)):
+            if any(fresh[base + at] < times for at, times in zip(where.tolist(), held.tolist(), strict=True)):
                 return True
         return False
 

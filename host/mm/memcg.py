@@ -117,6 +117,11 @@ class MemoryCgroups:
             if number and pages:
                 self._groups[number - 1].uncharge(pages * each)
 
+    @property
+    def any(self) -> bool:
+        """Whether there are groups."""
+        return bool(self._groups)
+
     def charged(self) -> dict[int, int]:
         """Pages of each group that has any, by number."""
         return {number: group.usage_pages for number, group in enumerate(self._groups, 1) if group.usage_pages}

@@ -51,12 +51,14 @@ class AtEnd:
         del event
         return RangeEnd(self, hub, start, end, owner)
 
-    async def call_mirrors(self, start: int, end: int) -> None:
+    async def call_mirrors(self, hub: Hub, start: int, end: int) -> None:
         """Every registered mirror's callback, in the order of registration. Raises what a callback raises, after all were called."""
         failure: BaseException | None = None
         async with self.mirrors_sem.read():
             for mirror in list(self.hmm.mirrors):
                 assert mirror.ops is not None, "a mirror without ops is not registered"
+                if mirror.hmm is not self.hmm:
+                    hub.late.append(f"a driver's mirror of process {hub.process} was called after it had been unregistered (I7)")
                 self.calling.append(trio.lowlevel.current_task())
                 try:
                     wait = mirror.ops.sync_cpu_device_pagetables(mirror, HMM_UPDATE_INVALIDATE, start << PAGE_SHIFT, end << PAGE_SHIFT)
@@ -98,7 +100,7 @@ class RangeEnd:
             with trio.CancelScope(shield=True):  # the page table has changed: whoever mirrors it has to hear of that
                 await self._at("hub.before_callbacks")
                 await self._tell_devices()
-                await self._order.call_mirrors(self.start, self.end)
+                await self._order.call_mirrors(self._hub, self.start, self.end)
                 await self._at("hub.after_acks")
                 await self._at("hub.before_range_end")
         finally:
@@ -133,6 +135,8 @@ class RangeEnd:
         """Contexts by (number, zone): the device, and which of its subscriptions overlap."""
         found: dict[tuple[int, int], tuple[DeviceLink, list[int]]] = {}
         for subscription in self._hub.core.index.all():
+            if subscription.gone:
+                self._hub.too_late(subscription, "was told of a change after its removal had returned")
             found.setdefault((subscription.context, subscription.link.zone), (subscription.link, []))
         for subscription in self._found:
             key = subscription.context, subscription.link.zone

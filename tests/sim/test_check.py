@@ -118,7 +118,7 @@ def test_the_books_are_looked_at() -> None:
 
     spoilt, left = checked(main)
     assert len(spoilt) == 1
-    assert [complaint.partition("\n")[0] for complaint in left] == ["node0: 1 frames have references, 0 are allocated"]
+    assert [complaint.partition("\n")[0] for complaint in left] == ["node0: 1 frames have references, 0 are allocated (I3)"]
 
 
 def test_a_device_that_is_gone_is_told() -> None:
