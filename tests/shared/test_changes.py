@@ -25,16 +25,23 @@ def write(table: SparseTable, random: Random) -> None:
     """One of the ways to write."""
     first = random.choice((0, LEAF_PAGES, 7 * LEAF_PAGES)) + random.choice((0, 500, 511, 1024, LEAF_PAGES - 3))
     some, value = first + random.randrange(5), random.randrange(3)
-    ways = {
-        "set": lambda: table.set(some, value),
-        "write": lambda: table.write(first, np.full(9, value, np.uint64)),
-        "scatter": lambda: table.scatter(np.array([some, some + 700], np.uint64), value),
-        "clear": lambda: table.clear(first, some + 1),
-        "clear_leaf": lambda: table.clear(first // LEAF_PAGES * LEAF_PAGES, (first // LEAF_PAGES + 1) * LEAF_PAGES),
-        "segments": lambda: [part.fill(value) for _, part in table.segments(first, some + 1)],
-        "present": lambda: [np.copyto(part, value, where=part != 0) for _, part in table.present(0, PAGES_MAX)],
-    }
-    ways[random.choice(sorted(ways))]()
+    way = random.randrange(7)
+    if way == 0:
+        table.set(some, value)
+    elif way == 1:
+        table.write(first, np.full(9, value, np.uint64))
+    elif way == 2:
+        table.scatter(np.array([some, some + 700], np.uint64), value)
+    elif way == 3:
+        table.clear(first, some + 1)
+    elif way == 4:
+        table.clear(first // LEAF_PAGES * LEAF_PAGES, (first // LEAF_PAGES + 1) * LEAF_PAGES)
+    elif way == 5:
+        for _, part in table.segments(first, some + 1):
+            part[:] = value
+    else:
+        for _, part in table.present(0, PAGES_MAX):
+            part[part != 0] = value
 
 
 def test_changes_are_what_differs_from_the_last_look() -> None:
