@@ -9,9 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .model import PAGE, Cell, Model, Place
-
-SEGV, BUS, FINE = "SEGV", "BUS", "fine"
+from .model import BUS, FINE, PAGE, SEGV, Cell, Model, Place
 
 
 @dataclass(eq=False)
@@ -49,6 +47,28 @@ class FileModel(Model):
     """Registered with a userfaultfd that answers with SIGBUS."""
     locked: set[Place] = field(default_factory=set)
 
+    def data(self, place: Place) -> bytes:
+        """What is there."""
+        lead = self.leads.get(place)
+        if place in self.cells or lead is None:
+            return super().data(place)
+        return bytes(lead.file.data.get(lead.offset, bytes(PAGE)))
+
+    def is_alone(self, place: Place) -> bool:
+        """A shared mapping may always be written in place; a private one that has no copy yet, never."""
+        lead = self.leads.get(place)
+        return super().is_alone(place) if lead is None or (not lead.shared and place in self.cells) else lead.shared
+
+    def is_shared(self, place: Place) -> bool:
+        """Whether it is a page of memory that is mapped shared."""
+        lead = self.leads.get(place)
+        return lead is not None and lead.shared
+
+    def to_device(self, place: Place, zone: int) -> None:
+        """Pages of files stay; what is missing is not made over there."""
+        if place in self.cells or (place not in self.leads and place not in self.missing):
+            super().to_device(place, zone)
+
     def outcome(self, place: Place, *, write: bool) -> str:
         """How an access ends."""
         if not (self.writable(place) if write else self.readable(place)):
@@ -77,6 +97,7 @@ class FileModel(Model):
         if lead.shared:
             return lead.file.page(lead.offset)
         if place not in self.cells:
+            self.forget(place)
             self.put(place, Cell(bytearray(lead.file.page(lead.offset))))
         return self.own(place).data
 
@@ -103,4 +124,11 @@ class FileModel(Model):
         file.pages = pages
         for place, lead in self.leads.items():
             if lead.file is file and lead.offset >= pages:
-                self.drop(place)
+                self.zap(place)
+
+    def punched(self, file: ModelFile, offset: int) -> None:
+        """A page of the file is a hole; copies of it stay."""
+        file.cut(offset, offset + 1)
+        for place, lead in self.leads.items():
+            if lead.file is file and lead.offset == offset and place not in self.cells:
+                self.forget(place)
