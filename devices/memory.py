@@ -126,8 +126,8 @@ class Memory:
 
     @property
     def used_pages(self) -> int:
-        """Frames granted or live."""
-        return self._frames.used_count
+        """Frames granted or live; not those that are retired."""
+        return self._frames.used_count - self.retired
 
     def owns(self, frames: Words) -> npt.NDArray[np.bool_]:
         """Which of `frames` lie in this device's zone."""
@@ -155,8 +155,8 @@ class Memory:
         """Up to `count` free frames are never used again; how many."""
         count = min(count, self.free_pages)
         if count:
-            self.grant(count)
             self.retired += count
+            self.grant(count)
         return count
 
     def _granted(self, found: Allocation | None) -> Words | None:

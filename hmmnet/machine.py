@@ -107,6 +107,10 @@ class Host(Protocol):
         """Hot removal."""
         ...
 
+    def poisoned_pages(self, device: str) -> int:
+        """How many pages of a device's memory are broken."""
+        ...
+
     def audit(self, *, quiet: bool = True) -> list[str]:
         """What is wrong with the books; empty when all is well. `quiet`: nothing is under way."""
         ...

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from hmmnet.arena import Arena
 from hmmnet.errors import HmmnetError, KernelError
@@ -74,15 +73,12 @@ class PageMap:
 
     @property
     def used_pages(self) -> int:
-        """Frames with a reference."""
-        return int(np.count_nonzero(self._references() != 0))
+        """Frames with a reference, but for broken ones."""
+        return int(np.count_nonzero(self.zone.referenced(self.zone.offered)))
 
     def used_frames(self) -> Words:
-        """Frames with a reference, ascending."""
-        return np.flatnonzero(self._references() != 0).astype(np.uint64) + np.uint64(self.zone.base)
-
-    def _references(self) -> npt.NDArray[np.int32]:
-        return self.zone.values("refcount", slice(0, self.zone.offered))
+        """Frames with a reference, ascending, but for broken ones: nothing is in those, and nobody holds them."""
+        return np.flatnonzero(self.zone.referenced(self.zone.offered)).astype(np.uint64) + np.uint64(self.zone.base)
 
     def holders(self) -> Iterator[Holder]:
         """Everybody who keeps a frame."""

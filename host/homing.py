@@ -32,7 +32,7 @@ from .mm import pte
 from .mm.collect import collect_frames, finalize, move
 from .mm.frames import PhysicalMemory
 from .mm.rmap import mappings
-from .mm.zones import ANON, LOCKED
+from .mm.zones import ANON, HWPOISON, LOCKED
 
 HOME_PAGES_MAX = 1 << 16
 """Pages of one explicit migration home (256 MiB): bounds the host frames allocated before anything has landed."""
@@ -470,6 +470,8 @@ def poison(memory: PhysicalMemory, frames: Words) -> None:
         mapped.mm.rss -= len(mapped.pages)
         memory.unmap(frames[mapped.rows])
     memory.uncharge(frames)
+    for zone, _, at in memory.groups(frames):
+        zone.flags[at] |= np.uint32(HWPOISON)
     memory.poisoned += len(frames)
 
 

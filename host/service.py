@@ -493,6 +493,11 @@ class Host:
             self._audit = Audit(self.memory, self.spaces, self.devices, self.late_callbacks)
         return self._audit.changes(mirrors, self.clock.now())
 
+    def poisoned_pages(self, device: str) -> int:
+        """How many pages of the memory of `device` are broken, in its present life. KeyError for a name that nothing has."""
+        life = self.devices[device].life
+        return 0 if life is None else life.page_map.zone.poisoned()
+
     def audit_mirror(self, device: str, process: int, pages: Words, frames: Words, writable: npt.NDArray[np.bool_]) -> list[str]:
         """I1 of a mirror that can be seen: which translations that `device` holds of `process` the page table does not have.
 

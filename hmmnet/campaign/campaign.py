@@ -12,15 +12,18 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import msgspec
 
 from hmmnet.errors import HmmnetError
 
-from .draw import OPERATIONS, draw
+from .draw import DEVICES, OPERATIONS, draw
 from .trial import run_program
 
+Each = Callable[[int], "Found"]
+"""Runs one seed."""
 AHEAD = 4
 """Seeds handed to each worker before the first is back: none waits, and little is lost when somebody interrupts."""
 
@@ -66,23 +69,26 @@ class Summary:
         }
 
 
-def try_seed(seed: int, mix: str = "all", operations: int = OPERATIONS) -> Found:
+def try_seed(seed: int, mix: str = "all", operations: int = OPERATIONS, devices: int = DEVICES) -> Found:
     """Run one seed."""
     began_s = time.perf_counter()
-    outcome = run_program(draw(seed, mix, operations)).outcome
+    outcome = run_program(draw(seed, mix, operations, devices)).outcome
     violations = [(one.checker, one.what) for one in outcome.violations]
     return Found(seed, outcome.operations, dict(outcome.faults), violations, time.perf_counter() - began_s)
 
 
-def replay_command(seed: int, mix: str, operations: int = OPERATIONS) -> str:
+def replay_command(seed: int, mix: str, operations: int = OPERATIONS, devices: int = DEVICES) -> str:
     """The one command that repeats a seed."""
-    return f"hmmnet replay {seed} --faults {mix}" + ("" if operations == OPERATIONS else f" --operations {operations}")
+    own = f"'{mix}'" if " " in mix else mix
+    others = (("operations", operations, OPERATIONS), ("devices", devices, DEVICES))
+    return f"hmmnet replay {seed} --faults {own}" + "".join(f" --{name} {value}" for name, value, usual in others if value != usual)
 
 
 def run_campaign(
     seeds: Iterable[int],
     mix: str = "all",
     operations: int = OPERATIONS,
+    devices: int = DEVICES,
     *,
     jobs: int = 1,
     dask: str = "",
@@ -94,8 +100,9 @@ def run_campaign(
     `summary`, if it is given, is filled as it goes: what there is when this is interrupted. Raises HmmnetError: no such mix, no dask.
     """
     summary = Summary(mix) if summary is None else summary
-    draw(0, mix, operations)
-    with _results(list(seeds), mix, operations, jobs, dask) as results:
+    draw(0, mix, operations, devices)
+    each = partial(try_seed, mix=mix, operations=operations, devices=devices)
+    with _results(list(seeds), each, jobs, dask) as results:
         for found in results:
             summary.add(found)
             on_found(summary, found)
@@ -103,35 +110,35 @@ def run_campaign(
 
 
 @contextmanager
-def _results(seeds: list[int], mix: str, operations: int, jobs: int, dask: str) -> Iterator[Iterable[Found]]:
+def _results(seeds: list[int], each: Each, jobs: int, dask: str) -> Iterator[Iterable[Found]]:
     if dask:
-        with _over_dask(seeds, mix, operations, dask) as found:
+        with _over_dask(seeds, each, dask) as found:
             yield found
     elif jobs == 1:
-        yield (try_seed(seed, mix, operations) for seed in seeds)
+        yield map(each, seeds)
     else:
         with ProcessPoolExecutor(jobs) as pool:
             try:
-                yield _pooled(pool, seeds, mix, operations, jobs)
+                yield _pooled(pool, seeds, each, jobs)
             finally:
                 pool.shutdown(cancel_futures=True)
 
 
-def _pooled(pool: ProcessPoolExecutor, seeds: list[int], mix: str, operations: int, jobs: int) -> Iterator[Found]:
+def _pooled(pool: ProcessPoolExecutor, seeds: list[int], each: Each, jobs: int) -> Iterator[Found]:
     """A few seeds ahead of what the workers do."""
     left = iter(seeds)
-    under_way = {pool.submit(try_seed, seed, mix, operations) for seed, _ in zip(left, range(jobs * AHEAD), strict=False)}
+    under_way = {pool.submit(each, seed) for seed, _ in zip(left, range(jobs * AHEAD), strict=False)}
     while under_way:
         done = next(as_completed(under_way))
         under_way.discard(done)
         for seed in left:
-            under_way.add(pool.submit(try_seed, seed, mix, operations))
+            under_way.add(pool.submit(each, seed))
             break
         yield done.result()
 
 
 @contextmanager
-def _over_dask(seeds: list[int], mix: str, operations: int, address: str) -> Iterator[Iterable[Found]]:
+def _over_dask(seeds: list[int], each: Each, address: str) -> Iterator[Iterable[Found]]:
     """Results from the workers of a dask scheduler, which must have hmmnet installed. Raises HmmnetError."""
     try:
         from distributed import Client
@@ -143,7 +150,7 @@ def _over_dask(seeds: list[int], mix: str, operations: int, address: str) -> Ite
     except (OSError, ValueError) as error:
         raise HmmnetError(f"no dask scheduler answers at {address}: {error}") from None
     with client:
-        futures = client.map(try_seed, seeds, mix=mix, operations=operations, pure=False)
+        futures = client.map(each, seeds, pure=False)
         try:
             yield (future.result() for future in as_they_come(futures))
         finally:

@@ -124,8 +124,6 @@ class Crew:
         """How often memory was refused to a program that has little of it."""
         self._harmed_s = -1.0
         self._aftermath_until_s = 0.0
-        self.down: list[str] = []
-        """Devices that crashed or hang at a protocol point, until somebody sees to them."""
         self._derived: list[Derived] = []
         self._trace = trace
         self._mappings = 0
@@ -224,10 +222,11 @@ class Crew:
         await self._awaited[kind, number].wait()
         return self._senders[kind, number]
 
-    def harm_begins(self, kind: str) -> None:
-        """Somebody is harmed: from now on work may fail."""
+    def harm_begins(self, kind: str = "") -> None:
+        """Somebody is harmed: from now on work may fail. `kind` is what it is counted as; nothing if somebody else counts it."""
         self.harms += 1
-        self.outcome.faults[kind] += 1
+        if kind:
+            self.outcome.faults[kind] += 1
 
     def harm_ends(self) -> None:
         """It is mended; its aftermath is not over."""

@@ -51,7 +51,7 @@ async def converge(crew: Crew) -> None:
         for device in machine.device_names:
             await restart(crew, device)
         now_s = trio.current_time()
-        if machine.all_ready and (not crew.in_aftermath(now_s) or (now_s >= began_s + SETTLED_S and machine.settled)):
+        if machine.all_ready and not crew.harms and (not crew.in_aftermath(now_s) or (now_s >= began_s + SETTLED_S and machine.settled)):
             crew.calm()
             return
         await trio.sleep(LOOK_S * 4)

@@ -2,21 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from random import Random
 
-from hmmnet.errors import HmmnetError
-from hmmnet.faults import Controls, MessageFault, Plan, Way
-from hmmnet.faults.points import POINTS
+import msgspec
 
-from .program import Harm, Hit, Layout, Program, Step
+from hmmnet.errors import HmmnetError
+from hmmnet.faults import Plan
+from hmmnet.topology.problems import did_you_mean
+
+from .program import Harm, Hit, Layout, Planned, Program, Step
+from .recipes import FAMILIES, INSIDE, RECIPES
 
 OPERATIONS = 200
 """Of one seed."""
-DEVICES_MAX = 4
-MIXES = ("all", "none", "messages", "deaths", "partitions", "points")
-"""Which faults may be drawn: of messages and nodes, none, of messages, devices that die, wires that are cut; at protocol points."""
+DEVICES = 4
+"""Of the standard campaign."""
+ANY_DEVICES = 0
+"""As many as the seed draws, 1 to `DEVICES`."""
+DEVICES_MAX = 64
+MIXES: dict[str, tuple[str, ...]] = {
+    "all": tuple(FAMILIES),
+    "none": (),
+    "messages": ("loss", "delay", "reorder", "duplicate", "corrupt"),
+    "deaths": ("crash", "bounce", "unplug", "unload", "reset"),
+    "partitions": ("partition", "hold", "hang"),
+    "points": (),
+}
+"""Which faults may be drawn: families of the catalogue, or kinds. Beside these mixes each family, and each kind, is one by its name.
+
+``deaths`` and ``partitions`` have also devices that die, and wires that are cut, at an operation; ``points`` has hits at protocol points,
+each with its own chance.
+"""
+FAMILY_CHANCE = 0.3
+KIND_CHANCE = 0.3
+"""Of each family to take part in a seed, and of each kind of a family that does."""
 SERIAL_FIRST = 1
+DEVICE_NUMBERS = 4
+"""Steps name devices by numbers below this, which are counted round among those that there are."""
 
 ALWAYS = {"load": 20.0, "store": 16.0, "add": 3.0, "lane_store": 3.0}
 """Cheap, and what everything else is measured with: in every seed, often. The others with their usual weight:"""
@@ -60,27 +82,59 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 
-def draw(seed: int, mix: str = "all", operations: int = OPERATIONS) -> Program:
-    """The program of `seed`, with faults of `mix`. Raises HmmnetError when there is no such mix."""
-    if mix not in MIXES:
-        raise HmmnetError(f'there is no mix "{mix}"; there are {", ".join(MIXES)}')
+def draw(seed: int, mix: str = "all", operations: int = OPERATIONS, devices: int = DEVICES) -> Program:
+    """The program of `seed`, with faults of `mix`, on so many devices (`ANY_DEVICES`: drawn). Raises HmmnetError: no such mix."""
+    families = families_of(mix)
+    if not 0 <= devices <= DEVICES_MAX:
+        raise HmmnetError(f"a campaign has at most {DEVICES_MAX} devices, not {devices}")
     random = Random(f"hmmnet {seed}")  # noqa: S311 - chance, not secrecy
-    devices = random.choice((1, 2, 2, 3, 4, DEVICES_MAX))
+    devices = devices or random.randint(1, DEVICES)
     huge = random.random() < 0.15
     actors = random.randint(2, 6)
     regions = _regions(random, huge=huge)
-    return Program(
+    made = Program(
         seed=seed,
         machine=_machine(random, devices, huge=huge),
         actors=actors,
         regions=regions,
         steps=_steps(random, actors, operations),
-        faults=_faults(random, mix),
         harms=_harms(random, mix, operations, devices),
         hits=_hits(random) if mix == "points" else (),
         limit_pages=sum(region.pages for region in regions) + random.randint(2, 12) if not huge and random.random() < 0.15 else 0,
         mix=mix,
     )
+    return _with_faults(random, made, families, operations, devices)
+
+
+def families_of(mix: str) -> list[tuple[str, ...]]:
+    """The kinds that a mix may draw, in the families that are drawn together. Raises HmmnetError when there is no such mix."""
+    if mix in RECIPES:
+        return [(mix,)]
+    if mix in FAMILIES:
+        return [FAMILIES[mix]]
+    if mix not in MIXES:
+        guess = did_you_mean(mix, [*MIXES, *FAMILIES, *RECIPES])
+        raise HmmnetError(f'there is no mix "{mix}"; {guess} there are {", ".join(MIXES)}, and each family and kind of the catalogue')
+    return [FAMILIES.get(name, (name,)) for name in MIXES[mix]]
+
+
+def _with_faults(random: Random, program: Program, families: list[tuple[str, ...]], operations: int, devices: int) -> Program:
+    """Swarm testing: of most families nothing, of the others some kinds, each from the beginning or from some operation on."""
+    faults, planned, victims = [], [], 0
+    for kinds in families:
+        if len(families) > 1 and random.random() >= FAMILY_CHANCE:
+            continue
+        chosen = [kind for kind in kinds if random.random() < KIND_CHANCE] or [random.choice(kinds)]
+        for kind in chosen:
+            fault = RECIPES[kind].draw(random, kind, devices, victims)
+            victims += RECIPES[kind].victim
+            text = Plan([fault]).as_toml()
+            if fault.kind.once or fault.lasts_s or random.random() < 0.5:
+                planned.append(Planned(random.randrange(operations), text))
+            else:
+                faults.append(text)
+    planned.sort(key=lambda one: one.at)
+    return msgspec.structs.replace(program, faults=tuple(faults), planned=tuple(planned), victims=victims)
 
 
 def _regions(random: Random, *, huge: bool) -> tuple[Layout, ...]:
@@ -89,7 +143,7 @@ def _regions(random: Random, *, huge: bool) -> tuple[Layout, ...]:
 
 
 def _machine(random: Random, devices: int, *, huge: bool) -> str:
-    """A topology: a few devices of two models and two kinds of memory, some with less of it than is wanted."""
+    """A topology: devices of two models and two kinds of memory, some with less of it than is wanted, some with links of their own."""
     lines = ['name = "drawn"', "[[memory]]", 'name = "node0"', f'size = "{32 if huge else 4} MiB"']
     unit = 0
     for number in range(devices):
@@ -102,6 +156,9 @@ def _machine(random: Random, devices: int, *, huge: bool) -> str:
             unit += 1
         lines += ["[[link]]", 'a = "node0"', f'b = "dev{number}"', f'bandwidth = "{random.choice((1, 10, 50))} GB/s"']
         lines.append(f'latency = "{random.choice((100, 1000, 20000))} ns"')
+    for number in range(devices - 1):
+        if random.random() < 0.2:
+            lines += ["[[link]]", f'a = "dev{number}"', f'b = "dev{number + 1}"', 'bandwidth = "50 GB/s"', 'latency = "500 ns"']
     return "\n".join(lines) + "\n"
 
 
@@ -122,35 +179,10 @@ def _step(random: Random, kind: str, actor: int, serial: int) -> Step:
         page=random.randrange(8),
         word=random.choice((0, 1, 5, 500, 511, random.randrange(512))),
         count=random.choice((1, 1, 2, 4)) if paged else random.choice((1, 1, 2, 8, 16, 600)),
-        device=random.randrange(DEVICES_MAX),
+        device=random.randrange(DEVICE_NUMBERS),
         choice=random.choice(CHOICES.get(kind, ("",))),
         serial=serial,
     )
-
-
-def _faults(random: Random, mix: str) -> tuple[str, ...]:
-    if mix not in {"all", "messages"}:
-        return ()
-    found = [make(random) for make in MESSAGES if random.random() < 0.25]
-    return tuple(Plan([fault]).as_toml() for fault in found)
-
-
-def _some(random: Random, most: float) -> Controls:
-    return Controls(probability=round(random.uniform(0.0, most), 4))
-
-
-def _late(random: Random, kind: str) -> MessageFault:
-    latency_s, jitter_s = round(random.uniform(0.0, 0.01), 6), round(random.uniform(0.0, 0.02), 6)
-    return MessageFault(kind, Way(), _some(random, 0.3), latency_s, jitter_s)
-
-
-MESSAGES: tuple[Callable[[Random], MessageFault], ...] = (
-    lambda random: MessageFault("loss", Way(), _some(random, 0.03)),
-    lambda random: MessageFault("duplicate", Way(), _some(random, 0.3)),
-    lambda random: MessageFault("corrupt", Way(channel="bulk"), _some(random, 0.2)),
-    lambda random: _late(random, "delay"),
-    lambda random: _late(random, "reorder"),
-)
 
 
 def _hits(random: Random) -> tuple[Hit, ...]:
@@ -169,10 +201,6 @@ def _hits(random: Random) -> tuple[Hit, ...]:
             )
         )
     return tuple(found)
-
-
-INSIDE = [point for point in POINTS.values() if not point.name.startswith(("session.", "device.hello", "device.welcome"))]
-"""Points that are reached while a machine runs."""
 
 
 def _harms(random: Random, mix: str, operations: int, devices: int) -> tuple[Harm, ...]:

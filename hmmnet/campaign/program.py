@@ -72,8 +72,15 @@ class Hit(msgspec.Struct, frozen=True, omit_defaults=True):
     seconds: float = 0.0
 
 
+class Planned(msgspec.Struct, frozen=True, omit_defaults=True):
+    """When `at` operations have ended, `fault` begins: an entry of a plan of faults, as TOML."""
+
+    at: int
+    fault: str
+
+
 class Program(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One seed. `machine` and each of `faults` are TOML: a topology, and entries of a plan of faults."""
+    """One seed. `machine` and each of `faults` are TOML: a topology, and entries of a plan of faults that begin when it does."""
 
     seed: int
     machine: str
@@ -81,8 +88,11 @@ class Program(msgspec.Struct, frozen=True, omit_defaults=True):
     regions: tuple[Layout, ...]
     steps: tuple[Step, ...]
     faults: tuple[str, ...] = ()
+    planned: tuple[Planned, ...] = ()
     harms: tuple[Harm, ...] = ()
     hits: tuple[Hit, ...] = ()
+    victims: int = 0
+    """Processes that faults may end, or change the memory of (`victims`): processes `VICTIM_PID_FIRST` and following."""
     limit_pages: int = 0
     """Of the memory cgroup of all processes; 0: none."""
     mix: str = "all"

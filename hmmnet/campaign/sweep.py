@@ -23,9 +23,10 @@ from functools import lru_cache
 from itertools import islice
 
 from .crew import Outcome
+from .nemesis import BYE
 from .places import Pair, pairs
 from .program import Program
-from .trial import BYE, run_program
+from .trial import run_program
 from .words import DEATH
 
 OUTCOMES = ("same", "refused", "lost", "wrong")

@@ -47,7 +47,14 @@ STEP_KINDS = (
     "unplug",
 )
 """Of steps: `operations.OPERATIONS` has a function for each."""
+ON_EVERY_REGION = frozenset({"migrate", "home", "advise", "lock"})
+"""Kinds of steps whose `region` counts the lanes and the counters, too."""
 REGION_KINDS = ("anon", "shared", "file", "huge")
+VICTIM_PID_FIRST = 1001
+"""The actors' process is the first of a machine, the victims are the next ones."""
+VICTIM_ADDRESS = 0x20_0000_0000
+VICTIM_BYTES = 4 * 4096
+"""Where the memory of each victim is: faults can name it."""
 HARM_KINDS = ("death", "partition", "hang", "message")
 DEATH = "death"
 """Of a message: its device dies when it is sent."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Callable
 from enum import StrEnum
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -23,7 +25,8 @@ class World(StrEnum):
 
 
 SEEDS_MAX = 10_000_000
-OF_A_WORLD = {World.sim: ("faults", "jobs", "dask", "operations"), World.real: ("rounds", "cables")}
+MIX = "all, none, messages, deaths, partitions or points; or a family or kind of faults (hmmnet fault kinds)."
+OF_A_WORLD = {World.sim: ("faults", "jobs", "dask", "operations", "devices"), World.real: ("rounds", "cables")}
 """Options that mean nothing in the other world."""
 SHOWN_MAX = 20
 """Violations that are told in full; the rest are counted."""
@@ -32,12 +35,13 @@ SHOWN_MAX = 20
 def campaign(
     context: typer.Context,
     seeds: Annotated[str, typer.Option(help="Which: A:B from A up to but not B, or one number.", show_default=True)] = "0:100",
-    faults: Annotated[str, typer.Option(metavar="MIX", help="all, none, messages, deaths, partitions or points.")] = "all",
+    faults: Annotated[str, typer.Option(metavar="MIX", help=MIX)] = "all",
     jobs: Annotated[int, typer.Option(min=1, max=1024, help="Processes.")] = 1,
     dask: Annotated[
         str, typer.Option(metavar="ADDRESS", help="A dask scheduler instead, such as tcp://HOST:8786.", show_default=False)
     ] = "",
     operations: Annotated[int, typer.Option(min=1, max=100_000, help="Operations of a seed.")] = 200,
+    devices: Annotated[int, typer.Option(min=0, max=64, help="Devices of a machine; 0: each seed draws 1 to 4.")] = 4,
     world: Annotated[
         World, typer.Option(help="sim: in virtual time, from the seeds; real: on processes, from one seed on, in rounds.")
     ] = World.sim,
@@ -54,14 +58,14 @@ def campaign(
     _check_together(world, given, seeds)
     if world is World.real:
         return _real(seeds_of(seeds)[0], rounds, cables=cables, as_json=as_json)
-    from hmmnet.campaign.campaign import Summary, run_campaign
+    from hmmnet.campaign.campaign import Summary, replay_command, run_campaign
 
     wanted = seeds_of(seeds)
     summary = Summary(faults)
-    screen = _Screen(len(wanted), faults, operations)
+    screen = _Screen(len(wanted), partial(replay_command, mix=faults, operations=operations, devices=devices))
     interrupted = False
     try:
-        run_campaign(wanted, faults, operations, jobs=jobs, dask=dask, on_found=screen.found, summary=summary)
+        run_campaign(wanted, faults, operations, devices, jobs=jobs, dask=dask, on_found=screen.found, summary=summary)
     except KeyboardInterrupt:
         interrupted = True
     finally:
@@ -143,26 +147,20 @@ def seeds_of(text: str) -> range:
 class _Screen:
     """Progress on stderr: a line that is written over on a terminal, one line now and then elsewhere; violations as they are found."""
 
-    def __init__(self, total: int, mix: str, operations: int) -> None:
+    def __init__(self, total: int, again: Callable[..., str]) -> None:
         self._total = total
-        self._mix = mix
-        self._operations = operations
+        self._again = again
         self._told = 0
         self._live = sys.stderr.isatty()
         self._every = 1 if self._live else max(1, total // 10)
 
     def found(self, summary: Summary, found: Found) -> None:
         """One more seed."""
-        from hmmnet.campaign.campaign import replay_command
-
         for checker, what in found.violations[:1]:
             self._told += 1
             if self._told <= SHOWN_MAX:
                 self._clear()
-                print(
-                    f"seed {found.seed}: {checker}: {what}\n  again: {replay_command(found.seed, self._mix, self._operations)}",
-                    file=sys.stderr,
-                )
+                print(f"seed {found.seed}: {checker}: {what}\n  again: {self._again(found.seed)}", file=sys.stderr)
         if summary.seeds % self._every == 0 or summary.seeds == 1:
             rate = summary.operations / max(summary.seconds, 1e-9)
             line = f"{summary.seeds} of {self._total} seeds, {rate:.0f} operations/s, {len(summary.violations)} violations"

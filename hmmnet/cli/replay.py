@@ -21,6 +21,7 @@ def replay(
     what: Annotated[str, typer.Argument(metavar="SEED|FILE", help="A seed of a campaign, or a file of hmmnet shrink.", show_default=False)],
     faults: Annotated[str, typer.Option("--faults", "--mix", metavar="MIX", help="The campaign's mix of faults, for a seed.")] = "all",
     operations: Annotated[int, typer.Option(min=1, max=100_000, help="The campaign's operations, for a seed.")] = 200,
+    devices: Annotated[int, typer.Option(min=0, max=64, help="The campaign's devices, for a seed.")] = 4,
     lines: Annotated[int, typer.Option(min=0, help="Lines of the story before the violation.")] = 40,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
@@ -31,7 +32,7 @@ def replay(
     from hmmnet.campaign.trial import run_program
     from hmmnet.sim import Trace
 
-    program = program_of(what, faults, operations)
+    program = program_of(what, faults, operations, devices)
     verdict = run_program(program, trace=Trace(keep=True))
     if as_json:
         json.dump(_as_json(verdict, lines), sys.stdout, indent=1)
@@ -41,12 +42,12 @@ def replay(
     return 1 if verdict.violations else 0
 
 
-def program_of(what: str, mix: str, operations: int) -> Program:
+def program_of(what: str, mix: str, operations: int, devices: int) -> Program:
     """The program of a seed or in a file. Raises HmmnetError."""
     from hmmnet.campaign.draw import draw
     from hmmnet.campaign.program import read
 
-    return draw(int(what), mix, operations) if what.isdecimal() else read(Path(what))
+    return draw(int(what), mix, operations, devices) if what.isdecimal() else read(Path(what))
 
 
 def story(verdict: Verdict, before: int) -> list[str]:

@@ -18,9 +18,10 @@ def shrink(
     output: Annotated[Path, typer.Option("-o", "--output", help="The file to write.", show_default=False)],
     faults: Annotated[str, typer.Option("--faults", "--mix", metavar="MIX", help="The campaign's mix of faults, for a seed.")] = "all",
     operations: Annotated[int, typer.Option(min=1, max=100_000, help="The campaign's operations, for a seed.")] = 200,
+    devices: Annotated[int, typer.Option(min=0, max=64, help="The campaign's devices, for a seed.")] = 4,
     runs: Annotated[int, typer.Option(min=1, help="Candidates to try at most.")] = 2000,
 ) -> int:
-    """Leave out operations, faults and harms for as long as the run fails in the same way, and write what is left to a file.
+    """Leave out faults, actors, operations, devices and regions while the run fails in the same way, and write what is left to a file.
 
     Attach the file to a bug report: hmmnet replay FILE shows the failure. Exit code 1 when the run does not fail.
     """
@@ -28,9 +29,12 @@ def shrink(
     from hmmnet.campaign.shrink import Shrinker
 
     def tell(count: int, best: Program) -> None:
-        print(f"{count} runs: {len(best.steps)} steps, {len(best.faults)} faults, {len(best.harms)} harms", file=sys.stderr)
+        print(
+            f"{count} runs: {len(best.steps)} steps, {len(best.faults) + len(best.planned)} faults, {len(best.harms)} harms",
+            file=sys.stderr,
+        )
 
-    program = program_of(what, faults, operations)
+    program = program_of(what, faults, operations, devices)
     shrinker = Shrinker(program, runs_max=runs, on_run=tell)
     if not shrinker.fails:
         print(f"hmmnet shrink: {what} does not fail", file=sys.stderr)

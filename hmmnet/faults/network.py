@@ -67,6 +67,8 @@ class Network:
     told: Callable[[float, str], None] | None = None
     active: dict[int, Active] = field(default_factory=dict)
     fired: Counter[str] = field(default_factory=Counter)
+    on_fired: Callable[[MessageFault, str, Channel], None] | None = None
+    """Told of each fault that happens to a message: to a message of which device, on which channel."""
     watch: Callable[[str, str], None] | None = None
     """Told of each message before anything happens to it: its device, and its type or, on the bulk channel, its way."""
 
@@ -139,6 +141,8 @@ class Network:
             if active.chance.fires(sum(map(len, parts))):
                 deliveries = active.fault.apply(deliveries, self.random)
                 self.fired[active.fault.kind] += 1
+                if self.on_fired is not None:
+                    self.on_fired(active.fault, device, channel)
                 if self.told is not None:
                     self.told(now_s, f"fault {active.fault.kind} {device} {channel} {'in' if to_device else 'out'}")
                 if active.fault.kind == "delay" and deliveries:

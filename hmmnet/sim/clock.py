@@ -66,6 +66,7 @@ class VirtualClock(EmulatedClock):
         super().__init__(1.0, trio.current_time)
 
     async def sleep_until(self, emulated_s: float) -> None:
-        """Return at that emulated moment, exactly."""
-        while (left_s := self.real_until(emulated_s)) > 0:  # noqa: ASYNC110 - time is what is waited for; the rate may change
-            await trio.sleep(left_s)
+        """Return at that emulated moment, exactly; at another rate than the run's, as soon as a float can say that it has come."""
+        while (left_s := self.real_until(emulated_s)) > 0:  # time is what is waited for; the rate may change
+            now_s = trio.current_time()
+            await trio.sleep_until(max(now_s + left_s, math.nextafter(now_s, math.inf)))

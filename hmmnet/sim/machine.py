@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cache, partial
@@ -143,6 +143,7 @@ class SimulatedMachine:
         )
         """The faults that were added, by number."""
         self._revived: dict[str, float] = {}
+        self._host_silent = False
         self._points = {device: injector.points_of(device) for device in topology.device_names}
         self._wires = wires
         self.nursery = nursery
@@ -234,8 +235,12 @@ class SimulatedMachine:
         return self.host.audit_changes([(name, *mirror) for name, device in devices for mirror in device.open_mirrors()])
 
     def left_over(self) -> list[str]:
-        """Which devices still have frames in use, when no process is there any more."""
-        used = {name: node.device.memory.used_pages for name, node in self._nodes.items() if node.device is not None}
+        """Which devices still have frames in use, when no process is there any more: but for broken ones, which stay so."""
+        used = {
+            name: node.device.memory.used_pages - self.host.poisoned_pages(name)
+            for name, node in self._nodes.items()
+            if node.device is not None
+        }
         return [f"{name}: {frames} frames of its memory are left over" for name, frames in used.items() if frames]
 
     async def start_device(self, name: str) -> None:
@@ -247,6 +252,8 @@ class SimulatedMachine:
         if name in self._nodes:
             raise KernelError(16, "start_device", f"device {name} runs already")
         self._incarnations[name] += 1
+        if self._host_silent:
+            self.network.hold(name)
         node = _Node(NodeTransport(self._wires, name, self.network), trio.CancelScope(), self._incarnations[name])
         self._nodes[name] = node
         ready = False
@@ -364,9 +371,7 @@ class SimulatedMachine:
     def _to_nodes(self, effect: NodeEffect) -> Undo:
         """Raises HmmnetError when nothing is called so."""
         if effect.node == HOST:
-            for name in self._nodes:
-                self.network.hold(name)
-            return _nothing
+            return self._silence(lasting=effect.deed == "hang")
         names = [name for name in self.device_names if fnmatchcase(name, effect.node)]
         if not names:
             raise HmmnetError(f'no device is called "{effect.node}"; there are {", ".join(self.device_names)}')
@@ -385,6 +390,21 @@ class SimulatedMachine:
                 self.nursery.start_soon(self._again, name, down_s)
         return partial(self._resume_all, names) if effect.deed == "hang" else _nothing
 
+    def _silence(self, *, lasting: bool) -> Undo:
+        """The host stops where it is; for good, or (`lasting`) until that is undone. Devices that start meanwhile find nobody."""
+        self.injector.stop(HOST)
+        self._host_silent = True
+        for name in self.device_names:
+            self.network.hold(name)
+
+        def undo() -> None:
+            self._host_silent = False
+            self.injector.resume(HOST)
+            for name in self.device_names:
+                self.network.release(name)
+
+        return undo if lasting else _nothing
+
     def _resume_all(self, names: Sequence[str]) -> None:
         for name in names:
             self._resume(name)
@@ -399,9 +419,11 @@ class SimulatedMachine:
         return AtWork(undo, lambda: 0)
 
     async def _again(self, name: str, down_s: float) -> None:
+        """A fault wants it back. Another one may not let it: then it stays away, as a process does that fails to start."""
         await trio.sleep(down_s)
         if name not in self._nodes:
-            await self.start_device(name)
+            with suppress(HmmnetError):
+                await self.start_device(name)
 
     # --- devices, inside --------------------------------------------------------------------------------------------------------
 

@@ -44,6 +44,8 @@ ANON = 2
 
 COMPOUND = 4
 """One of the 512 pages of a large folio (`huge.py`)."""
+HWPOISON = 8
+"""Its memory is broken (PG_hwpoison): one reference stays for ever, so that nobody gets it again."""
 
 DEVICE_EXTRA_REFERENCES = 1
 """A frame of a device may have this many references beyond its mappings and still be collected (migrate_vma_check_page).
@@ -192,9 +194,14 @@ class Zone:
         return values
 
     def referenced(self, count: int | None = None) -> npt.NDArray[np.bool_]:
-        """Which of the first `count` frames (of all) have a reference."""
-        counted: npt.NDArray[np.bool_] = self.values("refcount", slice(0, self.count if count is None else count)) != 0
+        """Which of the first `count` frames (of all) have a reference; broken ones have one for ever, and are left out."""
+        where = slice(0, self.count if count is None else count)
+        counted: npt.NDArray[np.bool_] = (self.values("refcount", where) != 0) & (self.values("flags", where) & HWPOISON == 0)
         return counted
+
+    def poisoned(self) -> int:
+        """How many frames are broken."""
+        return int(np.count_nonzero(self.values("flags", slice(0, self.count)) & HWPOISON))
 
     def page_counts(self, where: Index) -> npt.NDArray[np.int32]:
         """page_count of each frame at `where`, as a driver sees it."""

@@ -17,18 +17,24 @@ import msgspec
 import pytest
 
 from hmmnet.campaign.campaign import Summary, run_campaign, try_seed
-from hmmnet.campaign.draw import MIXES, SOMETIMES, draw
+from hmmnet.campaign.draw import ANY_DEVICES, MIXES, SOMETIMES, draw
+from hmmnet.campaign.machines import devices_of, topology_of
+from hmmnet.campaign.nemesis import all_faults
 from hmmnet.campaign.places import pairs
-from hmmnet.campaign.program import Harm, Program, read
+from hmmnet.campaign.program import Harm, Layout, Planned, Program, Step, read
+from hmmnet.campaign.recipes import FAMILIES, NOT_DRAWN, RECIPES
 from hmmnet.campaign.scenarios import SCENARIOS
-from hmmnet.campaign.shrink import Shrinker
+from hmmnet.campaign.shrink import Shrinker, without, without_actor, without_device_number, without_region
 from hmmnet.campaign.trial import run_program
 from hmmnet.campaign.waits import find_cycle
 from hmmnet.cli import exit_code
 from hmmnet.errors import HmmnetError
+from hmmnet.faults import KINDS, Plan, fault
+from hmmnet.faults.targets import wrong_targets
 from hmmnet.sim import Trace
 
 SEEDS = range(24)
+KEPT = Path(__file__).with_name("kept")
 
 
 def hmmnet(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -43,36 +49,82 @@ def test_standard_campaign(seed: int) -> None:
     assert found.operations == 200
 
 
-@pytest.mark.parametrize("seed", [26, 62, 150, 217, 318, 486])
-def test_seeds_that_failed_once(seed: int) -> None:
-    """26: a damaged chunk of a DMA write was in memory until it came again.
-    62, 318: a migration of pages that a process shared began while its fork was being announced, and the fork copied migration entries.
-    150: a device that had lost its host waited for the credits of its last DMA write, and was not started again.
-    217: the words that a job added were lost and given up while it ran, and the checker went on to expect their old sum.
-    486: a device died while it was being started and whoever started it was cancelled: both came out together, as a group.
-    """
-    assert try_seed(seed).violations == []
-
-
-@pytest.mark.parametrize("seed", [44, 55, 114, 407])
-def test_seeds_with_points_that_failed_once(seed: int) -> None:
-    """44: a device failed to acknowledge, was given up for that, and its pages were lost with it; nobody called that a harm.
-    55: a device was to crash where the host announces a change, which concerns none: the host's own task was left there for ever.
-    114: two devices kept taking a page that does not move out of each other's mirrors, and no time passed.
-    407: a word had more stores at once than the checker follows, and a load that began before was judged after.
-    """
-    assert try_seed(seed, "points").violations == []
+@pytest.mark.parametrize("file", sorted(KEPT.glob("*.json")), ids=lambda file: file.stem)
+def test_programs_that_failed_once(file: Path) -> None:
+    """Each was a seed that found a bug, which its note tells: kept as it was drawn then."""
+    program = read(file)
+    assert program.note
+    assert run_program(program).violations == []
 
 
 def test_the_campaign_uses_everything() -> None:
-    """Every kind of operation, model, memory and fault is drawn within a hundred seeds."""
+    """Every kind of operation, model and memory is drawn within a hundred seeds; the standard machine has four devices."""
     programs = [draw(seed) for seed in range(100)]
     assert {step.kind for program in programs for step in program.steps} >= set(SOMETIMES)
     assert {harm.kind for program in programs for harm in program.harms} == {"death", "partition"}
     text = "".join(program.machine for program in programs)
-    assert all(word in text for word in ('"dmirror"', '"gpu"', '"coherent"', '"private"', "dev3"))
+    assert all(word in text for word in ('"dmirror"', '"gpu"', '"coherent"', '"private"'))
+    assert all(devices_of(program.machine) == ("dev0", "dev1", "dev2", "dev3") for program in programs)
     assert {layout.kind for program in programs for layout in program.regions} == {"anon", "shared", "file", "huge"}
     assert any(program.limit_pages for program in programs)
+
+
+def test_machines_of_other_sizes() -> None:
+    """As many devices as are wanted; or as each seed draws."""
+    assert len(devices_of(draw(0, devices=7).machine)) == 7
+    assert {len(devices_of(draw(seed, devices=ANY_DEVICES).machine)) for seed in range(40)} == {1, 2, 3, 4}
+    with pytest.raises(HmmnetError, match="at most 64 devices, not 65"):
+        draw(0, devices=65)
+
+
+def test_every_kind_is_drawn_or_has_its_reason() -> None:
+    """The whole catalogue: each kind by some seed, on a target that the machine has, or named with why not."""
+    assert set(RECIPES) | set(NOT_DRAWN) == set(KINDS)
+    assert not set(RECIPES) & set(NOT_DRAWN)
+    assert all(NOT_DRAWN.values())
+    seen = set()
+    for seed in range(1000):
+        program = draw(seed)
+        faults = all_faults(program)
+        seen |= {fault.kind.name for fault in faults}
+        assert not [wrong for fault in faults for wrong in wrong_targets(fault, topology_of(program.machine), "sim")]
+    assert seen == set(RECIPES)
+
+
+def test_swarm_style() -> None:
+    """Seeds differ in which families they have, and many have none or all but one of them left out."""
+    families = [frozenset(fault.kind.family for fault in all_faults(draw(seed))) for seed in range(200)]
+    assert len(set(families)) > 100
+    assert all(len(found) < len(FAMILIES) for found in families)
+    assert any(found == frozenset() for found in families)
+
+
+@pytest.mark.parametrize("mix", ["nodes", "copy engine", "link.down", "process.exit"])
+def test_a_family_or_a_kind_is_a_mix(mix: str) -> None:
+    """Only that is drawn, and by every seed."""
+    for seed in range(20):
+        faults = all_faults(draw(seed, mix))
+        assert faults
+        assert all(mix in (fault.kind.family, fault.kind.name) for fault in faults)
+
+
+def test_faults_are_counted_by_kind() -> None:
+    """How often each fired, under its name in the catalogue."""
+    program = draw(0, "none", 60)
+    late, cut = fault("invalidate.duplicate"), fault("link.slow", "*dev0", factor=0.5, lasts=0.1)
+    planned = (Planned(3, Plan([cut]).as_toml()),)
+    found = run_program(msgspec.structs.replace(program, faults=(Plan([late]).as_toml(),), planned=planned)).outcome
+    assert found.violations == []
+    assert found.faults["link.slow"] == 1
+    assert found.faults["invalidate.duplicate"] > 1
+    assert set(found.faults) == {"link.slow", "invalidate.duplicate"}
+
+
+def test_a_fault_on_nothing_does_nothing() -> None:
+    """A program of which a device was left out is a program."""
+    program = msgspec.structs.replace(draw(0, "none", 20), faults=(Plan([fault("crash", "dev9")]).as_toml(),))
+    found = run_program(program).outcome
+    assert (found.violations, found.faults) == ([], {})
 
 
 def test_a_seed_is_one_run() -> None:
@@ -107,9 +159,9 @@ def test_several_processes_find_the_same() -> None:
 
 
 def broken(program: Program) -> Any:
-    """A stand-in for a run that fails when one step and one harm are there."""
-    verdict = run_program(msgspec.structs.replace(program, steps=(), harms=(), faults=()))
-    if any(step.serial == 77 for step in program.steps) and program.harms:
+    """A stand-in for a run that fails when one step, one harm and one device are there."""
+    verdict = run_program(msgspec.structs.replace(program, steps=(), harms=(), faults=(), planned=()))
+    if any(step.serial == 77 for step in program.steps) and program.harms and "dev2" in program.machine:
         verdict.outcome.violations.append(_violation())
     return verdict
 
@@ -121,20 +173,44 @@ def _violation() -> Any:
 
 
 def failing() -> Program:
-    """A program with harms."""
-    return next(program for program in map(draw, range(100)) if program.harms and program.faults)
+    """A program with harms and faults."""
+    return next(program for program in map(draw, range(100)) if program.harms and program.faults and program.planned)
 
 
 def test_shrink_leaves_what_the_failure_needs(tmp_path: Path) -> None:
-    """One step, one harm, no fault; the file holds it."""
+    """One step, one harm, one device, one region, one actor, no fault; the file holds it."""
     shrinker = Shrinker(failing(), run=broken)
     short = shrinker.shrink()
     assert [step.serial for step in short.steps] == [77]
     assert len(short.harms) == 1
-    assert short.faults == ()
+    assert (short.faults, short.planned, short.victims) == ((), (), 0)
+    assert devices_of(short.machine) == ("dev2",)
+    assert (short.actors, len(short.regions)) == (1, 1)
     short.write(tmp_path / "bug.json")
     assert read(tmp_path / "bug.json") == short
     assert "made up" in short.note
+
+
+def test_what_is_left_out_leaves_the_rest_as_it_is() -> None:
+    """Steps mean the same region and the same device as before; what waits for operations that have ended waits for fewer."""
+    steps = tuple(
+        Step(actor, kind, region=region, device=device, serial=serial)
+        for serial, (actor, kind, region, device) in enumerate(
+            [(0, "load", 0, 0), (1, "load", 1, 1), (0, "load", 5, 5), (1, "home", 2, 0), (0, "home", 4, 2), (2, "home", 0, 3)], 1
+        )
+    )
+    regions = (Layout("anon", 2), Layout("file", 3), Layout("shared", 4))
+    program = msgspec.structs.replace(
+        draw(0, "none", 5), steps=steps, regions=regions, actors=3, planned=(Planned(4, "x"), Planned(1, "y"))
+    )
+    fewer = without_region(program, 1)
+    assert fewer.regions == (regions[0], regions[2])
+    assert [(step.serial, step.region) for step in fewer.steps] == [(1, 0), (3, 1), (5, 3), (6, 0)]
+    assert [(step.serial, step.device) for step in without_device_number(program, 1).steps] == [(1, 0), (4, 0), (5, 1), (6, 2)]
+    assert [(step.serial, step.actor) for step in without_actor(program, 1).steps] == [(1, 0), (3, 0), (5, 0), (6, 1)]
+    shorter = without(program, "steps", 2, 5)
+    assert [step.serial for step in shorter.steps] == [1, 2, 6]
+    assert [planned.at for planned in shorter.planned] == [2, 1]
 
 
 def test_what_does_not_fail_is_not_shrunk() -> None:
@@ -175,7 +251,7 @@ def test_command_line(tmp_path: Path) -> None:
         ("--world real --operations 5", "--operations means nothing in --world real, which has --seeds, --rounds, --cables"),
         ("--world real --jobs 2 --faults none --dask x", "--faults, --jobs, --dask mean nothing in --world real"),
         ("--world real --seeds 5:9", "write --seeds 5, not 5:9"),
-        ("--rounds 3", "--rounds means nothing in --world sim, which has --seeds, --faults, --jobs, --dask, --operations"),
+        ("--rounds 3", "--rounds means nothing in --world sim, which has --seeds, --faults, --jobs, --dask, --operations, --devices"),
         ("--world sim --cables --rounds 3", "--rounds, --cables mean nothing in --world sim"),
     ],
 )
@@ -231,7 +307,7 @@ def test_what_is_drawn_and_swept_can_be_read(tmp_path: Path) -> None:
 
 def test_a_death_at_any_message_needs_no_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A device dies when message 40 of all is sent, also where nobody reads the story: the same run, and what shrink says is no crash."""
-    program = msgspec.structs.replace(draw(0, "none", 40), harms=(Harm(40, "message", seconds=0.01),))
+    program = msgspec.structs.replace(draw(7, "none", 40), harms=(Harm(40, "message", seconds=0.01),))
     traced, alone = run_program(program, trace=Trace()).outcome, run_program(program).outcome
     assert alone.faults["message"] == 1
     assert alone == traced

@@ -12,6 +12,7 @@ import pytest
 
 from hmmnet.campaign import trial
 from hmmnet.campaign.campaign import run_campaign, try_seed
+from hmmnet.campaign.nemesis import Nemesis
 from hmmnet.campaign.program import Harm, Hit, Program
 from hmmnet.campaign.scenarios import SCENARIOS
 from hmmnet.campaign.trial import run_program
@@ -30,13 +31,13 @@ UNREADABLE: dict[str, Callable[[int], Exception]] = {
 
 def broken_once_healed(patch: pytest.MonkeyPatch, name: str, replacement: Any, where: type = Process) -> None:
     """One method is `replacement` from the moment when all faults have ended."""
-    heal = trial._heal
+    heal = Nemesis.heal
 
-    async def heal_and_break(crew: Any) -> None:
-        await heal(crew)
+    async def heal_and_break(nemesis: Nemesis) -> None:
+        await heal(nemesis)
         patch.setattr(where, name, replacement)
 
-    patch.setattr(trial, "_heal", heal_and_break)
+    patch.setattr(Nemesis, "heal", heal_and_break)
 
 
 def raising(error: Callable[[int], Exception]) -> Callable[..., Coroutine[Any, Any, bytes]]:

@@ -9,7 +9,7 @@ from trio._core import _run as trio_run
 
 from hmmnet.errors import HmmnetError
 from hmmnet.sim import run_virtual
-from hmmnet.sim.clock import JumpClock
+from hmmnet.sim.clock import JumpClock, VirtualClock
 from hmmnet.sim.run import SimulationStuck
 from hmmnet.sim.schedule import ORDERED, seeded
 
@@ -92,3 +92,17 @@ def test_ctrl_c_is_ctrl_c_whatever_ends_with_it() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         run_virtual(main)
+
+
+def test_a_sleep_at_another_rate_ends() -> None:
+    """A clock that is skewed may miss its moment by less than a float can say: it is slept to the next moment there is, not for ever."""
+
+    async def main() -> int:
+        clock = VirtualClock()
+        clock.set_rate(0.521784)
+        for step in range(1, 2000):
+            await clock.sleep_until(step * 0.137)
+            assert clock.now() >= step * 0.137
+        return step
+
+    assert run_virtual(main, limit_s=1e4) == 1999

@@ -133,3 +133,62 @@ def test_a_restarted_device_is_empty_and_new() -> None:
         await process.exit()
 
     hmmnet.simulate(main, MACHINE, limit_s=300.0)
+
+
+def test_a_host_that_hangs_goes_on() -> None:
+    """Shorter than the lease nothing is lost and everybody waits; longer, the devices end, and can be started again once it goes on."""
+
+    async def main(machine: SimulatedMachine) -> None:
+        process = await machine.create_process()
+        address = await process.mmap(PAGES * PAGE)
+        await process.write(address, DATA)
+        await process.migrate(address, PAGE, "gpu0")
+        machine.add_fault(fault("hang", "host", lasts=0.5))
+        began_s = trio.current_time()
+        assert await process.read(address, PAGE) == DATA[:PAGE]
+        assert trio.current_time() - began_s > 0.49
+        assert machine.running == MACHINE.device_names
+        number = machine.add_fault(fault("hang", "host"))
+        await trio.sleep(5)
+        assert machine.running == ()
+        machine.remove_fault(number)
+        for device in MACHINE.device_names:
+            await machine.start_device(device)
+        assert await process.migrate(address, PAGES * PAGE, "gpu1") == PAGES * PAGE
+        assert await process.read(address, PAGES * PAGE) == DATA
+        await process.exit()
+        assert machine.audit(quiet=True) == []
+
+    hmmnet.simulate(main, MACHINE, limit_s=300.0)
+
+
+def test_broken_memory_is_no_leak() -> None:
+    """A broken frame of a device stays out of use while the device lives; it keeps neither the dead device's map nor anybody waiting."""
+
+    async def main(machine: SimulatedMachine) -> None:
+        process = await machine.create_process()
+        address = await process.mmap(PAGES * PAGE)
+        await process.write(address, DATA)
+        for device in ("gpu0", "gpu1"):
+            await process.migrate(address, 4 * PAGE, device)
+            machine.add_fault(fault("ecc.uncorrectable", process=process.pid, range=f"0x{address + PAGE:x}+{PAGE}"))
+            await trio.sleep(0.1)
+            with pytest.raises(BusError, match="poisoned"):
+                await process.read(address, 4 * PAGE)
+            await process.munmap(address, 2 * PAGE)
+            await process.mmap(2 * PAGE, "rw", address)
+        machine.add_fault(fault("page.retire", "gpu1", pages=3))
+        await process.exit()
+        await trio.sleep(1)
+        assert machine.left_over() == machine.audit(quiet=True) == []
+        assert [machine.device(name).memory.used_pages for name in ("gpu0", "gpu1")] == [1, 1]
+        assert machine.host.poisoned_pages("gpu0") == 1
+        await machine.kill_device("gpu0")
+        await trio.sleep(5)
+        await machine.start_device("gpu0")
+        await machine.unplug("gpu1")
+        assert machine.host.poisoned_pages("gpu0") == 0
+        owners = [zone.owner for zone in machine.host.memory.zones.values()]  # type: ignore[attr-defined]
+        assert sorted(owners) == ["dmirror0", "gpu0", "node0"], "that of gpu1 is gone, and that of the gpu0 that died"
+
+    hmmnet.simulate(main, MACHINE, limit_s=300.0)
