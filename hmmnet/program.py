@@ -293,8 +293,10 @@ class Process(Protocol):
     async def migrate(self, address: int, length: int, to: str) -> int:
         """Move pages to device `to` (or ``host``); returns how many bytes moved. Pages that cannot move stay; no error.
 
-        Whole pages move: those that [address, address + length) touches, so that memory of malloc can be named as it is. What is not
-        mapped, or with PROT_NONE, is passed over. Raises KernelError(ENOENT, ENODEV, ENOMEM).
+        Whole pages move: those that [address, address + length) touches, so that memory of malloc can be named as it is. Up to the first
+        that is not mapped, not readable, or mapped so that it cannot migrate at all (hugetlb, a device's own memory): what lies before it
+        moves, and then KernelError(EINVAL) names address and mapping, as migrate_vma ends there. Raises KernelError(ENOENT, ENODEV,
+        ENOMEM), too.
         """
         ...
 

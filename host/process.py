@@ -342,15 +342,38 @@ class Process:
         return JobResult(msgspec.msgpack.decode(done.results, type=dict[str, Any]), counters)
 
     async def migrate(self, address: int, length: int, to: str) -> int:
-        """Move pages to a device, or to ``host``; returns how many bytes moved. Raises KernelError(ENOENT, ENODEV, ENOMEM), PeerLost."""
+        """Move pages to a device, or to ``host``; returns how many bytes moved.
+
+        Raises KernelError: EINVAL (see `_migratable_until`), ENOENT, ENODEV, ENOMEM; PeerLost.
+        """
         self._alive("migrate")
         check_range("migrate", address, length)
         start, end = page_range(address, length)
         if start >= end:
             return 0
-        if to == HOST:
-            return sum([await self._in_pieces(start, end, partial(self._piece_home, link)) for link in self.contexts.links()])
-        return await self._in_pieces(start, end, partial(self._piece_out, await self._context(to, "migrate")))
+        context = None if to == HOST else await self._context(to, "migrate")
+        stop, why = self._migratable_until(start, end)
+        if context is None:
+            moved = sum([await self._in_pieces(start, stop, partial(self._piece_home, link)) for link in self.contexts.links()])
+        else:
+            moved = await self._in_pieces(start, stop, partial(self._piece_out, context))
+        if stop < end:
+            before = f"{moved} bytes before it have moved" if moved else "nothing has moved"
+            raise KernelError(errno.EINVAL, "migrate", f"address 0x{stop << PAGE_SHIFT:x} of process {self.pid} {why}; {before}")
+        return moved
+
+    def _migratable_until(self, start: int, end: int) -> tuple[int, str]:
+        """The first page of [start, end) that migrate_vma_setup refuses (`end`: none), and why: drivers go on mapping by mapping up to it.
+
+        What lies before it moves all the same, as on a real kernel (h04, h75).
+        """
+        page = start
+        while page < end:
+            stop = min(end, max(self.space.vma_end(page), page + 1))
+            if why := self.space.unmigratable(page, stop):
+                return page, why
+            page = stop
+        return end, ""
 
     async def _piece_out(self, context: Context, start: int, end: int) -> int:
         return (await command_device(context, "migrate_to_dev", start << PAGE_SHIFT, end - start, b"", 0, 0)).cpages

@@ -114,20 +114,24 @@ class Space(Advice):
 
         That the driver also refuses a VMA without read right is test_hmm's own check, made here because every driver does it.
         """
-        vma = self.mm.vmas.find(start)
-        why = ""
-        if end <= start:
-            why = "is empty"
-        elif vma is None:
-            why = "is not mapped"
-        elif end > vma.end:
-            why = "leaves its mapping"
-        elif not vma.flags & VM_READ:
-            why = "is not readable"
-        elif vma.flags & (VM_SPECIAL | VM_HUGETLB | VM_DAX):
-            why = "is a mapping of a kind that does not migrate"
-        if why:
+        if why := self.unmigratable(start, end):
             raise KernelError(errno.EINVAL, "migrate_vma_setup", f"pages [0x{start:x}, 0x{end:x}) of process {self.number}: {why}")
+
+    def unmigratable(self, start: int, end: int) -> str:
+        """Why [start, end) is no range that migrate_vma_setup takes, with the mapping that is in the way; empty if it is one."""
+        vma = self.mm.vmas.find(start)
+        if end <= start:
+            return "is empty"
+        if vma is None:
+            return "is not mapped"
+        there = f"[0x{vma.start << PAGE_SHIFT:x}, 0x{vma.end << PAGE_SHIFT:x})"
+        if end > vma.end:
+            return f"leaves the mapping {there}"
+        if not vma.flags & VM_READ:
+            return f"lies in the mapping {there}, which is not readable"
+        if vma.flags & (VM_SPECIAL | VM_HUGETLB | VM_DAX):
+            return f"lies in the mapping {there}, which is of a kind that does not migrate"
+        return ""
 
     def large(self, pages: Words, *, compound: bool = False) -> list[Large]:
         """See `huge.large`."""

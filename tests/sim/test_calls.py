@@ -160,9 +160,9 @@ def test_a_death_interrupts_a_call(call: Callable[[Process, int], Awaitable[None
 
 
 @pytest.mark.parametrize("to", ["gpu0", "host"])
-@pytest.mark.parametrize("how", ["hole", "none"])
-def test_a_migration_passes_over_what_is_not_there(how: str, to: str) -> None:
-    """A hole or PROT_NONE in the middle: the pages on both sides move, and are counted."""
+@pytest.mark.parametrize(("how", "why"), [("hole", "is not mapped"), ("none", "not readable"), ("w", "not readable")])
+def test_a_migration_ends_where_nothing_can_migrate(how: str, why: str, to: str) -> None:
+    """A hole, or a mapping without read right, in the middle: what lies before it moves, then EINVAL names the address and the mapping."""
 
     async def main(machine: SimulatedMachine) -> None:
         process = await machine.create_process()
@@ -171,10 +171,16 @@ def test_a_migration_passes_over_what_is_not_there(how: str, to: str) -> None:
         if to == "host":
             assert await process.migrate(address, 6 * PAGE_SIZE, "gpu0") == 6 * PAGE_SIZE
         bad = address + 3 * PAGE_SIZE
-        await (process.munmap(bad, PAGE_SIZE) if how == "hole" else process.mprotect(bad, PAGE_SIZE, "none"))
-        assert await process.migrate(address, 6 * PAGE_SIZE, to) == 5 * PAGE_SIZE
+        await (process.munmap(bad, PAGE_SIZE) if how == "hole" else process.mprotect(bad, PAGE_SIZE, how))
+        with pytest.raises(KernelError, match=f"migrate: EINVAL: address 0x{bad:x} of process .*{why}; 12288 bytes") as refused:
+            await process.migrate(address, 6 * PAGE_SIZE, to)
+        assert how == "hole" or f"[0x{bad:x}, 0x{bad + PAGE_SIZE:x})" in str(refused.value)
         there = await process.residency(address, 6)
-        assert [there.owners[there.pages[i]] == "gpu0" for i in (0, 1, 2, 4, 5)] == [to == "gpu0"] * 5
+        owners = [there.owners[there.pages[i]] for i in (0, 1, 2, 4, 5)]
+        behind = "gpu0" if to == "host" else "node0"
+        assert owners == ["node0" if to == "host" else "gpu0"] * 3 + [behind] * 2
+        with pytest.raises(KernelError, match="nothing has moved"):
+            await process.migrate(bad, 3 * PAGE_SIZE, to)
         assert await process.read(address, 3) == bytes(range(3))
 
     hmmnet.simulate(main, "two-gpus")
