@@ -11,7 +11,9 @@ Stores that failed may have happened or not. Such a cluster forces nothing until
 before the store's error was reported, because nothing may write on behalf of somebody who was told that it failed.
 
 Two words for what cannot be known: a *wild* store leaves values that nobody knows (until the next store that is known), and where a value
-was stored twice its loads force nothing. Arrays throughout: a row for each word, a column for each value that may still be loaded.
+was stored twice its loads force nothing. Arrays throughout: a place for each word, and a row for each value that may still be loaded. Most
+words have one or two of those, so only as many rows are looked at as are in use (`_depth`). A store that nothing overlaps leaves its value
+in the first row, alone; a load of such words has one answer, and is checked in a few steps.
 """
 
 from __future__ import annotations
@@ -22,10 +24,11 @@ import numpy as np
 import numpy.typing as npt
 
 Words = npt.NDArray[np.uint64]
-Ticks = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
+Place = tuple[npt.NDArray[np.intp] | int, npt.NDArray[np.intp] | slice]
+"""Rows, and words."""
 
-COLUMNS = 8
+ROWS = 8
 """Values of one word that may still be loaded: as many as stores to it at once, and one. With more the word is wild for a while."""
 NEVER = 1 << 62
 """The end of what has not ended."""
@@ -56,6 +59,11 @@ class Clock:
         del self._open[began]
 
     @property
+    def idle(self) -> bool:
+        """Whether no load is under way."""
+        return not self._open
+
+    @property
     def oldest(self) -> int:
         """When the oldest load under way began; now, if there is none."""
         return next(iter(self._open), self.now)
@@ -63,22 +71,24 @@ class Clock:
 
 @dataclass(frozen=True, eq=False)
 class StoreMark:
-    """A store under way: words [first, first + count), the columns it took, when it began."""
+    """A store under way: words [first, first + count), the row that each took, when it began; `depth` rows were in use then."""
 
     first: int
     count: int
-    columns: npt.NDArray[np.intp]
+    values: Words
+    rows: npt.NDArray[np.intp] | int
     began: int
+    depth: int
 
 
 @dataclass(frozen=True, eq=False)
 class LoadMark:
-    """A load under way; `sure` are the words that were not wild when it began."""
+    """A load under way; `sure` are the words that were not wild when it began (None: all)."""
 
     first: int
     count: int
     began: int
-    sure: Flags
+    sure: Flags | None
 
 
 @dataclass(frozen=True)
@@ -96,7 +106,7 @@ class History:
     def __init__(self, clock: Clock, words: int) -> None:
         self.clock = clock
         self.words = words
-        shape = (words, COLUMNS)
+        shape = (ROWS, words)
         self._value = np.zeros(shape, np.uint64)
         self._live = np.zeros(shape, np.bool_)
         self._begin = np.zeros(shape, np.int64)
@@ -109,55 +119,95 @@ class History:
         """When a word was last made known again: a load that began before may return what has been forgotten since."""
         self._wilds = np.zeros(words, np.int64)
         """Wild stores under way."""
-        self._live[:, 0] = True
-        self._low[:, 0] = 0
-        self._high[:, 0] = 0
+        self._never_wild = True
+        """Nothing was ever wild."""
+        self._deepest = 1
+        """Rows that were ever in use."""
+        self._live[0] = True
+        self._low[0] = 0
+        self._high[0] = 0
+
+    def _depth(self, words: slice) -> int:
+        """How many rows hold all values of `words` that may still be loaded."""
+        depth = self._deepest
+        while depth > 1 and not np.count_nonzero(self._live[depth - 1, words]):
+            depth -= 1
+        return depth
 
     # --- stores ---------------------------------------------------------------------------------------------------------------
 
     def store_begins(self, first: int, values: Words) -> StoreMark:
         """`values` are about to be stored from word `first` on."""
         count, now = len(values), self.clock.tick()
-        rows = slice(first, first + count)
-        self._bury(rows)
-        live = self._live[rows]
-        columns = live.argmin(axis=1)
+        words = slice(first, first + count)
+        depth = self._bury(words)
+        self._deepest = max(self._deepest, min(depth + 1, ROWS))
+        if depth == 1:
+            self._put((1, words), values, now)
+            return StoreMark(first, count, values, 1, now, depth)
+        live = self._live[: depth + 1, words]
+        rows = live.argmin(axis=0)
         at = np.arange(count)
-        full = live[at, columns]
-        if full.any():
-            self._wild[rows][full] = now
-        where = (at + first, columns)
+        if depth == ROWS:
+            full = live[rows, at]
+            if full.any():
+                self._grow_wild(words, full, now)
+        self._put((rows, at + first), values, now)
+        return StoreMark(first, count, values, rows, now, depth)
+
+    def _put(self, where: Place, values: Words, now: int) -> None:
+        """A value that is being stored."""
         self._value[where] = values
         self._live[where] = True
         self._begin[where] = now
         self._end[where] = self._low[where] = NEVER
         self._high[where] = ALWAYS
-        return StoreMark(first, count, columns, now)
+
+    def _grow_wild(self, words: slice, which: Flags, now: int) -> None:
+        self._never_wild = False
+        self._wild[words][which] = now
 
     def store_ends(self, mark: StoreMark, *, certain: bool = True) -> None:
         """It is over; not `certain`: it failed, and may have happened in part."""
         now = self.clock.tick()
-        rows = np.arange(mark.first, mark.first + mark.count)
-        mine = self._begin[rows, mark.columns] == mark.began
-        where = (rows[mine], mark.columns[mine])
+        if certain and mark.depth == 1 and now == mark.began + 1 and self.clock.idle and self._never_wild:
+            self._alone(mark, now)
+            return
+        words = np.arange(mark.first, mark.first + mark.count)
+        rows = np.broadcast_to(mark.rows, words.shape)
+        mine = self._begin[rows, words] == mark.began
+        where = (rows[mine], words[mine])
         self._end[where] = now
         if certain:
             self._low[where] = np.minimum(self._low[where], now)
             self._high[where] = np.maximum(self._high[where], mark.began)
-            self._tame(rows, mark.began)
+            self._tame(slice(mark.first, mark.first + mark.count), mark.began)
 
-    def _bury(self, rows: slice) -> None:
-        """Forget values that no load can return any more: overwritten before the oldest load under way began."""
-        low, begin = self._low[rows], self._begin[rows]
-        settled = np.where((low < self.clock.oldest) & self._live[rows], begin, ALWAYS).max(axis=1)
-        self._live[rows] &= np.minimum(low, self._end[rows]) >= settled[:, None]
+    def _alone(self, mark: StoreMark, now: int) -> None:
+        """Nothing was under way and nothing has happened since the store began: it is what there is, and what was is gone."""
+        words = slice(mark.first, mark.first + mark.count)
+        self._value[0, words] = mark.values
+        self._begin[0, words] = self._high[0, words] = mark.began
+        self._end[0, words] = self._low[0, words] = now
+        self._live[1, words] = False
 
-    def _tame(self, rows: npt.NDArray[np.intp], began: int) -> None:
+    def _bury(self, words: slice) -> int:
+        """Forget values that no load can return any more: overwritten before the oldest load under way began. The `_depth` then."""
+        depth = self._depth(words)
+        if depth == 1:
+            return depth  # one value each, and nothing that has overwritten it
+        low, live = self._low[:depth, words], self._live[:depth, words]
+        settled = np.where((low < self.clock.oldest) & live, self._begin[:depth, words], ALWAYS).max(axis=0)
+        live &= np.minimum(low, self._end[:depth, words]) >= settled
+        return self._depth(words)
+
+    def _tame(self, words: slice, began: int) -> None:
         """A known store that began after everything wild had ended makes a word known again."""
-        known = (self._wild[rows] != ALWAYS) & (self._wild[rows] < began)
+        wild = self._wild[words]
+        known = (wild != ALWAYS) & (wild < began)
         if known.any():
-            tamed = rows[known]
-            self._live[tamed] &= self._end[tamed] > self._wild[tamed][:, None]
+            tamed = np.flatnonzero(known) + words.start
+            self._live[:, tamed] &= self._end[:, tamed] > self._wild[tamed]
             self._wild[tamed] = ALWAYS
             self._tamed[tamed] = self.clock.now
 
@@ -165,20 +215,22 @@ class History:
 
     def wild_begins(self, first: int, count: int) -> None:
         """Something stores what nobody knows."""
+        self._never_wild = False
         self._wilds[first : first + count] += 1
         self._wild[first : first + count] = NEVER
 
     def wild_ends(self, first: int, count: int) -> None:
         """It is over; the words stay unknown until they are stored to."""
-        rows = slice(first, first + count)
-        self._wilds[rows] -= 1
-        self._wild[rows] = np.where(self._wilds[rows] > 0, NEVER, self.clock.tick())
+        words = slice(first, first + count)
+        self._wilds[words] -= 1
+        self._wild[words] = np.where(self._wilds[words] > 0, NEVER, self.clock.tick())
 
     # --- loads ----------------------------------------------------------------------------------------------------------------
 
     def load_begins(self, first: int, count: int) -> LoadMark:
         """Words are about to be loaded. `load_ends`, or `load_fails`, ends it."""
-        return LoadMark(first, count, self.clock.begin(), self._wild[first : first + count] == ALWAYS)
+        sure = None if self._never_wild else self._wild[first : first + count] == ALWAYS
+        return LoadMark(first, count, self.clock.begin(), sure)
 
     def load_fails(self, mark: LoadMark) -> None:
         """It returned nothing, or nothing that says anything."""
@@ -187,40 +239,56 @@ class History:
     def load_ends(self, mark: LoadMark, values: Words, ended: int | None = None) -> Wrong | None:
         """It returned `values`. Returns the first word that cannot be explained. `ended`: when it was over, if that was earlier."""
         now = self.clock.tick() if ended is None else ended
-        rows = slice(mark.first, mark.first + mark.count)
-        sure = mark.sure & (self._wild[rows] == ALWAYS) & (self._tamed[rows] < mark.began)
-        match = self._live[rows] & (self._value[rows] == values[:, None]) & (self._begin[rows] < now)
-        matches = match.sum(axis=1)
+        words = slice(mark.first, mark.first + mark.count)
+        depth = self._depth(words)
+        if depth == 1 and ended is None and self._never_wild and self._agrees(words, mark, values):
+            return None
+        sure = (self._wild[words] == ALWAYS) & (self._tamed[words] < mark.began)
+        if mark.sure is not None:
+            sure &= mark.sure
+        match = self._live[:depth, words] & (self._value[:depth, words] == values) & (self._begin[:depth, words] < now)
+        matches = match.sum(axis=0, dtype=np.int8)
         unknown = sure & (matches == 0)
         if unknown.any():
             self.clock.end(mark.began)
             return self._unknown(mark.first + int(unknown.argmax()), int(values[unknown.argmax()]))
-        column = match.argmax(axis=1)
-        wrong = self._join(mark, np.flatnonzero(sure & (matches == 1)), column, now)
+        places = (sure & (matches == 1)).nonzero()[0]
+        wrong = self._join(mark, places, match.argmax(axis=0)[places], depth, now)
         self.clock.end(mark.began)
         return wrong
 
-    def _join(self, mark: LoadMark, places: npt.NDArray[np.intp], column: npt.NDArray[np.intp], now: int) -> Wrong | None:
-        """The load belongs to the clusters `column`; the first that is then forced before and behind another one."""
-        rows, columns = places + mark.first, column[places]
-        low = np.minimum(self._low[rows, columns], np.minimum(now, self._end[rows, columns]))
-        high = np.maximum(np.maximum(self._high[rows, columns], mark.began), self._begin[rows, columns])
-        self._low[rows, columns], self._high[rows, columns] = low, high
-        others = self._live[rows].copy()
-        others[np.arange(len(rows)), columns] = False
-        torn = others & (low[:, None] < self._high[rows]) & (self._low[rows] < high[:, None])
+    def _agrees(self, words: slice, mark: LoadMark, values: Words) -> bool:
+        """Whether each of the words has one value, which is certain, and the load returned those: then it comes last."""
+        if np.count_nonzero(self._value[0, words] != values) or int(self._low[0, words].max()) == NEVER:
+            return False
+        high = self._high[0, words]
+        np.maximum(high, mark.began, out=high)
+        self.clock.end(mark.began)
+        return True
+
+    def _join(self, mark: LoadMark, places: npt.NDArray[np.intp], rows: npt.NDArray[np.intp], depth: int, now: int) -> Wrong | None:
+        """The load belongs to the clusters `rows` of the words at `places`; the first that is then forced before and behind another one."""
+        words = places + mark.first
+        mine = (rows, words)
+        self._low[mine] = low = np.minimum(self._low[mine], np.minimum(now, self._end[mine]))
+        self._high[mine] = high = np.maximum(np.maximum(self._high[mine], mark.began), self._begin[mine])
+        others = self._live[:depth, words]
+        others[rows, np.arange(len(words))] = False
+        if depth == 1 or not others.any():
+            return None
+        torn = others & (low < self._high[:depth, words]) & (self._low[:depth, words] < high)
         if not torn.any():
             return None
-        place = int(torn.any(axis=1).argmax())
-        return self._torn(int(rows[place]), int(columns[place]), int(torn[place].argmax()), mark.began)
+        place = int(torn.any(axis=0).argmax())
+        return self._torn(int(words[place]), int(rows[place]), int(torn[:, place].argmax()), mark.began)
 
     def _unknown(self, word: int, value: int) -> Wrong:
-        live = [f"0x{int(self._value[word, column]):x}" for column in np.flatnonzero(self._live[word])]
+        live = [f"0x{int(self._value[row, word]):x}" for row in np.flatnonzero(self._live[:, word])]
         return Wrong(word, value, f"was overwritten before, or never stored; it can be {' or '.join(live)}")
 
     def _torn(self, word: int, mine: int, other: int, began: int) -> Wrong:
-        value, newer = int(self._value[word, mine]), int(self._value[word, other])
-        if self._low[word, other] < began:
+        value, newer = int(self._value[mine, word]), int(self._value[other, word])
+        if self._low[other, word] < began:
             return Wrong(word, value, f"was overwritten with 0x{newer:x} before")
         return Wrong(word, value, f"comes before and after 0x{newer:x}: somebody has seen them in the other order")
 
@@ -228,14 +296,14 @@ class History:
 
     def settled(self, first: int, count: int) -> tuple[Words, Flags]:
         """The values that a load now must return, and for which words there is only one."""
-        rows = slice(first, first + count)
-        certain = self._live[rows] & (self._low[rows] < NEVER)
-        column = np.where(certain, self._begin[rows], ALWAYS).argmax(axis=1)
+        words = slice(first, first + count)
+        certain = self._live[:, words] & (self._low[:, words] < NEVER)
+        row = np.where(certain, self._begin[:, words], ALWAYS).argmax(axis=0)
         at = np.arange(count)
-        newest = self._begin[rows][at, column]
-        others = self._live[rows] & (self._end[rows] >= newest[:, None])
-        others[at, column] = False
-        return self._value[rows][at, column], ~others.any(axis=1) & (self._wild[rows] == ALWAYS)
+        newest = self._begin[:, words][row, at]
+        others = self._live[:, words] & (self._end[:, words] >= newest)
+        others[row, at] = False
+        return self._value[:, words][row, at], ~others.any(axis=0) & (self._wild[words] == ALWAYS)
 
 
 class Counter:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from hmmnet.campaign.history import COLUMNS, Clock, Counter, History, Words
+from hmmnet.campaign.history import ROWS, Clock, Counter, History, Words
 
 
 def words(*values: int) -> Words:
@@ -81,7 +81,7 @@ def test_what_nobody_knows_is_not_judged_until_it_is_known_again() -> None:
 def test_more_stores_at_once_than_it_can_follow_silence_the_word() -> None:
     """Rather no word than a false one; later it is judged again."""
     history = History(Clock(), 1)
-    stores = [history.store_begins(0, words(i + 1)) for i in range(COLUMNS + 1)]
+    stores = [history.store_begins(0, words(i + 1)) for i in range(ROWS + 1)]
     assert history.load_ends(history.load_begins(0, 1), words(77)) is None
     for store in stores:
         history.store_ends(store)
@@ -94,14 +94,14 @@ def test_a_load_across_such_a_silence_is_not_judged() -> None:
     """It began before the word was silenced and ends after it is known again: what it returns may be forgotten."""
     history = History(Clock(), 1)
     oldest = history.load_begins(0, 1)
-    for value in range(1, COLUMNS):
+    for value in range(1, ROWS):
         history.store_ends(history.store_begins(0, words(value)))
     load = history.load_begins(0, 1)
     history.store_ends(history.store_begins(0, words(50)))
     history.load_fails(oldest)
     history.store_ends(history.store_begins(0, words(51)))
     assert history.load_ends(history.load_begins(0, 1), words(77)) is not None
-    assert history.load_ends(load, words(COLUMNS - 1)) is None
+    assert history.load_ends(load, words(ROWS - 1)) is None
 
 
 def test_settled_words() -> None:
@@ -153,3 +153,35 @@ def test_counters() -> None:
     assert "one is lost" in counter.add_ends(first, 1)
     assert "seen before" in counter.load_ends(counter.clock.tick(), 0)
     assert "more than" in counter.load_ends(counter.clock.tick(), 99)
+
+
+def test_the_short_ways_judge_as_the_long_way_does() -> None:
+    """Of the same accesses, some with wrong answers, by a history that takes them where nothing overlaps, and one that never does."""
+    random, verdicts = Random(3), [0, 0]
+    for _ in range(400):
+        short, long = (History(Clock(), 4) for _ in range(2))
+        long._never_wild = False
+        stored, stores, loads, wrong = [0], [], [], [None, None]
+        for value in range(1, 30):
+            first, count = random.choice(((0, 4), (0, 2), (1, 3)))
+            what = random.choice(("store", "store", "store_begins", "store_ends", "load", "load", "load_begins", "load_ends"))
+            if what in {"store", "store_begins"}:
+                stored.append(value)
+                marks = [history.store_begins(first, np.full(count, value, np.uint64)) for history in (short, long)]
+                stores.append(marks)
+            elif what in {"load", "load_begins"}:
+                loads.append([history.load_begins(first, count) for history in (short, long)])
+            if stores and what in {"store", "store_ends"}:
+                marks, certain = stores.pop(), random.random() < 0.9
+                for history, mark in zip((short, long), marks, strict=True):
+                    history.store_ends(mark, certain=certain)
+            if loads and what in {"load", "load_ends"}:
+                both = loads.pop(0)
+                got = np.full(both[0].count, random.choice(stored[-3:]), np.uint64)
+                wrong = [history.load_ends(mark, got) for history, mark in zip((short, long), both, strict=True)]
+                verdicts[wrong[1] is None] += 1
+                assert (wrong[0] is None) == (wrong[1] is None)
+                if wrong[1] is not None:
+                    break
+        assert [mine.tolist() for mine in short.settled(0, 4)] == [theirs.tolist() for theirs in long.settled(0, 4)] or wrong[1] is not None
+    assert min(verdicts) > 100, "both happen"
