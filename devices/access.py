@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hmmnet.errors import HmmnetError
-from hmmnet.pages import ADDRESS_BITS, PAGE_SHIFT, PAGE_SIZE, ZERO_FRAME, Words
+from hmmnet.pages import ADDRESS_BITS, PAGE_SHIFT, PAGE_SIZE, ZERO_FRAME, Words, distinct, is_ascending
 
 from .memory import Memory
 from .mirror import Mirror, allows, frames_of
@@ -191,7 +191,7 @@ class Lanes:
         if len(addresses) and own.all():
             self._serve(memory, physical, self._open)
             self._open = np.zeros(0, dtype=np.intp)
-            return Step([], _unique(pages[:0]))
+            return Step([], distinct(pages[:0]))
         lanes = np.arange(len(addresses)) if self._open is None else self._open
         if own.any():
             self._serve(memory, physical[own], lanes[own])
@@ -203,7 +203,7 @@ class Lanes:
             away = allowed & ~own
         self._open = lanes[~allowed]
         foreign = [self._foreign(pages[away], physical[away], lanes[away])] if away.any() else []
-        return Step(foreign, _unique(pages[~allowed]))
+        return Step(foreign, distinct(pages[~allowed]))
 
     def _serve(self, memory: Memory, physical: Words, lanes: npt.NDArray[np.intp] | None) -> None:
         if self.write:
@@ -217,9 +217,15 @@ class Lanes:
     def _foreign(self, pages: Words, physical: Words, lanes: npt.NDArray[np.intp]) -> Foreign:
         if self.write:
             return Foreign(pages, physical, self.size, self._rows[lanes].reshape(-1), _nowhere)
-        distinct, first, back = np.unique(physical, return_index=True, return_inverse=True)
-        whole, first_of_page = np.unique(distinct >> _SHIFT, return_index=True)
-        if len(distinct) >= DENSE_LANES * len(whole):
+        if is_ascending(physical):
+            each, first = physical, np.arange(len(physical))
+            back = first
+        else:
+            each, first, back = np.unique(physical, return_index=True, return_inverse=True)
+        numbers = each >> _SHIFT
+        first_of_page = np.concatenate(([0], (numbers[1:] != numbers[:-1]).nonzero()[0] + 1))
+        whole = numbers[first_of_page]
+        if len(each) >= DENSE_LANES * len(whole):
             places = np.searchsorted(whole, physical >> _SHIFT)
             rows = (places * PAGE_SIZE + (physical & _OFFSET).astype(np.intp)) // self.size
 
@@ -231,7 +237,7 @@ class Lanes:
         def land(data: Bytes) -> None:
             self._rows[lanes] = data.reshape(-1, self.size)[back]
 
-        return Foreign(pages[first], distinct, self.size, None, land)
+        return Foreign(pages[first], each, self.size, None, land)
 
 
 class Updates:
@@ -273,7 +279,7 @@ class Updates:
             self._before[lane] = before[0]
             memory.store(physical, size, (before + self._values[lane : lane + 1]).view(np.uint8))
         self._open &= ~own
-        return Step([], _unique(pages[self._open & ~allowed]), _unique(pages[self._open & allowed]))
+        return Step([], distinct(pages[self._open & ~allowed]), distinct(pages[self._open & allowed]))
 
 
 class Range:
@@ -430,10 +436,6 @@ def runs(mask: npt.NDArray[np.bool_], frames: Words | None = None) -> Iterator[t
     cuts = np.flatnonzero(breaks) + 1
     for part_first, part_end in zip([0, *cuts.tolist()], [*cuts.tolist(), len(places)], strict=True):
         yield int(places[part_first]), int(places[part_end - 1]) + 1
-
-
-def _unique(pages: Words) -> Words:
-    return np.unique(pages)
 
 
 def _nowhere(_: Bytes) -> None:

@@ -350,7 +350,7 @@ class Context:
             "device.alloc.small", process=self.process.number, start=int(pages[0]), pages=len(pages)
         ):
             return _NO_PAGES, _NO_PAGES, end
-        if compound:
+        if compound and count >= HUGE_PAGES:
             blocks, counts = np.unique(wanted >> _BLOCK, return_counts=True)
             heads = [(block, head) for block in blocks[counts == HUGE_PAGES].tolist() if (head := self.memory.grant_large()) is not None]
             large = np.array([block for block, _ in heads], np.uint64)
@@ -463,6 +463,8 @@ def matched(start: int, words: Words, pages: Words, frames: Words) -> tuple[Word
     ProtocolError for a huge page where none was offered.
     """
     answered = positions(start, words)
+    if np.array_equal(answered, pages):
+        return words, pages, frames
     apart = (pages >= np.uint64(LARGE)) & ~np.isin(pages, answered)
     if apart.any():
         pages, frames = (np.concatenate((listed[~apart], page_by_page(listed[apart]))) for listed in (pages, frames))

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hmmnet.errors import HmmnetError
-from hmmnet.pages import Words
+from hmmnet.pages import Words, is_ascending
 
 BATCH_PAGES = 256
 """nvidia-uvm's uvm_perf_fault_batch_count."""
@@ -96,6 +96,9 @@ class FaultBuffer:
             parts.append((ticket, pages))
             if ticket.fetched == len(ticket.pages):
                 self._tickets.remove(ticket)
+        if len(parts) == 1 and is_ascending(parts[0][1]):
+            (ticket, pages) = parts[0]
+            return Batch(placement, pages, np.full(len(pages), ticket.write), parts, 0)
         pages = np.concatenate([part for _, part in parts])
         write = np.concatenate([np.full(len(part), ticket.write) for ticket, part in parts])
         distinct, places = np.unique(pages, return_inverse=True)

@@ -30,7 +30,7 @@ import trio
 
 from hmmnet.errors import HmmnetError, KernelError, PeerError
 from hmmnet.fabric.clock import EmulatedClock
-from hmmnet.pages import HMM_PFN_REQ_FAULT, HMM_PFN_REQ_WRITE, HMM_PFN_WRITE, HUGE_SHIFT, ZERO_FRAME, Words
+from hmmnet.pages import HMM_PFN_REQ_FAULT, HMM_PFN_REQ_WRITE, HMM_PFN_WRITE, HUGE_SHIFT, ZERO_FRAME, Words, distinct, runs_of
 
 from .context import MIGRATE_PAGES_MAX, Context, cut
 from .faultbuffer import Batch, FaultBuffer
@@ -212,7 +212,7 @@ class FaultService:
                 return  # mapping the pages where they are says what is wrong with them, page by page
             if moved.errno:
                 inside = pages[(pages >= np.uint64(start)) & (pages < np.uint64(end))]
-                inside = inside[~np.isin(inside, moved.pages)]
+                inside = inside[~np.isin(inside, moved.pages)] if len(moved.pages) else inside
                 exact = pieces(inside)
                 if exact != [(start, end)]:
                     for low, high in exact:
@@ -226,7 +226,7 @@ class FaultService:
         Only pages that missed are entered: a neighbour that nobody touched would never be offered to the policy.
         """
         looks = []
-        for block in np.unique(pages >> _BLOCK_SHIFT).tolist():
+        for block in distinct(pages >> _BLOCK_SHIFT).tolist() if len(pages) >= LOOK_PIECES_MIN else ():
             inside = pages >> _BLOCK_SHIFT == np.uint64(block)
             if len(pieces(pages[inside])) >= LOOK_PIECES_MIN:
                 looks.append((pages[inside], write[inside]))
@@ -267,7 +267,8 @@ class FaultService:
 
     def _may_move(self, pages: Words) -> Mask:
         """Which of `pages` have not just refused to move, and do not thrash."""
-        may = ~np.isin(pages, self._thrashing.pinned(self._now()))
+        pinned = self._thrashing.pinned(self._now())
+        may: Mask = ~np.isin(pages, pinned) if len(pinned) else np.ones(len(pages), np.bool_)
         if len(self._stays) and self._now() < self._stays_until_s:
             may &= ~np.isin(pages, self._stays)
         return may
@@ -343,5 +344,4 @@ class FaultService:
 
 def pieces(pages: Words) -> list[tuple[int, int]]:
     """Ascending `pages` as ranges."""
-    cuts = np.flatnonzero(np.diff(pages) != np.uint64(1)) + 1
-    return [(int(part[0]), int(part[-1]) + 1) for part in np.split(pages, cuts) if len(part)]
+    return runs_of(pages)

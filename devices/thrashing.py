@@ -66,7 +66,10 @@ class _Books:
 
     def add(self, pages: Words, now_s: float) -> None:
         """Rows for `pages` that have none."""
-        new = np.setdiff1d(pages, self.pages)
+        at = self.pages.searchsorted(pages)
+        known = at < len(self.pages)
+        known[known] = self.pages[at[known]] == pages[known]
+        new = pages[~known]
         count = len(new)
         if not count:
             return

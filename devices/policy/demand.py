@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from hmmnet.pages import HUGE_PAGES, PAGE_SIZE, Words
+from hmmnet.pages import HUGE_PAGES, PAGE_SIZE, Words, distinct, runs_of
 
 GROUP_PAGES = 16
 """64 KiB."""
@@ -27,9 +27,7 @@ class Demand:
     def ranges(self, pages: Words, write: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:  # noqa: ARG002 - a policy may tell reads from writes
         """See `Policy.ranges`."""
         size = self._group_pages
-        groups = np.unique(pages // np.uint64(size)).astype(np.int64)
-        cuts = np.flatnonzero(np.diff(groups) != 1) + 1
-        return [(int(part[0]) * size, (int(part[-1]) + 1) * size) for part in np.split(groups, cuts) if len(part)]
+        return [(first * size, end * size) for first, end in runs_of(distinct(pages // np.uint64(size)))]
 
 
 class DemandHuge(Demand):

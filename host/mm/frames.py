@@ -29,6 +29,7 @@ from hmmnet.pages import (
     ZONE_SHIFT,
     ZONES_MAX,
     Words,
+    distinct,
     is_one_run,
     run_bounds,
     runs_of,
@@ -181,7 +182,7 @@ class PhysicalMemory:
             yield zone, slice(None), (frames - np.uint64(zone.base)).view(np.intp)
             return
         numbers = frames >> np.uint64(ZONE_SHIFT)
-        for number in np.unique(numbers).tolist():
+        for number in distinct(numbers).tolist():
             rows = np.flatnonzero(numbers == np.uint64(number))
             zone = self.zones[number]
             yield zone, rows, zone.index_of(frames[rows])

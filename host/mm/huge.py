@@ -32,7 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hmmnet.errors import KernelError
-from hmmnet.pages import HUGE_PAGES, HUGE_SHIFT, PAGE_SIZE, ZERO_FRAME, Words
+from hmmnet.pages import HUGE_PAGES, HUGE_SHIFT, PAGE_SIZE, ZERO_FRAME, Words, distinct
 
 from . import filehuge, pte
 from .filemap import ranges_of
@@ -65,7 +65,7 @@ def block_of(page: int) -> int:
 
 def blocks_of(pages: Words) -> list[int]:
     """The first pages of the aligned blocks that hold some of `pages`, ascending."""
-    found: list[int] = np.unique(pages & ~_BLOCK).tolist()
+    found: list[int] = distinct(pages & ~_BLOCK).tolist()
     return found
 
 
@@ -177,7 +177,7 @@ def split_entries(mm: Mm, block: int) -> None:
 def large(mm: Mm, pages: Words, *, compound: bool = False) -> list[Large]:
     """What has to be split before `pages` can migrate: their large folios, and the huge zero page. With `compound`, not what goes whole."""
     entries = mm.table.gather(pages)
-    if compound:
+    if compound and np.count_nonzero(entries & pte.HUGE):
         blocks, counts = np.unique(pages[entries & pte.HUGE != 0] & ~_BLOCK, return_counts=True)
         apart = ~np.isin(pages & ~_BLOCK, blocks[counts == HUGE_PAGES])
         pages, entries = pages[apart], entries[apart]

@@ -161,7 +161,10 @@ def test_the_short_ways_judge_as_the_long_way_does() -> None:
     for _ in range(400):
         short, long = (History(Clock(), 4) for _ in range(2))
         long._never_wild = False
-        stored, stores, loads, wrong = [0], [], [], [None, None]
+        stored: list[int] = [0]
+        stores: list[list[Any]] = []
+        loads: list[list[Any]] = []
+        wrong: list[Any] = [None, None]
         for value in range(1, 30):
             first, count = random.choice(((0, 4), (0, 2), (1, 3)))
             what = random.choice(("store", "store", "store_begins", "store_ends", "load", "load", "load_begins", "load_ends"))
