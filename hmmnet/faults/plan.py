@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from hmmnet.errors import HmmnetError
-from hmmnet.topology.lines import key_lines
+from hmmnet.topology.lines import KeyLines
 from hmmnet.topology.problems import Problem, did_you_mean
 
 from .catalogue import CONTROLS, as_given, kind_named, problems
@@ -59,7 +59,7 @@ class Plan:
             raise PlanError(
                 [Problem(file, 0, "", "", f"no valid TOML: {error}", "text stands in quotes, tables begin with [[fault]]")]
             ) from None
-        lines = key_lines(text)
+        lines = KeyLines(text)
         mistakes = [
             Problem(
                 file, lines.get((key,), 0), "", key, "unknown section or key", did_you_mean(key, [SECTION], "a plan has [[fault]] tables")

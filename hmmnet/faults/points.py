@@ -11,6 +11,7 @@ import difflib
 import errno
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from typing import Any, Literal
 
 from hmmnet.errors import HmmnetError, KernelError, PeerError
@@ -192,9 +193,10 @@ POINTS: dict[str, Point] = {point.name: point for point in _ALL}
 """Every point by name."""
 
 
-def matching(pattern: str) -> list[Point]:
+@lru_cache(maxsize=1024)
+def matching(pattern: str) -> tuple[Point, ...]:
     """The points whose names match. Raises HmmnetError when none does."""
-    found = [point for name, point in POINTS.items() if name == pattern or fnmatchcase(name, pattern)]
+    found = tuple(point for name, point in POINTS.items() if name == pattern or fnmatchcase(name, pattern))
     if not found:
         close = difflib.get_close_matches(pattern, POINTS, n=1, cutoff=0.5)
         raise HmmnetError(f'no point is called "{pattern}"' + (f'; did you mean "{close[0]}"?' if close else ""))

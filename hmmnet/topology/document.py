@@ -16,7 +16,7 @@ from typing import Any
 from hmmnet.pages import PAGE_SIZE
 from hmmnet.units import parse_rate, parse_size, parse_time, show_size
 
-from .lines import Path, key_lines
+from .lines import KeyLines, Path
 from .model import MEMORY_BYTES_MAX
 from .names import expand, spread
 from .problems import Problem, closest, did_you_mean
@@ -62,7 +62,7 @@ class Document:
     top: dict[str, Any] = field(default_factory=dict)
     records: dict[str, list[Record]] = field(default_factory=lambda: {section.key: [] for section in SECTIONS})
     problems: list[Problem] = field(default_factory=list)
-    lines: dict[Path, int] = field(default_factory=dict)
+    lines: Mapping[Path, int] = field(default_factory=dict)
     complete: bool = True
     """False when a section could not be read at all, so that nobody can say "there is none"."""
     spelled: dict[str, str] = field(default_factory=dict)
@@ -94,7 +94,7 @@ def read_document(text: str, file: str) -> Document:
         document.complete = False
         document.complain(0, "", "", "brackets are nested too deeply")
         return document
-    document.lines = key_lines(text)
+    document.lines = KeyLines(text)
     _read_top(document, data)
     for section in SECTIONS:
         word = document.spelled.get(section.key, section.key)
@@ -149,16 +149,15 @@ def _names_something(value: list[Any] | dict[str, Any]) -> bool:
 def _tables(document: Document, section: Section, word: str, value: Any) -> list[dict[str, Any]]:
     """The tables of a section, whatever stands there."""
     mend = f"write [[{section.key}]] before each one"
-    line = document.lines.get((word,), 0)
     if isinstance(value, dict):
-        document.complain(line, "", word, f"one table where an array of tables is wanted: [{word}]", mend)
+        document.complain(document.lines.get((word,), 0), "", word, f"one table where an array of tables is wanted: [{word}]", mend)
         if any(isinstance(inner, dict) for inner in value.values()):
             document.complete = False
             return []
         return [value]
     if not isinstance(value, list) or not all(isinstance(table, dict) for table in value):
         document.complete = False
-        document.complain(line, "", word, f"{_type_name(value)} where an array of tables is wanted", mend)
+        document.complain(document.lines.get((word,), 0), "", word, f"{_type_name(value)} where an array of tables is wanted", mend)
         return []
     return value
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import tomllib
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 Path = tuple[str | int, ...]
 
@@ -22,6 +22,28 @@ _VALUE_END = frozenset(",]}\n#")
 def key_lines(text: str) -> dict[Path, int]:
     """The line of every path in `text`, counted from 1."""
     return _Scanner(text).scan()
+
+
+class KeyLines(Mapping[Path, int]):
+    """`key_lines` of a text, found out when somebody asks: for a text without mistakes nobody does."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._found: dict[Path, int] | None = None
+
+    def _lines(self) -> dict[Path, int]:
+        if self._found is None:
+            self._found = key_lines(self._text)
+        return self._found
+
+    def __getitem__(self, path: Path) -> int:
+        return self._lines()[path]
+
+    def __iter__(self) -> Iterator[Path]:
+        return iter(self._lines())
+
+    def __len__(self) -> int:
+        return len(self._lines())
 
 
 class _Scanner:

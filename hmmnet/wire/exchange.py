@@ -111,7 +111,7 @@ TRANSITIONS: dict[tuple[State, Kind], tuple[State, Action]] = {
 
 
 _LIVE = State.LIVE
-_WHILE_LIVE = {int(kind): step for (state, kind), step in TRANSITIONS.items() if state is _LIVE}
+_WHILE_LIVE = (None, *(TRANSITIONS[_LIVE, kind] for kind in sorted(Kind)))
 """The part of the table that nearly every frame needs, by the kind's number: an enum hashes itself in Python."""
 
 
@@ -230,7 +230,7 @@ class Exchange:
 
     def means(self, kind: Kind) -> Action:
         """Take the table's step for a frame that is new."""
-        self.state, action = _WHILE_LIVE[kind.value] if self.state is _LIVE else TRANSITIONS[self.state, kind]
+        self.state, action = (self.state is _LIVE and _WHILE_LIVE[kind]) or TRANSITIONS[self.state, kind]
         return action
 
     @property

@@ -113,7 +113,7 @@ class _Frames:
         self.used = 0
         self.expected: Counts = np.zeros(0, np.int32)
         self.behind: Counts = np.zeros(0, np.int32)
-        self.charges: Counter[int] = Counter()
+        self.charges = invariants.NO_CHARGES
         self.touched: list[Index] = []
         """Frames that are mapped otherwise than at the last look."""
         self.folded = False
@@ -202,7 +202,6 @@ class Ledger:
         self._memory = memory
         self._tables: dict[Mm, _Table] = {}
         self._zones: dict[int, _Frames] = {}
-        self._charges: Counter[int] = Counter()
         self._moving: dict[tuple[Mm, int], float] = {}
         """Since when a page is behind a migration entry."""
 
@@ -299,10 +298,8 @@ class Ledger:
         for seen in zones:
             if seen.touched or seen.restless or len(seen.changed):
                 seen.check()
-        if others:
-            self._charges = sum((seen.charges for seen in zones), Counter())
-        if self._charges or memory.cgroups.any:
-            invariants.check_charges(memory, self._charges)
+        if memory.cgroups.any or any(seen.charges is not invariants.NO_CHARGES for seen in zones):
+            invariants.check_charges(memory, [seen.charges for seen in zones])
 
     def _check_table(self, table: _Table, *, everywhere: bool) -> None:
         """The rules of a process's VMAs and entries: of all of them, where they may be broken `everywhere`."""

@@ -43,7 +43,7 @@ from hmmnet.host.mm.locks import Gate
 from hmmnet.host.mm.memcg import MemoryCgroup
 from hmmnet.host.mm.space import Space
 from hmmnet.host.mm.swap import Swap
-from hmmnet.host.notifier import IntervalIndex
+from hmmnet.host.notifier import IntervalIndex, MmuNotifier
 from hmmnet.host.process import Process
 from hmmnet.pages import MIGRATE_PFN_MIGRATE
 from hmmnet.wire.exchange import Arrival, Exchange
@@ -142,6 +142,12 @@ def one_subscriber_is_forgotten(patch: Patch) -> None:
     """Of several that overlap, the youngest hears nothing."""
     found = IntervalIndex.overlapping
     patch.setattr(IntervalIndex, "overlapping", lambda self, start, end: found(self, start, end)[:1])
+
+
+@mutation
+def removed_subscribers_are_told(patch: Patch) -> None:
+    """Who has unsubscribed stays in the tree."""
+    patch.setattr(MmuNotifier, "_discard", lambda _, subscription: setattr(subscription, "inserted", False))
 
 
 # --- the retry protocol -----------------------------------------------------------------------------------------------------------

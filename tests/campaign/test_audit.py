@@ -27,7 +27,7 @@ from tests.host.fakes import FakeLink
 
 from .spoils import SPOILS, Undo, host_of, leave_a_migration_entry, share_and_own
 
-HUGE, LIMITED = 7, 8
+HUGE, LIMITED = 8, 10
 """Seeds with huge pages, and with a memory cgroup."""
 SEEDS = (3, HUGE, LIMITED)
 SPOILS_A_STEP = 3
@@ -118,7 +118,10 @@ def test_what_is_spoilt_is_a_violation_of_that_step(name: str, monkeypatch: pyte
         look(self, step)
 
     monkeypatch.setattr(Auditor, "after", after)
-    outcome = run_program(draw(LIMITED if name.startswith("i4") else HUGE, "all", 120)).outcome
+    for seed in (LIMITED,) if name.startswith("i4") else SEEDS:
+        outcome = run_program(draw(seed, "all", 120)).outcome
+        if undone:
+            break
     assert undone, "nothing of its kind was there"
     assert spoilt, "it was not found"
     assert outcome.violations == spoilt, "and nothing else"

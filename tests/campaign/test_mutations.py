@@ -33,6 +33,7 @@ CAUGHT: dict[str, tuple[int, str]] = {
     "protection_is_not_told": (36, "invariants"),
     "punched_pages_stay_mapped": (11, "history"),
     "reference_not_dropped": (0, "invariants"),
+    "removed_subscribers_are_told": (0, "invariants"),
     "repeats_take_effect_twice": (1, "service"),
     "retry_check_skipped_by_the_device": (2, "service"),
     "revoke_forgotten": (0, "invariants"),
