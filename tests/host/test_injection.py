@@ -275,7 +275,7 @@ async def test_an_audit_finds_books_that_do_not_agree_and_frames_that_are_left_o
         process = await host.create_process()
         await pages_of(process, 2)
         process.space.mm.rss += 1
-        assert [wrong.splitlines()[0] for wrong in host.audit()] == [f"process {process.pid}: rss is 3, mapped are 2"]
+        assert host.audit() == [f"process {process.pid}: rss is 3, mapped are 2"]
         async with process.space.mmap_lock.write():
             assert host.audit() == []
         process.space.mm.rss -= 1
