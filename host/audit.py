@@ -162,7 +162,8 @@ class Audit:
         left += [pages for pages in (touched, changed) if pages is not None and len(pages)]
         if not left or context.hub.core.active:
             return []
-        if not stale(context, *who.held(left[0] if len(left) == 1 else np.concatenate(left))).any():
+        translated = who.held(left[0] if len(left) == 1 else np.concatenate(left))
+        if not len(translated[0]) or not np.count_nonzero(stale(context, *translated)):
             self._left[who] = []
             return []
         return believed(context, name, *who.translations())

@@ -59,17 +59,12 @@ class Clock:
         del self._open[began]
 
     @property
-    def idle(self) -> bool:
-        """Whether no load is under way."""
-        return not self._open
-
-    @property
     def oldest(self) -> int:
         """When the oldest load under way began; now, if there is none."""
         return next(iter(self._open), self.now)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class StoreMark:
     """A store under way: words [first, first + count), the row that each took, when it began; `depth` rows were in use then."""
 
@@ -79,9 +74,11 @@ class StoreMark:
     rows: npt.NDArray[np.intp] | int
     began: int
     depth: int
+    alone: bool = True
+    """No other access to those words has been under way meanwhile."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class LoadMark:
     """A load under way; `sure` are the words that were not wild when it began (None: all)."""
 
@@ -89,6 +86,8 @@ class LoadMark:
     count: int
     began: int
     sure: Flags | None
+    alone: bool = True
+    """As of a store."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +122,7 @@ class History:
         """Nothing was ever wild."""
         self._deepest = 1
         """Rows that were ever in use."""
+        self._under_way: list[StoreMark | LoadMark] = []
         self._live[0] = True
         self._low[0] = 0
         self._high[0] = 0
@@ -134,6 +134,14 @@ class History:
             depth -= 1
         return depth
 
+    def _begins(self, mark: StoreMark | LoadMark) -> None:
+        """Who overlaps it is not alone, nor is it."""
+        first, end = mark.first, mark.first + mark.count
+        for other in self._under_way:
+            if other.first < end and first < other.first + other.count:
+                mark.alone = other.alone = False
+        self._under_way.append(mark)
+
     # --- stores ---------------------------------------------------------------------------------------------------------------
 
     def store_begins(self, first: int, values: Words) -> StoreMark:
@@ -144,7 +152,7 @@ class History:
         self._deepest = max(self._deepest, min(depth + 1, ROWS))
         if depth == 1:
             self._put((1, words), values, now)
-            return StoreMark(first, count, values, 1, now, depth)
+            return self._stored(StoreMark(first, count, values, 1, now, depth))
         live = self._live[: depth + 1, words]
         rows = live.argmin(axis=0)
         at = np.arange(count)
@@ -153,7 +161,11 @@ class History:
             if full.any():
                 self._grow_wild(words, full, now)
         self._put((rows, at + first), values, now)
-        return StoreMark(first, count, values, rows, now, depth)
+        return self._stored(StoreMark(first, count, values, rows, now, depth))
+
+    def _stored(self, mark: StoreMark) -> StoreMark:
+        self._begins(mark)
+        return mark
 
     def _put(self, where: Place, values: Words, now: int) -> None:
         """A value that is being stored."""
@@ -170,7 +182,8 @@ class History:
     def store_ends(self, mark: StoreMark, *, certain: bool = True) -> None:
         """It is over; not `certain`: it failed, and may have happened in part."""
         now = self.clock.tick()
-        if certain and mark.depth == 1 and now == mark.began + 1 and self.clock.idle and self._never_wild:
+        self._under_way.remove(mark)
+        if certain and mark.alone and self._never_wild:
             self._alone(mark, now)
             return
         words = np.arange(mark.first, mark.first + mark.count)
@@ -184,12 +197,13 @@ class History:
             self._tame(slice(mark.first, mark.first + mark.count), mark.began)
 
     def _alone(self, mark: StoreMark, now: int) -> None:
-        """Nothing was under way and nothing has happened since the store began: it is what there is, and what was is gone."""
+        """Nobody else has been at those words since the store began: it is what there is, and what was is gone."""
         words = slice(mark.first, mark.first + mark.count)
         self._value[0, words] = mark.values
         self._begin[0, words] = self._high[0, words] = mark.began
         self._end[0, words] = self._low[0, words] = now
-        self._live[1, words] = False
+        self._live[0, words] = True
+        self._live[1 : mark.depth + 1, words] = False
 
     def _bury(self, words: slice) -> int:
         """Forget values that no load can return any more: overwritten before the oldest load under way began. The `_depth` then."""
@@ -230,15 +244,19 @@ class History:
     def load_begins(self, first: int, count: int) -> LoadMark:
         """Words are about to be loaded. `load_ends`, or `load_fails`, ends it."""
         sure = None if self._never_wild else self._wild[first : first + count] == ALWAYS
-        return LoadMark(first, count, self.clock.begin(), sure)
+        mark = LoadMark(first, count, self.clock.begin(), sure)
+        self._begins(mark)
+        return mark
 
     def load_fails(self, mark: LoadMark) -> None:
         """It returned nothing, or nothing that says anything."""
+        self._under_way.remove(mark)
         self.clock.end(mark.began)
 
     def load_ends(self, mark: LoadMark, values: Words, ended: int | None = None) -> Wrong | None:
         """It returned `values`. Returns the first word that cannot be explained. `ended`: when it was over, if that was earlier."""
         now = self.clock.tick() if ended is None else ended
+        self._under_way.remove(mark)
         words = slice(mark.first, mark.first + mark.count)
         depth = self._depth(words)
         if depth == 1 and ended is None and self._never_wild and self._agrees(words, mark, values):

@@ -189,14 +189,17 @@ def check_entries(memory: PhysicalMemory, mm: Mm, inside: Areas, pages: Words, e
     """`entries` (of `pages`, none of them empty) lie in VMAs and agree with their rights, and with what their frames say."""
     at = np.maximum(inside.starts.searchsorted(pages, "right"), 1) - 1
     outside = (pages < inside.starts[at]) | (pages >= inside.ends[at])
-    assert not outside.any(), f"process {mm.number}: page 0x{int(pages[outside].min(initial=PAGES_MAX)):x} is mapped outside every VMA"
+    assert not np.count_nonzero(outside), f"process {mm.number}: page 0x{int(pages[outside].min()):x} is mapped outside every VMA"
     forbidden = (entries & WRITE != 0) & ~inside.writable[at]
-    assert not forbidden.any(), f"process {mm.number}: a writable entry in a read-only VMA at 0x{_first(inside, at, forbidden):x}"
+    assert not np.count_nonzero(forbidden), (
+        f"process {mm.number}: a writable entry in a read-only VMA at 0x{_first(inside, at, forbidden):x}"
+    )
     rows = mapped(entries).nonzero()[0]
-    _check_mapped(memory, mm, inside, at[rows], pages[rows], entries[rows])
-    moving = pte.frames_of(entries[entries & KIND == pte.MIGRATION])
+    if len(rows):
+        _check_mapped(memory, mm, inside, at[rows], pages[rows], entries[rows])
+    moving = (entries & KIND == pte.MIGRATION).nonzero()[0]
     if len(moving):
-        flags, mapcount = memory.fields(known(memory, mm, moving), "flags", "mapcount")
+        flags, mapcount = memory.fields(known(memory, mm, pte.frames_of(entries[moving])), "flags", "mapcount")
         assert (flags & LOCKED != 0).all(), f"process {mm.number}: a migration entry whose frame is not locked"
         assert not mapcount.any(), f"process {mm.number}: a frame under migration counts as mapped"
 
@@ -215,24 +218,22 @@ def known(memory: PhysicalMemory, mm: Mm, frames: Words) -> Words:
 
 def _check_mapped(memory: PhysicalMemory, mm: Mm, inside: Areas, at: npt.NDArray[np.intp], pages: Words, entries: Words) -> None:
     """The frames of `entries`, which map them in the VMAs `at`, know it; and what is one process's own has one mapping (I2)."""
-    if len(pages) == 0:
-        return
     frames = known(memory, mm, pte.frames_of(entries))
     index, mapping, flags, mapcount = memory.fields(frames, "index", "mapping", "flags", "mapcount")
     strange = index != pages - inside.steps[at]
-    assert not strange.any(), (
+    assert not np.count_nonzero(strange), (
         f"process {mm.number}: a frame's index does not lead to its page in the VMA at 0x{_first(inside, at, strange):x}"
     )
     foreign = (mapping != inside.anon[at]) & (mapping != inside.files[at])
     for row in foreign.nonzero()[0].tolist():  # of an ancestor, which there are few of
         foreign[row] = int(mapping[row]) not in inside.vmas[at[row]].chain
-    assert not foreign.any(), (
+    assert not np.count_nonzero(foreign), (
         f"process {mm.number}: a frame of an anon_vma or a file that the VMA at 0x{_first(inside, at, foreign):x} does not have"
     )
     anonymous = flags & ANON != 0
-    assert not (entries[~anonymous] & EXCLUSIVE).any(), f"process {mm.number}: a page of a file that is one process's own"
+    assert not np.count_nonzero((entries & EXCLUSIVE != 0) & ~anonymous), f"process {mm.number}: a page of a file that is one process's own"
     shared = anonymous & (entries & OWN != 0) & (mapcount != 1)
-    assert not shared.any(), f"process {mm.number}: a page that several map is writable or exclusive (I2)"
+    assert not np.count_nonzero(shared), f"process {mm.number}: a page that several map is writable or exclusive (I2)"
 
 
 def vma_file(vma: Vma) -> int:
@@ -254,7 +255,7 @@ def check_frames(zone: Zone, where: Index, expected: npt.NDArray[np.int32], *, q
     """The frames at `where`, `expected` to be mapped so often, count their mappings; what has no reference is free (I3, I8)."""
     refcount, mapcount, flags, mapping = (zone.values(name, where) for name in ("refcount", "mapcount", "flags", "mapping"))
     wrong = (mapcount != expected).nonzero()[0]
-    assert len(wrong) == 0, (
+    assert not len(wrong), (
         f"{zone.owner}: frame {_at(where, wrong)} says it is mapped {mapcount[wrong[0]]} times, but is {expected[wrong[0]]}"
     )
     idle, below = zone.idle_references, (refcount < 0).nonzero()[0]
@@ -262,7 +263,7 @@ def check_frames(zone: Zone, where: Index, expected: npt.NDArray[np.int32], *, q
     below = (refcount < mapcount).nonzero()[0]
     assert len(below) == 0, f"{zone.owner}: frame {_at(where, below)} has fewer references than mappings"
     free = refcount == 0
-    assert not mapping[free].any(), f"{zone.owner}: a free frame still belongs to somebody"
+    assert not np.count_nonzero(mapping[free]), f"{zone.owner}: a free frame still belongs to somebody"
     if quiet:
         assert not (flags & LOCKED).any(), f"{zone.owner}: frame {_at(where, (flags & LOCKED).nonzero()[0])} is still locked"
         assert not flags[free].any(), f"{zone.owner}: a free frame still has flags"

@@ -19,13 +19,13 @@ Copies of all that take as much memory as page tables and struct pages do; none 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from hmmnet.changes import NO_CHANGES, Changes, Seen
-from hmmnet.pages import HUGE_PAGES, HUGE_SHIFT, PAGES_MAX, Words
+from hmmnet.pages import HUGE_PAGES, HUGE_SHIFT, PAGES_MAX, ZONE_SHIFT, Words
 
 from . import invariants, pte
 from .frames import PhysicalMemory
@@ -37,6 +37,7 @@ MIGRATION_S_MAX = 60.0
 NOT_YET_S = -1.0
 """Since when, of a page that has been found behind a migration entry in this very look."""
 NOTED = np.uint64(pte.YOUNG | pte.DIRTY | pte.SOFT_DIRTY)
+ZONE_BITS = np.uint64(ZONE_SHIFT)
 _STEPS = np.arange(HUGE_PAGES, dtype=np.uint64)
 _LOUD = np.array([name in {"mapcount", "flags", "mapping"} for name in STATE])
 """Which rows of a zone's state the rules of entries look at."""
@@ -258,29 +259,40 @@ class Ledger:
     def _drop_ended(self, mms: Sequence[Mm]) -> None:
         """Processes that are gone map nothing any more."""
         for mm in [mm for mm in self._tables if mm not in mms]:
-            self._tally(mm, self._tables.pop(mm).all(), -1)
+            self._tally(self._tables.pop(mm).all(), -1)
             self._moving = {key: since for key, since in self._moving.items() if key[0] is not mm}
 
     def _count(self, table: _Table, changed: Changes) -> None:
         """Entries changed."""
         mm = table.mm
-        before, now = changed.before[changed.before != 0], changed.now[changed.now != 0]
-        table.rss += self._tally(mm, now, 1) - self._tally(mm, before, -1)
-        for page in changed.pages[changed.before & invariants.KIND == pte.MIGRATION].tolist():
-            self._moving.pop((mm, page), None)
-        for page in changed.pages[changed.now & invariants.KIND == pte.MIGRATION].tolist():
-            self._moving[mm, page] = NOT_YET_S
+        table.rss += self._tally(changed.now, 1) - self._tally(changed.before, -1)
+        if self._moving or np.count_nonzero(changed.now & invariants.KIND == pte.MIGRATION):
+            for page in changed.pages[changed.before & invariants.KIND == pte.MIGRATION].tolist():
+                self._moving.pop((mm, page), None)
+            for page in changed.pages[changed.now & invariants.KIND == pte.MIGRATION].tolist():
+                self._moving[mm, page] = NOT_YET_S
 
-    def _tally(self, mm: Mm, entries: Words, step: int) -> int:
-        """`entries`, none of them empty, came (`step` 1) or went (-1); how many of them count in rss."""
-        if len(entries) == 0:
-            return 0
-        moving = entries & invariants.KIND == pte.MIGRATION
-        for rows, behind in ((invariants.mapped(entries), False), (moving, True)):
-            for zone, _, where in self._memory.where(invariants.known(self._memory, mm, pte.frames_of(entries[rows]))):
-                seen = self._zones[zone.number]
-                seen.tally(seen.behind if behind else seen.expected, where, step)
-        return int(np.count_nonzero(invariants.counted(entries)))
+    def _tally(self, entries: Words, step: int) -> int:
+        """`entries` came (`step` 1) or went (-1), but for the empty ones; how many of them count in rss."""
+        kinds = entries & invariants.KIND
+        plain = entries & invariants.SPECIAL == 0
+        for seen, where in self._places(entries[invariants.MAPPED[kinds] & plain]):
+            seen.tally(seen.expected, where, step)
+        moving = kinds == pte.MIGRATION
+        if np.count_nonzero(moving):
+            for seen, where in self._places(entries[moving]):
+                seen.tally(seen.behind, where, step)
+        return int(np.count_nonzero(invariants.COUNTED[kinds] & plain & (entries != 0)))
+
+    def _places(self, entries: Words) -> Iterator[tuple[_Frames, Index]]:
+        """Where the struct pages are that `entries` lead to. Those of memory that has gone meanwhile have gone with it."""
+        frames = pte.frames_of(entries)
+        numbers = frames >> ZONE_BITS
+        several = set(numbers.tolist())
+        for number in several:
+            seen = self._zones.get(number)
+            if seen is not None:
+                yield seen, seen.zone.index_of(frames if len(several) == 1 else frames[numbers == number])
 
     # --- the rules ------------------------------------------------------------------------------------------------------------------
 
@@ -308,15 +320,20 @@ class Ledger:
             pages = mm.table.occupied(0, PAGES_MAX)
             invariants.check_entries(self._memory, mm, table.areas, pages, mm.table.gather(pages))
         elif len(changed.pages):
-            there = changed.now != 0
-            invariants.check_entries(self._memory, mm, table.areas, changed.pages[there], changed.now[there])
+            there = changed.now.nonzero()[0]
+            if len(there):
+                invariants.check_entries(self._memory, mm, table.areas, changed.pages[there], changed.now[there])
 
     def _reaches_others(self, tables: Sequence[_Table], zones: Sequence[_Frames]) -> bool:
         """Whether an entry that did not change may lead to a frame of `zones` whose struct page did."""
-        fresh = Counter(frame for table in tables for frame in pte.frames_of(table.changed.now[table.changed.now != 0]).tolist())
+        fresh: Counter[int] | None = None
         for seen in zones:
             where, base = seen.loud, seen.zone.base
             held = seen.expected[where] + seen.behind[where]
+            if not np.count_nonzero(held):
+                continue
+            if fresh is None:
+                fresh = Counter(frame for table in tables for frame in pte.frames_of(table.changed.now[table.changed.now != 0]).tolist())
             if any(fresh[base + at] < times for at, times in zip(where.tolist(), held.tolist(), strict=True)):
                 return True
         return False
