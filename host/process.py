@@ -383,13 +383,14 @@ class Process:
 
     async def _in_pieces(self, start: int, end: int, move: Callable[[int, int], Awaitable[int]]) -> int:
         """Move what is mapped in [start, end), a few pieces at a time: while one streams, the next is collected. Returns bytes moved."""
-        pieces = iter(
-            [
-                (low, min(low + PREFETCH_PAGES, end, vma.end))
-                for vma in self.space.vmas(start, end)
-                for low in range(max(start, vma.start), min(end, vma.end), PREFETCH_PAGES)
-            ]
-        )
+        all_pieces = [
+            (low, min(low + PREFETCH_PAGES, end, vma.end))
+            for vma in self.space.vmas(start, end)
+            for low in range(max(start, vma.start), min(end, vma.end), PREFETCH_PAGES)
+        ]
+        if len(all_pieces) == 1:
+            return await move(*all_pieces[0]) * PAGE_SIZE
+        pieces = iter(all_pieces)
         moved = 0
         failures: list[HmmnetError] = []
 

@@ -190,6 +190,8 @@ class Device:
                 await opened.service.run()
         finally:
             opened.closed.set()
+            for scope in opened.jobs.values():
+                scope.cancel()
 
     async def close_context(self, message: CloseContext) -> None:
         """The last user is gone: end the jobs, forget the mirror. Raises KernelError(EBADF)."""
@@ -392,22 +394,13 @@ class Device:
 
     async def _job(self, opened: Opened, scope: trio.CancelScope, run: Callable[[], Awaitable[JobOutcome]]) -> JobOutcome:
         """Run a job until its end, that of its context (KernelError(EBADF)), or until `scope` is cancelled (EINTR)."""
-        outcome: list[JobOutcome] = []
+        if opened.closed.is_set():
+            scope.cancel()
         with scope:
-            async with trio.open_nursery() as nursery:
-
-                async def end_with_context() -> None:
-                    await opened.closed.wait()
-                    scope.cancel()
-
-                nursery.start_soon(end_with_context)
-                outcome.append(await run())
-                nursery.cancel_scope.cancel()
-        if not outcome and opened.closed.is_set():
+            return await run()
+        if opened.closed.is_set():
             raise KernelError(EBADF, "launch", "the context was closed while the job ran")
-        if not outcome:
-            raise KernelError(EINTR, "launch", "the job was ended, because nobody waited for it any more")
-        return outcome[0]
+        raise KernelError(EINTR, "launch", "the job was ended, because nobody waited for it any more")
 
     async def ioctl(self, message: Ioctl) -> IoctlDone:
         """A command. Raises KernelError with the errno that the model's driver would return."""
