@@ -46,6 +46,8 @@ SELECT_DEVICE_PRIVATE = 2
 SELECT_DEVICE_COHERENT = 4
 SELECT_COMPOUND = 8
 """enum migrate_vma_direction, as `Migrate.select` carries it."""
+SELECT_PEERS = 32
+"""Of the devices' pages those of others of this driver."""
 
 
 class Requests(Protocol):

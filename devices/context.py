@@ -149,6 +149,8 @@ class Context:
         self._bus = bus
         self._slab_pages = slab_pages
         self._select_own = SELECT_DEVICE_COHERENT if coherent else SELECT_DEVICE_PRIVATE
+        self.select_in = SELECT_SYSTEM
+        """From which memories pages come here (MIGRATE_VMA_SELECT), unless who migrates says so."""
         self._slabs: dict[int, Subscription] = {}
         self._dma: list[_Dma] = []
 
@@ -254,22 +256,23 @@ class Context:
 
     # --- migration ------------------------------------------------------------------------------------------------------------
 
-    async def migrate_in(self, start: int, end: int, cause: str, *, compound: bool = False) -> Moved:
+    async def migrate_in(self, start: int, end: int, cause: str, *, compound: bool = False, select: int = 0) -> Moved:
         """migrate_vma to this device's memory, of [start, end) in one slab and at most `MIGRATE_PAGES_MAX` pages; maps what moved.
 
-        With `compound` huge pages go whole, where there are large pages for them.
+        With `compound` huge pages go whole, where there are large pages for them. `select`: from which memories, if not `select_in`.
 
         Frames are offered before it is known which pages will move. Where they were too few for all and some come back unused, the pages
         behind are tried too.
         """
-        moved = await self._migrate_offered(start, end, cause, compound=compound)
+        select = (select or self.select_in) | (SELECT_COMPOUND if compound else 0)
+        moved = await self._migrate_offered(start, end, cause, compound=compound, select=select)
         parts = [moved.listed]
         while moved.tried_until < end and not moved.errno and self.memory.free_pages:
-            moved = await self._migrate_offered(moved.tried_until, end, cause, compound=compound)
+            moved = await self._migrate_offered(moved.tried_until, end, cause, compound=compound, select=select)
             parts.append(moved.listed)
         return replace(moved, listed=np.concatenate(parts)) if len(parts) > 1 else moved
 
-    async def _migrate_offered(self, start: int, end: int, cause: str, *, compound: bool) -> Moved:
+    async def _migrate_offered(self, start: int, end: int, cause: str, *, compound: bool, select: int) -> Moved:
         """`migrate_in` as far as there are frames to offer."""
         await self.subscription(start)
         async with self.process.turns.hold(start, end):
@@ -284,7 +287,6 @@ class Context:
                     await context.quiesce(start, end)
                 if self.points.armed:
                     await self.at("device.before_migrate", start, end)
-                select = SELECT_SYSTEM | (SELECT_COMPOUND if compound else 0)
                 message = Migrate(
                     self.number, start, end - start, "device", select, to_wire(positioned(start, end, wanted, offered)), cause
                 )

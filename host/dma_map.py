@@ -19,7 +19,7 @@ again, for the right to write, say, maps nothing twice.
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -104,6 +104,32 @@ class DmaRoutes:
         else:
             route = Route.BUS_ADDRESS
         return DmaRoute(route, self._routes.bandwidth_bytes_per_s(owner, device), self._routes.latency_s(owner, device))
+
+
+def page_map_owners(topology: Topology) -> dict[str, str]:
+    """dev_pagemap.owner of each device: the first device, in the file's order, of its model that links lead to without a host memory."""
+    ways: dict[str, list[str]] = {}
+    for link in topology.links:
+        ways.setdefault(link.a, []).append(link.b)
+        ways.setdefault(link.b, []).append(link.a)
+    owners: dict[str, str] = {}
+    for device in topology.devices:
+        if device.name not in owners:
+            for found in _reached(topology, ways, device.name):
+                if found in topology.device_names and topology.device(found).model == device.model:
+                    owners.setdefault(found, device.name)
+    return owners
+
+
+def _reached(topology: Topology, ways: Mapping[str, Sequence[str]], start: str) -> set[str]:
+    """What links lead to from `start` without passing a host memory."""
+    seen, left = {start}, [start]
+    while left:
+        for found in ways.get(left.pop(), ()):
+            if found not in seen and not isinstance(topology.vertex(found), MemoryNode):
+                seen.add(found)
+                left.append(found)
+    return seen
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import errno
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 
 import numpy as np
@@ -22,7 +22,7 @@ import trio
 from hmmnet.errors import BusError, KernelError, PeerError, PeerLost
 from hmmnet.observe.counters import CPU_FAULT, Profile
 from hmmnet.observe.events import HOST, Events
-from hmmnet.pages import HUGE_PAGES, PAGE_SHIFT, PAGE_SIZE, Words, page_by_page
+from hmmnet.pages import DEVICE_ZONE_MIN, HUGE_PAGES, PAGE_SHIFT, PAGE_SIZE, ZONE_SHIFT, Words, page_by_page, words_by_page
 
 from .announce import clear, split_large
 from .devmem import PageMap
@@ -348,6 +348,16 @@ class Homing:
         """
         await collect(parts, space, self.spaces, start, end, memory_of(link), link.zone)
         return await self._bring(space, link, parts, cause, no_large=link.no_large())
+
+    def places_of(self, outcome: Outcome, start: int) -> Iterator[tuple[str, Words]]:
+        """Where the pages were that a migration to a device moved, of a range from page `start` on: (device or HOST, pages)."""
+        pages = outcome.moved_pages(start)
+        words = words_by_page(outcome.words)
+        zones = words[words & MIGRATE != 0] >> SHIFT >> np.uint64(ZONE_SHIFT)
+        zones[zones < np.uint64(DEVICE_ZONE_MIN)] = 0
+        for zone in np.unique(zones).tolist():
+            there = self._memory.zones.get(zone)
+            yield HOST if there is None or zone == 0 else there.owner, pages[zones == np.uint64(zone)]
 
     async def memory_failure(self, space: AddressSpace, start: int, end: int) -> None:
         """madvise(MADV_HWPOISON): the memory under pages [start, end) breaks, for everybody who maps it (mm/memory-failure.c).

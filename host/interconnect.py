@@ -125,6 +125,10 @@ class Interconnect:
         """A transfer from the memory that `frame` lies in to `device`. Close it."""
         return self.arbiter.open_flow(self._nodes[frame >> ZONE_SHIFT], device, self.now())
 
+    def open_across(self, source: str, target: str) -> Flow:
+        """A transfer from one device to another. Close it."""
+        return self.arbiter.open_flow(source, target, self.now())
+
     def open_out(self, device: str, frame: int, nbytes: int) -> Flow:
         """A transfer of `nbytes` from `device` to the memory that `frame` lies in; the device will send at its rate. Close it."""
         flow = self.arbiter.open_flow(device, self._nodes[frame >> ZONE_SHIFT], self.now())

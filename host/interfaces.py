@@ -53,6 +53,8 @@ class Select(IntFlag):
     COMPOUND = 8
     ANY_OWNER = 16
     """Pages of every device, as v25 takes them, which knew no owners."""
+    PEERS = 32
+    """Of the devices' pages those of others, whose page maps have the same owner (`host.peers`); not those of the device itself."""
 
 
 NO_OWNER = -1

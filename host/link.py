@@ -13,8 +13,8 @@ its mirror by itself. That is fencing; it makes a stale access impossible even a
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import TypeVar
 
 import numpy as np
@@ -24,7 +24,7 @@ import xxhash
 from hmmnet.errors import KernelError, PeerError, PeerGone, PeerLost, ProtocolError, RemoteError
 from hmmnet.fabric.arbiter import Flow
 from hmmnet.fabric.dma import ArenaSink, ArenaSource, BulkReceiver, BulkSender, Sink, Source
-from hmmnet.observe.counters import DEVICE_TO_HOST, HOST_TO_DEVICE
+from hmmnet.observe.counters import DEVICE_TO_DEVICE, DEVICE_TO_HOST, HOST_TO_DEVICE
 from hmmnet.pages import HUGE_PAGES, PAGE_SHIFT, PAGE_SIZE, Words, has_large, page_by_page, pages_in, to_wire
 from hmmnet.topology import DeviceSpec
 from hmmnet.wire.messages import INLINE_BYTES_MAX, PAGES_PER_MESSAGE_MAX, Copied, CopyIn, CopyOut, Done, FreeFrames, Invalidate, Message
@@ -230,6 +230,27 @@ class SessionLink:
         finally:
             flow.close(links.now())
         links.profile.record(HOST_TO_DEVICE, source.nbytes, report.emulated_s, self.name)
+
+    async def fill(self, targets: Words, source: Source, flow: Flow) -> None:
+        """Stream to device frames what does not come from host memory, by a flow that is open. Raises PeerLost, PeerError."""
+        self.flush_freed()
+        stream = self.new_stream()
+        pending = self.session.begin(CopyIn(stream, to_wire(targets), b""))
+        async with self.transfer():
+            await self.sender.send(stream, source, flow)
+        await pending.wait()
+
+    @contextmanager
+    def from_peer(self, device: str, nbytes: int) -> Iterator[Flow]:
+        """A transfer of `nbytes` from another device to this one, over the links between the two."""
+        links = self._interconnect
+        flow = links.open_across(device, self.name)
+        try:
+            yield flow
+        finally:
+            now_s = links.now()
+            flow.close(now_s)
+        links.profile.record(DEVICE_TO_DEVICE, nbytes, now_s - flow.start_s, self.name)
 
     async def copy_out(self, context: int, pages: Words, frames: Words, destination: Destination) -> None:
         """The device drops its entries and streams `frames` to the destination. Raises PeerLost, PeerError, KernelError(ENOMEM)."""

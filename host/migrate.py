@@ -22,6 +22,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from hmmnet.errors import KernelError, ProtocolError
 from hmmnet.pages import (
@@ -387,10 +388,18 @@ async def migrate_to_device(
             grant.release()
 
 
-async def copy_in(work: MigrateVma, domains: Sequence[Domain], start: int, grant: Grant, froms: Sequence[Words] | None = None) -> None:
+async def copy_in(
+    work: MigrateVma,
+    domains: Sequence[Domain],
+    start: int,
+    grant: Grant,
+    froms: Sequence[Words] | None = None,
+    arrived: Sequence[npt.NDArray[np.bool_]] | None = None,
+) -> None:
     """alloc_and_copy: pages with data are streamed, never-touched ones zeroed on the device; a page without a grant stays.
 
-    `froms` are, for each part, the frames that data are read from where those are not the pages' own; a page with none stays.
+    `froms` are, for each part, the frames that data are read from where those are not the pages' own; a page with none stays. `arrived`
+    are the rows whose data are at their targets already.
     """
     assert work.link is not None, "a migration to a device"
     if work.points.armed:
@@ -405,13 +414,16 @@ async def copy_in(work: MigrateVma, domains: Sequence[Domain], start: int, grant
         if froms is not None:
             frames[(own == 0) & (part.source & VALID != 0)] = 0
         full = (frames != 0) & (part.source & VALID != 0)
+        empty = (frames != 0) & ~full
+        if arrived is not None:
+            full &= ~arrived[i]
         whole = bool(full.all())
         rows = slice(None) if whole else full
         for domain in domains:
             domain.suspend(listed(part, part.pages[rows]))
         sources.append(listed(part, own[rows]))
         targets.append(listed(part, frames[rows]))
-        zeros.append(_NONE if whole else listed(part, frames[(frames != 0) & ~full]))
+        zeros.append(_NONE if whole else listed(part, frames[empty]))
         chosen.append(frames)
     source, target, zero = joined(sources), joined(targets), joined(zeros)
     if work.points.armed:

@@ -23,12 +23,13 @@ from .mm.frames import PhysicalMemory
 from .mm.gather import Gather
 from .mm.zones import CpuZone, Zone
 from .notifier import Subscription
+from .peers import Across, alloc_and_copy
 from .v25 import Kernel, driver
 from .v25.order import AtEnd
 
 RangeFaultCall = Callable[[Any, Hub, Subscription, Request, float], Awaitable[tuple[int, Words]]]
 Evict = Callable[[Homing, DeviceLink, Words, str], Awaitable[int]]
-CopyFor = Callable[[Homing, Mapping[int, DeviceLink], Callable[[int, int], int]], Copy]
+CopyFor = Callable[[Homing, Mapping[int, DeviceLink], Callable[[int, int], int], Across], Copy]
 
 ADVICE_AFTER_V25 = frozenset({"COLD", "PAGEOUT", "POPULATE_READ", "POPULATE_WRITE", "COLLAPSE", "DONTNEED_LOCKED"})
 """What madvise(2) learnt after Linux 4.14. Some of it moves a page's bytes while its mapping changes, which mirrors that hear of a change
@@ -37,7 +38,7 @@ only at its end could not live with; the kernel of that time moved them afterwar
 
 @dataclass(frozen=True)
 class Personality:
-    """`order` makes a hub's order from the machine's gather; `copy` is None where sources of a migration to a device are host memory."""
+    """`order` makes a hub's order from the machine's gather; `copy` what a driver does to move data to its device."""
 
     name: str
     order: Callable[[PhysicalMemory], Order]
@@ -46,7 +47,7 @@ class Personality:
     range_fault: RangeFaultCall
     evict: Evict
     select: Callable[[Select], Select]
-    copy: CopyFor | None
+    copy: CopyFor
     exclusive: bool
     """Whether devices can have pages exclusively."""
     lacks_advice: frozenset[str] = field(default_factory=frozenset)
@@ -96,7 +97,7 @@ TODAY = Personality(
     range_fault=range_fault,
     evict=evict_frames,
     select=lambda select: select,
-    copy=None,
+    copy=lambda _, links, context_of, across: alloc_and_copy(links, context_of, across),
     exclusive=True,
 )
 V25 = Personality(
@@ -107,7 +108,7 @@ V25 = Personality(
     range_fault=driver.range_fault,
     evict=driver.evict,
     select=driver.selected,
-    copy=driver.alloc_and_copy,
+    copy=lambda homing, links, context_of, _: driver.alloc_and_copy(homing, links, context_of),
     exclusive=False,
     lacks_advice=ADVICE_AFTER_V25,
 )

@@ -19,7 +19,6 @@ import trio
 
 from hmmnet.errors import PeerLost, ProtocolError
 from hmmnet.fabric.clock import EmulatedClock
-from hmmnet.observe.events import HOST
 from hmmnet.pages import (
     HMM_PFN_REQ_FAULT,
     PAGES_MAX,
@@ -238,7 +237,8 @@ class Requests:
     def _moved_in(self, context: Context, message: Migrate, outcome: Outcome) -> None:
         events = self._homing.events
         if events.heard:
-            events.moved(context.space.number, outcome.moved_pages(message.start), HOST, self._life.name, message.cause)
+            for place, pages in self._homing.places_of(outcome, message.start):
+                events.moved(context.space.number, pages, place, self._life.name, message.cause)
 
     async def evict(self, message: Evict) -> Evicted:
         """migrate_device_range. Raises KernelError(ENOMEM)."""

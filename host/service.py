@@ -52,7 +52,7 @@ from .contexts import Contexts
 from .device import Device, Life
 from .devmem import PageMap
 from .dma import Dma
-from .dma_map import DeviceDma, DmaRoutes
+from .dma_map import DeviceDma, DmaRoutes, page_map_owners
 from .homing import Homing
 from .hub import Hub
 from .injection import Injection
@@ -62,6 +62,7 @@ from .mm import oom
 from .mm.space import Space
 from .personality import personality_named
 from .process import Process
+from .relay import copy_across
 from .requests import Requests
 from .telemetry import Telemetry
 
@@ -134,7 +135,8 @@ class Host:
         beside = partial(self.interconnect.attach_beside, place=topology.nodes[0].name)
         self.kernel = self.personality.kernel(self.memory, self.spaces, beside, self.interconnect.detach)
         """What a v25 kernel exports to drivers in the host; None today."""
-        self._copy = self.personality.copy and self.personality.copy(self.homing, self.links, self._context_of)
+        self._copy = self.personality.copy(self.homing, self.links, self._context_of, copy_across)
+        self._page_map_owners = page_map_owners(topology)
         self._transport = transport
         self._secret = secret
         self._directory = directory
@@ -262,6 +264,7 @@ class Host:
         link = SessionLink(spec, zone, self.memory.node_named(spec.node), session, sender, receiver, self.interconnect, self._lease_s)
         arena = None if connecting.shared is None else connecting.shared.arena
         life = Life(spec, hello.incarnation, hello.pid, link, PageMap(self.memory, link, spec.pages, arena))
+        life.page_map.zone.pgmap_owner = self._page_map_owners[spec.name]
         self.interconnect.attach(life.page_map.zone, spec.node)
         self.links[zone] = link
         self.devices[spec.name].begin(life)

@@ -22,7 +22,7 @@ import numpy.typing as npt
 import trio
 
 from hmmnet.devices import injection
-from hmmnet.devices.bus import Bus
+from hmmnet.devices.bus import SELECT_SYSTEM, Bus
 from hmmnet.devices.context import Context, MirroredProcess, Traffic, pages_listed
 from hmmnet.devices.copyengine import CopyEngines
 from hmmnet.devices.engine import Engine, JobOutcome
@@ -115,6 +115,8 @@ class Device:
     """Pages of one subscription (a power of two, aligned)."""
     compound = False
     """Whether its driver takes huge pages as one (MIGRATE_VMA_SELECT_COMPOUND)."""
+    select_in = SELECT_SYSTEM
+    """See `Context.select_in`."""
     end_inclusive = False
     """See `Mirror.end_inclusive`."""
 
@@ -172,6 +174,7 @@ class Device:
         self._slot_last += 1
         mirror = Mirror(message.context, message.process, self._slot_last, self.memory, end_inclusive=self.end_inclusive)
         context = Context(mirror, process, self.memory, self.copies, self.bus, self.slab_pages, self.spec.is_coherent)
+        context.select_in = self.select_in
         process.contexts.append(context)
         service = FaultService(context, self.clock, compound=self.compound, name=self.spec.name)
         service.buffer.entries = self._entries

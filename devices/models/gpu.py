@@ -6,6 +6,9 @@ how much, and a page that stays is no error.
 
 Whole huge pages in a range move as one, into an aligned 2 MiB of device memory each (MIGRATE_VMA_SELECT_COMPOUND), while there is such a
 run; without one they arrive as small pages. Faults do so, too, where a policy wants a whole 2 MiB.
+
+Pages of other GPUs of its kind come straight from there, where links lead from the one to the other without passing a host memory
+(MIGRATE_VMA_SELECT_DEVICE_PRIVATE and one owner for all, as xe and amdkfd do; `host/peers.py`). Else they go home by a fault first.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from errno import EINVAL
 
+from hmmnet.devices.bus import SELECT_DEVICE_COHERENT, SELECT_DEVICE_PRIVATE, SELECT_PEERS, SELECT_SYSTEM
 from hmmnet.devices.context import MIGRATE_PAGES_MAX, Context, Moved, cut
 from hmmnet.errors import KernelError
 from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, PAGES_MAX
@@ -22,6 +26,8 @@ from .base import Device, Opened
 
 SLAB_PAGES = 1 << 17
 """512 MiB: the default of xe's notifier size."""
+SELECT_ASKED_FOR = SELECT_SYSTEM | SELECT_DEVICE_PRIVATE | SELECT_DEVICE_COHERENT | SELECT_PEERS
+"""What a command moves: a peer's coherent memory, too, which a fault reaches where it is."""
 
 
 class Gpu(Device):
@@ -29,6 +35,7 @@ class Gpu(Device):
 
     slab_pages = SLAB_PAGES
     compound = True
+    select_in = SELECT_SYSTEM | SELECT_DEVICE_PRIVATE | SELECT_PEERS
 
     async def ioctl(self, message: Ioctl) -> IoctlDone:
         """``migrate_to_dev`` and ``migrate_to_sys``: how many pages moved. Raises KernelError: EINVAL, EBADF."""
@@ -45,7 +52,10 @@ class Gpu(Device):
 
     async def _prefetch(self, opened: Opened, start: int, end: int) -> int:
         return await each_piece(
-            opened.context, start, end, lambda low, high: opened.context.migrate_in(low, high, "prefetch", compound=self.compound)
+            opened.context,
+            start,
+            end,
+            lambda low, high: opened.context.migrate_in(low, high, "prefetch", compound=self.compound, select=SELECT_ASKED_FOR),
         )
 
     async def _send_home(self, opened: Opened, start: int, end: int) -> int:

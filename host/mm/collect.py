@@ -86,7 +86,7 @@ def collect(mm: Mm, pages: Words, select: Select, owner: int, fault_frame: int |
 def sharers(mm: Mm, pages: Words, select: Select, owner: int) -> list[tuple[Mm, Words]]:
     """Where the frames that several processes map, of those that `collect` would take, may be mapped (`rmap.places`)."""
     entries = mm.table.gather(pages)
-    frames = pte.frames_of(entries[wanted(entries, select, owner)])
+    frames = pte.frames_of(entries[wanted(mm.memory, entries, select, owner)])
     shared = frames[mm.memory.field(frames, "mapcount") > 1]
     return list(places(mm.memory, shared)) if len(shared) else []
 
@@ -100,7 +100,7 @@ def _collect(mm: Mm, migration: Migration, select: Select, told: Told) -> None:
         bare |= entries & (pte.KIND | pte.SPECIAL | huge) == pte.PRESENT | pte.SPECIAL
     if bare.any():
         migration.source[bare & _anonymous(mm, pages)] = MIGRATE_PFN_MIGRATE
-    rows = np.flatnonzero(wanted(entries, select, migration.owner))
+    rows = np.flatnonzero(wanted(mm.memory, entries, select, migration.owner))
     if len(rows):
         frames = pte.frames_of(chosen(entries, rows))
         whole = chosen(entries, rows) & pte.HUGE != 0 if migration.compound else None
@@ -125,7 +125,7 @@ def _anonymous(mm: Mm, pages: Words) -> Flags:
     return out
 
 
-def wanted(entries: Words, select: Select, owner: int) -> Flags:
+def wanted(memory: PhysicalMemory, entries: Words, select: Select, owner: int) -> Flags:
     """Which entries are of a kind that `select` asks for."""
     kinds = entries & (pte.KIND | pte.SPECIAL)
     wanted = np.zeros(len(entries), np.bool_)
@@ -135,7 +135,10 @@ def wanted(entries: Words, select: Select, owner: int) -> Flags:
         if not select & Select.COMPOUND:
             wanted &= entries & pte.HUGE == 0
     if select & (Select.DEVICE_PRIVATE | Select.DEVICE_COHERENT) and (owner != NO_OWNER or select & Select.ANY_OWNER):
-        mine = ~system if select & Select.ANY_OWNER else pte.zones_of(entries) == owner
+        if select & Select.PEERS:
+            mine = np.isin(pte.zones_of(entries), np.array(memory.peers_of(owner), np.uint64))
+        else:
+            mine = ~system if select & Select.ANY_OWNER else pte.zones_of(entries) == owner
         if select & Select.DEVICE_PRIVATE:
             wanted |= mine & (kinds == pte.DEVICE)
         if select & Select.DEVICE_COHERENT:

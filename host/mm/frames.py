@@ -123,6 +123,14 @@ class PhysicalMemory:
         self.zones[number] = zone
         return zone
 
+    def peers_of(self, number: int) -> tuple[int, ...]:
+        """The zones of other living devices whose page map has the owner of zone `number`'s."""
+        own = self.zones.get(number)
+        if own is None:
+            return ()
+        found = self.zones.values()
+        return tuple(zone.number for zone in found if zone.pgmap_owner == own.pgmap_owner and zone is not own and not zone.lost)
+
     def remove_device(self, number: int) -> None:
         """The memory of a device goes away; no frame of it may have a reference (see `Zone.refcount`), but for broken ones."""
         assert not self.zones[number].referenced().any(), f"zone {number} still has referenced frames"

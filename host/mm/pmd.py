@@ -77,7 +77,7 @@ def _is_zero(entries: Words, select: Select) -> Flags:
 
 def _free_to_go(mm: Mm, entries: Words, select: Select, owner: int) -> Flags:
     """Which `entries` lead to folded folios of a kind that `select` asks for, mapped once, and held by nobody else."""
-    ready: Flags = by_page.wanted(entries, select | Select.COMPOUND, owner)
+    ready: Flags = by_page.wanted(mm.memory, entries, select | Select.COMPOUND, owner)
     rows = np.flatnonzero(ready)
     for zone, part, where in mm.memory.where(pte.frames_of(entries[rows])):
         at = positions(where)

@@ -39,11 +39,11 @@ def collect(mm: Mm, migration: Migration, select: Select) -> bool:
     frame = entry >> pte.FRAME_SHIFT
     number = frame >> ZONE_SHIFT
     if kind == pte.DEVICE:
-        wanted = select & Select.DEVICE_PRIVATE and (number == migration.owner != NO_OWNER or select & Select.ANY_OWNER)
+        wanted = select & Select.DEVICE_PRIVATE and _owned(mm.memory, number, migration.owner, select)
     elif number < DEVICE_ZONE_MIN:
         wanted = select & Select.SYSTEM
     else:
-        wanted = select & Select.DEVICE_COHERENT and (number == migration.owner != NO_OWNER or select & Select.ANY_OWNER)
+        wanted = select & Select.DEVICE_COHERENT and _owned(mm.memory, number, migration.owner, select)
     if not wanted:
         return True
     zone = mm.memory.zones[number]
@@ -62,6 +62,13 @@ def collect(mm: Mm, migration: Migration, select: Select) -> bool:
     zone.flags[at] = flags | LOCKED
     zone.mapcount[at] = 0
     return True
+
+
+def _owned(memory: PhysicalMemory, number: int, owner: int, select: Select) -> bool:
+    """Whether pages of device zone `number` are taken in the name of zone `owner`."""
+    if select & Select.PEERS:
+        return number in memory.peers_of(owner)
+    return number == owner != NO_OWNER or bool(select & Select.ANY_OWNER)
 
 
 def move(memory: PhysicalMemory, migration: Migration) -> bool:

@@ -116,6 +116,8 @@ class Zone:
         """References of an idle frame, beyond which `refcount` counts: under v25 a device's page has one (see `page_counts`)."""
         self.extra_references = DEVICE_EXTRA_REFERENCES
         """References beyond its mappings and those of an idle one with which a device's frame is collected all the same."""
+        self.pgmap_owner = owner
+        """dev_pagemap.owner: who may migrate the pages of this memory as their own."""
         self.lost = ""
         """Why the memory is gone; empty while it is there."""
         self.offered = 0

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import trio
 
+from hmmnet.devices.bus import SELECT_COMPOUND
 from hmmnet.errors import KernelError
 from hmmnet.testing.scripted_host import counters_of, machine, results_of, u64, until
 from hmmnet.wire import messages as m
@@ -321,9 +322,12 @@ async def test_without_pages_of_2_mib_huge_pages_are_not_asked_for() -> None:
             context = device.contexts[1].context
             plain = context._migrate_offered
 
-            async def offered(start: int, end: int, cause: str, *, compound: bool, plain: Any = plain, asked: list[bool] = asked) -> Any:
+            async def offered(
+                start: int, end: int, cause: str, *, compound: bool, select: int, plain: Any = plain, asked: list[bool] = asked
+            ) -> Any:
                 asked.append(compound)
-                return await plain(start, end, cause, compound=compound)
+                assert compound == bool(select & SELECT_COMPOUND)
+                return await plain(start, end, cause, compound=compound, select=select)
 
             context._migrate_offered = offered
             await host.ioctl("migrate_to_dev", BLOCK, 256)
