@@ -135,7 +135,9 @@ class Audit:
         except AssertionError as wrong:
             found.append(_said(wrong))
         held = [*self._domains(), *self._seen(mirrors)]
-        self._left = {who: self._left.get(who, []) for _, _, who in held}
+        if len(self._left) > len(held):
+            there = {who for _, _, who in held}
+            self._left = {who: left for who, left in self._left.items() if who in there}
         for name, context, who in held:
             if changed is None or context.space.number not in self._spaces:
                 found += believed(context, name, *who.translations())
@@ -158,12 +160,15 @@ class Audit:
 
     def _believed(self, name: str, context: Context, who: Translations, changed: Words | None) -> list[str]:
         """I1 of the pages of one mirror that changed, or whose entries did."""
-        left, touched = self._left[who], who.touched()
-        left += [pages for pages in (touched, changed) if pages is not None and len(pages)]
-        if not left or context.hub.core.active:
+        touched = who.touched()
+        left = [pages for pages in (touched, changed) if pages is not None and len(pages)] + self._left.pop(who, [])
+        if not left:
+            return []
+        if context.hub.core.active:
+            self._left[who] = left
             return []
         translated = who.held(left[0] if len(left) == 1 else np.concatenate(left))
         if not len(translated[0]) or not np.count_nonzero(stale(context, *translated)):
-            self._left[who] = []
             return []
+        self._left[who] = left
         return believed(context, name, *who.translations())

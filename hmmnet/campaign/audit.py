@@ -10,7 +10,7 @@ from __future__ import annotations
 from .crew import Crew
 from .program import Step
 
-FULL_EVERY = 64
+FULL_EVERY = 128
 
 
 class Auditor:

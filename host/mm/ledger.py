@@ -10,8 +10,9 @@ what it reaches:
   with it, or it is shared, those of all entries (a fork, an exit);
 - *VMAs* that changed: the rules of all entries of their process.
 
-How often each frame must be mapped is kept as a count for each frame, which changed entries add to and take from. When something is wrong,
-everything is looked at, so that what is said is what `check` says; and everything is forgotten, so that it is said again next time.
+How often each frame must be mapped is kept as a count for each frame, which changed entries add to and take from. Most steps change a few
+entries and frames: those are looked at one by one, which is faster than arrays are. When something is wrong, everything is looked at, so
+that what is said is what `check` says; and everything is forgotten, so that it is said again next time.
 
 Copies of all that take as much memory as page tables and struct pages do; none are made before the first look.
 """
@@ -19,7 +20,7 @@ Copies of all that take as much memory as page tables and struct pages do; none 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +38,8 @@ MIGRATION_S_MAX = 60.0
 NOT_YET_S = -1.0
 """Since when, of a page that has been found behind a migration entry in this very look."""
 NOTED = np.uint64(pte.YOUNG | pte.DIRTY | pte.SOFT_DIRTY)
+FEW = 6
+"""Entries or frames up to which each is looked at by itself."""
 ZONE_BITS = np.uint64(ZONE_SHIFT)
 _STEPS = np.arange(HUGE_PAGES, dtype=np.uint64)
 _LOUD = np.array([name in {"mapcount", "flags", "mapping"} for name in STATE])
@@ -120,6 +123,7 @@ class _Frames:
         self.folded = False
         """Whether folios were folded or unfolded since the last look."""
         self._given_out = self._folded_count = 0
+        self._allocator = zone.allocator if isinstance(zone, HostZone) else None
         self.changed = self.loud = _NOWHERE
         """The frames whose struct pages the last look found to be others: all, and those that the rules of entries look at."""
         self._state = np.zeros((len(STATE), 0), np.uint32)
@@ -171,7 +175,11 @@ class _Frames:
     def check(self) -> None:
         """The rules of frames, of those that changed or are mapped otherwise."""
         zone, changed = self.zone, self.changed
-        if self.touched or len(changed):
+        if len(self.touched) + len(changed) <= FEW and not (zone.folded_count or self.folded):
+            places = [*changed.tolist(), *(at for part in self.touched for at in _listed(part))]
+            assert all(invariants.frame_agrees(zone, at, self.expected[at]) for at in places), f"{zone.owner}: a frame breaks a rule"
+            self.touched = []
+        elif self.touched or len(changed):
             parts = [np.arange(part.start, part.stop) if isinstance(part, slice) else part for part in self.touched]
             at = np.concatenate((changed, *parts))
             invariants.check_frames(zone, at, self.expected[at], quiet=False)
@@ -188,12 +196,17 @@ class _Frames:
     @property
     def given_out(self) -> int:
         """How many frames of the host are allocated."""
-        return self.zone.allocator.used_count if isinstance(self.zone, HostZone) else 0
+        return 0 if self._allocator is None else self._allocator.used_count
 
     @property
     def restless(self) -> bool:
         """Whether what is counted beside the struct pages is another number than at the last look."""
         return self.given_out != self._given_out or self.zone.folded_count != self._folded_count
+
+
+def _listed(where: Index) -> Iterable[int]:
+    """Places, one by one."""
+    return range(where.start, where.stop) if isinstance(where, slice) else where.tolist()
 
 
 class Ledger:
@@ -203,6 +216,8 @@ class Ledger:
         self._memory = memory
         self._tables: dict[Mm, _Table] = {}
         self._zones: dict[int, _Frames] = {}
+        self._folded = False
+        """Whether there are folded folios."""
         self._moving: dict[tuple[Mm, int], float] = {}
         """Since when a page is behind a migration entry."""
 
@@ -228,13 +243,13 @@ class Ledger:
 
     def _look(self, mms: Sequence[Mm]) -> dict[int, Words]:
         memory = self._memory
-        if len(self._zones) > len(memory.zones) or any(memory.zones.get(number) is not seen.zone for number, seen in self._zones.items()):
+        if [seen.zone for seen in self._zones.values()] != list(memory.zones.values()):
             self._zones = {number: seen for number, seen in self._zones.items() if memory.zones.get(number) is seen.zone}
         for zone in memory.zones.values():
             seen = self._zones.get(zone.number) or self._new_zone(zone)
             if seen.used != zone.used.stop:
                 seen.grow()
-        if len(self._tables) > len(mms) or any(mm not in mms for mm in self._tables):
+        if list(self._tables) != mms:
             self._drop_ended(mms)
         tables = [self._tables.get(mm) or self._new_table(mm) for mm in mms]
         found = {}
@@ -274,6 +289,8 @@ class Ledger:
 
     def _tally(self, entries: Words, step: int) -> int:
         """`entries` came (`step` 1) or went (-1), but for the empty ones; how many of them count in rss."""
+        if len(entries) <= FEW:
+            return sum([self._tally_one(entry, step) for entry in entries.tolist() if entry])
         kinds = entries & invariants.KIND
         plain = entries & invariants.SPECIAL == 0
         for seen, where in self._places(entries[invariants.MAPPED[kinds] & plain]):
@@ -283,6 +300,17 @@ class Ledger:
             for seen, where in self._places(entries[moving]):
                 seen.tally(seen.behind, where, step)
         return int(np.count_nonzero(invariants.COUNTED[kinds] & plain & (entries != 0)))
+
+    def _tally_one(self, entry: int, step: int) -> bool:
+        """`_tally` of one entry that is not empty."""
+        kind = entry & pte.KIND
+        moving, plain = kind == pte.MIGRATION, not entry & pte.SPECIAL
+        frame = entry >> pte.FRAME_SHIFT
+        seen = self._zones.get(frame >> ZONE_SHIFT) if moving or (plain and invariants.MAPPED[kind]) else None
+        if seen is not None:
+            at = frame - seen.zone.base
+            seen.tally(seen.behind if moving else seen.expected, slice(at, at + 1), step)
+        return plain and bool(invariants.COUNTED[kind])
 
     def _places(self, entries: Words) -> Iterator[tuple[_Frames, Index]]:
         """Where the struct pages are that `entries` lead to. Those of memory that has gone meanwhile have gone with it."""
@@ -302,6 +330,7 @@ class Ledger:
         zones = list(self._zones.values())
         others = [seen for seen in zones if seen.look()]
         folded = any(seen.folded for seen in others)
+        self._folded = folded or any(seen.zone.folded_count for seen in zones)
         everywhere = bool(others) and self._reaches_others(tables, others)
         for table in tables:
             self._check_table(table, everywhere=everywhere)
@@ -319,7 +348,10 @@ class Ledger:
         if table.vmas_changed() or everywhere:
             pages = mm.table.occupied(0, PAGES_MAX)
             invariants.check_entries(self._memory, mm, table.areas, pages, mm.table.gather(pages))
-        elif len(changed.pages):
+        elif len(changed.pages) <= FEW and not self._folded:
+            for page, entry in zip(changed.pages.tolist(), changed.now.tolist(), strict=True):
+                assert not entry or invariants.entry_agrees(self._memory, mm, page, entry), f"process {mm.number}: an entry breaks a rule"
+        else:
             there = changed.now.nonzero()[0]
             if len(there):
                 invariants.check_entries(self._memory, mm, table.areas, changed.pages[there], changed.now[there])
