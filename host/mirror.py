@@ -83,8 +83,6 @@ async def range_fault(space: AddressSpace, hub: Hub, subscription: Subscription,
         if points.armed:
             await _at("retry.before_read_retry", hub, subscription, request)
         if words is not None and not hub.read_retry(subscription, sequence):
-            if points.armed:
-                await _at("retry.after_read_retry", hub, subscription, request)
             return sequence, words
 
 

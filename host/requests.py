@@ -138,6 +138,10 @@ class Requests:
         sequence, words = await self._personality.range_fault(context.space, context.hub, subscription, request, timeout_s)
         words = self._dma.map(message.start, words, fault=bool(message.default_flags & HMM_PFN_REQ_FAULT or len(inputs)))
         context.domain.grant(message.start, words)
+        points = context.hub.points
+        if points.armed:  # not before: what is granted must be good now
+            where = {"device": life.name, "process": context.hub.process, "start": message.start, "pages": message.pages}
+            await points.at("retry.after_read_retry", **where)
         return RangeFaulted(sequence, to_wire(words))
 
     # --- migration ------------------------------------------------------------------------------------------------------------

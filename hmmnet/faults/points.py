@@ -128,7 +128,7 @@ _ALL = [
         ("retry.after_read_begin", "the sequence is noted, the walk not begun", errno.EBUSY),
         ("retry.between_faults", "a round of faults of the walk is done"),
         ("retry.before_read_retry", "the walk is done, the sequence not compared"),
-        ("retry.after_read_retry", "the sequence was good; the answer is about to leave"),
+        ("retry.after_read_retry", "the sequence was good, and what is in the answer is granted; it is about to leave"),
         # the notifier hub
         ("hub.before_callbacks", "a change is announced; no device has heard of it"),
         ("hub.after_callbacks", "devices were told; none is waited for yet"),

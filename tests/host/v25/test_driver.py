@@ -144,7 +144,7 @@ async def test_the_steps_of_the_retry_protocol_are_reached() -> None:
         await ground.space.store(address, b"x")  # in the place of the zero page that was looked at
         injector.release(number)
     assert injector.reached["retry.after_read_begin"] == 2
-    assert injector.reached["retry.after_read_retry"] == 1
+    assert injector.reached["retry.before_read_retry"] == 2
     assert injector.reached["hub.before_callbacks"] == 1
 
 
