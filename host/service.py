@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 import trio
 
-from hmmnet.errors import KernelError, PeerLost, RemoteError
+from hmmnet.errors import KernelError, PeerLost, ProtocolError, RemoteError
 from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.fabric.dma import BulkReceiver, BulkSender
 from hmmnet.faults.injector import HOST, Injector
@@ -334,7 +334,7 @@ class Host:
             await self.points.at("session.joined", device=life.name)
         try:
             await session.request(Inspect())
-        except PeerLost:
+        except (PeerLost, ProtocolError):  # an answer that cannot be read ends its session, too
             return
         except (RemoteError, KernelError) as error:
             log.info("device %s does not tell its figures: %s", life.name, error)

@@ -246,7 +246,8 @@ class Session:
     def deliver(self, frame: bytes) -> Awaitable[None] | None:
         """Take one frame from the peer. When an awaitable is returned, it must be awaited before the next frame is delivered.
 
-        Never raises for what a peer sent: broken frames are counted, and too many end the session.
+        Never raises for what a peer sent: broken frames are counted, and too many end the session. So does one note or answer that cannot
+        be read; a request that cannot is answered with an error.
         """
         try:
             return self._deliver(frame)
@@ -311,6 +312,7 @@ class Session:
             body = decode_body(frame)
         except ProtocolError as error:
             pending.resolve(None, ProtocolError(f"{self.peer_name}: {error}"))
+            self._not_understood(error)
             raise
         if isinstance(body, Failed):
             pending.resolve(None, failure(self.peer_name, body))
@@ -323,6 +325,8 @@ class Session:
             body = decode_body(frame)
         except ProtocolError as error:
             self._reply(asked, Failed(0, "decode", str(error)[:TEXT_MAX]))
+            if not asked:
+                self._not_understood(error)
             raise
         entry = self._handlers.get(type(body))
         if entry is None:
@@ -341,6 +345,10 @@ class Session:
         assert self._nursery is not None, "a session serves only once it is started"
         self._nursery.start_soon(self._finish, asked, body, result)
         return None
+
+    def _not_understood(self, error: ProtocolError) -> None:
+        """The peer told us something, and believes that we know it now. We do not, and cannot ask: nothing we agreed on holds any more."""
+        self.end(PeerLost(f"{self.peer_name} said what cannot be read, and will not say it again: {error}"))
 
     async def _finish(self, asked: int, body: Message, result: Awaitable[Message | None]) -> None:
         try:

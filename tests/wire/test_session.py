@@ -449,11 +449,18 @@ async def test_a_request_that_cannot_be_decoded_is_answered(world: World, autoju
 
 
 async def test_an_answer_that_cannot_be_decoded_fails_its_request(world: World, autojump_clock: MockClock) -> None:
-    """The peer's fault, told to who asked."""
+    """The peer's fault, told to who asked. What was agreed on is unknown now, and the peer will not say it again: the session is over."""
     pending = world.host.begin(Inspect())
     world.host.deliver(encode(Kind.REPLY, 1, 1, Done(), answers=1).replace(b"Done", b"Gone"))
     with pytest.raises(ProtocolError, match="cannot be decoded"):
         await pending.wait()
+    assert "said what cannot be read" in str(world.host.lost)
+
+
+async def test_a_note_that_cannot_be_decoded_ends_the_session(world: World, autojump_clock: MockClock) -> None:
+    """Nobody waits for an answer to it that could be an error."""
+    world.host.deliver(encode(Kind.NOTE, 1, 0, Done()).replace(b"Done", b"Gone"))
+    assert "said what cannot be read" in str(world.host.lost)
 
 
 async def test_an_answer_to_nothing_is_refused(world: World, autojump_clock: MockClock) -> None:
