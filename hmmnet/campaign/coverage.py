@@ -23,6 +23,7 @@ Made by `hmmnet sweep {arguments} -o FILE`: {hit} of {pairs} pairs were hit, in 
 - a dash: a point where code cannot wait, or cannot fail, has no such fault (`hmmnet fault points`).
 
 At points that concern no device one of them crashes or hangs at that moment. *death*: the device of a message dies when it is sent.
+What makes a message unreadable (*truncate*, *garbage*, *old_version*) ends a session, unless it is a request, which can be answered.
 """
 _CELL = re.compile(r"(\d+) (same|refused|lost|wrong)")
 

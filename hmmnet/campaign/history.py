@@ -118,6 +118,8 @@ class History:
         """When a word was last made known again: a load that began before may return what has been forgotten since."""
         self._wilds = np.zeros(words, np.int64)
         """Wild stores under way."""
+        self._forgotten: set[tuple[int, int]] = set()
+        """(word, when it began) of stores under way that there was no room for."""
         self._never_wild = True
         """Nothing was ever wild."""
         self._deepest = 1
@@ -160,6 +162,7 @@ class History:
             full = live[rows, at]
             if full.any():
                 self._grow_wild(words, full, now)
+                self._forget(np.flatnonzero(full) + first, rows[full])
         self._put((rows, at + first), values, now)
         return self._stored(StoreMark(first, count, values, rows, now, depth))
 
@@ -177,7 +180,14 @@ class History:
 
     def _grow_wild(self, words: slice, which: Flags, now: int) -> None:
         self._never_wild = False
-        self._wild[words][which] = now
+        self._wild[words][which] = np.maximum(self._wild[words][which], now)
+
+    def _forget(self, words: npt.NDArray[np.intp], rows: npt.NDArray[np.intp]) -> None:
+        """Values there is no room for. A word of which a store under way is forgotten is unknown until that has ended, too."""
+        for word, row in zip(words.tolist(), rows.tolist(), strict=True):
+            if self._end[row, word] == NEVER:
+                self._forgotten.add((word, int(self._begin[row, word])))
+                self.wild_begins(word, 1)
 
     def store_ends(self, mark: StoreMark, *, certain: bool = True) -> None:
         """It is over; not `certain`: it failed, and may have happened in part."""
@@ -195,6 +205,10 @@ class History:
             self._low[where] = np.minimum(self._low[where], now)
             self._high[where] = np.maximum(self._high[where], mark.began)
             self._tame(slice(mark.first, mark.first + mark.count), mark.began)
+        for word in words[~mine].tolist() if self._forgotten else ():
+            if (word, mark.began) in self._forgotten:
+                self._forgotten.remove((word, mark.began))
+                self.wild_ends(word, 1)
 
     def _alone(self, mark: StoreMark, now: int) -> None:
         """Nobody else has been at those words since the store began: it is what there is, and what was is gone."""

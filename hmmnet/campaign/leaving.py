@@ -31,11 +31,12 @@ async def bounce(crew: Crew, step: Step, _: str) -> None:
 async def unload(crew: Crew, step: Step, _: str) -> None:
     """A device's driver is unloaded: it says goodbye, and is started again."""
     device = device_of(crew, step)
+    life = crew.machine.incarnation(device)
     crew.harm_begins("unload")
     try:
         if device in crew.machine.running:
             crew.machine.add_fault(fault("unload", device))
-        await _comes_back(crew, device)
+        await _comes_back(crew, device, life)
     finally:
         crew.harm_ends()
 
@@ -44,16 +45,17 @@ async def unload(crew: Crew, step: Step, _: str) -> None:
 async def unplug(crew: Crew, step: Step, _: str) -> None:
     """A device's memory is removed, its pages home first; then it is plugged in again."""
     device = device_of(crew, step)
+    life = crew.machine.incarnation(device)
     crew.harm_begins("unplug")
     try:
         await crew.machine.unplug(device)
-        await _comes_back(crew, device)
+        await _comes_back(crew, device, life)
     finally:
         crew.harm_ends()
 
 
-async def _comes_back(crew: Crew, device: str) -> None:
-    """It has ended, or will; it is started once it has."""
-    await crew.machine.device_ended(device)
+async def _comes_back(crew: Crew, device: str, life: int) -> None:
+    """That life of it has ended, or will; it is started once it has, unless somebody did that already."""
+    await crew.machine.device_ended(device, life)
     with contextlib.suppress(HmmnetError):  # as in `bounce`
         await crew.machine.start_device(device)

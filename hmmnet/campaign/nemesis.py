@@ -24,6 +24,7 @@ from .crew import Crew
 from .demands import restart
 from .program import Harm, Hit, Planned, Program
 from .recipes import TIME, cost_of
+from .words import UNREADABLE
 
 RELEASE_S = 0.01
 MEND_S = 0.3
@@ -37,8 +38,6 @@ LEAVING = frozenset({"crash", "bounce", "unplug", "unload"})
 """Kinds that cost a device its life as they begin."""
 SILENCING = frozenset({"partition", "hold", "hang", "invalidate.silent"})
 """Kinds that may cost a device its life for as long as they act."""
-UNREADABLE = frozenset({"truncate", "garbage", "old_version"})
-"""Kinds after which a session may not know what it was told, and end."""
 
 
 class Nemesis:

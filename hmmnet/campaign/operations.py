@@ -291,8 +291,13 @@ async def protect(crew: Crew, step: Step, _: str) -> None:
     if look.changing("place") or look.changing("rights"):
         return  # somebody else is at it: two at once could not be told apart
     with region.changing("rights", page, count):
+        before = region.rights[page : page + count].copy()
         region.rights[page : page + count] = RIGHTS[protection]
-        await crew.process.mprotect(region.base + region.spread[page] * PAGE_SIZE, count * PAGE_SIZE, protection)
+        try:
+            await crew.process.mprotect(region.base + region.spread[page] * PAGE_SIZE, count * PAGE_SIZE, protection)
+        except KernelError:  # as it begins, or as a whole: nothing of it has happened
+            region.rights[page : page + count] = before
+            raise
 
 
 def is_quiet(region: Region) -> bool:

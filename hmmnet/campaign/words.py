@@ -58,8 +58,10 @@ VICTIM_BYTES = 4 * 4096
 HARM_KINDS = ("death", "partition", "hang", "message")
 DEATH = "death"
 """Of a message: its device dies when it is sent."""
-CONTROL_FAULTS = ("loss", "delay", "duplicate", "reorder", DEATH)
-BULK_FAULTS = (*CONTROL_FAULTS, "corrupt")
+UNREADABLE = ("truncate", "garbage", "old_version")
+"""What makes a message one that nobody can read: it is answered with an error, or ends its session, and with that its device."""
+CONTROL_FAULTS = ("loss", "delay", "duplicate", "reorder", *UNREADABLE, DEATH)
+BULK_FAULTS = ("loss", "delay", "duplicate", "reorder", "truncate", "garbage", "corrupt", DEATH)
 CONTROL = (*(kind.__name__ for kind in get_args(Body)), *(kind.name for kind in Kind if kind not in WITH_BODY))
 """Every message of a session."""
 

@@ -281,10 +281,16 @@ class SimulatedMachine:
         self._crash(name)
         await trio.lowlevel.checkpoint()
 
-    async def device_ended(self, name: str) -> None:
-        """Return when it does not run, or not as the incarnation that it is now."""
-        if name in self._nodes:
-            await self._nodes[name].ended.wait()
+    def incarnation(self, name: str) -> int:
+        """Which life of the device it is, from 1 on, or was the last. Raises KernelError(ENOENT)."""
+        self._known(name, "incarnation")
+        return self._incarnations[name]
+
+    async def device_ended(self, name: str, incarnation: int = 0) -> None:
+        """Return when it does not run, or not as that incarnation (0: the one that it is now)."""
+        node = self._nodes.get(name)
+        if node is not None and incarnation in (0, node.incarnation):
+            await node.ended.wait()
 
     def _crash(self, name: str, *, told: bool = True) -> None:
         node = self._nodes.pop(name)

@@ -90,6 +90,20 @@ def test_more_stores_at_once_than_it_can_follow_silence_the_word() -> None:
     assert history.load_ends(history.load_begins(0, 1), words(77)) is not None
 
 
+def test_a_store_that_is_forgotten_silences_until_it_has_ended() -> None:
+    """There was no room for it: a known store that begins and ends meanwhile does not make the word known, for the first may land later."""
+    history = History(Clock(), 1)
+    stores = [history.store_begins(0, words(i + 1)) for i in range(ROWS + 1)]
+    history.store_ends(history.store_begins(0, words(100)))
+    for store in stores[1:]:
+        history.store_ends(store)
+    assert history.load_ends(history.load_begins(0, 1), words(1)) is None
+    history.store_ends(stores[0])
+    history.store_ends(history.store_begins(0, words(101)))
+    history.store_ends(history.store_begins(0, words(102)))
+    assert history.load_ends(history.load_begins(0, 1), words(1)) is not None
+
+
 def test_a_load_across_such_a_silence_is_not_judged() -> None:
     """It began before the word was silenced and ends after it is known again: what it returns may be forgotten."""
     history = History(Clock(), 1)

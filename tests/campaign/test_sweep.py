@@ -10,7 +10,7 @@ from hmmnet.campaign.coverage import FILE, as_json, as_markdown, document, lacki
 from hmmnet.campaign.places import NOT_APPLICABLE, Pair, pairs, reason
 from hmmnet.campaign.scenarios import SCENARIOS, scenario
 from hmmnet.campaign.sweep import OUTCOMES, alone, sweep, try_all, try_pair
-from hmmnet.campaign.words import CONTROL, places
+from hmmnet.campaign.words import CONTROL, UNREADABLE, places
 from hmmnet.errors import HmmnetError
 from hmmnet.faults.network import BULK_WAYS
 from hmmnet.faults.points import POINTS
@@ -74,8 +74,8 @@ def test_what_is_lacking_is_named() -> None:
 
 
 def test_only_who_holds_an_only_copy_can_lose_it() -> None:
-    """A device's death, or silence until its lease is over, may cost pages; an error, a delay or a message that is lost never does."""
-    assert {fault for (_, fault), outcomes in TABLE.items() if outcomes.get("lost")} <= {"crash", "death"}
+    """A device's death, or the end of its session, may cost pages; an error, a delay or a message that is lost never does."""
+    assert {fault for (_, fault), outcomes in TABLE.items() if outcomes.get("lost")} <= {"crash", "death", *UNREADABLE}
 
 
 @pytest.mark.parametrize("pair", pairs()[::SAMPLE], ids=lambda pair: f"{pair.place} {pair.fault}")
