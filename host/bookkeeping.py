@@ -60,6 +60,9 @@ class CopylessLink:
         """Nothing to copy, but somewhere to copy it to."""
         allocate()
 
+    async def answers_apart(self, node: int, answers: int) -> None:
+        """No way takes any time."""
+
     def no_large(self) -> bool:
         """Large pages can be had."""
         return False

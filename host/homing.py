@@ -129,6 +129,9 @@ class Homing:
         """A CPU touched device-private `pages` (consecutive, in one VMA and one zone), or wants coherent ones for good (FOLL_LONGTERM).
         One page may come as a number.
 
+        What comes in one transfer here is a fault for each page in the kernel, and a migrate_vma of that page (test_hmm, nouveau), or one
+        for a huge page: so many are counted, and the CPU waits for the ways of as many answers.
+
         Hold the mmap lock for reading. Returns when it makes sense to look again. Raises BusError when the data are lost, and when the
         device has them and several copies in a row failed; KernelError(ENOMEM).
         """
@@ -144,9 +147,13 @@ class Homing:
             raise self._lost(space, first, zone, "the device is gone")
         if space.points.armed:
             await _at("home.fault", space, link, first, count)
+        whole = count == HUGE_PAGES and bool(space.entries(np.array([first], np.uint64))[0] & np.uint64(pte.HUGE))
         moved = await self._touched(space, link, first, count)
+        faults = 1 if whole else moved
+        if faults > 1:
+            await link.answers_apart(space.node, faults - 1)
         if moved:
-            self._profile.record(CPU_FAULT, moved * PAGE_SIZE, self._now() - began_s, link.name, moved)
+            self._profile.record(CPU_FAULT, moved * PAGE_SIZE, self._now() - began_s, link.name, faults)
 
     async def _touched(self, space: AddressSpace, link: DeviceLink, first: int, count: int) -> int:
         """Bring `count` pages home that a CPU touched; how many moved. A copy that fails leaves them on the device, and is tried again."""

@@ -101,6 +101,13 @@ class Interconnect:
             with way.held(self.now):
                 await self.clock.sleep_until(due_s)
 
+    async def pass_latencies_out(self, device: str, node: int, count: int) -> None:
+        """Return when as much time has passed as `count` ways from `device` to host memory `node` take, one after the other."""
+        with suppress(PeerError):  # its links went down behind the pages
+            due_s = self.now() + count * self._way(device, self._nodes[node]).latency_s
+            if self.clock.real_until(due_s) >= self.clock.sleep_min_s:
+                await self.clock.sleep_until(due_s)
+
     def _way_out(self, device: str, frame: int) -> Singles:
         return self._way(device, self._nodes[frame >> ZONE_SHIFT])
 

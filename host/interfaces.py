@@ -159,6 +159,9 @@ class DeviceLink(Protocol):
         """`copy_out` of one page into the host frame that `allocate` gives (and raises KernelError(ENOMEM)): a CPU waits for it."""
         ...
 
+    async def answers_apart(self, node: int, answers: int) -> None:
+        """Pages came to host memory `node` together that a CPU would have waited for one by one: let the ways of `answers` pass, too."""
+
     def free_frames(self, frames: Words) -> None:
         """folio_free: tell the driver, without waiting. `frames` may have large ones (`pages.LARGE`)."""
 

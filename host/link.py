@@ -330,8 +330,11 @@ class SessionLink:
         """
         links = self._interconnect
         flow = links.open_out(self.name, frame, sink.nbytes)
+        granted_s = flow.latency_s
         try:
-            async with self.expected(stream, sink, lambda: 0.0 if flow.stalled else flow.bytes_per_s):
+            async with self.expected(
+                stream, sink, lambda: 0.0 if flow.stalled else flow.bytes_per_s, lambda said_s: flow.arrives_s(said_s, granted_s)
+            ):
                 yield flow
         finally:
             now_s = links.now()
@@ -339,15 +342,25 @@ class SessionLink:
         links.profile.record(DEVICE_TO_HOST, sink.nbytes, now_s - flow.start_s, self.name)
 
     @asynccontextmanager
-    async def expected(self, stream: int, sink: Sink, rate_of: Callable[[], float] | None = None) -> AsyncIterator[None]:
+    async def expected(
+        self,
+        stream: int,
+        sink: Sink,
+        rate_of: Callable[[], float] | None = None,
+        arrives_s: Callable[[float], float] | None = None,
+    ) -> AsyncIterator[None]:
         """As `coming`, for data that cross no link (a command's buffer): nothing is paced or counted."""
-        arrival = self.receiver.expect(stream, sink, rate_of)
+        arrival = self.receiver.expect(stream, sink, rate_of, arrives_s)
         try:
             async with self.transfer():
                 yield
                 await arrival.wait()
         finally:
             arrival.cancel()
+
+    async def answers_apart(self, node: int, answers: int) -> None:
+        """See `DeviceLink.answers_apart`."""
+        await self._interconnect.pass_latencies_out(self.name, node, answers)
 
     def no_large(self) -> bool:
         """See `DeviceLink.no_large`."""

@@ -39,6 +39,8 @@ class Flow:
         self.stalled = False
         """No links that work lead there: what is sent now is gone."""
         self.latency_s = sum(link.latency_s for link in links)
+        self._latencies = [(start_s, self.latency_s)]
+        """Since when it takes how long to get there, in order."""
         self.bytes_per_s = float("inf")
         self.start_s = start_s
         self._arbiter = arbiter
@@ -66,6 +68,22 @@ class Flow:
         self._ahead += nbytes
         self._bytes += nbytes
 
+    def arrives_s(self, said_s: float, granted_s: float) -> float:
+        """When a chunk is there of which its sender, who was granted a latency of `granted_s` once, says that it is there at `said_s`.
+
+        The links may have changed since: what left before goes the old way still.
+        """
+        left_s = said_s - granted_s
+        latency_s = next((latency_s for since_s, latency_s in reversed(self._latencies) if left_s >= since_s), self._latencies[0][1])
+        return left_s + latency_s
+
+    def change_latency(self, now_s: float) -> None:
+        """Its links may take longer than they did, or less (called by the arbiter)."""
+        latency_s = sum(link.latency_s for link in self.links)
+        if latency_s != self.latency_s:
+            self.latency_s = latency_s
+            self._latencies.append((now_s, latency_s))
+
     def change_rate(self, bytes_per_s: float, now_s: float) -> None:
         """Go on at another rate (called by the arbiter)."""
         self._carry(now_s)
@@ -87,7 +105,7 @@ class Flow:
             self._bytes = math.ceil(self._ahead)
         self.links = links
         self.stalled = not links
-        self.latency_s = sum(link.latency_s for link in links)
+        self.change_latency(now_s)
         self._leg_s = now_s
 
     def _record(self, nbytes: int, due_s: float, now_s: float) -> None:
@@ -175,6 +193,8 @@ class Arbiter:
         self._routes = Routes(replace(self._topology, links=tuple(left)) if down else self._topology)
         self.changed += 1
         self._reroute(down, now_s)
+        for flow in self._flows:
+            flow.change_latency(now_s)
         if self._flows:
             self._share(now_s)
 

@@ -40,10 +40,18 @@ log = logging.getLogger("hmmnet.fabric")
 class Arrival:
     """A stream that is expected. Its `wait` returns when all of it has landed."""
 
-    def __init__(self, receiver: BulkReceiver, stream: int, sink: Sink, rate_of: Callable[[], float] | None) -> None:
+    def __init__(
+        self,
+        receiver: BulkReceiver,
+        stream: int,
+        sink: Sink,
+        rate_of: Callable[[], float] | None,
+        arrives_s: Callable[[float], float] | None,
+    ) -> None:
         self.state = ReceiveState(stream, sink.nbytes)
         self.sink = sink
         self.rate_of = rate_of
+        self.arrives_s = arrives_s
         self._receiver = receiver
         self._event = trio.Event()
         self._error: str | None = None
@@ -113,13 +121,20 @@ class BulkReceiver:
         self._staging = np.empty(CHUNK_BYTES, dtype=np.uint8)
         self._closed: str | None = None
 
-    def expect(self, stream: int, sink: Sink, rate_of: Callable[[], float] | None = None) -> Arrival:
+    def expect(
+        self,
+        stream: int,
+        sink: Sink,
+        rate_of: Callable[[], float] | None = None,
+        arrives_s: Callable[[float], float] | None = None,
+    ) -> Arrival:
         """A stream of exactly ``sink.nbytes`` will come.
 
-        `rate_of` gives the pace to tell the sender with each credit; 0 while links are down, and what comes is lost.
+        `rate_of` gives the pace to tell the sender with each credit; 0 while links are down, and what comes is lost. `arrives_s` says when
+        a chunk is there that says when it is: the sender knows what it was told of its links, and no more.
         """
         assert stream not in self._expected, f"stream {stream} is expected already"
-        arrival = Arrival(self, stream, sink, rate_of)
+        arrival = Arrival(self, stream, sink, rate_of, arrives_s)
         last_word = self._ended.get(stream)
         if self._closed is not None or sink.nbytes == 0:
             arrival.end(self._closed)
@@ -221,6 +236,8 @@ class BulkReceiver:
         state = arrival.state
         if arrival.rate_of is not None and arrival.rate_of() == 0.0:
             return  # lost with its link, and sent again when that is up
+        if arrival.arrives_s is not None:
+            chunk = chunk._replace(arrive_s=arrival.arrives_s(chunk.arrive_s))
         try:
             if not state.wants(chunk):
                 if chunk.probe:

@@ -22,7 +22,7 @@ class Singles:
         self.links = arbiter.route(source, target)
         self._arbiter = arbiter
         self._ends = source, target
-        self._latency_s = sum(link.latency_s for link in self.links)
+        self.latency_s = sum(link.latency_s for link in self.links)
         self._next_s = -math.inf
         self._flow: Flow | None = None
         self._holders = 0
@@ -32,7 +32,7 @@ class Singles:
         begin_s = max(start_s, self._next_s)
         if self._flow is not None:
             self._next_s = begin_s + nbytes / self._flow.bytes_per_s
-            return begin_s, self._next_s + self._latency_s
+            return begin_s, self._next_s + self.latency_s
         for link in self.links:
             begin_s = max(begin_s, link.free_s)
         takes_s = 0.0
@@ -41,7 +41,7 @@ class Singles:
             link.free_s = begin_s + share_s
             takes_s = max(takes_s, share_s)
         self._next_s = begin_s + takes_s
-        return begin_s, self._next_s + self._latency_s
+        return begin_s, self._next_s + self.latency_s
 
     @contextmanager
     def held(self, now: Callable[[], float]) -> Iterator[None]:

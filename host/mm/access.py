@@ -404,7 +404,7 @@ class CpuAccess:
         if not same.all():
             count = int(np.argmin(same))
         self._check_there(page, int(zones[0]))
-        self.cpu_faults += count
+        self.cpu_faults += 1 if entries[0] & pte.HUGE else count
         await self.home(self, np.arange(page, page + count, dtype=np.uint64))
 
     def _check_there(self, page: int, number: int) -> None:

@@ -61,6 +61,8 @@ class FakeLink:
     held: dict[int, bytes] = field(default_factory=dict)
     dropped: list[tuple[int, list[int]]] = field(default_factory=list)
     """(context, pages) of each copy out."""
+    apart: list[int] = field(default_factory=list)
+    """What `answers_apart` was asked for."""
     gate: trio.Event = field(default_factory=trio.Event)
 
     def __post_init__(self) -> None:
@@ -98,6 +100,9 @@ class FakeLink:
         target = allocate()
         await self.during_copy()
         self.memory.write_small(target, 0, self.held[frame])
+
+    async def answers_apart(self, node: int, answers: int) -> None:
+        self.apart.append(answers)
 
     def no_large(self) -> bool:
         return False

@@ -81,8 +81,8 @@ BREAKS = {
     *("process.mprotect", "process.mremap"),  # who stores while memory is read-only, or elsewhere, gets a signal
 }
 """Kinds after which a program may be told of an error. All others cost time, and where pages live."""
-PLACES = {"pingpong", "thrash", "alternate", "prefetch.race", "alloc.device", "alloc.device_large", "page.retire"}
-"""Kinds that change where pages live."""
+PLACES = {"pingpong", "thrash", "alternate", "prefetch.race", "alloc.device", "alloc.device_large", "page.retire", "process.fork"}
+"""Kinds that change where pages live (one that came to be shared while its migration was announced stays)."""
 
 
 @pytest.mark.parametrize("name", IN_SIM)
@@ -240,6 +240,31 @@ def test_transfers_under_way_take_another_link() -> None:
     assert set(carried) == {"nvlink", "uplink", "pcie"}
     assert carried["uplink"] > 2 * MIB
     assert usual_s < seconds < 10 * usual_s
+
+
+@pytest.mark.parametrize("how", ["another way", "longer"])
+def test_a_transfer_home_that_goes_on_otherwise_takes_that_latency(how: str) -> None:
+    """8 MiB on their way home go on over a link that takes 50 ms longer, or their own takes so: they are there so much later."""
+    far = TWO_WAYS.replace('b = "switch0"\nbandwidth = "1 GB/s"', 'b = "switch0"\nbandwidth = "1 GB/s"\nlatency = "50 ms"')
+
+    async def main(machine: SimulatedMachine) -> float:
+        process = await machine.create_process()
+        address = await process.mmap(8 * MIB)
+        await process.write(address, PATTERN)
+        assert await process.migrate(address, 8 * MIB, "gpu0") == 8 * MIB
+        if how == "another way":
+            machine.add_fault(fault("link.down", "nvlink", after=0.001))
+        else:
+            machine.add_fault(fault("link.latency", "nvlink", after=0.001, latency="50 ms"))
+        began_s = machine.emulated_s()
+        assert await process.migrate(address, 8 * MIB, "host") == 8 * MIB
+        took_s = machine.emulated_s() - began_s
+        assert await process.read(address, 8 * MIB) == PATTERN
+        await process.exit()
+        return took_s
+
+    took_s = hmmnet.simulate(main, parse(far)).value
+    assert 0.05 < took_s < (0.06 if how == "longer" else 2.1)  # what is lost with a link is sent again after a while
 
 
 def test_transfers_under_way_wait_for_their_only_link() -> None:
