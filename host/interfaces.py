@@ -22,6 +22,7 @@ import numpy.typing as npt
 from hmmnet.pages import HUGE_PAGES, Words
 
 if TYPE_CHECKING:
+    from hmmnet.errors import KernelError
     from hmmnet.faults.injector import Points
 
     from .mm.huge import Large
@@ -219,6 +220,10 @@ class AddressSpace(Protocol):
 
     def read_killable(self) -> AbstractAsyncContextManager[object]:
         """The mmap lock for reading. Entering raises KernelError(EINTR) when the process is killed meanwhile."""
+        ...
+
+    async def relieved(self, error: KernelError) -> bool:
+        """Whether a fault that ended with `error` can be taken anew, because somebody was killed for its memory. Hold no lock."""
         ...
 
     @property

@@ -80,6 +80,11 @@ async def range_fault(space: AddressSpace, hub: Hub, subscription: Subscription,
             await missing.registration.wait(missing.page)
             deadline = trio.current_time() + timeout_s
             continue
+        except KernelError as error:
+            if not await space.relieved(error):
+                raise
+            deadline = trio.current_time() + timeout_s
+            continue
         if points.armed:
             await _at("retry.before_read_retry", hub, subscription, request)
         if words is not None and not hub.read_retry(subscription, sequence):

@@ -434,11 +434,17 @@ class Process:
 
     async def kill(self, *, out_of_memory: bool = False) -> None:
         """SIGKILL, or the OOM killer's."""
+        if out_of_memory:
+            await self.reap()
         self.ended = True
         self.space.kill()
-        if out_of_memory:
-            await self.space.reap()
         await self.exit()
+
+    async def reap(self) -> None:
+        """The OOM killer's SIGKILL, and its reaper: memory goes at once, whatever the process and its devices are doing."""
+        self.ended = True
+        self.space.kill()
+        await self.space.reap()
 
     async def exit(self) -> None:
         """exit(2): the address space goes first (its mirrors are told once), then the open devices.

@@ -129,6 +129,8 @@ class Host:
         self.links: dict[int, SessionLink] = {}
         """Living devices by zone."""
         self.homing = Homing(self.memory, self.links, self.spaces, self._context_of, self.interconnect.profile, clock.now)
+        self._oom = trio.Lock()
+        """Who is out of memory holds it: one at a time kills."""
         self.events = self.homing.events
         """Where to hear what happens."""
         self.contexts = Contexts(self.devices, self.hubs, self.interconnect.profile)
@@ -401,6 +403,30 @@ class Host:
         await self.processes[victim.number].kill(out_of_memory=True)
         return victim.number
 
+    async def _out_of_memory(self, pid: int) -> bool:
+        """pagefault_out_of_memory: kill until there is a frame for process `pid`; False when it is itself killed, or nobody can be.
+
+        Memory is reaped here, and the rest of a victim's exit is not waited for: its devices may be waiting for us. Who holds a lock, or
+        an answer to a device that wants one, must not come here.
+        """
+        async with self._oom:
+            while self.memory.is_used_up:
+                victim = oom.select([space.mm for space in self.spaces.values()], self.memory.total_pages)
+                if victim is None:
+                    log.error("out of memory: process %d wants a page, and there is nobody who may be killed", pid)
+                    return False
+                held, process = victim.rss, self.processes[victim.number]
+                await process.reap()
+                free = sum(node.allocator.free_count for node in self.memory.nodes)
+                log.warning(
+                    "out of memory: process %d wants a page: killed process %d, which had %d pages (oom_score_adj %d); %d are free now",
+                    *(pid, victim.number, held, victim.oom_score_adj, free),
+                )
+                self.spawn(process.exit)
+                if victim.number == pid:
+                    return False
+        return True
+
     async def unplug(self, name: str) -> None:
         """Hot removal of a device: its pages home, its memory gone, then goodbye; see `Machine.unplug`.
 
@@ -441,6 +467,7 @@ class Host:
 
     def _process(self, space: Space, hub: Hub) -> Process:
         self.spaces[space.number], self.hubs[space.number] = space, hub
+        space.oom = self._out_of_memory
         hub.watch = partial(self.events.invalidated, space.number)
         made = self.processes[space.number] = Process(
             space.number, space, self.contexts, self.homing, self._fork, self._process_ended, self.personality.check_advice

@@ -86,6 +86,8 @@ class CpuAccess:
         self.mmap_lock = RwLock()
         self.cpu_faults = 0
         """CPU faults that brought a page home, so far."""
+        self.oom: Callable[[int], Awaitable[bool]] | None = None
+        """pagefault_out_of_memory(process): whether host memory could be had by killing another process. None: nobody is killed for it."""
         self._gate = Gate()
         self.mm.migration_ended = self._gate.open
         self._since_checkpoint = 0
@@ -118,6 +120,15 @@ class CpuAccess:
             yield
         finally:
             self.mmap_lock.release_read()
+
+    async def relieved(self, error: KernelError) -> bool:
+        """A fault ended with `error`: whether it was for want of host memory, of which there is some again, so that it can be taken anew.
+
+        If so somebody was killed for it (pagefault_out_of_memory). Hold no lock. What a fault plan or a memory cgroup denies is no want.
+        """
+        if error.code != errno.ENOMEM or self.oom is None or isinstance(error, InjectedError) or not self.memory.is_used_up:
+            return False
+        return await self.oom(self.number)
 
     @property
     def points(self) -> Points:
@@ -277,6 +288,10 @@ class CpuAccess:
                 self._check_there(page, entry >> pte.FRAME_SHIFT + ZONE_SHIFT)
                 self.cpu_faults += 1
                 await self.home(self, page)
+        except KernelError:
+            if self.oom is None or not self.memory.is_used_up:
+                raise
+            return False  # the general way kills somebody for it
         finally:
             lock.release_read()
         return True
@@ -289,15 +304,18 @@ class CpuAccess:
             start = position >> PAGE_SHIFT
             end = min((position + left - 1 >> PAGE_SHIFT) + 1, start + batch)
             missing: MissingPage | None = None
+            short: KernelError | None = None
             async with self.mmap_lock.read():
                 try:
                     ready, touched = self._touch(start, end, write=write, keep=_whole(position, left) if write else None)
                 except KernelError as error:
-                    if end - start == 1 or isinstance(error, InjectedError):
-                        raise
-                    batch = (end - start) // 2  # memory is short: store as far as it goes
-                    continue
-                length = min(left, (ready << PAGE_SHIFT) - position)
+                    if end - start > 1 and not isinstance(error, InjectedError):
+                        batch = (end - start) // 2  # memory is short: store as far as it goes
+                        continue
+                    short, ready = error, end
+                    length = 0
+                else:
+                    length = min(left, (ready << PAGE_SHIFT) - position)
                 if length > 0:
                     (self._copy_in if write else self._copy_out)(position, data[done : done + length])
                     done += length
@@ -308,28 +326,38 @@ class CpuAccess:
                         await self._resolve(ready, touched, rounds)
                     except MissingPage as wanted:
                         missing = wanted
-            if missing is not None:
-                await missing.registration.wait(missing.page)
+                    except KernelError as error:
+                        short = error
+            await self._provided(missing, short)
             if self.memory.owed is not None:
                 await self._pay()
             if done < len(data):
                 await give_way()
+
+    async def _provided(self, missing: MissingPage | None, short: KernelError | None) -> None:
+        """After a round that left its locks: wait for a page that a userfaultfd fills in, or for memory. Raises `short` without any."""
+        if missing is not None:
+            await missing.registration.wait(missing.page)
+        if short is not None and not await self.relieved(short):
+            raise short
 
     async def touch(self, address: int, *, write: bool) -> None:
         """Fault one page in as an access to it would, without an access. Raises SegmentationFault, BusError, KernelError(ENOMEM)."""
         page = address >> PAGE_SHIFT
         for rounds in itertools.count(1):
             missing: MissingPage | None = None
+            short: KernelError | None = None
             async with self.mmap_lock.read():
-                ready, touched = self._touch(page, page + 1, write=write, keep=None)
-                if ready > page:
-                    return
                 try:
+                    ready, touched = self._touch(page, page + 1, write=write, keep=None)
+                    if ready > page:
+                        return
                     await self._resolve(page, touched, rounds)
                 except MissingPage as wanted:
                     missing = wanted
-            if missing is not None:
-                await missing.registration.wait(missing.page)
+                except KernelError as error:
+                    short = error
+            await self._provided(missing, short)
             await give_way()
 
     def _touch(self, start: int, end: int, *, write: bool, keep: tuple[int, int] | None) -> tuple[int, fault.Touched]:

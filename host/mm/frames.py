@@ -123,6 +123,11 @@ class PhysicalMemory:
         self.zones[number] = zone
         return zone
 
+    @property
+    def is_used_up(self) -> bool:
+        """Whether no host memory has a frame left."""
+        return not any(zone.allocator.free_count for zone in self.nodes)
+
     def peers_of(self, number: int) -> tuple[int, ...]:
         """The zones of other living devices whose page map has the owner of zone `number`'s."""
         own = self.zones.get(number)

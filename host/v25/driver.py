@@ -74,7 +74,7 @@ async def range_fault(space: Space, hub: Hub, subscription: Subscription, reques
             async with space.read_killable():
                 words = await _mirror(space, request)
         except KernelError as error:
-            if error.code != errno.EAGAIN:
+            if error.code != errno.EAGAIN and not await space.relieved(error):
                 raise
             deadline = trio.current_time() + timeout_s
             continue
