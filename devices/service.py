@@ -99,7 +99,7 @@ async def serve(
     device: Device | None = None
     injector = None
     if points is None:  # nobody else decides what goes wrong here: the host may, over the session
-        injector = injector_of(name, emulated)
+        injector = injector_of(emulated)
         points = injector.points_of(name)
     hooks = points
     if hooks.armed:
@@ -144,6 +144,8 @@ def assemble(
     model = load_model(spec.model)
     if points.armed and points.fails("device.welcome"):
         raise HmmnetError(f"{spec.name} cannot be what it is told to be: a fault was injected")
+    if injector is not None:
+        injector.random.seed(spec.chance)  # before the host tells of any fault
     clock.adopt(welcome.epoch_monotonic_s, welcome.epoch_emulated_s, welcome.rate)
     rings = shared_rings(spec.ring_file, spec.ring_token)
     ring_in, ring_out = (None, None) if rings is None else (rings.to_device, rings.to_host)
@@ -161,13 +163,13 @@ def assemble(
     return device
 
 
-def injector_of(name: str, clock: EmulatedClock) -> Injector:
-    """What is to happen at the points of a process of its own: each device draws its own chances, the same ones in each life."""
+def injector_of(clock: EmulatedClock) -> Injector:
+    """What is to happen at the points of a process of its own; what its chances are drawn from the host says (`assemble`)."""
 
     async def sleep(seconds: float) -> None:
         await clock.sleep_until(clock.now() + seconds)
 
-    return Injector(Random(name), now=clock.now, sleep=sleep, on_node=on_own_node)  # noqa: S311 - chance, not secrecy
+    return Injector(Random(0), now=clock.now, sleep=sleep, on_node=on_own_node)  # noqa: S311 - chance, not secrecy
 
 
 def on_own_node(action: str, node: str) -> None:

@@ -25,6 +25,8 @@ class Spec(msgspec.Struct, frozen=True):
     unit: int | None = None
     memory_file: str = ""
     """Where its memory is, if it is shared with the host because it is coherent."""
+    chance: str = ""
+    """What its chances of faults are drawn from: the machine's seed, its name, and which life of it this is."""
     ring_file: str = ""
     ring_token: bytes = b""
     """Where page data may lie on their way between host and device, and the proof that the file is the host's; empty: they are messages."""

@@ -328,7 +328,7 @@ async def wait_shielded(event: trio.Event) -> None:
 
 
 @asynccontextmanager
-async def embedded(topology: Topology, name: str, rate: Rate, transport: LaunchKind) -> AsyncIterator[LaunchedMachine]:
+async def embedded(topology: Topology, name: str, rate: Rate, transport: LaunchKind, seed: int = 0) -> AsyncIterator[LaunchedMachine]:
     """Run a machine with the host in this trio run."""
     raise_file_limit()
     record = new_record(name, topology.name, "program")
@@ -357,7 +357,7 @@ async def embedded(topology: Topology, name: str, rate: Rate, transport: LaunchK
         probe = f"ipc://{sockets / 'measure'}" if transport in {"ring", "ipc"} else "tcp://127.0.0.1:*"
         clock.set_rate(await automatic_rate(topology, wire, probe, ring=transport == "ring") if rate == "auto" else rate)
         place = {"scheme": "tcp", "address": HOST_ADDRESS} if cables else {"scheme": transport}
-        host: Host = host_class()(topology, wire, sockets, directory.secret(), clock, name, **place)
+        host: Host = host_class()(topology, wire, sockets, directory.secret(), clock, name, seed=seed, **place)
         host.on_restart = lambda device, down_s: nursery.start_soon(start_again, crew, device, down_s / clock.rate)
         running, end, over = trio.Event(), trio.Event(), trio.Event()
         stack.push_async_callback(wait_shielded, over)
@@ -384,8 +384,9 @@ def _beyond_loopback(directory: Directory, cables: Cables) -> tuple[CurveKeys | 
 class Launch:
     """What `launch` returns: enter it with ``async with`` (in trio) or ``with`` (anywhere else)."""
 
-    def __init__(self, topology: Topology, name: str | None, rate: Rate, transport: LaunchKind) -> None:
+    def __init__(self, topology: Topology, name: str | None, rate: Rate, transport: LaunchKind, seed: int = 0) -> None:
         self._topology = topology
+        self._seed = seed
         self._name = name
         self._rate = rate
         self._transport = transport
@@ -395,7 +396,7 @@ class Launch:
     async def __aenter__(self) -> LaunchedMachine:
         assert self._inside is None, "a launch is entered once"
         name = self._name or f"{self._topology.name[:16]}-{os.getpid()}-{next(_numbers)}"
-        self._inside = embedded(self._topology, name, self._rate, self._transport)
+        self._inside = embedded(self._topology, name, self._rate, self._transport, self._seed)
         with only_error():
             return await self._inside.__aenter__()
 
@@ -405,7 +406,7 @@ class Launch:
             await self._inside.__aexit__(kind, error, trace)
 
     def __enter__(self) -> LaunchedBlockingMachine:
-        self._blocking = Blocking(lambda: Launch(self._topology, self._name, self._rate, self._transport))
+        self._blocking = Blocking(lambda: Launch(self._topology, self._name, self._rate, self._transport, self._seed))
         return LaunchedBlockingMachine(self._blocking.start(), self._blocking)
 
     def __exit__(self, *error: object) -> None:
@@ -460,6 +461,7 @@ def launch(
     rate: Rate = "auto",
     transport: LaunchKind = "ring",
     personality: Personality | None = None,
+    seed: int = 0,
 ) -> Launch:
     """Start a machine for this program: ``async with hmmnet.launch(...) as machine`` under trio, ``with ...`` in scripts and notebooks.
 
@@ -468,13 +470,14 @@ def launch(
     the processes talk over: ``ring`` (Unix sockets, with page data in shared memory), ``ipc`` (sockets alone), ``tcp`` (loopback), or
     ``cable``: each device in a network namespace of its own, behind a cable that can be made bad (`hmmnet.cable`; call its `isolate`
     first, at the beginning of the process, and nothing of it is seen outside). `personality` says whose rules the host keeps, ``today`` or
-    ``v25``, where not those that the topology names. Raises TopologyError and HmmnetError (a rate, a transport or a personality that
-    there is not) here; entering raises MachineExists when `name` is taken, and HmmnetError
-    when a device does not start.
+    ``v25``, where not those that the topology names. `seed` is what chances of faults are drawn from, at the host and in each life of each
+    device: which occurrence a fault hits is the same in each launch, when it comes is the computer's doing. Raises TopologyError and
+    HmmnetError (a rate, a transport or a personality that there is not) here; entering raises MachineExists when `name` is taken, and
+    HmmnetError when a device does not start.
     """
     if transport not in LAUNCH_KINDS:
         raise HmmnetError(f"there is no transport {transport!r}; there are {', '.join(LAUNCH_KINDS)}")
     if not isinstance(topology, str | Path | Topology):
         raise HmmnetError(f"topology is {topology!r}; a preset's name, a TOML file or a Topology is wanted")
     machine = topology if isinstance(topology, Topology) else load(topology, installed_models() or None)
-    return Launch(with_personality(machine, personality), name, check_rate(rate), transport)
+    return Launch(with_personality(machine, personality), name, check_rate(rate), transport, seed)

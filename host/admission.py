@@ -8,6 +8,7 @@ with us; a program gets nothing but the clock.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
@@ -75,6 +76,7 @@ class Admission:
         *,
         ring: bool = False,
         tap: Callable[[Channel, str], Channel] = lambda channel, _: channel,
+        seed: int = 0,
     ) -> None:
         self._topology = topology
         self._transport = transport
@@ -86,6 +88,8 @@ class Admission:
         self._telemetry = telemetry
         self._ring = ring
         self._tap = tap
+        self._seed = seed
+        self._welcomed: Counter[str] = Counter()
         self._zone_next = DEVICE_ZONE_MIN
         self._connecting: dict[str, Connecting] = {}
 
@@ -122,7 +126,9 @@ class Admission:
         bulk_in, bulk_out = bound
         self._zone_next += 1
         self._connecting[hello.name] = Connecting(spec, zone, bulk_in, bulk_out, rings, shared)
+        self._welcomed[spec.name] += 1
         config = asdict(spec) | {"memory_file": shared.path if shared is not None else ""}
+        config |= {"chance": f"{self._seed} {spec.name} {self._welcomed[spec.name]}"}
         if rings is not None:
             config |= {"ring_file": rings.place.path, "ring_token": rings.place.token}
         return self._welcome(zone, bulk_in.endpoint, bulk_out.endpoint, key, msgspec.msgpack.encode(config))

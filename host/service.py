@@ -82,6 +82,7 @@ class Host:
 
     ``ring`` is ``ipc`` with page data in shared memory, for devices that can open it. Times are in real seconds.
     `personality` is whose rules it keeps, when not those that the topology names. Raises HmmnetError for one that there is not.
+    `seed` is what chances of faults are drawn from: the host's, and those of each life of each device (`injector` has its own).
     """
 
     def __init__(
@@ -101,16 +102,18 @@ class Host:
         incarnation: int | None = None,
         injector: Injector | None = None,
         personality: str = "",
+        seed: int = 0,
     ) -> None:
         self.personality = personality_named(personality or topology.personality)
         self.topology = topology
         self.name = name
         self.clock = clock
         self.memory = self.personality.memory()
-        self.injector = injector or Injector(now=clock.now, sleep=partial(sleep_emulated, clock))
+        self.injector = injector or Injector(Random(f"{seed} host"), now=clock.now, sleep=partial(sleep_emulated, clock))  # noqa: S311
         self.points = self.memory.points = self.injector.points_of(HOST)
         self.injection = Injection(self, self.injector)
-        self.network = Network(Random(f"wires of {name}"))  # noqa: S311 - chance, not secrecy
+        self._seed = seed
+        self.network = Network(Random(f"{seed} wires"))  # noqa: S311 - chance, not secrecy
         """What happens to messages on the wires to the devices (a simulated machine has a network of its own at their other end)."""
         self.faults = self.injection.carrier(clock)
         """The faults of this machine, where the host carries them out (a simulated machine has its own)."""
@@ -183,6 +186,7 @@ class Host:
                 samples.endpoint,
                 ring=self._ring,
                 tap=self._tapped,
+                seed=self._seed,
             )
             control = await self._listen(stack, "control")
             if self._scheme != "mem":

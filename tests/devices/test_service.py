@@ -17,9 +17,11 @@ import numpy as np
 import pytest
 import trio
 
-from hmmnet.devices.service import Settings, injector_of, run_device, serve, single
+from hmmnet.devices import service
+from hmmnet.devices.service import Settings, run_device, serve, single
 from hmmnet.errors import HmmnetError, PeerLost, PeerRefused
 from hmmnet.fabric.clock import EmulatedClock
+from hmmnet.faults import Injector
 from hmmnet.testing.scripted_host import SECRET, ScriptedHost, host_alone, results_of, until
 from hmmnet.wire.memory_transport import MemoryTransport
 from hmmnet.wire.secrets import write_secret
@@ -244,9 +246,23 @@ def test_single_error_of_nested_groups() -> None:
     assert single(several) is several
 
 
-def test_each_device_draws_its_own_chances() -> None:
-    """Two devices are not hit by a fault at the same occurrences; one device is, in each life."""
-    first, again, other = (injector_of(name, EmulatedClock()).random for name in ("gpu0", "gpu0", "gpu1"))
-    drawn = [first.random() for _ in range(8)]
-    assert drawn == [again.random() for _ in range(8)]
-    assert drawn != [other.random() for _ in range(8)]
+async def test_a_device_draws_its_chances_from_what_its_welcome_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same ones for the same words, others for others."""
+    made: list[Injector] = []
+
+    def injector_of(clock: EmulatedClock) -> Injector:
+        made.append(Injector(now=clock.now))
+        return made[-1]
+
+    async def drawn(chance: str) -> list[float]:
+        with MemoryTransport() as transport:
+            async with trio.open_nursery() as nursery, host_alone(transport, chance=chance) as host:
+                nursery.start_soon(serve, transport, "mem://host", "gpu0", SECRET, 1)
+                await host.joined.wait()
+                await host.open()
+        return [made[-1].random.random() for _ in range(8)]
+
+    monkeypatch.setattr(service, "injector_of", injector_of)
+    first = await drawn("7 gpu0 1")
+    assert first == await drawn("7 gpu0 1")
+    assert first != await drawn("7 gpu0 2")

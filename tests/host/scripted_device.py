@@ -86,11 +86,12 @@ def topology(*names: str) -> Topology:
 
 
 @asynccontextmanager
-async def running_host(*names: str) -> AsyncIterator[tuple[Host, MemoryTransport]]:
+async def running_host(*names: str, seed: int = 0) -> AsyncIterator[tuple[Host, MemoryTransport]]:
     """A host in this trio run, with a short lease, that `names` may join over memory channels."""
     transport = MemoryTransport()
     clock = EmulatedClock()
-    host = Host(topology(*names), transport, Path(), SECRET, clock, scheme="mem", heartbeat_s=HEARTBEAT_S, lease_s=LEASE_S, retry_s=RETRY_S)
+    timing = {"heartbeat_s": HEARTBEAT_S, "lease_s": LEASE_S, "retry_s": RETRY_S}
+    host = Host(topology(*names), transport, Path(), SECRET, clock, scheme="mem", seed=seed, **timing)  # type: ignore[arg-type]
     async with host.running():
         yield host, transport
 

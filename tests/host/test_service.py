@@ -138,6 +138,17 @@ async def test_a_device_learns_its_zone_and_what_it_is() -> None:
                 assert {name: device["state"] for name, device in report["devices"].items()} == {"gpu0": "ready", "gpu1": "ready"}
 
 
+async def test_each_life_of_a_device_has_its_own_chances() -> None:
+    """What they are drawn from is other for each machine's seed, each device and each of its lives, and the same in another launch."""
+    told = []
+    async with running_host("gpu0", "gpu1", seed=7) as (host, transport):
+        with trio.fail_after(5):
+            for name in ("gpu0", "gpu1", "gpu0"):
+                async with scripted_device(host, transport, name) as device:
+                    told.append(msgspec.msgpack.decode(device.welcome.config)["chance"])
+    assert told == ["7 gpu0 1", "7 gpu1 1", "7 gpu0 2"]
+
+
 async def test_opening_a_device_that_is_not_there() -> None:
     """ENODEV until it has started, ENOENT for a name that the topology does not have."""
     async with running_host("gpu0") as (host, _):
