@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from fnmatch import fnmatchcase
 from functools import partial
+from random import Random
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -42,6 +43,15 @@ RANGE_PAGES_MAX = 1 << 12
 """Pages that a fault without a range does something to: of what is concerned at a point, the first 16 MiB."""
 
 log = logging.getLogger("hmmnet.host")
+
+
+def own_injector(clock: EmulatedClock, seed: int) -> Injector:
+    """What is to happen at the points of a host in a process of its own; `seed` is what its chances are drawn from."""
+
+    async def sleep(seconds: float) -> None:
+        await clock.sleep_until(clock.now() + seconds)
+
+    return Injector(Random(f"{seed} host"), now=clock.now, sleep=sleep)  # noqa: S311 - chance, not secrecy
 
 
 class Injection:

@@ -47,6 +47,7 @@ from hmmnet.wire.session import Session
 from .device import Context, Life
 from .dma_map import DeviceDma
 from .homing import Homing
+from .hub import Hub
 from .interfaces import Select
 from .migrate import Announce, Copy, Grant, Outcome, migrate_to_device
 from .mirror import Request
@@ -103,13 +104,24 @@ class Requests:
 
     # --- mirror ---------------------------------------------------------------------------------------------------------------
 
-    def subscribe(self, message: Subscribe) -> Subscribed:
-        """mmu_interval_notifier_insert. Raises KernelError: EOVERFLOW, EINVAL, ESRCH."""
+    def subscribe(self, message: Subscribe) -> Subscribed | Awaitable[Subscribed]:
+        """mmu_interval_notifier_insert. Raises KernelError: EOVERFLOW, EINVAL, ESRCH.
+
+        What is being invalidated now the device will not be told of. It hears that it has subscribed once that is over, so that it never
+        maps what a migration of its own brings in the middle of it (a driver would find its sequence odd, and try again).
+        """
         context = self._life.context(message.context)
         if len(context.subscriptions) >= SUBSCRIPTIONS_MAX:
             raise ProtocolError(f"context {context.number} has {SUBSCRIPTIONS_MAX} subscriptions")
         made = context.hub.insert(message.start, message.end, self._life.link, context.number, message.own)
         context.subscriptions[made.number] = made
+        if context.hub.core.must_wait(made):
+            return self._subscribed(context.hub, made)
+        return Subscribed(made.number, made.sequence)
+
+    @staticmethod
+    async def _subscribed(hub: Hub, made: Subscription) -> Subscribed:
+        await hub.read_begin(made)
         return Subscribed(made.number, made.sequence)
 
     async def unsubscribe(self, message: Unsubscribe) -> None:

@@ -55,7 +55,7 @@ from .dma import Dma
 from .dma_map import DeviceDma, DmaRoutes, page_map_owners
 from .homing import Homing
 from .hub import Hub
-from .injection import Injection
+from .injection import Injection, own_injector
 from .interconnect import Interconnect
 from .link import SessionLink
 from .mm import oom
@@ -70,11 +70,6 @@ PID_FIRST = 1000
 """Pids below could be mistaken for something of the computer's own."""
 
 log = logging.getLogger("hmmnet.host")
-
-
-async def sleep_emulated(clock: EmulatedClock, seconds: float) -> None:
-    """Return after so many emulated seconds."""
-    await clock.sleep_until(clock.now() + seconds)
 
 
 class Host:
@@ -109,7 +104,7 @@ class Host:
         self.name = name
         self.clock = clock
         self.memory = self.personality.memory()
-        self.injector = injector or Injector(Random(f"{seed} host"), now=clock.now, sleep=partial(sleep_emulated, clock))  # noqa: S311
+        self.injector = injector or own_injector(clock, seed)
         self.points = self.memory.points = self.injector.points_of(HOST)
         self.injection = Injection(self, self.injector)
         self._seed = seed

@@ -51,12 +51,10 @@ def copy_entries(parent: Mm, child: Mm, vma: Vma) -> None:
 
 
 def _share(parent: Mm, child: Mm, vma: Vma, part: Words, where: np.ndarray[tuple[int], np.dtype[np.intp]], pages: Words) -> Words:
-    """Make the entries at ``part[where]`` shared; the child's entries for them."""
+    """Make the entries at ``part[where]`` shared; the child's entries for them. Raises KernelError(ENOMEM): then nothing has changed."""
     entries = part[where]
     kinds = pte.kinds_of(entries)
     swapped = kinds == pte.SWAP
-    if swapped.any():
-        parent.memory.swap.share(pte.frames_of(entries[swapped]))
     counted = (entries & pte.SPECIAL == 0) & (kinds != pte.MARKER) & ~swapped
     pinned = counted & pte.is_present(entries) & (entries & pte.ANON_EXCLUSIVE != 0)
     if pinned.any():
@@ -65,6 +63,9 @@ def _share(parent: Mm, child: Mm, vma: Vma, part: Words, where: np.ndarray[tuple
     if torn.any():  # __split_huge_pmd, for the sake of the pinned ones
         entries[torn] &= ~np.uint64(pte.HUGE)
         parent.small_blocks.update(huge.blocks_of(pages[torn]))
+    copies = _copies(parent, child, vma, entries[pinned], pages[pinned]) if pinned.any() else None
+    if swapped.any():
+        parent.memory.swap.share(pte.frames_of(entries[swapped]))
     lost = (entries & (pte.KIND | pte.WRITE)) == pte.DEVICE | pte.WRITE
     shared = entries.copy() if vma.flags & VM_SHARED else entries & ~np.uint64(pte.WRITE | pte.ANON_EXCLUSIVE)
     shared[lost] &= ~np.uint64(pte.SOFT_DIRTY)
@@ -74,8 +75,8 @@ def _share(parent: Mm, child: Mm, vma: Vma, part: Words, where: np.ndarray[tuple
         zone.mapcount[at] += 1
     child.rss += int(np.count_nonzero(counted))
     theirs = shared & ~np.uint64(pte.YOUNG)
-    if pinned.any():
-        theirs[pinned] = _copies(parent, child, vma, entries[pinned], pages[pinned])
+    if copies is not None:
+        theirs[pinned] = copies
     return theirs
 
 

@@ -19,6 +19,7 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from hmmnet.errors import BusError, HmmnetError, KernelError, PeerLost, PeerRefused, RemoteError
+from hmmnet.host.interfaces import Event
 from hmmnet.host.process import Process
 from hmmnet.host.service import Host
 from hmmnet.pages import (
@@ -280,6 +281,28 @@ async def test_dma_goes_only_where_the_device_was_told() -> None:
             await device.dma_read(1, where, granted)
         assert (await host.report())["devices"]["gpu0"]["iommu_refused"] == 1
         assert await device.dma_read(1, where[1:], granted[1:]) == b"B" * 8
+
+
+async def test_who_subscribes_in_the_middle_of_an_invalidation_hears_when_it_is_over() -> None:
+    """Of that one it is never told: until then nothing may be mapped, whoever brings it."""
+    async with one_device() as (host, device, process):
+        hub = host.hubs[process.pid]
+        before = await device.subscribe(1)
+        later: list[int] = []
+
+        async def subscribe() -> None:
+            later.append((await device.subscribe(1)).subscription)
+
+        with trio.fail_after(5):
+            async with trio.open_nursery() as nursery:
+                async with hub.invalidate(Event.CLEAR, 10, 20):
+                    nursery.start_soon(subscribe)
+                    await trio.sleep(0.05)
+                    assert later == []
+                    assert len(device.of(Invalidate)) == 1
+            assert later == [before.subscription + 1]
+            async with hub.invalidate(Event.CLEAR, 10, 20):
+                assert len(device.of(Invalidate)) == 3
 
 
 async def test_requests_that_no_driver_sends_are_refused() -> None:
