@@ -151,7 +151,7 @@ def run(seed: int) -> tuple[int, int]:
 def test_no_stale_translation_survives(seed: int) -> None:
     """Twelve seeds; each programs many entries and has to begin anew at least once, so the race is there."""
     programmed, redone = run(seed)
-    assert programmed > 50
+    assert programmed > 25
     assert redone > 0
 
 
