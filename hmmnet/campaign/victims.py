@@ -25,7 +25,7 @@ from .words import VICTIM_ADDRESS, VICTIM_BYTES, VICTIM_PID_FIRST
 KEEPS = frozenset({"process.fork", "process.mprotect", "process.mremap"})
 """Kinds that a process's data outlive, as its mapping does: it must not be made anew where it is missing for a moment."""
 REST_S = 0.002
-"""Virtual seconds between the first two rounds; each rest is longer, for some seeds take microseconds and others minutes."""
+"""Virtual seconds between the first two rounds; each rest is longer, for some seeds take microseconds and others a minute."""
 PATTERN = np.arange(VICTIM_BYTES // 8, dtype=np.uint64)
 ROUND_SHIFT = 20
 
@@ -55,7 +55,7 @@ class Victim:
                 await self._mend(error)
             if self.over:
                 return
-            await trio.sleep(REST_S * number)
+            await trio.sleep(REST_S * number * number)
 
     async def _map(self) -> None:
         await self.process.mmap(VICTIM_BYTES, "rw", VICTIM_ADDRESS)
