@@ -42,6 +42,7 @@ CAUGHT: dict[str, tuple[int, str]] = {
     "punched_pages_stay_mapped": (15, "history"),
     "reference_not_dropped": (0, "invariants"),
     "removed_subscribers_are_told": (0, "invariants"),
+    "repeats_take_effect_twice": (87, "service"),
     "retry_check_skipped_by_the_device": (19, "invariants"),
     "revoke_forgotten": (0, "invariants"),
     "revoke_forgotten_after_migration": (1, "invariants"),
