@@ -173,11 +173,12 @@ async def _live(machine: LaunchedMachine, program: Program, rounds: int, outcome
     crew = Crew(cast(SimulatedMachine, _AsSimulated(machine)), process, program, outcome, None)
     auditor = Auditor(crew)
     await crew.lay_out()
+    enough = trio.Event()
     async with trio.open_nursery() as nursery:
         for actor in range(program.actors):
-            nursery.start_soon(_act, crew, actor)
+            nursery.start_soon(_act, crew, actor, enough)
         await _nemesis(machine, crew, Random(f"real {program.seed}"), rounds, summary)  # noqa: S311 - chance, not secrecy
-        nursery.cancel_scope.cancel()
+        enough.set()  # a step in the middle of which it ended could leave a hole where it maps again what it has unmapped
     machine.cables.repair()
     await converge(crew)
     await last_check(crew)
@@ -192,11 +193,13 @@ async def _live(machine: LaunchedMachine, program: Program, rounds: int, outcome
     await books(crew, auditor)
 
 
-async def _act(crew: Crew, actor: int) -> None:
-    """Step after step, again and again; each time with serials of its own, so that every stored value stands for one store."""
+async def _act(crew: Crew, actor: int, enough: trio.Event) -> None:
+    """Step after step, until it is `enough`; each time with serials of its own, so that every stored value stands for one store."""
     serials = count(1 + actor, crew.program.actors)
     own = [step for step in crew.program.steps if step.actor == actor]
     for step in cycle(own):
+        if enough.is_set():
+            return
         await operations.do(crew, msgspec.structs.replace(step, serial=next(serials)))
         await trio.lowlevel.checkpoint()
 

@@ -65,8 +65,8 @@ async def test_pages_that_die_are_counted_and_every_incarnation_is_awaited(monke
     lives: list[str] = []
     looked_for: list[int] = []
 
-    async def rest(*_: Any) -> None:
-        await trio.sleep_forever()
+    async def rest(_crew: Crew, _actor: int, enough: trio.Event) -> None:
+        await enough.wait()
 
     async def take_and_die(machine: LaunchedMachine, crew: Crew, random: Any, _rounds: int, _summary: Summary) -> None:
         lives.extend(machine.device_names)
