@@ -197,14 +197,21 @@ class Device:
                 scope.cancel()
 
     async def close_context(self, message: CloseContext) -> None:
-        """The last user is gone: end the jobs, forget the mirror. Raises KernelError(EBADF)."""
+        """The last user is gone: end the jobs, forget the mirror, whatever `closing` cannot do. Raises KernelError(EBADF), and its errors.
+
+        As with release(2) there is no second time: the host tells a context that is gone of nothing any more.
+        """
         opened = self.opened_context(message.context, "close")
-        await self.closing(opened)
-        if self.contexts.pop(message.context, None) is None:
+        try:
+            await self.closing(opened)
+        finally:
+            closes = self.contexts.pop(message.context, None) is not None
+            if closes:
+                opened.scope.cancel()
+                await opened.closed.wait()
+                self._forget(opened.context)
+        if not closes:
             raise KernelError(EBADF, "close", f"context {message.context} is being closed")
-        opened.scope.cancel()
-        await opened.closed.wait()
-        self._forget(opened.context)
 
     async def closing(self, opened: Opened) -> None:
         """For models: a context is about to be closed."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import trio
 
@@ -158,6 +160,29 @@ def test_a_host_that_hangs_goes_on() -> None:
         assert await process.read(address, PAGES * PAGE) == DATA
         await process.exit()
         assert machine.audit(quiet=True) == []
+
+    hmmnet.simulate(main, MACHINE, limit_s=300.0)
+
+
+def test_a_driver_whose_release_fails_is_closed_all_the_same() -> None:
+    """What dmirror brings home as it is closed cannot leave over a link that is down: its mirror is gone, and nothing stale is left."""
+
+    async def main(machine: SimulatedMachine) -> None:
+        process = await machine.create_process()
+        address = await process.mmap(4 * PAGE)
+        await process.write(address, DATA[: 2 * PAGE])
+        handle = await process.open("dmirror0")
+        await handle.ioctl("migrate_to_dev", address, 2)
+        await handle.ioctl("read", address + 2 * PAGE, 2)
+        number = machine.add_fault(fault("link.down", "*dmirror0"))
+        with contextlib.suppress(PeerError):
+            await handle.close()
+        assert machine.device("dmirror0").contexts == {}
+        machine.remove_fault(number)
+        await process.migrate(address + 2 * PAGE, 2 * PAGE, "gpu0")
+        assert machine.audit(quiet=False) == []
+        assert await process.read(address, 2 * PAGE) == DATA[: 2 * PAGE]
+        await process.exit()
 
     hmmnet.simulate(main, MACHINE, limit_s=300.0)
 
