@@ -102,6 +102,10 @@ class PeerGone(PeerLost):
     """A peer is gone and certainly touches nothing any more: it said BYE, or its process has ended. No lease needs to be waited out."""
 
 
+class Unreachable(PeerError):
+    """No link that works leads there: links are down, or were for too long. The peer itself may be well."""
+
+
 class RemoteError(PeerError):
     """The peer's handler failed in a way that is not part of the model; its text says what it reported."""
 

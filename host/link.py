@@ -25,7 +25,18 @@ from hmmnet.errors import KernelError, PeerError, PeerGone, PeerLost, ProtocolEr
 from hmmnet.fabric.arbiter import Flow
 from hmmnet.fabric.dma import ArenaSink, ArenaSource, BulkReceiver, BulkSender, Sink, Source
 from hmmnet.observe.counters import DEVICE_TO_DEVICE, DEVICE_TO_HOST, HOST_TO_DEVICE
-from hmmnet.pages import HUGE_PAGES, PAGE_SHIFT, PAGE_SIZE, Words, has_large, page_by_page, pages_in, to_wire
+from hmmnet.pages import (
+    DEVICE_ZONE_MIN,
+    HUGE_PAGES,
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    ZONE_SHIFT,
+    Words,
+    has_large,
+    page_by_page,
+    pages_in,
+    to_wire,
+)
 from hmmnet.topology import DeviceSpec
 from hmmnet.wire.messages import INLINE_BYTES_MAX, PAGES_PER_MESSAGE_MAX, Copied, CopyIn, CopyOut, Done, FreeFrames, Invalidate, Message
 from hmmnet.wire.session import PendingReply, Session
@@ -229,7 +240,8 @@ class SessionLink:
                 report = await self.sender.send(stream, source, flow)
         finally:
             flow.close(links.now())
-        links.profile.record(HOST_TO_DEVICE, source.nbytes, report.emulated_s, self.name)
+        kind = HOST_TO_DEVICE if frame >> ZONE_SHIFT < DEVICE_ZONE_MIN else DEVICE_TO_DEVICE  # coherent memory of a peer
+        links.profile.record(kind, source.nbytes, report.emulated_s, self.name)
 
     async def fill(self, targets: Words, source: Source, flow: Flow) -> None:
         """Stream to device frames what does not come from host memory, by a flow that is open. Raises PeerLost, PeerError."""

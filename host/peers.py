@@ -7,17 +7,19 @@ without passing a host memory have one owner (`dma_map.page_map_owners`). A driv
 memory, and each of its units is an owner of its own) takes nothing from others: a foreign page stays, or comes home by a fault first.
 
 The destination's driver does the migration, as always; the source hears of it as of any other and drops its entries before it streams. The
-pages stay the source's until the last step, so whatever fails, or dies, leaves them where they were: where the source fails they do not
-move, and the rest of the range goes on.
+pages stay the source's until the last step, so whatever fails, or dies, leaves them where they were: where the source fails, or the
+way, they do not move, and the rest of the range goes on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 
 import numpy as np
 import numpy.typing as npt
 
+from hmmnet.errors import Unreachable
 from hmmnet.pages import DEVICE_ZONE_MIN, ZONE_SHIFT, Words
 
 from .interfaces import DeviceLink, Migration
@@ -27,7 +29,8 @@ from .migrate import MIGRATE, SHIFT, VALID, Copy, Grant, MigrateVma, copy_in, li
 Across = Callable[[DeviceLink, DeviceLink, int, Words, Words, Words], Awaitable[bool]]
 """DMA from the private memory of one device to another: (source, target, the source's context, pages, frames, target frames).
 
-Whether it landed; False when the source could not give the pages. Raises what the target's `copy_in` raises. All lists may be large."""
+Whether it landed; False when the source could not give the pages, or no link that works leads between the two. Raises what the target's
+`copy_in` raises. All lists may be large."""
 Rows = npt.NDArray[np.intp]
 _ZONE = np.uint64(ZONE_SHIFT)
 _NONE = np.zeros(0, np.uint64)
@@ -67,8 +70,10 @@ def alloc_and_copy(links: Mapping[int, DeviceLink], context_of: Callable[[int, i
             await work.at("migrate.before_copy")
         frames, to = listed(part, part.source[rows] >> SHIFT), listed(part, targets)
         if other.kind == "coherent":
-            await link.copy_in(frames, to, _NONE)
-            return True
+            with suppress(Unreachable):
+                await link.copy_in(frames, to, _NONE)
+                return True
+            return False
         return await across(other, link, context_of(work.space.number, other.zone), listed(part, part.pages[rows]), frames, to)
 
     return copy

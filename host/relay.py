@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import numpy as np
 import trio
 
-from hmmnet.errors import HmmnetError
+from hmmnet.errors import HmmnetError, Unreachable
 from hmmnet.fabric.dma import BytesSink, BytesSource
 from hmmnet.pages import HUGE_PAGES, LARGE, PAGE_SIZE, Words, pages_in, to_wire
 from hmmnet.wire.messages import CopyOut
@@ -57,6 +57,7 @@ class _Relay:
         self._target = target
         self._context = context
         self._source_failed: HmmnetError | None = None
+        """Also when no link leads from it to the target: its pages stay, and the target is there for others."""
         self._target_failed: HmmnetError | None = None
 
     async def run(self, pages: Words, frames: Words, targets: Words) -> bool:
@@ -83,8 +84,8 @@ class _Relay:
     ) -> None:
         """Let the source drop its entries and stream, piece by piece. No link is asked: the flow to the target is the transfer."""
         link = self._source
-        try:
-            async with came:
+        async with came:
+            try:
                 for piece in pieces(frames):
                     data = np.empty(pages_in(frames[piece]) * PAGE_SIZE, np.uint8)
                     stream = link.new_stream()
@@ -93,9 +94,9 @@ class _Relay:
                             CopyOut(stream, self._context, to_wire(pages[piece]), to_wire(frames[piece]), 0.0, math.inf, 0.0)
                         )
                     await came.send((piece, data))
-        except HmmnetError as error:
-            self._source_failed = error
-            whole.cancel()
+            except HmmnetError as error:  # first of all the other side is ended: a channel that closes would tell it that it has everything
+                self._source_failed = error
+                whole.cancel()
 
     async def _pass_on(
         self,
@@ -109,6 +110,9 @@ class _Relay:
             with self._target.from_peer(self._source.name, nbytes) as flow:
                 async for piece, data in taken:
                     await self._target.fill(targets[piece], BytesSource(data), flow)
+        except Unreachable as error:
+            self._source_failed = error  # both may be well
+            whole.cancel()
         except HmmnetError as error:
             self._target_failed = error
             whole.cancel()

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
-from hmmnet.errors import HmmnetError, PeerError
+from hmmnet.errors import HmmnetError, Unreachable
 from hmmnet.topology.model import Topology
 from hmmnet.topology.routes import Routes
 
@@ -218,10 +218,10 @@ class Arbiter:
             link.flows -= 1
 
     def route(self, source: str, target: str) -> tuple[Link, ...]:
-        """The links from `source` to `target`, by name of memory node or device. Raises TopologyError; PeerError while links are down."""
+        """The links from `source` to `target`, by name of memory node or device. Raises TopologyError; Unreachable while links are down."""
         hops = self._routes.find(source, target) if self._changes else self._routes.route(source, target)
         if hops is None:
-            raise PeerError(f'no link that works leads from "{source}" to "{target}": links are down')
+            raise Unreachable(f'no link that works leads from "{source}" to "{target}": links are down')
         return tuple(self._links[hop.link.name, hop.forward] for hop in hops)
 
     def open_flow(self, source: str, target: str, now_s: float) -> Flow:

@@ -14,7 +14,7 @@ from typing import Any
 import trio
 import xxhash
 
-from hmmnet.errors import PeerError, ProtocolError
+from hmmnet.errors import PeerError, ProtocolError, Unreachable
 from hmmnet.wire.transport import Channel
 
 from .chunk import ANNOUNCED_MAX, Abort, Credit, pack_abort, pack_chunk, unpack_back
@@ -243,14 +243,14 @@ class BulkSender:
                 self._ring_used.set()
 
     async def _await_link(self, out: _Outgoing) -> None:
-        """Return when a link leads to the receiver again. Raises PeerError when none does for `DOWN_S`, or the receiver has given up."""
+        """Return when a link leads to the receiver again. Raises Unreachable when none does for `DOWN_S`, PeerError if it gave up."""
         await self._announce(out)
         with trio.move_on_after(self._clock.real(DOWN_S)):
             while out.pacer.stalled:
                 out.check()
                 await trio.sleep(self._clock.real(LOOK_S))
             return
-        raise PeerError(f"stream {out.state.stream}: no link that works leads to its receiver: links are down for {DOWN_S:g} s")
+        raise Unreachable(f"stream {out.state.stream}: no link that works leads to its receiver: links are down for {DOWN_S:g} s")
 
     # --- waiting --------------------------------------------------------------------------------------------------------------
 

@@ -253,7 +253,7 @@ class Bridge:
     async def _wait(self, direction: int) -> None:
         """Yield, and return when `direction` may be ready, for the caller to try. A nudge, which the caller will find, is no wait."""
         events = self._get(_EVENTS)
-        if events & direction or self._nudged:
+        if events & direction or (self._nudged and direction == _POLLIN):
             await checkpoint()
         else:
             await self._wait_turn(direction, events)

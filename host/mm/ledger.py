@@ -237,9 +237,10 @@ class Ledger:
         return found
 
     def forget(self) -> None:
-        """Look at everything next time."""
+        """Look at everything next time. What is in transit then has its time from then on."""
         self._tables.clear()
         self._zones.clear()
+        self._moving.clear()
 
     def _look(self, mms: Sequence[Mm]) -> dict[int, Words]:
         memory = self._memory

@@ -154,6 +154,32 @@ def test_a_migration_entry_that_stays_is_named(monkeypatch: pytest.MonkeyPatch) 
     assert "has been behind a migration entry for 2.5 s (I5)" in stays[0]
 
 
+def test_what_was_in_transit_at_a_violation_is_not_so_for_ever() -> None:
+    """Another rule is broken while a page moves, which starts all looks anew: the page, home long since, is no complaint later."""
+
+    async def main(machine: SimulatedMachine) -> list[list[str]]:
+        process = await machine.create_process()
+        address = await process.mmap(8 * PAGE_SIZE)
+        await process.write(address, np.ones(8 * PAGE_SIZE, np.uint8))
+        looks = [machine.audit_changes()]
+        undo = leave_a_migration_entry(machine, Random(1))
+        assert undo is not None
+        looks.append(machine.audit_changes())
+        host_of(machine).spaces[process.pid].mm.rss += 1
+        looks.append(machine.audit_changes())
+        host_of(machine).spaces[process.pid].mm.rss -= 1
+        undo()
+        looks.append(machine.audit_changes())
+        await trio.sleep(2 * ledger.MIGRATION_S_MAX)
+        looks.append(machine.audit_changes())
+        await process.exit()
+        return looks
+
+    looks = simulate(main).value
+    assert ["rss is 9" in " ".join(look) for look in looks] == [False, False, True, False, False]
+    assert [len(look) for look in looks] == [0, 0, 1, 0, 0]
+
+
 def test_a_word_that_changes_by_itself_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """I6: what is loaded is what was stored last; the history knows."""
     spoilt: list[Undo] = []

@@ -18,6 +18,7 @@ import trio
 
 import hmmnet
 from hmmnet.errors import BusError, HmmnetError, KernelError
+from hmmnet.faults import fault
 from hmmnet.host.dma_map import page_map_owners
 from hmmnet.host.relay import PIECE_PAGES, pieces
 from hmmnet.host.service import Host
@@ -162,6 +163,83 @@ def test_a_full_peer_takes_what_fits() -> None:
         await process.exit()
 
     hmmnet.simulate(main, MACHINE)
+
+
+async def device_to_device_bytes(machine: SimulatedMachine) -> int:
+    """What the profile has counted."""
+    return sum(row["total_bytes"] for row in (await machine.report())["profile"] if row["kind"] == DEVICE_TO_DEVICE)
+
+
+@pytest.mark.parametrize("cut", ["before", "under way"])
+def test_a_cut_way_holds_back_the_peers_pages_alone(cut: str) -> None:
+    """Links of gpu0 are down, or go down for too long: its pages stay, the host's move, jobs on others go on, nothing is counted."""
+
+    async def main(machine: SimulatedMachine) -> None:
+        process = await machine.create_process()
+        size = 16 * MIB
+        address = await process.mmap(2 * size)
+        await process.madvise(address, 2 * size, "NOHUGEPAGE")
+        await process.write(address, PATTERN[: 2 * size])
+        assert await process.migrate(address, size, "gpu0") == size
+        after = "0 s" if cut == "before" else "0.2 ms"
+        for link in ("node0-gpu0", "nvswitch-gpu0"):
+            machine.add_fault(fault("link.down", on=link, after=after))
+        assert await process.migrate(address, 2 * size, "gpu1") == size
+        assert await owners_of(process, address, size // PAGE) == {"gpu0"}
+        assert await owners_of(process, address + size, size // PAGE) == {"gpu1"}
+        assert await device_to_device_bytes(machine) == 0
+        done = await process.launch("reduction", "gpu1", a=address + size, n=512, dtype="<u8")
+        assert done.results["sum"] == sum(np.frombuffer(PATTERN[size : size + PAGE], "<u8").tolist()) % (1 << 64)
+        machine.carrier.heal()
+        assert await process.read(address, 2 * size) == PATTERN[: 2 * size]
+        assert machine.audit(quiet=True) == []
+        await process.exit()
+
+    hmmnet.simulate(main, MACHINE)
+
+
+def test_a_source_that_fails_keeps_its_pages() -> None:
+    """Its copy engine gives up: nothing of it moves or is counted, and the same works once it is well."""
+
+    async def main(machine: SimulatedMachine) -> None:
+        process = await machine.create_process()
+        address = await process.mmap(4 * MIB)
+        await process.write(address, PATTERN[: 4 * MIB])
+        assert await process.migrate(address, 4 * MIB, "gpu0") == 4 * MIB
+        machine.add_fault(fault("point.fail", point="device.copy_out", on="gpu0", times=1))
+        assert await process.migrate(address, 4 * MIB, "gpu1") == 0
+        assert await owners_of(process, address, MIB // PAGE) == {"gpu0"}
+        assert await device_to_device_bytes(machine) == 0
+        assert await process.migrate(address, 4 * MIB, "gpu1") == 4 * MIB
+        assert await device_to_device_bytes(machine) == 4 * MIB
+        assert await process.read(address, 4 * MIB) == PATTERN[: 4 * MIB]
+        await process.exit()
+
+    hmmnet.simulate(main, MACHINE)
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_coherent_memory_of_a_peer_goes_by_its_links_too(cut: bool) -> None:
+    """In one stream out of the shared memory, counted as device to device; without a way it stays."""
+
+    async def main(machine: SimulatedMachine) -> None:
+        process = await machine.create_process()
+        address = await process.mmap(8 * MIB)
+        await process.write(address, PATTERN[: 8 * MIB])
+        assert await process.migrate(address, 8 * MIB, "gpu0") == 8 * MIB
+        before = await carried(machine)
+        if cut:
+            for link in ("node0-gpu0", "nvswitch-gpu0"):
+                machine.add_fault(fault("link.down", on=link))
+        moved = 0 if cut else 8 * MIB
+        assert await process.migrate(address, 8 * MIB, "gpu1") == moved
+        assert await carried(machine) == {"host": before["host"], "peer": 2 * moved}
+        assert await device_to_device_bytes(machine) == moved
+        machine.carrier.heal()
+        assert await process.read(address, 8 * MIB) == PATTERN[: 8 * MIB]
+        await process.exit()
+
+    hmmnet.simulate(main, parse(TEXT.replace('name = "gpu[0-1]"', 'name = "gpu[0-1]"\nkind = "coherent"')))
 
 
 def test_shared_and_mixed_pages_go_together() -> None:

@@ -5,7 +5,7 @@ Two sockets, mostly with room for two messages, so that every send and receive h
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 
 import pytest
 import trio
@@ -13,6 +13,7 @@ import trio.testing
 import zmq
 
 from hmmnet.wire.bridge import IMMEDIATE_MAX, Bridge
+from hmmnet.wire.transport import Buffer
 
 MESSAGES = 6_000
 BOUND_S = 60
@@ -130,6 +131,25 @@ async def test_nudged_receives_lose_nothing(narrow: tuple[Bridge, Bridge]) -> No
             bystanders.cancel_scope.cancel()
     assert got == list(range(MESSAGES))
     assert nudges > 10
+
+
+async def test_a_sender_does_not_mind_a_nudge(narrow: tuple[Bridge, Bridge], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is for receivers: one who waits for room waits on, and tries again only when there may be some."""
+    near, tries, send = narrow[0], 0, Bridge._send
+
+    def counted(self: Bridge, parts: Sequence[Buffer], copy: bool) -> None:
+        nonlocal tries
+        tries += 1
+        send(self, parts, copy)
+
+    with pytest.raises(trio.WouldBlock):
+        while True:
+            near.send_nowait([b"x"])
+    near.nudge()
+    monkeypatch.setattr(Bridge, "_send", counted)
+    with trio.move_on_after(0.3):
+        await near.send([b"y"])
+    assert tries < 20
 
 
 async def test_a_nudge_waits_for_who_comes_next(narrow: tuple[Bridge, Bridge]) -> None:
