@@ -86,8 +86,6 @@ class LoadMark:
     count: int
     began: int
     sure: Flags | None
-    alone: bool = True
-    """As of a store."""
 
 
 @dataclass(frozen=True)
@@ -137,11 +135,13 @@ class History:
         return depth
 
     def _begins(self, mark: StoreMark | LoadMark) -> None:
-        """Who overlaps it is not alone, nor is it."""
+        """Stores that overlap it are not alone, nor is it, if it is one."""
         first, end = mark.first, mark.first + mark.count
         for other in self._under_way:
             if other.first < end and first < other.first + other.count:
-                mark.alone = other.alone = False
+                for one in (mark, other):
+                    if isinstance(one, StoreMark):
+                        one.alone = False
         self._under_way.append(mark)
 
     # --- stores ---------------------------------------------------------------------------------------------------------------
