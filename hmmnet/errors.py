@@ -43,6 +43,13 @@ class InjectedError(KernelError):
     """A failure that a fault plan asked for: who meets it does not try again, as it may where memory is short."""
 
 
+class OutOfMemory(KernelError):
+    """Host memory is used up (ENOMEM): who meets it in a fault has somebody killed for a page, and tries again (VM_FAULT_OOM).
+
+    What a memory cgroup refuses, or a call that asks for more than there can be, is another ENOMEM.
+    """
+
+
 class SignalError(HmmnetError):
     """An access ended in a signal. `address` is the byte address that was touched."""
 

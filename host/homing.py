@@ -19,7 +19,7 @@ from contextlib import AsyncExitStack
 import numpy as np
 import trio
 
-from hmmnet.errors import BusError, KernelError, PeerError, PeerLost
+from hmmnet.errors import BusError, KernelError, OutOfMemory, PeerError, PeerLost
 from hmmnet.observe.counters import CPU_FAULT, Profile
 from hmmnet.observe.events import HOST, Events
 from hmmnet.pages import DEVICE_ZONE_MIN, HUGE_PAGES, PAGE_SHIFT, PAGE_SIZE, ZONE_SHIFT, Words, page_by_page, words_by_page
@@ -47,6 +47,11 @@ TOUCHED = "cpu fault"
 """The cause of a migration that a CPU waits for."""
 
 
+def _no_room(who: str, *, injected: bool) -> KernelError:
+    kind = KernelError if injected else OutOfMemory
+    return kind(errno.ENOMEM, "migrate_to_ram", f"{who} to come home and the host's memory is used up")
+
+
 class HostFrames:
     """Host frames for `count` pages on their way home, from `node` if it has room (`interfaces.Destination`).
 
@@ -68,7 +73,7 @@ class HostFrames:
             lacks = self._memory.points.armed and self._memory.points.fails("host.alloc.home", pages=self._count)
             self._frames = None if lacks else self._allocated()
             if self._frames is None:
-                raise KernelError(errno.ENOMEM, "migrate_to_ram", f"{self._count} pages want to come home and the host's memory is used up")
+                raise _no_room(f"{self._count} pages want", injected=lacks)
         return self._frames
 
     def _allocated(self) -> Words | None:
@@ -309,7 +314,7 @@ class Homing:
             lacks = points.armed and points.fails("host.alloc.home", pages=1)
             target = 0 if lacks else self._memory.allocate_bare(space.node) or 0
             if not target:
-                raise KernelError(errno.ENOMEM, "migrate_to_ram", "a page wants to come home and the host's memory is used up")
+                raise _no_room("a page wants", injected=lacks)
             return target
 
         try:

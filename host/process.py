@@ -80,7 +80,8 @@ class Process:
         self.ended = False
         """`exit` has begun; nothing new may be asked."""
         self._exiting = trio.Lock()
-        self._unmapped = False
+        self.unmapped = trio.Event()
+        """`exit` has given its address space back."""
         self._gone = False
         self._homing = homing
         self._on_fork = on_fork
@@ -457,18 +458,18 @@ class Process:
             self.ended = True
             if self.space.points.armed:
                 await self._at("process.exit")
-            if not self._unmapped:
+            if not self.unmapped.is_set():
                 await self.space.exit()
-                self._unmapped = True
+                self.unmapped.set()
             for opened in list(self.files):
                 opened.leave(self.files)
             while self.handles:
                 handle = self.handles.pop(next(iter(self.handles)))  # from here on it is closed, for whoever holds it still
-                with contextlib.suppress(PeerError):  # a device that will not close a dead process's context has nothing left to mirror
+                with contextlib.suppress(HmmnetError):  # a device that will not close a dead process's context has nothing left to mirror
                     await handle.file.let_go()
             while self._own:
                 _, context = self._own.popitem()
-                with contextlib.suppress(PeerError):
+                with contextlib.suppress(HmmnetError):
                     await self.contexts.put(context)
             self._gone = True
             self._on_exit(self.pid)

@@ -11,7 +11,6 @@ Then, in a task: the fence is waited for, its contexts leave the hubs, and what 
 
 from __future__ import annotations
 
-import errno
 import logging
 import secrets
 from collections import Counter
@@ -58,8 +57,8 @@ from .hub import Hub
 from .injection import Injection, own_injector
 from .interconnect import Interconnect
 from .link import SessionLink
-from .mm import oom
 from .mm.space import Space
+from .oom import OomKiller
 from .personality import personality_named
 from .process import Process
 from .relay import copy_across
@@ -124,11 +123,10 @@ class Host:
         self.late_callbacks: list[str] = []
         """Mirrors that were told something after they had unsubscribed (I7): what `Hub.too_late` says."""
         self.processes: dict[int, Process] = {}
+        self._oom = OomKiller(self.memory, self.spaces, self.processes, self.spawn)
         self.links: dict[int, SessionLink] = {}
         """Living devices by zone."""
         self.homing = Homing(self.memory, self.links, self.spaces, self._context_of, self.interconnect.profile, clock.now)
-        self._oom = trio.Lock()
-        """Who is out of memory holds it: one at a time kills."""
         self.events = self.homing.events
         """Where to hear what happens."""
         self.contexts = Contexts(self.devices, self.hubs, self.interconnect.profile)
@@ -392,39 +390,8 @@ class Host:
         self.memory.cgroups.create(name, limit_bytes)
 
     async def oom_kill(self, cgroup: str = "") -> int:
-        """out_of_memory: kill the process whose end frees most; see `Machine.oom_kill`. Raises HmmnetError, KernelError(ESRCH)."""
-        group = self.memory.cgroups.named(cgroup) if cgroup else None
-        total = self.memory.total_pages if group is None or group.limit_pages is None else max(1, group.limit_pages)
-        among = [space.mm for space in self.spaces.values() if group is None or space.mm.cgroup is group]
-        victim = oom.select(among, total)
-        if victim is None:
-            raise KernelError(errno.ESRCH, "out_of_memory", f"none of {len(among)} processes may be killed")
-        await self.processes[victim.number].kill(out_of_memory=True)
-        return victim.number
-
-    async def _out_of_memory(self, pid: int) -> bool:
-        """pagefault_out_of_memory: kill until there is a frame for process `pid`; False when it is itself killed, or nobody can be.
-
-        Memory is reaped here, and the rest of a victim's exit is not waited for: its devices may be waiting for us. Who holds a lock, or
-        an answer to a device that wants one, must not come here.
-        """
-        async with self._oom:
-            while self.memory.is_used_up:
-                victim = oom.select([space.mm for space in self.spaces.values()], self.memory.total_pages)
-                if victim is None:
-                    log.error("out of memory: process %d wants a page, and there is nobody who may be killed", pid)
-                    return False
-                held, process = victim.rss, self.processes[victim.number]
-                await process.reap()
-                free = sum(node.allocator.free_count for node in self.memory.nodes)
-                log.warning(
-                    "out of memory: process %d wants a page: killed process %d, which had %d pages (oom_score_adj %d); %d are free now",
-                    *(pid, victim.number, held, victim.oom_score_adj, free),
-                )
-                self.spawn(process.exit)
-                if victim.number == pid:
-                    return False
-        return True
+        """See `Machine.oom_kill`. Raises HmmnetError, KernelError(ESRCH)."""
+        return await self._oom.kill_worst(cgroup)
 
     async def unplug(self, name: str) -> None:
         """Hot removal of a device: its pages home, its memory gone, then goodbye; see `Machine.unplug`.
@@ -466,7 +433,7 @@ class Host:
 
     def _process(self, space: Space, hub: Hub) -> Process:
         self.spaces[space.number], self.hubs[space.number] = space, hub
-        space.oom = self._out_of_memory
+        space.oom = self._oom.out_of_memory
         hub.watch = partial(self.events.invalidated, space.number)
         made = self.processes[space.number] = Process(
             space.number, space, self.contexts, self.homing, self._fork, self._process_ended, self.personality.check_advice

@@ -13,13 +13,13 @@ import errno
 import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import trio
 
-from hmmnet.errors import BusError, HmmnetError, InjectedError, KernelError, SegmentationFault, SignalError
+from hmmnet.errors import BusError, HmmnetError, InjectedError, KernelError, OutOfMemory, SegmentationFault, SignalError
 from hmmnet.faults.injector import Points
 from hmmnet.host.interfaces import NO_OWNER, Event
 from hmmnet.pages import HUGE_PAGES, PAGE_SHIFT, PAGE_SIZE, ZONE_SHIFT, Words
@@ -44,6 +44,8 @@ CHECKPOINT_EVERY = 64
 """Loads and stores without suspension, after which other tasks get a turn: a program that polls must not starve the machine."""
 BULK_SHIFT = 16
 """64 KiB of one load or store count as one more: long ones take as long as many."""
+
+T = TypeVar("T")
 
 Storable = bytes | bytearray | memoryview | npt.NDArray[Any]
 """What a store takes: the bytes of it, in their order."""
@@ -124,11 +126,21 @@ class CpuAccess:
     async def relieved(self, error: KernelError) -> bool:
         """A fault ended with `error`: whether it was for want of host memory, of which there is some again, so that it can be taken anew.
 
-        If so somebody was killed for it (pagefault_out_of_memory). Hold no lock. What a fault plan or a memory cgroup denies is no want.
+        If so somebody was killed for it (pagefault_out_of_memory). Hold no lock. What a fault plan or a memory cgroup denies is no want:
+        only OutOfMemory is.
         """
-        if error.code != errno.ENOMEM or self.oom is None or isinstance(error, InjectedError) or not self.memory.is_used_up:
+        if self.oom is None or not isinstance(error, OutOfMemory) or not self.memory.is_used_up:
             return False
         return await self.oom(self.number)
+
+    async def relieving(self, call: Callable[[], Awaitable[T]]) -> T:
+        """What `call`, a fault, answers, which is taken anew as often as it is `relieved`. Hold no lock."""
+        while True:
+            try:
+                return await call()
+            except OutOfMemory as error:
+                if not await self.relieved(error):
+                    raise
 
     @property
     def points(self) -> Points:
@@ -288,7 +300,7 @@ class CpuAccess:
                 self._check_there(page, entry >> pte.FRAME_SHIFT + ZONE_SHIFT)
                 self.cpu_faults += 1
                 await self.home(self, page)
-        except KernelError:
+        except OutOfMemory:
             if self.oom is None or not self.memory.is_used_up:
                 raise
             return False  # the general way kills somebody for it
@@ -328,18 +340,23 @@ class CpuAccess:
                         missing = wanted
                     except KernelError as error:
                         short = error
-            await self._provided(missing, short)
+            if await self._provided(missing, short):
+                batch = BATCH_PAGES
             if self.memory.owed is not None:
                 await self._pay()
             if done < len(data):
                 await give_way()
 
-    async def _provided(self, missing: MissingPage | None, short: KernelError | None) -> None:
-        """After a round that left its locks: wait for a page that a userfaultfd fills in, or for memory. Raises `short` without any."""
+    async def _provided(self, missing: MissingPage | None, short: KernelError | None) -> bool:
+        """After a round that left its locks: wait for a page that a userfaultfd fills in, or for memory; whether there is more of that.
+
+        Raises `short` without any.
+        """
         if missing is not None:
             await missing.registration.wait(missing.page)
         if short is not None and not await self.relieved(short):
             raise short
+        return short is not None
 
     async def touch(self, address: int, *, write: bool) -> None:
         """Fault one page in as an access to it would, without an access. Raises SegmentationFault, BusError, KernelError(ENOMEM)."""
@@ -433,7 +450,12 @@ class CpuAccess:
             count = int(np.argmin(same))
         self._check_there(page, int(zones[0]))
         self.cpu_faults += 1 if entries[0] & pte.HUGE else count
-        await self.home(self, np.arange(page, page + count, dtype=np.uint64))
+        try:
+            await self.home(self, np.arange(page, page + count, dtype=np.uint64))
+        except OutOfMemory:
+            if self.memory.is_used_up or entries[0] & pte.HUGE:
+                raise
+            await self.home(self, page)  # memory is short for all of them, which a CPU would have brought home one by one
 
     def _check_there(self, page: int, number: int) -> None:
         if self.memory.zones[number].lost:
@@ -517,12 +539,18 @@ class CpuAccess:
                 await self._fault_pages(part, write=bool(wanted[0]), node=node)
 
     async def _fault_pages(self, pages: Words, *, write: bool, node: int | None = None) -> None:
-        done, rounds = 0, 0
+        done, rounds, batch = 0, 0, len(pages)
         while done < len(pages):
             page = int(pages[done])
             vma = self._faultable(page, write=write)
-            stop = int(np.searchsorted(pages, vma.end))
-            touched = fault.touch(self.mm, vma, pages[done:stop], write, node=node)
+            stop = min(int(np.searchsorted(pages, vma.end)), done + batch)
+            try:
+                touched = fault.touch(self.mm, vma, pages[done:stop], write, node=node)
+            except OutOfMemory:
+                if stop - done == 1:
+                    raise
+                batch = (stop - done) // 2  # memory is short: fault in as far as it goes, as the kernel does, page by page
+                continue
             rounds = 0 if touched.done else rounds + 1
             done += touched.done
             if done < stop:

@@ -33,8 +33,12 @@ class ExclusiveAccess(Pins):
         """make_device_exclusive for each page of [start, end), for zone `owner`; how many pages from `start` on it got.
 
         What changed while mirrors were told is faulted anew. Ends early where a page may not be written, or is not anonymous memory.
-        Raises KernelError when not even the first can be had: EFAULT (not writable), EOPNOTSUPP (no anonymous memory, or hugetlb), ENOMEM.
+        Somebody may be killed for memory: hold no lock. Raises KernelError when not even the first can be had: EFAULT (not writable),
+        EOPNOTSUPP (no anonymous memory, or hugetlb), ENOMEM.
         """
+        return await self.relieving(lambda: self._make_exclusive(start, end, owner))
+
+    async def _make_exclusive(self, start: int, end: int, owner: int) -> int:
         async with self.mmap_lock.read():
             page, stop = start, self._writable_until(start, end)
             while page < stop:
@@ -55,8 +59,11 @@ class ExclusiveAccess(Pins):
     async def make_exclusive_folios(self, start: int, end: int, owner: int) -> Words:
         """make_device_exclusive_range of Linux 6.12: HMM_PFN words of the pages that could be written, 0 for one that was not had.
 
-        Raises KernelError: EFAULT when the first page may not be written, ENOMEM.
+        Somebody may be killed for memory: hold no lock. Raises KernelError: EFAULT when the first page may not be written, ENOMEM.
         """
+        return await self.relieving(lambda: self._make_exclusive_folios(start, end, owner))
+
+    async def _make_exclusive_folios(self, start: int, end: int, owner: int) -> Words:
         async with self.mmap_lock.read():
             stop = self._writable_until(start, end)
             page = start

@@ -30,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hmmnet.arena import Bytes
-from hmmnet.errors import KernelError
+from hmmnet.errors import KernelError, OutOfMemory
 from hmmnet.pages import HUGE_PAGES, HUGE_SHIFT, PAGE_SHIFT, PAGE_SIZE, PAGES_MAX, Words
 from hmmnet.sparse import SparseTable
 
@@ -143,8 +143,9 @@ class File:
                 self.memory.refuse("host.alloc.page_cache", wanted, None)
             new = self.memory.allocate_charged(group, wanted, node)
             if new is None:
-                why = ("" if group is None else group.shortage(wanted)) or "the host's memory is used up"
-                raise KernelError(ENOMEM, "page fault", f"a file wants {wanted} pages and {why}")
+                if why := "" if group is None else group.shortage(wanted):
+                    raise KernelError(ENOMEM, "page fault", f"a file wants {wanted} pages and {why}")
+                raise OutOfMemory(ENOMEM, "page fault", f"a file wants {wanted} pages and the host's memory is used up")
             for zone, rows, at in self.memory.groups(new):
                 zone.mapping[at] = self.number
                 zone.index[at] = offsets[absent][rows]

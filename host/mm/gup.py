@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from hmmnet.errors import KernelError
+from hmmnet.errors import KernelError, OutOfMemory
 from hmmnet.host.interfaces import Event
 from hmmnet.pages import Words, run_bounds
 
@@ -49,11 +49,11 @@ class Pins(CpuAccess):
 
         `write` and `longterm` are FOLL_WRITE and FOLL_LONGTERM; a page of coherent memory comes home for a long-term pin (c04). Raises
         KernelError: EFAULT when not even the first can be had, EBUSY where it cannot come home, ENOMEM. Waits for pages that a userfaultfd
-        fills in.
+        fills in; somebody may be killed for memory. Hold no lock.
         """
         while True:
             try:
-                return await self._get_pages(start, count, write=write, pin=pin, longterm=longterm)
+                return await self.relieving(lambda: self._get_pages(start, count, write=write, pin=pin, longterm=longterm))
             except MissingPage as missing:
                 await missing.registration.wait(missing.page)
 
@@ -134,25 +134,31 @@ class Pins(CpuAccess):
     async def populate(self, start: int, end: int, *, write: bool | None = None) -> None:
         """faultin_page_range and __mm_populate: fault [start, end) in, for writing, reading, or (None) as each VMA allows.
 
-        Takes the mmap lock for reading, and drops it while a userfaultfd's owner fills in a missing page. Raises KernelError: ENOMEM at a
-        hole, EINVAL where the VMA does not allow what is asked for, EFAULT (no access at all, or it ends in a signal), ENOMEM.
+        Takes the mmap lock for reading, and drops it while a userfaultfd's owner fills in a missing page, or somebody is killed for memory.
+        Raises KernelError: ENOMEM at a hole, EINVAL where the VMA does not allow what is asked for, EFAULT (no access at all, or it ends in
+        a signal), ENOMEM.
         """
         if end - start > POPULATE_PAGES_MAX:
             raise KernelError(errno.ENOMEM, "populate", f"{end - start} pages are too many at once; {POPULATE_PAGES_MAX} can be had")
-        page, missing = start, None
+        page = start
         while page < end:
             try:
                 async with self.mmap_lock.read():
                     await self.populate_locked(page, end, write=write)
-            except MissingPage as found:
-                missing = found
+            except MissingPage as missing:
+                await missing.registration.wait(missing.page)
+                page = missing.page
+            except OutOfMemory as error:
+                if not await self.relieved(error):
+                    raise
             else:
                 return
-            await missing.registration.wait(missing.page)
-            page = missing.page
 
     async def populate_locked(self, start: int, end: int, *, write: bool | None = None) -> None:
-        """`populate` by who holds the mmap lock, and keeps it: a page that would have to be waited for is EFAULT (`MissingPage`)."""
+        """`populate` by who holds the mmap lock, and keeps it: a page that would have to be waited for is EFAULT (`MissingPage`).
+
+        Nobody is killed for memory, and OutOfMemory is raised.
+        """
         page = start
         while page < end:
             vma = self.mm.vmas.find(page)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from hmmnet.errors import KernelError, SegmentationFault
+from hmmnet.errors import KernelError, OutOfMemory, SegmentationFault
 from hmmnet.pages import PAGE_SHIFT, Words
 from hmmnet.pagetable import PageTable
 
@@ -69,10 +69,12 @@ class Mm:
             self.memory.forget_family(self.family)
 
     def out_of_memory(self, call: str, pages: int) -> KernelError:
-        """What a call fails with that wanted `pages` and did not get them, from the host or within the limit of its group."""
+        """What a call fails with that wanted `pages` and did not get them: OutOfMemory from the host, or what its group's limit says."""
+        wants = f"process {self.number} wants {pages} pages and"
         why = "" if self.cgroup is None else self.cgroup.shortage(pages)
-        why = why or "the host's memory is used up"
-        return KernelError(ENOMEM, call, f"process {self.number} wants {pages} pages and {why}")
+        if why:
+            return KernelError(ENOMEM, call, f"{wants} {why}")
+        return OutOfMemory(ENOMEM, call, f"{wants} the host's memory is used up")
 
     def anon_prepare(self, vma: Vma) -> None:
         """anon_vma_prepare: the VMA gets its anon_vma, a neighbour's if that will do."""

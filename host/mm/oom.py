@@ -4,10 +4,14 @@ A process counts what it holds of memory that the kernel can get back: resident 
 kernel counts them, MM_ANONPAGES), pages in swap, and the page tables for both. `Mm.oom_score_adj` shifts that by thousandths of all there
 is; at -1000 a process is never chosen. Whoever is being killed already is passed over: its memory is on its way.
 
-Nothing here kills: the host does. A fault of a CPU or a device that finds no frame in any host memory has somebody killed, and is taken
-anew (`CpuAccess.relieved`, `Host._out_of_memory`); it is ENOMEM only for who is killed himself, or where nobody may be. What hits the limit
-of a memory cgroup, or is refused by a fault plan, is told ENOMEM, so that a program can say itself whether somebody has to die for it
-(`Host.oom_kill`; in the kernel, who hits the limit has no say).
+Nothing here kills: the host does (`OomKiller`). A fault that finds no frame in any host memory (`OutOfMemory`) has somebody killed, and is
+taken anew (`CpuAccess.relieved`); it is ENOMEM only for who is killed himself, or where nobody may be. So do loads and stores, pages that
+they bring home, hmm_range_fault, get_user_pages and pins, populate (mmap, mlock, mremap, MADV_POPULATE_*), and make_device_exclusive.
+
+Who finds no memory elsewhere is told ENOMEM, and nobody is killed, though the kernel would: fork, mprotect of locked memory, MADV_COLLAPSE,
+writes to files, migrations and evictions home by name. They hold locks, or an answer that a device waits for. A huge page of a
+hugetlb mapping has nobody killed in the kernel, either. What hits the limit of a memory cgroup, or is refused by a fault plan, is told
+ENOMEM, so that a program can say itself whether somebody has to die for it (`Host.oom_kill`; in the kernel, who hits the limit has no say).
 """
 
 from __future__ import annotations

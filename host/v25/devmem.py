@@ -20,7 +20,7 @@ import numpy as np
 import trio
 
 from hmmnet.arena import Arena
-from hmmnet.errors import BusError, KernelError
+from hmmnet.errors import BusError, KernelError, OutOfMemory
 from hmmnet.host.devmem import Holder, PageMap
 from hmmnet.host.interfaces import AddressSpace
 from hmmnet.host.mm import pte
@@ -268,7 +268,7 @@ class Kernel:
         """A zeroed, locked page of system memory for a driver to bring one home to. Raises KernelError(ENOMEM)."""
         got = self.memory.allocate(1, vma.mm.node)
         if got is None:
-            raise KernelError(errno.ENOMEM, "alloc_page_vma", "the host's memory is used up")
+            raise OutOfMemory(errno.ENOMEM, "alloc_page_vma", "the host's memory is used up")
         return int(got[0])
 
     def put_page(self, page: int) -> None:
