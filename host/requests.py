@@ -10,7 +10,7 @@ Handlers that can answer at once are plain functions, which the session runs in 
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -212,7 +212,9 @@ class Requests:
                 raise
 
     async def _migrate_in(self, context: Context, message: Migrate, grant: Grant, announce: Announce) -> None:
-        domains = [one.domain for one in self._life.contexts_of(context.space.number)]
+        contexts = self._life.contexts_of(context.space.number)
+        await _told(contexts, message.start, message.start + message.pages)
+        domains = [one.domain for one in contexts]
         await migrate_to_device(
             context.space,
             self._homing.spaces,
@@ -304,6 +306,18 @@ class Requests:
         if not 0 < pages <= PAGES_PER_MESSAGE_MAX or start + pages > PAGES_MAX:
             most = PAGES_PER_MESSAGE_MAX
             raise ProtocolError(f"{call} of pages [0x{start:x}, +{pages}): at least one, at most {most}, inside an address space")
+
+
+async def _told(contexts: Sequence[Context], start: int, end: int) -> None:
+    """Return when the device has nothing to fear of what it was told of pages [start, end): mmu_interval_read_begin, for its contexts.
+
+    A device watches for invalidations while it migrates. One that it has acknowledged before, and that still waits for others, would take
+    the pages away behind its back: madvise(MADV_DONTNEED) removes migration entries, too. So that one is waited for.
+    """
+    for context in contexts:
+        for subscription in list(context.subscriptions.values()):
+            if subscription.overlaps(start, end):
+                await context.hub.read_begin(subscription)
 
 
 def _words(raw: bytes, what: str) -> Words:

@@ -26,6 +26,7 @@ from hmmnet.pages import (
     DEVICE_ZONE_MIN,
     HMM_PFN_REQ_FAULT,
     HMM_PFN_REQ_WRITE,
+    MIGRATE_PFN_MIGRATE,
     PAGE_SHIFT,
     PAGE_SIZE,
 )
@@ -430,6 +431,45 @@ async def test_an_invalidation_does_not_wait_for_a_dead_device() -> None:
         device.on_message = die
         with trio.fail_after(LEASE_S):
             await process.munmap(address, PAGE_SIZE)
+
+
+async def test_a_migration_waits_for_what_its_device_was_told_before() -> None:
+    """gpu0 has let go of a page, gpu1 not yet: until it has, MADV_DONTNEED could still take the page from where gpu0 would have it go."""
+    async with running_host("gpu0", "gpu1") as (host, transport), scripted_device(host, transport, "gpu0") as quick:
+        async with scripted_device(host, transport, "gpu1") as slow, trio.open_nursery() as nursery:
+            process = await host.create_process()
+            address = await pages_of(process)
+            for device in (quick, slow):
+                await process.open(device.name)
+            for number, device in enumerate((quick, slow), 1):
+                await device.subscribe(number)
+            lets_go = trio.Event()
+
+            async def late(message: Message) -> None:
+                slow.heard.append(message)
+                if len(slow.of(Invalidate)) == 1:
+                    await lets_go.wait()
+
+            slow.session.on(Invalidate, late)
+            nursery.start_soon(process.madvise, address, PAGE_SIZE, "DONTNEED")
+            with trio.fail_after(10):
+                while not (slow.of(Invalidate) and quick.of(Invalidate)):
+                    await trio.sleep(0.001)
+                words = []
+
+                async def migrate() -> None:
+                    words.extend((await quick.migrate(1, address >> PAGE_SHIFT, 2)).tolist())
+
+                nursery.start_soon(migrate)
+                await trio.sleep(0.05)
+                assert not quick.of(CopyIn), "it has begun"
+                assert process.space.residency(address, 2).owners == ("host",)
+                lets_go.set()
+                while not words:
+                    await trio.sleep(0.001)
+            assert [word & int(MIGRATE_PFN_MIGRATE) for word in words] == [int(MIGRATE_PFN_MIGRATE)] * 2
+            assert await process.read(address, 1) == b"\0", "it was dropped before it went"
+            assert await process.read(address + PAGE_SIZE, 1) == b"\2"
 
 
 async def test_a_silent_device_is_fenced_after_its_lease() -> None:
