@@ -26,13 +26,13 @@ from hmmnet.launcher.directory import process_started
 from hmmnet.machine import LaunchedMachine, LaunchKind, launch
 from hmmnet.sim import SimulatedMachine
 
-from . import operations
 from .audit import Auditor
 from .crew import AtomicProcess, Crew, Outcome, Violation
 from .demands import books, converge, last_check
 from .draw import draw
 from .machines import topology_of
 from .program import Program
+from .steps import do
 
 ROUNDS = 25
 """Of one batch."""
@@ -200,7 +200,7 @@ async def _act(crew: Crew, actor: int, enough: trio.Event) -> None:
     for step in cycle(own):
         if enough.is_set():
             return
-        await operations.do(crew, msgspec.structs.replace(step, serial=next(serials)))
+        await do(crew, msgspec.structs.replace(step, serial=next(serials)))
         await trio.lowlevel.checkpoint()
 
 

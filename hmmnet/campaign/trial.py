@@ -13,7 +13,6 @@ import trio
 from hmmnet.sim import Trace, run_virtual, simulated
 from hmmnet.sim.run import SimulationStuck
 
-from . import commands, leaving, operations
 from .audit import Auditor
 from .crew import AtomicProcess, Crew, Outcome, Violation
 from .demands import books, converge, last_check
@@ -21,14 +20,13 @@ from .machines import topology_of
 from .nemesis import Nemesis, all_faults
 from .program import Program
 from .regions import WORD_BYTES, WORDS_PER_PAGE
+from .steps import do
 from .victims import Victim, victims_of
 from .waits import Watchdog
 
 LIMIT_S = 900.0
 """Virtual seconds for one program: the watchdog sees sooner that nothing moves."""
 CGROUP = "campaign"
-STEPS = (commands, leaving, operations)
-"""Where the steps of a program are: each of those modules offers its own when it is imported."""
 
 
 @dataclass
@@ -139,7 +137,7 @@ async def _work(crew: Crew, nemesis: Nemesis, auditor: Auditor) -> None:
     async def act(actor: int) -> None:
         for step in program.steps:
             if step.actor == actor:
-                await operations.do(crew, step)
+                await do(crew, step)
                 auditor.after(step)
 
     async with trio.open_nursery() as nursery:
