@@ -87,10 +87,15 @@ class Dma:
         """Take the stream; it has started, for the reply, once it is expected."""
         started = False
         try:
-            async with self._life.link.coming(stream, sink, frame) as flow:
-                task_status.started(flow)
-                started = True
-            self.maps.count(frame, sink.nbytes)
+            with trio.CancelScope() as scope:
+                access.give_up = scope.cancel
+                async with self._life.link.coming(stream, sink, frame) as flow:
+                    task_status.started(flow)
+                    started = True
+            if scope.cancelled_caught:
+                log.warning("a DMA write of %s never came, and nobody said why: stream %d is given up", self._life.name, stream)
+            else:
+                self.maps.count(frame, sink.nbytes)
         except PeerError as error:
             if not started:
                 raise

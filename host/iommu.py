@@ -18,6 +18,7 @@ with its wait for outstanding transactions.
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,6 +55,8 @@ class Access:
     first: int
     last: int
     write: bool
+    give_up: Callable[[], object] | None = None
+    """Ends it from this side; None where the other side always does."""
 
 
 class Domain:
@@ -185,3 +188,9 @@ class Domain:
     def busy(self, start: int, end: int) -> bool:
         """Whether DMA that touches [start, end) is still under way."""
         return any(access.first < end and start <= access.last for access in self._accesses)
+
+    def give_up(self, start: int, end: int) -> None:
+        """End what DMA on [start, end) can be ended from this side."""
+        for access in self._accesses:
+            if access.give_up is not None and access.first < end and start <= access.last:
+                access.give_up()

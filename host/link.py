@@ -85,8 +85,8 @@ class Acknowledgement:
             await self._link.fenced()
         if self._domain is not None:
             self._domain.revoke(self._start, self._end)
-            while self._domain.busy(self._start, self._end):
-                await self._link.dma_ended.park()
+            if self._domain.busy(self._start, self._end):
+                await self._link.quiet(self._domain, self._start, self._end)
 
 
 class SessionLink:
@@ -162,6 +162,19 @@ class SessionLink:
         if limit.cancelled_caught:
             self.condemn(f"it did not let go of what was invalidated within {INVALIDATION_S:g} s")
             raise self.lost_error()
+
+    async def quiet(self, domain: Domain, start: int, end: int) -> None:
+        """Return when no DMA is under way in the range. The device has said so: what it began and gave up is not waited for for ever.
+
+        It tells on the channel that failed, perhaps, so the word may be lost.
+        """
+        with trio.move_on_after(self._interconnect.clock.real(INVALIDATION_S)) as limit:
+            while domain.busy(start, end):
+                await self.dma_ended.park()
+        if limit.cancelled_caught:
+            domain.give_up(start, end)
+            while domain.busy(start, end):
+                await self.dma_ended.park()
 
     def lost_error(self) -> PeerLost:
         """What a transfer raises when the device is lost."""

@@ -38,6 +38,7 @@ from hmmnet.wire.messages import (
     CloseContext,
     CopyIn,
     CopyOut,
+    DmaGrant,
     DmaRead,
     DmaWrite,
     Evict,
@@ -56,7 +57,7 @@ from hmmnet.wire.messages import (
 )
 
 from .fakes import words
-from .scripted_device import LEASE_S, SECRET, ScriptedDevice, running_host, scripted_device
+from .scripted_device import LEASE_S, SECRET, ScriptedDevice, physical, running_host, scripted_device
 
 WRITE = HMM_PFN_REQ_FAULT | HMM_PFN_REQ_WRITE
 KILLED = "was killed by signal 9"
@@ -431,6 +432,24 @@ async def test_an_invalidation_does_not_wait_for_a_dead_device() -> None:
         device.on_message = die
         with trio.fail_after(LEASE_S):
             await process.munmap(address, PAGE_SIZE)
+
+
+async def test_a_dma_write_that_never_comes_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device has acknowledged, so it has given up what it began, and the word of it was lost: the CPU waits for a bounded time."""
+    monkeypatch.setattr("hmmnet.host.link.INVALIDATION_S", 0.2)
+    async with one_device() as (host, device, process):
+        address = await pages_of(process)
+        page = address >> PAGE_SHIFT
+        subscription = (await device.subscribe(1)).subscription
+        granted = await device.range_fault(1, subscription, page, 1, HMM_PFN_REQ_FAULT | HMM_PFN_REQ_WRITE)
+        message = DmaWrite(1, 1, words(page).tobytes(), physical(granted).tobytes(), 8)
+        await device.session.ask(message, DmaGrant)
+        with trio.fail_after(10):
+            await process.mprotect(address, PAGE_SIZE, "r")
+        await check(process, address)
+        assert host.devices["gpu0"].life is not None, "it is well"
+        again = await device.range_fault(1, subscription, page, 1, HMM_PFN_REQ_FAULT)
+        assert await device.dma_read(1, words(page), again) == b"\1" * 8
 
 
 async def test_a_migration_waits_for_what_its_device_was_told_before() -> None:
