@@ -38,6 +38,9 @@ BATCH_PAGES = 1 << 16
 """Pages of a load or store that are made ready before they are copied: bounds the time between two looks at the table."""
 HOME_PAGES_MAX = 4096
 """Pages that one CPU access brings home from a device in one go (16 MiB: enough to fill a stream's window, little enough to wait for)."""
+SPINS_MAX = 64
+PATIENCE_S = 1e-6
+"""Rounds without a pause, and the pause in each after those: who has the page may need time, which only sleep lets pass in simulation."""
 ROUNDS_MAX = 10_000
 """Rounds in which a fault may find its page taken away again before it counts as a bug (the kernel would go on for ever)."""
 CHECKPOINT_EVERY = 64
@@ -402,12 +405,17 @@ class CpuAccess:
                 return page, touched
         return page, fault.Touched(0)
 
+    async def _lose_patience(self, page: int, rounds: int) -> None:
+        if rounds > ROUNDS_MAX:
+            raise HmmnetError(f"page 0x{page:x} of process {self.number} was taken away {ROUNDS_MAX} times before it could be accessed")
+        await trio.sleep(PATIENCE_S)
+
     async def _resolve(self, page: int, touched: fault.Touched, rounds: int) -> None:
         """See to what stands in the way of an access to `page`. The mmap lock is held for reading."""
         if self.mm.unstable:
             raise BusError(page << PAGE_SHIFT, f"page 0x{page:x} of process {self.number}, which is being killed, was reaped")
-        if rounds > ROUNDS_MAX:
-            raise HmmnetError(f"page 0x{page:x} of process {self.number} was taken away {ROUNDS_MAX} times before it could be accessed")
+        if rounds > SPINS_MAX:
+            await self._lose_patience(page, rounds)
         end = page + touched.blocked
         if touched.cause is Cause.MIGRATION:
             await self.wait_migration(page)

@@ -135,6 +135,7 @@ async def test_touch_faults_a_page_in_as_an_access_would() -> None:
 async def test_a_page_that_never_stays_is_an_error_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """A driver that brings nothing home: the access ends, where the kernel would go round for ever, and the page is where it was."""
     monkeypatch.setattr(access, "ROUNDS_MAX", 3)
+    monkeypatch.setattr(access, "SPINS_MAX", 1)
     machine = Machine()
     space = await written(machine)
     await machine.to_device(space, 64, span(FIRST, 2))
