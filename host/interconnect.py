@@ -6,11 +6,13 @@ from contextlib import suppress
 from functools import partial
 
 import numpy as np
+import trio
 
-from hmmnet.errors import PeerError
+from hmmnet.errors import PeerError, Unreachable
 from hmmnet.fabric.arbiter import Arbiter, Flow
 from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.fabric.dma import MultiArena
+from hmmnet.fabric.sender import LOOK_S
 from hmmnet.fabric.singles import Singles
 from hmmnet.observe.counters import DEVICE_TO_HOST, Profile
 from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, ZONE_SHIFT, Words
@@ -18,6 +20,9 @@ from hmmnet.topology import Topology
 
 from .mm.frames import PhysicalMemory
 from .mm.zones import CpuZone, Zone
+
+STALL_S = 5.0
+"""Real seconds that a CPU stalls on links that are down: as long as on a device that does not let go. Then it is a bus error."""
 
 
 class Interconnect:
@@ -58,13 +63,31 @@ class Interconnect:
         self._nodes.pop(zone.number, None)
 
     def _crossed(self, device: str, node: str, nbytes: int, stored: bool) -> None:
-        """The CPU has reached `nbytes` of a device's memory: they take their turn on the links, and whoever wanted them owes the time."""
-        way = self._way(node, device) if stored else self._way(device, node)
+        """The CPU has reached `nbytes` of a device's memory: they take their turn on the links, and whoever wanted them owes the time.
+
+        While the links are down a CPU stalls on them.
+        """
+        source, target = (node, device) if stored else (device, node)
+        try:
+            way = self._way(source, target)
+        except Unreachable:
+            self._memory.owed = partial(self._stall, source, target)
+            return
         begin_s, due_s = way.turn(nbytes, self.now())
         for link in way.links:
             link.record(nbytes, begin_s, due_s, due_s)
         if self.clock.real_until(due_s) >= self.clock.sleep_min_s:
             self._memory.owed = partial(self._pass_time, way, due_s)
+
+    async def _stall(self, source: str, target: str) -> None:
+        """Return when a link leads there again. Raises Unreachable when none does for `STALL_S`."""
+        with trio.move_on_after(self.clock.real(STALL_S)):
+            while True:
+                with suppress(Unreachable):
+                    self.arbiter.route(source, target)
+                    return
+                await trio.sleep(self.clock.real(LOOK_S))
+        self.arbiter.route(source, target)
 
     async def _pass_time(self, way: Singles, due_s: float) -> None:
         with way.held(self.now):

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import trio
 
-from hmmnet.errors import BusError, HmmnetError, InjectedError, KernelError, OutOfMemory, SegmentationFault, SignalError
+from hmmnet.errors import BusError, HmmnetError, InjectedError, KernelError, OutOfMemory, SegmentationFault, SignalError, Unreachable
 from hmmnet.faults.injector import Points
 from hmmnet.host.interfaces import NO_OWNER, Event
 from hmmnet.pages import HUGE_PAGES, PAGE_SHIFT, PAGE_SIZE, ZONE_SHIFT, Words
@@ -233,18 +233,21 @@ class CpuAccess:
             error.narrow(address)
             raise
         if self.memory.owed is not None:
-            await self._pay()
+            await self._pay(address)
         self._since_checkpoint += 1 + (length >> BULK_SHIFT)
         if self._since_checkpoint >= CHECKPOINT_EVERY:
             self._since_checkpoint = 0
             await give_way()
         return done
 
-    async def _pay(self) -> None:
-        """Wait for what an access in place to a device's memory takes on the link."""
+    async def _pay(self, address: int) -> None:
+        """Wait for what an access in place to a device's memory takes on the link. Raises BusError when the link does not come back."""
         owed, self.memory.owed = self.memory.owed, None
         if owed is not None:
-            await owed()
+            try:
+                await owed()
+            except Unreachable as error:
+                raise BusError(address, f"its page is intact on a device that the CPU does not reach: {error}") from error
 
     async def store(self, address: int, data: Storable) -> None:
         """CPU store. Raises SegmentationFault, BusError, KernelError(ENOMEM); pages before the one that failed are stored then."""
@@ -259,7 +262,7 @@ class CpuAccess:
                 error.narrow(address)
                 raise
         if self.memory.owed is not None:
-            await self._pay()
+            await self._pay(address)
         self._since_checkpoint += 1 + (len(data) >> BULK_SHIFT)
         if self._since_checkpoint >= CHECKPOINT_EVERY:
             self._since_checkpoint = 0
@@ -346,7 +349,7 @@ class CpuAccess:
             if await self._provided(missing, short):
                 batch = BATCH_PAGES
             if self.memory.owed is not None:
-                await self._pay()
+                await self._pay(address)
             if done < len(data):
                 await give_way()
 

@@ -11,8 +11,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import trio
 
 import hmmnet
+from hmmnet.errors import BusError
+from hmmnet.faults import fault
+from hmmnet.host.interconnect import STALL_S
 from hmmnet.pages import (
     HMM_PFN_DMA_MAPPED,
     HMM_PFN_P2PDMA,
@@ -122,6 +126,33 @@ def test_a_range_with_pages_at_all_places_has_the_marks_of_each() -> None:
 
     got = hmmnet.simulate(main, MACHINE).value
     assert got == [WAYS["near"][1], WAYS["far"][1], 0, WAYS["host"][1]]
+
+
+@pytest.mark.parametrize("back", [True, False])
+def test_a_cpu_stalls_on_a_link_that_is_down(back: bool) -> None:
+    """Coherent memory behind it: the load ends when the link is back, or as a bus error that says so; nothing is lost."""
+
+    async def main(machine: SimulatedMachine) -> float:
+        process = await machine.create_process()
+        address = await process.mmap(PAGE_SIZE)
+        await process.write(address, b"\7" * PAGE_SIZE)
+        assert await process.migrate(address, PAGE_SIZE, "near") == PAGE_SIZE
+        lasts = {"lasts": "1 s"} if back else {}
+        machine.add_fault(fault("link.down", on="*near*", **lasts))
+        await trio.sleep(1e-6)
+        began_s = machine.emulated_s()
+        if back:
+            assert await process.read(address, 8) == b"\7" * 8
+        else:
+            with pytest.raises(BusError, match="intact on a device that the CPU does not reach: no link that works leads from"):
+                await process.read(address, 8)
+        took_s = machine.emulated_s() - began_s
+        machine.carrier.heal()
+        assert await process.read(address, 8) == b"\7" * 8
+        await process.exit()
+        return took_s
+
+    assert hmmnet.simulate(main, MACHINE).value == pytest.approx(1.0 if back else STALL_S, abs=0.1)
 
 
 def test_the_cpu_reaches_coherent_memory_at_the_rate_of_its_link() -> None:
