@@ -21,6 +21,7 @@ from errno import EBUSY, EFAULT, EINVAL, ENOENT, ENOMEM, EPERM
 
 import numpy as np
 import numpy.typing as npt
+import trio
 
 from hmmnet.devices.access import Range
 from hmmnet.devices.context import MIGRATE_PAGES_MAX, Context
@@ -59,6 +60,8 @@ BOUNCE_PAGES_MAX = 1 << 18
 """Pages of a command with data (1 GiB), beyond which the bounce buffer cannot be had (ENOMEM)."""
 EVICT_FRAMES_MAX = 1 << 16
 EVICT_ROUNDS_MAX = 100
+EVICT_S = 5.0
+"""Fruitless rounds of an eviction in a row, and real seconds of them: over bad wires one round may take as long as a hundred elsewhere."""
 """Frames of one eviction request; rounds in which no frame goes home before the unit gives up."""
 
 FAIL_ALLOC = 1
@@ -239,13 +242,17 @@ class Dmirror(Device):
         return IoctlDone(moved_count, 0)
 
     async def _evict_all(self, cause: str) -> None:
-        """dmirror_device_remove_chunks: all frames go home, in every process; busy ones are tried again."""
-        fruitless = 0
-        while fruitless < EVICT_ROUNDS_MAX:
+        """dmirror_device_remove_chunks: all frames go home, in every process; busy ones are tried again, for a while."""
+        patience_s = self.bus.clock.real(EVICT_S)
+        fruitless, until_s = 0, trio.current_time() + patience_s
+        while fruitless < EVICT_ROUNDS_MAX and trio.current_time() < until_s:
             frames = self.memory.live_frames()[:EVICT_FRAMES_MAX]
             if len(frames) == 0:
                 return
-            fruitless = 0 if await self.bus.evict(frames, cause) else fruitless + 1
+            if await self.bus.evict(frames, cause):
+                fruitless, until_s = 0, trio.current_time() + patience_s
+            else:
+                fruitless += 1
 
     # --- exclusive access -----------------------------------------------------------------------------------------------------
 
