@@ -13,7 +13,7 @@ its mirror by itself. That is fencing; it makes a stale access impossible even a
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import TypeVar
 
@@ -23,6 +23,7 @@ import xxhash
 
 from hmmnet.errors import KernelError, PeerError, PeerGone, PeerLost, ProtocolError, RemoteError
 from hmmnet.fabric.arbiter import Flow
+from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.fabric.dma import ArenaSink, ArenaSource, BulkReceiver, BulkSender, Sink, Source
 from hmmnet.observe.counters import DEVICE_TO_DEVICE, DEVICE_TO_HOST, HOST_TO_DEVICE
 from hmmnet.pages import (
@@ -49,12 +50,23 @@ FREE_DELAY_S = 0.01
 """Real seconds that freed frames wait for more, so that a storm of single frees becomes few notes."""
 INVALIDATION_S = 5.0
 """Real seconds that a device gets to acknowledge an invalidation, heartbeats or not: DMA that is under way may take some. A CPU waits."""
+STALLED_S = 0.25
+"""Real seconds to read what a peer has said in time, after a stall of this process (a debugger, a long computation) beyond a limit."""
 INLINE_PAGES_MAX = INLINE_BYTES_MAX // PAGE_SIZE
 INLINE_TRIES = 3
 """Damaged answers in a row that are asked for again."""
 
 _SHIFT = np.uint64(PAGE_SHIFT)
 M = TypeVar("M", bound=Message)
+
+
+async def in_time(wait: Callable[[], Awaitable[object]], clock: EmulatedClock, seconds: float) -> bool:
+    """Whether `wait` returned within so many real seconds, or had by `STALLED_S` later, when it was this process that stood still."""
+    for limit_s in (seconds, STALLED_S):
+        with trio.move_on_after(clock.real(limit_s)):
+            await wait()
+            return True
+    return False
 
 
 class Acknowledgement:
@@ -157,9 +169,7 @@ class SessionLink:
 
     async def answer_in_time(self, pending: PendingReply) -> None:
         """Wait for the answer to an invalidation; who gives none counts as broken, however alive. Raises what the answer does."""
-        with trio.move_on_after(self._interconnect.clock.real(INVALIDATION_S)) as limit:
-            await pending.wait()
-        if limit.cancelled_caught:
+        if not await in_time(pending.wait, self._interconnect.clock, INVALIDATION_S):
             self.condemn(f"it did not let go of what was invalidated within {INVALIDATION_S:g} s")
             raise self.lost_error()
 

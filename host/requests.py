@@ -49,6 +49,7 @@ from .dma_map import DeviceDma
 from .homing import Homing
 from .hub import Hub
 from .interfaces import Select
+from .link import in_time
 from .migrate import Announce, Copy, Grant, Outcome, migrate_to_device
 from .mirror import Request
 from .notifier import Subscription
@@ -230,9 +231,7 @@ class Requests:
     async def _table_updated(self, update: TableUpdate) -> None:
         link = self._life.link
         async with link.transfer():
-            with trio.move_on_after(self._clock.real(TABLE_UPDATE_S)) as limit:
-                await update.done.wait()
-            if limit.cancelled_caught:
+            if not await in_time(update.done.wait, self._clock, TABLE_UPDATE_S):
                 link.condemn(f"it did not say that its table is up to date within {TABLE_UPDATE_S:g} s")
                 raise link.lost_error()
 
