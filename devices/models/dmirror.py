@@ -61,8 +61,10 @@ BOUNCE_PAGES_MAX = 1 << 18
 EVICT_FRAMES_MAX = 1 << 16
 EVICT_ROUNDS_MAX = 100
 EVICT_S = 5.0
-"""Fruitless rounds of an eviction in a row, and real seconds of them: over bad wires one round may take as long as a hundred elsewhere."""
-"""Frames of one eviction request; rounds in which no frame goes home before the unit gives up."""
+"""Frames of one eviction request; rounds in a row in which no frame goes home, and real seconds of them, before the unit gives up.
+
+Over bad wires one round may take as long as a hundred elsewhere.
+"""
 
 FAIL_ALLOC = 1
 """HMM_DMIRROR_FLAG_FAIL_ALLOC: the next allocation of a large page fails, which leaves the pages of that migration small."""

@@ -29,7 +29,7 @@ def imported(file: Path) -> set[str]:
 
 def test_every_kind_of_step_has_its_operation() -> None:
     """What a file may name is what there is, for programs in simulation and on real processes alike."""
-    assert real.do is trial.do is steps.do  # type: ignore[attr-defined]
+    assert real.do is trial.do is steps.do  # type: ignore[attr-defined]  # names that the two import and do not offer
     assert set(OPERATIONS) == set(STEP_KINDS)
     assert len(set(STEP_KINDS)) == len(STEP_KINDS)
 

@@ -91,7 +91,7 @@ async def running_host(*names: str, seed: int = 0) -> AsyncIterator[tuple[Host, 
     transport = MemoryTransport()
     clock = EmulatedClock()
     timing = {"heartbeat_s": HEARTBEAT_S, "lease_s": LEASE_S, "retry_s": RETRY_S}
-    host = Host(topology(*names), transport, Path(), SECRET, clock, scheme="mem", seed=seed, **timing)  # type: ignore[arg-type]
+    host = Host(topology(*names), transport, Path(), SECRET, clock, scheme="mem", seed=seed, **timing)  # type: ignore[arg-type]  # seconds by name
     async with host.running():
         yield host, transport
 
