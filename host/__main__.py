@@ -46,7 +46,7 @@ log = logging.getLogger("hmmnet.host")
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What the launcher says first. `rate` is emulated seconds for a real one; ``auto`` measures what this computer moves.
 
-    `personality` is whose rules the host keeps, where not those that the topology names.
+    `personality` is whose rules the host keeps, where not those that the topology names. `seed` is what chances of faults are drawn from.
     """
 
     name: str
@@ -57,6 +57,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     rate: float | Literal["auto"] = "auto"
     transport: Kind = "ring"
     personality: Literal["", "today", "v25"] = ""
+    seed: int = 0
 
 
 class Told(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -110,6 +111,7 @@ async def serve(config: Config, commands: AsyncIterator[bytes], obeying: trio.Ca
             config.name,
             scheme=config.transport,
             personality=config.personality,
+            seed=config.seed,
         )
         host.on_change = lambda device, state, how: tell({"device": device, "state": state, "how": how})
         host.on_restart = lambda device, seconds: tell({"restart": device, "after": seconds / clock.rate})

@@ -29,7 +29,7 @@ def demo(
     topology: Annotated[str, typer.Option(help="The machine: a preset's name or a TOML file.")] = "two-gpus",
     limit_mib: Annotated[int, typer.Option(min=1, max=256, help="Read at most so much of the text.")] = 4,
     rate: Annotated[str, typer.Option(help="Emulated seconds for a real one: auto (measured) or a number.")] = "auto",
-    seed: Annotated[int, typer.Option(help="Which words are looked up; with --world sim the order of events, too.")] = SEED,
+    seed: Annotated[int, typer.Option(help="For the words looked up, chances of faults and, with --world sim, the order.")] = SEED,
     world: Annotated[World, typer.Option(help=WORLD_HELP)] = World.real,
     svg: Annotated[Path | None, typer.Option(help="Write where the pages live over time to this file.", show_default=False)] = None,
     faults: FaultsFile = None,

@@ -30,7 +30,7 @@ PROGRESS_EVERY_S = 2.0
 def play(
     files: Annotated[list[Path], typer.Argument(help="Trace files, each holding many scripts.", show_default=False)],
     world: Annotated[World, typer.Option(help=WORLD_HELP)] = World.real,
-    seed: Annotated[int, typer.Option(help="With --world sim: from which the order of events is drawn.")] = 0,
+    seed: Annotated[int, typer.Option(help="What chances of faults are drawn from; with --world sim the order of events, too.")] = 0,
     only: Annotated[list[str] | None, typer.Option(help="Scripts to play, by name or pattern such as 'h0*'; may be repeated.")] = None,
     faults: FaultsFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print counts and differences for programs.")] = False,
@@ -63,7 +63,7 @@ def _play(
     from hmmnet.play.world import launcher, play_all, prepare_all
     from hmmnet.sim.worlds import run_in
 
-    launch = plan.world(launcher(world))
+    launch = plan.world(launcher(world, seed))
     scripts = chosen_scripts(files, only)
     prepared = prepare_all(scripts)
     notes = Console(stderr=True)

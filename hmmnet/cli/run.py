@@ -31,7 +31,7 @@ def run(
     on: Annotated[str | None, typer.Option(help="Use this running machine instead of starting one.", show_default=False)] = None,
     rate: Annotated[str, typer.Option(help="Emulated seconds for a real one: auto (measured) or a number.")] = "auto",
     world: Annotated[World, typer.Option(help=WORLD_HELP)] = World.real,
-    seed: Annotated[int, typer.Option(help="With --world sim: from which the order of events is drawn.")] = 0,
+    seed: Annotated[int, typer.Option(help="What chances of faults are drawn from; with --world sim the order of events, too.")] = 0,
     faults: FaultsFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the workload's report for programs.")] = False,
 ) -> int:
@@ -54,7 +54,7 @@ def run(
     given = parse_arguments(arguments or [])
     check_arguments(workload, function, given)
     plan = plan_for(faults, world.value, None if on is not None else load(topology or TOPOLOGY))
-    machine = machine_for(topology, on, rate, world)
+    machine = machine_for(topology, on, rate, world, seed)
     with plan.telling():
         report, links, seconds = run_in(world.value, _play, machine, function, given, plan, on is not None, seed=seed)
     shown: dict[str, Any] = dict(report) if isinstance(report, Mapping) else {"result": report}
@@ -67,7 +67,7 @@ def run(
     return 0 if shown.get("correct", True) else 1
 
 
-def machine_for(topology: str | None, on: str | None, rate: str, world: World) -> AbstractAsyncContextManager[Any]:
+def machine_for(topology: str | None, on: str | None, rate: str, world: World, seed: int = 0) -> AbstractAsyncContextManager[Any]:
     """The machine to run on: attached to, launched, or simulated."""
     if on is not None:
         import hmmnet
@@ -77,13 +77,13 @@ def machine_for(topology: str | None, on: str | None, rate: str, world: World) -
     if world is World.sim:
         from hmmnet.sim import simulated
 
-        return simulated(name)
+        return simulated(name, seed=seed)
     from hmmnet.machine import launch
 
     print(f"starting {name} for this run ...", file=sys.stderr, flush=True)
     from hmmnet.launcher.rate import parse_rate
 
-    return launch(name, rate=parse_rate(rate))
+    return launch(name, rate=parse_rate(rate), seed=seed)
 
 
 async def _play(

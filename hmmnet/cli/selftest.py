@@ -41,7 +41,7 @@ def selftest(
         Personality, typer.Option(help="Whose rules: today (the present kernel's), or v25 (HMM's first, 2017).")
     ] = Personality.today,
     world: Annotated[World, typer.Option(help=WORLD_HELP)] = World.real,
-    seed: Annotated[int, typer.Option(help="With --world sim: from which the order of events is drawn.")] = 0,
+    seed: Annotated[int, typer.Option(help="What chances of faults are drawn from; with --world sim the order of events, too.")] = 0,
     faults: FaultsFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a list of results for programs.")] = False,
     listed: Annotated[bool, typer.Option("--list", help="Name the tests and what they check; run nothing.")] = False,
@@ -73,7 +73,7 @@ def selftest(
     screen = Screen(chosen, quiet=as_json)
     try:
         rules: Literal["today", "v25"] = "v25" if personality is Personality.v25 else "today"
-        launch = partial(simulated_world if world is World.sim else real_world, rules)
+        launch = partial(simulated_world if world is World.sim else real_world, rules, seed)
         with plan.telling():
             outcomes = run_in(world.value, run_all, chosen, screen.on_outcome, plan.world(launch), rules, seed=seed)
     finally:

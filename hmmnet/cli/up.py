@@ -35,6 +35,7 @@ def up(
         str, typer.Option(help="Whose rules the host keeps: today or v25; the topology's own when left out.", show_default=False)
     ] = "",
     faults: FaultsFile = None,
+    seed: Annotated[int, typer.Option(help="What chances of faults are drawn from.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the machine's record, one line after every change, for programs.")] = False,
 ) -> int:
     """Start a machine and hold it until Ctrl-C (or until "hmmnet down", with --detach)."""
@@ -53,10 +54,10 @@ def up(
     machine = with_personality(load(topology, installed_models() or None), personality or None)
     plan = plan_for(faults, "real", machine)
     hold = background if detach else foreground
-    return hold(machine, name, how_fast, chosen, plan, as_json=as_json)
+    return hold(machine, name, how_fast, chosen, plan, seed, as_json=as_json)
 
 
-def foreground(topology: Topology, name: str, rate: Rate, transport: Kind, plan: Breaking, *, as_json: bool) -> int:
+def foreground(topology: Topology, name: str, rate: Rate, transport: Kind, plan: Breaking, seed: int, *, as_json: bool) -> int:
     """Hold the machine here; the exit code."""
     import trio
 
@@ -66,7 +67,7 @@ def foreground(topology: Topology, name: str, rate: Rate, transport: Kind, plan:
     held: list[Supervisor] = []
 
     async def hold(screen: Screen) -> None:
-        supervisor = Supervisor(topology, name, rate, transport, screen.show, faults=plan.as_given())
+        supervisor = Supervisor(topology, name, rate, transport, screen.show, faults=plan.as_given(), seed=seed)
         held.append(supervisor)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(stop_on_signal, nursery.cancel_scope)
@@ -80,14 +81,21 @@ def foreground(topology: Topology, name: str, rate: Rate, transport: Kind, plan:
     return 0
 
 
-def background(topology: Topology, name: str, rate: Rate, transport: Kind, plan: Breaking, *, as_json: bool) -> int:
+def background(topology: Topology, name: str, rate: Rate, transport: Kind, plan: Breaking, seed: int, *, as_json: bool) -> int:
     """Start a launcher of its own, wait until the machine runs, and leave it; the exit code."""
     from msgspec import to_builtins
 
     from hmmnet.errors import HmmnetError
     from hmmnet.launcher.processes import child_environment
 
-    config = {"topology": to_builtins(topology), "name": name, "rate": rate, "transport": transport, "faults": plan.as_given()}
+    config = {
+        "topology": to_builtins(topology),
+        "name": name,
+        "rate": rate,
+        "transport": transport,
+        "faults": plan.as_given(),
+        "seed": seed,
+    }
     launcher = subprocess.Popen(
         [sys.executable, "-m", "hmmnet.launcher"],
         stdin=subprocess.PIPE,

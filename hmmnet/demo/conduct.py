@@ -104,7 +104,7 @@ class Conductor:
 
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(expect)
-                async with launch(self.topology, rate=self.rate) as machine:
+                async with launch(self.topology, rate=self.rate, seed=self.seed) as machine:
                     await ready.wait()
                     self.on_start(Started(self.topology, machine.device_names, machine.rate, time.monotonic() - began, answers[0]))
                     return await self.perform(machine, answers[0], began)
@@ -117,7 +117,7 @@ class Conductor:
 
         began = time.monotonic()
         answers = answers_for(self.given.text)
-        async with simulated(self.topology) as machine:
+        async with simulated(self.topology, seed=self.seed) as machine:
             self.on_start(Started(self.topology, machine.device_names, machine.rate, time.monotonic() - began, answers))
             return await self.perform(machine, answers, began)
 

@@ -1,7 +1,7 @@
 """``python -m hmmnet.launcher``: a machine in the background, for ``hmmnet up --detach``.
 
-Reads one JSON object from stdin (`topology`, `name`, `rate`, `transport`, `faults`), writes one JSON object a line to stdout while the
-machine starts: its record after every change, at last with the state ``running``, or ``{"error": TEXT}``. Then it lets go of stdout and
+Reads one JSON object from stdin (`topology`, `name`, `rate`, `transport`, `faults`, `seed`), writes one JSON object a line to stdout while
+the machine starts: its record after every change, at last with the state ``running``, or ``{"error": TEXT}``. Then it lets go of stdout and
 stderr, so that whoever started it can go, and holds the machine until SIGTERM.
 """
 
@@ -55,6 +55,7 @@ async def hold(config: dict[str, Any]) -> None:
         changed,
         quiet=True,
         faults=config.get("faults", ()),
+        seed=config.get("seed", 0),
     )
     async with trio.open_nursery() as nursery:
         nursery.start_soon(stop_on_signal, nursery.cancel_scope)

@@ -35,7 +35,8 @@ STDERR = "stderr.txt"
 
 class Supervisor:
     """One machine under a launcher. `changed` is called with the record after every change; `quiet` sends stderr of all processes to the
-    logs. `faults` begin when every device is there; each is what makes one (`hmmnet.faults.catalogue.as_given`).
+    logs. `faults` begin when every device is there; each is what makes one (`hmmnet.faults.catalogue.as_given`). `seed` is what their
+    chances are drawn from.
     """
 
     host_command: Sequence[str] | None = None
@@ -52,6 +53,7 @@ class Supervisor:
         *,
         quiet: bool = False,
         faults: Sequence[Mapping[str, Any]] = (),
+        seed: int = 0,
     ) -> None:
         self.record = new_record(name, topology.name, "up")
         self._topology = topology
@@ -60,6 +62,7 @@ class Supervisor:
         self._changed = changed
         self._quiet = quiet
         self._faults = faults
+        self._seed = seed
         self._serving = trio.Event()
         self._all_ready = trio.Event()
         self._control = ""
@@ -129,6 +132,7 @@ class Supervisor:
             "log_folder": str(self.directory.logs),
             "rate": self._rate,
             "transport": self._transport,
+            "seed": self._seed,
         }
 
     async def _watch_host(self) -> None:

@@ -10,6 +10,7 @@ import errno
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from hmmnet.errors import HmmnetError, KernelError
@@ -66,29 +67,29 @@ class UnitWorld:
 
 
 @asynccontextmanager
-async def real_world(personality: Personality = "today") -> AsyncIterator[UnitWorld]:
+async def real_world(personality: Personality = "today", seed: int = 0) -> AsyncIterator[UnitWorld]:
     """Launch the machine while the block runs."""
     from hmmnet.machine import launch
 
-    async with launch(TOPOLOGY, rate=RATE, personality=personality) as machine:
+    async with launch(TOPOLOGY, rate=RATE, personality=personality, seed=seed) as machine:
         yield UnitWorld(machine)
 
 
 @asynccontextmanager
-async def simulated_world(personality: Personality = "today") -> AsyncIterator[UnitWorld]:
+async def simulated_world(personality: Personality = "today", seed: int = 0) -> AsyncIterator[UnitWorld]:
     """The machine in this trio run, which is in virtual time, while the block runs."""
     from hmmnet.sim import simulated
 
-    async with simulated(TOPOLOGY, personality=personality) as machine:
+    async with simulated(TOPOLOGY, personality=personality, seed=seed) as machine:
         yield UnitWorld(machine)
 
 
-def launcher(world: str) -> Launch:
-    """How to launch `world`. Raises ValueError."""
-    worlds: dict[str, Launch] = {"real": real_world, "sim": simulated_world}
+def launcher(world: str, seed: int = 0) -> Launch:
+    """How to launch `world`; `seed` is what chances of faults are drawn from. Raises ValueError."""
+    worlds: dict[str, Callable[..., AbstractAsyncContextManager[UnitWorld]]] = {"real": real_world, "sim": simulated_world}
     if world not in worlds:
         raise ValueError(f"world {world!r} is unknown; there are: {', '.join(worlds)}")
-    return worlds[world]
+    return partial(worlds[world], seed=seed)
 
 
 def prepare_all(scripts: Iterable[Script]) -> list[tuple[Script, list[Step]]]:
