@@ -1,154 +1,47 @@
-"""CPU loads and stores, and the faults they take: the lowest layer of `Space`.
+"""CPU loads and stores.
 
 A load or store first tries to finish without suspending: mapped pages and never-touched ones need nobody else. Only what is left goes
-through `_access`: take the mmap lock, and see to the page that is in the way, until there is none. A range that is accessed in one call
-is brought home from a device in batches, with the result that single loads in address order would have had.
-
-`fault_in` is the same for whoever faults on a program's behalf: hmm_range_fault, populate, pins.
+through `_access`: take the mmap lock, and see to the page that is in the way (`faulting.py`), until there is none. A range that is accessed
+in one call is brought home from a device in batches, with the result that single loads in address order would have had.
 """
 
 from __future__ import annotations
 
 import errno
 import itertools
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import trio
 
-from hmmnet.errors import BusError, HmmnetError, InjectedError, KernelError, OutOfMemory, SegmentationFault, SignalError, Unreachable
-from hmmnet.faults.injector import Points
-from hmmnet.host.interfaces import NO_OWNER, Event
-from hmmnet.pages import HUGE_PAGES, PAGE_SHIFT, PAGE_SIZE, ZONE_SHIFT, Words
+from hmmnet.errors import BusError, InjectedError, KernelError, OutOfMemory, SignalError, Unreachable
+from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, ZONE_SHIFT, Words
 
-from . import fault, huge, pte
-from .fault import Cause
-from .filemap import end_in
+from . import pte
+from .faulting import Faulting, Home, Notifier
 from .frames import PhysicalMemory
-from .locks import Gate, RwLock, give_way
-from .mm import Mm
+from .locks import give_way
 from .userfault import MissingPage
-from .vma import VM_ACCESS, VM_HUGETLB, VM_WRITE, Vma
+from .vma import VM_ACCESS, VM_WRITE
 
 PAGE_MASK = PAGE_SIZE - 1
 BATCH_PAGES = 1 << 16
 """Pages of a load or store that are made ready before they are copied: bounds the time between two looks at the table."""
-HOME_PAGES_MAX = 4096
-"""Pages that one CPU access brings home from a device in one go (16 MiB: enough to fill a stream's window, little enough to wait for)."""
-SPINS_MAX = 64
-PATIENCE_S = 1e-6
-"""Rounds without a pause, and the pause in each after those: who has the page may need time, which only sleep lets pass in simulation."""
-ROUNDS_MAX = 10_000
-"""Rounds in which a fault may find its page taken away again before it counts as a bug (the kernel would go on for ever)."""
 CHECKPOINT_EVERY = 64
 """Loads and stores without suspension, after which other tasks get a turn: a program that polls must not starve the machine."""
 BULK_SHIFT = 16
 """64 KiB of one load or store count as one more: long ones take as long as many."""
 
-T = TypeVar("T")
-
 Storable = bytes | bytearray | memoryview | npt.NDArray[Any]
 """What a store takes: the bytes of it, in their order."""
 
-Home = Callable[[Any, "Words | int"], Awaitable[None]]
-"""migrate_to_ram(space, pages): bring these pages, all of one zone, or this one page, home. Called with the mmap lock held for reading.
 
-Raises BusError when the data are lost. A page that is still on the device afterwards is tried again."""
-
-
-class Notifier(Protocol):
-    """What an address space needs of the hub."""
-
-    def invalidate(self, event: Event, start: int, end: int, owner: int = NO_OWNER) -> AbstractAsyncContextManager[object]:
-        """Entered before [start, end) changes, left afterwards."""
-        ...
-
-    def pass_through(self, page: int, owner: int) -> bool:
-        """See `interfaces.Notifier.pass_through`."""
-        ...
-
-    def try_invalidate(self, start: int, end: int) -> bool:
-        """Begin an invalidation that waits for nobody, to be ended by `range_end`; False, and nothing begun, where someone must be told."""
-        ...
-
-    def range_end(self) -> None:
-        """The end of an invalidation that `try_invalidate` has begun."""
-        ...
-
-
-class CpuAccess:
+class CpuAccess(Faulting):
     """Process `number`'s memory as its CPU sees it; `home` is migrate_to_ram."""
 
     def __init__(self, number: int, memory: PhysicalMemory, hub: Notifier, home: Home, family: int = 0) -> None:
-        self.number = number
-        self.memory = memory
-        self.hub = hub
-        self.home = home
-        self.mm = Mm(number, memory, family)
-        self.mmap_lock = RwLock()
-        self.cpu_faults = 0
-        """CPU faults that brought a page home, so far."""
-        self.oom: Callable[[int], Awaitable[bool]] | None = None
-        """pagefault_out_of_memory(process): whether host memory could be had by killing another process. None: nobody is killed for it."""
-        self._gate = Gate()
-        self.mm.migration_ended = self._gate.open
+        super().__init__(number, memory, hub, home, family)
         self._since_checkpoint = 0
-        self.killed = False
-        """A fatal signal is pending: nobody waits for the mmap lock on this process's behalf any more."""
-        self._killable: set[trio.CancelScope] = set()
-
-    def kill(self) -> None:
-        """A fatal signal: who waits in `read_killable` gets EINTR."""
-        self.killed = True
-        for scope in self._killable:
-            scope.cancel()
-
-    @asynccontextmanager
-    async def read_killable(self) -> AsyncIterator[None]:
-        """mmap_read_lock_killable: the mmap lock for reading. Raises KernelError(EINTR) when the process is killed before it is had."""
-        with trio.CancelScope() as scope:
-            self._killable.add(scope)
-            try:
-                if self.killed:
-                    scope.cancel()
-                    await trio.lowlevel.checkpoint()
-                if not self.mmap_lock.try_read():
-                    await self.mmap_lock.wait(writer=False)
-            finally:
-                self._killable.discard(scope)
-        if scope.cancelled_caught:
-            raise KernelError(errno.EINTR, "mmap_read_lock_killable", f"process {self.number} was killed meanwhile")
-        try:
-            yield
-        finally:
-            self.mmap_lock.release_read()
-
-    async def relieved(self, error: KernelError) -> bool:
-        """A fault ended with `error`: whether it was for want of host memory, of which there is some again, so that it can be taken anew.
-
-        If so somebody was killed for it (pagefault_out_of_memory). Hold no lock. What a fault plan or a memory cgroup denies is no want:
-        only OutOfMemory is.
-        """
-        if self.oom is None or not isinstance(error, OutOfMemory) or not self.memory.is_used_up:
-            return False
-        return await self.oom(self.number)
-
-    async def relieving(self, call: Callable[[], Awaitable[T]]) -> T:
-        """What `call`, a fault, answers, which is taken anew as often as it is `relieved`. Hold no lock."""
-        while True:
-            try:
-                return await call()
-            except OutOfMemory as error:
-                if not await self.relieved(error):
-                    raise
-
-    @property
-    def points(self) -> Points:
-        """See `interfaces.AddressSpace`."""
-        return self.memory.points
 
     # --- without suspension -------------------------------------------------------------------------------------------------------
 
@@ -162,29 +55,39 @@ class CpuAccess:
             if not self._make_readable(page):
                 return None
             return self.memory.read_small(self.mm.table.get(page) >> pte.FRAME_SHIFT, address & PAGE_MASK, length)
-        if not self._try_touch(page, last + 1, write=False, keep=None):
+        ready, error = self._try_touch(page, last + 1, write=False, keep=None)
+        if error is not None:
+            raise error
+        if ready <= last:
             return None
         out = np.empty(length, np.uint8)
         self._copy_out(address, out)
         return out.tobytes()
 
     def try_store(self, address: int, data: Storable) -> bool:
-        """Store `data` at `address` if that needs nobody else; False, and nothing stored, if it does or is not allowed."""
-        if not isinstance(data, bytes):
-            data = _flat(data)
+        """Store `data` at `address` if that needs nobody else; False if it does or is not allowed: the pages before are stored then."""
+        data = data if isinstance(data, bytes) else _flat(data)
+        return self._store_now(address, data) == len(data)
+
+    def _store_now(self, address: int, data: bytes | memoryview) -> int:
+        """Store as much of `data` as needs nobody else; how many bytes. A page that is made ready is stored to before anybody sees it."""
         length = len(data)
         if length == 0:
-            return True
+            return 0
         page = address >> PAGE_SHIFT
         last = address + length - 1 >> PAGE_SHIFT
         if page == last:
-            if self._make_writable(page):
-                self.memory.write_small(self.mm.table.get(page) >> pte.FRAME_SHIFT, address & PAGE_MASK, data)
-                return True
-        elif self._try_touch(page, last + 1, write=True, keep=_whole(address, length)):
-            self._copy_in(address, np.frombuffer(data, np.uint8))
-            return True
-        return False
+            if not self._make_writable(page):
+                return 0
+            self.memory.write_small(self.mm.table.get(page) >> pte.FRAME_SHIFT, address & PAGE_MASK, data)
+            return length
+        ready, error = self._try_touch(page, last + 1, write=True, keep=_whole(address, length))
+        length = max(0, min(length, (ready << PAGE_SHIFT) - address))
+        if length:
+            self._copy_in(address, np.frombuffer(data, np.uint8)[:length])
+        if error is not None:
+            raise error
+        return length
 
     def _make_readable(self, page: int) -> bool:
         """One page for a load, when it is there or was never touched."""
@@ -192,7 +95,7 @@ class CpuAccess:
         if entry & pte.KIND == pte.DEVICE:
             return False
         if entry & (pte.KIND | pte.YOUNG) != pte.PRESENT | pte.YOUNG:
-            return self._try_touch(page, page + 1, write=False, keep=None)
+            return self._try_touch_one(page, write=False)
         vma = self.mm.vmas.find(page)
         return vma is not None and vma.flags & VM_ACCESS != 0
 
@@ -202,22 +105,33 @@ class CpuAccess:
         if entry & pte.KIND == pte.DEVICE:
             return False
         if entry & (pte.KIND | pte.WRITE) != pte.WRITABLE:
-            return self._try_touch(page, page + 1, write=True, keep=None)
+            return self._try_touch_one(page, write=True)
         dirty = entry | pte.YOUNG | pte.DIRTY | pte.SOFT_DIRTY
         if dirty != entry:
             self.mm.table.mark_one(page, dirty)
         return True
 
-    def _try_touch(self, start: int, end: int, *, write: bool, keep: tuple[int, int] | None) -> bool:
-        """Whether all of [start, end) could be made ready at once."""
+    def _try_touch_one(self, page: int, *, write: bool) -> bool:
+        """Whether one page could be made ready at once. Raises InjectedError."""
+        ready, error = self._try_touch(page, page + 1, write=write, keep=None)
+        if error is not None:
+            raise error
+        return ready > page
+
+    def _try_touch(self, start: int, end: int, *, write: bool, keep: tuple[int, int] | None) -> tuple[int, InjectedError | None]:
+        """Make [start, end) ready as far as that goes at once: the first page that is not.
+
+        And what a fault plan wants there: `load` and `store`, which try again, would be better off than whoever asked for it wants them to.
+        """
         if self.mmap_lock.written or end - start > BATCH_PAGES:
-            return False
+            return start, None
         try:
-            return self._touch(start, end, write=write, keep=keep)[0] == end
-        except InjectedError:
-            raise  # `load` and `store` would be better off than whoever asked for the fault wants them to be
+            ready, touched = self._touch(start, end, write=write, keep=keep)
+        except InjectedError as error:
+            return start, error
         except (SignalError, KernelError):
-            return False
+            return start, None
+        return ready, touched.error if isinstance(touched.error, InjectedError) else None
 
     # --- with suspension ----------------------------------------------------------------------------------------------------------
 
@@ -251,12 +165,14 @@ class CpuAccess:
 
     async def store(self, address: int, data: Storable) -> None:
         """CPU store. Raises SegmentationFault, BusError, KernelError(ENOMEM); pages before the one that failed are stored then."""
-        if not isinstance(data, bytes):
-            data = _flat(data)
-        if not self.try_store(address, data):
+        data = data if isinstance(data, bytes) else _flat(data)
+        done = self._store_now(address, data)
+        if done < len(data):
             try:
-                if not (await self._home_one(address, len(data), VM_WRITE) and self.try_store(address, data)):
-                    await self._access(address, np.frombuffer(data, np.uint8), write=True)
+                if await self._home_one(address, len(data), VM_WRITE):
+                    done = self._store_now(address, data)
+                if done < len(data):
+                    await self._access(address, np.frombuffer(data, np.uint8), write=True, done=done)
                     return
             except SignalError as error:
                 error.narrow(address)
@@ -314,9 +230,12 @@ class CpuAccess:
             lock.release_read()
         return True
 
-    async def _access(self, address: int, data: npt.NDArray[np.uint8], *, write: bool) -> None:
-        """Load into (or store from) `data`, batch by batch: make pages ready, copy in the same step, see to what is in the way."""
-        done, rounds, batch = 0, 0, BATCH_PAGES
+    async def _access(self, address: int, data: npt.NDArray[np.uint8], *, write: bool, done: int = 0) -> None:
+        """Load into (or store from) `data`, batch by batch: make pages ready, copy in the same step, see to what is in the way.
+
+        So many bytes are `done` already.
+        """
+        rounds, batch = 0, BATCH_PAGES
         while done < len(data):
             position, left = address + done, len(data) - done
             start = position >> PAGE_SHIFT
@@ -338,7 +257,8 @@ class CpuAccess:
                     (self._copy_in if write else self._copy_out)(position, data[done : done + length])
                     done += length
                     rounds = 0
-                if ready < end:
+                    short = touched.error if isinstance(touched.error, InjectedError) else None
+                if ready < end and short is None:
                     rounds += 1
                     try:
                         await self._resolve(ready, touched, rounds)
@@ -383,125 +303,6 @@ class CpuAccess:
             await self._provided(missing, short)
             await give_way()
 
-    def _touch(self, start: int, end: int, *, write: bool, keep: tuple[int, int] | None) -> tuple[int, fault.Touched]:
-        """Make [start, end) ready as far as that goes now: the first page that is not, and why. `keep`: pages overwritten whole.
-
-        Raises SegmentationFault when the very first page is refused.
-        """
-        page = start
-        while page < end:
-            try:
-                vma = self.mm.check_access(page, write)
-            except SegmentationFault:
-                if page > start:
-                    return page, fault.Touched(0)
-                raise
-            stop = min(end, vma.end)
-            if stop - page == 1 and fault.touch_one(self.mm, vma, page, write):
-                page = stop
-                continue
-            pages = np.arange(page, stop, dtype=np.uint64)
-            kept = None if keep is None else slice(max(0, keep[0] - page), max(0, keep[1] - page))
-            touched = fault.touch(self.mm, vma, pages, write, kept)
-            page += touched.done
-            if page < stop:
-                return page, touched
-        return page, fault.Touched(0)
-
-    async def _lose_patience(self, page: int, rounds: int) -> None:
-        if rounds > ROUNDS_MAX:
-            raise HmmnetError(f"page 0x{page:x} of process {self.number} was taken away {ROUNDS_MAX} times before it could be accessed")
-        await trio.sleep(PATIENCE_S)
-
-    async def _resolve(self, page: int, touched: fault.Touched, rounds: int) -> None:
-        """See to what stands in the way of an access to `page`. The mmap lock is held for reading."""
-        if self.mm.unstable:
-            raise BusError(page << PAGE_SHIFT, f"page 0x{page:x} of process {self.number}, which is being killed, was reaped")
-        if rounds > SPINS_MAX:
-            await self._lose_patience(page, rounds)
-        end = page + touched.blocked
-        if touched.cause is Cause.MIGRATION:
-            await self.wait_migration(page)
-        elif touched.cause is Cause.DEVICE:
-            await self._bring_home(page, min(touched.blocked, HOME_PAGES_MAX))
-        elif touched.cause is Cause.COW:
-            vma = self.mm.vmas.find(page)
-            assert vma is not None, "a page to be copied lies in a VMA"
-            for block in huge.huge_blocks(self.mm, np.arange(page, end, dtype=np.uint64)):
-                async with self.hub.invalidate(Event.CLEAR, block, block + HUGE_PAGES):
-                    huge.break_cow(self.mm, vma, block)
-            async with self.hub.invalidate(Event.CLEAR, page, end):
-                fault.break_cow(self.mm, vma, np.arange(page, end, dtype=np.uint64))
-        elif touched.cause is Cause.EXCLUSIVE:
-            async with self.hub.invalidate(Event.CLEAR, page, end):
-                fault.restore_exclusive(self.mm, np.arange(page, end, dtype=np.uint64))
-        elif touched.cause is Cause.MARKER:
-            raise BusError(page << PAGE_SHIFT, self.mm.refusal(page, write=False))
-        elif touched.cause is Cause.MISSING:
-            vma = self.mm.vmas.find(page)
-            assert vma is not None, "a missing page lies in a VMA"
-            if vma.userfault is not None and not vma.userfault.sigbus:
-                raise MissingPage(self.number, page, vma.userfault)
-            raise BusError(page << PAGE_SHIFT, f"page 0x{page:x} of process {self.number} is missing, and a userfaultfd wants SIGBUS")
-        elif touched.cause is Cause.BEYOND:
-            raise BusError(page << PAGE_SHIFT, self._behind(page))
-
-    async def _bring_home(self, page: int, count: int) -> None:
-        """A CPU access found device-private pages: migrate_to_ram for up to `count` of them, all of one zone; a huge page comes whole."""
-        if self.mm.table.get(page) & pte.HUGE:
-            page, count = huge.block_of(page), HUGE_PAGES
-        entries = self.mm.table.read(page, page + count)
-        alike = entries & pte.HUGE == int(entries[0]) & pte.HUGE
-        if not alike.all():
-            count = int(np.argmin(alike))
-            entries = entries[:count]
-        zones = pte.zones_of(entries)
-        same = zones == zones[0]
-        if not same.all():
-            count = int(np.argmin(same))
-        self._check_there(page, int(zones[0]))
-        self.cpu_faults += 1 if entries[0] & pte.HUGE else count
-        try:
-            await self.home(self, np.arange(page, page + count, dtype=np.uint64))
-        except OutOfMemory:
-            if self.memory.is_used_up or entries[0] & pte.HUGE:
-                raise
-            await self.home(self, page)  # memory is short for all of them, which a CPU would have brought home one by one
-
-    def _check_there(self, page: int, number: int) -> None:
-        if self.memory.zones[number].lost:
-            raise BusError(page << PAGE_SHIFT, self._lost(page, number))
-
-    def _lost(self, page: int, number: int) -> str:
-        zone = self.memory.zones[number]
-        return f'page 0x{page:x} of process {self.number} had its only copy on device "{zone.owner}", which was lost: {zone.lost}'
-
-    def _behind(self, page: int) -> str:
-        return f"page 0x{page:x} of process {self.number} lies behind the end of the file mapped there"
-
-    def why_not(self, page: int, *, write: bool, start: int, end: int) -> str:
-        """Why `page` of [start, end), which was asked for (for a `write`), cannot be had: the words of a CPU fault there."""
-        entry, vma = self.mm.table.get(page), self.mm.vmas.find(page)
-        number = entry >> pte.FRAME_SHIFT + ZONE_SHIFT
-        if entry & pte.KIND == pte.DEVICE and self.memory.zones[number].lost:
-            why = self._lost(page, number)
-        elif entry == 0 and vma is not None and vma.file is not None and vma.may_read and page >= end_in(vma):
-            why = self._behind(page)
-        else:
-            why = self.mm.refusal(page, write=write)
-        return f"{why} (asked for: pages 0x{start:x} to 0x{end - 1:x})"
-
-    def signal_for(self, address: int) -> type[SignalError]:
-        """What an access to `address` that cannot be served ends with: SIGBUS where the data is gone, else SIGSEGV."""
-        entry = self.mm.table.get(address >> PAGE_SHIFT)
-        if entry & pte.KIND == pte.DEVICE:
-            gone = bool(self.memory.zones[entry >> pte.FRAME_SHIFT + ZONE_SHIFT].lost)
-        else:
-            vma = self.mm.vmas.find(address >> PAGE_SHIFT)
-            beyond = vma is not None and vma.file is not None and vma.may_read and address >> PAGE_SHIFT >= end_in(vma)
-            gone = entry & pte.KIND == pte.MARKER or (entry == 0 and beyond)
-        return BusError if gone else SegmentationFault
-
     def _copy_out(self, address: int, out: npt.NDArray[np.uint8]) -> None:
         self.memory.read(self._frames(address, len(out)), address & PAGE_MASK, out)
 
@@ -510,80 +311,6 @@ class CpuAccess:
 
     def _frames(self, address: int, length: int) -> Words:
         return pte.frames_of(self.mm.table.read(address >> PAGE_SHIFT, (address + length - 1 >> PAGE_SHIFT) + 1))
-
-    # --- huge pages ---------------------------------------------------------------------------------------------------------------
-
-    async def split_blocks(self, blocks: Iterable[int]) -> None:
-        """Map those of the aligned `blocks` page by page that are mapped as one (split_huge_pmd)."""
-        for block in blocks:
-            if self.mm.table.get(block) & pte.HUGE:
-                async with self.hub.invalidate(Event.CLEAR, block, block + HUGE_PAGES):
-                    huge.split_entries(self.mm, block)
-
-    async def split_edges(self, *edges: int) -> None:
-        """Something begins or ends at the pages `edges`: no huge page may straddle them (vma_adjust_trans_huge).
-
-        Raises KernelError(EINVAL) inside a page of a hugetlb mapping, which cannot be split (hugetlb_vm_op_split).
-        """
-        for page in edges:
-            vma = self.mm.vmas.find(page) if page & huge.HUGE_MASK else None
-            if vma is not None and vma.flags & VM_HUGETLB:
-                raise KernelError(errno.EINVAL, "split", f"page 0x{page:x} of process {self.number} is inside a page of 2 MiB (hugetlb)")
-        await self.split_blocks(huge.block_of(page) for page in edges if page & huge.HUGE_MASK)
-
-    # --- on behalf of others ------------------------------------------------------------------------------------------------------
-
-    async def wait_migration(self, page: int) -> None:
-        """migration_entry_wait: return when `page` is under migration no more. Hold the mmap lock for reading, be in no invalidation."""
-        while self.mm.table.get(page) & pte.KIND == pte.MIGRATION:
-            await self._gate.wait()
-
-    async def fault_in(self, pages: Words, write: npt.NDArray[np.bool_], node: int | None = None) -> None:
-        """handle_mm_fault for each of `pages` (ascending). Needs the mmap lock for reading. New frames come from `node`, if that is given.
-
-        Raises KernelError: EFAULT (no mapping, data lost), EPERM (no right to write), ENOMEM, for the first page that cannot be had.
-        """
-        assert self.mmap_lock.held, "fault_in without the mmap lock"
-        edges = np.flatnonzero(write[1:] != write[:-1]) + 1
-        for part, wanted in zip(np.split(pages, edges), np.split(write, edges), strict=True):
-            if len(part):
-                await self._fault_pages(part, write=bool(wanted[0]), node=node)
-
-    async def _fault_pages(self, pages: Words, *, write: bool, node: int | None = None) -> None:
-        done, rounds, batch = 0, 0, len(pages)
-        while done < len(pages):
-            page = int(pages[done])
-            vma = self._faultable(page, write=write)
-            stop = min(int(np.searchsorted(pages, vma.end)), done + batch)
-            try:
-                touched = fault.touch(self.mm, vma, pages[done:stop], write, node=node)
-            except OutOfMemory:
-                if stop - done == 1:
-                    raise
-                batch = (stop - done) // 2  # memory is short: fault in as far as it goes, as the kernel does, page by page
-                continue
-            rounds = 0 if touched.done else rounds + 1
-            done += touched.done
-            if done < stop:
-                run = pages[done : done + touched.blocked]
-                gaps = run[1:] != run[:-1] + np.uint64(1)
-                together = int(np.argmax(gaps)) + 1 if gaps.any() else len(run)
-                try:
-                    await self._resolve(int(run[0]), fault.Touched(0, touched.cause, together), rounds)
-                except SignalError as error:
-                    raise KernelError(errno.EFAULT, "handle_mm_fault", error.why) from error
-
-    def _faultable(self, page: int, *, write: bool) -> Vma:
-        vma = self.mm.vmas.find(page)
-        if self.mm.unstable:
-            raise KernelError(
-                errno.EFAULT, "handle_mm_fault", f"page 0x{page:x} of process {self.number}, which is being killed, was reaped"
-            )
-        if vma is None or not vma.flags & VM_ACCESS:
-            raise KernelError(errno.EFAULT, "handle_mm_fault", self.mm.refusal(page, write=write))
-        if write and not vma.flags & VM_WRITE:
-            raise KernelError(errno.EPERM, "handle_mm_fault", self.mm.refusal(page, write=write))
-        return vma
 
 
 def _whole(address: int, length: int) -> tuple[int, int]:

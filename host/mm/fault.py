@@ -17,6 +17,7 @@ from enum import IntEnum
 import numpy as np
 import numpy.typing as npt
 
+from hmmnet.errors import KernelError
 from hmmnet.pages import HUGE_PAGES, HUGE_SHIFT, ZERO_FRAME, Words
 
 from . import filehuge, huge, pte
@@ -57,11 +58,15 @@ _CAUSE[pte.MARKER] = Cause.MARKER
 
 @dataclass(frozen=True, slots=True)
 class Touched:
-    """How far `touch` came: `done` pages of the list, and why not further; the `blocked` pages there have the same cause."""
+    """How far `touch` came: `done` pages of the list, and why not further; the `blocked` pages there have the same cause.
+
+    `error` is what refused the page there, where others before it were made ready.
+    """
 
     done: int
     cause: Cause = Cause.NOTHING
     blocked: int = 0
+    error: KernelError | None = None
 
 
 def touch(mm: Mm, vma: Vma, pages: Words, write: bool, keep: slice | None = None, node: int | None = None) -> Touched:

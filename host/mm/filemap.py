@@ -43,7 +43,7 @@ from .vma import VM_SHARED, VM_WRITE, Vma
 from .zones import COMPOUND
 
 if TYPE_CHECKING:
-    from .access import CpuAccess
+    from .faulting import Faulting
 
 FAULT_AROUND_PAGES = 16
 """fault_around_bytes, 64 KiB: what one fault on a file maps when it is cached."""
@@ -67,7 +67,7 @@ class File:
         self.blocks: set[int] = set()
         """Which blocks of 512 page offsets are one large folio each (`filehuge.py`)."""
         self.number = memory.new_file_number()
-        self.mappers: dict[int, CpuAccess] = {}
+        self.mappers: dict[int, Faulting] = {}
         """i_mmap: the address spaces that have mapped the file, by number."""
         self.openings = 0
         """f_count: descriptors that lead here, and calls under way that have looked one up."""
@@ -97,7 +97,7 @@ class File:
         finally:
             self.close()
 
-    def mapped_by(self, space: CpuAccess) -> None:
+    def mapped_by(self, space: Faulting) -> None:
         """An address space has mapped it."""
         self.mappers[space.number] = space
 

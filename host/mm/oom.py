@@ -5,7 +5,7 @@ kernel counts them, MM_ANONPAGES), pages in swap, and the page tables for both. 
 is; at -1000 a process is never chosen. Whoever is being killed already is passed over: its memory is on its way.
 
 Nothing here kills: the host does (`OomKiller`). A fault that finds no frame in any host memory (`OutOfMemory`) has somebody killed, and is
-taken anew (`CpuAccess.relieved`); it is ENOMEM only for who is killed himself, or where nobody may be. So do loads and stores, pages that
+taken anew (`Faulting.relieved`); it is ENOMEM only for who is killed himself, or where nobody may be. So do loads and stores, pages that
 they bring home, hmm_range_fault, get_user_pages and pins, populate (mmap, mlock, mremap, MADV_POPULATE_*), and make_device_exclusive.
 
 Who finds no memory elsewhere is told ENOMEM, and nobody is killed, though the kernel would: fork, mprotect of locked memory, MADV_COLLAPSE,

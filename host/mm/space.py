@@ -19,9 +19,9 @@ from hmmnet.program import Mapping, Residency
 
 from . import collect as migration_steps
 from . import pmd, pte, single, views
-from .access import Notifier
 from .advice import Advice
 from .fault import hint, restore_exclusive
+from .faulting import Notifier
 from .fork import copy_entries, inherit, needs_copy
 from .huge import Large, large
 from .mm import Mm

@@ -5,14 +5,19 @@ Oracle: mm/memory.c (handle_mm_fault and what retries it); the bytes.
 
 from __future__ import annotations
 
+import errno
+from typing import Any
+
 import numpy as np
 import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from hmmnet.errors import BusError, HmmnetError, KernelError, SegmentationFault
-from hmmnet.host.mm import access, pte
+from hmmnet.errors import BusError, HmmnetError, InjectedError, KernelError, SegmentationFault
+from hmmnet.host.mm import access, fault, faulting, pte
+from hmmnet.host.mm.mm import Mm
 from hmmnet.host.mm.space import Space
+from hmmnet.host.mm.vma import Vma
 from hmmnet.pages import Words
 
 from .files import BASE, PAGE, symbols, written
@@ -107,6 +112,79 @@ async def test_a_load_behind_a_writer_of_the_lock_finds_what_is_there_then() -> 
     machine.check()
 
 
+async def reused(machine: Machine) -> Space:
+    """A process whose next pages come in frames that hold what somebody had there before."""
+    space = machine.process()
+    await space.mmap(8 * PAGE, "rw", 2 * BASE)
+    await space.store(2 * BASE, 8 * page_bytes(0xEE))
+    await space.munmap(2 * BASE, 8 * PAGE)
+    await space.mmap(4 * PAGE, "rw", BASE)
+    return space
+
+
+async def test_a_store_that_has_to_wait_shows_nobody_what_was_in_its_frames() -> None:
+    """It overwrites pages 0 and 1 whole, which are not cleared for that, and waits behind a writer of the lock for page 2, on a device."""
+    machine = Machine()
+    space = await reused(machine)
+    await space.store(BASE + 2 * PAGE, 2 * page_bytes(3))
+    await machine.to_device(space, 64, span(FIRST + 2, 1))
+
+    async def change() -> None:
+        async with space.mmap_lock.write():
+            await trio.lowlevel.checkpoint()
+
+    async def store() -> None:
+        await space.store(BASE, 3 * page_bytes(9))
+
+    async with trio.open_nursery() as nursery:
+        async with space.mmap_lock.read():
+            nursery.start_soon(change)
+            await wait_all_tasks_blocked()
+            nursery.start_soon(store)
+            await wait_all_tasks_blocked()
+            assert set(await space.load(BASE, 2 * PAGE)) <= {0, 9}
+    assert await space.load(BASE, 4 * PAGE) == 3 * page_bytes(9) + page_bytes(3)
+    machine.check()
+
+
+async def test_a_store_that_fails_leaves_what_it_stored_before_and_nothing_else() -> None:
+    """Page 2 has died with its device: SIGBUS; page 3 is behind it. What it does not reach is as it was."""
+    machine = Machine()
+    space = await reused(machine)
+    await space.store(BASE + 2 * PAGE, page_bytes(3))
+    await machine.to_device(space, 64, span(FIRST + 2, 1))
+    machine.memory.zone_lost(64, "it was killed")
+    with pytest.raises(BusError, match="killed"):
+        await space.store(BASE, 4 * page_bytes(9))
+    assert await space.load(BASE, 2 * PAGE) == 2 * page_bytes(9)
+    assert await space.load(BASE + 3 * PAGE, PAGE) == bytes(PAGE)
+
+
+@pytest.mark.parametrize("injected", [False, True])
+async def test_a_store_that_finds_no_memory_in_a_second_mapping_has_stored_to_the_first(
+    monkeypatch: pytest.MonkeyPatch, injected: bool
+) -> None:
+    """Pages 0 and 1 lie in one mapping, 2 and 3 in another, for which there is no frame: ENOMEM, or what a fault plan says."""
+    machine = Machine()
+    space = await reused(machine)
+    await space.madvise(BASE + 2 * PAGE, 2 * PAGE, "NOHUGEPAGE")
+    assert len(space.mm.vmas.overlapping(FIRST, FIRST + 4)) == 2
+    touch, kind = fault.touch, InjectedError if injected else KernelError
+
+    def no_room(mm: Mm, vma: Vma, pages: Words, *rest: Any) -> fault.Touched:
+        if int(pages[0]) >= FIRST + 2:
+            raise kind(errno.ENOMEM, "page fault", "there is none")
+        return touch(mm, vma, pages, *rest)
+
+    monkeypatch.setattr(fault, "touch", no_room)
+    monkeypatch.setattr(fault, "touch_one", lambda *_: False)
+    with pytest.raises(kind):
+        await space.store(BASE, 4 * page_bytes(9))
+    monkeypatch.undo()
+    assert await space.load(BASE, 4 * PAGE) == 2 * page_bytes(9) + bytes(2 * PAGE)
+    machine.check()
+
+
 async def test_touch_faults_a_page_in_as_an_access_would() -> None:
     """Empty, on a device, read-only, in a hole, missing for a userfaultfd: what `fetch_add` does before it looks again."""
     machine = Machine()
@@ -134,8 +212,8 @@ async def test_touch_faults_a_page_in_as_an_access_would() -> None:
 
 async def test_a_page_that_never_stays_is_an_error_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """A driver that brings nothing home: the access ends, where the kernel would go round for ever, and the page is where it was."""
-    monkeypatch.setattr(access, "ROUNDS_MAX", 3)
-    monkeypatch.setattr(access, "SPINS_MAX", 1)
+    monkeypatch.setattr(faulting, "ROUNDS_MAX", 3)
+    monkeypatch.setattr(faulting, "SPINS_MAX", 1)
     machine = Machine()
     space = await written(machine)
     await machine.to_device(space, 64, span(FIRST, 2))
