@@ -1,8 +1,9 @@
 """The receiving end of a bulk channel: chunks land where their stream's sink says, are checked, and are credited.
 
 A chunk lands in destination memory itself where that is one run and nobody looks: frames that a migration goes to are mapped when all has
-arrived, so a damaged chunk may leave garbage there until its repeat comes. Else it is written, from the ring or, if it came in a message,
-from a staging buffer, once its checksum has been found to fit: the memory that a device stores to stays mapped all the while (`LiveSink`).
+arrived, so a damaged chunk may leave garbage there until its repeat comes. Else it is written from a staging buffer, once its checksum has
+been found to fit: the memory that a device stores to stays mapped all the while (`LiveSink`), and a peer can write to the ring between the
+look and the copy.
 
 Control and bulk are different sockets, so chunks may overtake the message that announces their stream. They are parked, within
 `PARKED_BYTES_MAX`; beyond, they are dropped and come again. An abort may overtake it as well, and is remembered.
@@ -87,12 +88,16 @@ class Arrival:
 
 
 class Held:
-    """A chunk's data in memory: in a slot of the ring, or parked. A `Payload` that can be looked at where it is."""
+    """A chunk's data in memory: in a slot of the ring, or parked. A `Payload`.
 
-    __slots__ = ("view",)
+    What is parked is our own, and can be looked at where it is; a slot the sender may write to at any time.
+    """
 
-    def __init__(self, view: Bytes) -> None:
+    __slots__ = ("own", "view")
+
+    def __init__(self, view: Bytes, *, own: bool) -> None:
         self.view = view
+        self.own = own
 
     def into(self, view: memoryview) -> int:
         """See `Payload.into`."""
@@ -150,7 +155,7 @@ class BulkReceiver:
             if arrival.done:
                 return
             try:
-                self._land(arrival, chunk, Held(np.frombuffer(data, dtype=np.uint8)))
+                self._land(arrival, chunk, Held(np.frombuffer(data, dtype=np.uint8), own=True))
             except ProtocolError as error:
                 self._drop(error)
 
@@ -222,7 +227,7 @@ class BulkReceiver:
         """A chunk's data in its slot. Raises ProtocolError."""
         if self._ring is None or chunk.slot is None:
             raise ProtocolError(f"stream {chunk.stream}: chunk {chunk.sequence} lies in slot {chunk.slot} of a ring that is not there")
-        return Held(self._ring.part(chunk.slot, chunk.length))
+        return Held(self._ring.part(chunk.slot, chunk.length), own=False)
 
     def _take_abort(self, abort: Abort, arrival: Arrival | None) -> None:
         if arrival is not None:
@@ -259,9 +264,9 @@ class BulkReceiver:
         place = sink.landing(offset, length)
         if place is not None:
             return payload.into(place) == length and _fits(place, chunk)
-        if isinstance(payload, Held):
+        if isinstance(payload, Held) and payload.own:
             data, got = payload.view, len(payload.view)
-        else:
+        else:  # what is checked must be what is written
             data = self._staging[:length]
             got = payload.into(data.data)
         intact = got == length and _fits(data, chunk)

@@ -20,6 +20,7 @@ import trio.testing
 
 from hmmnet.arena import Arena
 from hmmnet.errors import HmmnetError, PeerError, ProtocolError
+from hmmnet.fabric import receiver as receiver_module
 from hmmnet.fabric.chunk import CHUNK_BYTES, Chunk, pack_chunk, split_forward, unpack_forward
 from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.fabric.dma import ArenaSink, ArenaSource, BulkReceiver, BulkSender, BytesSink, BytesSource, LiveSink, RingPlace, Rings
@@ -219,6 +220,31 @@ async def test_damage_is_not_seen_in_live_memory(rings: tuple[Rings, Rings], ste
         await arrival.wait()
     assert (report.resent, len(seen), near.payloads) == (4, 4, 0)
     assert np.array_equal(target.pages[places], new)
+
+
+@pytest.mark.parametrize("live", [True, False])
+async def test_a_peer_that_scribbles_between_look_and_copy_changes_nothing(
+    rings: tuple[Rings, Rings], monkeypatch: pytest.MonkeyPatch, live: bool
+) -> None:
+    """What was found intact is what is written, into live memory as into scattered frames, though the slot holds something else by then."""
+    host, device = rings
+    memory = Arena(0, 8)
+    addresses = np.array([5, 1, 3], dtype=np.uint64) << np.uint64(PAGE_SHIFT)
+    fits, data = receiver_module._fits, pattern(3 * PAGE_SIZE)
+
+    def look(seen: Any, chunk: Chunk) -> bool:
+        intact = fits(seen, chunk)
+        assert chunk.slot is not None
+        host.to_device.part(chunk.slot, chunk.length)[:] = 0xEE
+        return intact
+
+    monkeypatch.setattr(receiver_module, "_fits", look)
+    near, far = channels()
+    async with ends(near, far, host.to_device, device.to_device) as (sender, receiver):
+        arrival = receiver.expect(2, (LiveSink if live else ArenaSink)(memory, addresses, PAGE_SIZE))
+        await sender.send(2, BytesSource(data))
+        await arrival.wait()
+    assert np.array_equal(memory.gather(addresses, PAGE_SIZE), data)
 
 
 @pytest.mark.parametrize("slot", [SLOTS, SLOTS + 1, (1 << 32) - 1])
