@@ -107,14 +107,14 @@ _STEPS = np.arange(HUGE_PAGES, dtype=np.uint64)
 
 def has_large(words: Words) -> bool:
     """Whether a list of pages or frames has large ones."""
-    return bool((words >= _LARGE).any())
+    return bits_in_any(words) >= LARGE
 
 
 def page_by_page(words: Words) -> Words:
     """A list of pages or frames with the 512 that each large one stands for."""
-    large = words >= _LARGE
-    if not large.any():
+    if not has_large(words):
         return words
+    large = words >= _LARGE
     if large.all():
         heads = words & np.uint64(LARGE - 1)
         found: Words = np.add.outer(heads, _STEPS).reshape(-1)
@@ -124,9 +124,9 @@ def page_by_page(words: Words) -> Words:
 
 def words_by_page(words: Words) -> Words:
     """MIGRATE_PFN words with the 512 that each COMPOUND one stands for; of those only VALID ones have frames that count up."""
-    compound = words & np.uint64(MIGRATE_PFN_COMPOUND) != 0
-    if not compound.any():
+    if not bits_in_any(words) & MIGRATE_PFN_COMPOUND:
         return words
+    compound = words & np.uint64(MIGRATE_PFN_COMPOUND) != 0
     out = _spread(words & ~np.uint64(MIGRATE_PFN_COMPOUND), compound, 1 << MIGRATE_PFN_SHIFT)
     valid = out & np.uint64(MIGRATE_PFN_VALID) != 0
     flat: Words = np.where(valid, out, out & np.uint64((1 << MIGRATE_PFN_SHIFT) - 1))
@@ -142,7 +142,19 @@ def _spread(words: Words, large: npt.NDArray[np.bool_], step: int) -> Words:
 
 def pages_in(words: Words, bit: int = LARGE) -> int:
     """How many pages a list stands for; `bit` marks those that stand for 512."""
+    if not bits_in_any(words) & bit:
+        return len(words)
     return len(words) + (HUGE_PAGES - 1) * int(np.count_nonzero(words & np.uint64(bit)))
+
+
+def bits_in_all(words: npt.NDArray[Number]) -> int:
+    """The bits that every one of `words` has; none when there are none."""
+    return int(np.bitwise_and.reduce(words)) if len(words) else 0
+
+
+def bits_in_any(words: npt.NDArray[Number]) -> int:
+    """The bits that any of `words` has: one pass and no array, where `(words & bit != 0).any()` takes three and two."""
+    return int(np.bitwise_or.reduce(words)) if len(words) else 0
 
 
 def run_bounds(frames: Words) -> npt.NDArray[np.intp]:
@@ -153,14 +165,14 @@ def run_bounds(frames: Words) -> npt.NDArray[np.intp]:
     return np.concatenate((np.zeros(1, np.intp), breaks, np.array([len(frames)], np.intp)))
 
 
-def is_one_run(frames: Words) -> bool:
-    """Whether `frames` are consecutive, so that one slice covers them."""
+def is_one_run(frames: Words, *, ascend: bool = False) -> bool:
+    """Whether `frames` are consecutive, so that one slice covers them. Of those that `ascend` for certain, the ends tell."""
     n = len(frames)
     if n <= 1:
         return n == 1
     if int(frames[-1]) - int(frames[0]) != n - 1:
         return False
-    return is_ascending(frames)  # integers that ascend from the first to the last leave none out
+    return ascend or is_ascending(frames)  # integers that ascend from the first to the last leave none out
 
 
 EXACT_RUNS_MAX = 64
@@ -169,6 +181,8 @@ EXACT_RUNS_MAX = 64
 
 def announced_runs(pages: Words) -> list[tuple[int, int]]:
     """`pages` as ranges for the hub, or as one that spans them when there are too many."""
+    if is_one_run(pages):
+        return [(int(pages[0]), int(pages[-1]) + 1)]
     pages = ascending(pages)
     if len(run_bounds(pages)) - 1 > EXACT_RUNS_MAX:
         return [(int(pages[0]), int(pages[-1]) + 1)]

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from .pages import HUGE_PAGES, HUGE_SHIFT, Words, ascending, runs_of
+from .pages import HUGE_PAGES, HUGE_SHIFT, Words, ascending, distinct, is_one_run, runs_of
 from .sparse import SparseTable
 
 _MASK = HUGE_PAGES - 1
@@ -106,7 +106,7 @@ class PageTable:
         """Set `bits` in `entries`, those of `pages`, all mapped: in the one entry where a block is mapped as one."""
         mask = np.uint64(bits)
         if self.pmd_count:
-            blocks = np.unique(pages >> _SHIFT)
+            blocks = _blocks_of(pages)
             pmds = self.pmds.gather(blocks)
             folded = blocks[pmds != 0]
             if len(folded):
@@ -163,7 +163,7 @@ class PageTable:
 
     def _unfold_pages(self, pages: Words) -> None:
         if self.pmd_count and len(pages):
-            blocks = np.unique(pages >> _SHIFT)
+            blocks = _blocks_of(pages)
             for block in blocks[self.pmds.gather(blocks) != 0].tolist():
                 self.unfold(block << HUGE_SHIFT)
 
@@ -240,10 +240,10 @@ class PageTable:
         self._unfold(start, end)
         self.ptes.clear(start, end)
 
-    def gather(self, pages: Words) -> Words:
-        """The entries of `pages`, in their order."""
-        out = self.ptes.gather(pages)
-        if self.pmd_count and len(pages):
+    def gather(self, pages: Words, *, ascend: bool = False) -> Words:
+        """The entries of `pages`, in their order. `ascend`: see `is_one_run`."""
+        out = self.ptes.gather(pages, ascend=ascend)
+        if self.pmd_count and int(np.count_nonzero(out)) < len(pages):
             empty = np.flatnonzero(out == 0)
             pmds = self.pmds.gather(pages[empty] >> _SHIFT)
             found = pmds != 0
@@ -252,8 +252,11 @@ class PageTable:
             out[empty] = pmds + np.where(counting, (pages[empty] & np.uint64(_MASK)) << np.uint64(self._frame_shift), np.uint64(0))
         return out
 
-    def scatter(self, pages: Words, values: Words | int) -> None:
-        """Write `values` (one for each page, or one for all) at `pages`."""
+    def scatter(self, pages: Words, values: Words | int, *, ascend: bool = False) -> None:
+        """Write `values` (one for each page, or one for all) at `pages`. `ascend`: see `is_one_run`."""
+        if not isinstance(values, int) and is_one_run(pages, ascend=ascend):
+            self.write(int(pages[0]), values)
+            return
         self._unfold_pages(pages)
         self.ptes.scatter(pages, values)
 
@@ -273,3 +276,9 @@ class PageTable:
     def leaf_count(self) -> int:
         """Leaves of the lower level that exist, each 1 GiB of addresses."""
         return self.ptes.leaf_count
+
+
+def _blocks_of(pages: Words) -> Words:
+    """The blocks that `pages` lie in, ascending, each once: neighbours are dropped before what is left is sorted."""
+    blocks = pages >> _SHIFT
+    return distinct(blocks[np.concatenate(([True], blocks[1:] != blocks[:-1]))])

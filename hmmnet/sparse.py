@@ -159,9 +159,9 @@ class SparseTable:
             else:
                 part[:] = 0
 
-    def gather(self, pages: Words) -> Words:
-        """The entries of `pages`, in their order."""
-        if is_one_run(pages):
+    def gather(self, pages: Words, *, ascend: bool = False) -> Words:
+        """The entries of `pages`, in their order. `ascend`: see `is_one_run`."""
+        if is_one_run(pages, ascend=ascend):
             return self.read(int(pages[0]), int(pages[-1]) + 1)
         out = np.zeros(len(pages), dtype=np.uint64)
         offsets = (pages & np.uint64(_MASK)).astype(np.intp)

@@ -22,7 +22,18 @@ import trio
 from hmmnet.errors import BusError, KernelError, OutOfMemory, PeerError, PeerLost
 from hmmnet.observe.counters import CPU_FAULT, Profile
 from hmmnet.observe.events import HOST, Events
-from hmmnet.pages import DEVICE_ZONE_MIN, HUGE_PAGES, PAGE_SHIFT, PAGE_SIZE, ZONE_SHIFT, Words, page_by_page, words_by_page
+from hmmnet.pages import (
+    DEVICE_ZONE_MIN,
+    HUGE_PAGES,
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    ZONE_SHIFT,
+    Words,
+    bits_in_all,
+    bits_in_any,
+    page_by_page,
+    words_by_page,
+)
 
 from .announce import clear, split_large
 from .devmem import PageMap
@@ -267,16 +278,17 @@ class Homing:
     async def _bring_small(self, space: AddressSpace, link: DeviceLink, migration: Migration, cause: str, *, no_large: bool) -> int:
         """`_bring` page by page."""
         source = migration.source
-        going = source & (MIGRATE | VALID) == MIGRATE | VALID  # a never-touched page is collected too, and has nothing to bring
-        whole = bool(going.all())
-        pages = migration.pages if whole else migration.pages[going]
+        both = int(MIGRATE | VALID)
+        whole = bits_in_all(source) & both == both
+        going = slice(None) if whole else source & both == both  # a never-touched page is collected too, and has nothing to bring
+        pages = migration.pages[going]
         if len(pages) == 0:
             space.migrate_pages(migration)  # without a destination nothing moves
             space.migrate_finalize(migration)
             return 0
-        frames = (source if whole else source[going]) >> SHIFT
+        frames = source[going] >> SHIFT
         points, first, count = space.points, int(pages[0]), len(pages)
-        huge = [] if no_large else whole_blocks(migration.saved if whole else migration.saved[going], pages)
+        huge = [] if no_large else whole_blocks(migration.saved[going], pages)
         destination = HostFrames(self._memory, len(pages), space.node, huge)
         try:
             if points.armed:
@@ -289,11 +301,9 @@ class Homing:
             give_up(self._memory, space, migration)
             destination.release()
             raise
-        words = destination.frames() << SHIFT | VALID
-        if whole:
-            migration.target[:] = words
-        else:
-            migration.target[going] = words
+        words = destination.frames() << SHIFT
+        words |= VALID
+        migration.target[going] = words
         return await self._change_over(space, link, migration, cause)
 
     async def _home_one(self, space: AddressSpace, link: DeviceLink, page: int) -> int:
@@ -480,6 +490,8 @@ async def _at(name: str, space: AddressSpace, link: DeviceLink, start: int, page
 
 def whole_blocks(entries: Words, pages: Words) -> list[int]:
     """Where in `pages` huge pages begin that are there whole, by the `entries` that mapped them."""
+    if not bits_in_any(entries) & pte.HUGE:
+        return []
     first = np.flatnonzero((entries & pte.HUGE != 0) & (pages % HUGE_PAGES == 0))
     last = HUGE_PAGES - 1
     return [at for at in first.tolist() if at + last < len(pages) and int(pages[at + last]) == int(pages[at]) + last]

@@ -34,7 +34,11 @@ from hmmnet.pages import (
     MIGRATE_PFN_SHIFT,
     MIGRATE_PFN_VALID,
     Words,
+    bits_in_all,
+    bits_in_any,
     distinct,
+    has_large,
+    is_one_run,
     page_by_page,
     pages_in,
     words_by_page,
@@ -46,11 +50,14 @@ from .iommu import Domain
 from .mm.collect import inserts
 from .mm.zones import LOCKED, Zone
 
+BOTH = MIGRATE_PFN_VALID | MIGRATE_PFN_MIGRATE
 MIGRATE = np.uint64(MIGRATE_PFN_MIGRATE)
 VALID = np.uint64(MIGRATE_PFN_VALID)
 SHIFT = np.uint64(MIGRATE_PFN_SHIFT)
 _BLOCK = np.uint64(HUGE_SHIFT)
 _NONE = np.zeros(0, dtype=np.uint64)
+
+Flags = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -66,11 +73,16 @@ class Outcome:
     @property
     def moved(self) -> int:
         """Pages that moved."""
-        return pages_in(self.words[self.words & MIGRATE != 0], MIGRATE_PFN_COMPOUND)
+        return pages_in(moving(self.words, self.words), MIGRATE_PFN_COMPOUND)
 
     def moved_pages(self, start: int) -> Words:
         """Those pages, of a range that begins at page `start`."""
         return np.flatnonzero(words_by_page(self.words) & MIGRATE).astype(np.uint64) + np.uint64(start)
+
+
+def moving(values: Words, words: Words) -> Words:
+    """Those of `values` whose source word has MIGRATE: mostly all."""
+    return values if bits_in_all(words) & MIGRATE_PFN_MIGRATE else values[words & MIGRATE != 0]
 
 
 def joined(arrays: list[Words]) -> Words:
@@ -148,7 +160,7 @@ def words_of(parts: list[Migration], count: int) -> Words:
     if len(found) > 1:
         pages = np.concatenate([pages for pages, _ in found]) & np.uint64(LARGE - 1)
         words = words[np.argsort(pages, kind="stable")]
-    return np.concatenate((words, np.zeros(count - pages_in(words, MIGRATE_PFN_COMPOUND), np.uint64)))
+    return np.concatenate((words, np.zeros(count - pages_in(words, MIGRATE_PFN_COMPOUND), np.uint64)))  # a copy: theirs change
 
 
 def entries(pages: Words, *, compound: bool) -> list[Words]:
@@ -257,6 +269,11 @@ class Grant:
     """Large ones (`pages.LARGE`) are for 512 pages."""
 
     def __post_init__(self) -> None:
+        if len(self.frames) and int(self.frames.min()) and not has_large(self.frames):  # as it mostly is
+            self._offered, self._heads, self._locked = self.frames, _NONE, _NONE
+            self._positions = np.zeros(0, np.int64)
+            self.pages = len(self.frames)
+            return
         large = self.frames >= np.uint64(LARGE)
         self._offered = self.frames[(self.frames != 0) & ~large]
         self._heads = self._locked = self.frames[large] & np.uint64(LARGE - 1)
@@ -273,7 +290,11 @@ class Grant:
         """The frame for each page of `part` (the head, for each huge page) of a range that begins at page `start`; 0: none."""
         if part.large:
             return self._heads[np.searchsorted(self.blocks(start), part.pages >> _BLOCK)]
-        return page_by_page(self.frames)[(part.pages - np.uint64(start)).astype(np.intp)]
+        frames = page_by_page(self.frames)
+        if is_one_run(part.pages):
+            first = int(part.pages[0]) - start
+            return frames[first : first + len(part.pages)]
+        return frames[(part.pages - np.uint64(start)).astype(np.intp)]
 
     def take(self, start: int = 0) -> None:
         """Check and lock. Raises ProtocolError for frames that are not idle frames of the zone, each named once."""
@@ -283,7 +304,7 @@ class Grant:
             raise ProtocolError(f"{self.zone.owner} offers a huge page that is not aligned")
         if len(self._offered):
             where = self.zone.at(self._offered)
-            if self.zone.flags[where].any():
+            if bits_in_any(self.zone.flags[where]):
                 raise ProtocolError(f"{self.zone.owner} offers frames that it has offered to another migration")
             self.zone.flags[where] = LOCKED
             self.zone.offered = max(self.zone.offered, int(self._offered.max()) - self.zone.base + 1)
@@ -320,8 +341,10 @@ class Grant:
         if len(offered):
             where = self.zone.at(offered)
             idle = self.zone.refcount[where] == 0
-            self.zone.flags[where] = np.where(idle, np.uint32(0), self.zone.flags[where])
-            self._offered = offered[~idle]
+            if idle.any():
+                self.zone.flags[where] = np.where(idle, np.uint32(0), self.zone.flags[where])
+                offered = offered[~idle]
+            self._offered = offered
 
 
 Announce = Callable[[Outcome, Callable[[], None]], Awaitable[None]]
@@ -373,7 +396,7 @@ async def migrate_to_device(
                 await work.at("migrate.after_pages")
             for pages, words in pieces(work.parts):
                 for domain in domains:
-                    domain.revoke_pages(pages[words & MIGRATE != 0])
+                    domain.revoke_pages(moving(pages, words))
             grant.release()
             await announce(Outcome(words_of(work.parts, grant.pages), work.errno), work.finalize)
             work.finalize()
@@ -409,21 +432,14 @@ async def copy_in(
     zeros: list[Words] = []
     chosen: list[Words] = []
     for i, part in enumerate(work.parts):
-        frames = np.where(part.source & MIGRATE != 0, grant.for_part(part, start), np.uint64(0))
+        offered = grant.for_part(part, start)
         own = part.source >> SHIFT if froms is None else froms[i]
-        if froms is not None:
-            frames[(own == 0) & (part.source & VALID != 0)] = 0
-        full = (frames != 0) & (part.source & VALID != 0)
-        empty = (frames != 0) & ~full
-        if arrived is not None:
-            full &= ~arrived[i]
-        whole = bool(full.all())
-        rows = slice(None) if whole else full
+        frames, rows, empty = _streamed(part, offered, own, None if arrived is None else arrived[i])
         for domain in domains:
             domain.suspend(listed(part, part.pages[rows]))
         sources.append(listed(part, own[rows]))
         targets.append(listed(part, frames[rows]))
-        zeros.append(_NONE if whole else listed(part, frames[empty]))
+        zeros.append(listed(part, frames[empty]))
         chosen.append(frames)
     source, target, zero = joined(sources), joined(targets), joined(zeros)
     if work.points.armed:
@@ -434,7 +450,25 @@ async def copy_in(
         set_targets(part, frames)
 
 
+def _streamed(part: Migration, offered: Words, own: Words, arrived: Flags | None) -> tuple[Words, Flags | slice, Flags | slice]:
+    """For the rows of `part`: the frame at the device (0: it stays), whether data are streamed there, and whether it is zeroed.
+
+    Data are read from `own`, but for those that have `arrived`; a row that has data and none of its own (0) stays.
+    """
+    if arrived is None and bits_in_all(part.source) & BOTH == BOTH and own.all() and offered.all():  # as it mostly is
+        return offered, slice(None), slice(0)
+    valid = part.source & VALID != 0
+    frames = np.where((part.source & MIGRATE != 0) & ((own != 0) | ~valid), offered, np.uint64(0))
+    goes = frames != 0
+    return frames, goes & valid if arrived is None else goes & valid & ~arrived, goes & ~valid
+
+
 def set_targets(part: Migration, frames: Words) -> None:
     """The driver's destinations for the rows of `part` (0: none)."""
     bits = np.uint64(MIGRATE_PFN_VALID | (MIGRATE_PFN_COMPOUND if part.large else 0))
-    part.target[:] = np.where(frames != 0, frames << SHIFT | bits, np.uint64(0))
+    target = part.target
+    np.left_shift(frames, SHIFT, out=target)
+    if len(frames) and int(frames.min()):
+        target |= bits
+    else:
+        target[frames != 0] |= bits

@@ -35,6 +35,8 @@ from hmmnet.pages import (
     MIGRATE_PFN_WRITE,
     ZONE_SHIFT,
     Words,
+    bits_in_all,
+    is_one_run,
 )
 
 from . import pte, single
@@ -44,14 +46,17 @@ from .memcg import CHARGE_MASK
 from .mm import Mm
 from .rmap import Mapped, Rows, chosen, mappings, places
 from .vma import VM_UFFD_MISSING, VM_WRITE
-from .zones import ANON, COMPOUND, LOCKED, HostZone
+from .zones import ANON, COMPOUND, LOCKED, HostZone, Zone
 
 BOTH = MIGRATE_PFN_VALID | MIGRATE_PFN_MIGRATE
-BLOCK_PAGES = 1 << 14
+_ALL = np.arange(1 << 14, dtype=np.intp)
+BLOCK_PAGES = len(_ALL)
 """Pages that one pass over arrays takes at a time: eight arrays of them fit in the processor's cache."""
 NOT_MIGRATE = np.uint64(~MIGRATE_PFN_MIGRATE & (1 << 64) - 1)
 
 Flags = npt.NDArray[np.bool_]
+Counts = int | npt.NDArray[np.int32]
+"""A number for each of some frames, or one for all."""
 
 
 def _frames(words: Words) -> Words:
@@ -85,22 +90,34 @@ def collect(mm: Mm, pages: Words, select: Select, owner: int, fault_frame: int |
 
 def sharers(mm: Mm, pages: Words, select: Select, owner: int) -> list[tuple[Mm, Words]]:
     """Where the frames that several processes map, of those that `collect` would take, may be mapped (`rmap.places`)."""
-    entries = mm.table.gather(pages)
-    frames = pte.frames_of(entries[wanted(mm.memory, entries, select, owner)])
-    shared = frames[mm.memory.field(frames, "mapcount") > 1]
-    return list(places(mm.memory, shared)) if len(shared) else []
+    found = []
+    for low in range(0, len(pages), BLOCK_PAGES):
+        entries = mm.table.gather(pages[low : low + BLOCK_PAGES], ascend=True)
+        frames = pte.frames_of(chosen(entries, _rows(mm.memory, entries, select, owner)))
+        if mm.memory.most(frames, "mapcount") > 1:
+            found.append(chosen(frames, np.flatnonzero(mm.memory.field(frames, "mapcount") > 1)))
+    return list(places(mm.memory, found[0] if len(found) == 1 else np.concatenate(found))) if found else []
+
+
+def _rows(memory: PhysicalMemory, entries: Words, select: Select, owner: int) -> Rows:
+    """Where the entries, of a block at most, are that are `wanted`."""
+    which = wanted(memory, pte.sample(entries), select, owner)
+    if len(which) == len(entries):
+        return np.flatnonzero(which)
+    return _ALL[: len(entries)] if which[0] else _ALL[:0]
 
 
 def _collect(mm: Mm, migration: Migration, select: Select, told: Told) -> None:
     pages = migration.pages
-    entries = mm.table.gather(pages)
-    bare = entries == 0
+    entries = mm.table.gather(pages, ascend=True)
+    some = pte.sample(entries)
+    bare = some == 0
     if select & Select.SYSTEM:
         huge = 0 if migration.compound else pte.HUGE
-        bare |= entries & (pte.KIND | pte.SPECIAL | huge) == pte.PRESENT | pte.SPECIAL
+        bare |= some & (pte.KIND | pte.SPECIAL | huge) == pte.PRESENT | pte.SPECIAL
     if bare.any():
         migration.source[bare & _anonymous(mm, pages)] = MIGRATE_PFN_MIGRATE
-    rows = np.flatnonzero(wanted(mm.memory, entries, select, migration.owner))
+    rows = _rows(mm.memory, entries, select, migration.owner)
     if len(rows):
         frames = pte.frames_of(chosen(entries, rows))
         whole = chosen(entries, rows) & pte.HUGE != 0 if migration.compound else None
@@ -179,26 +196,27 @@ def lucky(mm: Mm, pages: Words, *names: str) -> Flags:
 
 def _others(memory: PhysicalMemory, mm: Mm | None, migration: Migration, rows: Rows, pages: Words, frames: Words, told: Told) -> Rows:
     """Find the further mappings of `frames` (rows `rows` of `pages`); returns the rows of which mirrors have been `told` of all."""
-    shared = np.flatnonzero(memory.field(frames, "mapcount") > (0 if mm is None else 1))
-    if len(shared) == 0:
+    unshared = 0 if mm is None else 1
+    if memory.most(frames, "mapcount") <= unshared:
         return rows
+    shared = np.flatnonzero(memory.field(frames, "mapcount") > unshared)
     found: list[Mapped] = []
     stays = np.zeros(len(rows), np.bool_)
     known = None if mm is None else (mm, chosen(pages, chosen(rows, shared)))
     for mapped in mappings(memory, chosen(frames, shared), known):
-        which = shared[mapped.rows]
+        which = chosen(shared, mapped.rows)
         if mapped.mm is mm:
             other = mapped.pages != pages[rows[which]]
             mapped, which = Mapped(mapped.mm, mapped.rows[other], mapped.pages[other], mapped.entries[other]), which[other]
-        stays[which[~_announced(told, mapped)]] = True
+        known_to_all = _announced(told, mapped)
+        if not known_to_all.all():
+            stays[which[~known_to_all]] = True
         found.append(Mapped(mapped.mm, which, mapped.pages, mapped.entries))
     if stays.any():
         _stay_together(memory, frames, stays)
         found = [_without(mapped, stays) for mapped in found]
-        migration.others += [Mapped(one.mm, rows[one.rows], one.pages, one.entries) for one in found if len(one.rows)]
-        return rows[~stays]
-    migration.others += [Mapped(one.mm, rows[one.rows], one.pages, one.entries) for one in found if len(one.rows)]
-    return rows
+    migration.others += [Mapped(one.mm, chosen(rows, one.rows), one.pages, one.entries) for one in found if len(one.rows)]
+    return rows[~stays] if stays.any() else rows
 
 
 def _without(mapped: Mapped, stays: Flags) -> Mapped:
@@ -242,13 +260,14 @@ def _install(memory: PhysicalMemory, mm: Mm | None, migration: Migration, rows: 
     frames = pte.frames_of(taken)
     into = slice(None) if taken is entries else rows
     if mm is not None:
-        mm.table.scatter(chosen(migration.pages, rows), waiting(taken))
+        mm.table.scatter(chosen(migration.pages, rows), waiting(taken), ascend=True)
         migration.saved[into] = taken
-    migration.source[into] = _words(frames, BOTH) | pte.masked(taken, pte.WRITE)
+    bits = pte.masked(taken, MIGRATE_PFN_WRITE)  # the same bit there and here
+    bits |= np.uint64(BOTH)
+    bits |= frames << np.uint64(MIGRATE_PFN_SHIFT)
+    migration.source[into] = bits
     for mapped in migration.others:
-        torn = mapped.entries.copy()
-        tear_mapped(mapped.mm, mapped.pages, torn)
-        mapped.mm.table.scatter(mapped.pages, waiting(torn))
+        mapped.mm.table.scatter(mapped.pages, waiting(tear_mapped(mapped.mm, mapped.pages, mapped.entries)))
     for zone, _, where in memory.groups(frames):
         zone.flags[where] |= LOCKED
         if migration.others:
@@ -289,19 +308,25 @@ def move(memory: PhysicalMemory, mm: Mm | None, migration: Migration) -> None:
 
 def _move(memory: PhysicalMemory, mm: Mm | None, migration: Migration) -> None:
     source, target = migration.source, migration.target
+    if bits_in_all(source) & BOTH == BOTH and bits_in_all(target) & MIGRATE_PFN_VALID:  # as it mostly is
+        _take_over(memory, source, None, _frames(source), _frames(target))
+        return
     refused = (source & MIGRATE_PFN_MIGRATE != 0) & (target & MIGRATE_PFN_VALID == 0)
     if refused.any():
         source[refused] &= NOT_MIGRATE
     if mm is not None:
         _insert(mm, migration)
     rows = np.flatnonzero(source & BOTH == BOTH)
-    if len(rows) == 0:
-        return
-    old, new = _frames(chosen(source, rows)), _frames(chosen(target, rows))
+    if len(rows):
+        _take_over(memory, source, rows, _frames(chosen(source, rows)), _frames(chosen(target, rows)))
+
+
+def _take_over(memory: PhysicalMemory, source: Words, rows: Rows | None, old: Words, new: Words) -> None:
+    """folio_migrate_mapping for `rows` of `source` (None: all): frames `new` become what `old` are, where those have no reference more."""
     refcount, flags, mapping, index = memory.fields(old, "refcount", "flags", "mapping", "index")
-    refused = (refcount > 1) | ((flags & ANON == 0) & (new >= DEVICE_ZONE_MIN << ZONE_SHIFT))
-    if refused.any():
-        source[rows[refused]] &= NOT_MIGRATE
+    if refcount.max() > 1 or not bits_in_all(flags) & ANON:
+        refused = (refcount > 1) | ((flags & ANON == 0) & (new >= DEVICE_ZONE_MIN << ZONE_SHIFT))
+        source[refused if rows is None else rows[refused]] &= NOT_MIGRATE
         new, flags, mapping, index = new[~refused], flags[~refused], mapping[~refused], index[~refused]
     for zone, part, where in memory.groups(new):
         zone.refcount[where] = 1
@@ -389,7 +414,7 @@ def finalize(memory: PhysicalMemory, mm: Mm | None, migration: Migration) -> Non
     """migrate_vma_finalize: replace the migration entries, let go of the locks, free what is left over."""
     if len(migration.source) == 1 and mm is not None and not migration.others and single.finalize(memory, mm, migration):
         return
-    for part in _blocks(migration) if not migration.others else [migration]:
+    for part in _blocks(migration):
         _finalize(memory, mm, part)
     for touched in {id(one): one for one in [mm, *(mapped.mm for mapped in migration.others)]}.values():
         if touched is not None:
@@ -398,9 +423,9 @@ def finalize(memory: PhysicalMemory, mm: Mm | None, migration: Migration) -> Non
 
 def _finalize(memory: PhysicalMemory, mm: Mm | None, migration: Migration) -> None:
     source, target = migration.source, migration.target
-    if mm is not None and not migration.others and bool((source & BOTH == BOTH).all()):
+    if bits_in_all(source) & BOTH == BOTH:  # as it mostly is
         came, final = _frames(source), _frames(target)
-        _settle(memory, final, _replace(mm, migration.pages, came, final, is_private(memory, final)))
+        _settle(memory, final, _map_again(memory, mm, migration, None, came, final))
         _release(memory, came)
         return
     going = source & MIGRATE_PFN_MIGRATE != 0
@@ -409,55 +434,76 @@ def _finalize(memory: PhysicalMemory, mm: Mm | None, migration: Migration) -> No
     if len(rows):
         came, goes, full = _frames(source[rows]), going[rows], full[rows]
         final = np.where(goes, _frames(target[rows]), came)
-        private = is_private(memory, final)
-        count = np.zeros(len(rows), np.int32)
-        if mm is not None:
-            count += _replace(mm, migration.pages[rows], np.where(full, came, final), final, private)
-        for mapped in migration.others:
-            at = _standing(rows, mapped.rows)
-            count[at] += _replace(mapped.mm, mapped.pages, came[at], final[at], private[at])
-        _settle(memory, final, count)
+        _settle(memory, final, _map_again(memory, mm, migration, rows, np.where(full, came, final), final))
         _release(memory, came[goes & full])
     unused = _frames(target[~going & (target != 0)])
     memory.put(unused[unused < DEVICE_ZONE_MIN << ZONE_SHIFT])
 
 
-def _standing(rows: Rows, some: Rows) -> slice | Rows:
-    """Where `some` of `rows` stand; both ascend, so that neighbours are a slice, found by their first and last."""
-    first = int(np.searchsorted(rows, some[0]))
+def _map_again(memory: PhysicalMemory, mm: Mm | None, migration: Migration, rows: Rows | None, held: Words, final: Words) -> Counts:
+    """remove_migration_ptes for `rows` (None: all), whose entries remember frames `held` and now lead to `final`: mappings of each."""
+    added = _difference(memory, held, final)
+    count: Counts = 0
+    if mm is not None:
+        count = _replace(mm, migration.pages if rows is None else migration.pages[rows], held, added, ascend=True)
+    for mapped in migration.others:
+        if len(mapped.rows) == len(held):
+            count = count + _replace(mapped.mm, mapped.pages, held, added)
+        else:
+            at = _standing(rows, mapped.rows)
+            count = count + np.zeros(len(held), np.int32)
+            count[at] += _replace(mapped.mm, mapped.pages, held[at], added if isinstance(added, np.uint64) else added[at])
+    return count
+
+
+def _standing(rows: Rows | None, some: Rows) -> slice | Rows:
+    """Where `some` of `rows` (None: of all) stand; both ascend, so that neighbours are a slice, found by their first and last."""
+    first = int(some[0] if rows is None else np.searchsorted(rows, some[0]))
     end = first + len(some)
+    if rows is None:
+        return slice(first, end) if some[-1] == end - 1 else some
     return slice(first, end) if rows[end - 1] == some[-1] else np.searchsorted(rows, some)
 
 
-def is_private(memory: PhysicalMemory, frames: Words) -> Flags:
-    """Which frames are device-private memory."""
-    out = np.zeros(len(frames), np.bool_)
-    for zone, rows, _ in memory.where(frames):
-        out[rows] = zone.kind == "private"
-    return out
+def _difference(memory: PhysicalMemory, held: Words, final: Words) -> Words | np.uint64:
+    """What has to be added to migration entries of frames `held` to make them entries of `final`; a number where it is one for all."""
+    found = list(memory.where(final))
+    if len(found) == 1:
+        kind = _kind(found[0][0])
+        if isinstance(found[0][2], slice) and is_one_run(held):
+            return np.uint64((int(final[0]) - int(held[0]) << pte.FRAME_SHIFT) + kind - pte.MIGRATION & (1 << 64) - 1)
+        return (final - held << np.uint64(pte.FRAME_SHIFT)) + np.uint64(kind) - np.uint64(pte.MIGRATION)
+    kinds = np.zeros(len(final), np.uint64)
+    for zone, rows, _ in found:
+        kinds[rows] = _kind(zone)
+    return (final - held << np.uint64(pte.FRAME_SHIFT)) + kinds - np.uint64(pte.MIGRATION)
 
 
-def _replace(mm: Mm, pages: Words, held: Words, final: Words, private: Flags) -> npt.NDArray[np.int32]:
-    """Migration entries at `pages` that still hold the frames `held` become entries of `final`; 1 for each that did."""
-    entries = mm.table.gather(pages)
-    there = (entries & pte.KIND == pte.MIGRATION) & (pte.frames_of(entries) == held)
-    kinds = np.where(private, np.uint64(pte.DEVICE), np.uint64(pte.PRESENT))
-    new = pte.masked(entries, pte.BITS & ~pte.KIND) | pte.entries_of(pte.NONE, final) | kinds
+def _kind(zone: Zone) -> int:
+    """The kind of entries that lead to `zone`."""
+    return pte.DEVICE if zone.kind == "private" else pte.PRESENT
+
+
+def _replace(mm: Mm, pages: Words, held: Words, added: Words | np.uint64, *, ascend: bool = False) -> Counts:
+    """Migration entries at `pages` that still hold the frames `held` change by what is `added`; 1 for each that did."""
+    entries = mm.table.gather(pages, ascend=ascend)
+    there = entries & ~np.uint64(pte.BITS & ~pte.KIND) == pte.entries_of(pte.MIGRATION, held)
+    entries += added
     if there.all():
-        mm.table.scatter(pages, new)
-    else:
-        mm.table.scatter(pages[there], new[there])
+        mm.table.scatter(pages, entries, ascend=ascend)
+        return 1
+    mm.table.scatter(pages[there], entries[there])
     count: npt.NDArray[np.int32] = there.astype(np.int32)
     return count
 
 
-def _settle(memory: PhysicalMemory, frames: Words, count: npt.NDArray[np.int32]) -> None:
+def _settle(memory: PhysicalMemory, frames: Words, count: Counts) -> None:
     """`frames` end a migration with `count` mappings each, in the place of the migration's reference; the lock goes."""
     for zone, rows, where in memory.groups(frames):
-        mapped = count[rows]
+        mapped = count if isinstance(count, int) else count[rows]
         zone.mapcount[where] = mapped
         zone.flags[where] &= ~np.uint32(LOCKED)
-        if not bool((mapped == 1).all()):
+        if not np.all(mapped == 1):
             zone.refcount[where] += mapped - 1
             memory.free_unused(zone, frames[rows], where)
 
@@ -483,7 +529,17 @@ def _blocks(migration: Migration) -> list[Migration]:
             source=migration.source[low:high],
             target=migration.target[low:high],
             saved=migration.saved[low:high],
-            others=[],
+            others=[part for mapped in migration.others for part in _within(mapped, low, high)],
         )
         for low, high in pairwise(cuts)
     ]
+
+
+def _within(mapped: Mapped, low: int, high: int) -> list[Mapped]:
+    """Those of `mapped` in rows [low, high), counted from there: mostly all of them, or none."""
+    if mapped.rows[0] >= high or mapped.rows[-1] < low:
+        return []
+    first, end = np.searchsorted(mapped.rows, (low, high)).tolist()
+    if first == end:
+        return []
+    return [Mapped(mapped.mm, mapped.rows[first:end] - low, mapped.pages[first:end], mapped.entries[first:end])]

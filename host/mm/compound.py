@@ -16,7 +16,17 @@ import numpy as np
 import numpy.typing as npt
 
 from hmmnet.host.interfaces import Migration
-from hmmnet.pages import HUGE_PAGES, HUGE_SHIFT, MIGRATE_PFN_MIGRATE, MIGRATE_PFN_SHIFT, MIGRATE_PFN_VALID, Words, is_one_run
+from hmmnet.pages import (
+    HUGE_PAGES,
+    HUGE_SHIFT,
+    MIGRATE_PFN_MIGRATE,
+    MIGRATE_PFN_SHIFT,
+    MIGRATE_PFN_VALID,
+    Words,
+    bits_in_all,
+    bits_in_any,
+    is_one_run,
+)
 
 from . import pte
 from .frames import PhysicalMemory
@@ -41,9 +51,10 @@ def tear_collected(mm: Mm, pages: Words, entries: Words, rows: Rows) -> Rows:
     Memory of a device can be torn at any time; a page of system memory that could not be split is held by somebody, and stays. Changes
     `entries` as it does the table.
     """
-    huge = (entries if len(rows) == len(entries) else entries[rows]) & pte.HUGE != 0
-    if not huge.any():
+    taken = entries if len(rows) == len(entries) else entries[rows]
+    if not bits_in_any(taken) & pte.HUGE:
         return rows
+    huge = taken & pte.HUGE != 0
     blocks = pages[rows] >> _SHIFT
     keep = np.ones(len(rows), np.bool_)
     for block in np.unique(blocks[huge]).tolist():
@@ -58,24 +69,29 @@ def tear_collected(mm: Mm, pages: Words, entries: Words, rows: Rows) -> Rows:
     return rows[keep]
 
 
-def tear_mapped(mm: Mm, pages: Words, entries: Words) -> None:
-    """A further mapping of collected pages: its huge pages that are not there whole are mapped one by one, in `entries` too."""
+def tear_mapped(mm: Mm, pages: Words, entries: Words) -> Words:
+    """A further mapping of collected pages: its huge pages that are not there whole are mapped one by one. Its `entries` then."""
+    if not bits_in_any(entries) & pte.HUGE:
+        return entries
+    entries = entries.copy()
     huge = entries & pte.HUGE != 0
     blocks, counts = np.unique(pages[huge] >> _SHIFT, return_counts=True)
     for block in blocks[counts < HUGE_PAGES].tolist():
         split_entries(mm, block << HUGE_SHIFT)
         entries[pages >> _SHIFT == block] &= ~np.uint64(pte.HUGE)
+    return entries
 
 
 def fit_targets(memory: PhysicalMemory, mm: Mm | None, migration: Migration) -> None:
     """Folios whose targets are not one aligned run are split, while nobody can touch them; those without any stay, as they are."""
-    rows = np.flatnonzero(migration.source & np.uint64(BOTH) == BOTH)
-    words = migration.source if len(rows) == len(migration.source) else migration.source[rows]
-    frames = words >> np.uint64(MIGRATE_PFN_SHIFT)
-    large = memory.field(frames, "flags") & COMPOUND != 0
-    if not large.any():
+    source = migration.source
+    whole = bits_in_all(source) & BOTH == BOTH
+    rows = None if whole else np.flatnonzero(source & np.uint64(BOTH) == BOTH)
+    frames = (source if rows is None else source[rows]) >> np.uint64(MIGRATE_PFN_SHIFT)
+    if not memory.bits_in_any(frames, "flags") & COMPOUND:
         return
-    rows, frames = rows[large], frames[large]
+    large = memory.field(frames, "flags") & COMPOUND != 0
+    rows, frames = np.flatnonzero(large) if rows is None else rows[large], frames[large]
     targets = migration.target[rows]
     heads = frames >> _SHIFT
     for head in np.unique(heads).tolist():

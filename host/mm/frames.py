@@ -29,6 +29,7 @@ from hmmnet.pages import (
     ZONE_SHIFT,
     ZONES_MAX,
     Words,
+    bits_in_any,
     distinct,
     is_one_run,
     run_bounds,
@@ -215,6 +216,17 @@ class PhysicalMemory:
             for all_of_it, some in zip(out, values, strict=True):
                 all_of_it[rows] = some
         return out or [np.zeros(0, np.int64) for _ in names]
+
+    def most(self, frames: Words, name: str) -> int:
+        """The largest value that a struct page field has among `frames`; 0 for none."""
+        return max((int(zone.seen(name, where).max()) for zone, _, where in self.where(frames)), default=0)
+
+    def bits_in_any(self, frames: Words, name: str) -> int:
+        """The bits that a struct page field has in any of `frames`."""
+        found = 0
+        for zone, _, where in self.where(frames):
+            found |= bits_in_any(zone.seen(name, where))
+        return found
 
     # --- allocation -------------------------------------------------------------------------------------------------------------
 

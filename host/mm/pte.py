@@ -20,7 +20,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from hmmnet.pages import DEVICE_ZONE_MIN, ZONE_SHIFT, Words
+from hmmnet.pages import DEVICE_ZONE_MIN, ZONE_SHIFT, Words, bits_in_any
 
 KIND = 7
 NONE = 0
@@ -52,6 +52,9 @@ CARRIED = YOUNG | DIRTY | SOFT_DIRTY | UFFD_WP | WRITE | ANON_EXCLUSIVE | HUGE
 MARKER_UFFD_WP = 1
 MARKER_POISON = 2
 MARKER_GUARD = 3
+
+ALIKE = KIND | SPECIAL | HUGE | (1 << 64) - (1 << FRAME_SHIFT + ZONE_SHIFT)
+"""What decides how an entry is treated: what it is, and in which memory its frame lies."""
 
 DEVICE_MIN = DEVICE_ZONE_MIN << ZONE_SHIFT + FRAME_SHIFT
 """From here on entries lead to the memory of devices; a present one to coherent memory."""
@@ -93,6 +96,13 @@ def is_present(entries: Words) -> npt.NDArray[np.bool_]:
 def entries_of(kind: int, frames: Words, bits: int = 0) -> Words:
     """Entries of `kind` for `frames`, with `bits`."""
     return frames << np.uint64(FRAME_SHIFT) | np.uint64(kind | bits)
+
+
+def sample(entries: Words) -> Words:
+    """`entries`, or only the first where all are `ALIKE`: what is found out of it holds for each, and costs nothing."""
+    if len(entries) > 1 and not bits_in_any(entries ^ entries[0]) & ALIKE:
+        return entries[:1]
+    return entries
 
 
 def with_bits(entries: Words, bits: int) -> Words:

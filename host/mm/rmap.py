@@ -82,7 +82,8 @@ def places(memory: PhysicalMemory, frames: Words) -> Iterator[tuple[Mm, Words]]:
     yield from _places_of_files(memory, indices, anon_vmas)
     for family, rows in _by_family(memory, anon_vmas):
         for mm in memory.families[family]:
-            parts = [_inside(vma, chosen(indices, rows), chosen(anon_vmas, rows)) for vma in mm.vmas.all() if vma.anon]
+            at, numbers = chosen(indices, rows), chosen(anon_vmas, rows)
+            parts = [_inside(vma, at, numbers) for vma in mm.vmas.all() if vma.anon]
             parts = [part for part in parts if len(part)]
             if parts:
                 yield mm, distinct(parts[0] if len(parts) == 1 else np.concatenate(parts))
@@ -110,10 +111,15 @@ def _places_of_files(memory: PhysicalMemory, indices: Words, numbers: npt.NDArra
 
 def _inside(vma: Vma, indices: Words, anon_vmas: npt.NDArray[np.uint32]) -> Words:
     """The pages of `vma` that have one of `indices` in one of its anon_vmas."""
-    here = (indices >= vma.pgoff) & (indices < vma.pgoff + vma.end - vma.start)
-    if here.any():
-        here &= _one_of(anon_vmas, (vma.anon, *vma.chain))
-    return indices[here] - vma.pgoff + vma.start
+    first, end = vma.pgoff, vma.pgoff + vma.end - vma.start
+    low, high = int(indices.min()), int(indices.max())
+    if high < first or low >= end:
+        return indices[:0]
+    here = _one_of(anon_vmas, (vma.anon, *vma.chain))
+    if low < first or high >= end:
+        here &= (indices >= first) & (indices < end)
+    found = indices if here.all() else indices[here]
+    return found if vma.pgoff == vma.start else found - vma.pgoff + vma.start
 
 
 def _one_of(anon_vmas: npt.NDArray[np.uint32], few: tuple[int, ...]) -> npt.NDArray[np.bool_]:
@@ -145,9 +151,10 @@ def _in_process(mm: Mm, rows: Rows, indices: Words, frames: Words) -> Iterator[M
 
 def _look(mm: Mm, rows: Rows, pages: Words, frames: Words) -> Mapped:
     entries = mm.table.gather(pages)
-    kinds = entries & pte.KIND
+    some = pte.sample(entries)
+    kinds = some & pte.KIND
     hit = (pte.frames_of(entries) == frames) & (
-        ((kinds == pte.PRESENT) & (entries & pte.SPECIAL == 0)) | (kinds == pte.DEVICE) | (kinds == pte.EXCLUSIVE) | (kinds == pte.HINT)
+        ((kinds == pte.PRESENT) & (some & pte.SPECIAL == 0)) | (kinds == pte.DEVICE) | (kinds == pte.EXCLUSIVE) | (kinds == pte.HINT)
     )
     if hit.all():
         return Mapped(mm, rows, pages, entries)

@@ -28,6 +28,7 @@ from hmmnet.pages import (
     ZONE_SHIFT,
     Words,
     ascending,
+    bits_in_any,
     distinct,
     is_one_run,
     runs_of,
@@ -195,6 +196,13 @@ class Zone:
                 values[inside] += (at & HUGE_PAGES - 1).astype(np.uint64)
         return values
 
+    def seen(self, name: str, where: Index) -> npt.NDArray[Any]:
+        """`values` for who only looks at them now: not copied where they stand together."""
+        if self.folded_count:
+            return self.values(name, where)
+        array: npt.NDArray[Any] = getattr(self, name)
+        return array[where]
+
     def referenced(self, count: int | None = None) -> npt.NDArray[np.bool_]:
         """Which of the first `count` frames (of all) have a reference; broken ones have one for ever, and are left out."""
         where = slice(0, self.count if count is None else count)
@@ -220,7 +228,9 @@ class Zone:
         """Whether all `frames` lie here, differ, and have no reference: what a driver may offer as a destination."""
         if not self.holds(frames):
             return False
-        return not self.values("refcount", self.index_of(frames)).any() and (is_one_run(frames) or len(np.unique(frames)) == len(frames))
+        return not bits_in_any(self.seen("refcount", self.index_of(frames))) and (
+            is_one_run(frames) or len(np.unique(frames)) == len(frames)
+        )
 
 
 class CpuZone(Zone):
