@@ -274,6 +274,12 @@ class Grant:
             self._positions = np.zeros(0, np.int64)
             self.pages = len(self.frames)
             return
+        if bits_in_all(self.frames) >= LARGE:
+            self._offered, self._heads = _NONE, self.frames & np.uint64(LARGE - 1)
+            self._locked = self._heads
+            self._positions = np.arange(0, len(self._heads) << HUGE_SHIFT, HUGE_PAGES)
+            self.pages = len(self._heads) << HUGE_SHIFT
+            return
         large = self.frames >= np.uint64(LARGE)
         self._offered = self.frames[(self.frames != 0) & ~large]
         self._heads = self._locked = self.frames[large] & np.uint64(LARGE - 1)

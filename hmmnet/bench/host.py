@@ -33,6 +33,10 @@ FAULTS = 512
 ROUND_TRIPS = 1_000
 GIB = 1 << 30
 US = 1e6
+MS = 1e6
+"""Nanoseconds in a millisecond."""
+OTHERS = ("shared", "cow", "file")
+"""Kinds of memory that the probe takes beside a process's own."""
 
 MIGRATE = Goal(0.75, at_least=True)
 FAULT = Goal(2.0, at_least=False)
@@ -40,7 +44,8 @@ SNAPSHOT = Goal(10.0, at_least=False, of="value")
 BOOKKEEPING = Goal(150.0, at_least=False, of="value")
 THP = Goal(0.05, at_least=False)
 """A huge page is to cost a twentieth of 512 small ones, at most."""
-SNAPSHOT_PAGES = 1 << 18
+FORK = Goal(50.0, at_least=False, of="value")
+FORK_PAGES = SNAPSHOT_PAGES = 1 << 18
 BOOKKEEPING_PAGES = 1 << 16
 """The sizes that the goals are set for; the probe measures smaller and larger ones too."""
 
@@ -147,8 +152,9 @@ async def _timed_faults(process: Process, area: int, faults: int) -> float:
 def measure_bookkeeping() -> list[Measurement]:
     """``snapshot.ns_per_page``, ``migrate.bookkeeping_ns_per_page``, and ``migrate.thp_bookkeeping_ns_per_page`` beside small pages.
 
-    ``migrate.bookkeeping_ns_per_page.shared``, for which there is no goal, is that of pages which a child of fork maps, too. Figures of
-    further sizes carry theirs in the name.
+    Both with ``.shared`` are of pages that a child of fork maps, too; with ``.cow`` of those of which it has copied half; with
+    ``.file`` of written pages of a private file mapping: the same is asked of them. ``fork.ms`` is of a process of 2**18 pages. Figures
+    of further sizes carry theirs in the name.
     """
     probes = {entry.name: entry for entry in entry_points(group="hmmnet.bench")}
     if "bookkeeping" not in probes:
@@ -158,10 +164,19 @@ def measure_bookkeeping() -> list[Measurement]:
     return [
         *_by_size("snapshot.ns_per_page", found["snapshot"], SNAPSHOT_PAGES, SNAPSHOT),
         *_by_size("migrate.bookkeeping_ns_per_page", found["migrate"], BOOKKEEPING_PAGES, BOOKKEEPING),
-        *_by_size("migrate.bookkeeping_ns_per_page.shared", found["shared"], BOOKKEEPING_PAGES, None, found["migrate"]),
+        *(figure for kind in OTHERS for figure in _other(kind, found)),
         *_by_size("migrate.thp_bookkeeping_ns_per_page", found["thp"], BOOKKEEPING_PAGES, THP, found["migrate"]),
         *_by_size("migrate.thp_bookkeeping_to_device", found["thp_to_device"], BOOKKEEPING_PAGES, None, found["migrate"]),
         *_by_size("migrate.thp_bookkeeping_to_host", found["thp_to_host"], BOOKKEEPING_PAGES, None, found["migrate"]),
+        measured("fork.ms", found["fork"][FORK_PAGES] * FORK_PAGES / MS, "ms", goal=FORK),
+    ]
+
+
+def _other(kind: str, found: dict[str, dict[int, float]]) -> list[Measurement]:
+    """The two figures of pages of a `kind`, beside those of a process's own."""
+    return [
+        *_by_size(f"snapshot.ns_per_page.{kind}", found[f"snapshot_{kind}"], SNAPSHOT_PAGES, SNAPSHOT, found["snapshot"]),
+        *_by_size(f"migrate.bookkeeping_ns_per_page.{kind}", found[kind], BOOKKEEPING_PAGES, BOOKKEEPING, found["migrate"]),
     ]
 
 
@@ -186,7 +201,9 @@ BENCHMARKS = {
     "fault.cpu_home": measure_migration,
     "snapshot.ns_per_page": measure_bookkeeping,
     "migrate.bookkeeping_ns_per_page": measure_bookkeeping,
-    "migrate.bookkeeping_ns_per_page.shared": measure_bookkeeping,
+    **{f"snapshot.ns_per_page.{kind}": measure_bookkeeping for kind in OTHERS},
+    **{f"migrate.bookkeeping_ns_per_page.{kind}": measure_bookkeeping for kind in OTHERS},
     "migrate.thp_bookkeeping_ns_per_page": measure_bookkeeping,
+    "fork.ms": measure_bookkeeping,
 }
 """Which function measures what; one function may give several figures."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from hmmnet.bench.host import BENCHMARKS, BOOKKEEPING_PAGES, SNAPSHOT_PAGES, measure_migration
+from hmmnet.bench.host import BENCHMARKS, BOOKKEEPING_PAGES, FORK_PAGES, OTHERS, SNAPSHOT_PAGES, measure_migration
 from hmmnet.host.bookkeeping import SIZES, measure
 from hmmnet.pages import PAGE_SIZE
 
@@ -26,6 +26,7 @@ def test_the_probe_measures_every_size() -> None:
     measured = {name: sorted(sizes) for name, sizes in found.items()}
     huge = [1024]  # sixteen pages are no huge page
     small = [16, 1024]
-    assert measured == {"snapshot": small, "migrate": small, "shared": small, "thp": huge, "thp_to_device": huge, "thp_to_host": huge}
+    by_page = ("snapshot", "migrate", "fork", *OTHERS, *(f"snapshot_{kind}" for kind in OTHERS))
+    assert measured == dict.fromkeys(by_page, small) | dict.fromkeys(("thp", "thp_to_device", "thp_to_host"), huge)
     assert all(figure > 0 for sizes in found.values() for figure in sizes.values())
-    assert {BOOKKEEPING_PAGES, SNAPSHOT_PAGES} <= set(SIZES)
+    assert {BOOKKEEPING_PAGES, FORK_PAGES, SNAPSHOT_PAGES} <= set(SIZES)
