@@ -44,10 +44,17 @@ class InjectedError(KernelError):
 
 
 class OutOfMemory(KernelError):
-    """Host memory is used up (ENOMEM): who meets it in a fault has somebody killed for a page, and tries again (VM_FAULT_OOM).
+    """Host memory is used up (ENOMEM): who meets it has somebody killed for the `pages` that it wanted, and tries again.
 
     What a memory cgroup refuses, or a call that asks for more than there can be, is another ENOMEM.
     """
+
+    def __init__(self, code: int, call: str, why: str, pages: int = 1) -> None:
+        self.pages = pages
+        super().__init__(code, call, why)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (type(self), (self.code, self.call, self.why, self.pages))
 
 
 class SignalError(HmmnetError):

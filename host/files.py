@@ -7,6 +7,9 @@ since. Here, unlike in the kernel, they share the descriptor itself and not only
 from __future__ import annotations
 
 import errno
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import TypeVar
 
 from hmmnet.checks import Arrayable, as_bytes, check_file
 from hmmnet.errors import KernelError
@@ -14,7 +17,10 @@ from hmmnet.errors import KernelError
 from .mm.filemap import File
 from .mm.frames import PhysicalMemory
 from .mm.memcg import MemoryCgroup
+from .mm.relief import KERNEL
 from .mm.truncate import punch, truncate
+
+T = TypeVar("T")
 
 
 class MemFd:
@@ -27,6 +33,7 @@ class MemFd:
         check_file("memfd_create", 0, length)
         self._file: File | None = File(memory, length)
         self._file.open()
+        self._memory = memory
         self._node = node
         self._group = group
         self._tables: list[dict[MemFd, None]] = []
@@ -59,25 +66,41 @@ class MemFd:
         file = self.file("pread")
         check_file("pread", offset, 0)
         check_file("pread", 0, length)
-        return file.read(offset, length)
+
+        async def look() -> bytes:
+            return file.read(offset, length)
+
+        return await self._anew(look)
 
     async def write(self, offset: int, data: Arrayable) -> None:
         """pwrite(2)."""
         file = self.file("pwrite")
         raw = as_bytes(data)
         check_file("pwrite", offset, len(raw))
-        with file.held():
+
+        async def store() -> None:
             async with file.lock.write():
                 file.write(offset, raw, self._node, self._group)
 
+        with file.held():
+            await self._anew(store)
+
     async def punch(self, offset: int, length: int) -> None:
         """fallocate(2) with FALLOC_FL_PUNCH_HOLE."""
-        await punch(self.file("fallocate"), offset, length)
+        file = self.file("fallocate")
+        with file.held():
+            await self._anew(partial(punch, file, offset, length))
 
     async def truncate(self, length: int) -> None:
         """ftruncate(2)."""
         check_file("ftruncate", 0, length)
-        await truncate(self.file("ftruncate"), length)
+        file = self.file("ftruncate")
+        with file.held():
+            await self._anew(partial(truncate, file, length))
+
+    async def _anew(self, call: Callable[[], Awaitable[T]]) -> T:
+        """What `call` answers, for which somebody may be killed: pages are made, or read back from swap. Whose call it is nobody knows."""
+        return await self._memory.relief.anew(call, KERNEL)
 
     async def close(self) -> None:
         """close(2)."""

@@ -15,6 +15,7 @@ import errno
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
+from functools import partial
 
 import numpy as np
 import trio
@@ -35,15 +36,15 @@ from hmmnet.pages import (
     words_by_page,
 )
 
-from .announce import clear, split_large
+from .announce import clear
 from .devmem import PageMap
-from .interfaces import NO_OWNER, AddressSpace, DeviceLink, Event, Migration, Select
+from .interfaces import AddressSpace, DeviceLink, Event, Migration, Select
 from .migrate import MIGRATE, SHIFT, VALID, Outcome, collect, joined, listed, set_targets, words_of
 from .mm import pte
 from .mm.collect import collect_frames, finalize, move
 from .mm.frames import PhysicalMemory
+from .mm.relief import KERNEL
 from .mm.rmap import mappings
-from .mm.zones import ANON, HWPOISON, LOCKED
 
 HOME_PAGES_MAX = 1 << 16
 """Pages of one explicit migration home (256 MiB): bounds the host frames allocated before anything has landed."""
@@ -54,13 +55,18 @@ EVICT_ROUNDS_MAX = 100
 COPIES_MAX = 4
 """Copies home for one CPU fault: what a link or a copy engine does wrong once it seldom does again; the CPU waits meanwhile."""
 
+_NONE = np.zeros(0, np.uint64)
+
 TOUCHED = "cpu fault"
 """The cause of a migration that a CPU waits for."""
 
 
-def _no_room(who: str, *, injected: bool) -> KernelError:
-    kind = KernelError if injected else OutOfMemory
-    return kind(errno.ENOMEM, "migrate_to_ram", f"{who} to come home and the host's memory is used up")
+def _no_room(pages: int, *, injected: bool) -> KernelError:
+    wants = "a page wants" if pages == 1 else f"{pages} pages want"
+    why = f"{wants} to come home and the host's memory is used up"
+    if injected:
+        return KernelError(errno.ENOMEM, "migrate_to_ram", why)
+    return OutOfMemory(errno.ENOMEM, "migrate_to_ram", why, pages)
 
 
 class HostFrames:
@@ -84,7 +90,7 @@ class HostFrames:
             lacks = self._memory.points.armed and self._memory.points.fails("host.alloc.home", pages=self._count)
             self._frames = None if lacks else self._allocated()
             if self._frames is None:
-                raise _no_room(f"{self._count} pages want", injected=lacks)
+                raise _no_room(self._count, injected=lacks)
         return self._frames
 
     def _allocated(self) -> Words | None:
@@ -324,7 +330,7 @@ class Homing:
             lacks = points.armed and points.fails("host.alloc.home", pages=1)
             target = 0 if lacks else self._memory.allocate_bare(space.node) or 0
             if not target:
-                raise _no_room("a page wants", injected=lacks)
+                raise _no_room(1, injected=lacks)
             return target
 
         try:
@@ -344,24 +350,37 @@ class Homing:
         return 1
 
     async def migrate_to_system(self, space: AddressSpace, link: DeviceLink, start: int, end: int, cause: str = "user") -> Outcome:
-        """Move the device's pages of [start, end) home, VMA by VMA; others stay. `cause` is told. Raises PeerLost, KernelError(ENOMEM)."""
+        """Move the device's pages of [start, end) home, VMA by VMA; others stay. `cause` is told. Raises PeerLost, KernelError(ENOMEM).
+
+        Somebody may be killed for memory; what has come home by then has moved. Hold no lock.
+        """
         words: list[Words] = []
-        async with space.mmap_lock.read():
-            if space.points.armed:
-                await _at("home.explicit", space, link, start, end - start)
-            page = start
-            while page < end:
-                vma = space.vma_at(page)
-                stop = page + 1 if vma is None else min(end, vma.end, (page + HOME_PAGES_MAX) // HUGE_PAGES * HUGE_PAGES)
-                try:
-                    space.check_migratable(page, stop)
-                except KernelError as error:
-                    return Outcome(joined([*words, np.zeros(end - page, np.uint64)]), error.code)
-                parts: list[Migration] = []
-                await self.home_range(space, link, page, stop, cause, parts)
-                words.append(words_of(parts, stop - page))
-                page = stop
-        return Outcome(joined(words))
+        page, begun = start, _NONE
+
+        async def rest() -> Outcome:
+            """From `page` on, of whose piece what `begun` says has moved."""
+            nonlocal page, begun
+            async with space.mmap_lock.read():
+                if space.points.armed:
+                    await _at("home.explicit", space, link, page, end - page)
+                while page < end:
+                    vma = space.vma_at(page)
+                    stop = page + 1 if vma is None else min(end, vma.end, (page + HOME_PAGES_MAX) // HUGE_PAGES * HUGE_PAGES)
+                    try:
+                        space.check_migratable(page, stop)
+                    except KernelError as error:
+                        return Outcome(joined([*words, np.zeros(end - page, np.uint64)]), error.code)
+                    parts: list[Migration] = []
+                    try:
+                        await self.home_range(space, link, page, stop, cause, parts)
+                    except OutOfMemory:
+                        begun = _together(begun, words_of(parts, stop - page))
+                        raise
+                    words.append(_together(begun, words_of(parts, stop - page)))
+                    page, begun = stop, _NONE
+            return Outcome(joined(words))
+
+        return await self._memory.relief.anew(rest, space.number)
 
     async def home_range(self, space: AddressSpace, link: DeviceLink, start: int, end: int, cause: str, parts: list[Migration]) -> int:
         """Move the device's pages of [start, end), which lies in one VMA, home; how many moved. What was collected is added to `parts`.
@@ -380,51 +399,6 @@ class Homing:
         for zone in np.unique(zones).tolist():
             there = self._memory.zones.get(zone)
             yield HOST if there is None or zone == 0 else there.owner, pages[zones == np.uint64(zone)]
-
-    async def memory_failure(self, space: AddressSpace, start: int, end: int) -> None:
-        """madvise(MADV_HWPOISON): the memory under pages [start, end) breaks, for everybody who maps it (mm/memory-failure.c).
-
-        Pages of devices come home first. An access is SIGBUS from then on, a device's is EFAULT; unmapping is all that helps. Raises
-        KernelError: EFAULT, ENOMEM; EBUSY at the first page that is nobody's own (the zero page, a file's), those before it being poisoned.
-        """
-        frames = await space.get_pages(start, end - start)
-        pages = np.arange(start, end, dtype=np.uint64)
-        own = self._memory.field(frames, "flags") & ANON != 0
-        count = len(frames) if own.all() else int(np.argmin(own))
-        stay, frames = frames[count:], frames[:count]
-        space.put_pages(stay)
-        async with space.mmap_lock.read():
-            space.put_pages(frames)  # a folio that is held cannot be split
-            await split_large(space, self.spaces, pages[:count], NO_OWNER, compound=False)
-            entries = space.entries(pages[:count])
-            kept = frames[(entries & pte.KIND == pte.PRESENT) & (entries & pte.SPECIAL == 0) & (pte.frames_of(entries) == frames)]
-            await self._break(kept)
-        if len(stay) or count < end - start:
-            raise KernelError(errno.EBUSY, "madvise", f"page 0x{start + count:x} of process {space.number} is no page of anonymous memory")
-
-    async def break_memory(self, space: AddressSpace, start: int, end: int) -> int:
-        """The memory under pages [start, end) breaks where it is, at the host or on a device, for everybody who maps it; how many did.
-
-        Only anonymous pages that are there break; those that are under migration do not.
-        """
-        pages = np.arange(start, end, dtype=np.uint64)
-        async with space.mmap_lock.read():
-            await split_large(space, self.spaces, pages, NO_OWNER, compound=False)
-            entries = space.entries(pages)
-            kinds = entries & pte.KIND
-            frames = pte.frames_of(entries[((kinds == pte.PRESENT) | (kinds == pte.DEVICE)) & (entries & (pte.SPECIAL | pte.HUGE) == 0)])
-            frames = frames[self._memory.field(frames, "flags") & (ANON | LOCKED) == ANON] if len(frames) else frames
-            await self._break(frames)
-            return len(frames)
-
-    async def _break(self, frames: Words) -> None:
-        """`frames` get one more reference, which nobody lets go; who maps them is told, and finds poison."""
-        for zone, _, at in self._memory.groups(frames):
-            zone.refcount[at] += 1
-        async with AsyncExitStack() as stack:
-            for mapped in mappings(self._memory, frames):
-                await clear(stack, self.spaces, mapped.mm, mapped.pages)
-            poison(self._memory, frames)
 
     async def evict(self, link: DeviceLink, frames: Words, cause: str = "release") -> int:
         """migrate_device_range: bring `frames` of the device home, whoever maps them; returns how many went.
@@ -477,10 +451,19 @@ class Homing:
         fruitless = 0
         link = self._links[page_map.zone.number]
         while fruitless < EVICT_ROUNDS_MAX and len(frames := page_map.used_frames()):
-            moved = await self.evict(link, frames[:HOME_PAGES_MAX], "unplug")
+            moved = await self._memory.relief.anew(partial(self.evict, link, frames[:HOME_PAGES_MAX], "unplug"), KERNEL)
             fruitless = 0 if moved else fruitless + 1
             await trio.lowlevel.checkpoint()
         page_map.remove()
+
+
+def _together(before: Words, words: Words) -> Words:
+    """What a piece of a range became in two tries, of which the first moved what `before` says (nothing: there was only one)."""
+    if len(before) == 0:
+        return words
+    words, before = words_by_page(words), words_by_page(before)
+    count = min(len(words), len(before))  # a mapping may have become shorter meanwhile
+    return np.concatenate((np.where(before[:count] & MIGRATE != 0, before[:count], words[:count]), words[count:]))
 
 
 async def _at(name: str, space: AddressSpace, link: DeviceLink, start: int, pages: int) -> None:
@@ -495,18 +478,6 @@ def whole_blocks(entries: Words, pages: Words) -> list[int]:
     first = np.flatnonzero((entries & pte.HUGE != 0) & (pages % HUGE_PAGES == 0))
     last = HUGE_PAGES - 1
     return [at for at in first.tolist() if at + last < len(pages) and int(pages[at + last]) == int(pages[at]) + last]
-
-
-def poison(memory: PhysicalMemory, frames: Words) -> None:
-    """Whoever maps `frames` has poisoned entries instead. Their last reference, the caller's, stays: nobody gets such a frame again."""
-    for mapped in mappings(memory, frames):
-        mapped.mm.table.scatter(mapped.pages, np.full(len(mapped.pages), pte.entry(pte.MARKER, pte.MARKER_POISON), np.uint64))
-        mapped.mm.rss -= len(mapped.pages)
-        memory.unmap(frames[mapped.rows])
-    memory.uncharge(frames)
-    for zone, _, at in memory.groups(frames):
-        zone.flags[at] |= np.uint32(HWPOISON)
-    memory.poisoned += len(frames)
 
 
 def memory_of(link: DeviceLink) -> Select:

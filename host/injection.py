@@ -34,6 +34,7 @@ from hmmnet.wire.messages import Inject
 from hmmnet.wire.session import Session
 
 from .interfaces import Event
+from .poison import break_memory
 from .process import Process
 
 if TYPE_CHECKING:
@@ -312,7 +313,7 @@ async def _poison(host: Host, effect: HostEffect, where: Where) -> None:
     address, length = _range(effect, where)
     for process in _concerned(host, effect, where) if length else ():
         start = address >> PAGE_SHIFT
-        await host.homing.break_memory(process.space, start, start + (length >> PAGE_SHIFT))
+        await break_memory(host.memory, host.spaces, process.space, start, start + (length >> PAGE_SHIFT))
 
 
 async def _corrected(host: Host, effect: HostEffect, where: Where) -> None:

@@ -18,6 +18,7 @@ from hmmnet.errors import HmmnetError, KernelError
 
 from .mm import oom
 from .mm.frames import PhysicalMemory
+from .mm.relief import KERNEL
 from .mm.space import Space
 from .process import Process
 
@@ -63,43 +64,43 @@ class OomKiller:
         await self._processes[victim.number].kill(out_of_memory=True)
         return victim.number
 
-    async def out_of_memory(self, pid: int) -> bool:
-        """pagefault_out_of_memory: kill until there is a frame for process `pid`; False when it is itself killed, or nobody can be.
+    async def out_of_memory(self, pid: int, pages: int = 1) -> bool:
+        """out_of_memory: kill until there are `pages` for process `pid` (or `KERNEL`); False when it is itself killed, or nobody can be.
 
         Nobody dies for who is dead already. A victim's exit is waited for, but not for ever: its devices may be waiting for us. Who holds a
         lock, or an answer to a device that wants one, must not come here.
         """
         async with self._lock:
-            while self._memory.is_used_up:
+            while self._memory.lacks(pages):
                 if self._is_dying(pid):
                     return False
                 victim = oom.select([space.mm for space in self._spaces.values()], self._memory.total_pages)
                 if victim is None:
-                    log.error("out of memory: process %d wants a page, and there is nobody who may be killed", pid)
+                    log.error("out of memory: %s, and there is nobody who may be killed", _wants(pid, pages))
                     return False
-                await self._kill(self._processes[victim.number], pid)
+                await self._kill(self._processes[victim.number], pid, pages)
         return not self._is_dying(pid)
 
     def _is_dying(self, pid: int) -> bool:
         process = self._processes.get(pid)
-        return process is None or process.ended
+        return pid != KERNEL and (process is None or process.ended)
 
-    async def _kill(self, victim: Process, pid: int) -> None:
-        """oom_kill_process, for process `pid`: reap `victim`, and wait for its exit if that has given nothing back."""
+    async def _kill(self, victim: Process, pid: int, pages: int) -> None:
+        """oom_kill_process, for `pages` of process `pid`: reap `victim`, and wait for its exit if that has given nothing back."""
         mm = victim.space.mm
         held = mm.rss
         self._spawn(self._end, victim)  # before the first wait: who is cancelled in it leaves nobody half killed
         with trio.move_on_after(REAP_S):
             await victim.reap()
-            await self._given_back(victim)
+            await self._given_back(victim, pages)
         log.warning(
-            "out of memory: process %d wants a page: killed process %d, which had %d pages (oom_score_adj %d); %d are free now",
-            *(pid, victim.pid, held, mm.oom_score_adj, sum(node.allocator.free_count for node in self._memory.nodes)),
+            "out of memory: %s: killed process %d, which had %d pages (oom_score_adj %d); %d are free now",
+            *(_wants(pid, pages), victim.pid, held, mm.oom_score_adj, sum(node.allocator.free_count for node in self._memory.nodes)),
         )
 
-    async def _given_back(self, victim: Process) -> None:
-        """Return when there is a frame, or `victim` has nothing left to give."""
-        while self._memory.is_used_up and not victim.unmapped.is_set():
+    async def _given_back(self, victim: Process, pages: int) -> None:
+        """Return when there are `pages`, or `victim` has nothing left to give."""
+        while self._memory.lacks(pages) and not victim.unmapped.is_set():
             with trio.move_on_after(LOOK_S):
                 await victim.unmapped.wait()
 
@@ -114,3 +115,9 @@ class OomKiller:
             else:
                 return
         log.error("process %d, killed for its memory, did not end in %d tries; what is left of it stays", victim.pid, EXIT_TRIES_MAX)
+
+
+def _wants(pid: int, pages: int) -> str:
+    """Who asks for how much."""
+    who = "the kernel" if pid == KERNEL else f"process {pid}"
+    return f"{who} wants {'a page' if pages == 1 else f'{pages} pages'}"

@@ -37,6 +37,7 @@ from .mm import oom
 from .mm.space import Space
 from .mm.syscalls import aligned, whole_pages
 from .mm.userfault import UserFault
+from .poison import memory_failure
 
 WORD_BYTES = 8
 HEAP_BYTES = 1 << 20
@@ -153,7 +154,7 @@ class Process:
             await self._at("process.madvise", address, length)
         if advice == POISON:
             start = aligned("madvise", address)
-            await self._homing.memory_failure(self.space, start, start + whole_pages("madvise", length))
+            await memory_failure(self._homing.memory, self._homing.spaces, self.space, start, start + whole_pages("madvise", length))
             return
         await self.space.madvise(address, length, advice)
 

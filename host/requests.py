@@ -52,6 +52,7 @@ from .interfaces import Select
 from .link import in_time
 from .migrate import Announce, Copy, Grant, Outcome, migrate_to_device
 from .mirror import Request
+from .mm.relief import KERNEL
 from .notifier import Subscription
 from .personality import TODAY, Personality
 
@@ -264,7 +265,8 @@ class Requests:
             return Evicted(0)
         if not self._life.page_map.zone.holds(frames) or len(np.unique(frames)) != len(frames):
             raise ProtocolError("Evict names frames that are not the device's own, or one twice")
-        moved = await self._personality.evict(self._homing, self._life.link, frames, message.cause)
+        evict = partial(self._personality.evict, self._homing, self._life.link, frames, message.cause)
+        moved = await self._homing.memory.relief.anew(evict, KERNEL)  # __GFP_NOFAIL in dmirror_device_evict_chunk
         self._life.link.flush_freed()
         return Evicted(moved)
 

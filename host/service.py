@@ -124,6 +124,7 @@ class Host:
         """Mirrors that were told something after they had unsubscribed (I7): what `Hub.too_late` says."""
         self.processes: dict[int, Process] = {}
         self._oom = OomKiller(self.memory, self.spaces, self.processes, self.spawn)
+        self.memory.relief.killer = self._oom.out_of_memory
         self.links: dict[int, SessionLink] = {}
         """Living devices by zone."""
         self.homing = Homing(self.memory, self.links, self.spaces, self._context_of, self.interconnect.profile, clock.now)
@@ -424,8 +425,12 @@ class Host:
         if self.points.armed:
             await self.points.at("process.fork", process=parent.pid)
         pid = self._next_pid()
-        hub = Hub(pid, self.points, self.personality.order(self.memory), self.late_callbacks)
-        return self._process(await parent.space.fork(pid, hub), hub)
+
+        async def copied() -> Process:
+            hub = Hub(pid, self.points, self.personality.order(self.memory), self.late_callbacks)
+            return self._process(await parent.space.fork(pid, hub), hub)
+
+        return await parent.space.relieving(copied)
 
     def _next_pid(self) -> int:
         self._pid_next += 1
@@ -433,7 +438,6 @@ class Host:
 
     def _process(self, space: Space, hub: Hub) -> Process:
         self.spaces[space.number], self.hubs[space.number] = space, hub
-        space.oom = self._oom.out_of_memory
         hub.watch = partial(self.events.invalidated, space.number)
         made = self.processes[space.number] = Process(
             space.number, space, self.contexts, self.homing, self._fork, self._process_ended, self.personality.check_advice

@@ -223,7 +223,7 @@ class CpuAccess(Faulting):
                 self.cpu_faults += 1
                 await self.home(self, page)
         except OutOfMemory:
-            if self.oom is None or not self.memory.is_used_up:
+            if self.memory.relief.killer is None or not self.memory.is_used_up:
                 raise
             return False  # the general way kills somebody for it
         finally:

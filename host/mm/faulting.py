@@ -78,8 +78,6 @@ class Faulting:
         self.mmap_lock = RwLock()
         self.cpu_faults = 0
         """CPU faults that brought a page home, so far."""
-        self.oom: Callable[[int], Awaitable[bool]] | None = None
-        """pagefault_out_of_memory(process): whether host memory could be had by killing another process. None: nobody is killed for it."""
         self._gate = Gate()
         self.mm.migration_ended = self._gate.open
         self.killed = False
@@ -113,23 +111,12 @@ class Faulting:
             self.mmap_lock.release_read()
 
     async def relieved(self, error: KernelError) -> bool:
-        """A fault ended with `error`: whether it was for want of host memory, of which there is some again, so that it can be taken anew.
-
-        If so somebody was killed for it (pagefault_out_of_memory). Hold no lock. What a fault plan or a memory cgroup denies is no want:
-        only OutOfMemory is.
-        """
-        if self.oom is None or not isinstance(error, OutOfMemory) or not self.memory.is_used_up:
-            return False
-        return await self.oom(self.number)
+        """A call of this process ended with `error`: whether it can be taken anew; see `Relief.had`. Hold no lock."""
+        return await self.memory.relief.had(error, self.number)
 
     async def relieving(self, call: Callable[[], Awaitable[T]]) -> T:
-        """What `call`, a fault, answers, which is taken anew as often as it is `relieved`. Hold no lock."""
-        while True:
-            try:
-                return await call()
-            except OutOfMemory as error:
-                if not await self.relieved(error):
-                    raise
+        """What `call` answers, which is taken anew as often as it is `relieved`. Hold no lock."""
+        return await self.memory.relief.anew(call, self.number)
 
     @property
     def points(self) -> Points:

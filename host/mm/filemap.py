@@ -145,7 +145,7 @@ class File:
             if new is None:
                 if why := "" if group is None else group.shortage(wanted):
                     raise KernelError(ENOMEM, "page fault", f"a file wants {wanted} pages and {why}")
-                raise OutOfMemory(ENOMEM, "page fault", f"a file wants {wanted} pages and the host's memory is used up")
+                raise OutOfMemory(ENOMEM, "page fault", f"a file wants {wanted} pages and the host's memory is used up", wanted)
             for zone, rows, at in self.memory.groups(new):
                 zone.mapping[at] = self.number
                 zone.index[at] = offsets[absent][rows]

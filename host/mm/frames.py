@@ -37,6 +37,7 @@ from hmmnet.pages import (
 )
 
 from .memcg import CHARGE_MASK, MemoryCgroup, MemoryCgroups
+from .relief import Relief
 from .swap import Swap
 from .zones import ANON, COMPOUND, DEVICE_EXTRA_REFERENCES, CpuZone, HostZone, Index, Zone
 
@@ -85,6 +86,8 @@ class PhysicalMemory:
         self.points = Points()
         """Where faults of this memory, and of whatever works on it, are injected."""
         self.cgroups = MemoryCgroups()
+        self.relief = Relief(self)
+        """Who is killed when there is no frame left."""
         self.poisoned = 0
         """Frames that have broken; they stay allocated."""
         self._numbers = 0
@@ -127,7 +130,11 @@ class PhysicalMemory:
     @property
     def is_used_up(self) -> bool:
         """Whether no host memory has a frame left."""
-        return not any(zone.allocator.free_count for zone in self.nodes)
+        return self.lacks(1)
+
+    def lacks(self, pages: int) -> bool:
+        """Whether all host memory together has fewer frames left than `pages`."""
+        return sum(zone.allocator.free_count for zone in self.nodes) < pages
 
     def peers_of(self, number: int) -> tuple[int, ...]:
         """The zones of other living devices whose page map has the owner of zone `number`'s."""

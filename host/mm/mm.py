@@ -74,7 +74,7 @@ class Mm:
         why = "" if self.cgroup is None else self.cgroup.shortage(pages)
         if why:
             return KernelError(ENOMEM, call, f"{wants} {why}")
-        return OutOfMemory(ENOMEM, call, f"{wants} the host's memory is used up")
+        return OutOfMemory(ENOMEM, call, f"{wants} the host's memory is used up", pages)
 
     def anon_prepare(self, vma: Vma) -> None:
         """anon_vma_prepare: the VMA gets its anon_vma, a neighbour's if that will do."""

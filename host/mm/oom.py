@@ -4,14 +4,23 @@ A process counts what it holds of memory that the kernel can get back: resident 
 kernel counts them, MM_ANONPAGES), pages in swap, and the page tables for both. `Mm.oom_score_adj` shifts that by thousandths of all there
 is; at -1000 a process is never chosen. Whoever is being killed already is passed over: its memory is on its way.
 
-Nothing here kills: the host does (`OomKiller`). A fault that finds no frame in any host memory (`OutOfMemory`) has somebody killed, and is
-taken anew (`Faulting.relieved`); it is ENOMEM only for who is killed himself, or where nobody may be. So do loads and stores, pages that
-they bring home, hmm_range_fault, get_user_pages and pins, populate (mmap, mlock, mremap, MADV_POPULATE_*), and make_device_exclusive.
+Nothing here kills: the host does (`OomKiller`). Who finds no frame in any host memory (`OutOfMemory`) has somebody killed, and asks anew
+(`relief.py`); it is ENOMEM only for who is killed himself, or where nobody may be. Who does so is what the kernel's gfp flags say:
 
-Who finds no memory elsewhere is told ENOMEM, and nobody is killed, though the kernel would: fork, mprotect of locked memory, MADV_COLLAPSE,
-writes to files, migrations and evictions home by name. They hold locks, or an answer that a device waits for. A huge page of a
-hugetlb mapping has nobody killed in the kernel, either. What hits the limit of a memory cgroup, or is refused by a fault plan, is told
-ENOMEM, so that a program can say itself whether somebody has to die for it (`Host.oom_kill`; in the kernel, who hits the limit has no say).
+- GFP_HIGHUSER_MOVABLE of single pages, which may kill: loads and stores, pages that they bring home, hmm_range_fault, get_user_pages and
+  pins, populate (mmap, mlock, mremap, MADV_POPULATE_*), make_device_exclusive; fork's copies of pinned pages (copy_present_page), and
+  mprotect's of locked ones (populate_vma_page_range; that it cannot is nobody's error); UFFDIO_COPY; explicit migrations to system memory
+  (dmirror_devmem_fault_alloc_and_copy, and what other drivers do).
+- the page cache's GFP_HIGHUSER: writes to files, and pages of theirs that are read back from swap (shmem_get_folio).
+- __GFP_NOFAIL: evictions by frame (dmirror_device_evict_chunk), where a driver closes or a device goes. The kernel would try for ever, and
+  panics when nobody is left; here that is ENOMEM.
+- huge pages (GFP_TRANSHUGE, hugetlb's, MADV_COLLAPSE) never kill: they are beyond PAGE_ALLOC_COSTLY_ORDER. A fault takes small ones
+  instead, a hugetlb mapping and MADV_COLLAPSE are ENOMEM. (Of shared memory, what COLLAPSE reads back from swap is, too; not so there.)
+
+Two that would kill in the kernel do not here: what a driver inserts in one go when its file is mapped (dmirror_fops_mmap), which is told
+before it begins that there is too little, and madvise(MADV_REMOVE) that cuts a page in swap. What hits the limit of a memory cgroup, or is
+refused by a fault plan, is told ENOMEM, so that a program can say itself whether somebody has to die for it (`Host.oom_kill`; in the
+kernel, who hits the limit has no say).
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from hmmnet.errors import KernelError
+from hmmnet.errors import KernelError, OutOfMemory
 from hmmnet.host.interfaces import Event
 from hmmnet.pages import ADDRESS_BITS, HUGE_PAGES, PAGE_SHIFT, PAGES_MAX
 
@@ -210,23 +210,44 @@ class SystemCalls(ExclusiveAccess):
         rights = protection_flags(protection)
         start, count = aligned("mprotect", address), whole_pages("mprotect", length)
         end = start + count
+        late: list[tuple[int, int]] = []
         async with self.mmap_lock.write():
             covered = self.mm.vmas.covered_until(start, end)
             for vma in self.mm.vmas.overlapping(start, covered):
-                await self._protect(max(start, vma.start), min(covered, vma.end), vma.flags & ~VM_ACCESS | rights, vma.flags)
+                low, high = max(start, vma.start), min(covered, vma.end)
+                if await self._protect(low, high, vma.flags & ~VM_ACCESS | rights, vma.flags):
+                    late.append((low, high))
+        for low, high in late:
+            await self._copy_locked(low, high)
         if covered < end:
             raise KernelError(errno.ENOMEM, "mprotect", f"page 0x{covered:x} of process {self.number} is not mapped")
 
-    async def _protect(self, start: int, end: int, flags: int, old: int) -> None:
+    async def _protect(self, start: int, end: int, flags: int, old: int) -> bool:
+        """mprotect_fixup; whether pages are to be copied for which there is no memory yet."""
         if flags == old:
-            return
+            return False
         await self.split_edges(start, end)
         async with self.hub.invalidate(Event.PROTECTION_VMA, start, end):
             self.mm.vmas.update(start, end, lambda piece: replace(piece, flags=flags))
             fault.protect(self.mm, start, end, bool(flags & VM_WRITE), bool(flags & VM_SHARED))
         if flags & VM_WRITE and old & (VM_WRITE | VM_SHARED | VM_LOCKED) == VM_LOCKED:
-            with contextlib.suppress(KernelError):  # copies now what a store would copy later; that it cannot is nobody's error here
+            try:  # copies now what a store would copy later; that it cannot is nobody's error here
                 await self.populate_locked(start, end)
+            except OutOfMemory:
+                return True
+            except KernelError:
+                return False
+        return False
+
+    async def _copy_locked(self, start: int, end: int) -> None:
+        """The copies of locked pages for which somebody has to be killed first, which takes a while without the lock."""
+
+        async def again() -> None:
+            async with self.mmap_lock.read():
+                await self.populate_locked(start, end)
+
+        with contextlib.suppress(KernelError):
+            await self.relieving(again)
 
     async def mlock(self, address: int, length: int) -> None:
         """mlock(2): pages are made, and those on a device come home; a userfaultfd's owner is waited for.

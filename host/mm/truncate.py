@@ -40,6 +40,7 @@ async def _truncate(file: File, length: int) -> None:
             except BaseException:
                 file.size = before
                 raise
+        if length <= before:
             file.zero(length, -length % PAGE_SIZE)
 
 

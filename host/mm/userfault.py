@@ -66,7 +66,13 @@ class UserFault:
         return page << PAGE_SHIFT
 
     async def copy(self, address: int, data: bytes) -> None:
-        """UFFDIO_COPY: whole pages appear with `data`. Raises KernelError: EINVAL (not whole pages), ENOENT (not registered), EEXIST."""
+        """UFFDIO_COPY: whole pages appear with `data`. Somebody may be killed for memory.
+
+        Raises KernelError: EINVAL (not whole pages), ENOENT (not registered), EEXIST, ENOMEM.
+        """
+        await self._space.relieving(lambda: self._copy(address, data))
+
+    async def _copy(self, address: int, data: bytes) -> None:
         if address & PAGE_SIZE - 1 or len(data) % PAGE_SIZE or not data:
             raise KernelError(errno.EINVAL, "UFFDIO_COPY", f"{len(data)} bytes at 0x{address:x} are not whole pages")
         first = address >> PAGE_SHIFT

@@ -13,6 +13,7 @@ from hmmnet.errors import KernelError
 from hmmnet.host import v25
 from hmmnet.host.mm.filemap import File
 from hmmnet.host.mm.vma import VM_MIXEDMAP
+from hmmnet.host.poison import memory_failure
 from hmmnet.pages import PAGE_SIZE
 from tests.host.fakes import Bench
 
@@ -130,7 +131,7 @@ async def test_a_snapshot_says_what_each_entry_is_and_faults_nothing() -> None:
     await ground.space.store(address + 2 * PAGE_SIZE, bytes(5 * PAGE_SIZE))
     await ground.to_device(address + 4 * PAGE_SIZE, 2)
     await ground.space.mprotect(address + 3 * PAGE_SIZE, 2 * PAGE_SIZE, "r")
-    await ground.bench.homing.memory_failure(ground.space, (address >> 12) + 6, (address >> 12) + 7)
+    await memory_failure(ground.bench.homing.memory, ground.bench.homing.spaces, ground.space, (address >> 12) + 6, (address >> 12) + 7)
     seen = []
     for first, count in ((0, 3), (3, 2), (5, 2)):
         seen += await ground.bits(address + first * PAGE_SIZE, count)

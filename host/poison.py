@@ -1,0 +1,83 @@
+"""Memory breaks (mm/memory-failure.c): who maps it is told and finds poison, and nobody gets such a frame again.
+
+Either somebody says so of what a process maps (MADV_HWPOISON), or it is so, where the pages are: at the host or on a device. What a driver
+is told of frames of its device is in `devmem.py`.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Mapping
+from contextlib import AsyncExitStack
+
+import numpy as np
+
+from hmmnet.errors import KernelError
+from hmmnet.pages import Words
+
+from .announce import clear, split_large
+from .interfaces import NO_OWNER, AddressSpace
+from .mm import pte
+from .mm.frames import PhysicalMemory
+from .mm.rmap import mappings
+from .mm.zones import ANON, HWPOISON, LOCKED
+
+
+async def memory_failure(memory: PhysicalMemory, spaces: Mapping[int, AddressSpace], space: AddressSpace, start: int, end: int) -> None:
+    """madvise(MADV_HWPOISON): the memory under pages [start, end) breaks, for everybody who maps it (mm/memory-failure.c).
+
+    Pages of devices come home first. An access is SIGBUS from then on, a device's is EFAULT; unmapping is all that helps. Raises
+    KernelError: EFAULT, ENOMEM; EBUSY at the first page that is nobody's own (the zero page, a file's), those before it being poisoned.
+    """
+    frames = await space.get_pages(start, end - start)
+    pages = np.arange(start, end, dtype=np.uint64)
+    own = memory.field(frames, "flags") & ANON != 0
+    count = len(frames) if own.all() else int(np.argmin(own))
+    stay, frames = frames[count:], frames[:count]
+    space.put_pages(stay)
+    async with space.mmap_lock.read():
+        space.put_pages(frames)  # a folio that is held cannot be split
+        await split_large(space, spaces, pages[:count], NO_OWNER, compound=False)
+        entries = space.entries(pages[:count])
+        kept = frames[(entries & pte.KIND == pte.PRESENT) & (entries & pte.SPECIAL == 0) & (pte.frames_of(entries) == frames)]
+        await _break(memory, spaces, kept)
+    if len(stay) or count < end - start:
+        raise KernelError(errno.EBUSY, "madvise", f"page 0x{start + count:x} of process {space.number} is no page of anonymous memory")
+
+
+async def break_memory(memory: PhysicalMemory, spaces: Mapping[int, AddressSpace], space: AddressSpace, start: int, end: int) -> int:
+    """The memory under pages [start, end) breaks where it is, at the host or on a device, for everybody who maps it; how many did.
+
+    Only anonymous pages that are there break; those that are under migration do not.
+    """
+    pages = np.arange(start, end, dtype=np.uint64)
+    async with space.mmap_lock.read():
+        await split_large(space, spaces, pages, NO_OWNER, compound=False)
+        entries = space.entries(pages)
+        kinds = entries & pte.KIND
+        frames = pte.frames_of(entries[((kinds == pte.PRESENT) | (kinds == pte.DEVICE)) & (entries & (pte.SPECIAL | pte.HUGE) == 0)])
+        frames = frames[memory.field(frames, "flags") & (ANON | LOCKED) == ANON] if len(frames) else frames
+        await _break(memory, spaces, frames)
+        return len(frames)
+
+
+async def _break(memory: PhysicalMemory, spaces: Mapping[int, AddressSpace], frames: Words) -> None:
+    """`frames` get one more reference, which nobody lets go; who maps them is told, and finds poison."""
+    for zone, _, at in memory.groups(frames):
+        zone.refcount[at] += 1
+    async with AsyncExitStack() as stack:
+        for mapped in mappings(memory, frames):
+            await clear(stack, spaces, mapped.mm, mapped.pages)
+        poison(memory, frames)
+
+
+def poison(memory: PhysicalMemory, frames: Words) -> None:
+    """Whoever maps `frames` has poisoned entries instead. Their last reference, the caller's, stays: nobody gets such a frame again."""
+    for mapped in mappings(memory, frames):
+        mapped.mm.table.scatter(mapped.pages, np.full(len(mapped.pages), pte.entry(pte.MARKER, pte.MARKER_POISON), np.uint64))
+        mapped.mm.rss -= len(mapped.pages)
+        memory.unmap(frames[mapped.rows])
+    memory.uncharge(frames)
+    for zone, _, at in memory.groups(frames):
+        zone.flags[at] |= np.uint32(HWPOISON)
+    memory.poisoned += len(frames)
