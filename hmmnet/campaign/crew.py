@@ -39,7 +39,7 @@ COUNTERS = 8
 LANE_PART = 100
 """Words of each of the three parts of an actor's lane."""
 LANE_WORDS = 3 * LANE_PART
-ONLY_COPY = "had its only copy"
+ONLY_COPY = "its only copy"
 """What is said of pages that died with their device."""
 
 
