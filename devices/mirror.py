@@ -157,7 +157,7 @@ class Mirror:
     def touched(self) -> Words:
         """The pages with entries that may be others since the last call: for one who checks them."""
         small, blocks = self._table.ptes.take_touched_pages(), self._table.pmds.take_touched_pages()
-        return small if len(blocks) == 0 else np.concatenate((small, page_by_page((blocks << _BLOCK) | np.uint64(LARGE))))
+        return small if not len(blocks) else np.concatenate((small, page_by_page((blocks << _BLOCK) | np.uint64(LARGE))))
 
     def held(self, pages: Words) -> tuple[Words, Words, npt.NDArray[np.bool_]]:
         """`translations`, of `pages`."""

@@ -31,6 +31,7 @@ import trio
 from hmmnet.errors import HmmnetError, KernelError, PeerError
 from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.pages import HMM_PFN_REQ_FAULT, HMM_PFN_REQ_WRITE, HMM_PFN_WRITE, HUGE_SHIFT, ZERO_FRAME, Words, distinct, runs_of
+from hmmnet.sleeping import sleep
 
 from .context import MIGRATE_PAGES_MAX, Context, cut
 from .faultbuffer import Batch, FaultBuffer
@@ -123,7 +124,7 @@ class FaultService:
                 fatal = dict.fromkeys(batch.pages.tolist(), error)
             self._count(batch, fatal, self._now() - began_s)
             if points.armed and points.fails("device.replay_lost"):
-                await trio.sleep(REPLAY_LOST_S)
+                await sleep(REPLAY_LOST_S)
                 self.buffer.again(batch)
                 continue
             self.buffer.finish(batch, fatal)

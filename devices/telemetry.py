@@ -7,6 +7,7 @@ from typing import Any
 
 import trio
 
+from hmmnet.sleeping import sleep
 from hmmnet.wire.telemetry import SAMPLE_EVERY_S, Sample, pack_sample, plain_figures
 from hmmnet.wire.transport import Channel
 
@@ -30,4 +31,4 @@ async def publish(
                 channel.send_nowait(pack_sample(Sample(device, zone, number, now), secret))
             except trio.WouldBlock:
                 told = {}  # try again with the next sample
-        await trio.sleep(every_s)
+        await sleep(every_s)

@@ -229,6 +229,12 @@ class SparseTable:
 
     def take_touched_pages(self) -> Words:
         """The pages with an entry in those blocks, in no order."""
+        for marks in self._written.values():
+            if TOUCHED in marks:
+                break
+        else:  # as it mostly is
+            self._dropped = set()
+            return _NO_PAGES
         touched, _ = self.take_touched()
         found = []
         for first, entries in touched:

@@ -25,6 +25,8 @@ from .mm.ledger import Ledger
 from .mm.space import Space
 
 Mask = npt.NDArray[np.bool_]
+IOMMU, MIRROR = "the IOMMU of ", "the mirror of "
+"""Who believes something: one of these, and the device's name."""
 
 
 def books(memory: PhysicalMemory, spaces: Iterable[Space], *, quiet: bool) -> list[str]:
@@ -61,7 +63,7 @@ def domains(devices: Mapping[str, Device]) -> list[str]:
     for device in devices.values():
         for context in [] if device.life is None else device.life.contexts.values():
             pages, frames, writable = context.domain.translations()
-            found += believed(context, f"the IOMMU of {device.spec.name}", pages, frames, writable)
+            found += believed(context, IOMMU + device.spec.name, pages, frames, writable)
     return found
 
 
@@ -139,29 +141,31 @@ class Audit:
             there = {who for _, _, who in held}
             self._left = {who: left for who, left in self._left.items() if who in there}
         for name, context, who in held:
-            if changed is None or context.space.number not in self._spaces:
+            number = context.space.number
+            if changed is None or number not in self._spaces:
                 found += believed(context, name, *who.translations())
-            else:
-                found += self._believed(name, context, who, changed.get(context.space.number))
+                continue
+            touched, elsewhere = who.touched(), changed.get(number)
+            if len(touched) or elsewhere is not None or who in self._left:
+                found += self._believed(name, context, who, [pages for pages in (touched, elsewhere) if pages is not None and len(pages)])
         return found
 
     def _domains(self) -> list[tuple[str, Context, Translations]]:
         lives = [device.life for device in self._devices.values() if device.life is not None]
-        return [(f"the IOMMU of {life.name}", context, context.domain) for life in lives for context in life.contexts.values()]
+        return [(IOMMU + life.name, context, context.domain) for life in lives for context in life.contexts.values()]
 
     def _seen(self, mirrors: Sequence[tuple[str, int, Translations]]) -> list[tuple[str, Context, Translations]]:
-        found = []
+        found: list[tuple[str, Context, Translations]] = []
         for device, process, mirror in mirrors:
             life = self._devices[device].life
             context = None if life is None else life.context_of(process)
             if context is not None:
-                found.append((f"the mirror of {device}", context, mirror))
+                found.append((MIRROR + device, context, mirror))
         return found
 
-    def _believed(self, name: str, context: Context, who: Translations, changed: Words | None) -> list[str]:
-        """I1 of the pages of one mirror that changed, or whose entries did."""
-        touched = who.touched()
-        left = [pages for pages in (touched, changed) if pages is not None and len(pages)] + self._left.pop(who, [])
+    def _believed(self, name: str, context: Context, who: Translations, pages: list[Words]) -> list[str]:
+        """I1 of the `pages` of one mirror that changed, or whose entries did."""
+        left = pages + self._left.pop(who, [])
         if not left:
             return []
         if context.hub.core.active:

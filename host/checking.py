@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import trio
 
 from hmmnet.errors import KernelError, PeerError, ProtocolError, RemoteError
 from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.pages import PAGES_MAX, Words, from_wire
+from hmmnet.sleeping import sleep
 from hmmnet.wire.messages import PAGES_PER_MESSAGE_MAX, MirrorShown, ShowMirror
 
 from . import audit
@@ -81,7 +81,7 @@ class Checker:
         lasting: set[Stale] | None = None
         for look in range(LOOKS):
             if look:
-                await trio.sleep(self._clock.real(PAUSE_S))
+                await sleep(self._clock.real(PAUSE_S))
             found, seen = await self._look(context)
             lasting = found if lasting is None else lasting & found
             if not lasting:

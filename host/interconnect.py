@@ -16,6 +16,7 @@ from hmmnet.fabric.sender import LOOK_S
 from hmmnet.fabric.singles import Singles
 from hmmnet.observe.counters import DEVICE_TO_HOST, Profile
 from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, ZONE_SHIFT, Words
+from hmmnet.sleeping import sleep
 from hmmnet.topology import Topology
 
 from .mm.frames import PhysicalMemory
@@ -86,7 +87,7 @@ class Interconnect:
                 with suppress(Unreachable):
                     self.arbiter.route(source, target)
                     return
-                await trio.sleep(self.clock.real(LOOK_S))
+                await sleep(self.clock.real(LOOK_S))
         self.arbiter.route(source, target)
 
     async def _pass_time(self, way: Singles, due_s: float) -> None:

@@ -38,6 +38,7 @@ from hmmnet.pages import (
     pages_in,
     to_wire,
 )
+from hmmnet.sleeping import sleep
 from hmmnet.topology import DeviceSpec
 from hmmnet.wire.messages import INLINE_BYTES_MAX, PAGES_PER_MESSAGE_MAX, Copied, CopyIn, CopyOut, Done, FreeFrames, Invalidate, Message
 from hmmnet.wire.session import PendingReply, Session
@@ -429,6 +430,6 @@ class SessionLink:
         while True:
             await self._something_to_tell.wait()
             self._something_to_tell = trio.Event()
-            await trio.sleep(self._interconnect.clock.real(FREE_DELAY_S))
+            await sleep(self._interconnect.clock.real(FREE_DELAY_S))
             self.flush_freed()
             self.settle()

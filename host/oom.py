@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import trio
 
 from hmmnet.errors import HmmnetError, KernelError
+from hmmnet.sleeping import sleep
 
 from .mm import oom
 from .mm.frames import PhysicalMemory
@@ -111,7 +112,7 @@ class OomKiller:
                 await victim.exit()
             except HmmnetError as error:
                 log.warning("process %d, killed for its memory, does not end: %s", victim.pid, error)
-                await trio.sleep(EXIT_WAIT_S)
+                await sleep(EXIT_WAIT_S)
             else:
                 return
         log.error("process %d, killed for its memory, did not end in %d tries; what is left of it stays", victim.pid, EXIT_TRIES_MAX)

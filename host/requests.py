@@ -154,8 +154,8 @@ class Requests:
         context.domain.grant(message.start, words)
         points = context.hub.points
         if points.armed:  # not before: what is granted must be good now
-            where = {"device": life.name, "process": context.hub.process, "start": message.start, "pages": message.pages}
-            await points.at("retry.after_read_retry", **where)
+            process, start, pages = context.hub.process, message.start, message.pages
+            await points.at("retry.after_read_retry", device=life.name, process=process, start=start, pages=pages)
         return RangeFaulted(sequence, to_wire(words))
 
     # --- migration ------------------------------------------------------------------------------------------------------------

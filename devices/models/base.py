@@ -40,6 +40,7 @@ from hmmnet.fabric.dma import BulkReceiver, BulkSender
 from hmmnet.faults.effects import DeviceEffect
 from hmmnet.faults.injector import Injector, Points
 from hmmnet.pages import LARGE, PAGES_MAX, Words, ascending, from_wire, page_by_page, to_wire
+from hmmnet.sleeping import sleep
 from hmmnet.units import show_size
 from hmmnet.wire.messages import (
     ARGUMENT_BYTES_MAX,
@@ -278,8 +279,8 @@ class Device:
     async def _acknowledge(self, context: Context, message: Invalidate) -> None:
         """`invalidate`, where a fault may come between."""
         await context.quiesce(message.start, message.end)
-        where = {"process": context.process.number, "start": message.start, "pages": message.end - message.start}
-        await self.points.at("device.before_ack", event=message.event, **where)
+        process, start, pages = context.process.number, message.start, message.end - message.start
+        await self.points.at("device.before_ack", event=message.event, process=process, start=start, pages=pages)
 
     # --- memory ---------------------------------------------------------------------------------------------------------------
 
@@ -351,7 +352,7 @@ class Device:
         while True:
             await self._freed.wait()
             self._freed = trio.Event()
-            await trio.sleep(self.clock.real(IDLE_S))
+            await sleep(self.clock.real(IDLE_S))
             self.memory.grow_older()
             while self.memory.has_idle:
                 self.memory.discard_idle()

@@ -6,6 +6,7 @@ campaign gets what was found so far.
 
 from __future__ import annotations
 
+import gc
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +22,10 @@ from hmmnet.errors import HmmnetError
 
 from .draw import DEVICES, OPERATIONS, draw
 from .trial import run_program
+
+UNCOLLECTED_MAX = 40_000
+"""Objects that may come to stay before garbage is looked for: what some six seeds leave in circles, which is some tens of megabytes."""
+OLDER_MAX = (20, 20)
 
 Each = Callable[[int], "Found"]
 """Runs one seed."""
@@ -69,6 +74,25 @@ class Summary:
         }
 
 
+def collect_rarely() -> None:
+    """From now on garbage in circles is looked for rarely, and not among what there is already: that is here to stay."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(UNCOLLECTED_MAX, *OLDER_MAX)
+
+
+@contextmanager
+def rarely_collected() -> Iterator[None]:
+    """`collect_rarely`, while the block runs."""
+    before = gc.get_threshold()
+    collect_rarely()
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+        gc.unfreeze()
+
+
 def try_seed(seed: int, mix: str = "all", operations: int = OPERATIONS, devices: int = DEVICES) -> Found:
     """Run one seed."""
     began_s = time.perf_counter()
@@ -115,9 +139,10 @@ def _results(seeds: list[int], each: Each, jobs: int, dask: str) -> Iterator[Ite
         with _over_dask(seeds, each, dask) as found:
             yield found
     elif jobs == 1:
-        yield map(each, seeds)
+        with rarely_collected():
+            yield map(each, seeds)
     else:
-        with ProcessPoolExecutor(jobs) as pool:
+        with ProcessPoolExecutor(jobs, initializer=collect_rarely) as pool:
             try:
                 yield _pooled(pool, seeds, each, jobs)
             finally:

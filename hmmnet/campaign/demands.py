@@ -11,6 +11,7 @@ import numpy as np
 import trio
 
 from hmmnet.errors import HmmnetError
+from hmmnet.sleeping import sleep
 
 from .audit import Auditor
 from .crew import Crew
@@ -41,12 +42,12 @@ async def converge(crew: Crew) -> None:
     """Wait until every device serves again and nothing is on its way; a violation when that does not come."""
     machine = crew.machine
     if not crew.harmed_ever:
-        await trio.sleep(CALM_S)
+        await sleep(CALM_S)
         crew.calm()
         return
     began_s = trio.current_time()
     deadline_s = began_s + CONVERGED_S
-    await trio.sleep(LOOK_S)
+    await sleep(LOOK_S)
     while trio.current_time() < deadline_s:
         for device in machine.device_names:
             await restart(crew, device)
@@ -54,7 +55,7 @@ async def converge(crew: Crew) -> None:
         if machine.all_ready and not crew.harms and (not crew.in_aftermath(now_s) or (now_s >= began_s + SETTLED_S and machine.settled)):
             crew.calm()
             return
-        await trio.sleep(LOOK_S * 4)
+        await sleep(LOOK_S * 4)
     behind = [name for name, figures in (await machine.report())["devices"].items() if figures["state"] != "ready"]
     crew.complain("convergence", f"{CONVERGED_S:g} s after all faults ended {', '.join(behind) or 'nobody'} is not there again")
 

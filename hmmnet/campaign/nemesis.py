@@ -18,6 +18,7 @@ from hmmnet.faults.kinds import Fault
 from hmmnet.faults.messages import Channel
 from hmmnet.faults.points import HOSTS_OWN, Action
 from hmmnet.faults.targets import wrong_targets
+from hmmnet.sleeping import sleep
 from hmmnet.wire.exchange import LEASE_S
 
 from .crew import Crew
@@ -117,7 +118,7 @@ class Nemesis:
 
     async def _see_to(self, devices: Sequence[str], seconds: float) -> None:
         """A harm is over after so many virtual seconds: who does not run is started again."""
-        await trio.sleep(seconds)
+        await sleep(seconds)
         for device in devices:
             await restart(self._crew, device)
         self._crew.harm_ends()
@@ -151,18 +152,18 @@ class Nemesis:
     async def _death(self, device: str, seconds: float) -> None:
         if device in self._machine.running:
             await self._machine.kill_device(device)
-        await trio.sleep(seconds)
+        await sleep(seconds)
         await restart(self._crew, device)
 
     async def _hang(self, device: str, seconds: float) -> None:
         if device in self._machine.running:
             await self._machine.hang_device(device)
-        await trio.sleep(seconds)
+        await sleep(seconds)
         await self._machine.resume_device(device)
 
     async def _partition(self, device: str, seconds: float) -> None:
         cut = self._machine.network.add(MessageFault("partition", Way(device)))
-        await trio.sleep(seconds)
+        await sleep(seconds)
         self._machine.network.discard(cut)
 
     _harms: ClassVar[dict[str, Callable[[Nemesis, str, float], Awaitable[None]]]] = {
@@ -189,7 +190,7 @@ class Nemesis:
         """Who is paused goes on after so many virtual seconds."""
         injector = self._machine.injector
         while True:
-            await trio.sleep(max(seconds, RELEASE_S))
+            await sleep(max(seconds, RELEASE_S))
             if number not in injector.active:
                 return
             injector.release(number)
@@ -220,7 +221,7 @@ class Nemesis:
         self._crew.harm_ends()
 
     async def _mend_soon(self) -> None:
-        await trio.sleep(MEND_S)
+        await sleep(MEND_S)
         await self._mend_nodes()
 
     async def _mend_nodes(self) -> None:

@@ -11,11 +11,11 @@ import errno
 from itertools import count
 
 import numpy as np
-import trio
 
 from hmmnet.errors import BusError, HmmnetError, IommuFault, KernelError, PeerError, SignalError
 from hmmnet.faults.kinds import Fault
 from hmmnet.program import Process
+from hmmnet.sleeping import sleep
 
 from .crew import Crew
 from .history import Words
@@ -55,7 +55,7 @@ class Victim:
                 await self._mend(error)
             if self.over:
                 return
-            await trio.sleep(REST_S * number * number)
+            await sleep(REST_S * number * number)
 
     async def _map(self) -> None:
         await self.process.mmap(VICTIM_BYTES, "rw", VICTIM_ADDRESS)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from hmmnet.errors import HmmnetError
+from hmmnet.sleeping import sleep
 
 if TYPE_CHECKING:
     from .crew import Crew
@@ -44,7 +45,7 @@ class Watchdog:
         """Look from time to time. Raises Stuck."""
         seen, since_s = -1, trio.current_time()
         while True:
-            await trio.sleep(LOOK_S)
+            await sleep(LOOK_S)
             now_s, count = trio.current_time(), self._crew.outcome.operations
             if count != seen or self._crew.harms:
                 seen, since_s = count, now_s

@@ -15,6 +15,7 @@ import trio
 import xxhash
 
 from hmmnet.errors import PeerError, ProtocolError, Unreachable
+from hmmnet.sleeping import sleep
 from hmmnet.wire.transport import Channel
 
 from .chunk import ANNOUNCED_MAX, Abort, Credit, pack_abort, pack_chunk, unpack_back
@@ -236,7 +237,7 @@ class BulkSender:
         while True:
             await self._ring_used.wait()
             self._ring_used = trio.Event()
-            await trio.sleep(self._clock.real(IDLE_S))
+            await sleep(self._clock.real(IDLE_S))
             if not self._ring_used.is_set() and ring.slots.idle:
                 ring.discard()
             else:
@@ -248,7 +249,7 @@ class BulkSender:
         with trio.move_on_after(self._clock.real(DOWN_S)):
             while out.pacer.stalled:
                 out.check()
-                await trio.sleep(self._clock.real(LOOK_S))
+                await sleep(self._clock.real(LOOK_S))
             return
         raise Unreachable(f"stream {out.state.stream}: no link that works leads to its receiver: links are down for {DOWN_S:g} s")
 

@@ -25,11 +25,11 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from random import Random
-from typing import Any
 
 import trio
 
 from hmmnet.errors import HmmnetError, PeerLost
+from hmmnet.sleeping import sleep
 
 from .controls import Chance, Controls, Tally
 from .points import ACTIONS, HOSTS_OWN, POINTS, Action, Point, Where, matching
@@ -90,14 +90,23 @@ class PointFault:
         if not self.node and all(point.name.startswith(HOSTS_OWN) for point in found):
             raise HmmnetError(f'"{self.point}" concerns no device; say which node is to {self.action}, such as node=gpu0')
 
+    def may_concern(self, point: str, node: str, device: str) -> bool:
+        """Whether it may happen when `node` is at `point`, in what concerns `device`."""
+        return (
+            self.action in POINTS[point].actions
+            and (self.action not in LETHAL or (self.node or device or node) != HOST)
+            and (point == self.point or fnmatchcase(point, self.point))
+            and (self.device == "*" or fnmatchcase(device, self.device))
+        )
+
     def concerns(self, where: Where) -> bool:
         """Whether it may happen there."""
+        return self.may_concern(where.point, where.node, where.device) and self.touches(where)
+
+    def touches(self, where: Where) -> bool:
+        """Whether process, event and addresses are those that are meant."""
         return (
-            self.action in POINTS[where.point].actions
-            and (self.action not in LETHAL or (self.node or where.device or where.node) != HOST)
-            and (where.point == self.point or fnmatchcase(where.point, self.point))
-            and (self.device == "*" or fnmatchcase(where.device, self.device))
-            and self.process in (0, where.process)
+            self.process in (0, where.process)
             and self.event in ("", where.event)
             and (self.end <= self.start or (where.address < self.end and self.start < where.address_end))
         )
@@ -134,7 +143,7 @@ class Injector:
         random: Random | None = None,
         *,
         now: Callable[[], float] = trio.current_time,
-        sleep: Callable[[float], Awaitable[None]] = trio.sleep,
+        sleep: Callable[[float], Awaitable[None]] = sleep,
         on_node: OnNode | None = None,
     ) -> None:
         self.random = random or Random(0)  # noqa: S311 - chance, not secrecy
@@ -151,6 +160,8 @@ class Injector:
         self._nodes: list[Points] = []
         self._recording = False
         self._stopped: dict[str, trio.Event] = {}
+        self._candidates: dict[tuple[str, str, str], list[_Active]] = {}
+        """By (point, node, device): what may happen there; made when that is reached, and forgotten when anything begins or ends."""
 
     def points_of(self, name: str) -> Points:
         """The points of a node: ``host``, or a device's name."""
@@ -217,6 +228,7 @@ class Injector:
         return 0 if active is None else active.chance.fired
 
     def _arm(self) -> None:
+        self._candidates.clear()
         armed = self._recording or bool(self._active)
         for points in self._nodes:
             points.armed = armed or points.node in self._stopped
@@ -227,10 +239,24 @@ class Injector:
         """Whether a fault may happen at the point `name`, or somebody counts how often it is reached."""
         return self._recording or any(name == one.fault.point or fnmatchcase(name, one.fault.point) for one in self._active.values())
 
+    def passes(self, point: str, node: str, device: str) -> bool:
+        """Whether nothing can happen there, as is mostly so: then it is passed, and counted."""
+        if node in self._stopped or self._may_happen(point, node, device):
+            return False
+        self.reached[point] += 1
+        return True
+
+    def _may_happen(self, point: str, node: str, device: str) -> list[_Active]:
+        found = self._candidates.get((point, node, device))
+        if found is None:
+            found = [active for active in self._active.values() if active.fault.may_concern(point, node, device)]
+            self._candidates[point, node, device] = found
+        return found
+
     def _firing(self, where: Where) -> Iterable[_Active]:
         self.reached[where.point] += 1
-        for active in list(self._active.values()):
-            if active.fault.concerns(where) and active.chance.fires():
+        for active in self._may_happen(where.point, where.node, where.device):
+            if active.fault.touches(where) and active.chance.fires():
                 fault = active.fault
                 fired = Fired(self.now(), active.number, fault.kind or f"{fault.action} {where.point}", fault.action, where, fault.node)
                 self.fired.append(fired)
@@ -304,21 +330,21 @@ class Points:
         self._device = "" if node == HOST else node
         self._injector = injector
 
-    async def at(self, name: str, **where: Any) -> None:
+    async def at(self, name: str, *, device: str | None = None, process: int = 0, start: int = 0, pages: int = 0, event: str = "") -> None:
         """A step boundary is reached; returns when it is passed.
 
-        `where` has fields of `Where`: device (default: the node), process, start (a page), pages, event. Raises what the point's ``fail``
-        raises.
+        For what is said of it see `Where`; `device` is the node itself unless given. Raises what the point's ``fail`` raises.
         """
-        if self._injector is not None:
-            await self._injector.at(self._where(name, where))
+        injector, concerned = self._injector, self._device if device is None else device
+        if injector is not None and not injector.passes(name, self.node, concerned):
+            await injector.at(Where(name, self.node, concerned, process, start, pages, event))
 
-    def fails(self, name: str, **where: Any) -> bool:
+    def fails(self, name: str, *, device: str | None = None, process: int = 0, start: int = 0, pages: int = 0, event: str = "") -> bool:
         """Whether what happens at that point, which cannot wait, fails this time."""
-        return self._injector is not None and self._injector.fails(self._where(name, where))
-
-    def _where(self, name: str, where: dict[str, Any]) -> Where:
-        return Where(name, self.node, **{"device": self._device, **where})
+        injector, concerned = self._injector, self._device if device is None else device
+        if injector is None or injector.passes(name, self.node, concerned):
+            return False
+        return injector.fails(Where(name, self.node, concerned, process, start, pages, event))
 
     def wants(self, name: str) -> bool:
         """Whether a fault waits for that very point: for boundaries that are costly to have."""

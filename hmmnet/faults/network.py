@@ -126,6 +126,13 @@ class Network:
         """A message is on its way; `deliver` puts it down where it goes."""
         if self.watch is not None:
             self.watch(device, BULK_WAYS[to_device] if channel == "bulk" else type_of(parts, channel))
+        if self.active or self._held or self._quiet_until:
+            self._send(device, channel, parts, deliver, to_device=to_device)
+        else:
+            deliver(parts)
+
+    def _send(self, device: str, channel: Channel, parts: Parts, deliver: Deliver, *, to_device: bool) -> None:
+        """`sent`, where something may happen to the message."""
         way = (device, channel, to_device)
         matching = self._matching.get(way)
         if matching is None:

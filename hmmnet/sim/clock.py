@@ -11,11 +11,15 @@ looks at one and the same moment are counted, and after a number that no honest 
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import math
 
 import trio
+from trio.lowlevel import Abort, Task, current_task, reschedule, wait_task_rescheduled
 
 from hmmnet.fabric.clock import EmulatedClock
+from hmmnet.sleeping import WakingClock, sleep_until
 
 from .schedule import tasks_wait_for_idle
 
@@ -25,7 +29,7 @@ FOR_EVER_S = 1e9
 """What the scheduler is told to sleep when there is no deadline; it sleeps a day at most and asks again."""
 
 
-class JumpClock(trio.abc.Clock):
+class JumpClock(WakingClock):
     """The clock of a run; begins at 0. Cancels `scope`, once it is set, after `looks_max` looks at one moment; then `stuck` is true."""
 
     def __init__(self, looks_max: int = LOOKS_MAX) -> None:
@@ -34,6 +38,9 @@ class JumpClock(trio.abc.Clock):
         self._now_s = 0.0
         self._looks = 0
         self._looks_max = looks_max
+        self._sleepers: list[tuple[float, int, list[Task]]] = []
+        """A heap: until when who sleeps (nobody, once cancelled)."""
+        self._numbers = itertools.count()
 
     def start_clock(self) -> None:
         """Nothing to start."""
@@ -47,14 +54,36 @@ class JumpClock(trio.abc.Clock):
         return self._now_s
 
     def deadline_to_sleep_time(self, deadline: float) -> float:
-        """Nobody can run before `deadline`: it is that time now."""
+        """Nobody can run before `deadline`, unless who sleeps wakes earlier: it is that time now."""
         if deadline <= self._now_s:
             return 0.0
+        deadline = min(deadline, self._wakes_s())
         if math.isinf(deadline) or tasks_wait_for_idle():
             return FOR_EVER_S
         self._now_s = deadline
         self._looks = 0
+        while self._sleepers and self._sleepers[0][0] <= deadline:
+            for task in heapq.heappop(self._sleepers)[2]:
+                reschedule(task)
         return 0.0
+
+    def _wakes_s(self) -> float:
+        """When the first of who sleeps wakes."""
+        sleepers = self._sleepers
+        while sleepers and not sleepers[0][2]:
+            heapq.heappop(sleepers)
+        return sleepers[0][0] if sleepers else math.inf
+
+    async def sleep_until(self, deadline_s: float) -> None:
+        """See `WakingClock.sleep_until`."""
+        who = [current_task()]
+        heapq.heappush(self._sleepers, (deadline_s, next(self._numbers), who))
+
+        def leave(_: object) -> Abort:
+            who.clear()
+            return Abort.SUCCEEDED
+
+        await wait_task_rescheduled(leave)
 
 
 class VirtualClock(EmulatedClock):
@@ -63,10 +92,10 @@ class VirtualClock(EmulatedClock):
     sleep_min_s = 0.0
 
     def __init__(self) -> None:
-        super().__init__(1.0, trio.current_time)
+        super().__init__(1.0, trio.lowlevel.current_clock().current_time)
 
     async def sleep_until(self, emulated_s: float) -> None:
         """Return at that emulated moment, exactly; at another rate than the run's, as soon as a float can say that it has come."""
         while (left_s := self.real_until(emulated_s)) > 0:  # time is what is waited for; the rate may change
             now_s = trio.current_time()
-            await trio.sleep_until(max(now_s + left_s, math.nextafter(now_s, math.inf)))
+            await sleep_until(max(now_s + left_s, math.nextafter(now_s, math.inf)))

@@ -28,6 +28,7 @@ from hmmnet.faults.plan import AnyFault, plain
 from hmmnet.faults.targets import check_target
 from hmmnet.machine import Host, host_class
 from hmmnet.program import Process
+from hmmnet.sleeping import sleep
 from hmmnet.topology.load import installed_models, load
 from hmmnet.topology.model import Personality, Topology, with_personality
 from hmmnet.wire.memory_transport import MemoryChannel, MemoryTransport, Parts
@@ -138,7 +139,7 @@ class SimulatedMachine:
                 NodeEffect: self._to_nodes,
             },
             nursery.start_soon,
-            trio.sleep,
+            sleep,
             counted={PointFault: self._at_points, MessageFault: self._on_wires},
         )
         """The faults that were added, by number."""
@@ -426,7 +427,7 @@ class SimulatedMachine:
 
     async def _again(self, name: str, down_s: float) -> None:
         """A fault wants it back. Another one may not let it: then it stays away, as a process does that fails to start."""
-        await trio.sleep(down_s)
+        await sleep(down_s)
         if name not in self._nodes:
             with suppress(HmmnetError):
                 await self.start_device(name)

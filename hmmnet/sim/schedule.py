@@ -8,15 +8,17 @@ Nor has it one for who waits in `wait_all_tasks_blocked`, which a clock that jum
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableSequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from random import Random
+from typing import Any
 
 from trio._core import _run as trio_run
 
 from hmmnet.errors import HmmnetError
 
+CHANCE = "_r"
 ORDERED = "_ALLOW_DETERMINISTIC_SCHEDULING"
 IDLE = "waiting_for_idle"
 
@@ -24,17 +26,32 @@ IDLE = "waiting_for_idle"
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Every trio run that begins inside the block is scheduled from `seed`. Raises HmmnetError for a trio whose inside is another."""
-    chance = getattr(trio_run, "_r", None)
+    chance = getattr(trio_run, CHANCE, None)
     if not isinstance(chance, Random) or not hasattr(trio_run, ORDERED) or not hasattr(trio_run.Runner, IDLE):
         raise HmmnetError(f"trio {version('trio')} cannot be scheduled from a seed: hmmnet does not know its inside; use another trio")
-    before, ordered = chance.getstate(), getattr(trio_run, ORDERED)
-    chance.seed(seed)
+    ordered = getattr(trio_run, ORDERED)
+    setattr(trio_run, CHANCE, Shuffler(seed))
     setattr(trio_run, ORDERED, True)
     try:
         yield
     finally:
-        chance.setstate(before)
+        setattr(trio_run, CHANCE, chance)
         setattr(trio_run, ORDERED, ordered)
+
+
+class Shuffler(Random):
+    """The generator of a run. Most rounds of the scheduler have one task or two, and Python's own `shuffle` is made for more."""
+
+    def shuffle(self, x: MutableSequence[Any]) -> None:
+        """`Random.shuffle`: what it would make of `x`, from the same draws."""
+        draw = self.getrandbits
+        for last in range(len(x) - 1, 0, -1):
+            count = last + 1
+            bits = count.bit_length()
+            other = draw(bits)
+            while other >= count:
+                other = draw(bits)
+            x[last], x[other] = x[other], x[last]
 
 
 def tasks_wait_for_idle() -> bool:

@@ -80,8 +80,11 @@ class Pipe:
 
     def put_nowait(self, parts: Parts) -> None:
         """Append. Raises `trio.WouldBlock` when full. A part above the limit is lost, as a socket would drop it with its connection."""
-        if self.closed or max(map(len, parts)) > self._max_bytes:
+        if self.closed:
             return
+        for part in parts:
+            if len(part) > self._max_bytes:
+                return
         if len(self.queue) >= self._limit:
             raise trio.WouldBlock
         if self._watch is not None:

@@ -17,6 +17,7 @@ from functools import partial
 import trio
 
 from hmmnet.errors import PeerLost, ProtocolError
+from hmmnet.sleeping import sleep
 
 from .codec import Kind, VersionError, decode_body, decode_header, encode
 from .exchange import HEARTBEAT_S, LEASE_S, RETRY_S
@@ -75,7 +76,7 @@ class Server:
     async def _tick(self) -> None:
         """One timer for all sessions."""
         while True:
-            await trio.sleep(self.heartbeat_s)
+            await sleep(self.heartbeat_s)
             for session in self.sessions:
                 session.tick()
 

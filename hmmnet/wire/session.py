@@ -142,7 +142,9 @@ class Session:
         self._heartbeat_s = heartbeat_s
         self._patience_s = patience_s
         self._silent = False
-        self._exchange = Exchange(trio.current_time(), lease_s, retry_s)
+        self._now = trio.lowlevel.current_clock().current_time
+        """trio.current_time, by the shortest way: it is asked for with each frame."""
+        self._exchange = Exchange(self._now(), lease_s, retry_s)
         self._waiting: dict[int, PendingReply] = {}
         self._handlers: dict[type[Message], tuple[Handler, bool]] = {}
         self._nursery: trio.Nursery | None = None
@@ -161,7 +163,7 @@ class Session:
     def settled(self) -> bool:
         """Whether nothing of ours is unanswered or not acknowledged, and the peer was heard within two heartbeats."""
         exchange = self._exchange
-        heard = trio.current_time() - exchange.heard_s <= 2 * self._heartbeat_s
+        heard = self._now() - exchange.heard_s <= 2 * self._heartbeat_s
         return heard and not self._waiting and not exchange.unacknowledged
 
     # --- asking ----------------------------------------------------------------------------------------------------------------------
@@ -195,7 +197,7 @@ class Session:
 
     def _send_kept(self, frame: bytes) -> None:
         """Send a frame that must arrive."""
-        if self._exchange.keep(frame, trio.current_time()):
+        if self._exchange.keep(frame, self._now()):
             self._put(frame)
         elif self._exchange.overrun:
             self.end(PeerLost(f"{self.peer_name} does not keep up: {self._exchange.unacknowledged} messages wait for it"))
@@ -264,7 +266,7 @@ class Session:
     def _deliver(self, frame: bytes) -> Awaitable[None] | None:
         kind, answers, sequence, acknowledged = decode_header(frame)
         exchange = self._exchange
-        arrival = exchange.arrived(sequence, acknowledged, trio.current_time())
+        arrival = exchange.arrived(sequence, acknowledged, self._now())
         if exchange.waiting_for_room:
             for ready in exchange.ready():
                 self._put(ready)
@@ -287,7 +289,7 @@ class Session:
     def _act(self, action: Action, kind: Kind) -> None:
         """What is rare."""
         if action is Action.REPEAT:
-            for frame in self._exchange.repeat(trio.current_time()):
+            for frame in self._exchange.repeat(self._now()):
                 self._put(frame)
         elif action is Action.ACKNOWLEDGE_BYE:
             self._send(Kind.BYE_ACK)
@@ -385,7 +387,7 @@ class Session:
         peer raises PeerLost, and their answers go nowhere. Cancel the nursery to cancel them.
         """
         self._nursery = nursery
-        self._ticked_s = trio.current_time()
+        self._ticked_s = self._now()
         if not ticked:
             nursery.start_soon(self._keep_alive)
 
@@ -398,7 +400,7 @@ class Session:
 
     def tick(self) -> None:
         """It is time for a heartbeat: look whether the peer lives, repeat what it has not acknowledged, show that we live."""
-        now_s = trio.current_time()
+        now_s = self._now()
         stalled = now_s - self._ticked_s > 2 * self._heartbeat_s
         self._ticked_s = now_s
         if self.lost is not None or not self._in_touch(now_s, stalled=stalled):

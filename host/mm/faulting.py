@@ -20,6 +20,7 @@ from hmmnet.errors import BusError, HmmnetError, KernelError, OutOfMemory, Segme
 from hmmnet.faults.injector import Points
 from hmmnet.host.interfaces import NO_OWNER, Event
 from hmmnet.pages import HUGE_PAGES, PAGE_SHIFT, ZONE_SHIFT, Words
+from hmmnet.sleeping import sleep
 
 from . import fault, huge, pte
 from .fault import Cause
@@ -159,7 +160,7 @@ class Faulting:
     async def _lose_patience(self, page: int, rounds: int) -> None:
         if rounds > ROUNDS_MAX:
             raise HmmnetError(f"page 0x{page:x} of process {self.number} was taken away {ROUNDS_MAX} times before it could be accessed")
-        await trio.sleep(PATIENCE_S)
+        await sleep(PATIENCE_S)
 
     async def _resolve(self, page: int, touched: fault.Touched, rounds: int) -> None:
         """See to what stands in the way of an access to `page`. The mmap lock is held for reading."""

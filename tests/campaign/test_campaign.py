@@ -341,3 +341,14 @@ def test_cycles_are_found() -> None:
     """In a graph of who waits for whom."""
     assert find_cycle({0: [1], 1: [2], 2: [1], 3: []}) == [1, 2]
     assert find_cycle({0: [1], 1: []}) == []
+
+
+def test_garbage_is_looked_for_rarely_while_seeds_run() -> None:
+    """And as before when they have ended; a seed is the same seed then."""
+    before = gc.get_threshold()
+    seen: list[tuple[int, ...]] = []
+    summary = run_campaign(range(2), on_found=lambda *_: seen.append(gc.get_threshold()))
+    assert (gc.get_threshold(), gc.get_freeze_count()) == (before, 0)
+    assert len(seen) == 2
+    assert min(seen) > before
+    assert summary.operations == sum(try_seed(seed).operations for seed in range(2))

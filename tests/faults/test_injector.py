@@ -48,6 +48,27 @@ async def test_armed_only_while_somebody_asks() -> None:
     assert not later.armed
 
 
+async def test_what_may_happen_is_known_anew_after_every_change() -> None:
+    """Which faults concern a point is remembered by point, node and device: what begins or ends later counts all the same."""
+    injector = Injector()
+    host, gpu0 = injector.points_of("host"), injector.points_of("gpu0")
+    injector.record()
+    await host.at("migrate.allocate", device="gpu0")
+    number = injector.add(PointFault("migrate.all*", "fail", device="gpu1", process=7))
+    for process, device in ((7, "gpu0"), (8, "gpu1")):
+        await host.at("migrate.allocate", device=device, process=process)
+    with pytest.raises(KernelError):
+        await host.at("migrate.allocate", device="gpu1", process=7)
+    injector.remove(number)
+    await host.at("migrate.allocate", device="gpu1", process=7)
+    assert (injector.reached["migrate.allocate"], len(injector.fired)) == (5, 1)
+    injector.stop("gpu0")
+    with trio.move_on_after(0.01) as scope:
+        await gpu0.at("device.job_start")
+    assert scope.cancelled_caught, "a node that hangs passes no point, even where no fault is"
+    assert not injector.reached["device.job_start"]
+
+
 async def test_the_nth_occurrence_and_no_other() -> None:
     """fail-nth, over all devices together."""
     injector = Injector()

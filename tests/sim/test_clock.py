@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from random import Random
+
 import pytest
 import trio
 import trio.testing
@@ -11,7 +14,8 @@ from hmmnet.errors import HmmnetError
 from hmmnet.sim import run_virtual
 from hmmnet.sim.clock import JumpClock, VirtualClock
 from hmmnet.sim.run import SimulationStuck
-from hmmnet.sim.schedule import ORDERED, seeded
+from hmmnet.sim.schedule import ORDERED, Shuffler, seeded
+from hmmnet.sleeping import sleep, sleep_until
 
 
 def test_time_is_at_the_next_deadline_when_nobody_can_run() -> None:
@@ -30,6 +34,83 @@ def test_time_is_at_the_next_deadline_when_nobody_can_run() -> None:
         return seen
 
     assert run_virtual(main, limit_s=1e7) == [("tiny", 1e-9), ("short", 0.1), ("long", 1e6)]
+
+
+def test_sleeps_of_both_kinds_end_at_the_same_moments() -> None:
+    """What the clock wakes by itself, and what trio does: in one order, also after others were cancelled."""
+
+    async def main() -> list[tuple[str, float]]:
+        seen: list[tuple[str, float]] = []
+
+        async def asleep(name: str, nap: object, seconds: float) -> None:
+            await nap(seconds)  # type: ignore[operator]
+            seen.append((name, trio.current_time()))
+
+        async with trio.open_nursery() as nursery:
+            for seconds in (0.3, 0.1, 0.2):
+                nursery.start_soon(asleep, "ours", sleep, seconds)
+                nursery.start_soon(asleep, "trio", trio.sleep, seconds + 0.05)
+            nursery.start_soon(asleep, "until", sleep_until, 0.12)
+            with trio.move_on_after(0.05) as scope:
+                await sleep(math.inf)
+            assert scope.cancelled_caught
+            with trio.move_on_at(0.11):
+                await sleep_until(0.115)
+        return seen
+
+    assert run_virtual(main) == [
+        ("ours", 0.1),
+        ("until", 0.12),
+        ("trio", pytest.approx(0.15)),
+        ("ours", 0.2),
+        ("trio", 0.25),
+        ("ours", 0.3),
+        ("trio", pytest.approx(0.35)),
+    ]
+
+
+def test_a_sleep_that_is_over_lets_others_run_and_no_time_pass() -> None:
+    """As trio's; less than nothing is refused."""
+
+    async def main() -> tuple[float, list[int]]:
+        turns: list[int] = []
+
+        async def other() -> None:
+            turns.append(1)
+
+        async with trio.open_nursery() as nursery:
+            await sleep(1.0)
+            nursery.start_soon(other)
+            await sleep(0.0)
+            await sleep_until(0.5)
+            ran = list(turns)
+            with pytest.raises(ValueError, match="non-negative"):
+                await sleep(-1.0)
+        return trio.current_time(), ran
+
+    assert run_virtual(main) == (1.0, [1])
+
+
+def test_in_real_time_it_is_trios_sleep() -> None:
+    """To the clock of a run in real time nothing is asked that trio does not."""
+
+    async def main() -> float:
+        began_s = trio.current_time()
+        await sleep(0.01)
+        await sleep_until(began_s + 0.02)
+        return trio.current_time() - began_s
+
+    assert trio.run(main) >= 0.02
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 7, 100])
+def test_the_order_is_what_python_would_draw(count: int) -> None:
+    """A faster shuffle, and not another one: kept seeds stay what they are."""
+    for seed in range(20):
+        ours, pythons = list(range(count)), list(range(count))
+        Shuffler(seed).shuffle(ours)
+        Random(seed).shuffle(pythons)
+        assert ours == pythons
 
 
 def test_who_waits_until_all_are_blocked_comes_first() -> None:
