@@ -110,15 +110,21 @@ class Advice(SystemCalls):
             self.mm.vmas.update(max(start, vma.start), min(end, vma.end), apply)
 
     async def _collapse(self, start: int, end: int) -> None:
-        """madvise_collapse: huge pages for every aligned block that lies in the range, and in its mapping, whole."""
+        """madvise_collapse: huge pages for every aligned block that lies in the range, and in its mapping, whole.
+
+        A range inside one block, that reaches neither edge of it, is EINVAL there, and one that reaches one has nothing to do: the number
+        of blocks is the difference of its rounded ends, without a sign. As today a block of which nothing is mapped does not end the call
+        (SCAN_NO_PTE_TABLE; in 6.12, with others mapped in the same GiB, it does).
+        """
         for vma in self.mm.vmas.overlapping(start, end):
             low, high = max(start, vma.start), min(end, vma.end)
             if vma.flags & (VM_NOHUGEPAGE | VM_HUGETLB | VM_SPECIAL):
                 raise self._refused(vma, COLLAPSE)
             if huge.block_of(vma.end) - HUGE_PAGES < vma.start:  # thp_vma_suitable_order
                 raise self._refused(vma, COLLAPSE)
-            failed = 0
-            for block in range(-(-low // HUGE_PAGES) * HUGE_PAGES, high - HUGE_PAGES + 1, HUGE_PAGES):
+            first, last = -(-low // HUGE_PAGES) * HUGE_PAGES, huge.block_of(high)
+            failed = errno.EINVAL if last < first else 0
+            for block in range(first, last, HUGE_PAGES):
                 if vma.file is not None:
                     failed = await self._collapse_file(vma, vma.file, block) or failed
                     continue
@@ -177,32 +183,58 @@ class Advice(SystemCalls):
 
     async def _advise_pages(self, start: int, end: int, advice: str) -> None:
         for vma in self.mm.vmas.overlapping(start, end):
-            low, high = max(start, vma.start), min(end, vma.end)
-            forbidden = VM_PFNMAP | (VM_LOCKED if advice not in {"DONTNEED_LOCKED", "WILLNEED"} else 0)
-            if advice in {"COLD", "PAGEOUT", "FREE"}:
-                forbidden |= VM_HUGETLB
-            if advice != "WILLNEED" and (vma.flags & forbidden or (advice == "FREE" and not self._is_private(vma))):
+            low, high = self._advisable(vma, max(start, vma.start), min(end, vma.end), advice)
+            if low < high and advice != "WILLNEED":
+                await self._advise(vma, low, high, advice)
+
+    def _advisable(self, vma: Vma, low: int, high: int, advice: str) -> tuple[int, int]:
+        """What is advised about [low, high) of `vma`. Raises KernelError(EINVAL) where `advice` is not for such memory."""
+        forbidden = VM_PFNMAP | (VM_LOCKED if advice not in {"DONTNEED_LOCKED", "WILLNEED"} else 0)
+        if advice in {"COLD", "PAGEOUT", "FREE"}:
+            forbidden |= VM_HUGETLB
+        if advice != "WILLNEED" and (vma.flags & forbidden or (advice == "FREE" and not self._is_private(vma))):
+            raise self._refused(vma, advice)
+        if advice in {"DONTNEED", "DONTNEED_LOCKED"} and vma.flags & VM_HUGETLB:
+            if low & HUGE_MASK:  # madvise_dontneed_free_valid_vma: what is dropped is rounded down to whole pages
                 raise self._refused(vma, advice)
-            if advice in {"DONTNEED", "DONTNEED_LOCKED", "FREE"}:
-                if vma.flags & VM_HUGETLB:  # madvise_dontneed_free_valid_vma: what is freed is rounded down to whole pages
-                    if low & HUGE_MASK:
-                        raise self._refused(vma, advice)
-                    high = huge.block_of(high)
-                    if low == high:
-                        continue
-                await self.split_edges(low, high)
-            if advice in {"DONTNEED", "DONTNEED_LOCKED"}:
-                async with self.hub.invalidate(Event.CLEAR, low, high):
-                    self._zap(low, high)
-            elif advice == "FREE":
-                async with self.hub.invalidate(Event.CLEAR, low, high):
-                    fault.age(self.mm, low, high, pte.YOUNG | pte.DIRTY)
-                    pages = self.mm.table.occupied(low, high)
-                    fault.zap(self.mm, pages[self.mm.table.gather(pages) & pte.KIND == pte.SWAP])
-            elif advice == "COLD":
-                fault.age(self.mm, low, high, pte.YOUNG)
-            elif advice == "PAGEOUT":
-                await self._page_out(vma, low, high)
+            high = huge.block_of(high)
+        return low, high
+
+    async def _advise(self, vma: Vma, low: int, high: int, advice: str) -> None:
+        if advice in {"DONTNEED", "DONTNEED_LOCKED"}:
+            await self.split_edges(low, high)
+            async with self.hub.invalidate(Event.CLEAR, low, high):
+                self._zap(low, high)
+            return
+        low, high = await self._without_parts(low, high)
+        if low == high:
+            return
+        if advice == "FREE":
+            async with self.hub.invalidate(Event.CLEAR, low, high):
+                fault.age(self.mm, low, high, pte.YOUNG | pte.DIRTY)
+                pages = self.mm.table.occupied(low, high)
+                fault.zap(self.mm, pages[self.mm.table.gather(pages) & pte.KIND == pte.SWAP])
+        elif advice == "COLD":
+            fault.age(self.mm, low, high, pte.YOUNG)
+        else:
+            await self._page_out(vma, low, high)
+
+    async def _without_parts(self, low: int, high: int) -> tuple[int, int]:
+        """Split the folios of which [low, high) holds a part, so that what is advised is about pages: the range that is left.
+
+        madvise_free_huge_pmd and madvise_cold_or_pageout_pte_range do so where nobody else maps the folio, and nobody holds it. A huge page
+        at the edge that cannot be split, or is the huge zero page, stays as it is, and takes no part.
+        """
+        for found in huge.in_part(self.mm, low, high):
+            async with AsyncExitStack() as stack:
+                for _, pages in found.places:
+                    await stack.enter_async_context(self._told(pages))
+                found.split()
+        if low & HUGE_MASK and self.mm.table.get(low) & pte.HUGE:
+            low = min(high, huge.block_of(low) + HUGE_PAGES)
+        if high & HUGE_MASK and low < high and self.mm.table.get(high) & pte.HUGE:
+            high = max(low, huge.block_of(high))
+        return low, high
 
     async def _page_out(self, vma: Vma, low: int, high: int) -> None:
         """madvise_pageout: reclaim what is in [low, high) of `vma` and nobody else's."""

@@ -198,6 +198,31 @@ def large(mm: Mm, pages: Words, *, compound: bool = False) -> list[Large]:
     return found
 
 
+def in_part(mm: Mm, start: int, end: int) -> list[Large]:
+    """The large folios of which [start, end) holds a part, and which no other process maps (folio_likely_mapped_shared)."""
+    pages = mm.table.ptes.occupied(start, end)
+    edges = sorted({block_of(edge) for edge in (start, end) if edge & HUGE_MASK and mm.table.pmd(edge)})
+    cut = [np.arange(max(start, block), min(end, block + HUGE_PAGES), dtype=np.uint64) for block in edges]
+    pages = np.concatenate((pages, *cut))
+    entries = mm.table.gather(pages)
+    frames = pte.frames_of(entries[(entries & (pte.KIND | pte.SPECIAL) == pte.PRESENT) & (entries < pte.DEVICE_MIN)])
+    memory = mm.memory
+    if not memory.bits_in_any(frames, "flags") & COMPOUND:
+        return []
+    frames = frames[memory.field(frames, "flags") & COMPOUND != 0]
+    heads, first, counts = np.unique(frames & ~_BLOCK, return_index=True, return_counts=True)
+    found = []
+    for head, frame in zip(heads[counts < HUGE_PAGES].tolist(), frames[first[counts < HUGE_PAGES]].tolist(), strict=True):
+        whole = np.arange(head, head + HUGE_PAGES, dtype=np.uint64)
+        mapped = list(mappings(memory, whole))
+        if mapped and all(one.mm is mm for one in mapped):
+            found.append(Large([(mm, one.pages) for one in mapped], partial(split_folio, memory, head)))
+        elif not mapped and filehuge.is_of_file(memory, np.array([frame], np.uint64))[0] and memory.most(whole, "mapcount") == 1:
+            where = list(places(memory, whole))
+            found.append(Large(where, partial(_split_file, memory, where, head)))
+    return found
+
+
 def split_folio(memory: PhysicalMemory, head: int) -> bool:
     """split_folio: the pages of the folio at frame `head` are ordinary ones. False, nothing done, when somebody holds on to one.
 

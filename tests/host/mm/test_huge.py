@@ -245,6 +245,66 @@ async def test_collapse() -> None:
     assert (used(machine), space.mm.rss) == (0, 0)
 
 
+@pytest.mark.parametrize(("first", "count", "refused"), [(100, 100, True), (0, 100, False), (500, 24, False), (500, 200, False)])
+async def test_collapse_counts_blocks_between_rounded_ends(*, first: int, count: int, refused: bool) -> None:
+    """Inside one block and at neither edge of it: EINVAL, as the rounded ends have changed places. At an edge there is nothing to do."""
+    space = Machine().process()
+    await space.mmap(2 * BLOCK, "rw", BASE)
+    await space.store(BASE + first * PAGE, page_bytes(1))
+    code = 0
+    try:
+        await space.madvise(BASE + first * PAGE, count * PAGE, "COLLAPSE")
+    except KernelError as error:
+        code = error.code
+    assert code == (errno.EINVAL if refused else 0)
+    assert not is_huge(space)
+
+
+@pytest.mark.parametrize("advice", ["FREE", "COLD", "PAGEOUT"])
+@pytest.mark.parametrize("torn", [False, True])
+async def test_advice_about_a_part_splits_the_folio(advice: str, *, torn: bool) -> None:
+    """Its zeros are the zero page then; so it is when its entry is split already (`torn`), or some of it is gone."""
+    machine = Machine()
+    space = await hugepage(machine, 1)
+    await space.store(BASE + 7 * PAGE, page_bytes(7))
+    if torn:
+        await space.madvise(BASE, 2 * PAGE, "DONTNEED")
+        assert used(machine) > 1
+    await space.madvise(BASE + 4 * PAGE, 8 * PAGE, advice)
+    entries = space.mm.table.read(FIRST + 2, FIRST + HUGE_PAGES)
+    zeros = np.ones(HUGE_PAGES - 2, np.bool_)
+    zeros[5] = False
+    assert (entries[zeros] & (pte.SPECIAL | pte.HUGE) == pte.SPECIAL).all()
+    assert used(machine) == (0 if advice == "PAGEOUT" else 1)
+    assert await space.load(BASE + 7 * PAGE, PAGE) == page_bytes(7)
+    machine.check()
+
+
+@pytest.mark.parametrize("advice", ["FREE", "COLD", "PAGEOUT"])
+@pytest.mark.parametrize("why", ["a child maps it", "somebody holds a page", "it is the huge zero page"])
+async def test_a_part_that_cannot_be_split_off_takes_no_part(advice: str, why: str) -> None:
+    """The huge page stays as it is, at either edge of the range; what lies between is advised."""
+    machine = Machine()
+    space = await hugepage(machine, 3)
+    for block in range(3):
+        if why == "it is the huge zero page":
+            await space.load(BASE + block * BLOCK, 1)
+        else:
+            await space.store(BASE + block * BLOCK, b"x")
+    child = await space.fork(2, Hub()) if why == "a child maps it" else None
+    held = await space.get_pages(FIRST + 5, 1) if why == "somebody holds a page" else None
+    before = space.mm.table.read(FIRST, FIRST + HUGE_PAGES)
+    await space.madvise(BASE + 4 * PAGE, 8 * PAGE, advice)
+    await space.madvise(BASE + 500 * PAGE, BLOCK + 100 * PAGE, advice)
+    assert (space.mm.table.read(FIRST, FIRST + HUGE_PAGES) == before).all()
+    assert is_huge(space, 2) == (why != "somebody holds a page")
+    if held is not None:
+        space.put_pages(held)
+    if child is not None:
+        await machine.exit(child)
+    machine.check()
+
+
 async def test_hugetlb() -> None:
     """Whole pages of 2 MiB: made whole, copied whole, never split; what would split one is EINVAL."""
     machine = Machine()
