@@ -200,7 +200,10 @@ class Process(Protocol):
         ...
 
     async def madvise(self, address: int, length: int, advice: str) -> None:
-        """madvise(2); `advice` without the MADV_ prefix. HWPOISON breaks the memory under the range: whoever touches it gets SIGBUS."""
+        """madvise(2); `advice` without the MADV_ prefix. HWPOISON breaks the memory under the range: whoever touches it gets SIGBUS.
+
+        GUARD_INSTALL makes it SIGSEGV (and EFAULT for a device) until GUARD_REMOVE. Raises KernelError as madvise(2).
+        """
         ...
 
     async def mremap(

@@ -19,6 +19,7 @@ from .hub import AtStart, Hub, Order
 from .interfaces import AddressSpace, DeviceLink, Select
 from .migrate import Copy
 from .mirror import Request, range_fault
+from .mm.advice import GUARD_ADVICE
 from .mm.frames import PhysicalMemory
 from .mm.gather import Gather
 from .mm.zones import CpuZone, Zone
@@ -31,7 +32,7 @@ RangeFaultCall = Callable[[Any, Hub, Subscription, Request, float], Awaitable[tu
 Evict = Callable[[Homing, DeviceLink, Words, str], Awaitable[int]]
 CopyFor = Callable[[Homing, Mapping[int, DeviceLink], Callable[[int, int], int], Across], Copy]
 
-ADVICE_AFTER_V25 = frozenset({"COLD", "PAGEOUT", "POPULATE_READ", "POPULATE_WRITE", "COLLAPSE", "DONTNEED_LOCKED"})
+ADVICE_AFTER_V25 = frozenset({"COLD", "PAGEOUT", "POPULATE_READ", "POPULATE_WRITE", "COLLAPSE", "DONTNEED_LOCKED", *GUARD_ADVICE})
 """What madvise(2) learnt after Linux 4.14. Some of it moves a page's bytes while its mapping changes, which mirrors that hear of a change
 only at its end could not live with; the kernel of that time moved them afterwards."""
 

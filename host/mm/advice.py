@@ -18,7 +18,7 @@ from hmmnet.errors import KernelError
 from hmmnet.host.interfaces import Event
 from hmmnet.pages import HUGE_PAGES, HUGE_SHIFT, PAGE_SHIFT, Words, announced_runs
 
-from . import fault, filehuge, huge, pte, swap
+from . import fault, filehuge, guard, huge, pte, swap
 from .filemap import File, file_offsets, ranges_of
 from .huge import HUGE_MASK
 from .syscalls import SystemCalls, aligned, whole_pages
@@ -63,12 +63,13 @@ FLAG_ADVICE = {
     "UNMERGEABLE": FlagAdvice(clear=VM_MERGEABLE),
 }
 PAGE_ADVICE = frozenset({"DONTNEED", "DONTNEED_LOCKED", "FREE", "WILLNEED", "COLD", "PAGEOUT"})
+GUARD_ADVICE = frozenset({"GUARD_INSTALL", "GUARD_REMOVE"})
 REMOVE = "REMOVE"
 COLLAPSE = "COLLAPSE"
 POPULATE_ADVICE = {"POPULATE_READ": False, "POPULATE_WRITE": True}
 
 
-ADVICE = (*FLAG_ADVICE, *sorted(PAGE_ADVICE), REMOVE, COLLAPSE, *POPULATE_ADVICE)
+ADVICE = (*FLAG_ADVICE, *sorted(PAGE_ADVICE), *sorted(GUARD_ADVICE), REMOVE, COLLAPSE, *POPULATE_ADVICE)
 
 
 class Advice(SystemCalls):
@@ -76,7 +77,7 @@ class Advice(SystemCalls):
 
     async def madvise(self, address: int, length: int, advice: str) -> None:
         """`advice` is the name without MADV_. Raises KernelError: EINVAL (unaligned, unknown, not for this memory), ENOMEM, EFAULT."""
-        if advice not in {REMOVE, COLLAPSE} and advice not in FLAG_ADVICE and advice not in PAGE_ADVICE and advice not in POPULATE_ADVICE:
+        if advice not in ADVICE:
             raise KernelError(errno.EINVAL, "madvise", f"unknown advice {advice!r}; there are {', '.join(ADVICE)}")
         start = aligned("madvise", address)
         end = start + whole_pages("madvise", length)
@@ -92,6 +93,9 @@ class Advice(SystemCalls):
                 await self._collapse(start, end)
         elif advice == REMOVE:
             await self._remove(start, end)
+        elif advice in GUARD_ADVICE:
+            async with self.mmap_lock.read():
+                await self._guard(start, end, removed=advice == "GUARD_REMOVE")
         else:
             async with self.mmap_lock.read():
                 await self._advise_pages(start, end, advice)
@@ -204,7 +208,7 @@ class Advice(SystemCalls):
         if advice in {"DONTNEED", "DONTNEED_LOCKED"}:
             await self.split_edges(low, high)
             async with self.hub.invalidate(Event.CLEAR, low, high):
-                self._zap(low, high)
+                self._zap(low, high, guards=False)
             return
         low, high = await self._without_parts(low, high)
         if low == high:
@@ -218,6 +222,20 @@ class Advice(SystemCalls):
             fault.age(self.mm, low, high, pte.YOUNG)
         else:
             await self._page_out(vma, low, high)
+
+    async def _guard(self, start: int, end: int, *, removed: bool) -> None:
+        """madvise_guard_install, madvise_guard_remove: what is mapped goes, and the guards come; or they go."""
+        for vma in self.mm.vmas.overlapping(start, end):
+            low, high = max(start, vma.start), min(end, vma.end)
+            if not guard.may_have(vma, removed=removed):
+                raise self._refused(vma, "GUARD_REMOVE" if removed else "GUARD_INSTALL")
+            if removed:
+                guard.remove(self.mm, low, high)
+                continue
+            await self.split_edges(low, high)
+            async with self.hub.invalidate(Event.CLEAR, low, high):
+                self._zap(low, high, guards=True)
+                guard.install(self.mm, vma, low, high)
 
     async def _without_parts(self, low: int, high: int) -> tuple[int, int]:
         """Split the folios of which [low, high) holds a part, so that what is advised is about pages: the range that is left.

@@ -124,6 +124,8 @@ def _collect(mm: Mm, migration: Migration, select: Select, told: Told) -> None:
         free = _free_to_go(mm.memory, frames, migration.fault_frame, whole)
         if mm.memory.points.armed:
             free &= lucky(mm, pages[rows], "migrate.trylock", "migrate.count")
+        if not free.all() and mm.memory.bits_in_any(frames[~free], "flags") & COMPOUND:
+            free &= ~_behind_large(mm.memory, migration, rows, frames, free)
         if not free.all():
             rows = rows[free]
         collected = tear_collected(mm, pages, entries, rows)
@@ -182,6 +184,20 @@ def _free_to_go(memory: PhysicalMemory, frames: Words, fault_frame: int | None, 
             unlocked |= frames[rows] == fault_frame
         out[rows] = unlocked & (extra <= allowed) & (zone.pincount[where] == 0)
     return out
+
+
+def _behind_large(memory: PhysicalMemory, migration: Migration, rows: Rows, frames: Words, free: Flags) -> Flags:
+    """Which `rows` lie behind a page of system memory whose folio could not be split, in the same 2 MiB: they are not looked at any more.
+
+    Nor are the empty ones there (migrate_vma_collect_skip): their source becomes 0.
+    """
+    stuck = np.flatnonzero(~free & (memory.field(frames, "flags") & COMPOUND != 0) & (frames < DEVICE_ZONE_MIN << ZONE_SHIFT))
+    blocks, first = np.unique(migration.pages[rows[stuck]] >> np.uint64(HUGE_SHIFT), return_index=True)
+    skipped = np.zeros(len(migration.pages), np.bool_)
+    for block, at in zip(blocks.tolist(), rows[stuck[first]].tolist(), strict=True):
+        skipped[at : int(np.searchsorted(migration.pages, (block + 1) << HUGE_SHIFT))] = True
+    migration.source[skipped] = 0
+    return skipped[rows]
 
 
 def lucky(mm: Mm, pages: Words, *names: str) -> Flags:

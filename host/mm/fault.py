@@ -22,6 +22,7 @@ from hmmnet.pages import HUGE_PAGES, HUGE_SHIFT, ZERO_FRAME, Words
 
 from . import filehuge, huge, pte
 from .filemap import end_in, fault_around, file_offsets, map_file, read_fault
+from .guard import guarded
 from .mm import Mm
 from .swap import swap_in
 from .vma import VM_SHARED, VM_UFFD_MISSING, Vma
@@ -306,12 +307,17 @@ def zap(mm: Mm, pages: Words) -> None:
         mm.memory.unmap(pte.frames_of(entries[mapped]))
 
 
-def zap_range(mm: Mm, start: int, end: int) -> None:
-    """`zap` of all that is mapped in [start, end), huge pages as what they are. No frame may be there twice."""
+def zap_range(mm: Mm, start: int, end: int, *, guards: bool = False) -> None:
+    """`zap` of all that is mapped in [start, end), huge pages as what they are. No frame may be there twice.
+
+    Guard pages stay, unless the `guards` go, too (ZAP_FLAG_DROP_MARKER).
+    """
     blocks = mm.table.blocks(start, end)
     if len(blocks):
         huge.zap(mm, blocks)
     pages = mm.table.occupied(start, end)
+    if not guards and len(pages):
+        pages = pages[~guarded(mm.table.gather(pages))]
     if len(pages):
         zap(mm, pages)
 

@@ -184,8 +184,8 @@ class Faulting:
         elif touched.cause is Cause.EXCLUSIVE:
             async with self.hub.invalidate(Event.CLEAR, page, end):
                 fault.restore_exclusive(self.mm, np.arange(page, end, dtype=np.uint64))
-        elif touched.cause is Cause.MARKER:
-            raise BusError(page << PAGE_SHIFT, self.mm.refusal(page, write=False))
+        elif touched.cause is Cause.MARKER:  # handle_pte_marker
+            raise self.signal_for(page << PAGE_SHIFT)(page << PAGE_SHIFT, self.mm.refusal(page, write=False))
         elif touched.cause is Cause.MISSING:
             vma = self.mm.vmas.find(page)
             assert vma is not None, "a missing page lies in a VMA"
@@ -248,7 +248,8 @@ class Faulting:
         else:
             vma = self.mm.vmas.find(address >> PAGE_SHIFT)
             beyond = vma is not None and vma.file is not None and vma.may_read and address >> PAGE_SHIFT >= end_in(vma)
-            gone = entry & pte.KIND == pte.MARKER or (entry == 0 and beyond)
+            marked = entry & pte.KIND == pte.MARKER and entry >> pte.FRAME_SHIFT != pte.MARKER_GUARD
+            gone = marked or (entry == 0 and beyond)
         return BusError if gone else SegmentationFault
 
     # --- huge pages ---------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from hmmnet.pages import HUGE_SHIFT, Words
 
 from . import huge, pte
 from .mm import Mm
-from .vma import VM_DONTCOPY, VM_LOCKED, VM_SHARED, VM_SPECIAL, VM_UFFD_MISSING, VM_WIPEONFORK, VM_WRITE, Vma
+from .vma import VM_DONTCOPY, VM_LOCKED, VM_MAYBE_GUARD, VM_SHARED, VM_SPECIAL, VM_UFFD_MISSING, VM_WIPEONFORK, VM_WRITE, Vma
 
 ENOMEM = 12
 HUGE_BITS = np.uint64(HUGE_SHIFT)
@@ -33,8 +33,8 @@ def inherit(child: Mm, vma: Vma) -> Vma | None:
 
 
 def needs_copy(vma: Vma) -> bool:
-    """vma_needs_copy: what a VMA without anonymous pages holds the child can fault in by itself, unless a driver inserted it."""
-    return bool(vma.anon or vma.flags & VM_SPECIAL) and not vma.flags & (VM_DONTCOPY | VM_WIPEONFORK)
+    """vma_needs_copy: without anonymous pages a child can fault in by itself what is there, but for guards and what a driver inserted."""
+    return bool(vma.anon or vma.flags & (VM_SPECIAL | VM_MAYBE_GUARD)) and not vma.flags & (VM_DONTCOPY | VM_WIPEONFORK)
 
 
 def copy_entries(parent: Mm, child: Mm, vma: Vma) -> None:

@@ -161,9 +161,9 @@ class SystemCalls(ExclusiveAccess):
         if vma.file is not None and all(other.file is not vma.file for other in self.mm.vmas.all()):
             vma.file.unmapped_by(self.number)
 
-    def _zap(self, start: int, end: int) -> None:
-        """Drop the entries of [start, end), which lies in one VMA: so no frame is there twice."""
-        fault.zap_range(self.mm, start, end)
+    def _zap(self, start: int, end: int, *, guards: bool = True) -> None:
+        """Drop the entries of [start, end), which lies in one VMA: so no frame is there twice. `guards`: those, too."""
+        fault.zap_range(self.mm, start, end, guards=guards)
 
     async def reap(self) -> None:
         """oom_reap_task_mm: drop the private memory of a process that is being killed, before it gets round to exit itself.

@@ -99,9 +99,19 @@ def _mapping(mm: Mm, vma: Vma) -> Mapping:
 
 
 def clear_soft_dirty(mm: Mm, start: int, end: int) -> None:
-    """clear_soft_dirty: pages of [start, end) count as not written since now. Mirrors were told (SOFT_DIRTY)."""
-    for _, part, _ in mm.table.parts(start, end):
+    """clear_soft_dirty: pages of [start, end) count as not written since now. Mirrors were told (SOFT_DIRTY).
+
+    Small pages that somebody has pinned are left: he may be writing (pte_is_pinned).
+    """
+    for first, part, size in mm.table.parts(start, end):
         kinds = part & pte.KIND
         present = pte.is_present(part) & (part & pte.SPECIAL == 0)
+        clear = (kinds != pte.NONE) & (kinds != pte.MARKER)
+        if size == 1 and mm.memory.most(frames := pte.frames_of(part[present]), "pincount"):
+            pinned = np.flatnonzero(present)[mm.memory.field(frames, "pincount") > 0]
+            for vma in mm.vmas.overlapping(first, first + len(part)):
+                if vma.flags & VM_SHARED:
+                    pinned = pinned[(pinned < vma.start - first) | (pinned >= vma.end - first)]
+            present[pinned] = clear[pinned] = False
         part[present] &= ~np.uint64(pte.SOFT_DIRTY | pte.WRITE)
-        part[(kinds != pte.NONE) & (kinds != pte.MARKER)] &= ~np.uint64(pte.SOFT_DIRTY)
+        part[clear] &= ~np.uint64(pte.SOFT_DIRTY)

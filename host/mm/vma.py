@@ -41,6 +41,8 @@ VM_SEQ_READ = 1 << 15
 VM_MERGEABLE = 1 << 16
 VM_SOFTDIRTY = 1 << 17
 """Mapped since soft-dirty was last cleared: all of it counts as written."""
+VM_MAYBE_GUARD = 1 << 18
+"""There may be guard pages (`guard.py`), which a child of fork has, too."""
 VM_SPECIAL = VM_MIXEDMAP | VM_PFNMAP
 
 EINVAL = 22
@@ -98,7 +100,7 @@ class Vma:
         """Whether `behind`, which begins where this ends, can be one VMA with it."""
         return (
             self.end == behind.start
-            and not (self.flags ^ behind.flags) & ~VM_SOFTDIRTY
+            and not (self.flags ^ behind.flags) & ~(VM_SOFTDIRTY | VM_MAYBE_GUARD)
             and self.file is behind.file
             and self.userfault is behind.userfault
             and self.pgoff + self.end - self.start == behind.pgoff

@@ -18,7 +18,7 @@ from hmmnet.host.mm.frames import PhysicalMemory
 from hmmnet.host.mm.invariants import check
 from hmmnet.host.mm.mm import Mm
 from hmmnet.host.mm.vma import VM_READ, VM_UFFD_MISSING, VM_WRITE, Vma
-from hmmnet.host.mm.zones import ANON, LOCKED
+from hmmnet.host.mm.zones import ANON, COMPOUND, LOCKED
 from hmmnet.pages import MIGRATE_PFN_MIGRATE, MIGRATE_PFN_SHIFT, MIGRATE_PFN_VALID, MIGRATE_PFN_WRITE, ZONE_SHIFT, Words
 
 from .machine import span, words
@@ -402,3 +402,21 @@ def test_fresh_pages_are_one_run() -> None:
     world = World()
     frames: Words = make(world.mm, world.vma, span(100, 8), pte.FRESH_WRITE)
     assert np.diff(frames).tolist() == [1] * 7
+
+
+def test_what_lies_behind_a_folio_that_cannot_be_split_stays() -> None:
+    """migrate_vma_collect_skip: not even never-touched pages behind it go, up to the next 2 MiB; what lies before it does."""
+    world = World()
+    world.mm.vmas.add(Vma(508, 516, RW, 508))
+    world.touch(508, 509, 511, 512)
+    stuck = words(world.mm.table.get(509) >> pte.FRAME_SHIFT)
+    for zone, _, at in world.memory.groups(stuck):
+        zone.flags[at] |= np.uint32(COMPOUND)
+        zone.refcount[at] += 1
+    migration = world.collect(508, 6)
+    assert (migration.source != 0).tolist() == [True, False, False, False, True, True]
+    for zone, _, at in world.memory.groups(stuck):
+        zone.flags[at] &= ~np.uint32(COMPOUND)
+        zone.refcount[at] -= 1
+    world.finish(migration)
+    assert pte.kinds_of(world.mm.table.read(508, 514)).tolist() == [pte.DEVICE, pte.PRESENT, 0, pte.PRESENT, pte.DEVICE, pte.DEVICE]

@@ -10,7 +10,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from hmmnet.errors import BusError, KernelError, SegmentationFault
+from hmmnet.errors import BusError, KernelError, SegmentationFault, SignalError
 from hmmnet.host.hub import Hub
 from hmmnet.host.interfaces import Event, Select
 from hmmnet.host.mm import pte
@@ -359,13 +359,14 @@ async def test_fault_in_takes_scattered_pages() -> None:
 
 
 @pytest.mark.parametrize(("marker", "why"), [(pte.MARKER_POISON, "is poisoned$"), (pte.MARKER_GUARD, "is a guard page$")])
-async def test_a_marker_is_sigbus_and_says_which_it_is(marker: int, why: str) -> None:
-    """A poisoned page and a guard page, each by its name."""
+async def test_a_marker_is_a_signal_and_says_which_it_is(marker: int, why: str) -> None:
+    """A poisoned page is SIGBUS, a guard page SIGSEGV (handle_pte_marker), each by its name."""
     space = Machine().process()
     address = await space.mmap(PAGE)
     space.mm.table.set(address // PAGE, pte.entry(pte.MARKER, marker))
-    with pytest.raises(BusError, match=why):
+    with pytest.raises(SignalError, match=why) as raised:
         await space.load(address, 1)
+    assert isinstance(raised.value, SegmentationFault if marker == pte.MARKER_GUARD else BusError)
 
 
 async def test_what_may_migrate() -> None:

@@ -141,6 +141,24 @@ async def test_soft_dirty_tells_who_was_written_since() -> None:
     assert all(word & PM_SOFT_DIRTY for word in view(space, 5)), "and the merged one is dirty"
 
 
+@pytest.mark.parametrize("shared", [False, True])
+async def test_pinned_pages_stay_soft_dirty_and_writable(*, shared: bool) -> None:
+    """pte_is_pinned: who has pinned a private page may be writing to it; a shared one is cleared all the same."""
+    machine = Machine()
+    space = machine.process()
+    await space.mmap(3 * PAGE, "rw", BASE, shared=shared)
+    await space.store(BASE, b"x" * 3 * PAGE)
+    held = await space.get_pages(FIRST + 1, 1, write=True, pin=True)
+    await space.clear_soft_dirty()
+    entries = space.mm.table.read(FIRST, FIRST + 3)
+    assert (entries & pte.WRITE != 0).tolist() == [False, not shared, False]
+    assert [word & PM_SOFT_DIRTY != 0 for word in view(space, 3)] == [False, not shared, False]
+    space.put_pages(held, pin=True)
+    await space.clear_soft_dirty()
+    assert not any(word & PM_SOFT_DIRTY for word in view(space, 3))
+    machine.check()
+
+
 async def test_a_device_stores_to_its_own_page_unseen() -> None:
     """The entry keeps the right to write, and stays clean: a device's stores fault nowhere. Coming home it is still clean."""
     machine = Machine()
