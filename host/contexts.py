@@ -91,16 +91,13 @@ class Contexts:
             await self._close(context)
 
     async def _close(self, context: Context) -> None:
-        life = context.life
-        if life.contexts.get(context.number) is not context:
-            return
         with trio.CancelScope(shield=True):  # half closed it would stay for ever; a lost device ends the wait
-            await self._close_it(context, life)
+            await self._close_it(context, context.life)
 
     async def _close_it(self, context: Context, life: Life) -> None:
         async with self._opening.setdefault((context.space.number, life.name), trio.Lock()):
-            if context.users:
-                return  # somebody has opened it again meanwhile
+            if context.users or life.contexts.get(context.number) is not context:
+                return  # somebody has opened it again meanwhile; and, perhaps, closed it
             try:
                 if life.link.session.lost is None:
                     await life.link.ask(CloseContext(context.number), Done)

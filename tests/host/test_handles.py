@@ -128,6 +128,29 @@ async def test_two_first_uses_at_once_are_one() -> None:
         assert (contexts(host), balance(device)) == (0, 0)
 
 
+async def test_two_last_uses_at_once_close_once() -> None:
+    """One task closes the last use while another has, and lets go of, a use of the same context: the device is told once."""
+    async with running_host("gpu0") as (host, transport), scripted_device(host, transport, "gpu0") as device:
+        process = await host.create_process()
+
+        async def use(before: int, inside: int) -> None:
+            for _ in range(before):
+                await trio.lowlevel.checkpoint()
+            handle = await process.open("gpu0")
+            for _ in range(inside):
+                await trio.lowlevel.checkpoint()
+            await handle.close()
+
+        for before in range(12):
+            for inside in range(4):
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(use, 0, 0)
+                    nursery.start_soon(use, before, inside)
+                    nursery.start_soon(use, before + 1, 0)
+                assert (contexts(host), balance(device)) == (0, 0), (before, inside)
+        await process.exit()
+
+
 async def test_an_open_that_is_cancelled_leaves_no_context() -> None:
     """However far it had come: what the device has opened is closed with the process at the latest, on both sides."""
     async with running_host("gpu0") as (host, transport), scripted_device(host, transport, "gpu0") as device:
