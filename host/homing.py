@@ -49,8 +49,11 @@ from .mm.rmap import mappings
 HOME_PAGES_MAX = 1 << 16
 """Pages of one explicit migration home (256 MiB): bounds the host frames allocated before anything has landed."""
 
-EVICT_ROUNDS_MAX = 100
-"""Rounds of an eviction in which nothing moves before it counts as held: who is busy with a page needs a few."""
+EVICT_ROUNDS_MAX = 14
+"""Rounds of an eviction in which nothing moves before a page counts as held."""
+EVICT_NAP_S = 1e-4
+"""Before the second of those, on trio's clock, and twice as long before each that follows, 0.8 s together: who is busy with a page has as
+much time, whether it waits for a copy over a slow link or for a reference that a program holds for a moment."""
 
 COPIES_MAX = 4
 """Copies home for one CPU fault: what a link or a copy engine does wrong once it seldom does again; the CPU waits meanwhile."""
@@ -453,7 +456,7 @@ class Homing:
         while fruitless < EVICT_ROUNDS_MAX and len(frames := page_map.used_frames()):
             moved = await self._memory.relief.anew(partial(self.evict, link, frames[:HOME_PAGES_MAX], "unplug"), KERNEL)
             fruitless = 0 if moved else fruitless + 1
-            await trio.lowlevel.checkpoint()
+            await trio.sleep(EVICT_NAP_S * (1 << fruitless) if fruitless else 0)
         page_map.remove()
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+import trio
+import trio.testing
 
 from hmmnet.errors import HmmnetError
 from hmmnet.host.homing import EVICT_ROUNDS_MAX
@@ -27,6 +29,19 @@ async def test_everything_goes_home_and_the_memory_goes() -> None:
     assert len(bench.link.freed) == 6
 
 
+async def test_frames_in_another_order_than_their_pages_go() -> None:
+    """The page that came last has the lowest address: all are announced, so all go, at the first try."""
+    bench = Bench()
+    space = bench.space()
+    address = await space.mmap(4 * PAGE_SIZE)
+    for page in (3, 1, 0, 2):
+        await space.store(address + page * PAGE_SIZE, bytes([page + 1]) * PAGE_SIZE)
+        await bench.to_device(space, address + page * PAGE_SIZE, 1)
+    frames = bench.page_map.used_frames()
+    assert await bench.homing.evict(bench.link, frames) == 4
+    assert await space.load(address, 4 * PAGE_SIZE) == b"".join(bytes([page + 1]) * PAGE_SIZE for page in range(4))
+
+
 async def test_who_holds_a_page_is_named() -> None:
     """A reference that nobody drops: the kernel would wait for ever; here it is an error, everything else is home, and later it goes."""
     bench = Bench()
@@ -43,3 +58,24 @@ async def test_who_holds_a_page_is_named() -> None:
     zone.refcount[frame] -= 2
     await bench.homing.unplug(bench.page_map)
     assert ZONE not in bench.memory.zones
+
+
+async def test_who_holds_a_page_for_a_while_is_waited_for(autojump_clock: trio.testing.MockClock) -> None:
+    """A page that is under migration, or held, for milliseconds is no reason to refuse."""
+    bench = Bench()
+    space = bench.space()
+    address = await space.mmap(2 * PAGE_SIZE)
+    await bench.to_device(space, address, 2)
+    zone = bench.page_map.zone
+    frame = int(bench.page_map.used_frames()[1]) - zone.base
+    zone.refcount[frame] += 2
+
+    async def hold() -> None:
+        await trio.sleep(0.1)
+        zone.refcount[frame] -= 2
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(hold)
+        await bench.homing.unplug(bench.page_map)
+    assert ZONE not in bench.memory.zones
+    assert trio.current_time() > 0.1
