@@ -12,7 +12,7 @@ from hmmnet.pages import PAGE_SIZE
 
 from .crew import Crew
 from .history import Words
-from .operations import LOCKED_OUT, NO_RIGHT, device_load, device_of, device_store, operation, region_of
+from .operations import LOCKED_OUT, NO_RIGHT, device_load, device_of, device_store, is_dmirror, operation, region_of
 from .program import Step
 from .regions import WORDS_PER_PAGE, Region
 
@@ -29,15 +29,9 @@ async def _command(crew: Crew, step: Step, command: str, region: Region, page: i
             await handle.close()
 
 
-def is_dmirror(crew: Crew, step: Step) -> bool:
-    """Whether the step's device has the test driver's commands."""
-    spec = next(spec for spec in crew.machine.topology.devices if spec.name == device_of(crew, step))
-    return spec.model == "dmirror"
-
-
 @operation("command", *NO_RIGHT, *LOCKED_OUT)
 async def command(crew: Crew, step: Step, who: str) -> None:
-    """read, write, migrate_to_dev, migrate_to_sys, snapshot or exclusive of the test driver; on other devices a job."""
+    """read, read_unlocked, write, migrate_to_dev, migrate_to_sys, snapshot, exclusive or check_exclusive; on other devices a job."""
     if not is_dmirror(crew, step):
         return await (device_store if step.choice == "write" else device_load)(crew, Step(**{**_fields(step), "choice": ""}), who)
     region = region_of(crew, step)
@@ -49,7 +43,7 @@ async def command(crew: Crew, step: Step, who: str) -> None:
             await _command(crew, step, "write", region, page, count, values.tobytes())
 
         return await crew.store(who, region, first, crew.values(step.serial, first, words), put)
-    if step.choice in {"read", "exclusive", "migrate_to_dev"}:
+    if step.choice in {"read", "read_unlocked", "exclusive", "migrate_to_dev"}:
 
         async def fetch(_: int) -> Words:
             return np.frombuffer(await _command(crew, step, step.choice, region, page, count), np.uint64)

@@ -127,6 +127,10 @@ class Crew:
         self._derived: list[Derived] = []
         self._trace = trace
         self._mappings = 0
+        self.apart: set[int] = set()
+        """Where mappings are, or were, that one step has for itself (`apart`)."""
+        self.cleared = 0
+        """How often /proc/PID/clear_refs was written."""
         self._due: dict[int, trio.Event] = {}
         self.messages: Counts[str] = Counts()
         """How many were sent, by type or way."""
@@ -271,7 +275,7 @@ class Crew:
         except SegmentationFault as error:
             if ONLY_COPY in str(error):  # its page is lost, or was when the device asked for it
                 await self._lost(who, error)
-            elif not self.failures and any(region.word_at(error.address) is not None for region in self.regions):
+            elif not self.failures and self._is_known(error.address):
                 self.complain("service", f"{who}: {error}")
         except HmmnetError as error:
             self.complain("progress" if "times" in str(error) else "service", f"{who}: {type(error).__name__}: {error}")
@@ -279,6 +283,10 @@ class Crew:
             return True
         self.outcome.refused += 1
         return False
+
+    def _is_known(self, address: int) -> bool:
+        """Whether a region is there, or a step has, or had, memory of its own, which nobody else changes."""
+        return address - address % REGION_STRIDE in self.apart or any(region.word_at(address) is not None for region in self.regions)
 
     async def _lost(self, who: str, error: SignalError) -> None:
         """A page is gone with its device, which only a harm may do. It is given up, so that work can go on."""

@@ -36,6 +36,10 @@ each with its own chance.
 FAMILY_CHANCE = 0.3
 KIND_CHANCE = 0.3
 """Of each family to take part in a seed, and of each kind of a family that does."""
+PAGED = frozenset(
+    ["migrate", "home", "advise", "drop", "protect", "unmap", "lock", "pin", "command", "cancelled", "populate", "resize", "let_free"]
+)
+"""Steps whose `count` is of pages."""
 SERIAL_FIRST = 1
 DEVICE_NUMBERS = 4
 """Steps name devices by numbers below this, which are counted round among those that there are."""
@@ -64,7 +68,31 @@ SOMETIMES = {
     "file_write": 0.5,
     "command": 0.8,
     "report": 0.1,
+    "unknown_job": 0.2,
+    "cancelled_job": 0.4,
+    "cancelled": 0.6,
+    "populate": 0.4,
+    "migrate_large": 0.4,
+    "resize": 0.4,
+    "inherit": 0.3,
+    "let_free": 0.3,
+    "poison": 0.1,
+    "hugetlb": 0.2,
+    "soft_dirty": 0.3,
+    "truncate": 0.4,
+    "private_file": 0.4,
+    "device_pages": 0.3,
+    "user_fault": 0.4,
+    "stranger": 0.4,
+    "oom": 0.2,
+    "tree": 0.2,
+    "words": 0.2,
+    "look": 0.1,
 }
+LEAVING = {"bounce": 0.2, "unload": 0.2, "unplug": 0.2}
+"""Steps that cost a device its life: in mixes that have deaths."""
+DEADLY_MIXES = frozenset({"all", "deaths"})
+ADVICE = ("PAGEOUT", "COLD", "WILLNEED", "HUGEPAGE", "NOHUGEPAGE", "POPULATE_WRITE", "POPULATE_READ", "COLLAPSE", "RANDOM", "MERGEABLE")
 CHOICES: dict[str, tuple[str, ...]] = {
     "device_load": ("demand", "remote"),
     "device_gather": ("demand", "remote"),
@@ -74,11 +102,26 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "reduce": ("demand", "remote"),
     "walk": ("demand", "remote"),
     "migrate": ("", "", "whole"),
-    "advise": ("PAGEOUT", "COLD", "WILLNEED", "HUGEPAGE", "NOHUGEPAGE", "POPULATE_WRITE", "COLLAPSE"),
+    "advise": ADVICE,
     "protect": ("r", "none", "rw", "rw"),
     "pin": ("", "longterm", "plain"),
-    "fork": ("", "device", "kill"),
-    "command": ("read", "write", "migrate_to_dev", "migrate_to_sys", "snapshot", "exclusive"),
+    "fork": ("", "device", "kill", "sigkill", "reaped"),
+    "command": ("read", "read_unlocked", "write", "migrate_to_dev", "migrate_to_sys", "snapshot", "exclusive", "check_exclusive"),
+    "cancelled_job": ("demand", "remote"),
+    "cancelled": ("", "home", "load", "store"),
+    "populate": ("", "HUGEPAGE", "NOHUGEPAGE"),
+    "resize": ("grow", "shrink", "dontunmap"),
+    "inherit": ("", "device"),
+    "let_free": ("", "PAGEOUT", "COLD"),
+    "hugetlb": ("demand", "remote"),
+    "truncate": ("demand", "remote"),
+    "private_file": ("demand", "remote"),
+    "device_pages": ("demand", "remote"),
+    "user_fault": ("cpu", "device"),
+    "stranger": ("demand", "remote"),
+    "oom": ("demand", "remote"),
+    "tree": ("demand", "remote"),
+    "words": ("demand", "remote"),
 }
 
 
@@ -97,7 +140,7 @@ def draw(seed: int, mix: str = "all", operations: int = OPERATIONS, devices: int
         machine=_machine(random, devices, huge=huge),
         actors=actors,
         regions=regions,
-        steps=_steps(random, actors, operations),
+        steps=_steps(random, mix, actors, operations),
         harms=_harms(random, mix, operations, devices),
         hits=_hits(random) if mix == "points" else (),
         limit_pages=sum(region.pages for region in regions) + random.randint(2, 12) if not huge and random.random() < 0.15 else 0,
@@ -162,16 +205,17 @@ def _machine(random: Random, devices: int, *, huge: bool) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _steps(random: Random, actors: int, operations: int) -> tuple[Step, ...]:
-    chosen = random.sample(list(SOMETIMES), random.randint(4, 12))
-    often = random.choice((1.0, 2.0, 4.0))
-    weights = ALWAYS | {kind: SOMETIMES[kind] * often * random.uniform(0.3, 1.5) / len(chosen) * 4 for kind in chosen}
+def _steps(random: Random, mix: str, actors: int, operations: int) -> tuple[Step, ...]:
+    rare = SOMETIMES | (LEAVING if mix in DEADLY_MIXES else {})
+    chosen = random.sample(list(rare), random.randint(4, 18))
+    often = random.choice((1.0, 2.0, 4.0, 6.0))
+    weights = ALWAYS | {kind: rare[kind] * often * random.uniform(0.3, 1.5) / len(chosen) * 4 for kind in chosen}
     kinds = random.choices(list(weights), list(weights.values()), k=operations)
     return tuple(_step(random, kind, random.randrange(actors), SERIAL_FIRST + number) for number, kind in enumerate(kinds))
 
 
 def _step(random: Random, kind: str, actor: int, serial: int) -> Step:
-    paged = kind in {"migrate", "home", "advise", "drop", "protect", "unmap", "lock", "pin", "command"}
+    paged = kind in PAGED
     return Step(
         actor=actor,
         kind=kind,

@@ -33,6 +33,7 @@ LIST_NODES = 24
 UNKNOWN = "no such kernel"
 CANCELLED_S = 1e-6
 """Virtual seconds, of which a job needs more: its pages come over a link."""
+TENTH_US = 1e-7
 LOCKED_OUT = (errno.EBUSY, errno.EAGAIN)
 NO_RIGHT = (errno.EFAULT, errno.EPERM, errno.EINVAL, errno.ENOENT, errno.ENOMEM)
 """What a range answers that is unmapped, protected, or moved away meanwhile."""
@@ -73,6 +74,12 @@ def device_of(crew: Crew, step: Step) -> str:
     """The device that a step means."""
     names = crew.machine.device_names
     return names[step.device % len(names)]
+
+
+def is_dmirror(crew: Crew, step: Step) -> bool:
+    """Whether the step's device has the test driver's commands."""
+    spec = next(spec for spec in crew.machine.topology.devices if spec.name == device_of(crew, step))
+    return spec.model == "dmirror"
 
 
 # --- the CPU ----------------------------------------------------------------------------------------------------------------------
@@ -216,6 +223,7 @@ async def reduce(crew: Crew, step: Step, who: str) -> None:
 async def walk(crew: Crew, step: Step, who: str) -> None:
     """A list in fresh memory is walked by a device: pointers are good everywhere."""
     device, at = device_of(crew, step), crew.next_base()
+    crew.apart.add(at)
     await crew.process.mmap(2 * PAGE_SIZE, address=at)
     try:
         nodes = np.zeros((LIST_NODES, 2), np.uint64)
@@ -422,7 +430,7 @@ async def file_write(crew: Crew, step: Step, who: str) -> None:
 
 @operation("fork")
 async def fork(crew: Crew, step: Step, who: str) -> None:
-    """A child sees what was there when it was made, changes its own memory only, and ends; or is killed in the middle of it."""
+    """A child sees what was there when it was made, changes its own memory only, and ends; or ends, or is killed, in the middle of it."""
     region = region_of(crew, step)
     first, count = region.words(step.page, step.word, max(step.count, 8))
     look = region.look(first, count)
@@ -433,7 +441,7 @@ async def fork(crew: Crew, step: Step, who: str) -> None:
         child = await crew.process.fork()
         ended = crew.clock.tick()
         try:
-            if step.choice == "kill":
+            if step.choice in ENDS:
                 await _killed(crew, step, child, address, count)
                 return
             if not region.is_private:
@@ -484,6 +492,14 @@ async def _child_writes(crew: Crew, step: Step, child: Process, address: int, co
             raise
 
 
+ENDS: dict[str, Callable[[Process], Awaitable[None]]] = {
+    "kill": lambda child: child.exit(),
+    "sigkill": lambda child: child.kill(),
+    "reaped": lambda child: child.kill(out_of_memory=True),
+}
+"""How a child may end while it works."""
+
+
 async def _killed(crew: Crew, step: Step, child: Process, address: int, count: int) -> None:
     """It ends while it works."""
 
@@ -496,7 +512,7 @@ async def _killed(crew: Crew, step: Step, child: Process, address: int, count: i
         nursery.start_soon(work)
         for _ in range(step.word % 40):
             await trio.lowlevel.checkpoint()
-        await child.exit()
+        await ENDS[step.choice](child)
 
 
 @operation("unknown_job")
@@ -520,10 +536,22 @@ async def cancelled_job(crew: Crew, step: Step, _: str) -> None:
         await launched(crew.process, device_of(crew, step), "peek", step.choice, a=region.address(first), n=count)
 
 
+@operation("cancelled", *NO_RIGHT)
+async def cancelled(crew: Crew, step: Step, who: str) -> None:
+    """Somebody is called away from what it waits for: pages that move, a load, a store."""
+    address, nbytes = some_pages(crew, step)
+    with trio.move_on_after(TENTH_US * (1 + step.word % 64)):
+        if step.choice in {"load", "store"}:
+            await OPERATIONS[step.choice](crew, step, who)
+        else:
+            await crew.process.migrate(address, nbytes, "host" if step.choice == "home" else device_of(crew, step))
+
+
 @operation("populate", *NO_RIGHT)
 async def populate(crew: Crew, step: Step, _: str) -> None:
     """Fresh memory is faulted in at once, with large pages or without, and given back."""
     at, nbytes = crew.next_base(), step.count * PAGE_SIZE
+    crew.apart.add(at)
     await crew.process.mmap(nbytes, address=at)
     try:
         if step.choice:

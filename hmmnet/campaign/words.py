@@ -45,6 +45,22 @@ STEP_KINDS = (
     "bounce",
     "unload",
     "unplug",
+    "cancelled",
+    "resize",
+    "inherit",
+    "let_free",
+    "poison",
+    "hugetlb",
+    "soft_dirty",
+    "truncate",
+    "private_file",
+    "device_pages",
+    "user_fault",
+    "stranger",
+    "oom",
+    "tree",
+    "words",
+    "look",
 )
 """Of steps: `operations.OPERATIONS` has a function for each."""
 ON_EVERY_REGION = frozenset({"migrate", "home", "advise", "lock"})
