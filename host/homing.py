@@ -66,10 +66,9 @@ TOUCHED = "cpu fault"
 
 def _no_room(pages: int, *, injected: bool) -> KernelError:
     wants = "a page wants" if pages == 1 else f"{pages} pages want"
-    why = f"{wants} to come home and the host's memory is used up"
     if injected:
-        return KernelError(errno.ENOMEM, "migrate_to_ram", why)
-    return OutOfMemory(errno.ENOMEM, "migrate_to_ram", why, pages)
+        return KernelError(errno.ENOMEM, "migrate_to_ram", f"{wants} to come home; a fault was injected at host.alloc.home")
+    return OutOfMemory(errno.ENOMEM, "migrate_to_ram", f"{wants} to come home and the host's memory is used up", pages)
 
 
 class HostFrames:

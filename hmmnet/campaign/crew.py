@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import re
 import traceback
 from collections import Counter as Counts
 from collections.abc import Awaitable, Callable, Iterable, Iterator
@@ -23,12 +24,11 @@ from hmmnet.pages import PAGE_SIZE
 from hmmnet.program import Process
 from hmmnet.sim import SimulatedMachine, Trace
 
+from .excuses import AFTERMATH_S, EVERYBODY, Excuses, Harm
 from .history import Clock, Counter, Words
 from .program import Program
 from .regions import READ, WORD_BYTES, WORDS_PER_PAGE, WRITE, Look, Region
 
-AFTERMATH_S = 8.0
-"""Virtual seconds after a harm in which work may fail because of it: leases, patience, and repeats are over then."""
 VIOLATIONS_MAX = 16
 """Of one run: what follows the first is often its consequence."""
 REGION_FIRST = 0x10_0000_0000
@@ -118,10 +118,12 @@ class Crew:
         """No addition failed and no page of counters was lost: then they can be judged."""
         self.harms = 0
         """Harms under way."""
-        self.failures = 0
-        """Failures injected at protocol points, until all is calm: meanwhile operations may be refused, but nothing may be lost."""
+        self.excuses = Excuses()
+        """What operations may be refused for."""
         self.short = 0
         """How often memory was refused to a program that has little of it."""
+        self.harmed: set[str] = set()
+        """Devices that were ever harmed."""
         self._harmed_s = -1.0
         self._aftermath_until_s = 0.0
         self._derived: list[Derived] = []
@@ -226,26 +228,33 @@ class Crew:
         await self._awaited[kind, number].wait()
         return self._senders[kind, number]
 
-    def harm_begins(self, kind: str = "") -> None:
-        """Somebody is harmed: from now on work may fail. `kind` is what it is counted as; nothing if somebody else counts it."""
+    def harm_begins(self, devices: Iterable[str], kind: str = "") -> list[Harm]:
+        """Devices are harmed: from now on work with them may fail. `kind` is what it is counted as; nothing if somebody else counts it.
+
+        For `harm_ends`.
+        """
         self.harms += 1
+        self.harmed.update(devices)
         if kind:
             self.outcome.faults[kind] += 1
+        return [self.excuses.harm_begins(device) for device in devices]
 
-    def harm_ends(self) -> None:
-        """It is mended; its aftermath is not over."""
+    def harm_ends(self, harms: Iterable[Harm]) -> None:
+        """They are mended; the aftermath is not over."""
         self.harms -= 1
         self._harmed_s = trio.current_time()
         self._aftermath_until_s = self._harmed_s + AFTERMATH_S
+        for harm in harms:
+            harm.ended_s = self._harmed_s
 
     def calm(self) -> None:
         """What happened to anybody is over and has been overcome: from now on nothing may fail because of it."""
         self._aftermath_until_s = min(self._aftermath_until_s, trio.current_time())
-        self.failures = 0
+        self.excuses.calm()
 
-    def excused(self, began_s: float) -> bool:
-        """Whether work that began then may have failed because somebody was harmed."""
-        return self.failures > 0 or self.in_aftermath(began_s)
+    def excused(self, error: HmmnetError, began_s: float) -> bool:
+        """Whether work that began then may have failed like that because of what happened to somebody."""
+        return self.excuses.cover(str(error), began_s, self.machine.device_names)
 
     def in_aftermath(self, at_s: float) -> bool:
         """Whether somebody is harmed then, or was not long ago."""
@@ -262,20 +271,20 @@ class Crew:
         try:
             await work()
         except BusError as error:
-            if ONLY_COPY in str(error) or not self.failures:
+            if ONLY_COPY in str(error) or not self.excused(error, began_s):
                 await self._lost(who, error)
         except KernelError as error:
             limited = bool(self.program.limit_pages) and error.code == errno.ENOMEM
             self.short += limited
-            if error.code not in allowed and not limited and not self.excused(began_s):
+            if error.code not in allowed and not limited and not self.excused(error, began_s):
                 self.complain("service", f"{who}: {error}")
         except PeerError as error:
-            if isinstance(error, IommuFault) or not self.excused(began_s):
+            if isinstance(error, IommuFault) or not self.excused(error, began_s):
                 self.complain("service", f"{who}: {type(error).__name__}: {error}")
         except SegmentationFault as error:
             if ONLY_COPY in str(error):  # its page is lost, or was when the device asked for it
                 await self._lost(who, error)
-            elif not self.failures and self._is_known(error.address):
+            elif self._is_known(error.address) and not self.excused(error, began_s):
                 self.complain("service", f"{who}: {error}")
         except HmmnetError as error:
             self.complain("progress" if "times" in str(error) else "service", f"{who}: {type(error).__name__}: {error}")
@@ -291,13 +300,17 @@ class Crew:
     async def _lost(self, who: str, error: SignalError) -> None:
         """A page is gone with its device, which only a harm may do. It is given up, so that work can go on."""
         self.outcome.lost += 1
-        if not self.harmed_ever:
+        if not self._may_be_lost(str(error)):
             self.complain("loss", f"{who}: {error}")
         for region in self.regions:
             word = region.word_at(error.address)
             if word is not None:
                 with contextlib.suppress(KernelError):  # locked at this moment: whoever touches it next tries again
                     await self.give_up(region, word // WORDS_PER_PAGE, 1)
+
+    def _may_be_lost(self, text: str) -> bool:
+        """Whether the device that is said to have had a page was ever harmed."""
+        return EVERYBODY in self.harmed or any(re.search(rf"\b{re.escape(device)}\b", text) for device in self.harmed)
 
     async def give_up(self, region: Region, page: int, count: int) -> None:
         """MADV_DONTNEED of some pages: private memory is zero afterwards, what is shared is what it was."""
@@ -353,12 +366,12 @@ class Crew:
 
     async def load(self, who: str, region: Region, first: int, count: int, fetch: Callable[[int], Awaitable[Words]]) -> None:
         """Words are loaded by `fetch(address)`, and must be explainable."""
-        look, mark = region.look(first, count), region.history.load_begins(first, count)
+        look, mark, began_s = region.look(first, count), region.history.load_begins(first, count), trio.current_time()
         got: Words | None = None
         try:
             got = await fetch(region.address(first))
         except SegmentationFault as error:
-            self._judge(who, region, look, READ, error)
+            self._judge(who, region, look, READ, error, began_s)
         finally:
             wrong = None
             if got is None or not region.stayed(look):
@@ -375,23 +388,23 @@ class Crew:
         self, who: str, region: Region, first: int, values: Words, put: Callable[[int, Words], Awaitable[None]], *, guarded: bool = True
     ) -> None:
         """`put(address, values)` stores; its success is remembered. Not `guarded`: it goes past the process's rights (a file's write)."""
-        look, mark = region.look(first, len(values)), region.history.store_begins(first, values)
+        look, mark, began_s = region.look(first, len(values)), region.history.store_begins(first, values), trio.current_time()
         done = False
         try:
             await put(region.address(first), values)
             done = not guarded or region.stayed(look)
         except SegmentationFault as error:
-            self._judge(who, region, look, WRITE, error)
+            self._judge(who, region, look, WRITE, error, began_s)
         finally:
             region.history.store_ends(mark, certain=done)
         if done and guarded and region.may(look, WRITE) is False:
             self.complain("rights", f"{who}: stored what it has no right to")
 
-    def _judge(self, who: str, region: Region, look: Look, right: int, error: SignalError) -> None:
+    def _judge(self, who: str, region: Region, look: Look, right: int, error: SignalError, began_s: float) -> None:
         """A SIGSEGV: right where a right is missing, or where something changed meanwhile."""
         if ONLY_COPY in str(error):
             raise error
-        if region.may(look, right) and not self.failures:
+        if region.may(look, right) and not self.excused(error, began_s):
             self.complain("service", f"{who}: {error}")
 
     async def cpu_load(self, who: str, region: Region, first: int, count: int, process: Process | None = None) -> None:

@@ -17,14 +17,14 @@ from .program import Step
 async def bounce(crew: Crew, step: Step, _: str) -> None:
     """A device is started again, empty."""
     device = device_of(crew, step)
-    crew.harm_begins("bounce")
+    harm = crew.harm_begins([device], "bounce")
     try:
         if device in crew.machine.running:
             await crew.machine.kill_device(device)
         with contextlib.suppress(HmmnetError):  # it may fall again at once; whoever heals the machine starts it once more
             await crew.machine.start_device(device)
     finally:
-        crew.harm_ends()
+        crew.harm_ends(harm)
 
 
 @operation("unload")
@@ -32,13 +32,13 @@ async def unload(crew: Crew, step: Step, _: str) -> None:
     """A device's driver is unloaded: it says goodbye, and is started again."""
     device = device_of(crew, step)
     life = crew.machine.incarnation(device)
-    crew.harm_begins("unload")
+    harm = crew.harm_begins([device], "unload")
     try:
         if device in crew.machine.running:
             crew.machine.add_fault(fault("unload", device))
         await _comes_back(crew, device, life)
     finally:
-        crew.harm_ends()
+        crew.harm_ends(harm)
 
 
 @operation("unplug", errno.ENODEV)
@@ -46,12 +46,12 @@ async def unplug(crew: Crew, step: Step, _: str) -> None:
     """A device's memory is removed, its pages home first; then it is plugged in again."""
     device = device_of(crew, step)
     life = crew.machine.incarnation(device)
-    crew.harm_begins("unplug")
+    harm = crew.harm_begins([device], "unplug")
     try:
         await crew.machine.unplug(device)
         await _comes_back(crew, device, life)
     finally:
-        crew.harm_ends()
+        crew.harm_ends(harm)
 
 
 async def _comes_back(crew: Crew, device: str, life: int) -> None:

@@ -23,6 +23,7 @@ from hmmnet.wire.exchange import LEASE_S
 
 from .crew import Crew
 from .demands import restart
+from .excuses import Harm as Suffered
 from .program import Harm, Hit, Planned, Program
 from .recipes import TIME, cost_of
 from .words import UNREADABLE
@@ -47,9 +48,9 @@ class Nemesis:
     def __init__(self, crew: Crew) -> None:
         self._crew = crew
         self._machine = crew.machine
-        self._silencing: dict[int, Fault] = {}
+        self._silencing: dict[int, tuple[Fault, list[Suffered]]] = {}
         """Faults that act now, by number, each a harm."""
-        self._down: list[str] = []
+        self._down: list[tuple[str, list[Suffered]]] = []
         """Devices that crashed or hang at a protocol point, until somebody sees to them."""
         crew.machine.injector.on_fired = self._fired
         crew.machine.network.on_fired = self._message_fired
@@ -96,39 +97,39 @@ class Nemesis:
     def _told(self, number: int, fault: Fault | None) -> None:
         """A fault begins, or has ended."""
         if fault is None:
-            ended = self._silencing.pop(number, None)
+            self._crew.excuses.outage_ends(number, trio.current_time())
+            ended, harms = self._silencing.pop(number, (None, []))
             if ended is not None:
-                self._machine.nursery.start_soon(self._see_to, self._meant(ended), LEASE_S)
+                self._machine.nursery.start_soon(self._see_to, harms, self._meant(ended), LEASE_S)
             return
         kind = fault.kind.name
         self._crew.note(f"fault {number} begins: {fault}")
         if kind in LEAVING:
-            self._crew.harm_begins()
-            self._machine.nursery.start_soon(self._see_to, self._meant(fault), max(MEND_S, fault.settings.get("down", 0.0)))
+            devices = self._meant(fault)
+            self._machine.nursery.start_soon(
+                self._see_to, self._crew.harm_begins(devices), devices, max(MEND_S, fault.settings.get("down", 0.0))
+            )
         elif kind in SILENCING:
-            self._crew.harm_begins()
-            self._silencing[number] = fault
+            self._silencing[number] = (fault, self._crew.harm_begins(self._meant(fault)))
         elif kind == "link.down":
-            self._crew.failures += 1
+            self._crew.excuses.outage_begins(number, fault.on, trio.current_time())
 
     def _meant(self, fault: Fault) -> list[str]:
         """The devices that a fault is on; of one of the host all."""
         pattern = Way.parse(fault.on).device if fault.kind.on == "way" else fault.on
         return [name for name in self._machine.device_names if pattern == HOST or fnmatchcase(name, pattern)]
 
-    async def _see_to(self, devices: Sequence[str], seconds: float) -> None:
+    async def _see_to(self, harms: Sequence[Suffered], devices: Sequence[str], seconds: float) -> None:
         """A harm is over after so many virtual seconds: who does not run is started again."""
         await sleep(seconds)
         for device in devices:
             await restart(self._crew, device)
-        self._crew.harm_ends()
+        self._crew.harm_ends(harms)
 
     def _message_fired(self, fault: MessageFault, device: str, channel: Channel) -> None:
         """Something happened to a message: what nobody can read is answered with an error, or ends its session."""
         if fault.kind in UNREADABLE and channel == "control":
-            self._crew.harm_begins()
-            self._crew.failures += 1
-            self._machine.nursery.start_soon(self._mend_given_up, device)
+            self._machine.nursery.start_soon(self._mend_given_up, self._crew.harm_begins([device]), device)
 
     # --- harms ----------------------------------------------------------------------------------------------------------------
 
@@ -142,12 +143,12 @@ class Nemesis:
             await crew.sent(harm.at)
         else:
             await crew.ended(harm.at)
-        crew.harm_begins(harm.kind)
+        suffered = crew.harm_begins([device], harm.kind)
         crew.note(f"harm {harm.kind} {device} {harm.seconds:g} s")
         try:
             await self._harms[harm.kind](self, device, harm.seconds)
         finally:
-            crew.harm_ends()
+            crew.harm_ends(suffered)
 
     async def _death(self, device: str, seconds: float) -> None:
         if device in self._machine.running:
@@ -202,23 +203,22 @@ class Nemesis:
         counted = "" if fired.kind in KINDS or fired.action == "call" else what
         crew.note(f"fault {what} {victim}")
         if fired.action in LETHAL:
-            crew.harm_begins(counted)
-            self._down.append(victim)
+            self._down.append((victim, crew.harm_begins([victim], counted)))
             self._machine.nursery.start_soon(self._mend_soon)
         elif fired.action == "fail" and fired.where.point in GIVES_UP:
-            crew.harm_begins(counted)
-            self._machine.nursery.start_soon(self._mend_given_up, victim)
+            self._machine.nursery.start_soon(self._mend_given_up, crew.harm_begins([victim], counted), victim)
         else:
             if counted:
                 crew.outcome.faults[counted] += 1
-            crew.failures += fired.action == "fail" and (fired.kind not in KINDS or cost_of(fired.kind) != TIME)
+            if fired.action == "fail" and (fired.kind not in KINDS or cost_of(fired.kind) != TIME):
+                crew.excuses.failed(fired.where.point, fired.where.device)
 
-    async def _mend_given_up(self, device: str) -> None:
+    async def _mend_given_up(self, harms: Sequence[Suffered], device: str) -> None:
         """The host gives it up; once it has heard of that it ends, and is started again."""
         with trio.move_on_after(LEASE_S):
             await self._machine.device_ended(device)
         await restart(self._crew, device)
-        self._crew.harm_ends()
+        self._crew.harm_ends(harms)
 
     async def _mend_soon(self) -> None:
         await sleep(MEND_S)
@@ -227,12 +227,12 @@ class Nemesis:
     async def _mend_nodes(self) -> None:
         """Who hangs goes on; who has crashed is started again."""
         while self._down:
-            device = self._down.pop()
+            device, harms = self._down.pop()
             if device in self._machine.running:
                 await self._machine.resume_device(device)
             else:
                 await restart(self._crew, device)
-            self._crew.harm_ends()
+            self._crew.harm_ends(harms)
 
 
 def faults_in(text: str) -> list[Fault]:

@@ -219,13 +219,13 @@ async def _nemesis(machine: LaunchedMachine, crew: Crew, random: Random, rounds:
             await crew.ended(began + 1)
 
 
-async def _harmed(crew: Crew, kind: str, mend: Callable[[], Awaitable[None]]) -> str:
+async def _harmed(crew: Crew, device: str, kind: str, mend: Callable[[], Awaitable[None]]) -> str:
     """Something is wrong with a device until `mend` returns."""
-    crew.harms += 1
+    harm = crew.harm_begins([device])
     try:
         await mend()
     finally:
-        crew.harm_ends()
+        crew.harm_ends(harm)
     return kind
 
 
@@ -236,7 +236,7 @@ async def _kill(machine: LaunchedMachine, crew: Crew, device: str, random: Rando
         await trio.sleep(random.choice((0.0, 0.01, 0.1)))
         await _start(machine, device)
 
-    return await _harmed(crew, "kill", die_and_return)
+    return await _harmed(crew, device, "kill", die_and_return)
 
 
 async def _stop(machine: LaunchedMachine, crew: Crew, device: str, random: Random) -> str:
@@ -251,7 +251,7 @@ async def _stop(machine: LaunchedMachine, crew: Crew, device: str, random: Rando
             machine.resume_device(device)
         await _start(machine, device)
 
-    return await _harmed(crew, f"stop {'longer' if seconds > 2 else 'shorter'} than the lease", sleep_and_wake)
+    return await _harmed(crew, device, f"stop {'longer' if seconds > 2 else 'shorter'} than the lease", sleep_and_wake)
 
 
 async def _start(machine: LaunchedMachine, device: str) -> None:
@@ -272,7 +272,7 @@ async def _cut(machine: LaunchedMachine, crew: Crew, device: str, random: Random
         await trio.sleep(random.choice((0.05, 0.3, 3.0)))
         cable.repair()
 
-    return await _harmed(crew, f"cut {way}", cut)
+    return await _harmed(crew, device, f"cut {way}", cut)
 
 
 BAD: dict[str, Impairment] = {
@@ -294,7 +294,7 @@ async def _impair(machine: LaunchedMachine, crew: Crew, device: str, random: Ran
         await trio.sleep(random.uniform(0.1, 0.5))
         cable.repair()
 
-    return await _harmed(crew, kind, bear)
+    return await _harmed(crew, device, kind, bear)
 
 
 async def _reset(machine: LaunchedMachine, crew: Crew, device: str, random: Random) -> str:
@@ -305,7 +305,7 @@ async def _reset(machine: LaunchedMachine, crew: Crew, device: str, random: Rand
         machine.cables[device].reset(seconds)
         await trio.sleep(seconds)
 
-    return await _harmed(crew, "reset", reset)
+    return await _harmed(crew, device, "reset", reset)
 
 
 async def _left(processes: Mapping[int, int]) -> list[int]:

@@ -1,0 +1,89 @@
+"""What excuses an operation that was refused: what its error names, on the device that it names, as often as it happened."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from hmmnet.campaign.draw import draw
+from hmmnet.campaign.excuses import AFTERMATH_S, EVERYBODY, Excuses
+from hmmnet.campaign.places import Pair, pairs
+from hmmnet.campaign.scenarios import SCENARIOS
+from hmmnet.campaign.sweep import try_all
+from hmmnet.campaign.trial import run_program
+from hmmnet.errors import KernelError
+from hmmnet.host.process import Process
+
+DEVICES = ("dev0", "dev1", "dev10")
+ALLOCATED = "page fault: ENOMEM: 2 pages are wanted; a fault was injected at host.alloc.frame or memcg.charge"
+COPIED = "dev1: Ioctl: RemoteError: host: Migrate: PeerError: the copy engine gave up (a fault was injected at migrate.mid_copy)"
+CUT = 'kernel peek on device "dev1" failed: host: DmaRead: Unreachable: no link that works leads from "node0" to "dev1": links are down'
+KILLED = 'open: ENODEV: device "dev1" is not there: it was lost: device "dev1" was killed'
+
+
+def test_a_failure_excuses_as_often_as_it_fired() -> None:
+    """Either of the two points that the error names; a third refusal is one too many."""
+    excuses = Excuses()
+    excuses.failed("host.alloc.frame", "")
+    excuses.failed("memcg.charge", "")
+    assert [excuses.cover(ALLOCATED, 0.0, DEVICES) for _ in range(3)] == [True, True, False]
+
+
+def test_a_failure_elsewhere_excuses_nothing() -> None:
+    """Another point, another device; and an error that names no fault."""
+    excuses = Excuses()
+    excuses.failed("migrate.mid_copy", "dev10")
+    excuses.failed("migrate.before_copy", "dev1")
+    assert not excuses.cover(COPIED, 0.0, DEVICES)
+    assert not excuses.cover("migrate_to_ram: ENOMEM: a page wants to come home and the host's memory is used up", 0.0, DEVICES)
+    excuses.failed("migrate.mid_copy", "dev1")
+    assert excuses.cover(COPIED, 0.0, DEVICES)
+
+
+@pytest.mark.parametrize(("links", "excused"), [("*dev1", True), ("*", True), ("*dev0", False)])
+def test_links_that_are_down_excuse_who_needed_them(links: str, excused: bool) -> None:
+    """By the ends of the way, while they are down; not what began after they were up again."""
+    excuses = Excuses()
+    assert not excuses.cover(CUT, 1.0, DEVICES)
+    excuses.outage_begins(3, links, 1.0)
+    assert excuses.cover(CUT, 1.5, DEVICES) is excused
+    excuses.outage_ends(3, 2.0)
+    excuses.outage_ends(4, 2.0)
+    assert excuses.cover(CUT, 1.9, DEVICES) is excused
+    assert not excuses.cover(CUT, 2.1, DEVICES)
+
+
+def test_a_harm_excuses_what_names_its_device() -> None:
+    """While it lasts and in its aftermath; a harm to all excuses all; when all is calm nothing is excused any more."""
+    excuses = Excuses()
+    other = excuses.harm_begins("dev10")
+    assert not excuses.cover(KILLED, 0.0, DEVICES)
+    own = excuses.harm_begins("dev1")
+    assert excuses.cover(KILLED, 5.0, DEVICES)
+    own.ended_s = other.ended_s = 5.0
+    assert excuses.cover(KILLED, 5.0 + AFTERMATH_S / 2, DEVICES)
+    assert not excuses.cover(KILLED, 5.0 + AFTERMATH_S, DEVICES)
+    excuses.harm_begins(EVERYBODY)
+    assert excuses.cover(CUT, 100.0, DEVICES)
+    excuses.calm()
+    assert not excuses.cover(CUT, 100.0, DEVICES)
+
+
+@pytest.mark.parametrize("text", ["ENOMEM because of nothing", "a fault was injected at process.munmap"])
+def test_a_refusal_without_its_cause_is_a_violation(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program in which faults cost errors does not excuse one that comes from nowhere, nor one that names a fault that never fired."""
+
+    async def refuse(*_: object, **__: object) -> None:
+        raise KernelError(12, "munmap", text)
+
+    program = draw(6, "alloc.host")
+    assert run_program(program).violations == []
+    monkeypatch.setattr(Process, "munlock", refuse)
+    assert Counter(one.checker for one in run_program(program).violations)["crash"]
+
+
+@pytest.mark.parametrize("pair", [pair for pair in pairs() if pair.fault == "fail"][::3], ids=lambda pair: pair.place)
+def test_errors_name_the_point_that_failed(pair: Pair) -> None:
+    """Whatever is refused because a point failed says so: nothing of it is a violation."""
+    assert [one.found.wrong for one in try_all(pair, list(SCENARIOS.values()), 1, first_only=True)] == [""]
