@@ -40,7 +40,9 @@ LANE_PART = 100
 """Words of each of the three parts of an actor's lane."""
 LANE_WORDS = 3 * LANE_PART
 ONLY_COPY = "its only copy"
-"""What is said of pages that died with their device."""
+"""What is said of pages that died with their device, or were about to come home from it when it died."""
+LOST = "had its only copy"
+"""What is said of them once it is known that they are lost."""
 
 
 @dataclass(frozen=True)
@@ -270,9 +272,8 @@ class Crew:
         began_s = trio.current_time()
         try:
             await work()
-        except BusError as error:
-            if ONLY_COPY in str(error) or not self.excused(error, began_s):
-                await self._lost(who, error)
+        except SignalError as error:
+            await self._signalled(who, error, began_s)
         except KernelError as error:
             limited = bool(self.program.limit_pages) and error.code == errno.ENOMEM
             self.short += limited
@@ -281,17 +282,19 @@ class Crew:
         except PeerError as error:
             if isinstance(error, IommuFault) or not self.excused(error, began_s):
                 self.complain("service", f"{who}: {type(error).__name__}: {error}")
-        except SegmentationFault as error:
-            if ONLY_COPY in str(error):  # its page is lost, or was when the device asked for it
-                await self._lost(who, error)
-            elif self._is_known(error.address) and not self.excused(error, began_s):
-                self.complain("service", f"{who}: {error}")
         except HmmnetError as error:
             self.complain("progress" if "times" in str(error) else "service", f"{who}: {type(error).__name__}: {error}")
         else:
             return True
         self.outcome.refused += 1
         return False
+
+    async def _signalled(self, who: str, error: SignalError, began_s: float) -> None:
+        """An access has ended in a signal: its page is lost, or somebody excuses it. SIGSEGV is right where nobody has memory any more."""
+        if self._says_lost(error, began_s):
+            await self._lost(who, error)
+        elif (isinstance(error, BusError) or self._is_known(error.address)) and not self.excused(error, began_s):
+            self.complain("service", f"{who}: {error}")
 
     def _is_known(self, address: int) -> bool:
         """Whether a region is there, or a step has, or had, memory of its own, which nobody else changes."""
@@ -307,6 +310,10 @@ class Crew:
             if word is not None:
                 with contextlib.suppress(KernelError):  # locked at this moment: whoever touches it next tries again
                     await self.give_up(region, word // WORDS_PER_PAGE, 1)
+
+    def _says_lost(self, error: SignalError, began_s: float) -> bool:
+        """Whether it tells of a lost page: in so many words, unless its device was dying when the work began."""
+        return LOST in str(error) or (ONLY_COPY in str(error) and self.excused(error, began_s))
 
     def _may_be_lost(self, text: str) -> bool:
         """Whether the device that is said to have had a page was ever harmed."""

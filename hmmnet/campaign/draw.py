@@ -104,7 +104,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "migrate": ("", "", "whole"),
     "advise": ADVICE,
     "protect": ("r", "none", "rw", "rw"),
-    "pin": ("", "longterm", "plain"),
+    "pin": ("", "longterm", "plain", "fork"),
     "fork": ("", "device", "kill", "sigkill", "reaped"),
     "command": ("read", "read_unlocked", "write", "migrate_to_dev", "migrate_to_sys", "snapshot", "exclusive", "check_exclusive"),
     "cancelled_job": ("demand", "remote"),

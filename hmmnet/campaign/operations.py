@@ -368,6 +368,8 @@ async def pin(crew: Crew, step: Step, who: str) -> None:
     address = region.base + region.spread[page] * PAGE_SIZE
     held = await crew.process.get_user_pages(address, count, write=True, pin=step.choice != "plain", longterm=step.choice == "longterm")
     try:
+        if step.choice == "fork" and region.is_private:
+            await _pinned_across_fork(crew, step, who, address, region, first)
         with contextlib.suppress(SegmentationFault):
             await crew.process.migrate(address, count * PAGE_SIZE, device_of(crew, step))
         await crew.cpu_store(who, region, first, 4, step.serial)
@@ -385,6 +387,19 @@ async def pin(crew: Crew, step: Step, who: str) -> None:
             region.history.load_fails(mark)
     finally:
         await held.put()
+
+
+async def _pinned_across_fork(crew: Crew, step: Step, who: str, address: int, region: Region, first: int) -> None:
+    """What is pinned is copied for a child, which sees nothing of what its parent stores afterwards."""
+    child = await crew.process.fork()
+    try:
+        with contextlib.suppress(SegmentationFault):  # the page has no right, or has moved away
+            before = await child.read(address, PAGE_SIZE)
+            await crew.cpu_store(who, region, first, 4, step.serial)
+            if await child.read(address, PAGE_SIZE) != before:
+                crew.complain("history", f"{who}: a child's memory at 0x{address:x} has changed, and the child has not changed it")
+    finally:
+        await child.exit()
 
 
 # --- files ------------------------------------------------------------------------------------------------------------------------

@@ -287,7 +287,14 @@ def copy_on_write_copies_nothing(patch: Patch) -> None:
 @mutation
 def fork_shares_what_must_be_copied(patch: Patch) -> None:
     """Pinned pages are shared with the child."""
-    patch.setattr(fork, "_copies", lambda *args: np.zeros(0, np.uint64))
+
+    def shares(parent: Any, _child: Any, _vma: Any, entries: Any, _pages: Any) -> Any:
+        for zone, _, at in parent.memory.groups(pte.frames_of(entries)):
+            zone.refcount[at] += 1
+            zone.mapcount[at] += 1
+        return entries & ~np.uint64(pte.WRITE | pte.ANON_EXCLUSIVE)
+
+    patch.setattr(fork, "_copies", shares)
 
 
 @mutation

@@ -173,8 +173,13 @@ def _violation() -> Any:
 
 
 def failing() -> Program:
-    """A program with harms and faults."""
-    return next(program for program in map(draw, range(100)) if program.harms and program.faults and program.planned)
+    """A program with faults, and with harms of the device that step 77 means: what the failure needs has one device."""
+
+    def fits(program: Program) -> bool:
+        step = next(step for step in program.steps if step.serial == 77)
+        return bool(program.harms and program.faults and program.planned) and {2} == {step.device, *(harm.device for harm in program.harms)}
+
+    return next(program for program in map(draw, range(1000)) if fits(program))
 
 
 def test_shrink_leaves_what_the_failure_needs(tmp_path: Path) -> None:
@@ -307,7 +312,7 @@ def test_what_is_drawn_and_swept_can_be_read(tmp_path: Path) -> None:
 
 def test_a_death_at_any_message_needs_no_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A device dies when message 40 of all is sent, also where nobody reads the story: the same run, and what shrink says is no crash."""
-    program = msgspec.structs.replace(draw(7, "none", 40), harms=(Harm(40, "message", seconds=0.01),))
+    program = msgspec.structs.replace(draw(8, "none", 40), harms=(Harm(40, "message", seconds=0.01),))
     traced, alone = run_program(program, trace=Trace()).outcome, run_program(program).outcome
     assert alone.faults["message"] == 1
     assert alone == traced
