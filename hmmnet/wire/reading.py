@@ -23,6 +23,8 @@ from typing import NoReturn, Protocol
 import trio
 from trio.lowlevel import Abort, Task, current_task, reschedule, wait_task_rescheduled
 
+from .shortwait import Loop, known_loop
+
 
 class Waiting(Protocol):
     """What a stand-in reads for."""
@@ -54,6 +56,11 @@ class Reader:
         self._woke = False
         """The reading task has woken the only one of them, who may want to stand in."""
         self._sleeper: Task | None = None
+        self._due = False
+        """The reading task has been told to look, and has not run yet."""
+        self._excused = False
+        """It need not look: somebody stands in already."""
+        self._loop: Loop | None = None
         self._left: Awaitable[None] | None = None
 
     async def run(self) -> NoReturn:
@@ -64,7 +71,11 @@ class Reader:
                 while self._standing or self._woke:
                     self._woke = False
                     self._sleeper = current_task()
-                    await wait_task_rescheduled(self._wake_up)
+                    try:
+                        await wait_task_rescheduled(self._wake_up)
+                    finally:
+                        self._due = False
+                        self._hold_to_it()
                 self._reading = True
                 try:
                     more, self._left = self._left or await self._step(), None
@@ -87,7 +98,21 @@ class Reader:
         self._woke = False
         if self._sleeper is not None:
             sleeper, self._sleeper = self._sleeper, None
+            self._due = True
             reschedule(sleeper)
+
+    def _excuse(self) -> None:
+        """The reading task need not look: whoever waits for a frame must not go a turn through the loop for that."""
+        if self._due:
+            self._loop = self._loop or known_loop()
+            if self._loop is not None:
+                self._excused = True
+                self._loop.excused += 1
+
+    def _hold_to_it(self) -> None:
+        if self._excused and self._loop is not None:
+            self._excused = False
+            self._loop.excused -= 1
 
     # --- for those who wait ----------------------------------------------------------------------------------------------------------
 
@@ -99,6 +124,7 @@ class Reader:
     async def stand_in(self, waiting: Waiting) -> None:
         """Read until `waiting` is answered. Returns without an answer when reading is no longer a stand-in's business: then `sleep`."""
         self._standing = True
+        self._excuse()
         try:
             while self._open and not waiting.answered:
                 try:
@@ -111,6 +137,7 @@ class Reader:
             return
         finally:
             self._standing = False
+            self._hold_to_it()
             self.resume()
 
     async def sleep(self, abort: Callable[[object], Abort]) -> None:

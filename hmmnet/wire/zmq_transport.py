@@ -251,14 +251,14 @@ class ZmqTransport:
             socket.setsockopt(zmq.RCVHWM, BULK_QUEUE_MAX)
             socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
             socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
-        return ZmqChannel(*self._bind(socket, endpoint), key)
+        return ZmqChannel(*self._bind(socket, endpoint, bulk=True), key)
 
     def connect_channel(self, endpoint: str, max_bytes: int = CHANNEL_BYTES_MAX, key: bytes = b"") -> ZmqChannel:
         """See `Transport.connect_channel`."""
         socket = self._socket(zmq.DEALER, BULK_THREAD, 0, max_bytes)
         if key:
             socket.setsockopt(zmq.IDENTITY, key)
-        return self._connect(socket, endpoint)
+        return self._connect(socket, endpoint, bulk=True)
 
     def bind_telemetry(self, endpoint: str) -> ZmqChannel:
         """See `Transport.bind_telemetry`."""
@@ -293,13 +293,13 @@ class ZmqTransport:
         socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MS_MAX)
         return socket
 
-    def _bridge(self, socket: zmq.Socket[bytes], on_close: Callable[[], None] | None = None) -> Bridge:
-        bridge = Bridge(socket, on_close)
+    def _bridge(self, socket: zmq.Socket[bytes], on_close: Callable[[], None] | None = None, *, bulk: bool = False) -> Bridge:
+        bridge = Bridge(socket, on_close, bulk=bulk)
         self._bridges = [known for known in self._bridges if not known.closed]
         self._bridges.append(bridge)
         return bridge
 
-    def _bind(self, socket: zmq.Socket[bytes], endpoint: str) -> tuple[Bridge, str]:
+    def _bind(self, socket: zmq.Socket[bytes], endpoint: str, *, bulk: bool = False) -> tuple[Bridge, str]:
         """Bind, and tell the endpoint that peers connect to."""
         with _usable(socket, "listen at", endpoint):
             check_endpoint(endpoint, self._curve is not None)
@@ -309,9 +309,9 @@ class ZmqTransport:
             socket.bind(endpoint)
         bound: bytes = socket.getsockopt(zmq.LAST_ENDPOINT)  # type: ignore[assignment]
         on_close = _guard(Path(endpoint[6:])) if endpoint.startswith("ipc://") else None
-        return self._bridge(socket, on_close), bound.rstrip(b"\0").decode()
+        return self._bridge(socket, on_close, bulk=bulk), bound.rstrip(b"\0").decode()
 
-    def _connect(self, socket: zmq.Socket[bytes], endpoint: str) -> ZmqChannel:
+    def _connect(self, socket: zmq.Socket[bytes], endpoint: str, *, bulk: bool = False) -> ZmqChannel:
         with _usable(socket, "connect to", endpoint):
             check_endpoint(endpoint, self._curve is not None)
             if self._curve is not None and endpoint.startswith("tcp:"):
@@ -319,7 +319,7 @@ class ZmqTransport:
                 socket.setsockopt(zmq.CURVE_PUBLICKEY, self._curve.peer_public)
                 socket.setsockopt(zmq.CURVE_SECRETKEY, self._curve.peer_secret)
             socket.connect(endpoint)
-        return ZmqChannel(self._bridge(socket), endpoint)
+        return ZmqChannel(self._bridge(socket, bulk=bulk), endpoint)
 
 
 @contextlib.contextmanager

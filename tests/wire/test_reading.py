@@ -16,6 +16,7 @@ from hmmnet.wire.memory_transport import MemoryTransport
 from hmmnet.wire.messages import CloseContext, Done, Inspect, Message, OpenContext, Report
 from hmmnet.wire.reading import Reader
 from hmmnet.wire.session import PendingReply
+from hmmnet.wire.shortwait import this_loop
 from hmmnet.wire.transport import Transport
 from hmmnet.wire.zmq_transport import ZmqTransport
 from tests.wire.test_server import Machine, hello, running
@@ -81,6 +82,36 @@ async def test_who_asks_again_reads_for_itself() -> None:
         assert me not in wire.readers[:2]
         assert wire.readers[2:] == [me] * 8
         assert seen == [0, 1, 2, 3, 4]
+
+
+class Prompt(Wire):
+    """What is there is delivered without a turn of the loop, as a bridge does."""
+
+    async def step(self) -> Awaitable[None] | None:
+        try:
+            deliver = self._take.receive_nowait()
+        except trio.WouldBlock:
+            return await super().step()
+        return deliver()
+
+
+async def test_a_stand_in_excuses_the_reading_task_from_looking() -> None:
+    """Told to look because one stand-in left, it does not count among those who could run while the next one stands in; then it does."""
+    loop = this_loop()
+    assert loop is not None
+    await trio.sleep(0.001)  # from then on it is known who can run
+    wire = Prompt()
+    seen: list[tuple[int, int]] = []
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(wire.reader.run)
+        await wait_all_tasks_blocked()
+        for _ in range(4):
+            await ask(wire, lambda: seen.append((loop.runnable, loop.excused)))
+        assert seen[1:] == [(1, 1)] * 3  # the first was read by the reading task itself
+        assert (loop.runnable, loop.excused) == (1, 0)
+        await wait_all_tasks_blocked()
+        assert (loop.runnable, loop.excused) == (0, 0)
+        nursery.cancel_scope.cancel()
 
 
 async def test_when_a_stand_in_leaves_the_reading_task_goes_on() -> None:

@@ -387,7 +387,7 @@ async def test_a_memory_endpoint_can_be_used_again() -> None:
 def test_a_socket_that_nobody_has_closed_holds_nothing_up(monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     """Ctrl-C can come between a socket and what closes it."""
 
-    def interrupted(*_: object) -> None:
+    def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     transport = ZmqTransport()

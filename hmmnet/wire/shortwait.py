@@ -1,0 +1,156 @@
+"""Wait for a message without a turn of trio's loop, where the loop would do nothing but wait.
+
+A wait in trio is a change of its epoll set, a pass through its loop and a turn of its scheduler: some 10 us at each end of a round trip of
+80. When no other task can run, all of that is there to sleep in the kernel until something happens. So sleep here instead, on two
+descriptors: the socket's, and trio's own epoll set, which is readable when anything that trio waits for has happened. Nothing is held up:
+
+- another socket, a signal, a word from another thread: the set is readable at once, and the wait goes on in the loop;
+- a task that could run: then there is no short wait. An `Instrument` counts them. One is excused: the reading task that the waiting task
+  stands in for, which would only look whether somebody does (`reading.py`);
+- a deadline: it comes up to `WAIT_S` late. trio rounds its own waits up to whole milliseconds.
+
+It is no spinning: asking the socket again and again instead made the round trip two to five times as long, because the io threads of both
+ends need the processors. Who waited in vain does not try again until a message has come within `WAIT_S` and before anything else. Beside
+bulk data there are none: credits would end each, and requests would take half as long again.
+
+trio has no public name for its epoll set. Where it cannot be found (another trio, another system, a guest of another loop), all waits are
+the loop's.
+"""
+
+from __future__ import annotations
+
+import select
+from time import perf_counter
+from typing import Any
+
+from trio import lowlevel
+from trio.abc import Instrument
+
+WAIT_S = 0.001
+"""The longest short wait; the smallest that epoll knows. The far end of a round trip answers in a tenth of it."""
+TURNS_MAX = 2
+"""Passes through the loop during a wait with nothing else to do: one for the reading task to look (`reading.py`), one to sleep."""
+BULK_S = 0.01
+"""So long after bulk data moved there are no short waits."""
+_UNKNOWN = 1 << 40
+
+_LOOP: lowlevel.RunVar[Loop | None] = lowlevel.RunVar("hmmnet.wire.shortwait")
+
+
+class Loop(Instrument):
+    """What has to be known of one trio run: its epoll set, and how many tasks could run."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        self.runnable = _UNKNOWN
+        """Beside the task that runs; unknown until the loop has been idle for the first time."""
+        self.excused = 0
+        """Of those, how many need not run while the task that runs waits shortly (`reading.py`)."""
+        self.turns = 0
+        """Passes through the loop so far."""
+        self.bulk_s = -BULK_S
+        """When somebody last sent or received bulk data or credits, or waited for them."""
+
+    def task_scheduled(self, task: lowlevel.Task) -> None:  # noqa: ARG002 - Instrument's
+        """One more can run."""
+        self.runnable += 1
+
+    def before_task_step(self, task: lowlevel.Task) -> None:  # noqa: ARG002 - Instrument's
+        """One of them runs."""
+        self.runnable -= 1
+
+    def before_io_wait(self, timeout: float) -> None:
+        """trio is about to look for events. When it may sleep, nobody can run."""
+        self.turns += 1
+        if timeout > 0:
+            self.runnable = 0
+
+
+def this_loop() -> Loop | None:
+    """That of the run that the caller is in; None where there are no short waits."""
+    loop = _LOOP.get(None)
+    if loop is None and (descriptor := _epoll_descriptor()) is not None:
+        loop = Loop(descriptor)
+        _LOOP.set(loop)
+        lowlevel.add_instrument(loop)
+    return loop
+
+
+def known_loop() -> Loop | None:
+    """`this_loop`, if somebody in this run has short waits."""
+    return _LOOP.get(None)
+
+
+def _epoll_descriptor() -> int | None:
+    from trio._core import _run as trio_run
+
+    runner: Any = getattr(trio_run.GLOBAL_RUN_CONTEXT, "runner", None)
+    found = getattr(getattr(runner, "io_manager", None), "_epoll", None)
+    if getattr(runner, "is_guest", True) or not isinstance(found, select.epoll):
+        return None
+    return found.fileno()
+
+
+class ShortWait:
+    """Short waits for `descriptor`, of which one task at a time may be in."""
+
+    def __init__(self, descriptor: int, *, bulk: bool = False) -> None:
+        self._descriptor = descriptor
+        self._bulk = bulk
+        self._loop: Loop | None = None
+        self._both: select.epoll | None = None
+        self.worthwhile = False
+        """Whether a message came within `WAIT_S` the last time, and nothing else before it."""
+        self._began_s = 0.0
+        self._began_turns = 0
+
+    def wait(self) -> bool:
+        """Return True when the descriptor is readable, False when to wait is the loop's business. Blocks for `WAIT_S` at most."""
+        loop = this_loop()
+        if loop is None or loop.runnable > loop.excused:
+            return False
+        if perf_counter() - loop.bulk_s < BULK_S:
+            self.worthwhile = False
+            return False
+        both = self._both if loop is self._loop else self._watch(loop)
+        if both is None:
+            return False
+        ready = both.poll(WAIT_S)
+        self.worthwhile = len(ready) == 1 and ready[0][0] == self._descriptor
+        return self.worthwhile
+
+    def moved(self) -> None:
+        """Bulk data are being sent or received, if that is what this socket is for."""
+        if self._bulk and (loop := known_loop()) is not None:
+            loop.bulk_s = perf_counter()
+
+    def begin_long(self) -> None:
+        """The caller begins to wait in the loop."""
+        loop = this_loop()
+        self._began_s, self._began_turns = perf_counter(), 0 if loop is None else loop.turns
+        if loop is not None and self._bulk:
+            loop.bulk_s = self._began_s
+
+    def end_long(self) -> None:
+        """That wait has ended, because the descriptor is readable: was it one that could have been short?"""
+        loop = this_loop()
+        now_s = perf_counter()
+        if loop is not None and self._bulk:
+            loop.bulk_s = now_s
+        elif loop is not None:
+            quick = loop.turns - self._began_turns <= TURNS_MAX and now_s - self._began_s < WAIT_S
+            self.worthwhile = quick and now_s - loop.bulk_s >= BULK_S
+
+    def _watch(self, loop: Loop) -> select.epoll | None:
+        self.close()
+        both = select.epoll()
+        both.register(self._descriptor, select.EPOLLIN)
+        both.register(loop.descriptor, select.EPOLLIN)
+        self._loop, self._both = loop, both
+        return both
+
+    def close(self) -> None:
+        """Give the set back; the descriptor is somebody else's."""
+        if self._both is not None:
+            self._both.close()
+        self._both = self._loop = None

@@ -1,0 +1,265 @@
+"""Waits that are shorter than a turn of trio's loop hold nobody up.
+
+`WAIT_S` is set to minutes here: a short wait that should have ended otherwise does not end at all.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+import trio
+import trio.testing
+import zmq
+from trio.lowlevel import checkpoint, current_trio_token, wait_readable
+
+from hmmnet.wire import shortwait
+from hmmnet.wire.bridge import Bridge
+from hmmnet.wire.shortwait import ShortWait, this_loop
+
+SOON_S = 0.05
+ROUND_TRIPS = 400
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+    one, other = socket.socketpair()
+    with one, other:
+        yield one, other
+
+
+@pytest.fixture
+def unending(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shortwait, "WAIT_S", 600.0)
+
+
+async def idle_once() -> None:
+    """Return when the loop has slept: from then on it is known who can run."""
+    assert this_loop() is not None
+    await trio.sleep(0.001)
+
+
+def soon(deed: Callable[[], object]) -> threading.Timer:
+    timer = threading.Timer(SOON_S, deed)
+    timer.start()
+    return timer
+
+
+async def test_trio_has_inside_what_we_know_of_it() -> None:
+    """An epoll set in its I/O manager, under the name that we know. Fails when trio moves it: without it all waits are the loop's."""
+    loop = this_loop()
+    assert loop is not None
+    assert this_loop() is loop
+    with select.epoll.fromfd(os.dup(loop.descriptor)) as found:
+        assert found.poll(0) == []
+
+
+@pytest.mark.usefixtures("unending")
+async def test_it_ends_when_the_descriptor_is_readable(pair: tuple[socket.socket, socket.socket]) -> None:
+    """At once, or later."""
+    await idle_once()
+    short = ShortWait(pair[0].fileno())
+    timer = soon(lambda: pair[1].send(b"x"))
+    assert short.wait()
+    assert short.wait()
+    timer.join()
+    short.close()
+
+
+@pytest.mark.usefixtures("unending")
+async def test_there_is_none_while_a_task_can_run(pair: tuple[socket.socket, socket.socket]) -> None:
+    """Whether it was rescheduled before us or by us; and none before it is known who can run."""
+    short = ShortWait(pair[0].fileno())
+    assert not short.wait()
+    turns = []
+
+    async def busy() -> None:
+        for i in range(20):
+            turns.append(i)
+            await checkpoint()
+
+    await idle_once()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(busy)
+        while len(turns) < 20:
+            assert not short.wait()
+            await checkpoint()
+    short.close()
+
+
+@pytest.mark.usefixtures("unending")
+async def test_other_sockets_of_the_loop_end_it(pair: tuple[socket.socket, socket.socket]) -> None:
+    """What another task waits for has come: its turn."""
+    await idle_once()
+    silent, other = socket.socketpair()
+    heard = trio.Event()
+
+    async def other_task() -> None:
+        await wait_readable(pair[0])
+        heard.set()
+
+    with silent, other:
+        short = ShortWait(silent.fileno())
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(other_task)
+            await trio.testing.wait_all_tasks_blocked()
+            timer = soon(lambda: pair[1].send(b"x"))
+            short.worthwhile = True
+            assert not short.wait()
+            assert not short.worthwhile
+            assert not heard.is_set()
+            await heard.wait()
+            timer.join()
+        short.close()
+
+
+@pytest.mark.usefixtures("unending")
+async def test_a_word_from_another_thread_ends_it(pair: tuple[socket.socket, socket.socket]) -> None:
+    """As do signals that trio has a handler for."""
+    await idle_once()
+    short = ShortWait(pair[0].fileno())
+    said = trio.Event()
+    token = current_trio_token()
+    timer = soon(lambda: token.run_sync_soon(said.set))
+    assert not short.wait()
+    await said.wait()
+    timer.join()
+    with trio.open_signal_receiver(signal.SIGUSR1) as signals:
+        await idle_once()
+        timer = soon(lambda: os.kill(os.getpid(), signal.SIGUSR1))
+        assert not short.wait()
+        assert await anext(signals) == signal.SIGUSR1
+        timer.join()
+    short.close()
+
+
+async def test_who_waited_in_vain_does_not_try_again(pair: tuple[socket.socket, socket.socket]) -> None:
+    """Until a message has come soon after it was waited for."""
+    await idle_once()
+    short = ShortWait(pair[0].fileno())
+    short.worthwhile = True
+    assert not short.wait()
+    assert not short.worthwhile
+    short.close()
+
+
+@pytest.mark.usefixtures("unending")
+async def test_a_wait_with_others_at_work_was_none_for_a_short_one(pair: tuple[socket.socket, socket.socket]) -> None:
+    """However soon the message came: what the others do would have ended a short wait. Alone, it would have been one."""
+    await idle_once()
+    short = ShortWait(pair[0].fileno())
+    for others in (0, 5, 0):
+        short.begin_long()
+        for _ in range(others):
+            await checkpoint()
+        timer = soon(lambda: pair[1].send(b"x"))
+        await wait_readable(pair[0])
+        short.end_long()
+        assert short.worthwhile == (others == 0)
+        timer.join()
+        pair[0].recv(1)
+    short.close()
+
+
+@pytest.mark.usefixtures("unending")
+async def test_there_is_none_beside_bulk_data(pair: tuple[socket.socket, socket.socket]) -> None:
+    """Who waited for them says so, and waits in the loop himself."""
+    await idle_once()
+    short, bulk = ShortWait(pair[0].fileno()), ShortWait(pair[0].fileno(), bulk=True)
+    pair[1].send(b"x")
+    short.worthwhile = True
+    assert short.wait()
+    bulk.begin_long()
+    await wait_readable(pair[0])
+    bulk.end_long()
+    assert not bulk.worthwhile
+    assert not short.wait()
+    assert not short.worthwhile
+    short.close()
+
+
+async def test_there_is_none_while_bulk_data_move(pair: tuple[socket.socket, socket.socket]) -> None:
+    """Whoever sends or receives it, and for a while after: each credit would end one."""
+    await idle_once()
+    short, bulk = ShortWait(pair[0].fileno()), ShortWait(pair[1].fileno(), bulk=True)
+    pair[1].send(b"x")
+    await idle_once()
+    assert short.wait()
+    bulk.moved()
+    assert not short.wait()
+    await trio.sleep(shortwait.BULK_S * 1.5)
+    await idle_once()
+    assert short.wait()
+    bulk.begin_long()
+    assert not short.wait()
+    short.close()
+    bulk.close()
+
+
+def test_a_guest_of_another_loop_has_none() -> None:
+    """Who waits there keeps the other loop from running."""
+    found = []
+    over = threading.Event()
+    calls: list[Callable[[], object]] = []
+    ready = threading.Condition()
+
+    def later(call: Callable[[], object]) -> None:
+        with ready:
+            calls.append(call)
+            ready.notify()
+
+    async def main() -> None:
+        found.append(this_loop())
+
+    trio.lowlevel.start_guest_run(main, run_sync_soon_threadsafe=later, done_callback=lambda _: over.set())
+    while not over.is_set():
+        with ready:
+            assert ready.wait_for(lambda: calls, 20)
+            call = calls.pop(0)
+        call()
+    assert found == [None]
+
+
+# --- in a bridge ------------------------------------------------------------------------------------------------------------------
+
+
+def echo(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> None:
+    with context.socket(zmq.DEALER) as far:
+        far.connect(endpoint)
+        while message := far.recv():
+            far.send(message)
+
+
+async def test_a_round_trip_waits_shortly(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every answer comes, in order; most are waited for outside the loop; and a scope that is over ends the wait for one that does not."""
+    waits = []
+    wait = ShortWait.wait
+
+    def counted(short: ShortWait) -> bool:
+        waits.append(wait(short))
+        return waits[-1]
+
+    monkeypatch.setattr(ShortWait, "wait", counted)
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    socket = context.socket(zmq.DEALER)
+    socket.bind(f"ipc://{place}/socket")
+    bridge = Bridge(socket)
+    peer = threading.Thread(target=echo, args=(context, f"ipc://{place}/socket"))
+    peer.start()
+    with trio.fail_after(60):
+        for i in range(ROUND_TRIPS):
+            await bridge.send((b"%d" % i,))
+            assert await bridge.recv_first() == b"%d" % i
+    assert True in waits
+    with trio.move_on_after(SOON_S) as scope:
+        await bridge.recv_first()
+    assert scope.cancelled_caught
+    await bridge.send((b"",))
+    await trio.to_thread.run_sync(peer.join)
+    bridge.close()
+    context.destroy(0)
