@@ -32,6 +32,7 @@ from hmmnet.pages import (
     MIGRATE_PFN_WRITE,
     PAGES_MAX,
     Words,
+    among,
     from_wire,
     has_large,
     page_by_page,
@@ -467,13 +468,13 @@ def matched(start: int, words: Words, pages: Words, frames: Words) -> tuple[Word
     answered = positions(start, words)
     if np.array_equal(answered, pages):
         return words, pages, frames
-    apart = (pages >= np.uint64(LARGE)) & ~np.isin(pages, answered)
+    apart = (pages >= np.uint64(LARGE)) & ~among(pages, answered)
     if apart.any():
         pages, frames = (np.concatenate((listed[~apart], page_by_page(listed[apart]))) for listed in (pages, frames))
         order = np.argsort(pages & _PAGE, kind="stable")
         pages, frames = pages[order], frames[order]
     if len(answered) != len(pages) or not np.array_equal(answered, pages):
-        known = np.isin(answered, pages)
+        known = among(answered, pages)
         if has_large(answered[~known]) or int(np.count_nonzero(known)) != len(pages):
             raise ProtocolError("the host's Migrated has words for huge pages that were not offered, or none for pages that were")
         words = words[known]

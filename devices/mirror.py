@@ -35,6 +35,7 @@ from hmmnet.pages import (
     LARGE,
     PAGES_MAX,
     Words,
+    among,
     ascending,
     page_by_page,
     runs_of,
@@ -354,5 +355,5 @@ class Mirror:
         """The move is over: entries of pages that stayed (not in `moved`, and not dropped meanwhile) are back."""
         self.unwatch(hidden.watch)
         if len(hidden.pages):
-            stayed = hidden.watch.keeps(hidden.pages) & ~np.isin(hidden.pages, page_by_page(moved))
+            stayed = hidden.watch.keeps(hidden.pages) & ~among(hidden.pages, page_by_page(moved))
             self._table.scatter(hidden.pages[stayed], hidden.entries[stayed])

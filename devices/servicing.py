@@ -30,7 +30,7 @@ import trio
 
 from hmmnet.errors import HmmnetError, KernelError, PeerError
 from hmmnet.fabric.clock import EmulatedClock
-from hmmnet.pages import HMM_PFN_REQ_FAULT, HMM_PFN_REQ_WRITE, HMM_PFN_WRITE, HUGE_SHIFT, ZERO_FRAME, Words, distinct, runs_of
+from hmmnet.pages import HMM_PFN_REQ_FAULT, HMM_PFN_REQ_WRITE, HMM_PFN_WRITE, HUGE_SHIFT, ZERO_FRAME, Words, among, distinct, runs_of
 from hmmnet.sleeping import sleep
 
 from .context import MIGRATE_PAGES_MAX, Context, cut
@@ -213,7 +213,7 @@ class FaultService:
                 return  # mapping the pages where they are says what is wrong with them, page by page
             if moved.errno:
                 inside = pages[(pages >= np.uint64(start)) & (pages < np.uint64(end))]
-                inside = inside[~np.isin(inside, moved.pages)] if len(moved.pages) else inside
+                inside = inside[~among(inside, moved.pages)] if len(moved.pages) else inside
                 exact = pieces(inside)
                 if exact != [(start, end)]:
                     for low, high in exact:
@@ -269,9 +269,9 @@ class FaultService:
     def _may_move(self, pages: Words) -> Mask:
         """Which of `pages` have not just refused to move, and do not thrash."""
         pinned = self._thrashing.pinned(self._now())
-        may: Mask = ~np.isin(pages, pinned) if len(pinned) else np.ones(len(pages), np.bool_)
+        may: Mask = ~among(pages, pinned) if len(pinned) else np.ones(len(pages), np.bool_)
         if len(self._stays) and self._now() < self._stays_until_s:
-            may &= ~np.isin(pages, self._stays)
+            may &= ~among(pages, self._stays)
         return may
 
     async def _send_home(self, start: int, end: int) -> None:

@@ -97,6 +97,18 @@ def is_ascending(values: npt.NDArray[Number]) -> bool:
 
 HANDFUL = 64
 """Numbers up to which Python is faster than numpy at keeping each once."""
+FEW = 8
+"""Numbers up to which it is faster to compare with each than to sort."""
+
+
+def among(values: Words, others: Words) -> npt.NDArray[np.bool_]:
+    """Which of `values` are among `others`, mostly a few: np.isin takes 20 us for a handful."""
+    if len(others) > FEW:
+        return np.isin(values, others)
+    found = np.zeros(len(values), np.bool_)
+    for other in others.tolist():
+        found |= values == other
+    return found
 
 
 LARGE = 1 << 63

@@ -259,8 +259,10 @@ def _by_leaf(pages: Words) -> Iterator[tuple[int, slice | npt.NDArray[np.bool_]]
     if len(pages) == 0:
         return
     keys = pages >> np.uint64(LEAF_SHIFT)
-    changes = np.flatnonzero(keys[1:] != keys[:-1]) + 1
-    if bool((keys[changes] > keys[changes - 1]).all()):
+    changes = (keys[1:] != keys[:-1]).nonzero()[0] + 1
+    if len(changes) == 0:
+        yield int(keys[0]), slice(0, len(keys))
+    elif bool((keys[changes] > keys[changes - 1]).all()):
         bounds = [0, *changes.tolist(), len(keys)]
         for low, high in pairwise(bounds):
             yield int(keys[low]), slice(low, high)

@@ -37,6 +37,7 @@ from hmmnet.pages import (
     PAGE_SIZE,
     ZONE_SHIFT,
     Words,
+    distinct,
 )
 from hmmnet.runs import RunAllocator
 from hmmnet.topology import MemoryNode, Topology
@@ -186,7 +187,7 @@ class DmaMap:
         words[wanted] &= ~np.uint64(FLAGS)
         frames = words & np.uint64(HMM_PFN_FRAME_MASK)
         zones = frames >> np.uint64(ZONE_SHIFT)
-        for zone in np.unique(zones[wanted]).tolist():
+        for zone in distinct(zones[wanted]).tolist():
             route = self._route_of(zone)
             if route is None:
                 continue

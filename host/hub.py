@@ -62,15 +62,15 @@ class Invalidation:
     async def _let_go(self, found: list[Subscription]) -> None:
         """Tell all devices, then wait for all."""
         points = self._hub.points
-        if points.armed:
+        if not points.passes("hub.before_callbacks"):
             await self._at("hub.before_callbacks")
         told = self._tell(found, self._hub.core.sequence)
         try:
-            if points.armed:
+            if not points.passes("hub.after_callbacks"):
                 await self._at("hub.after_callbacks")
             for _, acknowledgement in told:
                 await acknowledgement.finish()
-            if points.armed:
+            if not points.passes("hub.after_acks"):
                 await self._at("hub.after_acks")
         finally:
             for subscription, _ in told:
@@ -107,7 +107,7 @@ class Invalidation:
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
-            if self._hub.points.armed:
+            if not self._hub.points.passes("hub.before_range_end"):
                 await self._at("hub.before_range_end")
         finally:
             self._hub.range_end()

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hmmnet.errors import Unreachable
-from hmmnet.pages import DEVICE_ZONE_MIN, ZONE_SHIFT, Words
+from hmmnet.pages import DEVICE_ZONE_MIN, ZONE_SHIFT, Words, distinct
 
 from .interfaces import DeviceLink, Migration
 from .iommu import Domain
@@ -51,7 +51,7 @@ def alloc_and_copy(links: Mapping[int, DeviceLink], context_of: Callable[[int, i
             targets = grant.for_part(part, start)
             going = (part.source & (MIGRATE | VALID) == MIGRATE | VALID) & (targets != 0)
             zones = frames >> _ZONE
-            for zone in np.unique(zones[going & (zones >= np.uint64(DEVICE_ZONE_MIN))]).tolist():
+            for zone in distinct(zones[going & (zones >= np.uint64(DEVICE_ZONE_MIN))]).tolist():
                 rows = np.flatnonzero(going & (zones == np.uint64(zone)))
                 for domain in domains:
                     domain.suspend(listed(part, part.pages[rows]))

@@ -241,7 +241,7 @@ class Requests:
         update = self._table_updates.get(message.migration)
         if update is None or update.done.is_set():
             return None
-        if self._points.armed:
+        if not self._points.passes("migrate.before_finalize", self._life.name):
             return self._finalize_late(update)
         update.finalize()
         update.done.set()

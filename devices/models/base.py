@@ -272,7 +272,7 @@ class Device:
         context.mirror.invalidate(
             message.subscription, message.start, message.end, message.sequence, announced=announced, keep_own=keep_own
         )
-        if self.points.armed:
+        if not self.points.passes("device.before_ack"):
             return self._acknowledge(context, message)
         return context.quiesce(message.start, message.end) if context.is_busy(message.start, message.end) else None
 
@@ -288,7 +288,7 @@ class Device:
         """A stream into granted frames. Raises ProtocolError."""
         self.copies.copy_in(message)
         self._freed.set()  # its message buffers will be idle memory, too
-        return self._copy_in_late(message) if self.points.armed else None
+        return None if self.points.passes("device.copy_in") else self._copy_in_late(message)
 
     async def _copy_in_late(self, message: CopyIn) -> None:
         try:
@@ -301,10 +301,16 @@ class Device:
         """A stream out of live frames (a few come with the answer), whose entries go first. Raises ProtocolError."""
         one = message.stream == 0 and len(message.frames) == WORD_BYTES and message.frames[-1] < LARGE_BYTE
         answer = self._copy_one(message) if one else self._copy_out(message)
-        return self._answer_late(answer) if self.points.armed and answer is not None else answer
+        if answer is None or not self.points.armed:
+            return answer
+        return self._damaged(answer) if self.points.passes("device.copy_out") else self._answer_late(answer)
 
     async def _answer_late(self, answer: Copied) -> Copied:
         await self.points.at("device.copy_out")
+        return self._damaged(answer)
+
+    def _damaged(self, answer: Copied) -> Copied:
+        """The answer, as it is or as a bad copy engine has made it."""
         if self.points.fails("device.bad_copy"):
             return Copied(bytes((answer.data[0] ^ 1,)) + answer.data[1:], answer.checksum)
         return answer

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from typing import ClassVar, cast
 
 import trio
@@ -235,9 +236,10 @@ class Nemesis:
             self._crew.harm_ends(harms)
 
 
-def faults_in(text: str) -> list[Fault]:
-    """The faults of an entry of a program. Raises PlanError."""
-    return [cast(Fault, fault) for fault in Plan.parse(text).faults]
+@lru_cache(maxsize=256)
+def faults_in(text: str) -> tuple[Fault, ...]:
+    """The faults of an entry of a program, which is looked at more than once. Raises PlanError."""
+    return tuple(cast(Fault, fault) for fault in Plan.parse(text).faults)
 
 
 def all_faults(program: Program) -> list[Fault]:

@@ -330,6 +330,11 @@ class Points:
         self._device = "" if node == HOST else node
         self._injector = injector
 
+    def passes(self, name: str, device: str | None = None) -> bool:
+        """Whether nothing can happen at that point, which is passed then: for boundaries at which to wait costs a task."""
+        injector = self._injector
+        return not self.armed or injector is None or injector.passes(name, self.node, self._device if device is None else device)
+
     async def at(self, name: str, *, device: str | None = None, process: int = 0, start: int = 0, pages: int = 0, event: str = "") -> None:
         """A step boundary is reached; returns when it is passed.
 

@@ -61,6 +61,28 @@ class Waiters:
             reschedule(self._tasks.popleft())
 
 
+class Turns:
+    """Lets others run now and then, between messages that a task takes or gives without having to wait."""
+
+    __slots__ = ("_immediate",)
+
+    def __init__(self) -> None:
+        self._immediate = 0
+
+    async def pass_on(self) -> None:
+        """One more without waiting: a checkpoint for who is cancelled, and every `IMMEDIATE_MAX` times for all."""
+        self._immediate += 1
+        if self._immediate >= IMMEDIATE_MAX:
+            self._immediate = 0
+            await checkpoint()
+        else:
+            await checkpoint_if_cancelled()
+
+    def waited(self) -> None:
+        """The task has to wait, and others run."""
+        self._immediate = 0
+
+
 class Pipe:
     """One direction: a bounded queue with waiters at both ends."""
 
@@ -75,6 +97,7 @@ class Pipe:
         self._max_bytes = max_bytes
         self._takers = Waiters()
         self._givers = Waiters()
+        self._turns = Turns()
         self._way = way
         self._watch = watch
 
@@ -125,7 +148,10 @@ class Pipe:
 
     async def get(self) -> Parts:
         """Take the first, waiting for it."""
+        if self.queue and not self._dead:
+            await self._turns.pass_on()
         while self._dead or not (self.queue or self.closed):
+            self._turns.waited()
             await self._takers.park()
         return self.get_nowait()
 
@@ -175,11 +201,11 @@ class MemoryChannel:
         self._inbound = inbound
         self._outbound = outbound
         self._prefix: Parts = () if address is None else (address,)
-        self._busy = 0
+        self._turns = Turns()
 
     async def send(self, header: Buffer, payload: Buffer | None = None) -> None:
         """See `Channel.send`."""
-        await self._yield()
+        await self._turns.pass_on()
         await self._outbound.put(self._parts(header, payload))
 
     def send_nowait(self, header: Buffer, payload: Buffer | None = None) -> None:
@@ -195,7 +221,6 @@ class MemoryChannel:
 
     async def receive(self) -> tuple[bytes, MemoryPayload | None]:
         """See `Channel.receive`."""
-        await self._yield()
         return self._split(await self._inbound.get())
 
     def receive_nowait(self) -> tuple[bytes, MemoryPayload | None]:
@@ -205,14 +230,6 @@ class MemoryChannel:
     @staticmethod
     def _split(parts: Parts) -> tuple[bytes, MemoryPayload | None]:
         return parts[0], MemoryPayload(parts[1]) if len(parts) > 1 else None
-
-    async def _yield(self) -> None:
-        self._busy += 1
-        if self._busy >= IMMEDIATE_MAX:
-            self._busy = 0
-            await checkpoint()
-        else:
-            await checkpoint_if_cancelled()
 
     def close(self) -> None:
         """See `Channel.close`."""
@@ -255,16 +272,9 @@ class MemoryListener:
     def __init__(self, endpoint: str, hub: Hub) -> None:
         self.endpoint = endpoint
         self._hub = hub
-        self._busy = 0
 
     async def receive(self) -> tuple[bytes, bytes]:
         """See `Listener.receive`."""
-        self._busy += 1
-        if self._busy >= IMMEDIATE_MAX:
-            self._busy = 0
-            await checkpoint()
-        else:
-            await checkpoint_if_cancelled()
         return self._whole(await self._hub.inbound.get())
 
     def receive_nowait(self) -> tuple[bytes, bytes]:

@@ -31,6 +31,7 @@ from hmmnet.errors import (
     SegmentationFault,
     SignalError,
 )
+from hmmnet.sleeping import sleep
 
 from .codec import ANSWERS_MASK, Kind, decode_body, decode_header, encode
 from .exchange import ACKNOWLEDGE_EVERY, BYE_S, HEARTBEAT_S, LEASE_S, RETRY_S, Action, Arrival, Exchange, State
@@ -393,9 +394,7 @@ class Session:
 
     async def _keep_alive(self) -> None:
         while self.lost is None:
-            with trio.move_on_after(self._heartbeat_s):
-                await self._ended.wait()
-                return
+            await sleep(self._heartbeat_s)
             self.tick()
 
     def tick(self) -> None:

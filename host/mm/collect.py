@@ -35,6 +35,7 @@ from hmmnet.pages import (
     MIGRATE_PFN_WRITE,
     ZONE_SHIFT,
     Words,
+    among,
     bits_in_all,
     is_one_run,
 )
@@ -155,7 +156,7 @@ def wanted(memory: PhysicalMemory, entries: Words, select: Select, owner: int) -
             wanted &= entries & pte.HUGE == 0
     if select & (Select.DEVICE_PRIVATE | Select.DEVICE_COHERENT) and (owner != NO_OWNER or select & Select.ANY_OWNER):
         if select & Select.PEERS:
-            mine = np.isin(pte.zones_of(entries), np.array(memory.peers_of(owner), np.uint64))
+            mine = among(pte.zones_of(entries), np.array(memory.peers_of(owner), np.uint64))
         else:
             mine = ~system if select & Select.ANY_OWNER else pte.zones_of(entries) == owner
         if select & Select.DEVICE_PRIVATE:

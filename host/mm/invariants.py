@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hmmnet.pages import HUGE_PAGES, HUGE_SHIFT, PAGES_MAX, ZONE_SHIFT, Words
+from hmmnet.pages import HUGE_PAGES, HUGE_SHIFT, PAGES_MAX, ZONE_SHIFT, Words, distinct
 
 from . import pte
 from .frames import PhysicalMemory
@@ -86,8 +86,8 @@ def check_charges(memory: PhysicalMemory, zones: Iterable[Charges]) -> None:
     pages: Counter[int] = Counter()
     locked: Counter[int] = Counter()
     for zone in zones:
-        pages += zone.pages
-        locked += zone.locked
+        pages.update(zone.pages)
+        locked.update(zone.locked)
     said = memory.cgroups.charged()
     right = all(pages[number] - locked[number] <= said.get(number, 0) <= pages[number] for number in {*pages, *said})
     assert right, f"pages charged to memory cgroups (I4): {dict(sorted(pages.items()))}, they say {said}"
@@ -119,7 +119,7 @@ def check_unfolded(memory: PhysicalMemory, mm: Mm, small: Words) -> None:
     """No one of the entries `small`, which stand for a page each, leads to a page of a folded folio."""
     frames = known(memory, mm, pte.frames_of(small[counted(small) & (small != 0)]))
     heads = frames >> np.uint64(HUGE_SHIFT) << np.uint64(HUGE_SHIFT)
-    assert not memory.folded(np.unique(heads)).any(), f"process {mm.number}: one page of a folded folio is mapped"
+    assert not memory.folded(distinct(heads)).any(), f"process {mm.number}: one page of a folded folio is mapped"
 
 
 def check_folded(zone: Zone, *, quiet: bool) -> None:

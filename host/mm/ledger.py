@@ -19,7 +19,6 @@ Copies of all that take as much memory as page tables and struct pages do; none 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -359,16 +358,17 @@ class Ledger:
 
     def _reaches_others(self, tables: Sequence[_Table], zones: Sequence[_Frames]) -> bool:
         """Whether an entry that did not change may lead to a frame of `zones` whose struct page did."""
-        fresh: Counter[int] | None = None
+        fresh: dict[int, int] | None = None
         for seen in zones:
             where, base = seen.loud, seen.zone.base
             held = seen.expected[where] + seen.behind[where]
             if not np.count_nonzero(held):
                 continue
             if fresh is None:
-                fresh = Counter(frame for table in tables for frame in pte.frames_of(table.changed.now[table.changed.now != 0]).tolist())
-            if any(fresh[base + at] < times for at, times in zip(where.tolist(), held.tolist(), strict=True)):
-                return True
+                fresh = _led_to(tables)
+            for at, times in zip(where.tolist(), held.tolist(), strict=True):
+                if fresh.get(base + at, 0) < times:
+                    return True
         return False
 
     def _watch(self, now_s: float) -> None:
@@ -379,6 +379,15 @@ class Ledger:
             assert since_s == NOT_YET_S or now_s - since_s <= MIGRATION_S_MAX, (
                 f"process {mm.number}: page 0x{page:x} has been behind a migration entry for {now_s - since_s:g} s (I5)"
             )
+
+
+def _led_to(tables: Sequence[_Table]) -> dict[int, int]:
+    """How many of the entries that changed lead to which frame now."""
+    found: dict[int, int] = {}
+    for table in tables:
+        for frame in pte.frames_of(table.changed.now[table.changed.now != 0]).tolist():
+            found[frame] = found.get(frame, 0) + 1
+    return found
 
 
 def _elsewhere(changed: Changes) -> npt.NDArray[np.bool_]:

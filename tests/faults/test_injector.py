@@ -69,6 +69,23 @@ async def test_what_may_happen_is_known_anew_after_every_change() -> None:
     assert not injector.reached["device.job_start"]
 
 
+async def test_a_point_that_nothing_concerns_is_passed_without_a_task() -> None:
+    """And counted where points are; where something may happen, or the node hangs, somebody has to wait there."""
+    injector = Injector()
+    gpu0 = injector.points_of("gpu0")
+    assert gpu0.passes("device.copy_in")
+    assert not injector.reached, "nobody counts"
+    number = injector.add(PointFault("device.copy_in", "delay", device="gpu1"))
+    assert [gpu0.passes("device.copy_in", device) for device in (None, "gpu1")] == [True, False]
+    injector.stop("gpu0")
+    assert not gpu0.passes("device.copy_in")
+    injector.remove(number)
+    assert not gpu0.passes("device.copy_in"), "it hangs still"
+    injector.resume("gpu0")
+    assert gpu0.passes("device.copy_in")
+    assert injector.reached == {"device.copy_in": 1}
+
+
 async def test_the_nth_occurrence_and_no_other() -> None:
     """fail-nth, over all devices together."""
     injector = Injector()

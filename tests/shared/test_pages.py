@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hmmnet.pages import PAGE_SIZE, ZONE_SHIFT, distinct, from_wire, is_one_run, page_range, run_bounds, to_wire, zone_of
+from hmmnet.pages import PAGE_SIZE, ZONE_SHIFT, among, distinct, from_wire, is_one_run, page_range, run_bounds, to_wire, zone_of
 
 FRAMES = st.lists(st.integers(0, 40), max_size=30)
 
@@ -38,6 +38,13 @@ def test_one_run_means_two_bounds(frames: list[int]) -> None:
 def test_distinct_is_what_numpy_calls_unique(frames: list[int]) -> None:
     """Whatever the order: ascending, each once."""
     assert distinct(np.array(frames, dtype=np.uint64)).tolist() == sorted(set(frames))
+
+
+@given(st.lists(st.integers(0, 12) | st.integers(2**64 - 3, 2**64 - 1)), st.lists(st.integers(0, 12) | st.integers(2**64 - 3, 2**64 - 1)))
+def test_among_is_what_numpy_calls_isin(values: list[int], others: list[int]) -> None:
+    """With a few others, and with many."""
+    words, few = np.array(values, dtype=np.uint64), np.array(others, dtype=np.uint64)
+    assert among(words, few).tolist() == [value in others for value in values] == np.isin(words, few).tolist()
 
 
 @given(st.lists(st.integers(0, 2**64 - 1), max_size=20))

@@ -14,7 +14,7 @@ import zmq
 
 from hmmnet.errors import HmmnetError
 from hmmnet.wire.bridge import BULK_BYTES
-from hmmnet.wire.memory_transport import TELEMETRY_MESSAGES_MAX, MemoryTransport
+from hmmnet.wire.memory_transport import IMMEDIATE_MAX, TELEMETRY_MESSAGES_MAX, MemoryTransport
 from hmmnet.wire.transport import FRAME_BYTES_MAX, Channel, Transport
 from hmmnet.wire.zmq_transport import CurveKeys, ZmqTransport
 
@@ -396,3 +396,30 @@ def test_a_socket_that_nobody_has_closed_holds_nothing_up(monkeypatch: pytest.Mo
         transport.bind_channel(f"ipc://{place}/x")
     transport.close()
     assert caught.value.args == ()
+
+
+async def test_a_memory_channel_lets_others_run() -> None:
+    """Who never has to wait gives way every so many messages; who has waited has given way."""
+    transport = MemoryTransport()
+    far, near = transport.bind_channel("mem://turns"), transport.connect_channel("mem://turns")
+    turns = 0
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            await trio.lowlevel.checkpoint()
+            turns += 1
+
+    async with trio.open_nursery() as nursery:
+        for number in range(3 * IMMEDIATE_MAX):
+            near.send_nowait(bytes((number,)))
+        nursery.start_soon(others)
+        for number in range(3 * IMMEDIATE_MAX):
+            assert (await far.receive())[0] == bytes((number,))
+        assert 1 <= turns <= 4, "three checkpoints"
+        with trio.move_on_after(0) as scope:
+            near.send_nowait(b"late")
+            await far.receive()
+        assert scope.cancelled_caught
+        assert far.receive_nowait()[0] == b"late", "what was not taken is there still"
+        nursery.cancel_scope.cancel()
