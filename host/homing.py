@@ -41,7 +41,8 @@ from .devmem import PageMap
 from .interfaces import AddressSpace, DeviceLink, Event, Migration, Select
 from .migrate import MIGRATE, SHIFT, VALID, Outcome, collect, joined, listed, set_targets, words_of
 from .mm import pte
-from .mm.collect import collect_frames, finalize, move
+from .mm.collect import collect_frames, move
+from .mm.finalize import finalize
 from .mm.frames import PhysicalMemory
 from .mm.relief import KERNEL
 from .mm.rmap import mappings

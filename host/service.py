@@ -53,20 +53,16 @@ from .devmem import PageMap
 from .dma import Dma
 from .dma_map import DeviceDma, DmaRoutes, page_map_owners
 from .homing import Homing
-from .hub import Hub
 from .injection import Injection, own_injector
 from .interconnect import Interconnect
 from .link import SessionLink
-from .mm.space import Space
 from .oom import OomKiller
 from .personality import personality_named
 from .process import Process
+from .processes import ProcessTable
 from .relay import copy_across
 from .requests import Requests
 from .telemetry import Telemetry
-
-PID_FIRST = 1000
-"""Pids below could be mistaken for something of the computer's own."""
 
 log = logging.getLogger("hmmnet.host")
 
@@ -118,11 +114,9 @@ class Host:
         self.interconnect = Interconnect(topology, clock, self.memory)
         self._routes = DmaRoutes(topology)
         self.devices = {spec.name: Device(spec) for spec in topology.devices}
-        self.spaces: dict[int, Space] = {}
-        self.hubs: dict[int, Hub] = {}
-        self.late_callbacks: list[str] = []
-        """Mirrors that were told something after they had unsubscribed (I7): what `Hub.too_late` says."""
-        self.processes: dict[int, Process] = {}
+        self._table = ProcessTable(self.memory, self.personality)
+        self.spaces, self.hubs, self.processes = self._table.spaces, self._table.hubs, self._table.processes
+        self.late_callbacks = self._table.late_callbacks
         self._oom = OomKiller(self.memory, self.spaces, self.processes, self.spawn)
         self.memory.relief.killer = self._oom.out_of_memory
         self.links: dict[int, SessionLink] = {}
@@ -131,6 +125,7 @@ class Host:
         self.events = self.homing.events
         """Where to hear what happens."""
         self.contexts = Contexts(self.devices, self.hubs, self.interconnect.profile)
+        self._table.serve(self.homing, self.contexts)
         beside = partial(self.interconnect.attach_beside, place=topology.nodes[0].name)
         self.kernel = self.personality.kernel(self.memory, self.spaces, beside, self.interconnect.detach)
         """What a v25 kernel exports to drivers in the host; None today."""
@@ -145,7 +140,6 @@ class Host:
         self._heartbeat_s, self._lease_s, self._retry_s = heartbeat_s, lease_s, retry_s
         self._incarnation = secrets.randbits(62) if incarnation is None else incarnation
         self._dma: dict[str, Dma] = {}
-        self._pid_next = PID_FIRST
         self._servers: list[Server] = []
         self._nursery: trio.Nursery | None = None
         self._ending = False
@@ -413,46 +407,12 @@ class Host:
 
     async def create_process(self, node: str = "", cgroup: str = "") -> Process:
         """A new, empty process; see `Machine.create_process`. Raises HmmnetError."""
-        number = self.memory.node_named(node) if node else 0
-        group = self.memory.cgroups.named(cgroup) if cgroup else None
-        pid = self._next_pid()
-        hub = Hub(pid, self.points, self.personality.order(self.memory), self.late_callbacks)
-        space = Space(pid, self.memory, hub, self.homing.migrate_to_ram)
-        space.mm.node, space.mm.cgroup = number, group
-        return self._process(space, hub)
-
-    async def _fork(self, parent: Process) -> Process:
-        if self.points.armed:
-            await self.points.at("process.fork", process=parent.pid)
-        pid = self._next_pid()
-
-        async def copied() -> Process:
-            hub = Hub(pid, self.points, self.personality.order(self.memory), self.late_callbacks)
-            return self._process(await parent.space.fork(pid, hub), hub)
-
-        return await parent.space.relieving(copied)
-
-    def _next_pid(self) -> int:
-        self._pid_next += 1
-        return self._pid_next - 1
-
-    def _process(self, space: Space, hub: Hub) -> Process:
-        self.spaces[space.number], self.hubs[space.number] = space, hub
-        hub.watch = partial(self.events.invalidated, space.number)
-        made = self.processes[space.number] = Process(
-            space.number, space, self.contexts, self.homing, self._fork, self._process_ended, self.personality.check_advice
-        )
-        return made
+        return self._table.create(node, cgroup)
 
     def spawn(self, function: Callable[..., Awaitable[None]], *arguments: Any) -> None:
         """Run it beside everything else, while the host runs."""
         assert self._nursery is not None, "things happen while the host runs"
         self._nursery.start_soon(function, *arguments)
-
-    def _process_ended(self, pid: int) -> None:
-        self.processes.pop(pid, None)
-        self.spaces.pop(pid, None)
-        self.hubs.pop(pid, None)
 
     def add_fault(self, fault: Fault) -> int:
         """A fault begins; its number. Raises HmmnetError for what real processes cannot do, and for what is not there."""

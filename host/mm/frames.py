@@ -10,32 +10,29 @@ first mapped (`rmap.py`).
 from __future__ import annotations
 
 import errno
-import itertools
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from hmmnet.arena import Arena, Bytes
+from hmmnet.arena import Arena
 from hmmnet.errors import HmmnetError, InjectedError
 from hmmnet.faults.injector import Points
 from hmmnet.pages import (
     DEVICE_ZONE_MIN,
     HUGE_PAGES,
     HUGE_SHIFT,
-    PAGE_SHIFT,
-    PAGE_SIZE,
     ZONE_SHIFT,
     ZONES_MAX,
     Words,
     bits_in_any,
     distinct,
     is_one_run,
-    run_bounds,
     runs_of,
 )
 
+from .contents import Contents
 from .memcg import CHARGE_MASK, MemoryCgroup, MemoryCgroups
 from .relief import Relief
 from .swap import Swap
@@ -47,8 +44,6 @@ if TYPE_CHECKING:
     from .mm import Mm
 
 _STEPS = np.arange(HUGE_PAGES, dtype=np.uint64)
-COPY_SLICES_MAX = 64
-"""Up to this many runs a copy goes slice by slice, else page by page inside numpy."""
 
 
 def frames_from(heads: Words) -> Words:
@@ -61,21 +56,20 @@ def positions(where: Index) -> npt.NDArray[np.intp]:
     return np.arange(where.start, where.stop) if isinstance(where, slice) else where
 
 
-class PhysicalMemory:
+class PhysicalMemory(Contents):
     """All zones of the machine, and the families of processes that the reverse map knows.
 
     An anon_vma is a number here; which VMAs belong to it stands in the VMAs (`Vma.anon`, `Vma.chain`), all in processes of one family.
     """
 
     def __init__(self, idle_references: int = 0, gather: Gather | None = None) -> None:
+        super().__init__()
         self.idle_references = idle_references
         """References of an idle page of a device."""
         self.gather = gather
         """Where frames wait that became free while a change was not yet told to mirrors; None where mirrors are told first."""
         self.zones: dict[int, Zone] = {}
         self.nodes: list[HostZone] = []
-        self.in_place: dict[int, CpuZone] = {}
-        """The zones whose bytes the CPU reaches."""
         self.owed: Callable[[], Awaitable[None]] | None = None
         """Time that an access in place takes on its link, to be waited for by whoever made it."""
         self.families: dict[int, list[Mm]] = {}
@@ -499,72 +493,3 @@ class PhysicalMemory:
             zone.on_free_folios(heads)
         elif zone.on_free is not None:
             zone.on_free(frames_from(heads))
-
-    # --- bytes ------------------------------------------------------------------------------------------------------------------
-
-    def copy(self, source: Words, target: Words) -> None:
-        """Copy whole host frames."""
-        data = np.empty(len(source) * PAGE_SIZE, np.uint8)
-        self.read(source, 0, data)
-        self.write(target, 0, data)
-
-    def read_small(self, frame: int, offset: int, length: int) -> bytes:
-        """`length` bytes inside one frame that the CPU reaches."""
-        zone = self.in_place[frame >> ZONE_SHIFT]
-        if zone.crossed is not None:
-            zone.crossed(length, False)
-        start = (frame - zone.base << PAGE_SHIFT) + offset
-        return bytes(zone.window[start : start + length])
-
-    def write_small(self, frame: int, offset: int, data: bytes | memoryview) -> None:
-        """Write `data` inside one frame that the CPU reaches."""
-        zone = self.in_place[frame >> ZONE_SHIFT]
-        if zone.crossed is not None:
-            zone.crossed(len(data), True)
-        start = (frame - zone.base << PAGE_SHIFT) + offset
-        zone.window[start : start + len(data)] = data
-
-    def read(self, frames: Words, offset: int, out: Bytes) -> None:
-        """Copy bytes of `frames` that the CPU reaches, beginning `offset` bytes into the first, to `out`."""
-        for zone, rows, low, high in self._pieces(frames, offset, len(out)):
-            if zone.crossed is not None:
-                zone.crossed(high - low, False)
-            if isinstance(rows, int):
-                out[low:high] = zone.arena.bytes[rows : rows + high - low]
-            else:
-                zone.arena.gather(rows, PAGE_SIZE, out[low:high])
-
-    def write(self, frames: Words, offset: int, data: Bytes) -> None:
-        """Copy `data` to `frames` that the CPU reaches, beginning `offset` bytes into the first."""
-        for zone, rows, low, high in self._pieces(frames, offset, len(data)):
-            if zone.crossed is not None:
-                zone.crossed(high - low, True)
-            if isinstance(rows, int):
-                zone.arena.bytes[rows : rows + high - low] = data[low:high]
-            else:
-                zone.arena.scatter(rows, PAGE_SIZE, data[low:high])
-
-    def _pieces(self, frames: Words, offset: int, length: int) -> Iterator[tuple[CpuZone, int | Words, int, int]]:
-        """How to copy bytes [low, high): as one slice from a byte of a zone's arena, or, where runs are short, as pages by address."""
-        bounds = run_bounds(frames)
-        if len(bounds) - 1 <= COPY_SLICES_MAX:
-            edges = (bounds * PAGE_SIZE - offset).tolist()
-            for i, frame in enumerate(frames[bounds[:-1]].tolist()):
-                zone = self.in_place[frame >> ZONE_SHIFT]
-                low, high = max(0, edges[i]), min(length, edges[i + 1])
-                yield zone, (frame - zone.base) * PAGE_SIZE + low - edges[i], low, high
-            return
-        first = 1 if offset else 0
-        last = (offset + length) // PAGE_SIZE
-        if first:
-            yield from self._pieces(frames[:1], offset, PAGE_SIZE - offset)
-        numbers = frames[first:last] >> np.uint64(ZONE_SHIFT)
-        edges_of_zones = np.concatenate(([0], np.flatnonzero(numbers[1:] != numbers[:-1]) + 1, [last - first])).tolist()
-        for low, high in itertools.pairwise(edges_of_zones):
-            zone = self.in_place[int(numbers[low])]
-            start = (first + low) * PAGE_SIZE - offset
-            yield zone, frames[first + low : first + high] << np.uint64(PAGE_SHIFT), start, start + (high - low) * PAGE_SIZE
-        if last < len(frames):
-            done = last * PAGE_SIZE - offset
-            for zone, rows, low, high in self._pieces(frames[last:], 0, length - done):
-                yield zone, rows, done + low, done + high

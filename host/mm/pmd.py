@@ -33,6 +33,7 @@ from hmmnet.pages import (
 
 from . import collect as by_page
 from . import pte
+from .finalize import finalize as finalize_small
 from .frames import PhysicalMemory, frames_from, positions
 from .memcg import CHARGE_MASK
 from .mm import Mm
@@ -285,7 +286,7 @@ def finalize(mm: Mm, migration: Migration) -> None:
     unused = target[~goes & (target != 0)] >> _FRAME
     memory.put_folios(unused[unused < DEVICE_ZONE_MIN << ZONE_SHIFT])
     for part in migration.torn:
-        by_page.finalize(memory, mm, part)
+        finalize_small(memory, mm, part)
     mm.migration_ended()
 
 

@@ -22,6 +22,7 @@ from . import pmd, pte, single, views
 from .advice import Advice
 from .fault import hint, restore_exclusive
 from .faulting import Notifier
+from .finalize import finalize
 from .fork import copy_entries, inherit, needs_copy
 from .huge import Large, large
 from .mm import Mm
@@ -185,7 +186,7 @@ class Space(Advice):
         if migration.large:
             pmd.finalize(self.mm, migration)
         else:
-            migration_steps.finalize(self.memory, self.mm, migration)
+            finalize(self.memory, self.mm, migration)
 
     def take_one(self, page: int, zone: int) -> int | None:
         """See `single.take`."""

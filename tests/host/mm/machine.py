@@ -12,7 +12,8 @@ from hmmnet.host.hub import Hub
 from hmmnet.host.interfaces import Event, Migration, Select
 from hmmnet.host.migrate import collect, listed, set_targets, words_of
 from hmmnet.host.mm import rmap
-from hmmnet.host.mm.collect import collect_frames, finalize, inserts, move
+from hmmnet.host.mm.collect import collect_frames, inserts, move
+from hmmnet.host.mm.finalize import finalize
 from hmmnet.host.mm.frames import PhysicalMemory
 from hmmnet.host.mm.invariants import check
 from hmmnet.host.mm.space import Space

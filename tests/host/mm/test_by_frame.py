@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from hmmnet.host.mm import pte
-from hmmnet.host.mm.collect import collect_frames, finalize, move
+from hmmnet.host.mm.collect import collect_frames, move
+from hmmnet.host.mm.finalize import finalize
 
 from .files import BASE, PAGE, symbols
 from .machine import MIGRATE, SHIFT, VALID, Machine, page_bytes, span

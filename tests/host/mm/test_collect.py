@@ -12,8 +12,9 @@ import pytest
 from hmmnet.host.interfaces import Migration, Select
 from hmmnet.host.mm import collect as steps
 from hmmnet.host.mm import pte, single
-from hmmnet.host.mm.collect import collect, finalize, inserts, move, restore
+from hmmnet.host.mm.collect import collect, inserts, move, restore
 from hmmnet.host.mm.fault import make, protect, touch, zap
+from hmmnet.host.mm.finalize import finalize
 from hmmnet.host.mm.frames import PhysicalMemory
 from hmmnet.host.mm.invariants import check
 from hmmnet.host.mm.mm import Mm

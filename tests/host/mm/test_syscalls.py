@@ -13,7 +13,8 @@ from hmmnet.errors import KernelError
 from hmmnet.host.hub import Hub
 from hmmnet.host.interfaces import Select
 from hmmnet.host.mm import pte, rmap
-from hmmnet.host.mm.collect import collect_frames, finalize, move
+from hmmnet.host.mm.collect import collect_frames, move
+from hmmnet.host.mm.finalize import finalize
 from hmmnet.host.mm.space import Space
 from hmmnet.host.mm.vma import PAGES_TOP, VM_LOCKED, VM_PFNMAP, VM_SHARED
 from hmmnet.pages import PAGE_SIZE
