@@ -102,6 +102,21 @@ async def test_guards_in_a_file(*, shared: bool) -> None:
     machine.check()
 
 
+async def test_a_child_has_guards_where_nothing_was_ever_touched() -> None:
+    """anon_vma_prepare, and VM_MAYBE_GUARD: fork copies the page table, though there is no page."""
+    machine = Machine()
+    space = machine.process()
+    await space.mmap(3 * PAGE, "rw", BASE)
+    await space.madvise(BASE + PAGE, PAGE, "GUARD_INSTALL")
+    child = await space.fork(2, Hub())
+    assert guards(child, 3) == "-G-"
+    await child.store(BASE, b"x")
+    with pytest.raises(SegmentationFault, match="guard"):
+        await child.store(BASE + PAGE, b"x")
+    await machine.exit(child)
+    machine.check()
+
+
 async def test_where_there_can_be_none() -> None:
     """EINVAL for locked and hugetlb memory, though a lock keeps nobody from removing one; ENOMEM where there are holes."""
     machine = Machine()
