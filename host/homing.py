@@ -457,6 +457,8 @@ class Homing:
             moved = await self._memory.relief.anew(partial(self.evict, link, frames[:HOME_PAGES_MAX], "unplug"), KERNEL)
             fruitless = 0 if moved else fruitless + 1
             await trio.sleep(EVICT_NAP_S * (1 << fruitless) if fruitless else 0)
+            if self._links.get(page_map.zone.number) is not link:  # what was still there has died with it
+                raise PeerLost(f'device "{link.name}" was lost while its memory was being removed')
         page_map.remove()
 
 

@@ -6,7 +6,7 @@ import pytest
 import trio
 import trio.testing
 
-from hmmnet.errors import HmmnetError
+from hmmnet.errors import HmmnetError, PeerLost
 from hmmnet.host.homing import EVICT_ROUNDS_MAX
 from hmmnet.pages import PAGE_SIZE
 
@@ -58,6 +58,30 @@ async def test_who_holds_a_page_is_named() -> None:
     zone.refcount[frame] -= 2
     await bench.homing.unplug(bench.page_map)
     assert ZONE not in bench.memory.zones
+
+
+async def test_a_device_that_dies_meanwhile_is_lost(autojump_clock: trio.testing.MockClock) -> None:
+    """Its pages die with it, and its memory is gone before anybody could remove it: PeerLost, whoever dealt with the loss."""
+    bench = Bench()
+    space = bench.space()
+    address = await space.mmap(2 * PAGE_SIZE)
+    await bench.to_device(space, address, 2)
+    zone = bench.page_map.zone
+    frame = int(bench.page_map.used_frames()[1]) - zone.base
+    zone.refcount[frame] += 2
+
+    async def die() -> None:
+        await trio.sleep(0.001)
+        del bench.links[ZONE]
+        bench.page_map.lose("it was killed")
+        zone.refcount[frame] -= 2
+        await space.munmap(address, 2 * PAGE_SIZE)
+        assert bench.page_map.bury()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(die)
+        with pytest.raises(PeerLost, match=r'device "gpu0" was lost while its memory was being removed'):
+            await bench.homing.unplug(bench.page_map)
 
 
 async def test_who_holds_a_page_for_a_while_is_waited_for(autojump_clock: trio.testing.MockClock) -> None:
