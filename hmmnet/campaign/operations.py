@@ -543,12 +543,10 @@ async def unknown_job(crew: Crew, step: Step, who: str) -> None:
 
 
 @operation("cancelled_job")
-async def cancelled_job(crew: Crew, step: Step, _: str) -> None:
-    """A job whose program does not want it any more ends on the device, too."""
-    region = region_of(crew, step)
-    first, count = region.words(step.page, step.word, step.count)
+async def cancelled_job(crew: Crew, step: Step, who: str) -> None:
+    """A load by a device whose program does not want it any more; it ends there, too. What it returns in time must be explainable."""
     with trio.move_on_after(CANCELLED_S):
-        await launched(crew.process, device_of(crew, step), "peek", step.choice, a=region.address(first), n=count)
+        await device_load(crew, step, who)
 
 
 @operation("cancelled", *NO_RIGHT)
