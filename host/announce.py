@@ -13,9 +13,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from hmmnet.pages import Words, announced_runs
+from hmmnet.pages import Words, announced_runs, distinct
 
 from .interfaces import NO_OWNER, AddressSpace, Event, Select, Told
 
@@ -73,4 +71,4 @@ async def clear(
     for start, end in announced_runs(pages):
         await stack.enter_async_context(space.hub.invalidate(Event.CLEAR, start, end, owner))
     if told is not None:
-        told.setdefault(mm.number, []).append(np.unique(pages))  # ascending: frames, which they were found by, may lie otherwise
+        told.setdefault(mm.number, []).append(distinct(pages))  # ascending: frames, which they were found by, may lie otherwise
