@@ -358,9 +358,12 @@ async def lock(crew: Crew, step: Step, _: str) -> None:
         await crew.process.munlock(address, nbytes)
 
 
-@operation("pin", *NO_RIGHT)
+@operation("pin", *NO_RIGHT, errno.EBUSY)
 async def pin(crew: Crew, step: Step, who: str) -> None:
-    """Pages are pinned: they are the ones that the process sees, and stay, whoever wants to move them."""
+    """Pages are pinned: they are the ones that the process sees, and stay, whoever wants to move them.
+
+    EBUSY: for longer than a moment, a page of coherent memory that somebody else holds there (migrate_device_coherent_folio).
+    """
     region = region_of(crew, step)
     page, count = region.run(step.page, step.count)
     first, words = page * WORDS_PER_PAGE, count * WORDS_PER_PAGE

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -74,7 +75,9 @@ async def test_no_process_names_the_script(process: Any) -> None:
 
 
 def test_worlds_by_name() -> None:
-    assert launcher("real") is real_world
-    assert launcher("sim") is simulated_world
+    for world, launch in (("real", real_world), ("sim", simulated_world)):
+        named = launcher(world, seed=7)
+        assert isinstance(named, partial)
+        assert (named.func, named.keywords) == (launch, {"seed": 7})
     with pytest.raises(ValueError, match="there are: real, sim"):
         launcher("unreal")
