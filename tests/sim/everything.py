@@ -35,6 +35,8 @@ b = "dmirror0"
 bandwidth = "10 GB/s"
 latency = "1 us"
 """)
+MOVED = {6: NBYTES, 7: NBYTES, 8: 4 * PAGE, 10: 64 * PAGE, 12: 512, 13: 64 * PAGE}
+"""Which of what was seen say how much has moved, and the most that can: bytes, or pages. All others are data."""
 VALUES = np.arange(COUNT, dtype="<u8")
 
 
