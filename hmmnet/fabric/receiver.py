@@ -235,6 +235,7 @@ class BulkReceiver:
         elif abort.stream not in self._ended:
             self._unpark(abort.stream)
             self._remember(abort)
+        self._answer(abort)  # whoever gave it up tells again until this is heard
 
     def _land(self, arrival: Arrival, chunk: Chunk, payload: Payload) -> None:
         """Put a chunk where it belongs, check it, credit it."""

@@ -29,6 +29,8 @@ REPEAT_S = 0.25
 """Real seconds without a credit after which the oldest chunk is repeated."""
 DOWN_S = REPEAT_S * REPEATS_MAX
 """Real seconds that a stream waits for a link that is down: as long as it repeats what nobody answers."""
+ABORTS_MAX = 8
+"""How often a receiver is told that nothing more comes of a stream, `REPEAT_S` apart: who has not said then that it has heard is gone."""
 LOOK_S = 0.005
 """Real seconds between two looks at such a link."""
 IDLE_S = 1.0
@@ -88,6 +90,9 @@ class BulkSender:
         self._streams: dict[int, _Outgoing] = {}
         self._closed: str | None = None
         self._ring_used = trio.Event()
+        self._abandoned: dict[int, int] = {}
+        """Streams that were given up, until the receiver says that it has heard of it; and how often it was told."""
+        self._abandoning = trio.Event()
 
     @property
     def carries(self) -> str:
@@ -100,6 +105,7 @@ class BulkSender:
         async with trio.open_nursery() as nursery:
             if self.ring is not None:
                 nursery.start_soon(self._discard_idle, self.ring)
+            nursery.start_soon(self._repeat_aborts)
             await self._take_credits()
             nursery.cancel_scope.cancel()
 
@@ -117,14 +123,17 @@ class BulkSender:
     def fail(self, reason: str) -> None:
         """The peer is gone: all streams end with PeerError."""
         self._closed = reason
+        self._abandoned.clear()
         for out in self._streams.values():
             out.aborted = reason
             out.wake()
 
     def _take(self, message: Credit | Abort) -> None:
         out = self._streams.get(message.stream)
-        if out is None:
-            return  # ended here; a late credit
+        if out is None:  # ended here: a late credit, or an abort that the receiver has heard of
+            if isinstance(message, Abort):
+                self._abandoned.pop(message.stream, None)
+            return
         if isinstance(message, Abort):
             out.aborted = message.reason
         else:
@@ -263,11 +272,31 @@ class BulkSender:
             out.state.timeout()
 
     def abandon(self, stream: int) -> None:
-        """Tell the receiver that nothing more comes of `stream`."""
+        """Tell the receiver that nothing more comes of `stream`; again and again, until it says that it has heard."""
+        if self._closed is None:
+            self._abandoned[stream] = 1
+            self._abandoning.set()
+        self._tell_abandoned(stream)
+
+    async def _repeat_aborts(self) -> None:
+        """Messages of this channel may be lost, and a receiver that has not heard would wait for as long as it can."""
+        while True:
+            await self._abandoning.wait()
+            await sleep(self._clock.real(REPEAT_S))
+            for stream, told in list(self._abandoned.items()):
+                if told == ABORTS_MAX:
+                    del self._abandoned[stream]
+                else:
+                    self._abandoned[stream] = told + 1
+                    self._tell_abandoned(stream)
+            if not self._abandoned:
+                self._abandoning = trio.Event()
+
+    def _tell_abandoned(self, stream: int) -> None:
         try:
             self._channel.send_nowait(pack_abort(Abort(stream, "the sender gave it up")))
         except (trio.WouldBlock, trio.ClosedResourceError):
-            log.info("stream %d ended without telling the receiver: the channel is closed or full", stream)
+            log.info("the receiver of stream %d, which is given up, is not told now: the channel is closed or full", stream)
 
 
 def _fill(source: Source, offset: int, place: Bytes) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from hmmnet.errors import PeerError
 from hmmnet.fabric.chunk import Credit, pack_credit
 from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.fabric.dma import ArenaSink, ArenaSource, BulkReceiver, BulkSender, BytesSink, BytesSource, LiveSink, MultiArena, Pace
+from hmmnet.fabric.sender import ABORTS_MAX, REPEAT_S
 from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, ZONE_SHIFT, Words
 from hmmnet.wire.memory_transport import MemoryTransport
 from hmmnet.wire.transport import Channel
@@ -299,6 +301,47 @@ async def test_sender_gives_up() -> None:
             await sender.send(2, BytesSource(pattern(MIB)), Pace(1e9, 1.0, 0.0))
         with pytest.raises(PeerError, match="sender gave it up"):
             await arrival.wait()
+
+
+class Deaf:
+    """One end of a channel that loses the first `losses` messages that are sent there by `send_nowait`; it counts all of them."""
+
+    def __init__(self, channel: Channel, losses: int) -> None:
+        self._channel = channel
+        self._losses = losses
+        self.sent = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._channel, name)
+
+    def send_nowait(self, header: bytes, payload: Any = None) -> None:
+        """Lost, or sent."""
+        self.sent += 1
+        if self.sent > self._losses:
+            self._channel.send_nowait(header, payload)
+
+
+@pytest.mark.parametrize("announced", [True, False], ids=["awaited", "unknown"])
+@pytest.mark.parametrize(
+    ("lost", "answers_lost", "told"), [(0, 0, 1), (1, 0, 2), (3, 0, 4), (1, 2, 4), (0, 99, ABORTS_MAX), (99, 0, ABORTS_MAX)]
+)
+async def test_an_abort_that_is_lost_is_told_again(
+    lost: int, answers_lost: int, told: int, announced: bool, autojump_clock: trio.testing.MockClock
+) -> None:
+    """Until the receiver says that it has heard, or has not for so long that it is gone; then nobody tells it any more."""
+    near, far = memory_pair()
+    sending, answering = Deaf(near, lost), Deaf(far, answers_lost)
+    async with ends(cast(Channel, sending), cast(Channel, answering)) as (sender, receiver):
+        arrival = receiver.expect(4, BytesSink(np.zeros(MIB, np.uint8))) if announced else None
+        sender.abandon(4)
+        await trio.sleep(REPEAT_S * (ABORTS_MAX + 4))
+        assert sending.sent == told
+        late = arrival or receiver.expect(4, BytesSink(np.zeros(MIB, np.uint8)))
+        if lost < ABORTS_MAX:
+            with pytest.raises(PeerError, match="the sender gave it up"):
+                await late.wait()
+        else:
+            assert not late.done
 
 
 async def test_a_stream_of_another_length_is_refused() -> None:
