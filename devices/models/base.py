@@ -434,6 +434,11 @@ class Device:
         """(process, mirror) of every open context: for who checks them after every step."""
         return [(opened.context.process.number, opened.context.mirror) for opened in self.contexts.values()]
 
+    @property
+    def fenced(self) -> bool:
+        """Whether the host is gone, or has been silent for longer than its lease: no translation may be used, so there must be none."""
+        return self._session.silent or self._session.lost is not None
+
     def show_mirror(self, message: ShowMirror) -> MirrorShown:
         """What a context's mirror holds."""
         opened = self.contexts.get(message.context)

@@ -24,7 +24,7 @@ AFTERMATH_S = 8.0
 NEVER_S = float("inf")
 EVERYBODY = ""
 """In place of a device's name: all of them, or none in particular."""
-_POINTS = re.compile(r"a fault was injected at ((?:[\w.]+)(?: or [\w.]+)*)")
+_POINTS = re.compile(r"a fault was injected at ((?:[\w.]+)(?: or [\w.]+)*)(?: of ([\w.-]+))?")
 _WAY = re.compile(r'no link that works leads from "([^"]*)" to "([^"]*)"')
 
 
@@ -100,10 +100,10 @@ class Excuses:
         )
 
     def _injected(self, text: str, named: set[str]) -> bool:
-        for points in _POINTS.findall(text):
-            for point in points.split(" or "):
-                for key, left in self._failures.items():
-                    if left and key[0] == point and (key[1] in named or key[1] == EVERYBODY or not named):
-                        self._failures[key] -= 1
-                        return True
+        for points, device in _POINTS.findall(text):
+            fits = {device} if device else {EVERYBODY, *named}
+            for key, left in self._failures.items():
+                if left and key[0] in points.split(" or ") and key[1] in fits:
+                    self._failures[key] -= 1
+                    return True
         return False

@@ -212,6 +212,18 @@ SMALL = _steps(
     ("load", ANON, 2, 600),
 )
 """The devices have memory for three pages."""
+ORDER = _steps(
+    ("store", ANON, 0, 600),
+    ("store", ANON, 2, 600),
+    ("migrate", PAGES_ANON, 3, 1, 0),
+    ("migrate", PAGES_ANON, 1, 1, 0),
+    ("migrate", PAGES_ANON, 0, 1, 0),
+    ("migrate", PAGES_ANON, 2, 1, 0),
+    ("unplug", 0, 0, 1, 0),
+    ("load", ANON, 0, 600),
+    ("load", ANON, 2, 600),
+)
+"""Pages come to a device one by one, and leave it by their frames."""
 OLDEN = tuple(step for step in TOUR if step.choice != "exclusive")
 
 
@@ -249,6 +261,7 @@ _EVERY = (
         faults=(_message(MessageFault("loss", Way(channel="control"), Controls(interval=11))),),
     ),
     _made("given_up", "a device that the host gives up, because it does not let go", TOUR, hits=(Hit("device.before_ack", "fail", nth=6),)),
+    _made("order", "pages that come to a device in another order than they lie, and go when it is unplugged", ORDER),
     _made("silence", "a device that is silent for longer than its lease", TOUR, harms=(Harm(6, "hang", 0, 8.0),)),
 )
 SCENARIOS = {program.mix: program for program in _EVERY}

@@ -14,7 +14,7 @@ from typing import Any
 import trio
 import xxhash
 
-from hmmnet.errors import PeerError, ProtocolError, Unreachable
+from hmmnet.errors import HmmnetError, PeerError, ProtocolError, Unreachable
 from hmmnet.sleeping import sleep
 from hmmnet.wire.transport import Channel
 
@@ -90,8 +90,8 @@ class BulkSender:
         self._streams: dict[int, _Outgoing] = {}
         self._closed: str | None = None
         self._ring_used = trio.Event()
-        self._abandoned: dict[int, int] = {}
-        """Streams that were given up, until the receiver says that it has heard of it; and how often it was told."""
+        self._abandoned: dict[int, tuple[Abort, int]] = {}
+        """Streams that were given up, until the receiver says that it has heard of it: what it is told, and how often it was."""
         self._abandoning = trio.Event()
 
     @property
@@ -164,8 +164,8 @@ class BulkSender:
                     await self._await_credit(out)
                 else:
                     arrive_s = max(arrive_s, await self._send_chunk(out, source, sequence))
-        except BaseException:
-            self.abandon(stream)
+        except BaseException as error:
+            self.abandon(stream, str(error) if isinstance(error, HmmnetError) else "")
             raise
         finally:
             del self._streams[stream]
@@ -271,32 +271,33 @@ class BulkSender:
         if not out.heard:
             out.state.timeout()
 
-    def abandon(self, stream: int) -> None:
-        """Tell the receiver that nothing more comes of `stream`; again and again, until it says that it has heard."""
+    def abandon(self, stream: int, why: str = "") -> None:
+        """Tell the receiver that nothing more comes of `stream`, and `why`; again and again, until it says that it has heard."""
+        abort = Abort(stream, "the sender gave it up" + (f": {why}" if why else ""))
         if self._closed is None:
-            self._abandoned[stream] = 1
+            self._abandoned[stream] = (abort, 1)
             self._abandoning.set()
-        self._tell_abandoned(stream)
+        self._tell(abort)
 
     async def _repeat_aborts(self) -> None:
         """Messages of this channel may be lost, and a receiver that has not heard would wait for as long as it can."""
         while True:
             await self._abandoning.wait()
             await sleep(self._clock.real(REPEAT_S))
-            for stream, told in list(self._abandoned.items()):
+            for stream, (abort, told) in list(self._abandoned.items()):
                 if told == ABORTS_MAX:
                     del self._abandoned[stream]
                 else:
-                    self._abandoned[stream] = told + 1
-                    self._tell_abandoned(stream)
+                    self._abandoned[stream] = (abort, told + 1)
+                    self._tell(abort)
             if not self._abandoned:
                 self._abandoning = trio.Event()
 
-    def _tell_abandoned(self, stream: int) -> None:
+    def _tell(self, abort: Abort) -> None:
         try:
-            self._channel.send_nowait(pack_abort(Abort(stream, "the sender gave it up")))
+            self._channel.send_nowait(pack_abort(abort))
         except (trio.WouldBlock, trio.ClosedResourceError):
-            log.info("the receiver of stream %d, which is given up, is not told now: the channel is closed or full", stream)
+            log.info("the receiver of stream %d, which is given up, is not told now: the channel is closed or full", abort.stream)
 
 
 def _fill(source: Source, offset: int, place: Bytes) -> int:

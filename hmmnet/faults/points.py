@@ -76,7 +76,7 @@ class Point:
 
     def error(self, where: Where) -> HmmnetError:
         """What ``fail`` raises."""
-        why = f"a fault was injected at {self.name}"
+        why = f"a fault was injected at {self.name}" + (f" of {where.device}" if where.device else "")
         if self.errno == COPY_ENGINE:
             return PeerError(f"the copy engine gave up ({why})")
         return KernelError(self.errno, self.name.rpartition(".")[2] if not where.event else where.event, why)

@@ -228,12 +228,23 @@ class SimulatedMachine:
         for name, node in self._nodes.items():
             for mirror in [] if node.device is None else node.device.mirrors():
                 found += self.host.audit_mirror(name, *mirror)
-        return found
+        return found + self._used_beyond_lease()
 
     def audit_changes(self) -> list[str]:
         """`audit` of what has changed since the last call: as true, and some ten times as fast."""
         devices = [(name, node.device) for name, node in self._nodes.items() if node.device is not None]
-        return self.host.audit_changes([(name, *mirror) for name, device in devices for mirror in device.open_mirrors()])
+        found: list[str] = self.host.audit_changes([(name, *mirror) for name, device in devices for mirror in device.open_mirrors()])
+        return found + self._used_beyond_lease()
+
+    def _used_beyond_lease(self) -> list[str]:
+        """Devices that have not heard of the host for a lease, and have translations all the same: pages may be somebody else's by now."""
+        fenced = [(name, node.device) for name, node in self._nodes.items() if node.device is not None and node.device.fenced]
+        return [
+            f"lease: {name} has heard nothing for longer than a lease, and has {len(mirror[1])} translations of process {mirror[0]}"
+            for name, device in fenced
+            for mirror in device.mirrors()
+            if len(mirror[1])
+        ]
 
     def left_over(self) -> list[str]:
         """Which devices still have frames in use, when no process is there any more: but for broken ones, which stay so."""

@@ -161,6 +161,11 @@ class Session:
         self._ended = trio.Event()
 
     @property
+    def silent(self) -> bool:
+        """Whether the peer has not been heard for longer than the lease: nothing that it granted may be used."""
+        return self._silent
+
+    @property
     def settled(self) -> bool:
         """Whether nothing of ours is unanswered or not acknowledged, and the peer was heard within two heartbeats."""
         exchange = self._exchange

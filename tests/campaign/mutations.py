@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -31,6 +32,7 @@ from hmmnet.devices.mirror import Mirror, Watch
 from hmmnet.devices.models.base import Device
 from hmmnet.fabric import receiver
 from hmmnet.fabric.stream import ReceiveState, SendState
+from hmmnet.host import announce, service
 from hmmnet.host.devmem import PageMap
 from hmmnet.host.hub import Hub
 from hmmnet.host.interfaces import Event
@@ -442,6 +444,49 @@ def jobs_never_answer_after_a_fault(patch: Patch) -> None:
         await trio.sleep_forever()
 
     patch.setattr(Engine, "_fault", fault_for_ever)
+
+
+# --- what else is nasty -----------------------------------------------------------------------------------------------------------
+
+
+@mutation
+def peers_copy_nothing(patch: Patch) -> None:
+    """Pages that move from device to device leave their bytes behind."""
+
+    async def copy_across(*_: Any) -> bool:
+        return True
+
+    patch.setattr(service, "copy_across", copy_across)
+
+
+@mutation
+def swap_slots_are_not_counted(patch: Patch) -> None:
+    """What a child shares in swap goes with the first who lets go of it."""
+    patch.setattr(Swap, "share", nothing)
+
+
+@mutation
+def coherent_memory_dies_untold(patch: Patch) -> None:
+    """Devices that mirror the coherent memory of one that has died hear nothing of its death."""
+    patch.setattr(PageMap, "withdraw", no_wait)
+
+
+@mutation
+def frames_leave_in_their_own_order(patch: Patch) -> None:
+    """Pages that are found by their frames are announced as they lie there, and looked up as if they were in order."""
+    patch.setattr(announce, "np", SimpleNamespace(unique=lambda pages: pages))
+
+
+@mutation
+def children_are_not_wiped(patch: Patch) -> None:
+    """MADV_WIPEONFORK does nothing."""
+    patch.setattr(fork, "VM_WIPEONFORK", 0)
+
+
+@mutation
+def children_have_what_is_not_theirs(patch: Patch) -> None:
+    """MADV_DONTFORK does nothing."""
+    patch.setattr(fork, "VM_DONTCOPY", 0)
 
 
 def caught(name: str, seed: int, mix: str = "all") -> str:

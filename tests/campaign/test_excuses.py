@@ -17,7 +17,7 @@ from hmmnet.host.process import Process
 
 DEVICES = ("dev0", "dev1", "dev10")
 ALLOCATED = "page fault: ENOMEM: 2 pages are wanted; a fault was injected at host.alloc.frame or memcg.charge"
-COPIED = "dev1: Ioctl: RemoteError: host: Migrate: PeerError: the copy engine gave up (a fault was injected at migrate.mid_copy)"
+COPIED = "dev1: Ioctl: RemoteError: host: Migrate: PeerError: the copy engine gave up (a fault was injected at migrate.mid_copy of dev1)"
 CUT = 'kernel peek on device "dev1" failed: host: DmaRead: Unreachable: no link that works leads from "node0" to "dev1": links are down'
 KILLED = 'open: ENODEV: device "dev1" is not there: it was lost: device "dev1" was killed'
 
