@@ -123,8 +123,9 @@ class PageMap:
 
     async def withdraw(self, spaces: Mapping[int, AddressSpace]) -> None:
         """Other devices may mirror coherent memory in place: return when none reaches what was lost."""
+        mapped_at = list(mappings(self._memory, self.used_frames()))  # processes may end while others are told
         async with AsyncExitStack() as stack:
-            for mapped in mappings(self._memory, self.used_frames()):
+            for mapped in mapped_at:
                 await clear(stack, spaces, mapped.mm, mapped.pages)
 
     def bury(self) -> bool:

@@ -65,8 +65,9 @@ async def _break(memory: PhysicalMemory, spaces: Mapping[int, AddressSpace], fra
     """`frames` get one more reference, which nobody lets go; who maps them is told, and finds poison."""
     for zone, _, at in memory.groups(frames):
         zone.refcount[at] += 1
+    mapped_at = list(mappings(memory, frames))  # processes may end while others are told
     async with AsyncExitStack() as stack:
-        for mapped in mappings(memory, frames):
+        for mapped in mapped_at:
             await clear(stack, spaces, mapped.mm, mapped.pages)
         poison(memory, frames)
 

@@ -6,12 +6,15 @@ import errno
 
 import numpy as np
 import pytest
+import trio
+import trio.testing
 
 from hmmnet.errors import HmmnetError, KernelError
 from hmmnet.host.devmem import Holder
-from hmmnet.pages import PAGE_SIZE
+from hmmnet.host.poison import _break
+from hmmnet.pages import PAGE_SIZE, PAGES_MAX
 
-from .fakes import FIRST_FRAME, ZONE, Bench
+from .fakes import FIRST_FRAME, ZONE, Bench, FakeLink
 
 
 async def test_last_reference_calls_folio_free() -> None:
@@ -68,6 +71,34 @@ async def test_a_lost_map_with_pages_stays_until_they_are_unmapped() -> None:
     await space.munmap(address, PAGE_SIZE)
     assert bench.link.freed == []
     assert bench.page_map.used_pages == 0
+
+
+@pytest.mark.parametrize("how", ["withdraw", "break"])
+async def test_a_process_may_end_while_others_are_told(how: str) -> None:
+    """Two processes have pages in what is withdrawn, or breaks; the second ends while a mirror of the first lets go."""
+    bench = Bench()
+    addresses = []
+    for number in (1, 2):
+        space = bench.space(number)
+        addresses.append(await space.mmap(PAGE_SIZE))
+        await bench.to_device(space, addresses[-1], 1)
+    mirror = FakeLink("gpu1", ZONE + 1)
+    bench.hub(bench.spaces[1]).insert(0, PAGES_MAX, mirror, 1)
+    answer = mirror.hold()
+    frames = bench.page_map.used_frames()
+
+    async def tell() -> None:
+        if how == "withdraw":
+            await bench.page_map.withdraw(bench.spaces)
+        else:
+            await _break(bench.memory, bench.spaces, frames)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(tell)
+        await trio.testing.wait_all_tasks_blocked()
+        await bench.spaces.pop(2).exit()
+        answer.set()
+    assert len(mirror.told) == 1
 
 
 def test_broken_frames_are_the_drivers_or_nobodys() -> None:
