@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .places import NOT_APPLICABLE, Pair, reason
+from .places import NOT_APPLICABLE, Pair, pairs, reason
 from .sweep import OUTCOMES, Cell
 from .words import places
 
@@ -41,6 +42,17 @@ def as_json(table: dict[Pair, Cell]) -> dict[str, Any]:
             for pair, cell in table.items()
         ],
     }
+
+
+def from_json(pieces: Iterable[dict[str, Any]]) -> dict[Pair, Cell]:
+    """The table of several sweeps (`as_json`), in the order of pairs; those of pairs that there are no more are left out."""
+    table = {pair: Cell() for pair in pairs()}
+    for cell in (cell for piece in pieces for cell in piece["cells"]):
+        found = table.get(Pair(cell["kind"], cell["place"], cell["fault"]))
+        if found is not None:
+            found.outcomes.update(cell["outcomes"])
+            found.wrong += cell["wrong"]
+    return table
 
 
 def as_markdown(table: dict[Pair, Cell]) -> str:

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import trio
 
-from hmmnet.errors import BusError, KernelError, PeerLost, RemoteError, SegmentationFault
+from hmmnet.errors import BusError, KernelError, PeerLost, ProtocolError, RemoteError, SegmentationFault
 from hmmnet.pages import PAGE_SIZE
 from hmmnet.program import Process
 
@@ -522,7 +522,7 @@ async def _killed(crew: Crew, step: Step, child: Process, address: int, count: i
     """It ends while it works."""
 
     async def work() -> None:
-        with contextlib.suppress(KernelError, SegmentationFault, BusError, PeerLost, RemoteError):
+        with contextlib.suppress(KernelError, SegmentationFault, BusError, PeerLost, ProtocolError, RemoteError):
             await launched(child, device_of(crew, step), "peek", a=address, n=count)
             await child.read(address, count * WORD_BYTES)
 

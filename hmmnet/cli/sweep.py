@@ -23,6 +23,10 @@ def sweep(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Write the table to a Markdown file, too.", show_default=False)
     ] = None,
+    pieces: Annotated[
+        list[Path] | None,
+        typer.Option("--merge", help="Run nothing: one table of what --json wrote (repeat it).", show_default=False),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     listed: Annotated[bool, typer.Option("--list", help="Name the scenarios; run nothing.")] = False,
 ) -> int:
@@ -43,6 +47,8 @@ def sweep(
         for name, base in SCENARIOS.items():
             print(f"{name:<12}{base.note}")
         return 0
+    if pieces:
+        return _merged(pieces, output)
     scenarios = named(scenario)
     chosen = [pair for pair in pairs() if pair.place.startswith(only) and fault in ("", pair.fault)]
     if not chosen:
@@ -61,6 +67,23 @@ def sweep(
     else:
         print(as_markdown(table), end="")
         print(f"{data['hit']} of {data['pairs']} pairs were hit, in {data['runs']} runs")
+    return 1 if any(cell.wrong for cell in table.values()) else 0
+
+
+def _merged(pieces: list[Path], output: Path | None) -> int:
+    """Sweeps that were run in pieces, as one table. Raises HmmnetError."""
+    from hmmnet.campaign.coverage import as_json, as_markdown, document, from_json
+    from hmmnet.errors import HmmnetError
+
+    try:
+        table = from_json([json.loads(piece.read_text()) for piece in pieces])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise HmmnetError(f"--merge: {error}; hmmnet sweep SCENARIO --json writes such files") from None
+    if output is not None:
+        output.write_text(document(table, " ".join(f"--merge {piece.name}" for piece in pieces)))
+    print(as_markdown(table), end="")
+    data = as_json(table)
+    print(f"{data['hit']} of {data['pairs']} pairs were hit, in {data['runs']} runs")
     return 1 if any(cell.wrong for cell in table.values()) else 0
 
 

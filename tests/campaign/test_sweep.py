@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import get_args
 
 import pytest
 
-from hmmnet.campaign.coverage import FILE, as_json, as_markdown, document, lacking, read
+from hmmnet.campaign.coverage import FILE, as_json, as_markdown, document, from_json, lacking, read
+from hmmnet.campaign.nemesis import GIVES_UP
 from hmmnet.campaign.places import NOT_APPLICABLE, Pair, pairs, reason
 from hmmnet.campaign.scenarios import SCENARIOS, scenario
 from hmmnet.campaign.sweep import OUTCOMES, alone, sweep, try_all, try_pair
 from hmmnet.campaign.words import CONTROL, UNREADABLE, places
+from hmmnet.cli import exit_code
 from hmmnet.errors import HmmnetError
 from hmmnet.faults.network import BULK_WAYS
 from hmmnet.faults.points import POINTS
@@ -75,7 +79,8 @@ def test_what_is_lacking_is_named() -> None:
 
 def test_only_who_holds_an_only_copy_can_lose_it() -> None:
     """A device's death, or the end of its session, may cost pages; an error, a delay or a message that is lost never does."""
-    assert {fault for (_, fault), outcomes in TABLE.items() if outcomes.get("lost")} <= {"crash", "death", *UNREADABLE}
+    lost = {(place, fault) for (place, fault), outcomes in TABLE.items() if outcomes.get("lost")}
+    assert {fault for place, fault in lost if place not in GIVES_UP} <= {"crash", "death", *UNREADABLE}
 
 
 @pytest.mark.parametrize("pair", pairs()[::SAMPLE], ids=lambda pair: f"{pair.place} {pair.fault}")
@@ -124,6 +129,22 @@ def test_a_document_is_read_back() -> None:
     text = document(table, "mappings --nth 2")
     assert read(text) == {("Migrate", "duplicate"): {"same": 2}}
     assert "hmmnet sweep mappings --nth 2 -o FILE" in text
+
+
+def test_pieces_make_one_table(tmp_path: Path) -> None:
+    """Two sweeps that wrote JSON, merged: the sum, in the order of pairs; a file that is none is said in one line."""
+    files = []
+    for number, name in enumerate(("mappings", "files")):
+        table = sweep([SCENARIOS[name]], chosen=[Pair("message", "Migrate", "loss")], nth_max=1)
+        files.append(tmp_path / f"{number}.json")
+        files[-1].write_text(json.dumps(as_json(table)))
+    merged = from_json([json.loads(file.read_text()) for file in files])
+    assert list(merged) == pairs()
+    assert merged[Pair("message", "Migrate", "loss")].hits == 2
+    output = tmp_path / "table.md"
+    assert exit_code(["sweep", *(word for file in files for word in ("--merge", str(file))), "-o", str(output)]) == 0
+    assert read(output.read_text())["Migrate", "loss"] == {"same": 2}
+    assert exit_code(["sweep", "--merge", str(output)]) == 1
 
 
 def test_unknown_scenario() -> None:
