@@ -97,16 +97,7 @@ def _retire(device: Device, effect: DeviceEffect) -> Undo:
 
 
 def _clock(device: Device, effect: DeviceEffect) -> Undo:
-    clock, jump_s, skew = device.clock, float(effect.settings["jump"]), float(effect.settings["skew"])
-    clock.adopt(clock.epoch_monotonic_s, clock.epoch_emulated_s, clock.rate)
-    clock.set_rate(clock.rate * skew)
-    clock.epoch_emulated_s += jump_s
-
-    def right() -> None:
-        clock.set_rate(clock.rate / skew)
-        clock.epoch_emulated_s -= jump_s
-
-    return right
+    return device.clock.disturb(float(effect.settings["jump"]), float(effect.settings["skew"]))
 
 
 def _disk(device: Device, effect: DeviceEffect) -> Undo:

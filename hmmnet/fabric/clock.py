@@ -36,6 +36,10 @@ class EmulatedClock(trio.abc.Clock):
         self.epoch_monotonic_s = monotonic()
         self.epoch_emulated_s = 0.0
         self.rate = _checked(rate)
+        self._agreed: tuple[float, float, float] | None = None
+        """What was agreed upon before the first of the disturbances that last."""
+        self._disturbances = 0
+        self._adoptions = 0
 
     def now(self) -> float:
         """Emulated seconds since the machine began."""
@@ -53,6 +57,31 @@ class EmulatedClock(trio.abc.Clock):
         self.rate = _checked(rate)
         self.epoch_monotonic_s = epoch_monotonic_s
         self.epoch_emulated_s = epoch_emulated_s
+        self._agreed = epoch_monotonic_s, epoch_emulated_s, rate
+        self._adoptions += 1
+
+    def disturb(self, jump_s: float, factor: float) -> Callable[[], None]:
+        """A fault: the clock jumps by so many emulated seconds, and goes on at `factor` times its rate. Returns what rights it.
+
+        With the last disturbance that is righted the clock steps to where it would be without any: one that was slow for a while would
+        stay behind for ever, and wait so much longer for whatever others say the time of.
+        """
+        if not self._disturbances:
+            self._agreed = self.epoch_monotonic_s, self.epoch_emulated_s, self.rate
+        self._disturbances += 1
+        adoptions = self._adoptions
+        self.set_rate(self.rate * factor)
+        self.epoch_emulated_s += jump_s
+
+        def right() -> None:
+            self._disturbances -= 1
+            if not self._disturbances and self._agreed is not None:
+                self.adopt(*self._agreed)
+            elif adoptions == self._adoptions:  # else it was set right as a whole
+                self.set_rate(self.rate / factor)
+                self.epoch_emulated_s -= jump_s
+
+        return right
 
     def real_until(self, emulated_s: float) -> float:
         """Real seconds until that emulated moment; negative when it has passed."""

@@ -50,6 +50,38 @@ def test_two_processes_agree() -> None:
     assert device.now() == pytest.approx(host.now())
 
 
+def test_a_disturbed_clock_is_right_again_in_the_end() -> None:
+    """It ran at half its rate, and jumped meanwhile: righted one after the other, in any order, it is where it would be without."""
+    for first, second in ((0, 1), (1, 0)):
+        wall = Wall()
+        clock = EmulatedClock(2.0, wall)
+        wall.now_s += 1.0
+        rights = [clock.disturb(0.0, 0.5)]
+        wall.now_s += 4.0
+        assert clock.now() == pytest.approx(2.0 + 4.0)
+        rights.append(clock.disturb(10.0, 1.0))
+        assert clock.now() == pytest.approx(6.0 + 10.0)
+        rights[first]()
+        wall.now_s += 1.0
+        assert clock.now() == pytest.approx((6.0 + 10.0 + 2.0, 6.0 + 1.0)[first])
+        rights[second]()
+        assert clock.now() == pytest.approx(2.0 * 6.0)
+        assert clock.rate == 2.0
+
+
+def test_a_disturbed_clock_that_hears_of_another_rate_is_right_at_once() -> None:
+    """What ends later has nothing to mend any more."""
+    wall = Wall()
+    clock, host = EmulatedClock(1.0, wall), EmulatedClock(0.5, wall)
+    rights = [clock.disturb(5.0, 3.0), clock.disturb(1.0, 3.0)]
+    wall.now_s += 1.0
+    clock.adopt(host.epoch_monotonic_s, host.epoch_emulated_s, host.rate)
+    for right in rights:
+        wall.now_s += 1.0
+        right()
+        assert clock.now() == pytest.approx(host.now())
+
+
 @pytest.mark.parametrize("rate", [0.0, -1.0, float("nan"), float("inf")])
 def test_impossible_rates_are_refused(rate: float) -> None:
     """A clock that stands still or runs backwards is a mistake of the caller."""
