@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -474,7 +473,7 @@ def coherent_memory_dies_untold(patch: Patch) -> None:
 @mutation
 def frames_leave_in_their_own_order(patch: Patch) -> None:
     """Pages that are found by their frames are announced as they lie there, and looked up as if they were in order."""
-    patch.setattr(announce, "np", SimpleNamespace(unique=lambda pages: pages))
+    patch.setattr(announce, "distinct", lambda pages: pages)
 
 
 @mutation
