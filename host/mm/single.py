@@ -81,6 +81,8 @@ def move(memory: PhysicalMemory, migration: Migration) -> bool:
     at, there = old - zone.base, new - destination.base
     if zone.refcount[at] > 1 or not zone.flags[at] & ANON:
         return False
+    if destination.folded_count:  # a frame of a large one that was offered for the block
+        destination.unfold(slice(there, there + 1))
     destination.refcount[there] = 1
     destination.flags[there] = int(zone.flags[at]) & ~COMPOUND
     destination.mapping[there] = zone.mapping[at]

@@ -130,6 +130,29 @@ async def test_small_pages_between_huge_ones_keep_their_places() -> None:
     assert np.array_equal(await contents(space), EXPECTED)
 
 
+async def test_a_large_frame_may_be_filled_page_by_page_one_mapping_after_the_other() -> None:
+    """The first page is a mapping by itself, some behind it are held: their frames are idle, and offered again."""
+    bench = Bench()
+    space = bench.space()
+    await space.mmap(BLOCK, "rw", BASE)
+    await space.store(BASE, EXPECTED[: BLOCK // 8])
+    await space.mprotect(BASE, PAGE_SIZE, "r")
+    held = await space.get_pages(FIRST + 3, 13)
+    outcome = await go(bench, space, HEADS[:1])
+    assert outcome.moved == bench.page_map.used_pages == HUGE_PAGES - 13
+    sound(bench)
+    space.put_pages(held)
+    assert (await go(bench, space, bench_frames(3, 13), FIRST + 3)).moved == 13
+    sound(bench)
+    assert np.array_equal(await contents(space, 1), EXPECTED[: BLOCK // 8])
+    assert bench.page_map.used_pages == 0
+
+
+def bench_frames(first: int, count: int) -> Words:
+    """Frames of the device, from its first."""
+    return np.arange(FIRST_FRAME + first, FIRST_FRAME + first + count, dtype=np.uint64)
+
+
 @pytest.mark.parametrize("read", [False, True], ids=["never touched", "huge zero page"])
 async def test_nothing_yet_becomes_a_huge_page_of_the_device(*, read: bool) -> None:
     """One frame to be zeroed, one entry, and its charge."""
