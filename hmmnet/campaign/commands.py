@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 from typing import Any
 
 import numpy as np
@@ -48,7 +49,12 @@ async def command(crew: Crew, step: Step, who: str) -> None:
         async def fetch(_: int) -> Words:
             return np.frombuffer(await _command(crew, step, step.choice, region, page, count), np.uint64)
 
-        return await crew.load(who, region, first, words, fetch)
+        try:
+            return await crew.load(who, region, first, words, fetch)
+        except KernelError as error:  # nobody has what is shared to himself
+            if (step.choice, error.code, region.is_private) != ("exclusive", errno.EOPNOTSUPP, False):
+                raise
+            return None
     await _command(crew, step, step.choice or "snapshot", region, page, count)
     return None
 

@@ -3,8 +3,8 @@
 Errors of this machine say why: which fault was injected at which point, which way has no links that work, which device was lost. So a
 refusal is excused only
 
-- by a failure that was injected at the point that the error names, on the device that it names (if the point concerns one), and at most as
-  often as it was injected there: whoever is told of one takes it;
+- by a failure that was injected at the point that the error names, on the device that it names (if the point concerns one): while the
+  operation ran, for one migration brings pages for several that wait; or earlier, and then at most as often as it was injected there;
 - by links that are down, where the error says so of one of their ends, and some were while the operation ran;
 - by a harm to a device, while it lasts and in its aftermath, where the error names that device.
 
@@ -51,14 +51,17 @@ class Excuses:
     def __init__(self) -> None:
         self._failures: Counter[tuple[str, str]] = Counter()
         """Injected failures that nobody has been told of yet, by (point, device)."""
+        self._failed_s: dict[tuple[str, str], float] = {}
+        """When each of them was injected last."""
         self._outages: dict[int, Outage] = {}
         self._harms: list[Harm] = []
 
     # --- what happens ---------------------------------------------------------------------------------------------------------
 
-    def failed(self, point: str, device: str) -> None:
+    def failed(self, point: str, device: str, now_s: float) -> None:
         """A failure was injected at a protocol point."""
         self._failures[point, device] += 1
+        self._failed_s[point, device] = now_s
 
     def outage_begins(self, number: int, links: str, now_s: float) -> None:
         """Fault `number` takes links down."""
@@ -77,6 +80,7 @@ class Excuses:
     def calm(self) -> None:
         """All is healed and well again: what was before excuses nothing any more."""
         self._failures.clear()
+        self._failed_s.clear()
         self._outages.clear()
         self._harms.clear()
 
@@ -88,7 +92,7 @@ class Excuses:
         `devices` are the names of all.
         """
         named = {device for device in devices if re.search(rf"\b{re.escape(device)}\b", text)}
-        return self._harmed(named, began_s) or self._unreachable(text, began_s) or self._injected(text, named)
+        return self._harmed(named, began_s) or self._unreachable(text, began_s) or self._injected(text, named, began_s)
 
     def _harmed(self, named: set[str], began_s: float) -> bool:
         return any((harm.device in named or harm.device == EVERYBODY) and began_s < harm.ended_s + AFTERMATH_S for harm in self._harms)
@@ -99,11 +103,11 @@ class Excuses:
             began_s <= outage.ended_s and any(fnmatchcase(end, outage.links) for end in way.groups()) for outage in self._outages.values()
         )
 
-    def _injected(self, text: str, named: set[str]) -> bool:
+    def _injected(self, text: str, named: set[str], began_s: float) -> bool:
         for points, device in _POINTS.findall(text):
             fits = {device} if device else {EVERYBODY, *named}
             for key, left in self._failures.items():
-                if left and key[0] in points.split(" or ") and key[1] in fits:
-                    self._failures[key] -= 1
+                if key[0] in points.split(" or ") and key[1] in fits and (left or self._failed_s[key] >= began_s):
+                    self._failures[key] = max(0, left - 1)
                     return True
         return False

@@ -25,19 +25,27 @@ KILLED = 'open: ENODEV: device "dev1" is not there: it was lost: device "dev1" w
 def test_a_failure_excuses_as_often_as_it_fired() -> None:
     """Either of the two points that the error names; a third refusal is one too many."""
     excuses = Excuses()
-    excuses.failed("host.alloc.frame", "")
-    excuses.failed("memcg.charge", "")
-    assert [excuses.cover(ALLOCATED, 0.0, DEVICES) for _ in range(3)] == [True, True, False]
+    excuses.failed("host.alloc.frame", "", 1.0)
+    excuses.failed("memcg.charge", "", 1.0)
+    assert [excuses.cover(ALLOCATED, 2.0, DEVICES) for _ in range(3)] == [True, True, False]
+
+
+def test_a_failure_excuses_all_that_ran_when_it_was_injected() -> None:
+    """Several jobs wait for one migration; one that began later is refused for nothing."""
+    excuses = Excuses()
+    excuses.failed("migrate.mid_copy", "dev1", 1.0)
+    assert [excuses.cover(COPIED, 0.9, DEVICES) for _ in range(3)] == [True, True, True]
+    assert not excuses.cover(COPIED, 1.1, DEVICES)
 
 
 def test_a_failure_elsewhere_excuses_nothing() -> None:
     """Another point, another device; and an error that names no fault."""
     excuses = Excuses()
-    excuses.failed("migrate.mid_copy", "dev10")
-    excuses.failed("migrate.before_copy", "dev1")
+    excuses.failed("migrate.mid_copy", "dev10", 0.0)
+    excuses.failed("migrate.before_copy", "dev1", 0.0)
     assert not excuses.cover(COPIED, 0.0, DEVICES)
     assert not excuses.cover("migrate_to_ram: ENOMEM: a page wants to come home and the host's memory is used up", 0.0, DEVICES)
-    excuses.failed("migrate.mid_copy", "dev1")
+    excuses.failed("migrate.mid_copy", "dev1", 0.0)
     assert excuses.cover(COPIED, 0.0, DEVICES)
 
 
