@@ -281,4 +281,6 @@ class PageTable:
 def _blocks_of(pages: Words) -> Words:
     """The blocks that `pages` lie in, ascending, each once: neighbours are dropped before what is left is sorted."""
     blocks = pages >> _SHIFT
+    if len(blocks) == 0:
+        return blocks
     return distinct(blocks[np.concatenate(([True], blocks[1:] != blocks[:-1]))])
