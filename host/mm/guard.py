@@ -12,6 +12,7 @@ import numpy.typing as npt
 from hmmnet.pages import Words
 
 from . import pte
+from .huge import blocks_of
 from .mm import Mm
 from .vma import VM_HUGETLB, VM_LOCKED, VM_MAYBE_GUARD, VM_SPECIAL, Vma
 
@@ -31,11 +32,13 @@ def may_have(vma: Vma, *, removed: bool) -> bool:
 
 
 def install(mm: Mm, vma: Vma, start: int, end: int) -> None:
-    """Guards at all of [start, end), in `vma`, where nothing is mapped any more."""
+    """Guards at all of [start, end), in `vma`, where nothing is mapped any more. They lie in page tables, which stay when they go."""
     vma.flags |= VM_MAYBE_GUARD
     if not vma.anon and vma.file is None:
         mm.anon_prepare(vma)
-    mm.table.scatter(np.arange(start, end, dtype=np.uint64), GUARD)
+    pages = np.arange(start, end, dtype=np.uint64)
+    mm.table.scatter(pages, GUARD)
+    mm.small_blocks.update(blocks_of(pages))
 
 
 def remove(mm: Mm, start: int, end: int) -> None:

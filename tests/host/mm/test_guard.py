@@ -151,6 +151,27 @@ async def test_mirrors_hear_of_it_and_huge_pages_are_split() -> None:
     machine.check()
 
 
+@pytest.mark.parametrize("before", ["untouched", "huge", "zero"])
+@pytest.mark.parametrize("pages", [1, HUGE_PAGES])
+async def test_a_page_table_stays_when_its_guards_go(before: str, pages: int) -> None:
+    """guard_install_set_pte lies in a page table, which GUARD_REMOVE leaves: what is faulted in next is small; after munmap it is huge."""
+    machine = Machine(host_pages=4 * HUGE_PAGES)
+    space = machine.process()
+    for table in (True, False):
+        await space.mmap(HUGE_PAGES * PAGE, "rw", BASE)
+        await space.madvise(BASE, HUGE_PAGES * PAGE, "HUGEPAGE")
+        if table:
+            if before != "untouched":
+                await (space.store(BASE, b"x") if before == "huge" else space.load(BASE, 1))
+                assert space.mm.table.pmd(FIRST)
+            await space.madvise(BASE, pages * PAGE, "GUARD_INSTALL")
+            await space.madvise(BASE, pages * PAGE, "GUARD_REMOVE")
+        await space.store(BASE, b"y")
+        assert bool(space.mm.table.pmd(FIRST)) is not table
+        machine.check()
+        await space.munmap(BASE, HUGE_PAGES * PAGE)
+
+
 def test_v25_knows_no_guards() -> None:
     """They came with Linux 6.13."""
     for advice in ("GUARD_INSTALL", "GUARD_REMOVE"):
