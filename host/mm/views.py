@@ -109,6 +109,7 @@ def clear_soft_dirty(mm: Mm, start: int, end: int) -> None:
         clear = (kinds != pte.NONE) & (kinds != pte.MARKER)
         if size == 1 and mm.memory.most(frames := pte.frames_of(part[present]), "pincount"):
             pinned = np.flatnonzero(present)[mm.memory.field(frames, "pincount") > 0]
+            pinned = pinned[part[pinned] & pte.HUGE == 0]  # one entry in the kernel, which asks nobody there
             for vma in mm.vmas.overlapping(first, first + len(part)):
                 if vma.flags & VM_SHARED:
                     pinned = pinned[(pinned < vma.start - first) | (pinned >= vma.end - first)]

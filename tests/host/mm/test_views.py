@@ -159,6 +159,26 @@ async def test_pinned_pages_stay_soft_dirty_and_writable(*, shared: bool) -> Non
     machine.check()
 
 
+@pytest.mark.parametrize("unfolded", [False, True])
+async def test_a_huge_page_is_cleared_whole_however_it_is_kept(unfolded: bool) -> None:
+    """clear_soft_dirty_pmd asks for no pins: a pinned page of a huge page is cleared, whether or not its block has entries of its own."""
+    machine = Machine(host_pages=4 * HUGE_PAGES)
+    space = machine.process()
+    await space.mmap(HUGE_PAGES * PAGE, "rw", BASE)
+    await space.madvise(BASE, HUGE_PAGES * PAGE, "HUGEPAGE")
+    await space.store(BASE, b"x")
+    held = await space.get_pages(FIRST + 100, 1, write=True, pin=True)
+    if unfolded:
+        space.mm.table.unfold(FIRST)
+    await space.clear_soft_dirty()
+    entries = space.mm.table.read(FIRST, FIRST + HUGE_PAGES)
+    assert (entries & pte.HUGE).all()
+    assert not (entries & (pte.WRITE | pte.SOFT_DIRTY)).any()
+    assert not any(word & PM_SOFT_DIRTY for word in view(space, HUGE_PAGES))
+    space.put_pages(held, pin=True)
+    machine.check()
+
+
 async def test_a_device_stores_to_its_own_page_unseen() -> None:
     """The entry keeps the right to write, and stays clean: a device's stores fault nowhere. Coming home it is still clean."""
     machine = Machine()
