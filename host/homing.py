@@ -456,7 +456,7 @@ class Homing:
         while fruitless < EVICT_ROUNDS_MAX and len(frames := page_map.used_frames()):
             moved = await self._memory.relief.anew(partial(self.evict, link, frames[:HOME_PAGES_MAX], "unplug"), KERNEL)
             fruitless = 0 if moved else fruitless + 1
-            await trio.sleep(EVICT_NAP_S * (1 << fruitless) if fruitless else 0)
+            await trio.sleep(EVICT_NAP_S * (1 << fruitless - 1) if 0 < fruitless < EVICT_ROUNDS_MAX else 0)
             if self._links.get(page_map.zone.number) is not link:  # what was still there has died with it
                 raise PeerLost(f'device "{link.name}" was lost while its memory was being removed')
         page_map.remove()

@@ -7,7 +7,7 @@ import trio
 import trio.testing
 
 from hmmnet.errors import HmmnetError, PeerLost
-from hmmnet.host.homing import EVICT_ROUNDS_MAX
+from hmmnet.host.homing import EVICT_NAP_S, EVICT_ROUNDS_MAX
 from hmmnet.pages import PAGE_SIZE
 
 from .fakes import ZONE, Bench
@@ -58,6 +58,19 @@ async def test_who_holds_a_page_is_named() -> None:
     zone.refcount[frame] -= 2
     await bench.homing.unplug(bench.page_map)
     assert ZONE not in bench.memory.zones
+
+
+async def test_who_never_lets_go_is_waited_for_as_long_as_is_said(autojump_clock: trio.testing.MockClock) -> None:
+    """One nap between two rounds, the first of EVICT_NAP_S, each twice as long as the one before, and none behind the last."""
+    bench = Bench()
+    space = bench.space()
+    address = await space.mmap(PAGE_SIZE)
+    await bench.to_device(space, address, 1)
+    bench.page_map.zone.refcount[int(bench.page_map.used_frames()[0]) - bench.page_map.zone.base] += 2
+    began_s = trio.current_time()
+    with pytest.raises(HmmnetError, match="cannot be removed"):
+        await bench.homing.unplug(bench.page_map)
+    assert trio.current_time() - began_s == pytest.approx(EVICT_NAP_S * (2 ** (EVICT_ROUNDS_MAX - 1) - 1))
 
 
 async def test_a_device_that_dies_meanwhile_is_lost(autojump_clock: trio.testing.MockClock) -> None:
