@@ -45,7 +45,7 @@ from .mm.collect import collect_frames, move
 from .mm.finalize import finalize
 from .mm.frames import PhysicalMemory
 from .mm.relief import KERNEL
-from .mm.rmap import mappings
+from .mm.rmap import Mapped, mappings
 
 HOME_PAGES_MAX = 1 << 16
 """Pages of one explicit migration home (256 MiB): bounds the host frames allocated before anything has landed."""
@@ -406,17 +406,14 @@ class Homing:
     async def evict(self, link: DeviceLink, frames: Words, cause: str = "release") -> int:
         """migrate_device_range: bring `frames` of the device home, whoever maps them; returns how many went.
 
-        Idle frames and frames that are busy stay; the driver asks again for those. Raises PeerLost, KernelError(ENOMEM).
+        Idle frames and frames that are busy stay; the driver asks again for those. Nothing goes once the memory has been removed. Raises
+        PeerLost, KernelError(ENOMEM).
         """
         points = self._memory.points
         if points.armed:
             await points.at("home.evict", device=link.name, pages=len(frames))
-        async with AsyncExitStack() as stack:
-            told: dict[int, list[Words]] = {}
-            mapped_at = list(mappings(self._memory, frames))
-            for mapped in mapped_at:
-                await clear(stack, self.spaces, mapped.mm, mapped.pages, told=told)
-            migration = collect_frames(self._memory, frames, told)
+        mapped_at = list(mappings(self._memory, frames)) if self.is_there(link) else []
+        migration = await self._taken(link, frames, mapped_at)
         going = migration.source & MIGRATE != 0
         if not going.any():
             return 0
@@ -444,6 +441,20 @@ class Homing:
             for mapped in mapped_at:
                 self.events.moved(mapped.mm.number, np.sort(mapped.pages[left[mapped.rows]]), link.name, HOST, cause)
         return moved
+
+    def is_there(self, link: DeviceLink) -> bool:
+        """Whether the device's memory is, which may have been removed. Raises PeerLost when the device is lost, whose zone may be gone."""
+        if self._links.get(link.zone) is not link:
+            raise PeerLost(f'device "{link.name}" was lost while its memory was being evicted')
+        return link.zone in self._memory.zones
+
+    async def _taken(self, link: DeviceLink, frames: Words, mapped_at: Sequence[Mapped]) -> Migration:
+        """What of `frames`, mapped at `mapped_at`, can go, behind migration entries; who was told may have removed the memory."""
+        told: dict[int, list[Words]] = {}
+        async with AsyncExitStack() as stack:
+            for mapped in mapped_at:
+                await clear(stack, self.spaces, mapped.mm, mapped.pages, told=told)
+            return collect_frames(self._memory, frames if self.is_there(link) else _NONE, told)
 
     async def unplug(self, page_map: PageMap) -> None:
         """Hot removal of a device's memory, in use or not: pages go home by frame until nothing is left, then the map goes.

@@ -229,7 +229,7 @@ async def evict(homing: Homing, link: DeviceLink, frames: Words, cause: str) -> 
     Raises PeerLost, KernelError(ENOMEM).
     """
     moved = 0
-    for mapped in list(mappings(homing.memory, page_by_page(frames))):
+    for mapped in list(mappings(homing.memory, page_by_page(frames))) if homing.is_there(link) else ():
         space = homing.spaces.get(mapped.mm.number)
         if space is not None:
             for start, end in runs_of(np.sort(mapped.pages)):

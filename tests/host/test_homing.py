@@ -10,6 +10,7 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from hmmnet.errors import BusError, KernelError, PeerError, PeerLost
+from hmmnet.faults.injector import Injector, PointFault
 from hmmnet.host.homing import COPIES_MAX
 from hmmnet.host.interfaces import Event
 from hmmnet.host.mm.space import Space
@@ -270,6 +271,42 @@ async def test_device_lost_during_eviction() -> None:
         await bench.homing.evict(bench.link, bench.page_map.used_frames())
     assert space.pagemap(address, 2) == b"SS"
     assert bench.host_pages_used() == 0
+
+
+@pytest.mark.parametrize("where", ["before", "told"])
+@pytest.mark.parametrize("lost", [False, True])
+async def test_memory_that_goes_away_while_its_eviction_waits(where: str, lost: bool) -> None:
+    """Removed, with everything home, nothing is left to go; lost and buried it is PeerLost. Nobody is left waiting for an entry."""
+    bench = Bench()
+    space, address = await on_device(bench, 2)
+    bench.hub(space).insert(0, 1 << 35, mirror := FakeLink("gpu1", 65), 1)
+    bench.memory.points = (injector := Injector()).points_of("host")
+    pause = injector.add(PointFault("home.evict" if where == "before" else "evict.collected", "pause"))
+    gate = mirror.hold()
+    done: list[int | str] = []
+
+    async def evict() -> None:
+        try:
+            done.append(await bench.homing.evict(bench.link, bench.page_map.used_frames()))
+        except PeerLost as error:
+            done.append(str(error))
+
+    with trio.fail_after(5):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(evict)
+            await wait_all_tasks_blocked()
+            mirror.hold().set()  # what is announced from now on is answered at once
+            if lost:
+                bench.lose("it was killed")
+            await space.munmap(address, 2 * PAGE_SIZE)
+            if lost:
+                assert bench.page_map.bury()
+            else:
+                bench.page_map.remove()
+            assert ZONE not in bench.memory.zones
+            injector.remove(pause)
+            gate.set()
+    assert done == ['device "gpu0" was lost while its memory was being evicted' if lost else 0]
 
 
 async def _raise(error: Exception) -> None:

@@ -14,9 +14,10 @@ from hmmnet.host.hub import Hub
 from hmmnet.host.interfaces import Event, Select
 from hmmnet.host.mirror import Request
 from hmmnet.host.notifier import Subscription
+from hmmnet.host.personality import V25
 from hmmnet.host.v25 import driver
 from hmmnet.pages import HMM_PFN_ERROR, HMM_PFN_REQ_FAULT, HMM_PFN_REQ_WRITE, HMM_PFN_VALID, HMM_PFN_WRITE, PAGE_SIZE, PAGES_MAX, Words
-from tests.host.fakes import ZONE, FakeLink
+from tests.host.fakes import ZONE, Bench, FakeLink
 
 from .dummy import Ground, refused
 
@@ -155,3 +156,11 @@ def test_what_a_migration_selects() -> None:
     assert chosen & Select.DEVICE_PRIVATE
     assert chosen & Select.DEVICE_COHERENT
     assert not chosen & Select.COMPOUND
+
+
+async def test_memory_that_was_removed_has_nothing_to_evict() -> None:
+    """Who maps its frames is not even looked up."""
+    bench = Bench(personality=V25)
+    frames = np.array([bench.page_map.zone.base], np.uint64)
+    bench.page_map.remove()
+    assert await driver.evict(bench.homing, bench.link, frames, "release") == 0
