@@ -245,6 +245,9 @@ class Advice(SystemCalls):
         """
         for found in huge.in_part(self.mm, low, high):
             async with AsyncExitStack() as stack:
+                if found.file is not None:
+                    file, first = found.file
+                    await told_everywhere(stack, file, first, first + HUGE_PAGES)
                 for _, pages in found.places:
                     await stack.enter_async_context(self._told(pages))
                 found.split()

@@ -35,7 +35,7 @@ from hmmnet.errors import KernelError
 from hmmnet.pages import HUGE_PAGES, HUGE_SHIFT, PAGE_SIZE, ZERO_FRAME, Words, distinct
 
 from . import filehuge, pte
-from .filemap import ranges_of
+from .filemap import File, ranges_of
 from .frames import PhysicalMemory
 from .mm import Mm
 from .rmap import mappings, places
@@ -52,10 +52,14 @@ _BLOCK = np.uint64(HUGE_MASK)
 
 
 class Large(NamedTuple):
-    """Something larger than a page: where it is mapped (process, pages), and how to split it once mirrors there have been told CLEAR."""
+    """Something larger than a page: where it is mapped (process, pages), and how to split it once mirrors there have been told CLEAR.
+
+    With `file` (a file, and the first of its pages) they have to be told wherever those pages are mapped by then.
+    """
 
     places: list[tuple[Mm, Words]]
     split: Callable[[], object]
+    file: tuple[File, int] | None = None
 
 
 def block_of(page: int) -> int:
@@ -191,7 +195,7 @@ def large(mm: Mm, pages: Words, *, compound: bool = False) -> list[Large]:
     of_file = filehuge.is_of_file(memory, heads)
     for head in heads[of_file].tolist():
         where = list(places(memory, np.arange(head, head + HUGE_PAGES, dtype=np.uint64)))
-        found.append(Large(where, partial(_split_file, memory, where, head)))
+        found.append(Large(where, partial(_split_file, *_file_of(memory, head), where)))
     for head in heads[~of_file].tolist():
         mapped_at = [(mapped.mm, mapped.pages) for mapped in mappings(memory, np.arange(head, head + HUGE_PAGES, dtype=np.uint64))]
         found.append(Large(mapped_at, partial(split_folio, memory, head)))
@@ -218,8 +222,8 @@ def in_part(mm: Mm, start: int, end: int) -> list[Large]:
         if mapped and all(one.mm is mm for one in mapped):
             found.append(Large([(mm, one.pages) for one in mapped], partial(split_folio, memory, head)))
         elif not mapped and filehuge.is_of_file(memory, np.array([frame], np.uint64))[0] and memory.most(whole, "mapcount") == 1:
-            where = list(places(memory, whole))
-            found.append(Large(where, partial(_split_file, memory, where, head)))
+            of = _file_of(memory, head)
+            found.append(Large([], partial(_split_file, *of), of))
     return found
 
 
@@ -250,17 +254,23 @@ def split_folio(memory: PhysicalMemory, head: int) -> bool:
     return True
 
 
-def _split_file(memory: PhysicalMemory, told: list[tuple[Mm, Words]], head: int) -> bool:
-    """split_folio for one of a file: it is unmapped everywhere, and its pages are ordinary ones of the page cache.
+def _file_of(memory: PhysicalMemory, head: int) -> tuple[File, int]:
+    """Of which file the folio at frame `head` is, and its first page there."""
+    mapping, index = memory.fields(np.array([head], np.uint64), "mapping", "index")
+    return memory.files[int(mapping[0])], int(index[0])
 
-    False, nothing done, when somebody holds on to a page, or maps it who was not told.
+
+def _split_file(file: File, first: int, told: list[tuple[Mm, Words]] | None = None) -> bool:
+    """split_folio for the one at page `first` of a file: it is unmapped everywhere, and its pages are ordinary ones of the page cache.
+
+    False, nothing done, when it has been split, somebody holds on to a page, or maps it who was not `told` (None: everybody was).
     """
-    frames = np.arange(head, head + HUGE_PAGES, dtype=np.uint64)
-    file = memory.files[int(memory.field(frames[:1], "mapping")[0])]
-    first = int(memory.field(frames[:1], "index")[0])
-    if bool((memory.field(frames, "refcount") > memory.field(frames, "mapcount") + 1).any()):
+    if first >> HUGE_SHIFT not in file.blocks:
         return False
-    if not {space.number for space in file.mappers.values()} <= {mm.number for mm, _ in told}:
+    refcount, mapcount = file.memory.fields(file.cached(filehuge.offsets_of(first >> HUGE_SHIFT)), "refcount", "mapcount")
+    if bool((refcount > mapcount + 1).any()):
+        return False
+    if told is not None and not {space.number for space in file.mappers.values()} <= {mm.number for mm, _ in told}:
         return False
     for space in file.mappers.values():
         for _, low, high in ranges_of(space.mm, file, first, first + HUGE_PAGES):

@@ -298,6 +298,57 @@ async def test_it_goes_to_swap_page_by_page_and_comes_back() -> None:
     machine.check()
 
 
+@pytest.mark.parametrize("advice", ["COLD", "PAGEOUT"])
+async def test_who_maps_it_while_it_is_about_to_be_split_is_told(advice: str) -> None:
+    """Advice about a part, by its only mapper; another process maps it meanwhile, and loses it: its mirrors have heard, each of its own."""
+    machine = Machine()
+    one, two = await shmem(machine)
+    links = {}
+    for space in (one, two):
+        assert isinstance(space.hub, Hub)
+        links[space.number] = FakeLink("gpu0", 64)
+        space.hub.insert(0, 1 << 30, links[space.number], 1)
+    await two.mremap(BASE, BLOCK, BLOCK, 2 * BASE)
+    await one.madvise(BASE, BLOCK, "COLLAPSE")
+    await one.load(BASE, 1)
+    for link in links.values():
+        link.told.clear()
+    gate = links[one.number].hold()
+    with trio.fail_after(5):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(one.madvise, BASE + 5 * PAGE, PAGE, advice)
+            await wait_all_tasks_blocked()
+            await two.load(2 * BASE, 1)
+            assert two.mm.table.pmd(2 * FIRST)
+            gate.set()
+    assert [is_huge(one), two.mm.rss] == [False, 0]
+    for number, first in ((one.number, FIRST), (two.number, 2 * FIRST)):
+        assert [told[1:4] for told in links[number].told] == [(first, first + HUGE_PAGES, Event.CLEAR)]
+    assert await two.load(2 * BASE, BLOCK) == expected()
+    machine.check()
+
+
+async def test_two_that_split_it_at_once_split_it_once() -> None:
+    """Both are told, and the later one finds nothing left to split."""
+    machine = Machine()
+    one, _ = await shmem(machine)
+    await one.madvise(BASE, BLOCK, "COLLAPSE")
+    await one.load(BASE, 1)
+    assert isinstance(one.hub, Hub)
+    one.hub.insert(0, 1 << 30, link := FakeLink("gpu0", 64), 1)
+    gate = link.hold()
+    with trio.fail_after(5):
+        async with trio.open_nursery() as nursery:
+            for page in (5, 9):
+                nursery.start_soon(one.madvise, BASE + page * PAGE, PAGE, "COLD")
+            await wait_all_tasks_blocked()
+            gate.set()
+    assert not (machine.memory.zones[0].flags & COMPOUND).any()
+    assert await one.load(BASE, BLOCK) == expected()
+    assert not is_huge(one)
+    machine.check()
+
+
 async def test_a_migration_splits_it_and_moves_nothing() -> None:
     """migrate_vma_collect_pmd splits the folio, for everybody; pages of files stay; one that is held is left as it is."""
     machine = Machine()
