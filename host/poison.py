@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from contextlib import AsyncExitStack
 
 import numpy as np
+import numpy.typing as npt
 
 from hmmnet.errors import KernelError
 from hmmnet.pages import Words
@@ -20,29 +21,38 @@ from .interfaces import NO_OWNER, AddressSpace
 from .mm import pte
 from .mm.frames import PhysicalMemory
 from .mm.rmap import mappings
-from .mm.zones import ANON, HWPOISON, LOCKED
+from .mm.zones import ANON, COMPOUND, HWPOISON, LOCKED
 
 
 async def memory_failure(memory: PhysicalMemory, spaces: Mapping[int, AddressSpace], space: AddressSpace, start: int, end: int) -> None:
     """madvise(MADV_HWPOISON): the memory under pages [start, end) breaks, for everybody who maps it (mm/memory-failure.c).
 
     Pages of devices come home first. An access is SIGBUS from then on, a device's is EFAULT; unmapping is all that helps. Raises
-    KernelError: EFAULT, ENOMEM; EBUSY at the first page that is nobody's own (the zero page, a file's), those before it being poisoned.
+    KernelError: EFAULT, ENOMEM; EBUSY at the first page that is nobody's own (the zero page, a file's), or that belongs to a huge page that
+    somebody holds on to (MF_MSG_UNSPLIT_THP), those before it being poisoned.
     """
     frames = await space.get_pages(start, end - start)
     pages = np.arange(start, end, dtype=np.uint64)
     own = memory.field(frames, "flags") & ANON != 0
-    count = len(frames) if own.all() else int(np.argmin(own))
+    count, why = _until(~own), "is no page of anonymous memory"
     stay, frames = frames[count:], frames[:count]
     space.put_pages(stay)
     async with space.mmap_lock.read():
         space.put_pages(frames)  # a folio that is held cannot be split
         await split_large(space, spaces, pages[:count], NO_OWNER, compound=False)
         entries = space.entries(pages[:count])
-        kept = frames[(entries & pte.KIND == pte.PRESENT) & (entries & pte.SPECIAL == 0) & (pte.frames_of(entries) == frames)]
-        await _break(memory, spaces, kept)
-    if len(stay) or count < end - start:
-        raise KernelError(errno.EBUSY, "madvise", f"page 0x{start + count:x} of process {space.number} is no page of anonymous memory")
+        here = (entries & pte.KIND == pte.PRESENT) & (entries & pte.SPECIAL == 0) & (pte.frames_of(entries) == frames)
+        whole = _until(here & (memory.field(frames, "flags") & COMPOUND != 0))
+        if whole < count:
+            count, why = whole, "is part of a huge page that somebody holds on to"
+        await _break(memory, spaces, frames[:count][here[:count]])
+    if count < end - start:
+        raise KernelError(errno.EBUSY, "madvise", f"page 0x{start + count:x} of process {space.number} {why}")
+
+
+def _until(stops: npt.NDArray[np.bool_]) -> int:
+    """How many come before the first that `stops`."""
+    return int(np.argmax(stops)) if stops.any() else len(stops)
 
 
 async def break_memory(memory: PhysicalMemory, spaces: Mapping[int, AddressSpace], space: AddressSpace, start: int, end: int) -> int:

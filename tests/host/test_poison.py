@@ -59,6 +59,35 @@ async def test_a_huge_page_loses_one_page() -> None:
         assert used(host) == 1
 
 
+@pytest.mark.parametrize("parts", [False, True], ids=["whole", "mapped in parts"])
+async def test_a_huge_page_that_somebody_holds_stays_whole(parts: bool) -> None:
+    """MF_MSG_UNSPLIT_THP: EBUSY, and the page is as before; what lies before it is poisoned. Let go of, it breaks."""
+    async with running_host("gpu0") as (host, _):
+        process = await host.create_process()
+        address = await process.mmap(1024 * PAGE_SIZE, address=1 << 30)
+        await process.write(address, bytes([5]) * 512 * PAGE_SIZE)
+        huge = address + 512 * PAGE_SIZE
+        await process.madvise(huge, 512 * PAGE_SIZE, "HUGEPAGE")
+        await process.write(huge, bytes([6]) * 512 * PAGE_SIZE)
+        if parts:
+            await process.mprotect(huge, PAGE_SIZE, "r")
+        held = await process.get_user_pages(huge + 100 * PAGE_SIZE, 1, write=True, pin=True)
+        with pytest.raises(KernelError, match=rf"EBUSY: page 0x{huge // PAGE_SIZE:x} .* huge page that somebody holds") as caught:
+            await process.madvise(huge - PAGE_SIZE, 3 * PAGE_SIZE, "HWPOISON")
+        assert caught.value.call == "madvise"
+        with pytest.raises(BusError):
+            await process.load(huge - PAGE_SIZE)
+        assert await process.read(huge, 512 * PAGE_SIZE) == bytes([6]) * 512 * PAGE_SIZE
+        assert (await host.report())["poisoned_pages"] == 1
+        await held.put()
+        await process.madvise(huge, PAGE_SIZE, "HWPOISON")
+        with pytest.raises(BusError):
+            await process.load(huge)
+        assert host.audit(quiet=True) == []
+        await process.exit()
+        assert used(host) == 2
+
+
 async def test_what_is_nobodys_own_is_busy() -> None:
     """The zero page and pages of files; what comes before is poisoned; nothing mapped is EFAULT."""
     async with running_host("gpu0") as (host, _):
