@@ -361,7 +361,7 @@ class Homing:
         page, begun = start, _NONE
 
         async def rest() -> Outcome:
-            """From `page` on, of whose piece what `begun` says has moved."""
+            """From `page` on, of which what `begun` says has moved."""
             nonlocal page, begun
             async with space.mmap_lock.read():
                 if space.points.armed:
@@ -372,15 +372,15 @@ class Homing:
                     try:
                         space.check_migratable(page, stop)
                     except KernelError as error:
-                        return Outcome(joined([*words, np.zeros(end - page, np.uint64)]), error.code)
+                        return Outcome(joined([*words, _together(begun, np.zeros(end - page, np.uint64))]), error.code)
                     parts: list[Migration] = []
                     try:
                         await self.home_range(space, link, page, stop, cause, parts)
                     except OutOfMemory:
-                        begun = _together(begun, words_of(parts, stop - page))
+                        begun = words_by_page(_together(begun, words_of(parts, stop - page)))
                         raise
-                    words.append(_together(begun, words_of(parts, stop - page)))
-                    page, begun = stop, _NONE
+                    words.append(_together(begun[: stop - page], words_of(parts, stop - page)))
+                    page, begun = stop, begun[stop - page :]
             return Outcome(joined(words))
 
         return await self._memory.relief.anew(rest, space.number)
@@ -474,12 +474,16 @@ class Homing:
 
 
 def _together(before: Words, words: Words) -> Words:
-    """What a piece of a range became in two tries, of which the first moved what `before` says (nothing: there was only one)."""
+    """What a range became in two tries, of which the first moved what `before` says, page by page (nothing: there was only one).
+
+    Either may be about more pages: a mapping may have become longer or shorter meanwhile.
+    """
     if len(before) == 0:
         return words
-    words, before = words_by_page(words), words_by_page(before)
-    count = min(len(words), len(before))  # a mapping may have become shorter meanwhile
-    return np.concatenate((np.where(before[:count] & MIGRATE != 0, before[:count], words[:count]), words[count:]))
+    words = words_by_page(words)
+    count = min(len(words), len(before))
+    both = np.where(before[:count] & MIGRATE != 0, before[:count], words[:count])
+    return np.concatenate((both, before[count:], words[count:]))
 
 
 async def _at(name: str, space: AddressSpace, link: DeviceLink, start: int, pages: int) -> None:

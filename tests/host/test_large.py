@@ -7,6 +7,7 @@ Oracle: mm/migrate_device.c (migrate_vma_collect_huge_pmd and what follows); the
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 
 import numpy as np
@@ -450,6 +451,40 @@ async def test_no_memory_for_a_huge_page_is_enomem_where_a_fault_says_so() -> No
     assert shape(space) == [pte.DEVICE, pte.DEVICE]
     sound(bench)
     assert np.array_equal(await contents(space), EXPECTED)
+
+
+@pytest.mark.parametrize("tries", [1, 2])
+@pytest.mark.parametrize("change", ["none", "mprotect", "munmap"])
+async def test_what_came_home_before_memory_was_had_has_moved(change: str, tries: int) -> None:
+    """The huge page comes at once, the small ones in front of it only when somebody was killed; by then the mapping ends between them."""
+    bench = Bench(host_pages=3 * HUGE_PAGES)
+    space = await huge_space(bench)
+    await space.split_blocks([FIRST])
+    await go(bench, space, np.concatenate((page_by_page(HEADS[:1]), HEADS[1:])))
+    taken = [bench.memory.allocate(HUGE_PAGES), bench.memory.allocate(100)]
+    asked: list[int] = []
+
+    async def kill(_process: int, pages: int) -> bool:
+        asked.append(pages)
+        if len(asked) == 1 and change == "mprotect":
+            await space.mprotect(BASE + BLOCK, BLOCK, "r")
+        elif len(asked) == 1 and change == "munmap":
+            await space.munmap(BASE + BLOCK, BLOCK)
+            taken.append(bench.memory.allocate(HUGE_PAGES))
+        if len(asked) == tries:
+            for frames in taken:
+                assert frames is not None
+                bench.memory.put(frames)
+        return True
+
+    bench.memory.relief.killer = kill
+    done = await bench.homing.migrate_to_system(space, bench.link, FIRST, FIRST + 2 * HUGE_PAGES)
+    assert (len(asked), done.errno) == (tries, errno.EINVAL if change == "munmap" else 0)
+    assert done.moved == 2 * HUGE_PAGES
+    assert pages_in(done.words, MIGRATE_PFN_COMPOUND) == 2 * HUGE_PAGES
+    assert done.moved_pages(FIRST).tolist() == list(range(FIRST, FIRST + 2 * HUGE_PAGES))
+    assert bench.page_map.used_pages == 0
+    sound(bench)
 
 
 async def test_who_listens_hears_of_each_page_of_a_huge_one() -> None:
