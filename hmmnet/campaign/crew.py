@@ -23,6 +23,7 @@ from hmmnet.errors import BusError, HmmnetError, IommuFault, KernelError, PeerEr
 from hmmnet.pages import PAGE_SIZE
 from hmmnet.program import Process
 from hmmnet.sim import SimulatedMachine, Trace
+from hmmnet.wire.crashes import listening
 
 from .excuses import AFTERMATH_S, EVERYBODY, Excuses, Harm
 from .history import Clock, Counter, Words
@@ -102,6 +103,24 @@ class Outcome:
     violations: list[Violation] = field(default_factory=list)
     reached: Counts[str] = field(default_factory=Counts)
     """How often protocol points were reached and messages sent, by name, until everything was healed; only if that was to be counted."""
+
+    def complain(self, checker: str, what: str, trace: Trace | None) -> None:
+        """A violation, with its virtual time."""
+        if len(self.violations) < VIOLATIONS_MAX:
+            line = 0 if trace is None else trace.count
+            self.violations.append(Violation(checker, f"at {trio.current_time():.6f} s: {what}", line))
+            if trace is not None:
+                trace.add(trio.current_time(), f"VIOLATION {checker}: {what}")
+
+    @contextlib.contextmanager
+    def seeing_crashes(self, trace: Trace | None = None) -> Iterator[None]:
+        """Whatever crashes in a handler of a message, of sessions that begin here meanwhile, is a violation that nothing excuses."""
+
+        def crashed(whose: str, error: Exception) -> None:
+            self.complain("crash", f"{whose}: {Violation.crash(error).what}", trace)
+
+        with listening(crashed):
+            yield
 
 
 class Crew:
@@ -190,10 +209,7 @@ class Crew:
 
     def complain(self, checker: str, what: str) -> None:
         """A violation, with its virtual time."""
-        if len(self.outcome.violations) < VIOLATIONS_MAX:
-            line = 0 if self._trace is None else self._trace.count
-            self.outcome.violations.append(Violation(checker, f"at {trio.current_time():.6f} s: {what}", line))
-            self.note(f"VIOLATION {checker}: {what}")
+        self.outcome.complain(checker, what, self._trace)
 
     def one_ended(self, kind: str) -> None:
         """An operation has ended."""

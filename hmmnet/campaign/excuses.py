@@ -8,11 +8,14 @@ refusal is excused only
 - by links that are down, where the error says so of one of their ends, and some were while the operation ran;
 - by a harm to a device, while it lasts and in its aftermath, where the error names that device.
 
+What crashed is excused by nothing, whatever else its error names: a peer's handler that ended with an exception of Python's own.
+
 Nothing here knows what operations do; what it is told, `nemesis` says.
 """
 
 from __future__ import annotations
 
+import builtins
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -25,6 +28,13 @@ NEVER_S = float("inf")
 EVERYBODY = ""
 """In place of a device's name: all of them, or none in particular."""
 _POINTS = re.compile(r"a fault was injected at ((?:[\w.]+)(?: or [\w.]+)*)(?: of ([\w.-]+))?")
+_CRASHES = frozenset(
+    name
+    for name, kind in vars(builtins).items()
+    if isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, OSError)
+)
+"""What an exception of Python's own is called; not what an operating system answers."""
+_KIND = re.compile(r"(?:^|(?<=: ))\w+(?=: )")
 _WAY = re.compile(r'no link that works leads from "([^"]*)" to "([^"]*)"')
 
 
@@ -91,6 +101,8 @@ class Excuses:
 
         `devices` are the names of all.
         """
+        if _crashed(text):
+            return False
         named = {device for device in devices if re.search(rf"\b{re.escape(device)}\b", text)}
         return self._harmed(named, began_s) or self._unreachable(text, began_s) or self._injected(text, named, began_s)
 
@@ -111,3 +123,8 @@ class Excuses:
                     self._failures[key] = max(0, left - 1)
                     return True
         return False
+
+
+def _crashed(text: str) -> bool:
+    """Whether an error says, in the words of a session's `Failed`, that somebody's handler crashed."""
+    return any(kind in _CRASHES for kind in _KIND.findall(text))

@@ -153,7 +153,7 @@ async def _batch(seed: int, rounds: int, transport: LaunchKind, outcome: Outcome
     program = msgspec.structs.replace(draw(seed, "none", OPERATIONS), limit_pages=0)
     processes: Mapping[int, int] = {}
     try:
-        with trio.fail_after(BATCH_S):
+        with trio.fail_after(BATCH_S), outcome.seeing_crashes():
             async with launch(topology_of(program.machine), rate=1.0, transport=transport) as machine:
                 processes = machine.processes
                 await _live(machine, program, rounds, outcome, summary)

@@ -10,7 +10,7 @@ from typing import cast
 
 import trio
 
-from hmmnet.sim import Trace, run_virtual, simulated
+from hmmnet.sim import SimulatedMachine, Trace, run_virtual, simulated
 from hmmnet.sim.run import SimulationStuck
 
 from .audit import Auditor
@@ -75,23 +75,29 @@ def _quietly() -> Iterator[None]:
 
 
 async def _trial(program: Program, outcome: Outcome, trace: Trace | None, count: bool) -> None:
-    async with simulated(topology_of(program.machine), trace=trace, seed=program.seed) as machine:
-        if program.limit_pages:
-            await machine.create_cgroup(CGROUP, program.limit_pages * WORDS_PER_PAGE * WORD_BYTES)
-        process = cast(AtomicProcess, await machine.create_process(cgroup=CGROUP if program.limit_pages else ""))
-        crew = Crew(machine, process, program, outcome, trace)
-        victims = await victims_of(crew, program.victims, all_faults(program) if program.victims else [])
-        await crew.lay_out()
-        nemesis = Nemesis(crew)
-        _watch(crew, count=count)
-        try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(Watchdog(crew).run)
-                nemesis.begin(nursery)
-                await _live(crew, nemesis, victims, count)
-                nursery.cancel_scope.cancel()
-        finally:
-            outcome.faults.update({kind: fired for kind, fired in machine.carrier.fired().items() if fired})
+    with outcome.seeing_crashes(trace):
+        async with simulated(topology_of(program.machine), trace=trace, seed=program.seed) as machine:
+            await _suffer(machine, program, outcome, trace, count)
+
+
+async def _suffer(machine: SimulatedMachine, program: Program, outcome: Outcome, trace: Trace | None, count: bool) -> None:
+    """The life of one machine."""
+    if program.limit_pages:
+        await machine.create_cgroup(CGROUP, program.limit_pages * WORDS_PER_PAGE * WORD_BYTES)
+    process = cast(AtomicProcess, await machine.create_process(cgroup=CGROUP if program.limit_pages else ""))
+    crew = Crew(machine, process, program, outcome, trace)
+    victims = await victims_of(crew, program.victims, all_faults(program) if program.victims else [])
+    await crew.lay_out()
+    nemesis = Nemesis(crew)
+    _watch(crew, count=count)
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(Watchdog(crew).run)
+            nemesis.begin(nursery)
+            await _live(crew, nemesis, victims, count)
+            nursery.cancel_scope.cancel()
+    finally:
+        outcome.faults.update({kind: fired for kind, fired in machine.carrier.fired().items() if fired})
 
 
 def _watch(crew: Crew, *, count: bool) -> None:

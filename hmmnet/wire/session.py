@@ -33,6 +33,7 @@ from hmmnet.errors import (
 )
 from hmmnet.sleeping import sleep
 
+from . import crashes
 from .codec import ANSWERS_MASK, Kind, decode_body, decode_header, encode
 from .exchange import ACKNOWLEDGE_EVERY, BYE_S, HEARTBEAT_S, LEASE_S, RETRY_S, Action, Arrival, Exchange, State
 from .messages import TEXT_MAX, Done, Failed, Message
@@ -230,7 +231,7 @@ class Session:
         A plain function runs at once, in the order of arrival: cheapest. So does a coroutine function with `inline`; nothing else is read
         meanwhile (a server reads for all its peers), so it must be quick and must not wait for a peer. Other coroutine functions get a
         task of their own. None answers `Done`. KernelError and SignalError travel to the peer as what they are; any other exception is
-        logged here and reported as our failure.
+        logged here and reported as our failure, and told to who listens for crashes (`crashes`) if it is one.
         """
         self._handlers[kind] = (handler, inline)
 
@@ -380,6 +381,7 @@ class Session:
             log.warning("%s of %s failed: %s", call, self.peer_name, error)
         else:
             log.error("%s of %s failed", call, self.peer_name, exc_info=error)
+            crashes.tell(f"{call} of {self.peer_name}", error)
         return Failed(0, call, f"{type(error).__name__}: {error}"[:TEXT_MAX])
 
     # --- living and ending -----------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from hmmnet.host.process import Process
 DEVICES = ("dev0", "dev1", "dev10")
 ALLOCATED = "page fault: ENOMEM: 2 pages are wanted; a fault was injected at host.alloc.frame or memcg.charge"
 COPIED = "dev1: Ioctl: RemoteError: host: Migrate: PeerError: the copy engine gave up (a fault was injected at migrate.mid_copy of dev1)"
+CRASHED = "dev1: Migrate: RemoteError: host: Migrate: AssertionError: a frame breaks a rule"
 CUT = 'kernel peek on device "dev1" failed: host: DmaRead: Unreachable: no link that works leads from "node0" to "dev1": links are down'
 KILLED = 'open: ENODEV: device "dev1" is not there: it was lost: device "dev1" was killed'
 
@@ -95,3 +96,14 @@ def test_a_refusal_without_its_cause_is_a_violation(text: str, monkeypatch: pyte
 def test_errors_name_the_point_that_failed(pair: Pair) -> None:
     """Whatever is refused because a point failed says so: nothing of it is a violation."""
     assert [one.found.wrong for one in try_all(pair, list(SCENARIOS.values()), 1, first_only=True)] == [""]
+
+
+def test_nothing_excuses_a_crash() -> None:
+    """Whoever is harmed, and whatever the error names; what an operating system answers is no crash."""
+    excuses = Excuses()
+    excuses.harm_begins("dev1")
+    excuses.harm_begins(EVERYBODY)
+    excuses.failed("migrate.mid_copy", "dev1", 0.0)
+    assert not excuses.cover(CRASHED, 0.0, DEVICES)
+    assert not excuses.cover(COPIED.replace("PeerError", "KeyError"), 0.0, DEVICES)
+    assert excuses.cover(CRASHED.replace("AssertionError", "ConnectionResetError"), 0.0, DEVICES)

@@ -1,0 +1,92 @@
+"""A handler of a message that crashes, at the host or in a device, is a violation, whoever else is to blame for what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+import trio
+
+from hmmnet.campaign.crew import Outcome
+from hmmnet.campaign.excuses import Excuses
+from hmmnet.campaign.program import Harm
+from hmmnet.campaign.real import run_rounds
+from hmmnet.campaign.scenarios import SCENARIOS
+from hmmnet.campaign.trial import run_program
+from hmmnet.devices.models.base import Device
+from hmmnet.errors import KernelError, PeerLost
+from hmmnet.host.requests import Requests
+from hmmnet.wire.crashes import is_crash, listening, tell
+
+HARMED = msgspec.structs.replace(SCENARIOS["tour"], harms=(Harm(5, "death", 0, 0.001),))
+
+
+async def crash(*_: object) -> Any:
+    """A handler with a bug."""
+    raise KeyError(64)
+
+
+def excuse_all(patch: pytest.MonkeyPatch) -> None:
+    """Whatever is refused to an operation is excused."""
+    patch.setattr(Excuses, "cover", lambda *_: True)
+
+
+@pytest.mark.parametrize(("where", "what"), [(Requests, "range_fault"), (Device, "copy_out")])
+def test_a_handler_that_crashes_is_a_violation(where: type, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the host and in a device, though all that is refused be excused: by message, type, text and place."""
+    assert run_program(HARMED).violations == []
+    excuse_all(monkeypatch)
+    monkeypatch.setattr(where, what, crash)
+    crashed = [one.what for one in run_program(HARMED).violations if one.checker == "crash"]
+    assert crashed
+    message = what.title().replace("_", "")
+    for text in crashed:
+        assert f" s: {message} of " in text
+        assert "KeyError: 64 (test_crashes.py:" in text
+
+
+async def test_a_crash_of_a_real_host_is_a_violation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its handlers run in this process; what their devices are told is excused here, too."""
+    excuse_all(monkeypatch)
+    monkeypatch.setattr(Requests, "range_fault", crash)
+    with trio.fail_after(100):
+        summary = await run_rounds(3, 1)
+    assert any(one["checker"] == "crash" and "RangeFault of " in one["what"] for one in summary.violations)
+
+
+@pytest.mark.parametrize(
+    ("error", "crashed"),
+    [
+        (KeyError(64), True),
+        (ExceptionGroup("two", [PeerLost("gone"), KeyError(64)]), True),
+        (ExceptionGroup("one", [PeerLost("gone")]), False),
+        (PeerLost("gone"), False),
+        (KernelError(12, "mmap", "no memory"), False),
+    ],
+    ids=repr,
+)
+def test_errors_of_the_machine_are_no_crashes(error: Exception, *, crashed: bool) -> None:
+    """Alone and in groups; who listens hears of all others, and of none when he has ceased to."""
+    heard: list[tuple[str, Exception]] = []
+    with listening(lambda whose, told: heard.append((whose, told))):
+        tell("Inspect of gpu0", error)
+    tell("Inspect of gpu0", error)
+    assert is_crash(error) is crashed
+    assert heard == ([("Inspect of gpu0", error)] if crashed else [])
+
+
+async def test_an_outcome_sees_crashes_of_tasks_that_begin_meanwhile() -> None:
+    """Not those of others."""
+    outcome, other = Outcome(), Outcome()
+
+    async def work() -> None:
+        tell("Inspect of gpu0", KeyError(64))
+
+    async with trio.open_nursery() as nursery:
+        with outcome.seeing_crashes():
+            nursery.start_soon(work)
+        with other.seeing_crashes():
+            pass
+    assert [one.what.partition(" s: ")[2] for one in outcome.violations] == ["Inspect of gpu0: KeyError: 64"]
+    assert other.violations == []
