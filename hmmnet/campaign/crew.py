@@ -331,6 +331,10 @@ class Crew:
         """Whether it tells of a lost page: in so many words, unless its device was dying when the work began."""
         return LOST in str(error) or (ONLY_COPY in str(error) and self.excused(error, began_s))
 
+    def is_lost(self, error: SignalError, began_s: float) -> bool:
+        """Whether it tells of a lost page, to work that began then, and such a loss may be."""
+        return self._says_lost(error, began_s) and self._may_be_lost(str(error))
+
     def _may_be_lost(self, text: str) -> bool:
         """Whether the device that is said to have had a page was ever harmed."""
         return EVERYBODY in self.harmed or any(re.search(rf"\b{re.escape(device)}\b", text) for device in self.harmed)

@@ -222,7 +222,7 @@ async def reduce(crew: Crew, step: Step, who: str) -> None:
 @operation("walk")
 async def walk(crew: Crew, step: Step, who: str) -> None:
     """A list in fresh memory is walked by a device: pointers are good everywhere."""
-    device, at = device_of(crew, step), crew.next_base()
+    device, at, began_s = device_of(crew, step), crew.next_base(), trio.current_time()
     crew.apart.add(at)
     await crew.process.mmap(2 * PAGE_SIZE, address=at)
     try:
@@ -237,8 +237,8 @@ async def walk(crew: Crew, step: Step, who: str) -> None:
         found = await crew.process.load(at + PAGE_SIZE)
         if found != int(nodes[:, 1].sum()):
             crew.complain("history", f"{who} on {device}: a list sums to {found}, its nodes are {int(nodes[:, 1].sum())} together")
-    except BusError:
-        if not crew.harmed_ever:
+    except BusError as error:
+        if not crew.is_lost(error, began_s):
             raise
     finally:
         await crew.process.munmap(at, 2 * PAGE_SIZE)
@@ -483,6 +483,8 @@ async def fork(crew: Crew, step: Step, who: str) -> None:
 
 
 async def _child_sees(crew: Crew, step: Step, child: Process, address: int, count: int) -> Words | None:
+    """What it loads; None where it has no right, or the page is lost."""
+    began_s = trio.current_time()
     try:
         if step.choice == "device":
             seen = await launched(child, device_of(crew, step), "peek", a=address, n=count)
@@ -490,23 +492,23 @@ async def _child_sees(crew: Crew, step: Step, child: Process, address: int, coun
         return np.frombuffer(await child.read(address, count * WORD_BYTES), np.uint64)
     except SegmentationFault:
         return None
-    except BusError:
-        if not crew.harmed_ever:
+    except BusError as error:
+        if not crew.is_lost(error, began_s):
             raise
         return None
 
 
 async def _child_writes(crew: Crew, step: Step, child: Process, address: int, count: int, who: str) -> None:
     """It sees its own store; if the parent saw it, the parent's next load tells."""
-    mine = crew.values(step.serial, 0, count)
+    mine, began_s = crew.values(step.serial, 0, count), trio.current_time()
     try:
         await child.write(address, mine.tobytes())
         if not (np.frombuffer(await child.read(address, count * WORD_BYTES), np.uint64) == mine).all():
             crew.complain("history", f"{who}: the child does not load what it stored at 0x{address:x}")
     except SegmentationFault:
         return  # it has inherited a page without the right
-    except BusError:
-        if not crew.harmed_ever:
+    except BusError as error:
+        if not crew.is_lost(error, began_s):
             raise
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 
+import msgspec
 import pytest
 
 from hmmnet.campaign.draw import draw
 from hmmnet.campaign.excuses import AFTERMATH_S, EVERYBODY, Excuses
 from hmmnet.campaign.places import Pair, pairs
+from hmmnet.campaign.program import Harm, Step
 from hmmnet.campaign.scenarios import SCENARIOS
 from hmmnet.campaign.sweep import try_all
 from hmmnet.campaign.trial import run_program
-from hmmnet.errors import KernelError
+from hmmnet.errors import BusError, KernelError
 from hmmnet.host.process import Process
 
 DEVICES = ("dev0", "dev1", "dev10")
@@ -21,6 +23,13 @@ COPIED = "dev1: Ioctl: RemoteError: host: Migrate: PeerError: the copy engine ga
 CRASHED = "dev1: Migrate: RemoteError: host: Migrate: AssertionError: a frame breaks a rule"
 CUT = 'kernel peek on device "dev1" failed: host: DmaRead: Unreachable: no link that works leads from "node0" to "dev1": links are down'
 KILLED = 'open: ENODEV: device "dev1" is not there: it was lost: device "dev1" was killed'
+CAUSELESS = "a bug of the host: nothing to do with any device"
+LATE = tuple(Step(0, "device_load", word=5, count=8, device=1, serial=serial) for serial in range(1, 14))
+BORNE = {
+    "walk": Step(0, "walk", device=1, serial=14),
+    "the child reads": Step(0, "fork", word=5, count=8, serial=14),
+    "the child writes": Step(0, "fork", word=5, count=8, serial=14),
+}
 
 
 def test_a_failure_excuses_as_often_as_it_fired() -> None:
@@ -107,3 +116,35 @@ def test_nothing_excuses_a_crash() -> None:
     assert not excuses.cover(CRASHED, 0.0, DEVICES)
     assert not excuses.cover(COPIED.replace("PeerError", "KeyError"), 0.0, DEVICES)
     assert excuses.cover(CRASHED.replace("AssertionError", "ConnectionResetError"), 0.0, DEVICES)
+
+
+def causeless_sigbus(patch: pytest.MonkeyPatch, what: str) -> None:
+    """One access, which its operation bears to lose a page in, ends in a SIGBUS that no harm explains."""
+    children: list[Process] = []
+    name = {"walk": "load", "the child reads": "read", "the child writes": "write"}[what]
+    fork, access = Process.fork, getattr(Process, name)
+
+    async def forked(parent: Process) -> Process:
+        children.append(await fork(parent))
+        return children[-1]
+
+    async def broken(process: Process, address: int, *more: object) -> object:
+        if what == "walk" or process in children:
+            raise BusError(address, CAUSELESS)
+        return await access(process, address, *more)
+
+    patch.setattr(Process, "fork", forked)
+    patch.setattr(Process, name, broken)
+
+
+@pytest.mark.parametrize("what", BORNE)
+def test_a_sigbus_without_its_cause_is_a_violation(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in operations that bear the loss of a page, and after a device was harmed."""
+    program = msgspec.structs.replace(SCENARIOS["tour"], steps=(*LATE, BORNE[what]), harms=(Harm(2, "death", 0, 0.0),))
+    calm = run_program(program)
+    assert calm.violations == []
+    assert calm.outcome.faults["death"] == 1
+    causeless_sigbus(monkeypatch, what)
+    found = run_program(program).violations
+    assert found[0].checker == "service"
+    assert CAUSELESS in found[0].what
