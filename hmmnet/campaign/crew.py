@@ -451,17 +451,18 @@ class Crew:
 
         await self.store(who, region, first, self.values(serial, first, count), put)
 
-    async def add(self, who: str, which: int, work: Callable[[int], Awaitable[int]]) -> None:
-        """An atomic addition of one to counter `which`."""
+    async def add(
+        self, who: str, which: int, work: Callable[[int], Awaitable[int]], refused: Callable[[BaseException], bool] = lambda _: False
+    ) -> None:
+        """An atomic addition of one to counter `which`. `refused`: whether an error tells that it never began."""
         assert self.counters is not None, "a region of counters is mapped first"
         counter = self.adds[which]
         began = counter.add_begins()
-        finished = False
         try:
             old = await work(self.counters.base + which * WORD_BYTES)
-            finished = True
-        finally:
-            self.adds_sure &= finished
+        except BaseException as error:
+            self.adds_sure &= refused(error)
+            raise
         wrong = counter.add_ends(began, old)
         if wrong and self.adds_sure:
             self.complain("history", f"{who}: counter {which} (0x{self.counters.base + which * WORD_BYTES:x}): {wrong}")

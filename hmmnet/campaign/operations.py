@@ -156,24 +156,19 @@ async def device_store(crew: Crew, step: Step, who: str) -> None:
 async def device_add(crew: Crew, step: Step, who: str) -> None:
     """A device adds one to a counter."""
     device = device_of(crew, step)
-    pinned = False
 
     async def work(address: int) -> int:
-        nonlocal pinned
-        try:
-            seen = await launched(crew.process, device, "fetch_add", step.choice, a=address)
-        except SegmentationFault as error:
-            pinned = "does not come here" in str(error)
-            raise
+        seen = await launched(crew.process, device, "fetch_add", step.choice, a=address)
         return int.from_bytes(seen["words"], "little")
 
-    sure = crew.adds_sure
+    def pinned(error: BaseException) -> bool:
+        return isinstance(error, SegmentationFault) and "does not come here" in str(error)
+
     try:
-        await crew.add(f"{who} on {device}", step.word % COUNTERS, work)
-    except SegmentationFault:
-        if not pinned:
+        await crew.add(f"{who} on {device}", step.word % COUNTERS, work, pinned)
+    except SegmentationFault as error:
+        if not pinned(error):
             raise
-        crew.adds_sure = sure  # it was refused before it began
 
 
 @operation("compute")

@@ -1,0 +1,78 @@
+"""What actors share: whether the counters can be judged."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import pytest
+import trio
+
+from hmmnet.campaign import operations
+from hmmnet.campaign.crew import AtomicProcess, Crew, Outcome
+from hmmnet.campaign.operations import device_add
+from hmmnet.campaign.program import Step
+from hmmnet.campaign.scenarios import SCENARIOS
+from hmmnet.errors import PeerLost, SegmentationFault
+from hmmnet.sim import SimulatedMachine, simulate
+
+PINNED = "page does not come here: it is pinned"
+
+
+def job_that_fails(patch: pytest.MonkeyPatch, why: str) -> None:
+    """Every job takes two seconds and ends in a SIGSEGV."""
+
+    async def launched(*_: object, **arguments: Any) -> Any:
+        await trio.sleep(2)
+        raise SegmentationFault(arguments["a"], why)
+
+    patch.setattr(operations, "launched", launched)
+
+
+async def crew_of(machine: SimulatedMachine) -> Crew:
+    """A crew with counters, and nothing else to do."""
+    crew = Crew(machine, cast(AtomicProcess, await machine.create_process()), SCENARIOS["tour"], Outcome(), None)
+    await crew.lay_out()
+    return crew
+
+
+async def add_on_a_device(crew: Crew) -> None:
+    """Whatever it is refused for."""
+    await crew.attempt("1:device_add", lambda: device_add(crew, Step(0, "device_add", serial=1), "1:device_add"))
+
+
+async def add_and_fail(crew: Crew) -> None:
+    """Another addition that ends after a second, and nobody knows how."""
+
+    async def lost(_: int) -> int:
+        await trio.sleep(1)
+        raise PeerLost("gone")
+
+    with pytest.raises(PeerLost):
+        await crew.add("2:add", 0, lost)
+
+
+@pytest.mark.parametrize(("why", "sure"), [(PINNED, True), ("read", False)])
+def test_an_addition_that_never_began_leaves_counters_sure(why: str, *, sure: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its page is pinned elsewhere; any other end leaves open what was added."""
+    job_that_fails(monkeypatch, why)
+
+    async def main(machine: SimulatedMachine) -> bool:
+        crew = await crew_of(machine)
+        await add_on_a_device(crew)
+        return crew.adds_sure
+
+    assert simulate(main).value is sure
+
+
+def test_an_addition_that_never_began_makes_no_counter_sure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What another addition has found out meanwhile holds."""
+    job_that_fails(monkeypatch, PINNED)
+
+    async def main(machine: SimulatedMachine) -> bool:
+        crew = await crew_of(machine)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(add_on_a_device, crew)
+            nursery.start_soon(add_and_fail, crew)
+        return crew.adds_sure
+
+    assert simulate(main).value is False
