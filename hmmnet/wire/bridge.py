@@ -96,6 +96,7 @@ class Bridge:
         try:
             if self._sent >= IMMEDIATE_MAX or len(parts[-1]) >= BULK_BYTES:
                 self._sent = 0
+                self._short.moved(large=len(parts[-1]) >= BULK_BYTES)
                 await self._wait(_POLLOUT)  # full or not, others have their turn
             else:
                 await checkpoint_if_cancelled()
@@ -224,6 +225,7 @@ class Bridge:
     def _taken(self, length: int) -> None:
         if length >= BULK_BYTES:
             self._received = IMMEDIATE_MAX
+            self._short.moved(large=True)
         if self._leading or self._parked:
             self._settle()
 

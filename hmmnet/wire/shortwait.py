@@ -119,9 +119,9 @@ class ShortWait:
         self.worthwhile = len(ready) == 1 and ready[0][0] == self._descriptor
         return self.worthwhile
 
-    def moved(self) -> None:
-        """Bulk data are being sent or received, if that is what this socket is for."""
-        if self._bulk and (loop := known_loop()) is not None:
+    def moved(self, *, large: bool = False) -> None:
+        """Something is being sent or received: bulk data, if that is what this socket is for, or if it is `large`."""
+        if (self._bulk or large) and (loop := known_loop()) is not None:
             loop.bulk_s = perf_counter()
 
     def begin_long(self) -> None:

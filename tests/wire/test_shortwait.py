@@ -197,6 +197,12 @@ async def test_there_is_none_while_bulk_data_move(pair: tuple[socket.socket, soc
     assert short.wait()
     bulk.begin_long()
     assert not short.wait()
+    await trio.sleep(shortwait.BULK_S * 1.5)
+    await idle_once()
+    short.moved()
+    assert short.wait()
+    short.moved(large=True)
+    assert not short.wait()
     short.close()
     bulk.close()
 
