@@ -11,7 +11,8 @@ import difflib
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -91,12 +92,24 @@ def exit_code(arguments: list[str]) -> int:
     return _run_command(name, arguments[1:])
 
 
+@contextmanager
+def _signals_later() -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait for the end of the block: what they raise in a callback of the import system Python passes over."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _run_command(name: str, arguments: list[str]) -> int:
     from hmmnet.errors import HmmnetError
 
     where = f"hmmnet {name}"
     try:
-        code = _command(name).main(args=arguments, prog_name=where, standalone_mode=False)
+        with _signals_later():
+            command = _command(name)
+        code = command.main(args=arguments, prog_name=where, standalone_mode=False)
     except KeyboardInterrupt:
         return INTERRUPTED
     except SystemExit:  # no command raises it: typer and rich do, with 1, when whoever reads our output has gone away
