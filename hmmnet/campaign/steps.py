@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from . import apart, commands, leaving, operations
+from . import apart, children, commands, leaving, operations
 from .words import STEP_KINDS
 
-ROOMS = (apart, commands, leaving, operations)
+ROOMS = (apart, children, commands, leaving, operations)
 do = operations.do
 
 assert set(operations.OPERATIONS) == set(STEP_KINDS), "a kind of step without a function"

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from hmmnet.campaign import scenarios
 from hmmnet.campaign.draw import ALWAYS, CHOICES, LEAVING, SOMETIMES, draw
 from hmmnet.campaign.operations import OPERATIONS
 from hmmnet.campaign.program import Layout, Program, Step
@@ -36,31 +37,7 @@ NOT_CALLED = {
 """What no step calls, and why."""
 FILES = ((MemFd, MemoryFile), (UserFault, UserFaults))
 BASE = draw(0, "none")
-MACHINE = """
-name = "whole"
-[[memory]]
-name = "node0"
-size = "32 MiB"
-[[device]]
-name = "dev0"
-model = "gpu"
-memory = "4 MiB"
-[[link]]
-a = "node0"
-b = "dev0"
-bandwidth = "10 GB/s"
-latency = "1 us"
-[[device]]
-name = "dev1"
-model = "dmirror"
-memory = "4 MiB"
-unit = 0
-[[link]]
-a = "node0"
-b = "dev1"
-bandwidth = "10 GB/s"
-latency = "1 us"
-"""
+MACHINE = scenarios.MACHINE.replace("16 MiB", "32 MiB")
 
 
 def everything() -> Program:

@@ -143,13 +143,13 @@ async def test_a_large_frame_may_be_filled_page_by_page_one_mapping_after_the_ot
     assert outcome.moved == bench.page_map.used_pages == HUGE_PAGES - 13
     sound(bench)
     space.put_pages(held)
-    assert (await go(bench, space, bench_frames(3, 13), FIRST + 3)).moved == 13
+    assert (await go(bench, space, device_frames(3, 13), FIRST + 3)).moved == 13
     sound(bench)
     assert np.array_equal(await contents(space, 1), EXPECTED[: BLOCK // 8])
     assert bench.page_map.used_pages == 0
 
 
-def bench_frames(first: int, count: int) -> Words:
+def device_frames(first: int, count: int) -> Words:
     """Frames of the device, from its first."""
     return np.arange(FIRST_FRAME + first, FIRST_FRAME + first + count, dtype=np.uint64)
 

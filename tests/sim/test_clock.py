@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Awaitable, Callable
 from random import Random
 
 import pytest
@@ -42,8 +43,8 @@ def test_sleeps_of_both_kinds_end_at_the_same_moments() -> None:
     async def main() -> list[tuple[str, float]]:
         seen: list[tuple[str, float]] = []
 
-        async def asleep(name: str, nap: object, seconds: float) -> None:
-            await nap(seconds)  # type: ignore[operator]
+        async def asleep(name: str, nap: Callable[[float], Awaitable[None]], seconds: float) -> None:
+            await nap(seconds)
             seen.append((name, trio.current_time()))
 
         async with trio.open_nursery() as nursery:

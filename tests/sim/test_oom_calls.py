@@ -37,7 +37,7 @@ class Stage:
 
     async def call(self) -> None:
         """What wants memory that there is not."""
-        raise NotImplementedError
+        raise NotImplementedError  # each stage has its own
 
     async def check(self) -> None:
         """That it did what it had to."""
