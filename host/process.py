@@ -338,7 +338,7 @@ class Process:
         if done.error and done.errno == errno.ENOMEM:
             raise KernelError(errno.ENOMEM, "launch", f'kernel {kernel} on device "{device}": {done.error}')
         if done.error and done.fault_address is not None:
-            raise self.space.signal_for(done.fault_address)(done.fault_address, f'kernel {kernel} on device "{device}": {done.error}')
+            raise self.space.signal_for(done.fault_address, f'kernel {kernel} on device "{device}": {done.error}')
         if done.error:
             raise RemoteError(f'kernel {kernel} on device "{device}" failed: {done.error}')
         return JobResult(msgspec.msgpack.decode(done.results, type=dict[str, Any]), counters)

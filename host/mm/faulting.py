@@ -185,7 +185,7 @@ class Faulting:
             async with self.hub.invalidate(Event.CLEAR, page, end):
                 fault.restore_exclusive(self.mm, np.arange(page, end, dtype=np.uint64))
         elif touched.cause is Cause.MARKER:  # handle_pte_marker
-            raise self.signal_for(page << PAGE_SHIFT)(page << PAGE_SHIFT, self.mm.refusal(page, write=False))
+            raise self.signal_for(page << PAGE_SHIFT, self.mm.refusal(page, write=False))
         elif touched.cause is Cause.MISSING:
             vma = self.mm.vmas.find(page)
             assert vma is not None, "a missing page lies in a VMA"
@@ -240,17 +240,23 @@ class Faulting:
             why = self.mm.refusal(page, write=write)
         return f"{why} (asked for: pages 0x{start:x} to 0x{end - 1:x})"
 
-    def signal_for(self, address: int) -> type[SignalError]:
-        """What an access to `address` that cannot be served ends with: SIGBUS where the data is gone, else SIGSEGV."""
-        entry = self.mm.table.get(address >> PAGE_SHIFT)
+    def signal_for(self, address: int, why: str = "") -> SignalError:
+        """What an access to `address` that cannot be served ends with, and `why`: SIGBUS where the data is gone, else SIGSEGV.
+
+        A page that died with its device is named with it, whatever a device that was at it knows: it asked before that.
+        """
+        page = address >> PAGE_SHIFT
+        entry = self.mm.table.get(page)
         if entry & pte.KIND == pte.DEVICE:
-            gone = bool(self.memory.zones[entry >> pte.FRAME_SHIFT + ZONE_SHIFT].lost)
-        else:
-            vma = self.mm.vmas.find(address >> PAGE_SHIFT)
-            beyond = vma is not None and vma.file is not None and vma.may_read and address >> PAGE_SHIFT >= end_in(vma)
-            marked = entry & pte.KIND == pte.MARKER and entry >> pte.FRAME_SHIFT != pte.MARKER_GUARD
-            gone = marked or (entry == 0 and beyond)
-        return BusError if gone else SegmentationFault
+            number = entry >> pte.FRAME_SHIFT + ZONE_SHIFT
+            if not self.memory.zones[number].lost:
+                return SegmentationFault(address, why)
+            lost = self._lost(page, number)
+            return BusError(address, why if lost in why else f"{why}; {lost}")
+        vma = self.mm.vmas.find(page)
+        beyond = vma is not None and vma.file is not None and vma.may_read and page >= end_in(vma)
+        marked = entry & pte.KIND == pte.MARKER and entry >> pte.FRAME_SHIFT != pte.MARKER_GUARD
+        return BusError(address, why) if marked or (entry == 0 and beyond) else SegmentationFault(address, why)
 
     # --- huge pages ---------------------------------------------------------------------------------------------------------------
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 
 import pytest
 import trio
 
 import hmmnet
-from hmmnet.errors import BusError, KernelError, PeerError
-from hmmnet.faults import POINTS, Controls, PointFault, fault
+from hmmnet.errors import BusError, KernelError, PeerError, SegmentationFault
+from hmmnet.faults import POINTS, Controls, PointFault, Where, fault
 from hmmnet.sim import SimulatedMachine
 
 from .everything import MACHINE, PAGE
@@ -217,3 +218,28 @@ def test_broken_memory_is_no_leak() -> None:
         assert sorted(owners) == ["dmirror0", "gpu0", "node0"], "that of gpu1 is gone, and that of the gpu0 that died"
 
     hmmnet.simulate(main, MACHINE, limit_s=300.0)
+
+
+def test_an_atomic_access_to_what_has_just_been_lost_says_so() -> None:
+    """Refused because its page lay in another device's memory, and then that died with it: SIGBUS that names the page and that device."""
+    devices = tuple(replace(one, kind="coherent") if one.name == "gpu1" else one for one in MACHINE.devices)
+
+    async def main(machine: SimulatedMachine) -> None:
+        process = await machine.create_process()
+        address = await process.mmap(PAGE)
+        await process.write(address, DATA[:PAGE])
+        await process.migrate(address, PAGE, "gpu1")
+        with pytest.raises(SegmentationFault, match="does not come here") as refused:
+            await process.launch("fetch_add", "dmirror0", a=address)
+        assert "only copy" not in str(refused.value)
+
+        async def dies(_: Where) -> None:
+            await machine.kill_device("gpu1")
+
+        machine.add_fault(PointFault("device.job_end", "call", "dmirror0", controls=Controls(nth=1), call=dies))
+        with pytest.raises(BusError, match="does not come here") as lost:
+            await process.launch("fetch_add", "dmirror0", a=address)
+        assert f'page 0x{address // PAGE:x} of process {process.pid} had its only copy on device "gpu1"' in str(lost.value)
+        await process.exit()
+
+    hmmnet.simulate(main, replace(MACHINE, devices=devices), limit_s=300.0)

@@ -247,10 +247,14 @@ async def test_which_signal_a_refused_access_ends_with() -> None:
     machine = Machine()
     space = await written(machine)
     await machine.to_device(space, 64, span(FIRST, 1))
-    assert space.signal_for(BASE) is SegmentationFault
+    assert type(space.signal_for(BASE)) is SegmentationFault
     machine.memory.zone_lost(64, "pulled out")
-    assert space.signal_for(BASE) is BusError
-    assert space.signal_for(BASE + PAGE) is SegmentationFault
-    assert space.signal_for(3 * BASE) is SegmentationFault
+    lost = space.signal_for(BASE, "it does not come")
+    assert type(lost) is BusError
+    assert lost.why.startswith("it does not come; ")
+    assert f"page 0x{FIRST:x} of process {space.number} had its only copy on device" in lost.why
+    assert space.signal_for(BASE, lost.why).why == lost.why, "said once"
+    assert type(space.signal_for(BASE + PAGE)) is SegmentationFault
+    assert type(space.signal_for(3 * BASE)) is SegmentationFault
     space.mm.table.set(FIRST + 2, pte.entry(pte.MARKER, pte.MARKER_POISON))
-    assert space.signal_for(BASE + 2 * PAGE) is BusError
+    assert type(space.signal_for(BASE + 2 * PAGE)) is BusError
