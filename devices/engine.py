@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from inspect import signature
@@ -21,6 +22,7 @@ import trio
 
 from hmmnet.errors import HmmnetError, KernelError
 from hmmnet.pages import PAGE_SHIFT, Words
+from hmmnet.wire import crashes
 
 from .access import Access, AccessError, Array, JobError, Kernel, Load, LoadRange, Request, Steps, Update, open_access
 from .context import Context, Traffic
@@ -38,6 +40,8 @@ CLAIMS_AT_ONCE = 2
 """Of these without a nap in between: another device may want the page, too, and take it as fast."""
 REPLAYS_MAX = 10_000
 """Replays of one access: pages that are taken away again faster than they can be used."""
+
+log = logging.getLogger("hmmnet.devices")
 
 
 def elsewhere(page: int) -> str:
@@ -111,8 +115,10 @@ class Engine:
             error, address, code = str(fault), fault.address, fault.code
         except HmmnetError as failure:
             error, code = str(failure), failure.code if isinstance(failure, KernelError) else 0
-        except Exception as failure:  # noqa: BLE001 - a kernel is a user's code: whatever it raises ends the job, not the device
+        except Exception as failure:  # a kernel is a user's code: whatever it raises ends the job, not the device
             error = f"{type(failure).__name__}: {failure}"
+            log.exception("a kernel crashed")
+            crashes.tell(f"a kernel on {self._spec.name}", failure)
         finally:
             self.running -= 1
         if self._context.points.armed:

@@ -93,7 +93,7 @@ ENDS: dict[str, Callable[[Process], Awaitable[None]]] = {
 
 
 async def _killed(crew: Crew, step: Step, child: Process, address: int, count: int) -> None:
-    """It ends while it works."""
+    """It ends while it works, which may end with any error then; what crashes is told elsewhere (`Outcome.seeing_crashes`, logs)."""
 
     async def work() -> None:
         with contextlib.suppress(KernelError, SegmentationFault, BusError, PeerLost, ProtocolError, RemoteError):

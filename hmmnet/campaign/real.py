@@ -5,7 +5,8 @@ healed and must be well: every word that was acknowledged is there (or its only 
 books are in order, and when the machine is gone no process is left.
 
 Chance decides what is done, as in simulation; when it happens is the computer's doing, so a batch can be repeated and need not repeat.
-What is found is the history's verdict, whatever the timing.
+What is found is the history's verdict, whatever the timing. What crashes in a device's process is found in its log: somebody may have
+been told of it who did not listen any more, or nobody.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from itertools import count, cycle
+from itertools import count, cycle, islice
 from random import Random
 from typing import Any, ClassVar, cast
 
@@ -24,10 +25,11 @@ import trio
 from hmmnet.cable import Cable, Impairment
 from hmmnet.launcher.directory import process_started
 from hmmnet.machine import LaunchedMachine, LaunchKind, launch
+from hmmnet.observe.logs import tracebacks
 from hmmnet.sim import SimulatedMachine
 
 from .audit import Auditor
-from .crew import AtomicProcess, Crew, Outcome, Violation
+from .crew import VIOLATIONS_MAX, AtomicProcess, Crew, Outcome, Violation
 from .demands import books, converge, last_check
 from .draw import draw
 from .machines import topology_of
@@ -156,7 +158,11 @@ async def _batch(seed: int, rounds: int, transport: LaunchKind, outcome: Outcome
         with trio.fail_after(BATCH_S), outcome.seeing_crashes():
             async with launch(topology_of(program.machine), rate=1.0, transport=transport) as machine:
                 processes = machine.processes
-                await _live(machine, program, rounds, outcome, summary)
+                try:
+                    await _live(machine, program, rounds, outcome, summary)
+                finally:
+                    crashed = tracebacks(machine.directory.logs, machine.device_names)
+                    outcome.violations += [Violation("crash", told) for told in islice(crashed, VIOLATIONS_MAX)]
     except trio.TooSlowError:
         outcome.violations.append(Violation("progress", f"no end within {BATCH_S:g} s"))
     except Exception as error:  # noqa: BLE001 - as in `run_program`

@@ -17,7 +17,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -165,3 +165,15 @@ def readable(line: str) -> str:
         head += f"  [{fields}]"
     trace = entry.get("traceback")
     return head if not trace else head + "\n" + "\n".join("    " + row for row in str(trace).splitlines())
+
+
+def tracebacks(folder: Path, processes: Collection[str]) -> Iterator[str]:
+    """What crashed in any life of some processes, as their logs in `folder` tell: the process, what it was about, the last line of each
+    traceback. A line that is just being written is left out.
+    """
+    for name in processes:
+        for path in sorted(folder.glob(f"{name}{SUFFIX}*")):
+            for line in path.read_bytes().splitlines(keepends=True):
+                if line.endswith(b"}\n") and b'"traceback": ' in line:
+                    entry = json.loads(line)
+                    yield f"{name}: {entry['text']}: {entry['traceback'].strip().splitlines()[-1]}"

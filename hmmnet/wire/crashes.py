@@ -1,7 +1,7 @@
-"""Handlers that crash: what they raise is answered as a failure of ours, and told to whoever looks for our bugs.
+"""Handlers and kernels that crash: what they raise is answered as a failure, and told to whoever looks for our bugs.
 
 A peer cannot tell a bug of ours from what was done to somebody, for both reach it as text. A checker that shares the process can: it
-listens here, to all sessions of the tasks that it starts meanwhile.
+listens here, to all sessions and jobs of the tasks that it starts meanwhile. What crashes in another process is in that one's log.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TypeAlias
 from hmmnet.errors import HmmnetError
 
 Listener: TypeAlias = Callable[[str, Exception], None]
-"""Takes which message of whom, and what its handler raised. It must not raise."""
+"""Takes which message of whom (or whose kernel), and what was raised. It must not raise."""
 
 _listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
 
@@ -30,7 +30,7 @@ def listening(listener: Listener) -> Iterator[None]:
 
 
 def tell(whose: str, error: Exception) -> None:
-    """A handler raised `error`: if that is none of the errors that this machine knows, it has crashed."""
+    """A handler, or a kernel, raised `error`: if that is none of the errors that this machine knows, it has crashed."""
     listener = _listener.get()
     if listener is not None and is_crash(error):
         listener(whose, error)

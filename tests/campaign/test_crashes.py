@@ -8,17 +8,22 @@ import msgspec
 import pytest
 import trio
 
-from hmmnet.campaign.crew import Outcome
+from hmmnet.campaign import children, real
+from hmmnet.campaign.crew import Crew, Outcome
 from hmmnet.campaign.excuses import Excuses
-from hmmnet.campaign.program import Harm
+from hmmnet.campaign.operations import launched
+from hmmnet.campaign.program import Harm, Step
 from hmmnet.campaign.real import run_rounds
 from hmmnet.campaign.scenarios import SCENARIOS
+from hmmnet.campaign.steps import do
 from hmmnet.campaign.trial import run_program
 from hmmnet.devices.models.base import Device
 from hmmnet.errors import KernelError, PeerLost
 from hmmnet.host.requests import Requests
+from hmmnet.program import Process
 from hmmnet.wire.crashes import is_crash, listening, tell
 
+FORK = Step(0, "fork", count=8, device=1, choice="sigkill", serial=1)
 HARMED = msgspec.structs.replace(SCENARIOS["tour"], harms=(Harm(5, "death", 0, 0.001),))
 
 
@@ -53,6 +58,48 @@ async def test_a_crash_of_a_real_host_is_a_violation(monkeypatch: pytest.MonkeyP
     with trio.fail_after(100):
         summary = await run_rounds(3, 1)
     assert any(one["checker"] == "crash" and "RangeFault of " in one["what"] for one in summary.violations)
+
+
+def children_crash(patch: pytest.MonkeyPatch) -> None:
+    """What a child does with a device while it is killed ends with a bug in the device, and it is killed only then."""
+    killed = children.ENDS["sigkill"]
+
+    async def slowly(child: Process) -> None:
+        await trio.sleep(0.3)
+        await killed(child)
+
+    def broken(process: Process, device: str, kernel: str, **arguments: Any) -> Any:
+        return launched(process, device, kernel, **arguments | {"more": 1})
+
+    patch.setitem(children.ENDS, "sigkill", slowly)
+    patch.setattr(children, "launched", broken)
+
+
+def test_a_crash_is_seen_though_who_is_told_is_being_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A simulated device: the child bears any error, and the bug is a violation all the same."""
+    program = msgspec.structs.replace(SCENARIOS["tour"], steps=(FORK,))
+    assert run_program(program).violations == []
+    children_crash(monkeypatch)
+    (found,) = run_program(program).violations
+    assert found.checker == "crash"
+    assert "a kernel on dev1: TypeError" in found.what
+
+
+async def test_a_crash_in_a_real_device_is_seen_in_its_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same in processes of their own, where only the device's log knows."""
+
+    async def once(crew: Crew, actor: int, _: trio.Event) -> None:
+        if actor == 0:
+            await do(crew, FORK)
+
+    monkeypatch.setattr(real, "_act", once)
+    with trio.fail_after(100):
+        assert (await run_rounds(3, 1)).violations == []
+    children_crash(monkeypatch)
+    with trio.fail_after(100):
+        summary = await run_rounds(3, 1)
+    assert [one["checker"] for one in summary.violations] == ["crash"]
+    assert "a kernel crashed: TypeError" in summary.violations[0]["what"]
 
 
 @pytest.mark.parametrize(

@@ -110,3 +110,19 @@ def test_lines_that_are_no_json_are_shown_as_they_are() -> None:
     """Somebody may have written into the file."""
     assert logs.readable("Segmentation fault\n") == "Segmentation fault"
     assert logs.readable("[1]\n") == "[1]"
+
+
+def test_tracebacks_are_found_in_any_life_of_a_process(handler: logs.JsonLines, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the processes that are asked for, older files first or last; what is said without one, or half written, is none."""
+    log.error("no reason given: %s", '"traceback": ')
+    log.error("CopyOut of host failed", exc_info=KeyError(64))
+    monkeypatch.setattr(logs, "LOG_BYTES_MAX", 1)
+    log.warning("a job failed", exc_info=ValueError("of a\nkernel"))
+    with handler.path.open("ab") as file:
+        file.write(b'{"text": "half", "traceback": "KeyErr')
+    found = sorted(logs.tracebacks(handler.path.parent, ["gpu0", "gpu1"]))
+    assert found == [
+        "gpu0: CopyOut of host failed: KeyError: 64",
+        "gpu0: a job failed: kernel",
+    ]
+    assert list(logs.tracebacks(handler.path.parent, ["gpu"])) == []
