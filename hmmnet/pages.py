@@ -169,6 +169,11 @@ def bits_in_any(words: npt.NDArray[Number]) -> int:
     return int(np.bitwise_or.reduce(words)) if len(words) else 0
 
 
+def unlike(words: npt.NDArray[Number]) -> int:
+    """The bits in which any two of `words` differ: two passes and no array."""
+    return bits_in_any(words) ^ bits_in_all(words)
+
+
 def run_bounds(frames: Words) -> npt.NDArray[np.intp]:
     """Where consecutive runs of `frames` begin, plus ``len(frames)``: ``[0, ..., n]``; ``[0]`` for an empty list."""
     if len(frames) == 0:
@@ -184,19 +189,24 @@ def is_one_run(frames: Words, *, ascend: bool = False) -> bool:
         return n == 1
     if int(frames[-1]) - int(frames[0]) != n - 1:
         return False
-    return ascend or is_ascending(frames)  # integers that ascend from the first to the last leave none out
+    if ascend:
+        return True
+    signed = frames.view(np.int64)  # compared in two thirds of the time; large ones, which would come first, are not among others here
+    return bool((signed[1:] > signed[:-1]).all())  # integers that ascend from the first to the last leave none out
 
 
+FIRST_LOOK = 1 << 10
+"""Pages that mostly tell already whether there are more runs than can be announced one by one."""
 EXACT_RUNS_MAX = 64
 """Runs of pages up to which each is announced by itself; beyond, one announcement spans them all."""
 
 
-def announced_runs(pages: Words) -> list[tuple[int, int]]:
-    """`pages` as ranges for the hub, or as one that spans them when there are too many."""
-    if is_one_run(pages):
+def announced_runs(pages: Words, *, ascend: bool = False) -> list[tuple[int, int]]:
+    """`pages` as ranges for the hub, or as one that spans them when there are too many. `ascend`: see `is_one_run`."""
+    if is_one_run(pages, ascend=ascend):
         return [(int(pages[0]), int(pages[-1]) + 1)]
-    pages = ascending(pages)
-    if len(run_bounds(pages)) - 1 > EXACT_RUNS_MAX:
+    pages = pages if ascend else ascending(pages)
+    if len(run_bounds(pages[:FIRST_LOOK])) - 1 > EXACT_RUNS_MAX or len(run_bounds(pages)) - 1 > EXACT_RUNS_MAX:
         return [(int(pages[0]), int(pages[-1]) + 1)]
     return runs_of(pages)
 

@@ -258,7 +258,7 @@ class PageTable:
             self.write(int(pages[0]), values)
             return
         self._unfold_pages(pages)
-        self.ptes.scatter(pages, values)
+        self.ptes.scatter(pages, values, ascend=ascend)
 
     def occupied(self, start: int, end: int) -> Words:
         """The pages of [start, end) whose entry is not zero, ascending."""

@@ -38,6 +38,8 @@ WRITTEN, TOUCHED = 1, 3
 _MARK = bytes([0, *[TOUCHED] * 255])
 """Of marks: what they are once everything that was ever written may have been written again."""
 _NO_PAGES = np.zeros(0, np.uint64)
+DENSE_PAGES = 8
+"""Pages written for each block of a stretch from which on all of it is marked: cheaper than to mark block by block."""
 SCANNED_MAX = 16 << BLOCK_SHIFT
 """Entries that are looked at one by one before it pays to ask which blocks were written."""
 
@@ -164,25 +166,30 @@ class SparseTable:
         if is_one_run(pages, ascend=ascend):
             return self.read(int(pages[0]), int(pages[-1]) + 1)
         out = np.zeros(len(pages), dtype=np.uint64)
-        offsets = (pages & np.uint64(_MASK)).astype(np.intp)
-        for key, here in _by_leaf(pages):
+        offsets = (pages & np.uint64(_MASK)).view(np.intp)
+        for key, here in _by_leaf(pages, ascend=ascend):
             leaf = self._leaves.get(key)
             if leaf is not None:
                 out[here] = leaf[offsets[here]]
         return out
 
-    def scatter(self, pages: Words, values: Words | int) -> None:
-        """Write `values` (one for each page, or one for all) at `pages`."""
-        if is_one_run(pages):
+    def scatter(self, pages: Words, values: Words | int, *, ascend: bool = False) -> None:
+        """Write `values` (one for each page, or one for all) at `pages`. `ascend`: see `is_one_run`."""
+        if is_one_run(pages, ascend=ascend):
             done = 0
             for _, part in self.segments(int(pages[0]), int(pages[-1]) + 1):
                 part[:] = values if isinstance(values, int) else values[done : done + len(part)]
                 done += len(part)
             return
-        offsets = (pages & np.uint64(_MASK)).astype(np.intp)
-        for key, here in _by_leaf(pages):
-            self._leaf(key)[offsets[here]] = values if isinstance(values, int) else values[here]
-            np.frombuffer(self._written[key], np.uint8)[offsets[here] >> BLOCK_SHIFT] = TOUCHED
+        offsets = (pages & np.uint64(_MASK)).view(np.intp)
+        for key, here in _by_leaf(pages, ascend=ascend):
+            at = offsets[here]
+            self._leaf(key)[at] = values if isinstance(values, int) else values[here]
+            low, high = (int(at[0]) >> BLOCK_SHIFT, (int(at[-1]) >> BLOCK_SHIFT) + 1) if ascend else (0, BLOCKS)
+            if len(at) >= (high - low) * DENSE_PAGES:
+                self._written[key][low:high] = b"\3" * (high - low)
+            else:
+                np.frombuffer(self._written[key], np.uint8)[at >> BLOCK_SHIFT] = TOUCHED
 
     def occupied(self, start: int, end: int) -> Words:
         """The pages of [start, end) whose entry is not zero, ascending."""
@@ -254,9 +261,12 @@ class SparseTable:
         return len(self._leaves)
 
 
-def _by_leaf(pages: Words) -> Iterator[tuple[int, slice | npt.NDArray[np.bool_]]]:
+def _by_leaf(pages: Words, *, ascend: bool) -> Iterator[tuple[int, slice | npt.NDArray[np.bool_]]]:
     """Keys of the leaves that `pages` lie in, and which pages those are: slices when the pages ascend, as they mostly do."""
     if len(pages) == 0:
+        return
+    if ascend and int(pages[0]) >> LEAF_SHIFT == int(pages[-1]) >> LEAF_SHIFT:
+        yield int(pages[0]) >> LEAF_SHIFT, slice(0, len(pages))
         return
     keys = pages >> np.uint64(LEAF_SHIFT)
     changes = (keys[1:] != keys[:-1]).nonzero()[0] + 1

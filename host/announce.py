@@ -68,7 +68,8 @@ async def clear(
     space = spaces.get(mm.number)
     if space is None:
         return
-    for start, end in announced_runs(pages):
+    pages = distinct(pages)  # ascending: frames, which they were found by, may lie otherwise
+    for start, end in announced_runs(pages, ascend=True):
         await stack.enter_async_context(space.hub.invalidate(Event.CLEAR, start, end, owner))
     if told is not None:
-        told.setdefault(mm.number, []).append(distinct(pages))  # ascending: frames, which they were found by, may lie otherwise
+        told.setdefault(mm.number, []).append(pages)

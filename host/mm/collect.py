@@ -42,14 +42,14 @@ from hmmnet.pages import (
 from . import pte, single
 from .compound import fit_targets, join_inserted, tear_collected, tear_mapped
 from .frames import PhysicalMemory
+from .located import Located, every_row, rows_in
 from .mm import Mm
 from .rmap import Mapped, Rows, chosen, mappings, places
 from .vma import VM_UFFD_MISSING, VM_WRITE
 from .zones import ANON, COMPOUND, LOCKED, HostZone
 
 BOTH = MIGRATE_PFN_VALID | MIGRATE_PFN_MIGRATE
-_ALL = np.arange(1 << 14, dtype=np.intp)
-BLOCK_PAGES = len(_ALL)
+BLOCK_PAGES = 1 << 14
 """Pages that one pass over arrays takes at a time: eight arrays of them fit in the processor's cache."""
 NOT_MIGRATE = np.uint64(~MIGRATE_PFN_MIGRATE & (1 << 64) - 1)
 
@@ -80,7 +80,7 @@ def collect(mm: Mm, pages: Words, select: Select, owner: int, fault_frame: int |
     for part in blocks(migration):
         _collect(mm, part, select, told)
         if part is not migration:
-            migration.others += [Mapped(one.mm, one.rows + offset, one.pages, one.entries) for one in part.others]
+            migration.others += [one.at(slice(None), one.rows + offset) for one in part.others]
             offset += len(part.pages)
     return migration
 
@@ -90,18 +90,19 @@ def sharers(mm: Mm, pages: Words, select: Select, owner: int) -> list[tuple[Mm, 
     found = []
     for low in range(0, len(pages), BLOCK_PAGES):
         entries = mm.table.gather(pages[low : low + BLOCK_PAGES], ascend=True)
-        frames = pte.frames_of(chosen(entries, _rows(mm.memory, entries, select, owner)))
-        if mm.memory.most(frames, "mapcount") > 1:
-            found.append(chosen(frames, np.flatnonzero(mm.memory.field(frames, "mapcount") > 1)))
+        frames = pte.frames_of(chosen(entries, _rows(mm.memory, entries, pte.sample(entries), select, owner)))
+        shared = rows_in(mm.memory.located(frames).seen("mapcount") > 1)
+        if len(shared):
+            found.append(chosen(frames, shared))
     return list(places(mm.memory, found[0] if len(found) == 1 else np.concatenate(found))) if found else []
 
 
-def _rows(memory: PhysicalMemory, entries: Words, select: Select, owner: int) -> Rows:
-    """Where the entries, of a block at most, are that are `wanted`."""
-    which = wanted(memory, pte.sample(entries), select, owner)
+def _rows(memory: PhysicalMemory, entries: Words, some: Words, select: Select, owner: int) -> Rows:
+    """Where the entries, of which `some` are the sample, are that are `wanted`."""
+    which = wanted(memory, some, select, owner)
     if len(which) == len(entries):
-        return np.flatnonzero(which)
-    return _ALL[: len(entries)] if which[0] else _ALL[:0]
+        return rows_in(which)
+    return every_row(len(entries) if which[0] else 0)
 
 
 def _collect(mm: Mm, migration: Migration, select: Select, told: Told) -> None:
@@ -114,22 +115,22 @@ def _collect(mm: Mm, migration: Migration, select: Select, told: Told) -> None:
         bare |= some & (pte.KIND | pte.SPECIAL | huge) == pte.PRESENT | pte.SPECIAL
     if bare.any():
         migration.source[bare & _anonymous(mm, pages)] = MIGRATE_PFN_MIGRATE
-    rows = _rows(mm.memory, entries, select, migration.owner)
+    rows = _rows(mm.memory, entries, some, select, migration.owner)
     if len(rows):
-        frames = pte.frames_of(chosen(entries, rows))
+        frames = mm.memory.located(pte.frames_of(chosen(entries, rows)))
         whole = chosen(entries, rows) & pte.HUGE != 0 if migration.compound else None
         free = _free_to_go(mm.memory, frames, migration.fault_frame, whole)
         if mm.memory.points.armed:
             free &= lucky(mm, pages[rows], "migrate.trylock", "migrate.count")
-        if not free.all() and mm.memory.bits_in_any(frames[~free], "flags") & COMPOUND:
-            free &= ~_behind_large(mm.memory, migration, rows, frames, free)
+        if not free.all() and mm.memory.bits_in_any(frames.frames[~free], "flags") & COMPOUND:
+            free &= ~_behind_large(migration, rows, frames, free)
         if not free.all():
             rows = rows[free]
         collected = tear_collected(mm, pages, entries, rows)
         if len(collected) < len(frames):
-            frames = pte.frames_of(entries[collected])
+            frames = mm.memory.located(pte.frames_of(entries[collected]))
         rows = _others(mm.memory, mm, migration, collected, pages, frames, told)
-        _install(mm.memory, mm, migration, rows, entries)
+        _install(mm.memory, mm, migration, rows, entries, frames if len(rows) == len(frames) else None)
 
 
 def _anonymous(mm: Mm, pages: Words) -> Flags:
@@ -162,7 +163,7 @@ def wanted(memory: PhysicalMemory, entries: Words, select: Select, owner: int) -
     return wanted
 
 
-def _free_to_go(memory: PhysicalMemory, frames: Words, fault_frame: int | None, whole: Flags | None) -> Flags:
+def _free_to_go(_: PhysicalMemory, frames: Located, fault_frame: int | None, whole: Flags | None) -> Flags:
     """Which `frames` are anonymous, not locked by another migration, not pinned, and held by nobody but their mappings.
 
     A large folio of system memory that is still one goes only `whole`: through a huge entry, where the migration takes those.
@@ -170,7 +171,7 @@ def _free_to_go(memory: PhysicalMemory, frames: Words, fault_frame: int | None, 
     The kernel takes pages of files, too, and lets them go where the migration has a private destination (migrate_vma_pages): they stay.
     """
     out = np.zeros(len(frames), np.bool_)
-    for zone, rows, where in memory.groups(frames):
+    for zone, rows, where in frames.groups():
         flags = zone.flags[where]
         extra = zone.refcount[where] - zone.mapcount[where]
         allowed = 0 if isinstance(zone, HostZone) else zone.extra_references
@@ -178,17 +179,18 @@ def _free_to_go(memory: PhysicalMemory, frames: Words, fault_frame: int | None, 
         if isinstance(zone, HostZone):
             unlocked &= flags & COMPOUND == 0 if whole is None else (flags & COMPOUND == 0) | whole[rows]
         if fault_frame is not None:
-            unlocked |= frames[rows] == fault_frame
+            unlocked |= frames.frames[rows] == fault_frame
         out[rows] = unlocked & (extra <= allowed) & (zone.pincount[where] == 0)
     return out
 
 
-def _behind_large(memory: PhysicalMemory, migration: Migration, rows: Rows, frames: Words, free: Flags) -> Flags:
+def _behind_large(migration: Migration, rows: Rows, frames: Located, free: Flags) -> Flags:
     """Which `rows` lie behind a page of system memory whose folio could not be split, in the same 2 MiB: they are not looked at any more.
 
     Nor are the empty ones there (migrate_vma_collect_skip): their source becomes 0.
     """
-    stuck = np.flatnonzero(~free & (memory.field(frames, "flags") & COMPOUND != 0) & (frames < DEVICE_ZONE_MIN << ZONE_SHIFT))
+    large = frames.fields("flags")[0] & COMPOUND != 0
+    stuck = np.flatnonzero(~free & large & (frames.frames < DEVICE_ZONE_MIN << ZONE_SHIFT))
     blocks, first = np.unique(migration.pages[rows[stuck]] >> np.uint64(HUGE_SHIFT), return_index=True)
     skipped = np.zeros(len(migration.pages), np.bool_)
     for block, at in zip(blocks.tolist(), rows[stuck[first]].tolist(), strict=True):
@@ -207,35 +209,30 @@ def lucky(mm: Mm, pages: Words, *names: str) -> Flags:
     return out
 
 
-def _others(memory: PhysicalMemory, mm: Mm | None, migration: Migration, rows: Rows, pages: Words, frames: Words, told: Told) -> Rows:
+def _others(memory: PhysicalMemory, mm: Mm | None, migration: Migration, rows: Rows, pages: Words, frames: Located, told: Told) -> Rows:
     """Find the further mappings of `frames` (rows `rows` of `pages`); returns the rows of which mirrors have been `told` of all."""
     unshared = 0 if mm is None else 1
-    if memory.most(frames, "mapcount") <= unshared:
+    shared = rows_in(frames.seen("mapcount") > unshared)
+    if len(shared) == 0:
         return rows
-    shared = np.flatnonzero(memory.field(frames, "mapcount") > unshared)
     found: list[Mapped] = []
     stays = np.zeros(len(rows), np.bool_)
     known = None if mm is None else (mm, chosen(pages, chosen(rows, shared)))
-    for mapped in mappings(memory, chosen(frames, shared), known):
+    some = frames.chosen(shared) if len(frames.places) == 1 else memory.located(chosen(frames.frames, shared))
+    for mapped in mappings(memory, some, known):
         which = chosen(shared, mapped.rows)
         if mapped.mm is mm:
             other = mapped.pages != pages[rows[which]]
-            mapped, which = Mapped(mapped.mm, mapped.rows[other], mapped.pages[other], mapped.entries[other]), which[other]
+            mapped, which = mapped.at(other), which[other]
         known_to_all = _announced(told, mapped)
         if not known_to_all.all():
             stays[which[~known_to_all]] = True
-        found.append(Mapped(mapped.mm, which, mapped.pages, mapped.entries))
+        found.append(mapped.at(slice(None), which))
     if stays.any():
-        _stay_together(memory, frames, stays)
-        found = [_without(mapped, stays) for mapped in found]
-    migration.others += [Mapped(one.mm, chosen(rows, one.rows), one.pages, one.entries) for one in found if len(one.rows)]
+        _stay_together(frames, stays)
+        found = [mapped.at(~stays[mapped.rows]) for mapped in found]
+    migration.others += [one.at(slice(None), chosen(rows, one.rows)) for one in found if len(one.rows)]
     return rows[~stays] if stays.any() else rows
-
-
-def _without(mapped: Mapped, stays: Flags) -> Mapped:
-    """`mapped` less the rows that stay."""
-    go = ~stays[mapped.rows]
-    return Mapped(mapped.mm, mapped.rows[go], mapped.pages[go], mapped.entries[go])
 
 
 def _announced(told: Told, mapped: Mapped) -> Flags:
@@ -260,28 +257,31 @@ def _among(pages: Words, told: Words) -> Flags:
     return found
 
 
-def _stay_together(memory: PhysicalMemory, frames: Words, stays: Flags) -> None:
+def _stay_together(frames: Located, stays: Flags) -> None:
     """Where one page of a large folio `stays`, all of it does: its huge entry cannot wait in part."""
-    large = memory.field(frames, "flags") & COMPOUND != 0
-    heads = frames >> np.uint64(HUGE_SHIFT)
+    large = frames.fields("flags")[0] & COMPOUND != 0
+    heads = frames.frames >> np.uint64(HUGE_SHIFT)
     stays |= large & np.isin(heads, heads[stays & large])
 
 
-def _install(memory: PhysicalMemory, mm: Mm | None, migration: Migration, rows: Rows, entries: Words) -> None:
-    """Lock the frames of `rows`, replace every mapping by a migration entry."""
+def _install(
+    memory: PhysicalMemory, mm: Mm | None, migration: Migration, rows: Rows, entries: Words, frames: Located | None = None
+) -> None:
+    """Lock the frames of `rows`, replace every mapping by a migration entry. `frames`: theirs, for who knows them."""
     taken = chosen(entries, rows)
-    frames = pte.frames_of(taken)
+    frames = frames or memory.located(pte.frames_of(taken))
     into = slice(None) if taken is entries else rows
     if mm is not None:
         mm.table.scatter(chosen(migration.pages, rows), waiting(taken), ascend=True)
         migration.saved[into] = taken
     bits = pte.masked(taken, MIGRATE_PFN_WRITE)  # the same bit there and here
     bits |= np.uint64(BOTH)
-    bits |= frames << np.uint64(MIGRATE_PFN_SHIFT)
+    bits |= frames.frames << np.uint64(MIGRATE_PFN_SHIFT)
     migration.source[into] = bits
     for mapped in migration.others:
-        mapped.mm.table.scatter(mapped.pages, waiting(tear_mapped(mapped.mm, mapped.pages, mapped.entries)))
-    for zone, _, where in memory.groups(frames):
+        torn = waiting(tear_mapped(mapped.mm, mapped.pages, mapped.entries))
+        mapped.mm.table.scatter(mapped.pages, torn, ascend=mapped.ascend)
+    for zone, _, where in frames.groups():
         zone.flags[where] |= LOCKED
         if migration.others:
             zone.refcount[where] -= zone.mapcount[where] - 1
@@ -290,7 +290,9 @@ def _install(memory: PhysicalMemory, mm: Mm | None, migration: Migration, rows: 
 
 def waiting(entries: Words) -> Words:
     """The migration entries for `entries`."""
-    return entries & ~np.uint64(pte.BITS & ~pte.CARRIED) | np.uint64(pte.MIGRATION)
+    kept = entries & ~np.uint64(pte.BITS & ~pte.CARRIED)
+    kept |= np.uint64(pte.MIGRATION)
+    return kept
 
 
 def collect_frames(memory: PhysicalMemory, frames: Words, told: Told) -> Migration:
@@ -300,9 +302,10 @@ def collect_frames(memory: PhysicalMemory, frames: Words, told: Told) -> Migrati
     """
     zeros = np.zeros(len(frames), np.uint64)
     migration = Migration(zeros, zeros.copy(), zeros.copy(), zeros.copy())
-    rows = np.flatnonzero(_free_to_go(memory, frames, None, None) & (memory.field(frames, "mapcount") > 0))
+    there = memory.located(frames)
+    rows = np.flatnonzero(_free_to_go(memory, there, None, None) & (there.fields("mapcount")[0] > 0))
     if len(rows):
-        rows = _others(memory, None, migration, rows, frames, frames[rows], told)
+        rows = _others(memory, None, migration, rows, frames, memory.located(frames[rows]), told)
     if len(rows):
         entries = np.zeros(len(frames), np.uint64)
         entries[rows] = pte.entries_of(pte.NONE, frames[rows])
@@ -336,7 +339,8 @@ def _move(memory: PhysicalMemory, mm: Mm | None, migration: Migration) -> None:
 
 def _take_over(memory: PhysicalMemory, source: Words, rows: Rows | None, old: Words, new: Words) -> None:
     """folio_migrate_mapping for `rows` of `source` (None: all): frames `new` become what `old` are, where those have no reference more."""
-    refcount, flags, mapping, index = memory.fields(old, "refcount", "flags", "mapping", "index")
+    before = memory.located(old)
+    refcount, flags, mapping, index = (before.seen(name) for name in ("refcount", "flags", "mapping", "index"))
     if refcount.max() > 1 or not bits_in_all(flags) & ANON:
         refused = (refcount > 1) | ((flags & ANON == 0) & (new >= DEVICE_ZONE_MIN << ZONE_SHIFT))
         source[refused if rows is None else rows[refused]] &= NOT_MIGRATE
@@ -449,4 +453,4 @@ def _within(mapped: Mapped, low: int, high: int) -> list[Mapped]:
     first, end = np.searchsorted(mapped.rows, (low, high)).tolist()
     if first == end:
         return []
-    return [Mapped(mapped.mm, mapped.rows[first:end] - low, mapped.pages[first:end], mapped.entries[first:end])]
+    return [mapped.at(slice(first, end), mapped.rows[first:end] - low)]

@@ -10,15 +10,19 @@ import numpy as np
 import numpy.typing as npt
 
 from hmmnet.host.interfaces import Migration
-from hmmnet.pages import DEVICE_ZONE_MIN, MIGRATE_PFN_MIGRATE, MIGRATE_PFN_VALID, ZONE_SHIFT, Words, bits_in_all, is_one_run
+from hmmnet.pages import DEVICE_ZONE_MIN, MIGRATE_PFN_MIGRATE, MIGRATE_PFN_VALID, ZONE_SHIFT, Words, bits_in_all, bits_in_any
 
 from . import pte, single
 from .collect import BOTH, blocks, frames_in
 from .frames import PhysicalMemory
+from .located import Located
 from .memcg import CHARGE_MASK
 from .mm import Mm
 from .rmap import Rows
 from .zones import LOCKED, Zone
+
+UNALIKE = (1 << 64) - 1 ^ pte.BITS | pte.KIND
+"""What a migration entry is known by: its kind and its frame; the rest it carries along."""
 
 Counts = int | npt.NDArray[np.int32]
 """A number for each of some frames, or one for all."""
@@ -38,35 +42,39 @@ def finalize(memory: PhysicalMemory, mm: Mm | None, migration: Migration) -> Non
 def _finalize(memory: PhysicalMemory, mm: Mm | None, migration: Migration) -> None:
     source, target = migration.source, migration.target
     if bits_in_all(source) & BOTH == BOTH:  # as it mostly is
-        came, final = frames_in(source), frames_in(target)
-        _settle(memory, final, _map_again(memory, mm, migration, None, came, final))
+        came, final = memory.located(frames_in(source)), memory.located(frames_in(target))
+        _settle(memory, final, _map_again(mm, migration, None, came, final))
         _release(memory, came)
         return
     going = source & MIGRATE_PFN_MIGRATE != 0
     full = source & MIGRATE_PFN_VALID != 0
     rows = np.flatnonzero(going | full)
     if len(rows):
-        came, goes, full = frames_in(source[rows]), going[rows], full[rows]
-        final = np.where(goes, frames_in(target[rows]), came)
-        _settle(memory, final, _map_again(memory, mm, migration, rows, np.where(full, came, final), final))
-        _release(memory, came[goes & full])
+        left, goes, full = frames_in(source[rows]), going[rows], full[rows]
+        lead_to = np.where(goes, frames_in(target[rows]), left)
+        final = memory.located(lead_to)
+        _settle(memory, final, _map_again(mm, migration, rows, memory.located(np.where(full, left, lead_to)), final))
+        _release(memory, memory.located(left[goes & full]))
     unused = frames_in(target[~going & (target != 0)])
     memory.put(unused[unused < DEVICE_ZONE_MIN << ZONE_SHIFT])
 
 
-def _map_again(memory: PhysicalMemory, mm: Mm | None, migration: Migration, rows: Rows | None, held: Words, final: Words) -> Counts:
+def _map_again(mm: Mm | None, migration: Migration, rows: Rows | None, held: Located, final: Located) -> Counts:
     """remove_migration_ptes for `rows` (None: all), whose entries remember frames `held` and now lead to `final`: mappings of each."""
-    added = _difference(memory, held, final)
+    added = _difference(held, final)
+    before = pte.entries_of(pte.MIGRATION, held.frames)
     count: Counts = 0
     if mm is not None:
-        count = _replace(mm, migration.pages if rows is None else migration.pages[rows], held, added, ascend=True)
+        count = _replace(mm, migration.pages if rows is None else migration.pages[rows], before, added, ascend=True)
     for mapped in migration.others:
         if len(mapped.rows) == len(held):
-            count = count + _replace(mapped.mm, mapped.pages, held, added)
-        else:
-            at = _standing(rows, mapped.rows)
-            count = count + np.zeros(len(held), np.int32)
-            count[at] += _replace(mapped.mm, mapped.pages, held[at], added if isinstance(added, np.uint64) else added[at])
+            count = count + _replace(mapped.mm, mapped.pages, before, added, ascend=mapped.ascend)
+            continue
+        at = _standing(rows, mapped.rows)
+        here = _replace(mapped.mm, mapped.pages, before[at], added if isinstance(added, np.uint64) else added[at], ascend=mapped.ascend)
+        if isinstance(count, int):
+            count = np.full(len(held), count, np.int32)
+        count[at] += here
     return count
 
 
@@ -79,18 +87,20 @@ def _standing(rows: Rows | None, some: Rows) -> slice | Rows:
     return slice(first, end) if rows[end - 1] == some[-1] else np.searchsorted(rows, some)
 
 
-def _difference(memory: PhysicalMemory, held: Words, final: Words) -> Words | np.uint64:
+def _difference(held: Located, final: Located) -> Words | np.uint64:
     """What has to be added to migration entries of frames `held` to make them entries of `final`; a number where it is one for all."""
-    found = list(memory.where(final))
-    if len(found) == 1:
-        kind = _kind(found[0][0])
-        if isinstance(found[0][2], slice) and is_one_run(held):
-            return np.uint64((int(final[0]) - int(held[0]) << pte.FRAME_SHIFT) + kind - pte.MIGRATION & (1 << 64) - 1)
-        return (final - held << np.uint64(pte.FRAME_SHIFT)) + np.uint64(kind) - np.uint64(pte.MIGRATION)
+    if len(final.places) == 1:
+        kind = _kind(final.places[0][0])
+        if final.is_one_run and held.is_one_run:
+            return np.uint64((int(final.frames[0]) - int(held.frames[0]) << pte.FRAME_SHIFT) + kind - pte.MIGRATION & (1 << 64) - 1)
+        added = final.frames - held.frames
+        added <<= np.uint64(pte.FRAME_SHIFT)
+        added += np.uint64(kind - pte.MIGRATION & (1 << 64) - 1)
+        return added
     kinds = np.zeros(len(final), np.uint64)
-    for zone, rows, _ in found:
+    for zone, rows, _ in final.places:
         kinds[rows] = _kind(zone)
-    return (final - held << np.uint64(pte.FRAME_SHIFT)) + kinds - np.uint64(pte.MIGRATION)
+    return (final.frames - held.frames << np.uint64(pte.FRAME_SHIFT)) + kinds - np.uint64(pte.MIGRATION)
 
 
 def _kind(zone: Zone) -> int:
@@ -98,33 +108,34 @@ def _kind(zone: Zone) -> int:
     return pte.DEVICE if zone.kind == "private" else pte.PRESENT
 
 
-def _replace(mm: Mm, pages: Words, held: Words, added: Words | np.uint64, *, ascend: bool = False) -> Counts:
-    """Migration entries at `pages` that still hold the frames `held` change by what is `added`; 1 for each that did."""
+def _replace(mm: Mm, pages: Words, before: Words, added: Words | np.uint64, *, ascend: bool = False) -> Counts:
+    """Migration entries at `pages` that are still those `before`, but for what they carry, change by what is `added`; 1 for each."""
     entries = mm.table.gather(pages, ascend=ascend)
-    there = entries & ~np.uint64(pte.BITS & ~pte.KIND) == pte.entries_of(pte.MIGRATION, held)
-    entries += added
-    if there.all():
+    if not bits_in_any(entries ^ before) & UNALIKE:
+        entries += added
         mm.table.scatter(pages, entries, ascend=ascend)
         return 1
-    mm.table.scatter(pages[there], entries[there])
+    there = (entries ^ before) & np.uint64(UNALIKE) == 0
+    mm.table.scatter(pages[there], (entries + added)[there])
     count: npt.NDArray[np.int32] = there.astype(np.int32)
     return count
 
 
-def _settle(memory: PhysicalMemory, frames: Words, count: Counts) -> None:
+def _settle(memory: PhysicalMemory, frames: Located, count: Counts) -> None:
     """`frames` end a migration with `count` mappings each, in the place of the migration's reference; the lock goes."""
-    for zone, rows, where in memory.groups(frames):
+    for zone, rows, where in frames.groups():
         mapped = count if isinstance(count, int) else count[rows]
         zone.mapcount[where] = mapped
         zone.flags[where] &= ~np.uint32(LOCKED)
         if not np.all(mapped == 1):
             zone.refcount[where] += mapped - 1
-            memory.free_unused(zone, frames[rows], where)
+            if np.min(mapped) == 0:
+                memory.free_unused(zone, frames.frames[rows], where)
 
 
-def _release(memory: PhysicalMemory, frames: Words) -> None:
+def _release(memory: PhysicalMemory, frames: Located) -> None:
     """`frames` were moved away from: the lock and the migration's reference go; the charge has gone with the page."""
-    for zone, rows, where in memory.groups(frames):
+    for zone, rows, where in frames.groups():
         zone.flags[where] &= ~np.uint32(LOCKED | CHARGE_MASK)
         zone.refcount[where] -= 1
-        memory.free_unused(zone, frames[rows], where)
+        memory.free_unused(zone, frames.frames[rows], where)

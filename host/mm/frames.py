@@ -30,9 +30,11 @@ from hmmnet.pages import (
     distinct,
     is_one_run,
     runs_of,
+    unlike,
 )
 
 from .contents import Contents
+from .located import Located, Place
 from .memcg import CHARGE_MASK, MemoryCgroup, MemoryCgroups
 from .relief import Relief
 from .swap import Swap
@@ -175,14 +177,14 @@ class PhysicalMemory(Contents):
         """The zone of one frame."""
         return self.zones[frame >> ZONE_SHIFT]
 
-    def groups(self, frames: Words) -> Iterator[tuple[Zone, slice | npt.NDArray[np.intp], Index]]:
+    def groups(self, frames: Words) -> Iterator[Place]:
         """`frames` by zone: (zone, which of them, where they stand in the zone's arrays). Each has a state of its own then."""
         for zone, rows, where in self.where(frames):
             if zone.folded_count:
                 zone.unfold(where)
             yield zone, rows, where
 
-    def where(self, frames: Words) -> Iterator[tuple[Zone, slice | npt.NDArray[np.intp], Index]]:
+    def where(self, frames: Words) -> Iterator[Place]:
         """`groups` for who does not look at the arrays frame by frame: folded folios stay as they are."""
         if len(frames) == 0:
             return
@@ -191,9 +193,8 @@ class PhysicalMemory(Contents):
             first = int(frames[0]) - zone.base
             yield zone, slice(None), slice(first, first + len(frames))
             return
-        first = frames[0]
-        if not int(np.bitwise_or.reduce(frames ^ first)) >> ZONE_SHIFT:  # all of one zone
-            zone = self.zones[int(first) >> ZONE_SHIFT]
+        if not unlike(frames) >> ZONE_SHIFT:  # all of one zone
+            zone = self.zones[int(frames[0]) >> ZONE_SHIFT]
             yield zone, slice(None), (frames - np.uint64(zone.base)).view(np.intp)
             return
         numbers = frames >> np.uint64(ZONE_SHIFT)
@@ -202,32 +203,25 @@ class PhysicalMemory(Contents):
             zone = self.zones[number]
             yield zone, rows, zone.index_of(frames[rows])
 
+    def located(self, frames: Words) -> Located:
+        """Where `frames` stand, for who looks at several things there."""
+        return Located(frames, list(self.where(frames)))
+
     def field(self, frames: Words, name: str) -> npt.NDArray[Any]:
         """One struct page field of each of `frames`, a copy."""
-        return self.fields(frames, name)[0]
+        return self.located(frames).fields(name)[0]
 
     def fields(self, frames: Words, *names: str) -> list[npt.NDArray[Any]]:
         """`field` for several at once: where the frames are is found out only once."""
-        out: list[npt.NDArray[Any]] = []
-        for zone, rows, where in self.where(frames):
-            values = [zone.values(name, where) for name in names]
-            if isinstance(rows, slice):
-                return values
-            out = out or [np.zeros(len(frames), dtype=some.dtype) for some in values]
-            for all_of_it, some in zip(out, values, strict=True):
-                all_of_it[rows] = some
-        return out or [np.zeros(0, np.int64) for _ in names]
+        return self.located(frames).fields(*names)
 
     def most(self, frames: Words, name: str) -> int:
         """The largest value that a struct page field has among `frames`; 0 for none."""
-        return max((int(zone.seen(name, where).max()) for zone, _, where in self.where(frames)), default=0)
+        return self.located(frames).most(name)
 
     def bits_in_any(self, frames: Words, name: str) -> int:
         """The bits that a struct page field has in any of `frames`."""
-        found = 0
-        for zone, _, where in self.where(frames):
-            found |= bits_in_any(zone.seen(name, where))
-        return found
+        return self.located(frames).bits_in_any(name)
 
     # --- allocation -------------------------------------------------------------------------------------------------------------
 
@@ -371,7 +365,7 @@ class PhysicalMemory(Contents):
     def free_unused(self, zone: Zone, frames: Words, where: Index) -> None:
         """Free those of `frames`, at `where` in `zone`, that have no reference."""
         left = zone.refcount[where]
-        if not left.any():
+        if not bits_in_any(left):
             self._free(zone, frames, where)
         elif not left.all():
             frames = frames[left == 0]
@@ -397,7 +391,9 @@ class PhysicalMemory(Contents):
         self.cgroups.uncharge(zone.flags[where])
         zone.flags[where] = 0
         zone.mapping[where] = 0
-        if isinstance(zone, HostZone):
+        if isinstance(zone, HostZone) and isinstance(where, slice):
+            zone.release_run(zone.base + where.start, zone.base + where.stop)
+        elif isinstance(zone, HostZone):
             zone.release(frames)
         elif zone.on_free is not None:
             zone.on_free(frames)

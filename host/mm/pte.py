@@ -20,7 +20,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from hmmnet.pages import DEVICE_ZONE_MIN, ZONE_SHIFT, Words, bits_in_any
+from hmmnet.pages import DEVICE_ZONE_MIN, ZONE_SHIFT, Words, unlike
 
 KIND = 7
 NONE = 0
@@ -95,12 +95,14 @@ def is_present(entries: Words) -> npt.NDArray[np.bool_]:
 
 def entries_of(kind: int, frames: Words, bits: int = 0) -> Words:
     """Entries of `kind` for `frames`, with `bits`."""
-    return frames << np.uint64(FRAME_SHIFT) | np.uint64(kind | bits)
+    entries = frames << np.uint64(FRAME_SHIFT)
+    entries |= np.uint64(kind | bits)
+    return entries
 
 
 def sample(entries: Words) -> Words:
     """`entries`, or only the first where all are `ALIKE`: what is found out of it holds for each, and costs nothing."""
-    if len(entries) > 1 and not bits_in_any(entries ^ entries[0]) & ALIKE:
+    if len(entries) > 1 and not unlike(entries) & ALIKE:
         return entries[:1]
     return entries
 

@@ -18,6 +18,7 @@ from hmmnet.pages import Number, Words, distinct
 
 from . import pte
 from .frames import PhysicalMemory
+from .located import Located, every_row
 from .mm import Mm
 from .vma import Vma
 
@@ -35,19 +36,28 @@ class Mapped:
     rows: Rows
     pages: Words
     entries: Words
+    ascend: bool = False
+    """Whether the pages ascend for certain (see `hmmnet.pages.is_one_run`)."""
+
+    def at(self, which: Rows | slice | npt.NDArray[np.bool_], rows: Rows | None = None) -> Mapped:
+        """Those at `which` (ascending); `rows` in the place of theirs, if that is given."""
+        return Mapped(self.mm, self.rows[which] if rows is None else rows, self.pages[which], self.entries[which], self.ascend)
 
 
-def mappings(memory: PhysicalMemory, frames: Words, known: tuple[Mm, Words] | None = None) -> Iterator[Mapped]:
+def mappings(memory: PhysicalMemory, frames: Words | Located, known: tuple[Mm, Words] | None = None) -> Iterator[Mapped]:
     """Every mapping of `frames`: present, device-private or exclusive entries.
 
-    `known` are a process and the pages at which it maps them; where those are the frames' indices it is left out, for want of others.
+    `known` are a process and the pages (ascending) at which it maps them; where those are the frames' indices it is left out, for want of
+    others.
     """
-    mappers, indices = memory.fields(frames, "mapping", "index")
+    there = frames if isinstance(frames, Located) else memory.located(frames)
+    mappers, indices = there.fields("mapping", "index")
     for family, rows in _by_family(memory, mappers):
         at = chosen(indices, rows)
+        same = known is not None and np.array_equal(at, chosen(known[1], rows))
         for mm in memory.families[family]:
-            if known is None or mm is not known[0] or not np.array_equal(at, chosen(known[1], rows)):
-                yield from _in_process(mm, rows, at, chosen(frames, rows))
+            if known is None or mm is not known[0] or not same:
+                yield from _in_process(mm, rows, at, chosen(there.frames, rows), ascend=same)
 
 
 def chosen(values: npt.NDArray[Number], rows: Rows) -> npt.NDArray[Number]:
@@ -62,7 +72,7 @@ def _by_family(memory: PhysicalMemory, anon_vmas: npt.NDArray[np.uint32]) -> Ite
     if bool((anon_vmas == anon_vmas[0]).all()):  # as it mostly is: sorting to find that out costs ten passes
         family = memory.anon_families.get(int(anon_vmas[0]), 0)
         if family:
-            yield family, np.arange(len(anon_vmas), dtype=np.intp)
+            yield family, every_row(len(anon_vmas))
         return
     known, which = np.unique(anon_vmas, return_inverse=True)
     families = np.array([memory.anon_families.get(number, 0) for number in known.tolist()])[which]
@@ -77,8 +87,7 @@ def places(memory: PhysicalMemory, frames: Words) -> Iterator[tuple[Mm, Words]]:
     The kernel announces CLEAR for each of them when it unmaps a shared page for migration, even where the page has been copied or unmapped
     since, and in the process that migrates itself (recordings r00992, r00945, r01323 show it by mirror entries that are gone).
     """
-    indices = memory.field(frames, "index")
-    anon_vmas = memory.field(frames, "mapping")
+    indices, anon_vmas = memory.fields(frames, "index", "mapping")
     yield from _places_of_files(memory, indices, anon_vmas)
     for family, rows in _by_family(memory, anon_vmas):
         for mm in memory.families[family]:
@@ -134,8 +143,8 @@ def _one_of(anon_vmas: npt.NDArray[np.uint32], few: tuple[int, ...]) -> npt.NDAr
     return out
 
 
-def _in_process(mm: Mm, rows: Rows, indices: Words, frames: Words) -> Iterator[Mapped]:
-    found = _look(mm, rows, indices, frames)
+def _in_process(mm: Mm, rows: Rows, indices: Words, frames: Words, *, ascend: bool) -> Iterator[Mapped]:
+    found = _look(mm, rows, indices, frames, ascend=ascend)
     if len(found.rows):
         yield found
     if len(found.rows) == len(rows):
@@ -144,18 +153,17 @@ def _in_process(mm: Mm, rows: Rows, indices: Words, frames: Words) -> Iterator[M
         if vma.pgoff != vma.start:
             inside = np.flatnonzero((indices >= vma.pgoff) & (indices < vma.pgoff + vma.end - vma.start))
             if len(inside):
-                found = _look(mm, rows[inside], indices[inside] - vma.pgoff + vma.start, frames[inside])
+                found = _look(mm, rows[inside], indices[inside] - vma.pgoff + vma.start, frames[inside], ascend=ascend)
                 if len(found.rows):
                     yield found
 
 
-def _look(mm: Mm, rows: Rows, pages: Words, frames: Words) -> Mapped:
-    entries = mm.table.gather(pages)
+def _look(mm: Mm, rows: Rows, pages: Words, frames: Words, *, ascend: bool) -> Mapped:
+    entries = mm.table.gather(pages, ascend=ascend)
     some = pte.sample(entries)
     kinds = some & pte.KIND
     hit = (pte.frames_of(entries) == frames) & (
         ((kinds == pte.PRESENT) & (some & pte.SPECIAL == 0)) | (kinds == pte.DEVICE) | (kinds == pte.EXCLUSIVE) | (kinds == pte.HINT)
     )
-    if hit.all():
-        return Mapped(mm, rows, pages, entries)
-    return Mapped(mm, rows[hit], pages[hit], entries[hit])
+    found = Mapped(mm, rows, pages, entries, ascend)
+    return found if hit.all() else found.at(hit)

@@ -9,7 +9,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hmmnet.pages import PAGE_SIZE, ZONE_SHIFT, among, distinct, from_wire, is_one_run, page_range, run_bounds, to_wire, zone_of
+from hmmnet.pages import (
+    EXACT_RUNS_MAX,
+    FIRST_LOOK,
+    LARGE,
+    PAGE_SIZE,
+    ZONE_SHIFT,
+    among,
+    announced_runs,
+    distinct,
+    from_wire,
+    is_one_run,
+    page_range,
+    run_bounds,
+    runs_of,
+    to_wire,
+    unlike,
+    zone_of,
+)
 
 FRAMES = st.lists(st.integers(0, 40), max_size=30)
 
@@ -32,6 +49,31 @@ def test_one_run_means_two_bounds(frames: list[int]) -> None:
     """The quick question and the full answer agree."""
     words = np.array(frames, dtype=np.uint64)
     assert is_one_run(words) == (len(run_bounds(words)) == 2)
+
+
+@pytest.mark.parametrize("frames", [[LARGE + 5, LARGE + 6], [LARGE, 1], [1, LARGE, 3]])
+def test_one_run_with_large_ones(frames: list[int]) -> None:
+    """The mark of large ones is the highest bit, and numbers are compared as they are."""
+    words = np.array(frames, dtype=np.uint64)
+    assert is_one_run(words) == (len(run_bounds(words)) == 2)
+
+
+@pytest.mark.parametrize("single", [0, FIRST_LOOK, 2 * FIRST_LOOK])
+@pytest.mark.parametrize("runs", [1, EXACT_RUNS_MAX - 1, EXACT_RUNS_MAX, EXACT_RUNS_MAX + 1, 3 * FIRST_LOOK])
+@pytest.mark.parametrize("ascend", [False, True])
+def test_pages_are_announced_run_by_run_up_to_a_limit(single: int, runs: int, ascend: bool) -> None:
+    """Beyond it one announcement spans them, wherever among the pages the many runs lie."""
+    pages = np.concatenate((np.arange(single), single + 2 * np.arange(runs))).astype(np.uint64)
+    exact = runs_of(pages)
+    expected = exact if len(exact) <= EXACT_RUNS_MAX else [(int(pages[0]), int(pages[-1]) + 1)]
+    assert announced_runs(pages, ascend=ascend) == expected
+    assert announced_runs(pages[::-1].copy()) == expected
+
+
+@given(FRAMES)
+def test_unlike_bits_are_those_that_differ(frames: list[int]) -> None:
+    """Of no words, and of one, there are none."""
+    assert unlike(np.array(frames, np.uint64)) == int(np.bitwise_or.reduce([frame ^ frames[0] for frame in frames] or [0]))
 
 
 @given(FRAMES)

@@ -68,3 +68,25 @@ def test_views_are_the_table() -> None:
     view[3] = 42
     assert table.get(13) == 42
     assert table.view(LEAF_PAGES - 1, LEAF_PAGES + 1) is None
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 4 * 512), min_size=1, max_size=80), st.integers(0, 3))
+def test_pages_known_to_ascend_are_written_and_marked_alike(offsets: list[int], leaves: int) -> None:
+    """Densely or sparsely, in one leaf or several: the entries are the same, and every block written is marked as such."""
+    pages = np.unique(np.array(offsets, np.uint64) * np.uint64(1 + leaves * LEAF_PAGES // 1000))
+    tables = SparseTable(), SparseTable()
+    for table, ascend in zip(tables, (False, True), strict=True):
+        table.take_touched()
+        table.scatter(pages, pages + np.uint64(1), ascend=ascend)
+    assert tables[0].gather(pages).tolist() == tables[1].gather(pages, ascend=True).tolist() == (pages + np.uint64(1)).tolist()
+    told = [{first for first, _ in table.take_touched()[0]} for table in tables]
+    assert told[0] <= told[1]
+    assert tables[1].occupied(0, PAGES_MAX).tolist() == pages.tolist()
+
+
+def test_a_few_pages_far_apart_mark_their_own_blocks_only() -> None:
+    """Whoever checks the table does not look at the whole leaf for them."""
+    table = SparseTable()
+    table.scatter(np.array([3, 100_000], np.uint64), 1, ascend=True)
+    assert len(table.take_touched()[0]) == 2
