@@ -76,16 +76,24 @@ def believed(context: Context, who: str, pages: Words, frames: Words, writable: 
 def stale(context: Context, pages: Words, frames: Words, writable: Mask) -> Mask:
     """Which of those translations the page table does not have, with that right.
 
-    None while an invalidation of that process is open, and none of pages that are in transit: then the device is being told.
+    None while an invalidation of that process is open, and none of pages that are in transit: then the device is being told. Memory that
+    was lost with its device is reached by nobody any more once all mirrors of it have been told.
     """
     if context.hub.core.active or len(pages) == 0:
         return np.zeros(len(pages), np.bool_)
     entries = context.space.entries(pages)
     kinds = pte.kinds_of(entries)
     present = (kinds == pte.PRESENT) | (kinds == pte.DEVICE) | (kinds == pte.EXCLUSIVE)
+    for number in withdrawn(context.life.page_map.memory):
+        present &= pte.zones_of(entries) != number
     rights = (entries & np.uint64(pte.WRITE) != 0) | (kinds == pte.EXCLUSIVE)
     good: Mask = (kinds == pte.MIGRATION) | (present & (pte.frames_of(entries) == frames) & (rights | ~writable))
     return ~good
+
+
+def withdrawn(memory: PhysicalMemory) -> list[int]:
+    """The zones of lost memory that nobody may translate to any more."""
+    return [zone.number for zone in memory.zones.values() if zone.withdrawn]
 
 
 def described(context: Context, who: str, page: int, frame: int, *, may_write: bool) -> str:
@@ -123,6 +131,8 @@ class Audit:
         self._spaces = spaces
         self._devices = devices
         self._ledger = Ledger(memory)
+        self._memory = memory
+        self._withdrawn: list[int] = []
         self._left: dict[Translations, list[Words]] = {}
         """Pages that could not be checked yet, because mirrors of their process were just being told."""
 
@@ -136,6 +146,8 @@ class Audit:
             changed = self._ledger.look([space.mm for space in self._spaces.values()], now_s)
         except AssertionError as wrong:
             found.append(_said(wrong))
+        if self._withdrawn != (now_withdrawn := withdrawn(self._memory)):  # no entry changes by that
+            self._withdrawn, changed = now_withdrawn, None
         held = [*self._domains(), *self._seen(mirrors)]
         if len(self._left) > len(held):
             there = {who for _, _, who in held}

@@ -59,7 +59,7 @@ class PageMap:
     """The struct pages of one life of a device. `arena` are the bytes of coherent memory."""
 
     def __init__(self, memory: PhysicalMemory, link: Owner, pages: int, arena: Arena | None = None) -> None:
-        self._memory = memory
+        self.memory = self._memory = memory
         self.points = memory.points
         self.link = link
         self.zone = memory.add_device(link.zone, link.kind, link.name, pages, arena)

@@ -308,6 +308,7 @@ class Host:
                 nursery.cancel_scope.cancel()
             await life.link.fenced()  # until then every invalidation of what it mirrors waits for it
             await life.page_map.withdraw(self.spaces)
+            life.page_map.zone.withdrawn = True
             for context in list(life.contexts.values()):
                 await context.unsubscribe_all()
             life.contexts.clear()

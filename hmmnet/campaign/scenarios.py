@@ -224,6 +224,19 @@ ORDER = _steps(
     ("load", ANON, 2, 600),
 )
 """Pages come to a device one by one, and leave it by their frames."""
+DROPPED = _steps(
+    ("migrate", PAGES_ANON, 0, 4, 0, "", 0),
+    ("device_load", SHARED, 0, 8, 1, "remote", 1),
+    ("drop", ANON, 0, 2, 0, "", 1),
+    ("device_load", ANON, 0, 8, 0, "demand", 0),
+)
+"""Pages are given up when they have arrived at a device, and before it has heard that they have."""
+STALE = _steps(
+    ("device_load", ANON, 0, 8, 0, "remote", 0),
+    ("device_load", SHARED, 0, 8, 1, "remote", 1),
+    ("drop", ANON, 0, 2, 0, "", 1),
+)
+"""Pages are read for a device that has let go of them, and before they change."""
 OLDEN = tuple(step for step in TOUR if step.choice != "exclusive")
 
 
@@ -262,6 +275,24 @@ _EVERY = (
     ),
     _made("given_up", "a device that the host gives up, because it does not let go", TOUR, hits=(Hit("device.before_ack", "fail", nth=6),)),
     _made("order", "pages that come to a device in another order than they lie, and go when it is unplugged", ORDER),
+    _made(
+        "dropped",
+        "pages that are given up while a device is about to map them",
+        DROPPED,
+        actors=2,
+        hits=(Hit("device.migrated", "delay", nth=1, seconds=0.01), Hit("device.job_start", "delay", nth=1, seconds=0.002)),
+    ),
+    _made(
+        "stale",
+        "pages that are read for a device in the middle of an invalidation",
+        STALE,
+        actors=2,
+        hits=(
+            Hit("retry.after_read_begin", "delay", nth=1, seconds=0.001),
+            Hit("hub.after_acks", "delay", nth=1, seconds=0.005),
+            Hit("device.before_write", "delay", nth=2, seconds=0.02),
+        ),
+    ),
     _made("silence", "a device that is silent for longer than its lease", TOUR, harms=(Harm(6, "hang", 0, 8.0),)),
 )
 SCENARIOS = {program.mix: program for program in _EVERY}

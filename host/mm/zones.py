@@ -121,6 +121,8 @@ class Zone:
         """dev_pagemap.owner: who may migrate the pages of this memory as their own."""
         self.lost = ""
         """Why the memory is gone; empty while it is there."""
+        self.withdrawn = False
+        """It is gone, and everybody who mirrored it in place has been told: nobody translates anything to it any more."""
         self.offered = 0
         """Frames of a device below this index have been offered to a migration at some time; beyond, all are idle."""
 

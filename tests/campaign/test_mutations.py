@@ -21,6 +21,7 @@ CAUGHT: dict[str, tuple[int, str]] = {
     "children_are_not_wiped": (0, "history"),
     "children_have_what_is_not_theirs": (0, "rights"),
     "clear_is_not_told": (2, "rights"),
+    "coherent_memory_dies_untold": (2, "invariants"),
     "copies_home_are_zero": (0, "history"),
     "copy_on_write_copies_nothing": (0, "history"),
     "copy_on_write_not_broken": (0, "history"),
@@ -71,7 +72,12 @@ def test_a_planted_bug_is_caught(name: str) -> None:
     assert caught(name, seed), f"{checker} has seen it before; python -m tests.campaign.mutations {name}"
 
 
-BY_SCENARIO = {"lease_ignored_by_the_device": "silence", "frames_leave_in_their_own_order": "order"}
+BY_SCENARIO = {
+    "frames_leave_in_their_own_order": "order",
+    "lease_ignored_by_the_device": "silence",
+    "moved_pages_are_mapped_though_dropped": "dropped",
+    "retry_check_skipped_by_the_host": "stale",
+}
 """Mutation: the scenario of the sweep that shows it, without any further fault. (Seeds show the second, too, but seldom.)"""
 
 
