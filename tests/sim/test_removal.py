@@ -55,6 +55,32 @@ def test_a_device_is_unplugged_with_pages_in_its_memory() -> None:
     hmmnet.simulate(main, MACHINE)
 
 
+def test_a_device_that_never_heard_that_it_was_let_in_is_unplugged_all_the_same() -> None:
+    """Its welcome is lost, and so is the host's goodbye: it says hello once more, is refused, and ends."""
+
+    async def main(machine: SimulatedMachine) -> None:
+        await machine.kill_device("gpu0")
+        cut = machine.add_fault(fault("partition", "gpu0<-host"))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_start_in_vain, machine, "gpu0")
+            while (await machine.report())["devices"]["gpu0"]["state"] == "lost":
+                await trio.sleep(0.01)
+            await machine.unplug("gpu0")
+            machine.remove_fault(cut)
+            await machine.device_ended("gpu0", 2)
+        await machine.start_device("gpu0")
+        process = await machine.create_process()
+        address = await process.mmap(PAGE_SIZE)
+        assert await process.migrate(address, PAGE_SIZE, "gpu0") == PAGE_SIZE
+
+    hmmnet.simulate(main, MACHINE)
+
+
+async def _start_in_vain(machine: SimulatedMachine, device: str) -> None:
+    with pytest.raises(HmmnetError, match=f'device "{device}" was unplugged; start it anew'):
+        await machine.start_device(device)
+
+
 def test_a_device_whose_page_is_held_stays() -> None:
     """Coherent memory that somebody has a reference of: who holds it is named, the device is as before, and can be unplugged later."""
 
