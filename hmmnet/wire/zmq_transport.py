@@ -1,9 +1,9 @@
 """Channels and listeners over ZeroMQ sockets, between processes.
 
 Control is a DEALER at the peer and a ROUTER at the host; so is bulk, one pair for each direction, where the router hears and answers one
-peer only; telemetry is PUB to SUB. Control has an io thread of its own, so an invalidation never queues behind a megabyte. Every socket
-refuses parts above its limit (libzmq then drops the connection before it allocates), so the largest thing that a stranger can make us hold
-is known.
+peer only; telemetry is PUB to SUB. Control has an io thread of its own, and the one for bulk makes way for it (`iothreads`), so an
+invalidation never queues behind a megabyte. Every socket refuses parts above its limit (libzmq then drops the connection before it
+allocates), so the largest thing that a stranger can make us hold is known.
 
 Who may connect: an ipc path is guarded by the permissions of its file (0600); control by the machine secret in `Hello`; bulk by the
 channel's key, a random identity that only the welcomed peer was told; telemetry by the proof in each sample. tcp beyond loopback needs
@@ -30,6 +30,7 @@ from hmmnet.errors import HmmnetError
 
 from .allocator import keep_freed_buffers
 from .bridge import BULK_BYTES, Bridge
+from .iothreads import bulk_made_nice
 from .transport import CHANNEL_BYTES_MAX, FRAME_BYTES_MAX, Buffer
 
 IO_THREADS = 2
@@ -222,6 +223,7 @@ class ZmqTransport:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads)
         self._context.set(zmq.MAX_SOCKETS, SOCKETS_MAX)
         self._split = io_threads > 1
+        self._started = False
         self._curve = curve
         self._bridges: list[Bridge] = []
 
@@ -282,7 +284,9 @@ class ZmqTransport:
         self._context.destroy(LINGER_MS)  # also a socket whose making a Ctrl-C has interrupted: `term` alone would wait for it for ever
 
     def _socket(self, kind: int, thread: int, queue_max: int, max_bytes: int) -> zmq.Socket[bytes]:
-        socket = self._context.socket(kind)
+        with contextlib.nullcontext() if self._started or not self._split else bulk_made_nice():
+            socket = self._context.socket(kind)
+        self._started = True
         if self._split:
             socket.setsockopt(zmq.AFFINITY, thread)
         socket.setsockopt(zmq.SNDHWM, queue_max)
