@@ -5,7 +5,8 @@ or ``session`` (ours, with its requests and bulk channels). The *near* side read
 answers each with one number on its standard output; the *far* side serves. Both end when their standard input does.
 
 Commands: ``rtt N`` (seconds for one round trip of 100 bytes, mean of N), ``stream N`` (seconds for N frames of 1 MiB, received into one
-buffer and confirmed), and for sessions ``bulk 0|1`` (start or stop a stream beside the control traffic).
+buffer and confirmed), and for sessions ``p50 N`` (as ``rtt``, the median of N) and ``bulk 0|1`` (start or stop a stream beside the control
+traffic).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable
+from statistics import fmean, median
 from typing import Any
 
 import trio
@@ -206,11 +208,15 @@ async def session_near(directory: str) -> None:
                         nursery.start_soon(_pump, bulk, scope)
                     _answer(0.0)
                     continue
-                begun_s = time.perf_counter()
-                for _ in range(count):
-                    await session.request(Inspect())
-                _answer((time.perf_counter() - begun_s) / count)
+                _answer((median if command == "p50" else fmean)([await _round_trip(session) for _ in range(count)]))
             nursery.cancel_scope.cancel()
+
+
+async def _round_trip(session: Session) -> float:
+    """Seconds for a request and its answer."""
+    begun_s = time.perf_counter()
+    await session.request(Inspect())
+    return time.perf_counter() - begun_s
 
 
 async def _pump(bulk: Channel, scope: trio.CancelScope) -> None:
