@@ -143,7 +143,7 @@ def assemble(
     spec = spec_of(welcome)
     model = load_model(spec.model)
     if points.armed and points.fails("device.welcome"):
-        raise HmmnetError(f"{spec.name} cannot be what it is told to be: a fault was injected")
+        raise HmmnetError(f"{spec.name} cannot be what it is told to be: {points.why('device.welcome')}")
     if injector is not None:
         injector.random.seed(spec.chance)  # before the host tells of any fault
     clock.adopt(welcome.epoch_monotonic_s, welcome.epoch_emulated_s, welcome.rate)

@@ -135,7 +135,7 @@ class FaultService:
         if points.fails("device.duplicate", start=page, pages=1):
             await self._service(batch)
         if points.fails("device.unserviceable", start=page, pages=1):
-            return {page: KernelError(EFAULT, "fault", f"page 0x{page:x}: a fault was injected at device.unserviceable")}
+            return {page: KernelError(EFAULT, "fault", f"page 0x{page:x}: {points.why('device.unserviceable')}")}
         return {}
 
     def _count(self, batch: Batch, fatal: dict[int, HmmnetError], seconds: float) -> None:

@@ -62,6 +62,8 @@ class Host(Protocol):
     injector: Injector
     on_restart: Callable[[str, float], None] | None
     """Called with (device, emulated seconds) when a fault wants it started again so long after its end."""
+    on_change: Callable[[str, str, str], None] | None
+    """Called with (device, ``ready`` or ``lost``, how) whenever a device comes or goes, until the machine ends."""
     injection: Any
     """Carries out what faults do at the host (`hmmnet.host.injection`)."""
 

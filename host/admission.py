@@ -107,8 +107,9 @@ class Admission:
             return Refused("name", f'topology "{self._topology.name}" has no device "{hello.name}"; it has {known}'[:TEXT_MAX])
         if hello.incarnation == self._unplugged.get(hello.name):
             return Refused("unplugged", f'device "{hello.name}" was unplugged; start it anew to plug it in')
-        if self._memory.points.armed and self._memory.points.fails("session.hello", device=hello.name):
-            return Refused("busy", "a fault was injected: no device is welcomed")
+        points = self._memory.points
+        if points.armed and points.fails("session.hello", device=hello.name):
+            return Refused("busy", f"no device is welcomed: {points.why('session.hello')}")
         if self._zone_next >= ZONES_MAX or self._zone_next in self._memory.zones:
             return Refused("busy", f"devices were restarted {ZONES_MAX - DEVICE_ZONE_MIN} times; start the machine anew")
         zone = self._zone_next

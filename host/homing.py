@@ -65,10 +65,10 @@ TOUCHED = "cpu fault"
 """The cause of a migration that a CPU waits for."""
 
 
-def _no_room(pages: int, *, injected: bool) -> KernelError:
+def _no_room(pages: int, injected: str = "") -> KernelError:
     wants = "a page wants" if pages == 1 else f"{pages} pages want"
     if injected:
-        return KernelError(errno.ENOMEM, "migrate_to_ram", f"{wants} to come home; a fault was injected at host.alloc.home")
+        return KernelError(errno.ENOMEM, "migrate_to_ram", f"{wants} to come home; {injected}")
     return OutOfMemory(errno.ENOMEM, "migrate_to_ram", f"{wants} to come home and the host's memory is used up", pages)
 
 
@@ -93,7 +93,7 @@ class HostFrames:
             lacks = self._memory.points.armed and self._memory.points.fails("host.alloc.home", pages=self._count)
             self._frames = None if lacks else self._allocated()
             if self._frames is None:
-                raise _no_room(self._count, injected=lacks)
+                raise _no_room(self._count, self._memory.points.why("host.alloc.home") if lacks else "")
         return self._frames
 
     def _allocated(self) -> Words | None:
@@ -262,7 +262,7 @@ class Homing:
         """Fill `heads` with those of folios, as far as the host has any. Raises KernelError(ENOMEM) where a fault is injected."""
         points = self._memory.points
         if points.armed and points.fails("host.alloc.home", pages=len(heads) * HUGE_PAGES):
-            raise KernelError(errno.ENOMEM, "migrate_to_ram", "huge pages want to come home, and a fault was injected")
+            raise KernelError(errno.ENOMEM, "migrate_to_ram", f"huge pages want to come home; {points.why('host.alloc.home')}")
         got = self._memory.allocate_folios(len(heads), node)
         heads[: len(got)] = got
 
@@ -333,7 +333,7 @@ class Homing:
             lacks = points.armed and points.fails("host.alloc.home", pages=1)
             target = 0 if lacks else self._memory.allocate_bare(space.node) or 0
             if not target:
-                raise _no_room(1, injected=lacks)
+                raise _no_room(1, points.why("host.alloc.home") if lacks else "")
             return target
 
         try:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import re
 import traceback
 from collections import Counter as Counts
 from collections.abc import Awaitable, Callable, Iterable, Iterator
@@ -25,10 +24,11 @@ from hmmnet.program import Process
 from hmmnet.sim import SimulatedMachine, Trace
 from hmmnet.wire.crashes import listening
 
-from .excuses import AFTERMATH_S, EVERYBODY, Excuses, Harm
+from .excuses import AFTERMATH_S, Excuses, Harm, named_in
 from .history import Clock, Counter, Words
 from .program import Program
 from .regions import READ, WORD_BYTES, WORDS_PER_PAGE, WRITE, Look, Region
+from .words import VICTIM_PID_FIRST
 
 VIOLATIONS_MAX = 16
 """Of one run: what follows the first is often its consequence."""
@@ -139,12 +139,11 @@ class Crew:
         """No addition failed and no page of counters was lost: then they can be judged."""
         self.harms = 0
         """Harms under way."""
-        self.excuses = Excuses()
+        self.excuses = Excuses(range(VICTIM_PID_FIRST, VICTIM_PID_FIRST + program.victims))
         """What operations may be refused for."""
+        machine.host.on_change = self._changed
         self.short = 0
         """How often memory was refused to a program that has little of it."""
-        self.harmed: set[str] = set()
-        """Devices that were ever harmed."""
         self._harmed_s = -1.0
         self._aftermath_until_s = 0.0
         self._derived: list[Derived] = []
@@ -252,7 +251,6 @@ class Crew:
         For `harm_ends`.
         """
         self.harms += 1
-        self.harmed.update(devices)
         if kind:
             self.outcome.faults[kind] += 1
         return [self.excuses.harm_begins(device) for device in devices]
@@ -265,6 +263,13 @@ class Crew:
         for harm in harms:
             harm.ended_s = self._harmed_s
 
+    def _changed(self, device: str, state: str, how: str) -> None:
+        """The host has lost a device, or has it again."""
+        if state != "lost":
+            self.excuses.ready(device, trio.current_time())
+        elif not self.excuses.lost(device, trio.current_time()):
+            self.complain("service", f"{device} was lost, and nothing had been done to it: {how}")
+
     def calm(self) -> None:
         """What happened to anybody is over and has been overcome: from now on nothing may fail because of it."""
         self._aftermath_until_s = min(self._aftermath_until_s, trio.current_time())
@@ -272,7 +277,8 @@ class Crew:
 
     def excused(self, error: HmmnetError, began_s: float) -> bool:
         """Whether work that began then may have failed like that because of what happened to somebody."""
-        return self.excuses.cover(str(error), began_s, self.machine.device_names)
+        address = error.address if isinstance(error, SignalError) else None
+        return self.excuses.cover(str(error), began_s, self.machine.device_names, address)
 
     def in_aftermath(self, at_s: float) -> bool:
         """Whether somebody is harmed then, or was not long ago."""
@@ -336,8 +342,8 @@ class Crew:
         return self._says_lost(error, began_s) and self._may_be_lost(str(error))
 
     def _may_be_lost(self, text: str) -> bool:
-        """Whether the device that is said to have had a page was ever harmed."""
-        return EVERYBODY in self.harmed or any(re.search(rf"\b{re.escape(device)}\b", text) for device in self.harmed)
+        """Whether the device that is said to have had a page was ever lost."""
+        return any(map(self.excuses.was_lost, named_in(text, self.machine.device_names)))
 
     async def give_up(self, region: Region, page: int, count: int) -> None:
         """MADV_DONTNEED of some pages: private memory is zero afterwards, what is shared is what it was."""

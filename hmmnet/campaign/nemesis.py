@@ -212,7 +212,7 @@ class Nemesis:
             if counted:
                 crew.outcome.faults[counted] += 1
             if fired.action == "fail" and (fired.kind not in KINDS or cost_of(fired.kind) != TIME):
-                crew.excuses.failed(fired.where.point, fired.where.device, trio.current_time())
+                crew.excuses.failed(fired.where, trio.current_time())
 
     async def _mend_given_up(self, harms: Sequence[Suffered], device: str) -> None:
         """The host gives it up; once it has heard of that it ends, and is started again."""

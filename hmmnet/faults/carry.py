@@ -93,7 +93,10 @@ class Carrier:
         return carried.number
 
     def _enter(self, carried: Carried) -> None:
+        carried.begun = True
         try:
+            if self.told is not None:  # before what happens: somebody wants to know why it does
+                self.told(carried.number, carried.fault)
             tally = Tally()
             for effect in carried.fault.effects:
                 begin, counted = self._begin.get(type(effect)), self._counted.get(type(effect))
@@ -101,12 +104,9 @@ class Carrier:
                     carried.undos.append(counted(effect, tally))
                 elif begin is not None:
                     carried.undos.append(begin(effect))
-            if self.told is not None:
-                self.told(carried.number, carried.fault)
         except BaseException:
             self.remove(carried.number)
             raise
-        carried.begun = True
         if carried.fault.kind.once:
             del self._carried[carried.number]
             self._past[carried.fault.kind.name] += carried.fired

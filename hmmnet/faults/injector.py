@@ -22,7 +22,7 @@ import itertools
 import math
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from random import Random
 
@@ -32,7 +32,7 @@ from hmmnet.errors import HmmnetError, PeerLost
 from hmmnet.sleeping import sleep
 
 from .controls import Chance, Controls, Tally
-from .points import ACTIONS, HOSTS_OWN, POINTS, Action, Point, Where, matching
+from .points import ACTIONS, HOSTS_OWN, POINTS, Action, Point, Where, injected, matching
 
 HOST = "host"
 """The host's name as a node."""
@@ -160,6 +160,8 @@ class Injector:
         self._nodes: list[Points] = []
         self._recording = False
         self._stopped: dict[str, trio.Event] = {}
+        self._failed: dict[str, Where] = {}
+        """By point where code cannot wait: what failed there last."""
         self._candidates: dict[tuple[str, str, str], list[_Active]] = {}
         """By (point, node, device): what may happen there; made when that is reached, and forgotten when anything begins or ends."""
 
@@ -253,8 +255,10 @@ class Injector:
             self._candidates[point, node, device] = found
         return found
 
-    def _firing(self, where: Where) -> Iterable[_Active]:
+    def _firing(self, where: Where) -> Iterable[tuple[_Active, Where]]:
+        """What happens there now; with the place goes which time it is."""
         self.reached[where.point] += 1
+        where = replace(where, occurrence=self.reached[where.point])
         for active in self._may_happen(where.point, where.node, where.device):
             if active.fault.touches(where) and active.chance.fires():
                 fault = active.fault
@@ -262,14 +266,14 @@ class Injector:
                 self.fired.append(fired)
                 if self.on_fired is not None:
                     self.on_fired(fired)
-                yield active
+                yield active, where
 
     async def at(self, where: Where) -> None:
         """A step boundary that may take its time."""
         stopped = self._stopped.get(where.node)
         if stopped is not None:
             await stopped.wait()
-        for active in self._firing(where):
+        for active, here in self._firing(where):
             fault = active.fault
             if fault.action == "delay":
                 await self.sleep(fault.delay_s + (self.random.random() * fault.jitter_s if fault.jitter_s else 0.0))
@@ -278,10 +282,10 @@ class Injector:
             elif fault.action == "fail":
                 if fault.delay_s:
                     await self.sleep(fault.delay_s)
-                raise POINTS[where.point].error(where)
+                raise POINTS[where.point].error(here)
             elif fault.action == "call":
                 assert fault.call is not None, "checked when it was made"
-                result = fault.call(where)
+                result = fault.call(here)
                 if result is not None:
                     await result
             else:
@@ -290,16 +294,21 @@ class Injector:
     def fails(self, where: Where) -> bool:
         """A place that cannot wait: whether it fails this time."""
         failed = False
-        for active in self._firing(where):
+        for active, here in self._firing(where):
             fault = active.fault
             if fault.action == "call":
                 assert fault.call is not None, "checked when it was made"
-                fault.call(where)
+                fault.call(here)
             elif fault.action == "fail":
+                self._failed[where.point] = here
                 failed = True
             else:
                 self._on_node(fault, where)
         return failed
+
+    def why(self, point: str) -> str:
+        """What failed last at a point that cannot wait, as the error that follows says it."""
+        return injected(self._failed[point])
 
     async def _lose(self, fault: PointFault, where: Where) -> None:
         node = self._on_node(fault, where)
@@ -350,6 +359,11 @@ class Points:
         if injector is None or injector.passes(name, self.node, concerned):
             return False
         return injector.fails(Where(name, self.node, concerned, process, start, pages, event))
+
+    def why(self, name: str) -> str:
+        """What an error has to say when `fails` has just said that it fails."""
+        assert self._injector is not None, "nothing fails where nobody injects faults"
+        return self._injector.why(name)
 
     def wants(self, name: str) -> bool:
         """Whether a fault waits for that very point: for boundaries that are costly to have."""

@@ -30,7 +30,10 @@ COPY_ENGINE = -1
 
 @dataclass(frozen=True)
 class Where:
-    """A point that is reached: by whom, concerning which device, process, and pages [start, start + pages). `event` is the notifier's."""
+    """A point that is reached: by whom, concerning which device, process, and pages [start, start + pages). `event` is the notifier's.
+
+    `occurrence` is which time the point is reached, from 1 on, since something was armed first: of what happens there.
+    """
 
     point: str
     node: str
@@ -39,6 +42,7 @@ class Where:
     start: int = 0
     pages: int = 0
     event: str = ""
+    occurrence: int = 0
 
     @property
     def address(self) -> int:
@@ -51,8 +55,8 @@ class Where:
         return self.start + self.pages << PAGE_SHIFT
 
     def as_json(self) -> dict[str, Any]:
-        """Plain data, without what it does not concern."""
-        return {name: value for name in self.__dataclass_fields__ if (value := getattr(self, name))}
+        """Plain data of the place, without what it does not concern."""
+        return {name: value for name in self.__dataclass_fields__ if (value := getattr(self, name)) and name != "occurrence"}
 
 
 @dataclass(frozen=True)
@@ -76,10 +80,15 @@ class Point:
 
     def error(self, where: Where) -> HmmnetError:
         """What ``fail`` raises."""
-        why = f"a fault was injected at {self.name}" + (f" of {where.device}" if where.device else "")
+        why = injected(where)
         if self.errno == COPY_ENGINE:
             return PeerError(f"the copy engine gave up ({why})")
         return KernelError(self.errno, self.name.rpartition(".")[2] if not where.event else where.event, why)
+
+
+def injected(where: Where) -> str:
+    """What an error says of the fault that is its cause; a checker reads it (`hmmnet.campaign.excuses`)."""
+    return f"a fault was injected at {where.point}{f' of {where.device}' if where.device else ''} (occurrence {where.occurrence})"
 
 
 def _steps(side: Literal["host", "device"], *lines: tuple[str, str] | tuple[str, str, int]) -> list[Point]:

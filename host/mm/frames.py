@@ -252,17 +252,18 @@ class PhysicalMemory(Contents):
             zone.flags[where] = group.charge_bits
         return frames
 
-    def lacking(self, point: str, group: MemoryCgroup | None) -> bool:
-        """Whether an allocation for `group` is made to fail at `point`, or its charge."""
+    def lacking(self, point: str, group: MemoryCgroup | None) -> str:
+        """Where an allocation for `group` is made to fail: `point`, or its charge; empty if it is not."""
         if group is not None and self.points.fails("memcg.charge"):
             group.refused += 1
-            return True
-        return self.points.fails(point)
+            return "memcg.charge"
+        return point if self.points.fails(point) else ""
 
     def refuse(self, point: str, pages: int, group: MemoryCgroup | None) -> None:
         """Raises InjectedError where an allocation of `pages` for `group` is made to fail at `point`, or its charge."""
-        if self.lacking(point, group):
-            raise InjectedError(errno.ENOMEM, "page fault", f"{pages} pages are wanted; a fault was injected at {point} or memcg.charge")
+        lacking = self.lacking(point, group)
+        if lacking:
+            raise InjectedError(errno.ENOMEM, "page fault", f"{pages} pages are wanted; {self.points.why(lacking)}")
 
     def allocate(self, count: int, node: int = 0, keep: slice | None = None) -> Words | None:
         """`count` zeroed host frames with one reference each, in as few runs as can be, from `node` or where there is room.

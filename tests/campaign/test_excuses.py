@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import errno
+from typing import Any
 
 import msgspec
 import pytest
 
 from hmmnet.campaign.draw import draw
-from hmmnet.campaign.excuses import AFTERMATH_S, EVERYBODY, Excuses
+from hmmnet.campaign.excuses import INVALIDATION_S, LOST_WITHIN_S, STALLED_S, Excuses
 from hmmnet.campaign.places import Pair, pairs
 from hmmnet.campaign.program import Harm, Step
 from hmmnet.campaign.scenarios import SCENARIOS
 from hmmnet.campaign.sweep import try_all
 from hmmnet.campaign.trial import run_program
 from hmmnet.errors import BusError, KernelError
+from hmmnet.faults.points import Where
+from hmmnet.host import link, requests
+from hmmnet.host.link import SessionLink
 from hmmnet.host.process import Process
+from hmmnet.wire.exchange import HEARTBEAT_S, LEASE_S
 
 DEVICES = ("dev0", "dev1", "dev10")
-ALLOCATED = "page fault: ENOMEM: 2 pages are wanted; a fault was injected at host.alloc.frame or memcg.charge"
-COPIED = "dev1: Ioctl: RemoteError: host: Migrate: PeerError: the copy engine gave up (a fault was injected at migrate.mid_copy of dev1)"
+ALLOCATED = "page fault: ENOMEM: 2 pages are wanted; a fault was injected at memcg.charge (occurrence 7)"
+COPIED = "dev1: Ioctl: RemoteError: host: Migrate: PeerError: it gave up (a fault was injected at migrate.mid_copy of dev1 (occurrence 3))"
 CRASHED = "dev1: Migrate: RemoteError: host: Migrate: AssertionError: a frame breaks a rule"
 CUT = 'kernel peek on device "dev1" failed: host: DmaRead: Unreachable: no link that works leads from "node0" to "dev1": links are down'
 KILLED = 'open: ENODEV: device "dev1" is not there: it was lost: device "dev1" was killed'
@@ -32,31 +37,42 @@ BORNE = {
 }
 
 
-def test_a_failure_excuses_as_often_as_it_fired() -> None:
-    """Either of the two points that the error names; a third refusal is one too many."""
-    excuses = Excuses()
-    excuses.failed("host.alloc.frame", "", 1.0)
-    excuses.failed("memcg.charge", "", 1.0)
-    assert [excuses.cover(ALLOCATED, 2.0, DEVICES) for _ in range(3)] == [True, True, False]
+def copying(device: str = "dev1", occurrence: int = 3, **more: Any) -> Where:
+    """A copy to a device that is about to fail."""
+    return Where("migrate.mid_copy", "host", device, occurrence=occurrence, **more)
 
 
 def test_a_failure_excuses_all_that_ran_when_it_was_injected() -> None:
     """Several jobs wait for one migration; one that began later is refused for nothing."""
     excuses = Excuses()
-    excuses.failed("migrate.mid_copy", "dev1", 1.0)
+    excuses.failed(copying(), 1.0)
     assert [excuses.cover(COPIED, 0.9, DEVICES) for _ in range(3)] == [True, True, True]
     assert not excuses.cover(COPIED, 1.1, DEVICES)
 
 
-def test_a_failure_elsewhere_excuses_nothing() -> None:
-    """Another point, another device; and an error that names no fault."""
-    excuses = Excuses()
-    excuses.failed("migrate.mid_copy", "dev10", 0.0)
-    excuses.failed("migrate.before_copy", "dev1", 0.0)
+@pytest.mark.parametrize(
+    "where",
+    [copying("dev10"), copying(occurrence=4), Where("migrate.before_copy", "host", "dev1", occurrence=3), copying(process=1001)],
+    ids=["another device", "another time", "another point", "a stranger's process"],
+)
+def test_a_failure_elsewhere_excuses_nothing(where: Where) -> None:
+    """Nor does any, where an error names none."""
+    excuses = Excuses(strangers=(1001,))
+    excuses.failed(where, 0.0)
     assert not excuses.cover(COPIED, 0.0, DEVICES)
-    assert not excuses.cover("migrate_to_ram: ENOMEM: a page wants to come home and the host's memory is used up", 0.0, DEVICES)
-    excuses.failed("migrate.mid_copy", "dev1", 0.0)
+    excuses.failed(copying(process=1000), 0.0)
     assert excuses.cover(COPIED, 0.0, DEVICES)
+    assert not excuses.cover("migrate_to_ram: ENOMEM: a page wants to come home and the host's memory is used up", 0.0, DEVICES)
+
+
+def test_a_failure_excuses_accesses_to_its_own_pages() -> None:
+    """Where it was about some; what could not be accessed is one of them, unless the error does not say what that was."""
+    excuses = Excuses()
+    excuses.failed(copying(start=16, pages=2), 0.0)
+    told = [excuses.cover(COPIED, 0.0, DEVICES, address) for address in (None, 0x10000, 0x11FFF, 0x12000, 0xFFFF)]
+    assert told == [True, True, True, False, False]
+    excuses.failed(Where("memcg.charge", "host", occurrence=7), 0.0)
+    assert excuses.cover(ALLOCATED, 0.0, DEVICES, 0x12000)
 
 
 @pytest.mark.parametrize(("links", "excused"), [("*dev1", True), ("*", True), ("*dev0", False)])
@@ -73,19 +89,57 @@ def test_links_that_are_down_excuse_who_needed_them(links: str, excused: bool) -
 
 
 def test_a_harm_excuses_what_names_its_device() -> None:
-    """While it lasts and in its aftermath; a harm to all excuses all; when all is calm nothing is excused any more."""
+    """What ran while it lasted; when all is calm nothing is excused any more."""
     excuses = Excuses()
     other = excuses.harm_begins("dev10")
     assert not excuses.cover(KILLED, 0.0, DEVICES)
     own = excuses.harm_begins("dev1")
     assert excuses.cover(KILLED, 5.0, DEVICES)
     own.ended_s = other.ended_s = 5.0
-    assert excuses.cover(KILLED, 5.0 + AFTERMATH_S / 2, DEVICES)
-    assert not excuses.cover(KILLED, 5.0 + AFTERMATH_S, DEVICES)
-    excuses.harm_begins(EVERYBODY)
-    assert excuses.cover(CUT, 100.0, DEVICES)
+    assert excuses.cover(KILLED, 4.9, DEVICES)
+    assert not excuses.cover(KILLED, 5.1, DEVICES)
+    excuses.harm_begins("dev1")
     excuses.calm()
-    assert not excuses.cover(CUT, 100.0, DEVICES)
+    assert not excuses.cover(KILLED, 5.1, DEVICES)
+
+
+def test_a_device_that_is_lost_excuses_until_it_is_there_again() -> None:
+    """Also after what it was lost by is over; and it was lost from then on."""
+    excuses = Excuses()
+    harm = excuses.harm_begins("dev1")
+    harm.ended_s = 1.0
+    assert not excuses.was_lost("dev1")
+    assert excuses.lost("dev1", 1.0 + LOST_WITHIN_S)
+    assert excuses.cover(KILLED, 50.0, DEVICES)
+    excuses.ready("dev1", 60.0)
+    excuses.ready("dev1", 70.0)
+    assert not excuses.cover(KILLED, 60.1, DEVICES)
+    excuses.calm()
+    assert excuses.was_lost("dev1")
+    assert not excuses.was_lost("dev10")
+    assert not excuses.cover(KILLED, 0.0, DEVICES)
+
+
+def test_a_device_is_lost_by_a_harm_to_it_and_not_much_later() -> None:
+    """By the times that the host gives a device; not by what happened to another."""
+    assert (INVALIDATION_S, STALLED_S) == (link.INVALIDATION_S, link.STALLED_S)
+    assert LOST_WITHIN_S >= requests.TABLE_UPDATE_S + link.STALLED_S
+    assert LOST_WITHIN_S >= LEASE_S + HEARTBEAT_S
+    excuses = Excuses()
+    excuses.harm_begins("dev10")
+    assert not excuses.lost("dev1", 1.0)
+    excuses.harm_begins("dev1").ended_s = 2.0
+    assert excuses.lost("dev1", 2.0)
+    assert not excuses.lost("dev1", 2.1 + LOST_WITHIN_S)
+
+
+def test_a_device_that_is_lost_unharmed_is_a_violation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though every operation may be refused: the host gives one up, which nobody has touched."""
+    program = msgspec.structs.replace(SCENARIOS["tour"], steps=LATE)
+    assert run_program(program).violations == []
+    monkeypatch.setattr(Excuses, "cover", lambda *_: True)
+    monkeypatch.setattr(SessionLink, "flush_freed", lambda self: self.condemn("for nothing"))
+    assert any("dev1 was lost, and nothing had been done to it" in one.what for one in run_program(program).violations)
 
 
 @pytest.mark.parametrize("text", ["ENOMEM because of nothing", "a fault was injected at process.munmap"])
@@ -115,8 +169,7 @@ def test_nothing_excuses_a_crash() -> None:
     """Whoever is harmed, and whatever the error names; what an operating system answers is no crash."""
     excuses = Excuses()
     excuses.harm_begins("dev1")
-    excuses.harm_begins(EVERYBODY)
-    excuses.failed("migrate.mid_copy", "dev1", 0.0)
+    excuses.failed(copying(), 0.0)
     assert not excuses.cover(CRASHED, 0.0, DEVICES)
     assert not excuses.cover(COPIED.replace("PeerError", "KeyError"), 0.0, DEVICES)
     assert excuses.cover(CRASHED.replace("AssertionError", "ConnectionResetError"), 0.0, DEVICES)
