@@ -148,7 +148,7 @@ class Excuses:
         where, at_s = self._failures.get((point, occurrence), (None, 0.0))
         if where is None or where.device != device or at_s < began_s or where.process in self._strangers:
             return False
-        return address is None or not where.pages or where.address <= address < where.address_end
+        return address is None or not (where.process and where.pages) or where.address <= address < where.address_end
 
 
 def named_in(text: str, devices: Iterable[str]) -> set[str]:

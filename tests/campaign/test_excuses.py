@@ -68,11 +68,11 @@ def test_a_failure_elsewhere_excuses_nothing(where: Where) -> None:
 def test_a_failure_excuses_accesses_to_its_own_pages() -> None:
     """Where it was about some; what could not be accessed is one of them, unless the error does not say what that was."""
     excuses = Excuses()
-    excuses.failed(copying(start=16, pages=2), 0.0)
+    excuses.failed(copying(process=1000, start=16, pages=2), 0.0)
     told = [excuses.cover(COPIED, 0.0, DEVICES, address) for address in (None, 0x10000, 0x11FFF, 0x12000, 0xFFFF)]
     assert told == [True, True, True, False, False]
-    excuses.failed(Where("memcg.charge", "host", occurrence=7), 0.0)
-    assert excuses.cover(ALLOCATED, 0.0, DEVICES, 0x12000)
+    excuses.failed(Where("memcg.charge", "host", pages=1, occurrence=7), 0.0)
+    assert excuses.cover(ALLOCATED, 0.0, DEVICES, 0x12000), "that is how many, of nobody in particular"
 
 
 @pytest.mark.parametrize(("links", "excused"), [("*dev1", True), ("*", True), ("*dev0", False)])
