@@ -4,20 +4,23 @@ Most pages have one mapping, and the MIGRATE of the process whose range it is te
 announced too, page by page, wherever they may be mapped (try_to_migrate walks the reverse map the same way), the process itself included.
 All announcements stand until the pages are collected, so nobody mirrors one anew in between. A page that came to be shared, or came here,
 while they were made (a further fork, a migration that ended) was not announced everywhere: `collect` is given what was (`Told`), and leaves
-such a page where it is.
+such a page where it is. Who cannot leave it (a folio is split, memory breaks: `clear_wherever`) looks again, and tells who is new.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from hmmnet.pages import Words, announced_runs, distinct
 
 from .interfaces import NO_OWNER, AddressSpace, Event, Select, Told
 
 if TYPE_CHECKING:
+    from .mm.huge import Large
     from .mm.mm import Mm
 
 
@@ -45,12 +48,41 @@ async def split_large(space: AddressSpace, spaces: Mapping[int, AddressSpace], p
     With `compound`, huge pages that `pages` hold whole are left. Hold the mmap lock for reading.
     """
     for found in space.large(pages, compound=compound):
-        if space.points.armed and space.points.fails("migrate.split", start=int(found.places[0][1][0]), pages=len(found.places[0][1])):
+        if space.points.armed and _split_fails(space, found):
             continue
         async with AsyncExitStack() as stack:
-            for mm, places in found.places:
-                await clear(stack, spaces, mm, places, owner)
+            await clear_wherever(stack, spaces, found.where, owner)
             found.split()
+
+
+def _split_fails(space: AddressSpace, found: Large) -> bool:
+    """Whether a fault is injected there."""
+    pages = found.where()[0][1]
+    return space.points.fails("migrate.split", start=int(pages[0]), pages=len(pages))
+
+
+async def clear_wherever(
+    stack: AsyncExitStack,
+    spaces: Mapping[int, AddressSpace],
+    where: Callable[[], Iterable[tuple[Mm, Words]]],
+    owner: int = NO_OWNER,
+) -> None:
+    """Announce CLEAR until `stack` is left for what `where` finds, also for what it finds by the time that everybody has been told.
+
+    A process may have forked meanwhile, or map a file a second time: its mirrors must not keep what is about to change either.
+    """
+    told: dict[int, list[Words]] = {}
+    while fresh := [(mm, left) for mm, pages in where() if len(left := _untold(pages, told.get(mm.number, ())))]:
+        for mm, pages in fresh:
+            told.setdefault(mm.number, []).append(pages)
+            await clear(stack, spaces, mm, pages, owner)
+
+
+def _untold(pages: Words, told: Sequence[Words]) -> Words:
+    """Those of `pages` that are not among `told`."""
+    for some in told:
+        pages = pages[~np.isin(pages, some)]
+    return pages
 
 
 async def clear(

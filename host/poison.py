@@ -16,7 +16,7 @@ import numpy.typing as npt
 from hmmnet.errors import KernelError
 from hmmnet.pages import Words
 
-from .announce import clear, split_large
+from .announce import clear_wherever, split_large
 from .interfaces import NO_OWNER, AddressSpace
 from .mm import pte
 from .mm.frames import PhysicalMemory
@@ -75,10 +75,8 @@ async def _break(memory: PhysicalMemory, spaces: Mapping[int, AddressSpace], fra
     """`frames` get one more reference, which nobody lets go; who maps them is told, and finds poison."""
     for zone, _, at in memory.groups(frames):
         zone.refcount[at] += 1
-    mapped_at = list(mappings(memory, frames))  # processes may end while others are told
     async with AsyncExitStack() as stack:
-        for mapped in mapped_at:
-            await clear(stack, spaces, mapped.mm, mapped.pages)
+        await clear_wherever(stack, spaces, lambda: [(mapped.mm, mapped.pages) for mapped in mappings(memory, frames)])
         poison(memory, frames)
 
 

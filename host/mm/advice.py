@@ -248,7 +248,7 @@ class Advice(SystemCalls):
                 if found.file is not None:
                     file, first = found.file
                     await told_everywhere(stack, file, first, first + HUGE_PAGES)
-                for _, pages in found.places:
+                for _, pages in found.where():
                     await stack.enter_async_context(self._told(pages))
                 found.split()
         if low & HUGE_MASK and self.mm.table.get(low) & pte.HUGE:

@@ -52,14 +52,13 @@ _BLOCK = np.uint64(HUGE_MASK)
 
 
 class Large(NamedTuple):
-    """Something larger than a page: where it is mapped (process, pages), and how to split it once mirrors there have been told CLEAR.
+    """Something larger than a page, and how to split it once mirrors have been told CLEAR wherever it is mapped (by then: ask again)."""
 
-    With `file` (a file, and the first of its pages) they have to be told wherever those pages are mapped by then.
-    """
-
-    places: list[tuple[Mm, Words]]
+    where: Callable[[], list[tuple[Mm, Words]]]
+    """(process, pages); an empty one for a `file`'s of which only its mappers were asked for."""
     split: Callable[[], object]
     file: tuple[File, int] | None = None
+    """A file, and the first of its pages there."""
 
 
 def block_of(page: int) -> int:
@@ -189,17 +188,35 @@ def large(mm: Mm, pages: Words, *, compound: bool = False) -> list[Large]:
         return []
     memory = mm.memory
     zeros = blocks_of(pages[entries & (pte.SPECIAL | pte.HUGE) == pte.SPECIAL | pte.HUGE])
-    found = [Large([(mm, np.arange(block, block + HUGE_PAGES, dtype=np.uint64))], partial(split_entries, mm, block)) for block in zeros]
+    found = [Large(partial(_block_at, mm, block), partial(split_entries, mm, block)) for block in zeros]
     frames = pte.frames_of(entries[(entries & (pte.KIND | pte.SPECIAL) == pte.PRESENT) & (entries < pte.DEVICE_MIN)])
     heads = np.array(blocks_of(frames[memory.field(frames, "flags") & COMPOUND != 0]), np.uint64)
     of_file = filehuge.is_of_file(memory, heads)
-    for head in heads[of_file].tolist():
-        where = list(places(memory, np.arange(head, head + HUGE_PAGES, dtype=np.uint64)))
-        found.append(Large(where, partial(_split_file, *_file_of(memory, head), where)))
-    for head in heads[~of_file].tolist():
-        mapped_at = [(mapped.mm, mapped.pages) for mapped in mappings(memory, np.arange(head, head + HUGE_PAGES, dtype=np.uint64))]
-        found.append(Large(mapped_at, partial(split_folio, memory, head)))
+    found += [Large(partial(_places, memory, head), partial(_split_file, *_file_of(memory, head))) for head in heads[of_file].tolist()]
+    found += [Large(partial(_mapped_at, memory, head), partial(split_folio, memory, head)) for head in heads[~of_file].tolist()]
     return found
+
+
+def _folio(memory: PhysicalMemory, head: int) -> Words:
+    """The frames of the folio with this head; without those that its mapper has let go of, which may be anybody's by now."""
+    frames = np.arange(head, head + HUGE_PAGES, dtype=np.uint64)
+    of_it: Words = frames[memory.field(frames, "flags") & COMPOUND != 0]
+    return of_it
+
+
+def _block_at(mm: Mm, block: int) -> list[tuple[Mm, Words]]:
+    """`Large.where` of what only one process maps as one."""
+    return [(mm, np.arange(block, block + HUGE_PAGES, dtype=np.uint64))]
+
+
+def _places(memory: PhysicalMemory, head: int) -> list[tuple[Mm, Words]]:
+    """`Large.where` of a file's: wherever its pages are mapped, whether they are there or not."""
+    return list(places(memory, _folio(memory, head)))
+
+
+def _mapped_at(memory: PhysicalMemory, head: int) -> list[tuple[Mm, Words]]:
+    """`Large.where` of anonymous memory."""
+    return [(mapped.mm, mapped.pages) for mapped in mappings(memory, _folio(memory, head))]
 
 
 def in_part(mm: Mm, start: int, end: int) -> list[Large]:
@@ -217,29 +234,32 @@ def in_part(mm: Mm, start: int, end: int) -> list[Large]:
     heads, first, counts = np.unique(frames & ~_BLOCK, return_index=True, return_counts=True)
     found = []
     for head, frame in zip(heads[counts < HUGE_PAGES].tolist(), frames[first[counts < HUGE_PAGES]].tolist(), strict=True):
-        whole = np.arange(head, head + HUGE_PAGES, dtype=np.uint64)
-        mapped = list(mappings(memory, whole))
-        if mapped and all(one.mm is mm for one in mapped):
-            found.append(Large([(mm, one.pages) for one in mapped], partial(split_folio, memory, head)))
-        elif not mapped and filehuge.is_of_file(memory, np.array([frame], np.uint64))[0] and memory.most(whole, "mapcount") == 1:
+        mapped = _mapped_at(memory, head)
+        if mapped and all(by is mm for by, _ in mapped):
+            found.append(Large(partial(_mapped_at, memory, head), partial(split_folio, memory, head)))
+        elif (
+            not mapped
+            and filehuge.is_of_file(memory, np.array([frame], np.uint64))[0]
+            and memory.most(_folio(memory, head), "mapcount") == 1
+        ):
             of = _file_of(memory, head)
-            found.append(Large([], partial(_split_file, *of), of))
+            found.append(Large(list, partial(_split_file, *of), of))
     return found
 
 
 def split_folio(memory: PhysicalMemory, head: int) -> bool:
-    """split_folio: the pages of the folio at frame `head` are ordinary ones. False, nothing done, when somebody holds on to one.
+    """split_folio: the pages of the folio at frame `head` are ordinary ones. False, nothing done, when somebody holds one, or it is gone.
 
     Mirrors of everybody who maps it were told. Pages of zeros become the zero page where they are mapped, unless they are locked there
     (remap_page with RMP_USE_SHARED_ZEROPAGE), and unless mirrors hear of this only afterwards: one may be writing there at this moment.
     """
-    frames = np.arange(head, head + HUGE_PAGES, dtype=np.uint64)
-    if bool((memory.field(frames, "refcount") > memory.field(frames, "mapcount")).any()):
+    frames = _folio(memory, head)
+    if len(frames) == 0 or bool((memory.field(frames, "refcount") > memory.field(frames, "mapcount")).any()):
         return False
     found = list(mappings(memory, frames))
-    data = np.empty(HUGE_PAGES * PAGE_SIZE, np.uint8)
+    data = np.empty(len(frames) * PAGE_SIZE, np.uint8)
     memory.read(frames, 0, data)
-    empty = np.logical_not(np.any(data.view(np.uint64).reshape(HUGE_PAGES, -1), axis=1)) & (memory.gather is None)
+    empty = np.logical_not(np.any(data.view(np.uint64).reshape(len(frames), -1), axis=1)) & (memory.gather is None)
     for zone, _, at in memory.groups(frames):
         zone.flags[at] &= ~np.uint32(COMPOUND)
     for mapped in found:
@@ -260,17 +280,15 @@ def _file_of(memory: PhysicalMemory, head: int) -> tuple[File, int]:
     return memory.files[int(mapping[0])], int(index[0])
 
 
-def _split_file(file: File, first: int, told: list[tuple[Mm, Words]] | None = None) -> bool:
+def _split_file(file: File, first: int) -> bool:
     """split_folio for the one at page `first` of a file: it is unmapped everywhere, and its pages are ordinary ones of the page cache.
 
-    False, nothing done, when it has been split, somebody holds on to a page, or maps it who was not `told` (None: everybody was).
+    Mirrors of everybody who maps it were told. False, nothing done, when it has been split, or somebody holds on to a page.
     """
     if first >> HUGE_SHIFT not in file.blocks:
         return False
     refcount, mapcount = file.memory.fields(file.cached(filehuge.offsets_of(first >> HUGE_SHIFT)), "refcount", "mapcount")
     if bool((refcount > mapcount + 1).any()):
-        return False
-    if told is not None and not {space.number for space in file.mappers.values()} <= {mm.number for mm, _ in told}:
         return False
     for space in file.mappers.values():
         for _, low, high in ranges_of(space.mm, file, first, first + HUGE_PAGES):

@@ -6,12 +6,39 @@ import numpy as np
 import trio
 
 from hmmnet.host.hub import Hub
+from hmmnet.host.interfaces import Event
+from hmmnet.host.mm.filemap import File
 from hmmnet.host.mm.space import Space
-from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, PAGES_MAX, announced_runs
+from hmmnet.host.mm.vma import VM_HUGEPAGE
+from hmmnet.host.poison import break_memory
+from hmmnet.pages import HUGE_PAGES, PAGE_SHIFT, PAGE_SIZE, PAGES_MAX, announced_runs
 
 from .fakes import Bench, FakeLink, words
 
 PAGES = 3
+BASE = 1 << 30
+BLOCK = HUGE_PAGES * PAGE_SIZE
+
+
+def waiting(space: Space, first: int) -> tuple[FakeLink, trio.Event]:
+    """A device that mirrors a block of `space` and does not answer before the event is set."""
+    assert isinstance(space.hub, Hub)
+    space.hub.insert(first, first + HUGE_PAGES, link := FakeLink("slow", 66), space.number)
+    return link, link.hold()
+
+
+def mirrored(space: Space, first: int) -> FakeLink:
+    """Another, which answers at once."""
+    assert isinstance(space.hub, Hub)
+    space.hub.insert(first, first + HUGE_PAGES, link := FakeLink("quick", 65), space.number)
+    return link
+
+
+async def told(link: FakeLink) -> None:
+    """Return when the device has heard of something."""
+    with trio.fail_after(5):
+        while not link.told:
+            await trio.lowlevel.checkpoint()
 
 
 async def forked(bench: Bench) -> tuple[Space, Space, int]:
@@ -95,3 +122,102 @@ def test_runs_are_exact_until_there_are_too_many() -> None:
     """Few runs are announced one by one, many as the range that spans them."""
     assert announced_runs(words(9, 3, 4, 5)) == [(3, 6), (9, 10)]
     assert announced_runs(words(*range(0, 400, 2))) == [(0, 399)]
+
+
+async def test_who_maps_a_file_again_while_its_folio_is_to_be_split_is_told() -> None:
+    """One process migrates a page of it; another, which has been told where it had it, maps it elsewhere, and a device mirrors that.
+
+    The split unmaps it there, too: without being told the device would go on using a page that is nobody's.
+    """
+    bench = Bench()
+    one, two = bench.space(1), bench.space(2)
+    file = File(bench.memory, BLOCK)
+    for space in (one, two):
+        await space.mmap(BLOCK, "rw", BASE, file=file, shared=True)
+    await one.store(BASE, np.ones(BLOCK, np.uint8))
+    await one.madvise(BASE, BLOCK, "COLLAPSE")
+    await one.load(BASE, 1)
+    slow, gate = waiting(two, BASE >> PAGE_SHIFT)
+    quick = mirrored(two, 2 * BASE >> PAGE_SHIFT)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(bench.to_device, one, BASE, 1)
+        await told(slow)
+        await two.mmap(BLOCK, "rw", 2 * BASE, file=file, shared=True)
+        await two.load(2 * BASE, 1)
+        assert two.mm.table.pmd(2 * BASE >> PAGE_SHIFT)
+        gate.set()
+    assert not two.mm.table.get(2 * BASE >> PAGE_SHIFT)
+    assert [heard[1:4] for heard in quick.told] == [(2 * BASE >> PAGE_SHIFT, (2 * BASE >> PAGE_SHIFT) + HUGE_PAGES, Event.CLEAR)]
+    assert await two.load(2 * BASE, BLOCK) == b"\1" * BLOCK
+
+
+async def test_who_is_forked_while_a_folio_is_to_be_split_is_told() -> None:
+    """A child of the other process maps it by then; its pages of zeros become the zero page, and the frames are somebody else's."""
+    bench = Bench()
+    parent = bench.space(1)
+    await parent.mmap(BLOCK, "rw", BASE, VM_HUGEPAGE)
+    await parent.store(BASE, b"first page")
+    child = bench.spaces[2] = await parent.fork(2, Hub())
+    slow, gate = waiting(parent, BASE >> PAGE_SHIFT)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(bench.to_device, parent, BASE, 1)
+        await told(slow)
+        grandchild = bench.spaces[3] = await child.fork(3, Hub())
+        assert grandchild.mm.table.pmd(BASE >> PAGE_SHIFT)
+        quick = mirrored(grandchild, BASE >> PAGE_SHIFT)
+        gate.set()
+    assert (BASE >> PAGE_SHIFT, (BASE >> PAGE_SHIFT) + HUGE_PAGES, Event.CLEAR) in [heard[1:4] for heard in quick.told]
+    assert bytes(value & 0x7F for value in grandchild.pagemap(BASE, 2)) == b"SP"
+    assert await grandchild.load(BASE, BLOCK) == b"first page".ljust(BLOCK, b"\0")
+
+
+async def test_a_folio_that_has_gone_meanwhile_is_not_split() -> None:
+    """Its memory may be somebody else's by then, page by page: those stay as they are, zeros or not."""
+    bench = Bench()
+    space, other = bench.space(1), bench.space(2)
+    await space.mmap(BLOCK, "rw", BASE, VM_HUGEPAGE)
+    await space.store(BASE, b"first page")
+    (found,) = space.large(np.array([BASE >> PAGE_SHIFT], np.uint64))
+    await space.madvise(BASE, BLOCK, "DONTNEED")
+    await other.mmap(BLOCK, "rw", BASE)
+    await other.store(BASE, bytes(BLOCK))
+    assert found.where() == []
+    assert not found.split()
+    assert other.mm.rss == HUGE_PAGES
+
+
+async def test_what_a_folio_has_let_go_of_is_not_split_with_it() -> None:
+    """Two of its pages have gone, and are another process's now: zeros, pinned, and no reason not to split the others."""
+    bench = Bench(host_pages=2 * HUGE_PAGES)
+    space, other = bench.space(1), bench.space(2)
+    await space.mmap(BLOCK, "rw", BASE, VM_HUGEPAGE)
+    await space.store(BASE, np.ones(3 * PAGE_SIZE, np.uint8))
+    await space.madvise(BASE, 2 * PAGE_SIZE, "DONTNEED")
+    await other.mmap(BLOCK + PAGE_SIZE, "rw", BASE)
+    await other.store(BASE, bytes(BLOCK + PAGE_SIZE))  # frame 0 is the zero page, 511 lie below the folio
+    assert bench.memory.is_used_up
+    held = await other.get_pages(BASE >> PAGE_SHIFT, HUGE_PAGES + 1, pin=True)
+    (found,) = space.large(np.array([(BASE >> PAGE_SHIFT) + 2], np.uint64))
+    assert [mm.number for mm, _ in found.where()] == [1]
+    assert found.split()
+    assert (space.mm.rss, other.mm.rss) == (1, HUGE_PAGES + 1)
+    other.put_pages(held, pin=True)
+
+
+async def test_who_is_forked_while_memory_breaks_is_told() -> None:
+    """Its mirrors must not go on using a page that is poisoned for everybody."""
+    bench = Bench()
+    parent = bench.space(1)
+    await parent.mmap(BLOCK, "rw", BASE)
+    await parent.store(BASE, np.ones(BLOCK, np.uint8))
+    child = bench.spaces[2] = await parent.fork(2, Hub())
+    first = BASE >> PAGE_SHIFT
+    slow, gate = waiting(parent, first)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(break_memory, bench.memory, bench.spaces, parent, first, first + 1)
+        await told(slow)
+        grandchild = bench.spaces[3] = await child.fork(3, Hub())
+        quick = mirrored(grandchild, first)
+        gate.set()
+    assert [heard[1:4] for heard in quick.told] == [(first, first + 1, Event.CLEAR)]
+    assert bytes(value & 0x7F for value in grandchild.pagemap(BASE, 2)) == b"-P"

@@ -203,7 +203,7 @@ async def test_migrating_a_part_splits_the_folio_for_all() -> None:
     await space.store(BASE, page_bytes(1))
     await space.store(BASE + BLOCK, page_bytes(2))
     (found,) = space.large(np.arange(FIRST, FIRST + 4, dtype=np.uint64))
-    assert [(mm.number, len(pages)) for mm, pages in found.places] == [(space.number, HUGE_PAGES)]
+    assert [(mm.number, len(pages)) for mm, pages in found.where()] == [(space.number, HUGE_PAGES)]
     assert found.split()
     assert not is_huge(space)
     assert space.mm.rss == HUGE_PAGES + 1
