@@ -4,7 +4,7 @@ The kernel goes through the range VMA by VMA: holes are remembered and answered 
 advised; a VMA that cannot take the advice ends the call there. Advice about pages takes the mmap lock for reading, advice about VMAs for
 writing.
 
-COLD only ages pages; PAGEOUT swaps out what is the process's alone (`swap.py`), pages of files, too. Both leave device memory alone (h55).
+COLLAPSE stands in `collapsing.py`. COLD only ages pages; PAGEOUT swaps out what is the process's alone (`swap.py`), pages of files, too. Both leave device memory alone (h55).
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from dataclasses import dataclass
 
 from hmmnet.errors import KernelError
 from hmmnet.host.interfaces import Event
-from hmmnet.pages import HUGE_PAGES, HUGE_SHIFT, PAGE_SHIFT, Words, announced_runs
+from hmmnet.pages import HUGE_PAGES, PAGE_SHIFT, Words, announced_runs
 
-from . import fault, filehuge, guard, huge, pte, swap
-from .filemap import File, file_offsets, ranges_of
+from . import fault, guard, huge, pte, swap
+from .collapsing import COLLAPSE, Collapsing
+from .filemap import file_offsets
 from .huge import HUGE_MASK
-from .syscalls import SystemCalls, aligned, whole_pages
+from .syscalls import aligned, whole_pages
 from .truncate import punch, told_everywhere
 from .vma import (
     VM_DONTCOPY,
@@ -65,14 +66,13 @@ FLAG_ADVICE = {
 PAGE_ADVICE = frozenset({"DONTNEED", "DONTNEED_LOCKED", "FREE", "WILLNEED", "COLD", "PAGEOUT"})
 GUARD_ADVICE = frozenset({"GUARD_INSTALL", "GUARD_REMOVE"})
 REMOVE = "REMOVE"
-COLLAPSE = "COLLAPSE"
 POPULATE_ADVICE = {"POPULATE_READ": False, "POPULATE_WRITE": True}
 
 
 ADVICE = (*FLAG_ADVICE, *sorted(PAGE_ADVICE), *sorted(GUARD_ADVICE), REMOVE, COLLAPSE, *POPULATE_ADVICE)
 
 
-class Advice(SystemCalls):
+class Advice(Collapsing):
     """madvise(2)."""
 
     async def madvise(self, address: int, length: int, advice: str) -> None:
@@ -89,8 +89,7 @@ class Advice(SystemCalls):
             async with self.mmap_lock.write():
                 await self._advise_flags(start, end, advice, FLAG_ADVICE[advice])
         elif advice == COLLAPSE:
-            async with self.mmap_lock.write():
-                await self._collapse(start, end)
+            await self.collapse(start, end)
         elif advice == REMOVE:
             await self._remove(start, end)
         elif advice in GUARD_ADVICE:
@@ -109,56 +108,9 @@ class Advice(SystemCalls):
 
         for vma in self.mm.vmas.overlapping(start, end):
             if change.private and (not vma.is_anonymous or vma.flags & VM_SHARED):
-                raise self._refused(vma, advice)
+                raise self.refused(vma, advice)
             await self.split_edges(max(start, vma.start), min(end, vma.end))
             self.mm.vmas.update(max(start, vma.start), min(end, vma.end), apply)
-
-    async def _collapse(self, start: int, end: int) -> None:
-        """madvise_collapse: huge pages for every aligned block that lies in the range, and in its mapping, whole.
-
-        A range inside one block, that reaches neither edge of it, is EINVAL there, and one that reaches one has nothing to do: the number
-        of blocks is the difference of its rounded ends, without a sign. As today a block of which nothing is mapped does not end the call
-        (SCAN_NO_PTE_TABLE; in 6.12, with others mapped in the same GiB, it does).
-        """
-        for vma in self.mm.vmas.overlapping(start, end):
-            low, high = max(start, vma.start), min(end, vma.end)
-            if vma.flags & (VM_NOHUGEPAGE | VM_HUGETLB | VM_SPECIAL):
-                raise self._refused(vma, COLLAPSE)
-            if huge.block_of(vma.end) - HUGE_PAGES < vma.start:  # thp_vma_suitable_order
-                raise self._refused(vma, COLLAPSE)
-            first, last = -(-low // HUGE_PAGES) * HUGE_PAGES, huge.block_of(high)
-            failed = errno.EINVAL if last < first else 0
-            for block in range(first, last, HUGE_PAGES):
-                if vma.file is not None:
-                    failed = await self._collapse_file(vma, vma.file, block) or failed
-                    continue
-                devices = self.mm.table.occupied(block, block + HUGE_PAGES)
-                kinds = self.mm.table.gather(devices) & pte.KIND
-                away = devices[(kinds == pte.DEVICE) | (kinds == pte.MIGRATION) | (kinds == pte.SWAP)]
-                if len(away):  # __collapse_huge_page_swapin
-                    await self._fault_pages(away, write=False)
-                async with self.hub.invalidate(Event.CLEAR, block, block + HUGE_PAGES):
-                    failed = huge.collapse(self.mm, vma, block) or failed
-            if failed:
-                where = f"0x{low << PAGE_SHIFT:x} of process {self.number}"
-                raise KernelError(failed, "madvise", f"a block of the mapping at {where} cannot be made a huge page")
-
-    async def _collapse_file(self, vma: Vma, file: File, page: int) -> int:
-        """hpage_collapse_scan_file: one large folio for a block of a file, which everybody maps anew; 0 or an errno."""
-        block = filehuge.block_in(vma, page)
-        if block is None:
-            raise self._refused(vma, COLLAPSE)
-        if block in file.blocks:
-            return 0
-        if failed := filehuge.check_collapsible(file, block):
-            return failed
-        first = block << HUGE_SHIFT
-        async with AsyncExitStack() as stack:
-            await told_everywhere(stack, file, first, first + HUGE_PAGES)
-            for space in file.mappers.values():
-                for _, low, high in ranges_of(space.mm, file, first, first + HUGE_PAGES):
-                    huge.drop_file_pages(space.mm, low, high)
-            return filehuge.collapse(file, block, self.mm)
 
     async def _remove(self, start: int, end: int) -> None:
         """madvise_remove: a hole in the file behind each shared mapping, for everybody. The mmap lock is not held meanwhile, as there."""
@@ -169,7 +121,7 @@ class Advice(SystemCalls):
                 if vma is None:
                     return
                 if vma.flags & VM_LOCKED or vma.file is None:
-                    raise self._refused(vma, REMOVE)
+                    raise self.refused(vma, REMOVE)
                 if vma.flags & VM_SPECIAL:
                     raise KernelError(errno.ENODEV, "madvise", f"{REMOVE} is for files; page 0x{page:x} maps a device")
                 if not vma.flags & VM_SHARED:
@@ -197,10 +149,10 @@ class Advice(SystemCalls):
         if advice in {"COLD", "PAGEOUT", "FREE"}:
             forbidden |= VM_HUGETLB
         if advice != "WILLNEED" and (vma.flags & forbidden or (advice == "FREE" and not self._is_private(vma))):
-            raise self._refused(vma, advice)
+            raise self.refused(vma, advice)
         if advice in {"DONTNEED", "DONTNEED_LOCKED"} and vma.flags & VM_HUGETLB:
             if low & HUGE_MASK:  # madvise_dontneed_free_valid_vma: what is dropped is rounded down to whole pages
-                raise self._refused(vma, advice)
+                raise self.refused(vma, advice)
             high = huge.block_of(high)
         return low, high
 
@@ -228,7 +180,7 @@ class Advice(SystemCalls):
         for vma in self.mm.vmas.overlapping(start, end):
             low, high = max(start, vma.start), min(end, vma.end)
             if not guard.may_have(vma, removed=removed):
-                raise self._refused(vma, "GUARD_REMOVE" if removed else "GUARD_INSTALL")
+                raise self.refused(vma, "GUARD_REMOVE" if removed else "GUARD_INSTALL")
             if removed:
                 guard.remove(self.mm, low, high)
                 continue
@@ -286,7 +238,3 @@ class Advice(SystemCalls):
     @staticmethod
     def _is_private(vma: Vma) -> bool:
         return vma.is_anonymous and not vma.flags & VM_SHARED
-
-    def _refused(self, vma: Vma, advice: str) -> KernelError:
-        where = f"0x{vma.start << PAGE_SHIFT:x} of process {self.number}"
-        return KernelError(errno.EINVAL, "madvise", f"{advice} is not for the mapping at {where}")

@@ -85,40 +85,6 @@ def _map(mm: Mm, vma: Vma, page: int, head: int, *, write: bool) -> None:
         zone.mapcount[at] += 1
 
 
-def check_collapsible(file: File, block: int) -> int:
-    """Whether a block of a file can become one: 0, or the errno that madvise(MADV_COLLAPSE) fails with."""
-    if (block + 1 << HUGE_SHIFT) > file.pages or bool(file.holes(offsets_of(block)).all()):
-        return EINVAL  # SCAN_TRUNCATED
-    frames = file.cached(offsets_of(block))
-    frames = frames[frames != 0]
-    held = file.memory.field(frames, "refcount") > file.memory.field(frames, "mapcount") + 1
-    return EAGAIN if bool(held.any()) else 0
-
-
-def collapse(file: File, block: int, mm: Mm) -> int:
-    """collapse_file: the pages of a block, which nobody maps any more, become one large folio, charged to `mm`'s group; 0 or an errno.
-
-    Holes become zeros; what is in swap is read back.
-    """
-    failed = check_collapsible(file, block)
-    if failed:
-        return failed
-    offsets = offsets_of(block)
-    frames = file.memory.allocate_huge(mm.node, mm.cgroup)
-    if frames is None:
-        return ENOMEM
-    there = ~file.holes(offsets)
-    try:
-        old = file.filled(offsets[there], mm.node, mm.cgroup)
-    except KernelError:
-        file.memory.put(frames)
-        return ENOMEM
-    file.memory.copy(old, frames[there])
-    file.drop(block << HUGE_SHIFT, block + 1 << HUGE_SHIFT)
-    file.adopt(block, frames)
-    return 0
-
-
 def is_of_file(memory: PhysicalMemory, heads: Words) -> npt.NDArray[np.bool_]:
     """Which of the folios with these heads are of a page cache, and of one that can be split."""
     numbers = memory.field(heads, "mapping").tolist()

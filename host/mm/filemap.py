@@ -133,31 +133,40 @@ class File:
     def filled(self, offsets: Words, node: int, group: MemoryCgroup | None) -> Words:
         """The frames at page `offsets` (distinct); holes get zeroed ones, from `node` if it has room, charged to `group`.
 
-        Raises KernelError(ENOMEM).
+        What is in swap is read back (shmem_swapin_folio), charged to the group that had it. Raises KernelError(ENOMEM).
         """
         frames = self._cache.gather(offsets)
-        absent = (frames == 0) | (frames >= SWAPPED)
-        if absent.any():
-            wanted = int(np.count_nonzero(absent))
-            if self.memory.points.armed:
-                self.memory.refuse("host.alloc.page_cache", wanted, None)
-            new = self.memory.allocate_charged(group, wanted, node)
-            if new is None:
-                if why := "" if group is None else group.shortage(wanted):
-                    raise KernelError(ENOMEM, "page fault", f"a file wants {wanted} pages and {why}")
-                raise OutOfMemory(ENOMEM, "page fault", f"a file wants {wanted} pages and the host's memory is used up", wanted)
-            for zone, rows, at in self.memory.groups(new):
-                zone.mapping[at] = self.number
-                zone.index[at] = offsets[absent][rows]
-            self.memory.files[self.number] = self
-            swapped = frames[absent] >= SWAPPED
-            if swapped.any():  # shmem_swapin_folio
-                slots = frames[absent][swapped] ^ SWAPPED
-                self.memory.swap.load(self.memory, slots, new[swapped])
+        absent, swapped = frames == 0, frames >= SWAPPED
+        if absent.any() or swapped.any():
+            self.memory.refuse_armed("host.alloc.page_cache", int(np.count_nonzero(absent | swapped)), None)
+            new = self._zeroed(int(np.count_nonzero(absent)), node, group)
+            if swapped.any():
+                slots = frames[swapped] ^ SWAPPED
+                try:
+                    frames[swapped] = self.memory.swap.load(slots, node, "page fault")
+                except KernelError:
+                    self.memory.put(new)
+                    raise
                 self.memory.swap.free(slots)
-            self._cache.scatter(offsets[absent], new)
             frames[absent] = new
+            fresh = absent | swapped
+            for zone, rows, at in self.memory.groups(frames[fresh]):
+                zone.mapping[at] = self.number
+                zone.index[at] = offsets[fresh][rows]
+            self.memory.files[self.number] = self
+            self._cache.scatter(offsets[fresh], frames[fresh])
         return frames
+
+    def _zeroed(self, wanted: int, node: int, group: MemoryCgroup | None) -> Words:
+        """`wanted` zeroed frames. Raises KernelError(ENOMEM)."""
+        if wanted == 0:
+            return np.zeros(0, np.uint64)
+        new = self.memory.allocate_charged(group, wanted, node)
+        if new is None:
+            if why := "" if group is None else group.shortage(wanted):
+                raise KernelError(ENOMEM, "page fault", f"a file wants {wanted} pages and {why}")
+            raise OutOfMemory(ENOMEM, "page fault", f"a file wants {wanted} pages and the host's memory is used up", wanted)
+        return new
 
     def page_out(self, offsets: Words) -> bool:
         """shmem_writepage: cached pages at `offsets`, which nobody maps or holds, go to swap. False, nothing done, when that is full."""

@@ -259,6 +259,11 @@ class PhysicalMemory(Contents):
             return "memcg.charge"
         return point if self.points.fails(point) else ""
 
+    def refuse_armed(self, point: str, pages: int, group: MemoryCgroup | None) -> None:
+        """`refuse` where anything is armed, as mostly nothing is."""
+        if self.points.armed:
+            self.refuse(point, pages, group)
+
     def refuse(self, point: str, pages: int, group: MemoryCgroup | None) -> None:
         """Raises InjectedError where an allocation of `pages` for `group` is made to fail at `point`, or its charge."""
         lacking = self.lacking(point, group)

@@ -39,7 +39,7 @@ from .filemap import File, ranges_of
 from .frames import PhysicalMemory
 from .mm import Mm
 from .rmap import mappings, places
-from .vma import VM_HUGEPAGE, VM_HUGETLB, VM_LOCKED, VM_NOHUGEPAGE, VM_SHARED, VM_WRITE, Vma
+from .vma import VM_HUGEPAGE, VM_HUGETLB, VM_LOCKED, VM_NOHUGEPAGE, VM_SHARED, Vma
 from .zones import ANON, COMPOUND
 
 EAGAIN = 11
@@ -108,12 +108,17 @@ def _make(mm: Mm, vma: Vma, block: int, *, write: bool, node: int) -> bool:
         if vma.flags & VM_HUGETLB:
             raise KernelError(ENOMEM, "page fault", f"process {mm.number} wants a huge page and the host has no 2 MiB in one piece")
         return False
+    map_made(mm, vma, block, head, write=write)
+    return True
+
+
+def map_made(mm: Mm, vma: Vma, block: int, head: int, *, write: bool) -> None:
+    """Map the huge page `head`, which was just allocated, at `block`."""
     mm.anon_prepare(vma)
     mm.memory.map_new_folio(head, vma.anon, block - vma.start + vma.pgoff)
     bits = pte.FRESH_WRITE if write else pte.FRESH_WRITE & ~(pte.WRITE | pte.DIRTY | pte.SOFT_DIRTY)
     mm.table.set_pmd(block, pte.entry(pte.PRESENT, head, bits | pte.HUGE))
     mm.rss += HUGE_PAGES
-    return True
 
 
 def alone(mm: Mm, entries: Words) -> npt.NDArray[np.bool_]:
@@ -352,31 +357,3 @@ def break_cow(mm: Mm, vma: Vma, block: int) -> None:
         mm.memory.unmap(old)
     else:
         split_entries(mm, block)
-
-
-def collapse(mm: Mm, vma: Vma, block: int) -> int:
-    """collapse_huge_page: the pages of `block`, all present or empty, become one huge page; 0 or an errno. Mirrors were told."""
-    entries = mm.table.read(block, block + HUGE_PAGES)
-    if entries[0] & pte.HUGE:
-        return 0
-    there = entries & (pte.KIND | pte.SPECIAL) == pte.PRESENT
-    if not bool((there | (entries == 0) | (entries & pte.SPECIAL != 0)).all()) or not entries.any():
-        return EINVAL
-    if bool((entries >= pte.DEVICE_MIN).any()):
-        return EINVAL  # coherent memory of a device: no folio that can be isolated
-    old = pte.frames_of(entries[there])
-    if bool((mm.memory.field(old, "refcount") > mm.memory.field(old, "mapcount")).any()):
-        return EAGAIN
-    mm.table.clear(block, block + HUGE_PAGES)
-    if not _make(mm, vma, block, write=True, node=mm.node):
-        mm.table.write(block, entries)
-        return ENOMEM
-    new = pte.frames_of(mm.table.read(block, block + HUGE_PAGES))
-    mm.memory.copy(old, new[there])
-    mm.memory.unmap(old)
-    mm.rss -= len(old)
-    if not vma.flags & VM_WRITE:
-        for _, part, _ in mm.table.parts(block, block + HUGE_PAGES):
-            part &= ~np.uint64(pte.WRITE)
-    mm.small_blocks.discard(block)
-    return 0

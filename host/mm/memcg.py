@@ -3,11 +3,12 @@
 A page is *charged* to the group of the process that had it first, and stays charged there until it is freed: who else maps it (fork, a
 shared file) pays nothing, and a page that migrates takes its charge along, to a device and home (mem_cgroup_migrate). So a group's usage
 does not change when its pages move. The charge of a page is the number of its group in the upper half of the frame's `flags`, which go
-where the page goes; a device's page that a migration makes out of nothing is charged as one of the host is.
+where the page goes; a device's page that a migration makes out of nothing is charged as one of the host is. A slot of swap remembers the
+group, which is charged again when the page is read back, by whomever (`swap.py`).
 
 What a group's limit refuses is ENOMEM, as memory of the host that is used up is. The kernel would reclaim before, and end a process of
 the group after; there is no reclaim here (a group is as with memory.swap.max of 0), and who gets ENOMEM decides: it may have the kernel
-choose and end one (`oom.py`, `Machine.oom_kill`). Pages of hugetlb are charged to nobody.
+choose and end one (`oom.py`, `Machine.oom_kill`). Pages of hugetlb, and those that a driver inserts, are charged to nobody.
 """
 
 from __future__ import annotations
@@ -107,6 +108,11 @@ class MemoryCgroups:
                 return group
         there = ", ".join(group.name for group in self._groups) or "none"
         raise HmmnetError(f'no memory cgroup is called "{name}"; there are: {there}')
+
+    def charged_by(self, flags: int) -> MemoryCgroup | None:
+        """The group that a frame with these `flags` is charged to."""
+        number = flags >> CHARGE_SHIFT
+        return self._groups[number - 1] if number else None
 
     def uncharge(self, flags: npt.NDArray[np.uint32] | np.uint32, each: int = 1) -> None:
         """Frames with these `flags` are freed; each stands for `each` pages."""

@@ -12,15 +12,16 @@ Nothing here kills: the host does (`OomKiller`). Who finds no frame in any host 
   mprotect's of locked ones (populate_vma_page_range; that it cannot is nobody's error); UFFDIO_COPY; explicit migrations to system memory
   (dmirror_devmem_fault_alloc_and_copy, and what other drivers do).
 - the page cache's GFP_HIGHUSER: writes to files, and pages of theirs that are read back from swap (shmem_get_folio).
+- GFP_KERNEL: what a driver makes and inserts when its file is mapped (dmirror_fops_mmap). More than all memory of the host is refused at
+  once here; the kernel would find that out when everybody is dead.
 - __GFP_NOFAIL: evictions by frame (dmirror_device_evict_chunk), where a driver closes or a device goes. The kernel would try for ever, and
   panics when nobody is left; here that is ENOMEM.
-- huge pages (GFP_TRANSHUGE, hugetlb's, MADV_COLLAPSE) never kill: they are beyond PAGE_ALLOC_COSTLY_ORDER. A fault takes small ones
-  instead, a hugetlb mapping and MADV_COLLAPSE are ENOMEM. (Of shared memory, what COLLAPSE reads back from swap is, too; not so there.)
+- huge pages (GFP_TRANSHUGE, hugetlb's) never kill: they are beyond PAGE_ALLOC_COSTLY_ORDER. A fault takes small ones instead, a hugetlb
+  mapping and MADV_COLLAPSE are ENOMEM. What COLLAPSE reads back, from swap, a device or the page cache, once it has its huge page, is
+  single pages, and may kill; that it cannot be had is EINVAL there (SCAN_FAIL). MADV_REMOVE takes whole pages, and wants no memory.
 
-Two that would kill in the kernel do not here: what a driver inserts in one go when its file is mapped (dmirror_fops_mmap), which is told
-before it begins that there is too little, and madvise(MADV_REMOVE) that cuts a page in swap. What hits the limit of a memory cgroup, or is
-refused by a fault plan, is told ENOMEM, so that a program can say itself whether somebody has to die for it (`Host.oom_kill`; in the
-kernel, who hits the limit has no say).
+What hits the limit of a memory cgroup, or is refused by a fault plan, is told ENOMEM, so that a program can say itself whether somebody has
+to die for it (`Host.oom_kill`; in the kernel, who hits the limit has no say).
 """
 
 from __future__ import annotations

@@ -12,6 +12,10 @@ next maps the same frame. So a family shares a page again after swap as it did b
 one reference of the frame, and both, slot and place in the cache, go when the last entry that leads to the slot has gone (in the kernel,
 when somebody asks: folio_free_swap). While it is there the page does not migrate (migrate_vma_pages: a page of the swap cache whose slot is
 still in use stays), and paging it out again wants no new slot.
+
+**Whose it is.** A slot remembers the memory cgroup that its page was charged to (the swap cgroup map), of no group too. Whoever has it read
+back, that group is charged (mem_cgroup_swapin_charge_folio), and may be at its limit; the reader's own group would be only if that one had
+gone offline, which no group does here.
 """
 
 from __future__ import annotations
@@ -21,11 +25,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from hmmnet.arena import Arena
+from hmmnet.arena import Arena, Bytes
+from hmmnet.errors import KernelError, OutOfMemory
 from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, Words
 from hmmnet.runs import RunAllocator
 
 from . import pte
+from .memcg import CHARGE_MASK, MemoryCgroup
 from .vma import VM_WRITE, Vma
 from .zones import ANON, COMPOUND, HostZone, lazy_array
 
@@ -48,6 +54,8 @@ class Swap:
         self._count: npt.NDArray[np.int32] = lazy_array(pages, np.int32)
         self._frames: Words = lazy_array(pages, np.uint64)
         """The swap cache: the frame of each slot, 0 for most. `HostZone.swapped` leads back."""
+        self._charges: npt.NDArray[np.uint32] = lazy_array(pages, np.uint32)
+        """The swap cgroup map: what `flags` said of the group that the page of a slot was charged to."""
 
     @property
     def used(self) -> int:
@@ -63,11 +71,45 @@ class Swap:
         memory.read(frames, 0, data)
         self._arena.scatter(got.frames << np.uint64(PAGE_SHIFT), PAGE_SIZE, data)
         self._count[got.frames.astype(np.intp)] = 1
+        self._charges[got.frames.astype(np.intp)] = memory.field(frames, "flags") & np.uint32(CHARGE_MASK)
         return got.frames
 
-    def load(self, memory: PhysicalMemory, slots: Words, frames: Words) -> None:
-        """Put back into `frames` what `slots` hold."""
-        memory.write(frames, 0, self._arena.gather(slots << np.uint64(PAGE_SHIFT), PAGE_SIZE))
+    def contents(self, slots: Words) -> Bytes:
+        """The bytes that `slots` hold, behind each other."""
+        return self._arena.gather(slots << np.uint64(PAGE_SHIFT), PAGE_SIZE)
+
+    def load(self, slots: Words, node: int, call: str) -> Words:
+        """New frames, from `node` if it has room, with what `slots` hold, charged to the groups that had that before.
+
+        Raises KernelError(ENOMEM): OutOfMemory, or for a group that is at its limit.
+        """
+        memory, charges = self._memory, self._charges[slots.astype(np.intp)]
+        charged: list[tuple[MemoryCgroup, int]] = []
+        try:
+            for bits in np.unique(charges).tolist():
+                self._charge(memory.cgroups.charged_by(bits), int(np.count_nonzero(charges == bits)), call, charged)
+            frames = self._frames_for(len(slots), node, call)
+        except KernelError:
+            for group, pages in charged:
+                group.uncharge(pages)
+            raise
+        for zone, rows, at in memory.groups(frames):
+            zone.flags[at] = charges[rows]
+        memory.write(frames, 0, self.contents(slots))
+        return frames
+
+    def _charge(self, group: MemoryCgroup | None, pages: int, call: str, charged: list[tuple[MemoryCgroup, int]]) -> None:
+        self._memory.refuse_armed("host.alloc.frame", pages, group)
+        if group is not None:
+            if not group.try_charge(pages):
+                raise KernelError(ENOMEM, call, f"{pages} pages come back from swap and {group.shortage(pages)}")
+            charged.append((group, pages))
+
+    def _frames_for(self, pages: int, node: int, call: str) -> Words:
+        frames = self._memory.allocate(pages, node, slice(0, pages))
+        if frames is None:
+            raise OutOfMemory(ENOMEM, call, f"{pages} pages come back from swap and the host's memory is used up", pages)
+        return frames
 
     def share(self, slots: Words) -> None:
         """swap_duplicate: one more entry leads to each."""
@@ -165,14 +207,10 @@ def swap_in(mm: Mm, vma: Vma, pages: Words, entries: Words, node: int) -> None:
     slots, swap = pte.frames_of(old), mm.memory.swap
     frames = swap.cached(slots)
     fresh = frames == 0
-    count = int(np.count_nonzero(fresh))
-    new = mm.memory.allocate_charged(mm.cgroup, count, node, slice(0, count))
-    if new is None:
-        raise mm.out_of_memory("page fault", count)
-    frames[fresh] = new
+    if fresh.any():
+        frames[fresh] = swap.load(slots[fresh], node, "page fault")
     own = fresh & ((old & pte.ANON_EXCLUSIVE != 0) | swap.alone(slots))
     index = mm.anon_index(vma, pages)
-    swap.load(mm.memory, slots[fresh], new)
     mm.memory.map_new(frames[own], vma.anon, index[own])
     mm.memory.map_new(frames[fresh & ~own], vma.chain[-1] if vma.chain else vma.anon, index[fresh & ~own])  # the root: all of them have it
     swap.remember(slots[fresh & ~own], frames[fresh & ~own])

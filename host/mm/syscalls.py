@@ -11,6 +11,7 @@ import errno
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -106,8 +107,12 @@ class SystemCalls(ExclusiveAccess):
     async def mmap_inserted(self, length: int, protection: str, address: int | None, *, shared: bool) -> int:
         """mmap(2) of a device file whose driver makes the pages and inserts them all at once (vm_insert_page; VM_MIXEDMAP).
 
-        Such a mapping does not fault: what is dropped from it is SIGBUS. Raises KernelError as `mmap`.
+        Such a mapping does not fault: what is dropped from it is SIGBUS. Its pages are the driver's (GFP_KERNEL, as in dmirror_fops_mmap):
+        somebody may be killed for them, and they are charged to nobody. Raises KernelError as `mmap`.
         """
+        return await self.relieving(partial(self._map_inserted, length, protection, address, shared=shared))
+
+    async def _map_inserted(self, length: int, protection: str, address: int | None, *, shared: bool) -> int:
         file = File(self.memory, whole_pages("mmap", length) << PAGE_SHIFT)
         with file.held():
             mapped = await self.mmap(length, protection, address, VM_MIXEDMAP, shared=shared, file=file)
@@ -123,12 +128,18 @@ class SystemCalls(ExclusiveAccess):
             return mapped
 
     def _insert(self, vma: Vma, file: File) -> None:
-        """vm_insert_page for every page of `vma`. Raises KernelError(ENOMEM)."""
-        if vma.end - vma.start > sum(node.allocator.free_count for node in self.memory.nodes):
-            raise KernelError(errno.ENOMEM, "mmap", f"the driver wants {vma.end - vma.start} pages and the host's memory is used up")
+        """vm_insert_page for every page of `vma`. Raises KernelError(ENOMEM).
+
+        More than the host has at all is refused before anybody is killed for it; the kernel finds out when everybody is dead.
+        """
+        wanted = vma.end - vma.start
+        if wanted > sum(node.count for node in self.memory.nodes):
+            raise KernelError(errno.ENOMEM, "mmap", f"the driver wants {wanted} pages, more than all memory of the host")
+        if self.memory.lacks(wanted):
+            raise OutOfMemory(errno.ENOMEM, "mmap", f"the driver wants {wanted} pages and the host's memory is used up", wanted)
         pages = np.arange(vma.start, vma.end, dtype=np.uint64)
         pages = pages[self.mm.table.gather(pages) == 0]
-        map_file(self.mm, vma, pages, file.filled(file_offsets(vma, pages), self.mm.node, self.mm.cgroup), write=False)
+        map_file(self.mm, vma, pages, file.filled(file_offsets(vma, pages), self.mm.node, None), write=False)
 
     def _gap(self, count: int, call: str) -> int:
         gap = self.mm.vmas.find_gap(count)

@@ -145,7 +145,20 @@ class Unplug(Stage):
         await self.machine.unplug("gpu0")
 
 
-WAYS = [Fork, Protect, Write, Copy, Home, Release, Unplug]
+class Insert(Stage):
+    """dmirror_fops_mmap: alloc_page(GFP_KERNEL) for every page of the mapping."""
+
+    async def prepare(self) -> None:
+        self.file = await self.process.open("gpu0")
+
+    async def call(self) -> None:
+        self.mapped = await self.process.mmap(MIB, file=self.file)
+
+    async def check(self) -> None:
+        assert await self.process.read(self.mapped, MIB) == bytes(MIB)
+
+
+WAYS = [Fork, Protect, Write, Copy, Home, Release, Unplug, Insert]
 
 
 async def staged(machine: SimulatedMachine, kind: type[Stage]) -> Stage:
@@ -229,6 +242,74 @@ def test_a_huge_page_is_not_worth_a_life(call: Callable[[Process, int], Awaitabl
         assert [await is_alive(one) for one in (process, rest)] == [True, True]
         await rest.exit()
         await process.exit()
+
+    hmmnet.simulate(main, DMIRROR)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("killable", [True, False])
+def test_what_a_collapse_reads_back_is_worth_a_life(*, shared: bool, killable: bool) -> None:
+    """A huge page is to be had, and no more: somebody is killed for the pages in swap (GFP_HIGHUSER_MOVABLE), and all is done.
+
+    Where nobody may be, do_swap_page and shmem_get_folio fail: SCAN_FAIL is EINVAL, the huge page goes back, and nothing is lost.
+    """
+
+    async def main(machine: SimulatedMachine) -> None:
+        process = await machine.create_process()
+        address = 1 << 32
+        await process.mmap(2 * MIB, address=address, shared=shared)
+        await process.write(address, b"s" * MIB)
+        await process.madvise(address, MIB, "PAGEOUT")
+        spare = await machine.create_process()
+        await spare.mmap(2 * MIB, address=address)
+        await spare.madvise(address, 2 * MIB, "HUGEPAGE")
+        await spare.write(address, b"h" * 2 * MIB)
+        rest = await used_up(machine)
+        for one in (process, spare) if killable else (process, spare, rest):
+            await one.set_oom_score_adj(-1000)
+        await spare.munmap(address, 2 * MIB)
+        if killable:
+            await process.madvise(address, 2 * MIB, "COLLAPSE")
+            await process.load(address)
+            assert host_of(machine).spaces[process.pid].mm.table.pmd(address // PAGE)
+        else:
+            with pytest.raises(KernelError, match="EINVAL"):
+                await process.madvise(address, 2 * MIB, "COLLAPSE")
+            assert host_of(machine).memory.swap.used == PAGES
+            assert not host_of(machine).memory.lacks(2 * PAGES)
+        assert await is_alive(rest) == (not killable)
+        assert await process.read(address, 2 * MIB) == b"s" * MIB + bytes(MIB)
+
+    hmmnet.simulate(main, DMIRROR)
+
+
+def test_a_hole_wants_no_memory_for_what_is_in_swap() -> None:
+    """MADV_REMOVE takes whole pages, so that none is cut and read back (shmem_undo_range): with no memory left nobody dies for it."""
+
+    async def main(machine: SimulatedMachine) -> None:
+        process = await machine.create_process()
+        mapped = await process.mmap(MIB, shared=True)
+        await process.write(mapped, b"f" * MIB)
+        await process.madvise(mapped, MIB, "PAGEOUT")
+        rest = await used_up(machine)
+        await process.madvise(mapped, MIB - PAGE, "REMOVE")
+        assert host_of(machine).memory.swap.used == 1
+        assert await is_alive(rest)
+        await rest.exit()
+        assert await process.read(mapped, MIB) == bytes(MIB - PAGE) + b"f" * PAGE
+
+    hmmnet.simulate(main, DMIRROR)
+
+
+def test_more_than_all_memory_kills_nobody() -> None:
+    """A mapping that the driver could never fill: ENOMEM at once."""
+
+    async def main(machine: SimulatedMachine) -> None:
+        process = await machine.create_process()
+        other, _ = await filled(machine, MIB)
+        with pytest.raises(KernelError, match="more than all memory"):
+            await process.mmap(64 * MIB, file=await process.open("gpu0"))
+        assert await is_alive(other)
 
     hmmnet.simulate(main, DMIRROR)
 

@@ -57,13 +57,7 @@ class Comparison:
         """What an entry leads to, in swap or in a memory."""
         if entry & pte.KIND != pte.SWAP:
             return self.machine.bytes_of(entry >> pte.FRAME_SHIFT)
-        memory = self.machine.memory
-        target = memory.allocate(1)
-        assert target is not None
-        memory.swap.load(memory, np.array([entry >> pte.FRAME_SHIFT], np.uint64), target)
-        data = self.machine.bytes_of(int(target[0]))
-        memory.put(target)
-        return data
+        return self.machine.memory.swap.contents(np.array([entry >> pte.FRAME_SHIFT], np.uint64)).tobytes()
 
     def compare(self) -> None:
         """Everything, between two operations."""

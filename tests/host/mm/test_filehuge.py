@@ -389,11 +389,11 @@ async def test_private_mappings_have_its_pages_one_by_one_and_their_own_copies()
 
 
 async def test_a_collapse_is_charged_to_who_asks_for_it() -> None:
-    """What the group's limit refuses is ENOMEM, and the pages are as before, where they were."""
+    """What the group's limit refuses is EBUSY (SCAN_CGROUP_CHARGE_FAIL), and the pages are as before, where they were."""
     machine = Machine()
     one, two = await shmem(machine, pages=10)
     one.mm.cgroup = machine.memory.cgroups.create("job", 100 * PAGE)
-    with pytest.raises(KernelError, match="ENOMEM"):
+    with pytest.raises(KernelError, match="EBUSY"):
         await one.madvise(BASE, BLOCK, "COLLAPSE")
     assert one.mm.cgroup.usage_pages == 0
     one.mm.cgroup.limit_pages = None
@@ -431,8 +431,8 @@ async def test_a_page_that_is_held_while_mirrors_are_told_stays() -> None:
     machine.check()
 
 
-async def test_memory_that_is_missing_for_what_is_in_swap_is_enomem() -> None:
-    """There is a huge page and nothing beside it: it goes back, and the pages stay in swap."""
+async def test_memory_that_is_missing_for_what_is_in_swap_is_einval() -> None:
+    """There is a huge page and nothing beside it, and nobody to be killed: SCAN_FAIL. It goes back, and the pages stay in swap."""
     machine = Machine(host_pages=2 * HUGE_PAGES)
     one, _ = await shmem(machine, pages=5)
     await one.load(BASE, 5 * PAGE)
@@ -444,7 +444,7 @@ async def test_memory_that_is_missing_for_what_is_in_swap_is_enomem() -> None:
     machine.memory.put(whole)
     with pytest.raises(KernelError) as caught:
         await one.madvise(BASE, BLOCK, "COLLAPSE")
-    assert caught.value.code == errno.ENOMEM
+    assert caught.value.code == errno.EINVAL
     assert (used(machine), machine.memory.swap.used) == (HUGE_PAGES - 1, 5)
     machine.memory.put(taken)
     await one.madvise(BASE, BLOCK, "COLLAPSE")

@@ -6,6 +6,8 @@ migrate are charged, unmapping gives all back).
 
 from __future__ import annotations
 
+import errno
+
 import numpy as np
 import pytest
 
@@ -189,3 +191,117 @@ def test_groups_are_named_once_and_counted() -> None:
         groups.create(f"group {number}", None)
     with pytest.raises(HmmnetError, match=f"may have {GROUPS_MAX}"):
         groups.create("one more", None)
+
+
+async def test_a_page_comes_back_from_swap_to_the_group_that_had_it() -> None:
+    """Whoever reads it (mem_cgroup_swapin_charge_folio): a child in another group, or in none."""
+    machine = Machine()
+    space, group = grouped(machine)
+    await space.mmap(8 * PAGE, "rw", BASE)
+    await space.store(BASE, page_bytes(1) * 4)
+    child = await machine.fork(space)
+    other = child.mm.cgroup = machine.memory.cgroups.create("other", 0)
+    for one in (space, child):
+        await one.madvise(BASE, 8 * PAGE, "PAGEOUT")
+    assert group.usage_pages == 4  # the family shares them: nobody's alone, they stay
+    await machine.exit(space)
+    await child.madvise(BASE, 8 * PAGE, "PAGEOUT")
+    assert (group.usage_pages, machine.memory.swap.used) == (0, 4)
+    assert await child.load(BASE, 2 * PAGE) == page_bytes(1) * 2
+    assert (group.usage_pages, other.usage_pages) == (2, 0)
+    child.mm.cgroup = None
+    assert await child.load(BASE, 4 * PAGE) == page_bytes(1) * 4
+    assert (group.usage_pages, other.usage_pages) == (4, 0)
+    machine.check()
+    await machine.exit(child)
+    assert group.usage_pages == 0
+    machine.check()
+
+
+async def test_a_page_that_was_charged_to_nobody_is_so_again() -> None:
+    """Of the root group: the reader's group pays nothing for it."""
+    machine = Machine()
+    space = machine.process()
+    await space.mmap(2 * PAGE, "rw", BASE)
+    await space.store(BASE, page_bytes(1))
+    await space.madvise(BASE, PAGE, "PAGEOUT")
+    group = space.mm.cgroup = machine.memory.cgroups.create("late", 0)
+    assert await space.load(BASE, PAGE) == page_bytes(1)
+    assert group.usage_pages == 0
+    machine.check()
+
+
+async def test_a_page_of_a_file_comes_back_to_the_group_that_had_it() -> None:
+    """Shared memory: written by one, read back by another (shmem_swapin_folio); holes beside it are the reader's."""
+    machine = Machine()
+    space, group = grouped(machine)
+    reader, own = grouped(machine, name="reader")
+    file = await filled(machine, 0)
+    await file.truncate(4 * PAGE)
+    for one in (space, reader):
+        await mapped(one, file, 4)
+    await space.store(BASE, page_bytes(1) * 2)
+    await space.madvise(BASE, 4 * PAGE, "PAGEOUT")
+    assert (group.usage_pages, own.usage_pages) == (0, 0)
+    await reader.store(BASE + PAGE, page_bytes(3) * 2)
+    assert (group.usage_pages, own.usage_pages) == (1, 1)
+    assert await reader.load(BASE, 3 * PAGE) == page_bytes(1) + page_bytes(3) * 2
+    assert (group.usage_pages, own.usage_pages) == (2, 1)
+    machine.check()
+    await file.close()
+
+
+async def test_a_group_at_its_limit_keeps_its_pages_in_swap() -> None:
+    """ENOMEM names the group that had them, not the reader's; what was charged for others, and holes, is given back."""
+    machine = Machine()
+    space, group = grouped(machine)
+    file = await filled(machine, 0)
+    await file.truncate(4 * PAGE)
+    await mapped(space, file, 4)
+    await space.store(BASE, page_bytes(1) * 2)
+    await space.madvise(BASE, 4 * PAGE, "PAGEOUT")
+    group.limit_pages = 1
+    reader, own = grouped(machine, name="reader")
+    await mapped(reader, file, 4)
+    with pytest.raises(KernelError, match='memory cgroup "job"') as refused:
+        await reader.get_pages(FIRST, 4, write=True)
+    assert refused.value.code == errno.ENOMEM
+    assert (group.usage_pages, own.usage_pages) == (0, 0)
+    assert group.refused
+    group.limit_pages = None
+    assert await reader.load(BASE, 4 * PAGE) == page_bytes(1) * 2 + bytes(2 * PAGE)
+    assert (group.usage_pages, own.usage_pages) == (2, 2)
+    machine.check()
+    await file.close()
+
+
+async def test_pages_of_several_groups_come_back_together_or_not_at_all() -> None:
+    """One fault reads pages of two groups; the second is at its limit, and the first is charged nothing."""
+    machine = Machine()
+    file = await filled(machine, 0)
+    await file.truncate(4 * PAGE)
+    one, first = grouped(machine)
+    two, second = grouped(machine, name="second")
+    for space, at in ((one, 0), (two, 2)):
+        await mapped(space, file, 4)
+        await space.store(BASE + at * PAGE, page_bytes(at + 1) * 2)
+        await space.madvise(BASE, 4 * PAGE, "PAGEOUT")
+    second.limit_pages = 1
+    offsets = np.arange(4, dtype=np.uint64)
+    with pytest.raises(KernelError, match='memory cgroup "second"'):
+        file.file("pread").filled(offsets, 0, None)
+    assert (first.usage_pages, second.usage_pages, machine.memory.swap.used) == (0, 0, 4)
+    second.limit_pages = None
+    file.file("pread").filled(offsets, 0, None)
+    assert (first.usage_pages, second.usage_pages, machine.memory.swap.used) == (2, 2, 0)
+    machine.check()
+    await file.close()
+
+
+async def test_pages_that_a_driver_inserts_are_charged_to_nobody() -> None:
+    """alloc_page(GFP_KERNEL) without __GFP_ACCOUNT: they count in rss, and in no group."""
+    machine = Machine()
+    space, group = grouped(machine, 0)
+    await space.mmap_inserted(3 * PAGE, "rw", BASE, shared=True)
+    assert (group.usage_pages, space.mm.rss) == (0, 3)
+    machine.check()
