@@ -4,7 +4,8 @@ The kernel goes through the range VMA by VMA: holes are remembered and answered 
 advised; a VMA that cannot take the advice ends the call there. Advice about pages takes the mmap lock for reading, advice about VMAs for
 writing.
 
-COLLAPSE stands in `collapsing.py`. COLD only ages pages; PAGEOUT swaps out what is the process's alone (`swap.py`), pages of files, too. Both leave device memory alone (h55).
+COLLAPSE stands in `collapsing.py`. COLD only ages pages; PAGEOUT swaps out what is the process's alone (`swap.py`), pages of files, too.
+Both leave device memory alone (h55).
 """
 
 from __future__ import annotations
