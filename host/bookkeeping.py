@@ -68,7 +68,7 @@ class CopylessLink:
     async def answers_apart(self, node: int, answers: int) -> None:
         """No way takes any time."""
 
-    def no_large(self) -> bool:
+    def no_large(self, context: int) -> bool:  # noqa: ARG002 - DeviceLink's
         """Large pages can be had."""
         return False
 

@@ -27,7 +27,10 @@ STREAMED_OUT = frozenset({"read", "read_unlocked", "migrate_to_dev", "exclusive"
 """Commands of a dmirror whose data, a page for each page, come as a stream."""
 
 FAIL_ALLOC = 1
-"""HMM_DMIRROR_FLAG_FAIL_ALLOC: the next allocation of a large page fails, on the device or, for pages that come home, here."""
+"""HMM_DMIRROR_FLAG_FAIL_ALLOC: this open file's next allocation of a large page fails, on the device or, for pages that come home, here.
+
+The driver's flags are its file's (struct dmirror), and which allocation of either kind comes first is known here.
+"""
 
 log = logging.getLogger("hmmnet.host")
 
@@ -65,7 +68,8 @@ class Handle:
             raise KernelError(errno.EINVAL, "ioctl", f"0x{address:x} + {pages} pages is no range of an address space")
         context = self.file.context
         if command == "flags" and context.life.spec.model == "dmirror":
-            context.life.link.fail_large = bool(flags & FAIL_ALLOC)
+            failing = context.life.link.fail_large
+            failing.add(context.number) if flags & FAIL_ALLOC else failing.discard(context.number)
         wants = command in STREAMED_OUT and context.life.spec.model == "dmirror"
         return await command_device(context, command, address, pages, data, flags, pages if wants else 0)
 

@@ -61,6 +61,15 @@ COPIES_MAX = 4
 
 _NONE = np.zeros(0, np.uint64)
 
+Refuse = Callable[[], bool]
+"""Whether the allocation of a large page that is wanted now is to fail."""
+
+
+def _always() -> bool:
+    """There are no large pages."""
+    return True
+
+
 TOUCHED = "cpu fault"
 """The cause of a migration that a CPU waits for."""
 
@@ -205,25 +214,26 @@ class Homing:
         """Bring pages [first, end), of one VMA, home because a CPU touched them; returns how many moved."""
         parts: list[Migration] = []
         await collect(parts, space, self.spaces, first, end, memory_of(link), link.zone)
-        return await self._bring(space, link, parts, TOUCHED, no_large=link.no_large())
+        refuse = partial(link.no_large, self._context_of(space.number, link.zone))
+        return await self._bring(space, link, parts, TOUCHED, refuse)
 
-    async def _bring(self, space: AddressSpace, link: DeviceLink, parts: list[Migration], cause: str, *, no_large: bool) -> int:
+    async def _bring(self, space: AddressSpace, link: DeviceLink, parts: list[Migration], cause: str, refuse: Refuse) -> int:
         """Copy and change over what `parts` collected; returns how many pages moved. Whatever fails, nothing of them stays half way."""
         moved, waiting = 0, list(parts)
         try:
             while waiting:
                 part = waiting.pop(0)
                 if part.large:
-                    moved += await self._bring_large(space, link, part, cause, no_large=no_large)
+                    moved += await self._bring_large(space, link, part, cause, refuse)
                 else:
-                    moved += await self._bring_small(space, link, part, cause, no_large=no_large)
+                    moved += await self._bring_small(space, link, part, cause, refuse)
         except BaseException:
             for part in waiting:
                 give_up(self._memory, space, part)
             raise
         return moved
 
-    async def _bring_large(self, space: AddressSpace, link: DeviceLink, part: Migration, cause: str, *, no_large: bool) -> int:
+    async def _bring_large(self, space: AddressSpace, link: DeviceLink, part: Migration, cause: str, refuse: Refuse) -> int:
         """`_bring` for huge pages as one; those for which the host has none go page by page, behind the others."""
         heads = np.zeros(len(part.pages), np.uint64)
         torn: list[Migration] = []
@@ -232,10 +242,10 @@ class Homing:
             if points.armed:
                 await _at("home.collected", space, link, first, count)
                 await _at("home.before_copy", space, link, first, count)
-            if not no_large:
-                self._allocate_folios(heads, space.node)
+            first = int(refuse())  # one at most is, and it is asked for first
+            self._allocate_folios(heads[first:], space.node)
             if not heads.all():
-                space.tear(part, heads == 0)
+                space.tear(part, heads == 0, small=True)
                 torn, part.torn = part.torn, []
             rows = np.flatnonzero(heads)
             if len(rows):
@@ -256,7 +266,7 @@ class Homing:
                 give_up(self._memory, space, one)
             raise
         part.torn += torn
-        return moved + await self._bring(space, link, torn, cause, no_large=True)
+        return moved + await self._bring(space, link, torn, cause, _always)
 
     def _allocate_folios(self, heads: Words, node: int) -> None:
         """Fill `heads` with those of folios, as far as the host has any. Raises KernelError(ENOMEM) where a fault is injected."""
@@ -284,7 +294,7 @@ class Homing:
             await _at("home.after", space, link, first, count)
         return moved
 
-    async def _bring_small(self, space: AddressSpace, link: DeviceLink, migration: Migration, cause: str, *, no_large: bool) -> int:
+    async def _bring_small(self, space: AddressSpace, link: DeviceLink, migration: Migration, cause: str, refuse: Refuse) -> int:
         """`_bring` page by page."""
         source = migration.source
         both = int(MIGRATE | VALID)
@@ -297,7 +307,7 @@ class Homing:
             return 0
         frames = source[going] >> SHIFT
         points, first, count = space.points, int(pages[0]), len(pages)
-        huge = [] if no_large else whole_blocks(migration.saved[going], pages)
+        huge = [at for at in whole_blocks(migration.saved[going], pages) if not refuse()]
         destination = HostFrames(self._memory, len(pages), space.node, huge)
         try:
             if points.armed:
@@ -352,8 +362,12 @@ class Homing:
             self.events.moved(space.number, np.array((page,), dtype=np.uint64), link.name, HOST, TOUCHED)
         return 1
 
-    async def migrate_to_system(self, space: AddressSpace, link: DeviceLink, start: int, end: int, cause: str = "user") -> Outcome:
-        """Move the device's pages of [start, end) home, VMA by VMA; others stay. `cause` is told. Raises PeerLost, KernelError(ENOMEM).
+    async def migrate_to_system(
+        self, space: AddressSpace, link: DeviceLink, start: int, end: int, cause: str = "user", context: int = 0
+    ) -> Outcome:
+        """Move the device's pages of [start, end) home, VMA by VMA; others stay. Raises PeerLost, KernelError(ENOMEM).
+
+        `cause` is told; `context` is who asks for it (0: the process).
 
         Somebody may be killed for memory; what has come home by then has moved. Hold no lock.
         """
@@ -375,7 +389,7 @@ class Homing:
                         return Outcome(joined([*words, _together(begun, np.zeros(end - page, np.uint64))]), error.code)
                     parts: list[Migration] = []
                     try:
-                        await self.home_range(space, link, page, stop, cause, parts)
+                        await self.home_range(space, link, page, stop, cause, parts, context)
                     except OutOfMemory:
                         begun = words_by_page(_together(begun, words_of(parts, stop - page)))
                         raise
@@ -385,13 +399,16 @@ class Homing:
 
         return await self._memory.relief.anew(rest, space.number)
 
-    async def home_range(self, space: AddressSpace, link: DeviceLink, start: int, end: int, cause: str, parts: list[Migration]) -> int:
+    async def home_range(
+        self, space: AddressSpace, link: DeviceLink, start: int, end: int, cause: str, parts: list[Migration], context: int = 0
+    ) -> int:
         """Move the device's pages of [start, end), which lies in one VMA, home; how many moved. What was collected is added to `parts`.
 
         Hold the mmap lock for reading. Raises PeerLost, KernelError(ENOMEM).
         """
         await collect(parts, space, self.spaces, start, end, memory_of(link), link.zone)
-        return await self._bring(space, link, parts, cause, no_large=link.no_large())
+        refuse = partial(link.no_large, context or self._context_of(space.number, link.zone))
+        return await self._bring(space, link, parts, cause, refuse)
 
     def places_of(self, outcome: Outcome, start: int) -> Iterator[tuple[str, Words]]:
         """Where the pages were that a migration to a device moved, of a range from page `start` on: (device or HOST, pages)."""

@@ -166,8 +166,11 @@ class DeviceLink(Protocol):
     def free_frames(self, frames: Words) -> None:
         """folio_free: tell the driver, without waiting. `frames` may have large ones (`pages.LARGE`)."""
 
-    def no_large(self) -> bool:
-        """Whether the driver's next allocation of a large page fails, as it was told (HMM_DMIRROR_FLAG_FAIL_ALLOC); once."""
+    def no_large(self, context: int) -> bool:
+        """Whether this allocation of a large page fails, as the driver was told by that open file (HMM_DMIRROR_FLAG_FAIL_ALLOC): once.
+
+        Asked before each, wherever the large page is to be, and only where one is wanted.
+        """
         ...
 
 
@@ -299,8 +302,11 @@ class AddressSpace(Protocol):
         """`collect` for huge pages as one; the blocks that were takeable before mirrors were told and are not now come back too."""
         ...
 
-    def tear(self, migration: Migration, rows: npt.NDArray[np.bool_]) -> Migration:
-        """The pages of these rows of a `large` migration, which are void now, go on as the migration that is returned."""
+    def tear(self, migration: Migration, rows: npt.NDArray[np.bool_], *, small: bool = False) -> Migration:
+        """The pages of these rows of a `large` migration, which are void now, go on as the migration that is returned.
+
+        `small`: they are split, and stay so wherever they go.
+        """
         ...
 
     def sharers(self, pages: Words, select: Select, owner: int) -> list[tuple[Mm, Words]]:

@@ -125,8 +125,8 @@ class SessionLink:
         self.receiver = receiver
         self.domains: dict[int, Domain] = {}
         """Translations by context."""
-        self.fail_large = False
-        """See `no_large`."""
+        self.fail_large: set[int] = set()
+        """Contexts whose next allocation of a large page fails: see `no_large`."""
         self.dma_ended = trio.lowlevel.ParkingLot()
         """Who waits for DMA parks here; whoever ends one wakes all."""
         self._interconnect = interconnect
@@ -398,9 +398,10 @@ class SessionLink:
         """See `DeviceLink.answers_apart`."""
         await self._interconnect.pass_latencies_out(self.name, node, answers)
 
-    def no_large(self) -> bool:
+    def no_large(self, context: int) -> bool:
         """See `DeviceLink.no_large`."""
-        fails, self.fail_large = self.fail_large, False
+        fails = context in self.fail_large
+        self.fail_large.discard(context)
         return fails
 
     # --- freeing --------------------------------------------------------------------------------------------------------------

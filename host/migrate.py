@@ -223,6 +223,20 @@ class MigrateVma:
     async def _after_entry(self) -> None:
         await self.at("migrate.after_entry")
 
+    def refuse_large(self, refuse: Callable[[], bool]) -> None:
+        """The driver allocates: where it has no large page for the first huge page there is, that one goes page by page."""
+        for part in [part for part in self.parts if part.large]:
+            wanted = part.source & MIGRATE != 0
+            if wanted.any() and refuse():
+                rows = np.zeros(len(part.pages), np.bool_)
+                rows[int(np.argmax(wanted))] = True
+                self.parts.append(self.space.tear(part, rows, small=True))
+                part.torn.pop()
+                part.pages, part.source, part.target, part.saved = (
+                    values[~rows] for values in (part.pages, part.source, part.target, part.saved)
+                )
+        self.parts = [part for part in self.parts if len(part.pages)]
+
     @property
     def pages(self) -> Words:
         """The pages of all parts, large ones marked."""
@@ -375,12 +389,14 @@ async def migrate_to_device(
     grant: Grant,
     announce: Announce,
     copy: Copy | None = None,
+    refuse: Callable[[], bool] | None = None,
 ) -> None:
     """Move pages [start, start + grant.pages) into the frames that the driver granted.
 
     `domains` are the translations of the driver's contexts of this process: those of pages on their way are suspended, and void once a
     page has moved.
-    `copy` takes the place of `copy_in` where sources may be other than host memory.
+    `copy` takes the place of `copy_in` where sources may be other than host memory. `refuse` tells whether the driver's allocation of a
+    large page fails that is wanted now.
     Raises PeerLost when the device is gone; then nothing has moved.
     """
     async with space.mmap_lock.read():
@@ -394,6 +410,8 @@ async def migrate_to_device(
             await work.setup(start, start + grant.pages, grant.blocks(start) if select & Select.COMPOUND else None)
             if points.armed:
                 await work.at("migrate.after_unmap")
+            if refuse is not None:
+                work.refuse_large(refuse)
             await (copy or copy_in)(work, domains, start, grant)
             if points.armed:
                 await work.at("migrate.before_pages")

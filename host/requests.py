@@ -167,7 +167,7 @@ class Requests:
         self._check_range(message.start, message.pages, "Migrate")
         if message.direction == "system":
             end = message.start + message.pages
-            done = await self._homing.migrate_to_system(context.space, self._life.link, message.start, end, message.cause)
+            done = await self._homing.migrate_to_system(context.space, self._life.link, message.start, end, message.cause, context.number)
             self._life.link.flush_freed()
             return Migrated(0, to_wire(done.words), done.moved, done.errno)
         if message.direction != "device":
@@ -227,6 +227,7 @@ class Requests:
             grant,
             announce,
             self._copy,
+            partial(self._life.link.no_large, message.context),
         )
 
     async def _table_updated(self, update: TableUpdate) -> None:

@@ -67,7 +67,8 @@ Over bad wires one round may take as long as a hundred elsewhere.
 """
 
 FAIL_ALLOC = 1
-"""HMM_DMIRROR_FLAG_FAIL_ALLOC: the next allocation of a large page fails, which leaves the pages of that migration small."""
+"""HMM_DMIRROR_FLAG_FAIL_ALLOC: the next allocation of a large page fails, once; its pages go one by one. The host, which knows when one is
+wanted, on either side, sees to it (`hmmnet.host.handles`)."""
 COMPOUND = 1 << 8
 """Huge pages migrate whole, as with the kernel's driver from 6.19 on; without, they are split, as with that of 6.12, which was recorded."""
 
@@ -212,8 +213,7 @@ class Dmirror(Device):
         """dmirror_migrate_to_device; what was readable is counted, not what moved, unless nobody wants the data."""
         moved_count = 0
         for low in range(start, end, MIGRATE_PAGES_MAX):
-            large = bool(self.flags & COMPOUND) and self.spec.maps_huge and not self.flags & FAIL_ALLOC
-            self.flags &= ~FAIL_ALLOC
+            large = bool(self.flags & COMPOUND) and self.spec.maps_huge
             moved = await context.migrate_in(low, min(low + MIGRATE_PAGES_MAX, end), "user", compound=large)
             moved_count += moved.count
             if moved.errno:

@@ -99,10 +99,11 @@ def fit_targets(memory: PhysicalMemory, mm: Mm | None, migration: Migration) -> 
         new = targets[at]
         valid = new & np.uint64(MIGRATE_PFN_VALID) != 0
         if valid.any() and not (valid.all() and is_huge_run(frames[at]) and is_huge_run(new >> np.uint64(MIGRATE_PFN_SHIFT))):
-            _split_under_way(memory, mm, migration, rows[at], head)
+            split_under_way(memory, mm, migration, rows[at], head)
 
 
-def _split_under_way(memory: PhysicalMemory, mm: Mm | None, migration: Migration, rows: Rows, head: int) -> None:
+def split_under_way(memory: PhysicalMemory, mm: Mm | None, migration: Migration, rows: Rows, head: int) -> None:
+    """Split the folio of block `head` of frames, `rows` of `migration`, that is behind migration entries."""
     frames = np.arange(head << HUGE_SHIFT, (head + 1) << HUGE_SHIFT, dtype=np.uint64)
     for zone, _, at in memory.groups(frames):
         zone.flags[at] &= ~np.uint32(COMPOUND)

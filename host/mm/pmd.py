@@ -33,6 +33,7 @@ from hmmnet.pages import (
 
 from . import collect as by_page
 from . import pte
+from .compound import split_under_way
 from .finalize import finalize as finalize_small
 from .frames import PhysicalMemory, frames_from, positions
 from .memcg import CHARGE_MASK
@@ -142,6 +143,15 @@ def tear(mm: Mm, migration: Migration, torn: Flags) -> Migration:
     migration.source[rows] = migration.target[rows] = 0
     migration.torn.append(part)
     return part
+
+
+def split_torn(mm: Mm, torn: Migration) -> None:
+    """migrate_vma_split_unmapped_folio: the pages of `torn` are ordinary ones from now on, and what is empty is filled page by page."""
+    torn.compound = False
+    full = torn.source & VALID != 0
+    for head in np.unique(torn.source[full] >> _FRAME >> _SHIFT).tolist():
+        split_under_way(mm.memory, mm, torn, np.flatnonzero(torn.source >> _FRAME >> _SHIFT == head), head)
+    mm.small_blocks.update(np.unique(torn.pages[~full] >> _SHIFT << _SHIFT).tolist())
 
 
 def _page_words(words: Words, counts: Flags) -> Words:

@@ -163,9 +163,12 @@ class Space(Advice):
         assert self.mmap_lock.held, "collect without the mmap lock"
         return pmd.collect(self.mm, blocks, select, owner)
 
-    def tear(self, migration: Migration, rows: npt.NDArray[np.bool_]) -> Migration:
+    def tear(self, migration: Migration, rows: npt.NDArray[np.bool_], *, small: bool = False) -> Migration:
         """See `pmd.tear`."""
-        return pmd.tear(self.mm, migration, rows)
+        torn = pmd.tear(self.mm, migration, rows)
+        if small:
+            pmd.split_torn(self.mm, torn)
+        return torn
 
     def migrate_pages(self, migration: Migration) -> None:
         """migrate_vma_pages: each page's identity goes to its target. Where `inserts(migration)`, announce a MIGRATE around this."""

@@ -104,7 +104,7 @@ class FakeLink:
     async def answers_apart(self, node: int, answers: int) -> None:
         self.apart.append(answers)
 
-    def no_large(self) -> bool:
+    def no_large(self, context: int) -> bool:
         return False
 
     def free_frames(self, frames: Words) -> None:

@@ -1,0 +1,140 @@
+"""HMM_DMIRROR_FLAG_FAIL_ALLOC: an open file's next allocation of a large page fails, once, on whichever side it is wanted.
+
+Oracle: lib/test_hmm.c (dmirror_migrate_alloc_and_copy, dmirror_devmem_fault_alloc_and_copy): what gets no large page goes page by page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+import numpy as np
+import pytest
+
+import hmmnet
+from hmmnet.pages import HUGE_PAGES
+from hmmnet.program import Handle, Process
+from hmmnet.sim import SimulatedMachine
+from hmmnet.topology.load import parse
+
+from .test_oom import MIB, PAGE, TOML
+
+MACHINE = parse(TOML.replace("8 MiB", "32 MiB").replace("memory =", 'model = "dmirror"\nunit = 0\nmemory ='))
+FAIL_ALLOC, COMPOUND = 1, 256
+BASE = 1 << 32
+BLOCK = 2 * MIB
+LOCAL, WRITE, PMD = 0x20, 0x02, 0x04
+
+Main = Callable[[Process, Handle], Awaitable[None]]
+
+
+def run(main: Main) -> None:
+    """`main` with a process that has three huge pages at BASE, of which each page begins with its number, and its handle."""
+
+    async def prepared(machine: SimulatedMachine) -> None:
+        process = await machine.create_process()
+        await process.mmap(4 * BLOCK, address=BASE)
+        await process.madvise(BASE, 4 * BLOCK, "HUGEPAGE")
+        numbers = np.zeros(3 * BLOCK // 8, np.uint64)
+        numbers[::HUGE_PAGES] = np.arange(3 * HUGE_PAGES)
+        await process.write(BASE, numbers)
+        handle = await process.open("gpu0")
+        await handle.ioctl("flags", 0, 0, flags=COMPOUND)
+        await main(process, handle)
+        found = await process.read_array(BASE, "<u8", 3 * BLOCK // 8)
+        assert (found == numbers).all()
+
+    hmmnet.simulate(prepared, MACHINE)
+
+
+async def kinds(handle: Handle, blocks: int = 3) -> list[int]:
+    """What a snapshot says of each block, of which all pages must be alike."""
+    out = []
+    for block in range(blocks):
+        seen = set((await handle.ioctl("snapshot", BASE + block * BLOCK, HUGE_PAGES)).data)
+        assert len(seen) == 1
+        out.append(seen.pop())
+    return out
+
+
+async def fail(handle: Handle) -> None:
+    """The next one fails."""
+    await handle.ioctl("flags", 0, 0, flags=COMPOUND | FAIL_ALLOC)
+
+
+def test_the_first_of_several_goes_page_by_page() -> None:
+    """Those behind it are whole, on the device; all come home as they are there, and nothing fails then."""
+
+    async def main(process: Process, handle: Handle) -> None:
+        await fail(handle)
+        await handle.ioctl("migrate_to_dev", BASE, 3 * HUGE_PAGES)
+        assert await kinds(handle) == [LOCAL | WRITE, LOCAL | WRITE | PMD, LOCAL | WRITE | PMD]
+        await handle.ioctl("migrate_to_sys", BASE, 3 * HUGE_PAGES)
+        assert await kinds(handle) == [WRITE, WRITE | PMD, WRITE | PMD]
+
+    run(main)
+
+
+def test_the_first_that_comes_home_comes_page_by_page() -> None:
+    """So it is for a CPU fault, and for an explicit migration."""
+
+    async def main(process: Process, handle: Handle) -> None:
+        await handle.ioctl("migrate_to_dev", BASE, 3 * HUGE_PAGES)
+        await fail(handle)
+        await process.load(BASE)
+        assert await kinds(handle) == [WRITE, LOCAL | WRITE | PMD, LOCAL | WRITE | PMD]
+        await fail(handle)
+        await handle.ioctl("migrate_to_sys", BASE, 3 * HUGE_PAGES)
+        assert await kinds(handle) == [WRITE, WRITE, WRITE | PMD]
+
+    run(main)
+
+
+def test_what_wants_no_large_page_does_not_use_it_up() -> None:
+    """A small page there and back: the flag is for the huge page that follows."""
+
+    async def main(process: Process, handle: Handle) -> None:
+        small = await process.mmap(PAGE)
+        await process.store(small, 1)
+        await fail(handle)
+        await handle.ioctl("migrate_to_dev", small, 1)
+        await process.load(small)
+        await handle.ioctl("migrate_to_dev", BASE, 2 * HUGE_PAGES)
+        assert await kinds(handle, 2) == [LOCAL | WRITE, LOCAL | WRITE | PMD]
+
+    run(main)
+
+
+def test_it_is_the_open_files_own() -> None:
+    """Another file of the same unit, and of the same process, has flags of its own; and one that was cleared fails nothing."""
+
+    async def main(process: Process, handle: Handle) -> None:
+        other = await process.open("gpu0")
+        await fail(other)
+        await handle.ioctl("migrate_to_dev", BASE, HUGE_PAGES)
+        assert await kinds(handle, 1) == [LOCAL | WRITE | PMD]
+        await other.ioctl("migrate_to_dev", BASE + BLOCK, HUGE_PAGES)
+        assert await kinds(handle, 2) == [LOCAL | WRITE | PMD, LOCAL | WRITE]
+        await fail(other)
+        await other.ioctl("flags", 0, 0, flags=COMPOUND)
+        await other.ioctl("migrate_to_dev", BASE + 2 * BLOCK, HUGE_PAGES)
+        assert await kinds(handle) == [LOCAL | WRITE | PMD, LOCAL | WRITE, LOCAL | WRITE | PMD]
+
+    run(main)
+
+
+@pytest.mark.parametrize("touched", [False, True], ids=["never touched", "huge zero page"])
+def test_nothing_becomes_small_pages_too(*, touched: bool) -> None:
+    """A block without data is filled page by page; what comes after is as in a block of small pages."""
+
+    async def main(process: Process, handle: Handle) -> None:
+        if touched:
+            await process.load(BASE + 3 * BLOCK)
+        await fail(handle)
+        await handle.ioctl("migrate_to_dev", BASE + 3 * BLOCK, HUGE_PAGES)
+        assert (await kinds(handle, 4))[3] == LOCAL | WRITE
+        assert await process.read(BASE + 3 * BLOCK, BLOCK) == bytes(BLOCK)
+        await process.madvise(BASE + 3 * BLOCK, BLOCK, "DONTNEED")
+        await process.store(BASE + 3 * BLOCK, 1)
+        assert (await handle.ioctl("snapshot", BASE + 3 * BLOCK, 2)).data == bytes([WRITE, 0])
+
+    run(main)
