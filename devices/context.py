@@ -13,9 +13,10 @@ one thread, and messages are handled by the same thread: when a `CopyOut` drops 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from errno import EBUSY
+from errno import EBUSY, EFAULT
 from itertools import pairwise
 
 import numpy as np
@@ -204,21 +205,32 @@ class Context:
         """read_begin, hmm_range_fault, read_retry and `program` (the mirror's unless given) on [start, end), which lies in one slab.
 
         `inputs` are words a page whose request bits count beside `default_flags`. `unlocked`: wait for pages that a userfaultfd's owner
-        fills in, however long. Raises KernelError: EFAULT, EPERM, ENOMEM, and EBUSY after a second, or, `unlocked`, many tries.
+        fills in, however long; others may use the range meanwhile. Raises KernelError: EFAULT, EPERM, ENOMEM, and EBUSY after a second, or,
+        `unlocked`, many tries.
         """
+        for _ in range(RETRIES_MAX if unlocked else 1):
+            try:
+                return await self._fault_in_turn(start, end, default_flags, inputs, program, patient=unlocked)
+            except KernelError as error:
+                if not unlocked or error.code != EFAULT:
+                    raise
+            await self._wait_for_owner(start, end, default_flags, inputs)
+        raise _too_fast(start, end)
+
+    async def _fault_in_turn(
+        self,
+        start: int,
+        end: int,
+        default_flags: int,
+        inputs: Words | None,
+        program: Callable[[int, Words], None] | None,
+        *,
+        patient: bool,
+    ) -> Words:
+        """`range_fault` that waits for no program; `patient`: not for a second only."""
         subscription = await self.subscription(start)
-        request = RangeFault(
-            self.number,
-            subscription.number,
-            start,
-            end - start,
-            default_flags,
-            0 if inputs is None else (1 << 64) - 1,
-            b"" if inputs is None else to_wire(inputs),
-            int(RANGE_FAULT_TIMEOUT_S * 1000),
-            unlocked,
-        )
-        deadline_s = trio.current_time() + self._bus.clock.real(RANGE_FAULT_TIMEOUT_S)
+        request = self._request(subscription, start, end, default_flags, inputs)
+        deadline_s = math.inf if patient else trio.current_time() + self._bus.clock.real(RANGE_FAULT_TIMEOUT_S)
         async with self.process.turns.hold(start, end):
             for _ in range(RETRIES_MAX):
                 watch = self.mirror.watch(start, end)
@@ -233,9 +245,32 @@ class Context:
                         return words
                 finally:
                     self.mirror.unwatch(watch)
-                if trio.current_time() > deadline_s and not unlocked:
+                if trio.current_time() > deadline_s:
                     break
-        raise KernelError(EBUSY, "hmm_range_fault", f"pages [0x{start:x}, 0x{end:x}) changed faster than they could be read")
+        raise _too_fast(start, end)
+
+    async def _wait_for_owner(self, start: int, end: int, default_flags: int, inputs: Words | None) -> None:
+        """hmm_range_fault_unlocked for nothing but its wait: pages that a userfaultfd's owner fills in are there when this returns.
+
+        Nobody has a turn meanwhile: the owner may be who waits for one (the kernel's fault has dropped its locks by then, too).
+        """
+        subscription = await self.subscription(start)
+        await self._bus.range_fault(self._request(subscription, start, end, default_flags, inputs, unlocked=True))
+
+    def _request(
+        self, subscription: Subscription, start: int, end: int, default_flags: int, inputs: Words | None, *, unlocked: bool = False
+    ) -> RangeFault:
+        return RangeFault(
+            self.number,
+            subscription.number,
+            start,
+            end - start,
+            default_flags,
+            0 if inputs is None else (1 << 64) - 1,
+            b"" if inputs is None else to_wire(inputs),
+            int(RANGE_FAULT_TIMEOUT_S * 1000),
+            unlocked,
+        )
 
     async def make_exclusive(self, start: int, end: int, *, folios: bool = False) -> int:
         """make_device_exclusive_range on [start, end) in one slab; returns how many pages were had. None is mapped unless all could be.
@@ -479,6 +514,10 @@ def matched(start: int, words: Words, pages: Words, frames: Words) -> tuple[Word
             raise ProtocolError("the host's Migrated has words for huge pages that were not offered, or none for pages that were")
         words = words[known]
     return words, pages, frames
+
+
+def _too_fast(start: int, end: int) -> KernelError:
+    return KernelError(EBUSY, "hmm_range_fault", f"pages [0x{start:x}, 0x{end:x}) changed faster than they could be read")
 
 
 def pages_listed(raw: bytes, what: str) -> Words:
