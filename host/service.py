@@ -198,7 +198,7 @@ class Host:
                         listener, self._secret, welcome, joined, real(self._heartbeat_s), real(self._lease_s), real(self._retry_s)
                     )
                     self._servers.append(server)
-                    await self._nursery.start(server.run)
+                    await self._nursery.start(self._serve, server)
                 try:
                     yield self
                 except Exception as error:  # noqa: BLE001 - raised again below: as it is, not in the nursery's group
@@ -239,6 +239,14 @@ class Host:
 
         stack.push_async_callback(close)
         return channel
+
+    async def _serve(self, server: Server, *, task_status: trio.TaskStatus[None]) -> None:
+        """`Server.run`. Cancelled from outside it ends before `running` does: the machine ends, and nobody waits for its peers any more."""
+        try:
+            await server.run(task_status=task_status)
+        finally:
+            self._ending = True
+            server.hang_up()
 
     async def _goodbye(self) -> None:
         self.network.heal()  # goodbyes are for everybody

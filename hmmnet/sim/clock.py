@@ -6,7 +6,8 @@ can run, and that *is* the moment to jump. Only `wait_all_tasks_blocked` comes f
 
 It also finds out when a simulation goes in circles. Tasks that ask and answer each other without an end, and without waiting for the clock,
 keep it where it is: no timeout of theirs ever comes, and no limit on virtual time either. The scheduler looks at the clock once a round, so
-looks at one and the same moment are counted, and after a number that no honest program needs the run is cancelled.
+looks at one and the same moment are counted, and after a number that no honest program needs the run is cancelled. And when nobody can run
+and nobody waits for the clock, shielded from the limit on virtual time, nothing will ever happen again: then the shields fall.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
+import time
 
 import trio
 from trio.lowlevel import Abort, Task, current_task, reschedule, wait_task_rescheduled
@@ -21,26 +23,34 @@ from trio.lowlevel import Abort, Task, current_task, reschedule, wait_task_resch
 from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.sleeping import WakingClock, sleep_until
 
-from .schedule import tasks_wait_for_idle
+from .schedule import drop_shields, tasks_wait_for_idle, threads_at_work
 
 LOOKS_MAX = 500_000
 """Looks at the clock at one moment: some ten seconds of real time. A migration of a page takes some hundred."""
 FOR_EVER_S = 1e9
-"""What the scheduler is told to sleep when there is no deadline; it sleeps a day at most and asks again."""
+"""What the scheduler is told to sleep when somebody waits until all are blocked; it sleeps a day at most and asks again."""
+IDLE_S = 5.0
+"""Real seconds in which a word from another thread, or a signal, may still wake somebody."""
 
 
 class JumpClock(WakingClock):
-    """The clock of a run; begins at 0. Cancels `scope`, once it is set, after `looks_max` looks at one moment; then `stuck` is true."""
+    """The clock of a run; begins at 0. Cancels `scope`, once it is set, after `looks_max` looks at one moment; then `stuck` is true.
+
+    `deadlocked` is, when only shielded tasks were left that wait for each other.
+    """
 
     def __init__(self, looks_max: int = LOOKS_MAX) -> None:
         self.scope: trio.CancelScope | None = None
         self.stuck = False
+        self.deadlocked = False
         self._now_s = 0.0
         self._looks = 0
         self._looks_max = looks_max
         self._sleepers: list[tuple[float, int, list[Task]]] = []
         """A heap: until when who sleeps (nobody, once cancelled)."""
         self._numbers = itertools.count()
+        self._idle_since_s: float | None = None
+        """Since when, in real seconds, nothing has happened and nothing was due."""
 
     def start_clock(self) -> None:
         """Nothing to start."""
@@ -58,14 +68,27 @@ class JumpClock(WakingClock):
         if deadline <= self._now_s:
             return 0.0
         deadline = min(deadline, self._wakes_s())
-        if math.isinf(deadline) or tasks_wait_for_idle():
+        if tasks_wait_for_idle():
             return FOR_EVER_S
+        if math.isinf(deadline):
+            return self._idle()
+        self._idle_since_s = None
         self._now_s = deadline
         self._looks = 0
         while self._sleepers and self._sleepers[0][0] <= deadline:
             for task in heapq.heappop(self._sleepers)[2]:
                 reschedule(task)
         return 0.0
+
+    def _idle(self) -> float:
+        """There is no deadline. How long to wait for others; who asks again after all of that has met nobody."""
+        now_s = time.monotonic()
+        if self._idle_since_s is not None and now_s - self._idle_since_s >= IDLE_S and not threads_at_work():
+            self.deadlocked = True
+            drop_shields()
+            return 0.0
+        self._idle_since_s = now_s
+        return IDLE_S
 
     def _wakes_s(self) -> float:
         """When the first of who sleeps wakes."""

@@ -44,8 +44,8 @@ class Simulation(Generic[T]):
 def run_virtual(main: Callable[..., Awaitable[T]], *arguments: Any, seed: int = 0, limit_s: float = LIMIT_S) -> T:
     """`trio.run` in virtual time, scheduled from `seed`.
 
-    Raises SimulationStuck after `limit_s` virtual seconds, and when things happen without an end while no time passes (`clock`). Ctrl-C is
-    KeyboardInterrupt, whatever ends with it.
+    Raises SimulationStuck after `limit_s` virtual seconds, when things happen without an end while no time passes, and when nothing can
+    happen any more (`clock`). Ctrl-C is KeyboardInterrupt, whatever ends with it.
     """
     clock = JumpClock()
 
@@ -54,7 +54,8 @@ def run_virtual(main: Callable[..., Awaitable[T]], *arguments: Any, seed: int = 
             return await main(*arguments)
         if clock.stuck:
             raise SimulationStuck(f"time stands still at {trio.current_time():g} virtual seconds (seed {seed}): somebody goes in circles")
-        raise SimulationStuck(f"no end after {limit_s:g} virtual seconds (seed {seed}): somebody waits for what never comes")
+        how = "tasks wait for each other, shielded from that limit" if clock.deadlocked else "somebody waits for what never comes"
+        raise SimulationStuck(f"no end after {limit_s:g} virtual seconds (seed {seed}): {how}")
 
     with seeded(seed):
         try:

@@ -3,7 +3,8 @@
 Tasks that become runnable in the same instant may run in any order; trio shuffles them with a generator of its own, so that nobody relies
 on one. Seeded, and with the tasks in a fixed order before the shuffle, that generator makes a run repeatable and still tries other orders
 with other seeds. trio has no public name for either; testing libraries reach for the same two (`_r`, `_ALLOW_DETERMINISTIC_SCHEDULING`).
-Nor has it one for who waits in `wait_all_tasks_blocked`, which a clock that jumps has to know (`tasks_wait_for_idle`).
+Nor has it one for who waits in `wait_all_tasks_blocked`, which a clock that jumps has to know (`tasks_wait_for_idle`), nor for the scopes
+that tasks are in (`drop_shields`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from importlib.metadata import version
 from random import Random
 from typing import Any
 
+import trio
 from trio._core import _run as trio_run
 
 from hmmnet.errors import HmmnetError
@@ -57,3 +59,17 @@ class Shuffler(Random):
 def tasks_wait_for_idle() -> bool:
     """Whether somebody in this trio run waits until all tasks are blocked; then time stands still."""
     return bool(trio_run.GLOBAL_RUN_CONTEXT.runner.waiting_for_idle)
+
+
+def threads_at_work() -> bool:
+    """Whether tasks of this trio run wait for functions in threads (trio.to_thread)."""
+    return trio.to_thread.current_default_thread_limiter().borrowed_tokens > 0
+
+
+def drop_shields() -> None:
+    """No cancel scope of this trio run shields anybody any more: what was cancelled ends."""
+    for task in list(trio_run.GLOBAL_RUN_CONTEXT.runner.tasks):
+        status: Any = task._cancel_status  # noqa: SLF001 - see above
+        while status is not None:
+            status._scope.shield = False  # noqa: SLF001
+            status = status.parent

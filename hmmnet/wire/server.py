@@ -100,6 +100,11 @@ class Server:
             for session in self.sessions:
                 nursery.start_soon(session.bye)
 
+    def hang_up(self) -> None:
+        """After `run`, however that ended: who still waits for a peer hears that nobody will answer."""
+        for session in self.sessions:
+            session.hang_up()
+
     def _stranger(self, address: bytes, frame: bytes, nursery: trio.Nursery) -> None:
         """A frame from an address without a session."""
         try:

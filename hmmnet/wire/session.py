@@ -463,6 +463,12 @@ class Session:
             await self._ended.wait()
         self.end(PeerLost(f"we said goodbye to {self.peer_name}, which did not answer"))
 
+    def hang_up(self) -> None:
+        """`bye` of an end that will hear no answer, because nobody delivers frames any more: it is over at once."""
+        if self._exchange.state is State.LIVE:
+            self._send_kept(encode(Kind.BYE, self._exchange.next_sequence(), self._exchange.received))
+        self.end(PeerGone(f"we said goodbye to {self.peer_name}, and listen no more"))
+
     def _lost_again(self) -> PeerLost:
         """A fresh exception with the same cause: one exception object raised in many tasks would collect all their tracebacks."""
         assert self.lost is not None

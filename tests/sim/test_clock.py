@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Awaitable, Callable
 from random import Random
 
@@ -12,6 +13,7 @@ import trio.testing
 from trio._core import _run as trio_run
 
 from hmmnet.errors import HmmnetError
+from hmmnet.sim import clock as clock_module
 from hmmnet.sim import run_virtual
 from hmmnet.sim.clock import JumpClock, VirtualClock
 from hmmnet.sim.run import SimulationStuck
@@ -112,6 +114,33 @@ def test_the_order_is_what_python_would_draw(count: int) -> None:
         Shuffler(seed).shuffle(ours)
         Random(seed).shuffle(pythons)
         assert ours == pythons
+
+
+def test_a_run_in_which_nothing_can_happen_any_more_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shielded from the limit on virtual time, and from everything else."""
+    monkeypatch.setattr(clock_module, "IDLE_S", 0.05)
+
+    async def main() -> None:
+        with trio.CancelScope(shield=True):
+            await trio.sleep_forever()
+
+    with pytest.raises(SimulationStuck, match=r"no end after 3 virtual seconds \(seed 7\): tasks wait for each other"):
+        run_virtual(main, seed=7, limit_s=3.0)
+
+
+def test_a_thread_may_take_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody waits for it, so something can happen yet: nobody's shield falls."""
+    fallen: list[str] = []
+    monkeypatch.setattr(clock_module, "IDLE_S", 0.05)
+    monkeypatch.setattr(clock_module, "drop_shields", lambda: fallen.append("shield"))
+
+    async def main() -> str:
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(time.sleep, 0.3)
+        return "done"
+
+    assert run_virtual(main, limit_s=3.0) == "done"
+    assert not fallen
 
 
 def test_who_waits_until_all_are_blocked_comes_first() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,11 @@ import trio
 from trio._core import _run as trio_run
 
 import hmmnet
-from hmmnet.errors import BusError, HmmnetError, KernelError
+from hmmnet.errors import BusError, HmmnetError, KernelError, PeerError
+from hmmnet.faults import fault
 from hmmnet.play.world import TOPOLOGY, UnitWorld, play_all, prepare_all
 from hmmnet.sim import SimulatedMachine, Trace, run_virtual, simulated
+from hmmnet.sim.clock import IDLE_S
 from hmmnet.sim.run import SimulationStuck
 
 from .story import story
@@ -168,3 +171,24 @@ def test_other_runs_are_left_alone() -> None:
 
     run_virtual(nothing, seed=1)
     assert (trio_run._r.getstate(), trio_run._ALLOW_DETERMINISTIC_SCHEDULING) == before
+
+
+def test_a_machine_that_is_cancelled_from_outside_ends() -> None:
+    """Also while a program waits for a device that does not answer, shielded from being cancelled: nobody reads answers any more."""
+    ended: list[str] = []
+
+    async def main() -> None:
+        with trio.move_on_after(1.0):
+            async with simulated("dmirror-4") as machine:
+                process = await machine.create_process()
+                machine.add_fault(fault("hang", "dmirror0"))
+                try:
+                    await process.open("dmirror0")
+                except PeerError as error:
+                    ended.append(str(error))
+                    raise
+
+    began_s = time.monotonic()
+    run_virtual(main, limit_s=60.0)
+    assert ended
+    assert time.monotonic() - began_s < IDLE_S

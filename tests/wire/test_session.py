@@ -367,6 +367,19 @@ async def test_goodbye(world: World, autojump_clock: MockClock) -> None:
     await world.device.bye()
 
 
+async def test_who_listens_no_more_hangs_up(world: World, autojump_clock: MockClock) -> None:
+    """Over at once for whoever waits here; the peer hears goodbye."""
+    pending = world.host.begin(CloseContext(1))
+    begun_s = trio.current_time()
+    world.host.hang_up()
+    with pytest.raises(PeerGone, match="listen no more"):
+        await pending.wait()
+    assert trio.current_time() == begun_s
+    await trio.sleep(0.1)
+    assert isinstance(world.device.lost, PeerGone)
+    world.host.hang_up()
+
+
 async def test_goodbye_comes_after_what_was_said_before(world: World, autojump_clock: MockClock) -> None:
     """Notes sent before the BYE take effect, even when lines are lossy."""
     chance = random.Random(9)
