@@ -43,9 +43,8 @@ class ExclusiveAccess(Pins):
             page, stop = start, self._writable_until(start, end)
             while page < stop:
                 vma = self._vma(page)
-                pages = np.arange(page, min(stop, vma.end), dtype=np.uint64)
-                await self._fault_pages(pages, write=True)
-                if not _may_be_exclusive(vma):
+                pages, stop = await self._written(page, min(stop, vma.end), stop, first=page == start)
+                if not _may_be_exclusive(vma) or len(pages) == 0:
                     break
                 await self.split_blocks(huge.huge_blocks(self.mm, pages))  # FOLL_SPLIT_PMD
                 async with self.hub.invalidate(Event.EXCLUSIVE, page, int(pages[-1]) + 1, owner):
@@ -69,16 +68,26 @@ class ExclusiveAccess(Pins):
             page = start
             while page < stop:
                 vma = self._vma(page)
-                pages = np.arange(page, min(stop, vma.end), dtype=np.uint64)
-                await self._fault_pages(pages, write=True)
-                if _may_be_exclusive(vma):
+                pages, stop = await self._written(page, min(stop, vma.end), stop, first=page == start)
+                if _may_be_exclusive(vma) and len(pages):
                     await self.split_blocks(huge.huge_blocks(self.mm, pages))
                     await self._take_folios(vma, pages, owner)
-                page = int(pages[-1]) + 1
+                page += len(pages)
         entries = self.mm.table.read(start, stop)
         words = pte.frames_of(entries) | np.uint64(HMM_PFN_VALID | HMM_PFN_WRITE)
         words[(entries & pte.KIND != pte.EXCLUSIVE) | self._tails(entries)] = 0
         return words
+
+    async def _written(self, page: int, end: int, stop: int, *, first: bool) -> tuple[Words, int]:
+        """get_user_pages with FOLL_WRITE on [page, end): the pages that are had, and where to stop, which is `stop` if all are.
+
+        Raises the KernelError that not even the `first` of the call could be had for.
+        """
+        pages = np.arange(page, end, dtype=np.uint64)
+        done, error = await self._fault_until(pages, write=True)
+        if error is not None and done == 0 and first:
+            raise error
+        return (pages, stop) if error is None else (pages[:done], page + done)
 
     async def _take_folios(self, vma: Vma, pages: Words, owner: int) -> None:
         """`make_exclusive_folios` in one VMA. What changes while mirrors are told is not had."""

@@ -297,28 +297,42 @@ class Faulting:
                 await self._fault_pages(part, write=bool(wanted[0]), node=node)
 
     async def _fault_pages(self, pages: Words, *, write: bool, node: int | None = None) -> None:
+        """`fault_in` of pages that all want the same."""
+        _, error = await self._fault_until(pages, write=write, node=node)
+        if error is not None:
+            raise error
+
+    async def _fault_until(self, pages: Words, *, write: bool, node: int | None = None) -> tuple[int, KernelError | None]:
+        """How many of `pages` could be faulted in, and why not more. Raises OutOfMemory: that one is taken anew."""
         done, rounds, batch = 0, 0, len(pages)
-        while done < len(pages):
-            page = int(pages[done])
-            vma = self._faultable(page, write=write)
-            stop = min(int(np.searchsorted(pages, vma.end)), done + batch)
-            try:
-                touched = fault.touch(self.mm, vma, pages[done:stop], write, node=node)
-            except OutOfMemory:
-                if stop - done == 1:
-                    raise
-                batch = (stop - done) // 2  # memory is short: fault in as far as it goes, as the kernel does, page by page
-                continue
-            rounds = 0 if touched.done else rounds + 1
-            done += touched.done
-            if done < stop:
-                run = pages[done : done + touched.blocked]
-                gaps = run[1:] != run[:-1] + np.uint64(1)
-                together = int(np.argmax(gaps)) + 1 if gaps.any() else len(run)
+        try:
+            while done < len(pages):
+                page = int(pages[done])
+                vma = self._faultable(page, write=write)
+                stop = min(int(np.searchsorted(pages, vma.end)), done + batch)
                 try:
+                    touched = fault.touch(self.mm, vma, pages[done:stop], write, node=node)
+                except OutOfMemory:
+                    if stop - done == 1:
+                        raise
+                    batch = (stop - done) // 2  # memory is short: fault in as far as it goes, as the kernel does, page by page
+                    continue
+                rounds = 0 if touched.done else rounds + 1
+                done += touched.done
+                if done < stop:
+                    run = pages[done : done + touched.blocked]
+                    gaps = run[1:] != run[:-1] + np.uint64(1)
+                    together = int(np.argmax(gaps)) + 1 if gaps.any() else len(run)
                     await self._resolve(int(run[0]), fault.Touched(0, touched.cause, together), rounds)
-                except SignalError as error:
-                    raise KernelError(errno.EFAULT, "handle_mm_fault", error.why) from error
+        except SignalError as error:
+            refused = KernelError(errno.EFAULT, "handle_mm_fault", error.why)
+            refused.__cause__ = error
+            return done, refused
+        except OutOfMemory:
+            raise
+        except KernelError as error:
+            return done, error
+        return done, None
 
     def _faultable(self, page: int, *, write: bool) -> Vma:
         vma = self.mm.vmas.find(page)

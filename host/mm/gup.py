@@ -68,7 +68,10 @@ class Pins(CpuAccess):
                 why = self.why_not(start, write=write, start=start, end=start + count)
                 raise KernelError(errno.EFAULT, "get_user_pages", why)
             while True:
-                await self._fault_pages(pages, write=write)
+                done, error = await self._fault_until(pages, write=write)
+                if error is not None and done == 0:
+                    raise error
+                pages = pages[:done]
                 if pin and not write:
                     await self._unshare(pages, longterm=longterm)
                 entries = self.mm.table.gather(pages)

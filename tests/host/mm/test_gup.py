@@ -6,6 +6,7 @@ Oracle: mm/gup.c (check_and_migrate_movable_pages, migrate_longterm_unpinnable_f
 from __future__ import annotations
 
 import errno
+from collections.abc import Awaitable, Callable
 
 import pytest
 import trio
@@ -14,6 +15,7 @@ from trio.testing import wait_all_tasks_blocked
 from hmmnet.errors import KernelError
 from hmmnet.host.hub import Hub
 from hmmnet.host.mm import gup, pte
+from hmmnet.host.mm.space import Space
 from hmmnet.pages import zone_of
 from tests.host.fakes import FakeLink
 
@@ -90,4 +92,51 @@ async def test_a_page_that_leaves_while_another_is_unshared_is_faulted_again() -
     await machine.exit(child)
     space.put_pages(span(pinned[0], 1), pin=True)
     space.put_pages(span(pinned[1], 1), pin=True)
+    machine.check()
+
+
+async def _guarded(space: Space) -> None:
+    await space.madvise(BASE + 2 * PAGE, PAGE, "GUARD_INSTALL")
+
+
+async def _missing(space: Space) -> None:
+    await space.madvise(BASE + 2 * PAGE, PAGE, "DONTNEED")
+    await space.userfaultfd(BASE, 4 * PAGE, sigbus=True)
+
+
+IN_THE_WAY = pytest.mark.parametrize("spoil", [_guarded, _missing])
+
+
+@IN_THE_WAY
+async def test_pages_before_one_that_cannot_be_faulted_in_are_had(spoil: Callable[[Space], Awaitable[None]]) -> None:
+    """__get_user_pages answers how many it has; EFAULT only where that is none."""
+    machine = Machine()
+    space = await written(machine)
+    await spoil(space)
+    for pin in (False, True):
+        frames = await space.get_pages(FIRST, 4, write=True, pin=pin)
+        assert [machine.bytes_of(frame)[:1] for frame in frames.tolist()] == [b"\1", b"\2"]
+        space.put_pages(frames, pin=pin)
+        with pytest.raises(KernelError) as caught:
+            await space.get_pages(FIRST + 2, 2, write=True, pin=pin)
+        assert caught.value.code == errno.EFAULT
+    machine.check()
+
+
+@IN_THE_WAY
+@pytest.mark.parametrize("folios", [False, True])
+async def test_pages_before_one_that_cannot_be_faulted_in_are_exclusive(spoil: Callable[[Space], Awaitable[None]], folios: bool) -> None:
+    """make_device_exclusive goes page by page, make_device_exclusive_range takes what get_user_pages has (as h06 shows of a hole)."""
+    machine = Machine()
+    space = await written(machine)
+    await spoil(space)
+    if folios:
+        assert [bool(word) for word in await space.make_exclusive_folios(FIRST, FIRST + 4, 64)] == [True, True]
+    else:
+        assert await space.make_exclusive(FIRST, FIRST + 4, 64) == 2
+    assert symbols(space, BASE, 4) == "SS-P"
+    with pytest.raises(KernelError) as caught:
+        await (space.make_exclusive_folios if folios else space.make_exclusive)(FIRST + 2, FIRST + 4, 64)
+    assert caught.value.code == errno.EFAULT
+    assert await space.load(BASE, 2 * PAGE) == page_bytes(1) + page_bytes(2)
     machine.check()
