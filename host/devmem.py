@@ -31,6 +31,7 @@ from .interfaces import AddressSpace
 from .mm import pte
 from .mm.frames import PhysicalMemory
 from .mm.rmap import mappings
+from .mm.zones import LOCKED
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,11 @@ class PageMap:
     def used_frames(self) -> Words:
         """Frames with a reference, ascending, but for broken ones: nothing is in those, and nobody holds them."""
         return np.flatnonzero(self.zone.referenced(self.zone.offered)).astype(np.uint64) + np.uint64(self.zone.base)
+
+    @property
+    def in_transit(self) -> bool:
+        """Whether a page is on its way from here or to here; it arrives, or stays, or is lost, and nobody can hold it there for good."""
+        return bool((self.zone.flags[self.zone.at(self.used_frames())] & LOCKED).any())
 
     def holders(self) -> Iterator[Holder]:
         """Everybody who keeps a frame."""

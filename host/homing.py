@@ -476,14 +476,17 @@ class Homing:
     async def unplug(self, page_map: PageMap) -> None:
         """Hot removal of a device's memory, in use or not: pages go home by frame until nothing is left, then the map goes.
 
-        Frames that are busy are tried again. What stays for `EVICT_ROUNDS_MAX` rounds is held by somebody: where the kernel would wait in
-        memunmap_pages for ever, HmmnetError names who holds how much. Raises PeerLost, KernelError(ENOMEM).
+        Frames that are busy are tried again, those that are on their way for as long as they are. What stays for `EVICT_ROUNDS_MAX` rounds
+        is held by somebody: where the kernel would wait in memunmap_pages for ever, HmmnetError names who holds how much. Raises PeerLost,
+        KernelError(ENOMEM).
         """
         fruitless = 0
         link = self._links[page_map.zone.number]
         while fruitless < EVICT_ROUNDS_MAX and len(frames := page_map.used_frames()):
             moved = await self._memory.relief.anew(partial(self.evict, link, frames[:HOME_PAGES_MAX], "unplug"), KERNEL)
             fruitless = 0 if moved else fruitless + 1
+            if fruitless == EVICT_ROUNDS_MAX and page_map.in_transit:
+                fruitless -= 1
             await trio.sleep(EVICT_NAP_S * (1 << fruitless - 1) if 0 < fruitless < EVICT_ROUNDS_MAX else 0)
             if self._links.get(page_map.zone.number) is not link:  # what was still there has died with it
                 raise PeerLost(f'device "{link.name}" was lost while its memory was being removed')

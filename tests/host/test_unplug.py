@@ -8,7 +8,7 @@ import trio.testing
 
 from hmmnet.errors import HmmnetError, PeerLost
 from hmmnet.host.homing import EVICT_NAP_S, EVICT_ROUNDS_MAX
-from hmmnet.pages import PAGE_SIZE
+from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE
 
 from .fakes import ZONE, Bench
 
@@ -116,3 +116,25 @@ async def test_who_holds_a_page_for_a_while_is_waited_for(autojump_clock: trio.t
         await bench.homing.unplug(bench.page_map)
     assert ZONE not in bench.memory.zones
     assert trio.current_time() > 0.1
+
+
+async def test_who_is_on_its_way_is_waited_for_however_long_that_takes(autojump_clock: trio.testing.MockClock) -> None:
+    """A fault that brings a page home over a slow link: the page is where it was, or home, when that is over, and then unplug goes on."""
+    bench = Bench()
+    space = bench.space()
+    address = await space.mmap(PAGE_SIZE)
+    await bench.to_device(space, address, 1)
+    page = address >> PAGE_SHIFT
+
+    async def bring() -> None:
+        frame = space.take_one(page, ZONE)
+        assert frame is not None
+        await trio.sleep(100 * EVICT_NAP_S * 2**EVICT_ROUNDS_MAX)
+        space.put_back_one(page, frame)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(bring)
+        await trio.testing.wait_all_tasks_blocked()
+        await bench.homing.unplug(bench.page_map)
+    assert ZONE not in bench.memory.zones
+    assert trio.current_time() > 100 * EVICT_NAP_S * 2**EVICT_ROUNDS_MAX
