@@ -109,6 +109,10 @@ class Host(Protocol):
         """Hot removal."""
         ...
 
+    def incarnation(self, device: str) -> int:
+        """Which life of the device serves; 0: none. Raises KernelError(ENOENT)."""
+        ...
+
     def poisoned_pages(self, device: str) -> int:
         """How many pages of a device's memory are broken."""
         ...

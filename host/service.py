@@ -416,6 +416,11 @@ class Host:
         life.link.flush_freed()
         await life.link.session.bye()
 
+    def incarnation(self, name: str) -> int:
+        """Which life of the device has joined and is not over; 0: none. Raises KernelError(ENOENT)."""
+        life = self.contexts.device(name).life
+        return 0 if life is None else life.incarnation
+
     async def create_process(self, node: str = "", cgroup: str = "") -> Process:
         """A new, empty process; see `Machine.create_process`. Raises HmmnetError."""
         return self._table.create(node, cgroup)

@@ -45,7 +45,7 @@ async def unload(crew: Crew, step: Step, _: str) -> None:
 async def unplug(crew: Crew, step: Step, _: str) -> None:
     """A device's memory is removed, its pages home first; then it is plugged in again."""
     device = device_of(crew, step)
-    life = crew.machine.incarnation(device)
+    life = crew.machine.host.incarnation(device)  # not a later one that is about to join
     harm = crew.harm_begins([device], "unplug")
     try:
         await crew.machine.unplug(device)
