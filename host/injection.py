@@ -9,12 +9,12 @@ from __future__ import annotations
 import logging
 import os
 import signal
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from fnmatch import fnmatchcase
 from functools import partial
 from random import Random
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import msgspec
 
@@ -28,20 +28,16 @@ from hmmnet.faults.effects import HostEffect, LinkEffect, NodeEffect
 from hmmnet.faults.injector import HOST, Injector, PointFault
 from hmmnet.faults.kinds import Fault
 from hmmnet.faults.messages import MessageFault
+from hmmnet.faults.network import Network
 from hmmnet.faults.points import Where
-from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, PAGES_MAX
+from hmmnet.pages import PAGE_SHIFT
 from hmmnet.wire.messages import Inject
 from hmmnet.wire.session import Session
 
-from .interfaces import Event
-from .poison import break_memory
-from .process import Process
-
-if TYPE_CHECKING:
-    from .service import Host
-
-RANGE_PAGES_MAX = 1 << 12
-"""Pages that a fault without a range does something to: of what is concerned at a point, the first 16 MiB."""
+from .deeds import DEEDS, Doer, pages_of
+from .device import Device
+from .interconnect import Interconnect
+from .link import SessionLink
 
 log = logging.getLogger("hmmnet.host")
 
@@ -55,10 +51,46 @@ def own_injector(clock: EmulatedClock, seed: int) -> Injector:
     return Injector(Random(f"{seed} host"), now=clock.now, sleep=sleep)  # noqa: S311 - chance, not secrecy
 
 
+class Suffering(Doer, Protocol):
+    """What faults need of a host."""
+
+    on_restart: Callable[[str, float], None] | None
+    """Starts a device's process again, so many seconds later, where somebody can."""
+
+    @property
+    def clock(self) -> EmulatedClock:
+        """The machine's."""
+        ...
+
+    @property
+    def links(self) -> Mapping[int, SessionLink]:
+        """The living devices, by zone."""
+        ...
+
+    @property
+    def devices(self) -> Mapping[str, Device]:
+        """By name."""
+        ...
+
+    @property
+    def network(self) -> Network:
+        """Faults of messages."""
+        ...
+
+    @property
+    def interconnect(self) -> Interconnect:
+        """Links and their flows."""
+        ...
+
+    def spawn(self, function: Callable[..., Awaitable[None]], *arguments: Any) -> None:
+        """Run it beside everything else."""
+        ...
+
+
 class Injection:
     """Carries out effects at `host`; `injector` is that of its points."""
 
-    def __init__(self, host: Host, injector: Injector) -> None:
+    def __init__(self, host: Suffering, injector: Injector) -> None:
         self._host = host
         self._injector = injector
         self._links = 0
@@ -204,7 +236,7 @@ class Injection:
                 self._host.spawn(guarded, where)
 
         if not effect.point:
-            at(Where("", "host", process=effect.process, start=effect.start >> PAGE_SHIFT, pages=_pages(effect)))
+            at(Where("", "host", process=effect.process, start=effect.start >> PAGE_SHIFT, pages=pages_of(effect)))
             return _nothing
         point = PointFault(
             effect.point,
@@ -221,147 +253,5 @@ class Injection:
         return self._at_points(point)
 
 
-Deed = Callable[["Host", HostEffect, Where], Awaitable[None]]
-
-
 def _nothing() -> None:
     """What is done is done."""
-
-
-def _pages(effect: HostEffect) -> int:
-    return (effect.end - effect.start + PAGE_SIZE - 1) >> PAGE_SHIFT
-
-
-def _concerned(host: Host, effect: HostEffect, where: Where) -> list[Process]:
-    """The processes that are meant: one, or, at no point and without a number, all."""
-    number = effect.process or where.process
-    if not number:
-        return list(host.processes.values())
-    process = host.processes.get(number)
-    return [] if process is None else [process]
-
-
-def _range(effect: HostEffect, where: Where) -> tuple[int, int]:
-    """(address, length) of what is concerned."""
-    if effect.end > effect.start:
-        start = effect.start & ~(PAGE_SIZE - 1)
-        return start, _pages(effect) * PAGE_SIZE
-    return where.address, min(where.pages, RANGE_PAGES_MAX) * PAGE_SIZE
-
-
-async def _exit(host: Host, effect: HostEffect, where: Where) -> None:
-    for process in _concerned(host, effect, where):
-        await process.exit()
-
-
-async def _reap(host: Host, effect: HostEffect, where: Where) -> None:
-    if not (effect.process or where.process):
-        await host.oom_kill()
-        return
-    for process in _concerned(host, effect, where):
-        for vma in process.space.vmas(0, PAGES_MAX):
-            if vma.is_anonymous:
-                await process.space.madvise(vma.start << PAGE_SHIFT, (vma.end - vma.start) << PAGE_SHIFT, "DONTNEED")
-        await process.exit()
-
-
-async def _exec(host: Host, effect: HostEffect, where: Where) -> None:
-    for process in _concerned(host, effect, where):
-        for vma in process.space.vmas(0, PAGES_MAX):
-            await process.munmap(vma.start << PAGE_SHIFT, (vma.end - vma.start) << PAGE_SHIFT)
-
-
-async def _fork(host: Host, effect: HostEffect, where: Where) -> None:
-    address, length = _range(effect, where)
-    for process in _concerned(host, effect, where):
-        child = await process.fork()
-        try:
-            if length:
-                await child.read(address, length)
-        finally:
-            await child.exit()
-
-
-async def _mprotect(host: Host, effect: HostEffect, where: Where) -> None:
-    address, length = _range(effect, where)
-    for process in _concerned(host, effect, where) if length else ():
-        await process.mprotect(address, length, "r")
-        await process.mprotect(address, length, "rw")
-
-
-async def _mremap(host: Host, effect: HostEffect, where: Where) -> None:
-    address, length = _range(effect, where)
-    for process in _concerned(host, effect, where) if length else ():
-        there = await process.mmap(length)
-        await process.mremap(address, length, length, there)
-        await process.mremap(there, length, length, address)
-
-
-async def _munmap(host: Host, effect: HostEffect, where: Where) -> None:
-    address, length = _range(effect, where)
-    for process in _concerned(host, effect, where) if length else ():
-        await process.munmap(address + length - PAGE_SIZE, PAGE_SIZE)
-
-
-async def _madvise(host: Host, effect: HostEffect, where: Where) -> None:
-    address, length = _range(effect, where)
-    for process in _concerned(host, effect, where) if length else ():
-        await process.madvise(address, length, "DONTNEED")
-
-
-async def _poison(host: Host, effect: HostEffect, where: Where) -> None:
-    address, length = _range(effect, where)
-    for process in _concerned(host, effect, where) if length else ():
-        start = address >> PAGE_SHIFT
-        await break_memory(host.memory, host.spaces, process.space, start, start + (length >> PAGE_SHIFT))
-
-
-async def _corrected(host: Host, effect: HostEffect, where: Where) -> None:
-    host.corrected_errors[where.device or effect.device] += int(effect.settings.get("count", 1))
-
-
-async def _touch(host: Host, effect: HostEffect, where: Where) -> None:
-    address, length = _range(effect, where)
-    for process in _concerned(host, effect, where) if length else ():
-        await process.read(address, min(length, PAGE_SIZE))
-
-
-async def _prefetch(host: Host, effect: HostEffect, where: Where) -> None:
-    address, length = _range(effect, where)
-    device = str(effect.settings.get("to", "")) or where.device
-    for process in _concerned(host, effect, where) if length else ():
-        await process.migrate(address, length, device)
-
-
-async def _home(host: Host, effect: HostEffect, where: Where) -> None:
-    address, length = _range(effect, where)
-    for process in _concerned(host, effect, where) if length else ():
-        await process.migrate(address, length, "host")
-
-
-async def _nested(host: Host, effect: HostEffect, where: Where) -> None:
-    del effect
-    hub = host.hubs.get(where.process)
-    if hub is not None and where.pages:
-        async with hub.invalidate(Event.SOFT_DIRTY, where.start, where.start + where.pages):
-            return
-
-
-DEEDS: dict[str, Deed] = {
-    "exit": _exit,
-    "kill": _exit,
-    "oom": _reap,
-    "exec": _exec,
-    "fork": _fork,
-    "mprotect": _mprotect,
-    "mremap": _mremap,
-    "munmap": _munmap,
-    "madvise": _madvise,
-    "poison": _poison,
-    "corrected": _corrected,
-    "touch": _touch,
-    "prefetch": _prefetch,
-    "home": _home,
-    "nested": _nested,
-}
-"""What the host can be made to do, by name."""
