@@ -48,6 +48,8 @@ SELECT_COMPOUND = 8
 """enum migrate_vma_direction, as `Migrate.select` carries it."""
 SELECT_PEERS = 32
 """Of the devices' pages those of others of this driver."""
+SELECT_PARTS_STAY = 64
+"""Pages of a large folio that is mapped page by page stay, as they did up to Linux 6.18."""
 
 
 class Requests(Protocol):

@@ -42,12 +42,15 @@ async def announced(
         yield told
 
 
-async def split_large(space: AddressSpace, spaces: Mapping[int, AddressSpace], pages: Words, owner: int, *, compound: bool) -> None:
+async def split_large(
+    space: AddressSpace, spaces: Mapping[int, AddressSpace], pages: Words, owner: int, *, compound: bool, parts_stay: bool = False
+) -> None:
     """Split what is larger than a page among `pages`, for everybody who maps it, before zone `owner` migrates some of them.
 
-    With `compound`, huge pages that `pages` hold whole are left. Hold the mmap lock for reading.
+    With `compound`, huge pages that `pages` hold whole are left; with `parts_stay`, what is mapped page by page. Hold the mmap lock for
+    reading.
     """
-    for found in space.large(pages, compound=compound):
+    for found in space.large(pages, compound=compound, parts_stay=parts_stay):
         if space.points.armed and _split_fails(space, found):
             continue
         async with AsyncExitStack() as stack:

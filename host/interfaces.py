@@ -56,6 +56,8 @@ class Select(IntFlag):
     """Pages of every device, as v25 takes them, which knew no owners."""
     PEERS = 32
     """Of the devices' pages those of others, whose page maps have the same owner (`host.peers`); not those of the device itself."""
+    PARTS_STAY = 64
+    """As up to Linux 6.18: a page of a large folio that is mapped page by page stays (PageTransCompound); today the folio is split."""
 
 
 NO_OWNER = -1
@@ -290,8 +292,11 @@ class AddressSpace(Protocol):
         """The argument checks of migrate_vma_setup; [start, end) must lie in one suitable VMA. Raises KernelError(EINVAL)."""
         ...
 
-    def large(self, pages: Words, *, compound: bool) -> list[Large]:
-        """What is larger than a page and has to be split before `pages` can be collected; with `compound`, not what goes whole."""
+    def large(self, pages: Words, *, compound: bool, parts_stay: bool = False) -> list[Large]:
+        """What is larger than a page and has to be split before `pages` can be collected; with `compound`, not what goes whole.
+
+        With `parts_stay`, not what is mapped page by page.
+        """
         ...
 
     def takeable(self, start: int, end: int, select: Select, owner: int) -> Words:

@@ -116,7 +116,8 @@ async def collect(
         if len(large):
             pages = pages[~np.isin(pages >> _BLOCK, large)]
     if select & Select.SYSTEM and len(pages):
-        await split_large(space, spaces, pages, owner, compound=bool(select & Select.COMPOUND))
+        compound, parts_stay = bool(select & Select.COMPOUND), bool(select & Select.PARTS_STAY)
+        await split_large(space, spaces, pages, owner, compound=compound, parts_stay=parts_stay)
     async with announced(space, spaces, start, end, pages, select, owner) as told:
         for some in [large] if between is None or len(large) == 0 else np.split(large, len(large)):
             if len(some):

@@ -24,6 +24,7 @@ import numpy.typing as npt
 import trio
 
 from hmmnet.devices.access import Range
+from hmmnet.devices.bus import SELECT_PARTS_STAY, SELECT_SYSTEM
 from hmmnet.devices.context import MIGRATE_PAGES_MAX, Context
 from hmmnet.devices.mirror import allows
 from hmmnet.errors import KernelError
@@ -70,7 +71,8 @@ FAIL_ALLOC = 1
 """HMM_DMIRROR_FLAG_FAIL_ALLOC: the next allocation of a large page fails, once; its pages go one by one. The host, which knows when one is
 wanted, on either side, sees to it (`hmmnet.host.handles`)."""
 COMPOUND = 1 << 8
-"""Huge pages migrate whole, as with the kernel's driver from 6.19 on; without, they are split, as with that of 6.12, which was recorded."""
+"""Huge pages migrate whole, as with the kernel's driver from 6.19 on. Without, as with that of 6.12, which was recorded, they are split,
+and pages of one that is mapped page by page stay."""
 
 PROT_NONE = 0x00
 PROT_READ = 0x01
@@ -214,7 +216,8 @@ class Dmirror(Device):
         moved_count = 0
         for low in range(start, end, MIGRATE_PAGES_MAX):
             large = bool(self.flags & COMPOUND) and self.spec.maps_huge
-            moved = await context.migrate_in(low, min(low + MIGRATE_PAGES_MAX, end), "user", compound=large)
+            select = SELECT_SYSTEM if self.flags & COMPOUND else SELECT_SYSTEM | SELECT_PARTS_STAY
+            moved = await context.migrate_in(low, min(low + MIGRATE_PAGES_MAX, end), "user", compound=large, select=select)
             moved_count += moved.count
             if moved.errno:
                 raise KernelError(moved.errno, "migrate_vma_setup", "a mapping in the range cannot migrate; what lies before it has moved")

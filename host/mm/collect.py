@@ -122,7 +122,7 @@ def _collect(mm: Mm, migration: Migration, select: Select, told: Told) -> None:
         free = _free_to_go(mm.memory, frames, migration.fault_frame, whole)
         if mm.memory.points.armed:
             free &= lucky(mm, pages[rows], "migrate.trylock", "migrate.count")
-        if not free.all() and mm.memory.bits_in_any(frames.frames[~free], "flags") & COMPOUND:
+        if not free.all() and not select & Select.PARTS_STAY and mm.memory.bits_in_any(frames.frames[~free], "flags") & COMPOUND:
             free &= ~_behind_large(migration, rows, frames, free)
         if not free.all():
             rows = rows[free]

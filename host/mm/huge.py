@@ -182,9 +182,15 @@ def split_entries(mm: Mm, block: int) -> None:
     mm.small_blocks.add(block)
 
 
-def large(mm: Mm, pages: Words, *, compound: bool = False) -> list[Large]:
-    """What has to be split before `pages` can migrate: their large folios, and the huge zero page. With `compound`, not what goes whole."""
+def large(mm: Mm, pages: Words, *, compound: bool = False, parts_stay: bool = False) -> list[Large]:
+    """What has to be split before `pages` can migrate: their large folios, and the huge zero page. With `compound`, not what goes whole.
+
+    With `parts_stay`, not folios that are mapped page by page.
+    """
     entries = mm.table.gather(pages)
+    if parts_stay:
+        whole = entries & pte.HUGE != 0
+        pages, entries = pages[whole], entries[whole]
     if compound and np.count_nonzero(entries & pte.HUGE):
         blocks, counts = np.unique(pages[entries & pte.HUGE != 0] & ~_BLOCK, return_counts=True)
         apart = ~np.isin(pages & ~_BLOCK, blocks[counts == HUGE_PAGES])

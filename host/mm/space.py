@@ -134,9 +134,9 @@ class Space(Advice):
             return f"lies in the mapping {there}, which is of a kind that does not migrate"
         return ""
 
-    def large(self, pages: Words, *, compound: bool = False) -> list[Large]:
+    def large(self, pages: Words, *, compound: bool = False, parts_stay: bool = False) -> list[Large]:
         """See `huge.large`."""
-        return large(self.mm, pages, compound=compound)
+        return large(self.mm, pages, compound=compound, parts_stay=parts_stay)
 
     def collect(self, pages: Words, select: Select, owner: int, fault_frame: int | None = None, told: Told = NOBODY) -> Migration:
         """migrate_vma_collect and migrate_vma_unmap (A4): `pages` ascend, in VMAs that `check_migratable` passed.

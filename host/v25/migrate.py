@@ -39,7 +39,7 @@ from .pfn import (
     frames_of,
 )
 
-EVERYTHING = Select.SYSTEM | Select.DEVICE_PRIVATE | Select.DEVICE_COHERENT | Select.ANY_OWNER
+EVERYTHING = Select.SYSTEM | Select.DEVICE_PRIVATE | Select.DEVICE_COHERENT | Select.ANY_OWNER | Select.PARTS_STAY
 _USED = np.uint64(MIGRATE_PFN_VALID | MIGRATE_PFN_LOCKED)
 
 

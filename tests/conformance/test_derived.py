@@ -16,7 +16,7 @@ from hmmnet.play.script import read_scripts
 from tests.conformance.test_recordings import RECORDINGS, complaint, played
 
 DERIVED = Path(__file__).parent / "derived.traces"
-SCRIPTS = 40
+SCRIPTS = 44
 
 
 @pytest.mark.parametrize("backwards", [False, True], ids=["forwards", "backwards"])

@@ -14,7 +14,8 @@ import pytest
 
 from hmmnet.errors import BusError, KernelError
 from hmmnet.host.hub import Hub
-from hmmnet.host.interfaces import Select
+from hmmnet.host.interfaces import Migration, Select
+from hmmnet.host.migrate import collect
 from hmmnet.host.mm import huge, pte
 from hmmnet.host.mm.space import Space
 from hmmnet.host.mm.vma import VM_HUGETLB
@@ -216,6 +217,27 @@ async def test_migrating_a_part_splits_the_folio_for_all() -> None:
         migration = space.collect(np.arange(FIRST + HUGE_PAGES, FIRST + HUGE_PAGES + 2, dtype=np.uint64), Select.SYSTEM, 64)
     assert migration.cpages == 0
     space.put_pages(held)
+    machine.check()
+
+
+@pytest.mark.parametrize("stay", [False, True])
+async def test_a_folio_that_is_mapped_page_by_page_is_split_or_stays(*, stay: bool) -> None:
+    """Today it is split, and its pages go; up to 6.18 they stay (PageTransCompound), and a page that is new there goes all the same."""
+    machine = Machine()
+    space = await hugepage(machine, 1)
+    await space.store(BASE, page_bytes(1) * 8)
+    await space.madvise(BASE + 2 * PAGE, PAGE, "DONTNEED")
+    await space.store(BASE + 2 * PAGE, page_bytes(2))
+    parts: list[Migration] = []
+    select = Select.SYSTEM | (Select.PARTS_STAY if stay else 0)
+    async with space.mmap_lock.read():
+        await collect(parts, space, machine.spaces, FIRST, FIRST + 4, select, 64)
+        (part,) = parts
+        moving = (part.source & 2 != 0).tolist()
+        space.migrate_pages(part)  # without targets nothing moves
+        space.migrate_finalize(part)
+    assert moving == ([False, False, True, False] if stay else [True] * 4)
+    assert await space.load(BASE, 8 * PAGE) == page_bytes(1) * 2 + page_bytes(2) + page_bytes(1) * 5
     machine.check()
 
 
