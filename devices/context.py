@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from errno import EBUSY, EFAULT
 from itertools import pairwise
 
@@ -23,18 +23,15 @@ import numpy as np
 import numpy.typing as npt
 import trio
 
-from hmmnet.errors import KernelError, ProtocolError
+from hmmnet.errors import KernelError
 from hmmnet.pages import (
     HUGE_PAGES,
     HUGE_SHIFT,
     LARGE,
-    MIGRATE_PFN_COMPOUND,
     MIGRATE_PFN_MIGRATE,
     MIGRATE_PFN_WRITE,
     PAGES_MAX,
     Words,
-    among,
-    from_wire,
     has_large,
     page_by_page,
     pages_in,
@@ -46,9 +43,11 @@ from hmmnet.wire.messages import Migrate, RangeFault
 from .access import Foreign
 from .bus import SELECT_COMPOUND, SELECT_DEVICE_COHERENT, SELECT_DEVICE_PRIVATE, SELECT_SYSTEM, Bus
 from .copyengine import CopyEngines
+from .listed import Moved, matched, positioned, positions
 from .locks import RangeLock
-from .memory import PAGES_PER_LIST_MAX, Memory
+from .memory import Memory
 from .mirror import Mirror, Subscription, Watch, frames_of
+from .traffic import Traffic
 
 Bytes = npt.NDArray[np.uint8]
 RETRIES_MAX = 1000
@@ -85,54 +84,6 @@ class _Dma:
     first: int
     last: int
     ended: trio.Event = field(default_factory=trio.Event)
-
-
-@dataclass
-class Traffic:
-    """Counters of what a context moved."""
-
-    migrations: int = 0
-    pages_in: int = 0
-    pages_out: int = 0
-    remote_read_bytes: int = 0
-    remote_written_bytes: int = 0
-
-    def as_map(self) -> dict[str, int]:
-        """By name."""
-        return {name: getattr(self, name) for name in TRAFFIC_FIELDS}
-
-    def since(self, earlier: Traffic) -> Traffic:
-        """What was added after the copy `earlier` was taken."""
-        return Traffic(*(getattr(self, name) - getattr(earlier, name) for name in TRAFFIC_FIELDS))
-
-    def add(self, other: Traffic) -> None:
-        """Take another's counts in."""
-        for name in TRAFFIC_FIELDS:
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-
-
-TRAFFIC_FIELDS = tuple(one.name for one in fields(Traffic))
-
-
-@dataclass(frozen=True)
-class Moved:
-    """What a migration did: the pages that moved, in order, and the errno at which it stopped early (0: it did not)."""
-
-    listed: Words
-    """The pages, large ones marked."""
-    tried_until: int
-    """The device had no frames left for pages from here on."""
-    errno: int = 0
-
-    @property
-    def pages(self) -> Words:
-        """The pages, one by one."""
-        return page_by_page(self.listed)
-
-    @property
-    def count(self) -> int:
-        """How many pages."""
-        return pages_in(self.listed)
 
 
 class Context:
@@ -476,58 +427,5 @@ def cut(start: int, end: int, most: int) -> list[tuple[int, int]]:
     return [(low, high) for low, high in pairwise(edges) if low < high]
 
 
-def positions(start: int, words: Words) -> Words:
-    """The pages that MIGRATE_PFN `words` of a range from `start` on are for, large ones marked."""
-    large = words & np.uint64(MIGRATE_PFN_COMPOUND) != 0
-    counts = np.where(large, HUGE_PAGES, 1)
-    pages = (np.cumsum(counts) - counts + start).astype(np.uint64)
-    pages[large] |= np.uint64(LARGE)
-    return pages
-
-
-def positioned(start: int, end: int, pages: Words, frames: Words) -> Words:
-    """`frames`, for `pages` of [start, end), position by position: 0 for pages that are not among them."""
-    if pages_in(pages) == end - start:
-        return frames
-    gaps = np.setdiff1d(np.arange(start, end, dtype=np.uint64), page_by_page(pages), assume_unique=True)
-    order = np.argsort(np.concatenate((pages & _PAGE, gaps)), kind="stable")
-    return np.concatenate((frames, np.zeros(len(gaps), np.uint64)))[order]
-
-
-def matched(start: int, words: Words, pages: Words, frames: Words) -> tuple[Words, Words, Words]:
-    """The host's `words` for a range, `pages` and the `frames` offered for them, one for one.
-
-    A huge page for which the host answers page by page goes page by page; words for what nothing was offered for are left out. Raises
-    ProtocolError for a huge page where none was offered.
-    """
-    answered = positions(start, words)
-    if np.array_equal(answered, pages):
-        return words, pages, frames
-    apart = (pages >= np.uint64(LARGE)) & ~among(pages, answered)
-    if apart.any():
-        pages, frames = (np.concatenate((listed[~apart], page_by_page(listed[apart]))) for listed in (pages, frames))
-        order = np.argsort(pages & _PAGE, kind="stable")
-        pages, frames = pages[order], frames[order]
-    if len(answered) != len(pages) or not np.array_equal(answered, pages):
-        known = among(answered, pages)
-        if has_large(answered[~known]) or int(np.count_nonzero(known)) != len(pages):
-            raise ProtocolError("the host's Migrated has words for huge pages that were not offered, or none for pages that were")
-        words = words[known]
-    return words, pages, frames
-
-
 def _too_fast(start: int, end: int) -> KernelError:
     return KernelError(EBUSY, "hmm_range_fault", f"pages [0x{start:x}, 0x{end:x}) changed faster than they could be read")
-
-
-def pages_listed(raw: bytes, what: str) -> Words:
-    """The page list in `raw`, large pages marked. Raises ProtocolError for half a word, and for a page that no address space has."""
-    if len(raw) % 8:
-        raise ProtocolError(f"{what} has {len(raw)} bytes; a page list is whole 64-bit words")
-    pages = from_wire(raw)
-    if pages_in(pages) > PAGES_PER_LIST_MAX:
-        raise ProtocolError(f"{what} stands for {pages_in(pages)} pages; at most {PAGES_PER_LIST_MAX} are taken")
-    last = (pages & _PAGE).max() if len(pages) else 0
-    if last >= PAGES_MAX:
-        raise ProtocolError(f"{what} names page 0x{int(last):x}, which no address space has")
-    return pages

@@ -25,12 +25,13 @@ from hmmnet.pages import PAGE_SHIFT, Words
 from hmmnet.wire import crashes
 
 from .access import Access, AccessError, Array, JobError, Kernel, Load, LoadRange, Request, Steps, Update, open_access
-from .context import Context, Traffic
+from .context import Context
 from .faultbuffer import Ticket
 from .mirror import allows, frames_of
 from .policy import BadPlan
 from .servicing import FaultService
 from .spec import Spec
+from .traffic import Traffic
 
 UPDATE_REPLAYS_MAX = 64
 """Replays of an atomic access: two devices that want a page which neither can have would take its mapping from each other for ever."""

@@ -23,17 +23,19 @@ import trio
 
 from hmmnet.devices import injection
 from hmmnet.devices.bus import SELECT_SYSTEM, Bus
-from hmmnet.devices.context import Context, MirroredProcess, Traffic, pages_listed
+from hmmnet.devices.context import Context, MirroredProcess
 from hmmnet.devices.copyengine import CopyEngines
 from hmmnet.devices.engine import Engine, JobOutcome
 from hmmnet.devices.faultbuffer import BATCH_PAGES
 from hmmnet.devices.kernels import kernel_names, load_kernel
+from hmmnet.devices.listed import pages_listed
 from hmmnet.devices.memory import Memory
 from hmmnet.devices.mirror import Mirror
 from hmmnet.devices.policy import policy_names
 from hmmnet.devices.servicing import FaultService, ServiceCounts
 from hmmnet.devices.shared import shared_arena
 from hmmnet.devices.spec import Spec
+from hmmnet.devices.traffic import Traffic
 from hmmnet.errors import KernelError, PeerError, ProtocolError
 from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.fabric.dma import BulkReceiver, BulkSender

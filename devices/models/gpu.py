@@ -17,7 +17,8 @@ from collections.abc import Awaitable, Callable
 from errno import EINVAL
 
 from hmmnet.devices.bus import SELECT_DEVICE_COHERENT, SELECT_DEVICE_PRIVATE, SELECT_PEERS, SELECT_SYSTEM
-from hmmnet.devices.context import MIGRATE_PAGES_MAX, Context, Moved, cut
+from hmmnet.devices.context import MIGRATE_PAGES_MAX, Context, cut
+from hmmnet.devices.listed import Moved
 from hmmnet.errors import KernelError
 from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, PAGES_MAX
 from hmmnet.wire.messages import Ioctl, IoctlDone
