@@ -19,6 +19,7 @@ import numpy as np
 import trio
 
 from hmmnet.errors import BusError, HmmnetError, IommuFault, KernelError, PeerError, SegmentationFault, SignalError
+from hmmnet.faults.controls import EVERY, decides
 from hmmnet.pages import PAGE_SIZE
 from hmmnet.program import Process
 from hmmnet.sim import SimulatedMachine, Trace
@@ -232,6 +233,8 @@ class Crew:
         """A message of `device` was sent."""
         self.messages[kind] += 1
         number = (kind, self.messages[kind])
+        if (kind, EVERY) in self._awaited and decides(self.messages[kind]):
+            number = (kind, EVERY)
         if number in self._awaited:
             self._senders[number] = device
             self._awaited[number].set()
@@ -467,7 +470,10 @@ class Crew:
         try:
             old = await work(self.counters.base + which * WORD_BYTES)
         except BaseException as error:
-            self.adds_sure &= refused(error)
+            if refused(error):
+                counter.add_refused()
+            else:
+                self.adds_sure = False
             raise
         wrong = counter.add_ends(began, old)
         if wrong and self.adds_sure:

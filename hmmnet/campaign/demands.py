@@ -14,10 +14,10 @@ from hmmnet.errors import HmmnetError
 from hmmnet.sleeping import sleep
 
 from .audit import Auditor
-from .crew import Crew
+from .crew import COUNTERS, Crew
 from .history import Words
 from .operations import launched
-from .regions import RIGHTS, WORDS_PER_PAGE, Region
+from .regions import RIGHTS, WORD_BYTES, WORDS_PER_PAGE, Region
 
 CALM_S = 0.05
 """Virtual seconds after work without harm, until what is freed late is free."""
@@ -69,10 +69,21 @@ async def last_check(crew: Crew) -> None:
         region.rights[:] = RIGHTS["rw"]
         for page in range(region.pages):
             await _whole_page(crew, region, page)
+    await crew.attempt("the last check", lambda: _counters(crew))
     region = crew.regions[1]
     for number, device in enumerate(crew.machine.device_names):
         await _device_check(crew, region, device, CHECKED_SERIAL + number)
     crew.note(f"checked {len(program.steps)} steps")
+
+
+async def _counters(crew: Crew) -> None:
+    """Counters have counted, unless an addition failed, or their page was lost."""
+    assert crew.counters is not None, "a region of counters is mapped first"
+    values = np.frombuffer(await crew.process.read(crew.counters.base, COUNTERS * WORD_BYTES), np.uint64)
+    for number, (counter, value) in enumerate(zip(crew.adds, values.tolist(), strict=True)):
+        wrong = counter.is_over(value)
+        if wrong and crew.adds_sure:
+            crew.complain("history", f"the last check: counter {number}: {wrong}")
 
 
 async def _whole_page(crew: Crew, region: Region, page: int) -> None:

@@ -353,9 +353,15 @@ class Counter:
         self._begun += 1
         return self.clock.tick()
 
+    def add_refused(self) -> None:
+        """One that had begun has not been done, and will not be."""
+        self._begun -= 1
+
     def add_ends(self, began: int, old: int) -> str:
         """It returned `old`; what is wrong with that."""
         wrong = self.load_ends(began, old)
+        if old >= self._begun:
+            wrong = f"{old} was there before this addition, of {self._begun} so far: one was done twice"
         if old in self._seen:
             wrong = f"two additions found {old}: one is lost"
         self._seen.add(old)
@@ -369,6 +375,11 @@ class Counter:
             return f"{value} is older than {floor}, which somebody had seen before"
         self._raise(value)
         return f"{value} is more than the {self._begun} additions so far" if value > self._begun else ""
+
+    def is_over(self, value: int) -> str:
+        """No addition is under way, and none has failed; what is wrong with a load that returns `value` then."""
+        done = len(self._seen)
+        return "" if value == done else f"{value} is not the number of additions, which is {done}"
 
     def _raise(self, least: int) -> None:
         if least > self._floors[-1][1]:

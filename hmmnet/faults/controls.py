@@ -2,10 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from random import Random
 
 from hmmnet.errors import HmmnetError
+
+EVERY = 1 << 40
+"""From here on `nth` is none that ever comes: of each occurrence it is asked whether this is the one (`decided_by`)."""
+Decide = Callable[[int], bool]
+"""Takes which occurrence it is, from 1 on."""
+_decides: ContextVar[Decide | None] = ContextVar("decides", default=None)
+
+
+@contextmanager
+def decided_by(decide: Decide) -> Iterator[None]:
+    """Who decides about faults that are made in the block, and in tasks that begin in it, with an `nth` of `EVERY` or more."""
+    token = _decides.set(decide)
+    try:
+        yield
+    finally:
+        _decides.reset(token)
+
+
+def decides(occurrence: int) -> bool:
+    """Whether who decides here takes that occurrence; nobody takes none."""
+    decide = _decides.get()
+    return decide is not None and decide(occurrence)
 
 
 @dataclass(frozen=True)
@@ -56,7 +81,7 @@ class Chance:
         controls, tally = self.controls, self._tally
         tally.seen += 1
         if controls.nth:
-            happens = tally.seen == controls.nth
+            happens = tally.seen == controls.nth if controls.nth < EVERY else decides(tally.seen)
         elif tally.fired == controls.times:
             happens = False
         elif tally.passed_bytes < controls.space:
