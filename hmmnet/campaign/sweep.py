@@ -4,6 +4,9 @@ As the kernel's fail-nth: with *n* = 1, 2, 3 ... the *n*-th time that a point is
 is hit, and the sweep of that pair ends when a whole run goes by without a hit. No chance is left: what the scenario can reach is hit. Only
 points that are reached once for each page of a huge page are not hit at all of them: one of its pages is like another.
 
+Up to the hit a run is as without it, and costs as much. So where it can be, one run is made for all times of a pair, and a child is forked
+off at each, in which the fault happens (`forks`).
+
 After each hit everything is healed, and everything that a campaign demands must hold. How a run ended, compared with the scenario alone:
 
 - ``same``: as many operations ended well;
@@ -22,11 +25,17 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
 
+from hmmnet.faults.controls import EVERY
+from hmmnet.faults.points import HOSTS_OWN
+
+from .campaign import collect_rarely, rarely_collected
 from .crew import Outcome
-from .nemesis import BYE
+from .forks import Forks, can_fork
+from .machines import topology_of
+from .nemesis import BYE, LETHAL
 from .places import Pair, pairs
 from .program import Program
-from .trial import run_program
+from .trial import Verdict, run_program
 from .words import DEATH
 
 OUTCOMES = ("same", "refused", "lost", "wrong")
@@ -81,8 +90,12 @@ def alone(base: Program) -> Outcome:
 
 def try_pair(pair: Pair, base: Program, nth: int) -> Hits:
     """Run the scenario with that fault at that time."""
-    verdict = run_program(pair.program(base, nth))
-    before, outcome = alone(base), verdict.outcome
+    return _judged(pair, alone(base), run_program(pair.program(base, nth)))
+
+
+def _judged(pair: Pair, before: Outcome, verdict: Verdict) -> Hits:
+    """What came of a run, compared with the scenario `before`."""
+    outcome = verdict.outcome
     name = f"{pair.fault} at {pair.place}" if pair.kind == "point" else "message" if pair.fault == DEATH else pair.fault
     hit = outcome.faults[name] > before.faults[name]
     if verdict.violations:
@@ -103,13 +116,36 @@ def try_all(pair: Pair, bases: list[Program], nth_max: int, *, first_only: bool)
 def _until_missed(pair: Pair, base: Program, nth_max: int) -> Iterator[tuple[int, Hits]]:
     if not alone(base).reached[pair.place] and pair.place != BYE:
         return  # up to the hit a run is as without it: what is never reached cannot be hit
-    nth = 0
-    while (nth := nth * 2 if pair.place in PER_PAGE and nth >= PAGES_EACH else nth + 1) <= nth_max:
+    if nth_max > 1 and can_fork(base.machine):
+        yield from forked(pair, base, nth_max)
+        return
+    for nth in _times(pair, nth_max):
         found = try_pair(pair, base, nth)
         if found.hit or found.outcome == "wrong":
             yield nth, found
         if not found.hit:
             return
+
+
+def _times(pair: Pair, nth_max: int) -> Iterator[int]:
+    """Which times are hit, if there are so many."""
+    nth = 0
+    while (nth := nth * 2 if pair.place in PER_PAGE and nth >= PAGES_EACH else nth + 1) <= nth_max:
+        yield nth
+
+
+def forked(pair: Pair, base: Program, nth_max: int) -> list[tuple[int, Hits]]:
+    """The pair at each time: what `try_pair` says of each, from one run (`forks`), or one for each device that may be meant."""
+    before, wanted = alone(base), frozenset(_times(pair, nth_max))
+    devices = len(topology_of(base.machine).device_names) if pair.fault in LETHAL and pair.place.startswith(HOSTS_OWN) else 1
+    found: list[tuple[int, Hits]] = []
+    for turn in range(devices):  # at points that concern no device, the `nth` of all devices is meant
+        forks: Forks[Hits] = Forks(frozenset(nth for nth in wanted if nth % devices == turn))
+        own = forks.run(lambda: _judged(pair, before, run_program(pair.program(base, EVERY + turn))))  # noqa: B023 - it is called here
+        found += [(nth, hits) for nth, hits in forks.results if hits.hit or hits.outcome == "wrong"]
+        if own.outcome == "wrong":
+            found.append((0, own))
+    return sorted(found, key=lambda one: one[0])
 
 
 def sweep(
@@ -152,9 +188,10 @@ def _do(work: Work) -> list[Tried]:
 def _results(work: list[Work], jobs: int) -> Iterator[Iterator[list[Tried]]]:
     """The runs of each piece of work, in order."""
     if jobs == 1:
-        yield map(_do, work)
+        with rarely_collected():
+            yield map(_do, work)
         return
-    with ProcessPoolExecutor(jobs) as pool:
+    with ProcessPoolExecutor(jobs, initializer=collect_rarely) as pool:
         try:
             yield _pooled(pool, iter(work), jobs * AHEAD)
         finally:

@@ -4,11 +4,15 @@ Tasks that become runnable in the same instant may run in any order; trio shuffl
 on one. Seeded, and with the tasks in a fixed order before the shuffle, that generator makes a run repeatable and still tries other orders
 with other seeds. trio has no public name for either; testing libraries reach for the same two (`_r`, `_ALLOW_DETERMINISTIC_SCHEDULING`).
 Nor has it one for who waits in `wait_all_tasks_blocked`, which a clock that jumps has to know (`tasks_wait_for_idle`), nor for the scopes
-that tasks are in (`drop_shields`).
+that tasks are in (`drop_shields`), nor for the files in which the scheduler waits for the world outside, which a run that is forked must not
+share (`part`).
 """
 
 from __future__ import annotations
 
+import os
+import select
+import socket
 from collections.abc import Iterator, MutableSequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -73,3 +77,38 @@ def drop_shields() -> None:
         while status is not None:
             status._scope.shield = False  # noqa: SLF001
             status = status.parent
+
+
+EPOLL, REGISTERED, FORCED, ENTRIES = "_epoll", "_registered", "_force_wakeup", "entry_queue"
+"""Of what the scheduler waits with: its epoll set, what is registered there, and who wakes it."""
+
+
+def can_part() -> bool:
+    """Whether `part` knows what the scheduler of this trio run waits with."""
+    runner = trio_run.GLOBAL_RUN_CONTEXT.runner
+    waits: Any = runner.io_manager
+    pairs = (getattr(waits, FORCED, None), getattr(getattr(runner, ENTRIES, None), "wakeup", None))
+    known = all(isinstance(getattr(pair, "write_sock", None), socket.socket) for pair in pairs)
+    return known and isinstance(getattr(waits, EPOLL, None), select.epoll) and isinstance(getattr(waits, REGISTERED, None), dict)
+
+
+def part() -> None:
+    """In a process that was forked inside a trio run: from now on the run here and the one that it came of share no files.
+
+    An epoll set is the same in both, whoever changes it, and so are the sockets that wake it: each is replaced by one of its own, under the
+    same number.
+    """
+    runner = trio_run.GLOBAL_RUN_CONTEXT.runner
+    waits: Any = runner.io_manager
+    forced = getattr(waits, FORCED)
+    for pair in (forced, runner.entry_queue.wakeup):
+        for old, new in zip((pair.wakeup_sock, pair.write_sock), socket.socketpair(), strict=True):
+            new.setblocking(False)
+            os.dup2(new.fileno(), old.fileno(), inheritable=False)
+            new.close()
+    epoll, fresh = getattr(waits, EPOLL), select.epoll()
+    os.dup2(fresh.fileno(), epoll.fileno(), inheritable=False)
+    fresh.close()
+    epoll.register(forced.wakeup_sock, select.EPOLLIN)
+    for file, waiters in getattr(waits, REGISTERED).items():
+        epoll.register(file, waiters.current_flags | select.EPOLLONESHOT)
