@@ -4,8 +4,8 @@ Tasks that become runnable in the same instant may run in any order; trio shuffl
 on one. Seeded, and with the tasks in a fixed order before the shuffle, that generator makes a run repeatable and still tries other orders
 with other seeds. trio has no public name for either; testing libraries reach for the same two (`_r`, `_ALLOW_DETERMINISTIC_SCHEDULING`).
 Nor has it one for who waits in `wait_all_tasks_blocked`, which a clock that jumps has to know (`tasks_wait_for_idle`), nor for the scopes
-that tasks are in (`drop_shields`), nor for the files in which the scheduler waits for the world outside, which a run that is forked must not
-share (`part`).
+that tasks are in (`drop_shields`), nor for the files in which the scheduler waits for the world outside, which a run that is forked must
+not share (`part`).
 """
 
 from __future__ import annotations
