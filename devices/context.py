@@ -224,10 +224,11 @@ class Context:
         )
 
     async def make_exclusive(self, start: int, end: int, *, folios: bool = False) -> int:
-        """make_device_exclusive_range on [start, end) in one slab; returns how many pages were had. None is mapped unless all could be.
+        """make_device_exclusive on [start, end) in one slab; returns how many pages were had, which are mapped.
 
-        With `folios` as Linux 6.12 did it, whose driver mapped what it had of a range that could be written. Raises KernelError: EFAULT or
-        EOPNOTSUPP when not even the first can be had, ENOMEM, EBUSY when others take them back all the time.
+        With `folios` make_device_exclusive_range, as in Linux 6.12, whose driver mapped what it had only of a range that could be written
+        whole. Raises KernelError: EFAULT or EOPNOTSUPP when not even the first can be had, ENOMEM, EBUSY when others take them back all
+        the time.
         """
         subscription = await self.subscription(start)
         async with self.process.turns.hold(start, end):
@@ -235,7 +236,7 @@ class Context:
                 sequence, words = await self._bus.make_exclusive(self.number, subscription.number, start, end - start, folios=folios)
                 if subscription.sequence == sequence:
                     had = np.flatnonzero(words).astype(np.uint64)
-                    if len(words) == end - start:
+                    if len(words) == end - start or not folios:
                         for low, high in pairwise(run_bounds(had).tolist()):
                             self.mirror.program_exclusive(start + int(had[low]), words[had[low:high]])
                     return len(had)

@@ -74,8 +74,10 @@ TOUCHED = "cpu fault"
 """The cause of a migration that a CPU waits for."""
 
 
-def _no_room(pages: int, injected: str = "") -> KernelError:
-    wants = "a page wants" if pages == 1 else f"{pages} pages want"
+def _no_room(pages: int, injected: str, page: int, process: int) -> KernelError:
+    """Why `pages`, the first of them `page` of a process (0: an eviction by frame), cannot come home."""
+    where = f", 0x{page:x} of process {process}{' the first' if pages > 1 else ''}," if process else ""
+    wants = f"a page{where} wants" if pages == 1 else f"{pages} pages{where} want"
     if injected:
         return KernelError(errno.ENOMEM, "migrate_to_ram", f"{wants} to come home; {injected}")
     return OutOfMemory(errno.ENOMEM, "migrate_to_ram", f"{wants} to come home and the host's memory is used up", pages)
@@ -84,12 +86,14 @@ def _no_room(pages: int, injected: str = "") -> KernelError:
 class HostFrames:
     """Host frames for `count` pages on their way home, from `node` if it has room (`interfaces.Destination`).
 
-    From each of the positions `huge` on, 512 belong to a huge page, which gets an aligned run if there is one.
+    From each of the positions `huge` on, 512 belong to a huge page, which gets an aligned run if there is one. `first`: the first of the
+    pages, and whose it is, for who asks why there is no room.
     """
 
-    __slots__ = ("_count", "_frames", "_huge", "_memory", "_node")
+    __slots__ = ("_count", "_first", "_frames", "_huge", "_memory", "_node")
 
-    def __init__(self, memory: PhysicalMemory, count: int, node: int, huge: Sequence[int] = ()) -> None:
+    def __init__(self, memory: PhysicalMemory, count: int, node: int, huge: Sequence[int] = (), first: tuple[int, int] = (0, 0)) -> None:
+        self._first = first
         self._memory = memory
         self._node = node
         self._count = count
@@ -102,7 +106,7 @@ class HostFrames:
             lacks = self._memory.points.armed and self._memory.points.fails("host.alloc.home", pages=self._count)
             self._frames = None if lacks else self._allocated()
             if self._frames is None:
-                raise _no_room(self._count, self._memory.points.why("host.alloc.home") if lacks else "")
+                raise _no_room(self._count, self._memory.points.why("host.alloc.home") if lacks else "", *self._first)
         return self._frames
 
     def _allocated(self) -> Words | None:
@@ -308,7 +312,7 @@ class Homing:
         frames = source[going] >> SHIFT
         points, first, count = space.points, int(pages[0]), len(pages)
         huge = [at for at in whole_blocks(migration.saved[going], pages) if not refuse()]
-        destination = HostFrames(self._memory, len(pages), space.node, huge)
+        destination = HostFrames(self._memory, len(pages), space.node, huge, (first, space.number))
         try:
             if points.armed:
                 await _at("home.collected", space, link, first, count)
@@ -343,7 +347,7 @@ class Homing:
             lacks = points.armed and points.fails("host.alloc.home", pages=1)
             target = 0 if lacks else self._memory.allocate_bare(space.node) or 0
             if not target:
-                raise _no_room(1, points.why("host.alloc.home") if lacks else "")
+                raise _no_room(1, points.why("host.alloc.home") if lacks else "", page, space.number)
             return target
 
         try:

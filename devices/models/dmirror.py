@@ -54,7 +54,8 @@ from .gpu import page_arguments
 Bytes = npt.NDArray[np.uint8]
 
 WINDOW_PAGES = 64
-"""The length of the driver's pfn arrays in Linux 6.12, which was recorded (32 today): pages of one hmm_range_fault."""
+WINDOW_PAGES_TODAY = 32
+"""The length of the driver's pfn arrays in Linux 6.12, which was recorded, and today (with `COMPOUND`): pages of one hmm_range_fault."""
 SNAPSHOT_WINDOW_PAGES = 1 << 16
 """Pages of one snapshot request; the original's 64 would be a message each, and a window more or less cannot be told from outside."""
 BOUNCE_PAGES_MAX = 1 << 18
@@ -182,12 +183,13 @@ class Dmirror(Device):
     async def _fault(self, context: Context, start: int, end: int, *, write: bool, unlocked: bool) -> None:
         """dmirror_fault: hmm_range_fault window by window."""
         flags = HMM_PFN_REQ_FAULT | (HMM_PFN_REQ_WRITE if write else 0)
-        for first in range(start, end, WINDOW_PAGES):
+        window = WINDOW_PAGES_TODAY if self.flags & COMPOUND else WINDOW_PAGES
+        for first in range(start, end, window):
 
             def program(at: int, words: Words) -> None:
                 self._program_window(context, at, words, write=write)
 
-            await context.range_fault(first, min(first + WINDOW_PAGES, end), flags, program=program, unlocked=unlocked)
+            await context.range_fault(first, min(first + window, end), flags, program=program, unlocked=unlocked)
 
     def _program_window(self, context: Context, start: int, words: Words, *, write: bool) -> None:
         """dmirror_do_fault. Raises KernelError(EFAULT) at the first entry without the right asked for; those before it are programmed.
@@ -220,7 +222,7 @@ class Dmirror(Device):
             moved = await context.migrate_in(low, min(low + MIGRATE_PAGES_MAX, end), "user", compound=large, select=select)
             moved_count += moved.count
             if moved.errno:
-                raise KernelError(moved.errno, "migrate_vma_setup", "a mapping in the range cannot migrate; what lies before it has moved")
+                raise _unmigratable(moved.errno, low, min(low + MIGRATE_PAGES_MAX, end))
         if not message.stream_out:
             return IoctlDone(moved_count, 0)
         return await self._read_back(context, message, start, end)
@@ -243,7 +245,7 @@ class Dmirror(Device):
             moved = await context.migrate_out(low, min(low + MIGRATE_PAGES_MAX, end), "user")
             moved_count += moved.count
             if moved.errno:
-                raise KernelError(moved.errno, "migrate_vma_setup", "a mapping in the range cannot migrate; what lies before it has moved")
+                raise _unmigratable(moved.errno, low, min(low + MIGRATE_PAGES_MAX, end))
         return IoctlDone(moved_count, 0)
 
     async def _evict_all(self, cause: str) -> None:
@@ -262,20 +264,26 @@ class Dmirror(Device):
     # --- exclusive access -----------------------------------------------------------------------------------------------------
 
     async def _exclusive(self, context: Context, message: Ioctl, start: int, end: int) -> IoctlDone:
-        """dmirror_exclusive: window by window, and each window wholly or not at all; then what can be read through the mirror."""
-        for first in range(start, end, WINDOW_PAGES):
-            stop = min(first + WINDOW_PAGES, end)
-            today = bool(self.flags & COMPOUND)
-            try:
-                got = await context.make_exclusive(first, stop, folios=not today)
-            except KernelError:
-                if today:
-                    raise
-                got = 0  # as the driver of 6.12: whatever make_device_exclusive_range says, a window that is not had is EBUSY
-            if got < stop - first:
-                why = f"page 0x{first + got:x} cannot be had exclusively; the windows of {WINDOW_PAGES} pages before its own are exclusive"
-                raise KernelError(EBUSY, "dmirror_exclusive", why)
+        """dmirror_exclusive, today page by page; then what can be read through the mirror.
+
+        Today the page that cannot be had says why: EFAULT (no right to write), EOPNOTSUPP (no anonymous memory); those before it are had.
+        """
+        at = start
+        while at < end and self.flags & COMPOUND:
+            at += await context.make_exclusive(at, min(at + WINDOW_PAGES, end), folios=False)
+        for first in range(at, end, WINDOW_PAGES):
+            await self._exclusive_window(context, first, min(first + WINDOW_PAGES, end))
         return await self._read_back(context, message, start, end)
+
+    async def _exclusive_window(self, context: Context, first: int, stop: int) -> None:
+        """The driver of 6.12: whatever make_device_exclusive_range says, a window that is not had whole is EBUSY, and is not mapped."""
+        try:
+            got = await context.make_exclusive(first, stop, folios=True)
+        except KernelError:
+            got = 0
+        if got < stop - first:
+            why = f"page 0x{first + got:x} cannot be had exclusively; the windows of {WINDOW_PAGES} pages before its own are exclusive"
+            raise KernelError(EBUSY, "dmirror_exclusive", why)
 
     async def _check_exclusive(self, context: Context, message: Ioctl, start: int, end: int) -> IoctlDone:  # noqa: ARG002 - one shape for all commands
         """dmirror_check_atomic: EPERM while the mirror holds a page of the range for exclusive access."""
@@ -314,6 +322,12 @@ class Dmirror(Device):
         out[foreign] = PROT_PRIVATE_REMOTE | np.where(words[foreign] & _WRITE != 0, PROT_WRITE, PROT_READ)
         out[words & _ERROR != 0] = PROT_ERROR
         return out
+
+
+def _unmigratable(code: int, start: int, end: int) -> KernelError:
+    """What a migration of [start, end) ends with that met a mapping, or a hole, that cannot take part."""
+    why = f"not all of pages [0x{start:x}, 0x{end:x}) lies in mappings that can migrate; what lies before the first that cannot has moved"
+    return KernelError(code, "migrate_vma_setup", why)
 
 
 def check_bounce(start: int, end: int) -> None:

@@ -124,7 +124,7 @@ def touch_one(mm: Mm, vma: Vma, page: int, write: bool) -> bool:
         mm.anon_prepare(vma)
         frame = mm.memory.allocate_one(vma.anon, page - vma.start + vma.pgoff, mm.node, mm.cgroup)
         if frame is None:
-            raise mm.out_of_memory("page fault", 1)
+            raise mm.out_of_memory("page fault", np.array([page], np.uint64))
         mm.rss += 1
         entry = pte.entry(pte.PRESENT, frame, pte.FRESH_WRITE)
     else:
@@ -224,7 +224,7 @@ def make(mm: Mm, vma: Vma, pages: Words, bits: int, keep: slice | None = None, n
     """New anonymous pages at `pages`, present with `bits`; their frames. Raises KernelError(ENOMEM)."""
     frames = mm.memory.allocate_charged(mm.cgroup, len(pages), mm.node if node is None else node, keep)
     if frames is None:
-        raise mm.out_of_memory("page fault", len(pages))
+        raise mm.out_of_memory("page fault", pages)
     index = mm.anon_index(vma, pages)
     mm.memory.map_new(frames, vma.anon, index)
     mm.table.scatter(pages, pte.entries_of(pte.PRESENT, frames, bits))

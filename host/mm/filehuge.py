@@ -58,20 +58,20 @@ def populate(mm: Mm, vma: Vma, pages: Words, *, write: bool, node: int) -> npt.N
         block = block_in(vma, page)
         if vma.flags & VM_HUGETLB:
             assert block is not None, "mappings of the pool are aligned"
-            _fill(file, block, node)
+            _fill(file, block, node, f"page 0x{page:x} of process {mm.number}")
         if block in file.blocks and len(mm.table.untouched(page, page + HUGE_PAGES)):
             _map(mm, vma, page, int(file.cached(offsets_of(block))[0]), write=write)
             done |= pages & ~_BLOCK == page
     return done
 
 
-def _fill(file: File, block: int, node: int) -> None:
-    """hugetlb_no_page: a block of a file of the pool is there. Raises KernelError(ENOMEM)."""
+def _fill(file: File, block: int, node: int, wanted: str) -> None:
+    """hugetlb_no_page: a block of a file of the pool is there, which is `wanted`. Raises KernelError(ENOMEM)."""
     if block in file.blocks:
         return
     frames = file.memory.allocate_huge(node)
     if frames is None:
-        raise KernelError(ENOMEM, "page fault", "a shared mapping wants a huge page and the host has no 2 MiB in one piece")
+        raise KernelError(ENOMEM, "page fault", f"a huge page is wanted for {wanted}, shared, and the host has no 2 MiB in one piece")
     file.adopt(block, frames)
 
 

@@ -84,7 +84,7 @@ def _copies(parent: Mm, child: Mm, vma: Vma, entries: Words, pages: Words) -> Wo
     """copy_present_page: pages of the child's own, with the same bytes."""
     frames = parent.memory.allocate_charged(child.cgroup, len(entries), parent.node, slice(0, len(entries)))
     if frames is None:
-        raise child.out_of_memory("fork", len(entries))
+        raise child.out_of_memory("fork", pages)
     parent.memory.copy(pte.frames_of(entries), frames)
     heir = child.vmas.find(int(pages[0]))
     assert heir is not None, "entries are copied into an inherited VMA"

@@ -59,7 +59,9 @@ class Pins(CpuAccess):
 
     async def _get_pages(self, start: int, count: int, *, write: bool, pin: bool, longterm: bool) -> Words:
         if count > REFER_PAGES_MAX:
-            raise KernelError(errno.ENOMEM, "get_user_pages", f"{count} pages are too many at once; {REFER_PAGES_MAX} can be had")
+            raise KernelError(
+                errno.ENOMEM, "get_user_pages", f"{count} pages from 0x{start:x} on are too many at once; {REFER_PAGES_MAX} can be had"
+            )
         async with self.mmap_lock.read():
             got, refused = self._accessible(start, start + count, write=write)
             pages = np.arange(start, start + got, dtype=np.uint64)
@@ -142,7 +144,9 @@ class Pins(CpuAccess):
         a signal), ENOMEM.
         """
         if end - start > POPULATE_PAGES_MAX:
-            raise KernelError(errno.ENOMEM, "populate", f"{end - start} pages are too many at once; {POPULATE_PAGES_MAX} can be had")
+            raise KernelError(
+                errno.ENOMEM, "populate", f"{end - start} pages from 0x{start:x} on are too many at once; {POPULATE_PAGES_MAX} can be had"
+            )
         page = start
         while page < end:
             try:

@@ -106,7 +106,8 @@ def _make(mm: Mm, vma: Vma, block: int, *, write: bool, node: int) -> bool:
     head = mm.memory.allocate_folio(node, None if vma.flags & VM_HUGETLB else mm.cgroup)
     if head is None:
         if vma.flags & VM_HUGETLB:
-            raise KernelError(ENOMEM, "page fault", f"process {mm.number} wants a huge page and the host has no 2 MiB in one piece")
+            why = f"a huge page is wanted for page 0x{block:x} of process {mm.number} and the host has no 2 MiB in one piece"
+            raise KernelError(ENOMEM, "page fault", why)
         return False
     map_made(mm, vma, block, head, write=write)
     return True

@@ -30,6 +30,11 @@ def _nobody_waits() -> None:
     """Nobody waits for migration entries yet."""
 
 
+def in_words(pages: Words) -> str:
+    """`pages` (ascending) in a message."""
+    return f"page 0x{int(pages[0]):x}" if len(pages) == 1 else f"{len(pages)} pages from 0x{int(pages[0]):x} to 0x{int(pages[-1]):x}"
+
+
 class Mm:
     """Process `number`'s memory. `family` is the number of the process that it descends from by fork (its own when none)."""
 
@@ -68,13 +73,13 @@ class Mm:
         if not members:
             self.memory.forget_family(self.family)
 
-    def out_of_memory(self, call: str, pages: int) -> KernelError:
-        """What a call fails with that wanted `pages` and did not get them: OutOfMemory from the host, or what its group's limit says."""
-        wants = f"process {self.number} wants {pages} pages and"
-        why = "" if self.cgroup is None else self.cgroup.shortage(pages)
+    def out_of_memory(self, call: str, pages: Words) -> KernelError:
+        """What a call fails with that wanted memory for `pages`: OutOfMemory from the host, or what its group's limit says."""
+        wants = f"process {self.number} wants {in_words(pages)} and"
+        why = "" if self.cgroup is None else self.cgroup.shortage(len(pages))
         if why:
             return KernelError(ENOMEM, call, f"{wants} {why}")
-        return OutOfMemory(ENOMEM, call, f"{wants} the host's memory is used up", pages)
+        return OutOfMemory(ENOMEM, call, f"{wants} the host's memory is used up", len(pages))
 
     def anon_prepare(self, vma: Vma) -> None:
         """anon_vma_prepare: the VMA gets its anon_vma, a neighbour's if that will do."""

@@ -65,7 +65,7 @@ class SystemCalls(ExclusiveAccess):
         rights = protection_flags(protection)
         count = whole_pages("mmap", length)
         if count == 0:
-            raise KernelError(errno.EINVAL, "mmap", "length is 0")
+            raise KernelError(errno.EINVAL, "mmap", f"the length is 0 (asked for by process {self.number})")
         if offset & PAGE_MASK or not 0 <= offset <= PAGES_MAX << PAGE_SHIFT:
             raise KernelError(errno.EINVAL, "mmap", f"offset {offset} is not the start of a page of a file")
         if shared and file is None:
@@ -97,7 +97,8 @@ class SystemCalls(ExclusiveAccess):
         if address is not None and address & (HUGE_PAGES << PAGE_SHIFT) - 1:
             raise KernelError(errno.EINVAL, "mmap", f"0x{address:x} is not the start of a huge page")
         if length >> PAGE_SHIFT > sum(node.allocator.free_count for node in self.memory.nodes):
-            raise KernelError(errno.ENOMEM, "mmap", f"{length >> 20} MiB of huge pages are more than the host has left")
+            why = f"process {self.number} wants {length >> 20} MiB of huge pages, more than the host has left"
+            raise KernelError(errno.ENOMEM, "mmap", why)
         if not shared:
             return await self.mmap(length, protection, address, VM_HUGETLB)
         file = File(self.memory, length, pool=True)  # hugetlb_file_setup
@@ -338,7 +339,8 @@ class SystemCalls(ExclusiveAccess):
         """
         start, old, new = aligned("mremap", address), whole_pages("mremap", old_length), whole_pages("mremap", new_length)
         if new == 0 or (dontunmap and (old != new or not may_move)) or (new_address is not None and not may_move):
-            raise KernelError(errno.EINVAL, "mremap", f"{old} to {new} pages with these flags makes no sense")
+            why = f"{old} to {new} pages from page 0x{start:x} of process {self.number} on with these flags makes no sense"
+            raise KernelError(errno.EINVAL, "mremap", why)
         async with self.mmap_lock.write():
             vma = self.mm.vmas.find(start)
             if vma is None:
@@ -400,7 +402,8 @@ class SystemCalls(ExclusiveAccess):
         if vma is None:
             raise self._bad_remap(start)
         if old == 0 and not vma.flags & VM_SHARED:
-            raise KernelError(errno.EINVAL, "mremap", "an old length of 0 is for shared mappings")
+            why = f"an old length of 0 is for shared mappings; page 0x{start:x} of process {self.number} is in a private one"
+            raise KernelError(errno.EINVAL, "mremap", why)
         if dontunmap and vma.flags & VM_PFNMAP:
             raise KernelError(
                 errno.EINVAL, "mremap", f"the mapping at page 0x{start:x} of process {self.number} cannot be left behind empty"
