@@ -288,7 +288,7 @@ class AddressSpace(Protocol):
         """The page table entries of `pages` (`mm.pte`)."""
         ...
 
-    def check_migratable(self, start: int, end: int) -> None:
+    def check_migratable(self, start: int, end: int, fault_frame: int | None = None) -> None:
         """The argument checks of migrate_vma_setup; [start, end) must lie in one suitable VMA. Raises KernelError(EINVAL)."""
         ...
 

@@ -178,8 +178,10 @@ def _free_to_go(_: PhysicalMemory, frames: Located, fault_frame: int | None, who
         unlocked = flags & (LOCKED | ANON) == ANON
         if isinstance(zone, HostZone):
             unlocked &= flags & COMPOUND == 0 if whole is None else (flags & COMPOUND == 0) | whole[rows]
-        if fault_frame is not None:
-            unlocked |= frames.frames[rows] == fault_frame
+        if fault_frame is not None:  # locked, and held, by the fault itself
+            faulting = frames.frames[rows] == fault_frame
+            unlocked |= faulting
+            extra = extra - faulting
         out[rows] = unlocked & (extra <= allowed) & (zone.pincount[where] == 0)
     return out
 

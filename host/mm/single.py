@@ -53,7 +53,7 @@ def collect(mm: Mm, migration: Migration, select: Select) -> bool:
         return True
     if zone.mapcount[at] != 1 or flags & (ANON | (COMPOUND if isinstance(zone, HostZone) else 0)) != ANON:
         return False
-    allowed = 1 if isinstance(zone, HostZone) else 1 + zone.extra_references
+    allowed = (1 if isinstance(zone, HostZone) else 1 + zone.extra_references) + (frame == migration.fault_frame)
     if zone.refcount[at] > allowed or zone.pincount[at]:
         return True
     mm.table.set(page, entry & ~(pte.BITS & ~pte.CARRIED) | pte.MIGRATION)

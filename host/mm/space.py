@@ -28,7 +28,7 @@ from .huge import Large, large
 from .mm import Mm
 from .vma import VM_ACCESS, VM_DAX, VM_HUGETLB, VM_READ, VM_SPECIAL, Vma
 from .walk import walk
-from .zones import ANON
+from .zones import ANON, LOCKED
 
 
 class Space(Advice):
@@ -110,12 +110,19 @@ class Space(Advice):
         """The entries of `pages`."""
         return self.mm.table.gather(pages)
 
-    def check_migratable(self, start: int, end: int) -> None:
+    def check_migratable(self, start: int, end: int, fault_frame: int | None = None) -> None:
         """The argument checks of migrate_vma_setup; [start, end) must lie in one suitable VMA. Raises KernelError(EINVAL).
 
+        `fault_frame`: the page that a CPU fault has locked, if this is for one; it must be device-private, and locked.
         That the driver also refuses a VMA without read right is test_hmm's own check, made here because every driver does it.
         """
-        if why := self.unmigratable(start, end):
+        why = self.unmigratable(start, end)
+        if not why and fault_frame is not None:
+            zone = self.memory.zones.get(zone_of(fault_frame))
+            frame = np.array([fault_frame], np.uint64)
+            if zone is None or zone.kind != "private" or not self.memory.bits_in_any(frame, "flags") & LOCKED:
+                why = f"the faulting page, frame 0x{fault_frame:x}, is not memory of a device that the CPU cannot reach, or not locked"
+        if why:
             raise KernelError(errno.EINVAL, "migrate_vma_setup", f"pages [0x{start:x}, 0x{end:x}) of process {self.number}: {why}")
 
     def unmigratable(self, start: int, end: int) -> str:

@@ -187,7 +187,18 @@ def test_the_fault_page_may_be_locked(count: int) -> None:
     world.touch(100, 101)
     frame = world.mm.table.get(100) >> pte.FRAME_SHIFT
     world.memory.nodes[0].flags[frame] |= LOCKED
+    world.memory.nodes[0].refcount[frame] += 1  # the fault's own, as in do_swap_page
     assert collect(world.mm, span(100, count), Select.SYSTEM, GPU, frame).cpages == count
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_fault_page_may_be_held_by_nobody_else(count: int) -> None:
+    """migrate_vma_check_page allows one reference more for it, and not two."""
+    world = World()
+    world.touch(100, 101)
+    frame = world.mm.table.get(100) >> pte.FRAME_SHIFT
+    world.memory.nodes[0].refcount[frame] += 2
+    assert collect(world.mm, span(100, count), Select.SYSTEM, GPU, frame).cpages == count - 1
 
 
 @pytest.mark.parametrize("count", [1, 2])

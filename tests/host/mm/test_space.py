@@ -18,9 +18,11 @@ from hmmnet.host.mm.access import CHECKPOINT_EVERY
 from hmmnet.host.mm.frames import PhysicalMemory
 from hmmnet.host.mm.space import Space
 from hmmnet.host.mm.vma import VM_HUGETLB, VM_MIXEDMAP
+from hmmnet.host.mm.zones import LOCKED
 from hmmnet.pages import HMM_PFN_REQ_FAULT, PAGE_SIZE, PAGES_MAX
 from tests.host.fakes import FakeLink
 
+from .files import BASE, written
 from .machine import Machine, page_bytes, span, words
 
 PAGE = PAGE_SIZE
@@ -367,6 +369,24 @@ async def test_a_marker_is_a_signal_and_says_which_it_is(marker: int, why: str) 
     with pytest.raises(SignalError, match=why) as raised:
         await space.load(address, 1)
     assert isinstance(raised.value, SegmentationFault if marker == pte.MARKER_GUARD else BusError)
+
+
+async def test_the_fault_page_must_be_a_locked_one_of_a_device() -> None:
+    """migrate_vma_setup: EINVAL for memory of the host, for coherent memory, and for a page that is not locked; the error names it."""
+    machine = Machine(kinds=("private", "coherent"))
+    space, first = await written(machine, 3), BASE // PAGE
+    await machine.to_device(space, 64, span(first, 1))
+    await machine.to_device(space, 65, span(first + 1, 1))
+    frames = [space.mm.table.get(first + page) >> pte.FRAME_SHIFT for page in range(3)]
+    for locked in (False, True):
+        for frame in frames:
+            zone = machine.memory.zone(frame)
+            zone.flags[frame - zone.base] |= LOCKED if locked else 0
+            if locked and frame == frames[0]:
+                space.check_migratable(first, first + 1, frame)
+                continue
+            with pytest.raises(KernelError, match=f"EINVAL.*frame 0x{frame:x}"):
+                space.check_migratable(first, first + 1, frame)
 
 
 async def test_what_may_migrate() -> None:
