@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import trio
 
-from hmmnet.errors import BusError, HmmnetError, KernelError, OutOfMemory, SegmentationFault, SignalError
+from hmmnet.errors import BusError, HmmnetError, InjectedError, KernelError, OutOfMemory, SegmentationFault, SignalError
 from hmmnet.faults.injector import Points
 from hmmnet.host.interfaces import NO_OWNER, Event
 from hmmnet.pages import HUGE_PAGES, PAGE_SHIFT, ZONE_SHIFT, Words
@@ -312,10 +312,10 @@ class Faulting:
                 stop = min(int(np.searchsorted(pages, vma.end)), done + batch)
                 try:
                     touched = fault.touch(self.mm, vma, pages[done:stop], write, node=node)
-                except OutOfMemory:
-                    if stop - done == 1:
+                except KernelError as error:
+                    if stop - done == 1 or isinstance(error, InjectedError) or error.code != errno.ENOMEM:
                         raise
-                    batch = (stop - done) // 2  # memory is short: fault in as far as it goes, as the kernel does, page by page
+                    batch = (stop - done) // 2  # memory, or a group's, is short: as far as it goes, as the kernel does, page by page
                     continue
                 rounds = 0 if touched.done else rounds + 1
                 done += touched.done

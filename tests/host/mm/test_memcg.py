@@ -17,7 +17,7 @@ from hmmnet.host.mm.memcg import GROUPS_MAX, MemoryCgroup, MemoryCgroups
 from hmmnet.host.mm.space import Space
 from hmmnet.pages import HUGE_PAGES, MIGRATE_PFN_SHIFT, MIGRATE_PFN_VALID
 
-from .files import BASE, PAGE, filled, mapped
+from .files import BASE, PAGE, filled, mapped, symbols
 from .machine import Machine, page_bytes, span
 
 FIRST = BASE // PAGE
@@ -263,10 +263,13 @@ async def test_a_group_at_its_limit_keeps_its_pages_in_swap() -> None:
     group.limit_pages = 1
     reader, own = grouped(machine, name="reader")
     await mapped(reader, file, 4)
+    frames = await reader.get_pages(FIRST, 4, write=True)
+    assert len(frames) == 1
+    reader.put_pages(frames)
     with pytest.raises(KernelError, match='memory cgroup "job"') as refused:
-        await reader.get_pages(FIRST, 4, write=True)
+        await reader.get_pages(FIRST + 1, 1, write=True)
     assert refused.value.code == errno.ENOMEM
-    assert (group.usage_pages, own.usage_pages) == (0, 0)
+    assert (group.usage_pages, own.usage_pages) == (1, 0)  # the first page is back: each has a fault of its own
     assert group.refused
     group.limit_pages = None
     assert await reader.load(BASE, 4 * PAGE) == page_bytes(1) * 2 + bytes(2 * PAGE)
@@ -304,4 +307,23 @@ async def test_pages_that_a_driver_inserts_are_charged_to_nobody() -> None:
     space, group = grouped(machine, 0)
     await space.mmap_inserted(3 * PAGE, "rw", BASE, shared=True)
     assert (group.usage_pages, space.mm.rss) == (0, 3)
+    machine.check()
+
+
+async def test_a_fault_of_many_pages_goes_as_far_as_the_limit() -> None:
+    """mlock, MADV_POPULATE_WRITE, get_user_pages: page by page up to the first that the group may not have, as in the kernel."""
+    machine = Machine()
+    space, group = grouped(machine, 5)
+    await space.mmap(16 * PAGE, "rw", BASE)
+    with pytest.raises(KernelError, match='memory cgroup "job" has 5 of the 5'):
+        await space.madvise(BASE, 16 * PAGE, "POPULATE_WRITE")
+    assert (symbols(space, BASE, 6), group.usage_pages) == ("PPPPP-", 5)
+    await space.madvise(BASE, 2 * PAGE, "DONTNEED")
+    frames = await space.get_pages(FIRST, 16, write=True)
+    assert (len(frames), group.usage_pages) == (5, 5)
+    space.put_pages(frames)
+    with pytest.raises(KernelError) as refused:
+        await space.mlock(BASE, 16 * PAGE)
+    assert refused.value.code == errno.EAGAIN
+    assert group.usage_pages == 5
     machine.check()
