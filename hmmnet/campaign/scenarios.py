@@ -237,6 +237,17 @@ STALE = _steps(
     ("drop", ANON, 0, 2, 0, "", 1),
 )
 """Pages are read for a device that has let go of them, and before they change."""
+DEPARTED = _steps(
+    ("store", ANON, 0, 600, 0, "", 0),
+    ("migrate", PAGES_ANON, 0, 1, 0, "", 0),
+    ("protect", ANON, 0, 1, 0, "r", 0),
+    ("protect", ANON, 0, 1, 0, "rw", 0),
+    ("device_load", ANON, 0, 8, 0, "remote", 0),
+    ("device_load", SHARED, 0, 8, 1, "remote", 1),
+    ("load", ANON, 0, 8, 0, "", 1),
+    ("device_load", SHARED, 0, 8, 1, "remote", 1),
+)
+"""A page leaves a device that has just been told that it has it, and has not mapped it yet."""
 OLDEN = tuple(step for step in TOUR if step.choice != "exclusive")
 
 
@@ -291,6 +302,18 @@ _EVERY = (
             Hit("retry.after_read_begin", "delay", nth=1, seconds=0.001),
             Hit("hub.after_acks", "delay", nth=1, seconds=0.005),
             Hit("device.before_write", "delay", nth=2, seconds=0.02),
+        ),
+    ),
+    _made(
+        "departed",
+        "a page that leaves a device which is about to map it",
+        DEPARTED,
+        actors=2,
+        hits=(
+            Hit("device.before_write", "delay", nth=1, seconds=0.005),
+            Hit("device.after_write", "delay", nth=2, seconds=0.01),
+            Hit("device.job_start", "delay", nth=1, seconds=0.001),
+            Hit("device.job_start", "delay", nth=3, seconds=0.006),
         ),
     ),
     _made("silence", "a device that is silent for longer than its lease", TOUR, harms=(Harm(6, "hang", 0, 8.0),)),

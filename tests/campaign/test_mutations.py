@@ -10,13 +10,17 @@ import pytest
 from hmmnet.campaign.scenarios import SCENARIOS
 from hmmnet.campaign.trial import run_program
 
+from . import slips
 from .mutations import MUTATIONS, SEEDS_MAX, caught
 
 CAUGHT: dict[str, tuple[int, str]] = {
     "acknowledged_early": (49, "service"),
     "acknowledgement_not_awaited": (0, "invariants"),
     "additions_are_not_atomic": (0, "history"),
+    "additions_are_repeated": (1, "history"),
+    "answers_go_to_the_oldest_request": (0, "service"),
     "charge_not_given_back": (9, "invariants"),
+    "charges_stay_behind": (9, "invariants"),
     "checksums_are_not_checked": (10, "history"),
     "children_are_not_wiped": (0, "history"),
     "children_have_what_is_not_theirs": (0, "rights"),
@@ -27,24 +31,33 @@ CAUGHT: dict[str, tuple[int, str]] = {
     "copy_on_write_not_broken": (0, "history"),
     "credits_count_twice": (10, "history"),
     "damaged_chunks_count_as_landed": (10, "history"),
+    "dma_of_its_own_is_not_awaited": (10, "service"),
     "entries_stay_when_pages_leave": (0, "invariants"),
     "fork_is_not_told": (0, "invariants"),
     "fork_shares_what_must_be_copied": (3, "history"),
     "frames_are_not_zeroed": (0, "history"),
+    "frames_for_home_leak": (88, "invariants"),
+    "frames_stay_offered": (0, "service"),
     "gaps_are_passed_over": (5, "service"),
     "granted_frames_leak": (0, "leaks"),
+    "heartbeats_do_not_renew_the_lease": (0, "service"),
     "hidden_entries_come_back_though_dropped": (14, "service"),
     "invalidation_drops_nothing": (0, "invariants"),
     "jobs_never_answer_after_a_fault": (0, "crash"),
     "lost_memory_reads_as_zero": (1, "service"),
     "migration_entry_not_restored": (1, "crash"),
+    "migration_gives_the_right_to_write": (1, "invariants"),
     "migration_is_not_told": (2, "invariants"),
     "moved_mapping_is_empty": (6, "invariants"),
+    "never_touched_pages_are_not_zeroed": (0, "history"),
     "one_subscriber_is_forgotten": (0, "invariants"),
+    "pages_are_written_while_they_leave": (23, "history"),
     "pages_not_unpinned": (1, "invariants"),
+    "pages_of_others_are_readable": (0, "service"),
     "partial_success_ignored": (0, "rights"),
     "peers_copy_nothing": (14, "history"),
     "pin_check_skipped": (33, "service"),
+    "poison_is_not_told": (120, "invariants"),
     "protection_changes_nothing": (5, "invariants"),
     "protection_is_not_told": (5, "invariants"),
     "punched_pages_stay_mapped": (2, "rights"),
@@ -54,6 +67,8 @@ CAUGHT: dict[str, tuple[int, str]] = {
     "retry_check_skipped_by_the_device": (14, "invariants"),
     "revoke_forgotten": (0, "invariants"),
     "revoke_forgotten_after_migration": (1, "invariants"),
+    "soft_dirty_is_lost_on_the_way": (5, "history"),
+    "swap_slots_are_never_free": (36, "invariants"),
     "swap_slots_are_not_counted": (36, "invariants"),
     "swapped_pages_are_lost": (14, "history"),
     "unmap_is_not_told": (0, "invariants"),
@@ -73,10 +88,12 @@ def test_a_planted_bug_is_caught(name: str) -> None:
 
 
 BY_SCENARIO = {
+    "departures_are_not_counted": "departed",
     "frames_leave_in_their_own_order": "order",
     "lease_ignored_by_the_device": "silence",
     "moved_pages_are_mapped_though_dropped": "dropped",
     "retry_check_skipped_by_the_host": "stale",
+    "streams_are_over_before_their_last_chunk": "huge",
 }
 """Mutation: the scenario of the sweep that shows it, without any further fault. (Seeds show the second, too, but seldom.)"""
 
@@ -94,3 +111,5 @@ def test_enough_are_planted() -> None:
     """At least twenty-five, each by its name."""
     assert len(CAUGHT) >= 25
     assert {*CAUGHT, *BY_SCENARIO} <= set(MUTATIONS)
+    own = {name for name, planted in MUTATIONS.items() if planted.__module__ == slips.__name__}
+    assert own <= {*CAUGHT, *BY_SCENARIO}
