@@ -305,7 +305,7 @@ def _at(where: Index, rows: npt.NDArray[np.intp]) -> int:
 
 
 def check_free(zone: Zone) -> None:
-    """What a memory of the host has given out is what has references (I3)."""
+    """What a memory of the host has given out is what has references, or waits to be free until no device reaches it (I3)."""
     if isinstance(zone, HostZone):
-        held, used = int(np.count_nonzero(zone.values("refcount", zone.used))), zone.allocator.used_count
+        held, used = int(np.count_nonzero(zone.values("refcount", zone.used))), zone.allocator.used_count - zone.waiting
         assert held == used, f"{zone.owner}: {held} frames have references, {used} are allocated (I3)"

@@ -259,6 +259,8 @@ class HostZone(CpuZone):
         """Of a frame in the swap cache, one more than its slot (folio->swap); else 0."""
         self.gather: Gather | None = None
         """Where free frames wait until no device reaches them any more, if they have to."""
+        self.waiting = 0
+        """Frames that wait there: free, and allocated still."""
         self._free_committed = 0
 
     @property
@@ -325,15 +327,25 @@ class HostZone(CpuZone):
     def release_one(self, frame: int) -> None:
         """A frame without references goes back to the allocator."""
         if self.gather is not None and self.gather.holds:
-            self.gather.hold(partial(self._release_run, frame, frame + 1))
+            self._wait(self.gather, partial(self._release_run, frame, frame + 1), 1)
             return
         self.allocator.free_run(frame, frame + 1)
         self._free_committed += 1
 
+    def _wait(self, gather: Gather, release: Callable[[], None], count: int) -> None:
+        """`count` frames are free once that can be."""
+
+        def over() -> None:
+            self.waiting -= count
+            release()
+
+        self.waiting += count
+        gather.hold(over)
+
     def release(self, frames: Words) -> None:
         """Frames without references go back to the allocator."""
         if self.gather is not None and self.gather.holds:
-            self.gather.hold(partial(self._release, frames.copy()))
+            self._wait(self.gather, partial(self._release, frames.copy()), len(frames))
         else:
             self._release(frames)
 
@@ -348,7 +360,7 @@ class HostZone(CpuZone):
     def release_run(self, start: int, end: int) -> None:
         """`release` of frames [start, end)."""
         if self.gather is not None and self.gather.holds:
-            self.gather.hold(partial(self._release_run, start, end))
+            self._wait(self.gather, partial(self._release_run, start, end), end - start)
         else:
             self._release_run(start, end)
 

@@ -6,6 +6,7 @@ import numpy as np
 
 from hmmnet.host.mm.frames import PhysicalMemory
 from hmmnet.host.mm.gather import Gather
+from hmmnet.host.mm.invariants import check_free
 from hmmnet.pages import HUGE_PAGES
 
 from .machine import words
@@ -46,8 +47,12 @@ def test_frames_come_back_to_the_allocator_afterwards() -> None:
     memory.put(some)
     memory.put_folios(words(head))
     assert memory.nodes[0].allocator.free_count == free - 6 - HUGE_PAGES
+    assert memory.nodes[0].waiting == 6 + HUGE_PAGES
+    check_free(memory.nodes[0])
     gather.end(ticket)
     assert memory.nodes[0].allocator.free_count == free
+    assert memory.nodes[0].waiting == 0
+    check_free(memory.nodes[0])
     late = gather.late(lambda frames: freed.extend(frames.tolist()))
     freed: list[int] = []
     late(words(7))
