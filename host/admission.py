@@ -92,11 +92,6 @@ class Admission:
         self._welcomed: Counter[str] = Counter()
         self._zone_next = DEVICE_ZONE_MIN
         self._connecting: dict[str, Connecting] = {}
-        self._unplugged: dict[str, int] = {}
-
-    def unplugged(self, hello: Hello) -> None:
-        """The device of that hello was removed: it is not let in again in that life, in which it may never have heard that it was in."""
-        self._unplugged[hello.name] = hello.incarnation
 
     def device(self, hello: Hello) -> Welcome | Refused:
         """Welcome a device of the topology; `connecting` then has its channels."""
@@ -105,8 +100,6 @@ class Admission:
         if hello.name not in self._topology.device_names:
             known = ", ".join(self._topology.device_names)
             return Refused("name", f'topology "{self._topology.name}" has no device "{hello.name}"; it has {known}'[:TEXT_MAX])
-        if hello.incarnation == self._unplugged.get(hello.name):
-            return Refused("unplugged", f'device "{hello.name}" was unplugged; start it anew to plug it in')
         points = self._memory.points
         if points.armed and points.fails("session.hello", device=hello.name):
             return Refused("busy", f"no device is welcomed: {points.why('session.hello')}")

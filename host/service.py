@@ -183,8 +183,7 @@ class Host:
             self.control_endpoint, self.client_endpoint = control.endpoint, clients.endpoint
 
             def device_joined(session: Session, hello: Hello) -> None:
-                life = self._device_joined(session, hello, admission.connecting(hello.name))
-                session.on_lost(lambda _: admission.unplugged(hello) if life.page_map.removed else None)
+                self._device_joined(session, hello, admission.connecting(hello.name))
 
             async with trio.open_nursery() as self._nursery:
                 self._nursery.start_soon(self._samples.run)
@@ -258,7 +257,7 @@ class Host:
 
     # --- devices --------------------------------------------------------------------------------------------------------------
 
-    def _device_joined(self, session: Session, hello: Hello, connecting: Connecting) -> Life:
+    def _device_joined(self, session: Session, hello: Hello, connecting: Connecting) -> None:
         spec, zone = connecting.spec, connecting.zone
         rings = connecting.rings
         ring_in, ring_out = (None, None) if rings is None else (rings.to_device, rings.to_host)
@@ -291,7 +290,6 @@ class Host:
         session.on(Inject, partial(self.injection.heard, f"{spec.name}/{hello.incarnation}"))
         assert self._nursery is not None, "peers join while the host runs"
         self._nursery.start_soon(self._live, life, session, connecting, over)
-        return life
 
     def _tell(self, device: str, state: str, how: str) -> None:
         if not self._ending:

@@ -95,7 +95,7 @@ class Welcome(Message, frozen=True):
 
 
 class Refused(Message, frozen=True):
-    """The host does not accept. `code` is ``version``, ``secret``, ``name``, ``unplugged``, ``busy``, ``role`` or ``garbage``."""
+    """The host does not accept. `code` is ``version``, ``secret``, ``name``, ``over``, ``busy``, ``role`` or ``garbage``."""
 
     code: Name
     why: Text

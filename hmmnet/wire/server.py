@@ -4,7 +4,9 @@ A peer that has not been welcomed leaves no state behind, whatever it sends. A w
 `Refused` and forgotten; a frame of a session that is over is answered with RESET, so that its sender need not wait for its lease.
 
 A device has one session: a hello with its name and another incarnation is that device restarted, and the old session ends with PeerLost
-before the new one begins. The hello of a session that lives is a repeat, and gets its welcome again. Peers of other roles may share a name.
+before the new one begins. The hello of a session that lives is a repeat, and gets its welcome again. The hello of a session that is over is
+refused: a welcome that was late may have reached its sender, who would take itself for what it was welcomed as then. Peers of other roles
+may share a name.
 """
 
 from __future__ import annotations
@@ -37,12 +39,11 @@ log = logging.getLogger("hmmnet.wire")
 
 @dataclass
 class Peer:
-    """A welcomed peer: its address in the listener, its session, its welcome for repeats, and the incarnation that it replaced."""
+    """A welcomed peer: its address in the listener, its session, and its welcome for repeats."""
 
     address: bytes
     session: Session
     welcome: bytes
-    replaced: int | None
 
 
 @dataclass
@@ -63,6 +64,8 @@ class Server:
     refused_count: int = field(default=0, init=False)
     _by_address: dict[bytes, Peer] = field(default_factory=dict, init=False)
     _by_name: dict[tuple[str, str], Peer] = field(default_factory=dict, init=False)
+    _over: dict[tuple[str, str], tuple[int, str]] = field(default_factory=dict, init=False)
+    """The last incarnation of each name in `SINGLE_ROLES` that has no session now, and why."""
     _reader: Reader | None = field(default=None, init=False)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -145,7 +148,7 @@ class Server:
             retry_s=self.retry_s,
         )
         session.reader = self._reader
-        peer = Peer(address, session, encode(Kind.WELCOME, 0, 0, answer), known.session.incarnation if known is not None else None)
+        peer = Peer(address, session, encode(Kind.WELCOME, 0, 0, answer))
         self._remember(peer, hello)
         self.joined(session, hello)
         session.start(nursery, ticked=True)
@@ -158,12 +161,13 @@ class Server:
             return Refused("version", why)
         if not same_secret(hello.secret, self.secret):
             return Refused("secret", "wrong machine secret: is this the machine you meant?")
+        over, why = self._over.get((hello.role, hello.name), (None, ""))
+        if hello.incarnation == over:
+            return Refused("over", f"{hello.name} was here in this life, and is not any more ({why}); start it anew"[:TEXT_MAX])
         if known is None:
             return Refused("busy", f"{PEERS_MAX} peers are connected already") if len(self._by_address) >= PEERS_MAX else None
         if hello.incarnation == known.session.incarnation:
             return Refused("name", f"{hello.name} is connected already, with this incarnation; a restarted device takes a new one")
-        if hello.incarnation == known.replaced:
-            return Refused("name", f"{hello.name} was restarted; this is its old incarnation")
         return None
 
     def _remember(self, peer: Peer, hello: Hello) -> None:
@@ -171,10 +175,11 @@ class Server:
         key = (hello.role, hello.name)
         single = hello.role in SINGLE_ROLES
 
-        def forget(_: PeerLost) -> None:
+        def forget(cause: PeerLost) -> None:
             self._by_address.pop(peer.address, None)
             if single and self._by_name.get(key) is peer:
                 del self._by_name[key]
+                self._over[key] = hello.incarnation, str(cause)
 
         peer.session.on_lost(forget)
         peer.session.on_hello = lambda: self._put(peer.address, peer.welcome)

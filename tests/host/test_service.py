@@ -146,8 +146,8 @@ async def test_each_life_of_a_device_has_its_own_chances() -> None:
     told = []
     async with running_host("gpu0", "gpu1", seed=7) as (host, transport):
         with trio.fail_after(5):
-            for name in ("gpu0", "gpu1", "gpu0"):
-                async with scripted_device(host, transport, name) as device:
+            for name, life in (("gpu0", 1), ("gpu1", 1), ("gpu0", 2)):
+                async with scripted_device(host, transport, name, life) as device:
                     told.append(msgspec.msgpack.decode(device.welcome.config)["chance"])
     assert told == ["7 gpu0 1", "7 gpu1 1", "7 gpu0 2"]
 

@@ -212,12 +212,24 @@ async def test_a_restarted_device_replaces_its_old_self(machine: Callable[..., M
             assert [session.incarnation for session in host.server.sessions] == [2]
             with pytest.raises(PeerLost, match="knows no session with us"):
                 await old.request(Inspect())
-            with pytest.raises(PeerRefused, match="old incarnation"):
+            with pytest.raises(PeerRefused, match=r"was here in this life, and is not any more .*replaced by a new incarnation"):
                 async with connect(host.transport, host.endpoint, hello(incarnation=1)):
                     raise AssertionError("welcomed")
             with pytest.raises(PeerRefused, match="connected already"):
                 async with connect(host.transport, host.endpoint, hello(incarnation=2)):
                     raise AssertionError("welcomed")
+
+
+async def test_a_life_that_is_over_does_not_come_back(machine: Callable[..., Machine]) -> None:
+    """Its first welcome may still be on its way: who then joined a second time would be two things at once. The next life may."""
+    async with running(machine()) as host:
+        async with connect(host.transport, host.endpoint, hello(incarnation=1)):
+            pass
+        with pytest.raises(PeerRefused, match=r"over.*was here in this life, and is not any more \(gpu0 said goodbye\); start"):
+            async with connect(host.transport, host.endpoint, hello(incarnation=1)):
+                raise AssertionError("welcomed")
+        async with connect(host.transport, host.endpoint, hello(incarnation=2)) as (session, _):
+            assert await session.request(Inspect()) == Report(b"gpu0")
 
 
 async def test_clients_may_share_a_name(machine: Callable[..., Machine]) -> None:
