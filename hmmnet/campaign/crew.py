@@ -152,8 +152,10 @@ class Crew:
         self._mappings = 0
         self.apart: set[int] = set()
         """Where mappings are, or were, that one step has for itself (`apart`)."""
-        self.cleared = 0
-        """How often /proc/PID/clear_refs was written."""
+        self.clears = 0
+        """How often a write to /proc/PID/clear_refs has begun or ended."""
+        self.clearing = 0
+        """Such writes under way."""
         self._due: dict[int, trio.Event] = {}
         self.messages: Counts[str] = Counts()
         """How many were sent, by type or way."""
