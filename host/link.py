@@ -21,7 +21,7 @@ import numpy as np
 import trio
 import xxhash
 
-from hmmnet.errors import KernelError, PeerError, PeerGone, PeerLost, ProtocolError, RemoteError
+from hmmnet.errors import HmmnetError, PeerError, PeerGone, PeerLost, ProtocolError
 from hmmnet.fabric.arbiter import Flow
 from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.fabric.dma import ArenaSink, ArenaSource, BulkReceiver, BulkSender, Sink, Source
@@ -83,7 +83,10 @@ class Acknowledgement:
         self._end = end
 
     async def finish(self) -> None:
-        """Return when the device is quiet in the range; its translations there are revoked and DMA that was under way is over."""
+        """Return when the device is quiet in the range; its translations there are revoked and DMA that was under way is over.
+
+        Whatever it answers: whoever changes a page table cannot do without, so a device that may not have let go is fenced.
+        """
         try:
             if self._pending is None:
                 await self._link.fenced()
@@ -93,7 +96,7 @@ class Acknowledgement:
                 await self._link.answer_in_time(self._pending)
         except PeerLost:
             await self._link.fenced()
-        except (RemoteError, KernelError) as error:
+        except HmmnetError as error:  # refused, or an answer that cannot be read, which ended the session already
             self._link.condemn(f"it did not carry out an invalidation ({error})")
             await self._link.fenced()
         if self._domain is not None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import errno
+from collections.abc import AsyncIterator, Callable
 
 import numpy as np
 import pytest
 import trio
 
-from hmmnet.errors import BusError
+from hmmnet.errors import BusError, KernelError, SegmentationFault
 from hmmnet.host.homing import COPIES_MAX
 from hmmnet.host.process import Process
 from hmmnet.host.service import Host
@@ -93,21 +94,49 @@ async def test_an_eviction_is_told_its_free_frames_with_the_answer(machine: Mach
     assert await device.session.ask(Evict(frames), Evicted) == Evicted(0)
 
 
-async def test_an_invalidation_that_a_device_refuses_condemns_it(machine: Machine) -> None:
-    """It cannot be trusted to have dropped anything: its session ends, and the page table change goes on after its lease."""
+class Garbled(Message, frozen=True):
+    """An answer that no host can read."""
+
+
+def broken(_: Message) -> Message:
+    raise ZeroDivisionError("this driver is broken")
+
+
+def interrupted(_: Message) -> Message:
+    raise KernelError(errno.EINTR, "invalidate", "somebody sent a signal")
+
+
+def crashed(_: Message) -> Message:
+    raise SegmentationFault(0, "this driver has no such address")
+
+
+@pytest.mark.parametrize(
+    ("answer", "loss"),
+    [
+        (broken, "did not carry out an invalidation"),
+        (interrupted, "did not carry out an invalidation"),
+        (crashed, "did not carry out an invalidation"),
+        (lambda _: Garbled(), "said what cannot be read"),
+    ],
+    ids=["broken", "errno", "signal", "unreadable"],
+)
+@pytest.mark.parametrize("exits", [False, True], ids=["munmap", "exit"])
+async def test_an_invalidation_that_a_device_refuses_condemns_it(
+    machine: Machine, answer: Callable[[Message], Message], loss: str, exits: bool
+) -> None:
+    """It cannot be trusted to have dropped anything: its session ends, and the page table change goes on after its lease, all of it."""
     host, _, device, process, address = machine
     await device.subscribe(1)
-
-    def refuse(message: Message) -> None:
-        if isinstance(message, Invalidate):
-            raise ZeroDivisionError("this driver is broken")
-
-    device.on_message = refuse
+    device.session.on(Invalidate, answer)
     began_s = trio.current_time()
     with trio.fail_after(10):
-        await process.munmap(address, PAGE_SIZE)
+        await (process.exit() if exits else process.munmap(address, PAGE_SIZE))
     assert trio.current_time() - began_s >= LEASE_S * 0.9
-    assert "did not carry out an invalidation" in host.devices["gpu0"].last_loss
+    assert loss in host.devices["gpu0"].last_loss
+    if exits:
+        assert process.pid not in host.processes
+        assert host.audit(quiet=True) == []
+        assert sum(node.allocator.used_count for node in host.memory.nodes) == 0
 
 
 async def test_a_new_incarnation_replaces_a_device_that_still_lives(machine: Machine) -> None:
