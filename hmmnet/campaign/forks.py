@@ -14,7 +14,9 @@ from __future__ import annotations
 import gc
 import os
 import pickle
+import traceback
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
 from typing import Generic, TypeVar
@@ -27,6 +29,13 @@ from .machines import topology_of
 
 T = TypeVar("T")
 PIECE = 1 << 16
+
+
+@dataclass(frozen=True)
+class Failed:
+    """What a child sends that has no result."""
+
+    why: str
 
 
 @lru_cache(maxsize=64)
@@ -42,25 +51,41 @@ class Forks(Generic[T]):
         self.results: list[tuple[int, T]] = []
         """Which occurrence, and what `run` has come to in the child in which it happened; in their order."""
         self._wanted = wanted
+        self._failure: HmmnetError | None = None
+        """Why a child did not come to anything: none is forked any more."""
         self._tell = -1
         """In a child: where its result goes."""
 
     def run(self, work: Callable[[], T]) -> T:
-        """Do `work`, in which occurrences are decided about: what it returns when none of them happens. Raises what it raises then."""
+        """Do `work`, in which occurrences are decided about: what it returns when none of them happens. Raises what it raises then.
+
+        Raises HmmnetError when a child raises something or dies: not where the occurrence was, where it would be part of what is tried,
+        but when the run in which none happens is over.
+        """
         try:
             with decided_by(self._decide):
                 result = work()
         except BaseException as error:
             if self._tell >= 0:
-                self._end(error)
+                self._end(self._failure or error)
             raise
         if self._tell >= 0:
-            self._end(result)
+            self._end(self._failure or result)
+        if self._failure is not None:
+            raise self._failure
         return result
 
     def _decide(self, occurrence: int) -> bool:
-        if self._tell >= 0 or occurrence not in self._wanted:
+        if self._tell >= 0 or self._failure is not None or occurrence not in self._wanted:
             return False
+        try:
+            return self._fork(occurrence)
+        except Exception as error:  # noqa: BLE001 - raised by `run`: here it would end a task of the run
+            self._failure = error if isinstance(error, HmmnetError) else HmmnetError(f"occurrence {occurrence} was not tried: {error!r}")
+            return False
+
+    def _fork(self, occurrence: int) -> bool:
+        """True in the child, in which it happens; False in the parent, once the child has come to its end."""
         if not can_part():
             raise HmmnetError(f"trio {version('trio')} cannot be forked: hmmnet does not know its inside; use another trio")
         hear, tell = os.pipe()
@@ -76,7 +101,7 @@ class Forks(Generic[T]):
         return False
 
     def _heard(self, occurrence: int, hear: int, child: int) -> T:
-        """What a child says. Raises what it raised, HmmnetError when it says nothing."""
+        """What a child has come to. Raises HmmnetError when that is nothing."""
         pieces = []
         with os.fdopen(hear, "rb") as file:
             while piece := file.read(PIECE):
@@ -84,18 +109,28 @@ class Forks(Generic[T]):
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if status:
             raise HmmnetError(f"the run in which occurrence {occurrence} happens ended with status {status}")
-        result: T | BaseException = pickle.loads(b"".join(pieces))  # noqa: S301 - a child of ours wrote it
-        if isinstance(result, BaseException):
-            raise result
+        result: T | Failed = pickle.loads(b"".join(pieces))  # noqa: S301 - a child of ours wrote it
+        if isinstance(result, Failed):
+            raise HmmnetError(f"the run in which occurrence {occurrence} happens failed: {result.why}")
         return result
 
     def _end(self, result: T | BaseException) -> None:
         """The end of a child, which has nothing to clean up: all of it is its parent's, too."""
         status = 1
         try:
-            raw = memoryview(pickle.dumps(result))
+            raw = memoryview(_pickled(result))
             while raw:
                 raw = raw[os.write(self._tell, raw) :]
             status = 0
         finally:
             os._exit(status)
+
+
+def _pickled(result: object) -> bytes:
+    """What a child sends: `result`, or the text of what it raised, also in case `result` cannot be sent."""
+    if isinstance(result, BaseException):
+        return pickle.dumps(Failed("".join(traceback.format_exception(result)).strip()))
+    try:
+        return pickle.dumps(result)
+    except Exception as error:  # noqa: BLE001 - any class may refuse, each in its way
+        return pickle.dumps(Failed(f"{result!r:.200} cannot be sent: {error!r}"))

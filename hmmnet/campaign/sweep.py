@@ -79,7 +79,13 @@ class Tried:
     pair: Pair
     scenario: str
     nth: int
+    """Which time; from `EVERY` on: the run in which it never happened."""
     found: Hits
+
+    @property
+    def when(self) -> str:
+        """Which time, in words."""
+        return f"nth={self.nth}" if self.nth < EVERY else "without the fault"
 
 
 @lru_cache(maxsize=64)
@@ -135,7 +141,10 @@ def _times(pair: Pair, nth_max: int) -> Iterator[int]:
 
 
 def forked(pair: Pair, base: Program, nth_max: int) -> list[tuple[int, Hits]]:
-    """The pair at each time: what `try_pair` says of each, from one run (`forks`), or one for each device that may be meant."""
+    """The pair at each time: what `try_pair` says of each, from one run (`forks`), or one for each device that may be meant.
+
+    What is wrong in such a run itself comes last, with an nth of `EVERY` or more. Raises HmmnetError when a child fails or dies.
+    """
     before, wanted = alone(base), frozenset(_times(pair, nth_max))
     devices = len(topology_of(base.machine).device_names) if pair.fault in LETHAL and pair.place.startswith(HOSTS_OWN) else 1
     found: list[tuple[int, Hits]] = []
@@ -144,7 +153,7 @@ def forked(pair: Pair, base: Program, nth_max: int) -> list[tuple[int, Hits]]:
         own = forks.run(lambda: _judged(pair, before, run_program(pair.program(base, EVERY + turn))))  # noqa: B023 - it is called here
         found += [(nth, hits) for nth, hits in forks.results if hits.hit or hits.outcome == "wrong"]
         if own.outcome == "wrong":
-            found.append((0, own))
+            found.append((EVERY + turn, own))
     return sorted(found, key=lambda one: one[0])
 
 
@@ -171,7 +180,7 @@ def sweep(
                 cell = table[one.pair]
                 cell.outcomes[one.found.outcome] += 1
                 if one.found.outcome == "wrong":
-                    cell.wrong.append(f"{one.scenario} nth={one.nth}: {one.found.wrong}")
+                    cell.wrong.append(f"{one.scenario} {one.when}: {one.found.wrong}")
             on_done(number, len(work), tried)
     return table
 

@@ -103,9 +103,7 @@ class _Screen:
             if one.found.outcome == "wrong":
                 self._wrong += 1
                 self.clear()
-                print(
-                    f"{one.pair.place} {one.pair.fault}, {one.scenario}, number {one.nth}: {one.found.wrong}", file=sys.stderr, flush=True
-                )
+                print(f"{one.pair.place} {one.pair.fault}, {one.scenario}, {one.when}: {one.found.wrong}", file=sys.stderr, flush=True)
         if tried and (self._live or tried[0].pair.place != self._place):
             self._place = tried[0].pair.place
             line = f"{number} of {total}: {self._place} {tried[0].pair.fault}; {self._runs} runs, {self._wrong} wrong"

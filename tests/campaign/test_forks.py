@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from random import Random
 from typing import Any
 
@@ -14,7 +15,7 @@ from hmmnet.campaign.forks import Forks, can_fork
 from hmmnet.campaign.places import Pair, pairs
 from hmmnet.campaign.program import Program
 from hmmnet.campaign.scenarios import COHERENT, MACHINE, SCENARIOS
-from hmmnet.campaign.sweep import Hits, alone, forked, try_pair
+from hmmnet.campaign.sweep import Hits, alone, forked, try_all, try_pair
 from hmmnet.campaign.trial import run_program
 from hmmnet.errors import HmmnetError
 from hmmnet.faults.controls import EVERY, Chance, Controls
@@ -96,7 +97,7 @@ def test_what_is_wrong_in_a_child_is_told(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_child_that_fails_or_dies_is_noticed() -> None:
-    """What it raises is raised; one that is gone without a word is an error."""
+    """What it raises is told; one that is gone without a word is an error."""
 
     async def chance() -> bool:
         return Chance(Controls(nth=EVERY), Random(1)).fires()
@@ -116,6 +117,61 @@ def test_a_child_that_fails_or_dies_is_noticed() -> None:
     with pytest.raises(HmmnetError, match="occurrence 1 happens ended with status 3"):
         of((1,)).run(die)
     assert of(()).run(die) is False
+
+
+@pytest.mark.parametrize("place", ["device.before_ack", "migrate.before_copy"])
+def test_a_child_that_dies_is_not_blamed_on_the_machine(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the middle of a task of a host or a device, whose errors are answers to somebody: the sweep fails, and names the time."""
+    base, pair, calm = SCENARIOS["order"], Pair("point", place, "delay"), alone(SCENARIOS["order"])
+    ended: list[Forks[Hits]] = []
+    run = Forks[Hits].run
+
+    def noted(self: Forks[Hits], work: Any) -> Hits:
+        ended.append(self)
+        return run(self, lambda: judged(work()))
+
+    def judged(hits: Hits) -> Hits:
+        own.append(hits)
+        return hits
+
+    own: list[Hits] = []
+    monkeypatch.setattr(Forks, "run", noted)
+    monkeypatch.setattr(Forks, "_end", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(HmmnetError, match="occurrence 1 happens ended with status -9"):
+        forked(pair, base, NTH_MAX)
+    assert own == [Hits(hit=False, outcome="same")], "the run in which nothing happens is as ever"
+    assert calm.violations == []
+    assert ended[0].results == [], "no other child was forked"
+
+
+def test_what_a_child_cannot_send_is_told() -> None:
+    """Why, not only that it ended."""
+
+    async def chance() -> bool:
+        return Chance(Controls(nth=EVERY), Random(1)).fires()
+
+    def unsendable() -> object:
+        return (lambda: None) if run_virtual(chance) else 0
+
+    forks: Forks[object] = Forks((1,))
+    with pytest.raises(HmmnetError, match=r"occurrence 1 happens failed: <function .* cannot be sent: .*pickle"):
+        forks.run(unsendable)
+
+
+def test_what_is_wrong_without_the_fault_is_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes last, and is shown as what it is; its `nth` repeats it."""
+    assert alone(BASE).violations == []
+    judged = Crew.attempt
+
+    async def attempt(crew: Crew, who: str, *more: Any) -> bool:
+        crew.complain("planted", who)
+        return await judged(crew, who, *more)
+
+    monkeypatch.setattr(Crew, "attempt", attempt)
+    tried = try_all(KINDS[0], [BASE], 2, first_only=True)
+    assert [one.when for one in tried] == ["nth=1", "nth=2", "without the fault"]
+    assert tried[-1].found == try_pair(KINDS[0], BASE, tried[-1].nth)
+    assert not tried[-1].found.hit
 
 
 def test_without_anybody_who_decides_no_occurrence_happens() -> None:
