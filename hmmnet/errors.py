@@ -126,3 +126,10 @@ class RemoteError(PeerError):
 
 class IommuFault(PeerError):
     """A device accessed a frame that it holds no translation for: a driver bug, never passed over silently."""
+
+
+def is_crash(error: BaseException) -> bool:
+    """Whether it is a bug: not an `HmmnetError`, or a group with one that is not."""
+    if isinstance(error, BaseExceptionGroup):
+        return any(map(is_crash, error.exceptions))
+    return not isinstance(error, HmmnetError)

@@ -2,7 +2,8 @@
 
 Everybody logs through the standard `logging` (``logging.getLogger("hmmnet.ROOM")``); ``extra={"fields": {...}}`` adds figures by name. A
 line holds
-``time_s`` (Unix time), ``process``, ``pid``, ``level``, ``logger``, ``text``, the fields, and ``traceback`` where there is one.
+``time_s`` (Unix time), ``process``, ``pid``, ``level``, ``logger``, ``text``, the fields, and where there is an exception its ``traceback``
+and whether it is a ``crash`` (`hmmnet.errors.is_crash`).
 
 What cannot be written is dropped: the first failure is said on stderr, once, with its cause; the next line that can be written says how
 many
@@ -21,11 +22,14 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from hmmnet.errors import is_crash
+
 LOG_BYTES_MAX = 16 << 20
 """Enough for a day of a talkative process; two files of it for each of 64 devices still fit a small disk."""
 TEXT_MAX = 16 << 10
 """Characters of one text or traceback; longer ones are cut."""
 SUFFIX = ".jsonl"
+OLD = ".old"
 ROOT = "hmmnet"
 
 
@@ -68,7 +72,8 @@ class JsonLines(logging.Handler):
         fields = getattr(record, "fields", None)
         if isinstance(fields, Mapping):
             entry.update({name: value for name, value in fields.items() if name not in entry})
-        if record.exc_info and record.exc_info[0] is not None:
+        if record.exc_info and record.exc_info[1] is not None:
+            entry["crash"] = is_crash(record.exc_info[1])
             entry["traceback"] = logging.Formatter().formatException(record.exc_info)[-TEXT_MAX:]
         return self._encode(entry)
 
@@ -82,7 +87,7 @@ class JsonLines(logging.Handler):
         elif os.fstat(self._file).st_size + len(line) > LOG_BYTES_MAX:
             os.close(self._file)
             self._file = None
-            self.path.replace(self.path.with_suffix(self.path.suffix + ".old"))
+            self.path.replace(self.path.with_suffix(self.path.suffix + OLD))
             self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         if self.lost:
             lost, self.lost = self.lost, 0
@@ -157,7 +162,7 @@ def readable(line: str) -> str:
         return line.rstrip("\n")
     if not isinstance(entry, dict):
         return line.rstrip("\n")
-    known = {"time_s", "process", "pid", "level", "logger", "text", "traceback"}
+    known = {"time_s", "process", "pid", "level", "logger", "text", "crash", "traceback"}
     fields = " ".join(f"{name}={value}" for name, value in entry.items() if name not in known)
     level = str(entry.get("level", "")).lower()
     head = f"{_time_of_day(float(entry.get('time_s', 0)))}  {entry.get('process', '?'):<8}  {level:<7}  {entry.get('text', '')}"
@@ -168,12 +173,30 @@ def readable(line: str) -> str:
 
 
 def tracebacks(folder: Path, processes: Collection[str]) -> Iterator[str]:
-    """What crashed in any life of some processes, as their logs in `folder` tell: the process, what it was about, the last line of each
-    traceback. A line that is just being written is left out.
+    """What crashed (`hmmnet.errors.is_crash`) in any life of some processes, as their logs in `folder` tell: the process, what it was
+    about, the last line of each traceback. A line that is just being written is left out.
     """
     for name in processes:
-        for path in sorted(folder.glob(f"{name}{SUFFIX}*")):
-            for line in path.read_bytes().splitlines(keepends=True):
-                if line.endswith(b"}\n") and b'"traceback": ' in line:
-                    entry = json.loads(line)
-                    yield f"{name}: {entry['text']}: {entry['traceback'].strip().splitlines()[-1]}"
+        for line in _lines(folder / (name + SUFFIX)):
+            if line.endswith(b"}\n") and b'"crash": true' in line:
+                entry = json.loads(line)
+                if entry.get("crash") is True and "traceback" in entry:
+                    yield f"{name}: {entry['text']}: {_last_row(entry['traceback'])}"
+
+
+def _last_row(traceback: str) -> str:
+    """The last line of a traceback, of a group without the frame around it."""
+    rows = [row for row in traceback.splitlines() if row.strip(" |+-")]
+    return rows[-1].strip(" |") if rows else ""
+
+
+def _lines(path: Path) -> list[bytes]:
+    """What a process has logged, the old file first. One may become the other meanwhile: nothing is read twice, and none may be there."""
+    with contextlib.ExitStack() as stack:
+        files = []
+        for place in (path, path.with_suffix(path.suffix + OLD)):
+            with contextlib.suppress(FileNotFoundError):
+                files.append(stack.enter_context(place.open("rb")))
+        if len({(status.st_dev, status.st_ino) for status in (os.fstat(file.fileno()) for file in files)}) < len(files):
+            files.pop()
+        return [line for file in reversed(files) for line in file]

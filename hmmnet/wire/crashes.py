@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TypeAlias
 
-from hmmnet.errors import HmmnetError
+from hmmnet.errors import is_crash
 
 Listener: TypeAlias = Callable[[str, Exception], None]
 """Takes which message of whom (or whose kernel), and what was raised. It must not raise."""
@@ -34,10 +34,3 @@ def tell(whose: str, error: Exception) -> None:
     listener = _listener.get()
     if listener is not None and is_crash(error):
         listener(whose, error)
-
-
-def is_crash(error: BaseException) -> bool:
-    """Whether it is a bug: not an `HmmnetError`, or a group with one that is not."""
-    if isinstance(error, BaseExceptionGroup):
-        return any(map(is_crash, error.exceptions))
-    return not isinstance(error, HmmnetError)

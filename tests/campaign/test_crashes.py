@@ -18,10 +18,10 @@ from hmmnet.campaign.scenarios import SCENARIOS
 from hmmnet.campaign.steps import do
 from hmmnet.campaign.trial import run_program
 from hmmnet.devices.models.base import Device
-from hmmnet.errors import KernelError, PeerLost
+from hmmnet.errors import KernelError, PeerLost, is_crash
 from hmmnet.host.requests import Requests
 from hmmnet.program import Process
-from hmmnet.wire.crashes import is_crash, listening, tell
+from hmmnet.wire.crashes import listening, tell
 
 FORK = Step(0, "fork", count=8, device=1, choice="sigkill", serial=1)
 HARMED = msgspec.structs.replace(SCENARIOS["tour"], harms=(Harm(5, "death", 0, 0.001),))

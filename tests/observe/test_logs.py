@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from hmmnet.errors import HmmnetError, PeerLost
 from hmmnet.observe import logs
 
 log = logging.getLogger("hmmnet.tests")
@@ -52,6 +53,7 @@ def test_tracebacks_stay_in_their_line(handler: logs.JsonLines) -> None:
     shown = logs.readable(json.dumps(entry))
     assert "it failed" in shown
     assert "    ValueError: invalid literal" in shown
+    assert "crash" not in shown
 
 
 def test_a_text_that_cannot_be_formatted_is_reported_in_its_place(handler: logs.JsonLines) -> None:
@@ -126,3 +128,46 @@ def test_tracebacks_are_found_in_any_life_of_a_process(handler: logs.JsonLines, 
         "gpu0: a job failed: kernel",
     ]
     assert list(logs.tracebacks(handler.path.parent, ["gpu"])) == []
+
+
+def test_errors_of_the_machine_are_no_crashes(handler: logs.JsonLines) -> None:
+    """As in a simulated run: what is raised on purpose is none, though it is logged with its traceback."""
+    log.error("Job of host failed", exc_info=HmmnetError("no such thing"))
+    log.error("Job of host failed", exc_info=ExceptionGroup("one", [PeerLost("gone")]))
+    log.error("Job of host failed", exc_info=ExceptionGroup("two", [PeerLost("gone"), KeyError(64)]))
+    log.error("no exception", extra={"fields": {"crash": True}})
+    assert [entry.get("crash") for entry in lines(handler)] == [False, False, True, True]
+    assert list(logs.tracebacks(handler.path.parent, ["gpu0"])) == ["gpu0: Job of host failed: KeyError: 64"]
+
+
+def test_a_file_that_becomes_the_old_one_while_it_is_read(handler: logs.JsonLines, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is told twice."""
+    monkeypatch.setattr(logs, "LOG_BYTES_MAX", 1)
+    for key in range(3):
+        log.error("older", exc_info=KeyError(key))
+    opened = Path.open
+
+    def turned(self: Path, *more: Any, **named: Any) -> Any:
+        file = opened(self, *more, **named)
+        if self == handler.path:
+            log.info("the next file begins")
+        return file
+
+    monkeypatch.setattr(Path, "open", turned)
+    assert list(logs.tracebacks(handler.path.parent, ["gpu0"])) == ["gpu0: older: KeyError: 2"]
+    assert handler.path.with_suffix(".jsonl.old").exists()
+
+
+def test_a_file_that_is_gone_for_a_moment(handler: logs.JsonLines, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between becoming the old one and the beginning of the next: the old one is read, and nothing is raised."""
+    log.error("CopyOut of host failed", exc_info=KeyError(64))
+    handler.path.with_suffix(".jsonl.old").write_bytes(handler.path.read_bytes())
+    opened = Path.open
+
+    def gone(self: Path, *more: Any, **named: Any) -> Any:
+        if self == handler.path:
+            raise FileNotFoundError(self)
+        return opened(self, *more, **named)
+
+    monkeypatch.setattr(Path, "open", gone)
+    assert list(logs.tracebacks(handler.path.parent, ["gpu0"])) == ["gpu0: CopyOut of host failed: KeyError: 64"]
