@@ -18,7 +18,7 @@ from hmmnet.pages import HUGE_PAGES, HUGE_SHIFT, Words
 
 from . import pte
 from .filehuge import offsets_of
-from .filemap import File
+from .filemap import File, ranges_of
 from .huge import map_made
 from .mm import Mm
 from .swap import slots_of
@@ -147,7 +147,7 @@ def scan_file(file: File, block: int) -> Scan:
 def collapse_file(file: File, block: int, mm: Mm) -> Scan:
     """collapse_file: the pages of a block, which nobody maps any more, become one large folio, charged to `mm`'s group.
 
-    Holes become zeros; what is in swap is read back. Raises OutOfMemory where there is too little for that.
+    Holes become zeros, unless a userfaultfd waits for them; what is in swap is read back. Raises OutOfMemory where there is too little.
     """
     found = scan_file(file, block)
     if found is not Scan.SUCCEED:
@@ -165,11 +165,21 @@ def collapse_file(file: File, block: int, mm: Mm) -> Scan:
         if isinstance(error, OutOfMemory):
             raise with_huge(error) from error
         return Scan.FAIL
+    if not there.all() and _somebody_waits(file, block):
+        mm.memory.put_folios(frames[:1])
+        return Scan.EXCEED_NONE_PTE
     mm.memory.unfold(head)
     file.memory.copy(old, frames[there])
     file.drop(block << HUGE_SHIFT, block + 1 << HUGE_SHIFT)
     file.adopt(block, frames)
     return found
+
+
+def _somebody_waits(file: File, block: int) -> bool:
+    """Whether a userfaultfd of anybody who maps that block of `file` wants to hear of missing pages: holes may not be filled then."""
+    first, end = block << HUGE_SHIFT, block + 1 << HUGE_SHIFT
+    maps = (vma for space in file.mappers.values() for vma, _, _ in ranges_of(space.mm, file, first, end))
+    return any(vma.flags & VM_UFFD_MISSING for vma in maps)
 
 
 def with_huge(error: OutOfMemory) -> OutOfMemory:

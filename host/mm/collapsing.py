@@ -76,16 +76,16 @@ class Collapsing(SystemCalls):
         head = collapse.allocate(self.mm)
         if isinstance(head, Scan):
             return head
+        spare = np.array([head], np.uint64)
         try:
             found = await self._have_back(block)
             if found is Scan.SUCCEED:
                 async with self.hub.invalidate(Event.CLEAR, block, block + HUGE_PAGES):
                     found = collapse.collapse(self.mm, vma, block, head)
-        except BaseException:
-            self.memory.put_folios(np.array([head], np.uint64))
-            raise
-        if found is not Scan.SUCCEED:
-            self.memory.put_folios(np.array([head], np.uint64))
+                    if found is Scan.SUCCEED:  # it is mapped, also for who is cancelled at the end of the announcement
+                        spare = spare[:0]
+        finally:
+            self.memory.put_folios(spare)
         return found
 
     async def _have_back(self, block: int) -> Scan:

@@ -12,8 +12,8 @@ from collections.abc import Awaitable, Callable
 import numpy as np
 import pytest
 
-from hmmnet.errors import KernelError
-from hmmnet.host.hub import Hub
+from hmmnet.errors import BusError, KernelError
+from hmmnet.host.hub import Hub, Invalidation
 from hmmnet.host.mm import pte
 from hmmnet.host.mm.collapse import ERRNO, GOES_ON, Scan
 from hmmnet.host.mm.space import Space
@@ -232,6 +232,48 @@ async def test_a_group_that_cannot_have_its_pages_back_is_einval() -> None:
     assert await code_of(space) == errno.EINVAL
     assert symbols(space, BASE, 4) == "SSSP"
     assert space.mm.cgroup.usage_pages == 0
+    machine.check()
+
+
+class CancelledAtTheEnd(Invalidation):
+    """An announcement at whose end the task is interrupted."""
+
+    async def __aexit__(self, *exc: object) -> None:
+        await super().__aexit__(*exc)  # type: ignore[arg-type]
+        raise KeyboardInterrupt
+
+
+async def test_a_huge_page_stays_for_who_is_cancelled_at_the_end_of_the_announcement() -> None:
+    """By then it is mapped: it is the process's, not spare."""
+    machine = Machine()
+    space = await small(machine)
+    assert isinstance(space.hub, Hub)
+    space.hub._invalidation = CancelledAtTheEnd
+    with pytest.raises(KeyboardInterrupt):
+        await space.madvise(BASE, BLOCK, "COLLAPSE")
+    space.hub._invalidation = Invalidation
+    assert is_huge(space)
+    machine.check()
+    assert used(machine) == HUGE_PAGES
+    assert await is_whole(space)
+
+
+@pytest.mark.parametrize("holes", [True, False])
+async def test_holes_of_shared_memory_that_somebody_waits_for_are_not_filled(*, holes: bool) -> None:
+    """SCAN_EXCEED_NONE_PTE of collapse_file, whoever maps the file with a userfaultfd: EBUSY; without holes it is made huge."""
+    machine = Machine()
+    parent = machine.process()
+    await parent.mmap(BLOCK, "rw", BASE, shared=True)
+    await parent.store(BASE, np.ones(BLOCK - PAGE if holes else BLOCK, np.uint8))
+    child = await machine.fork(parent)
+    await child.userfaultfd(BASE + 8 * PAGE, BLOCK - 8 * PAGE, sigbus=True)
+    assert await code_of(parent) == (errno.EBUSY if holes else 0)
+    assert used(machine) == (HUGE_PAGES - 1 if holes else HUGE_PAGES)
+    assert await parent.load(BASE, 2) == b"\1\1"
+    assert is_huge(parent) is not holes
+    if holes:
+        with pytest.raises(BusError):
+            await child.load(BASE + BLOCK - PAGE, 1)
     machine.check()
 
 
