@@ -112,6 +112,7 @@ class Contexts:
     def _forget(self, context: Context) -> None:
         context.life.contexts.pop(context.number, None)
         context.life.link.domains.pop(context.number, None)
+        context.life.link.fail_large.discard(context.number)
 
     def process_ended(self, space: AddressSpace) -> None:
         """The process has ended; what a child still has open of it stays open until that closes it."""

@@ -246,8 +246,9 @@ class Homing:
             if points.armed:
                 await _at("home.collected", space, link, first, count)
                 await _at("home.before_copy", space, link, first, count)
-            first = int(refuse())  # one at most is, and it is asked for first
-            self._allocate_folios(heads[first:], space.node)
+            refused = int(refuse())  # one at most is, and it is asked for first
+            if refused < len(heads):
+                self._allocate_folios(heads[refused:], space.node)
             if not heads.all():
                 space.tear(part, heads == 0, small=True)
                 torn, part.torn = part.torn, []

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 import hmmnet
+from hmmnet.faults import PointFault, Where
+from hmmnet.host.service import Host
 from hmmnet.pages import HUGE_PAGES
 from hmmnet.program import Handle, Process
 from hmmnet.sim import SimulatedMachine
@@ -23,6 +25,7 @@ FAIL_ALLOC, COMPOUND = 1, 256
 BASE = 1 << 32
 BLOCK = 2 * MIB
 LOCAL, WRITE, PMD = 0x20, 0x02, 0x04
+ON_THE_WAY_HOME = ("home.collected", "home.before_copy", "home.before_pages", "home.before_finalize", "home.after")
 
 Main = Callable[[Process, Handle], Awaitable[None]]
 
@@ -87,6 +90,56 @@ def test_the_first_that_comes_home_comes_page_by_page() -> None:
         assert await kinds(handle) == [WRITE, WRITE, WRITE | PMD]
 
     run(main)
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_points_on_the_way_home_say_which_pages_come(*, failing: bool) -> None:
+    """Of a huge page: its first page at each point, whether a large page is refused or not; then there is nothing to allocate whole."""
+    first = BASE // PAGE
+    seen: list[tuple[str, int, int]] = []
+    asked: list[int] = []
+
+    async def prepared(machine: SimulatedMachine) -> None:
+        def reached(where: Where) -> None:
+            seen.append((where.point, where.start, where.pages))
+
+        def wanted(where: Where) -> None:
+            asked.append(where.pages)
+
+        process = await machine.create_process()
+        await process.mmap(2 * BLOCK, address=BASE)
+        await process.madvise(BASE, 2 * BLOCK, "HUGEPAGE")
+        await process.write(BASE, b"x" * BLOCK)
+        handle = await process.open("gpu0")
+        await handle.ioctl("flags", 0, 0, flags=COMPOUND)
+        await handle.ioctl("migrate_to_dev", BASE, HUGE_PAGES)
+        if failing:
+            await fail(handle)
+        for point in ON_THE_WAY_HOME:
+            machine.add_fault(PointFault(point, "call", call=reached))
+        machine.add_fault(PointFault("host.alloc.home", "call", call=wanted))
+        await process.load(BASE)
+
+    hmmnet.simulate(prepared, MACHINE)
+    assert {point for point, *_ in seen} == set(ON_THE_WAY_HOME)
+    assert {(start, pages) for _, start, pages in seen} == {(first, HUGE_PAGES)}
+    assert 0 not in asked
+
+
+def test_a_closed_file_leaves_nothing_behind() -> None:
+    """A flag that failed nothing goes with the file that it was set for."""
+
+    async def prepared(machine: SimulatedMachine) -> None:
+        process = await machine.create_process()
+        handle = await process.open("gpu0")
+        await fail(handle)
+        assert isinstance(machine.host, Host)
+        (link,) = machine.host.links.values()
+        assert len(link.fail_large) == 1
+        await handle.close()
+        assert not link.fail_large
+
+    hmmnet.simulate(prepared, MACHINE)
 
 
 def test_what_wants_no_large_page_does_not_use_it_up() -> None:
