@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import trio
 
+from hmmnet.faults import Controls, Injector, PointFault
+from hmmnet.host.announce import split_large
 from hmmnet.host.hub import Hub
 from hmmnet.host.interfaces import Event
 from hmmnet.host.mm.filemap import File
@@ -221,3 +223,28 @@ async def test_who_is_forked_while_memory_breaks_is_told() -> None:
         gate.set()
     assert [heard[1:4] for heard in quick.told] == [(first, first + 1, Event.CLEAR)]
     assert bytes(value & 0x7F for value in grandchild.pagemap(BASE, 2)) == b"-P"
+
+
+async def test_what_is_unmapped_while_others_are_told_needs_no_split() -> None:
+    """Two huge pages are to be split, where faults are injected; the second goes while the mirror of the first is waited for."""
+    bench = Bench(host_pages=8 * HUGE_PAGES)
+    space = bench.space(1)
+    await space.mmap(2 * BLOCK, "rw", BASE, VM_HUGEPAGE)
+    await space.store(BASE, b"a")
+    await space.store(BASE + BLOCK, b"b")
+    first = BASE >> PAGE_SHIFT
+    slow, gate = waiting(space, first)
+    bench.memory.points = (injector := Injector()).points_of("host")
+    injector.add(PointFault("migrate.split", "fail", controls=Controls(nth=1000)))
+
+    async def split() -> None:
+        async with space.mmap_lock.read():
+            await split_large(space, bench.spaces, words(first, first + HUGE_PAGES), 64, compound=False)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(split)
+        await told(slow)
+        await space.madvise(BASE + BLOCK, BLOCK, "DONTNEED")
+        gate.set()
+    assert not space.mm.table.pmd(first)
+    assert await space.load(BASE, 1) + await space.load(BASE + BLOCK, 1) == b"a\0"
