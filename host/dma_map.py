@@ -246,6 +246,8 @@ class DeviceDma:
 
         Raises KernelError(EFAULT) for a page that was to be faulted in (`fault`) and that no link reaches.
         """
+        if len(words) == 0:
+            return words
         frames = words & np.uint64(HMM_PFN_FRAME_MASK)
         first, last = int(frames.min()) >> ZONE_SHIFT, int(frames.max()) >> ZONE_SHIFT
         if first == last != self._zone and self._route_of(first) is Route.MEMORY:  # as below, for what is most common

@@ -276,6 +276,7 @@ class Requests:
     async def make_exclusive(self, message: MakeExclusive) -> Exclusive:
         """make_device_exclusive_range; the translations in the answer are granted in the same step.
 
+        An answer without words is one of pages that others took back before it could be given: ask again.
         Raises KernelError: EFAULT, ENOMEM, EOPNOTSUPP (v25 has no such thing).
         """
         self._personality.check_exclusive()

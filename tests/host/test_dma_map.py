@@ -168,6 +168,11 @@ def test_what_a_device_is_told_of_a_range_says_how_it_is_reached() -> None:
     ]
 
 
+def test_nothing_is_mapped_as_nothing() -> None:
+    """A range of which others had taken all pages back."""
+    assert len(device_dma().map(0, np.zeros(0, np.uint64), fault=False)) == 0
+
+
 def test_a_page_that_no_link_reaches_is_efault_to_who_faults_it() -> None:
     """It names page, place and device; a snapshot has it without an address; nothing is counted for it."""
     maps = device_dma()

@@ -9,9 +9,11 @@ import errno
 from collections.abc import Awaitable, Callable
 
 import pytest
+import trio
 
 import hmmnet
 from hmmnet.errors import KernelError
+from hmmnet.faults import Controls, PointFault
 from hmmnet.program import Handle, Process
 from hmmnet.sim import SimulatedMachine
 
@@ -32,6 +34,27 @@ def run(main: Callable[[Process, Handle], Awaitable[None]], *, today: bool) -> N
         handle = await process.open("gpu0")
         await handle.ioctl("flags", 0, 0, flags=COMPOUND if today else 0)
         await main(process, handle)
+
+    hmmnet.simulate(prepared, MACHINE)
+
+
+def test_a_page_that_is_taken_back_before_the_answer_is_asked_for_anew() -> None:
+    """A CPU wants it while the host still tells mirrors that the device has it: the first answer has no word, a later one has."""
+
+    async def prepared(machine: SimulatedMachine) -> None:
+        process = await machine.create_process()
+        await process.mmap(PAGE, address=BASE)
+        await process.write(BASE, b"x" * PAGE)
+        handle = await process.open("gpu0")
+        await handle.ioctl("flags", 0, 0, flags=COMPOUND)
+        machine.add_fault(PointFault("hub.before_range_end", "delay", delay_s=1.0, controls=Controls(nth=1)))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(handle.ioctl, "exclusive", BASE, 1)
+            await trio.sleep(0.5)
+            assert await process.load(BASE) == int.from_bytes(b"x" * 8, "little")
+        assert machine.audit() == []
+        with pytest.raises(KernelError, match="EPERM"):
+            await handle.ioctl("check_exclusive", BASE, 1)
 
     hmmnet.simulate(prepared, MACHINE)
 
