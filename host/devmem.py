@@ -60,7 +60,7 @@ class PageMap:
     """The struct pages of one life of a device. `arena` are the bytes of coherent memory."""
 
     def __init__(self, memory: PhysicalMemory, link: Owner, pages: int, arena: Arena | None = None) -> None:
-        self.memory = self._memory = memory
+        self.memory = memory
         self.points = memory.points
         self.link = link
         self.zone = memory.add_device(link.zone, link.kind, link.name, pages, arena)
@@ -92,7 +92,7 @@ class PageMap:
         if len(frames) == 0:
             return
         mapped = np.zeros(len(frames), dtype=np.bool_)
-        for found in mappings(self._memory, frames):
+        for found in mappings(self.memory, frames):
             mapped[found.rows] = True
             yield Holder(found.mm.number, len(found.pages))
         loose = int(np.count_nonzero(~mapped))
@@ -114,7 +114,7 @@ class PageMap:
         holders = [str(holder) for holder in self.holders()]
         if holders:
             raise HmmnetError(f'memory of device "{self.zone.owner}" (zone {self.zone.number}) cannot be removed: {"; ".join(holders)}')
-        self._memory.remove_device(self.zone.number)
+        self.memory.remove_device(self.zone.number)
         self.removed = True
 
     def lose(self, cause: str) -> None:
@@ -122,14 +122,14 @@ class PageMap:
         if self.removed:
             return
         coherent = self.zone.kind == "coherent"
-        self._memory.zone_lost(self.zone.number, cause)
+        self.memory.zone_lost(self.zone.number, cause)
         if coherent:
-            for mapped in mappings(self._memory, self.used_frames()):
+            for mapped in mappings(self.memory, self.used_frames()):
                 mapped.mm.table.scatter(mapped.pages, mapped.entries & ~np.uint64(pte.KIND) | np.uint64(pte.DEVICE))
 
     async def withdraw(self, spaces: Mapping[int, AddressSpace]) -> None:
         """Other devices may mirror coherent memory in place: return when none reaches what was lost."""
-        mapped_at = list(mappings(self._memory, self.used_frames()))  # processes may end while others are told
+        mapped_at = list(mappings(self.memory, self.used_frames()))  # processes may end while others are told
         async with AsyncExitStack() as stack:
             for mapped in mapped_at:
                 await clear(stack, spaces, mapped.mm, mapped.pages)
@@ -139,5 +139,5 @@ class PageMap:
         if self.used_pages:
             return False
         if not self.removed:
-            self._memory.remove_device(self.zone.number)
+            self.memory.remove_device(self.zone.number)
         return True

@@ -119,7 +119,7 @@ def _collect(mm: Mm, migration: Migration, select: Select, told: Told) -> None:
     if len(rows):
         frames = mm.memory.located(pte.frames_of(chosen(entries, rows)))
         whole = chosen(entries, rows) & pte.HUGE != 0 if migration.compound else None
-        free = _free_to_go(mm.memory, frames, migration.fault_frame, whole)
+        free = _free_to_go(frames, migration.fault_frame, whole)
         if mm.memory.points.armed:
             free &= lucky(mm, pages[rows], "migrate.trylock", "migrate.count")
         if not free.all() and not select & Select.PARTS_STAY and mm.memory.bits_in_any(frames.frames[~free], "flags") & COMPOUND:
@@ -163,7 +163,7 @@ def wanted(memory: PhysicalMemory, entries: Words, select: Select, owner: int) -
     return wanted
 
 
-def _free_to_go(_: PhysicalMemory, frames: Located, fault_frame: int | None, whole: Flags | None) -> Flags:
+def _free_to_go(frames: Located, fault_frame: int | None, whole: Flags | None) -> Flags:
     """Which `frames` are anonymous, not locked by another migration, not pinned, and held by nobody but their mappings.
 
     A large folio of system memory that is still one goes only `whole`: through a huge entry, where the migration takes those.
@@ -305,7 +305,7 @@ def collect_frames(memory: PhysicalMemory, frames: Words, told: Told) -> Migrati
     zeros = np.zeros(len(frames), np.uint64)
     migration = Migration(zeros, zeros.copy(), zeros.copy(), zeros.copy())
     there = memory.located(frames)
-    rows = np.flatnonzero(_free_to_go(memory, there, None, None) & (there.fields("mapcount")[0] > 0))
+    rows = np.flatnonzero(_free_to_go(there, None, None) & (there.fields("mapcount")[0] > 0))
     if len(rows):
         rows = _others(memory, None, migration, rows, frames, memory.located(frames[rows]), told)
     if len(rows):

@@ -55,7 +55,7 @@ class Large(NamedTuple):
     """Something larger than a page, and how to split it once mirrors have been told CLEAR wherever it is mapped (by then: ask again)."""
 
     where: Callable[[], list[tuple[Mm, Words]]]
-    """(process, pages); an empty one for a `file`'s of which only its mappers were asked for."""
+    """(process, pages); empty: tell wherever `file`'s pages are mapped."""
     split: Callable[[], object]
     file: tuple[File, int] | None = None
     """A file, and the first of its pages there."""

@@ -228,7 +228,7 @@ def waiters_not_woken(patch: Patch) -> None:
 def pin_check_skipped(patch: Patch) -> None:
     """Pinned pages migrate."""
     patch.setattr(single, "collect", lambda *_: False)
-    patch.setattr(collect, "_free_to_go", lambda _, frames, *__: np.ones(len(frames), np.bool_))
+    patch.setattr(collect, "_free_to_go", lambda frames, *_: np.ones(len(frames), np.bool_))
 
 
 @mutation
