@@ -4,18 +4,22 @@ something is, until when it holds. Each is one line that somebody could forget.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 
 from hmmnet.devices.access import Updates
 from hmmnet.devices.context import Context
+from hmmnet.devices.copyengine import CopyEngines
+from hmmnet.devices.locks import RangeLock
 from hmmnet.devices.memory import Memory
 from hmmnet.devices.mirror import Hidden, Mirror
 from hmmnet.fabric.stream import ReceiveState
 from hmmnet.host import poison
 from hmmnet.host.homing import HostFrames
 from hmmnet.host.iommu import Domain
+from hmmnet.host.link import SessionLink
 from hmmnet.host.migrate import Grant
 from hmmnet.host.mm import collect, finalize, pte, single
 from hmmnet.host.mm.swap import Swap
@@ -183,22 +187,53 @@ def pages_are_written_while_they_leave(patch: Patch) -> None:
     patch.setattr(Domain, "suspend", nothing)
 
 
+# --- what nobody sees -------------------------------------------------------------------------------------------------------------
+
+
+@mutation
+def leases_are_not_waited_out(patch: Patch) -> None:
+    """A device that is lost counts as fenced at once."""
+
+    async def at_once(self: SessionLink) -> None:
+        self._fenced.set()
+
+    patch.setattr(SessionLink, "fenced", at_once)
+
+
+@mutation
+def translations_stay_suspended(patch: Patch) -> None:
+    """What a device may reach over the link is not given back to it after a migration."""
+    patch.setattr(Domain, "resume", nothing)
+
+
+@mutation
+def pages_on_their_way_are_not_suspended(patch: Patch) -> None:
+    """A device may reach, over the link, pages that it migrates to itself."""
+    patch.setattr(Domain, "suspend", nothing)
+
+
+@mutation
+def streams_land_after_they_were_given_up(patch: Patch) -> None:
+    """Frames that a migration did not use are still written by what was on its way into them."""
+    patch.setattr(CopyEngines, "abandon", nothing)
+
+
+@mutation
+def turns_are_not_taken(patch: Patch) -> None:
+    """Operations of a device on overlapping ranges go on beside each other."""
+    patch.setattr(RangeLock, "hold", lambda *_: nullcontext())
+
+
 UNSEEN = {
-    "leases that are not waited out (SessionLink.fenced)": (
+    "leases_are_not_waited_out": (
         "what a lost device reaches of others it reaches through the host, which has ended its session; only hardware with ways of "
         "its own could do harm before its lease is over"
     ),
-    "translations that stay suspended (Domain.resume)": (
-        "EAGAIN makes the device ask again, and the answer grants them anew: it costs time"
-    ),
-    "pages on their way that are not suspended (Domain.suspend)": (
+    "translations_stay_suspended": "EAGAIN makes the device ask again, and the answer grants them anew: it costs time",
+    "pages_on_their_way_are_not_suspended": (
         "the device's own mirror hides them first: planted together with that in `pages_are_written_while_they_leave`"
     ),
 }
-"""What cannot be seen by anybody, because something else sees to it, too."""
-NOT_FOUND = (
-    "streams that may land after they were given up (CopyEngines.abandon)",
-    "a hello that was late and takes the place of a later incarnation (Server._check)",
-    "turns on a range of pages that are not taken (RangeLock.hold)",
-)
+"""What cannot be seen by anybody, and why: something else sees to it, too."""
+NOT_FOUND = ("streams_land_after_they_were_given_up", "turns_are_not_taken")
 """Bugs that would be ones, and that 200 seeds and no scenario show: what they need comes together too seldom."""

@@ -5,8 +5,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 
+from hmmnet.campaign.draw import draw
 from hmmnet.campaign.scenarios import SCENARIOS
 from hmmnet.campaign.trial import run_program
 
@@ -107,9 +111,41 @@ def test_a_planted_bug_is_caught_by_a_scenario(name: str, monkeypatch: pytest.Mo
     assert run_program(program).violations
 
 
+NOT_CAUGHT = {
+    "leases_are_not_waited_out": 0,
+    "pages_on_their_way_are_not_suspended": 0,
+    "streams_land_after_they_were_given_up": 0,
+    "translations_stay_suspended": 0,
+    "turns_are_not_taken": 0,
+}
+"""Mutation that nobody sees (`slips.UNSEEN`, `slips.NOT_FOUND`): a seed that comes by it all the same."""
+
+
+@pytest.mark.parametrize("name", NOT_CAUGHT)
+def test_what_is_said_not_to_be_seen_is_not(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though the run comes by what was planted; once it is seen it belongs into `CAUGHT`."""
+    MUTATIONS[name](monkeypatch)
+    walked = 0
+
+    def counted(planted: Callable[..., Any]) -> Callable[..., Any]:
+        def count(*more: Any, **named: Any) -> Any:
+            nonlocal walked
+            walked += 1
+            return planted(*more, **named)
+
+        return count
+
+    for target, attribute, _ in list(monkeypatch._setattr):
+        monkeypatch.setattr(target, attribute, counted(getattr(target, attribute)))
+    assert run_program(draw(NOT_CAUGHT[name], "all")).violations == []
+    assert walked
+
+
 def test_enough_are_planted() -> None:
     """At least twenty-five, each by its name."""
     assert len(CAUGHT) >= 25
     assert {*CAUGHT, *BY_SCENARIO} <= set(MUTATIONS)
     own = {name for name, planted in MUTATIONS.items() if planted.__module__ == slips.__name__}
-    assert own <= {*CAUGHT, *BY_SCENARIO}
+    assert own <= {*CAUGHT, *BY_SCENARIO, *NOT_CAUGHT}
+    assert {*NOT_CAUGHT} == {*slips.UNSEEN, *slips.NOT_FOUND}
+    assert not {*NOT_CAUGHT} & {*CAUGHT, *BY_SCENARIO}
