@@ -18,7 +18,7 @@ asked (table A3): the page is sent home, where the CPU side can break the sharin
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
 from errno import EBUSY, EFAULT, EINVAL
 from functools import partial
@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 import trio
 
-from hmmnet.errors import HmmnetError, KernelError, PeerError
+from hmmnet.errors import HmmnetError, KernelError, PeerError, PeerLost
 from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.pages import HMM_PFN_REQ_FAULT, HMM_PFN_REQ_WRITE, HMM_PFN_WRITE, HUGE_SHIFT, ZERO_FRAME, Words, among, distinct, runs_of
 from hmmnet.sleeping import sleep
@@ -178,22 +178,25 @@ class FaultService:
         if not len(pages):
             return
         moving = self._may_move(pages)
-        await self._migrate(pages[moving], write[moving], policy)
-        pages, write = self._still_missing(pages, write)
+        await self._migrate(pages[moving], write[moving], policy, fatal)
+        pages, write = self._still_missing(pages, write, fatal)
         missing, write_missing = pages, write
         pages_own = pages[write & self._read_only_own(pages)]
         if len(pages_own):
-            await self._each(self._send_home, pieces(pages_own))
+            await self._each(self._send_home, pieces(pages_own), pages_own, fatal)
         await self._look(pages, write)
-        pages, write = self._still_missing(pages, write)
+        pages, write = self._still_missing(pages, write, fatal)
         for wanted, flags in ((False, _REQ_READ), (True, _REQ_WRITE)):
             some = pages[write == wanted]
-            await self._each(partial(self._map, flags, fatal), self._cut(pieces(some)))
-        await self._migrate_again(missing, write_missing, policy)
+            await self._each(partial(self._map, flags, fatal), self._cut(pieces(some)), some, fatal)
+        await self._migrate_again(missing, write_missing, policy, fatal)
 
-    def _still_missing(self, pages: Words, write: Mask) -> tuple[Words, Mask]:
+    def _still_missing(self, pages: Words, write: Mask, fatal: Collection[int] = ()) -> tuple[Words, Mask]:
+        """Those of `pages` that are not accessible yet, and can be for all that is known."""
         entries = self._context.mirror.translate(pages)
-        missing = ~np.where(write, allows(entries, True), allows(entries, False))
+        missing: Mask = ~np.where(write, allows(entries, True), allows(entries, False))
+        if fatal:
+            missing &= ~np.isin(pages, np.fromiter(fatal, np.uint64, len(fatal)))
         return pages[missing], write[missing]
 
     def _read_only_own(self, pages: Words) -> Mask:
@@ -201,7 +204,7 @@ class FaultService:
         stuck: Mask = (entries & _VALID != 0) & self._context.memory.owns(frames_of(entries)) & ~allows(entries, True)
         return stuck
 
-    async def _migrate(self, pages: Words, write: Mask, policy: Planned) -> None:
+    async def _migrate(self, pages: Words, write: Mask, policy: Planned, fatal: dict[int, HmmnetError]) -> None:
         """Migrate what the policy chooses; where growth ran into a mapping that does not take part, just the faulted pages."""
         if len(pages) == 0:
             return
@@ -219,7 +222,8 @@ class FaultService:
                     for low, high in exact:
                         await one(low, high)
 
-        await self._each(one, self._cut(without(policy.ranges(pages, write), self._thrashing.pinned(self._now()))))
+        ranges = without(policy.ranges(pages, write), self._thrashing.pinned(self._now()))
+        await self._each(one, self._cut(ranges), pages, fatal)
 
     async def _look(self, pages: Words, write: Mask) -> None:
         """Map what needs no faulting: where misses are scattered, one snapshot of a block replaces a range fault for each of them.
@@ -248,13 +252,13 @@ class FaultService:
         chosen[places[suits]] = words[places[suits]]
         self._context.mirror.program(start, chosen)
 
-    async def _migrate_again(self, pages: Words, write: Mask, policy: Planned) -> None:
+    async def _migrate_again(self, pages: Words, write: Mask, policy: Planned, fatal: dict[int, HmmnetError]) -> None:
         """What another device held is at home now that it was mapped (migrate_vma passes over foreign pages): it can move here."""
         entries = self._context.mirror.translate(pages)
         here = (entries & _VALID != 0) & ~self._context.memory.owns(frames_of(entries)) & (frames_of(entries) != _ZERO)
         here &= self._may_move(pages)
         if self._context.memory.free_pages and here.any() and policy.ranges(pages[here], write[here]):
-            await self._each(self._try_migrate, self._cut(pieces(pages[here])))
+            await self._each(self._try_migrate, self._cut(pieces(pages[here])), pages[here], fatal)
 
     async def _try_migrate(self, start: int, end: int) -> None:
         """Migrate pages that are mapped already; those that still do not move are left alone for a while."""
@@ -320,27 +324,39 @@ class FaultService:
             for piece in cut(first, stop, MIGRATE_PAGES_MAX)
         ]
 
-    async def _each(self, work: RangeWork, ranges: list[tuple[int, int]]) -> None:
-        """Do `work` on every range, a few at a time."""
+    async def _each(self, work: RangeWork, ranges: list[tuple[int, int]], pages: Words, fatal: dict[int, HmmnetError]) -> None:
+        """Do `work` on every range, a few at a time. Where the host fails at one, its `pages` are `fatal`: others may be another job's.
+
+        Raises PeerLost.
+        """
+
+        async def one(start: int, end: int) -> None:
+            try:
+                await work(start, end)
+            except PeerLost:
+                raise
+            except PeerError as error:
+                fatal.update(dict.fromkeys(pages[(pages >= np.uint64(start)) & (pages < np.uint64(end))].tolist(), error))
+
         if len(ranges) <= 1:
             for start, end in ranges:
-                await work(start, end)
+                await one(start, end)
             return
         todo = iter(ranges)
-        errors: list[PeerError] = []
+        lost: list[PeerLost] = []
 
         async def worker() -> None:
             try:
                 for start, end in todo:
-                    await work(start, end)
-            except PeerError as error:
-                errors.append(error)
+                    await one(start, end)
+            except PeerLost as error:
+                lost.append(error)
 
         async with trio.open_nursery() as nursery:
             for _ in range(min(RANGES_AT_ONCE, len(ranges))):
                 nursery.start_soon(worker)
-        if errors:
-            raise errors[0]
+        if lost:
+            raise lost[0]
 
 
 def pieces(pages: Words) -> list[tuple[int, int]]:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import trio
 
 from hmmnet.devices.servicing import LOOK_PIECES_MIN, pieces
-from hmmnet.errors import KernelError
+from hmmnet.errors import KernelError, PeerError
 from hmmnet.pages import PAGE_SIZE
 from hmmnet.testing.scripted_host import ScriptedHost, counters_of, machine, results_of, u64
 from hmmnet.wire import messages as m
 
 PAGE = 0x10000
+BATCH_PAGES = 16
+"""What a fault grows to (policy `demand`)."""
 
 
 @pytest.mark.parametrize(("pages", "ranges"), [([], []), ([5], [(5, 6)]), ([1, 2, 3], [(1, 4)]), ([1, 3, 4, 9], [(1, 2), (3, 5), (9, 10)])])
@@ -113,3 +116,34 @@ async def test_a_host_that_breaks_the_protocol_ends_the_job() -> None:
         finished = await host.launch("reduction", "remote", a=at, n=1)
         assert "0 bytes of words for 1 pages" in finished.error
         assert (await host.figures())["jobs_running"] == 0
+
+
+async def test_a_migration_that_the_host_fails_at_ends_the_jobs_that_wait_for_its_pages() -> None:
+    """Two jobs miss in one batch, far apart: only the one whose pages could not come hears of it, the other has its pages."""
+    async with machine() as (host, _):
+        apart = 64 * BATCH_PAGES
+        for page in (PAGE, PAGE + apart):
+            await host.cpu_write(host.mmap(page, 1), u64([page] * 8).tobytes())
+        refused: list[int] = []
+
+        async def migrate(message: m.Migrate) -> m.Migrated:
+            if message.start <= PAGE < message.start + message.pages:
+                refused.append(message.start)
+                raise PeerError("the copy engine gave up")
+            return await host._migrate(message)
+
+        host.session.on(m.Migrate, migrate)
+        finished: dict[int, m.Finished] = {}
+
+        async def run(job: int, page: int) -> None:
+            finished[job] = await host.launch("reduction", job=job, a=page * PAGE_SIZE, n=1)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(run, 1, PAGE)
+            nursery.start_soon(run, 2, PAGE + apart)
+        assert (await host.figures())["fault_groups"] == 1
+        assert refused
+        assert "the copy engine gave up" in finished[1].error
+        assert finished[1].fault_address == PAGE * PAGE_SIZE
+        assert finished[2].error == ""
+        assert results_of(finished[2]) == {"sum": PAGE + apart}
