@@ -431,7 +431,8 @@ class MakeExclusive(Message, frozen=True):
 class Exclusive(Message, frozen=True):
     """Reply: HMM_PFN words of the pages that the device has to itself now, from the first on; fewer where one cannot be had.
 
-    A word of 0 is a page that was not had although others behind it were.
+    None at all: others have taken them back meanwhile, and it is worth asking again. A word of 0 is a page that was not had although others
+    behind it were.
 
     They were so at `sequence` of the subscription, and are until an invalidation changes that. The device may reach the frames as after a
     range fault.

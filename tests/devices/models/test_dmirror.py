@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import trio
 
-from hmmnet.devices.models.dmirror import WINDOW_PAGES, Dmirror
+from hmmnet.devices import context
+from hmmnet.devices.models.dmirror import COMPOUND, WINDOW_PAGES, Dmirror
 from hmmnet.errors import KernelError
 from hmmnet.pages import HMM_PFN_ERROR, HMM_PFN_ORDER_SHIFT, HMM_PFN_VALID, HMM_PFN_WRITE, PAGE_SIZE, ZONE_SHIFT
 from hmmnet.testing.scripted_host import ZONE, ScriptedHost, machine, u64
@@ -312,6 +314,26 @@ async def test_an_answer_that_an_invalidation_overtook_is_asked_for_again() -> N
         await host.session.ask(m.Ioctl(1, "exclusive", at, 2), m.IoctlDone)
         assert times == 2
         assert await failing(host, "check_exclusive", PAGE, 2) == "EPERM"
+
+
+@pytest.mark.parametrize("flags", [0, COMPOUND])
+async def test_pages_that_are_always_taken_back_are_ebusy(flags: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers without words are asked for again, but not for ever."""
+    asked = 0
+
+    async def answer(_: ScriptedHost, message: m.MakeExclusive) -> m.Exclusive:
+        nonlocal asked
+        asked += 1
+        return m.Exclusive(host.told[message.subscription], b"")
+
+    monkeypatch.setattr(context, "RETRIES_MAX", 5)
+    monkeypatch.setattr(ScriptedHost, "_make_exclusive", answer)
+    async with unit() as (host, _):
+        host.mmap(PAGE, 2)
+        await host.ioctl("flags", 0, 0, flags=flags)
+        with trio.fail_after(5):
+            assert await failing(host, "exclusive", PAGE, 2) == "EBUSY"
+        assert asked == 5
 
 
 async def test_absurd_sizes_are_refused() -> None:
