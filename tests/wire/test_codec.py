@@ -43,8 +43,8 @@ def sample(kind: type[Message]) -> Message:
 
 
 def test_every_message_is_in_the_union() -> None:
-    """A message type that is not in `Body` could be sent and never read."""
-    assert set(MESSAGE_TYPES) == set(Message.__subclasses__())
+    """A message type that is not in `Body` could be sent and never read. Those that tests make up are none of ours."""
+    assert set(MESSAGE_TYPES) == {kind for kind in Message.__subclasses__() if kind.__module__ == Message.__module__}
 
 
 @pytest.mark.parametrize("kind", MESSAGE_TYPES)
