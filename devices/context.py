@@ -13,7 +13,6 @@ one thread, and messages are handled by the same thread: when a `CopyOut` drops 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from errno import EBUSY, EFAULT
@@ -156,12 +155,12 @@ class Context:
         """read_begin, hmm_range_fault, read_retry and `program` (the mirror's unless given) on [start, end), which lies in one slab.
 
         `inputs` are words a page whose request bits count beside `default_flags`. `unlocked`: wait for pages that a userfaultfd's owner
-        fills in, however long; others may use the range meanwhile. Raises KernelError: EFAULT, EPERM, ENOMEM, and EBUSY after a second, or,
-        `unlocked`, many tries.
+        fills in, however long; others may use the range meanwhile. Raises KernelError: EFAULT, EPERM, ENOMEM, and EBUSY after a second
+        without progress, which a page that was filled in is.
         """
         for _ in range(RETRIES_MAX if unlocked else 1):
             try:
-                return await self._fault_in_turn(start, end, default_flags, inputs, program, patient=unlocked)
+                return await self._fault_in_turn(start, end, default_flags, inputs, program)
             except KernelError as error:
                 if not unlocked or error.code != EFAULT:
                     raise
@@ -175,13 +174,11 @@ class Context:
         default_flags: int,
         inputs: Words | None,
         program: Callable[[int, Words], None] | None,
-        *,
-        patient: bool,
     ) -> Words:
-        """`range_fault` that waits for no program; `patient`: not for a second only."""
+        """`range_fault` that waits for no program."""
         subscription = await self.subscription(start)
         request = self._request(subscription, start, end, default_flags, inputs)
-        deadline_s = math.inf if patient else trio.current_time() + self._bus.clock.real(RANGE_FAULT_TIMEOUT_S)
+        deadline_s = trio.current_time() + self._bus.clock.real(RANGE_FAULT_TIMEOUT_S)
         async with self.process.turns.hold(start, end):
             for _ in range(RETRIES_MAX):
                 watch = self.mirror.watch(start, end)

@@ -49,8 +49,10 @@ class JumpClock(WakingClock):
         self._sleepers: list[tuple[float, int, list[Task]]] = []
         """A heap: until when who sleeps (nobody, once cancelled)."""
         self._numbers = itertools.count()
-        self._idle_since_s: float | None = None
-        """Since when, in real seconds, nothing has happened and nothing was due."""
+        self._waits_since_s: float | None = None
+        """When the scheduler went to wait for others, in real seconds; None once it has looked at the clock after that."""
+        self._waited_s = 0.0
+        """How long it did the last time."""
 
     def start_clock(self) -> None:
         """Nothing to start."""
@@ -58,6 +60,8 @@ class JumpClock(WakingClock):
     def current_time(self) -> float:
         """Virtual seconds since the run began."""
         self._looks += 1
+        if self._waits_since_s is not None:
+            self._waited_s, self._waits_since_s = time.monotonic() - self._waits_since_s, None
         if self._looks == self._looks_max and self.scope is not None:
             self.stuck = True
             self.scope.cancel()
@@ -72,7 +76,6 @@ class JumpClock(WakingClock):
             return FOR_EVER_S
         if math.isinf(deadline):
             return self._idle()
-        self._idle_since_s = None
         self._now_s = deadline
         self._looks = 0
         while self._sleepers and self._sleepers[0][0] <= deadline:
@@ -82,12 +85,12 @@ class JumpClock(WakingClock):
 
     def _idle(self) -> float:
         """There is no deadline. How long to wait for others; who asks again after all of that has met nobody."""
-        now_s = time.monotonic()
-        if self._idle_since_s is not None and now_s - self._idle_since_s >= IDLE_S and not threads_at_work():
+        waited_s, self._waited_s = self._waited_s, 0.0
+        if waited_s >= IDLE_S and not threads_at_work():
             self.deadlocked = True
             drop_shields()
             return 0.0
-        self._idle_since_s = now_s
+        self._waits_since_s = time.monotonic()
         return IDLE_S
 
     def _wakes_s(self) -> float:

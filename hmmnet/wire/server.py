@@ -4,9 +4,9 @@ A peer that has not been welcomed leaves no state behind, whatever it sends. A w
 `Refused` and forgotten; a frame of a session that is over is answered with RESET, so that its sender need not wait for its lease.
 
 A device has one session: a hello with its name and another incarnation is that device restarted, and the old session ends with PeerLost
-before the new one begins. The hello of a session that lives is a repeat, and gets its welcome again. The hello of a session that is over is
-refused: a welcome that was late may have reached its sender, who would take itself for what it was welcomed as then. Peers of other roles
-may share a name.
+before the new one begins. The hello of a session that lives is a repeat, and gets its welcome again. The hello of a session that is over
+is refused: a welcome that was late may have reached its sender, who would take itself for what it was welcomed as then. So is one of an
+earlier life: numbers of lives rise. Peers of other roles may share a name.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Server:
     _by_address: dict[bytes, Peer] = field(default_factory=dict, init=False)
     _by_name: dict[tuple[str, str], Peer] = field(default_factory=dict, init=False)
     _over: dict[tuple[str, str], tuple[int, str]] = field(default_factory=dict, init=False)
-    """The last incarnation of each name in `SINGLE_ROLES` that has no session now, and why."""
+    """The last incarnation of each name in `SINGLE_ROLES` whose session is over, and why it is."""
     _reader: Reader | None = field(default=None, init=False)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -161,9 +161,13 @@ class Server:
             return Refused("version", why)
         if not same_secret(hello.secret, self.secret):
             return Refused("secret", "wrong machine secret: is this the machine you meant?")
-        over, why = self._over.get((hello.role, hello.name), (None, ""))
+        over, why = self._over.get((hello.role, hello.name), (-1, ""))
         if hello.incarnation == over:
             return Refused("over", f"{hello.name} was here in this life, and is not any more ({why}); start it anew"[:TEXT_MAX])
+        latest = over if known is None else known.session.incarnation
+        if hello.role in SINGLE_ROLES and hello.incarnation < latest:
+            later = f"a later life of {hello.name} has been here; if this is the latest, the clock of its computer is behind"
+            return Refused("over", f"{later} ({hello.incarnation} is less than {latest})"[:TEXT_MAX])
         if known is None:
             return Refused("busy", f"{PEERS_MAX} peers are connected already") if len(self._by_address) >= PEERS_MAX else None
         if hello.incarnation == known.session.incarnation:

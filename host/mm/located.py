@@ -18,6 +18,7 @@ from hmmnet.pages import Words, bits_in_any
 from .zones import Index, Zone
 
 _ROWS = np.arange(1 << 16)
+_ROWS.flags.writeable = False  # views of it are handed around
 
 
 def every_row(count: int) -> npt.NDArray[np.intp]:

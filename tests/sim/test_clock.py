@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Awaitable, Callable
 from random import Random
+from threading import Timer
 
 import pytest
 import trio
@@ -141,6 +142,45 @@ def test_a_thread_may_take_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert run_virtual(main, limit_s=3.0) == "done"
     assert not fallen
+
+
+def test_only_waits_in_which_nothing_comes_are_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A word from outside, then long work, then another word: something happens all the time, though nothing is due."""
+    fallen: list[str] = []
+    monkeypatch.setattr(clock_module, "IDLE_S", 0.1)
+    monkeypatch.setattr(clock_module, "drop_shields", lambda: fallen.append("shield"))
+
+    async def main() -> str:
+        token = trio.lowlevel.current_trio_token()
+        with trio.CancelScope(shield=True):
+            await trio.sleep(4.0)
+            for _ in range(3):
+                word = trio.Event()
+                Timer(0.02, token.run_sync_soon, [word.set]).start()
+                await word.wait()
+                time.sleep(0.15)  # noqa: ASYNC251 - work that keeps the loop
+        return "done"
+
+    assert run_virtual(main, limit_s=3.0) == "done"
+    assert not fallen
+
+
+def test_shields_that_free_nobody_fall_once_in_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who cannot be cancelled is waited for, not asked again and again."""
+    fallen: list[float] = []
+    monkeypatch.setattr(clock_module, "IDLE_S", 0.05)
+    monkeypatch.setattr(clock_module, "drop_shields", lambda: fallen.append(time.monotonic()))
+
+    async def main() -> str:
+        token, word = trio.lowlevel.current_trio_token(), trio.Event()
+        Timer(0.4, token.run_sync_soon, [word.set]).start()
+        with trio.CancelScope(shield=True):
+            await trio.sleep(4.0)
+            await word.wait()
+        return "done"
+
+    assert run_virtual(main, limit_s=3.0) == "done"
+    assert 1 <= len(fallen) <= 8
 
 
 def test_who_waits_until_all_are_blocked_comes_first() -> None:

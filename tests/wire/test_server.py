@@ -232,6 +232,26 @@ async def test_a_life_that_is_over_does_not_come_back(machine: Callable[..., Mac
             assert await session.request(Inspect()) == Report(b"gpu0")
 
 
+async def test_a_late_hello_of_an_earlier_life_ends_nothing(machine: Callable[..., Machine]) -> None:
+    """Lives 3, 5 and 7 have been here: these, and one in between that nobody has seen, are refused while 7 is here, and after it."""
+    async with running(machine()) as host:
+        for life in (3, 5):
+            async with connect(host.transport, host.endpoint, hello(incarnation=life)):
+                pass
+        async with connect(host.transport, host.endpoint, hello(incarnation=7)) as (session, _):
+            await _refused_as_over(host, 5, 3, 6)
+            assert await session.request(Inspect()) == Report(b"gpu0")
+        await _refused_as_over(host, 7, 5, 3, 6)
+        assert host.server.sessions == []
+
+
+async def _refused_as_over(host: Machine, *lives: int) -> None:
+    for life in lives:
+        with pytest.raises(PeerRefused, match=r"\(over\)"):
+            async with connect(host.transport, host.endpoint, hello(incarnation=life)):
+                raise AssertionError("welcomed")
+
+
 async def test_clients_may_share_a_name(machine: Callable[..., Machine]) -> None:
     """Two command lines are two peers."""
     async with running(machine()) as host, AsyncExitStack() as stack:
