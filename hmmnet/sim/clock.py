@@ -53,6 +53,8 @@ class JumpClock(WakingClock):
         """When the scheduler went to wait for others, in real seconds; None once it has looked at the clock after that."""
         self._waited_s = 0.0
         """How long it did the last time."""
+        self._looks_then = 0
+        """How many looks there had been when it went."""
 
     def start_clock(self) -> None:
         """Nothing to start."""
@@ -84,13 +86,17 @@ class JumpClock(WakingClock):
         return 0.0
 
     def _idle(self) -> float:
-        """There is no deadline. How long to wait for others; who asks again after all of that has met nobody."""
+        """There is no deadline. How long to wait for others; who asks again after all of that, and at once, has met nobody.
+
+        At once, because a word that comes in the last moment ends a wait that was long enough: it wakes somebody, who takes another look.
+        """
         waited_s, self._waited_s = self._waited_s, 0.0
-        if waited_s >= IDLE_S and not threads_at_work():
+        met_nobody = waited_s >= IDLE_S and self._looks == self._looks_then + 1
+        if met_nobody and not threads_at_work():
             self.deadlocked = True
             drop_shields()
             return 0.0
-        self._waits_since_s = time.monotonic()
+        self._waits_since_s, self._looks_then = time.monotonic(), self._looks
         return IDLE_S
 
     def _wakes_s(self) -> float:

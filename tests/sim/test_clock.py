@@ -165,6 +165,28 @@ def test_only_waits_in_which_nothing_comes_are_idle(monkeypatch: pytest.MonkeyPa
     assert not fallen
 
 
+@pytest.mark.parametrize(("looks", "asleep_for_ever"), [(1, True), (2, False)], ids=["nobody came", "a word in the last moment"])
+def test_a_wait_that_is_long_enough_is_idle_only_if_nobody_ran_after_it(
+    looks: int, asleep_for_ever: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who was woken gives the clock another look."""
+    fallen: list[str] = []
+    monkeypatch.setattr(clock_module, "IDLE_S", 0.01)
+    monkeypatch.setattr(clock_module, "drop_shields", lambda: fallen.append("shield"))
+
+    async def main() -> None:
+        clock = JumpClock()
+        assert clock.deadline_to_sleep_time(math.inf) == 0.01
+        time.sleep(0.02)  # noqa: ASYNC251 - what the scheduler does
+        for _ in range(looks):
+            clock.current_time()
+        clock.deadline_to_sleep_time(math.inf)
+        assert clock.deadlocked is asleep_for_ever
+
+    trio.run(main)
+    assert bool(fallen) is asleep_for_ever
+
+
 def test_shields_that_free_nobody_fall_once_in_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who cannot be cancelled is waited for, not asked again and again."""
     fallen: list[float] = []
