@@ -90,13 +90,15 @@ class Acknowledgement:
         try:
             if self._pending is None:
                 await self._link.fenced()
-            elif self._pending.answered:
-                await self._pending.wait()
             else:
-                await self._link.answer_in_time(self._pending)
+                if not self._pending.answered:
+                    await self._link.answer_in_time(self._pending)
+                answer = await self._pending.wait()
+                if not isinstance(answer, Done):
+                    raise ProtocolError(f"it answered with {type(answer).__name__}, which acknowledges nothing")
         except PeerLost:
             await self._link.fenced()
-        except HmmnetError as error:  # refused, or an answer that cannot be read, which ended the session already
+        except HmmnetError as error:  # refused, another message than an acknowledgement, or what cannot be read, which ended the session
             self._link.condemn(f"it did not carry out an invalidation ({error})")
             await self._link.fenced()
         if self._domain is not None:

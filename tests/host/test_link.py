@@ -17,7 +17,7 @@ from hmmnet.pages import PAGE_SIZE
 from hmmnet.wire.memory_transport import MemoryTransport
 from hmmnet.wire.messages import Copied, CopyOut, Done, Evict, Evicted, FreeFrames, Invalidate, Ioctl, Message
 
-from .scripted_device import LEASE_S, ScriptedDevice, running_host, scripted_device
+from .scripted_device import LEASE_S, NO_FIGURES, ScriptedDevice, running_host, scripted_device
 
 Machine = tuple[Host, MemoryTransport, ScriptedDevice, Process, int]
 
@@ -116,9 +116,10 @@ def crashed(_: Message) -> Message:
         (broken, "did not carry out an invalidation"),
         (interrupted, "did not carry out an invalidation"),
         (crashed, "did not carry out an invalidation"),
+        (lambda _: NO_FIGURES, "answered with Report, which acknowledges nothing"),
         (lambda _: Garbled(), "said what cannot be read"),
     ],
-    ids=["broken", "errno", "signal", "unreadable"],
+    ids=["broken", "errno", "signal", "another kind", "unreadable"],
 )
 @pytest.mark.parametrize("exits", [False, True], ids=["munmap", "exit"])
 async def test_an_invalidation_that_a_device_refuses_condemns_it(
