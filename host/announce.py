@@ -5,16 +5,22 @@ announced too, page by page, wherever they may be mapped (try_to_migrate walks t
 All announcements stand until the pages are collected, so nobody mirrors one anew in between. A page that came to be shared, or came here,
 while they were made (a further fork, a migration that ended) was not announced everywhere: `collect` is given what was (`Told`), and leaves
 such a page where it is. Who cannot leave it (a folio is split, memory breaks: `clear_wherever`) looks again, and tells who is new.
+
+The kernel holds the reverse map's lock while it looks, so fork and mmap wait; here others go on while devices are waited for, and who maps
+the memory anew each time would keep us looking for ever. So that ends after some rounds, as the kernel's migration does.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from errno import EBUSY
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from hmmnet.errors import KernelError
 from hmmnet.pages import Words, announced_runs, distinct
 
 from .interfaces import NO_OWNER, AddressSpace, Event, Select, Told
@@ -22,6 +28,15 @@ from .interfaces import NO_OWNER, AddressSpace, Event, Select, Told
 if TYPE_CHECKING:
     from .mm.huge import Large
     from .mm.mm import Mm
+
+ROUNDS_MAX = 10
+"""How often is looked who has come to map memory while others were told (NR_MAX_MIGRATE_PAGES_RETRY): twice is rare."""
+
+log = logging.getLogger("hmmnet.host")
+
+
+class MappedAnew(KernelError):
+    """EBUSY: somebody came to map memory in each of so many rounds, so it is never mapped by those alone who have been told."""
 
 
 @asynccontextmanager
@@ -47,15 +62,18 @@ async def split_large(
 ) -> None:
     """Split what is larger than a page among `pages`, for everybody who maps it, before zone `owner` migrates some of them.
 
-    With `compound`, huge pages that `pages` hold whole are left; with `parts_stay`, what is mapped page by page. Hold the mmap lock for
-    reading.
+    With `compound`, huge pages that `pages` hold whole are left; with `parts_stay`, what is mapped page by page. What somebody holds, or
+    maps anew again and again, stays whole, and does not migrate. Hold the mmap lock for reading.
     """
     for found in space.large(pages, compound=compound, parts_stay=parts_stay):
         if space.points.armed and _split_fails(space, found):
             continue
-        async with AsyncExitStack() as stack:
-            await clear_wherever(stack, spaces, found.where, owner)
-            found.split()
+        try:
+            async with AsyncExitStack() as stack:
+                await clear_wherever(stack, spaces, found.where, owner)
+                found.split()
+        except MappedAnew as error:
+            log.warning("a huge page is not split: %s", error)
 
 
 def _split_fails(space: AddressSpace, found: Large) -> bool:
@@ -75,13 +93,26 @@ async def clear_wherever(
 ) -> None:
     """Announce CLEAR until `stack` is left for what `where` finds, also for what it finds by the time that everybody has been told.
 
-    A process may have forked meanwhile, or map a file a second time: its mirrors must not keep what is about to change either.
+    A process may have forked meanwhile, or map a file a second time: its mirrors must not keep what is about to change either. Raises
+    MappedAnew when somebody has done so in each of `ROUNDS_MAX` rounds: nothing may change then.
     """
     told: dict[int, list[Words]] = {}
-    while fresh := [(mm, left) for mm, pages in where() if len(left := _untold(pages, told.get(mm.number, ())))]:
+    for _ in range(ROUNDS_MAX):
+        fresh = _fresh(where, told)
+        if not fresh:
+            return
         for mm, pages in fresh:
             told.setdefault(mm.number, []).append(pages)
             await clear(stack, spaces, mm, pages, owner)
+    if fresh := _fresh(where, told):
+        mm, pages = fresh[0]
+        who = f"process {mm.number} has come to map it at page 0x{int(pages[0]):x} while others were told"
+        raise MappedAnew(EBUSY, "try_to_migrate", f"{who}, as somebody did {ROUNDS_MAX} times")
+
+
+def _fresh(where: Callable[[], Iterable[tuple[Mm, Words]]], told: Mapping[int, Sequence[Words]]) -> list[tuple[Mm, Words]]:
+    """What `where` finds now beyond what was told."""
+    return [(mm, left) for mm, pages in where() if len(left := _untold(pages, told.get(mm.number, ())))]
 
 
 def _untold(pages: Words, told: Sequence[Words]) -> Words:

@@ -29,7 +29,7 @@ async def memory_failure(memory: PhysicalMemory, spaces: Mapping[int, AddressSpa
 
     Pages of devices come home first. An access is SIGBUS from then on, a device's is EFAULT; unmapping is all that helps. Raises
     KernelError: EFAULT, ENOMEM; EBUSY at the first page that is nobody's own (the zero page, a file's), or that belongs to a huge page that
-    somebody holds on to (MF_MSG_UNSPLIT_THP), those before it being poisoned.
+    somebody holds on to (MF_MSG_UNSPLIT_THP), those before it being poisoned; EBUSY, none being, where others map it anew again and again.
     """
     frames = await space.get_pages(start, end - start)
     pages = np.arange(start, end, dtype=np.uint64)
@@ -58,7 +58,7 @@ def _until(stops: npt.NDArray[np.bool_]) -> int:
 async def break_memory(memory: PhysicalMemory, spaces: Mapping[int, AddressSpace], space: AddressSpace, start: int, end: int) -> int:
     """The memory under pages [start, end) breaks where it is, at the host or on a device, for everybody who maps it; how many did.
 
-    Only anonymous pages that are there break; those that are under migration do not.
+    Only anonymous pages that are there break; those that are under migration do not. Raises KernelError(EBUSY) as `memory_failure`.
     """
     pages = np.arange(start, end, dtype=np.uint64)
     async with space.mmap_lock.read():
@@ -72,11 +72,18 @@ async def break_memory(memory: PhysicalMemory, spaces: Mapping[int, AddressSpace
 
 
 async def _break(memory: PhysicalMemory, spaces: Mapping[int, AddressSpace], frames: Words) -> None:
-    """`frames` get one more reference, which nobody lets go; who maps them is told, and finds poison."""
+    """`frames` get one more reference, which nobody lets go; who maps them is told, and finds poison.
+
+    Raises MappedAnew (EBUSY: the kernel fails to unmap it, MF_MSG_UNMAP_FAILED); then nothing has broken.
+    """
     for zone, _, at in memory.groups(frames):
         zone.refcount[at] += 1
     async with AsyncExitStack() as stack:
-        await clear_wherever(stack, spaces, lambda: [(mapped.mm, mapped.pages) for mapped in mappings(memory, frames)])
+        try:
+            await clear_wherever(stack, spaces, lambda: [(mapped.mm, mapped.pages) for mapped in mappings(memory, frames)])
+        except BaseException:  # cancelled, too
+            memory.put(frames)
+            raise
         poison(memory, frames)
 
 

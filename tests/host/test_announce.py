@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
 import numpy as np
+import pytest
 import trio
 
+from hmmnet.errors import KernelError
 from hmmnet.faults import Controls, Injector, PointFault
-from hmmnet.host.announce import split_large
+from hmmnet.host.announce import ROUNDS_MAX, split_large
 from hmmnet.host.hub import Hub
 from hmmnet.host.interfaces import Event
+from hmmnet.host.mm import pte
 from hmmnet.host.mm.filemap import File
 from hmmnet.host.mm.space import Space
 from hmmnet.host.mm.vma import VM_HUGEPAGE
 from hmmnet.host.poison import break_memory
 from hmmnet.pages import HUGE_PAGES, PAGE_SHIFT, PAGE_SIZE, PAGES_MAX, announced_runs
 
-from .fakes import Bench, FakeLink, words
+from .fakes import Bench, FakeAcknowledgement, FakeLink, words
 
 PAGES = 3
 BASE = 1 << 30
@@ -248,3 +254,109 @@ async def test_what_is_unmapped_while_others_are_told_needs_no_split() -> None:
         gate.set()
     assert not space.mm.table.pmd(first)
     assert await space.load(BASE, 1) + await space.load(BASE + BLOCK, 1) == b"a\0"
+
+
+ANEW_MAX = 5 * ROUNDS_MAX
+"""After so many rounds the tests' processes tire."""
+
+
+class LateAcknowledgement(FakeAcknowledgement):
+    """Before it comes, somebody else does something."""
+
+    async def finish(self) -> None:
+        link = self.link
+        assert isinstance(link, Anew)
+        if link.meanwhile is not None and link.rests and link.rounds < link.tires:
+            link.rests = False  # it is told of what that changes, too
+            link.rounds += 1
+            await link.meanwhile(link.rounds)
+            link.rests = True
+
+
+@dataclass
+class Anew(FakeLink):
+    """A device that mirrors a process and does `meanwhile`, up to `tires` times, before it acknowledges."""
+
+    rounds: int = 0
+    tires: int = ANEW_MAX
+    rests: bool = True
+    meanwhile: Callable[[int], Awaitable[None]] | None = None
+
+    def invalidate_start(
+        self, context: int, subscription: int, start: int, end: int, event: Event, owner: int, sequence: int
+    ) -> LateAcknowledgement:
+        self.told.append((subscription, start, end, event, owner, sequence))
+        return LateAcknowledgement(self)
+
+    def mirror(self, space: Space) -> None:
+        assert isinstance(space.hub, Hub)
+        space.hub.insert(0, PAGES_MAX, self, space.number)
+
+
+async def a_family(bench: Bench, length: int = BLOCK) -> tuple[Space, Anew]:
+    """A process that shares memory with its child; whenever the child's device is told, the family's youngest forks, and is mirrored."""
+    parent = bench.space(1)
+    await parent.mmap(length, "rw", BASE, VM_HUGEPAGE)
+    await parent.store(BASE, np.ones(length, np.uint8))
+    bench.spaces[2] = await parent.fork(2, Hub())
+    link = Anew("slow", 66)
+    link.mirror(bench.spaces[2])
+
+    async def fork(_: int) -> None:
+        youngest = max(bench.spaces)
+        child = bench.spaces[youngest + 1] = await bench.spaces[youngest].fork(youngest + 1, Hub())
+        link.mirror(child)
+
+    link.meanwhile = fork
+    return parent, link
+
+
+@pytest.mark.parametrize("tires", [ROUNDS_MAX - 1, ANEW_MAX])
+async def test_a_folio_that_is_shared_anew_again_and_again_stays_whole(tires: int, caplog: pytest.LogCaptureFixture) -> None:
+    """A family that forks while its mirrors are told is told, round after round; one that never stops keeps its folio, and this is said."""
+    bench = Bench()
+    parent, link = await a_family(bench)
+    link.tires = tires
+    outcome = await bench.to_device(parent, BASE, 1)
+    whole = tires > ROUNDS_MAX
+    assert link.rounds == (ROUNDS_MAX if whole else tires)
+    assert (outcome.moved, parent.mm.table.pmd(BASE >> PAGE_SHIFT) != 0) == ((0, True) if whole else (1, False))
+    assert [await space.load(BASE, BLOCK) for space in bench.spaces.values()] == [b"\1" * BLOCK] * (link.rounds + 2)
+    assert ("process 12 has come to map it" in caplog.text) == whole
+
+
+async def test_memory_that_is_shared_anew_again_and_again_does_not_break() -> None:
+    """EBUSY, and nobody's page is poisoned or held; when the family has come to rest it breaks for all of them."""
+    bench = Bench()
+    parent, link = await a_family(bench, PAGE_SIZE)
+    first = BASE >> PAGE_SHIFT
+    with pytest.raises(KernelError, match=r"EBUSY.*has come to map it at page 0x40000 while others were told, as somebody did 10 times"):
+        await break_memory(bench.memory, bench.spaces, parent, first, first + 1)
+    assert (link.rounds, len(bench.spaces)) == (ROUNDS_MAX, ROUNDS_MAX + 2)
+    assert {await space.load(BASE, 1) for space in bench.spaces.values()} == {b"\1"}
+    assert bench.memory.field(pte.frames_of(parent.entries(words(first))), "refcount").tolist() == [len(bench.spaces)]
+    link.tires = 0
+    assert await break_memory(bench.memory, bench.spaces, parent, first, first + 1) == 1
+    assert {bytes(space.pagemap(BASE, 1)) for space in bench.spaces.values()} == {b"-"}
+
+
+async def test_a_file_that_is_mapped_anew_again_and_again_is_not_split() -> None:
+    """Two processes: one migrates a page of it; the other maps it once more whenever its mirror is told."""
+    bench = Bench()
+    one, two = bench.space(1), bench.space(2)
+    file = File(bench.memory, BLOCK)
+    for space in (one, two):
+        await space.mmap(BLOCK, "rw", BASE, file=file, shared=True)
+    await one.store(BASE, np.ones(BLOCK, np.uint8))
+    await one.madvise(BASE, BLOCK, "COLLAPSE")
+    await one.load(BASE, 1)
+
+    async def map_it(number: int) -> None:
+        await two.mmap(BLOCK, "rw", (1 + number) * BASE, file=file, shared=True)
+
+    link = Anew("slow", 66, meanwhile=map_it)
+    link.mirror(two)
+    assert (await bench.to_device(one, BASE, 1)).moved == 0
+    assert link.rounds == ROUNDS_MAX
+    assert one.mm.table.pmd(BASE >> PAGE_SHIFT)
+    assert await two.load((1 + ROUNDS_MAX) * BASE, BLOCK) == b"\1" * BLOCK
