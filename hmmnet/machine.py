@@ -121,6 +121,10 @@ class Host(Protocol):
         """What is wrong with the books; empty when all is well. `quiet`: nothing is under way."""
         ...
 
+    def left_over(self) -> list[str]:
+        """What is still in use, though no program runs any more: processes, frames of every memory, swap."""
+        ...
+
     def audit_changes(self, mirrors: Sequence[tuple[str, int, Any]] = ()) -> list[str]:
         """The same of what has changed since the last call, while things are under way; with mirrors that can be seen."""
         ...

@@ -42,14 +42,20 @@ def books(memory: PhysicalMemory, spaces: Iterable[Space], *, quiet: bool) -> li
         check(memory, mms, quiet=quiet)
     except AssertionError as wrong:
         return [_said(wrong)]
-    if mms or not quiet:
-        return []
-    used = {
-        zone.owner: int(np.count_nonzero(zone.referenced(zone.used.stop)[1 if zone.number == 0 else 0 :]))
-        for zone in memory.zones.values()
-        if not zone.lost
-    }
-    return [f"{owner}: {frames} frames are left over" for owner, frames in used.items() if frames]
+    return left_over(memory) if quiet and not mms else []
+
+
+def left_over(memory: PhysicalMemory) -> list[str]:
+    """Where something is in use when no process is there any more: a memory of the host, of a device, of one that was lost; swap.
+
+    Broken frames stay so; they are none of it.
+    """
+    found = []
+    for zone in memory.zones.values():
+        frames = int(np.count_nonzero(zone.referenced(zone.used.stop)[1 if zone.number == 0 else 0 :]))
+        lost = f" (zone {zone.number}, which was lost: {zone.lost})" if zone.lost else ""
+        found += [f"{zone.owner}{lost}: {frames} frames are left over"] if frames else []
+    return found + ([f"swap: {memory.swapped_out} slots are left over"] if memory.swapped_out else [])
 
 
 def _said(wrong: AssertionError) -> str:

@@ -458,6 +458,10 @@ class Host:
         """
         return [*self.late_callbacks, *audit.books(self.memory, self.spaces.values(), quiet=quiet), *audit.domains(self.devices)]
 
+    def left_over(self) -> list[str]:
+        """What is still in use, processes too, when a program and all that it has begun have ended: see `audit.left_over`."""
+        return [*(f"process {number} is left over" for number in self.spaces), *audit.left_over(self.memory)]
+
     def audit_changes(self, mirrors: Sequence[tuple[str, int, Translations]] = ()) -> list[str]:
         """`audit`, while things move, of what has changed since the last call; and of those `mirrors`: (device, process, mirror).
 

@@ -131,8 +131,8 @@ class _AsSimulated:
         return self._machine.host.all_ready
 
     def left_over(self) -> list[str]:
-        """See `SimulatedMachine.left_over`: devices are other processes."""
-        return []
+        """See `SimulatedMachine.left_over`: of the host's books; devices are other processes."""
+        return self._machine.host.left_over()
 
     settled = False
     """Nobody here sees what is on its way between processes: time has to tell."""

@@ -247,13 +247,16 @@ class SimulatedMachine:
         ]
 
     def left_over(self) -> list[str]:
-        """Which devices still have frames in use, when no process is there any more: but for broken ones, which stay so."""
+        """What is still in use, when no process is there any more: of each device's own books, and of the host's (`Host.left_over`).
+
+        Broken frames stay so.
+        """
         used = {
             name: node.device.memory.used_pages - self.host.poisoned_pages(name)
             for name, node in self._nodes.items()
             if node.device is not None
         }
-        return [f"{name}: {frames} frames of its memory are left over" for name, frames in used.items() if frames]
+        return [f"{name}: {frames} frames of its memory are left over" for name, frames in used.items() if frames] + self.host.left_over()
 
     async def start_device(self, name: str) -> None:
         """Start the device `name`, empty, as a new incarnation; returns when it is ready.

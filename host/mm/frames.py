@@ -97,6 +97,11 @@ class PhysicalMemory(Contents):
         return self._swap
 
     @property
+    def swapped_out(self) -> int:
+        """Slots of swap that hold a page."""
+        return 0 if self._swap is None else self._swap.used
+
+    @property
     def total_pages(self) -> int:
         """totalram_pages and total_swap_pages, which are as many."""
         return 2 * sum(zone.count for zone in self.nodes)

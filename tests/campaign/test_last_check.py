@@ -19,6 +19,7 @@ from hmmnet.campaign.trial import run_program
 from hmmnet.cli import main
 from hmmnet.errors import BusError, KernelError, SegmentationFault, SignalError
 from hmmnet.host.process import Process
+from hmmnet.pages import PAGE_SIZE
 
 FAILED = msgspec.structs.replace(SCENARIOS["tour"], hits=(Hit("migrate.before_copy", "fail", nth=1),))
 HARMED = msgspec.structs.replace(FAILED, harms=(Harm(20, "death", 0, 0.001),))
@@ -71,6 +72,26 @@ def test_a_device_that_serves_no_more_is_found(monkeypatch: pytest.MonkeyPatch, 
     found = run_program(program).violations
     assert {one.checker for one in found} == {"service"}
     assert all(any(device in one.what for one in found) for device in ("dev0", "dev1"))
+
+
+async def hold_and_leave(process: Process, leave: Callable[[Process], Coroutine[Any, Any, None]] = Process.exit) -> None:
+    """A process ends and somebody keeps one of its pages."""
+    await process.get_user_pages(await process.mmap(PAGE_SIZE), 1, write=True)
+    await leave(process)
+
+
+async def stay(_: Process) -> None:
+    """A process that does not end."""
+
+
+@pytest.mark.parametrize(
+    ("ends", "told"), [(hold_and_leave, "node0: 1 frames are left over"), (stay, "process 1000 is left over")], ids=["frame", "process"]
+)
+def test_what_the_host_does_not_get_back_is_a_leak(monkeypatch: pytest.MonkeyPatch, ends: Any, told: str) -> None:
+    """Of the host's own memory, too; devices have nothing to do with it."""
+    broken_once_healed(monkeypatch, "exit", ends)
+    found = [one.what for one in run_program(HARMED).violations if one.checker == "leaks"]
+    assert [what for what in found if what.endswith(told)] != []
 
 
 def test_who_is_short_of_memory_may_be_refused_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ import trio
 from hmmnet.campaign import real
 from hmmnet.campaign.crew import Crew
 from hmmnet.campaign.real import Summary, run_rounds
+from hmmnet.host.process import Process
 from hmmnet.launcher.directory import process_started
 from hmmnet.machine import LaunchedMachine
 from hmmnet.pages import PAGE_SIZE
@@ -90,6 +91,28 @@ async def test_pages_that_die_are_counted_and_every_incarnation_is_awaited(monke
     assert summary.violations == []
     assert summary.as_json()["lost_pages"] == 1
     assert len(set(looked_for)) == len(lives) + 1
+
+
+async def test_a_frame_of_the_host_that_stays_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody keeps a page of the process that has ended: the host's books say so, devices' processes or not."""
+    leave = Process.exit
+
+    async def rest(_crew: Crew, _actor: int, enough: trio.Event) -> None:
+        await enough.wait()
+
+    async def do_nothing(*_: Any) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async def hold_and_leave(process: Process) -> None:
+        await process.get_user_pages(await process.mmap(PAGE_SIZE), 1, write=True)
+        await leave(process)
+
+    monkeypatch.setattr(real, "_act", rest)
+    monkeypatch.setattr(real, "_nemesis", do_nothing)
+    monkeypatch.setattr(Process, "exit", hold_and_leave)
+    with trio.fail_after(100):
+        summary = await run_rounds(3, 1)
+    assert [one["what"].partition(": ")[2] for one in summary.violations if one["checker"] == "leaks"] == ["node0: 1 frames are left over"]
 
 
 async def test_a_process_that_stays_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

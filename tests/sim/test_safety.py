@@ -220,6 +220,33 @@ def test_broken_memory_is_no_leak() -> None:
     hmmnet.simulate(main, MACHINE, limit_s=300.0)
 
 
+def test_what_is_left_over_is_named_wherever_it_is() -> None:
+    """A process, frames of the host's own memory, of a device that is dead, slots of swap; one page is held beyond the process's end."""
+
+    async def main(machine: SimulatedMachine) -> None:
+        process = await machine.create_process()
+        address = await process.mmap(PAGES * PAGE)
+        await process.write(address, DATA)
+        await process.migrate(address, 3 * PAGE, "gpu0")
+        await process.madvise(address + 3 * PAGE, 2 * PAGE, "PAGEOUT")
+        held = await process.get_user_pages(address + 5 * PAGE, 1, write=True)
+        await machine.kill_device("gpu0")
+        await trio.sleep(5)
+        why = 'device "gpu0" was killed'
+        assert machine.left_over() == [
+            f"process {process.pid} is left over",
+            f"node0: {PAGES - 5} frames are left over",
+            f"gpu0 (zone 64, which was lost: {why}): 3 frames are left over",
+            "swap: 2 slots are left over",
+        ]
+        await process.exit()
+        assert machine.left_over() == ["node0: 1 frames are left over"]
+        await held.put()
+        assert machine.left_over() == []
+
+    hmmnet.simulate(main, MACHINE, limit_s=300.0)
+
+
 def test_an_atomic_access_to_what_has_just_been_lost_says_so() -> None:
     """Refused because its page lay in another device's memory, and then that died with it: SIGBUS that names the page and that device."""
     devices = tuple(replace(one, kind="coherent") if one.name == "gpu1" else one for one in MACHINE.devices)
