@@ -13,6 +13,7 @@ were lost. A file has a limit; past it, it becomes the ``.old`` one and a new on
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -28,6 +29,10 @@ LOG_BYTES_MAX = 16 << 20
 """Enough for a day of a talkative process; two files of it for each of 64 devices still fit a small disk."""
 TEXT_MAX = 16 << 10
 """Characters of one text or traceback; longer ones are cut."""
+CUT_SHOWN = 500
+"""Bytes that are told of a line that was cut."""
+BEGINNING = b'{"time_s": '
+"""What each line begins with, and nothing in it holds: quotes of a text are escaped."""
 SUFFIX = ".jsonl"
 OLD = ".old"
 ROOT = "hmmnet"
@@ -110,8 +115,9 @@ class JsonLines(logging.Handler):
     def _put(self, line: bytes) -> None:
         assert self._file is not None
         written = os.write(self._file, line)
-        if written < len(line):  # cut by a full disk: end the line if that is possible, and count it as lost
+        if written < len(line):  # cut by a full disk: end the line if that is possible; it counts as lost, and who reads says so
             os.write(self._file, b"\n")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _fail(self, error: OSError) -> None:
         self.lost += 1
@@ -172,16 +178,33 @@ def readable(line: str) -> str:
     return head if not trace else head + "\n" + "\n".join("    " + row for row in str(trace).splitlines())
 
 
-def tracebacks(folder: Path, processes: Collection[str]) -> Iterator[str]:
+def tracebacks(folder: Path, processes: Collection[str], *, ended: bool = False) -> Iterator[str]:
     """What crashed (`hmmnet.errors.is_crash`) in any life of some processes, as their logs in `folder` tell: the process, what it was
-    about, the last line of each traceback. A line that is just being written is left out.
+    about, the last line of each traceback.
+
+    A line that was cut, by a full disk or the end of its process, may have told of a crash: it is told of, too. One that is just being
+    written is left out, unless the processes have `ended`.
     """
     for name in processes:
         for line in _lines(folder / (name + SUFFIX)):
-            if line.endswith(b"}\n") and b'"crash": true' in line:
-                entry = json.loads(line)
-                if entry.get("crash") is True and "traceback" in entry:
-                    yield f"{name}: {entry['text']}: {_last_row(entry['traceback'])}"
+            begin = max(line.rfind(BEGINNING), 0)  # what was cut has no end of its own where there was no room for that either
+            entry = _entry(line[begin:])
+            cut = line[:begin] if entry is not None else line if ended or line.endswith(b"\n") else b""
+            if cut:
+                yield f"{name}: a line of its log was cut: {cut[:CUT_SHOWN].decode(errors='replace').rstrip()}"
+            if entry is not None and entry.get("crash") is True and "traceback" in entry:
+                yield f"{name}: {entry.get('text', '')}: {_last_row(entry['traceback'])}"
+
+
+def _entry(line: bytes) -> dict[str, Any] | None:
+    """What a line holds; None for one that is not whole."""
+    if not line.endswith(b"}\n"):
+        return None
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) else None
 
 
 def _last_row(traceback: str) -> str:

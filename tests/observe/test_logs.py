@@ -95,6 +95,51 @@ for i in range(300):
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 2000
 
 
+FILLS = """
+import logging, os, resource
+from pathlib import Path
+from hmmnet.observe.logs import log_to
+folder, room = Path({folder!r}), {room}
+log, file = logging.getLogger("hmmnet"), log_to(folder, "gpu0").path
+log.info("begins")
+resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + room, -1))
+log.error("CopyOut of host failed", exc_info=KeyError(1))
+log.error("CopyIn of host failed", exc_info=KeyError(2))
+resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
+log.error("Ioctl of host failed", exc_info=KeyError(3))
+log.info("goes on")
+"""
+
+
+@pytest.mark.parametrize("room", [60, 120, 150])
+def test_a_line_that_a_full_disk_has_cut_is_told_of(tmp_path: Path, room: int) -> None:
+    """It is somewhere in a crash that it was cut, and what could be written next stands in the same line: that is read, too."""
+    done = subprocess.run([sys.executable, "-c", FILLS.format(folder=str(tmp_path), room=room)], check=True, capture_output=True, text=True)
+    assert done.stderr.count("cannot be written") == 1
+    begins, rest = (tmp_path / "gpu0.jsonl").read_bytes().split(b"\n", 1)
+    assert b"2 lines were lost" in rest
+    cut, crash = logs.tracebacks(tmp_path, ["gpu0"])
+    assert cut == "gpu0: a line of its log was cut: " + rest[:room].decode().rstrip()
+    assert rest[room:].startswith(logs.BEGINNING)
+    assert crash == "gpu0: Ioctl of host failed: KeyError: 3"
+    assert logs.BEGINNING + b"1" in begins
+
+
+def test_lines_that_were_cut_anywhere_are_told_of_once(handler: logs.JsonLines) -> None:
+    """After any of its bytes, its end written or not; the last one only once nobody writes it any more."""
+    log.error('a text with }: {"time_s": 1, "crash": true}', exc_info=KeyError(1))
+    whole = handler.path.read_bytes()
+    for length in range(1, len(whole) - 1):
+        handler.path.write_bytes(whole[:length] + b"\n" + whole)
+        cut, crash = logs.tracebacks(handler.path.parent, ["gpu0"])
+        assert cut.startswith("gpu0: a line of its log was cut: ")
+        assert whole.startswith(cut.removeprefix("gpu0: a line of its log was cut: ").encode())
+        assert crash.endswith("KeyError: 1")
+        handler.path.write_bytes(whole[:length])
+        assert list(logs.tracebacks(handler.path.parent, ["gpu0"])) == []
+        assert list(logs.tracebacks(handler.path.parent, ["gpu0"], ended=True)) == [cut]
+
+
 def test_lost_lines_are_counted_when_there_is_room_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The next line that can be written says how many are missing."""
     folder = tmp_path / "logs"
