@@ -11,7 +11,8 @@ direction, and any call on the socket may swallow that edge. Five rules follow, 
    which reads `EVENTS` afterwards when there are waiters and wakes the one whose turn it is. The waiter on the descriptor itself
    is woken with trio's `notify_closing`, which costs nothing until it is needed (a cancel scope for each wait would).
 4. Cancel safety: a cancelled call has had no effect. Checkpoints stand before the operation, none after it.
-5. A task that never has to wait still yields: every `IMMEDIATE_MAX` small messages, every message of `BULK_BYTES` or more.
+5. A task that never has to wait still yields: every `IMMEDIATE_MAX` small messages, every message of `BULK_BYTES` or more, whenever
+   anybody could use it.
 
 Measured on two cores: what a round trip costs more than raw blocking pyzmq is trio's own wait (a bare `wait_readable` around pyzmq is no
 faster), so a wait that is expected to be short is kept out of trio's loop where nobody misses it (`shortwait.py`): a fifth to a third of
@@ -97,7 +98,7 @@ class Bridge:
             if self._sent >= IMMEDIATE_MAX or len(parts[-1]) >= BULK_BYTES:
                 self._sent = 0
                 self._short.moved(large=len(parts[-1]) >= BULK_BYTES)
-                await self._wait(_POLLOUT)  # full or not, others have their turn
+                await self._yield(_POLLOUT)
             else:
                 await checkpoint_if_cancelled()
             self._send(parts, copy)
@@ -154,7 +155,7 @@ class Bridge:
         try:
             if self._received >= IMMEDIATE_MAX:
                 self._received = 0
-                await self._wait(_POLLIN)  # a message or none, others have their turn
+                await self._yield(_POLLIN)
             elif self._receive_waited and not (events := self._get(_EVENTS)) & _POLLIN:  # nothing last time: ask, cheaper than `Again`
                 await self._wait_turn(_POLLIN, events)
             else:
@@ -255,6 +256,13 @@ class Bridge:
         if events & _POLLOUT:
             self._senders.unpark()
 
+    async def _yield(self, direction: int) -> None:
+        """Give others their turn, if anybody could use it; who must wait for `direction` anyway does so here."""
+        if self._short.undisturbed():
+            await checkpoint_if_cancelled()
+        else:
+            await self._wait(direction)
+
     async def _wait(self, direction: int) -> None:
         """Yield, and return when `direction` may be ready, for the caller to try. A nudge, which the caller will find, is no wait."""
         events = self._get(_EVENTS)
@@ -272,10 +280,10 @@ class Bridge:
         """
         if direction == _POLLIN:
             self._receive_waited = True
-            if self._short.worthwhile and not (self._leading or self._parked):
-                await checkpoint_if_cancelled()
-                if self._short.wait():
-                    return
+        if self._short.worthwhile and not (self._leading or self._parked):
+            await checkpoint_if_cancelled()
+            if self._short.wait():
+                return
         if self._leading or self._parked:
             self._wake(events)
         if self._leading:
@@ -290,8 +298,7 @@ class Bridge:
         self._short.begin_long()
         try:
             await wait_readable(self._descriptor)
-            if direction == _POLLIN:
-                self._short.end_long()
+            self._short.end_long()
         except trio.ClosedResourceError:
             if self._closed:
                 raise

@@ -167,8 +167,8 @@ async def test_a_wait_with_others_at_work_was_none_for_a_short_one(pair: tuple[s
 
 
 @pytest.mark.usefixtures("unending")
-async def test_there_is_none_beside_bulk_data(pair: tuple[socket.socket, socket.socket]) -> None:
-    """Who waited for them says so, and waits in the loop himself."""
+async def test_beside_bulk_data_only_those_who_wait_for_it_wait_shortly(pair: tuple[socket.socket, socket.socket]) -> None:
+    """However long it takes them: they are the ones who would disturb others."""
     await idle_once()
     short, bulk = ShortWait(pair[0].fileno()), ShortWait(pair[0].fileno(), bulk=True)
     pair[1].send(b"x")
@@ -177,16 +177,37 @@ async def test_there_is_none_beside_bulk_data(pair: tuple[socket.socket, socket.
     bulk.begin_long()
     await wait_readable(pair[0])
     bulk.end_long()
-    assert not bulk.worthwhile
+    assert bulk.worthwhile
     assert not short.wait()
     assert not short.worthwhile
+    short.begin_long()
+    await wait_readable(pair[0])
+    short.end_long()
+    assert not short.worthwhile
+    assert bulk.wait()
     short.close()
+    bulk.close()
+
+
+async def test_who_waits_for_bulk_data_in_vain_tries_again(pair: tuple[socket.socket, socket.socket]) -> None:
+    """Nothing came, for nobody: a stream that stalls goes on. A word for somebody else ends that."""
+    await idle_once()
+    bulk = ShortWait(pair[0].fileno(), bulk=True)
+    bulk.worthwhile = True
+    for word in (False, True):
+        said = trio.Event()
+        if word:
+            current_trio_token().run_sync_soon(said.set)
+        assert not bulk.wait()
+        assert bulk.worthwhile is not word
+    await said.wait()
+    bulk.close()
 
 
 async def test_there_is_none_while_bulk_data_move(pair: tuple[socket.socket, socket.socket]) -> None:
     """Whoever sends or receives it, and for a while after: each credit would end one."""
     await idle_once()
-    short, bulk = ShortWait(pair[0].fileno()), ShortWait(pair[1].fileno(), bulk=True)
+    short, bulk, large = ShortWait(pair[0].fileno()), ShortWait(pair[1].fileno(), bulk=True), ShortWait(pair[0].fileno())
     pair[1].send(b"x")
     await idle_once()
     assert short.wait()
@@ -201,10 +222,40 @@ async def test_there_is_none_while_bulk_data_move(pair: tuple[socket.socket, soc
     await idle_once()
     short.moved()
     assert short.wait()
-    short.moved(large=True)
+    large.moved(large=True)
     assert not short.wait()
+    assert large.wait(), "it is its own"
     short.close()
     bulk.close()
+    large.close()
+
+
+# --- yields that nobody needs -----------------------------------------------------------------------------------------------------
+
+
+async def test_a_turn_is_needed_when_somebody_could_run(pair: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task that is runnable, one whose socket is readable, one whose time has come; and as long as nothing is known."""
+    short = ShortWait(pair[0].fileno())
+    assert not short.undisturbed(), "nothing is known of this run"
+    await idle_once()
+    monkeypatch.setattr(shortwait, "WAIT_S", 600.0)
+    assert short.undisturbed()
+    heard = trio.Event()
+
+    async def other_task() -> None:
+        await wait_readable(pair[0])
+        heard.set()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(other_task)
+        assert not short.undisturbed(), "it can run"
+        await trio.testing.wait_all_tasks_blocked()
+        assert short.undisturbed()
+        pair[1].send(b"x")
+        assert not short.undisturbed(), "its socket is readable"
+        await heard.wait()
+    monkeypatch.setattr(shortwait, "WAIT_S", 0.0)
+    assert not short.undisturbed(), "nobody has looked at deadlines for so long"
 
 
 def test_a_guest_of_another_loop_has_none() -> None:
