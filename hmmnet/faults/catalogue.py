@@ -7,8 +7,9 @@ values that are wrong, targets that nothing can be, and what the world at hand c
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, TypeAlias
 
 from hmmnet.errors import HmmnetError
 from hmmnet.topology.problems import did_you_mean
@@ -19,6 +20,8 @@ from .controls import Controls
 from .kinds import Fault, Kind, Parameter
 from .messages import Way
 
+Mistake: TypeAlias = tuple[str, str]
+"""A field, or nothing when it is the whole, and what is wrong with it."""
 KINDS: dict[str, Kind] = {
     kind.name: kind
     for family in (wires, copying, allocation, memory_errors, notifier, stepping, device_faults, process_events, nodes, clocks)
@@ -60,41 +63,43 @@ def kind_named(name: str) -> Kind:
 
 def fault(kind: str, on: str = "", **given: Any) -> Fault:
     """One fault: ``fault("copy.corrupt", "gpu0", probability=0.1, direction="to_host")``. Raises HmmnetError with every mistake."""
-    mistakes = [f"{field}: {cause}" if field else cause for field, cause in problems(kind, {"on": on, **given} if on else given)]
-    if mistakes:
-        raise HmmnetError(f"fault {kind}: " + "; ".join(mistakes))
-    return _made(KINDS[kind], {"on": on, **given} if on else given)
+    made, found = checked(kind, {"on": on, **given} if on else given)
+    if made is None:
+        raise HmmnetError(f"fault {kind}: " + "; ".join(f"{field}: {cause}" if field else cause for field, cause in found))
+    return made
 
 
-def problems(kind: str, given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(field, what is wrong with it) for every mistake."""
+def checked(kind: str, given: Mapping[str, Any]) -> tuple[Fault | None, list[Mistake]]:
+    """The fault that is described so, unless something is wrong with it; and everything that is."""
     try:
         found = kind_named(kind)
     except HmmnetError as error:
-        yield "kind", str(error)
-        return
-    known = {**CONTROLS, **TARGETS, **{one.name: one for one in found.parameters}}
-    broken = False
+        return None, [("kind", str(error))]
+    known, read = _known(kind), dict[str, Any]()
+    mistakes: list[Mistake] = []
     for name, value in given.items():
         if name not in known:
-            broken = True
-            yield name, f"there is no such parameter; {did_you_mean(name, known, 'it has ' + ', '.join(known))}"
+            mistakes.append((name, f"there is no such parameter; {did_you_mean(name, known, 'it has ' + ', '.join(known))}"))
             continue
         try:
-            _read(known[name], value)
+            read[name] = _read(known[name], value)
         except ValueError as error:
-            broken = True
-            yield name, str(error)
-    for parameter in found.parameters:
-        if parameter.default is None and parameter.name not in given:
-            broken = True
-            yield parameter.name, f"missing: {parameter.what}"
-    if not broken:
-        try:
-            made = _made(found, given)
-            assert made.effects is not None
-        except HmmnetError as error:
-            yield "", str(error)
+            mistakes.append((name, str(error)))
+    mistakes += [(one.name, f"missing: {one.what}") for one in found.parameters if one.default is None and one.name not in given]
+    if mistakes:
+        return None, mistakes
+    try:
+        made = _made(found, read)
+        assert made.effects is not None
+    except HmmnetError as error:
+        return None, [("", str(error))]
+    return made, []
+
+
+@cache
+def _known(kind: str) -> dict[str, Parameter]:
+    """By name, all that can be said of a fault of that kind."""
+    return {**CONTROLS, **TARGETS, **{one.name: one for one in KINDS[kind].parameters}}
 
 
 def _read(parameter: Parameter, value: Any) -> Any:
@@ -124,24 +129,15 @@ def _range(value: Any) -> tuple[int, int]:
     return start, start + length
 
 
-def _made(kind: Kind, given: Mapping[str, Any]) -> Fault:
-    controls = Controls(**{name: _read(one, given[name]) for name, one in CONTROLS.items() if name in given})
-    settings = {one.name: _read(one, given[one.name]) if one.name in given else one.default for one in kind.parameters}
-    start, end = _range(given["range"]) if given.get("range") else (0, 0)
-    on = given.get("on") or _EVERYBODY.get(kind.on, "*")
+def _made(kind: Kind, read: Mapping[str, Any]) -> Fault:
+    """One fault, of what was `_read`."""
+    controls = Controls(**{name: read[name] for name in CONTROLS if name in read})
+    settings = {one.name: read.get(one.name, one.default) for one in kind.parameters}
+    start, end = read.get("range", (0, 0))
+    on = read.get("on") or _EVERYBODY.get(kind.on, "*")
     if kind.on == "way":
         on = Way.parse(on).text
-    made = Fault(
-        kind,
-        on,
-        controls,
-        settings,
-        int(given.get("process", 0)),
-        start,
-        end,
-        TARGETS["after"].read(given.get("after", 0.0)),
-        TARGETS["lasts"].read(given.get("lasts", 0.0)),
-    )
+    made = Fault(kind, on, controls, settings, read.get("process", 0), start, end, read.get("after", 0.0), read.get("lasts", 0.0))
     if kind.name in ("link.slow", "clock.skew") and not settings["factor"] > 0:
         raise HmmnetError("factor must be more than 0; to take a link away there is link.down")
     if kind.name == "link.lanes" and not 0 < settings["lanes"] <= 16:

@@ -50,7 +50,14 @@ class Parameter:
 
     def read(self, value: Any) -> Any:
         """`value`, as a file or a command line gives it, as the effect wants it. Raises ValueError that says what is wanted."""
-        wanted = {
+        try:
+            return _READ[self.form](self, value)
+        except (ValueError, TypeError, KeyError):
+            raise ValueError(f"{value!r} where {self._wanted} is wanted") from None
+
+    @property
+    def _wanted(self) -> str:
+        return {
             "time": 'a time with its unit, such as "5 ms"',
             "number": "a number that is not negative",
             "count": "a whole number that is not negative",
@@ -59,10 +66,6 @@ class Parameter:
             "text": "text",
             "flag": "true or false",
         }[self.form]
-        try:
-            return _READ[self.form](self, value)
-        except (ValueError, TypeError, KeyError):
-            raise ValueError(f"{value!r} where {wanted} is wanted") from None
 
 
 def _number(_: Parameter, value: Any) -> float:

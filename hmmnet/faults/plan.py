@@ -23,7 +23,7 @@ from hmmnet.errors import HmmnetError
 from hmmnet.topology.lines import KeyLines
 from hmmnet.topology.problems import Problem, did_you_mean
 
-from .catalogue import CONTROLS, as_given, kind_named, problems
+from .catalogue import CONTROLS, as_given, checked, kind_named
 from .catalogue import fault as make_fault
 from .controls import Controls
 from .effects import Effect
@@ -80,11 +80,15 @@ class Plan:
 
     @classmethod
     def _of(cls, tables: Sequence[dict[str, Any]], file: str, lines: Mapping[Any, int], mistakes: list[Problem]) -> Plan:
+        faults = []
         for index, table in enumerate(tables):
-            mistakes += _mistakes(file, lines, index, table)
+            made, found = _read(file, lines, index, table)
+            mistakes += found
+            if made is not None:
+                faults.append(made)
         if mistakes:
             raise PlanError(mistakes)
-        return cls(tuple(make_fault(**table) for table in tables))
+        return cls(tuple(faults))
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
@@ -112,17 +116,22 @@ class Plan:
         return "\n".join(_as_toml(named(one)) for one in self.faults)
 
 
-def _mistakes(file: str, lines: Mapping[Any, int], index: int, table: dict[str, Any]) -> list[Problem]:
+def _read(file: str, lines: Mapping[Any, int], index: int, table: dict[str, Any]) -> tuple[Fault | None, list[Problem]]:
+    """The fault that a table describes, unless something is wrong with it; and all that is. Only then `lines` are asked: they cost."""
     kind = table.get("kind")
-    place = f"fault {index + 1}"
-    first = lines.get((SECTION, index), 0)
+    made, mistakes = (
+        checked(kind, {name: value for name, value in table.items() if name != "kind"}) if isinstance(kind, str) else (None, [])
+    )
+    if made is not None:
+        return made, []
+    place, first = f"fault {index + 1}", lines.get((SECTION, index), 0)
     if not isinstance(kind, str):
-        return [Problem(file, first, place, "kind", "missing, or no text", 'add kind = "loss", or another of `hmmnet fault kinds`')]
+        return None, [Problem(file, first, place, "kind", "missing, or no text", 'add kind = "loss", or another of `hmmnet fault kinds`')]
     found = []
-    for field, cause in problems(kind, {name: value for name, value in table.items() if name != "kind"}):
+    for field, cause in mistakes:
         cause, _, mend = cause.partition("; ")
         found.append(Problem(file, lines.get((SECTION, index, field), first), place, field, cause, mend))
-    return found
+    return None, found
 
 
 def plain(effect: MessageFault | PointFault) -> Fault:

@@ -177,6 +177,7 @@ class _TableReader:
         self._section = section
         self._index = index
         self._table = table
+        self._unknown = [key for key in table if section.field(key) is None]
         self._broken: set[str] = set()
         self._place = _place(section, index, table)
 
@@ -186,15 +187,14 @@ class _TableReader:
 
     def unknown_keys(self) -> None:
         """Report keys that the section does not have, each with what was probably meant."""
-        for key in self._table:
-            if self._section.field(key) is None:
-                self._complain(key, "unknown key", _mend_key(key, self._section))
+        for key in self._unknown:
+            self._complain(key, "unknown key", _mend_key(key, self._section))
 
     def value(self, one: Field) -> Any:
         """The value of a field, or a harmless one when it is missing or wrong."""
         harmless = _HARMLESS.get(one.form, one.default)
         if one.key not in self._table:
-            meant = any(_field_meant(key, self._section) is one for key in self._table if self._section.field(key) is None)
+            meant = any(_field_meant(key, self._section) is one for key in self._unknown)
             if one.required and not meant:
                 self._complain(one.key, "missing", f"add {one.key} = {_example(one)}")
             if one.required:

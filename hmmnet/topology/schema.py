@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 Form = Literal["name", "reference", "text", "choice", "size", "sizes", "rate", "time", "flag", "number"]
@@ -48,7 +49,11 @@ class Section:
 
     def field(self, key: str) -> Field | None:
         """The field called `key`."""
-        return next((field for field in self.fields if field.key == key), None)
+        return self._by_key.get(key)
+
+    @cached_property
+    def _by_key(self) -> dict[str, Field]:
+        return {field.key: field for field in self.fields}
 
 
 TOP = Section(
