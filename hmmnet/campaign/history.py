@@ -105,7 +105,9 @@ class History:
         self.words = words
         shape = (ROWS, words)
         self._value = np.zeros(shape, np.uint64)
-        self._live = np.zeros(shape, np.bool_)
+        self._marks = bytearray(ROWS * words)
+        """The same bytes as `_live`, row after row: for who only asks whether there is one."""
+        self._live = np.frombuffer(self._marks, np.bool_).reshape(shape)
         self._begin = np.zeros(shape, np.int64)
         self._end = np.zeros(shape, np.int64)
         self._low = np.full(shape, NEVER, np.int64)
@@ -130,7 +132,10 @@ class History:
     def _depth(self, words: slice) -> int:
         """How many rows hold all values of `words` that may still be loaded."""
         depth = self._deepest
-        while depth > 1 and not np.count_nonzero(self._live[depth - 1, words]):
+        while depth > 1:
+            row = (depth - 1) * self.words
+            if self._marks.find(1, row + words.start, row + words.stop) >= 0:
+                break
             depth -= 1
         return depth
 
@@ -151,7 +156,8 @@ class History:
         count, now = len(values), self.clock.tick()
         words = slice(first, first + count)
         depth = self._bury(words)
-        self._deepest = max(self._deepest, min(depth + 1, ROWS))
+        if depth >= self._deepest and depth < ROWS:
+            self._deepest = depth + 1
         if depth == 1:
             self._put((1, words), values, now)
             return self._stored(StoreMark(first, count, values, 1, now, depth))
@@ -291,7 +297,7 @@ class History:
 
     def _agrees(self, words: slice, mark: LoadMark, values: Words) -> bool:
         """Whether each of the words has one value, which is certain, and the load returned those: then it comes last."""
-        if np.count_nonzero(self._value[0, words] != values) or int(self._low[0, words].max()) == NEVER:
+        if self._value[0, words].tobytes() != values.tobytes() or np.maximum.reduce(self._low[0, words]) == NEVER:
             return False
         high = self._high[0, words]
         np.maximum(high, mark.began, out=high)
