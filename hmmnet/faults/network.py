@@ -127,23 +127,25 @@ class Network:
         if self.watch is not None:
             self.watch(device, BULK_WAYS[to_device] if channel == "bulk" else type_of(parts, channel))
         if self.active or self._held or self._quiet_until:
-            self._send(device, channel, parts, deliver, to_device=to_device)
-        else:
-            deliver(parts)
+            way = (device, channel, to_device)
+            matching = self._matching.get(way)
+            if matching is None:
+                matching = self._matching[way] = [
+                    one for one in self.active.values() if one.fault.way.matches(device, channel, to_device=to_device)
+                ]
+            if matching or device in self._held or way in self._quiet_until:
+                self._send(way, matching, parts, deliver)
+                return
+        deliver(parts)
 
-    def _send(self, device: str, channel: Channel, parts: Parts, deliver: Deliver, *, to_device: bool) -> None:
-        """`sent`, where something may happen to the message."""
-        way = (device, channel, to_device)
-        matching = self._matching.get(way)
-        if matching is None:
-            matching = self._matching[way] = [
-                one for one in self.active.values() if one.fault.way.matches(device, channel, to_device=to_device)
-            ]
-        if not matching and device not in self._held and way not in self._quiet_until:
-            deliver(parts)
-            return
+    def _send(self, way: tuple[str, Channel, bool], matching: list[Active], parts: Parts, deliver: Deliver) -> None:
+        """`sent`, where something may happen to the message: `matching`, or it waits for others that went that way."""
+        device, channel, to_device = way
         now_s = trio.current_time()
-        deliveries: list[Delivery] = [(max(0.0, self._quiet_until.get(way, 0.0) - now_s), parts)]
+        quiet_s = self._quiet_until.get(way, 0.0) - now_s
+        if quiet_s <= 0:
+            self._quiet_until.pop(way, None)  # nothing is late there any more
+        deliveries: list[Delivery] = [(max(0.0, quiet_s), parts)]
         for active in [one for one in matching if one.concerns(channel, parts)]:
             if active.chance.fires(sum(map(len, parts))):
                 deliveries = active.fault.apply(deliveries, self.random)

@@ -31,7 +31,7 @@ from hmmnet.program import Process
 from hmmnet.sleeping import sleep
 from hmmnet.topology.load import installed_models, load
 from hmmnet.topology.model import Personality, Topology, with_personality
-from hmmnet.wire.memory_transport import MemoryChannel, MemoryTransport, Parts
+from hmmnet.wire.memory_transport import MemoryChannel, MemoryTransport
 from hmmnet.wire.transport import CHANNEL_BYTES_MAX
 
 from .clock import JumpClock, VirtualClock
@@ -75,15 +75,8 @@ class NodeTransport(MemoryTransport):
 
     def _through(self, channel: MemoryChannel, kind: Channel) -> MemoryChannel:
         """The channel's messages pass the network."""
-        sent = self._network.sent
-
-        def inbound(parts: Parts, arrive: Callable[[Parts], None]) -> None:
-            sent(self._name, kind, parts, arrive, to_device=True)
-
-        def outbound(parts: Parts, arrive: Callable[[Parts], None]) -> None:
-            sent(self._name, kind, parts, arrive, to_device=False)
-
-        channel.divert(inbound, outbound)
+        sent = partial(self._network.sent, self._name, kind)
+        channel.divert(partial(sent, to_device=True), partial(sent, to_device=False))
         return channel
 
     def _mine(self, channel: MemoryChannel) -> MemoryChannel:
