@@ -20,7 +20,11 @@ _PLACES = {"attach": "hmmnet.client", "launch": "hmmnet.machine", "simulate": "h
 
 
 def __getattr__(name: str) -> Any:
-    """The public names, imported on first use."""
+    """The public names, imported on first use; the version is that of the installed package."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("hmmnet")
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module

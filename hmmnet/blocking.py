@@ -59,6 +59,12 @@ def only_error(body: BaseException | None = None) -> Iterator[None]:
         raise leaf from None
 
 
+def only_under_trio(call: str) -> None:
+    """For ``async with`` of `call`. Raises HmmnetError in any other loop than trio's."""
+    if not trio.lowlevel.in_trio_run():
+        raise HmmnetError(f'"async with {call}" is for programs under trio; in asyncio, in notebooks and in scripts write "with {call}"')
+
+
 class Blocking(Generic[T]):
     """One asynchronous context manager, entered in a background thread with a trio loop of its own. `make` is called in that thread."""
 
@@ -255,6 +261,9 @@ class BlockingProcess:
         self._process = process
         self._loop = loop
 
+    def __repr__(self) -> str:
+        return f"<process {self.pid}>"
+
     @property
     def handles(self) -> dict[int, BlockingHandle]:
         """See `Process.handles`."""
@@ -403,6 +412,9 @@ class BlockingMachine:
     def __init__(self, machine: Machine, loop: Blocking[Any]) -> None:
         self._machine = machine
         self._loop = loop
+
+    def __repr__(self) -> str:
+        return repr(self._machine)
 
     @property
     def device_names(self) -> tuple[str, ...]:

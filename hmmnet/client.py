@@ -11,6 +11,8 @@ from types import TracebackType
 from typing import Any
 
 from hmmnet.errors import HmmnetError
+from hmmnet.faults.catalogue import as_fault, as_given
+from hmmnet.faults.kinds import Fault
 from hmmnet.launcher.directory import running_machine
 from hmmnet.wire.client import connect
 from hmmnet.wire.messages import PROTOCOL_VERSION, Hello, Rate, Welcome
@@ -18,7 +20,7 @@ from hmmnet.wire.session import Session
 from hmmnet.wire.transport import Transport
 from hmmnet.wire.zmq_transport import ZmqTransport
 
-from .blocking import Blocking, BlockingMachine, only_error
+from .blocking import Blocking, BlockingMachine, only_error, only_under_trio
 from .remote import Calls, RemoteProcess
 
 
@@ -31,6 +33,9 @@ class RemoteMachine:
         self._devices: tuple[str, ...] = ()
         self._clock = Rate(welcome.epoch_monotonic_s, welcome.epoch_emulated_s, welcome.rate)
         session.on(Rate, self._set_clock)
+
+    def __repr__(self) -> str:
+        return f'<machine "{self.name}": {", ".join(self.device_names)}>'
 
     def _set_clock(self, rate: Rate) -> None:
         self._clock = rate
@@ -70,9 +75,12 @@ class RemoteMachine:
         """See `Machine.unplug`."""
         await self._calls.call("unplug", device=device)
 
-    async def add_fault(self, kind: str, **given: Any) -> int:
-        """A fault begins (see `hmmnet.faults.fault`); its number. Raises HmmnetError for what is none, or cannot be done."""
-        value, _ = await self._calls.call("add_fault", fault={"kind": kind, **given})
+    async def add_fault(self, kind: Fault | str, **given: Any) -> int:
+        """A fault begins, one of `hmmnet.faults.fault`, or by kind and parameters; its number. Raises HmmnetError for what is none, or
+        cannot be done.
+        """
+        said = {"kind": kind, **given} if isinstance(kind, str) else as_given(as_fault(kind, given))
+        value, _ = await self._calls.call("add_fault", fault=said)
         return int(value)
 
     async def remove_fault(self, number: int) -> None:
@@ -137,6 +145,7 @@ class Attachment:
         self._blocking: Blocking[RemoteMachine] | None = None
 
     async def __aenter__(self) -> RemoteMachine:
+        only_under_trio("hmmnet.attach(...)")
         self._inside = _attached(self._name)
         with only_error():
             machine: RemoteMachine = await self._inside.__aenter__()
@@ -147,13 +156,34 @@ class Attachment:
             ended: bool | None = await self._inside.__aexit__(kind, error, trace)
         return ended
 
-    def __enter__(self) -> BlockingMachine:
+    def __enter__(self) -> AttachedBlockingMachine:
         self._blocking = Blocking(lambda: Attachment(self._name))
-        return BlockingMachine(self._blocking.start(), self._blocking)
+        return AttachedBlockingMachine(self._blocking.start(), self._blocking)
 
     def __exit__(self, *error: object) -> None:
         assert self._blocking is not None
         self._blocking.stop()
+
+
+class AttachedBlockingMachine(BlockingMachine):
+    """A machine that runs elsewhere, for programs without trio."""
+
+    def __init__(self, machine: RemoteMachine, loop: Blocking[RemoteMachine]) -> None:
+        super().__init__(machine, loop)
+        self._remote = machine
+        self.name = machine.name
+
+    def add_fault(self, kind: Fault | str, **given: Any) -> int:
+        """See `RemoteMachine.add_fault`."""
+        return self._loop.call(self._remote.add_fault, kind, **given)
+
+    def remove_fault(self, number: int) -> None:
+        """See `RemoteMachine.remove_fault`."""
+        self._loop.call(self._remote.remove_fault, number)
+
+    def list_faults(self) -> list[dict[str, Any]]:
+        """See `RemoteMachine.list_faults`."""
+        return self._loop.call(self._remote.list_faults)
 
 
 def attach(name: str | None = None) -> Attachment:

@@ -26,6 +26,7 @@ from hmmnet.cable.cable import HOST_ADDRESS
 from hmmnet.errors import HmmnetError
 from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.fabric.measure import automatic_rate
+from hmmnet.faults.catalogue import as_fault
 from hmmnet.faults.injector import Injector
 from hmmnet.faults.kinds import Fault
 from hmmnet.launcher.crew import READY_S, Crew
@@ -43,7 +44,7 @@ from hmmnet.wire.keys import fresh_keys, write_keys
 from hmmnet.wire.transport import KINDS, Kind, Transport
 from hmmnet.wire.zmq_transport import CurveKeys, ZmqTransport
 
-from .blocking import Blocking, BlockingMachine, only_error
+from .blocking import Blocking, BlockingMachine, only_error, only_under_trio
 
 HOST = "modelled"
 """The address-space provider; its class is found through the entry point group ``hmmnet.host``."""
@@ -73,6 +74,10 @@ class Host(Protocol):
 
     def remove_fault(self, number: int) -> None:
         """It ends."""
+        ...
+
+    def list_faults(self) -> list[dict[str, Any]]:
+        """The faults that are, as plain data."""
         ...
 
     events: Events
@@ -167,6 +172,9 @@ class LaunchedMachine:
         self._crew = crew
         self._clock = clock
 
+    def __repr__(self) -> str:
+        return f'<machine "{self.name}": {", ".join(self.device_names)}>'
+
     @property
     def device_names(self) -> tuple[str, ...]:
         """The devices of the topology, in its order."""
@@ -223,13 +231,20 @@ class LaunchedMachine:
         """See `hmmnet.program.Machine.check`."""
         return await self.host.check()
 
-    def add_fault(self, fault: Fault) -> int:
-        """A fault begins; its number. Raises HmmnetError for what real processes cannot do, and for what is not there."""
-        return self.host.add_fault(fault)
+    def add_fault(self, fault: Fault | str, **given: Any) -> int:
+        """A fault begins; its number: one of `hmmnet.faults.fault`, or a kind's name and what that takes (`on`, `probability` ...).
+
+        Raises HmmnetError for what is none, what real processes cannot do, and what is not there.
+        """
+        return self.host.add_fault(as_fault(fault, given))
 
     def remove_fault(self, number: int) -> None:
         """It ends. Raises HmmnetError when there is none of that number."""
         self.host.remove_fault(number)
+
+    def list_faults(self) -> list[dict[str, Any]]:
+        """The faults that are: number, whether it has begun, and what makes it."""
+        return self.host.list_faults()
 
     async def kill_device(self, name: str) -> None:
         """``kill -9`` of a device process; returns when it is gone and the host knows."""
@@ -405,6 +420,7 @@ class Launch:
 
     async def __aenter__(self) -> LaunchedMachine:
         assert self._inside is None, "a launch is entered once"
+        only_under_trio("hmmnet.launch(...)")
         name = self._name or f"{self._topology.name[:16]}-{os.getpid()}-{next(_numbers)}"
         self._inside = embedded(self._topology, name, self._rate, self._transport, self._seed)
         with only_error():
@@ -446,6 +462,18 @@ class LaunchedBlockingMachine(BlockingMachine):
     def set_rate(self, rate: float) -> None:
         """See `LaunchedMachine.set_rate`."""
         self._loop.ask(lambda: self._launched.set_rate(rate))
+
+    def add_fault(self, fault: Fault | str, **given: Any) -> int:
+        """See `LaunchedMachine.add_fault`."""
+        return self._loop.ask(lambda: self._launched.add_fault(fault, **given))
+
+    def remove_fault(self, number: int) -> None:
+        """See `LaunchedMachine.remove_fault`."""
+        self._loop.ask(lambda: self._launched.remove_fault(number))
+
+    def list_faults(self) -> list[dict[str, Any]]:
+        """See `LaunchedMachine.list_faults`."""
+        return self._loop.ask(self._launched.list_faults)
 
     def kill_device(self, name: str) -> None:
         """See `LaunchedMachine.kill_device`."""

@@ -18,6 +18,7 @@ from trio.testing import MockClock
 from hmmnet.blocking import only_error
 from hmmnet.errors import HmmnetError, KernelError, PeerLost
 from hmmnet.faults.carry import AtWork, Carrier, Undo
+from hmmnet.faults.catalogue import as_fault
 from hmmnet.faults.controls import Tally
 from hmmnet.faults.effects import DeviceEffect, HostEffect, LinkEffect, NodeEffect
 from hmmnet.faults.injector import HOST, Injector, PointFault
@@ -145,6 +146,9 @@ class SimulatedMachine:
         self._serve = serve
         self._nodes: dict[str, _Node] = {}
         self._incarnations = dict.fromkeys(topology.device_names, 0)
+
+    def __repr__(self) -> str:
+        return f'<simulated machine "{self.name}": {", ".join(self.device_names)}>'
 
     @property
     def device_names(self) -> tuple[str, ...]:
@@ -344,15 +348,22 @@ class SimulatedMachine:
 
     # --- faults ---------------------------------------------------------------------------------------------------------------
 
-    def add_fault(self, fault: AnyFault) -> int:
-        """A fault begins; its number, for `remove_fault`. Raises HmmnetError for what a simulated machine cannot do, or has not."""
-        whole = fault if isinstance(fault, Fault) else plain(fault)
+    def add_fault(self, fault: AnyFault | str, **given: Any) -> int:
+        """A fault begins, ready made or by kind and parameters (`hmmnet.faults.fault`); its number, for `remove_fault`.
+
+        Raises HmmnetError for what is none, and for what a simulated machine cannot do, or has not.
+        """
+        whole = as_fault(fault if isinstance(fault, Fault | str) else plain(fault), given)
         check_target(whole, self.topology, "sim")
         return self.carrier.add(whole)
 
     def remove_fault(self, number: int) -> None:
         """It ends. Raises HmmnetError when there is none of that number."""
         self.carrier.remove(number)
+
+    def list_faults(self) -> list[dict[str, Any]]:
+        """The faults that are: number, whether it has begun, and what makes it."""
+        return self.carrier.as_json()
 
     def heal(self) -> None:
         """All faults end."""

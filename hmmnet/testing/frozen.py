@@ -125,13 +125,17 @@ class FrozenMachine(BlockingMachine):
         """What a plain function answers when it is called with the machine inside: for everything that does not wait."""
         return self._loop.ask(lambda: function(self._simulated))
 
-    def add_fault(self, fault: AnyFault) -> int:
-        """A fault begins; its number."""
-        return self._loop.ask(lambda: self._simulated.add_fault(fault))
+    def add_fault(self, fault: AnyFault | str, **given: Any) -> int:
+        """See `SimulatedMachine.add_fault`."""
+        return self._loop.ask(lambda: self._simulated.add_fault(fault, **given))
 
     def remove_fault(self, number: int) -> None:
         """A fault ends."""
         self._loop.ask(lambda: self._simulated.remove_fault(number))
+
+    def list_faults(self) -> list[dict[str, Any]]:
+        """See `SimulatedMachine.list_faults`."""
+        return self._loop.ask(self._simulated.list_faults)
 
     def heal(self) -> None:
         """All faults end."""

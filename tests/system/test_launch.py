@@ -8,6 +8,7 @@ The oracle is numpy for what a job computes, and the operating system for which 
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +27,7 @@ import trio
 import hmmnet
 import hmmnet.machine
 from hmmnet.errors import BusError, HmmnetError, KernelError, PeerLost, SegmentationFault
+from hmmnet.faults import fault
 from hmmnet.launcher.directory import MachineExists, directories
 from hmmnet.lifeline import wait_ended
 from hmmnet.pages import PAGE_SIZE
@@ -155,6 +158,42 @@ def test_plain_with_for_scripts_and_notebooks() -> None:
             process.launch("no_such_kernel", "gpu0")
         pids = [device.pid for device in machine.devices]
     trio.run(gone, *pids)
+
+
+def test_a_script_breaks_a_machine_that_it_started_and_one_that_it_attached_to() -> None:
+    """By kind and parameters, or ready made; both say what there is. Machines and processes are shown by their names."""
+    with hmmnet.launch("two-gpus", rate=1.0, name="script-faults") as machine:
+        assert repr(machine) == '<machine "script-faults": gpu0, gpu1>'
+        assert repr(machine.process()) == "<process 1000>"
+        number = machine.add_fault("alloc.host", probability=0.5)
+        with hmmnet.attach("script-faults") as attached:
+            assert (attached.name, repr(attached)) == (machine.name, repr(machine))
+            second = attached.add_fault(fault("alloc.host", times=1))
+            third = attached.add_fault("loss", on="gpu0<->host", probability=0.01)
+            assert [one["number"] for one in attached.list_faults()] == [number, second, third]
+            assert attached.list_faults() == machine.list_faults()
+            attached.remove_fault(third)
+        machine.remove_fault(number)
+        machine.remove_fault(second)
+        assert machine.list_faults() == []
+        with pytest.raises(HmmnetError, match=r'did you mean "alloc.host"'):
+            machine.add_fault("alloc.hots")
+        with pytest.raises(HmmnetError, match=r'called "gpu7"'):
+            machine.add_fault("loss", on="gpu7<->host")
+        with pytest.raises(HmmnetError, match="times: a fault that is made already"):
+            machine.add_fault(fault("alloc.host"), times=3)
+
+
+def test_async_with_is_for_trio() -> None:
+    """In asyncio, as in a notebook, the error says what to write."""
+    for made, said in ((hmmnet.launch("two-gpus"), "launch"), (hmmnet.attach("nobody"), "attach")):
+
+        async def cell(inside: Any = made) -> None:
+            async with inside:
+                pytest.fail("entered")
+
+        with pytest.raises(HmmnetError, match=rf'write "with hmmnet.{said}'):
+            asyncio.run(cell())
 
 
 async def add_on_every_device(machine: Machine) -> list[bool]:

@@ -12,7 +12,7 @@ import pytest
 import trio
 
 from hmmnet.errors import BusError, HmmnetError, KernelError
-from hmmnet.faults import Controls, MessageFault, Plan, Way, fault
+from hmmnet.faults import Controls, MessageFault, Plan, Way
 from hmmnet.sim import SimulatedMachine, Trace, simulated
 from hmmnet.sim.run import SimulationStuck
 from hmmnet.testing import FrozenMachine
@@ -104,7 +104,10 @@ def test_devices_and_faults() -> None:
         made.sleep(1.0)
         made.remove_fault(number)
         assert made.faults_fired()["partition"] > 0
-        made.add_fault(fault("ecc.corrected", "gpu1"))
+        made.add_fault("ecc.corrected", on="gpu1")
+        lasting = made.add_fault("loss", on="gpu1<->host", probability=0.001)
+        assert [one["number"] for one in made.list_faults()][-1:] == [lasting]
+        made.remove_fault(lasting)
         assert made.faults_fired()["ecc.corrected"] == 1
         assert made.report()["devices"]["gpu0"]["lives"] == 2
 
