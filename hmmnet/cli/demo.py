@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .outputs import writable, write
 from .plans import Breaking, FaultsFile, plan_for
 from .worlds import WORLD_HELP, World
 
@@ -80,11 +81,11 @@ def _conduct(text: Input, topology: str, rate: str, seed: int, world: WorldName,
     conductor = Conductor(text, topology, seed, screen.tell, screen.started, parse_rate(rate), world=world, during=plan.on)
     with plan.telling():
         outcome = run_in(world, conductor.run, seed=seed)
-    unwritten: OSError | None = None
+    unwritten: HmmnetError | None = None
     if svg is not None:
         try:
-            svg.write_text(svg_picture(columns_of(screen.samples, outcome.devices)), encoding="utf-8")
-        except OSError as error:
+            write(svg, svg_picture(columns_of(screen.samples, outcome.devices)))
+        except HmmnetError as error:
             unwritten = error
     if as_json:
         json.dump({**outcome.as_json(), **plan.as_json()}, sys.stdout, indent=1)
@@ -94,19 +95,5 @@ def _conduct(text: Input, topology: str, rate: str, seed: int, world: WorldName,
         if plan:
             print(plan.text)
     if unwritten is not None:
-        raise HmmnetError(f"{svg}: cannot be written: {unwritten.strerror or unwritten}; name another file")
+        raise unwritten
     return 0 if outcome.correct else 1
-
-
-def writable(path: Path) -> None:
-    """Find out before the work whether `path` can be written; what is there stays. Raises HmmnetError."""
-    from hmmnet.errors import HmmnetError
-
-    there = path.exists()
-    try:
-        with path.open("ab"):
-            pass
-        if not there:
-            path.unlink()
-    except OSError as error:
-        raise HmmnetError(f"{path}: cannot be written: {error.strerror or error}; name another file") from error

@@ -12,6 +12,7 @@ import typer
 from hmmnet.units import counted
 
 from . import CONTEXT, FAILED
+from .outputs import write
 
 if TYPE_CHECKING:
     from hmmnet.topology.model import Topology
@@ -25,6 +26,8 @@ app = typer.Typer(
     no_args_is_help=True,
     context_settings=CONTEXT,
 )
+WIDTH_MAX = 1000
+"""Wider than any table."""
 Json = Annotated[bool, typer.Option("--json", help="Print the data for programs.")]
 Name = Annotated[str, typer.Argument(help="A preset's name, or a TOML file.", show_default=False)]
 
@@ -66,12 +69,22 @@ def summary(topology: Topology) -> dict[str, Any]:
 
 
 @app.command("show")
-def show(name: Name, as_json: Json = False) -> None:
+def show(
+    name: Name,
+    as_json: Json = False,
+    as_toml: Annotated[bool, typer.Option("--toml", help="Print the file as it is: what to begin a machine of your own with.")] = False,
+) -> None:
     """Show a machine: its parts, its links, and how fast everything reaches everything."""
-    from hmmnet.topology.load import load
+    from hmmnet.errors import WrongUse
+    from hmmnet.topology.load import find, load, own_text
     from hmmnet.topology.matrix import matrix, route_rows
 
     topology = load(name)
+    if as_toml:
+        if as_json:
+            raise WrongUse("--toml and --json exclude each other")
+        sys.stdout.write(own_text(find(name)))
+        return
     if as_json:
         from dataclasses import asdict
 
@@ -87,6 +100,12 @@ def show(name: Name, as_json: Json = False) -> None:
     console.print()
     if table is None:
         console.print(f"{counted(len(topology.devices), 'device')}: too many for a table of all routes (--json lists them)")
+        return
+    needed = console.measure(table, options=console.options.update(max_width=WIDTH_MAX)).maximum
+    if not console.is_terminal:
+        console.width = max(console.width, needed)
+    if needed > console.width:
+        console.print(f"the table of all routes needs a terminal {needed} columns wide (--json lists them)")
     else:
         console.print(table)
 
@@ -146,10 +165,5 @@ def draw(
     elif str(svg) == "-":
         sys.stdout.write(picture.svg(topology))
     else:
-        from hmmnet.errors import HmmnetError
-
-        try:
-            svg.write_text(picture.svg(topology), encoding="utf-8")
-        except OSError as error:
-            raise HmmnetError(f"{svg}: cannot be written: {error.strerror or error}; name another file") from error
+        write(svg, picture.svg(topology))
         print(f"{svg}: {topology.name}, {counted(len(topology.devices), 'device')}")

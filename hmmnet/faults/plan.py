@@ -21,7 +21,7 @@ from typing import Any, TypeAlias
 
 from hmmnet.errors import HmmnetError
 from hmmnet.topology.lines import KeyLines
-from hmmnet.topology.problems import Problem, did_you_mean
+from hmmnet.topology.problems import Problem, did_you_mean, no_text
 
 from .catalogue import CONTROLS, as_given, checked, kind_named
 from .catalogue import fault as make_fault
@@ -95,8 +95,10 @@ class Plan:
         """The plan in a file. Raises PlanError; HmmnetError when it cannot be read."""
         try:
             text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise HmmnetError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        except UnicodeDecodeError as error:
+            raise PlanError([no_text(error, str(path))]) from error
+        except OSError as error:
+            raise HmmnetError(f"{path}: cannot be read: {error.strerror or error}") from error
         return cls.parse(text, str(path))
 
     def check_world(self, world: World) -> None:

@@ -16,13 +16,14 @@ from hmmnet.plugins import MODELS, names
 from .check import Where, check_topology
 from .document import Document, Record, read_document
 from .model import DeviceSpec, LinkSpec, MemoryNode, Switch, Topology
-from .problems import Problem, closest
+from .problems import Problem, closest, no_text
 from .routes import Routes
 
 TOPOLOGY_BYTES_MAX = 1 << 20
 """The largest preset has 4 KiB; a file beyond this is no topology."""
 DEFAULT = "two-gpus"
 PRESETS = Path(__file__).with_name("presets")
+SCHEMA = Path(__file__).with_name("topology.schema.json")
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,11 @@ def find(name_or_path: str | Path) -> Source:
     return _read(Path(name_or_path))
 
 
+def own_text(source: Source) -> str:
+    """`source` as a file of the user's own: where a preset names its schema beside it, the copy names it where it is."""
+    return source.text.replace(f"#:schema ../{SCHEMA.name}", f"#:schema {SCHEMA}", 1)
+
+
 def _unknown_preset(word: str) -> Problem:
     names = preset_names()
     guess = closest(word, names)
@@ -74,9 +80,7 @@ def _read(path: Path) -> Source:
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        cause = f"byte 0x{raw[error.start]:02x} is no UTF-8"
-        raise TopologyError([Problem(str(path), line, "", "", cause, "save the file as UTF-8")]) from None
+        raise TopologyError([no_text(error, str(path))]) from None
     return Source(text, str(path), path.stem)
 
 

@@ -39,6 +39,12 @@ class Problem:
         }
 
 
+def no_text(error: UnicodeDecodeError, file: str) -> Problem:
+    """A file is not written in UTF-8, with the line of the first byte that is none."""
+    line = error.object.count(b"\n", 0, error.start) + 1
+    return Problem(file, line, "", "", f"byte 0x{error.object[error.start]:02x} is no UTF-8", "save the file as UTF-8")
+
+
 def closest(word: str, known: Iterable[str]) -> str | None:
     """What `word` was probably meant to be, or None."""
     names = list(known)

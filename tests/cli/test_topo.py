@@ -11,7 +11,7 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from hmmnet.cli import exit_code
-from hmmnet.topology.load import preset_names
+from hmmnet.topology.load import load, preset_names
 
 BAD = '[[memory]]\nname = "ram"\nsize = "64 GB/s"\n[[link]]\na = "ram"\nb = "rma"\nbandwith = "1 GB/s"\n'
 
@@ -44,6 +44,32 @@ def test_show(capsys: pytest.CaptureFixture[str]) -> None:
     data = json.loads(capsys.readouterr().out)
     assert [device["name"] for device in data["devices"]] == ["gpu0", "gpu1"]
     assert len(data["routes"]) == 6
+
+
+def test_a_preset_is_what_a_machine_of_ones_own_begins_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its text, comments and all, with a schema that editors find wherever the copy is; the copy is the same machine."""
+    assert exit_code(["topo", "show", "nvlink-8", "--toml"]) == 0
+    text = capsys.readouterr().out
+    schema, _, rest = text.partition("\n")
+    assert Path(schema.removeprefix("#:schema ")).is_file()
+    assert rest.startswith("# Eight H100-class GPUs")
+    mine = tmp_path / "mine.toml"
+    mine.write_text(text)
+    assert load(mine) == load("nvlink-8")
+    assert exit_code(["topo", "show", str(mine), "--toml"]) == 0
+    assert capsys.readouterr().out == text
+    assert exit_code(["topo", "show", "nvlink-8", "--toml", "--json"]) == 2
+
+
+def test_a_table_that_does_not_fit_is_not_cut(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file gets it as wide as it is; on a terminal a sentence says how wide that would be."""
+    monkeypatch.setenv("COLUMNS", "40")
+    assert exit_code(["topo", "show", "nvlink-8"]) == 0
+    assert "gpu0  gpu1  gpu2" in capsys.readouterr().out
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert exit_code(["topo", "show", "nvlink-8"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "needs a terminal 67 columns wide (--json lists them)" in told
 
 
 def test_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 import hmmnet
 from hmmnet.cli import exit_code
-from hmmnet.cli.demo import writable
+from hmmnet.cli.outputs import writable
 from hmmnet.demo.screen import shorten
 from hmmnet.errors import HmmnetError
 

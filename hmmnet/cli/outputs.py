@@ -1,0 +1,32 @@
+"""Files that commands write: whether they can be is found out before the work, not after it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hmmnet.errors import HmmnetError
+
+
+def writable(path: Path) -> None:
+    """Find out before the work whether `path` can be written; what is there stays. Raises HmmnetError."""
+    there = path.exists()
+    try:
+        with path.open("ab"):
+            pass
+        if not there:
+            path.unlink()
+    except OSError as error:
+        raise unwritten(path, error) from error
+
+
+def write(path: Path, text: str) -> None:
+    """Write `text` to `path`. Raises HmmnetError."""
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise unwritten(path, error) from error
+
+
+def unwritten(path: Path, error: OSError) -> HmmnetError:
+    """What is raised when a file cannot be written."""
+    return HmmnetError(f"{path}: cannot be written: {error.strerror or error}; name another file")
