@@ -22,6 +22,10 @@ class HmmnetError(Exception):
     """Root of everything that hmmnet raises on purpose."""
 
 
+class WrongUse(HmmnetError):
+    """What was asked for there is not, or cannot be: nothing was begun. A command ends with 2, where 1 says what its work came to."""
+
+
 class KernelError(HmmnetError):
     """A modelled kernel call failed with `errno`.
 

@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from importlib import import_module
 from typing import Any, TypeAlias
 
-from hmmnet.errors import HmmnetError
+from hmmnet.errors import WrongUse
 
 from .measurement import Measurement
 
@@ -48,14 +48,14 @@ def _wanted(figure: str, name: str | None) -> bool:
 
 
 def select(name: str | None) -> list[Suite]:
-    """The suites that measure `name`: a figure, or a group such as ``bridge``; all without a name. Raises HmmnetError with a guess."""
+    """The suites that measure `name`: a figure, or a group such as ``bridge``; all without a name. Raises WrongUse with a guess."""
     found = suites()
     chosen = [suite for suite in found if any(_wanted(figure, name) for figure in suite.figures)]
     if not chosen:
         figures = [figure for suite in found for figure in suite.figures]
         guess = get_close_matches(str(name), [*figures, *sorted({figure.split(".")[0] for figure in figures})], n=1)
         hint = f'; did you mean "{guess[0]}"? There' if guess else "; there"
-        raise HmmnetError(f'no benchmark is called "{name}"{hint} are {", ".join(figures)}')
+        raise WrongUse(f'no benchmark is called "{name}"{hint} are {", ".join(figures)}')
     return chosen
 
 

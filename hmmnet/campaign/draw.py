@@ -8,7 +8,7 @@ from random import Random
 
 import msgspec
 
-from hmmnet.errors import HmmnetError
+from hmmnet.errors import WrongUse
 from hmmnet.faults import Plan
 from hmmnet.topology.problems import did_you_mean
 
@@ -132,10 +132,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 
 def draw(seed: int, mix: str = "all", operations: int = OPERATIONS, devices: int = DEVICES) -> Program:
-    """The program of `seed`, with faults of `mix`, on so many devices (`ANY_DEVICES`: drawn). Raises HmmnetError: no such mix."""
+    """The program of `seed`, with faults of `mix`, on so many devices (`ANY_DEVICES`: drawn). Raises WrongUse: no such mix."""
     families = families_of(mix)
     if not 0 <= devices <= DEVICES_MAX:
-        raise HmmnetError(f"a campaign has at most {DEVICES_MAX} devices, not {devices}")
+        raise WrongUse(f"a campaign has at most {DEVICES_MAX} devices, not {devices}")
     random = Random(f"hmmnet {seed}")  # noqa: S311 - chance, not secrecy
     devices = devices or random.randint(1, DEVICES)
     huge = random.random() < 0.15
@@ -156,14 +156,15 @@ def draw(seed: int, mix: str = "all", operations: int = OPERATIONS, devices: int
 
 
 def families_of(mix: str) -> list[tuple[str, ...]]:
-    """The kinds that a mix may draw, in the families that are drawn together. Raises HmmnetError when there is no such mix."""
+    """The kinds that a mix may draw, in the families that are drawn together. Raises WrongUse when there is no such mix."""
     if mix in RECIPES:
         return [(mix,)]
     if mix in FAMILIES:
         return [FAMILIES[mix]]
     if mix not in MIXES:
         guess = did_you_mean(mix, [*MIXES, *FAMILIES, *RECIPES])
-        raise HmmnetError(f'there is no mix "{mix}"; {guess} there are {", ".join(MIXES)}, and each family and kind of the catalogue')
+        there = f"{guess} There" if guess else "there"
+        raise WrongUse(f'there is no mix "{mix}"; {there} are {", ".join(MIXES)}, and each family and kind of the catalogue')
     return [FAMILIES.get(name, (name,)) for name in MIXES[mix]]
 
 

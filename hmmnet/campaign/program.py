@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from hmmnet.errors import HmmnetError
+from hmmnet.errors import HmmnetError, WrongUse
 from hmmnet.faults.points import POINTS
 from hmmnet.topology.problems import did_you_mean
 
@@ -109,19 +109,19 @@ class Program(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 def read(file: Path) -> Program:
-    """The program in a file. Raises HmmnetError."""
+    """The program in a file. Raises WrongUse."""
     try:
         program = msgspec.json.decode(file.read_bytes(), type=Program)
     except OSError as error:
-        raise HmmnetError(f"{file}: {error.strerror}") from None
+        raise WrongUse(f"{file}: cannot be read: {error.strerror}") from None
     except msgspec.MsgspecError as error:
-        raise HmmnetError(f"{file}: no program of a campaign: {error}; hmmnet shrink writes them") from None
+        raise WrongUse(f"{file}: no program of a campaign: {error}; hmmnet shrink writes them") from None
     if program.format != FORMAT:
-        raise HmmnetError(f"{file}: format {program.format}; this hmmnet reads format {FORMAT}")
+        raise WrongUse(f"{file}: format {program.format}; this hmmnet reads format {FORMAT}")
     for place, word, known in _words(program):
         if word not in known:
             others = f"there are {', '.join(sorted(known))}"
-            raise HmmnetError(f'{file}: {place}: there is no "{word}"; {did_you_mean(word, known, others)}')
+            raise WrongUse(f'{file}: {place}: there is no "{word}"; {did_you_mean(word, known, others)}')
     return program
 
 

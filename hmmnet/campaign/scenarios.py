@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from hmmnet.errors import HmmnetError
+from hmmnet.errors import WrongUse
 from hmmnet.faults import Controls, MessageFault, Plan, Way
+from hmmnet.topology.problems import closest
 
 from .program import Harm, Hit, Layout, Program, Step
 
@@ -323,9 +324,11 @@ SCENARIOS = {program.mix: program for program in _EVERY}
 
 
 def scenario(name: str) -> list[Program]:
-    """The scenario called `name`; all of them for ``all``. Raises HmmnetError."""
+    """The scenario called `name`; all of them for ``all``. Raises WrongUse."""
     if name == "all":
         return list(SCENARIOS.values())
     if name not in SCENARIOS:
-        raise HmmnetError(f'there is no scenario "{name}"; there are {", ".join(SCENARIOS)}, and all')
+        guess = closest(name, SCENARIOS)
+        hint = f'; did you mean "{guess}"? There' if guess else "; there"
+        raise WrongUse(f'there is no scenario "{name}"{hint} are {", ".join(SCENARIOS)}, and all')
     return [SCENARIOS[name]]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -76,10 +77,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def exit_code(arguments: list[str]) -> int:
     """Run one command; its exit code. What it has to say about errors goes to stderr."""
     name = arguments[0] if arguments else ""
+    if name == "help" and arguments[1:]:
+        return exit_code([*arguments[1:], "--help"])
     if name in ("", "-h", "--help", "help"):
         print(_overview())
         return 0 if name else WRONG_USE
-    if name == "--version":
+    if name in ("-V", "--version"):
         from importlib.metadata import version
 
         print(f"hmmnet {version('hmmnet')}")
@@ -115,7 +118,7 @@ def _run_command(name: str, arguments: list[str]) -> int:
     except SystemExit:  # no command raises it: typer and rich do, with 1, when whoever reads our output has gone away
         raise BrokenPipeError from None
     except HmmnetError as error:
-        return _complain(where, str(error), FAILED)
+        return _complain(where, str(error), _code_of(error))
     except BaseExceptionGroup as group:
         return _of_group(where, group)
     except Exception as error:
@@ -163,10 +166,40 @@ def _usage_text(error: Exception) -> str | None:
     root = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
     if not isinstance(error, root):
         return None
-    unknown = getattr(error, "option_name", None)
-    if unknown:
-        return f'there is no option "{unknown}"{did_you_mean(unknown, getattr(error, "possibilities", None) or ())}'
-    return " ".join(str(error.format_message()).split()).rstrip(".").removeprefix("Invalid value: ")  # type: ignore[attr-defined]  # as above
+    if hasattr(error, "possibilities"):  # NoSuchOption, and NoSuchCommand where there is one
+        unknown = getattr(error, "option_name", None)
+        if unknown:
+            return f'there is no option "{unknown}"{did_you_mean(unknown, error.possibilities or ())}'
+    text = " ".join(str(error.format_message()).split()).rstrip(".")  # type: ignore[attr-defined]  # click's, through typer
+    found = re.match(r"No such command '(.+?)'", text)
+    if found:
+        known = list(error.ctx.command.commands)  # type: ignore[attr-defined]  # only a group says so
+        return f'there is no command "{found[1]}"{did_you_mean(found[1], known)}; there are: {", ".join(known)}'
+    return _plain(text)
+
+
+SAID_PLAINLY = (
+    (r"^Invalid value: ", ""),
+    (r"Invalid value for '([^']+)': ", r"\1: "),
+    (r"Value error, ", ""),
+    (r"Input should be a valid integer.*", "a whole number is wanted"),
+    (r"Input should be a valid number.*", "a number is wanted"),
+    (r"Input should be greater than or equal to (\S+)", r"at least \1 is wanted"),
+    (r"Input should be less than or equal to (\S+)", r"at most \1 is wanted"),
+)
+"""What newer versions of typer say in the words of a library for data, and how a person would."""
+
+
+def _plain(text: str) -> str:
+    """An error of typer's, in our words; a choice with what was meant."""
+    for pattern, plainly in SAID_PLAINLY:
+        text = re.sub(pattern, plainly, text)
+    found = re.search(r"'(?P<given>[^']*)' is not one of (?P<known>'.+')$", text)
+    if found:
+        known = re.findall(r"'(.+?)'", found["known"])
+        choice = f'there is no "{found["given"]}"{did_you_mean(found["given"], known)}; there are: {", ".join(known)}'
+        text = text[: found.start()] + choice
+    return text
 
 
 def _of_group(where: str, group: BaseExceptionGroup[Any]) -> int:
@@ -180,8 +213,14 @@ def _of_group(where: str, group: BaseExceptionGroup[Any]) -> int:
         raise BrokenPipeError from None
     if all(isinstance(leaf, HmmnetError) for leaf in leaves):
         texts = dict.fromkeys(str(leaf) for leaf in leaves)
-        return _complain(where, "; ".join(texts), FAILED)
+        return _complain(where, "; ".join(texts), max(map(_code_of, leaves)))
     raise group
+
+
+def _code_of(error: BaseException) -> int:
+    from hmmnet.errors import WrongUse
+
+    return WRONG_USE if isinstance(error, WrongUse) else FAILED
 
 
 def _leaves(group: BaseExceptionGroup[Any]) -> list[BaseException]:
@@ -198,7 +237,7 @@ def _complain(where: str, text: str, code: int) -> int:
 
 def did_you_mean(given: str, known: Sequence[str] | dict[str, str]) -> str:
     """``; did you mean "up"?`` when one of `known` is near to `given`, else nothing."""
-    close = difflib.get_close_matches(given, list(known), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(given, list(known), n=1)
     return f'; did you mean "{close[0]}"?' if close else ""
 
 
@@ -212,4 +251,4 @@ usage: hmmnet COMMAND [ARGUMENTS]
 
 {rows}
 
-"hmmnet COMMAND --help" tells more; "hmmnet demo" is the place to begin."""
+"hmmnet COMMAND --help" tells more, "hmmnet --version" which one this is; "hmmnet demo" is the place to begin."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hmmnet.errors import HmmnetError
+from hmmnet.errors import WrongUse
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def bugs(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Tell these, and run them.")] = None,
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Tell these, and run them.")] = None,
     run_all: Annotated[bool, typer.Option("--all", help="Run every bug.")] = False,
     seed: Annotated[int | None, typer.Option(min=0, help="Run from this seed only, not from each of the bug's.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For a program.")] = False,
@@ -44,7 +44,7 @@ def _check(name: str, known: dict[str, Bug]) -> None:
     from hmmnet.cli import did_you_mean
 
     if name not in known:
-        raise HmmnetError(f'no bug is called "{name}"{did_you_mean(name, list(known))}; "hmmnet bugs" lists them')
+        raise WrongUse(f'no bug is called "{name}"{did_you_mean(name, list(known))}; "hmmnet bugs" lists them')
 
 
 def _list(known: dict[str, Bug], *, as_json: bool) -> None:

@@ -51,8 +51,8 @@ def campaign(
 ) -> int:
     """Run random work and random faults from seeds, heal everything, and demand that every word is right and nothing has leaked.
 
-    Each seed is a run of its own that can be repeated: a violation prints the command. Exit code 1 when there is one. Ctrl-C prints what
-    was found so far.
+    Each seed is a run of its own that can be repeated: a violation prints the command. Exit code 1 when there is one, 2 for what cannot be
+    run. Ctrl-C prints what was found so far.
     """
     given = {name for name in context.params if str(getattr(context.get_parameter_source(name), "name", "")) == "COMMANDLINE"}
     _check_together(world, given, seeds)
@@ -79,19 +79,19 @@ def campaign(
 
 
 def _check_together(world: World, given: set[str], seeds: str) -> None:
-    """Raises HmmnetError for options among `given` that would be passed over."""
-    from hmmnet.errors import HmmnetError
+    """Raises WrongUse for options among `given` that would be passed over."""
+    from hmmnet.errors import WrongUse
 
     other = World.real if world is World.sim else World.sim
     strange = [f"--{name}" for name in OF_A_WORLD[other] if name in given]
     if strange:
         own = ", ".join(f"--{name}" for name in ("seeds", *OF_A_WORLD[world]))
-        raise HmmnetError(f"{', '.join(strange)} mean{'s' * (len(strange) == 1)} nothing in --world {world.value}, which has {own}")
+        raise WrongUse(f"{', '.join(strange)} mean{'s' * (len(strange) == 1)} nothing in --world {world.value}, which has {own}")
     if world is World.real and "seeds" in given and len(seeds_of(seeds)) > 1:
         first = seeds_of(seeds)[0]
-        raise HmmnetError(f"--world real begins with one seed, and --rounds says how far it goes: write --seeds {first}, not {seeds}")
+        raise WrongUse(f"--world real begins with one seed, and --rounds says how far it goes: write --seeds {first}, not {seeds}")
     if {"dask", "jobs"} <= given:
-        raise HmmnetError("--jobs means nothing with --dask, whose scheduler has workers of its own: leave one of them out")
+        raise WrongUse("--jobs means nothing with --dask, whose scheduler has workers of its own: leave one of them out")
 
 
 def _real(seed: int, rounds: int, *, cables: bool, as_json: bool) -> int:
@@ -134,13 +134,13 @@ def _tell_real(summary: RealSummary) -> None:
 
 
 def seeds_of(text: str) -> range:
-    """``A:B`` or ``N``. Raises HmmnetError."""
-    from hmmnet.errors import HmmnetError
+    """``A:B`` or ``N``. Raises WrongUse."""
+    from hmmnet.errors import WrongUse
 
     found = re.fullmatch(r"(\d{1,12})(?::(\d{1,12}))?", text)
     first, last = (int(found[1]), int(found[2] or int(found[1]) + 1)) if found else (0, 0)
     if not 0 < last - first <= SEEDS_MAX:
-        raise HmmnetError(f'"{text}" names no seeds; write A:B with A smaller than B (at most {SEEDS_MAX} seeds), or one number')
+        raise WrongUse(f'"{text}" names no seeds; write A:B with A smaller than B (at most {SEEDS_MAX} seeds), or one number')
     return range(first, last)
 
 

@@ -16,23 +16,24 @@ END_S = 5.0
 
 
 def down(
-    name: Annotated[
-        str | None, typer.Argument(help='The machine; not needed when only one runs, or for "default".', show_default=False)
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(help='The machines; not needed when only one runs, or for "default".', metavar="NAME", show_default=False),
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="End every machine of yours.")] = False,
 ) -> int:
-    """End a machine: its devices, its host, and whatever it left in its runtime directory."""
+    """End machines: their devices, their hosts, and whatever they left in their runtime directories."""
     from hmmnet.errors import HmmnetError
     from hmmnet.launcher.directory import directories, running_machine
 
     if everything:
-        if name is not None:
+        if names:
             raise HmmnetError("a name and --all exclude each other")
         chosen = [directory for directory in directories() if directory.alive()]
         if not chosen:
             print("no machine runs")
     else:
-        chosen = [running_machine(name)]
+        chosen = [running_machine(name) for name in dict.fromkeys(names)] if names else [running_machine(None)]
     results = [end(directory) for directory in chosen]
     return max(results, default=0)
 

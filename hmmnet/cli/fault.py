@@ -7,14 +7,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from . import CONTEXT
+
 if TYPE_CHECKING:
     from hmmnet.faults.kinds import Kind, Parameter
 
     from .toxics import Sights
 
-ON_HELP = "The machine (default: the only one that runs)."
+ON_HELP = 'The machine; not needed when only one runs, or for "default".'
 app = typer.Typer(
-    add_completion=False, rich_markup_mode=None, no_args_is_help=True, help="Break a running machine on purpose, and mend it."
+    help="Break a running machine on purpose, and mend it.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    context_settings=CONTEXT,
 )
 Machine = Annotated[str | None, typer.Option("--machine", "-m", help=ON_HELP, show_default=False)]
 Target = Annotated[str, typer.Argument(help="A device, DEVICE<->host, or a link.")]
@@ -103,7 +110,7 @@ def add(
     what: Annotated[
         str, typer.Argument(help="A kind of the catalogue, or a target: a device, DEVICE<->host, a link.", metavar="KIND|TARGET")
     ],
-    given: Annotated[list[str] | None, typer.Argument(help="Whom, and parameters as NAME=VALUE.", metavar="[ON] [NAME=VALUE]...")] = None,
+    given: Annotated[list[str] | None, typer.Argument(help="Whom, and parameters as NAME=VALUE.", metavar="ON|NAME=VALUE")] = None,
     machine: Machine = None,
 ) -> int:
     """Faults begin on a running machine; prints their numbers.
@@ -191,6 +198,8 @@ def ls(machine: Machine = None, as_json: AsJson = False) -> int:
     faults = _ask(machine, "list_faults")
     if as_json:
         return _write(faults)
+    if not faults:
+        print("no fault")
     for one in faults:
         given = dict(one["fault"])
         kind, on = given.pop("kind"), given.pop("on", "")
@@ -209,6 +218,9 @@ def rm(number: Annotated[str, typer.Argument(help="A fault's number, or all.")],
     numbers = [one["number"] for one in _ask(machine, "list_faults")] if number == "all" else [int(number)]
     for one in numbers:
         _ask(machine, "remove_fault", number=one)
+        print(f"fault {one} has ended")
+    if not numbers:
+        print("no fault")
     return 0
 
 
@@ -267,6 +279,7 @@ def _undo(verb: str, target: str, machine: str | None) -> int:
         async with hmmnet.attach(machine) as entered:
             for number in ended_by(verb, target, await entered.list_faults()):
                 await entered.remove_fault(number)
+                print(f"fault {number} has ended")
 
     _run(main)
     return 0

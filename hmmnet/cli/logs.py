@@ -23,6 +23,7 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what is written from now on, until Ctrl-C.")] = False,
     process: Annotated[str | None, typer.Option("--process", "-p", help="Only this process: host, launcher or a device.")] = None,
     level: Annotated[str, typer.Option(help="Only lines of at least this level: debug, info, warning, error.")] = "debug",
+    tail: Annotated[int | None, typer.Option("--tail", "-n", min=0, help="Only the last so many lines.", show_default=False)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the lines as they are: one JSON object each.")] = False,
 ) -> int:
     """What host and devices wrote. Works for running machines and for those that failed, until they are cleaned away."""
@@ -42,7 +43,7 @@ def logs(
         raise HmmnetError(
             f'machine "{directory.name}" has no logs of "{process}"{did_you_mean(process, names)}; there are: {", ".join(names)}'
         )
-    show(reader.read(), as_json=as_json)
+    show(reader.read(tail), as_json=as_json)
     while follow:
         time.sleep(LOOK_S)
         show(reader.read(), as_json=as_json)
@@ -76,8 +77,8 @@ class Reader:
         """Whose logs there are."""
         return sorted(path.name.removesuffix(".jsonl") for path in self._folder.glob("*.jsonl"))
 
-    def read(self) -> Iterator[str]:
-        """New lines, oldest first."""
+    def read(self, tail: int | None = None) -> Iterator[str]:
+        """New lines, oldest first; only the last `tail`, if that is given."""
         lines: list[tuple[float, str]] = []
         for path in sorted((*self._folder.glob("*.jsonl*"), *self._folder.glob("*.txt"))):
             if self._process is None or path.name.split(".")[0] == self._process:
@@ -86,7 +87,8 @@ class Reader:
                     if level >= self._level:
                         lines.append((time_s, line))
         lines.sort(key=lambda entry: entry[0])
-        return (line for _, line in lines)
+        first = 0 if tail is None else max(0, len(lines) - tail)
+        return (line for _, line in lines[first:])
 
     def _new_lines(self, path: Path) -> list[str]:
         try:

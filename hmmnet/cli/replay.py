@@ -25,7 +25,8 @@ def replay(
     lines: Annotated[int, typer.Option(min=0, help="Lines of the story before the violation.")] = 40,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
-    """Repeat a run exactly, and tell what happened around its first violation. Exit code 1 when there is one.
+    """Repeat a run exactly, and tell what happened around its first violation. Exit code 1 when there is one, 2 for no such seed
+    or file.
 
     The same seed or file gives the same digest on every computer.
     """
@@ -43,11 +44,17 @@ def replay(
 
 
 def program_of(what: str, mix: str, operations: int, devices: int) -> Program:
-    """The program of a seed or in a file. Raises HmmnetError."""
+    """The program of a seed or in a file. Raises WrongUse."""
     from hmmnet.campaign.draw import draw
     from hmmnet.campaign.program import read
 
-    return draw(int(what), mix, operations, devices) if what.isdecimal() else read(Path(what))
+    if what.isdecimal():
+        return draw(int(what), mix, operations, devices)
+    if not Path(what).exists():
+        from hmmnet.errors import WrongUse
+
+        raise WrongUse(f'"{what}" is no seed, and there is no such file; a seed is a whole number, "hmmnet shrink" writes files')
+    return read(Path(what))
 
 
 def story(verdict: Verdict, before: int) -> list[str]:

@@ -23,7 +23,7 @@ NUMBERS: dict[Any, tuple[type, ...]] = {int: (int,), float: (int, float)}
 def run(
     workload: Annotated[str, typer.Argument(help="A built-in workload's name, or FILE.py:FUNCTION.", metavar="WORKLOAD")],
     arguments: Annotated[
-        list[str] | None, typer.Argument(help="Arguments of the workload as NAME=VALUE.", metavar="[NAME=VALUE]...", show_default=False)
+        list[str] | None, typer.Argument(help="Arguments of the workload as NAME=VALUE.", metavar="NAME=VALUE", show_default=False)
     ] = None,
     topology: Annotated[
         str | None, typer.Option(help=f"Start a machine of this topology (default: {TOPOLOGY}).", show_default=False)
@@ -37,10 +37,12 @@ def run(
 ) -> int:
     """Run a workload and print its report. Exit code 0 when the workload says that its results are correct, or does not say.
 
-    A workload of your own is ``async def NAME(machine, **arguments)``; what it returns is the report. Below it stands what the machine's
-    links carried since it started; with --json as "links".
+    Built in are list_walk, reduction, tree_search, vector_add and word_count. A workload of your own is a function
+    "async def NAME(machine, **arguments)"; what it returns is the report. Below it stands what the machine's links carried since it
+    started; with --json as "links".
     """
     from hmmnet.errors import HmmnetError
+    from hmmnet.launcher.rate import parse_rate
     from hmmnet.sim.worlds import run_in
     from hmmnet.topology.load import load
 
@@ -53,6 +55,7 @@ def run(
     function = find(workload)
     given = parse_arguments(arguments or [])
     check_arguments(workload, function, given)
+    parse_rate(rate)
     plan = plan_for(faults, world.value, None if on is not None else load(topology or TOPOLOGY))
     machine = machine_for(topology, on, rate, world, seed)
     with plan.telling():

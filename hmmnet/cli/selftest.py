@@ -55,6 +55,7 @@ def selftest(
     from functools import partial
 
     from hmmnet.cli import did_you_mean
+    from hmmnet.errors import WrongUse
     from hmmnet.play.world import TOPOLOGY, real_world, simulated_world
     from hmmnet.selftest.runner import KINDS, ORDER, cases, run_all
     from hmmnet.sim.worlds import run_in
@@ -62,11 +63,9 @@ def selftest(
 
     for name in names or ():
         if name not in ORDER:
-            where = f'there is no self-test "{name}"{did_you_mean(name, ORDER)}; "hmmnet selftest --list" names them'
-            print(f"hmmnet selftest: {where}", file=sys.stderr)
-            return 2
+            raise WrongUse(f'there is no self-test "{name}"{did_you_mean(name, ORDER)}; "hmmnet selftest --list" names them')
     if listed:
-        _list()
+        _list(as_json=as_json)
         return 0
     chosen = cases(names or (), KINDS if kind is None else (kind.value,))
     plan = plan_for(faults, world.value, load(TOPOLOGY))
@@ -88,14 +87,17 @@ def selftest(
     return 1 if any(outcome.result == "fail" for outcome in outcomes) else 0
 
 
-def _list() -> None:
+def _list(*, as_json: bool) -> None:
     from hmmnet.selftest.case import TESTS
     from hmmnet.selftest.runner import ORDER
 
+    told = {name: (TESTS[name].__doc__ or "").partition("\n")[0] for name in ORDER}
+    if as_json:
+        print(json.dumps([{"name": name, "what": what} for name, what in told.items()], indent=1))
+        return
     width = max(map(len, ORDER)) + 2
-    for name in ORDER:
-        first, *_ = (TESTS[name].__doc__ or "").splitlines()
-        print(f"{name:<{width}}{first}")
+    for name, what in told.items():
+        print(f"{name:<{width}}{what}")
 
 
 class Screen:

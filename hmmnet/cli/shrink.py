@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from .outputs import writable
 from .replay import program_of
 
 
@@ -35,9 +36,10 @@ def shrink(
         )
 
     program = program_of(what, faults, operations, devices)
+    writable(output)
     shrinker = Shrinker(program, runs_max=runs, on_run=tell)
     if not shrinker.fails:
-        print(f"hmmnet shrink: {what} does not fail", file=sys.stderr)
+        print(f"hmmnet shrink: {f'seed {what}' if what.isdecimal() else what} does not fail: there is nothing to shrink", file=sys.stderr)
         return 1
     short = shrinker.shrink()
     short.write(output)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .outputs import writable, write
+
 if TYPE_CHECKING:
-    from hmmnet.campaign.sweep import Tried
+    from hmmnet.campaign.places import Pair
+    from hmmnet.campaign.sweep import Cell, Tried
 
 
 def sweep(
@@ -35,31 +38,64 @@ def sweep(
     Each is hit the first time, the second, the third ... until nothing is left. After each hit everything is healed and must be well.
     Prints which places were hit by which fault, and how it ended. Exit code 1 when something is wrong.
     """
-    from hmmnet.campaign.coverage import as_json as as_data
-    from hmmnet.campaign.coverage import as_markdown, document
-    from hmmnet.campaign.places import pairs
+    from hmmnet.campaign.coverage import document
     from hmmnet.campaign.scenarios import SCENARIOS
     from hmmnet.campaign.scenarios import scenario as named
     from hmmnet.campaign.sweep import sweep as run
-    from hmmnet.errors import HmmnetError
 
     if listed:
-        for name, base in SCENARIOS.items():
-            print(f"{name:<12}{base.note}")
-        return 0
+        return _list({name: base.note for name, base in SCENARIOS.items()}, as_json=as_json)
+    if output is not None:
+        writable(output)
     if pieces:
-        return _merged(pieces, output)
+        return _merged(pieces, output, as_json=as_json)
     scenarios = named(scenario)
-    chosen = [pair for pair in pairs() if pair.place.startswith(only) and fault in ("", pair.fault)]
-    if not chosen:
-        raise HmmnetError(f'nothing begins with "{only}"' + (f' and has the fault "{fault}"' if fault else "") + "; see COVERAGE.md")
+    chosen = _chosen(only, fault)
     screen = _Screen()
     try:
         table = run(scenarios, chosen=chosen, nth_max=nth, first_only=first, jobs=jobs, on_done=screen.done)
     finally:
         screen.clear()
     if output is not None:
-        output.write_text(document(table, f"{scenario}{f' --nth {nth}' if nth != 500 else ''}{' --first' if first else ''}"))
+        write(output, document(table, f"{scenario}{f' --nth {nth}' if nth != 500 else ''}{' --first' if first else ''}"))
+    return _told(table, as_json=as_json)
+
+
+def _list(scenarios: dict[str, str], *, as_json: bool) -> int:
+    if as_json:
+        print(json.dumps([{"name": name, "what": what} for name, what in scenarios.items()], indent=1))
+    else:
+        for name, what in scenarios.items():
+            print(f"{name:<12}{what}")
+    return 0
+
+
+def _chosen(only: str, fault: str) -> list[Pair]:
+    """The pairs that are meant. Raises WrongUse."""
+    from hmmnet.campaign.places import pairs
+    from hmmnet.cli import did_you_mean
+    from hmmnet.errors import WrongUse
+
+    every = pairs()
+    faults = list(dict.fromkeys(pair.fault for pair in every))
+    if fault not in ("", *faults):
+        raise WrongUse(f'no fault of a sweep is called "{fault}"{did_you_mean(fault, faults)}; there are: {", ".join(faults)}')
+    at = [pair for pair in every if pair.place.startswith(only)]
+    if not at:
+        guess = did_you_mean(only, list(dict.fromkeys(pair.place for pair in every)))
+        raise WrongUse(f'no place\'s name begins with "{only}"{guess}; they are points ("hmmnet fault points") and types of messages')
+    chosen = [pair for pair in at if fault in ("", pair.fault)]
+    if not chosen:
+        there = ", ".join(dict.fromkeys(pair.fault for pair in at))
+        raise WrongUse(f'where a name begins with "{only}", "{fault}" cannot happen; what can is {there}')
+    return chosen
+
+
+def _told(table: dict[Pair, Cell], *, as_json: bool) -> int:
+    """Print a table; the exit code."""
+    from hmmnet.campaign.coverage import as_json as as_data
+    from hmmnet.campaign.coverage import as_markdown
+
     data = as_data(table)
     if as_json:
         json.dump(data, sys.stdout, indent=1)
@@ -70,21 +106,29 @@ def sweep(
     return 1 if any(cell.wrong for cell in table.values()) else 0
 
 
-def _merged(pieces: list[Path], output: Path | None) -> int:
-    """Sweeps that were run in pieces, as one table. Raises HmmnetError."""
-    from hmmnet.campaign.coverage import as_json, as_markdown, document, from_json
-    from hmmnet.errors import HmmnetError
+def _merged(pieces: list[Path], output: Path | None, *, as_json: bool) -> int:
+    """Sweeps that were run in pieces, as one table. Raises WrongUse."""
+    from hmmnet.campaign.coverage import document, from_json
+
+    table = from_json([_piece(piece) for piece in pieces])
+    if output is not None:
+        write(output, document(table, " ".join(f"--merge {piece.name}" for piece in pieces)))
+    return _told(table, as_json=as_json)
+
+
+def _piece(file: Path) -> dict[str, Any]:
+    """What one sweep wrote. Raises WrongUse."""
+    from hmmnet.campaign.coverage import from_json
+    from hmmnet.errors import WrongUse
 
     try:
-        table = from_json([json.loads(piece.read_text()) for piece in pieces])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise HmmnetError(f"--merge: {error}; hmmnet sweep SCENARIO --json writes such files") from None
-    if output is not None:
-        output.write_text(document(table, " ".join(f"--merge {piece.name}" for piece in pieces)))
-    print(as_markdown(table), end="")
-    data = as_json(table)
-    print(f"{data['hit']} of {data['pairs']} pairs were hit, in {data['runs']} runs")
-    return 1 if any(cell.wrong for cell in table.values()) else 0
+        piece: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        from_json([piece])
+    except OSError as error:
+        raise WrongUse(f"--merge: {file}: cannot be read: {error.strerror or error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WrongUse(f"--merge: {file}: not what hmmnet sweep SCENARIO --json writes: {error}") from None
+    return piece
 
 
 class _Screen:

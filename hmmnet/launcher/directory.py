@@ -37,6 +37,7 @@ SOCKET_PATH_MAX = 107
 """Bytes in the path of a Unix socket (sun_path, less its final zero)."""
 SOCKET_NAME_MAX = 40
 """Bytes kept free for a socket's own name and its slash."""
+NO_LOGS = 'no machine runs, and none left its logs; start one with "hmmnet up"'
 LOCK_TRIES = 10
 LOCK_PAUSE_S = 0.02
 """`Directory.alive` takes the lock for an instant, so a launcher that finds it taken looks again before it gives up."""
@@ -366,10 +367,10 @@ def known_machine(name: str | None) -> Directory:
     """As `running_machine`, for machines that left their logs as well; a running one is preferred when `name` is None."""
     known = list(directories())
     if name is None:
-        return _the_one([directory for directory in known if directory.alive()] or known, "there is no machine, and none left its logs")
+        return _the_one([directory for directory in known if directory.alive()] or known, NO_LOGS)
     directory = Directory.named(name)
     if not directory.path.is_dir():
-        there = f"there are: {', '.join(other.name for other in known)}" if known else "there is none"
+        there = f"there are: {', '.join(other.name for other in known)}" if known else "none runs, and none left its logs"
         raise HmmnetError(f'there is no machine "{name}"; {there}')
     return directory
 

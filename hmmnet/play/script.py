@@ -27,13 +27,13 @@ FILE_BYTES_MAX = 64 << 20
 
 
 class ScriptError(HmmnetError):
-    """A trace file cannot be played; the text is ``FILE:LINE: cause; mend``."""
+    """A trace file cannot be played; the text is ``FILE:LINE: cause; mend``, without the line where it is 0."""
 
     def __init__(self, path: Path | str, line: int, problem: str) -> None:
         self.path = str(path)
         self.line = line
         self.problem = problem
-        super().__init__(f"{path}:{line}: {problem}")
+        super().__init__(f"{path}:{line}: {problem}" if line else f"{path}: {problem}")
 
 
 @dataclass(frozen=True)
@@ -75,12 +75,12 @@ def read_scripts(path: Path) -> list[Script]:
     try:
         size_bytes = path.stat().st_size
         if size_bytes > FILE_BYTES_MAX:
-            raise ScriptError(path, 1, f"the file has {size_bytes >> 20} MiB, more than any trace file (limit {FILE_BYTES_MAX >> 20} MiB)")
+            raise ScriptError(path, 0, f"the file has {size_bytes >> 20} MiB, more than any trace file (limit {FILE_BYTES_MAX >> 20} MiB)")
         text = path.read_bytes().decode()
     except UnicodeDecodeError as error:
-        raise ScriptError(path, 1, f"this is no text (byte {error.start} is not UTF-8); a trace file is wanted") from error
+        raise ScriptError(path, 0, f"this is no text (byte {error.start} is not UTF-8); a trace file is wanted") from error
     except OSError as error:
-        raise ScriptError(path, 1, f"cannot be read: {error.strerror}") from error
+        raise ScriptError(path, 0, f"cannot be read: {error.strerror}") from error
     return parse_scripts(text, path)
 
 

@@ -164,4 +164,4 @@ def with_personality(topology: Topology, personality: str | None) -> Topology:
     for known in PERSONALITIES:
         if known == personality:
             return replace(topology, personality=known)
-    raise HmmnetError(f"there is no personality {personality!r}; there are {', '.join(PERSONALITIES)}")
+    raise HmmnetError(f'there is no personality "{personality}"; there are {", ".join(PERSONALITIES)}')

@@ -33,4 +33,4 @@ def load_workload(name: str) -> Workload:
     names = workload_names()
     close = difflib.get_close_matches(name, names, n=1)
     hint = f'; did you mean "{close[0]}"? There' if close else "; there"
-    raise UnknownWorkload(f"workload {name!r} is unknown{hint} are {', '.join(names)}")
+    raise UnknownWorkload(f'there is no workload "{name}"{hint} are {", ".join(names)}; FILE.py:FUNCTION is one of your own')

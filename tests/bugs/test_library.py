@@ -64,7 +64,7 @@ def test_the_command_lists_tells_and_runs(capsys: pytest.CaptureFixture[str]) ->
 
 def test_an_unknown_bug_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     """With what was meant."""
-    assert exit_code(["bugs", "owner-not-compare"]) == 1
+    assert exit_code(["bugs", "owner-not-compare"]) == 2
     assert 'did you mean "owner-not-compared"?' in capsys.readouterr().err
 
 

@@ -236,16 +236,17 @@ def test_command_line(tmp_path: Path) -> None:
     draw(5).write(tmp_path / "five.json")
     digests = [json.loads(hmmnet("replay", what, "--json").stdout)["digest"] for what in ("5", str(tmp_path / "five.json"))]
     assert digests[0] == digests[1]
-    for arguments, words in (
-        (("campaign", "--seeds", "7:3"), "names no seeds"),
-        (("campaign", "--faults", "some"), "there is no mix"),
-        (("campaign", "--dask", "tcp://127.0.0.1:1"), "dask"),
-        (("campaign", "--dask", "tcp://127.0.0.1:1", "--jobs", "2"), "--jobs means nothing with --dask"),
-        (("replay", str(tmp_path / "none.json")), "No such file"),
-        (("shrink", "0", "--operations", "5", "-o", str(tmp_path / "x")), "does not fail"),
+    for arguments, code, words in (
+        (("campaign", "--seeds", "7:3"), 2, "names no seeds"),
+        (("campaign", "--faults", "some"), 2, "there is no mix"),
+        (("campaign", "--dask", "tcp://127.0.0.1:1"), 1, "dask"),
+        (("campaign", "--dask", "tcp://127.0.0.1:1", "--jobs", "2"), 2, "--jobs means nothing with --dask"),
+        (("replay", str(tmp_path / "none.json")), 2, "there is no such file"),
+        (("shrink", "0", "--operations", "5", "-o", str(tmp_path / "x")), 1, "seed 0 does not fail"),
+        (("shrink", "0", "--operations", "5", "-o", "/nowhere/x"), 1, "/nowhere/x: cannot be written: No such file"),
     ):
         refused = hmmnet(*arguments)
-        assert refused.returncode == 1, arguments
+        assert refused.returncode == code, arguments
         assert words in refused.stderr
         assert "Traceback" not in refused.stderr
 
@@ -262,7 +263,7 @@ def test_command_line(tmp_path: Path) -> None:
 )
 def test_options_that_would_be_passed_over_are_refused(options: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
     """In one line, before anything is run."""
-    assert exit_code(["campaign", *options.split()]) == 1
+    assert exit_code(["campaign", *options.split()]) == 2
     told = capsys.readouterr()
     assert told.out == ""
     assert words in told.err
@@ -294,7 +295,7 @@ def test_a_file_with_an_unknown_word(
     """One line with the file, the place in it, and what was meant."""
     file = tmp_path / "typo.json"
     file.write_text(json.dumps(msgspec.to_builtins(draw(0, "none", 5)) | changes))
-    assert exit_code([command, str(file), *(["-o", str(tmp_path / "short.json")] if command == "shrink" else [])]) == 1
+    assert exit_code([command, str(file), *(["-o", str(tmp_path / "short.json")] if command == "shrink" else [])]) == 2
     told = capsys.readouterr().err
     assert str(file) in told
     assert words in told

@@ -144,10 +144,10 @@ def test_pieces_make_one_table(tmp_path: Path) -> None:
     output = tmp_path / "table.md"
     assert exit_code(["sweep", *(word for file in files for word in ("--merge", str(file))), "-o", str(output)]) == 0
     assert read(output.read_text())["Migrate", "loss"] == {"same": 2}
-    assert exit_code(["sweep", "--merge", str(output)]) == 1
+    assert exit_code(["sweep", "--merge", str(output)]) == 2
 
 
 def test_unknown_scenario() -> None:
     """Says which there are."""
-    with pytest.raises(HmmnetError, match="there are tour"):
+    with pytest.raises(HmmnetError, match="There are tour"):
         scenario("detour")

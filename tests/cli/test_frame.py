@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import hmmnet
 from hmmnet import cli
 from hmmnet.cli import COMMANDS, command_names, did_you_mean, exit_code
 
@@ -45,7 +46,23 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
         (["up", "--transport", "ipx"], 'did you mean "ipc"?'),
         (["logs", "--level", "warn"], 'did you mean "warning"?'),
         (["run"], "WORKLOAD"),
-        (["down", "--all", "x", "y"], "y"),
+        (["up", "--seed"], "'--seed' requires an argument"),
+        (["up", "--seed", "x"], "--seed: "),
+        (["campaign", "--jobs", "0"], "--jobs: "),
+        (["run", "vector_add", "--world", "rael"], 'there is no "rael"; did you mean "real"?; there are: real, sim'),
+        (["topo", "sho"], 'there is no command "sho"; did you mean "show"?; there are: ls, show, check, draw'),
+        (["help", "upp"], 'no command "upp"; did you mean "up"?'),
+        (["selftest", "anon_raed"], 'did you mean "anon_read"?'),
+        (["bench", "dam"], 'no benchmark is called "dam"; did you mean "dma"?'),
+        (["bugs", "owner-not-compare"], 'did you mean "owner-not-compared"?'),
+        (["campaign", "--seeds", "3:1"], "names no seeds"),
+        (["campaign", "--faults", "los"], 'did you mean "loss"? There are all, none'),
+        (["replay", "nowhere.json"], "is no seed, and there is no such file"),
+        (["sweep", "tuor"], 'did you mean "tour"? There are tour'),
+        (["sweep", "--fault", "crsh"], 'no fault of a sweep is called "crsh"; did you mean "crash"?'),
+        (["sweep", "--only", "migrat.mid_copy"], 'begins with "migrat.mid_copy"; did you mean "migrate.mid_copy"?'),
+        (["sweep", "--only", "migrate.mid_copy", "--fault", "loss"], '"loss" cannot happen; what can is delay'),
+        (["sweep", "--merge", "/nowhere/x"], "/nowhere/x: cannot be read: No such file or directory"),
     ],
 )
 def test_wrong_use_is_one_line_with_a_mend(given: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -72,6 +89,10 @@ def test_wrong_use_is_one_line_with_a_mend(given: list[str], says: str, capsys: 
         (["run", "vector_add", "--on", "x", "--topology", "y"], "exclude each other"),
         (["run", "vector_add", "--on", "nobody-here"], 'no machine "nobody-here" runs'),
         (["down", "nobody-here"], 'no machine "nobody-here" runs'),
+        (["down", "nobody-here", "nor-here"], 'no machine "nobody-here" runs'),
+        (["down", "--all", "x", "y"], "exclude each other"),
+        (["logs", "nobody-here"], 'there is no machine "nobody-here"; '),
+        (["run", "vector_add", "--rate", "x"], "write auto, or a number"),
     ],
 )
 def test_what_cannot_be_done_is_one_line_with_a_mend(given: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,6 +109,24 @@ def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None
     from importlib.metadata import version
 
     assert asked(capsys, "--version") == (0, f"hmmnet {version('hmmnet')}\n", "")
+    assert asked(capsys, "-V") == asked(capsys, "--version")
+    assert hmmnet.__version__ == version("hmmnet")
+
+
+def test_help_before_a_command_is_help_behind_it(capsys: pytest.CaptureFixture[str]) -> None:
+    """Also of a command in a group, and by the short option, in each of them."""
+    told = asked(capsys, "help", "fault", "add")
+    assert told[0] == 0
+    assert "Usage: hmmnet fault add [OPTIONS]" in told[1]
+    assert asked(capsys, "fault", "add", "-h") == asked(capsys, "fault", "add", "--help") == told
+
+
+def test_usage_lines_are_not_nested(capsys: pytest.CaptureFixture[str]) -> None:
+    """What may be repeated stands in one pair of brackets."""
+    for command in ("run", "bugs", "down"):
+        usage = asked(capsys, command, "--help")[1].splitlines()[0]
+        assert "[[" not in usage
+        assert "]...]" not in usage
 
 
 @pytest.mark.parametrize("command", ["--help", "demo", "demo --world sim", "topo ls", "topo show nvlink-8"])

@@ -135,6 +135,18 @@ def test_logs_come_in_the_order_of_time(capsys: pytest.CaptureFixture[str]) -> N
     directory.remove()
 
 
+def test_the_last_lines_only(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of what passes the other choices, over all files."""
+    directory = machine("default")
+    (directory.logs / "host.jsonl").write_text("".join(line(2 * i, "host", f"h{i}") for i in range(4)))
+    (directory.logs / "gpu0.jsonl").write_text("".join(line(2 * i + 1, "gpu0", f"g{i}") for i in range(4)))
+    for options, told in (("-n 3", "g2 h3 g3"), ("--tail 2 -p host", "h2 h3"), ("-n 0", ""), ("-n 99 -p gpu0", "g0 g1 g2 g3")):
+        assert exit_code(["logs", "--json", *options.split()]) == 0
+        assert [json.loads(row)["text"] for row in capsys.readouterr().out.splitlines()] == told.split()
+    assert exit_code(["logs", "-n", "-1"]) == 2
+    directory.remove()
+
+
 def test_following_gives_what_is_new_once(tmp_path: Path) -> None:
     """Half a line waits for its end; a file that is rotated away goes on where it was."""
     reader = Reader(tmp_path, None, 0)

@@ -86,9 +86,9 @@ def test_every_script_of_a_file_is_played(place: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["missing.traces"], "missing.traces:1: cannot be read"),
+        (["missing.traces"], "missing.traces: cannot be read"),
         (["typo.traces"], "typo.traces:5: script 'one', 'todev d1 A 0 2': no device is called 'd1'; did you mean \"d0\""),
-        (["good.traces", "--world", "unreal"], "'unreal' is not one of 'real', 'sim'"),
+        (["good.traces", "--world", "unreal"], 'there is no "unreal"; did you mean "real"?'),
         (["good.traces", "--only", "onne"], "no script is called 'onne'; did you mean \"one\"?"),
         ([], "Missing argument"),
     ],

@@ -47,7 +47,7 @@ def test_play_in_virtual_time() -> None:
         (["run", "list_walk", "--world", "sim", "--on", "default"], "--world sim goes with neither --on nor --rate"),
         (["run", "list_walk", "--world", "sim", "--rate", "0.5"], "--world sim goes with neither --on nor --rate"),
         (["demo", "--world", "sim", "--rate", "0.5"], "--rate and --world sim exclude each other"),
-        (["run", "list_walk", "--world", "simm"], "'simm' is not one of 'real', 'sim'"),
+        (["run", "list_walk", "--world", "simm"], 'there is no "simm"; did you mean "sim"?'),
     ],
 )
 def test_what_does_not_go_together(arguments: list[str], words: str) -> None:

@@ -56,7 +56,10 @@ async def test_points_of_both_sides_and_the_command_line() -> None:
         listed = await command("fault", "ls", "-m", machine.name)
         assert [line.split()[:2] for line in listed.splitlines()] == [["1", "point.fail"], [str(number), "alloc.host"]]
         assert "no fault has number 9" in await command("fault", "rm", "9", "-m", machine.name)
-        assert await command("fault", "rm", "all", "-m", machine.name) == ""
+        assert await command("fault", "rm", "all", "-m", machine.name) == f"fault 1 has ended\nfault {number} has ended\n"
+        assert await command("fault", "rm", "all", "-m", machine.name) == "no fault\n"
+        assert await command("fault", "ls", "-m", machine.name) == "no fault\n"
+        assert await command("fault", "ls", "--json", "-m", machine.name) == "[]\n"
         assert await total() == usual
         assert 'did you mean "point.fail"?' in await command("fault", "add", "point.fial", "-m", machine.name)
         assert "cannot be done in the real world" in await command("fault", "add", "restart.kept", "gpu0", "-m", machine.name)
