@@ -31,6 +31,8 @@ from typing import Any, NoReturn
 from hmmnet.lifeline import die_with_parent
 
 READ_BYTES = 1 << 16
+CRASHED = 70
+"""Exit code of a child with a bug (EX_SOFTWARE): 1 is that of one without a host."""
 LINE_BYTES_MAX = 1 << 20
 """A start command carries one device's settings; a launcher that sends more than this in a line is none."""
 
@@ -117,6 +119,7 @@ class Zygote:
         except SystemExit as end:
             status = end.code if isinstance(end.code, int) else 1
         except BaseException:  # noqa: BLE001 - the last frame of a process: it reports and ends
+            status = CRASHED
             traceback.print_exc()
         finally:
             try:

@@ -18,7 +18,7 @@ import trio
 
 from hmmnet.errors import HmmnetError
 
-from .processes import child_environment, describe_exit, end_process
+from .processes import child_environment, describe_exit, end_process, wait_process
 
 READY_S = 20.0
 """Real seconds for the zygote's imports; a cold disk needs several."""
@@ -58,6 +58,7 @@ class ZygoteClient:
         self._ready = trio.Event()
         self._gone = trio.Event()
         self._received = b""
+        self._hearing = False
         ours, theirs = socket.socketpair()
         with theirs:
             self.process = subprocess.Popen(
@@ -73,17 +74,18 @@ class ZygoteClient:
 
     async def run(self, tell: Callable[[Told], None]) -> None:
         """Hear what the zygote says until it is gone; `tell` gets every start and end of a device."""
+        self._hearing = True
         try:
-            while True:
-                data = await self._socket.recv(READ_BYTES)
-                if not data:
-                    self._gone.set()
-                    return
-                *lines, self._received = (self._received + data).split(b"\n")
-                for line in lines:
-                    self._hear(json.loads(line), tell)
-        except (OSError, trio.ClosedResourceError):  # the zygote died, or we ended it
+            with suppress(OSError, trio.ClosedResourceError):  # the zygote died, or we ended it
+                while data := await self._socket.recv(READ_BYTES):
+                    *lines, self._received = (self._received + data).split(b"\n")
+                    for line in lines:
+                        self._hear(json.loads(line), tell)
+            with trio.move_on_after(KILL_S):  # the kernel closes a process's files before it has ended: `how` is asked next
+                await wait_process(self.process)
             self._gone.set()
+        finally:
+            self._hearing = False
 
     def _hear(self, message: dict[str, Any], tell: Callable[[Told], None]) -> None:
         if "zygote" in message:
@@ -134,10 +136,16 @@ class ZygoteClient:
         return "it still runs" if status is None else describe_exit(status)
 
     async def end(self, grace_s: float = GRACE_S) -> None:
-        """Let the devices end by themselves for `grace_s`, kill the others, return when all are gone; whether `run` still runs or not."""
+        """Let the devices end by themselves for `grace_s`, kill the others, return when all are gone; whether `run` still runs or not.
+
+        If it does, it has told of the last end when this returns.
+        """
         with trio.CancelScope(shield=True):
             if self.process.poll() is None:
                 with trio.move_on_after(grace_s), suppress(HmmnetError):
                     await self._send({"end": grace_s})
             await end_process(self.process, grace_s + KILL_S)
+            if self._hearing:  # its last words lie in the socket, which has an end now
+                with trio.move_on_after(KILL_S):
+                    await self._gone.wait()
             self._socket.close()

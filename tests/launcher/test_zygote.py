@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 import trio
 
+from hmmnet.devices.zygote import CRASHED
 from hmmnet.errors import HmmnetError
+from hmmnet.launcher import zygote as launcher
 from hmmnet.launcher.zygote import Exited, Started, Told, ZygoteClient
 from hmmnet.lifeline import wait_ended
 
@@ -72,14 +74,14 @@ async def test_a_child_is_forked_and_its_end_reported() -> None:
         assert (exited.pid, exited.status, exited.how) == (started.pid, 7, "ended with exit code 7")
 
 
-async def test_a_child_that_raises_exits_with_one_and_says_why(capfd: pytest.CaptureFixture[str]) -> None:
+async def test_a_child_that_raises_exits_as_crashed_and_says_why(capfd: pytest.CaptureFixture[str]) -> None:
     """The traceback stands on stderr, the zygote lives on."""
     heard = Heard()
     async with zygote(heard) as client:
         await client.start("gpu0", {"raise": "no memory on the board"})
         exited = await heard.first(Exited, "gpu0")
         assert isinstance(exited, Exited)
-        assert exited.status == 1
+        assert exited.status == CRASHED
         await client.start("gpu1", {"exit": 0})
         await heard.first(Exited, "gpu1")
     assert "no memory on the board" in capfd.readouterr().err
@@ -95,6 +97,34 @@ async def test_kill_is_reported_as_the_signal() -> None:
         exited = await heard.first(Exited, "gpu0")
         assert isinstance(exited, Exited)
         assert exited.how == "killed by SIGKILL"
+
+
+async def test_all_ends_have_been_told_when_the_end_returns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of those that are killed at the very end, however many, and though whoever hears of them had no turn before the zygote ended."""
+
+    async def end_process(process: subprocess.Popen[bytes], grace_s: float) -> int:
+        return process.wait(grace_s + 10)  # nobody has a turn meanwhile: that is the point
+
+    monkeypatch.setattr(launcher, "end_process", end_process)
+    names = [f"gpu{number}" for number in range(8)]
+    heard = Heard()
+    async with zygote(heard) as client:
+        for name in names:
+            await client.start(name, {"sleep_s": 60})
+            await heard.first(Started, name)
+        await client.end(0.2)
+        assert sorted(told.name for told in heard.all if isinstance(told, Exited)) == names
+
+
+async def test_a_zygote_that_is_gone_has_ended() -> None:
+    """Its end of the socket closes first: it is waited for, so that how it ended can be said."""
+    lingers = "import os, time; os.close(0); time.sleep(0.1); raise SystemExit(3)"
+    client = ZygoteClient((sys.executable, "-c", lingers))
+    with trio.fail_after(20):
+        await client.run(Heard().tell)
+    assert client.gone.is_set()
+    assert client.how() == "ended with exit code 3"
+    await client.end(0.1)
 
 
 async def test_a_child_keeps_nothing_of_the_zygote(tmp_path: Path) -> None:
