@@ -192,7 +192,8 @@ def single(group: BaseExceptionGroup[BaseException]) -> BaseException:
 def run_device(settings: dict[str, Any]) -> int:
     """Be a device process from the first line to the exit code: 0 after a goodbye or a signal, 1 when the host was lost or refused us.
 
-    `settings` are those of `Settings`. A forked child of the zygote calls this with every import done.
+    `settings` are those of `Settings`. A forked child of the zygote calls this with every import done. Raises what is a bug, after it has
+    been logged.
     """
     try:
         checked = msgspec.convert(settings, Settings)
@@ -207,6 +208,9 @@ def run_device(settings: dict[str, Any]) -> int:
     except (HmmnetError, OSError, msgspec.ValidationError) as error:
         print(f"hmmnet device {settings.get('name', '(no name)')}: {error}", file=sys.stderr)
         return 1
+    except Exception as error:
+        log.critical("the device crashed", exc_info=error)
+        raise
     if lost is None or isinstance(lost, PeerGone):
         return 0
     log.warning("the host is lost: %s", lost)

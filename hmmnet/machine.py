@@ -33,7 +33,7 @@ from hmmnet.launcher.crew import READY_S, Crew
 from hmmnet.launcher.directory import DeviceRecord, Directory, MachineRecord, new_record
 from hmmnet.launcher.processes import raise_file_limit
 from hmmnet.launcher.rate import Rate, check_rate
-from hmmnet.launcher.zygote import ZygoteClient
+from hmmnet.launcher.zygote import Exited, ZygoteClient
 from hmmnet.observe.events import Events
 from hmmnet.observe.logs import log_to, stop_logging
 from hmmnet.pages import Words
@@ -189,6 +189,15 @@ class LaunchedMachine:
     def processes(self) -> Mapping[int, int]:
         """Every process beside this one that there has been, the zygote and each incarnation of each device: pid to its start in ticks."""
         return self._crew.processes
+
+    @property
+    def exits(self) -> Sequence[Exited]:
+        """How each incarnation of each device ended, so far: name, pid, exit code (or minus the signal), and that in words."""
+        return tuple(self._crew.exits)
+
+    def when_ended(self, call: Callable[[], None]) -> None:
+        """Have `call` called when the machine has been left and its last process has ended: the logs are complete, and still there."""
+        self._crew.when_ended.append(call)
 
     @property
     def rate(self) -> float:

@@ -5,17 +5,19 @@ healed and must be well: every word that was acknowledged is there (or its only 
 books are in order, and when the machine is gone no process is left.
 
 Chance decides what is done, as in simulation; when it happens is the computer's doing, so a batch can be repeated and need not repeat.
-What is found is the history's verdict, whatever the timing. What crashes in a device's process is found in its log: somebody may have
-been told of it who did not listen any more, or nobody.
+What is found is the history's verdict, whatever the timing. What crashes in a device's process is found in its log, and in how the process
+ended: somebody may have been told of it who did not listen any more, or nobody. Both are looked at when the last process has ended, since
+one may crash after its goodbye.
 """
 
 from __future__ import annotations
 
+import signal
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from itertools import count, cycle, islice
+from itertools import chain, count, cycle, islice
 from random import Random
 from typing import Any, ClassVar, cast
 
@@ -25,7 +27,7 @@ import trio
 from hmmnet.cable import Cable, Impairment
 from hmmnet.launcher.directory import process_started
 from hmmnet.machine import LaunchedMachine, LaunchKind, launch
-from hmmnet.observe.logs import tracebacks
+from hmmnet.observe.logs import last_lines, tracebacks
 from hmmnet.sim import SimulatedMachine
 
 from .audit import Auditor
@@ -44,6 +46,10 @@ BATCH_S = 300.0
 """Real seconds for a batch; half a minute is usual."""
 GONE_S = 5.0
 """Real seconds for the processes of a machine to be gone when it is left."""
+ENDS = frozenset({0, 1, -signal.SIGKILL})
+"""Exit codes of devices that are no crashes: after a goodbye, without a host, and of those that were killed, in a round or at the end."""
+LAST_LINES = 3
+"""Of the log of a device that ended otherwise."""
 PAUSE_S = 0.02
 """Between two rounds, for work to get going again."""
 
@@ -158,11 +164,8 @@ async def _batch(seed: int, rounds: int, transport: LaunchKind, outcome: Outcome
         with trio.fail_after(BATCH_S), outcome.seeing_crashes():
             async with launch(topology_of(program.machine), rate=1.0, transport=transport) as machine:
                 processes = machine.processes
-                try:
-                    await _live(machine, program, rounds, outcome, summary)
-                finally:
-                    crashed = tracebacks(machine.directory.logs, machine.device_names)
-                    outcome.violations += [Violation("crash", told) for told in islice(crashed, VIOLATIONS_MAX)]
+                machine.when_ended(lambda: outcome.violations.extend(_crashes(machine)))
+                await _live(machine, program, rounds, outcome, summary)
     except trio.TooSlowError:
         outcome.violations.append(Violation("progress", f"no end within {BATCH_S:g} s"))
     except Exception as error:  # noqa: BLE001 - as in `run_program`
@@ -171,6 +174,20 @@ async def _batch(seed: int, rounds: int, transport: LaunchKind, outcome: Outcome
     if left:
         summary.processes_left += len(left)
         outcome.violations.append(Violation("processes", f"{len(left)} processes are left behind: {', '.join(map(str, left))}"))
+
+
+def _crashes(machine: LaunchedMachine) -> list[Violation]:
+    """What crashed in devices' processes, all of which have ended, as their logs and their ends tell."""
+    logs = machine.directory.logs
+    told = chain(
+        tracebacks(logs, machine.device_names, ended=True),
+        (
+            f"{end.name} (process {end.pid}) {end.how}; its log ends: {' | '.join(last_lines(logs, end.name, end.pid, LAST_LINES))}"
+            for end in machine.exits
+            if end.status not in ENDS
+        ),
+    )
+    return [Violation("crash", what) for what in islice(told, VIOLATIONS_MAX)]
 
 
 async def _live(machine: LaunchedMachine, program: Program, rounds: int, outcome: Outcome, summary: Summary) -> None:

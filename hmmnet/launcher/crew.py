@@ -53,6 +53,10 @@ class Crew:
         self.zygote = zygote
         self.processes = {zygote.process.pid: process_started(zygote.process.pid)}
         """Every process that there has been, the zygote and each incarnation of each device: pid to `process_started`."""
+        self.exits: list[Exited] = []
+        """How each incarnation of each device ended, in that order."""
+        self.when_ended: list[Callable[[], None]] = []
+        """What is called when every process has ended; logs and all else are still there."""
         self._extra = extra
         self._endpoint = ""
         self._host_pid = 0
@@ -133,11 +137,14 @@ class Crew:
         """End every device: by itself within the grace (the host said goodbye before), else by force."""
         self.ending = True
         await self.zygote.end(grace_s)
+        for call in self.when_ended:
+            call()
 
     def _hear(self, told: Told) -> None:
         if told.name not in self.records:
             log.warning("the zygote told of %s, which this machine does not have", told.name)
         elif isinstance(told, Exited):
+            self.exits.append(told)
             self._end(told.name, told.how)
         else:
             self.records[told.name].pid = told.pid

@@ -196,6 +196,12 @@ def tracebacks(folder: Path, processes: Collection[str], *, ended: bool = False)
                 yield f"{name}: {entry.get('text', '')}: {_last_row(entry['traceback'])}"
 
 
+def last_lines(folder: Path, process: str, pid: int, count: int) -> list[str]:
+    """The last `count` lines that one life of a process has logged, as a person reads them."""
+    own = [line for line in _lines(folder / (process + SUFFIX)) if (entry := _entry(line)) is not None and entry.get("pid") == pid]
+    return [readable(line.decode()) for line in own[-count:]]
+
+
 def _entry(line: bytes) -> dict[str, Any] | None:
     """What a line holds; None for one that is not whole."""
     if not line.endswith(b"}\n"):

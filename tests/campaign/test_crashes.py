@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import sys
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 import trio
 
+from hmmnet import machine
 from hmmnet.campaign import children, real
 from hmmnet.campaign.crew import Crew, Outcome
 from hmmnet.campaign.excuses import Excuses
@@ -20,6 +24,7 @@ from hmmnet.campaign.trial import run_program
 from hmmnet.devices.models.base import Device
 from hmmnet.errors import KernelError, PeerLost, is_crash
 from hmmnet.host.requests import Requests
+from hmmnet.launcher.zygote import ZygoteClient
 from hmmnet.program import Process
 from hmmnet.wire.crashes import listening, tell
 
@@ -100,6 +105,37 @@ async def test_a_crash_in_a_real_device_is_seen_in_its_log(monkeypatch: pytest.M
         summary = await run_rounds(3, 1)
     assert [one["checker"] for one in summary.violations] == ["crash"]
     assert "a kernel crashed: TypeError" in summary.violations[0]["what"]
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        ("logged", ["dev1: a task crashed: KeyError: 64"]),
+        ("raised", ["dev1: the device crashed: KeyError: 64", r"dev1 \(process \d+\) ended with exit code 70; .*KeyError: 64"]),
+        ("killed", [r"dev1 \(process \d+\) killed by SIGSEGV; its log ends: .*something is wrong"]),
+    ],
+)
+async def test_a_crash_of_a_real_device_in_its_last_moments_is_seen(how: str, told: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the goodbye, when nobody listens: its log is read, and how it ended, when it has."""
+    command = (sys.executable, str(Path(__file__).with_name("crashing_zygote.py")), how, "dev1")
+    monkeypatch.setattr(machine, "ZygoteClient", lambda: ZygoteClient(command))
+
+    async def rest(_crew: Crew, _actor: int, enough: trio.Event) -> None:
+        await enough.wait()
+
+    monkeypatch.setattr(real, "_act", rest)
+    monkeypatch.setattr(real, "_nemesis", crash_nothing)
+    with trio.fail_after(100):
+        summary = await run_rounds(3, 1)
+    assert {one["checker"] for one in summary.violations} == {"crash"}
+    assert len(summary.violations) == len(told)
+    for one, what in zip(summary.violations, told, strict=True):
+        assert re.fullmatch(what, one["what"], re.DOTALL)
+
+
+async def crash_nothing(*_: object) -> None:
+    """No round of harm."""
+    await trio.lowlevel.checkpoint()
 
 
 @pytest.mark.parametrize(

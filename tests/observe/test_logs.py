@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import resource
 import subprocess
 import sys
@@ -173,6 +174,18 @@ def test_tracebacks_are_found_in_any_life_of_a_process(handler: logs.JsonLines, 
         "gpu0: a job failed: kernel",
     ]
     assert list(logs.tracebacks(handler.path.parent, ["gpu"])) == []
+
+
+def test_the_last_lines_are_those_of_one_life(handler: logs.JsonLines) -> None:
+    """By its pid; others log into the same file, before and after it."""
+    for number in range(5):
+        log.info("line %d", number)
+    own = handler.path.read_bytes()
+    other = own.replace(f'"pid": {os.getpid()},'.encode(), b'"pid": 1,').replace(b"line", b"other")
+    handler.path.write_bytes(other + own + other + own[:50])
+    last = logs.last_lines(handler.path.parent, "gpu0", os.getpid(), 2)
+    assert [line.rpartition("  ")[2] for line in last] == ["line 3", "line 4"]
+    assert logs.last_lines(handler.path.parent, "gpu0", 2, 2) == logs.last_lines(handler.path.parent, "gpu1", 1, 2) == []
 
 
 def test_errors_of_the_machine_are_no_crashes(handler: logs.JsonLines) -> None:
