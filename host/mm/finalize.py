@@ -48,7 +48,7 @@ def _finalize(memory: PhysicalMemory, mm: Mm | None, migration: Migration) -> No
         return
     going = source & MIGRATE_PFN_MIGRATE != 0
     full = source & MIGRATE_PFN_VALID != 0
-    rows = np.flatnonzero(going | full)
+    rows = (going | full).nonzero()[0]
     if len(rows):
         left, goes, full = frames_in(source[rows]), going[rows], full[rows]
         lead_to = np.where(goes, frames_in(target[rows]), left)

@@ -26,6 +26,7 @@ from hmmnet.pages import (
     ZONE_SHIFT,
     ZONES_MAX,
     Words,
+    all_of,
     bits_in_any,
     distinct,
     is_one_run,
@@ -204,7 +205,7 @@ class PhysicalMemory(Contents):
             return
         numbers = frames >> np.uint64(ZONE_SHIFT)
         for number in distinct(numbers).tolist():
-            rows = np.flatnonzero(numbers == np.uint64(number))
+            rows = (numbers == np.uint64(number)).nonzero()[0]
             zone = self.zones[number]
             yield zone, rows, zone.index_of(frames[rows])
 
@@ -471,7 +472,7 @@ class PhysicalMemory(Contents):
     def unmap_folios(self, heads: Words) -> None:
         """`unmap` for huge pages: one mapping of each goes; those that are not folded lose one of each frame."""
         folded = self.folded(heads)
-        if not folded.all():
+        if not all_of(folded):
             self.unmap(frames_from(heads[~folded]))
             heads = heads[folded]
         for zone, _, at in self.where(heads):

@@ -39,11 +39,11 @@ def collect(mm: Mm, migration: Migration, select: Select) -> bool:
     frame = entry >> pte.FRAME_SHIFT
     number = frame >> ZONE_SHIFT
     if kind == pte.DEVICE:
-        wanted = select & Select.DEVICE_PRIVATE and _owned(mm.memory, number, migration.owner, select)
+        wanted = bool(select & Select.DEVICE_PRIVATE) and _owned(mm.memory, number, migration.owner, select)
     elif number < DEVICE_ZONE_MIN:
-        wanted = select & Select.SYSTEM
+        wanted = bool(select & Select.SYSTEM)
     else:
-        wanted = select & Select.DEVICE_COHERENT and _owned(mm.memory, number, migration.owner, select)
+        wanted = bool(select & Select.DEVICE_COHERENT) and _owned(mm.memory, number, migration.owner, select)
     if not wanted:
         return True
     zone = mm.memory.zones[number]
