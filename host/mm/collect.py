@@ -27,6 +27,7 @@ import numpy.typing as npt
 from hmmnet.host.interfaces import NO_OWNER, NOBODY, Migration, Select, Told
 from hmmnet.pages import (
     DEVICE_ZONE_MIN,
+    FEW,
     HUGE_PAGES,
     HUGE_SHIFT,
     MIGRATE_PFN_MIGRATE,
@@ -41,7 +42,7 @@ from hmmnet.pages import (
     bits_in_all,
 )
 
-from . import pte, single
+from . import few, pte
 from .compound import fit_targets, join_inserted, tear_collected, tear_mapped
 from .frames import PhysicalMemory
 from .located import Located, every_row, rows_in
@@ -76,7 +77,7 @@ def collect(mm: Mm, pages: Words, select: Select, owner: int, fault_frame: int |
     """
     source, target, saved = (np.zeros(len(pages), np.uint64) for _ in range(3))
     migration = Migration(pages, source, target, saved, owner, fault_frame, bool(select & Select.COMPOUND))
-    if len(pages) == 1 and single.collect(mm, migration, select):
+    if len(pages) <= FEW and few.collect(mm, migration, select):
         return migration
     offset = 0
     for part in blocks(migration):
@@ -89,6 +90,8 @@ def collect(mm: Mm, pages: Words, select: Select, owner: int, fault_frame: int |
 
 def sharers(mm: Mm, pages: Words, select: Select, owner: int) -> list[tuple[Mm, Words]]:
     """Where the frames that several processes map, of those that `collect` would take, may be mapped (`rmap.places`)."""
+    if len(pages) <= FEW and few.unshared(mm, pages, select, owner):
+        return []
     found = []
     for low in range(0, len(pages), BLOCK_PAGES):
         entries = mm.table.gather(pages[low : low + BLOCK_PAGES], ascend=True)
@@ -319,7 +322,7 @@ def collect_frames(memory: PhysicalMemory, frames: Words, told: Told) -> Migrati
 
 def move(memory: PhysicalMemory, mm: Mm | None, migration: Migration) -> None:
     """migrate_vma_pages: targets take over what their sources were. Clears MIGRATE where there is no target, or where it cannot be."""
-    if len(migration.source) == 1 and single.move(memory, migration):
+    if len(migration.source) <= FEW and few.move(memory, mm, migration):
         return
     fit_targets(memory, mm, migration)
     for part in blocks(migration):

@@ -385,19 +385,36 @@ class PhysicalMemory(Contents):
 
     def put_one(self, frame: int) -> None:
         """`put` for one frame."""
+        on_free = self._put_one(frame)
+        if on_free is not None:
+            on_free(np.array([frame], np.uint64))
+
+    def put_few(self, frames: Sequence[int]) -> None:
+        """`put` without arrays."""
+        freed: dict[Callable[[Words], None], list[int]] = {}
+        for frame in frames:
+            on_free = self._put_one(frame)
+            if on_free is not None:
+                freed.setdefault(on_free, []).append(frame)
+        for on_free, some in freed.items():
+            on_free(np.array(some, np.uint64))
+
+    def _put_one(self, frame: int) -> Callable[[Words], None] | None:
+        """Drop one reference of `frame`; who has to be told that it was the last, if anybody."""
         zone = self.zones[frame >> ZONE_SHIFT]
         at = frame - zone.base
         cells = zone.cells
         left = cells.refcount[at] - 1
         cells.refcount[at] = left
-        if left == 0:
-            self.cgroups.uncharge(zone.flags[at])
-            cells.flags[at] = 0
-            cells.mapping[at] = 0
-            if isinstance(zone, HostZone):
-                zone.release_one(frame)
-            elif zone.on_free is not None:
-                zone.on_free(np.array([frame], np.uint64))
+        if left:
+            return None
+        self.cgroups.uncharge(zone.flags[at])
+        cells.flags[at] = 0
+        cells.mapping[at] = 0
+        if isinstance(zone, HostZone):
+            zone.release_one(frame)
+            return None
+        return zone.on_free
 
     def _free(self, zone: Zone, frames: Words, where: Index) -> None:
         self.cgroups.uncharge(zone.flags[where])
