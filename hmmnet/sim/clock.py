@@ -18,10 +18,10 @@ import math
 import time
 
 import trio
-from trio.lowlevel import Abort, Task, current_task, reschedule, wait_task_rescheduled
+from trio.lowlevel import Task, reschedule
 
 from hmmnet.fabric.clock import EmulatedClock
-from hmmnet.sleeping import WakingClock, sleep_until
+from hmmnet.sleeping import WORD, WakingClock, sleep_until
 
 from .schedule import drop_shields, tasks_wait_for_idle, threads_at_work
 
@@ -81,8 +81,9 @@ class JumpClock(WakingClock):
         self._now_s = deadline
         self._looks = 0
         while self._sleepers and self._sleepers[0][0] <= deadline:
-            for task in heapq.heappop(self._sleepers)[2]:
-                reschedule(task)
+            who = heapq.heappop(self._sleepers)[2]
+            while who:
+                reschedule(who.pop(), WORD)
         return 0.0
 
     def _idle(self) -> float:
@@ -106,16 +107,9 @@ class JumpClock(WakingClock):
             heapq.heappop(sleepers)
         return sleepers[0][0] if sleepers else math.inf
 
-    async def sleep_until(self, deadline_s: float) -> None:
-        """See `WakingClock.sleep_until`."""
-        who = [current_task()]
+    def wake_at(self, deadline_s: float, who: list[Task]) -> None:
+        """See `WakingClock.wake_at`."""
         heapq.heappush(self._sleepers, (deadline_s, next(self._numbers), who))
-
-        def leave(_: object) -> Abort:
-            who.clear()
-            return Abort.SUCCEEDED
-
-        await wait_task_rescheduled(leave)
 
 
 class VirtualClock(EmulatedClock):

@@ -14,6 +14,7 @@ from hmmnet.faults.plan import AnyFault
 from hmmnet.topology.model import Personality, Topology
 
 from .clock import JumpClock
+from .loop import short_loops
 from .machine import SimulatedMachine, simulated
 from .schedule import seeded
 from .trace import Trace
@@ -57,7 +58,7 @@ def run_virtual(main: Callable[..., Awaitable[T]], *arguments: Any, seed: int = 
         how = "tasks wait for each other, shielded from that limit" if clock.deadlocked else "somebody waits for what never comes"
         raise SimulationStuck(f"no end after {limit_s:g} virtual seconds (seed {seed}): {how}")
 
-    with seeded(seed):
+    with seeded(seed), short_loops(clock):
         try:
             return trio.run(limited, clock=clock)
         except BaseExceptionGroup as group:

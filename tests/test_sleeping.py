@@ -1,0 +1,94 @@
+"""Bells: waits for something that happens, or for time to pass, by clocks that wake by themselves and by trio's."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from typing import TypeVar
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from hmmnet.sim import run_virtual
+from hmmnet.sleeping import WORD, Bell, sleep
+
+T = TypeVar("T")
+
+
+def run_mocked(main: Callable[[], Awaitable[T]]) -> T:
+    """In time that jumps, of a clock that wakes nobody by itself."""
+    return trio.run(main, clock=MockClock(autojump_threshold=0))
+
+
+RUNS = pytest.mark.parametrize("run", [run_virtual, run_mocked])
+
+
+async def ring_after(bell: Bell, seconds: float) -> None:
+    await sleep(seconds)
+    bell.ring()
+
+
+@RUNS
+def test_a_wait_ends_with_the_bell_or_with_its_time(run: Callable[[Callable[[], Awaitable[list[float]]]], list[float]]) -> None:
+    """Whichever comes first; a bell that rings for nobody, or at the very last moment, disturbs no later wait."""
+
+    async def main() -> list[float]:
+        ends: list[float] = []
+        began_s = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            bell = Bell()
+            assert not bell.ring()
+            for rings_s, limit_s in ((1.0, 2.0), (3.0, 2.0), (0.5, 0.5), (1.0, 0.0), (1.5, 4.0)):
+                nursery.start_soon(ring_after, bell, rings_s)
+                begun_s = trio.current_time()
+                await bell.heard_by(begun_s + limit_s)
+                ends.append(trio.current_time() - begun_s)
+                await sleep(10)
+                assert not bell.ring(), "somebody still counts as waiting"
+            nursery.start_soon(ring_after, bell, 1.0)
+            await bell.heard()
+            ends.append(trio.current_time() - began_s - sum(ends) - 50)
+        return ends
+
+    assert run(main) == pytest.approx([1.0, 2.0, 0.5, 0.0, 1.5, 1.0])
+
+
+@RUNS
+def test_a_wait_can_be_cancelled_or_not(run: Callable[[Callable[[], Awaitable[list[float]]]], list[float]]) -> None:
+    """As its kind is; who does not wait any more is not woken."""
+
+    async def main() -> list[float]:
+        ends: list[float] = []
+        bell = Bell()
+        for wait in (bell.heard, bell.heard_at_last, lambda: bell.heard_by(trio.current_time() + 9)):
+            begun_s = trio.current_time()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(ring_after, bell, 3.0)
+                with trio.move_on_after(1):
+                    await wait()
+                ends.append(trio.current_time() - begun_s)
+        return ends
+
+    assert run(main) == pytest.approx([1.0, 3.0, 1.0])
+
+
+async def test_a_word_can_be_said_again() -> None:
+    """Its value is nothing, however often it is asked for."""
+
+    def listen() -> Generator[str, object, None]:
+        assert (yield "more") is None
+
+    async def listen_async() -> AsyncGenerator[str, object]:
+        assert (yield "more") is None
+        yield "heard"
+
+    for _ in range(2):
+        WORD.unwrap()
+        generator = listen()
+        assert next(generator) == "more"
+        with pytest.raises(StopIteration):
+            WORD.send(generator)
+        asynchronous = listen_async()
+        assert await anext(asynchronous) == "more"
+        assert await WORD.asend(asynchronous) == "heard"
+        await asynchronous.aclose()
