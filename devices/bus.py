@@ -55,8 +55,8 @@ SELECT_PARTS_STAY = 64
 class Requests(Protocol):
     """The part of a wire session that is used here."""
 
-    async def ask(self, message: Message, answer: type[M]) -> M:
-        """The answer to a request. Raises KernelError, RemoteError, PeerLost, ProtocolError."""
+    async def ask_shielded(self, message: Message, answer: type[M]) -> M:
+        """The answer to a request, cancelled or not. Raises KernelError, RemoteError, PeerLost, ProtocolError."""
         ...
 
     def note(self, message: Message) -> None:
@@ -70,14 +70,10 @@ class Bus:
     def __init__(self, session: Requests, sender: BulkSender, receiver: BulkReceiver, clock: EmulatedClock) -> None:
         self.clock = clock
         self._session = session
+        self._ask = session.ask_shielded
         self._sender = sender
         self._receiver = receiver
         self._streams = 1
-
-    async def _ask(self, message: Message, answer: type[M]) -> M:
-        with trio.CancelScope(shield=True):
-            reply = await self._session.ask(message, answer)
-        return reply  # noqa: RET504 - mypy cannot know that the scope swallows nothing
 
     def _new_stream(self) -> int:
         """Streams of the device are odd."""
@@ -127,15 +123,20 @@ class Bus:
         stream = self._new_stream()
         out = np.empty(len(addresses) * size, dtype=np.uint8)
         with trio.CancelScope(shield=True):
-            async with self.expected(stream, BytesSink(out)):
-                await self._session.ask(DmaRead(context, stream, to_wire(pages), to_wire(addresses), size), Done)
+            arrival = self._receiver.expect(stream, BytesSink(out))
+            try:
+                await self._ask(DmaRead(context, stream, to_wire(pages), to_wire(addresses), size), Done)
+            except BaseException:
+                arrival.cancel()
+                raise
+            await arrival.wait()
         return out
 
     async def write(self, context: int, pages: Words, addresses: Words, size: int, data: Bytes) -> None:
         """Store elements to memory that is not ours; they have landed when this returns."""
         stream = self._new_stream()
         with trio.CancelScope(shield=True):
-            grant = await self._session.ask(DmaWrite(context, stream, to_wire(pages), to_wire(addresses), size), DmaGrant)
+            grant = await self._ask(DmaWrite(context, stream, to_wire(pages), to_wire(addresses), size), DmaGrant)
             await self.send(stream, BytesSource(data), Pace(grant.start_s, grant.bytes_per_s, grant.latency_s))
 
     async def send(self, stream: int, source: Source, pacer: Pacer) -> None:

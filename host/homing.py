@@ -30,7 +30,6 @@ from hmmnet.pages import (
     PAGE_SIZE,
     ZONE_SHIFT,
     Words,
-    any_of,
     bits_in_all,
     bits_in_any,
     page_by_page,
@@ -253,7 +252,7 @@ class Homing:
             if not heads.all():
                 space.tear(part, heads == 0, small=True)
                 torn, part.torn = part.torn, []
-            rows = heads.nonzero()[0]
+            rows = np.flatnonzero(heads)
             if len(rows):
                 pages, frames = listed(part, part.pages[rows]), listed(part, part.source[rows] >> SHIFT)
                 await link.copy_out(self._context_of(space.number, link.zone), pages, frames, Landing(listed(part, heads[rows])))
@@ -438,7 +437,7 @@ class Homing:
         mapped_at = list(mappings(self._memory, frames)) if self.is_there(link) else []
         migration = await self._taken(link, frames, mapped_at)
         going = migration.source & MIGRATE != 0
-        if not any_of(going):
+        if not going.any():
             return 0
         destination = HostFrames(self._memory, int(np.count_nonzero(going)), link.node)
         try:
@@ -521,7 +520,7 @@ def whole_blocks(entries: Words, pages: Words) -> list[int]:
     """Where in `pages` huge pages begin that are there whole, by the `entries` that mapped them."""
     if not bits_in_any(entries) & pte.HUGE:
         return []
-    first = ((entries & pte.HUGE != 0) & (pages % HUGE_PAGES == 0)).nonzero()[0]
+    first = np.flatnonzero((entries & pte.HUGE != 0) & (pages % HUGE_PAGES == 0))
     last = HUGE_PAGES - 1
     return [at for at in first.tolist() if at + last < len(pages) and int(pages[at + last]) == int(pages[at]) + last]
 

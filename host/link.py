@@ -175,9 +175,12 @@ class SessionLink:
 
     async def answer_in_time(self, pending: PendingReply) -> None:
         """Wait for the answer to an invalidation; who gives none counts as broken, however alive. Raises what the answer does."""
-        if not await in_time(pending.wait, self._interconnect.clock, INVALIDATION_S):
-            self.condemn(f"it did not let go of what was invalidated within {INVALIDATION_S:g} s")
-            raise self.lost_error()
+        for limit_s in (INVALIDATION_S, STALLED_S):
+            if await pending.answered_by(trio.current_time() + self._interconnect.clock.real(limit_s)):
+                await pending.wait()
+                return
+        self.condemn(f"it did not let go of what was invalidated within {INVALIDATION_S:g} s")
+        raise self.lost_error()
 
     async def quiet(self, domain: Domain, start: int, end: int) -> None:
         """Return when no DMA is under way in the range. The device has said so: what it began and gave up is not waited for for ever.

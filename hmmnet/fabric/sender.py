@@ -15,7 +15,7 @@ import trio
 import xxhash
 
 from hmmnet.errors import HmmnetError, PeerError, ProtocolError, Unreachable
-from hmmnet.sleeping import sleep
+from hmmnet.sleeping import Bell, sleep
 from hmmnet.wire.transport import Channel
 
 from .chunk import ANNOUNCED_MAX, Abort, Credit, pack_abort, pack_chunk, unpack_back
@@ -56,7 +56,7 @@ class _Outgoing:
         self.state = state
         self.pacer = pacer
         self.aborted: str | None = None
-        self.lot = trio.lowlevel.ParkingLot()
+        self.bell = Bell()
         self.heard = False
         self.slots: dict[int, int] = {}
         """Where its chunks lie in the ring, by sequence."""
@@ -71,7 +71,7 @@ class _Outgoing:
     def wake(self) -> None:
         """Something was heard from the receiver."""
         self.heard = True
-        self.lot.unpark_all()
+        self.bell.ring()
 
 
 class BulkSender:
@@ -266,8 +266,7 @@ class BulkSender:
 
     async def _await_credit(self, out: _Outgoing) -> None:
         out.heard = False
-        with trio.move_on_after(self._clock.real(REPEAT_S)):
-            await out.lot.park()
+        await out.bell.heard_by(trio.current_time() + self._clock.real(REPEAT_S))
         if not out.heard:
             out.state.timeout()
 

@@ -54,7 +54,8 @@ async def connect(
             retry_s=retry_s,
             patience_s=patience_s,
         )
-        reader = session.reader = Reader(partial(_step, channel, session), channel.nudge)
+        reader = Reader(partial(_step, channel, session), channel.nudge)
+        session.reader = reader if reader.shared else None
         if prepare is not None:
             prepare(session, welcome)
         async with trio.open_nursery() as nursery:

@@ -31,6 +31,9 @@ SEQUENCE_MAX = (1 << 63) - 1
 ANSWERS_MASK = (1 << 32) - 1
 """A reply names its request by 32 bits of the sequence: far more than can be outstanding."""
 
+COPIED_BYTES_MAX = 2048
+"""Up to this length it costs less to copy a frame's body out of it than to make a view of it."""
+
 
 class Kind(IntEnum):
     """What a frame is to the session."""
@@ -59,7 +62,7 @@ _WITH_BODY = tuple(code in WITH_BODY for code in range(256))
 _SEQUENCED = tuple(code in SEQUENCED for code in range(256))
 
 _encode = msgspec.msgpack.Encoder().encode
-_decode: Callable[[memoryview], Message] = msgspec.msgpack.Decoder(Body).decode
+_decode: Callable[[bytes | memoryview], Message] = msgspec.msgpack.Decoder(Body).decode
 
 
 class VersionError(ProtocolError):
@@ -99,7 +102,8 @@ def decode_header(frame: bytes | memoryview) -> tuple[Kind, int, int, int]:
 
 def decode_body(frame: bytes | memoryview) -> Message:
     """The message in a frame whose header was accepted. Raises ProtocolError for unknown, truncated or out-of-bounds messages."""
+    body = frame[HEADER_BYTES:] if len(frame) <= COPIED_BYTES_MAX else memoryview(frame)[HEADER_BYTES:]
     try:
-        return _decode(memoryview(frame)[HEADER_BYTES:])
+        return _decode(body)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise ProtocolError(f"message cannot be decoded: {error}") from None

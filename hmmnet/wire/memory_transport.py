@@ -15,6 +15,7 @@ import trio
 from trio.lowlevel import Abort, Task, checkpoint, checkpoint_if_cancelled, current_task, reschedule, wait_task_rescheduled
 
 from hmmnet.errors import HmmnetError
+from hmmnet.sleeping import WORD
 
 from .transport import CHANNEL_BYTES_MAX, FRAME_BYTES_MAX, Buffer
 
@@ -34,31 +35,35 @@ Watch = Callable[[float, str, Parts], None]
 class Waiters:
     """Who waits, in their order: trio's ParkingLot with less around it."""
 
-    __slots__ = ("_tasks",)
+    __slots__ = ("tasks",)
 
     def __init__(self) -> None:
-        self._tasks: deque[Task] = deque()
+        self.tasks: deque[Task] = deque()
+        """Look here first: most often nobody waits."""
 
-    async def park(self) -> None:
-        """Wait for `unpark`."""
+    def leaving(self) -> Callable[[object], Abort]:
+        """The current task is about to wait: `await wait_task_rescheduled(waiters.leaving())`. A wait of its own would be one frame more
+        on the way to each task that goes on.
+        """
         task = current_task()
-        self._tasks.append(task)
+        tasks = self.tasks
+        tasks.append(task)
 
         def leave(_: object) -> Abort:
-            self._tasks.remove(task)
+            tasks.remove(task)
             return Abort.SUCCEEDED
 
-        await wait_task_rescheduled(leave)
+        return leave
 
     def unpark(self) -> None:
         """The first goes on, if there is one."""
-        if self._tasks:
-            reschedule(self._tasks.popleft())
+        if self.tasks:
+            reschedule(self.tasks.popleft(), WORD)
 
     def unpark_all(self) -> None:
         """All go on."""
-        while self._tasks:
-            reschedule(self._tasks.popleft())
+        while self.tasks:
+            reschedule(self.tasks.popleft(), WORD)
 
 
 class Turns:
@@ -69,14 +74,13 @@ class Turns:
     def __init__(self) -> None:
         self._immediate = 0
 
-    async def pass_on(self) -> None:
-        """One more without waiting: a checkpoint for who is cancelled, and every `IMMEDIATE_MAX` times for all."""
+    def over(self) -> bool:
+        """One more without waiting: whether that makes `IMMEDIATE_MAX`, and a checkpoint is due for all, not only for who is cancelled."""
         self._immediate += 1
-        if self._immediate >= IMMEDIATE_MAX:
-            self._immediate = 0
-            await checkpoint()
-        else:
-            await checkpoint_if_cancelled()
+        if self._immediate < IMMEDIATE_MAX:
+            return False
+        self._immediate = 0
+        return True
 
     def waited(self) -> None:
         """The task has to wait, and others run."""
@@ -92,6 +96,8 @@ class Pipe:
         """The receiving end is gone: what is sent falls into the void, as it does with sockets."""
         self.detour: Detour | None = None
         """Where what is put goes first, when something may happen to it on the way."""
+        self.end: Callable[[Parts], None] = self.arrive
+        """Where what took the detour arrives."""
         self._dead = False
         self._limit = limit
         self._max_bytes = max_bytes
@@ -105,23 +111,27 @@ class Pipe:
         """Append. Raises `trio.WouldBlock` when full. A part above the limit is lost, as a socket would drop it with its connection."""
         if self.closed:
             return
+        max_bytes = self._max_bytes
         for part in parts:
-            if len(part) > self._max_bytes:
+            if len(part) > max_bytes:
                 return
         if len(self.queue) >= self._limit:
             raise trio.WouldBlock
         if self._watch is not None:
             self._watch(trio.current_time(), self._way, parts)
         if self.detour is None:
-            self.arrive(parts)
+            self.queue.append(parts)
+            if self._takers.tasks:
+                self._takers.unpark()
         else:
-            self.detour(parts, self.arrive)
+            self.detour(parts, self.end)
 
     def arrive(self, parts: Parts) -> None:
         """A message is there; what comes late to a full or a closed pipe is lost."""
         if not self.closed and len(self.queue) < self._limit:
             self.queue.append(parts)
-            self._takers.unpark()
+            if self._takers.tasks:
+                self._takers.unpark()
 
     def put_late(self, parts: Parts) -> None:
         """`put_nowait` for what comes from elsewhere; it is lost when the pipe is full."""
@@ -131,7 +141,7 @@ class Pipe:
     async def put(self, parts: Parts) -> None:
         """Append, waiting for room."""
         while len(self.queue) >= self._limit and not self.closed:
-            await self._givers.park()
+            await wait_task_rescheduled(self._givers.leaving())
         self.put_nowait(parts)
 
     def get_nowait(self) -> Parts:
@@ -141,7 +151,8 @@ class Pipe:
         if not self.queue:
             raise trio.WouldBlock
         parts = self.queue.popleft()
-        self._givers.unpark()
+        if self._givers.tasks:
+            self._givers.unpark()
         if self.queue:
             self._takers.unpark()
         return parts
@@ -149,10 +160,10 @@ class Pipe:
     async def get(self) -> Parts:
         """Take the first, waiting for it."""
         if self.queue and not self._dead:
-            await self._turns.pass_on()
+            await checkpoint() if self._turns.over() else await checkpoint_if_cancelled()
         while self._dead or not (self.queue or self.closed):
             self._turns.waited()
-            await self._takers.park()
+            await wait_task_rescheduled(self._takers.leaving())
         return self.get_nowait()
 
     def detach(self) -> None:
@@ -205,7 +216,7 @@ class MemoryChannel:
 
     async def send(self, header: Buffer, payload: Buffer | None = None) -> None:
         """See `Channel.send`."""
-        await self._turns.pass_on()
+        await checkpoint() if self._turns.over() else await checkpoint_if_cancelled()
         await self._outbound.put(self._parts(header, payload))
 
     def send_nowait(self, header: Buffer, payload: Buffer | None = None) -> None:
@@ -221,14 +232,12 @@ class MemoryChannel:
 
     async def receive(self) -> tuple[bytes, MemoryPayload | None]:
         """See `Channel.receive`."""
-        return self._split(await self._inbound.get())
+        parts = await self._inbound.get()
+        return parts[0], MemoryPayload(parts[1]) if len(parts) > 1 else None
 
     def receive_nowait(self) -> tuple[bytes, MemoryPayload | None]:
         """See `Channel.receive_nowait`."""
-        return self._split(self._inbound.get_nowait())
-
-    @staticmethod
-    def _split(parts: Parts) -> tuple[bytes, MemoryPayload | None]:
+        parts = self._inbound.get_nowait()
         return parts[0], MemoryPayload(parts[1]) if len(parts) > 1 else None
 
     def close(self) -> None:
@@ -245,7 +254,8 @@ class MemoryChannel:
         target = self._outbound
         self._inbound.detour = inbound
         self._outbound = Pipe(PIPE_MESSAGES_MAX, CHANNEL_BYTES_MAX)
-        self._outbound.detour = lambda parts, _: outbound(parts, target.put_late)
+        self._outbound.detour = outbound
+        self._outbound.end = target.put_late
 
     def cut(self) -> None:
         """This end dies: nothing that it sends arrives any more, and what arrives for it is lost. Whoever reads here waits for ever."""
@@ -275,14 +285,12 @@ class MemoryListener:
 
     async def receive(self) -> tuple[bytes, bytes]:
         """See `Listener.receive`."""
-        return self._whole(await self._hub.inbound.get())
+        parts = await self._hub.inbound.get()
+        return parts[0], parts[1] if len(parts) == 2 else b""
 
     def receive_nowait(self) -> tuple[bytes, bytes]:
         """See `Listener.receive_nowait`."""
-        return self._whole(self._hub.inbound.get_nowait())
-
-    @staticmethod
-    def _whole(parts: Parts) -> tuple[bytes, bytes]:
+        parts = self._hub.inbound.get_nowait()
         return parts[0], parts[1] if len(parts) == 2 else b""
 
     async def send(self, peer: bytes, frame: Buffer) -> None:

@@ -63,9 +63,18 @@ class Reader:
         self._loop: Loop | None = None
         self._left: Awaitable[None] | None = None
 
+    @property
+    def shared(self) -> bool:
+        """Whether others may stand in at all."""
+        return self._nudge is not None
+
     async def run(self) -> NoReturn:
         """Read until cancelled, or until the transport fails: raises what it does."""
-        self._open = self._nudge is not None
+        while self._nudge is None:
+            more = await self._step()
+            if more is not None:
+                await more
+        self._open = True
         try:
             while True:
                 while self._standing or self._woke:
@@ -140,11 +149,11 @@ class Reader:
             self._hold_to_it()
             self.resume()
 
-    async def sleep(self, abort: Callable[[object], Abort]) -> None:
-        """wait_task_rescheduled for somebody who waits while others read; whoever has the answer says `woke` and reschedules."""
+    async def sleep(self, wait: Callable[[], Awaitable[None]]) -> None:
+        """`wait`, of somebody who waits while others read; whoever has the answer says `woke` and wakes it."""
         self._waiting += 1
         try:
-            await wait_task_rescheduled(abort)
+            await wait()
         finally:
             self._waiting -= 1
             self.resume()

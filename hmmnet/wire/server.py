@@ -147,7 +147,7 @@ class Server:
             lease_s=self.lease_s,
             retry_s=self.retry_s,
         )
-        session.reader = self._reader
+        session.reader = self._reader if self._reader is not None and self._reader.shared else None
         peer = Peer(address, session, encode(Kind.WELCOME, 0, 0, answer))
         self._remember(peer, hello)
         self.joined(session, hello)

@@ -17,7 +17,6 @@ from collections.abc import Awaitable, Callable
 from typing import Any, TypeAlias, TypeVar
 
 import trio
-from trio.lowlevel import Abort, Task, current_task, reschedule, wait_task_rescheduled
 
 from hmmnet.errors import (
     BusError,
@@ -31,7 +30,7 @@ from hmmnet.errors import (
     SegmentationFault,
     SignalError,
 )
-from hmmnet.sleeping import sleep
+from hmmnet.sleeping import Bell, sleep
 
 from . import crashes
 from .codec import ANSWERS_MASK, Kind, decode_body, decode_header, encode
@@ -51,26 +50,25 @@ _SIGNAL_TEXT = re.compile(r"0x([0-9a-f]{1,16}): (.*)", re.DOTALL)
 log = logging.getLogger("hmmnet.wire")
 
 
-class PendingReply:
+class PendingReply(Bell):
     """A request that is on its way; `wait` gives its answer, to one task."""
 
-    __slots__ = ("_answer", "_error", "_late", "_reader", "_task")
+    __slots__ = ("_answer", "_error", "_late", "_reader")
 
     def __init__(self, reader: Reader | None = None) -> None:
+        super().__init__()
         self._answer: Message | None = None
         self._error: Exception | None = None
         self._late: Callable[[Message], None] | None = None
-        self._task: Task | None = None
         self._reader = reader
+        """Where whoever waits may read meanwhile."""
 
     def resolve(self, answer: Message | None, error: Exception | None = None) -> None:
         """The answer, or the error that takes its place. The first counts."""
         if self._answer is None and self._error is None:
             self._answer = answer
             self._error = error
-            if self._task is not None:
-                task, self._task = self._task, None
-                reschedule(task)
+            if self.ring():
                 if self._reader is not None:
                     self._reader.woke()
             elif self._late is not None and answer is not None:
@@ -86,19 +84,42 @@ class PendingReply:
 
         Cancelled, it forgets the answer; the peer carries the request out all the same.
         """
-        reader = self._reader
-        if self._answer is None and self._error is None and reader is not None and reader.vacant:
-            await reader.stand_in(self)
         if self._answer is None and self._error is None:
-            self._task = current_task()
-            if reader is None:
-                await wait_task_rescheduled(self._give_up)
+            await (self.heard() if self._reader is None else self._read(self._reader))
+        return self._outcome()
+
+    async def wait_shielded(self) -> Message:
+        """`wait` that is not cancelled. Raises what it does."""
+        if self._answer is None and self._error is None:
+            if self._reader is None:
+                await self.heard_at_last()
             else:
-                await reader.sleep(self._give_up)
+                with trio.CancelScope(shield=True):
+                    await self._read(self._reader)
+        return self._outcome()
+
+    async def answered_by(self, deadline_s: float) -> bool:
+        """Whether there is an answer at that moment of trio's clock; return when there is one."""
+        if self._answer is None and self._error is None:
+            if self._reader is None:
+                await self.heard_by(deadline_s)
+            else:
+                with trio.move_on_at(deadline_s):
+                    await self._read(self._reader)
+        return self.answered
+
+    def _outcome(self) -> Message:
         if self._error is not None:
             raise self._error
         assert self._answer is not None
         return self._answer
+
+    async def _read(self, reader: Reader) -> None:
+        """Read until the answer is there, or wait while others do."""
+        if reader.vacant:
+            await reader.stand_in(self)
+        if self._answer is None and self._error is None:
+            await reader.sleep(self.heard)
 
     def leave(self, late: Callable[[Message], None]) -> None:
         """Nobody will `wait` any more; an answer that comes all the same, or came while we were being cancelled, goes to `late`.
@@ -108,10 +129,6 @@ class PendingReply:
         self._late = late
         if self._answer is not None:
             late(self._answer)
-
-    def _give_up(self, _: object) -> Abort:
-        self._task = None
-        return Abort.SUCCEEDED
 
 
 class Session:
@@ -180,9 +197,8 @@ class Session:
         if self.lost is not None:
             raise self._lost_again()
         pending = PendingReply(self.reader)
-        sequence = self._exchange.next_sequence()
-        self._waiting[sequence & ANSWERS_MASK] = pending
-        self._send_kept(encode(Kind.REQUEST, sequence, self._exchange.received, message))
+        self._waiting[(self._exchange.sequence + 1) & ANSWERS_MASK] = pending
+        self._tell(Kind.REQUEST, message)
         return pending
 
     async def request(self, message: Message) -> Message:
@@ -191,7 +207,13 @@ class Session:
 
     async def ask(self, message: Message, answer: type[M]) -> M:
         """As `request`, for an answer of one type; another type is a ProtocolError of the peer."""
-        reply = await self.begin(message).wait()
+        return self._of_type(message, await self.begin(message).wait(), answer)
+
+    async def ask_shielded(self, message: Message, answer: type[M]) -> M:
+        """`ask` that is not cancelled: for who has to do something with the answer."""
+        return self._of_type(message, await self.begin(message).wait_shielded(), answer)
+
+    def _of_type(self, message: Message, reply: Message, answer: type[M]) -> M:
         if not isinstance(reply, answer):
             raise ProtocolError(f"{self.peer_name} answered {type(message).__name__} with {type(reply).__name__}, not {answer.__name__}")
         return reply
@@ -199,15 +221,16 @@ class Session:
     def note(self, message: Message) -> None:
         """Send what needs no answer; it is repeated until it has arrived and takes effect once. Does nothing when the peer is gone."""
         if self.lost is None:
-            sequence = self._exchange.next_sequence()
-            self._send_kept(encode(Kind.NOTE, sequence, self._exchange.received, message))
+            self._tell(Kind.NOTE, message)
 
-    def _send_kept(self, frame: bytes) -> None:
+    def _tell(self, kind: Kind, message: Message | None = None, answers: int = 0) -> None:
         """Send a frame that must arrive."""
-        if self._exchange.keep(frame, self._now()):
+        exchange = self._exchange
+        frame = encode(kind, exchange.next_sequence(), exchange.received, message, answers)
+        if exchange.keep(frame, self._now()):
             self._put(frame)
-        elif self._exchange.overrun:
-            self.end(PeerLost(f"{self.peer_name} does not keep up: {self._exchange.unacknowledged} messages wait for it"))
+        elif exchange.overrun:
+            self.end(PeerLost(f"{self.peer_name} does not keep up: {exchange.unacknowledged} messages wait for it"))
 
     def _send(self, kind: Kind) -> None:
         """Send a frame that need not arrive."""
@@ -368,8 +391,7 @@ class Session:
 
     def _reply(self, asked: int, answer: Message | None) -> None:
         if asked and self.lost is None:
-            sequence = self._exchange.next_sequence()
-            self._send_kept(encode(Kind.REPLY, sequence, self._exchange.received, answer or _DONE, asked & ANSWERS_MASK))
+            self._tell(Kind.REPLY, answer or _DONE, asked & ANSWERS_MASK)
 
     def _failed(self, body: Message, error: Exception) -> Failed:
         call = type(body).__name__
@@ -458,7 +480,7 @@ class Session:
         """Say goodbye and wait for the acknowledgement, for `BYE_S` at most; then it is over. Frames must be delivered meanwhile."""
         if self._exchange.state is State.LIVE:
             self._exchange.state = State.CLOSING
-            self._send_kept(encode(Kind.BYE, self._exchange.next_sequence(), self._exchange.received))
+            self._tell(Kind.BYE)
         with trio.move_on_after(BYE_S):
             await self._ended.wait()
         self.end(PeerLost(f"we said goodbye to {self.peer_name}, which did not answer"))
@@ -466,7 +488,7 @@ class Session:
     def hang_up(self) -> None:
         """`bye` of an end that will hear no answer, because nobody delivers frames any more: it is over at once."""
         if self._exchange.state is State.LIVE:
-            self._send_kept(encode(Kind.BYE, self._exchange.next_sequence(), self._exchange.received))
+            self._tell(Kind.BYE)
         self.end(PeerGone(f"we said goodbye to {self.peer_name}, and listen no more"))
 
     def _lost_again(self) -> PeerLost:

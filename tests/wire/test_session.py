@@ -17,6 +17,7 @@ from hmmnet.errors import BusError, HmmnetError, KernelError, PeerGone, PeerLost
 from hmmnet.wire.codec import Kind, encode
 from hmmnet.wire.exchange import BACKLOG_MAX, LEASE_S, RETRY_S, WINDOW
 from hmmnet.wire.messages import CloseContext, Done, Failed, FreeFrames, Inspect, MigrateDone, OpenContext, Report, Subscribe
+from hmmnet.wire.reading import Reader
 from hmmnet.wire.session import PROTOCOL_ERRORS_MAX, Session, failure
 
 
@@ -117,6 +118,32 @@ async def test_a_long_request_holds_up_nothing(world: World, autojump_clock: Moc
     assert not long.answered
     finish.set()
     assert await long.wait() == Done()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+async def test_an_answer_can_be_waited_for_for_a_while_or_cancelled_or_not(world: World, autojump_clock: MockClock, shared: bool) -> None:
+    """Whoever reads. What was not waited for to the end is there for who asks again."""
+
+    async def slow(message: CloseContext) -> None:
+        await trio.sleep(1)
+
+    world.device.on(CloseContext, slow)
+    world.host.reader = Reader(trio.sleep_forever, None) if shared else None
+    began_s = trio.current_time()
+    pending = world.host.begin(CloseContext(1))
+    assert not await pending.answered_by(began_s + 0.25)
+    assert trio.current_time() - began_s == pytest.approx(0.25)
+    with trio.move_on_after(0.25) as scope:
+        await pending.wait()
+    assert scope.cancelled_caught
+    with trio.move_on_after(0.1):
+        assert await pending.wait_shielded() == Done()
+    assert trio.current_time() - began_s == pytest.approx(1.0)
+    assert await pending.answered_by(began_s)
+    with trio.move_on_after(0.1) as scope:
+        assert await world.host.ask_shielded(CloseContext(2), Done) == Done()
+    with pytest.raises(ProtocolError, match="answered CloseContext with Done, not Report"):
+        await world.host.ask_shielded(CloseContext(3), Report)
 
 
 def test_what_the_host_says_to_people_is_a_sentence() -> None:
