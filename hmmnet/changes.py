@@ -43,9 +43,9 @@ class Seen:
 
     def changes(self) -> Changes:
         """What is another than at the last look, and is seen now."""
-        touched, dropped = self._table.take_touched()
-        if not touched and not dropped:
+        if not self._table.changed:
             return NO_CHANGES
+        touched, dropped = self._table.take_touched()
         found = [self._forget(block) for block in list(self._blocks) if block >> LEAF_SHIFT - BLOCK_SHIFT in dropped] if dropped else []
         found += [changed for first, entries in touched for changed in self._compare(first, entries)]
         if len(found) == 1:

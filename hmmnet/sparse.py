@@ -18,12 +18,12 @@ from __future__ import annotations
 import mmap
 from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
-from itertools import pairwise
+from itertools import pairwise, repeat
 
 import numpy as np
 import numpy.typing as npt
 
-from hmmnet.pages import Words, is_one_run
+from hmmnet.pages import FEW, Words, is_one_run
 
 MAP_NORESERVE = 0x4000
 LEAF_SHIFT = 18
@@ -38,6 +38,7 @@ WRITTEN, TOUCHED = 1, 3
 _MARK = bytes([0, *[TOUCHED] * 255])
 """Of marks: what they are once everything that was ever written may have been written again."""
 _NO_PAGES = np.zeros(0, np.uint64)
+_NOTHING: AbstractSet[int] = frozenset()
 DENSE_PAGES = 8
 """Pages written for each block of a stretch from which on all of it is marked: cheaper than to mark block by block."""
 SCANNED_MAX = 16 << BLOCK_SHIFT
@@ -66,6 +67,8 @@ class SparseTable:
         """The mark of each block of a leaf: `WRITTEN`, `TOUCHED`, or 0."""
         self._dropped: set[int] = set()
         """Leaves that were given back since `take_touched`."""
+        self.changed = False
+        """Whether anything may have been written, or given back, since `take_touched`: mostly nothing was."""
 
     def get(self, page: int) -> int:
         """The entry of one page."""
@@ -81,6 +84,7 @@ class SparseTable:
             cells = self._cells[page >> LEAF_SHIFT]
         cells[page & _MASK] = value
         self._written[page >> LEAF_SHIFT][(page & _MASK) >> BLOCK_SHIFT] = TOUCHED
+        self.changed = True
 
     def _leaf(self, key: int) -> Words:
         leaf = self._leaves.get(key)
@@ -96,6 +100,7 @@ class SparseTable:
         leaf = self._leaf(key)
         low, high = first >> BLOCK_SHIFT, (last >> BLOCK_SHIFT) + 1
         self._written[key][low:high] = b"\3" * (high - low)
+        self.changed = True
         return leaf[first : last + 1]
 
     def segments(self, start: int, end: int) -> Iterator[tuple[int, Words]]:
@@ -108,10 +113,15 @@ class SparseTable:
     def present(self, start: int, end: int) -> Iterator[tuple[int, Words]]:
         """Like `segments`, in page order, but only where a leaf exists: safe for ``[0, PAGES_MAX)``. Entries that are zero must stay so."""
         for low, part in self.existing(start, end):
-            marks = self._written[low >> LEAF_SHIFT]
-            blocks = slice((low & _MASK) >> BLOCK_SHIFT, ((low + len(part) - 1 & _MASK) >> BLOCK_SHIFT) + 1)
-            marks[blocks] = marks[blocks].translate(_MARK)
+            self._mark_written(low >> LEAF_SHIFT, low & _MASK, low + len(part) - 1 & _MASK)
             yield low, part
+
+    def _mark_written(self, key: int, first: int, last: int) -> None:
+        """Entries from `first` to `last` of a leaf may be written, but for those that are zero."""
+        marks = self._written[key]
+        blocks = slice(first >> BLOCK_SHIFT, (last >> BLOCK_SHIFT) + 1)
+        marks[blocks] = marks[blocks].translate(_MARK)
+        self.changed = True
 
     def existing(self, start: int, end: int) -> Iterator[tuple[int, Words]]:
         """Like `present`, for who does not write."""
@@ -124,6 +134,8 @@ class SparseTable:
     def _keys(self, start: int, end: int) -> list[int]:
         """The leaves of [start, end) that exist, in order."""
         first, last = start >> LEAF_SHIFT, (end - 1) >> LEAF_SHIFT
+        if first == last:
+            return [first] if first in self._leaves else []
         if last - first < len(self._leaves):
             return [key for key in range(first, last + 1) if key in self._leaves]
         return sorted(key for key in self._leaves if first <= key <= last)
@@ -140,6 +152,7 @@ class SparseTable:
             leaf = self._leaves.get(start >> LEAF_SHIFT)
             if leaf is not None:
                 return leaf[start & _MASK : (end - 1 & _MASK) + 1].copy()
+            return np.zeros(end - start, np.uint64)
         out = np.zeros(end - start, dtype=np.uint64)
         for first, part in self.existing(start, end):
             out[first - start : first - start + len(part)] = part
@@ -147,17 +160,29 @@ class SparseTable:
 
     def write(self, start: int, values: Words) -> None:
         """Write `values` from page `start` on."""
+        end = start + len(values)
+        if start >> LEAF_SHIFT == (end - 1) >> LEAF_SHIFT:
+            self._part(start, end)[:] = values
+            return
         done = 0
-        for _, part in self.segments(start, start + len(values)):
+        for _, part in self.segments(start, end):
             part[:] = values[done : done + len(part)]
             done += len(part)
 
     def clear(self, start: int, end: int) -> None:
         """Zero ``[start, end)``; whole leaves are given back."""
+        key = start >> LEAF_SHIFT
+        if key == (end - 1) >> LEAF_SHIFT and end - start < LEAF_PAGES:
+            leaf = self._leaves.get(key)
+            if leaf is not None and start < end:
+                self._mark_written(key, start & _MASK, end - 1 & _MASK)
+                leaf[start & _MASK : (end - 1 & _MASK) + 1].fill(0)
+            return
         for first, part in list(self.present(start, end)):
             if len(part) == LEAF_PAGES:
                 del self._leaves[first >> LEAF_SHIFT], self._cells[first >> LEAF_SHIFT], self._written[first >> LEAF_SHIFT]
                 self._dropped.add(first >> LEAF_SHIFT)
+                self.changed = True
             else:
                 part[:] = 0
 
@@ -165,6 +190,8 @@ class SparseTable:
         """The entries of `pages`, in their order. `ascend`: see `is_one_run`."""
         if is_one_run(pages, ascend=ascend):
             return self.read(int(pages[0]), int(pages[-1]) + 1)
+        if len(pages) <= FEW:
+            return np.array([self.get(page) for page in pages.tolist()], np.uint64)
         out = np.zeros(len(pages), dtype=np.uint64)
         offsets = (pages & np.uint64(_MASK)).view(np.intp)
         for key, here in _by_leaf(pages, ascend=ascend):
@@ -181,6 +208,10 @@ class SparseTable:
                 part[:] = values if isinstance(values, int) else values[done : done + len(part)]
                 done += len(part)
             return
+        if len(pages) <= FEW:
+            for page, value in zip(pages.tolist(), repeat(values) if isinstance(values, int) else values.tolist(), strict=False):
+                self.set(page, value)
+            return
         offsets = (pages & np.uint64(_MASK)).view(np.intp)
         for key, here in _by_leaf(pages, ascend=ascend):
             at = offsets[here]
@@ -190,6 +221,7 @@ class SparseTable:
                 self._written[key][low:high] = b"\3" * (high - low)
             else:
                 np.frombuffer(self._written[key], np.uint8)[at >> BLOCK_SHIFT] = TOUCHED
+        self.changed = True
 
     def occupied(self, start: int, end: int) -> Words:
         """The pages of [start, end) whose entry is not zero, ascending."""
@@ -203,15 +235,15 @@ class SparseTable:
         """`occupied` for entries [low, high) of one leaf."""
         leaf, base = self._leaves[key], np.uint64(key << LEAF_SHIFT)
         if high - low > SCANNED_MAX:
-            blocks = np.flatnonzero(np.frombuffer(self._written[key], np.uint8))
+            blocks = np.frombuffer(self._written[key], np.uint8).nonzero()[0]
             if len(blocks) < BLOCKS // 4:
-                inside = np.flatnonzero(leaf.reshape(BLOCKS, -1)[blocks])
+                inside = leaf.reshape(BLOCKS, -1)[blocks].reshape(-1).nonzero()[0]
                 offsets = (blocks[inside >> BLOCK_SHIFT] << BLOCK_SHIFT) + (inside & _BLOCK_MASK)
                 if low or high < LEAF_PAGES:
                     offsets = offsets[(offsets >= low) & (offsets < high)]
                 found: Words = offsets.astype(np.uint64) + base
                 return found
-        scanned: Words = np.flatnonzero(leaf[low:high]).astype(np.uint64) + (base + np.uint64(low))
+        scanned: Words = leaf[low:high].nonzero()[0].astype(np.uint64) + (base + np.uint64(low))
         return scanned
 
     # --- for who checks the table ---------------------------------------------------------------------------------------------------
@@ -222,6 +254,9 @@ class SparseTable:
         For one who asks: whoever asks next is told of what comes after.
         """
         blocks: list[tuple[int, Words]] = []
+        if not self.changed:
+            return blocks, _NOTHING
+        self.changed = False
         for key, marks in self._written.items():
             at = marks.find(TOUCHED)
             while at >= 0:
@@ -236,11 +271,7 @@ class SparseTable:
 
     def take_touched_pages(self) -> Words:
         """The pages with an entry in those blocks, in no order."""
-        for marks in self._written.values():
-            if TOUCHED in marks:
-                break
-        else:  # as it mostly is
-            self._dropped = set()
+        if not self.changed:
             return _NO_PAGES
         touched, _ = self.take_touched()
         found = []
@@ -254,6 +285,7 @@ class SparseTable:
         """Everything may have been written, for who asks next."""
         for key, marks in self._written.items():
             self._written[key] = marks.translate(_MARK)
+        self.changed = True
 
     @property
     def leaf_count(self) -> int:

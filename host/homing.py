@@ -30,6 +30,7 @@ from hmmnet.pages import (
     PAGE_SIZE,
     ZONE_SHIFT,
     Words,
+    any_of,
     bits_in_all,
     bits_in_any,
     page_by_page,
@@ -252,7 +253,7 @@ class Homing:
             if not heads.all():
                 space.tear(part, heads == 0, small=True)
                 torn, part.torn = part.torn, []
-            rows = np.flatnonzero(heads)
+            rows = heads.nonzero()[0]
             if len(rows):
                 pages, frames = listed(part, part.pages[rows]), listed(part, part.source[rows] >> SHIFT)
                 await link.copy_out(self._context_of(space.number, link.zone), pages, frames, Landing(listed(part, heads[rows])))
@@ -437,7 +438,7 @@ class Homing:
         mapped_at = list(mappings(self._memory, frames)) if self.is_there(link) else []
         migration = await self._taken(link, frames, mapped_at)
         going = migration.source & MIGRATE != 0
-        if not going.any():
+        if not any_of(going):
             return 0
         destination = HostFrames(self._memory, int(np.count_nonzero(going)), link.node)
         try:
@@ -520,7 +521,7 @@ def whole_blocks(entries: Words, pages: Words) -> list[int]:
     """Where in `pages` huge pages begin that are there whole, by the `entries` that mapped them."""
     if not bits_in_any(entries) & pte.HUGE:
         return []
-    first = np.flatnonzero((entries & pte.HUGE != 0) & (pages % HUGE_PAGES == 0))
+    first = ((entries & pte.HUGE != 0) & (pages % HUGE_PAGES == 0)).nonzero()[0]
     last = HUGE_PAGES - 1
     return [at for at in first.tolist() if at + last < len(pages) and int(pages[at + last]) == int(pages[at]) + last]
 

@@ -59,6 +59,9 @@ class Select(IntFlag):
     PARTS_STAY = 64
     """As up to Linux 6.18: a page of a large folio that is mapped page by page stays (PageTransCompound); today the folio is split."""
 
+    __and__ = __rand__ = int.__and__  # type: ignore[assignment]
+    """Asked for each bit in each step: as numbers, in a fiftieth of the time that making a Select of each answer takes."""
+
 
 NO_OWNER = -1
 

@@ -36,6 +36,8 @@ from hmmnet.pages import (
     PAGES_MAX,
     ZONE_SHIFT,
     Words,
+    all_of,
+    any_of,
     has_large,
     page_by_page,
 )
@@ -81,10 +83,10 @@ class Domain:
         usable &= frames >> np.uint64(ZONE_SHIFT) != np.uint64(self.zone)
         entries = frames << _FRAME_SHIFT | _VALID
         entries |= np.where(words & np.uint64(HMM_PFN_WRITE) != 0, _WRITE, np.uint64(0))
-        if usable.all():
+        if all_of(usable):
             self._table.write(start, entries)
         else:
-            self._table.scatter((np.flatnonzero(usable) + start).astype(np.uint64), entries[usable])
+            self._table.scatter((usable.nonzero()[0] + start).astype(np.uint64), entries[usable])
 
     def revoke(self, start: int, end: int) -> None:
         """Forget the translations of [start, end)."""
@@ -133,7 +135,7 @@ class Domain:
         pages = self._some(pages)
         entries = self._table.gather(pages)
         held = (entries & _VALID) != 0
-        if held.any():
+        if any_of(held):
             self._table.scatter(pages[held], entries[held] | _SUSPENDED)
 
     def resume(self, pages: Words) -> None:
@@ -143,7 +145,7 @@ class Domain:
         pages = self._some(pages)
         entries = self._table.gather(pages)
         held = (entries & _SUSPENDED) != 0
-        if held.any():
+        if any_of(held):
             self._table.scatter(pages[held], entries[held] & ~_SUSPENDED)
 
     def check(self, pages: Words, addresses: Words, write: bool) -> None:
@@ -155,7 +157,7 @@ class Domain:
         needed = _VALID | _WRITE if write else _VALID
         bad = (entries & needed) != needed
         bad |= entries >> _FRAME_SHIFT != addresses >> _PAGE_SHIFT
-        if not bad.any():
+        if not any_of(bad):
             if (entries & _SUSPENDED).any():
                 raise KernelError(errno.EAGAIN, "dma", f'device "{self.device}" is migrating one of the pages itself; look again')
             return

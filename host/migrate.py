@@ -34,6 +34,8 @@ from hmmnet.pages import (
     MIGRATE_PFN_SHIFT,
     MIGRATE_PFN_VALID,
     Words,
+    all_of,
+    any_of,
     bits_in_all,
     bits_in_any,
     distinct,
@@ -77,7 +79,7 @@ class Outcome:
 
     def moved_pages(self, start: int) -> Words:
         """Those pages, of a range that begins at page `start`."""
-        return np.flatnonzero(words_by_page(self.words) & MIGRATE).astype(np.uint64) + np.uint64(start)
+        return (words_by_page(self.words) & MIGRATE).nonzero()[0].astype(np.uint64) + np.uint64(start)
 
 
 def moving(values: Words, words: Words) -> Words:
@@ -171,7 +173,7 @@ def entries(pages: Words, *, compound: bool) -> list[Words]:
     blocks = pages >> _BLOCK
     together = np.bincount((blocks - blocks[0]).astype(np.intp))[(blocks - blocks[0]).astype(np.intp)] == HUGE_PAGES
     whole = together if compound else np.zeros(len(pages), np.bool_)
-    cuts = np.flatnonzero((np.diff(blocks) != 0) | ~whole[1:]) + 1
+    cuts = ((np.diff(blocks) != 0) | ~whole[1:]).nonzero()[0] + 1
     return np.split(pages, cuts)
 
 
@@ -228,7 +230,7 @@ class MigrateVma:
         """The driver allocates: where it has no large page for the first huge page there is, that one goes page by page."""
         for part in [part for part in self.parts if part.large]:
             wanted = part.source & MIGRATE != 0
-            if wanted.any() and refuse():
+            if any_of(wanted) and refuse():
                 rows = np.zeros(len(part.pages), np.bool_)
                 rows[int(np.argmax(wanted))] = True
                 self.parts.append(self.space.tear(part, rows, small=True))
@@ -356,13 +358,13 @@ class Grant:
             idle = folded & (self.zone.refcount[at] == 0)
             self.zone.flags[at[idle]] = 0
             self.zone.set_unused(at[idle] >> HUGE_SHIFT)
-            if not folded.all():
+            if not all_of(folded):
                 offered = np.concatenate((offered, page_by_page(self._locked[~folded] | np.uint64(LARGE))))
             self._locked = self._locked[folded & ~idle]
         if len(offered):
             where = self.zone.at(offered)
             idle = self.zone.refcount[where] == 0
-            if idle.any():
+            if any_of(idle):
                 self.zone.flags[where] = np.where(idle, np.uint32(0), self.zone.flags[where])
                 offered = offered[~idle]
             self._offered = offered

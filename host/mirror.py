@@ -20,7 +20,7 @@ import numpy.typing as npt
 import trio
 
 from hmmnet.errors import KernelError
-from hmmnet.pages import HUGE_PAGES, Words
+from hmmnet.pages import HUGE_PAGES, Words, any_of
 
 from .hub import Hub
 from .interfaces import AddressSpace, Walk
@@ -100,7 +100,7 @@ async def _walk(space: AddressSpace, hub: Hub, subscription: Subscription, reque
     """hmm_range_fault under the mmap lock; None when the range went stale."""
     for _ in range(ROUNDS_MAX):
         walk = space.walk(request.start, request.end, request.inputs, request.default_flags, request.flags_mask, request.owner)
-        if not walk.read.any():
+        if not any_of(walk.read):
             if walk.errno:
                 why = space.why_not(walk.failed, write=walk.errno == errno.EPERM, start=request.start, end=request.end)
                 raise KernelError(walk.errno, "hmm_range_fault", why)

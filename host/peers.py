@@ -52,7 +52,7 @@ def alloc_and_copy(links: Mapping[int, DeviceLink], context_of: Callable[[int, i
             going = (part.source & (MIGRATE | VALID) == MIGRATE | VALID) & (targets != 0)
             zones = frames >> _ZONE
             for zone in distinct(zones[going & (zones >= np.uint64(DEVICE_ZONE_MIN))]).tolist():
-                rows = np.flatnonzero(going & (zones == np.uint64(zone)))
+                rows = (going & (zones == np.uint64(zone))).nonzero()[0]
                 for domain in domains:
                     domain.suspend(listed(part, part.pages[rows]))
                 came[rows] = await bring(work, links.get(zone), part, rows, targets[rows])

@@ -27,6 +27,7 @@ import numpy.typing as npt
 from hmmnet.host.interfaces import NO_OWNER, NOBODY, Migration, Select, Told
 from hmmnet.pages import (
     DEVICE_ZONE_MIN,
+    FEW,
     HUGE_PAGES,
     HUGE_SHIFT,
     MIGRATE_PFN_MIGRATE,
@@ -35,11 +36,13 @@ from hmmnet.pages import (
     MIGRATE_PFN_WRITE,
     ZONE_SHIFT,
     Words,
+    all_of,
     among,
+    any_of,
     bits_in_all,
 )
 
-from . import pte, single
+from . import few, pte
 from .compound import fit_targets, join_inserted, tear_collected, tear_mapped
 from .frames import PhysicalMemory
 from .located import Located, every_row, rows_in
@@ -74,7 +77,7 @@ def collect(mm: Mm, pages: Words, select: Select, owner: int, fault_frame: int |
     """
     source, target, saved = (np.zeros(len(pages), np.uint64) for _ in range(3))
     migration = Migration(pages, source, target, saved, owner, fault_frame, bool(select & Select.COMPOUND))
-    if len(pages) == 1 and single.collect(mm, migration, select):
+    if len(pages) <= FEW and few.collect(mm, migration, select):
         return migration
     offset = 0
     for part in blocks(migration):
@@ -87,6 +90,8 @@ def collect(mm: Mm, pages: Words, select: Select, owner: int, fault_frame: int |
 
 def sharers(mm: Mm, pages: Words, select: Select, owner: int) -> list[tuple[Mm, Words]]:
     """Where the frames that several processes map, of those that `collect` would take, may be mapped (`rmap.places`)."""
+    if len(pages) <= FEW and few.unshared(mm, pages, select, owner):
+        return []
     found = []
     for low in range(0, len(pages), BLOCK_PAGES):
         entries = mm.table.gather(pages[low : low + BLOCK_PAGES], ascend=True)
@@ -113,7 +118,7 @@ def _collect(mm: Mm, migration: Migration, select: Select, told: Told) -> None:
     if select & Select.SYSTEM:
         huge = 0 if migration.compound else pte.HUGE
         bare |= some & (pte.KIND | pte.SPECIAL | huge) == pte.PRESENT | pte.SPECIAL
-    if bare.any():
+    if any_of(bare):
         migration.source[bare & _anonymous(mm, pages)] = MIGRATE_PFN_MIGRATE
     rows = _rows(mm.memory, entries, some, select, migration.owner)
     if len(rows):
@@ -122,9 +127,9 @@ def _collect(mm: Mm, migration: Migration, select: Select, told: Told) -> None:
         free = _free_to_go(frames, migration.fault_frame, whole)
         if mm.memory.points.armed:
             free &= lucky(mm, pages[rows], "migrate.trylock", "migrate.count")
-        if not free.all() and not select & Select.PARTS_STAY and mm.memory.bits_in_any(frames.frames[~free], "flags") & COMPOUND:
+        if not all_of(free) and not select & Select.PARTS_STAY and mm.memory.bits_in_any(frames.frames[~free], "flags") & COMPOUND:
             free &= ~_behind_large(migration, rows, frames, free)
-        if not free.all():
+        if not all_of(free):
             rows = rows[free]
         collected = tear_collected(mm, pages, entries, rows)
         if len(collected) < len(frames):
@@ -192,7 +197,7 @@ def _behind_large(migration: Migration, rows: Rows, frames: Located, free: Flags
     Nor are the empty ones there (migrate_vma_collect_skip): their source becomes 0.
     """
     large = frames.fields("flags")[0] & COMPOUND != 0
-    stuck = np.flatnonzero(~free & large & (frames.frames < DEVICE_ZONE_MIN << ZONE_SHIFT))
+    stuck = (~free & large & (frames.frames < DEVICE_ZONE_MIN << ZONE_SHIFT)).nonzero()[0]
     blocks, first = np.unique(migration.pages[rows[stuck]] >> np.uint64(HUGE_SHIFT), return_index=True)
     skipped = np.zeros(len(migration.pages), np.bool_)
     for block, at in zip(blocks.tolist(), rows[stuck[first]].tolist(), strict=True):
@@ -227,14 +232,14 @@ def _others(memory: PhysicalMemory, mm: Mm | None, migration: Migration, rows: R
             other = mapped.pages != pages[rows[which]]
             mapped, which = mapped.at(other), which[other]
         known_to_all = _announced(told, mapped)
-        if not known_to_all.all():
+        if not all_of(known_to_all):
             stays[which[~known_to_all]] = True
         found.append(mapped.at(slice(None), which))
-    if stays.any():
+    if any_of(stays):
         _stay_together(frames, stays)
         found = [mapped.at(~stays[mapped.rows]) for mapped in found]
     migration.others += [one.at(slice(None), chosen(rows, one.rows)) for one in found if len(one.rows)]
-    return rows[~stays] if stays.any() else rows
+    return rows[~stays] if any_of(stays) else rows
 
 
 def _announced(told: Told, mapped: Mapped) -> Flags:
@@ -242,7 +247,7 @@ def _announced(told: Told, mapped: Mapped) -> Flags:
     out = np.zeros(len(mapped.pages), np.bool_)
     for pages in told.get(mapped.mm.number, ()):
         out |= _among(mapped.pages, pages)
-        if out.all():
+        if all_of(out):
             break
     return out
 
@@ -305,7 +310,7 @@ def collect_frames(memory: PhysicalMemory, frames: Words, told: Told) -> Migrati
     zeros = np.zeros(len(frames), np.uint64)
     migration = Migration(zeros, zeros.copy(), zeros.copy(), zeros.copy())
     there = memory.located(frames)
-    rows = np.flatnonzero(_free_to_go(there, None, None) & (there.fields("mapcount")[0] > 0))
+    rows = (_free_to_go(there, None, None) & (there.fields("mapcount")[0] > 0)).nonzero()[0]
     if len(rows):
         rows = _others(memory, None, migration, rows, frames, memory.located(frames[rows]), told)
     if len(rows):
@@ -317,7 +322,7 @@ def collect_frames(memory: PhysicalMemory, frames: Words, told: Told) -> Migrati
 
 def move(memory: PhysicalMemory, mm: Mm | None, migration: Migration) -> None:
     """migrate_vma_pages: targets take over what their sources were. Clears MIGRATE where there is no target, or where it cannot be."""
-    if len(migration.source) == 1 and single.move(memory, migration):
+    if len(migration.source) <= FEW and few.move(memory, mm, migration):
         return
     fit_targets(memory, mm, migration)
     for part in blocks(migration):
@@ -330,11 +335,11 @@ def _move(memory: PhysicalMemory, mm: Mm | None, migration: Migration) -> None:
         _take_over(memory, source, None, frames_in(source), frames_in(target))
         return
     refused = (source & MIGRATE_PFN_MIGRATE != 0) & (target & MIGRATE_PFN_VALID == 0)
-    if refused.any():
+    if any_of(refused):
         source[refused] &= NOT_MIGRATE
     if mm is not None:
         _insert(mm, migration)
-    rows = np.flatnonzero(source & BOTH == BOTH)
+    rows = (source & BOTH == BOTH).nonzero()[0]
     if len(rows):
         _take_over(memory, source, rows, frames_in(chosen(source, rows)), frames_in(chosen(target, rows)))
 
@@ -356,12 +361,12 @@ def _take_over(memory: PhysicalMemory, source: Words, rows: Rows | None, old: Wo
 
 def inserts(migration: Migration) -> bool:
     """Whether `move` may fill empty entries or replace the zero page: then mirrors must be told (MIGRATE) around it."""
-    return bool((migration.source & BOTH == MIGRATE_PFN_MIGRATE).any())
+    return any_of(migration.source & BOTH == MIGRATE_PFN_MIGRATE)
 
 
 def _insert(mm: Mm, migration: Migration) -> None:
     """migrate_vma_insert_page: a target for pages that were never touched, if they still are not."""
-    rows = np.flatnonzero(migration.source & BOTH == MIGRATE_PFN_MIGRATE)
+    rows = (migration.source & BOTH == MIGRATE_PFN_MIGRATE).nonzero()[0]
     if len(rows) == 0:
         return
     pages = migration.pages[rows]
@@ -383,9 +388,9 @@ def _insert(mm: Mm, migration: Migration) -> None:
         ready &= lucky(mm, pages, "migrate.insert", "memcg.charge")
     charge = 0
     if mm.cgroup is not None:
-        ready[np.flatnonzero(ready)[mm.cgroup.charge_some(int(np.count_nonzero(ready))) :]] = False
+        ready[ready.nonzero()[0][mm.cgroup.charge_some(int(np.count_nonzero(ready))) :]] = False
         charge = mm.cgroup.charge_bits
-    if not ready.all():
+    if not all_of(ready):
         migration.source[rows[~ready]] &= NOT_MIGRATE
         rows, pages, bits, entries = rows[ready], pages[ready], bits[ready], entries[ready]
         index, anon = index[ready], anon[ready]
@@ -393,7 +398,7 @@ def _insert(mm: Mm, migration: Migration) -> None:
         return
     frames = frames_in(migration.target[rows])
     huge = join_inserted(mm, pages, entries, frames) if migration.compound else np.zeros(0, np.bool_)
-    if huge.any():
+    if any_of(huge):
         bits[huge] |= np.uint64(pte.HUGE)
     mm.table.scatter(pages, pte.entries_of(pte.NONE, frames) | bits)
     migration.source[rows] |= bits & MIGRATE_PFN_WRITE
@@ -404,16 +409,16 @@ def _insert(mm: Mm, migration: Migration) -> None:
         zone.flags[where] = ANON | LOCKED | charge
         zone.mapping[where] = anon[part]
         zone.index[where] = index[part]
-    for zone, _, where in mm.memory.groups(frames[huge]) if huge.any() else ():
+    for zone, _, where in mm.memory.groups(frames[huge]) if any_of(huge) else ():
         zone.flags[where] |= np.uint32(COMPOUND)
 
 
 def restore(memory: PhysicalMemory, mm: Mm | None, migration: Migration) -> None:
     """The targets are gone (their device died) between `move` and `finalize`: nothing has moved. `finalize` must still follow."""
     going = migration.source & MIGRATE_PFN_MIGRATE != 0
-    if not going.any():
+    if not any_of(going):
         return
-    empty = np.flatnonzero(going & (migration.source & MIGRATE_PFN_VALID == 0))
+    empty = (going & (migration.source & MIGRATE_PFN_VALID == 0)).nonzero()[0]
     if len(empty) and mm is not None:
         pages, frames = migration.pages[empty], frames_in(migration.target[empty])
         entries = mm.table.gather(pages)

@@ -23,6 +23,8 @@ from hmmnet.pages import (
     MIGRATE_PFN_SHIFT,
     MIGRATE_PFN_VALID,
     Words,
+    all_of,
+    any_of,
     bits_in_all,
     bits_in_any,
     is_one_run,
@@ -61,7 +63,7 @@ def tear_collected(mm: Mm, pages: Words, entries: Words, rows: Rows) -> Rows:
         at = blocks == block
         if int(np.count_nonzero(at)) == HUGE_PAGES:
             continue
-        if bool((entries[rows[at]] < pte.DEVICE_MIN).any()):
+        if any_of(entries[rows[at]] < pte.DEVICE_MIN):
             keep &= ~at
         else:
             split_entries(mm, block << HUGE_SHIFT)
@@ -86,19 +88,19 @@ def fit_targets(memory: PhysicalMemory, mm: Mm | None, migration: Migration) -> 
     """Folios whose targets are not one aligned run are split, while nobody can touch them; those without any stay, as they are."""
     source = migration.source
     whole = bits_in_all(source) & BOTH == BOTH
-    rows = None if whole else np.flatnonzero(source & np.uint64(BOTH) == BOTH)
+    rows = None if whole else (source & np.uint64(BOTH) == BOTH).nonzero()[0]
     frames = (source if rows is None else source[rows]) >> np.uint64(MIGRATE_PFN_SHIFT)
     if not memory.bits_in_any(frames, "flags") & COMPOUND:
         return
     large = memory.field(frames, "flags") & COMPOUND != 0
-    rows, frames = np.flatnonzero(large) if rows is None else rows[large], frames[large]
+    rows, frames = large.nonzero()[0] if rows is None else rows[large], frames[large]
     targets = migration.target[rows]
     heads = frames >> _SHIFT
     for head in np.unique(heads).tolist():
         at = heads == head
         new = targets[at]
         valid = new & np.uint64(MIGRATE_PFN_VALID) != 0
-        if valid.any() and not (valid.all() and is_huge_run(frames[at]) and is_huge_run(new >> np.uint64(MIGRATE_PFN_SHIFT))):
+        if any_of(valid) and not (all_of(valid) and is_huge_run(frames[at]) and is_huge_run(new >> np.uint64(MIGRATE_PFN_SHIFT))):
             split_under_way(memory, mm, migration, rows[at], head)
 
 
@@ -128,7 +130,7 @@ def join_inserted(mm: Mm, pages: Words, entries: Words, frames: Words) -> npt.ND
         whole = int(np.count_nonzero(at)) == HUGE_PAGES and is_huge_run(frames[at])
         if whole and block << HUGE_SHIFT not in mm.small_blocks:  # where there is a page table, nothing is mapped as one
             joined |= at
-        elif bool((entries[at] & pte.HUGE != 0).any()):
+        elif any_of(entries[at] & pte.HUGE != 0):
             split_entries(mm, block << HUGE_SHIFT)
         else:
             mm.small_blocks.add(block << HUGE_SHIFT)

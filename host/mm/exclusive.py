@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from hmmnet.errors import KernelError
 from hmmnet.host.interfaces import Event
-from hmmnet.pages import HMM_PFN_VALID, HMM_PFN_WRITE, HUGE_PAGES, Words
+from hmmnet.pages import HMM_PFN_VALID, HMM_PFN_WRITE, HUGE_PAGES, Words, all_of
 
 from . import fault, huge, pte
 from .gup import Pins
@@ -110,7 +110,7 @@ class ExclusiveAccess(Pins):
     def _tails(self, entries: Words) -> npt.NDArray[np.bool_]:
         """Which `entries` lead to a page of a large folio that is not its first."""
         out = np.zeros(len(entries), np.bool_)
-        there = np.flatnonzero((entries & pte.KIND == pte.PRESENT) | (entries & pte.KIND == pte.EXCLUSIVE))
+        there = ((entries & pte.KIND == pte.PRESENT) | (entries & pte.KIND == pte.EXCLUSIVE)).nonzero()[0]
         frames = pte.frames_of(entries[there])
         out[there] = (self.memory.field(frames, "flags") & COMPOUND != 0) & (frames % np.uint64(HUGE_PAGES) != 0)
         return out
@@ -131,7 +131,7 @@ class ExclusiveAccess(Pins):
         """HMM_PFN words of the pages from `start` on that a device has exclusively, up to the first that it does not (any more)."""
         entries = self.mm.table.read(start, end)
         held = entries & pte.KIND == pte.EXCLUSIVE
-        count = len(entries) if held.all() else int(np.argmin(held))
+        count = len(entries) if all_of(held) else int(np.argmin(held))
         return pte.frames_of(entries[:count]) | np.uint64(HMM_PFN_VALID | HMM_PFN_WRITE)
 
 

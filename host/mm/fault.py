@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hmmnet.errors import KernelError
-from hmmnet.pages import HUGE_PAGES, HUGE_SHIFT, ZERO_FRAME, Words
+from hmmnet.pages import HUGE_PAGES, HUGE_SHIFT, ZERO_FRAME, Words, all_of, any_of
 
 from . import filehuge, huge, pte
 from .filemap import end_in, fault_around, file_offsets, map_file, read_fault
@@ -79,22 +79,23 @@ def touch(mm: Mm, vma: Vma, pages: Words, write: bool, keep: slice | None = None
     entries = mm.table.gather(pages)
     if _settled(mm, pages, entries, write):
         return Touched(len(pages))
-    if bool((entries & pte.KIND == pte.SWAP).any()):
+    if any_of(entries & pte.KIND == pte.SWAP):
         swap_in(mm, vma, pages, entries, mm.node if node is None else node)
-    if bool((entries & pte.KIND == pte.HINT).any()):
+    if any_of(entries & pte.KIND == pte.HINT):
         unhint(mm, pages, entries)
     causes = _causes(mm, vma, entries, write)
     if vma.file is not None:
         beyond = int(np.searchsorted(pages, end_in(vma)))
         causes[beyond:][entries[beyond:] == 0] = Cause.BEYOND
     if vma.flags & VM_UFFD_MISSING:
-        missing = np.flatnonzero((entries == 0) & (causes == 0))
+        missing = ((entries == 0) & (causes == 0)).nonzero()[0]
         if vma.file is not None and len(missing):
             missing = missing[vma.file.holes(file_offsets(vma, pages[missing]))]
         causes[missing] = Cause.MISSING
     if mm.unstable:
         causes[entries == 0] = Cause.MISSING
-    stop = int(np.argmax(causes > 0)) if causes.any() else len(pages)
+    blocked = causes != 0
+    stop = int(np.argmax(blocked)) if any_of(blocked) else len(pages)
     if stop:
         _settle(mm, vma, pages[:stop], entries[:stop], write, keep, mm.node if node is None else node)
     if stop == len(pages):
@@ -103,7 +104,7 @@ def touch(mm: Mm, vma: Vma, pages: Words, write: bool, keep: slice | None = None
     if cause == Cause.BEYOND and not write:
         fault_around(mm, vma, pages[stop : stop + 1])
     same = causes[stop:] == cause
-    return Touched(stop, Cause(int(cause)), len(same) if same.all() else int(np.argmin(same)))
+    return Touched(stop, Cause(int(cause)), len(same) if all_of(same) else int(np.argmin(same)))
 
 
 def touch_one(mm: Mm, vma: Vma, page: int, write: bool) -> bool:
@@ -137,13 +138,13 @@ def _settled(mm: Mm, pages: Words, entries: Words, write: bool) -> bool:
     """The case that costs least: every page is there, with the right. Keeps the accessed and dirty bits as hardware does."""
     if write:
         bits = pte.YOUNG | pte.DIRTY | pte.SOFT_DIRTY
-        if not bool((entries & (pte.KIND | pte.WRITE) == pte.WRITABLE).all()):
+        if not all_of(entries & (pte.KIND | pte.WRITE) == pte.WRITABLE):
             return False
     else:
         bits = pte.YOUNG
-        if not bool((entries & pte.KIND == pte.PRESENT).all()):
+        if not all_of(entries & pte.KIND == pte.PRESENT):
             return False
-    if not bool((entries & bits == bits).all()):
+    if not all_of(entries & bits == bits):
         mm.table.mark(pages, entries, bits)
     return True
 
@@ -153,11 +154,11 @@ def _causes(mm: Mm, vma: Vma, entries: Words, write: bool) -> npt.NDArray[np.uin
     kinds = pte.kinds_of(entries)
     causes = _CAUSE[kinds.astype(np.intp)]
     if write and not vma.flags & VM_SHARED:
-        shared = np.flatnonzero((entries & (pte.KIND | pte.WRITE | pte.ANON_EXCLUSIVE)) == pte.PRESENT)
+        shared = ((entries & (pte.KIND | pte.WRITE | pte.ANON_EXCLUSIVE)) == pte.PRESENT).nonzero()[0]
         if len(shared):
             ours = (entries[shared] & pte.SPECIAL == 0) & (mm.memory.field(pte.frames_of(entries[shared]), "refcount") == 1)
             whole = ours & (entries[shared] & pte.HUGE != 0)
-            if whole.any():
+            if any_of(whole):
                 ours[whole] = huge.alone(mm, entries[shared[whole]])
             causes[shared[~ours]] = Cause.COW
     return causes
@@ -166,10 +167,10 @@ def _causes(mm: Mm, vma: Vma, entries: Words, write: bool) -> npt.NDArray[np.uin
 def _settle(mm: Mm, vma: Vma, pages: Words, entries: Words, write: bool, keep: slice | None, node: int) -> None:
     """Pages that are empty, or there: give them what the access needs."""
     empty = entries == 0
-    if empty.any():
+    if any_of(empty):
         _populate(mm, vma, pages, empty, write, keep, node)
     there = ~empty
-    if there.any():
+    if any_of(there):
         bits = pte.WRITE | pte.YOUNG | pte.DIRTY | pte.SOFT_DIRTY if write else pte.YOUNG
         if write and not vma.flags & VM_SHARED:
             bits |= pte.ANON_EXCLUSIVE
@@ -241,7 +242,7 @@ def break_cow(mm: Mm, vma: Vma, pages: Words) -> None:
         return
     old = pte.frames_of(entries)
     zero = entries & pte.SPECIAL != 0
-    copied = np.flatnonzero(~zero)
+    copied = (~zero).nonzero()[0]
     new = make(mm, vma, pages, pte.FRESH_WRITE)
     if len(copied):
         mm.memory.copy(old[copied], new[copied])
@@ -275,7 +276,7 @@ def set_exclusive(mm: Mm, pages: Words) -> int:
     """
     entries = mm.table.gather(pages)
     ready = entries & (pte.KIND | pte.WRITE | pte.HUGE) == pte.WRITABLE
-    count = len(pages) if ready.all() else int(np.argmin(ready))
+    count = len(pages) if all_of(ready) else int(np.argmin(ready))
     if count:
         kept = entries[:count] & ~np.uint64(pte.KIND | pte.YOUNG | pte.DIRTY)
         mm.table.scatter(pages[:count], pte.with_bits(kept, pte.EXCLUSIVE))
@@ -298,12 +299,12 @@ def zap(mm: Mm, pages: Words) -> None:
     mm.table.scatter(pages, 0)
     kinds = entries & pte.KIND
     swapped = kinds == pte.SWAP
-    if swapped.any():
+    if any_of(swapped):
         mm.memory.swap.free(pte.frames_of(entries[swapped]))
     counted = (kinds != pte.NONE) & (kinds != pte.MARKER) & (entries & pte.SPECIAL == 0) & ~swapped
     mm.rss -= int(np.count_nonzero(counted))
     mapped = counted & (kinds != pte.MIGRATION)
-    if mapped.any():
+    if any_of(mapped):
         mm.memory.unmap(pte.frames_of(entries[mapped]))
 
 
@@ -371,6 +372,6 @@ def protect(mm: Mm, start: int, end: int, writable: bool, shared: bool = False) 
             part[part & (pte.KIND | alone | pte.SPECIAL) == pte.PRESENT | alone] |= np.uint64(pte.WRITE)
         else:
             writable_device = part & (pte.KIND | pte.WRITE) == pte.DEVICE | pte.WRITE
-            if writable_device.any():
+            if any_of(writable_device):
                 part[writable_device] &= ~np.uint64(pte.SOFT_DIRTY)
             part &= ~np.uint64(pte.WRITE)

@@ -19,7 +19,7 @@ import trio
 from hmmnet.errors import BusError, HmmnetError, InjectedError, KernelError, OutOfMemory, SegmentationFault, SignalError
 from hmmnet.faults.injector import Points
 from hmmnet.host.interfaces import NO_OWNER, Event
-from hmmnet.pages import HUGE_PAGES, PAGE_SHIFT, ZONE_SHIFT, Words
+from hmmnet.pages import HUGE_PAGES, PAGE_SHIFT, ZONE_SHIFT, Words, all_of, any_of
 from hmmnet.sleeping import sleep
 
 from . import fault, huge, pte
@@ -201,12 +201,12 @@ class Faulting:
             page, count = huge.block_of(page), HUGE_PAGES
         entries = self.mm.table.read(page, page + count)
         alike = entries & pte.HUGE == int(entries[0]) & pte.HUGE
-        if not alike.all():
+        if not all_of(alike):
             count = int(np.argmin(alike))
             entries = entries[:count]
         zones = pte.zones_of(entries)
         same = zones == zones[0]
-        if not same.all():
+        if not all_of(same):
             count = int(np.argmin(same))
         self._check_there(page, int(zones[0]))
         self.cpu_faults += 1 if entries[0] & pte.HUGE else count
@@ -291,7 +291,7 @@ class Faulting:
         Raises KernelError: EFAULT (no mapping, data lost), EPERM (no right to write), ENOMEM, for the first page that cannot be had.
         """
         assert self.mmap_lock.held, "fault_in without the mmap lock"
-        edges = np.flatnonzero(write[1:] != write[:-1]) + 1
+        edges = (write[1:] != write[:-1]).nonzero()[0] + 1
         for part, wanted in zip(np.split(pages, edges), np.split(write, edges), strict=True):
             if len(part):
                 await self._fault_pages(part, write=bool(wanted[0]), node=node)
@@ -322,7 +322,7 @@ class Faulting:
                 if done < stop:
                     run = pages[done : done + touched.blocked]
                     gaps = run[1:] != run[:-1] + np.uint64(1)
-                    together = int(np.argmax(gaps)) + 1 if gaps.any() else len(run)
+                    together = int(np.argmax(gaps)) + 1 if any_of(gaps) else len(run)
                     await self._resolve(int(run[0]), fault.Touched(0, touched.cause, together), rounds)
         except SignalError as error:
             refused = KernelError(errno.EFAULT, "handle_mm_fault", error.why)

@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from hmmnet.host.interfaces import Migration
-from hmmnet.pages import DEVICE_ZONE_MIN, MIGRATE_PFN_MIGRATE, MIGRATE_PFN_VALID, ZONE_SHIFT, Words, bits_in_all, bits_in_any
+from hmmnet.pages import DEVICE_ZONE_MIN, FEW, MIGRATE_PFN_MIGRATE, MIGRATE_PFN_VALID, ZONE_SHIFT, Words, bits_in_all, bits_in_any
 
-from . import pte, single
+from . import few, pte
 from .collect import BOTH, blocks, frames_in
 from .frames import PhysicalMemory
 from .located import Located
@@ -30,7 +30,7 @@ Counts = int | npt.NDArray[np.int32]
 
 def finalize(memory: PhysicalMemory, mm: Mm | None, migration: Migration) -> None:
     """migrate_vma_finalize: replace the migration entries, let go of the locks, free what is left over."""
-    if len(migration.source) == 1 and mm is not None and not migration.others and single.finalize(memory, mm, migration):
+    if len(migration.source) <= FEW and mm is not None and not migration.others and few.finalize(memory, mm, migration):
         return
     for part in blocks(migration):
         _finalize(memory, mm, part)
@@ -48,7 +48,7 @@ def _finalize(memory: PhysicalMemory, mm: Mm | None, migration: Migration) -> No
         return
     going = source & MIGRATE_PFN_MIGRATE != 0
     full = source & MIGRATE_PFN_VALID != 0
-    rows = np.flatnonzero(going | full)
+    rows = (going | full).nonzero()[0]
     if len(rows):
         left, goes, full = frames_in(source[rows]), going[rows], full[rows]
         lead_to = np.where(goes, frames_in(target[rows]), left)

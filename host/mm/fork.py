@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from hmmnet.pages import HUGE_SHIFT, Words
+from hmmnet.pages import HUGE_SHIFT, Words, any_of
 
 from . import huge, pte
 from .mm import Mm
@@ -43,7 +43,7 @@ def copy_entries(parent: Mm, child: Mm, vma: Vma) -> None:
     if len(blocks):
         huge.share(parent, child, vma, blocks)
     for first, part in parent.table.ptes.present(vma.start, vma.end):
-        pages = np.flatnonzero(part).astype(np.uint64)
+        pages = part.nonzero()[0].astype(np.uint64)
         if len(pages):
             where = pages.astype(np.intp)
             theirs = _share(parent, child, vma, part, where, pages + np.uint64(first))
@@ -57,14 +57,14 @@ def _share(parent: Mm, child: Mm, vma: Vma, part: Words, where: np.ndarray[tuple
     swapped = kinds == pte.SWAP
     counted = (entries & pte.SPECIAL == 0) & (kinds != pte.MARKER) & ~swapped
     pinned = counted & pte.is_present(entries) & (entries & pte.ANON_EXCLUSIVE != 0)
-    if pinned.any():
+    if any_of(pinned):
         pinned[pinned] = parent.memory.field(pte.frames_of(entries[pinned]), "pincount") > 0
     torn = np.isin(pages >> HUGE_BITS, pages[pinned & (entries & pte.HUGE != 0)] >> HUGE_BITS)
-    if torn.any():  # __split_huge_pmd, for the sake of the pinned ones
+    if any_of(torn):  # __split_huge_pmd, for the sake of the pinned ones
         entries[torn] &= ~np.uint64(pte.HUGE)
         parent.small_blocks.update(huge.blocks_of(pages[torn]))
-    copies = _copies(parent, child, vma, entries[pinned], pages[pinned]) if pinned.any() else None
-    if swapped.any():
+    copies = _copies(parent, child, vma, entries[pinned], pages[pinned]) if any_of(pinned) else None
+    if any_of(swapped):
         parent.memory.swap.share(pte.frames_of(entries[swapped]))
     lost = (entries & (pte.KIND | pte.WRITE)) == pte.DEVICE | pte.WRITE
     shared = entries.copy() if vma.flags & VM_SHARED else entries & ~np.uint64(pte.WRITE | pte.ANON_EXCLUSIVE)

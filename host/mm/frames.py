@@ -26,6 +26,7 @@ from hmmnet.pages import (
     ZONE_SHIFT,
     ZONES_MAX,
     Words,
+    all_of,
     bits_in_any,
     distinct,
     is_one_run,
@@ -204,7 +205,7 @@ class PhysicalMemory(Contents):
             return
         numbers = frames >> np.uint64(ZONE_SHIFT)
         for number in distinct(numbers).tolist():
-            rows = np.flatnonzero(numbers == np.uint64(number))
+            rows = (numbers == np.uint64(number)).nonzero()[0]
             zone = self.zones[number]
             yield zone, rows, zone.index_of(frames[rows])
 
@@ -384,19 +385,36 @@ class PhysicalMemory(Contents):
 
     def put_one(self, frame: int) -> None:
         """`put` for one frame."""
+        on_free = self._put_one(frame)
+        if on_free is not None:
+            on_free(np.array([frame], np.uint64))
+
+    def put_few(self, frames: Sequence[int]) -> None:
+        """`put` without arrays."""
+        freed: dict[Callable[[Words], None], list[int]] = {}
+        for frame in frames:
+            on_free = self._put_one(frame)
+            if on_free is not None:
+                freed.setdefault(on_free, []).append(frame)
+        for on_free, some in freed.items():
+            on_free(np.array(some, np.uint64))
+
+    def _put_one(self, frame: int) -> Callable[[Words], None] | None:
+        """Drop one reference of `frame`; who has to be told that it was the last, if anybody."""
         zone = self.zones[frame >> ZONE_SHIFT]
         at = frame - zone.base
         cells = zone.cells
         left = cells.refcount[at] - 1
         cells.refcount[at] = left
-        if left == 0:
-            self.cgroups.uncharge(zone.flags[at])
-            cells.flags[at] = 0
-            cells.mapping[at] = 0
-            if isinstance(zone, HostZone):
-                zone.release_one(frame)
-            elif zone.on_free is not None:
-                zone.on_free(np.array([frame], np.uint64))
+        if left:
+            return None
+        self.cgroups.uncharge(zone.flags[at])
+        cells.flags[at] = 0
+        cells.mapping[at] = 0
+        if isinstance(zone, HostZone):
+            zone.release_one(frame)
+            return None
+        return zone.on_free
 
     def _free(self, zone: Zone, frames: Words, where: Index) -> None:
         self.cgroups.uncharge(zone.flags[where])
@@ -471,7 +489,7 @@ class PhysicalMemory(Contents):
     def unmap_folios(self, heads: Words) -> None:
         """`unmap` for huge pages: one mapping of each goes; those that are not folded lose one of each frame."""
         folded = self.folded(heads)
-        if not folded.all():
+        if not all_of(folded):
             self.unmap(frames_from(heads[~folded]))
             heads = heads[folded]
         for zone, _, at in self.where(heads):

@@ -15,7 +15,7 @@ import numpy as np
 
 from hmmnet.errors import KernelError, OutOfMemory
 from hmmnet.host.interfaces import Event
-from hmmnet.pages import Words, run_bounds
+from hmmnet.pages import Words, all_of, run_bounds
 
 from . import fault, huge, pte
 from .access import CpuAccess
@@ -77,9 +77,9 @@ class Pins(CpuAccess):
                 if pin and not write:
                     await self._unshare(pages, longterm=longterm)
                 entries = self.mm.table.gather(pages)
-                if not bool((pte.kinds_of(entries) == pte.PRESENT).all()):
+                if not all_of(pte.kinds_of(entries) == pte.PRESENT):
                     continue
-                away = np.flatnonzero(entries >= pte.DEVICE_MIN)
+                away = (entries >= pte.DEVICE_MIN).nonzero()[0]
                 if len(away) == 0 or not longterm:
                     break
                 rounds += 1
@@ -100,7 +100,7 @@ class Pins(CpuAccess):
         bounds = run_bounds(pages)
         for low, high in pairwise(bounds.tolist()):
             zones = pte.zones_of(self.mm.table.gather(pages[low:high]))
-            end = low + (high - low if bool((zones == zones[0]).all()) else int(np.argmax(zones != zones[0])))
+            end = low + (high - low if all_of(zones == zones[0]) else int(np.argmax(zones != zones[0])))
             await self.home(self, pages[low:end])
 
     def put_pages(self, frames: Words, *, pin: bool = False) -> None:

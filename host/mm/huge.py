@@ -32,7 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hmmnet.errors import KernelError
-from hmmnet.pages import HUGE_PAGES, HUGE_SHIFT, PAGE_SIZE, ZERO_FRAME, Words, distinct
+from hmmnet.pages import HUGE_PAGES, HUGE_SHIFT, PAGE_SIZE, ZERO_FRAME, Words, all_of, any_of, distinct
 
 from . import filehuge, pte
 from .filemap import File, ranges_of
@@ -128,7 +128,7 @@ def alone(mm: Mm, entries: Words) -> npt.NDArray[np.bool_]:
     out = np.zeros(len(entries), np.bool_)
     for head in np.unique(heads).tolist():
         frames = np.arange(head, head + HUGE_PAGES, dtype=np.uint64)
-        out[heads == head] = bool((mm.memory.field(frames, "refcount") == 1).all())
+        out[heads == head] = all_of(mm.memory.field(frames, "refcount") == 1)
     return out
 
 
@@ -141,7 +141,7 @@ def zap(mm: Mm, blocks: Words) -> None:
     counted = entries & pte.SPECIAL == 0
     mm.rss -= int(np.count_nonzero(counted)) * HUGE_PAGES
     mapped = counted & (entries & pte.KIND != pte.MIGRATION)
-    if mapped.any():
+    if any_of(mapped):
         mm.memory.unmap_folios(pte.frames_of(entries[mapped]))
 
 
@@ -266,7 +266,7 @@ def split_folio(memory: PhysicalMemory, head: int) -> bool:
     (remap_page with RMP_USE_SHARED_ZEROPAGE), and unless mirrors hear of this only afterwards: one may be writing there at this moment.
     """
     frames = _folio(memory, head)
-    if len(frames) == 0 or bool((memory.field(frames, "refcount") > memory.field(frames, "mapcount")).any()):
+    if len(frames) == 0 or any_of(memory.field(frames, "refcount") > memory.field(frames, "mapcount")):
         return False
     found = list(mappings(memory, frames))
     data = np.empty(len(frames) * PAGE_SIZE, np.uint8)
@@ -300,7 +300,7 @@ def _split_file(file: File, first: int) -> bool:
     if first >> HUGE_SHIFT not in file.blocks:
         return False
     refcount, mapcount = file.memory.fields(file.cached(filehuge.offsets_of(first >> HUGE_SHIFT)), "refcount", "mapcount")
-    if bool((refcount > mapcount + 1).any()):
+    if any_of(refcount > mapcount + 1):
         return False
     for space in file.mappers.values():
         for _, low, high in ranges_of(space.mm, file, first, first + HUGE_PAGES):

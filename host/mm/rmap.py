@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from hmmnet.pages import Number, Words, distinct
+from hmmnet.pages import Number, Words, all_of, distinct
 
 from . import pte
 from .frames import PhysicalMemory
@@ -69,7 +69,7 @@ def _by_family(memory: PhysicalMemory, anon_vmas: npt.NDArray[np.uint32]) -> Ite
     """Rows of `anon_vmas` by the family that they belong to."""
     if len(anon_vmas) == 0:
         return
-    if bool((anon_vmas == anon_vmas[0]).all()):  # as it mostly is: sorting to find that out costs ten passes
+    if all_of(anon_vmas == anon_vmas[0]):  # as it mostly is: sorting to find that out costs ten passes
         family = memory.anon_families.get(int(anon_vmas[0]), 0)
         if family:
             yield family, every_row(len(anon_vmas))
@@ -78,7 +78,7 @@ def _by_family(memory: PhysicalMemory, anon_vmas: npt.NDArray[np.uint32]) -> Ite
     families = np.array([memory.anon_families.get(number, 0) for number in known.tolist()])[which]
     for family in np.unique(families).tolist():
         if family:
-            yield family, np.flatnonzero(families == family)
+            yield family, (families == family).nonzero()[0]
 
 
 def places(memory: PhysicalMemory, frames: Words) -> Iterator[tuple[Mm, Words]]:
@@ -127,7 +127,7 @@ def _inside(vma: Vma, indices: Words, anon_vmas: npt.NDArray[np.uint32]) -> Word
     here = _one_of(anon_vmas, (vma.anon, *vma.chain))
     if low < first or high >= end:
         here &= (indices >= first) & (indices < end)
-    found = indices if here.all() else indices[here]
+    found = indices if all_of(here) else indices[here]
     return found if vma.pgoff == vma.start else found - vma.pgoff + vma.start
 
 
@@ -137,7 +137,7 @@ def _one_of(anon_vmas: npt.NDArray[np.uint32], few: tuple[int, ...]) -> npt.NDAr
         return np.isin(anon_vmas, few)
     out: npt.NDArray[np.bool_] = anon_vmas == few[0]
     for number in few[1:]:
-        if out.all():
+        if all_of(out):
             break
         out |= anon_vmas == number
     return out
@@ -151,7 +151,7 @@ def _in_process(mm: Mm, rows: Rows, indices: Words, frames: Words, *, ascend: bo
         return
     for vma in mm.vmas.all():
         if vma.pgoff != vma.start:
-            inside = np.flatnonzero((indices >= vma.pgoff) & (indices < vma.pgoff + vma.end - vma.start))
+            inside = ((indices >= vma.pgoff) & (indices < vma.pgoff + vma.end - vma.start)).nonzero()[0]
             if len(inside):
                 found = _look(mm, rows[inside], indices[inside] - vma.pgoff + vma.start, frames[inside], ascend=ascend)
                 if len(found.rows):
@@ -166,4 +166,4 @@ def _look(mm: Mm, rows: Rows, pages: Words, frames: Words, *, ascend: bool) -> M
         ((kinds == pte.PRESENT) & (some & pte.SPECIAL == 0)) | (kinds == pte.DEVICE) | (kinds == pte.EXCLUSIVE) | (kinds == pte.HINT)
     )
     found = Mapped(mm, rows, pages, entries, ascend)
-    return found if hit.all() else found.at(hit)
+    return found if all_of(hit) else found.at(hit)

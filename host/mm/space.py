@@ -18,7 +18,7 @@ from hmmnet.pages import PAGE_SHIFT, Words, zone_of
 from hmmnet.program import Mapping, Residency
 
 from . import collect as migration_steps
-from . import pmd, pte, single, views
+from . import few, pmd, pte, views
 from .advice import Advice
 from .fault import hint, restore_exclusive
 from .faulting import Notifier
@@ -199,16 +199,16 @@ class Space(Advice):
             finalize(self.memory, self.mm, migration)
 
     def take_one(self, page: int, zone: int) -> int | None:
-        """See `single.take`."""
-        return single.take(self.mm, page, zone)
+        """See `few.take`."""
+        return few.take(self.mm, page, zone)
 
     def bring_one(self, page: int, frame: int, target: int) -> None:
-        """See `single.bring`."""
-        single.bring(self.mm, page, frame, target)
+        """See `few.bring`."""
+        few.bring(self.mm, page, frame, target)
 
     def put_back_one(self, page: int, frame: int) -> None:
-        """See `single.put_back`."""
-        single.put_back(self.mm, page, frame)
+        """See `few.put_back`."""
+        few.put_back(self.mm, page, frame)
 
     # --- views --------------------------------------------------------------------------------------------------------------------
 

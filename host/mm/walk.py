@@ -27,6 +27,9 @@ from hmmnet.pages import (
     HMM_PFN_WRITE,
     HUGE_SHIFT,
     Words,
+    all_of,
+    any_of,
+    bits_in_any,
 )
 
 from . import pte
@@ -64,7 +67,7 @@ class Walker:
         self.given = inputs
         self.inputs = inputs if inputs is not None and flags_mask & (HMM_PFN_REQ_FAULT | HMM_PFN_REQ_WRITE) else None
         self.mask = flags_mask
-        self.sticky = inputs is not None and bool((inputs & HMM_PFN_INOUT).any())
+        self.sticky = inputs is not None and bits_in_any(inputs) & HMM_PFN_INOUT != 0
 
     def run(self, end: int) -> Walk:
         """Walk until `end`."""
@@ -119,7 +122,7 @@ class Walker:
         high = low + len(entries)
         kinds = pte.masked(entries, pte.KIND | pte.WRITE | pte.HUGE)
         first = int(kinds[0])
-        if first & pte.KIND == pte.PRESENT and bool((kinds == first).all()):
+        if first & pte.KIND == pte.PRESENT and all_of(kinds == first):
             self._present(vma, page, entries, first)
             return
         reads, writes = self._needs(low, high)
@@ -127,7 +130,7 @@ class Walker:
         writable = kinds & pte.WRITE != 0
         present = kind == pte.PRESENT
         private = kind == pte.DEVICE
-        if private.any():
+        if any_of(private):
             private &= pte.zones_of(entries) == max(self.owner, 0)
         valid = present | private
         words = np.where(valid, pte.frames_of(entries) | np.uint64(HMM_PFN_VALID), np.uint64(0))
@@ -166,10 +169,10 @@ class Walker:
     def _refusal(self, vma: Vma, entries: Words, kind: Words, want: Flags, write: Flags) -> tuple[int, int] | None:
         """The first page of a block whose fault is refused, and how: (position, errno)."""
         found: tuple[int, int] | None = None
-        if not vma.flags & VM_WRITE and write.any():
+        if not vma.flags & VM_WRITE and any_of(write):
             found = int(np.argmax(write)), errno.EPERM
         markers = (kind == pte.MARKER) & want & (pte.frames_of(entries) != pte.MARKER_UFFD_WP)
-        if markers.any():
+        if any_of(markers):
             first = int(np.argmax(markers))
             if found is None or first <= found[0]:
                 found = first, errno.EFAULT

@@ -146,7 +146,7 @@ class Zone:
         """The folded blocks, each once, that hold frames at `where`."""
         if isinstance(where, slice):
             first = where.start >> HUGE_SHIFT
-            return np.flatnonzero(self.folded[first : (where.stop - 1 >> HUGE_SHIFT) + 1]) + first if where.stop > where.start else _NONE
+            return self.folded[first : (where.stop - 1 >> HUGE_SHIFT) + 1].nonzero()[0] + first if where.stop > where.start else _NONE
         blocks = where >> HUGE_SHIFT
         return distinct(blocks[self.folded[blocks]])
 

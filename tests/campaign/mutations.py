@@ -40,7 +40,7 @@ from hmmnet.host.interfaces import Event
 from hmmnet.host.iommu import Domain
 from hmmnet.host.link import Acknowledgement
 from hmmnet.host.migrate import MigrateVma
-from hmmnet.host.mm import collect, fault, fork, pte, single, truncate
+from hmmnet.host.mm import collect, fault, few, fork, pte, truncate
 from hmmnet.host.mm.frames import PhysicalMemory
 from hmmnet.host.mm.locks import Gate
 from hmmnet.host.mm.memcg import MemoryCgroup
@@ -227,7 +227,7 @@ def waiters_not_woken(patch: Patch) -> None:
 @mutation
 def pin_check_skipped(patch: Patch) -> None:
     """Pinned pages migrate."""
-    patch.setattr(single, "collect", lambda *_: False)
+    patch.setattr(few, "collect", lambda *_: False)
     patch.setattr(collect, "_free_to_go", lambda frames, *_: np.ones(len(frames), np.bool_))
 
 

@@ -21,7 +21,7 @@ from hmmnet.host.homing import HostFrames
 from hmmnet.host.iommu import Domain
 from hmmnet.host.link import SessionLink
 from hmmnet.host.migrate import Grant
-from hmmnet.host.mm import collect, finalize, pte, single
+from hmmnet.host.mm import collect, few, finalize, pte
 from hmmnet.host.mm.swap import Swap
 from hmmnet.host.mm.walk import Walker
 from hmmnet.wire.exchange import Arrival, Exchange
@@ -104,7 +104,7 @@ def pages_of_others_are_readable(patch: Patch) -> None:
 def charges_stay_behind(patch: Patch) -> None:
     """A page that migrates leaves its charge with its old frame, which gives it back."""
     patch.setattr(finalize, "CHARGE_MASK", 0)
-    patch.setattr(single, "CHARGE_MASK", 0)
+    patch.setattr(few, "CHARGE_MASK", 0)
 
 
 # --- what must come along ---------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import pytest
 import trio
 
 from hmmnet.errors import BusError, PeerLost
-from hmmnet.host.mm import pte, single
+from hmmnet.host.mm import few, pte
 from hmmnet.host.mm.frames import PhysicalMemory
 from hmmnet.host.mm.zones import LOCKED
 from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE
@@ -29,7 +29,7 @@ def state_of(memory: PhysicalMemory) -> dict[str, Any]:
 async def fault_home(*, general: bool, monkeypatch: pytest.MonkeyPatch, protection: str = "rw") -> tuple[dict[str, Any], int, int]:
     """Two pages go to the device, one comes home; struct pages, the entry's bits and the resident set afterwards."""
     if general:
-        monkeypatch.setattr(single, "take", lambda *_: None)
+        monkeypatch.setattr(few, "take", lambda *_: None)
     bench = Bench()
     space = bench.space()
     address = await space.mmap(2 * PAGE_SIZE)
@@ -52,7 +52,7 @@ async def test_it_ends_as_the_general_way_does(protection: str, monkeypatch: pyt
 async def test_a_page_that_is_unmapped_on_its_way_leaves_nothing(general: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """MADV_DONTNEED while it travels: both frames are free, the access that waited finds zeros."""
     if general:
-        monkeypatch.setattr(single, "take", lambda *_: None)
+        monkeypatch.setattr(few, "take", lambda *_: None)
     bench = Bench()
     space = bench.space()
     address = await space.mmap(PAGE_SIZE)
@@ -73,7 +73,7 @@ async def test_a_page_that_is_unmapped_on_its_way_leaves_nothing(general: bool, 
 async def test_a_page_that_cannot_come_home_stays_or_is_free(general: bool, unmapped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The device is lost on the way: the entry is device-private again, or nothing when it was unmapped meanwhile; nothing leaks."""
     if general:
-        monkeypatch.setattr(single, "take", lambda *_: None)
+        monkeypatch.setattr(few, "take", lambda *_: None)
     bench = Bench()
     space = bench.space()
     address = await space.mmap(PAGE_SIZE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from random import Random
 
 import numpy as np
 import pytest
@@ -11,14 +12,22 @@ from hypothesis import strategies as st
 
 from hmmnet.pages import (
     EXACT_RUNS_MAX,
+    FEW,
     FIRST_LOOK,
+    FLAGS_COPIED,
     LARGE,
     PAGE_SIZE,
     ZONE_SHIFT,
+    all_of,
     among,
     announced_runs,
+    any_of,
+    ascending,
+    bits_in_all,
+    bits_in_any,
     distinct,
     from_wire,
+    is_ascending,
     is_one_run,
     page_range,
     run_bounds,
@@ -109,3 +118,31 @@ def test_ranges_and_zones() -> None:
     assert page_range(PAGE_SIZE - 1, 2) == (0, 2)
     assert page_range(PAGE_SIZE, PAGE_SIZE) == (1, 2)
     assert zone_of((7 << ZONE_SHIFT) + 5) == 7
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, FEW, FEW + 1, 3 * FEW])
+def test_the_few_are_looked_at_as_the_many_are(count: int) -> None:
+    """Bits, order and runs are those that numpy finds, on either side of the number up to which Python looks by itself."""
+    random = Random(count)
+    for _ in range(50):
+        numbers = [random.choice((3, 5, 6, 7, 1 << 30)) for _ in range(count)]
+        if random.random() < 0.3:
+            numbers = list(range(7, 7 + count))
+        values = np.array(numbers, np.int64)
+        assert bits_in_any(values) == int(np.bitwise_or.reduce(values))
+        assert bits_in_all(values) == (int(np.bitwise_and.reduce(values)) if count else 0)
+        assert unlike(values) == bits_in_any(values) ^ bits_in_all(values)
+        assert is_ascending(values) == bool((values[1:] > values[:-1]).all())
+        words = values.astype(np.uint64)
+        assert ascending(words).tolist() == sorted(numbers)
+        assert run_bounds(words).tolist() == [0, *(np.flatnonzero(np.diff(values) != 1) + 1).tolist(), *([count] if count else [])]
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, FLAGS_COPIED, FLAGS_COPIED + 1])
+def test_any_and_all_of_flags(count: int) -> None:
+    """As numpy answers, for none, one, all but one and all of them."""
+    for set_at in ([], [0], range(1, count), range(count)):
+        flags = np.zeros(count, np.bool_)
+        flags[[at for at in set_at if at < count]] = True
+        assert any_of(flags) == flags.any()
+        assert all_of(flags) == flags.all()

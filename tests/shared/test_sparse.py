@@ -6,12 +6,12 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hmmnet.pages import PAGES_MAX
+from hmmnet.pages import FEW, PAGES_MAX
 from hmmnet.sparse import LEAF_PAGES, SparseTable
 
 NEAR_EDGES = st.sampled_from([0, 1, 511, 512, LEAF_PAGES - 2, LEAF_PAGES - 1, LEAF_PAGES, 2 * LEAF_PAGES - 1, PAGES_MAX - 9])
 STEPS = st.lists(
-    st.tuples(st.sampled_from(["set", "write", "scatter", "clear"]), NEAR_EDGES, st.integers(1, 8), st.integers(1, 99)), max_size=25
+    st.tuples(st.sampled_from(["set", "write", "scatter", "clear"]), NEAR_EDGES, st.integers(1, 2 * FEW), st.integers(1, 99)), max_size=25
 )
 
 

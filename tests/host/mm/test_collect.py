@@ -1,4 +1,4 @@
-"""migrate_vma on page tables: every row of table A4, giving up at every step, and one page with arrays against one page without."""
+"""migrate_vma on page tables: every row of table A4, giving up at every step, and a few pages with arrays against a few without."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 
 from hmmnet.host.interfaces import Migration, Select
 from hmmnet.host.mm import collect as steps
-from hmmnet.host.mm import pte, single
-from hmmnet.host.mm.collect import collect, inserts, move, restore
+from hmmnet.host.mm import few, pte
+from hmmnet.host.mm.collect import collect, inserts, move, restore, sharers
 from hmmnet.host.mm.fault import make, protect, touch, zap
 from hmmnet.host.mm.finalize import finalize
 from hmmnet.host.mm.frames import PhysicalMemory
@@ -20,7 +20,7 @@ from hmmnet.host.mm.invariants import check
 from hmmnet.host.mm.mm import Mm
 from hmmnet.host.mm.vma import VM_READ, VM_UFFD_MISSING, VM_WRITE, Vma
 from hmmnet.host.mm.zones import ANON, COMPOUND, LOCKED
-from hmmnet.pages import MIGRATE_PFN_MIGRATE, MIGRATE_PFN_SHIFT, MIGRATE_PFN_VALID, MIGRATE_PFN_WRITE, ZONE_SHIFT, Words
+from hmmnet.pages import FEW, MIGRATE_PFN_MIGRATE, MIGRATE_PFN_SHIFT, MIGRATE_PFN_VALID, MIGRATE_PFN_WRITE, ZONE_SHIFT, Words
 
 from .machine import span, words
 
@@ -69,10 +69,22 @@ class World:
     def state(self) -> tuple[object, ...]:
         """Everything that a migration may change."""
         zones = [
-            (zone.refcount.tolist(), zone.mapcount.tolist(), (zone.flags[zone.refcount > 0]).tolist(), zone.mapping.tolist())
+            (
+                zone.refcount.tolist(),
+                zone.mapcount.tolist(),
+                zone.flags[zone.refcount > 0].tolist(),
+                zone.mapping.tolist(),
+                zone.index[zone.refcount > 0].tolist(),
+            )
             for zone in self.memory.zones.values()
         ]
         return self.mm.table.read(100, 108).tolist(), self.mm.rss, zones, self.memory.nodes[0].allocator.used_count
+
+
+def always_with_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also a few pages take the general way."""
+    for name in ("collect", "move", "finalize"):
+        monkeypatch.setattr(few, name, lambda *_: False)
 
 
 def test_written_pages_go_and_come_back() -> None:
@@ -337,6 +349,7 @@ def test_rights_lost_on_the_way_stay_lost() -> None:
 def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Long lists go through in blocks; the result is the same."""
     results = []
+    always_with_arrays(monkeypatch)
     for block in (1 << 14, 3):
         monkeypatch.setattr(steps, "BLOCK_PAGES", block)
         world = World()
@@ -348,65 +361,91 @@ def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert results[0] == results[1]
 
 
-def random_world(random: Random) -> World:
-    """One page in a state that a migration may meet, with targets ready."""
+def random_world(random: Random, pages: int) -> World:
+    """Some pages in states that a migration may meet, with targets ready."""
     world = World(random.choice((RW, RW, VM_READ)), random.choice(("private", "private", "coherent")))
-    frames = world.memory.allocate(2)
-    assert frames is not None
-    entry, frame = random.choice(("none", "zero", "host", "gpu", "other", "swap", "exclusive")), int(frames[0])
-    bits = random.choice((0, pte.WRITE | pte.DIRTY)) | random.choice((0, pte.YOUNG)) | random.choice((0, pte.ANON_EXCLUSIVE))
-    if entry in {"gpu", "other"}:
-        world.memory.put(frames[:1])
-        frame = (GPU if entry == "gpu" else OTHER) << ZONE_SHIFT | 3
-    if entry in {"host", "gpu", "other", "exclusive"}:
-        zone = world.memory.zone(frame)
-        at = frame - zone.base
-        zone.refcount[at] = 1 + random.choice((0, 0, 0, 1, 2))
-        zone.mapcount[at] = 1
-        zone.pincount[at] = random.choice((0, 0, 0, 1))
-        zone.flags[at] = ANON | random.choice((0, 0, 0, LOCKED))
-        zone.index[at] = 100
-        kind = pte.EXCLUSIVE if entry == "exclusive" else pte.DEVICE if zone.kind == "private" else pte.PRESENT
-        world.mm.table.set(100, pte.entry(kind, frame, bits))
-        world.mm.rss = 1
-        world.vma.anon = zone.mapping[at] = world.memory.new_anon_vma(1)
-    elif entry != "none":
-        world.mm.table.set(100, pte.ZERO_ENTRY if entry == "zero" else pte.entry(pte.SWAP, 5))
+    for page in range(100, 100 + pages):
+        entry = random.choice(("none", "zero", "host", "host", "gpu", "gpu", "other", "swap", "exclusive"))
+        bits = random.choice((0, pte.WRITE | pte.DIRTY)) | random.choice((0, pte.YOUNG)) | random.choice((0, pte.ANON_EXCLUSIVE))
+        if entry in {"host", "exclusive"}:
+            frames = world.memory.allocate(1)
+            assert frames is not None
+            frame = int(frames[0])
+        else:
+            frame = (GPU if entry == "gpu" else OTHER) << ZONE_SHIFT | page - 97
+        if entry in {"host", "gpu", "other", "exclusive"}:
+            zone = world.memory.zone(frame)
+            at = frame - zone.base
+            zone.refcount[at] = 1 + random.choice((0, 0, 0, 0, 1, 2))
+            zone.mapcount[at] = 1
+            zone.pincount[at] = random.choice((0, 0, 0, 0, 1))
+            zone.flags[at] = ANON | random.choice((0, 0, 0, 0, LOCKED))
+            zone.index[at] = page
+            kind = pte.EXCLUSIVE if entry == "exclusive" else pte.DEVICE if zone.kind == "private" else pte.PRESENT
+            world.mm.table.set(page, pte.entry(kind, frame, bits))
+            world.mm.rss += 1
+            world.vma.anon = zone.mapping[at] = world.vma.anon or world.memory.new_anon_vma(1)
+        elif entry != "none":
+            world.mm.table.set(page, pte.ZERO_ENTRY if entry == "zero" else pte.entry(pte.SWAP, 5))
     return world
 
 
-@pytest.mark.parametrize("seed", range(300))
-def test_one_page_without_arrays_equals_one_page_with(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def random_target(random: Random, world: World, row: int) -> int:
+    """A frame for that row, of a device or of the host; 0: none."""
+    target = random.choice((0, 0, 0)) if random.random() < 0.2 else random.choice((FRAMES + 19, (OTHER << ZONE_SHIFT) + 19, -1))
+    if target != -1:
+        return target and target + row
+    got = world.memory.allocate(1)
+    assert got is not None
+    return int(got[0])
+
+
+@pytest.mark.parametrize("pages", [1, 2, 3, FEW])
+@pytest.mark.parametrize("seed", range(150))
+def test_a_few_pages_without_arrays_equal_a_few_pages_with(seed: int, pages: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The short way gives the words, entries and counts that the general way gives, on random states and histories."""
     outcomes = []
     for short in (True, False):
         if not short:
-            for name in ("collect", "move", "finalize"):
-                monkeypatch.setattr(single, name, lambda *_: False)
+            always_with_arrays(monkeypatch)
         random = Random(seed)
-        world = random_world(random)
-        select = Select(random.choice((1, 2, 4, 6, 7)))
-        owner = random.choice((GPU, OTHER, -1))
+        world = random_world(random, pages)
+        select = Select(random.choice((1, 2, 4, 6, 7, 7, 15)))
+        owner = random.choice((GPU, GPU, OTHER, -1))
         fault_frame = random.choice((None, world.mm.table.get(100) >> pte.FRAME_SHIFT))
-        migration = collect(world.mm, span(100, 1), select, owner, fault_frame)
+        migration = collect(world.mm, span(100, pages), select, owner, fault_frame)
         after_collect = copy.deepcopy(world.state()), migration.source.tolist(), migration.saved.tolist()
-        target = random.choice((0, 0, 17)) if random.random() < 0.3 else random.choice((FRAMES + 9, (OTHER << ZONE_SHIFT) + 9, -1))
-        if target == -1:
-            got = world.memory.allocate(1)
-            assert got is not None
-            target = int(got[0])
-        if target == 17:
-            target = 0
-        if target:
-            migration.target[0] = target << MIGRATE_PFN_SHIFT | MIGRATE_PFN_VALID
-        if random.random() < 0.2 and world.kinds()[0] == pte.MIGRATION:
-            zap(world.mm, span(100, 1))
+        for row in range(pages):
+            target = random_target(random, world, row)
+            if target:
+                migration.target[row] = target << MIGRATE_PFN_SHIFT | MIGRATE_PFN_VALID
+        for row in range(pages):
+            if random.random() < 0.1 and world.kinds()[row] == pte.MIGRATION:
+                zap(world.mm, span(100 + row, 1))
         move(world.memory, world.mm, migration)
         if random.random() < 0.2:
             restore(world.memory, world.mm, migration)
+        after_move = copy.deepcopy(world.state()), migration.source.tolist(), migration.saved.tolist()
         finalize(world.memory, world.mm, migration)
-        outcomes.append((after_collect, world.state(), migration.source.tolist(), world.freed))
+        outcomes.append((after_collect, after_move, world.state(), migration.source.tolist(), sorted(world.freed)))
     assert outcomes[0] == outcomes[1]
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_who_alone_maps_a_few_pages_has_no_sharers(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The short answer is the general one: nobody else has to be told."""
+    random = Random(seed)
+    world = random_world(random, FEW)
+    select, owner = Select(random.choice((1, 2, 4, 6, 7, 15))), random.choice((GPU, OTHER, -1))
+    shared = random.choice((None, *range(FEW)))
+    if shared is not None:
+        entry = world.mm.table.get(100 + shared)
+        if entry & pte.KIND in {pte.PRESENT, pte.DEVICE} and not entry & pte.SPECIAL:
+            zone = world.memory.zone(entry >> pte.FRAME_SHIFT)
+            zone.mapcount[(entry >> pte.FRAME_SHIFT) - zone.base] = 2
+    short = [pages.tolist() for _, pages in sharers(world.mm, span(100, FEW), select, owner)]
+    monkeypatch.setattr(few, "unshared", lambda *_: False)
+    assert short == [pages.tolist() for _, pages in sharers(world.mm, span(100, FEW), select, owner)]
 
 
 def test_fresh_pages_are_one_run() -> None:
