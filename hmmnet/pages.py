@@ -199,6 +199,21 @@ def bits_in_any(words: npt.NDArray[Number]) -> int:
     return int(np.bitwise_or.reduce(words))
 
 
+def has_zero(words: npt.NDArray[Number]) -> bool:
+    """Whether any of `words` is zero."""
+    return 0 in words.tolist() if len(words) <= FEW else not words.all()
+
+
+def largest(words: npt.NDArray[Number]) -> int:
+    """The largest of `words`, of which there are some."""
+    return max(words.tolist()) if len(words) <= FEW else int(words.max())
+
+
+def smallest(words: npt.NDArray[Number]) -> int:
+    """The smallest of `words`, of which there are some."""
+    return min(words.tolist()) if len(words) <= FEW else int(words.min())
+
+
 def unlike(words: npt.NDArray[Number]) -> int:
     """The bits in which any two of `words` differ: two passes and no array."""
     return bits_in_any(words) ^ bits_in_all(words) if len(words) > 1 else 0

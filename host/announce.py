@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from errno import EBUSY
+from types import TracebackType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,7 +24,7 @@ import numpy as np
 from hmmnet.errors import KernelError
 from hmmnet.pages import Words, announced_runs, distinct
 
-from .interfaces import NO_OWNER, AddressSpace, Event, Select, Told
+from .interfaces import NO_OWNER, NOBODY, AddressSpace, Event, Select, Told
 
 if TYPE_CHECKING:
     from .mm.huge import Large
@@ -39,21 +40,45 @@ class MappedAnew(KernelError):
     """EBUSY: somebody came to map memory in each of so many rounds, so it is never mapped by those alone who have been told."""
 
 
-@asynccontextmanager
-async def announced(
+def announced(
     space: AddressSpace, spaces: Mapping[int, AddressSpace], start: int, end: int, pages: Words, select: Select, owner: int
-) -> AsyncIterator[Told]:
+) -> AbstractAsyncContextManager[Told]:
     """While the block runs, nobody mirrors those pages of [start, end), in one VMA, that `collect` with the same arguments may take.
 
     `pages` (ascending) are those of them that may be shared.
 
     Yields what was announced beyond the process's own MIGRATE, for `collect`. Hold the mmap lock for reading.
     """
+    sharers = space.sharers(pages, select, owner) if len(pages) else []
+    own = space.hub.invalidate(Event.MIGRATE, start, end, owner)
+    return _announced(spaces, sharers, own, owner) if sharers else _Alone(own)
+
+
+class _Alone:
+    """Nobody shares the pages, as mostly: only the process's own mirrors are told."""
+
+    __slots__ = ("_own",)
+
+    def __init__(self, own: AbstractAsyncContextManager[object]) -> None:
+        self._own = own
+
+    async def __aenter__(self) -> Told:
+        await self._own.__aenter__()
+        return NOBODY
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool | None:
+        return await self._own.__aexit__(kind, error, trace)
+
+
+@asynccontextmanager
+async def _announced(
+    spaces: Mapping[int, AddressSpace], sharers: Sequence[tuple[Mm, Words]], own: AbstractAsyncContextManager[object], owner: int
+) -> AsyncIterator[Told]:
     async with AsyncExitStack() as stack:
         told: dict[int, list[Words]] = {}
-        for mm, places in space.sharers(pages, select, owner) if len(pages) else ():
+        for mm, places in sharers:
             await clear(stack, spaces, mm, places, owner, told)
-        await stack.enter_async_context(space.hub.invalidate(Event.MIGRATE, start, end, owner))
+        await stack.enter_async_context(own)
         yield told
 
 

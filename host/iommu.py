@@ -26,6 +26,7 @@ import numpy.typing as npt
 
 from hmmnet.errors import IommuFault, KernelError
 from hmmnet.pages import (
+    FEW,
     HMM_PFN_ERROR,
     HMM_PFN_FRAME_MASK,
     HMM_PFN_VALID,
@@ -39,14 +40,16 @@ from hmmnet.pages import (
     all_of,
     any_of,
     has_large,
+    largest,
     page_by_page,
+    smallest,
 )
 from hmmnet.sparse import SparseTable
 
-_VALID = np.uint64(1)
-_WRITE = np.uint64(2)
-_SUSPENDED = np.uint64(4)
-_FRAME_SHIFT = np.uint64(3)
+VALID, WRITE, SUSPENDED = 1, 2, 4
+"""Bits of a translation."""
+FRAME_SHIFT = 3
+_VALID, _WRITE, _SUSPENDED, _FRAME_SHIFT = (np.uint64(number) for number in (VALID, WRITE, SUSPENDED, FRAME_SHIFT))
 _PAGE_SHIFT = np.uint64(PAGE_SHIFT)
 
 
@@ -78,6 +81,9 @@ class Domain:
 
         A page without a usable word keeps its translation: if it has one, then of a page that is the device's exclusively.
         """
+        if len(words) <= FEW:
+            self._grant_few(start, words)
+            return
         frames = words & np.uint64(HMM_PFN_FRAME_MASK)
         usable = (words & np.uint64(HMM_PFN_VALID | HMM_PFN_ERROR)) == np.uint64(HMM_PFN_VALID)
         usable &= frames >> np.uint64(ZONE_SHIFT) != np.uint64(self.zone)
@@ -87,6 +93,13 @@ class Domain:
             self._table.write(start, entries)
         else:
             self._table.scatter((usable.nonzero()[0] + start).astype(np.uint64), entries[usable])
+
+    def _grant_few(self, start: int, words: Words) -> None:
+        """`grant`, page by page."""
+        for page, word in enumerate(words.tolist(), start):
+            frame = word & HMM_PFN_FRAME_MASK
+            if word & (HMM_PFN_VALID | HMM_PFN_ERROR) == HMM_PFN_VALID and frame >> ZONE_SHIFT != self.zone:
+                self._table.set(page, frame << FRAME_SHIFT | VALID | (WRITE if word & HMM_PFN_WRITE else 0))
 
     def revoke(self, start: int, end: int) -> None:
         """Forget the translations of [start, end)."""
@@ -153,6 +166,8 @@ class Domain:
 
         Raises IommuFault; KernelError(EAGAIN) when a page is on its way to the device itself.
         """
+        if len(pages) <= FEW and self._covers(pages, addresses, write):
+            return
         entries = self._table.gather(pages)
         needed = _VALID | _WRITE if write else _VALID
         bad = (entries & needed) != needed
@@ -164,6 +179,15 @@ class Domain:
         self.refused += 1
         i = int(np.argmax(bad))
         raise IommuFault(self._describe(int(pages[i]), int(addresses[i]), int(entries[i]), write, int(np.count_nonzero(bad))))
+
+    def _covers(self, pages: Words, addresses: Words, write: bool) -> bool:
+        """Whether a few accesses are allowed: what `check` finds out, page by page."""
+        needed = VALID | WRITE if write else VALID
+        for page, address in zip(pages.tolist(), addresses.tolist(), strict=True):
+            entry = self._table.get(page)
+            if entry & (needed | SUSPENDED) != needed or entry >> FRAME_SHIFT != address >> PAGE_SHIFT:
+                return False
+        return True
 
     def _describe(self, page: int, address: int, entry: int, write: bool, count: int) -> str:
         if not entry & 1:
@@ -179,7 +203,7 @@ class Domain:
 
     def begin(self, pages: Words, write: bool) -> Access:
         """Register DMA on `pages`; `end` it."""
-        access = Access(int(pages.min()), int(pages.max()), write)
+        access = Access(smallest(pages), largest(pages), write)
         self._accesses.append(access)
         return access
 
@@ -189,7 +213,7 @@ class Domain:
 
     def busy(self, start: int, end: int) -> bool:
         """Whether DMA that touches [start, end) is still under way."""
-        return any(access.first < end and start <= access.last for access in self._accesses)
+        return bool(self._accesses) and any(access.first < end and start <= access.last for access in self._accesses)
 
     def give_up(self, start: int, end: int) -> None:
         """End what DMA on [start, end) can be ended from this side."""

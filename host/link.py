@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from types import TracebackType
 from typing import TypeVar
 
 import numpy as np
@@ -107,6 +108,33 @@ class Acknowledgement:
                 await self._link.quiet(self._domain, self._start, self._end)
 
 
+class Transfer:
+    """See `SessionLink.transfer`. A class, because one is made for each copy, and a generator costs as much again as what it does."""
+
+    __slots__ = ("_link", "_scope")
+
+    def __init__(self, link: SessionLink) -> None:
+        self._link = link
+        self._scope = trio.CancelScope()
+
+    async def __aenter__(self) -> None:
+        if self._link.session.lost is not None:
+            raise self._link.lost_error()
+        self._scope.__enter__()
+        self._link.transfers.add(self._scope)
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
+        link, scope = self._link, self._scope
+        link.transfers.discard(scope)
+        if isinstance(error, PeerError) and link.session.lost is not None:
+            scope.__exit__(None, None, None)
+            raise link.lost_error() from None
+        caught = scope.__exit__(kind, error, trace)
+        if scope.cancelled_caught:
+            raise link.lost_error()
+        return caught
+
+
 class SessionLink:
     """One life of a device, as the HMM core sees it. `lease_s` is in real seconds."""
 
@@ -137,7 +165,8 @@ class SessionLink:
         self._interconnect = interconnect
         self._lease_s = lease_s
         self._streams = 0
-        self._transfers: set[trio.CancelScope] = set()
+        self.transfers: set[trio.CancelScope] = set()
+        """Those under way, which end when the device is lost."""
         self._freed: list[Words] = []
         self._moved: list[tuple[int, int, float, float, float]] = []
         """Pages that came with answers and are not counted yet: frame, bytes, start, due, end."""
@@ -154,7 +183,7 @@ class SessionLink:
         self._fence_at = trio.current_time() + self._interconnect.clock.real(self._lease_s)
         if isinstance(cause, PeerGone):
             self._fenced.set()
-        for scope in self._transfers:
+        for scope in self.transfers:
             scope.cancel()
 
     def gone(self, how: str) -> None:
@@ -199,23 +228,9 @@ class SessionLink:
         """What a transfer raises when the device is lost."""
         return PeerLost(str(self.session.lost))
 
-    @asynccontextmanager
-    async def transfer(self) -> AsyncIterator[None]:
+    def transfer(self) -> Transfer:
         """Around everything that waits for bulk data of this device: ends with PeerLost when the device is lost."""
-        if self.session.lost is not None:
-            raise self.lost_error()
-        with trio.CancelScope() as scope:
-            self._transfers.add(scope)
-            try:
-                yield
-            except PeerError:
-                if self.session.lost is not None:
-                    raise self.lost_error() from None
-                raise
-            finally:
-                self._transfers.discard(scope)
-        if scope.cancelled_caught:
-            raise self.lost_error()
+        return Transfer(self)
 
     # --- commands -------------------------------------------------------------------------------------------------------------
 

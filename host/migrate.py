@@ -40,7 +40,9 @@ from hmmnet.pages import (
     bits_in_any,
     distinct,
     has_large,
+    has_zero,
     is_one_run,
+    largest,
     page_by_page,
     pages_in,
     words_by_page,
@@ -286,7 +288,7 @@ class Grant:
     """Large ones (`pages.LARGE`) are for 512 pages."""
 
     def __post_init__(self) -> None:
-        if len(self.frames) and int(self.frames.min()) and not has_large(self.frames):  # as it mostly is
+        if len(self.frames) and not has_zero(self.frames) and not has_large(self.frames):  # as it mostly is
             self._offered, self._heads, self._locked = self.frames, _NONE, _NONE
             self._positions = np.zeros(0, np.int64)
             self.pages = len(self.frames)
@@ -323,14 +325,14 @@ class Grant:
         """Check and lock. Raises ProtocolError for frames that are not idle frames of the zone, each named once."""
         if not self.zone.idle(self._offered) or not self._heads_idle():
             raise ProtocolError(f"{self.zone.owner} offers frames that are in use, named twice, or not its own")
-        if ((self._positions + start) % HUGE_PAGES).any() or (self._heads % np.uint64(HUGE_PAGES)).any():
+        if len(self._heads) and (((self._positions + start) % HUGE_PAGES).any() or (self._heads % np.uint64(HUGE_PAGES)).any()):
             raise ProtocolError(f"{self.zone.owner} offers a huge page that is not aligned")
         if len(self._offered):
             where = self.zone.at(self._offered)
             if bits_in_any(self.zone.flags[where]):
                 raise ProtocolError(f"{self.zone.owner} offers frames that it has offered to another migration")
             self.zone.flags[where] = LOCKED
-            self.zone.offered = max(self.zone.offered, int(self._offered.max()) - self.zone.base + 1)
+            self.zone.offered = max(self.zone.offered, largest(self._offered) - self.zone.base + 1)
         if len(self._heads):
             at = (self._heads - np.uint64(self.zone.base)).astype(np.intp)
             self.zone.flags[at] = LOCKED
@@ -362,12 +364,18 @@ class Grant:
                 offered = np.concatenate((offered, page_by_page(self._locked[~folded] | np.uint64(LARGE))))
             self._locked = self._locked[folded & ~idle]
         if len(offered):
-            where = self.zone.at(offered)
-            idle = self.zone.refcount[where] == 0
-            if any_of(idle):
-                self.zone.flags[where] = np.where(idle, np.uint32(0), self.zone.flags[where])
-                offered = offered[~idle]
-            self._offered = offered
+            self._offered = self._unlocked(offered)
+
+    def _unlocked(self, frames: Words) -> Words:
+        """Unlock those of `frames` that are idle; the others."""
+        where = self.zone.at(frames)
+        refcount = self.zone.refcount[where]
+        if not has_zero(refcount):  # as it mostly is
+            return frames
+        idle = refcount == 0
+        self.zone.flags[where] = np.where(idle, np.uint32(0), self.zone.flags[where])
+        busy: Words = frames[~idle]
+        return busy
 
 
 Announce = Callable[[Outcome, Callable[[], None]], Awaitable[None]]
@@ -482,7 +490,9 @@ def _streamed(part: Migration, offered: Words, own: Words, arrived: Flags | None
 
     Data are read from `own`, but for those that have `arrived`; a row that has data and none of its own (0) stays.
     """
-    if arrived is None and bits_in_all(part.source) & BOTH == BOTH and own.all() and offered.all():  # as it mostly is
+    if arrived is not None and not any_of(arrived):
+        arrived = None
+    if arrived is None and bits_in_all(part.source) & BOTH == BOTH and not has_zero(own) and not has_zero(offered):  # as it mostly is
         return offered, slice(None), slice(0)
     valid = part.source & VALID != 0
     frames = np.where((part.source & MIGRATE != 0) & ((own != 0) | ~valid), offered, np.uint64(0))
@@ -495,7 +505,7 @@ def set_targets(part: Migration, frames: Words) -> None:
     bits = np.uint64(MIGRATE_PFN_VALID | (MIGRATE_PFN_COMPOUND if part.large else 0))
     target = part.target
     np.left_shift(frames, SHIFT, out=target)
-    if len(frames) and int(frames.min()):
+    if not has_zero(frames):
         target |= bits
     else:
         target[frames != 0] |= bits

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hmmnet.errors import Unreachable
-from hmmnet.pages import DEVICE_ZONE_MIN, ZONE_SHIFT, Words, distinct
+from hmmnet.pages import DEVICE_ZONE_MIN, ZONE_SHIFT, Words, distinct, largest
 
 from .interfaces import DeviceLink, Migration
 from .iommu import Domain
@@ -48,6 +48,10 @@ def alloc_and_copy(links: Mapping[int, DeviceLink], context_of: Callable[[int, i
         for part in work.parts:
             frames = part.source >> SHIFT
             came = np.zeros(len(frames), np.bool_)
+            if largest(frames) < DEVICE_ZONE_MIN << ZONE_SHIFT:  # all from host memory, as mostly
+                froms.append(frames)
+                arrived.append(came)
+                continue
             targets = grant.for_part(part, start)
             going = (part.source & (MIGRATE | VALID) == MIGRATE | VALID) & (targets != 0)
             zones = frames >> _ZONE

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from hmmnet.arena import Bytes
-from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, ZONE_SHIFT, Words, run_bounds
+from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, ZONE_SHIFT, Words, is_one_run, run_bounds
 
 from .zones import CpuZone
 
@@ -67,6 +67,11 @@ class Contents:
 
     def _pieces(self, frames: Words, offset: int, length: int) -> Iterator[tuple[CpuZone, int | Words, int, int]]:
         """How to copy bytes [low, high): as one slice from a byte of a zone's arena, or, where runs are short, as pages by address."""
+        if is_one_run(frames):  # as most are
+            frame = int(frames[0])
+            zone = self.in_place[frame >> ZONE_SHIFT]
+            yield zone, (frame - zone.base) * PAGE_SIZE + offset, 0, min(length, len(frames) * PAGE_SIZE - offset)
+            return
         bounds = run_bounds(frames)
         if len(bounds) - 1 <= COPY_SLICES_MAX:
             edges = (bounds * PAGE_SIZE - offset).tolist()

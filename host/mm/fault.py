@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hmmnet.errors import KernelError
-from hmmnet.pages import HUGE_PAGES, HUGE_SHIFT, ZERO_FRAME, Words, all_of, any_of
+from hmmnet.pages import FEW, HUGE_PAGES, HUGE_SHIFT, ZERO_FRAME, ZONE_SHIFT, Words, all_of, any_of, bits_in_all
 
 from . import filehuge, huge, pte
 from .filemap import end_in, fault_around, file_offsets, map_file, read_fault
@@ -55,6 +55,8 @@ _CAUSE[pte.DEVICE] = Cause.DEVICE
 _CAUSE[pte.MIGRATION] = Cause.MIGRATION
 _CAUSE[pte.EXCLUSIVE] = Cause.EXCLUSIVE
 _CAUSE[pte.MARKER] = Cause.MARKER
+_CAUSES = [Cause(int(number)) for number in _CAUSE]
+"""The same as a list."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +78,17 @@ def touch(mm: Mm, vma: Vma, pages: Words, write: bool, keep: slice | None = None
     `keep`: positions that the caller overwrites whole, so that new frames need not be zeroed. `node`: where new frames should come from,
     when not from the process's own. Raises KernelError(ENOMEM).
     """
-    entries = mm.table.gather(pages)
+    entries = mm.table.gather(pages, ascend=True)
     if _settled(mm, pages, entries, write):
         return Touched(len(pages))
+    few = _touch_few(mm, vma, pages, entries, write, keep, mm.node if node is None else node)
+    return _touch_many(mm, vma, pages, entries, write, keep, mm.node if node is None else node) if few is None else few
+
+
+def _touch_many(mm: Mm, vma: Vma, pages: Words, entries: Words, write: bool, keep: slice | None, node: int) -> Touched:
+    """`touch` for pages with `entries` of which some are not ready."""
     if any_of(entries & pte.KIND == pte.SWAP):
-        swap_in(mm, vma, pages, entries, mm.node if node is None else node)
+        swap_in(mm, vma, pages, entries, node)
     if any_of(entries & pte.KIND == pte.HINT):
         unhint(mm, pages, entries)
     causes = _causes(mm, vma, entries, write)
@@ -97,7 +105,7 @@ def touch(mm: Mm, vma: Vma, pages: Words, write: bool, keep: slice | None = None
     blocked = causes != 0
     stop = int(np.argmax(blocked)) if any_of(blocked) else len(pages)
     if stop:
-        _settle(mm, vma, pages[:stop], entries[:stop], write, keep, mm.node if node is None else node)
+        _settle(mm, vma, pages[:stop], entries[:stop], write, keep, node)
     if stop == len(pages):
         return Touched(stop)
     cause = causes[stop]
@@ -105,6 +113,38 @@ def touch(mm: Mm, vma: Vma, pages: Words, write: bool, keep: slice | None = None
         fault_around(mm, vma, pages[stop : stop + 1])
     same = causes[stop:] == cause
     return Touched(stop, Cause(int(cause)), len(same) if all_of(same) else int(np.argmin(same)))
+
+
+def _touch_few(mm: Mm, vma: Vma, pages: Words, entries: Words, write: bool, keep: slice | None, node: int) -> Touched | None:
+    """`touch` for a few pages of private memory, of which Python sees sooner than numpy why each cannot be had at once.
+
+    None, and nothing done, where they are not few or private, and where some are of huge pages, or have to be seen to before (swap, hints).
+    """
+    if len(pages) > FEW or vma.file is not None or vma.flags & (VM_UFFD_MISSING | VM_SHARED) or mm.unstable:
+        return None
+    causes = []
+    for entry in entries.tolist():
+        kind = entry & pte.KIND
+        if entry & pte.HUGE or kind in (pte.SWAP, pte.HINT):
+            return None
+        cause = _CAUSES[kind]
+        if write and entry & (pte.KIND | pte.WRITE | pte.ANON_EXCLUSIVE) == pte.PRESENT and not _is_alone(mm, entry):
+            cause = Cause.COW
+        causes.append(cause)
+    stop = next((at for at, cause in enumerate(causes) if cause), len(causes))
+    if stop:
+        _settle(mm, vma, pages[:stop], entries[:stop], write, keep, node)
+    if stop == len(causes):
+        return Touched(stop)
+    end = next((at for at in range(stop, len(causes)) if causes[at] is not causes[stop]), len(causes))
+    return Touched(stop, causes[stop], end - stop)
+
+
+def _is_alone(mm: Mm, entry: int) -> bool:
+    """Whether nobody but this entry holds its frame."""
+    frame = entry >> pte.FRAME_SHIFT
+    zone = mm.memory.zones[frame >> ZONE_SHIFT]
+    return not entry & pte.SPECIAL and zone.cells.refcount[frame - zone.base] == 1
 
 
 def touch_one(mm: Mm, vma: Vma, page: int, write: bool) -> bool:
@@ -137,14 +177,16 @@ def touch_one(mm: Mm, vma: Vma, page: int, write: bool) -> bool:
 def _settled(mm: Mm, pages: Words, entries: Words, write: bool) -> bool:
     """The case that costs least: every page is there, with the right. Keeps the accessed and dirty bits as hardware does."""
     if write:
-        bits = pte.YOUNG | pte.DIRTY | pte.SOFT_DIRTY
-        if not all_of(entries & (pte.KIND | pte.WRITE) == pte.WRITABLE):
-            return False
+        mask, there, bits = pte.KIND | pte.WRITE, pte.WRITABLE, pte.YOUNG | pte.DIRTY | pte.SOFT_DIRTY
     else:
-        bits = pte.YOUNG
-        if not all_of(entries & pte.KIND == pte.PRESENT):
-            return False
-    if not all_of(entries & bits == bits):
+        mask, there, bits = pte.KIND, pte.PRESENT, pte.YOUNG
+    if len(pages) <= FEW:
+        for entry in entries.tolist():
+            if entry & mask != there:
+                return False
+    elif not all_of(entries & mask == there):
+        return False
+    if bits_in_all(entries) & bits != bits:
         mm.table.mark(pages, entries, bits)
     return True
 
@@ -169,8 +211,8 @@ def _settle(mm: Mm, vma: Vma, pages: Words, entries: Words, write: bool, keep: s
     empty = entries == 0
     if any_of(empty):
         _populate(mm, vma, pages, empty, write, keep, node)
-    there = ~empty
-    if any_of(there):
+    if not all_of(empty):
+        there = ~empty
         bits = pte.WRITE | pte.YOUNG | pte.DIRTY | pte.SOFT_DIRTY if write else pte.YOUNG
         if write and not vma.flags & VM_SHARED:
             bits |= pte.ANON_EXCLUSIVE
@@ -185,7 +227,7 @@ def _settle(mm: Mm, vma: Vma, pages: Words, entries: Words, write: bool, keep: s
 
 def _populate(mm: Mm, vma: Vma, pages: Words, empty: npt.NDArray[np.bool_], write: bool, keep: slice | None, node: int) -> None:
     """do_anonymous_page, or do_fault where a file is mapped, for the `empty` ones of `pages`."""
-    whole = bool(empty.all())
+    whole = all_of(empty)
     new = pages if whole else pages[empty]
     if vma.file is not None:
         _populate_from_file(mm, vma, new, write, node)

@@ -8,8 +8,9 @@ whoever faults on a program's behalf: hmm_range_fault, populate, pins.
 from __future__ import annotations
 
 import errno
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import Awaitable, Callable, Iterable
+from contextlib import AbstractAsyncContextManager
+from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -67,6 +68,23 @@ class Notifier(Protocol):
         ...
 
 
+class _ReadKillable:
+    """See `Faulting.read_killable`."""
+
+    __slots__ = ("_space",)
+
+    def __init__(self, space: Faulting) -> None:
+        self._space = space
+
+    async def __aenter__(self) -> None:
+        space = self._space
+        if space.killed or not space.mmap_lock.try_read():
+            await space.lock_killable()
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._space.mmap_lock.release_read()
+
+
 class Faulting:
     """Process `number`'s page table, its locks, and the faults on its pages; `home` is migrate_to_ram."""
 
@@ -91,25 +109,23 @@ class Faulting:
         for scope in self._killable:
             scope.cancel()
 
-    @asynccontextmanager
-    async def read_killable(self) -> AsyncIterator[None]:
+    def read_killable(self) -> _ReadKillable:
         """mmap_read_lock_killable: the mmap lock for reading. Raises KernelError(EINTR) when the process is killed before it is had."""
+        return _ReadKillable(self)
+
+    async def lock_killable(self) -> None:
+        """Take the mmap lock for reading, if that has to be waited for, or is not to be had any more. Raises KernelError(EINTR)."""
         with trio.CancelScope() as scope:
             self._killable.add(scope)
             try:
                 if self.killed:
                     scope.cancel()
                     await trio.lowlevel.checkpoint()
-                if not self.mmap_lock.try_read():
-                    await self.mmap_lock.wait(writer=False)
+                await self.mmap_lock.wait(writer=False)
             finally:
                 self._killable.discard(scope)
         if scope.cancelled_caught:
             raise KernelError(errno.EINTR, "mmap_read_lock_killable", f"process {self.number} was killed meanwhile")
-        try:
-            yield
-        finally:
-            self.mmap_lock.release_read()
 
     async def relieved(self, error: KernelError) -> bool:
         """A call of this process ended with `error`: whether it can be taken anew; see `Relief.had`. Hold no lock."""

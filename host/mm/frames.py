@@ -190,19 +190,20 @@ class PhysicalMemory(Contents):
                 zone.unfold(where)
             yield zone, rows, where
 
-    def where(self, frames: Words) -> Iterator[Place]:
+    def where(self, frames: Words) -> list[Place]:
         """`groups` for who does not look at the arrays frame by frame: folded folios stay as they are."""
         if len(frames) == 0:
-            return
+            return []
+        zone = self.zones[int(frames[0]) >> ZONE_SHIFT]
         if is_one_run(frames):
-            zone = self.zones[int(frames[0]) >> ZONE_SHIFT]
             first = int(frames[0]) - zone.base
-            yield zone, slice(None), slice(first, first + len(frames))
-            return
+            return [(zone, slice(None), slice(first, first + len(frames)))]
         if not unlike(frames) >> ZONE_SHIFT:  # all of one zone
-            zone = self.zones[int(frames[0]) >> ZONE_SHIFT]
-            yield zone, slice(None), (frames - np.uint64(zone.base)).view(np.intp)
-            return
+            return [(zone, slice(None), (frames - np.uint64(zone.base)).view(np.intp))]
+        return list(self._by_zone(frames))
+
+    def _by_zone(self, frames: Words) -> Iterator[Place]:
+        """`where` for frames of several zones."""
         numbers = frames >> np.uint64(ZONE_SHIFT)
         for number in distinct(numbers).tolist():
             rows = (numbers == np.uint64(number)).nonzero()[0]
@@ -211,7 +212,7 @@ class PhysicalMemory(Contents):
 
     def located(self, frames: Words) -> Located:
         """Where `frames` stand, for who looks at several things there."""
-        return Located(frames, list(self.where(frames)))
+        return Located(frames, self.where(frames))
 
     def field(self, frames: Words, name: str) -> npt.NDArray[Any]:
         """One struct page field of each of `frames`, a copy."""

@@ -32,7 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hmmnet.errors import KernelError
-from hmmnet.pages import HUGE_PAGES, HUGE_SHIFT, PAGE_SIZE, ZERO_FRAME, Words, all_of, any_of, distinct
+from hmmnet.pages import FEW, HUGE_PAGES, HUGE_SHIFT, PAGE_SIZE, ZERO_FRAME, Words, all_of, any_of, distinct
 
 from . import filehuge, pte
 from .filemap import File, ranges_of
@@ -188,7 +188,9 @@ def large(mm: Mm, pages: Words, *, compound: bool = False, parts_stay: bool = Fa
 
     With `parts_stay`, not folios that are mapped page by page.
     """
-    entries = mm.table.gather(pages)
+    entries = mm.table.gather(pages, ascend=True)
+    if len(pages) <= FEW and not _may_be_large(mm, entries):
+        return []
     if parts_stay:
         whole = entries & pte.HUGE != 0
         pages, entries = pages[whole], entries[whole]
@@ -207,6 +209,14 @@ def large(mm: Mm, pages: Words, *, compound: bool = False, parts_stay: bool = Fa
     found += [Large(partial(_places, memory, head), partial(_split_file, *_file_of(memory, head))) for head in heads[of_file].tolist()]
     found += [Large(partial(_mapped_at, memory, head), partial(split_folio, memory, head)) for head in heads[~of_file].tolist()]
     return found
+
+
+def _may_be_large(mm: Mm, entries: Words) -> bool:
+    """Whether any of a few `entries` belongs to a huge page, or leads to host memory where some are parts of large folios."""
+    for entry in entries.tolist():
+        if entry & pte.HUGE or (mm.small_blocks and entry & pte.KIND == pte.PRESENT and entry < pte.DEVICE_MIN):
+            return True
+    return False
 
 
 def _folio(memory: PhysicalMemory, head: int) -> Words:

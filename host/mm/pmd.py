@@ -55,6 +55,8 @@ Flags = np.ndarray[tuple[int], np.dtype[np.bool_]]
 
 def takeable(mm: Mm, start: int, end: int, select: Select, owner: int) -> Words:
     """The blocks of [start, end), which lies in one VMA, that a migration takes as rows of their own; ascending block numbers."""
+    if -(-start >> HUGE_SHIFT) >= end >> HUGE_SHIFT:
+        return _NONE  # none lies there whole
     blocks = mm.table.blocks(start, end)
     if len(blocks):
         entries = mm.table.pmds.gather(blocks)

@@ -31,7 +31,9 @@ from hmmnet.pages import (
     bits_in_any,
     distinct,
     is_one_run,
+    largest,
     runs_of,
+    smallest,
 )
 from hmmnet.runs import RunAllocator
 
@@ -224,7 +226,7 @@ class Zone:
 
     def holds(self, frames: Words) -> bool:
         """Whether every one of `frames` is a frame of this zone (true for none)."""
-        return len(frames) == 0 or (int(frames.min()) >= self.base and int(frames.max()) < self.base + self.count)
+        return len(frames) == 0 or (smallest(frames) >= self.base and largest(frames) < self.base + self.count)
 
     def idle(self, frames: Words) -> bool:
         """Whether all `frames` lie here, differ, and have no reference: what a driver may offer as a destination."""
