@@ -155,6 +155,11 @@ class Mirror:
         usable = np.flatnonzero(allows(entries, False))[:most]
         return pages[usable], frames_of(entries[usable]), allows(entries[usable], True)
 
+    @property
+    def changed(self) -> bool:
+        """Whether `touched` has anything to tell."""
+        return self._table.ptes.changed or self._table.pmds.changed
+
     def touched(self) -> Words:
         """The pages with entries that may be others since the last call: for one who checks them."""
         small, blocks = self._table.ptes.take_touched_pages(), self._table.pmds.take_touched_pages()

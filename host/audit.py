@@ -113,6 +113,11 @@ def described(context: Context, who: str, page: int, frame: int, *, may_write: b
 class Translations(Protocol):
     """What somebody translates: an IOMMU domain, a device's mirror."""
 
+    @property
+    def changed(self) -> bool:
+        """Whether `touched` has anything to tell."""
+        ...
+
     def touched(self) -> Words:
         """The pages with translations that may be others since the last call."""
         ...
@@ -142,10 +147,11 @@ class Audit:
         self._left: dict[Translations, list[Words]] = {}
         """Pages that could not be checked yet, because mirrors of their process were just being told."""
 
-    def changes(self, mirrors: Sequence[tuple[str, int, Translations]], now_s: float) -> list[str]:
+    def changes(self, mirrors: Iterable[tuple[str, int, Translations]], now_s: float) -> list[str]:
         """What is wrong with what has changed. `mirrors` are (device, process, mirror) of those that can be seen."""
-        if any(space.mmap_lock.written for space in self._spaces.values()):
-            return list(self._late)  # see `books`
+        for space in self._spaces.values():
+            if space.mmap_lock.written:
+                return list(self._late)  # see `books`
         found = list(self._late)
         changed: dict[int, Words] | None = None
         try:
@@ -154,31 +160,31 @@ class Audit:
             found.append(_said(wrong))
         if self._withdrawn != (now_withdrawn := withdrawn(self._memory)):  # no entry changes by that
             self._withdrawn, changed = now_withdrawn, None
-        held = [*self._domains(), *self._seen(mirrors)]
+        held = self._held(mirrors)
         if len(self._left) > len(held):
-            there = {who for _, _, who in held}
+            there = {who for _, _, _, who in held}
             self._left = {who: left for who, left in self._left.items() if who in there}
-        for name, context, who in held:
+        for kind, device, context, who in held:
             number = context.space.number
             if changed is None or number not in self._spaces:
-                found += believed(context, name, *who.translations())
-                continue
-            touched, elsewhere = who.touched(), changed.get(number)
-            if len(touched) or elsewhere is not None or who in self._left:
-                found += self._believed(name, context, who, [pages for pages in (touched, elsewhere) if pages is not None and len(pages)])
+                found += believed(context, kind + device, *who.translations())
+            elif number in changed or who in self._left or who.changed:
+                parts = [pages for pages in (who.touched(), changed.get(number)) if pages is not None and len(pages)]
+                found += self._believed(kind + device, context, who, parts)
         return found
 
-    def _domains(self) -> list[tuple[str, Context, Translations]]:
-        lives = [device.life for device in self._devices.values() if device.life is not None]
-        return [(IOMMU + life.name, context, context.domain) for life in lives for context in life.contexts.values()]
-
-    def _seen(self, mirrors: Sequence[tuple[str, int, Translations]]) -> list[tuple[str, Context, Translations]]:
-        found: list[tuple[str, Context, Translations]] = []
-        for device, process, mirror in mirrors:
-            life = self._devices[device].life
+    def _held(self, mirrors: Iterable[tuple[str, int, Translations]]) -> list[tuple[str, str, Context, Translations]]:
+        """(kind of believer, device, context, its translations): of every IOMMU domain, and of `mirrors`."""
+        found: list[tuple[str, str, Context, Translations]] = []
+        for device in self._devices.values():
+            life = device.life
+            if life is not None and life.contexts:
+                found += [(IOMMU, life.name, context, context.domain) for context in life.contexts.values()]
+        for name, process, mirror in mirrors:
+            life = self._devices[name].life
             context = None if life is None else life.context_of(process)
             if context is not None:
-                found.append((MIRROR + device, context, mirror))
+                found.append((MIRROR, name, context, mirror))
         return found
 
     def _believed(self, name: str, context: Context, who: Translations, pages: list[Words]) -> list[str]:

@@ -131,6 +131,11 @@ class Domain:
         held = (entries & (_VALID | _SUSPENDED)) == _VALID
         return pages[held], entries[held] >> _FRAME_SHIFT, (entries[held] & _WRITE) != 0
 
+    @property
+    def changed(self) -> bool:
+        """Whether `touched` has anything to tell."""
+        return self._table.changed
+
     def touched(self) -> Words:
         """The pages with translations that may be others since the last call: for one who checks them."""
         return self._table.take_touched_pages()

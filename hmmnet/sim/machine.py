@@ -225,21 +225,27 @@ class SimulatedMachine:
         for name, node in self._nodes.items():
             for mirror in [] if node.device is None else node.device.mirrors():
                 found += self.host.audit_mirror(name, *mirror)
-        return found + self._used_beyond_lease()
+        for name, node in self._nodes.items():
+            if node.device is not None:
+                found += self._used_beyond_lease(name, node.device)
+        return found
 
     def audit_changes(self) -> list[str]:
         """`audit` of what has changed since the last call: as true, and some ten times as fast."""
-        devices = [(name, node.device) for name, node in self._nodes.items() if node.device is not None]
-        found: list[str] = self.host.audit_changes([(name, *mirror) for name, device in devices for mirror in device.open_mirrors()])
-        return found + self._used_beyond_lease()
+        mirrors, found = [], []
+        for name, node in self._nodes.items():
+            device = node.device
+            if device is not None and device.contexts:
+                mirrors += [(name, *mirror) for mirror in device.open_mirrors()]
+                found += self._used_beyond_lease(name, device)
+        return self.host.audit_changes(mirrors) + found
 
-    def _used_beyond_lease(self) -> list[str]:
-        """Devices that have not heard of the host for a lease, and have translations all the same: pages may be somebody else's by now."""
-        fenced = [(name, node.device) for name, node in self._nodes.items() if node.device is not None and node.device.fenced]
+    @staticmethod
+    def _used_beyond_lease(name: str, device: Any) -> list[str]:
+        """What a device that has not heard of the host for a lease translates all the same: pages may be somebody else's by now."""
         return [
             f"lease: {name} has heard nothing for longer than a lease, and has {len(mirror[1])} translations of process {mirror[0]}"
-            for name, device in fenced
-            for mirror in device.mirrors()
+            for mirror in (device.mirrors() if device.fenced else ())
             if len(mirror[1])
         ]
 

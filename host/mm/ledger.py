@@ -19,7 +19,8 @@ Copies of all that take as much memory as page tables and struct pages do; none 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from operator import attrgetter
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +45,8 @@ _STEPS = np.arange(HUGE_PAGES, dtype=np.uint64)
 _LOUD = np.array([name in {"mapcount", "flags", "mapping"} for name in STATE])
 """Which rows of a zone's state the rules of entries look at."""
 _NOWHERE = np.zeros(0, np.intp)
+_STATE_OF = attrgetter("start", "end", "flags", "pgoff", "anon", "chain", "file", "userfault")
+"""Of a VMA, all that the rules look at."""
 
 Counts = npt.NDArray[np.int32]
 
@@ -62,6 +65,12 @@ class _Table:
         self._vmas: list[tuple[object, ...]] = []
         self._ptes = Seen(mm.table.ptes)
         self._pmds = Seen(mm.table.pmds)
+
+    @property
+    def restless(self) -> bool:
+        """Whether there is something to `look` at, or was at the last look."""
+        table = self.mm.table
+        return table.ptes.changed or table.pmds.changed or self.changed is not NO_CHANGES
 
     def look(self) -> Changes:
         """The pages whose entries changed, blocks page by page."""
@@ -87,9 +96,7 @@ class _Table:
     def vmas_changed(self) -> bool:
         """Whether the VMAs are others than at the last look; then they are checked."""
         mm = self.mm
-        vmas: list[tuple[object, ...]] = [
-            (vma.start, vma.end, vma.flags, vma.pgoff, vma.anon, vma.chain, vma.file, vma.userfault) for vma in mm.vmas.each()
-        ]
+        vmas = list(map(_STATE_OF, mm.vmas.each()))
         if vmas == self._vmas:
             return False
         self._vmas = vmas
@@ -99,10 +106,10 @@ class _Table:
 
     def check_blocks(self, memory: PhysicalMemory, *, folded: bool) -> None:
         """The rules of huge pages, where one came or went, or may have: `folded` says that of folios."""
-        count, changed = self.mm.table.pmd_count, len(self.changed.pages)
-        if len(self.huge.pages):
+        count, huge, changed = self.mm.table.pmd_count, self.huge is not NO_CHANGES, self.changed is not NO_CHANGES
+        if huge:
             self.blocks += int(np.count_nonzero(self.huge.now)) - int(np.count_nonzero(self.huge.before))
-        if folded or count != self.blocks or (changed and (count or len(self.huge.pages))):
+        if folded or count != self.blocks or (changed and (count or huge)):
             invariants.check_blocks(memory, self.mm)
         elif changed and any(zone.folded_count for zone in memory.zones.values()):
             invariants.check_unfolded(memory, self.mm, self.small.now)
@@ -121,13 +128,20 @@ class _Frames:
         """Frames that are mapped otherwise than at the last look."""
         self.folded = False
         """Whether folios were folded or unfolded since the last look."""
-        self._given_out = self._folded_count = 0
+        self.given_out = self.folded_count = 0
+        """How many frames of the host were allocated, and how many folios folded, when that was last checked."""
         self._allocator = zone.allocator if isinstance(zone, HostZone) else None
         self.changed = self.loud = _NOWHERE
         """The frames whose struct pages the last look found to be others: all, and those that the rules of entries look at."""
         self._state = np.zeros((len(STATE), 0), np.uint32)
         self._index = np.zeros(0, np.uint64)
         self._raw = self._raw_index = self._raw_folded = b""
+        self._watch_used()
+
+    def _watch_used(self) -> None:
+        """Make the views at which `look` looks: making them takes as long as the look."""
+        zone, used = self.zone, self.used
+        self._states, self._indices, self._folded = zone.state[:, :used], zone.index[:used], zone.folded[: (used >> HUGE_SHIFT) + 1]
 
     def grow(self) -> None:
         """Frames have come into use."""
@@ -135,6 +149,7 @@ class _Frames:
         more = np.zeros(used - self.used, np.int32)
         self.expected, self.behind = np.concatenate((self.expected, more)), np.concatenate((self.behind, more))
         self.used = used
+        self._watch_used()
 
     def tally(self, counts: Counts, where: Index, step: int) -> None:
         """The frames at `where` are mapped, or behind migration entries, once more (`step` 1) or less (-1)."""
@@ -148,12 +163,16 @@ class _Frames:
 
     def look(self) -> bool:
         """Whether the struct pages are others than they were: `changed` then, and `loud` for the rules of entries."""
-        zone, used = self.zone, self.used
-        raw, index, folded = zone.state[:, :used].tobytes(), zone.index[:used].tobytes(), zone.folded[: (used >> HUGE_SHIFT) + 1].tobytes()
-        self.folded = folded != self._raw_folded
-        if raw == self._raw and index == self._raw_index and not self.folded:
+        zone, allocator = self.zone, self._allocator
+        if self.used != (zone.offered if allocator is None else zone.count - allocator.fresh_count):  # `zone.used`
+            self.grow()
+        raw, index, folded = self._states.tobytes(), self._indices.tobytes(), self._folded.tobytes()
+        if raw == self._raw and index == self._raw_index and folded == self._raw_folded:
             self.changed = self.loud = _NOWHERE
+            self.folded = False
             return False
+        used = self.used
+        self.folded = folded != self._raw_folded
         state, numbers = np.frombuffer(raw, np.uint32).reshape(len(STATE), used), np.frombuffer(index, np.uint64)
         if self.folded or zone.folded_count:
             self.changed = self.loud = np.arange(used)  # the state of a head is that of all its frames
@@ -185,22 +204,20 @@ class _Frames:
             self.touched = []
         if len(changed):
             self.charges = invariants.charges(zone)
-        if len(changed) or self.given_out != self._given_out:
+        given_out = 0 if self._allocator is None else self._allocator.used_count
+        if len(changed) or given_out != self.given_out:
             invariants.check_free(zone)
-            self._given_out = self.given_out
-        if (zone.folded_count and len(changed)) or self.folded or zone.folded_count != self._folded_count:
+            self.given_out = given_out
+        if (zone.folded_count and len(changed)) or self.folded or zone.folded_count != self.folded_count:
             invariants.check_folded(zone, quiet=False)
-            self._folded_count = zone.folded_count
-
-    @property
-    def given_out(self) -> int:
-        """How many frames of the host are allocated."""
-        return 0 if self._allocator is None else self._allocator.used_count
+            self.folded_count = zone.folded_count
 
     @property
     def restless(self) -> bool:
-        """Whether what is counted beside the struct pages is another number than at the last look."""
-        return self.given_out != self._given_out or self.zone.folded_count != self._folded_count
+        """Whether there is something to check: frames that are others, or mapped otherwise, or other numbers of what is counted beside."""
+        if self.touched or self.changed is not _NOWHERE or self.zone.folded_count != self.folded_count:
+            return True
+        return self._allocator is not None and self._allocator.used_count != self.given_out
 
 
 def _listed(where: Index) -> Iterable[int]:
@@ -215,6 +232,8 @@ class Ledger:
         self._memory = memory
         self._tables: dict[Mm, _Table] = {}
         self._zones: dict[int, _Frames] = {}
+        self._seen: tuple[list[Zone], list[Mm]] = [], []
+        """What there was at the last look."""
         self._folded = False
         """Whether there are folded folios."""
         self._moving: dict[tuple[Mm, int], float] = {}
@@ -232,7 +251,8 @@ class Ledger:
             self.forget()
             invariants.check(self._memory, mms, quiet=False)
             raise
-        self._watch(now_s)
+        if self._moving:
+            self._watch(now_s)
         return found
 
     def forget(self) -> None:
@@ -240,42 +260,39 @@ class Ledger:
         self._tables.clear()
         self._zones.clear()
         self._moving.clear()
+        self._seen = [], []
 
     def _look(self, mms: Sequence[Mm]) -> dict[int, Words]:
-        memory = self._memory
-        if [seen.zone for seen in self._zones.values()] != list(memory.zones.values()):
-            self._zones = {number: seen for number, seen in self._zones.items() if memory.zones.get(number) is seen.zone}
-        for zone in memory.zones.values():
-            seen = self._zones.get(zone.number) or self._new_zone(zone)
-            if seen.used != zone.used.stop:
-                seen.grow()
-        if list(self._tables) != mms:
-            self._drop_ended(mms)
-        tables = [self._tables.get(mm) or self._new_table(mm) for mm in mms]
+        now = list(self._memory.zones.values()), list(mms)
+        if now != self._seen:
+            self._meet(*now)
+        others = [seen for seen in self._zones.values() if seen.look()]
         found = {}
-        for table in tables:
-            changed = table.look()
-            if len(changed.pages):
+        for table in self._tables.values():
+            if table.restless and (changed := table.look()) is not NO_CHANGES:
                 self._count(table, changed)
-                found[table.mm.number] = changed.pages[_elsewhere(changed)]
-        self._check(tables)
+                pages = changed.pages[_elsewhere(changed)]
+                if len(pages):
+                    found[table.mm.number] = pages
+        self._check(others)
         return found
 
-    def _new_table(self, mm: Mm) -> _Table:
-        seen = self._tables[mm] = _Table(mm)
-        return seen
+    def _meet(self, zones: list[Zone], mms: list[Mm]) -> None:
+        """There are other memories or processes than at the last look. Those that are gone map nothing any more."""
+        known = self._zones
+        self._zones = {zone.number: known[zone.number] if self._knows(zone) else _Frames(zone) for zone in zones}
+        for mm in [mm for mm in self._tables if mm not in mms]:
+            self._tally(self._tables[mm].all(), -1)
+            self._moving = {key: since for key, since in self._moving.items() if key[0] is not mm}
+        self._tables = {mm: self._tables.get(mm) or _Table(mm) for mm in mms}
+        self._seen = zones, mms
 
-    def _new_zone(self, zone: Zone) -> _Frames:
-        seen = self._zones[zone.number] = _Frames(zone)
-        return seen
+    def _knows(self, zone: Zone) -> bool:
+        """Whether it is a memory that was there at the last look."""
+        seen = self._zones.get(zone.number)
+        return seen is not None and seen.zone is zone
 
     # --- how often frames are mapped ------------------------------------------------------------------------------------------------
-
-    def _drop_ended(self, mms: Sequence[Mm]) -> None:
-        """Processes that are gone map nothing any more."""
-        for mm in [mm for mm in self._tables if mm not in mms]:
-            self._tally(self._tables.pop(mm).all(), -1)
-            self._moving = {key: since for key, since in self._moving.items() if key[0] is not mm}
 
     def _count(self, table: _Table, changed: Changes) -> None:
         """Entries changed."""
@@ -324,31 +341,41 @@ class Ledger:
 
     # --- the rules ------------------------------------------------------------------------------------------------------------------
 
-    def _check(self, tables: Sequence[_Table]) -> None:
-        """Ask the rules of what has changed, and of what that reaches."""
-        memory = self._memory
-        zones = list(self._zones.values())
-        others = [seen for seen in zones if seen.look()]
-        folded = any(seen.folded for seen in others)
-        self._folded = folded or any(seen.zone.folded_count for seen in zones)
+    def _check(self, others: Sequence[_Frames]) -> None:
+        """Ask the rules of what has changed, and of what that reaches; `others` are zones whose struct pages did."""
+        memory, tables, zones = self._memory, self._tables.values(), self._zones.values()
+        folded = self._folded = charged = False
+        for seen in zones:
+            folded = folded or seen.folded
+            self._folded = self._folded or seen.zone.folded_count > 0
+        self._folded = self._folded or folded
         everywhere = bool(others) and self._reaches_others(tables, others)
         for table in tables:
-            self._check_table(table, everywhere=everywhere)
-            table.check_blocks(memory, folded=folded)
-            invariants.check_rss(table.mm, table.rss)
+            changed = table.changed is not NO_CHANGES
+            if table.vmas_changed() or everywhere:
+                self._check_all(table)
+            elif changed:
+                self._check_changed(table)
+            if changed or folded or table.blocks != table.mm.table.pmd_count:
+                table.check_blocks(memory, folded=folded)
+            if table.rss != table.mm.rss:
+                invariants.check_rss(table.mm, table.rss)
         for seen in zones:
-            if seen.touched or seen.restless or len(seen.changed):
+            if seen.restless:
                 seen.check()
-        if memory.cgroups.any or any(seen.charges is not invariants.NO_CHARGES for seen in zones):
+            charged = charged or seen.charges is not invariants.NO_CHARGES
+        if charged or memory.cgroups.any:
             invariants.check_charges(memory, [seen.charges for seen in zones])
 
-    def _check_table(self, table: _Table, *, everywhere: bool) -> None:
-        """The rules of a process's VMAs and entries: of all of them, where they may be broken `everywhere`."""
+    def _check_all(self, table: _Table) -> None:
+        """The rules of all entries of a process."""
+        pages = table.mm.table.occupied(0, PAGES_MAX)
+        invariants.check_entries(self._memory, table.mm, table.areas, pages, table.mm.table.gather(pages))
+
+    def _check_changed(self, table: _Table) -> None:
+        """The rules of the entries of a process that changed."""
         mm, changed = table.mm, table.changed
-        if table.vmas_changed() or everywhere:
-            pages = mm.table.occupied(0, PAGES_MAX)
-            invariants.check_entries(self._memory, mm, table.areas, pages, mm.table.gather(pages))
-        elif len(changed.pages) <= FEW and not self._folded:
+        if len(changed.pages) <= FEW and not self._folded:
             for page, entry in zip(changed.pages.tolist(), changed.now.tolist(), strict=True):
                 assert not entry or invariants.entry_agrees(self._memory, mm, page, entry), f"process {mm.number}: an entry breaks a rule"
         else:
@@ -356,7 +383,7 @@ class Ledger:
             if len(there):
                 invariants.check_entries(self._memory, mm, table.areas, changed.pages[there], changed.now[there])
 
-    def _reaches_others(self, tables: Sequence[_Table], zones: Sequence[_Frames]) -> bool:
+    def _reaches_others(self, tables: Collection[_Table], zones: Sequence[_Frames]) -> bool:
         """Whether an entry that did not change may lead to a frame of `zones` whose struct page did."""
         fresh: dict[int, int] | None = None
         for seen in zones:
@@ -381,7 +408,7 @@ class Ledger:
             )
 
 
-def _led_to(tables: Sequence[_Table]) -> dict[int, int]:
+def _led_to(tables: Collection[_Table]) -> dict[int, int]:
     """How many of the entries that changed lead to which frame now."""
     found: dict[int, int] = {}
     for table in tables:
