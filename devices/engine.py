@@ -13,8 +13,9 @@ import contextlib
 import errno
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from inspect import signature
+from dataclasses import dataclass, field
+from functools import lru_cache
+from inspect import Signature, signature
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,8 @@ CLAIMS_AT_ONCE = 2
 """Of these without a nap in between: another device may want the page, too, and take it as fast."""
 REPLAYS_MAX = 10_000
 """Replays of one access: pages that are taken away again faster than they can be used."""
+KERNELS_KNOWN_MAX = 256
+"""Kernels whose parameters are remembered."""
 
 log = logging.getLogger("hmmnet.devices")
 
@@ -86,6 +89,12 @@ class JobOutcome:
     errno: int = 0
 
 
+@lru_cache(maxsize=KERNELS_KNOWN_MAX)
+def parameters(kernel: Kernel) -> Signature:
+    """`inspect.signature`, which takes longer than many a job."""
+    return signature(kernel)
+
+
 class Engine:
     """Runs the jobs of one context, of the device of `spec`.
 
@@ -102,13 +111,13 @@ class Engine:
     async def run(self, kernel: Kernel, arguments: Mapping[str, Any], placement: str) -> JobOutcome:
         """Run a kernel to its end. Raises nothing for what a kernel does or what its accesses meet; cancellation passes through."""
         counters = JobCounters()
-        before = replace(self._context.traffic)
+        before = self._context.traffic.copy()
         began_s = self._now()
         self.running += 1
         error, address, code = "", None, 0
         results: Mapping[str, Any] = {}
         try:
-            signature(kernel).bind(**arguments)
+            parameters(kernel).bind(**arguments)
             if self._context.points.armed:
                 await self._context.at("device.job_start")
             results = await self._drive(kernel(**arguments), placement, counters)

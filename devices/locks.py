@@ -10,39 +10,60 @@ Lock order: at most one range is held by a task at a time. Fair: an operation wa
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from types import TracebackType
 
 import trio
 
 
-@dataclass(eq=False)
-class _Turn:
-    start: int
-    end: int
-    ended: trio.Event = field(default_factory=trio.Event)
+class Turn:
+    """One operation's turn on [start, end), as an async context manager."""
+
+    __slots__ = ("_turns", "end", "ended", "start")
+
+    def __init__(self, turns: list[Turn], start: int, end: int) -> None:
+        self._turns = turns
+        self.start = start
+        self.end = end
+        self.ended: trio.Event | None = None
+        """For those who wait for the end of this one, once there are some."""
+
+    async def __aenter__(self) -> None:
+        earlier = [other for other in self._turns if other.start < self.end and self.start < other.end]
+        self._turns.append(self)
+        try:
+            for other in earlier:
+                await other.over()
+        except BaseException:
+            self._end()
+            raise
+
+    async def over(self) -> None:
+        """Return when it has ended."""
+        if self in self._turns:
+            if self.ended is None:
+                self.ended = trio.Event()
+            await self.ended.wait()
+        else:
+            await trio.lowlevel.checkpoint()
+
+    def _end(self) -> None:
+        self._turns.remove(self)
+        if self.ended is not None:
+            self.ended.set()
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._end()
 
 
 class RangeLock:
     """Turns on page ranges of one address space."""
 
     def __init__(self) -> None:
-        self._turns: list[_Turn] = []
+        self._turns: list[Turn] = []
 
-    @asynccontextmanager
-    async def hold(self, start: int, end: int) -> AsyncIterator[None]:
-        """Wait for earlier operations that overlap [start, end), then have the range alone."""
-        turn = _Turn(start, end)
-        earlier = [other for other in self._turns if other.start < end and start < other.end]
-        self._turns.append(turn)
-        try:
-            for other in earlier:
-                await other.ended.wait()
-            yield
-        finally:
-            self._turns.remove(turn)
-            turn.ended.set()
+    def hold(self, start: int, end: int) -> Turn:
+        """To be entered: wait for earlier operations that overlap [start, end), then have the range alone."""
+        return Turn(self._turns, start, end)
 
     @property
     def held(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 
 @dataclass
@@ -17,16 +17,19 @@ class Traffic:
 
     def as_map(self) -> dict[str, int]:
         """By name."""
-        return {name: getattr(self, name) for name in TRAFFIC_FIELDS}
+        return dict(vars(self))
+
+    def copy(self) -> Traffic:
+        """One of its own, as it is now."""
+        return Traffic(**vars(self))
 
     def since(self, earlier: Traffic) -> Traffic:
         """What was added after the copy `earlier` was taken."""
-        return Traffic(*(getattr(self, name) - getattr(earlier, name) for name in TRAFFIC_FIELDS))
+        before = vars(earlier)
+        return Traffic(**{name: count - before[name] for name, count in vars(self).items()})
 
     def add(self, other: Traffic) -> None:
         """Take another's counts in."""
-        for name in TRAFFIC_FIELDS:
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-
-
-TRAFFIC_FIELDS = tuple(one.name for one in fields(Traffic))
+        counts = vars(self)
+        for name, count in vars(other).items():
+            counts[name] += count

@@ -492,8 +492,11 @@ class Device:
 
 def sum_counts(services: list[ServiceCounts]) -> dict[str, Any]:
     """Fault counters of all open contexts together."""
-    zero = ServiceCounts()
-    return {told: sum((getattr(counts, name) for counts in services), getattr(zero, name)) for name, told in COUNTED.items()}
+    counts = dict(vars(ServiceCounts()))
+    for service in services:
+        for name, count in vars(service).items():
+            counts[name] += count
+    return {told: counts[name] for name, told in COUNTED.items()}
 
 
 COUNTED = {one.name: one.name if one.name == "faults" else f"fault_{one.name}" for one in fields(ServiceCounts)}

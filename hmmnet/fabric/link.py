@@ -35,13 +35,20 @@ class Stretch:
         start_s = max(start_s, self._folded_until_s)
         if end_s <= start_s:
             return
+        if not self._ends or start_s > self._ends[-1]:  # nearly always: transfers are counted as they end
+            self._starts.append(start_s)
+            self._ends.append(end_s)
+        else:
+            self._join(start_s, end_s)
+        if len(self._starts) > INTERVALS_MAX:
+            self._fold(INTERVALS_MAX // 2)
+
+    def _join(self, start_s: float, end_s: float) -> None:
         low, high = bisect_left(self._ends, start_s), bisect_right(self._starts, end_s)
         if low < high:
             start_s, end_s = min(start_s, self._starts[low]), max(end_s, self._ends[high - 1])
         self._starts[low:high] = [start_s]
         self._ends[low:high] = [end_s]
-        if len(self._starts) > INTERVALS_MAX:
-            self._fold(INTERVALS_MAX // 2)
 
     def _fold(self, count: int) -> None:
         self._folded_s += sum(self._ends[:count]) - sum(self._starts[:count])

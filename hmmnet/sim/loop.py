@@ -99,11 +99,14 @@ def _batches(runner: Any) -> Generator[float, Any, None]:
     while runner.tasks:
         timeout = 0.0 if queue else clock.deadline_to_sleep_time(deadlines.next_deadline())
         unlooked += 1
-        cushion = None
+        cushion, expired = None, False
         if timeout > 0 or runner.waiting_for_idle or unlooked == LOOK_EVERY:
             unlooked, said = 0, None
             cushion = yield from _look(runner, timeout)
-        if not deadlines.expire(clock.current_time()) and cushion is not None and not queue:
+        now_s = clock.current_time()
+        if not unlooked or (deadlines._heap and deadlines._heap[0][0] <= now_s):
+            expired = deadlines.expire(now_s)  # which clears up, too: now and then is enough for that
+        if cushion is not None and not expired and not queue:
             _wake_idle(runner, cushion)
         batch = list(queue)
         queue.clear()

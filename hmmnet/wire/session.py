@@ -160,7 +160,8 @@ class Session:
         self._transmit = transmit
         self._heartbeat_s = heartbeat_s
         self._patience_s = patience_s
-        self._silent = False
+        self.silent = False
+        """Whether the peer has not been heard for longer than the lease: nothing that it granted may be used."""
         self._now = trio.lowlevel.current_clock().current_time
         """trio.current_time, by the shortest way: it is asked for with each frame."""
         self._exchange = Exchange(self._now(), lease_s, retry_s)
@@ -177,11 +178,6 @@ class Session:
         self._ticked_s = 0.0
         self._stalled_s = 0.0
         self._ended = trio.Event()
-
-    @property
-    def silent(self) -> bool:
-        """Whether the peer has not been heard for longer than the lease: nothing that it granted may be used."""
-        return self._silent
 
     @property
     def settled(self) -> bool:
@@ -447,11 +443,11 @@ class Session:
         if stalled:
             self._stalled_s = now_s
         if not self._exchange.silent(now_s):
-            self._silent = False
+            self.silent = False
             return True
         silence_s = now_s - self._exchange.heard_s
-        if not self._silent:
-            self._silent = True
+        if not self.silent:
+            self.silent = True
             log.info("%s is silent for %.1f s, longer than its lease", self.peer_name, silence_s)
             for callback in self._on_silent:
                 callback()

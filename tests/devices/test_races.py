@@ -295,6 +295,26 @@ async def test_turns_are_fair_and_ranges_apart_do_not_wait() -> None:
     assert lock.held == 0
 
 
+async def test_several_wait_for_one_turn() -> None:
+    """Nobody of those who wait for the same operation is forgotten, also if one of them gives up."""
+    lock, passed = RangeLock(), set[int]()
+
+    async def waiter(start: int) -> None:
+        async with lock.hold(start, start + 1):
+            passed.add(start)
+
+    async with trio.open_nursery() as nursery:
+        async with lock.hold(0, 10):
+            for start in (1, 3, 5):
+                nursery.start_soon(waiter, start)
+            with trio.move_on_after(0.01):
+                await waiter(7)
+            await trio.testing.wait_all_tasks_blocked()
+            assert not passed
+    assert passed == {1, 3, 5}
+    assert lock.held == 0
+
+
 async def test_a_cancelled_turn_lets_others_pass() -> None:
     """Whoever gives up waiting is not waited for."""
     lock = RangeLock()
