@@ -8,12 +8,17 @@ decides when time passes can just wake who sleeps (`WakingClock`): for a quarter
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Callable, Generator
 from typing import Any
 
 import trio
 from outcome import Outcome
 from trio.lowlevel import Abort, Task, current_clock, current_task, reschedule, wait_task_rescheduled
+
+try:
+    from trio._core._traps import WaitTaskRescheduled
+except ImportError:  # another trio: see `Suspension`
+    WaitTaskRescheduled = None  # type: ignore[assignment,misc]
 
 
 class _Word(Outcome[None]):
@@ -37,23 +42,32 @@ WORD = _Word()
 """One for all: `reschedule` makes one for each task, if it is given none."""
 
 
+class Suspension:
+    """`wait_task_rescheduled` with that abort function, to be awaited as often as one likes.
+
+    trio's passes what it asks of the scheduler through two coroutines, and makes it anew each time. Where its private name for that is not
+    to be had, this is trio's.
+    """
+
+    __slots__ = ("_abort", "_asked")
+
+    def __init__(self, abort: Callable[[Any], Abort]) -> None:
+        self._abort = abort
+        self._asked: Any = None if WaitTaskRescheduled is None else WaitTaskRescheduled(abort)
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        if self._asked is None:
+            yield from wait_task_rescheduled(self._abort).__await__()  # noqa: ASYNC105 - this is how it is awaited
+        else:
+            (yield self._asked).unwrap()
+
+
 class WakingClock(trio.abc.Clock):
     """A clock that wakes tasks by itself."""
 
     @abstractmethod
     def wake_at(self, deadline_s: float, who: list[Task]) -> None:
         """Reschedule the tasks in `who` at `deadline_s`, which is not over. Whoever is taken out until then is not."""
-
-    async def sleep_until(self, deadline_s: float) -> None:
-        """Return at `deadline_s`, which is not over; can be cancelled."""
-        who = [current_task()]
-        self.wake_at(deadline_s, who)
-
-        def leave(_: object) -> Abort:
-            who.clear()
-            return Abort.SUCCEEDED
-
-        await wait_task_rescheduled(leave)
 
 
 class Bell:
@@ -75,20 +89,21 @@ class Bell:
     async def heard(self) -> None:
         """Return when it rings."""
         self._who = [current_task()]
-        await wait_task_rescheduled(self._leave)
+        await Suspension(self._leave)
 
     async def heard_at_last(self) -> None:
         """Return when it rings, cancelled or not."""
         self._who = [current_task()]
-        await wait_task_rescheduled(_stay)
+        await _STAYS
 
     async def heard_by(self, deadline_s: float) -> None:
         """Return when it rings, or at that moment of trio's clock."""
         clock = current_clock()
-        if isinstance(clock, WakingClock) and deadline_s > clock.current_time():
+        wake_at = _wakes(clock)
+        if wake_at is not None and deadline_s > clock.current_time():
             who = self._who = [current_task()]
-            clock.wake_at(deadline_s, who)
-            await wait_task_rescheduled(self._leave)
+            wake_at(deadline_s, who)
+            await Suspension(self._leave)
         else:
             with trio.move_on_at(deadline_s):
                 await self.heard()
@@ -102,11 +117,32 @@ def _stay(_: object) -> Abort:
     return Abort.FAILED
 
 
+_STAYS = Suspension(_stay)
+
+
+def _wakes(clock: trio.abc.Clock) -> Callable[[float, list[Task]], None] | None:
+    """`WakingClock.wake_at`, of one that is. (To ask an abstract class who is of its kind takes longer.)"""
+    return getattr(clock, "wake_at", None)
+
+
+def _asleep(wake_at: Callable[[float, list[Task]], None], deadline_s: float) -> Suspension:
+    """To be awaited at once: a sleep until then, which is not over."""
+    who = [current_task()]
+    wake_at(deadline_s, who)
+
+    def leave(_: object) -> Abort:
+        who.clear()
+        return Abort.SUCCEEDED
+
+    return Suspension(leave)
+
+
 async def sleep(seconds: float) -> None:
     """`trio.sleep`. Raises ValueError for less than nothing."""
     clock = current_clock()
-    if seconds > 0 and isinstance(clock, WakingClock):
-        await clock.sleep_until(clock.current_time() + seconds)
+    wake_at = _wakes(clock)
+    if seconds > 0 and wake_at is not None:
+        await _asleep(wake_at, clock.current_time() + seconds)
     else:
         await trio.sleep(seconds)
 
@@ -114,7 +150,8 @@ async def sleep(seconds: float) -> None:
 async def sleep_until(deadline_s: float) -> None:
     """`trio.sleep_until`."""
     clock = current_clock()
-    if isinstance(clock, WakingClock) and deadline_s > clock.current_time():
-        await clock.sleep_until(deadline_s)
+    wake_at = _wakes(clock)
+    if wake_at is not None and deadline_s > clock.current_time():
+        await _asleep(wake_at, deadline_s)
     else:
         await trio.sleep_until(deadline_s)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from typing import TypeVar
 
+import outcome
 import pytest
 import trio
 from trio.testing import MockClock
 
+from hmmnet import sleeping
 from hmmnet.sim import run_virtual
-from hmmnet.sleeping import WORD, Bell, sleep
+from hmmnet.sleeping import WORD, Bell, Suspension, sleep
 
 T = TypeVar("T")
 
@@ -70,6 +72,36 @@ def test_a_wait_can_be_cancelled_or_not(run: Callable[[Callable[[], Awaitable[li
         return ends
 
     assert run(main) == pytest.approx([1.0, 3.0, 1.0])
+
+
+@pytest.mark.parametrize("known", [True, False])
+async def test_a_wait_can_be_awaited_again_with_any_trio(monkeypatch: pytest.MonkeyPatch, known: bool) -> None:
+    """Also where its private name is not to be had; what wakes it may be a value or an error, and it can be cancelled."""
+    if not known:
+        monkeypatch.setattr(sleeping, "WaitTaskRescheduled", None)
+    me = trio.lowlevel.current_task()
+    left: list[object] = []
+
+    def leave(reason: object) -> trio.lowlevel.Abort:
+        left.append(reason)
+        return trio.lowlevel.Abort.SUCCEEDED
+
+    suspension = Suspension(leave)
+    async with trio.open_nursery() as nursery:
+        for _ in range(2):
+            nursery.start_soon(wake, me, WORD)
+            await suspension
+        nursery.start_soon(wake, me, outcome.Error(ValueError("so it is")))
+        with pytest.raises(ValueError, match="so it is"):
+            await suspension
+        nursery.cancel_scope.cancel()
+        await suspension
+    assert nursery.cancel_scope.cancelled_caught
+    assert len(left) == 1
+
+
+async def wake(task: trio.lowlevel.Task, word: outcome.Outcome[None]) -> None:
+    trio.lowlevel.reschedule(task, word)
 
 
 async def test_a_word_can_be_said_again() -> None:

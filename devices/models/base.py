@@ -139,6 +139,8 @@ class Device:
         self._nursery = wiring.nursery
         self._processes: dict[int, MirroredProcess] = {}
         self._slots: dict[int, Context] = {}
+        self.open_mirrors: list[tuple[int, Mirror]] = []
+        """(process, mirror) of every open context: for who checks them after every step."""
         self._slot_last = 0
         self._closed_traffic = Traffic()
         self._freed = trio.Event()
@@ -183,6 +185,7 @@ class Device:
         service.buffer.entries = self._entries
         opened = Opened(context, service, Engine(context, service, self.clock.now, self.spec))
         self.contexts[message.context] = opened
+        self.open_mirrors.append((message.process, mirror))
         self._slots[self._slot_last] = context
         self._nursery.start_soon(self._serve_context, opened)
         await self.opened(opened)
@@ -210,6 +213,7 @@ class Device:
         finally:
             closes = self.contexts.pop(message.context, None) is not None
             if closes:
+                self.open_mirrors.remove((opened.context.process.number, opened.context.mirror))
                 opened.scope.cancel()
                 await opened.closed.wait()
                 self._forget(opened.context)
@@ -431,10 +435,6 @@ class Device:
     def mirrors(self) -> list[tuple[int, Words, Words, npt.NDArray[np.bool_]]]:
         """(process, pages, frames, may write) of every open context: for who checks them against page tables."""
         return [(opened.context.process.number, *opened.context.mirror.translations()) for opened in self.contexts.values()]
-
-    def open_mirrors(self) -> list[tuple[int, Mirror]]:
-        """(process, mirror) of every open context: for who checks them after every step."""
-        return [(opened.context.process.number, opened.context.mirror) for opened in self.contexts.values()]
 
     @property
     def fenced(self) -> bool:

@@ -35,9 +35,12 @@ class Stretch:
         start_s = max(start_s, self._folded_until_s)
         if end_s <= start_s:
             return
-        if not self._ends or start_s > self._ends[-1]:  # nearly always: transfers are counted as they end
-            self._starts.append(start_s)
-            self._ends.append(end_s)
+        starts, ends = self._starts, self._ends
+        if not ends or start_s > ends[-1]:  # nearly always it is the last, or goes on with the last
+            starts.append(start_s)
+            ends.append(end_s)
+        elif start_s >= starts[-1]:
+            ends[-1] = max(ends[-1], end_s)
         else:
             self._join(start_s, end_s)
         if len(self._starts) > INTERVALS_MAX:

@@ -236,7 +236,7 @@ class SimulatedMachine:
         for name, node in self._nodes.items():
             device = node.device
             if device is not None and device.contexts:
-                mirrors += [(name, *mirror) for mirror in device.open_mirrors()]
+                mirrors += [(name, *mirror) for mirror in device.open_mirrors]
                 found += self._used_beyond_lease(name, device)
         return self.host.audit_changes(mirrors) + found
 

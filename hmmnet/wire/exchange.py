@@ -141,6 +141,8 @@ class Exchange:
         """The last that arrived with all before it: what our frames acknowledge."""
         self.unreported = 0
         """Frames received since we last acknowledged."""
+        self.waiting_for_room = False
+        """Whether frames wait for the window."""
         self._kept: deque[bytes] = deque()
         self._acknowledged = 0
         self._released = 0
@@ -165,6 +167,7 @@ class Exchange:
         if self._released == self.sequence - 1 and len(kept) <= WINDOW:
             self._released += 1
             return True
+        self.waiting_for_room = True
         return False
 
     @property
@@ -184,6 +187,7 @@ class Exchange:
             return []
         begin = self._released - self._acknowledged
         self._released += room
+        self.waiting_for_room = self._released < self.sequence
         return [self._kept[i] for i in range(begin, begin + room)]
 
     def overdue(self, now_s: float) -> list[bytes]:
@@ -232,11 +236,6 @@ class Exchange:
         """Take the table's step for a frame that is new."""
         self.state, action = (self.state is _LIVE and _WHILE_LIVE[kind]) or TRANSITIONS[self.state, kind]
         return action
-
-    @property
-    def waiting_for_room(self) -> bool:
-        """Whether frames wait for the window."""
-        return self._released < self.sequence
 
     def silent(self, now_s: float) -> bool:
         """Whether the peer was not heard for longer than the lease."""

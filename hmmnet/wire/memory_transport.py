@@ -12,10 +12,10 @@ from types import TracebackType
 from typing import Self
 
 import trio
-from trio.lowlevel import Abort, Task, checkpoint, checkpoint_if_cancelled, current_task, reschedule, wait_task_rescheduled
+from trio.lowlevel import Abort, Task, checkpoint, checkpoint_if_cancelled, current_task, reschedule
 
 from hmmnet.errors import HmmnetError
-from hmmnet.sleeping import WORD
+from hmmnet.sleeping import WORD, Suspension
 
 from .transport import CHANNEL_BYTES_MAX, FRAME_BYTES_MAX, Buffer
 
@@ -35,25 +35,31 @@ Watch = Callable[[float, str, Parts], None]
 class Waiters:
     """Who waits, in their order: trio's ParkingLot with less around it."""
 
-    __slots__ = ("tasks",)
+    __slots__ = ("_alone", "tasks")
 
     def __init__(self) -> None:
         self.tasks: deque[Task] = deque()
         """Look here first: most often nobody waits."""
+        self._alone = Suspension(self._first_leaves)
+        """The wait of who waits alone, nearly always the same task again and again."""
 
-    def leaving(self) -> Callable[[object], Abort]:
-        """The current task is about to wait: `await wait_task_rescheduled(waiters.leaving())`. A wait of its own would be one frame more
-        on the way to each task that goes on.
-        """
-        task = current_task()
-        tasks = self.tasks
+    def park(self) -> Suspension:
+        """To be awaited at once: the current task waits for `unpark`."""
+        task, tasks = current_task(), self.tasks
         tasks.append(task)
+        if len(tasks) == 1:
+            return self._alone
 
         def leave(_: object) -> Abort:
             tasks.remove(task)
             return Abort.SUCCEEDED
 
-        return leave
+        return Suspension(leave)
+
+    def _first_leaves(self, _: object) -> Abort:
+        """Who came when nobody waited is the first as long as it waits."""
+        self.tasks.popleft()
+        return Abort.SUCCEEDED
 
     def unpark(self) -> None:
         """The first goes on, if there is one."""
@@ -96,8 +102,6 @@ class Pipe:
         """The receiving end is gone: what is sent falls into the void, as it does with sockets."""
         self.detour: Detour | None = None
         """Where what is put goes first, when something may happen to it on the way."""
-        self.end: Callable[[Parts], None] = self.arrive
-        """Where what took the detour arrives."""
         self._dead = False
         self._limit = limit
         self._max_bytes = max_bytes
@@ -124,7 +128,7 @@ class Pipe:
             if self._takers.tasks:
                 self._takers.unpark()
         else:
-            self.detour(parts, self.end)
+            self.detour(parts, self.arrive)
 
     def arrive(self, parts: Parts) -> None:
         """A message is there; what comes late to a full or a closed pipe is lost."""
@@ -141,7 +145,7 @@ class Pipe:
     async def put(self, parts: Parts) -> None:
         """Append, waiting for room."""
         while len(self.queue) >= self._limit and not self.closed:
-            await wait_task_rescheduled(self._givers.leaving())
+            await self._givers.park()
         self.put_nowait(parts)
 
     def get_nowait(self) -> Parts:
@@ -163,7 +167,7 @@ class Pipe:
             await checkpoint() if self._turns.over() else await checkpoint_if_cancelled()
         while self._dead or not (self.queue or self.closed):
             self._turns.waited()
-            await wait_task_rescheduled(self._takers.leaving())
+            await self._takers.park()
         return self.get_nowait()
 
     def detach(self) -> None:
@@ -211,17 +215,27 @@ class MemoryChannel:
         self.refused = 0
         self._inbound = inbound
         self._outbound = outbound
+        self._detour: Detour | None = None
+        """Where what is sent goes first."""
         self._prefix: Parts = () if address is None else (address,)
         self._turns = Turns()
 
     async def send(self, header: Buffer, payload: Buffer | None = None) -> None:
         """See `Channel.send`."""
         await checkpoint() if self._turns.over() else await checkpoint_if_cancelled()
-        await self._outbound.put(self._parts(header, payload))
+        parts = self._parts(header, payload)
+        if self._detour is None:
+            await self._outbound.put(parts)
+        else:
+            self._detour(parts, self._outbound.put_late)
 
     def send_nowait(self, header: Buffer, payload: Buffer | None = None) -> None:
         """See `Channel.send_nowait`."""
-        self._outbound.put_nowait(self._parts(header, payload))
+        parts = self._parts(header, payload)
+        if self._detour is None:
+            self._outbound.put_nowait(parts)
+        else:
+            self._detour(parts, self._outbound.put_late)
 
     def _parts(self, header: Buffer, payload: Buffer | None) -> Parts:
         if self._inbound.closed:
@@ -251,11 +265,8 @@ class MemoryChannel:
 
     def divert(self, inbound: Detour, outbound: Detour) -> None:
         """What comes here, and what is sent from here, goes another way (see `Detour`)."""
-        target = self._outbound
         self._inbound.detour = inbound
-        self._outbound = Pipe(PIPE_MESSAGES_MAX, CHANNEL_BYTES_MAX)
-        self._outbound.detour = outbound
-        self._outbound.end = target.put_late
+        self._detour = outbound
 
     def cut(self) -> None:
         """This end dies: nothing that it sends arrives any more, and what arrives for it is lost. Whoever reads here waits for ever."""
@@ -263,6 +274,7 @@ class MemoryChannel:
         self._inbound = Pipe(0, 0)
         self._outbound = Pipe(0, 0)
         self._outbound.close()
+        self._detour = None
 
 
 class Hub:

@@ -14,7 +14,7 @@ import zmq
 
 from hmmnet.errors import HmmnetError
 from hmmnet.wire.bridge import BULK_BYTES
-from hmmnet.wire.memory_transport import IMMEDIATE_MAX, TELEMETRY_MESSAGES_MAX, MemoryTransport
+from hmmnet.wire.memory_transport import IMMEDIATE_MAX, TELEMETRY_MESSAGES_MAX, MemoryTransport, Pipe
 from hmmnet.wire.transport import FRAME_BYTES_MAX, Channel, Transport
 from hmmnet.wire.zmq_transport import CurveKeys, ZmqTransport
 
@@ -423,3 +423,27 @@ async def test_a_memory_channel_lets_others_run() -> None:
         assert scope.cancelled_caught
         assert far.receive_nowait()[0] == b"late", "what was not taken is there still"
         nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("gone", [0, 1, 2])
+async def test_of_those_who_wait_for_a_pipe_any_may_leave(gone: int) -> None:
+    """The others get what comes, in their order."""
+    pipe = Pipe(8, 100)
+    got: list[tuple[int, bytes]] = []
+    scopes = [trio.CancelScope() for _ in range(3)]
+
+    async def take(number: int) -> None:
+        with scopes[number]:
+            got.append((number, (await pipe.get())[0]))
+
+    async with trio.open_nursery() as nursery:
+        for number in range(3):
+            nursery.start_soon(take, number)
+            await trio.testing.wait_all_tasks_blocked()
+        scopes[gone].cancel()
+        await trio.testing.wait_all_tasks_blocked()
+        pipe.put_nowait((b"first",))
+        await trio.testing.wait_all_tasks_blocked()
+        pipe.put_nowait((b"second",))
+    stayed = [number for number in range(3) if number != gone]
+    assert got == list(zip(stayed, (b"first", b"second"), strict=True))
