@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hmmnet.errors import HmmnetError
-from hmmnet.pages import ADDRESS_BITS, PAGE_SHIFT, PAGE_SIZE, ZERO_FRAME, Words, distinct, is_ascending
+from hmmnet.pages import ADDRESS_BITS, FEW, PAGE_SHIFT, PAGE_SIZE, ZERO_FRAME, Words, distinct, is_ascending
 
 from .memory import Memory
 from .mirror import Mirror, allows, frames_of
@@ -427,6 +427,9 @@ def check_addresses(addresses: Words, size: int) -> None:
 
 def runs(mask: npt.NDArray[np.bool_], frames: Words | None = None) -> Iterator[tuple[int, int]]:
     """Runs [i, j) of True in `mask`, cut also where `frames` do not go on by one."""
+    if len(mask) <= FEW:
+        yield from _few_runs(mask.tolist(), None if frames is None else frames.tolist())
+        return
     places = np.flatnonzero(mask)
     if len(places) == 0:
         return
@@ -436,6 +439,17 @@ def runs(mask: npt.NDArray[np.bool_], frames: Words | None = None) -> Iterator[t
     cuts = np.flatnonzero(breaks) + 1
     for part_first, part_end in zip([0, *cuts.tolist()], [*cuts.tolist(), len(places)], strict=True):
         yield int(places[part_first]), int(places[part_end - 1]) + 1
+
+
+def _few_runs(mask: list[bool], frames: list[int] | None) -> Iterator[tuple[int, int]]:
+    """`runs`, looked for one by one."""
+    first = None
+    for i, chosen in enumerate([*mask, False]):
+        if first is not None and not (chosen and (frames is None or frames[i] == frames[i - 1] + 1)):
+            yield first, i
+            first = None
+        if chosen and first is None:
+            first = i
 
 
 def _nowhere(_: Bytes) -> None:

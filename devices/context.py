@@ -310,16 +310,15 @@ class Context:
                 if head is None:
                     break
                 heads[block] = head
+        if not heads:
+            return self._grant_small(np.arange(start, end, dtype=np.uint64), end, compound=compound)
         large = np.array(list(heads), np.uint64) << _BLOCK | np.uint64(LARGE)
         large_frames = np.array(list(heads.values()), np.uint64) | np.uint64(LARGE)
         if len(heads) * HUGE_PAGES == end - start:
             return large, large_frames, end
         pages = np.arange(start, end, dtype=np.uint64)
-        if heads:
-            pages = pages[~np.isin(pages >> _BLOCK, (large & _PAGE) >> _BLOCK)]
+        pages = pages[~np.isin(pages >> _BLOCK, (large & _PAGE) >> _BLOCK)]
         pages, frames, tried_until = self._grant_small(pages, end, compound=compound)
-        if len(heads) == 0:
-            return pages, frames, tried_until
         pages, frames = np.concatenate((large, pages)), np.concatenate((large_frames, frames))
         order = np.argsort(pages & _PAGE, kind="stable")
         return pages[order], frames[order], tried_until
@@ -361,8 +360,10 @@ class Context:
         if watch.dropped and has_large(pages):
             writable = np.repeat(writable, np.where(pages >= np.uint64(LARGE), HUGE_PAGES, 1))
             pages, frames = page_by_page(pages), page_by_page(frames)
-        kept = watch.brings(pages & _PAGE)
-        self.mirror.program_own(pages[kept], frames[kept], writable[kept])
+        if watch.dropped:
+            kept = watch.brings(pages & _PAGE)
+            pages, frames, writable = pages[kept], frames[kept], writable[kept]
+        self.mirror.program_own(pages, frames, writable)
 
     async def migrate_out(self, start: int, end: int, cause: str) -> Moved:
         """migrate_vma of own pages in [start, end) home; the entries go when the host asks for the copy."""

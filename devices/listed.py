@@ -11,7 +11,19 @@ from dataclasses import dataclass
 import numpy as np
 
 from hmmnet.errors import ProtocolError
-from hmmnet.pages import HUGE_PAGES, LARGE, MIGRATE_PFN_COMPOUND, PAGES_MAX, Words, among, from_wire, has_large, page_by_page, pages_in
+from hmmnet.pages import (
+    HUGE_PAGES,
+    LARGE,
+    MIGRATE_PFN_COMPOUND,
+    PAGES_MAX,
+    Words,
+    among,
+    bits_in_any,
+    from_wire,
+    has_large,
+    page_by_page,
+    pages_in,
+)
 
 from .memory import PAGES_PER_LIST_MAX
 
@@ -41,6 +53,8 @@ class Moved:
 
 def positions(start: int, words: Words) -> Words:
     """The pages that MIGRATE_PFN `words` of a range from `start` on are for, large ones marked."""
+    if not bits_in_any(words) & MIGRATE_PFN_COMPOUND:
+        return np.arange(start, start + len(words), dtype=np.uint64)
     large = words & np.uint64(MIGRATE_PFN_COMPOUND) != 0
     counts = np.where(large, HUGE_PAGES, 1)
     pages = (np.cumsum(counts) - counts + start).astype(np.uint64)

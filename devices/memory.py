@@ -36,6 +36,7 @@ from hmmnet.arena import DISCARD_MIN_PAGES, Arena
 from hmmnet.errors import ProtocolError
 from hmmnet.faults.injector import Points
 from hmmnet.pages import (
+    FEW,
     HUGE_PAGES,
     HUGE_SHIFT,
     LARGE,
@@ -45,6 +46,7 @@ from hmmnet.pages import (
     Words,
     ascending,
     from_wire,
+    has_large,
     page_by_page,
     pages_in,
     run_bounds,
@@ -95,6 +97,7 @@ class Memory:
         self.zone = zone
         self.pages = pages
         self.base = zone << ZONE_SHIFT
+        self._base, self._pages = np.uint64(self.base), np.uint64(pages)
         self.arena = Arena(self.base, pages) if arena is None else arena
         self.points = Points()
         """Where faults of this device are injected."""
@@ -131,7 +134,7 @@ class Memory:
 
     def owns(self, frames: Words) -> npt.NDArray[np.bool_]:
         """Which of `frames` lie in this device's zone."""
-        return frames - np.uint64(self.base) < np.uint64(self.pages)
+        return frames - self._base < self._pages
 
     def grant(self, count: int) -> Words | None:
         """`count` frames for a migration to fill, in few runs; None when fewer are free."""
@@ -182,12 +185,12 @@ class Memory:
 
     def _cells(self, frames: Words) -> npt.NDArray[np.intp]:
         """Where the state of `frames` stands: of a large one whose block is folded at its first frame, else of each frame at its own."""
-        large = frames >= np.uint64(LARGE)
-        if not large.any():
+        if not has_large(frames):
             cells = self.arena.indices(frames)
             if self._folded_count:
                 self._unfold(cells)
             return cells
+        large = frames >= np.uint64(LARGE)
         cells = self.arena.indices(frames & np.uint64(LARGE - 1))
         if not large.all():
             self._unfold(cells[~large])
@@ -220,6 +223,8 @@ class Memory:
     def _release(self, cells: npt.NDArray[np.intp]) -> Words:
         """What is folded of `cells`, about to be free, is not any more, each frame in the state of the first; all frames, ascending."""
         frames = self._of(cells)
+        if not self._folded_count:
+            return ascending(frames)
         folded = cells[frames >= np.uint64(LARGE)]
         for head in folded.tolist():
             self._state[head + 1 : head + HUGE_PAGES] = self._state[head]
@@ -233,7 +238,9 @@ class Memory:
         `drop` is called with them before they are forgotten, to remove what may still lead there. Raises ProtocolError unless all are
         live, and each is named once.
         """
-        cells = np.sort(self._listed(raw, "FreeFrames", LIVE, LIVE))
+        cells = self._listed(raw, "FreeFrames", LIVE, LIVE)
+        if len(cells) > 1:
+            cells = np.sort(cells)
         if len(cells) == 0:
             return _NO_FRAMES
         if len(cells) > 1 and (cells[1:] == cells[:-1]).any():
@@ -291,6 +298,10 @@ class Memory:
         frames = from_wire(raw)
         if len(frames) == 0:
             return _NO_CELLS
+        if len(frames) <= FEW and not self._folded_count:
+            few = [frame - self.base for frame in frames.tolist()]
+            if all(0 <= cell < self.pages and low <= self._state[cell] <= high for cell in few):
+                return np.array(few, np.intp)
         if pages_in(frames) > PAGES_PER_LIST_MAX:
             raise ProtocolError(f"{what} stands for {pages_in(frames)} frames; at most {PAGES_PER_LIST_MAX} are taken")
         large = frames >= np.uint64(LARGE)

@@ -37,6 +37,7 @@ from hmmnet.pages import (
     Words,
     among,
     ascending,
+    has_large,
     page_by_page,
     runs_of,
 )
@@ -52,6 +53,7 @@ ENTRY_SHIFT = 8
 _SHIFT = np.uint64(ENTRY_SHIFT)
 _VALID = np.uint64(ENTRY_VALID)
 _WRITE = np.uint64(ENTRY_WRITE)
+_WRITABLE = _VALID | _WRITE
 _PFN_VALID = np.uint64(HMM_PFN_VALID)
 _PFN_USABLE = np.uint64(HMM_PFN_VALID | HMM_PFN_ERROR)
 _PFN_WRITE = np.uint64(HMM_PFN_WRITE)
@@ -68,7 +70,7 @@ def frames_of(entries: Words) -> Words:
 
 def allows(entries: Words, write: bool) -> npt.NDArray[np.bool_]:
     """Which entries permit an access."""
-    needed = _VALID | _WRITE if write else _VALID
+    needed = _WRITABLE if write else _VALID
     allowed: npt.NDArray[np.bool_] = (entries & needed) == needed
     return allowed
 
@@ -324,13 +326,15 @@ class Mirror:
         if len(pages) == 0:
             return
         entries = (frames & _PAGE) << _SHIFT | _VALID | np.where(writable, _WRITE, np.uint64(0))
-        large = pages >= np.uint64(LARGE)
-        if large.any():
+        if has_large(pages):
+            large = pages >= np.uint64(LARGE)
             blocks = (pages[large] & _PAGE) >> _BLOCK
             for first, end in runs_of(np.sort(blocks)):
                 self._table.clear(first << HUGE_SHIFT, end << HUGE_SHIFT)
             self._table.set_pmds(blocks, entries[large])
-        self._table.scatter(pages[~large], entries[~large])
+            self._table.scatter(pages[~large], entries[~large])
+        else:
+            self._table.scatter(pages, entries)
         self._memory.note_mapping(self.slot, pages, frames)
 
     def program_exclusive(self, start: int, words: Words) -> None:
@@ -347,6 +351,8 @@ class Mirror:
         """Take the entries of [start, end) that lead to memory not ours out of the table, while their pages may be moving."""
         watch = self.watch(start, end)
         pages = self._table.occupied(start, end)
+        if len(pages) == 0:
+            return Hidden(watch, _NO_PAGES, _NO_PAGES)
         entries = self._table.gather(pages)
         foreign = ~self._memory.owns(frames_of(entries))
         if foreign.any():

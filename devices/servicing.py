@@ -180,6 +180,8 @@ class FaultService:
         moving = self._may_move(pages)
         await self._migrate(pages[moving], write[moving], policy, fatal)
         pages, write = self._still_missing(pages, write, fatal)
+        if not len(pages):
+            return
         missing, write_missing = pages, write
         pages_own = pages[write & self._read_only_own(pages)]
         if len(pages_own):

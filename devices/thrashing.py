@@ -18,7 +18,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from hmmnet.pages import Words
+from hmmnet.pages import Words, all_of
 
 LAPSE_S = 500e-6
 """Emulated seconds within which a fault on a page that was served counts as an event (uvm_perf_thrashing_lapse_usec); also a nap."""
@@ -73,6 +73,7 @@ class _Books:
         count = len(new)
         if not count:
             return
+        ordered = all_of(at[~known] == len(self.pages))
         self.pages = np.concatenate((self.pages, new))
         self.served_s = np.concatenate((self.served_s, np.full(count, -np.inf)))
         self.events = np.concatenate((self.events, np.zeros(count, np.int64)))
@@ -82,7 +83,9 @@ class _Books:
         if len(self.pages) > PAGES_KEPT:
             since_s = np.where(np.isin(self.pages, pages), now_s, np.maximum(self.served_s, self.pinned_until_s))
             self.keep(np.argsort(since_s, kind="stable")[-max(PAGES_KEPT // 2, len(pages)) :])
-        self.keep(np.argsort(self.pages, kind="stable"))
+            ordered = False
+        if not ordered:
+            self.keep(np.argsort(self.pages, kind="stable"))
 
 
 class Thrashing:
