@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hmmnet.errors import HmmnetError
-from hmmnet.pages import ADDRESS_BITS, FEW, PAGE_SHIFT, PAGE_SIZE, ZERO_FRAME, Words, distinct, is_ascending
+from hmmnet.pages import ADDRESS_BITS, FEW, PAGE_SHIFT, PAGE_SIZE, ZERO_FRAME, Words, all_of, any_of, distinct, is_ascending
 
 from .memory import Memory
 from .mirror import Mirror, allows, frames_of
@@ -188,12 +188,12 @@ class Lanes:
         frames = frames_of(entries)
         physical = frames << _SHIFT | addresses & _OFFSET
         own = allowed & memory.owns(frames)
-        if len(addresses) and own.all():
+        if len(addresses) and all_of(own):
             self._serve(memory, physical, self._open)
             self._open = np.zeros(0, dtype=np.intp)
             return Step([], distinct(pages[:0]))
         lanes = np.arange(len(addresses)) if self._open is None else self._open
-        if own.any():
+        if any_of(own):
             self._serve(memory, physical[own], lanes[own])
         if not self.write:
             zero = allowed & (frames == _ZERO)
@@ -202,7 +202,7 @@ class Lanes:
         else:
             away = allowed & ~own
         self._open = lanes[~allowed]
-        foreign = [self._foreign(pages[away], physical[away], lanes[away])] if away.any() else []
+        foreign = [self._foreign(pages[away], physical[away], lanes[away])] if any_of(away) else []
         return Step(foreign, distinct(pages[~allowed]))
 
     def _serve(self, memory: Memory, physical: Words, lanes: npt.NDArray[np.intp] | None) -> None:
@@ -255,7 +255,7 @@ class Updates:
     @property
     def is_done(self) -> bool:
         """Whether every addition is done."""
-        return not self._open.any()
+        return not any_of(self._open)
 
     def first_address(self, page: int) -> int:
         """The lowest byte of `page` that is wanted."""
@@ -298,7 +298,7 @@ class Range:
     @property
     def is_done(self) -> bool:
         """Whether every page is served (pages handed out as foreign count as served)."""
-        return not self._open.any()
+        return not any_of(self._open)
 
     def first_address(self, page: int) -> int:
         """The lowest byte of `page` that is wanted."""
@@ -316,16 +316,19 @@ class Range:
         own = allowed & memory.owns(frames)
         for i, j in runs(own, frames):
             self._copy(memory, int(frames[i]), i, j)
-        away = allowed & ~own
-        if not self.write:
-            zero = away & (frames == _ZERO)
-            for i, j in runs(zero):
-                low, high = self._span(i, j)
-                self.data[low:high] = 0
-            away &= ~zero
         self._open &= ~allowed
-        foreign = [part for i, j in runs(away) for part in self._foreign(frames, i, j)]
-        return Step(foreign, (np.flatnonzero(self._open) + self._first).astype(np.uint64))
+        away = allowed & ~own
+        foreign: list[Foreign] = []
+        if any_of(away):
+            if not self.write:
+                zero = away & (frames == _ZERO)
+                for i, j in runs(zero):
+                    low, high = self._span(i, j)
+                    self.data[low:high] = 0
+                away &= ~zero
+            foreign = [part for i, j in runs(away) for part in self._foreign(frames, i, j)]
+        missing = (np.flatnonzero(self._open) + self._first).astype(np.uint64) if any_of(self._open) else NO_PAGES
+        return Step(foreign, missing)
 
     def _span(self, i: int, j: int) -> tuple[int, int]:
         """The bytes of `data` that pages i to j (of the range) hold."""
@@ -421,7 +424,7 @@ def check_addresses(addresses: Words, size: int) -> None:
         bad = int(addresses[int(np.argmax(addresses >= np.uint64(ADDRESS_END)))])
         raise AccessError(bad, f"the address is beyond the {ADDRESS_BITS}-bit address space")
     crooked = addresses & np.uint64(size - 1)
-    if crooked.any():
+    if any_of(crooked != 0):
         raise JobError(f"misaligned address 0x{int(addresses[int(np.argmax(crooked != 0))]):x} for elements of {size} bytes")
 
 

@@ -44,6 +44,8 @@ from hmmnet.pages import (
     PAGE_SIZE,
     ZONE_SHIFT,
     Words,
+    all_of,
+    any_of,
     ascending,
     from_wire,
     has_large,
@@ -243,7 +245,7 @@ class Memory:
             cells = np.sort(cells)
         if len(cells) == 0:
             return _NO_FRAMES
-        if len(cells) > 1 and (cells[1:] == cells[:-1]).any():
+        if len(cells) > 1 and any_of(cells[1:] == cells[:-1]):
             raise ProtocolError("FreeFrames names a frame twice")
         drop(self._of(cells))
         self._state[cells] = FREE_DIRTY
@@ -373,7 +375,7 @@ class Memory:
         new = np.uint64(slot) << _PLACE_BITS | pages
         old = self._places[indices]
         kept = (old != 0) & (old != new)
-        if kept.any():
+        if any_of(kept):
             for index, place in zip(indices[kept].tolist(), old[kept].tolist(), strict=True):
                 self._more.setdefault(index, set()).add(place)
         self._places[indices] = new
@@ -392,7 +394,7 @@ class Memory:
         if len(places) == 0:
             return []
         slots, pages = places >> _PLACE_BITS, places & _PLACE_PAGE_MASK | marks
-        if bool((slots == slots[0]).all()):
+        if all_of(slots == slots[0]):
             return [(int(slots[0]), pages)]
         return [(slot, pages[slots == np.uint64(slot)]) for slot in np.unique(slots).tolist()]
 

@@ -35,7 +35,9 @@ from hmmnet.pages import (
     LARGE,
     PAGES_MAX,
     Words,
+    all_of,
     among,
+    any_of,
     ascending,
     has_large,
     page_by_page,
@@ -170,8 +172,10 @@ class Mirror:
     def held(self, pages: Words) -> tuple[Words, Words, npt.NDArray[np.bool_]]:
         """`translations`, of `pages`."""
         entries = self._table.gather(pages)
-        usable = allows(entries, False).nonzero()[0]
-        return pages[usable], frames_of(entries[usable]), allows(entries[usable], True)
+        usable = allows(entries, False)
+        if not all_of(usable):
+            pages, entries = pages[usable], entries[usable]
+        return pages, frames_of(entries), allows(entries, True)
 
     def has_exclusive(self, start: int, end: int) -> bool:
         """Whether a page of [start, end) is mapped for exclusive access."""
@@ -236,8 +240,8 @@ class Mirror:
         """Remove the entries of `pages`, which may be large."""
         if len(pages) == 0:
             return
-        large = pages >= np.uint64(LARGE)
-        if large.any():
+        if has_large(pages):
+            large = pages >= np.uint64(LARGE)
             blocks = (pages[large] & _PAGE) >> _BLOCK
             for first, end in runs_of(np.sort(blocks)):
                 self.drop(first << HUGE_SHIFT, end << HUGE_SHIFT)
@@ -249,8 +253,8 @@ class Mirror:
 
     def drop_frames(self, pages: Words, frames: Words) -> None:
         """Remove the entries of those `pages` (a hint from the reverse map) that lead to one of `frames` (sorted); both may be large."""
-        large = pages >= np.uint64(LARGE)
-        if large.any():
+        if has_large(pages):
+            large = pages >= np.uint64(LARGE)
             pmds = self._table.pmds.gather((pages[large] & _PAGE) >> _BLOCK)
             hit = (pmds != 0) & np.isin(frames_of(pmds) | np.uint64(LARGE), frames)
             self.drop_pages(pages[large][hit])
@@ -304,21 +308,21 @@ class Mirror:
             return False
         frames = words[(words & _PFN_USABLE) == _PFN_VALID] & _PFN_FRAME
         own = frames[self._memory.owns(frames)]
-        return bool(self._memory.stays(own, watch.since).all())
+        return not len(own) or all_of(self._memory.stays(own, watch.since))
 
     def program(self, start: int, words: Words) -> None:
         """Enter a range fault's usable words from page `start` on; entries of pages without a usable word stay as they are."""
         usable = (words & _PFN_USABLE) == _PFN_VALID
-        if not usable.any():
+        if not any_of(usable):
             return
         frames = words & _PFN_FRAME
         entries = frames << _SHIFT | _VALID | np.where(words & _PFN_WRITE != 0, _WRITE, np.uint64(0))
-        if usable.all():
+        if all_of(usable):
             self._table.write(start, entries)
         else:
             self._table.scatter((np.flatnonzero(usable) + start).astype(np.uint64), entries[usable])
         own = usable & self._memory.owns(frames)
-        if own.any():
+        if any_of(own):
             self._memory.note_mapping(self.slot, (np.flatnonzero(own) + start).astype(np.uint64), frames[own])
 
     def program_own(self, pages: Words, frames: Words, writable: npt.NDArray[np.bool_]) -> None:
@@ -355,7 +359,7 @@ class Mirror:
             return Hidden(watch, _NO_PAGES, _NO_PAGES)
         entries = self._table.gather(pages)
         foreign = ~self._memory.owns(frames_of(entries))
-        if foreign.any():
+        if any_of(foreign):
             pages = pages[foreign]
             self._table.scatter(pages, 0)
             self._tell_watches(start, end, watch)

@@ -30,7 +30,18 @@ import trio
 
 from hmmnet.errors import HmmnetError, KernelError, PeerError, PeerLost
 from hmmnet.fabric.clock import EmulatedClock
-from hmmnet.pages import HMM_PFN_REQ_FAULT, HMM_PFN_REQ_WRITE, HMM_PFN_WRITE, HUGE_SHIFT, ZERO_FRAME, Words, among, distinct, runs_of
+from hmmnet.pages import (
+    HMM_PFN_REQ_FAULT,
+    HMM_PFN_REQ_WRITE,
+    HMM_PFN_WRITE,
+    HUGE_SHIFT,
+    ZERO_FRAME,
+    Words,
+    among,
+    any_of,
+    distinct,
+    runs_of,
+)
 from hmmnet.sleeping import sleep
 
 from .context import MIGRATE_PAGES_MAX, Context, cut
@@ -157,7 +168,7 @@ class FaultService:
         pages, write = self._still_missing(batch.pages, batch.write)
         self.counts.stale += len(batch.pages) - len(pages)
         verdict = self._thrashing.look(pages, self._now())
-        if verdict.after.any():
+        if any_of(verdict.after):
             await self._serve(pages[~verdict.after], write[~verdict.after], policy, fatal)
             pages, write = pages[verdict.after], write[verdict.after]
             await self._nap(verdict.nap_s)
@@ -196,7 +207,9 @@ class FaultService:
     def _still_missing(self, pages: Words, write: Mask, fatal: Collection[int] = ()) -> tuple[Words, Mask]:
         """Those of `pages` that are not accessible yet, and can be for all that is known."""
         entries = self._context.mirror.translate(pages)
-        missing: Mask = ~np.where(write, allows(entries, True), allows(entries, False))
+        missing: Mask = ~allows(entries, False)
+        if any_of(write):
+            missing |= write & ~allows(entries, True)
         if fatal:
             missing &= ~np.isin(pages, np.fromiter(fatal, np.uint64, len(fatal)))
         return pages[missing], write[missing]

@@ -18,7 +18,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from hmmnet.pages import Words, all_of
+from hmmnet.pages import Words, all_of, any_of
 
 LAPSE_S = 500e-6
 """Emulated seconds within which a fault on a page that was served counts as an event (uvm_perf_thrashing_lapse_usec); also a nap."""
@@ -115,7 +115,7 @@ class Thrashing:
         books.throttles[pinned] = 0
         self.pins += len(pinned)
         after = thrash & (books.pinned_until_s[rows] <= now_s)
-        if not after.any():
+        if not any_of(after):
             return Verdict(after, 0.0)
         return Verdict(after, self.nap_s())
 
