@@ -67,7 +67,15 @@ class TableUpdate:
     """A migration that waits for its device: what is to be done at `MigrateDone`, and who is to be woken."""
 
     finalize: Callable[[], None]
+    said: bool = False
+    """The device has said that it uses its pages: what it writes from then on is theirs alone, whatever becomes of it."""
     done: trio.Event = field(default_factory=trio.Event)
+
+    def end(self) -> None:
+        """Finalize, once."""
+        if not self.done.is_set():
+            self.finalize()
+            self.done.set()
 
 
 class Requests:
@@ -232,26 +240,30 @@ class Requests:
 
     async def _table_updated(self, update: TableUpdate) -> None:
         link = self._life.link
-        async with link.transfer():
-            if not await in_time(update.done.wait, self._clock, TABLE_UPDATE_S):
-                link.condemn(f"it did not say that its table is up to date within {TABLE_UPDATE_S:g} s")
-                raise link.lost_error()
+        try:
+            async with link.transfer():
+                if not await in_time(update.done.wait, self._clock, TABLE_UPDATE_S):
+                    link.condemn(f"it did not say that its table is up to date within {TABLE_UPDATE_S:g} s")
+                    raise link.lost_error()
+        except PeerLost:
+            if update.said:
+                update.end()
+            raise
 
     def migrate_done(self, message: MigrateDone) -> Awaitable[None] | None:
         """The device has updated its table."""
         update = self._table_updates.get(message.migration)
         if update is None or update.done.is_set():
             return None
+        update.said = True
         if not self._points.passes("migrate.before_finalize", self._life.name):
             return self._finalize_late(update)
-        update.finalize()
-        update.done.set()
+        update.end()
         return None
 
     async def _finalize_late(self, update: TableUpdate) -> None:
         await self._points.at("migrate.before_finalize", device=self._life.name)
-        update.finalize()
-        update.done.set()
+        update.end()
 
     def _moved_in(self, context: Context, message: Migrate, outcome: Outcome) -> None:
         events = self._homing.events

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import trio
@@ -49,6 +50,27 @@ def test_a_migration_interrupted_at_any_step(name: str, action: str) -> None:
         assert trio.current_time() - began_s < 15
         if name not in ("migrate.after", "migrate.before_finalize", "device.before_done"):
             assert lost == 0, "its only copy was at the host"
+        machine.heal()
+        await process.exit()
+
+    hmmnet.simulate(main, MACHINE, limit_s=300.0)
+
+
+@pytest.mark.parametrize("action", ["delay", "pause"])
+def test_what_a_device_wrote_before_the_host_finalized_is_not_undone(action: Literal["delay", "pause"]) -> None:
+    """The device says that it uses the page, stores there, says that, too, and dies; its host is slow to finalize. The store is lost, not
+    undone: nobody sees the word that was there before."""
+
+    async def main(machine: SimulatedMachine) -> None:
+        process = await machine.create_process()
+        address = await process.malloc(PAGE)
+        await process.store(address, 1)
+        machine.add_fault(PointFault("migrate.before_finalize", action, "gpu0", delay_s=0.05, controls=Controls(nth=1)))
+        await process.launch("poke", "gpu0", "demand", a=address, words=(2).to_bytes(8, "little"))
+        assert machine.injector.fired, "never reached"
+        await machine.kill_device("gpu0")
+        with pytest.raises(BusError, match='only copy on device "gpu0"'):
+            await process.load(address)
         machine.heal()
         await process.exit()
 
