@@ -22,13 +22,13 @@ async def publish(
     number = 0
     told: dict[str, Any] = {}
     while True:
-        now = plain_figures(figures())
-        news = {name: value for name, value in now.items() if name != CLOCK_FIGURE}
+        now = figures()
+        news = {**now, CLOCK_FIGURE: None}
         if news != told:
             told = news
             number += 1
             try:
-                channel.send_nowait(pack_sample(Sample(device, zone, number, now), secret))
+                channel.send_nowait(pack_sample(Sample(device, zone, number, plain_figures(now)), secret))
             except trio.WouldBlock:
                 told = {}  # try again with the next sample
         await sleep(every_s)

@@ -22,7 +22,7 @@ from hmmnet.wire.codec import WITH_BODY, decode_body, decode_header
 from .controls import Chance, Tally
 from .messages import Channel, Delivery, MessageFault, Parts
 
-Deliver = Callable[[Parts], None]
+Deliver = Callable[[Parts], object]
 BULK_WAYS = ("bulk to host", "bulk to device")
 """What `Network.watch` is told of chunks and their acknowledgements."""
 

@@ -26,7 +26,7 @@ IMMEDIATE_MAX = 16
 """Messages in a row that a task takes or gives without a yield, as in the bridge."""
 
 Parts = tuple[bytes, ...]
-Detour = Callable[[Parts, Callable[[Parts], None]], None]
+Detour = Callable[[Parts, Callable[[Parts], object]], None]
 """Given a message, and what to call with it when, if, and as often as it arrives."""
 Watch = Callable[[float, str, Parts], None]
 """Told the time, the way and the parts of every message that a pipe takes."""
@@ -75,22 +75,19 @@ class Waiters:
 class Turns:
     """Lets others run now and then, between messages that a task takes or gives without having to wait."""
 
-    __slots__ = ("_immediate",)
+    __slots__ = ("immediate",)
 
     def __init__(self) -> None:
-        self._immediate = 0
+        self.immediate = 0
+        """Messages since the task had to wait, when others ran."""
 
     def over(self) -> bool:
         """One more without waiting: whether that makes `IMMEDIATE_MAX`, and a checkpoint is due for all, not only for who is cancelled."""
-        self._immediate += 1
-        if self._immediate < IMMEDIATE_MAX:
+        self.immediate += 1
+        if self.immediate < IMMEDIATE_MAX:
             return False
-        self._immediate = 0
+        self.immediate = 0
         return True
-
-    def waited(self) -> None:
-        """The task has to wait, and others run."""
-        self._immediate = 0
 
 
 class Pipe:
@@ -111,16 +108,16 @@ class Pipe:
         self._way = way
         self._watch = watch
 
-    def put_nowait(self, parts: Parts) -> None:
-        """Append. Raises `trio.WouldBlock` when full. A part above the limit is lost, as a socket would drop it with its connection."""
+    def offer(self, parts: Parts) -> bool:
+        """Append; False when full. A part above the limit is lost, as a socket would drop it with its connection."""
         if self.closed:
-            return
+            return True
         max_bytes = self._max_bytes
         for part in parts:
             if len(part) > max_bytes:
-                return
+                return True
         if len(self.queue) >= self._limit:
-            raise trio.WouldBlock
+            return False
         if self._watch is not None:
             self._watch(trio.current_time(), self._way, parts)
         if self.detour is None:
@@ -129,6 +126,12 @@ class Pipe:
                 self._takers.unpark()
         else:
             self.detour(parts, self.arrive)
+        return True
+
+    def put_nowait(self, parts: Parts) -> None:
+        """`offer`. Raises `trio.WouldBlock` when full."""
+        if not self.offer(parts):
+            raise trio.WouldBlock
 
     def arrive(self, parts: Parts) -> None:
         """A message is there; what comes late to a full or a closed pipe is lost."""
@@ -137,16 +140,10 @@ class Pipe:
             if self._takers.tasks:
                 self._takers.unpark()
 
-    def put_late(self, parts: Parts) -> None:
-        """`put_nowait` for what comes from elsewhere; it is lost when the pipe is full."""
-        if len(self.queue) < self._limit:
-            self.put_nowait(parts)
-
     async def put(self, parts: Parts) -> None:
         """Append, waiting for room."""
-        while len(self.queue) >= self._limit and not self.closed:
+        while not self.offer(parts):
             await self._givers.park()
-        self.put_nowait(parts)
 
     def get_nowait(self) -> Parts:
         """Take the first. Raises `trio.WouldBlock` when empty."""
@@ -155,18 +152,25 @@ class Pipe:
         if not self.queue:
             raise trio.WouldBlock
         parts = self.queue.popleft()
-        if self._givers.tasks:
-            self._givers.unpark()
+        if self.queue or self._givers.tasks:
+            self._pass_on()
+        return parts
+
+    def _pass_on(self) -> None:
+        """There is room, and perhaps more to take."""
+        self._givers.unpark()
         if self.queue:
             self._takers.unpark()
-        return parts
 
     async def get(self) -> Parts:
         """Take the first, waiting for it."""
-        if self.queue and not self._dead:
+        queue = self.queue
+        if queue and not self._dead:
             await checkpoint() if self._turns.over() else await checkpoint_if_cancelled()
-        while self._dead or not (self.queue or self.closed):
-            self._turns.waited()
+        while self._dead or not queue:
+            if self.closed and not self._dead:
+                break
+            self._turns.immediate = 0
             await self._takers.park()
         return self.get_nowait()
 
@@ -227,15 +231,15 @@ class MemoryChannel:
         if self._detour is None:
             await self._outbound.put(parts)
         else:
-            self._detour(parts, self._outbound.put_late)
+            self._detour(parts, self._outbound.offer)
 
     def send_nowait(self, header: Buffer, payload: Buffer | None = None) -> None:
         """See `Channel.send_nowait`."""
         parts = self._parts(header, payload)
-        if self._detour is None:
-            self._outbound.put_nowait(parts)
-        else:
-            self._detour(parts, self._outbound.put_late)
+        if self._detour is not None:
+            self._detour(parts, self._outbound.offer)
+        elif not self._outbound.offer(parts):
+            raise trio.WouldBlock
 
     def _parts(self, header: Buffer, payload: Buffer | None) -> Parts:
         if self._inbound.closed:
@@ -315,9 +319,8 @@ class MemoryListener:
     def send_nowait(self, peer: bytes, frame: Buffer) -> None:
         """See `Listener.send_nowait`."""
         pipe = self._hub.outbound.get(peer)
-        if pipe is None:
+        if pipe is None or not pipe.offer((bytes(frame),)):
             raise trio.WouldBlock
-        pipe.put_nowait((bytes(frame),))
 
     async def aclose(self) -> None:
         """See `Listener.aclose`."""

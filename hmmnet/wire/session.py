@@ -86,7 +86,10 @@ class PendingReply(Bell):
         """
         if self._answer is None and self._error is None:
             await (self.heard() if self._reader is None else self._read(self._reader))
-        return self._outcome()
+        if self._error is not None:
+            raise self._error
+        assert self._answer is not None
+        return self._answer
 
     async def wait_shielded(self) -> Message:
         """`wait` that is not cancelled. Raises what it does."""
@@ -96,7 +99,7 @@ class PendingReply(Bell):
             else:
                 with trio.CancelScope(shield=True):
                     await self._read(self._reader)
-        return self._outcome()
+        return await self.wait()
 
     async def answered_by(self, deadline_s: float) -> bool:
         """Whether there is an answer at that moment of trio's clock; return when there is one."""
@@ -107,12 +110,6 @@ class PendingReply(Bell):
                 with trio.move_on_at(deadline_s):
                     await self._read(self._reader)
         return self.answered
-
-    def _outcome(self) -> Message:
-        if self._error is not None:
-            raise self._error
-        assert self._answer is not None
-        return self._answer
 
     async def _read(self, reader: Reader) -> None:
         """Read until the answer is there, or wait while others do."""
@@ -278,39 +275,38 @@ class Session:
         be read; a request that cannot is answered with an error.
         """
         try:
-            return self._deliver(frame)
+            kind, answers, sequence, acknowledged = decode_header(frame)
+            exchange = self._exchange
+            arrival = exchange.arrived(sequence, acknowledged, self._now())
+            if exchange.waiting_for_room:
+                for ready in exchange.ready():
+                    self._put(ready)
+            if arrival is not Arrival.NEW and not self._anew(arrival):
+                return None
+            if exchange.unreported >= ACKNOWLEDGE_EVERY:
+                self._send(Kind.BEAT)
+            action = exchange.means(kind)
+            if action is Action.SERVE:
+                return self._serve(kind, sequence, frame)
+            if action is Action.RESOLVE:
+                self._resolve(answers, frame)
+            elif action is not Action.NOTHING:
+                self._act(action, kind)
         except ProtocolError as error:
             self._broken(error)
-            return None
+        return None
+
+    def _anew(self, arrival: Arrival) -> bool:
+        """Whether a frame that did not come in its turn means something all the same: a session that is over answers it again."""
+        if arrival is Arrival.EARLY and self.lost is None:
+            self._send(Kind.GAP)
+        return arrival is Arrival.DUPLICATE and self._exchange.state is State.OVER
 
     def _broken(self, error: ProtocolError) -> None:
         self.refused += 1
         log.warning("broken frame from %s: %s", self.peer_name, error)
         if self.refused >= PROTOCOL_ERRORS_MAX:
             self.end(PeerLost(f"{self.peer_name} was given up after {self.refused} broken frames; the last: {error}"))
-
-    def _deliver(self, frame: bytes) -> Awaitable[None] | None:
-        kind, answers, sequence, acknowledged = decode_header(frame)
-        exchange = self._exchange
-        arrival = exchange.arrived(sequence, acknowledged, self._now())
-        if exchange.waiting_for_room:
-            for ready in exchange.ready():
-                self._put(ready)
-        if arrival is not Arrival.NEW:
-            if arrival is Arrival.EARLY and self.lost is None:
-                self._send(Kind.GAP)
-            if not (arrival is Arrival.DUPLICATE and exchange.state is State.OVER):
-                return None
-        if exchange.unreported >= ACKNOWLEDGE_EVERY:
-            self._send(Kind.BEAT)
-        action = exchange.means(kind)
-        if action is Action.SERVE:
-            return self._serve(kind, sequence, frame)
-        if action is Action.RESOLVE:
-            self._resolve(answers, frame)
-        elif action is not Action.NOTHING:
-            self._act(action, kind)
-        return None
 
     def _act(self, action: Action, kind: Kind) -> None:
         """What is rare."""
