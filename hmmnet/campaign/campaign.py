@@ -22,6 +22,7 @@ from hmmnet.errors import HmmnetError
 
 from .draw import DEVICES, OPERATIONS, draw
 from .trial import run_program
+from .workers import workers
 
 UNCOLLECTED_MAX = 40_000
 """Objects that may come to stay before garbage is looked for: what some six seeds leave in circles, which is some tens of megabytes."""
@@ -142,11 +143,8 @@ def _results(seeds: list[int], each: Each, jobs: int, dask: str) -> Iterator[Ite
         with rarely_collected():
             yield map(each, seeds)
     else:
-        with ProcessPoolExecutor(jobs, initializer=collect_rarely) as pool:
-            try:
-                yield _pooled(pool, seeds, each, jobs)
-            finally:
-                pool.shutdown(cancel_futures=True)
+        with workers(jobs, collect_rarely) as pool:
+            yield _pooled(pool, seeds, each, jobs)
 
 
 def _pooled(pool: ProcessPoolExecutor, seeds: list[int], each: Each, jobs: int) -> Iterator[Found]:

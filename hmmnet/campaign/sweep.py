@@ -37,6 +37,7 @@ from .places import Pair, pairs
 from .program import Program
 from .trial import Verdict, run_program
 from .words import DEATH
+from .workers import workers
 
 OUTCOMES = ("same", "refused", "lost", "wrong")
 NTH_MAX = 500
@@ -165,13 +166,15 @@ def sweep(
     first_only: bool = False,
     jobs: int = 1,
     on_done: Callable[[int, int, list[Tried]], None] = lambda *_: None,
+    table: dict[Pair, Cell] | None = None,
 ) -> dict[Pair, Cell]:
     """Every pair (or the `chosen`), in every scenario, at every time up to `nth_max`, on `jobs` processes.
 
     `first_only`: once a scenario has hit a pair, the others are not tried. `on_done` is told of each piece of work, in order: which, of how
-    many, and its runs.
+    many, and its runs. `table`, if it is given, is filled as it goes: what there is when this is interrupted.
     """
-    table = {pair: Cell() for pair in (pairs() if chosen is None else chosen)}
+    table = {} if table is None else table
+    table |= {pair: Cell() for pair in (pairs() if chosen is None else chosen)}
     groups = [scenarios] if first_only else [[base] for base in scenarios]
     work = [(pair, group, nth_max, first_only) for pair in table for group in groups]
     with _results(work, jobs) as results:
@@ -200,11 +203,8 @@ def _results(work: list[Work], jobs: int) -> Iterator[Iterator[list[Tried]]]:
         with rarely_collected():
             yield map(_do, work)
         return
-    with ProcessPoolExecutor(jobs, initializer=collect_rarely) as pool:
-        try:
-            yield _pooled(pool, iter(work), jobs * AHEAD)
-        finally:
-            pool.shutdown(cancel_futures=True)
+    with workers(jobs, collect_rarely) as pool:
+        yield _pooled(pool, iter(work), jobs * AHEAD)
 
 
 def _pooled(pool: ProcessPoolExecutor, left: Iterator[Work], ahead: int) -> Iterator[list[Tried]]:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hmmnet.units import counted
+
 if TYPE_CHECKING:
     from hmmnet.campaign.campaign import Found, Summary
     from hmmnet.campaign.real import Summary as RealSummary
@@ -126,11 +128,11 @@ def _real(seed: int, rounds: int, *, cables: bool, as_json: bool) -> int:
 def _tell_real(summary: RealSummary) -> None:
     figures = summary.as_json()
     faults = ", ".join(f"{count} {kind}" for kind, count in figures["faults"].items()) or "none"
-    print(f"{figures['rounds']} rounds, {figures['operations']} operations in {figures['seconds']:.0f} s; faults: {faults}")
+    print(f"{counted(figures['rounds'], 'round')}, {figures['operations']} operations in {figures['seconds']:.0f} s; faults: {faults}")
     print(f"{figures['lost_pages']} pages died with the only device that had them; {figures['processes_left']} processes are left")
     for violation in figures["violations"][:SHOWN_MAX]:
         print(f"seed {violation['seed']}: {violation['checker']}: {violation['what']}")
-    print(f"{len(figures['violations'])} violations" if figures["violations"] else "no violation")
+    print(counted(len(figures["violations"]), "violation") if figures["violations"] else "no violation")
 
 
 def seeds_of(text: str) -> range:
@@ -177,9 +179,10 @@ class _Screen:
 
 def _tell(summary: Summary) -> None:
     faults = ", ".join(f"{count} {kind}" for kind, count in sorted(summary.faults.items())) or "none"
-    print(f"{summary.seeds} seeds, {summary.operations} operations in {summary.seconds:.1f} s; faults: {faults}")
+    print(f"{counted(summary.seeds, 'seed')}, {summary.operations} operations in {summary.seconds:.1f} s; faults: {faults}")
     bad = sorted({int(one["seed"]) for one in summary.violations})
     if bad:
-        print(f"{len(summary.violations)} violations in {len(bad)} seeds: {', '.join(map(str, bad[:SHOWN_MAX]))}")
+        where = f"{counted(len(bad), 'seed')}: {', '.join(map(str, bad[:SHOWN_MAX]))}"
+        print(f"{counted(len(summary.violations), 'violation')} in {where}")
     else:
         print("no violation")

@@ -36,7 +36,8 @@ def sweep(
     """Fail, delay, pause, crash and hang at every protocol point in turn; lose, delay, repeat and damage every message; kill at each.
 
     Each is hit the first time, the second, the third ... until nothing is left. After each hit everything is healed and must be well.
-    Prints which places were hit by which fault, and how it ended. Exit code 1 when something is wrong.
+    Prints which places were hit by which fault, and how it ended; Ctrl-C prints what was found so far. Exit code 1 when something is wrong,
+    2 for what there is not.
     """
     from hmmnet.campaign.coverage import document
     from hmmnet.campaign.scenarios import SCENARIOS
@@ -52,13 +53,19 @@ def sweep(
     scenarios = named(scenario)
     chosen = _chosen(only, fault)
     screen = _Screen()
+    table: dict[Pair, Cell] = {}
+    interrupted = False
     try:
-        table = run(scenarios, chosen=chosen, nth_max=nth, first_only=first, jobs=jobs, on_done=screen.done)
+        run(scenarios, chosen=chosen, nth_max=nth, first_only=first, jobs=jobs, on_done=screen.done, table=table)
+    except KeyboardInterrupt:
+        interrupted = True
+        output = None  # half a table is no document
     finally:
         screen.clear()
     if output is not None:
         write(output, document(table, f"{scenario}{f' --nth {nth}' if nth != 500 else ''}{' --first' if first else ''}"))
-    return _told(table, as_json=as_json)
+    code = _told(table, as_json=as_json)
+    return 130 if interrupted else code
 
 
 def _list(scenarios: dict[str, str], *, as_json: bool) -> int:

@@ -14,6 +14,7 @@ from hmmnet.faults.plan import AnyFault
 from hmmnet.topology.model import Personality, Topology
 
 from .clock import JumpClock
+from .interrupts import CtrlC
 from .loop import short_loops
 from .machine import SimulatedMachine, simulated
 from .schedule import seeded
@@ -48,10 +49,10 @@ def run_virtual(main: Callable[..., Awaitable[T]], *arguments: Any, seed: int = 
     Raises SimulationStuck after `limit_s` virtual seconds, when things happen without an end while no time passes, and when nothing can
     happen any more (`clock`). Ctrl-C is KeyboardInterrupt, whatever ends with it.
     """
-    clock = JumpClock()
+    clock, ctrl_c = JumpClock(), CtrlC()
 
     async def limited() -> T:
-        with trio.move_on_after(limit_s) as clock.scope:
+        with trio.move_on_after(limit_s) as clock.scope, ctrl_c.cancels(clock.scope):
             return await main(*arguments)
         if clock.stuck:
             raise SimulationStuck(f"time stands still at {trio.current_time():g} virtual seconds (seed {seed}): somebody goes in circles")
@@ -60,11 +61,15 @@ def run_virtual(main: Callable[..., Awaitable[T]], *arguments: Any, seed: int = 
 
     with seeded(seed), short_loops(clock):
         try:
-            return trio.run(limited, clock=clock)
-        except BaseExceptionGroup as group:
-            if group.subgroup(KeyboardInterrupt) is not None:  # together with what it interrupted, when that ended in an error, too
+            value = trio.run(limited, clock=clock)
+        except BaseException as error:
+            beside = isinstance(error, BaseExceptionGroup) and error.subgroup(KeyboardInterrupt) is not None
+            if ctrl_c.came or beside:  # with what it interrupted, when that ended in an error, too
                 raise KeyboardInterrupt from None
             raise
+    if ctrl_c.came:
+        raise KeyboardInterrupt
+    return value
 
 
 def simulate(

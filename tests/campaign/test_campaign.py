@@ -10,27 +10,33 @@ import json
 import signal
 import subprocess
 import sys
+import time
+from collections import Counter
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
-from hmmnet.campaign.campaign import Summary, run_campaign, try_seed
+from hmmnet.campaign.campaign import Summary, collect_rarely, run_campaign, try_seed
 from hmmnet.campaign.draw import ANY_DEVICES, MIXES, SOMETIMES, draw
 from hmmnet.campaign.machines import devices_of, topology_of
 from hmmnet.campaign.nemesis import all_faults
-from hmmnet.campaign.places import pairs
+from hmmnet.campaign.places import Pair, pairs
 from hmmnet.campaign.program import Harm, Layout, Planned, Program, Step, read
 from hmmnet.campaign.recipes import FAMILIES, NOT_DRAWN, RECIPES
 from hmmnet.campaign.scenarios import SCENARIOS
 from hmmnet.campaign.shrink import Shrinker, without, without_actor, without_device_number, without_region
+from hmmnet.campaign.sweep import Cell
 from hmmnet.campaign.trial import run_program
 from hmmnet.campaign.waits import find_cycle
+from hmmnet.campaign.workers import workers
 from hmmnet.cli import exit_code
 from hmmnet.errors import HmmnetError
 from hmmnet.faults import KINDS, Plan, fault
 from hmmnet.faults.targets import wrong_targets
+from hmmnet.launcher.directory import process_started
 from hmmnet.sim import Trace
 
 SEEDS = range(24)
@@ -332,6 +338,50 @@ def test_interrupted_it_prints_what_it_found() -> None:
         output, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert json.loads(output)["seeds"] >= 1
+
+
+def test_an_interrupted_pool_is_gone_at_once() -> None:
+    """Workers do not finish what they have, nor what they took in advance; processes of the program's own stay."""
+    own = get_context("fork").Process(target=time.sleep, args=(60,))
+    own.start()
+    began_s = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), workers(2, collect_rarely) as pool:
+        waiting = [pool.submit(time.sleep, 60) for _ in range(8)]
+        while not any(one.running() for one in waiting):
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+    assert time.monotonic() - began_s < 30
+    assert active_children() == [own]
+    own.kill()
+    own.join()
+
+
+def test_workers_of_a_killed_campaign_die_with_it() -> None:
+    """Nobody else would end them."""
+    command = [sys.executable, "-m", "hmmnet", "campaign", "--seeds", "0:100000", "--faults", "none", "--jobs", "2"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert "1 of 100000 seeds" in process.stderr.readline()
+        children = [int(word) for word in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+        assert len(children) == 2
+        process.kill()
+    deadline_s = time.monotonic() + 30
+    while any(process_started(child) for child in children):
+        assert time.monotonic() < deadline_s, "workers are left"
+        time.sleep(0.05)
+
+
+def test_an_interrupted_sweep_prints_its_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What there is; and no half of a document is written."""
+
+    def interrupted(*_: object, table: dict[Pair, Cell], **__: object) -> None:
+        table[Pair("message", "Migrate", "loss")] = Cell(Counter(same=2))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hmmnet.campaign.sweep.sweep", interrupted)
+    assert exit_code(["sweep", "tour", "-o", str(tmp_path / "table.md")]) == 130
+    assert "1 of 1 pairs were hit, in 2 runs" in capsys.readouterr().out
+    assert not (tmp_path / "table.md").exists()
 
 
 def test_summary_adds_up() -> None:

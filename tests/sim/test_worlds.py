@@ -26,7 +26,8 @@ def test_the_value_and_the_error_are_those_of_main(world: WorldName) -> None:
         run_in(world, main, -1)
 
 
-def test_ctrl_c_strikes_where_somebody_waits() -> None:
+@pytest.mark.parametrize("world", ["real", "sim"])
+def test_ctrl_c_strikes_where_somebody_waits(world: WorldName) -> None:
     """It is a cancellation: what is between two waits is done, what must be undone is, with waits of its own, and then it is raised."""
     seen: list[str] = []
 
@@ -46,5 +47,65 @@ def test_ctrl_c_strikes_where_somebody_waits() -> None:
         await main()
 
     with pytest.raises(KeyboardInterrupt):
-        run_in("real", interrupted)
+        run_in(world, interrupted)
     assert seen == ["went on", "undone"]
+
+
+@pytest.mark.parametrize("world", ["real", "sim"])
+def test_ctrl_c_is_mains_whoever_is_at_work(world: WorldName) -> None:
+    """Not the task's that it strikes, which goes on; also when main ends in an error or with a value all the same."""
+    seen: list[str] = []
+
+    async def at_work() -> None:
+        signal.raise_signal(signal.SIGINT)
+        seen.append("went on")
+
+    async def main(then: str) -> str:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(at_work)
+            try:
+                await trio.sleep(1000.0)
+            finally:
+                seen.append("cancelled")
+                if then == "error":
+                    raise ValueError(then)
+                if then == "value":
+                    return then  # noqa: B012 - what a program may do
+        return "never"
+
+    for then in ("cancelled", "error", "value"):
+        with pytest.raises(KeyboardInterrupt):
+            run_in(world, main, then)
+    assert seen == ["went on", "cancelled"] * 3
+
+
+@pytest.mark.parametrize("world", ["real", "sim"])
+def test_a_program_that_never_waits_is_interrupted_by_the_second(world: WorldName) -> None:
+    """And the handler of before is back afterwards."""
+
+    async def main() -> None:
+        await trio.lowlevel.checkpoint()
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("went on")
+
+    with pytest.raises(KeyboardInterrupt):
+        run_in(world, main)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_handler_of_the_programs_own_stays() -> None:
+    """A simulation that is a part of something takes no signal from it."""
+    heard: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: heard.append(number))
+
+    async def main() -> str:
+        signal.raise_signal(signal.SIGINT)
+        await trio.sleep(1.0)
+        return "done"
+
+    try:
+        assert run_in("sim", main) == "done"
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert heard == [signal.SIGINT]
