@@ -67,11 +67,12 @@ class Handle:
         if not 0 <= address < 1 << 63 or not 0 <= pages <= PAGES_PER_MESSAGE_MAX:
             raise KernelError(errno.EINVAL, "ioctl", f"0x{address:x} + {pages} pages is no range of an address space")
         context = self.file.context
-        if command == "flags" and context.life.spec.model == "dmirror":
+        dmirror = context.life.spec.model == "dmirror"
+        done = await command_device(context, command, address, pages, data, flags, pages if dmirror and command in STREAMED_OUT else 0)
+        if dmirror and command == "flags":
             failing = context.life.link.fail_large
             failing.add(context.number) if flags & FAIL_ALLOC else failing.discard(context.number)
-        wants = command in STREAMED_OUT and context.life.spec.model == "dmirror"
-        return await command_device(context, command, address, pages, data, flags, pages if wants else 0)
+        return done
 
     def check_mappable(self) -> None:
         """Raises KernelError: EBADF when it is closed, ENODEV when the device has nothing to map."""

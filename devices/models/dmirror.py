@@ -9,6 +9,7 @@ reading and writing through the mirror, page by page in the original, in runs he
   the others moved.
 - A write fault that ends in a read-only entry (an own page shared copy-on-write: hmm_range_fault does not upgrade it) is EFAULT.
 - Invalidations drop one page too many (`end_inclusive`).
+- Each command has a range that is looked at first, ``release`` and ``flags`` too, which have no use for one.
 
 One thing is not copied: a second context of the same process does not keep entries to pages that the first has migrated (the original reads
 freed memory then).
@@ -114,12 +115,7 @@ class Dmirror(Device):
     async def ioctl(self, message: Ioctl) -> IoctlDone:
         """dmirror_fops_unlocked_ioctl. Raises KernelError."""
         opened = self.opened_context(message.context, "ioctl")
-        if message.command == "release":
-            await self._evict_all("release")
-            return IoctlDone(0, 0)
-        if message.command == "flags":
-            self.flags = message.flags
-            return IoctlDone(0, 0)
+        start, end = page_arguments(message)
         commands: dict[str, Callable[[Context, Ioctl, int, int], Awaitable[IoctlDone]]] = {
             "read": self._read,
             "read_unlocked": self._read,
@@ -129,11 +125,12 @@ class Dmirror(Device):
             "snapshot": self._snapshot,
             "exclusive": self._exclusive,
             "check_exclusive": self._check_exclusive,
+            "release": self._release,
+            "flags": self._set_flags,
         }
         command = commands.get(message.command)
         if command is None:
-            raise KernelError(EINVAL, "ioctl", f"a dmirror has no command {message.command}: it has {', '.join(commands)}, release, flags")
-        start, end = page_arguments(message)
+            raise KernelError(EINVAL, "ioctl", f"a dmirror has no command {message.command}: it has {', '.join(commands)}")
         return await command(opened.context, message, start, end)
 
     # --- read, write ----------------------------------------------------------------------------------------------------------
@@ -247,6 +244,16 @@ class Dmirror(Device):
             if moved.errno:
                 raise _unmigratable(moved.errno, low, min(low + MIGRATE_PAGES_MAX, end))
         return IoctlDone(moved_count, 0)
+
+    async def _release(self, context: Context, message: Ioctl, start: int, end: int) -> IoctlDone:  # noqa: ARG002 - one shape for all commands
+        """HMM_DMIRROR_RELEASE: everything goes home; what range is given does not matter, but there has to be one."""
+        await self._evict_all("release")
+        return IoctlDone(0, 0)
+
+    async def _set_flags(self, context: Context, message: Ioctl, start: int, end: int) -> IoctlDone:  # noqa: ARG002 - one shape for all commands
+        """HMM_DMIRROR_FLAGS. There the number of pages is the flags, so that they cannot be none; here they stand beside a range."""
+        self.flags = message.flags
+        return IoctlDone(0, 0)
 
     async def _evict_all(self, cause: str) -> None:
         """dmirror_device_remove_chunks: all frames go home, in every process; busy ones are tried again, for a while."""

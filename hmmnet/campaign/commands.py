@@ -67,7 +67,7 @@ async def migrate_large(crew: Crew, step: Step, _: str) -> None:
     region = region_of(crew, step)
     handle = await crew.process.open(device_of(crew, step))
     try:
-        await handle.ioctl("flags", 0, 0, flags=COMPOUND)
+        await handle.ioctl("flags", 0, 1, flags=COMPOUND)
         await handle.ioctl("migrate_to_dev", region.base, region.span_pages)
     finally:
         with contextlib.suppress(HmmnetError):

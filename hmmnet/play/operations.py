@@ -430,5 +430,5 @@ async def check_exclusive(stage: Stage, name: str, region: str, page: int, pages
 @operation("release D")
 async def release(stage: Stage, name: str) -> str:
     """HMM_DMIRROR_RELEASE: evict and unplug the unit's memory."""
-    await stage.handle(name).ioctl("release", 0, 0)
+    await stage.handle(name).ioctl("release", 0, 1)
     return "ok"

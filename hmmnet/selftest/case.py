@@ -77,7 +77,7 @@ class Ground:
         """Open a unit, the first or the second; it behaves as today's kernel has it, where that is what is tested."""
         handle = await (process or self.process).open(self.devices[unit])
         if not self.v25:
-            await handle.ioctl("flags", 0, 0, flags=COMPOUND)
+            await handle.ioctl("flags", 0, 1, flags=COMPOUND)
         return handle
 
     async def map(self, pages: int = BUFFER_PAGES, protection: str = "rw", **options: Any) -> int:

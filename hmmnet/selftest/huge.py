@@ -132,15 +132,15 @@ async def _without_large_pages(ground: Ground, *, zero: bool) -> None:
             await ground.process.load(address)
         else:
             numbers = await ground.fill(address, HUGE_PAGES)
-        await handle.ioctl("flags", 0, 0, flags=COMPOUND | (0 if fails_at_home else FAIL_ALLOC))
+        await handle.ioctl("flags", 0, 1, flags=COMPOUND | (0 if fails_at_home else FAIL_ALLOC))
         await to_device(handle, address, numbers)
         await snapshot(handle, address, large if fails_at_home else small)
         if fails_at_home:
-            await handle.ioctl("flags", 0, 0, flags=COMPOUND | FAIL_ALLOC)
+            await handle.ioctl("flags", 0, 1, flags=COMPOUND | FAIL_ALLOC)
             await handle.ioctl("migrate_to_sys", address, HUGE_PAGES)
             await snapshot(handle, address, [WRITE] * HUGE_PAGES)
         await ground.check(address, numbers)
-        await handle.ioctl("flags", 0, 0, flags=COMPOUND)
+        await handle.ioctl("flags", 0, 1, flags=COMPOUND)
         await ground.process.munmap(address, TWOMEG)
 
 

@@ -40,7 +40,7 @@ async def migrate_release(ground: Ground) -> None:
     address = await ground.map()
     numbers = await ground.fill(address)
     await to_device(handle, address, numbers)
-    await handle.ioctl("release", 0, 0)
+    await handle.ioctl("release", 0, 1)
     await ground.check(address, numbers)
 
 

@@ -60,7 +60,7 @@ async def everything(machine: SimulatedMachine) -> list[object]:
     await process.write(block, b"huge" * MIB)
     seen += [await process.migrate(block + 2 * MIB, 64 * PAGE, "gpu1"), await process.read(block + 2 * MIB, 4)]
     handle = await process.open("dmirror0")
-    await handle.ioctl("flags", 0, 0, flags=COMPOUND)
+    await handle.ioctl("flags", 0, 1, flags=COMPOUND)
     seen.append((await handle.ioctl("migrate_to_dev", block, 512)).cpages)
     await handle.close()  # evicts
     seen.append(await process.migrate(block, 64 * PAGE, "gpu0"))

@@ -111,7 +111,7 @@ async def _exclusive(process: Process, address: int) -> None:
 async def _release(process: Process, address: int) -> None:
     handle = await process.open("dmirror1")
     await handle.ioctl("migrate_to_dev", address, 64)
-    await handle.ioctl("release", 0, 0)
+    await handle.ioctl("release", 0, 1)
     await handle.close()
 
 

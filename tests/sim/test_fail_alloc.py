@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import hmmnet
+from hmmnet.errors import KernelError
 from hmmnet.faults import PointFault, Where
 from hmmnet.host.service import Host
 from hmmnet.pages import HUGE_PAGES
@@ -41,7 +42,7 @@ def run(main: Main) -> None:
         numbers[::HUGE_PAGES] = np.arange(3 * HUGE_PAGES)
         await process.write(BASE, numbers)
         handle = await process.open("gpu0")
-        await handle.ioctl("flags", 0, 0, flags=COMPOUND)
+        await handle.ioctl("flags", 0, 1, flags=COMPOUND)
         await main(process, handle)
         found = await process.read_array(BASE, "<u8", 3 * BLOCK // 8)
         assert (found == numbers).all()
@@ -61,7 +62,7 @@ async def kinds(handle: Handle, blocks: int = 3) -> list[int]:
 
 async def fail(handle: Handle) -> None:
     """The next one fails."""
-    await handle.ioctl("flags", 0, 0, flags=COMPOUND | FAIL_ALLOC)
+    await handle.ioctl("flags", 0, 1, flags=COMPOUND | FAIL_ALLOC)
 
 
 def test_the_first_of_several_goes_page_by_page() -> None:
@@ -111,7 +112,7 @@ def test_points_on_the_way_home_say_which_pages_come(*, failing: bool) -> None:
         await process.madvise(BASE, 2 * BLOCK, "HUGEPAGE")
         await process.write(BASE, b"x" * BLOCK)
         handle = await process.open("gpu0")
-        await handle.ioctl("flags", 0, 0, flags=COMPOUND)
+        await handle.ioctl("flags", 0, 1, flags=COMPOUND)
         await handle.ioctl("migrate_to_dev", BASE, HUGE_PAGES)
         if failing:
             await fail(handle)
@@ -157,6 +158,19 @@ def test_what_wants_no_large_page_does_not_use_it_up() -> None:
     run(main)
 
 
+def test_a_command_that_is_refused_sets_nothing() -> None:
+    """No range, no flags: neither the device nor the host, which fails what is wanted, has them then."""
+
+    async def main(process: Process, handle: Handle) -> None:
+        for address, pages in ((BASE + 8, 1), (BASE, 0)):
+            with pytest.raises(KernelError, match="EINVAL"):
+                await handle.ioctl("flags", address, pages, flags=FAIL_ALLOC)
+        await handle.ioctl("migrate_to_dev", BASE, HUGE_PAGES)
+        assert await kinds(handle, 1) == [LOCAL | WRITE | PMD]
+
+    run(main)
+
+
 def test_it_is_the_open_files_own() -> None:
     """Another file of the same unit, and of the same process, has flags of its own; and one that was cleared fails nothing."""
 
@@ -168,7 +182,7 @@ def test_it_is_the_open_files_own() -> None:
         await other.ioctl("migrate_to_dev", BASE + BLOCK, HUGE_PAGES)
         assert await kinds(handle, 2) == [LOCAL | WRITE | PMD, LOCAL | WRITE]
         await fail(other)
-        await other.ioctl("flags", 0, 0, flags=COMPOUND)
+        await other.ioctl("flags", 0, 1, flags=COMPOUND)
         await other.ioctl("migrate_to_dev", BASE + 2 * BLOCK, HUGE_PAGES)
         assert await kinds(handle) == [LOCAL | WRITE | PMD, LOCAL | WRITE, LOCAL | WRITE | PMD]
 

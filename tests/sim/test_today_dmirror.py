@@ -32,7 +32,7 @@ def run(main: Callable[[Process, Handle], Awaitable[None]], *, today: bool) -> N
         await process.mmap(PAGES * PAGE, address=BASE)
         await process.write(BASE, b"x" * PAGES * PAGE)
         handle = await process.open("gpu0")
-        await handle.ioctl("flags", 0, 0, flags=COMPOUND if today else 0)
+        await handle.ioctl("flags", 0, 1, flags=COMPOUND if today else 0)
         await main(process, handle)
 
     hmmnet.simulate(prepared, MACHINE)
@@ -46,7 +46,7 @@ def test_a_page_that_is_taken_back_before_the_answer_is_asked_for_anew() -> None
         await process.mmap(PAGE, address=BASE)
         await process.write(BASE, b"x" * PAGE)
         handle = await process.open("gpu0")
-        await handle.ioctl("flags", 0, 0, flags=COMPOUND)
+        await handle.ioctl("flags", 0, 1, flags=COMPOUND)
         machine.add_fault(PointFault("hub.before_range_end", "delay", delay_s=1.0, controls=Controls(nth=1)))
         async with trio.open_nursery() as nursery:
             nursery.start_soon(handle.ioctl, "exclusive", BASE, 1)

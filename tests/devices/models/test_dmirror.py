@@ -14,7 +14,7 @@ import trio
 from hmmnet.devices import context
 from hmmnet.devices.models.dmirror import COMPOUND, WINDOW_PAGES, Dmirror
 from hmmnet.errors import KernelError
-from hmmnet.pages import HMM_PFN_ERROR, HMM_PFN_ORDER_SHIFT, HMM_PFN_VALID, HMM_PFN_WRITE, PAGE_SIZE, ZONE_SHIFT
+from hmmnet.pages import HMM_PFN_ERROR, HMM_PFN_ORDER_SHIFT, HMM_PFN_VALID, HMM_PFN_WRITE, PAGE_SIZE, PAGES_MAX, ZONE_SHIFT
 from hmmnet.testing.scripted_host import ZONE, ScriptedHost, machine, u64
 from hmmnet.wire import messages as m
 
@@ -238,7 +238,7 @@ async def test_release_sends_everything_home() -> None:
         at = host.mmap(PAGE, 3)
         await host.cpu_write(at, fill(0x10, 3))
         await host.ioctl("migrate_to_dev", PAGE, 3)
-        await host.ioctl("release", 0, 0)
+        await host.ioctl("release", 0, 1)
         assert await snapshot(host, PAGE, 3) == [WRITE] * 3
         assert (await host.ioctl("read", PAGE, 3))[0].faults == 1
 
@@ -330,7 +330,7 @@ async def test_pages_that_are_always_taken_back_are_ebusy(flags: int, monkeypatc
     monkeypatch.setattr(ScriptedHost, "_make_exclusive", answer)
     async with unit() as (host, _):
         host.mmap(PAGE, 2)
-        await host.ioctl("flags", 0, 0, flags=flags)
+        await host.ioctl("flags", 0, 1, flags=flags)
         with trio.fail_after(5):
             assert await failing(host, "exclusive", PAGE, 2) == "EBUSY"
         assert asked == 5
@@ -349,9 +349,37 @@ async def test_absurd_sizes_are_refused() -> None:
 async def test_flags_are_kept() -> None:
     """FLAGS sets what later allocations look at."""
     async with unit() as (host, device):
-        await host.ioctl("flags", 0, 0, flags=1)
+        await host.ioctl("flags", 0, 1, flags=1)
         assert isinstance(device, Dmirror)
         assert device.flags == 1
+
+
+BAD_RANGES = {"unaligned": (PAGE * PAGE_SIZE + 1, 1), "empty": (PAGE * PAGE_SIZE, 0), "wraps": (PAGE * PAGE_SIZE, PAGES_MAX)}
+COMMANDS = (
+    "read",
+    "read_unlocked",
+    "write",
+    "migrate_to_dev",
+    "migrate_to_sys",
+    "snapshot",
+    "exclusive",
+    "check_exclusive",
+    "release",
+    "flags",
+)
+
+
+@pytest.mark.parametrize(("address", "pages"), BAD_RANGES.values(), ids=BAD_RANGES)
+@pytest.mark.parametrize("command", COMMANDS)
+async def test_each_command_looks_at_its_range_first(command: str, address: int, pages: int) -> None:
+    """EINVAL, and nothing is done: release sends nobody home, flags sets none."""
+    async with unit() as (host, device):
+        await host.cpu_write(host.mmap(PAGE, 1), fill(0x11, 1))
+        await host.ioctl("migrate_to_dev", PAGE, 1)
+        with pytest.raises(KernelError, match=r"ioctl: EINVAL: .* is no aligned, non-empty range"):
+            await device.ioctl(m.Ioctl(1, command, address, pages, 0, 0, 1))
+        assert isinstance(device, Dmirror)
+        assert (device.flags, device.memory.used_pages) == (0, 1)
 
 
 async def test_permission_bytes() -> None:

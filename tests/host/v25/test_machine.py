@@ -175,7 +175,7 @@ def test_closing_a_device_brings_its_pages_home() -> None:
         child = await process.fork()
         await process.munmap(address, LENGTH // 2)
         await child.mprotect(address, PAGE_SIZE, "none")
-        await handle.ioctl("release", 0, 0)
+        await handle.ioctl("release", 0, 1)
         assert (await machine.report())["devices"]["dmirror0"]["pages_used"] == 0
         await child.mprotect(address, PAGE_SIZE, "r")
         assert (await child.read_array(address, "<u8", len(NUMBERS)) == NUMBERS).all()
