@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
@@ -32,7 +33,6 @@ from hmmnet.pages import (
     Words,
     any_of,
     bits_in_all,
-    bits_in_any,
     page_by_page,
     words_by_page,
 )
@@ -40,9 +40,10 @@ from hmmnet.pages import (
 from .announce import clear
 from .devmem import PageMap
 from .interfaces import AddressSpace, DeviceLink, Event, Migration, Select
-from .migrate import MIGRATE, SHIFT, VALID, Outcome, collect, joined, listed, set_targets, words_of
+from .migrate import MIGRATE, SHIFT, VALID, Outcome, collect, first_large, joined, listed, set_targets, words_of
 from .mm import pte
 from .mm.collect import collect_frames, move
+from .mm.compound import whole_blocks
 from .mm.finalize import finalize
 from .mm.frames import PhysicalMemory
 from .mm.relief import KERNEL
@@ -64,6 +65,12 @@ _NONE = np.zeros(0, np.uint64)
 
 Refuse = Callable[[], bool]
 """Whether the allocation of a large page that is wanted now is to fail."""
+
+
+def _first_huge(part: Migration) -> float:
+    """The first page of `part` that is a huge one's."""
+    row = first_large(part)
+    return math.inf if row is None else int(part.pages[row])
 
 
 def _always() -> bool:
@@ -223,8 +230,11 @@ class Homing:
         return await self._bring(space, link, parts, TOUCHED, refuse)
 
     async def _bring(self, space: AddressSpace, link: DeviceLink, parts: list[Migration], cause: str, refuse: Refuse) -> int:
-        """Copy and change over what `parts` collected; returns how many pages moved. Whatever fails, nothing of them stays half way."""
-        moved, waiting = 0, list(parts)
+        """Copy and change over what `parts` collected; returns how many pages moved. Whatever fails, nothing of them stays half way.
+
+        Whose first huge page comes first is `refuse`d a large page first.
+        """
+        moved, waiting = 0, sorted(parts, key=_first_huge) if len(parts) > 1 else list(parts)
         try:
             while waiting:
                 part = waiting.pop(0)
@@ -313,7 +323,11 @@ class Homing:
             return 0
         frames = source[going] >> SHIFT
         points, first, count = space.points, int(pages[0]), len(pages)
-        huge = [at for at in whole_blocks(migration.saved[going], pages) if not refuse()]
+        huge = whole_blocks(migration.saved[going], pages)
+        refused = [at for at in huge if refuse()]
+        for at in refused:  # also where its pages come to lie together by chance
+            space.split_going(migration, at if isinstance(going, slice) else int(np.flatnonzero(going)[at]))
+            huge.remove(at)
         destination = HostFrames(self._memory, len(pages), space.node, huge, (first, space.number))
         try:
             if points.armed:
@@ -515,15 +529,6 @@ def _together(before: Words, words: Words) -> Words:
 async def _at(name: str, space: AddressSpace, link: DeviceLink, start: int, pages: int) -> None:
     """A step boundary (`hmmnet.faults.points`)."""
     await space.points.at(name, device=link.name, process=space.number, start=start, pages=pages)
-
-
-def whole_blocks(entries: Words, pages: Words) -> list[int]:
-    """Where in `pages` huge pages begin that are there whole, by the `entries` that mapped them."""
-    if not bits_in_any(entries) & pte.HUGE:
-        return []
-    first = ((entries & pte.HUGE != 0) & (pages % HUGE_PAGES == 0)).nonzero()[0]
-    last = HUGE_PAGES - 1
-    return [at for at in first.tolist() if at + last < len(pages) and int(pages[at + last]) == int(pages[at]) + last]
 
 
 def memory_of(link: DeviceLink) -> Select:

@@ -317,6 +317,10 @@ class AddressSpace(Protocol):
         """
         ...
 
+    def split_going(self, migration: Migration, row: int) -> None:
+        """The huge page that begins at `row` of a migration that is not `large` goes on as 512 ordinary pages."""
+        ...
+
     def sharers(self, pages: Words, select: Select, owner: int) -> list[tuple[Mm, Words]]:
         """Where pages that several processes share may be mapped, of those that `collect` would take: (process, pages)."""
         ...

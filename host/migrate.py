@@ -52,6 +52,7 @@ from .announce import announced, split_large
 from .interfaces import NO_OWNER, AddressSpace, DeviceLink, Event, Migration, Select
 from .iommu import Domain
 from .mm.collect import inserts
+from .mm.compound import whole_blocks
 from .mm.zones import LOCKED, Zone
 
 BOTH = MIGRATE_PFN_VALID | MIGRATE_PFN_MIGRATE
@@ -148,6 +149,17 @@ def listed(part: Migration, values: Words) -> Words:
     return values | np.uint64(LARGE) if part.large else values
 
 
+def first_large(part: Migration) -> int | None:
+    """The row at which the first huge page of `part` begins that is about to move whole; None: there is none."""
+    if part.large:
+        wanted = part.source & MIGRATE != 0
+        return int(np.argmax(wanted)) if any_of(wanted) else None
+    if len(part.pages) < HUGE_PAGES:
+        return None
+    blocks = whole_blocks(part.saved, part.pages)
+    return next((row for row in blocks if bits_in_all(part.source[row : row + HUGE_PAGES]) & MIGRATE_PFN_MIGRATE), None)
+
+
 def pieces(parts: list[Migration]) -> list[tuple[Words, Words]]:
     """(pages, source words as they are now) of `parts`, and of what was torn off; pages of huge pages are marked."""
     found = []
@@ -229,17 +241,22 @@ class MigrateVma:
         await self.at("migrate.after_entry")
 
     def refuse_large(self, refuse: Callable[[], bool]) -> None:
-        """The driver allocates: where it has no large page for the first huge page there is, that one goes page by page."""
-        for part in [part for part in self.parts if part.large]:
-            wanted = part.source & MIGRATE != 0
-            if any_of(wanted) and refuse():
-                rows = np.zeros(len(part.pages), np.bool_)
-                rows[int(np.argmax(wanted))] = True
-                self.parts.append(self.space.tear(part, rows, small=True))
-                part.torn.pop()
-                part.pages, part.source, part.target, part.saved = (
-                    values[~rows] for values in (part.pages, part.source, part.target, part.saved)
-                )
+        """The driver allocates: where it has no large page for the first huge page there is, that one goes page by page.
+
+        It has COMPOUND for the driver whether it is one row here or, shared or torn before, 512 of them.
+        """
+        found = [(int(part.pages[row]), row, part) for part in self.parts if (row := first_large(part)) is not None]
+        if not found or not refuse():
+            return
+        _, row, part = min(found, key=lambda one: one[0])
+        if not part.large:
+            self.space.split_going(part, row)
+            return
+        rows = np.zeros(len(part.pages), np.bool_)
+        rows[row] = True
+        self.parts.append(self.space.tear(part, rows, small=True))
+        part.torn.pop()
+        part.pages, part.source, part.target, part.saved = (values[~rows] for values in (part.pages, part.source, part.target, part.saved))
         self.parts = [part for part in self.parts if len(part.pages)]
 
     @property

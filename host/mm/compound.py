@@ -47,6 +47,15 @@ def is_huge_run(frames: Words) -> bool:
     return len(frames) == HUGE_PAGES and int(frames[0]) % HUGE_PAGES == 0 and is_one_run(frames)
 
 
+def whole_blocks(entries: Words, pages: Words) -> list[int]:
+    """Where in `pages` huge pages begin that are there whole, by the `entries` that mapped them."""
+    if not bits_in_any(entries) & pte.HUGE:
+        return []
+    first = np.flatnonzero((entries & pte.HUGE != 0) & (pages % HUGE_PAGES == 0))
+    last = HUGE_PAGES - 1
+    return [at for at in first.tolist() if at + last < len(pages) and int(pages[at + last]) == int(pages[at]) + last]
+
+
 def tear_collected(mm: Mm, pages: Words, entries: Words, rows: Rows) -> Rows:
     """`rows` of `pages` are about to be collected: blocks that are not there whole are mapped one by one, or left out.
 

@@ -14,12 +14,13 @@ import trio
 
 from hmmnet.errors import KernelError
 from hmmnet.host.interfaces import NOBODY, Event, Migration, Select, Told, Walk
-from hmmnet.pages import PAGE_SHIFT, Words, zone_of
+from hmmnet.pages import HUGE_PAGES, HUGE_SHIFT, MIGRATE_PFN_SHIFT, PAGE_SHIFT, Words, zone_of
 from hmmnet.program import Mapping, Residency
 
 from . import collect as migration_steps
 from . import few, pmd, pte, views
 from .advice import Advice
+from .compound import split_under_way
 from .fault import hint, restore_exclusive
 from .faulting import Notifier
 from .finalize import finalize
@@ -176,6 +177,11 @@ class Space(Advice):
         if small:
             pmd.split_torn(self.mm, torn)
         return torn
+
+    def split_going(self, migration: Migration, row: int) -> None:
+        """See `compound.split_under_way`."""
+        head = int(migration.source[row]) >> MIGRATE_PFN_SHIFT + HUGE_SHIFT
+        split_under_way(self.memory, self.mm, migration, np.arange(row, row + HUGE_PAGES), head)
 
     def migrate_pages(self, migration: Migration) -> None:
         """migrate_vma_pages: each page's identity goes to its target. Where `inserts(migration)`, announce a MIGRATE around this."""

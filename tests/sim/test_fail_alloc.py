@@ -25,7 +25,7 @@ MACHINE = parse(TOML.replace("8 MiB", "32 MiB").replace("memory =", 'model = "dm
 FAIL_ALLOC, COMPOUND = 1, 256
 BASE = 1 << 32
 BLOCK = 2 * MIB
-LOCAL, WRITE, PMD = 0x20, 0x02, 0x04
+LOCAL, READ, WRITE, PMD = 0x20, 0x01, 0x02, 0x04
 ON_THE_WAY_HOME = ("home.collected", "home.before_copy", "home.before_pages", "home.before_finalize", "home.after")
 
 Main = Callable[[Process, Handle], Awaitable[None]]
@@ -154,6 +154,29 @@ def test_what_wants_no_large_page_does_not_use_it_up() -> None:
         await process.load(small)
         await handle.ioctl("migrate_to_dev", BASE, 2 * HUGE_PAGES)
         assert await kinds(handle, 2) == [LOCAL | WRITE, LOCAL | WRITE | PMD]
+
+    run(main)
+
+
+@pytest.mark.parametrize("apart", [0, 1, 2], ids=["all", "all but the first", "the last"])
+def test_a_huge_page_that_a_child_shares_is_one_too(apart: int) -> None:
+    """Out and home; of what comes first, shared or not. The child finds everything where it was, and is told of it."""
+
+    async def main(process: Process, handle: Handle) -> None:
+        child = await process.fork()
+        if apart:
+            await child.munmap(BASE, apart * BLOCK)
+            await process.write(BASE, await process.read(BASE, apart * BLOCK))
+        rights = [WRITE] * apart + [READ] * (3 - apart)
+        await fail(handle)
+        await handle.ioctl("migrate_to_dev", BASE, 3 * HUGE_PAGES)
+        assert await kinds(handle) == [LOCAL | rights[0], LOCAL | rights[1] | PMD, LOCAL | rights[2] | PMD]
+        await fail(handle)
+        await handle.ioctl("migrate_to_sys", BASE + BLOCK, 2 * HUGE_PAGES)
+        assert await kinds(handle) == [LOCAL | rights[0], rights[1], rights[2] | PMD]
+        number = (await child.read_array(BASE + 2 * BLOCK, "<u8", 1))[0]
+        assert number == 2 * HUGE_PAGES
+        await child.exit()
 
     run(main)
 
