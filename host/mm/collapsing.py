@@ -89,11 +89,11 @@ class Collapsing(SystemCalls):
         return found
 
     async def _have_back(self, block: int) -> Scan:
-        """__collapse_huge_page_swapin, with a huge page in hand. Raises OutOfMemory."""
+        """__collapse_huge_page_swapin, with a huge page in hand: whatever rights the mapping has. Raises OutOfMemory."""
         away = collapse.away_in(self.mm, block)
         try:
             if len(away):
-                await self._fault_pages(away, write=False)
+                await self._fault_pages(away, write=False, rights=0)
         except OutOfMemory as error:
             raise collapse.with_huge(error) from error
         except KernelError:

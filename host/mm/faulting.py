@@ -312,19 +312,21 @@ class Faulting:
             if len(part):
                 await self._fault_pages(part, write=bool(wanted[0]), node=node)
 
-    async def _fault_pages(self, pages: Words, *, write: bool, node: int | None = None) -> None:
-        """`fault_in` of pages that all want the same."""
-        _, error = await self._fault_until(pages, write=write, node=node)
+    async def _fault_pages(self, pages: Words, *, write: bool, node: int | None = None, rights: int = VM_ACCESS) -> None:
+        """`fault_in` of pages that all want the same; with no `rights` in mappings without any, too (do_swap_page asks for none)."""
+        _, error = await self._fault_until(pages, write=write, node=node, rights=rights)
         if error is not None:
             raise error
 
-    async def _fault_until(self, pages: Words, *, write: bool, node: int | None = None) -> tuple[int, KernelError | None]:
+    async def _fault_until(
+        self, pages: Words, *, write: bool, node: int | None = None, rights: int = VM_ACCESS
+    ) -> tuple[int, KernelError | None]:
         """How many of `pages` could be faulted in, and why not more. Raises OutOfMemory: that one is taken anew."""
         done, rounds, batch = 0, 0, len(pages)
         try:
             while done < len(pages):
                 page = int(pages[done])
-                vma = self._faultable(page, write=write)
+                vma = self._faultable(page, write=write, rights=rights)
                 stop = min(int(np.searchsorted(pages, vma.end)), done + batch)
                 try:
                     touched = fault.touch(self.mm, vma, pages[done:stop], write, node=node)
@@ -350,13 +352,13 @@ class Faulting:
             return done, error
         return done, None
 
-    def _faultable(self, page: int, *, write: bool) -> Vma:
+    def _faultable(self, page: int, *, write: bool, rights: int) -> Vma:
         vma = self.mm.vmas.find(page)
         if self.mm.unstable:
             raise KernelError(
                 errno.EFAULT, "handle_mm_fault", f"page 0x{page:x} of process {self.number}, which is being killed, was reaped"
             )
-        if vma is None or not vma.flags & VM_ACCESS:
+        if vma is None or (rights and not vma.flags & rights):
             raise KernelError(errno.EFAULT, "handle_mm_fault", self.mm.refusal(page, write=write))
         if write and not vma.flags & VM_WRITE:
             raise KernelError(errno.EPERM, "handle_mm_fault", self.mm.refusal(page, write=write))

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 import numpy as np
 import pytest
 
-from hmmnet.errors import BusError, KernelError
+from hmmnet.errors import BusError, KernelError, SegmentationFault
 from hmmnet.host.hub import Hub, Invalidation
 from hmmnet.host.mm import pte
 from hmmnet.host.mm.collapse import ERRNO, GOES_ON, Scan
@@ -50,6 +50,10 @@ async def is_whole(space: Space) -> bool:
     return await space.load(BASE, 8 * PAGE) == b"".join(page_bytes(i + 1) for i in range(8))
 
 
+async def _nothing_away(machine: Machine, space: Space) -> None:
+    """All are present."""
+
+
 async def _swapped(machine: Machine, space: Space) -> None:
     await space.madvise(BASE, 3 * PAGE, "PAGEOUT")
 
@@ -76,6 +80,24 @@ async def test_what_is_away_is_had_back(away: Callable[[Machine, Space], Awaitab
     assert is_huge(space)
     assert await is_whole(space)
     await space.store(BASE, b"new")
+    assert used(machine) == HUGE_PAGES
+    machine.check()
+
+
+@pytest.mark.parametrize("away", [_nothing_away, _swapped, _on_a_device])
+async def test_memory_without_rights_can_be_collapsed(away: Callable[[Machine, Space], Awaitable[None]]) -> None:
+    """PROT_NONE: neither the scan nor do_swap_page, called past handle_mm_fault, asks for rights. Nobody reads it before it may."""
+    machine = Machine()
+    space = await small(machine)
+    await away(machine, space)
+    await space.mprotect(BASE, BLOCK, "none")
+    assert await code_of(space) == 0
+    assert is_huge(space)
+    with pytest.raises(SegmentationFault):
+        await space.load(BASE, 1)
+    await space.mprotect(BASE, BLOCK, "rw")
+    assert is_huge(space)
+    assert await is_whole(space)
     assert used(machine) == HUGE_PAGES
     machine.check()
 
