@@ -13,6 +13,10 @@ one reference of the frame, and both, slot and place in the cache, go when the l
 when somebody asks: folio_free_swap). While it is there the page does not migrate (migrate_vma_pages: a page of the swap cache whose slot is
 still in use stays), and paging it out again wants no new slot.
 
+What was a process's own is so again (pte_swp_exclusive), and writable at once. What was not comes back read-only, also when nobody else has
+it any more: it came through the swap cache, whose reference a load does not take away (should_try_to_free_swap; a device of memory, such as
+zram, is read past the cache, and is not what is emulated). A store finds out that nobody else has it, and copies nothing.
+
 **Whose it is.** A slot remembers the memory cgroup that its page was charged to (the swap cgroup map), of no group too. Whoever has it read
 back, that group is charged (mem_cgroup_swapin_charge_folio), and may be at its limit; the reader's own group would be only if that one had
 gone offline, which no group does here.
@@ -115,11 +119,6 @@ class Swap:
         """swap_duplicate: one more entry leads to each."""
         self._count[slots.astype(np.intp)] += 1
 
-    def alone(self, slots: Words) -> npt.NDArray[np.bool_]:
-        """Which of `slots` one entry leads to."""
-        alone: npt.NDArray[np.bool_] = self._count[slots.astype(np.intp)] == 1
-        return alone
-
     def free(self, slots: Words) -> None:
         """swap_free: one entry less leads to each of `slots` (distinct). The last one takes the page out of the swap cache, too."""
         at = slots.astype(np.intp)
@@ -201,7 +200,7 @@ def slots_of(memory: PhysicalMemory, frames: Words) -> Words:
 
 
 def swap_in(mm: Mm, vma: Vma, pages: Words, entries: Words, node: int) -> None:
-    """do_swap_page for those `entries` of `pages` that are swapped: they are present again. Raises KernelError(ENOMEM)."""
+    """do_swap_page for those `entries` of `pages` that are swapped: they are present again, as for a load. Raises KernelError(ENOMEM)."""
     swapped = np.flatnonzero(entries & pte.KIND == pte.SWAP)
     pages, old = pages[swapped], entries[swapped]
     slots, swap = pte.frames_of(old), mm.memory.swap
@@ -209,7 +208,7 @@ def swap_in(mm: Mm, vma: Vma, pages: Words, entries: Words, node: int) -> None:
     fresh = frames == 0
     if fresh.any():
         frames[fresh] = swap.load(slots[fresh], node, "page fault")
-    own = fresh & ((old & pte.ANON_EXCLUSIVE != 0) | swap.alone(slots))
+    own = fresh & (old & pte.ANON_EXCLUSIVE != 0)
     index = mm.anon_index(vma, pages)
     mm.memory.map_new(frames[own], vma.anon, index[own])
     mm.memory.map_new(frames[fresh & ~own], vma.chain[-1] if vma.chain else vma.anon, index[fresh & ~own])  # the root: all of them have it

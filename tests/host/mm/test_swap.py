@@ -272,6 +272,29 @@ async def test_a_page_that_several_have_in_swap_is_read_once_for_all() -> None:
     assert (used(machine), machine.memory.swap.used) == (0, 0)
 
 
+async def test_what_was_not_ones_own_is_not_when_it_comes_back() -> None:
+    """The child that shared it has exited: a load has it back read-only, a store at once or later has it, alone, without a copy."""
+    machine = Machine()
+    space = await written(machine)
+    child = await machine.fork(space)
+    await machine.exit(child)
+    own = pte.WRITE | pte.ANON_EXCLUSIVE
+    assert space.mm.table.get(FIRST) & own == 0
+    await space.madvise(BASE, 3 * PAGE, "PAGEOUT")
+    assert symbols(space, BASE, 4) == "SSSP"
+    await space.load(BASE, 2 * PAGE)
+    assert [space.mm.table.get(FIRST + page) & own for page in range(2)] == [0, 0]
+    assert machine.memory.swap.used == 1
+    before = frame_at(space)
+    await space.store(BASE, b"new")
+    assert (frame_at(space), space.mm.table.get(FIRST) & own) == (before, own)
+    await space.store(BASE + 2 * PAGE, b"new")
+    assert space.mm.table.get(FIRST + 2) & own == own
+    assert (used(machine), machine.memory.swap.used) == (4, 0)
+    assert await space.load(BASE, 3 * PAGE) == b"new" + page_bytes(1)[3:] + page_bytes(2) + b"new" + page_bytes(3)[3:]
+    machine.check()
+
+
 async def test_a_page_in_the_swap_cache_does_not_migrate_until_its_slot_is_free() -> None:
     """migrate_vma_pages: folio_free_swap fails while another entry leads to the slot; afterwards the page goes, for both that map it."""
     machine = Machine()
