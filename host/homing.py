@@ -88,7 +88,7 @@ def _no_room(pages: int, injected: str, page: int, process: int) -> KernelError:
     wants = f"a page{where} wants" if pages == 1 else f"{pages} pages{where} want"
     if injected:
         return KernelError(errno.ENOMEM, "migrate_to_ram", f"{wants} to come home; {injected}")
-    return OutOfMemory(errno.ENOMEM, "migrate_to_ram", f"{wants} to come home and the host's memory is used up", pages)
+    return OutOfMemory(errno.ENOMEM, "migrate_to_ram", f"{wants} to come home and the host's memory is used up", 1)
 
 
 class HostFrames:
@@ -328,6 +328,10 @@ class Homing:
         for at in refused:  # also where its pages come to lie together by chance
             space.split_going(migration, at if isinstance(going, slice) else int(np.flatnonzero(going)[at]))
             huge.remove(at)
+        wanted, room = pages, self._room(len(pages))
+        if room < len(wanted):
+            going = (np.arange(len(source)) if isinstance(going, slice) else np.flatnonzero(going))[:room]
+            pages, frames, huge = wanted[:room], frames[:room], [at for at in huge if at + HUGE_PAGES <= room]
         destination = HostFrames(self._memory, len(pages), space.node, huge, (first, space.number))
         try:
             if points.armed:
@@ -343,7 +347,18 @@ class Homing:
         words = destination.frames() << SHIFT
         words |= VALID
         migration.target[going] = words
-        return await self._change_over(space, link, migration, cause)
+        moved = await self._change_over(space, link, migration, cause)
+        if room < len(wanted):
+            raise _no_room(len(wanted) - room, "", int(wanted[room]), space.number)
+        return moved
+
+    def _room(self, pages: int) -> int:
+        """For how many of `pages` there is memory; at least for one, whose want will say that there is none.
+
+        The kernel's drivers allocate page by page (alloc_page_vma), whatever they have collected: what there is room for comes home, and
+        somebody is killed for one page more, not for all of them.
+        """
+        return pages if not self._memory.lacks(pages) else max(1, self._memory.free_pages)
 
     async def _home_one(self, space: AddressSpace, link: DeviceLink, page: int) -> int:
         """One page, with as little as possible: this is what a CPU fault waits for. `_bring`, for the general case, does the same."""
@@ -443,8 +458,8 @@ class Homing:
     async def evict(self, link: DeviceLink, frames: Words, cause: str = "release") -> int:
         """migrate_device_range: bring `frames` of the device home, whoever maps them; returns how many went.
 
-        Idle frames and frames that are busy stay; the driver asks again for those. Nothing goes once the memory has been removed. Raises
-        PeerLost, KernelError(ENOMEM).
+        Idle frames and frames that are busy stay, and those that there is no room for; the driver asks again for those. Nothing goes once
+        the memory has been removed. Raises PeerLost, KernelError(ENOMEM).
         """
         points = self._memory.points
         if points.armed:
@@ -454,6 +469,7 @@ class Homing:
         going = migration.source & MIGRATE != 0
         if not any_of(going):
             return 0
+        going[np.flatnonzero(going)[self._room(int(np.count_nonzero(going))) :]] = False
         destination = HostFrames(self._memory, int(np.count_nonzero(going)), link.node)
         try:
             if points.armed:

@@ -136,7 +136,12 @@ class PhysicalMemory(Contents):
 
     def lacks(self, pages: int) -> bool:
         """Whether all host memory together has fewer frames left than `pages`."""
-        return sum(zone.allocator.free_count for zone in self.nodes) < pages
+        return self.free_pages < pages
+
+    @property
+    def free_pages(self) -> int:
+        """How many frames all host memory together has left."""
+        return sum(zone.allocator.free_count for zone in self.nodes)
 
     def peers_of(self, number: int) -> tuple[int, ...]:
         """The zones of other living devices whose page map has the owner of zone `number`'s."""

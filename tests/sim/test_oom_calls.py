@@ -116,11 +116,16 @@ class Home(Stage):
     device = True
 
     async def call(self) -> None:
-        assert await self.process.migrate(self.address, MIB, "host") == MIB
+        away = PAGES - self.at_home()
+        assert await self.process.migrate(self.address, MIB, "host") == away * PAGE
+
+    def at_home(self) -> int:
+        """How many pages are; two come even where nobody is killed for the others."""
+        entries = host_of(self.machine).spaces[self.process.pid].mm.table.read(self.address // PAGE, self.address // PAGE + PAGES)
+        return int((entries & pte.KIND == pte.PRESENT).sum())
 
     async def check(self) -> None:
-        entries = host_of(self.machine).spaces[self.process.pid].mm.table.read(self.address // PAGE, self.address // PAGE + PAGES)
-        assert (entries & pte.KIND == pte.PRESENT).all()
+        assert self.at_home() == PAGES
 
 
 class Release(Stage):
