@@ -3,7 +3,8 @@
 It knows what every page holds for every process, who shares it, and in which memory it is; not how entries say so. A page that it does not
 know holds zeros.
 
-    store    a page that others share is copied first; one on a private device comes home, for all who share it
+    store    a page that others share is copied first, and one that was shared by fork and that somebody refers to now; one on a
+             private device comes home, for all who share it
     load     one on a private device comes home
     fork     everything is shared
     migrate  whoever shares the page, it moves for all; what was never touched becomes a page of zeros over there
@@ -38,6 +39,8 @@ class Cell:
     exclusive: bool = False
     pinned: int = 0
     """How many of those who hold it have pinned it: fork copies it for the child."""
+    sole: bool = True
+    """It is one process's own since it was there, or a store found it so (PageAnonExclusive): stores need not ask who refers to it."""
 
 
 @dataclass
@@ -150,9 +153,10 @@ class Model:
         cell = self.cells.get(place)
         if cell is None:
             return self.put(place, Cell(bytearray(PAGE)))
-        if len(cell.places) > 1:
+        if len(cell.places) > 1 or (cell.held and not cell.sole):
             self.forget(place)
             return self.put(place, Cell(bytearray(cell.data)))
+        cell.sole = True
         return cell
 
     def move(self, cell: Cell, zone: int) -> None:
@@ -189,7 +193,7 @@ class Model:
         for (pid, page), cell in list(self.cells.items()):
             if pid == parent:
                 self.forget((pid, page))
-                cell.exclusive = False
+                cell.exclusive = cell.sole = False
                 self.put((child, page), cell)
 
     def unmap(self, place: Place) -> None:

@@ -117,6 +117,7 @@ class FileModel(Model):
         for (process, page), cell in list(self.cells.items()):
             if process == child and cell.pinned:
                 self.put((child, page), Cell(bytearray(cell.data)))
+                cell.sole = True
 
     def truncated(self, file: ModelFile, pages: int) -> None:
         """What lies behind is gone, with the copies that processes have made of it."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import trio
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from hmmnet.host.hub import Invalidation
@@ -178,9 +178,22 @@ async def played(history: list[tuple[Any, ...]]) -> AnonymousPlayer:
     return player
 
 
+REFERRED_TO: list[tuple[Any, ...]] = [
+    ("store", 0, FIRST, 0, 7),
+    ("fork", 0),
+    ("store", 1, FIRST, 0, 8),
+    ("hold", 0, FIRST),
+    ("dwrite", 0, (FIRST, 1), 65, 0, 9),
+    ("todev", 0, (FIRST, 1), 66, False),
+]
+"""A page that fork shared, and that one process has left: a store of the other copies it, because somebody refers to it, and the copy may
+go to a device (wp_can_reuse_anon_folio)."""
+
+
 @pytest.mark.timeout(900)  # a minute, on a busy machine several
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(st.lists(operations, min_size=40, max_size=200))
+@example(REFERRED_TO)
 def test_memory_equals_the_reference(history: list[tuple[Any, ...]]) -> None:
     """Up to 200 operations; at the end everything exits and no frame is in use anywhere."""
 
