@@ -40,14 +40,16 @@ class Waiters:
     def __init__(self) -> None:
         self.tasks: deque[Task] = deque()
         """Look here first: most often nobody waits."""
-        self._alone = Suspension(self._first_leaves)
-        """The wait of who waits alone, nearly always the same task again and again."""
+        self._alone: Suspension | None = None
+        """The wait of who waits alone, nearly always the same task again and again; made for the first that does."""
 
     def park(self) -> Suspension:
         """To be awaited at once: the current task waits for `unpark`."""
         task, tasks = current_task(), self.tasks
         tasks.append(task)
         if len(tasks) == 1:
+            if self._alone is None:
+                self._alone = Suspension(self._first_leaves)
             return self._alone
 
         def leave(_: object) -> Abort:
