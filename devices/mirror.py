@@ -166,6 +166,8 @@ class Mirror:
 
     def touched(self) -> Words:
         """The pages with entries that may be others since the last call: for one who checks them."""
+        if not (self._table.ptes.changed or self._table.pmds.changed):
+            return _NO_PAGES
         small, blocks = self._table.ptes.take_touched_pages(), self._table.pmds.take_touched_pages()
         return small if not len(blocks) else np.concatenate((small, page_by_page((blocks << _BLOCK) | np.uint64(LARGE))))
 

@@ -16,7 +16,7 @@ is the way back. Host page tables and device mirrors are this; they differ in wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -176,6 +176,10 @@ class PageTable:
             return entry
         pmd = self.pmds.get(page >> HUGE_SHIFT)
         return pmd if not pmd or pmd & self._constant else pmd + ((page & _MASK) << self._frame_shift)
+
+    def numbers(self, pages: Sequence[int]) -> list[int]:
+        """The entries of a few pages, one by one."""
+        return [self.get(page) for page in pages] if self.pmd_count else self.ptes.numbers(pages)
 
     def set(self, page: int, value: int) -> None:
         """Write the entry of one page."""

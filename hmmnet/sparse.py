@@ -16,7 +16,7 @@ are one mark, so that those who write pay once.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from collections.abc import Set as AbstractSet
 from itertools import pairwise, repeat
 
@@ -75,6 +75,11 @@ class SparseTable:
         cells = self._cells.get(page >> LEAF_SHIFT)
         entry: int = 0 if cells is None else cells[page & _MASK]
         return entry
+
+    def numbers(self, pages: Iterable[int]) -> list[int]:
+        """The entries of a few pages, one by one."""
+        cells = self._cells
+        return [0 if (leaf := cells.get(page >> LEAF_SHIFT)) is None else leaf[page & _MASK] for page in pages]
 
     def set(self, page: int, value: int) -> None:
         """Write the entry of one page."""
@@ -191,7 +196,7 @@ class SparseTable:
         if is_one_run(pages, ascend=ascend):
             return self.read(int(pages[0]), int(pages[-1]) + 1)
         if len(pages) <= FEW:
-            return np.array([self.get(page) for page in pages.tolist()], np.uint64)
+            return np.array(self.numbers(pages.tolist()), np.uint64)
         out = np.zeros(len(pages), dtype=np.uint64)
         offsets = (pages & np.uint64(_MASK)).view(np.intp)
         for key, here in _by_leaf(pages, ascend=ascend):

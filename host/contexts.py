@@ -77,8 +77,8 @@ class Contexts:
         life.contexts[context.number] = context
         life.link.domains[context.number] = context.domain
         try:
-            with trio.CancelScope(shield=True):  # once asked, the device opens it whether we wait or not; a lost device ends the wait
-                await life.link.ask(OpenContext(context.number, space.number), Done)
+            # once asked, the device opens it whether we wait or not; a lost device ends the wait
+            await life.link.ask_shielded(OpenContext(context.number, space.number), Done)
         except BaseException:
             self._forget(context)
             raise

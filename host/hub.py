@@ -102,7 +102,7 @@ class Invalidation:
                 started.append((subscription, acknowledgement))
         self._hub.messages += len(started)
         if started and self._hub.watch is not None:
-            self._hub.watch(self.start, self.end, self.event.value, len(started))
+            self._hub.watch(self.start, self.end, str(self.event), len(started))
         return started
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -144,7 +144,8 @@ class Hub:
         """Invalidations sent to devices so far."""
         self.watch: Callable[[int, int, str, int], None] | None = None
         """Called with (start, end, event, devices told) when mirrors are told to drop a range."""
-        self._turned_even = trio.Event()
+        self._turned_even: trio.Event | None = None
+        """Who waits for the sequence to turn even; mostly nobody does."""
 
     def invalidate(self, event: Event, start: int, end: int, owner: int = NO_OWNER) -> AbstractAsyncContextManager[object]:
         """Announce that [start, end) changes; entering returns when every device concerned has let go of it (in today's order).
@@ -174,9 +175,9 @@ class Hub:
 
     def range_end(self) -> None:
         """The last active invalidation over: apply what was deferred, wake readers and removers."""
-        if self.core.end():
-            done, self._turned_even = self._turned_even, trio.Event()
-            done.set()
+        if self.core.end() and self._turned_even is not None:
+            self._turned_even.set()
+            self._turned_even = None
 
     def insert(self, start: int, end: int, link: DeviceLink, context: int, own: bool = True) -> Subscription:
         """Subscribe to [start, end). Raises KernelError (EOVERFLOW, EINVAL)."""
@@ -186,10 +187,16 @@ class Hub:
         """Unsubscribe; after this returns the device is told nothing more. Must not be awaited inside an invalidation."""
         pending = self.core.remove(subscription)
         while pending is not None and self.core.sequence == pending:
-            await self._turned_even.wait()
+            await self._even()
         subscription.gone = True
         if subscription.running:
             self.too_late(subscription, "is still letting go of pages, and its removal has returned")
+
+    async def _even(self) -> None:
+        """Return when the sequence next turns even."""
+        if self._turned_even is None:
+            self._turned_even = trio.Event()
+        await self._turned_even.wait()
 
     def too_late(self, subscription: Subscription, what: str) -> None:
         """Complain of a callback that runs though its subscription is gone."""
@@ -201,7 +208,7 @@ class Hub:
     async def read_begin(self, subscription: Subscription) -> int:
         """mmu_interval_read_begin: the sequence that `read_retry` compares with; waits while the subscription is being invalidated."""
         while self.core.must_wait(subscription):
-            await self._turned_even.wait()
+            await self._even()
         return subscription.sequence
 
     def read_retry(self, subscription: Subscription, sequence: int) -> bool:

@@ -239,6 +239,11 @@ class SessionLink:
         self.flush_freed()
         return await self.session.ask(message, answer)
 
+    async def ask_shielded(self, message: Message, answer: type[M]) -> M:
+        """`ask` that is not cancelled."""
+        self.flush_freed()
+        return await self.session.ask_shielded(message, answer)
+
     def invalidate_start(
         self, context: int, subscription: int, start: int, end: int, event: Event, owner: int, sequence: int
     ) -> Acknowledgement | None:
@@ -250,7 +255,7 @@ class SessionLink:
             return None
         pending: PendingReply | None = None
         if self.session.lost is None:
-            pending = self.session.begin(Invalidate(context, subscription, start, end, event.value, owner, sequence))
+            pending = self.session.begin(Invalidate(context, subscription, start, end, str(event), owner, sequence))
         return Acknowledgement(self, pending, domain, start, end)
 
     async def _step(self) -> None:

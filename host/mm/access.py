@@ -32,6 +32,9 @@ CHECKPOINT_EVERY = 64
 BULK_SHIFT = 16
 """64 KiB of one load or store count as one more: long ones take as long as many."""
 
+COPIED_BYTES = 1 << 14
+"""Bytes of an array up to which a copy takes less than the way to a view of them."""
+
 Storable = bytes | bytearray | memoryview | npt.NDArray[Any]
 """What a store takes: the bytes of it, in their order."""
 
@@ -318,6 +321,10 @@ def _whole(address: int, length: int) -> tuple[int, int]:
     return address + PAGE_MASK >> PAGE_SHIFT, address + length >> PAGE_SHIFT
 
 
-def _flat(data: bytearray | memoryview | npt.NDArray[Any]) -> memoryview:
-    """The bytes of anything that holds some."""
-    return memoryview(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data if isinstance(data, np.ndarray) else data).cast("B")
+def _flat(data: bytearray | memoryview | npt.NDArray[Any]) -> bytes | memoryview:
+    """The bytes of anything that holds some: a copy of a little, a view of much."""
+    if not isinstance(data, np.ndarray):
+        return memoryview(data).cast("B")
+    if data.nbytes <= COPIED_BYTES:
+        return data.tobytes()
+    return memoryview(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data).cast("B")

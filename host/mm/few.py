@@ -43,7 +43,7 @@ def collect(mm: Mm, migration: Migration, select: Select) -> bool:
     if points.armed and (points.wants("migrate.trylock") or points.wants("migrate.count")):
         return False  # the general form is where faults are injected
     pages = migration.pages.tolist()
-    entries = [mm.table.get(page) for page in pages]
+    entries = mm.table.numbers(pages)
     fates = []
     for page, entry in zip(pages, entries, strict=True):
         fate = _fate(mm, page, entry, migration, select)
@@ -118,8 +118,7 @@ def _owned(memory: PhysicalMemory, number: int, owner: int, select: Select) -> b
 
 def unshared(mm: Mm, pages: Words, select: Select, owner: int) -> bool:
     """Whether, of a few `pages`, those that `collect` would take are this process's alone for certain."""
-    for page in pages.tolist():
-        entry = mm.table.get(page)
+    for entry in mm.table.numbers(pages.tolist()):
         if entry & pte.HUGE:
             return False
         if entry and _wanted(mm.memory, entry, owner, select):
@@ -219,16 +218,12 @@ def _insert(mm: Mm, migration: Migration, row: int, page: int, source: int, fram
 def finalize(memory: PhysicalMemory, mm: Mm, migration: Migration) -> bool:
     """migrate_vma_finalize for a few pages whose migration entries are still there; frees unused host targets too."""
     rows = list(zip(migration.pages.tolist(), migration.source.tolist(), migration.target.tolist(), strict=True))
-    entries = []
-    for page, source, target in rows:
+    entries = mm.table.numbers([page for page, _, _ in rows])
+    for (_, source, target), entry in zip(rows, entries, strict=True):
         if source & BOTH:
             held = (source if source & MIGRATE_PFN_VALID else target) >> MIGRATE_PFN_SHIFT
-            entry = mm.table.get(page)
             if entry & pte.KIND != pte.MIGRATION or entry >> pte.FRAME_SHIFT != held:
                 return False
-            entries.append(entry)
-        else:
-            entries.append(0)
     left: list[int] = []
     for (page, source, target), entry in zip(rows, entries, strict=True):
         goes, came, aim = source & MIGRATE_PFN_MIGRATE, source >> MIGRATE_PFN_SHIFT, target >> MIGRATE_PFN_SHIFT

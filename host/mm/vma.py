@@ -96,6 +96,11 @@ class Vma:
         """Whether the CPU may load: on x86 a right to write or execute includes it."""
         return self.flags & VM_ACCESS != 0
 
+    def part(self, start: int, end: int) -> Vma:
+        """A VMA like this one of pages [start, end), which lie in it: `dataclasses.replace` takes five times as long."""
+        pgoff = self.pgoff + start - self.start
+        return Vma(start, end, self.flags, pgoff, self.anon, self.chain, self.file, self.userfault)
+
     def merges_with(self, behind: Vma) -> bool:
         """Whether `behind`, which begins where this ends, can be one VMA with it."""
         return (
@@ -191,7 +196,8 @@ class VmaTree:
         for vma in self._vmas[below:low] + vmas + self._vmas[high:above]:
             if merged and merged[-1].merges_with(vma):
                 first = merged[-1]
-                merged[-1] = replace(first, end=vma.end, flags=first.flags | vma.flags, anon=first.anon or vma.anon)
+                merged[-1] = joined = first.part(first.start, first.end)
+                joined.end, joined.flags, joined.anon = vma.end, first.flags | vma.flags, first.anon or vma.anon
             else:
                 merged.append(vma)
         self._vmas[below:above] = merged
@@ -231,6 +237,6 @@ def _alike(left: Vma, right: Vma) -> bool:
 def split(vma: Vma, start: int, end: int) -> tuple[Vma | None, Vma, Vma | None]:
     """`vma` in up to three: what lies before `start`, what lies in [start, end), what lies behind. The middle must not be empty."""
     low, high = max(start, vma.start), min(end, vma.end)
-    before = replace(vma, end=low) if low > vma.start else None
-    behind = replace(vma, start=high, pgoff=vma.pgoff + high - vma.start) if high < vma.end else None
-    return before, replace(vma, start=low, end=high, pgoff=vma.pgoff + low - vma.start), behind
+    before = vma.part(vma.start, low) if low > vma.start else None
+    behind = vma.part(high, vma.end) if high < vma.end else None
+    return before, vma.part(low, high), behind
