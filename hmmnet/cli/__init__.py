@@ -8,6 +8,7 @@ SIGTERM.
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import re
 import signal
@@ -68,10 +69,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.stdout.flush()
     except KeyboardInterrupt:  # before the command began
         code = INTERRUPTED
-    except BrokenPipeError:  # whoever read our output has seen enough; the interpreter's own flush must not fail again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except BrokenPipeError:  # whoever read our output has seen enough
+        _print_no_more()
         code = 0
+    except OSError as error:
+        if error.errno not in NO_ROOM or error.filename is not None:
+            raise
+        _print_no_more()
+        code = _complain("hmmnet", f"standard output cannot be written: {error.strerror}", FAILED)
     raise SystemExit(TERMINATED if code == INTERRUPTED and terminated else code)
+
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+"""What a file answers that standard output goes to, when it takes no more."""
+
+
+def _print_no_more() -> None:
+    """Standard output is gone: the interpreter's own flush must not fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def exit_code(arguments: list[str]) -> int:

@@ -45,8 +45,8 @@ def kinds(
     family = ""
     for kind in chosen:
         if kind.family != family:
+            print(f"\n{kind.family}" if family else kind.family)
             family = kind.family
-            print(f"\n{family}")
         _describe(kind)
     print("\nevery kind")
     for parameter in (*TARGETS.values(), *CONTROLS.values()):

@@ -20,10 +20,13 @@ def writable(path: Path) -> None:
 
 
 def write(path: Path, text: str) -> None:
-    """Write `text` to `path`. Raises HmmnetError."""
+    """Write `text` to `path`; where that fails no empty file is left. Raises HmmnetError."""
+    there = path.exists()
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
+        if not there:
+            path.unlink(missing_ok=True)
         raise unwritten(path, error) from error
 
 

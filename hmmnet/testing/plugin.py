@@ -13,8 +13,9 @@ from __future__ import annotations
 import inspect
 import os
 import shlex
-from collections.abc import AsyncIterator, Generator, Iterator
+from collections.abc import AsyncIterator, Generator, Iterator, Sequence
 from functools import partial
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -113,11 +114,8 @@ def _story_lines(config: pytest.Config) -> int:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Check the test's markers, and make a test of each of its seeds; behind all other parameters."""
     item = metafunc.definition
-    try:
-        _check_markers(item)
-        marks = [Mark(mark.args, mark.kwargs) for mark in item.iter_markers("seeds")]
-        seeds = read_seeds(marks[0]) if marks else []
-    except MarkMistake as mistake:
+    seeds, mistake = _checked_seeds(item)
+    if mistake:
         pytest.fail(f"{item.nodeid}: {mistake}", pytrace=False)
     if SEED not in metafunc.fixturenames:
         if any(mark.name == "seeds" for mark in item.own_markers):
@@ -130,6 +128,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     forced, count = metafunc.config.getoption("hmmnet_seed"), metafunc.config.getoption("hmmnet_seeds")
     chosen = [forced] if forced is not None else list(range(count)) if count else seeds
     metafunc.parametrize(SEED, chosen, indirect=True, ids=[f"seed{seed}" for seed in chosen])
+
+
+def _checked_seeds(item: pytest.Item) -> tuple[Sequence[int], str]:
+    """The seeds that the test's marker gives, and what is wrong with any of its markers."""
+    try:
+        _check_markers(item)
+        marks = [Mark(mark.args, mark.kwargs) for mark in item.iter_markers("seeds")]
+        return (read_seeds(marks[0]) if marks else []), ""
+    except MarkMistake as mistake:
+        return [], str(mistake)
 
 
 def _check_markers(item: pytest.Item) -> None:
@@ -297,8 +305,10 @@ def _run_here(test: Any, **arguments: Any) -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Let it end with what happened on the machine, and how to see it again."""
+    if call.excinfo is not None and _case_key in item.stash:
+        _show_own_lines(item, call.excinfo)
     report = yield
     if report.failed and (_case_key in item.stash or SEED in getattr(item, "fixturenames", ())):
         story = item.stash[_case_key].story.shown(_story_lines(item.config)) if _case_key in item.stash else []
@@ -306,6 +316,35 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
             report.sections.append(("hmmnet: what happened", "\n".join(story)))
         report.sections.append(("hmmnet: see it again", _replay(item)))
     return report
+
+
+WITHIN = frozenset({"hmmnet", "trio", "outcome"})
+"""Packages whose lines say nothing of what a test did wrong."""
+
+
+def _show_own_lines(item: pytest.Item, failure: pytest.ExceptionInfo[BaseException]) -> None:
+    """An error that a machine answers with on purpose is shown where the test asked for it; a bug of ours, and with --full-trace
+    everything, as deep as it goes.
+    """
+    from hmmnet.errors import HmmnetError
+
+    if not isinstance(failure.value, HmmnetError) or item.config.getoption("fulltrace"):
+        return
+    own = getattr(_function(item), "__module__", "")
+
+    lines: TracebackType | None = None
+    for line in reversed(list(_chain(failure.tb))):
+        module = str(line.tb_frame.f_globals.get("__name__", ""))
+        if module == own or module.partition(".")[0] not in WITHIN:
+            lines = TracebackType(lines, line.tb_frame, line.tb_lasti, line.tb_lineno)
+    if lines is not None:
+        failure.traceback = type(failure.traceback)(lines)
+
+
+def _chain(line: TracebackType | None) -> Iterator[TracebackType]:
+    while line is not None:
+        yield line
+        line = line.tb_next
 
 
 def _replay(item: pytest.Item) -> str:

@@ -32,7 +32,7 @@ async def chosen_devices(machine: Machine, devices: Sequence[str] | str | None) 
         found = (await machine.report())["devices"]
         names = tuple(name for name in machine.device_names if found[name]["state"] != "lost")
         if not names:
-            raise ValueError(f"all devices of this machine are lost: {', '.join(machine.device_names)}; restart one, or start it anew")
+            raise ValueError(f"all devices of this machine are lost: {', '.join(machine.device_names)}; start the machine anew")
         return names
     names = tuple(devices.split(",")) if isinstance(devices, str) else tuple(devices)
     unknown = [name for name in names if name not in machine.device_names]

@@ -138,6 +138,13 @@ def test_a_reader_that_goes_away_is_no_error(command: str) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.parametrize("command", ["--help", "topo ls", "topo show pcie-64 --json", "fault kinds"])
+def test_standard_output_that_takes_no_more_is_one_line(command: str) -> None:
+    """A full disk, whether it shows in the middle or when all is said."""
+    done = subprocess.run(["bash", "-c", f"{sys.executable} -m hmmnet {command} > /dev/full"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "hmmnet: standard output cannot be written: No space left on device\n")
+
+
 @pytest.mark.parametrize("heavy", ["rich", "numpy", "zmq", "trio", "typer"])
 def test_the_frame_loads_nothing_heavy(heavy: str) -> None:
     """The first line stands at once because what is slow to import waits until it is needed."""

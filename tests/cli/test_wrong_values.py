@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
 
 import hmmnet
 from hmmnet.cli import exit_code
-from hmmnet.cli.outputs import writable
+from hmmnet.cli.outputs import writable, write
 from hmmnet.demo.screen import shorten
 from hmmnet.errors import HmmnetError
 
@@ -64,6 +66,22 @@ def test_a_picture_that_cannot_be_written_is_told_first(tmp_path: Path, capsys: 
         writable(path)
     assert not new.exists()
     assert old.read_text() == "kept"
+
+
+def test_a_file_that_could_not_be_written_is_not_left_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was there before is the user's, whatever became of it."""
+
+    def full(path: Path, *_: object, **__: object) -> int:
+        path.touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    new, old = tmp_path / "new.svg", tmp_path / "old.svg"
+    old.touch()
+    for file in (new, old):
+        with pytest.raises(HmmnetError, match="cannot be written: No space left on device; name another file"):
+            write(file, "text")
+    assert [file.exists() for file in (new, old)] == [False, True]
 
 
 def test_all_mistakes_of_a_topology_are_told_by_every_way_to_start_one(tmp_path: Path) -> None:

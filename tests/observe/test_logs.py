@@ -27,6 +27,23 @@ def handler(tmp_path: Path) -> Iterator[logs.JsonLines]:
     logs.stop_logging(handler)
 
 
+def test_the_programs_level_comes_back(tmp_path: Path) -> None:
+    """With the end of the last machine, in whatever order they end."""
+    logger = logging.getLogger("hmmnet")
+    usual = logger.level
+    try:
+        for first, second in ((0, 1), (1, 0)):
+            logger.setLevel(logging.ERROR)
+            handlers = [logs.log_to(tmp_path, name) for name in ("one", "two")]
+            assert logger.level == logging.INFO
+            logs.stop_logging(handlers[first])
+            assert logger.level == logging.INFO
+            logs.stop_logging(handlers[second])
+            assert (logger.level, logger.propagate) == (logging.ERROR, True)
+    finally:
+        logger.setLevel(usual)
+
+
 def lines(handler: logs.JsonLines) -> list[dict[str, Any]]:
     return [json.loads(line) for line in handler.path.read_text().splitlines()]
 

@@ -78,6 +78,45 @@ def test_a_failed_test_ends_with_story_and_command(pytester: pytest.Pytester) ->
     assert told(again, "test_two") == story
 
 
+def test_an_answer_is_shown_where_it_was_asked_for(pytester: pytest.Pytester) -> None:
+    """The error is the machine's, the mistake is in the test: no line of ours, but with --full-trace; a bug of ours is seen whole. A marker
+    that is wrong is told once.
+    """
+    write(
+        pytester,
+        """
+        import pytest
+
+        def ask(process):
+            process.launch("vector_ad", "gpu0")
+
+        def test_blocking(simulated_machine):
+            ask(simulated_machine.process())
+
+        async def test_awaited(simulated_machine):
+            await (await simulated_machine.process()).launch("vector_ad", "gpu0")
+
+        def test_crash(simulated_machine, monkeypatch):
+            monkeypatch.setattr("hmmnet.blocking.BlockingProcess.load", lambda process, address: process._loop.ask(None))
+            simulated_machine.process().load(0)
+        """,
+    )
+    short = run(pytester)
+    short.assert_outcomes(failed=3)
+    short.stdout.fnmatch_lines(["test_mine.py:*: KernelError", "*hmmnet: see it again*"])
+    text = short.stdout.str()
+    before, _, crash = text.partition("test_crash")
+    assert 'process.launch("vector_ad", "gpu0")' in before
+    assert "session.py" not in before
+    assert "frozen.py" not in before
+    assert "frozen.py" in crash
+    assert "session.py" in run(pytester, "--full-trace").stdout.str()
+    write(pytester, "import pytest\n@pytest.mark.topology('nvlnk-8')\ndef test_one(simulated_machine): pass\n")
+    wrong = run(pytester)
+    assert wrong.stdout.str().count('nvlnk-8: no preset and no file has this name; did you mean "nvlink-8"?') == 1
+    assert "another exception" not in wrong.stdout.str()
+
+
 def told(result: pytest.RunResult, test: str) -> list[str]:
     """The story of a failed test."""
     first = next(i for i, line in enumerate(result.outlines) if f" {test}" in line and line.startswith("_"))
