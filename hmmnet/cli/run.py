@@ -8,6 +8,7 @@ import sys
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager
 from pathlib import Path
+from traceback import walk_tb
 from typing import Annotated, Any, get_type_hints
 
 import typer
@@ -104,15 +105,28 @@ async def _play(
 
 @contextmanager
 def plain_errors(function: Callable[..., Any]) -> Iterator[None]:
-    """A built-in workload that cannot use a value says so in one sentence; one of the user's own shows where it went wrong."""
+    """A built-in workload that cannot use a value says so in one sentence; one of the user's own shows where it went wrong: a bug with its
+    traceback, an error that the machine answered with by file and line.
+    """
     from hmmnet.errors import HmmnetError
 
     try:
         yield
+    except HmmnetError as error:
+        place = _last_line_in(function.__code__.co_filename, error)
+        if function.__module__.startswith("hmmnet.") or not place:
+            raise
+        raise HmmnetError(f"{place}: {error}") from error
     except (ValueError, OverflowError) as error:
         if not function.__module__.startswith("hmmnet."):
             raise
         raise HmmnetError(f"{function.__name__}: {error}") from error
+
+
+def _last_line_in(file: str, error: BaseException) -> str:
+    """``FILE:LINE`` of the innermost line of `file` that `error` passed; empty when it passed none."""
+    lines = [line for frame, line in walk_tb(error.__traceback__) if frame.f_code.co_filename == file]
+    return f"{file}:{lines[-1]}" if lines else ""
 
 
 def find(workload: str) -> Callable[..., Awaitable[Any]]:

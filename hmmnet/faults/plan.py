@@ -21,7 +21,7 @@ from typing import Any, TypeAlias
 
 from hmmnet.errors import HmmnetError
 from hmmnet.topology.lines import KeyLines
-from hmmnet.topology.problems import Problem, did_you_mean, no_text
+from hmmnet.topology.problems import Problem, did_you_mean, no_text, syntax_problem
 
 from .catalogue import CONTROLS, as_given, checked, kind_named
 from .catalogue import fault as make_fault
@@ -56,9 +56,7 @@ class Plan:
         try:
             data = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
-            raise PlanError(
-                [Problem(file, 0, "", "", f"no valid TOML: {error}", "text stands in quotes, tables begin with [[fault]]")]
-            ) from None
+            raise PlanError([syntax_problem(str(error), text, file, "[[fault]]")]) from None
         lines = KeyLines(text)
         mistakes = [
             Problem(
@@ -87,7 +85,7 @@ class Plan:
             if made is not None:
                 faults.append(made)
         if mistakes:
-            raise PlanError(mistakes)
+            raise PlanError(sorted(mistakes, key=lambda mistake: mistake.line))
         return cls(tuple(faults))
 
     @classmethod

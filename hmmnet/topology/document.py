@@ -19,10 +19,9 @@ from hmmnet.units import parse_rate, parse_size, parse_time, show_size
 from .lines import KeyLines, Path
 from .model import MEMORY_BYTES_MAX
 from .names import expand, spread
-from .problems import Problem, closest, did_you_mean
+from .problems import Problem, closest, did_you_mean, syntax_problem
 from .schema import LINK, SECTIONS, TOP, Field, Section
 
-_TOML_LINE = re.compile(r"\s*\(at (?:line (\d+), column (\d+)|end of document)\)\Z")
 _UNIT_SUFFIX = re.compile(r"_(?:ns|us|ms|s|bytes|[kmgt]i?b(?:ps|_s|_per_s)?|bytes_per_s|[kmgt]bps)\Z", re.IGNORECASE)
 _TYPE_NAMES = {str: "text", bool: "true or false", int: "a whole number", float: "a number", list: "an array", dict: "a table"}
 _WANTED = {
@@ -88,7 +87,7 @@ def read_document(text: str, file: str) -> Document:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         document.complete = False
-        document.problems.append(_syntax_problem(str(error), text, file))
+        document.problems.append(syntax_problem(str(error), text, file))
         return document
     except RecursionError:
         document.complete = False
@@ -101,16 +100,6 @@ def read_document(text: str, file: str) -> Document:
         for index, table in enumerate(_tables(document, section, word, data.get(word, []))):
             document.records[section.key] += _read_table(document, section, index, table)
     return document
-
-
-def _syntax_problem(message: str, text: str, file: str) -> Problem:
-    match = _TOML_LINE.search(message)
-    line = 0
-    if match is not None:
-        line = int(match[1]) if match[1] else text.rstrip().count("\n") + 1
-        message = message[: match.start()] + (f" (column {match[2]})" if match[2] else " (at the end of the file)")
-    cause = f"no valid TOML: {message[:1].lower()}{message[1:]}"
-    return Problem(file, line, "", "", cause, "text stands in quotes, tables begin with [[name]]")
 
 
 def _read_top(document: Document, data: dict[str, Any]) -> None:

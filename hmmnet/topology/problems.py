@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+_TOML_LINE = re.compile(r"\s*\(at (?:line (\d+), column (\d+)|end of document)\)\Z")
 CLOSE_ENOUGH = 0.6
 """Similarity from which a name is offered as what was meant: "latancy" for "latency", not "bandwidth"."""
 
@@ -37,6 +39,17 @@ class Problem:
             "cause": self.cause,
             "mend": self.mend,
         }
+
+
+def syntax_problem(message: str, text: str, file: str, table: str = "[[name]]") -> Problem:
+    """What Python's reader of TOML says of `text`, with the line in front; `table` is how one begins in such a file."""
+    match = _TOML_LINE.search(message)
+    line = 0
+    if match is not None:
+        line = int(match[1]) if match[1] else text.rstrip().count("\n") + 1
+        message = message[: match.start()] + (f" (column {match[2]})" if match[2] else " (at the end of the file)")
+    cause = f"no valid TOML: {message[:1].lower()}{message[1:]}"
+    return Problem(file, line, "", "", cause, f"text stands in quotes, tables begin with {table}")
 
 
 def no_text(error: UnicodeDecodeError, file: str) -> Problem:

@@ -20,6 +20,10 @@ async def alone():
 
 async def strict(machine, n: int = 1):
     raise ValueError("the user's own mistake")
+
+async def asks(machine):
+    process = await machine.create_process()
+    await process.launch("vector_ad", "gpu0")
 """
 
 
@@ -52,6 +56,16 @@ def test_a_users_own_mistake_is_shown_where_it_is(tmp_path: Path) -> None:
     file.write_text(WORKLOAD)
     with pytest.raises((ValueError, ExceptionGroup), match=r"mistake|sub-exception"):
         exit_code(["run", f"{file}:strict", "--rate", "1"])
+
+
+def test_an_answer_in_a_users_workload_has_its_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One line: file and line of the call, and what the machine said."""
+    file = tmp_path / "own.py"
+    file.write_text(WORKLOAD)
+    line = WORKLOAD.split("vector_ad", maxsplit=1)[0].count("\n") + 1
+    assert exit_code(["run", f"{file}:asks", "--world", "sim"]) == 1
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith(f'hmmnet run: {file}:{line}: launch: ENOENT: no kernel is called "vector_ad"; ')
 
 
 def test_a_picture_that_cannot_be_written_is_told_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
