@@ -203,9 +203,18 @@ def ls(machine: Machine = None, as_json: AsJson = False) -> int:
     for one in faults:
         given = dict(one["fault"])
         kind, on = given.pop("kind"), given.pop("on", "")
-        words = " ".join(f"{name}={value}" for name, value in given.items())
-        print(f"{one['number']:>4}  {kind:<20} {on:<16} {words}" + ("" if one["begun"] else "  (to come)"))
+        print(f"{one['number']:>4}  {kind:<20} {on:<16} {_words(kind, given)}".rstrip() + ("" if one["begun"] else "  (to come)"))
     return 0
+
+
+def _words(kind: str, given: dict[str, Any]) -> str:
+    """What a fault does, as one writes it: with units, and with what it does where nothing was said."""
+    from hmmnet.faults.catalogue import CONTROLS, KINDS, TARGETS
+
+    own = {parameter.name: parameter for parameter in KINDS[kind].parameters}
+    known = {**CONTROLS, **TARGETS, **own}
+    unsaid = {name: parameter.default for name, parameter in own.items() if parameter.default and name not in given}
+    return " ".join(f"{name}={known[name].text(value).replace(' ', '')}" for name, value in {**given, **unsaid}.items())
 
 
 @app.command()

@@ -37,11 +37,15 @@ class Parameter:
     @property
     def default_text(self) -> str:
         """`default` as a person writes it, with its unit; empty when there is none."""
-        if self.default in (None, ""):
+        return self.text(self.default)
+
+    def text(self, value: Any) -> str:
+        """`value`, as `read` gave it, as a person writes it, with its unit; empty when there is none."""
+        if value in (None, ""):
             return ""
         if self.form == "time":
-            return show_time(self.default) if self.default else "0 s"
-        return show_size(self.default) if self.form == "size" else str(self.default)
+            return show_time(value) if value else "0 s"
+        return show_size(value) if self.form == "size" else str(value)
 
     def as_json(self) -> dict[str, Any]:
         """Plain data; times are seconds, sizes bytes."""

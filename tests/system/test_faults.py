@@ -53,6 +53,13 @@ async def test_points_of_both_sides_and_the_command_line() -> None:
         number = machine.add_fault(fault("alloc.host"))
         with pytest.raises(KernelError, match="ENOMEM"):
             await process.write(await process.mmap(PAGE), b"x")
+        slow = machine.add_fault("point.delay", on="gpu1", point="device.copy_in", jitter="250 us")
+        assert await command("fault", "ls", "-m", machine.name) == (
+            "   1  point.fail           gpu0             point=device.job_start\n"
+            f"   {number}  alloc.host           *\n"
+            f"   {slow}  point.delay          gpu1             point=device.copy_in jitter=250us latency=1ms\n"
+        )
+        machine.remove_fault(slow)
         listed = await command("fault", "ls", "-m", machine.name)
         assert [line.split()[:2] for line in listed.splitlines()] == [["1", "point.fail"], [str(number), "alloc.host"]]
         assert "no fault has number 9" in await command("fault", "rm", "9", "-m", machine.name)
