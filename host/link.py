@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from types import TracebackType
 from typing import TypeVar
 
@@ -279,9 +280,23 @@ class SessionLink:
         frames = page_by_page(source_frames)
         source = ArenaSource(self._interconnect.memories, frames << _SHIFT, PAGE_SIZE)
         stream = self.new_stream()
-        pending = self.session.begin(CopyIn(stream, to_wire(target_frames), to_wire(zero_frames)))
-        await self.send(stream, source, int(frames[0]))
-        await pending.wait()
+        message = CopyIn(stream, to_wire(target_frames), to_wire(zero_frames))
+        await self._expected(message, partial(self.send, stream, source, int(frames[0])))
+
+    async def _expected(self, message: CopyIn, send: Callable[[], Awaitable[object]]) -> None:
+        """Ask the device to expect a stream, and `send` it at once. One that refuses, or cannot read what it is asked, never credits it.
+
+        Raises PeerLost, PeerError, and what the answer does.
+        """
+        pending = self.session.begin(message)
+        pending.if_refused(partial(self.sender.refused, message.stream))
+        try:
+            await send()
+        except PeerError:
+            if pending.answered:
+                await pending.wait()  # that says more
+            raise
+        await self.session.answer(message, pending, Done)
 
     async def send(self, stream: int, source: Source, frame: int) -> None:
         """Stream to the device, from the memory that `frame` lies in. Raises PeerLost, PeerError."""
@@ -299,10 +314,12 @@ class SessionLink:
         """Stream to device frames what does not come from host memory, by a flow that is open. Raises PeerLost, PeerError."""
         self.flush_freed()
         stream = self.new_stream()
-        pending = self.session.begin(CopyIn(stream, to_wire(targets), b""))
-        async with self.transfer():
-            await self.sender.send(stream, source, flow)
-        await pending.wait()
+
+        async def send() -> None:
+            async with self.transfer():
+                await self.sender.send(stream, source, flow)
+
+        await self._expected(CopyIn(stream, to_wire(targets), b""), send)
 
     @contextmanager
     def from_peer(self, device: str, nbytes: int) -> Iterator[Flow]:
@@ -327,9 +344,8 @@ class SessionLink:
         targets = page_by_page(destination.frames())
         sink = ArenaSink(self._interconnect.memories, targets << _SHIFT, PAGE_SIZE)
         async with self.coming(stream, sink, int(targets[0])) as flow:
-            await self.session.request(
-                CopyOut(stream, context, to_wire(pages), to_wire(frames), flow.start_s, flow.bytes_per_s, flow.latency_s)
-            )
+            message = CopyOut(stream, context, to_wire(pages), to_wire(frames), flow.start_s, flow.bytes_per_s, flow.latency_s)
+            await self.session.ask(message, Done)
 
     async def _copy_inline(self, message: CopyOut, destination: Destination) -> None:
         """A few pages come with the answer: half the messages of a stream. They pass between the chunks of the flows on the same links."""

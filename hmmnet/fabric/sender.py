@@ -128,6 +128,13 @@ class BulkSender:
             out.aborted = reason
             out.wake()
 
+    def refused(self, stream: int, why: object) -> None:
+        """The receiver has said by another way that it does not expect the stream, which may have ended: `send` raises PeerError."""
+        out = self._streams.get(stream)
+        if out is not None:
+            out.aborted = str(why)
+            out.wake()
+
     def _take(self, message: Credit | Abort) -> None:
         out = self._streams.get(message.stream)
         if out is None:  # ended here: a late credit, or an abort that the receiver has heard of

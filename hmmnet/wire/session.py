@@ -53,13 +53,14 @@ log = logging.getLogger("hmmnet.wire")
 class PendingReply(Bell):
     """A request that is on its way; `wait` gives its answer, to one task."""
 
-    __slots__ = ("_answer", "_error", "_late", "_reader")
+    __slots__ = ("_answer", "_error", "_late", "_reader", "_refused")
 
     def __init__(self, reader: Reader | None = None) -> None:
         super().__init__()
         self._answer: Message | None = None
         self._error: Exception | None = None
         self._late: Callable[[Message], None] | None = None
+        self._refused: Callable[[Exception], None] | None = None
         self._reader = reader
         """Where whoever waits may read meanwhile."""
 
@@ -73,6 +74,8 @@ class PendingReply(Bell):
                     self._reader.woke()
             elif self._late is not None and answer is not None:
                 self._late(answer)
+            if error is not None and self._refused is not None:
+                self._refused(error)
 
     @property
     def answered(self) -> bool:
@@ -117,6 +120,12 @@ class PendingReply(Bell):
             await reader.stand_in(self)
         if self._answer is None and self._error is None:
             await reader.sleep(self.heard)
+
+    def if_refused(self, act: Callable[[Exception], None]) -> None:
+        """Call `act` as soon as there is an error instead of an answer: for who does something else before he waits. It must not raise."""
+        self._refused = act
+        if self._error is not None:
+            act(self._error)
 
     def leave(self, late: Callable[[Message], None]) -> None:
         """Nobody will `wait` any more; an answer that comes all the same, or came while we were being cancelled, goes to `late`.
@@ -200,7 +209,11 @@ class Session:
 
     async def ask(self, message: Message, answer: type[M]) -> M:
         """As `request`, for an answer of one type; another type is a ProtocolError of the peer."""
-        return self._of_type(message, await self.begin(message).wait(), answer)
+        return await self.answer(message, self.begin(message), answer)
+
+    async def answer(self, message: Message, pending: PendingReply, answer: type[M]) -> M:
+        """The answer to a `message` that was begun; see `ask`."""
+        return self._of_type(message, await pending.wait(), answer)
 
     async def ask_shielded(self, message: Message, answer: type[M]) -> M:
         """`ask` that is not cancelled: for who has to do something with the answer."""

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import trio
 
-from hmmnet.errors import BusError, KernelError, SegmentationFault
+from hmmnet.errors import BusError, KernelError, PeerError, ProtocolError, SegmentationFault
 from hmmnet.host.homing import COPIES_MAX
 from hmmnet.host.process import Process
 from hmmnet.host.service import Host
 from hmmnet.pages import PAGE_SIZE
 from hmmnet.wire.memory_transport import MemoryTransport
-from hmmnet.wire.messages import Copied, CopyOut, Done, Evict, Evicted, FreeFrames, Invalidate, Ioctl, Message
+from hmmnet.wire.messages import Copied, CopyIn, CopyOut, Done, Evict, Evicted, FreeFrames, Invalidate, Ioctl, Message
 
 from .scripted_device import LEASE_S, NO_FIGURES, ScriptedDevice, running_host, scripted_device
 
@@ -71,6 +71,29 @@ async def test_an_answer_that_is_none_is_a_bus_error(machine: Machine, answer: M
     with pytest.raises(BusError, match="answered a CopyOut"):
         await process.read(address, 1)
     assert await process.read(address, 1) == b"\1"
+
+
+@pytest.mark.parametrize("answer", ["refused", "another kind"])
+async def test_a_stream_that_a_device_does_not_expect_ends(machine: Machine, answer: str) -> None:
+    """It credits nothing of what it has refused, so the host would send again and again. Nothing has moved; the next migration goes well."""
+    _, _, device, process, _ = machine
+    right = device.copy_in
+
+    def refuse(_: CopyIn) -> Message:
+        raise ProtocolError("message cannot be decoded")
+
+    def misread(message: CopyIn) -> Message:
+        right(message)
+        return NO_FIGURES
+
+    address = await process.mmap(3 * PAGE_SIZE)
+    await process.write(address, b"x" * (3 * PAGE_SIZE))
+    device.session.on(CopyIn, refuse if answer == "refused" else misread)
+    with trio.fail_after(10), pytest.raises(PeerError, match="cannot be decoded|answered CopyIn with Report, not Done"):
+        await process.migrate(address, 3 * PAGE_SIZE, "gpu0")
+    assert await process.read(address, 3 * PAGE_SIZE) == b"x" * (3 * PAGE_SIZE)
+    device.session.on(CopyIn, right)
+    assert await process.migrate(address, 3 * PAGE_SIZE, "gpu0") == 3 * PAGE_SIZE
 
 
 async def test_freed_frames_are_told_before_anything_is_asked(machine: Machine) -> None:
