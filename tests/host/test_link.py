@@ -75,7 +75,7 @@ async def test_an_answer_that_is_none_is_a_bus_error(machine: Machine, answer: M
 
 @pytest.mark.parametrize("answer", ["refused", "another kind"])
 async def test_a_stream_that_a_device_does_not_expect_ends(machine: Machine, answer: str) -> None:
-    """It credits nothing of what it has refused, so the host would send again and again. Nothing has moved; the next migration goes well."""
+    """It credits nothing of what it has refused, so the host would send it for ever. Nothing has moved; the next migration goes well."""
     _, _, device, process, _ = machine
     right = device.copy_in
 
@@ -89,7 +89,7 @@ async def test_a_stream_that_a_device_does_not_expect_ends(machine: Machine, ans
     address = await process.mmap(3 * PAGE_SIZE)
     await process.write(address, b"x" * (3 * PAGE_SIZE))
     device.session.on(CopyIn, refuse if answer == "refused" else misread)
-    with trio.fail_after(10), pytest.raises(PeerError, match="cannot be decoded|answered CopyIn with Report, not Done"):
+    with trio.fail_after(10), pytest.raises(PeerError, match=r"cannot be decoded|answered CopyIn with Report, not Done"):
         await process.migrate(address, 3 * PAGE_SIZE, "gpu0")
     assert await process.read(address, 3 * PAGE_SIZE) == b"x" * (3 * PAGE_SIZE)
     device.session.on(CopyIn, right)
