@@ -93,13 +93,17 @@ class Blocking(Generic[T]):
     def stop(self) -> None:
         """Leave the context manager and wait for the thread; what it raised while leaving is raised here. Once is enough."""
         atexit.unregister(self.stop)
-        if self._token is not None and self._thread.is_alive():
-            with suppress(trio.RunFinishedError):
-                self._token.run_sync_soon(self._stop.set)
+        self._leave()
         self._thread.join()
         if self._outcome is not None:
             ended, self._outcome = self._outcome, None
             ended.unwrap()
+
+    def _leave(self) -> None:
+        """Have the thread leave the context manager."""
+        if self._token is not None and self._thread.is_alive():
+            with suppress(trio.RunFinishedError):
+                self._token.run_sync_soon(self._stop.set)
 
     def call(self, function: Callable[..., Awaitable[R]], *args: Any, **kwargs: Any) -> R:
         """Run a coroutine function in the loop and wait for what it returns or raises.

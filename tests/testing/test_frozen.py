@@ -68,6 +68,14 @@ def test_one_seed_one_run() -> None:
     assert first[2] == other[2] == 0
 
 
+def test_no_word_from_outside_reaches_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls do, one after the other. A word would come in the middle of something, and be one task more to draw from."""
+    words: list[object] = []
+    monkeypatch.setattr(trio.lowlevel.TrioToken, "run_sync_soon", lambda _, word, *__, **___: words.append(word))
+    assert story(5) == story(5)
+    assert words == []
+
+
 def test_time_passes_in_calls_only() -> None:
     """Not while the caller sleeps, and exactly as asked."""
     with machine() as made:
