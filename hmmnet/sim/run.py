@@ -15,7 +15,6 @@ from hmmnet.topology.model import Personality, Topology
 
 from .clock import JumpClock
 from .interrupts import CtrlC
-from .loop import short_loops
 from .machine import SimulatedMachine, simulated
 from .schedule import seeded
 from .trace import Trace
@@ -59,7 +58,7 @@ def run_virtual(main: Callable[..., Awaitable[T]], *arguments: Any, seed: int = 
         how = "tasks wait for each other, shielded from that limit" if clock.deadlocked else "somebody waits for what never comes"
         raise SimulationStuck(f"no end after {limit_s:g} virtual seconds (seed {seed}): {how}")
 
-    with seeded(seed), short_loops(clock):
+    with seeded(seed):
         try:
             value = trio.run(limited, clock=clock)
         except BaseException as error:
