@@ -6,6 +6,8 @@ The same of simulated machines and of real processes (`trial`, `real`).
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Awaitable, Callable
+from functools import partial
 
 import numpy as np
 import trio
@@ -29,6 +31,8 @@ LOOK_S = 0.05
 TRIES_MAX = 40
 CHECKED_SERIAL = 1 << 24
 """What the last check stores has serials beyond those of all steps."""
+WORDS_CHECKED = 4
+"""Words that the CPU stores then, and that each device does."""
 
 
 async def restart(crew: Crew, device: str) -> None:
@@ -70,9 +74,7 @@ async def last_check(crew: Crew) -> None:
         for page in range(region.pages):
             await _whole_page(crew, region, page)
     await crew.attempt("the last check", lambda: _counters(crew))
-    region = crew.regions[1]
-    for number, device in enumerate(crew.machine.device_names):
-        await _device_check(crew, region, device, CHECKED_SERIAL + number)
+    await _devices(crew, crew.regions[1])
     crew.note(f"checked {len(program.steps)} steps")
 
 
@@ -98,25 +100,39 @@ async def _whole_page(crew: Crew, region: Region, page: int) -> None:
         crew.complain("convergence", f"page {page} of region {region.number} cannot be loaded after everything is healed")
 
 
-async def _device_check(crew: Crew, region: Region, device: str, serial: int) -> None:
-    """A device stores, the CPU loads; the CPU stores, the device loads."""
-    first, count = 8 * crew.machine.device_names.index(device), 4
+async def _devices(crew: Crew, region: Region) -> None:
+    """The CPU stores words; each device adds them to those that the device before it has stored, and stores that behind them.
 
-    async def put(address: int, values: Words) -> None:
-        await launched(crew.process, device, "poke", a=address, words=values.tobytes())
+    So each must see what the CPU and another device have stored, and be seen; in the end the CPU loads all of it.
+    """
+    count, before = WORDS_CHECKED, 0
+    words = total = crew.values(CHECKED_SERIAL, 0, count)
+    await _works(crew, "the CPU", lambda who: crew.cpu_store(who, region, 0, count, CHECKED_SERIAL))
+    for number, device in enumerate(crew.machine.device_names, 1):
+        if await _works(crew, device, partial(_add, crew, region, device, before, number * count, total + words)):
+            before, total = number * count, total + words
+    await _works(crew, "the CPU", lambda who: crew.cpu_load(who, region, 0, (len(crew.machine.device_names) + 1) * count))
 
-    async def fetch(address: int) -> Words:
-        return np.frombuffer((await launched(crew.process, device, "peek", a=address, n=count))["words"], np.uint64)
 
-    async def both() -> None:
-        await crew.store(who, region, first, crew.values(serial, first, count), put)
-        await crew.cpu_load(who, region, first, count)
-        await crew.cpu_store(who, region, first, count, serial + 64)
-        await crew.load(who, region, first, count, fetch)
+async def _add(crew: Crew, region: Region, device: str, before: int, out: int, total: Words, who: str) -> None:
+    """A device adds the region's first words to those from `before` on, and stores that from word `out` on: `total`, if it sees them."""
+    count = len(total)
 
-    who, complaints, short = f"the last check of {device}", len(crew.outcome.violations), crew.short
-    if not await crew.attempt(who, both) and len(crew.outcome.violations) == complaints and crew.short == short:
-        crew.complain("convergence", f"{device} cannot be used after everything is healed")
+    async def put(address: int, _: Words) -> None:
+        a, b = region.address(before), region.address(0)
+        await launched(crew.process, device, "vector_add", a=a, b=b, out=address, n=count, dtype="<u8")
+
+    with crew.deriving(region, 0, out, out, count):
+        await crew.store(who, region, out, total, put)
+
+
+async def _works(crew: Crew, whose: str, work: Callable[[str], Awaitable[None]]) -> bool:
+    """Whether it does; when it does not, somebody has to have said why."""
+    who, complaints, short = f"the last check of {whose}", len(crew.outcome.violations), crew.short
+    done = await crew.attempt(who, lambda: work(who))
+    if not done and len(crew.outcome.violations) == complaints and crew.short == short:
+        crew.complain("convergence", f"{whose} cannot be used after everything is healed")
+    return done
 
 
 async def books(crew: Crew, auditor: Auditor) -> None:

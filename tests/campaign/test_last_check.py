@@ -74,6 +74,22 @@ def test_a_device_that_serves_no_more_is_found(monkeypatch: pytest.MonkeyPatch, 
     assert all(any(device in one.what for one in found) for device in ("dev0", "dev1"))
 
 
+@pytest.mark.parametrize("argument", ["a", "b", "out"])
+def test_a_device_that_misses_what_others_have_stored_is_found(monkeypatch: pytest.MonkeyPatch, argument: str) -> None:
+    """Once all is healed one device loads other words than the CPU or another device has stored, or stores elsewhere: that is seen."""
+    launch = Process.launch
+
+    async def astray(process: Process, kernel: str, device: str, *more: Any, **arguments: Any) -> Any:
+        if device == "dev1":
+            arguments[argument] += PAGE_SIZE // 2
+        return await launch(process, kernel, device, *more, **arguments)
+
+    broken_once_healed(monkeypatch, "launch", astray)
+    found = run_program(FAILED).violations
+    assert found
+    assert {one.checker for one in found} == {"history"}
+
+
 async def hold_and_leave(process: Process, leave: Callable[[Process], Coroutine[Any, Any, None]] = Process.exit) -> None:
     """A process ends and somebody keeps one of its pages."""
     await process.get_user_pages(await process.mmap(PAGE_SIZE), 1, write=True)
