@@ -69,8 +69,8 @@ NO_CHARGES = Charges(Counter(), Counter())
 
 def charges(zone: Zone) -> Charges:
     """Those of the frames of `zone`."""
-    flags = zone.values("flags", zone.used)
-    if not np.count_nonzero(flags >> np.uint32(CHARGE_SHIFT)):
+    flags = zone.seen("flags", zone.used)
+    if not len(flags) or int(np.maximum.reduce(flags)) >> CHARGE_SHIFT == 0:
         return NO_CHARGES
     return Charges(*(_per_group(some) for some in (flags, flags[flags & LOCKED != 0])))
 

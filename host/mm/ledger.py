@@ -8,7 +8,7 @@ what it reaches:
 - an *entry* that changed: its rules, and those of the frames that it maps now or mapped before;
 - a *frame* whose struct page changed, or that is mapped more or less often: its rules; if the entries that lead to it did not change
   with it, or it is shared, those of all entries (a fork, an exit);
-- *VMAs* that changed: the rules of all entries of their process.
+- *VMAs* that changed: the rules of all entries that lie there, or lay there.
 
 How often each frame must be mapped is kept as a count for each frame, which changed entries add to and take from. Most steps change a few
 entries and frames: those are looked at one by one, which is faster than arrays are. When something is wrong, everything is looked at, so
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from operator import attrgetter
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -56,13 +57,13 @@ class _Table:
 
     def __init__(self, mm: Mm) -> None:
         self.mm = mm
-        self.areas = invariants.areas(mm)
+        self._areas: invariants.Areas | None = None
         self.rss = 0
         self.blocks = 0
         """Blocks that are mapped as one."""
         self.small = self.huge = self.changed = NO_CHANGES
         """What the last look found to be another: pages that are mapped by themselves, blocks by number, and all, page by page."""
-        self._vmas: list[tuple[object, ...]] = []
+        self._vmas: list[tuple[Any, ...]] = []
         self._ptes = Seen(mm.table.ptes)
         self._pmds = Seen(mm.table.pmds)
 
@@ -93,16 +94,24 @@ class _Table:
         """Every entry that was there at the last look, blocks page by page."""
         return np.concatenate((self._ptes.all(), self.mm.table.expanded(self._pmds.all())))
 
-    def vmas_changed(self) -> bool:
-        """Whether the VMAs are others than at the last look; then they are checked."""
-        mm = self.mm
-        vmas = list(map(_STATE_OF, mm.vmas.each()))
-        if vmas == self._vmas:
-            return False
-        self._vmas = vmas
-        invariants.check_vmas(mm)
-        self.areas = invariants.areas(mm)
-        return True
+    def look_at_vmas(self) -> tuple[int, int]:
+        """Between which pages the VMAs are others than at the last look, (0, 0) for none; when there are some, all are checked."""
+        before, now = self._vmas, list(map(_STATE_OF, self.mm.vmas.each()))
+        if now == before:
+            return 0, 0
+        self._vmas, self._areas = now, None
+        invariants.check_vmas(self.mm)
+        first = _alike(before, now)
+        behind = _alike(before[first:][::-1], now[first:][::-1])
+        others = before[first : len(before) - behind] + now[first : len(now) - behind]
+        return min(vma[0] for vma in others), max(vma[1] for vma in others)
+
+    @property
+    def areas(self) -> invariants.Areas:
+        """The VMAs at the last look."""
+        if self._areas is None:
+            self._areas = invariants.areas(self.mm)
+        return self._areas
 
     def check_blocks(self, memory: PhysicalMemory, *, folded: bool) -> None:
         """The rules of huge pages, where one came or went, or may have: `folded` says that of folios."""
@@ -351,11 +360,14 @@ class Ledger:
         self._folded = self._folded or folded
         everywhere = bool(others) and self._reaches_others(tables, others)
         for table in tables:
-            changed = table.changed is not NO_CHANGES
-            if table.vmas_changed() or everywhere:
-                self._check_all(table)
-            elif changed:
-                self._check_changed(table)
+            changed, between = table.changed is not NO_CHANGES, table.look_at_vmas()
+            if everywhere:
+                self._check_between(table, 0, PAGES_MAX)
+            else:
+                if between[1]:
+                    self._check_between(table, *between)
+                if changed:
+                    self._check_changed(table)
             if changed or folded or table.blocks != table.mm.table.pmd_count:
                 table.check_blocks(memory, folded=folded)
             if table.rss != table.mm.rss:
@@ -367,10 +379,11 @@ class Ledger:
         if charged or memory.cgroups.any:
             invariants.check_charges(memory, [seen.charges for seen in zones])
 
-    def _check_all(self, table: _Table) -> None:
-        """The rules of all entries of a process."""
-        pages = table.mm.table.occupied(0, PAGES_MAX)
-        invariants.check_entries(self._memory, table.mm, table.areas, pages, table.mm.table.gather(pages))
+    def _check_between(self, table: _Table, start: int, end: int) -> None:
+        """The rules of all entries of pages [start, end) of a process."""
+        pages = table.mm.table.occupied(start, end)
+        if len(pages):
+            invariants.check_entries(self._memory, table.mm, table.areas, pages, table.mm.table.gather(pages))
 
     def _check_changed(self, table: _Table) -> None:
         """The rules of the entries of a process that changed."""
@@ -406,6 +419,16 @@ class Ledger:
             assert since_s == NOT_YET_S or now_s - since_s <= MIGRATION_S_MAX, (
                 f"process {mm.number}: page 0x{page:x} has been behind a migration entry for {now_s - since_s:g} s (I5)"
             )
+
+
+def _alike(some: Sequence[tuple[Any, ...]], others: Sequence[tuple[Any, ...]]) -> int:
+    """How many of two lists are the same from the beginning."""
+    count = 0
+    for one, other in zip(some, others, strict=False):
+        if one != other:
+            break
+        count += 1
+    return count
 
 
 def _led_to(tables: Collection[_Table]) -> dict[int, int]:
