@@ -129,6 +129,8 @@ class Crew:
 
     def __init__(self, machine: SimulatedMachine, process: AtomicProcess, program: Program, outcome: Outcome, trace: Trace | None) -> None:
         self.machine = machine
+        self.now_s = trio.lowlevel.current_clock().current_time
+        """`trio.current_time`, without asking who runs: the time of each access is noted."""
         self.process = process
         self.program = program
         self.outcome = outcome
@@ -207,7 +209,7 @@ class Crew:
     def note(self, what: str) -> None:
         """A line in the story."""
         if self._trace is not None:
-            self._trace.add(trio.current_time(), what)
+            self._trace.add(self.now_s(), what)
 
     def complain(self, checker: str, what: str) -> None:
         """A violation, with its virtual time."""
@@ -263,7 +265,7 @@ class Crew:
     def harm_ends(self, harms: Iterable[Harm]) -> None:
         """They are mended; the aftermath is not over."""
         self.harms -= 1
-        self._harmed_s = trio.current_time()
+        self._harmed_s = self.now_s()
         self._aftermath_until_s = self._harmed_s + AFTERMATH_S
         for harm in harms:
             harm.ended_s = self._harmed_s
@@ -271,13 +273,13 @@ class Crew:
     def _changed(self, device: str, state: str, how: str) -> None:
         """The host has lost a device, or has it again."""
         if state != "lost":
-            self.excuses.ready(device, trio.current_time())
-        elif not self.excuses.lost(device, trio.current_time()):
+            self.excuses.ready(device, self.now_s())
+        elif not self.excuses.lost(device, self.now_s()):
             self.complain("service", f"{device} was lost, and nothing had been done to it: {how}")
 
     def calm(self) -> None:
         """What happened to anybody is over and has been overcome: from now on nothing may fail because of it."""
-        self._aftermath_until_s = min(self._aftermath_until_s, trio.current_time())
+        self._aftermath_until_s = min(self._aftermath_until_s, self.now_s())
         self.excuses.calm()
 
     def excused(self, error: HmmnetError, began_s: float) -> bool:
@@ -296,7 +298,7 @@ class Crew:
 
     async def attempt(self, who: str, work: Callable[[], Awaitable[None]], allowed: Iterable[int] = ()) -> bool:
         """Do `work`, and judge what it raises; whether it raised nothing. `allowed` are errnos that are answers like any other."""
-        began_s = trio.current_time()
+        began_s = self.now_s()
         try:
             await work()
         except SignalError as error:
@@ -404,7 +406,7 @@ class Crew:
 
     async def load(self, who: str, region: Region, first: int, count: int, fetch: Callable[[int], Awaitable[Words]]) -> None:
         """Words are loaded by `fetch(address)`, and must be explainable."""
-        look, mark, began_s = region.look(first, count), region.history.load_begins(first, count), trio.current_time()
+        look, mark, began_s = region.look(first, count), region.history.load_begins(first, count), self.now_s()
         got: Words | None = None
         try:
             got = await fetch(region.address(first))
@@ -426,7 +428,7 @@ class Crew:
         self, who: str, region: Region, first: int, values: Words, put: Callable[[int, Words], Awaitable[None]], *, guarded: bool = True
     ) -> None:
         """`put(address, values)` stores; its success is remembered. Not `guarded`: it goes past the process's rights (a file's write)."""
-        look, mark, began_s = region.look(first, len(values)), region.history.store_begins(first, values), trio.current_time()
+        look, mark, began_s = region.look(first, len(values)), region.history.store_begins(first, values), self.now_s()
         done = False
         try:
             await put(region.address(first), values)

@@ -70,7 +70,7 @@ async def last_check(crew: Crew) -> None:
     for region in crew.regions:
         await crew.process.mprotect(region.base, region.span_bytes, "rw")
         await crew.process.munlock(region.base, region.span_bytes)
-        region.rights[:] = RIGHTS["rw"]
+        region.rights[:] = [RIGHTS["rw"]] * region.pages
         for page in range(region.pages):
             await _whole_page(crew, region, page)
     await crew.attempt("the last check", lambda: _counters(crew))

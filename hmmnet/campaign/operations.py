@@ -294,8 +294,8 @@ async def protect(crew: Crew, step: Step, _: str) -> None:
     if look.changing("place") or look.changing("rights"):
         return  # somebody else is at it: two at once could not be told apart
     with region.changing("rights", page, count):
-        before = region.rights[page : page + count].copy()
-        region.rights[page : page + count] = RIGHTS[protection]
+        before = region.rights[page : page + count]
+        region.rights[page : page + count] = [RIGHTS[protection]] * count
         try:
             await crew.process.mprotect(region.base + region.spread[page] * PAGE_SIZE, count * PAGE_SIZE, protection)
         except KernelError:  # as it begins, or as a whole: nothing of it has happened
@@ -313,7 +313,7 @@ def is_quiet(region: Region) -> bool:
 async def move(crew: Crew, step: Step, _: str) -> None:
     """The whole region moves to another address (mremap); its pages stay where they are. EFAULT: it is not one mapping any more."""
     region = region_of(crew, step)
-    if not is_quiet(region) or len(set(region.rights.tolist())) > 1:
+    if not is_quiet(region) or len(set(region.rights)) > 1:
         return  # mremap moves one mapping
     target = crew.next_base()
     with region.changing("place"):
@@ -338,7 +338,7 @@ async def unmap(crew: Crew, step: Step, _: str) -> None:
         await crew.process.munmap(at, nbytes)
         await trio.lowlevel.checkpoint()
         await crew.map_again(region, (at - region.base) // PAGE_SIZE, nbytes // PAGE_SIZE)
-        region.rights[page : page + count] = RIGHTS["rw"]
+        region.rights[page : page + count] = [RIGHTS["rw"]] * count
     if mark is not None:
         region.history.store_ends(mark)
 

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-
-import numpy as np
+from typing import NamedTuple
 
 from hmmnet.pages import PAGE_SIZE
 from hmmnet.program import MemoryFile
@@ -29,20 +27,16 @@ HUGE_SPREAD = (0, 1, 2, 255, 256, 510, 511)
 Counts = tuple[int, ...]
 
 
-@dataclass(frozen=True, eq=False)
-class Look:
-    """The counts of some pages when an access began. `changes` are those of the region then; -1: one was under way."""
+class Look(NamedTuple):
+    """The `counts` of a region when an access to some of its pages began. `changes` are those of the region then; -1: one was under way."""
 
     pages: slice
-    place: Counts
-    rights: Counts
-    given_up: Counts
+    counts: dict[str, Counts]
     changes: int
 
     def changing(self, what: str) -> bool:
         """Whether one of its pages was changing then."""
-        counts: Counts = getattr(self, what)
-        return any(count & 1 for count in counts)
+        return any(count & 1 for count in self.counts[what][self.pages])
 
 
 class Region:
@@ -57,9 +51,9 @@ class Region:
         self.span_pages = 512 if kind == "huge" else pages
         self.history = History(clock, pages * WORDS_PER_PAGE)
         self.file: MemoryFile | None = None
-        self.rights = np.full(pages, RIGHTS["rw"], np.int64)
-        self._place, self._rights, self._given_up = ([0] * pages for _ in range(3))
-        self._counts = {"place": self._place, "rights": self._rights, "given_up": self._given_up}
+        self.rights = [RIGHTS["rw"]] * pages
+        self._counts: dict[str, Counts] = dict.fromkeys(("place", "rights", "given_up"), (0,) * pages)
+        """Never changed, but made anew: accesses keep what there was when they began, and most begin and end without a change."""
         self._changes = 0
         """Changes of any kind that have begun."""
         self._changing = 0
@@ -104,30 +98,35 @@ class Region:
     @contextmanager
     def changing(self, what: str, page: int = 0, count: int | None = None) -> Iterator[None]:
         """`what` (``place``, ``rights``, ``given_up``) of some pages changes while the block runs."""
-        counts, pages = self._counts[what], range(page, self.pages if count is None else page + count)
+        pages = range(page, self.pages if count is None else page + count)
         self._changes += 1
         self._changing += 1
-        for one in pages:
-            counts[one] += 1
+        self._count(what, pages)
         try:
             yield
         finally:
             self._changing -= 1
-            for one in pages:
-                counts[one] += 1
+            self._count(what, pages)
+
+    def _count(self, what: str, pages: range) -> None:
+        """A change of some pages has begun, or ended."""
+        counts = list(self._counts[what])
+        for page in pages:
+            counts[page] += 1
+        self._counts = {**self._counts, what: tuple(counts)}
 
     def look(self, first: int, count: int) -> Look:
         """An access to words begins."""
         pages = slice(first // WORDS_PER_PAGE, (first + count - 1) // WORDS_PER_PAGE + 1)
-        changes = -1 if self._changing else self._changes
-        return Look(pages, tuple(self._place[pages]), tuple(self._rights[pages]), tuple(self._given_up[pages]), changes)
+        return Look(pages, self._counts, -1 if self._changing else self._changes)
 
     def stayed(self, look: Look, what: str = "place") -> bool:
         """Whether nothing changed since, and nothing was changing."""
-        return look.changes == self._changes or (getattr(look, what) == tuple(self._counts[what][look.pages]) and not look.changing(what))
+        pages = look.pages
+        return look.changes == self._changes or (look.counts[what][pages] == self._counts[what][pages] and not look.changing(what))
 
     def may(self, look: Look, right: int) -> bool | None:
         """Whether the access had that right on all pages; None: it changed meanwhile."""
         if not (self.stayed(look) and self.stayed(look, "rights")):
             return None
-        return bool((self.rights[look.pages] & right != 0).all())
+        return bool(min(self.rights[look.pages]) & right)  # who may store may load, so that the least says what all may
