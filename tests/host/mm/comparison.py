@@ -99,7 +99,7 @@ class Comparison:
         who = f"{mirror.name}'s mirror has {self.named(place)}"
         assert place[1] in self.model.mirrors[place[0], mirror.zone], f"{who}, which was taken from it"
         assert entry >> pte.FRAME_SHIFT == seen.frame, f"{who} as frame 0x{seen.frame:x}, the page table has 0x{entry:x} there (I1)"
-        assert "r" in self.model.rights[place], f"{who}, which is not readable (I1)"
+        assert seen.atomic or "r" in self.model.rights[place], f"{who}, which is not readable (I1)"  # exclusive access asks to write only
         held = entry & pte.KIND == pte.EXCLUSIVE
         assert seen.atomic == held, f"{who} {'exclusively' if seen.atomic else 'though a device has it exclusively'}, 0x{entry:x} (I1)"
         if seen.write or seen.atomic:
