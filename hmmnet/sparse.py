@@ -28,7 +28,7 @@ from hmmnet.pages import FEW, Words, is_one_run
 MAP_NORESERVE = 0x4000
 LEAF_SHIFT = 18
 LEAF_PAGES = 1 << LEAF_SHIFT
-_MASK = LEAF_PAGES - 1
+LEAF_MASK = LEAF_PAGES - 1
 BLOCK_SHIFT = 9
 BLOCK_PAGES = 1 << BLOCK_SHIFT
 BLOCKS = LEAF_PAGES >> BLOCK_SHIFT
@@ -61,8 +61,8 @@ class SparseTable:
 
     def __init__(self) -> None:
         self._leaves: dict[int, Words] = {}
-        self._cells: dict[int, memoryview] = {}
-        """The same leaves, for single entries: a plain number in or out in a third of the time."""
+        self.cells: dict[int, memoryview] = {}
+        """The same leaves, for single entries: a plain number in or out in a third of the time. For who writes, `set` is the way."""
         self._written: dict[int, bytearray] = {}
         """The mark of each block of a leaf: `WRITTEN`, `TOUCHED`, or 0."""
         self._dropped: set[int] = set()
@@ -72,36 +72,36 @@ class SparseTable:
 
     def get(self, page: int) -> int:
         """The entry of one page."""
-        cells = self._cells.get(page >> LEAF_SHIFT)
-        entry: int = 0 if cells is None else cells[page & _MASK]
+        cells = self.cells.get(page >> LEAF_SHIFT)
+        entry: int = 0 if cells is None else cells[page & LEAF_MASK]
         return entry
 
     def numbers(self, pages: Iterable[int]) -> list[int]:
         """The entries of a few pages, one by one."""
-        cells = self._cells
-        return [0 if (leaf := cells.get(page >> LEAF_SHIFT)) is None else leaf[page & _MASK] for page in pages]
+        cells = self.cells
+        return [0 if (leaf := cells.get(page >> LEAF_SHIFT)) is None else leaf[page & LEAF_MASK] for page in pages]
 
     def set(self, page: int, value: int) -> None:
         """Write the entry of one page."""
-        cells = self._cells.get(page >> LEAF_SHIFT)
+        cells = self.cells.get(page >> LEAF_SHIFT)
         if cells is None:
             self._leaf(page >> LEAF_SHIFT)
-            cells = self._cells[page >> LEAF_SHIFT]
-        cells[page & _MASK] = value
-        self._written[page >> LEAF_SHIFT][(page & _MASK) >> BLOCK_SHIFT] = TOUCHED
+            cells = self.cells[page >> LEAF_SHIFT]
+        cells[page & LEAF_MASK] = value
+        self._written[page >> LEAF_SHIFT][(page & LEAF_MASK) >> BLOCK_SHIFT] = TOUCHED
         self.changed = True
 
     def _leaf(self, key: int) -> Words:
         leaf = self._leaves.get(key)
         if leaf is None:
             leaf = self._leaves[key] = lazy_words(LEAF_PAGES)
-            self._cells[key] = memoryview(leaf.data)
+            self.cells[key] = memoryview(leaf.data)
             self._written[key] = bytearray(BLOCKS)
         return leaf
 
     def _part(self, start: int, end: int) -> Words:
         """A view of ``[start, end)``, inside one leaf, that will be written."""
-        key, first, last = start >> LEAF_SHIFT, start & _MASK, end - 1 & _MASK
+        key, first, last = start >> LEAF_SHIFT, start & LEAF_MASK, end - 1 & LEAF_MASK
         leaf = self._leaf(key)
         low, high = first >> BLOCK_SHIFT, (last >> BLOCK_SHIFT) + 1
         self._written[key][low:high] = b"\3" * (high - low)
@@ -111,14 +111,14 @@ class SparseTable:
     def segments(self, start: int, end: int) -> Iterator[tuple[int, Words]]:
         """Writable views that together cover ``[start, end)``, each with its first page; absent leaves are made."""
         while start < end:
-            stop = min(end, (start | _MASK) + 1)
+            stop = min(end, (start | LEAF_MASK) + 1)
             yield start, self._part(start, stop)
             start = stop
 
     def present(self, start: int, end: int) -> Iterator[tuple[int, Words]]:
         """Like `segments`, in page order, but only where a leaf exists: safe for ``[0, PAGES_MAX)``. Entries that are zero must stay so."""
         for low, part in self.existing(start, end):
-            self._mark_written(low >> LEAF_SHIFT, low & _MASK, low + len(part) - 1 & _MASK)
+            self._mark_written(low >> LEAF_SHIFT, low & LEAF_MASK, low + len(part) - 1 & LEAF_MASK)
             yield low, part
 
     def _mark_written(self, key: int, first: int, last: int) -> None:
@@ -134,7 +134,7 @@ class SparseTable:
             low = max(start, key << LEAF_SHIFT)
             high = min(end, (key + 1) << LEAF_SHIFT)
             if low < high:
-                yield low, self._leaves[key][low & _MASK : (high - 1 & _MASK) + 1]
+                yield low, self._leaves[key][low & LEAF_MASK : (high - 1 & LEAF_MASK) + 1]
 
     def _keys(self, start: int, end: int) -> list[int]:
         """The leaves of [start, end) that exist, in order."""
@@ -156,7 +156,7 @@ class SparseTable:
         if start >> LEAF_SHIFT == (end - 1) >> LEAF_SHIFT:
             leaf = self._leaves.get(start >> LEAF_SHIFT)
             if leaf is not None:
-                return leaf[start & _MASK : (end - 1 & _MASK) + 1].copy()
+                return leaf[start & LEAF_MASK : (end - 1 & LEAF_MASK) + 1].copy()
             return np.zeros(end - start, np.uint64)
         out = np.zeros(end - start, dtype=np.uint64)
         for first, part in self.existing(start, end):
@@ -180,12 +180,12 @@ class SparseTable:
         if key == (end - 1) >> LEAF_SHIFT and end - start < LEAF_PAGES:
             leaf = self._leaves.get(key)
             if leaf is not None and start < end:
-                self._mark_written(key, start & _MASK, end - 1 & _MASK)
-                leaf[start & _MASK : (end - 1 & _MASK) + 1].fill(0)
+                self._mark_written(key, start & LEAF_MASK, end - 1 & LEAF_MASK)
+                leaf[start & LEAF_MASK : (end - 1 & LEAF_MASK) + 1].fill(0)
             return
         for first, part in list(self.present(start, end)):
             if len(part) == LEAF_PAGES:
-                del self._leaves[first >> LEAF_SHIFT], self._cells[first >> LEAF_SHIFT], self._written[first >> LEAF_SHIFT]
+                del self._leaves[first >> LEAF_SHIFT], self.cells[first >> LEAF_SHIFT], self._written[first >> LEAF_SHIFT]
                 self._dropped.add(first >> LEAF_SHIFT)
                 self.changed = True
             else:
@@ -198,7 +198,7 @@ class SparseTable:
         if len(pages) <= FEW:
             return np.array(self.numbers(pages.tolist()), np.uint64)
         out = np.zeros(len(pages), dtype=np.uint64)
-        offsets = (pages & np.uint64(_MASK)).view(np.intp)
+        offsets = (pages & np.uint64(LEAF_MASK)).view(np.intp)
         for key, here in _by_leaf(pages, ascend=ascend):
             leaf = self._leaves.get(key)
             if leaf is not None:
@@ -217,7 +217,7 @@ class SparseTable:
             for page, value in zip(pages.tolist(), repeat(values) if isinstance(values, int) else values.tolist(), strict=False):
                 self.set(page, value)
             return
-        offsets = (pages & np.uint64(_MASK)).view(np.intp)
+        offsets = (pages & np.uint64(LEAF_MASK)).view(np.intp)
         for key, here in _by_leaf(pages, ascend=ascend):
             at = offsets[here]
             self._leaf(key)[at] = values if isinstance(values, int) else values[here]

@@ -55,9 +55,8 @@ class CpuAccess(Faulting):
         page = address >> PAGE_SHIFT
         last = address + length - 1 >> PAGE_SHIFT
         if page == last:
-            if not self._make_readable(page):
-                return None
-            return self.memory.read_small(self.mm.table.get(page) >> pte.FRAME_SHIFT, address & PAGE_MASK, length)
+            entry = self._make_readable(page)
+            return None if entry is None else self.memory.read_small(entry >> pte.FRAME_SHIFT, address & PAGE_MASK, length)
         ready, error = self._try_touch(page, last + 1, write=False, keep=None)
         if error is not None:
             raise error
@@ -80,9 +79,10 @@ class CpuAccess(Faulting):
         page = address >> PAGE_SHIFT
         last = address + length - 1 >> PAGE_SHIFT
         if page == last:
-            if not self._make_writable(page):
+            entry = self._make_writable(page)
+            if entry is None:
                 return 0
-            self.memory.write_small(self.mm.table.get(page) >> pte.FRAME_SHIFT, address & PAGE_MASK, data)
+            self.memory.write_small(entry >> pte.FRAME_SHIFT, address & PAGE_MASK, data)
             return length
         ready, error = self._try_touch(page, last + 1, write=True, keep=_whole(address, length))
         length = max(0, min(length, (ready << PAGE_SHIFT) - address))
@@ -92,27 +92,27 @@ class CpuAccess(Faulting):
             raise error
         return length
 
-    def _make_readable(self, page: int) -> bool:
-        """One page for a load, when it is there or was never touched."""
+    def _make_readable(self, page: int) -> int | None:
+        """One page for a load, when it is there or was never touched: its entry; else None."""
         entry = self.mm.table.get(page)
         if entry & pte.KIND == pte.DEVICE:
-            return False
+            return None
         if entry & (pte.KIND | pte.YOUNG) != pte.PRESENT | pte.YOUNG:
-            return self._try_touch_one(page, write=False)
+            return self.mm.table.get(page) if self._try_touch_one(page, write=False) else None
         vma = self.mm.vmas.find(page)
-        return vma is not None and vma.flags & VM_ACCESS != 0
+        return entry if vma is not None and vma.flags & VM_ACCESS else None
 
-    def _make_writable(self, page: int) -> bool:
-        """One page for a store, when it is there or was never touched. An entry has WRITE only where its VMA does (`invariants.py`)."""
+    def _make_writable(self, page: int) -> int | None:
+        """`_make_readable` for a store. An entry has WRITE only where its VMA does (`invariants.py`)."""
         entry = self.mm.table.get(page)
         if entry & pte.KIND == pte.DEVICE:
-            return False
+            return None
         if entry & (pte.KIND | pte.WRITE) != pte.WRITABLE:
-            return self._try_touch_one(page, write=True)
+            return self.mm.table.get(page) if self._try_touch_one(page, write=True) else None
         dirty = entry | pte.YOUNG | pte.DIRTY | pte.SOFT_DIRTY
         if dirty != entry:
             self.mm.table.mark_one(page, dirty)
-        return True
+        return dirty
 
     def _try_touch_one(self, page: int, *, write: bool) -> bool:
         """Whether one page could be made ready at once. Raises InjectedError."""
