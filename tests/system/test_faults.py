@@ -220,15 +220,15 @@ async def test_toxics_and_verbs_on_a_running_machine() -> None:
         delayed = await said("add", "gpu0<->host", "latency=150ms", "jitter=1ms")
         assert delayed == "fault 1: point.delay gpu0 point=device.copy_* latency=150ms jitter=1ms\n"
         assert await there_and_back_s() > 0.29
-        assert await said("rm", "1") == ""
+        assert await said("rm", "1") == "fault 1 has ended\n"
         assert await said("add", "gpu0<->host", "loss=5%", "duplicate=20%") == (
             "fault 2: loss gpu0<->host probability=0.05\nfault 3: duplicate gpu0<->host probability=0.2\n"
         )
         with trio.fail_after(60):
             while min((await machine.report())["faults"].values()) == 0:
                 await there_and_back_s()
-        assert await said("rm", "all") == ""
-        assert await said("ls") == ""
+        assert await said("rm", "all") == "fault 2 has ended\nfault 3 has ended\n"
+        assert await said("ls") == await said("rm", "all") == "no fault\n"
         assert await said("ls", "--json") == "[]\n"
         wrong = await said("add", "alloc.device", "gpu9")
         assert 'fault alloc.device: no device is called "gpu9"; did you mean "gpu' in wrong
@@ -236,9 +236,10 @@ async def test_toxics_and_verbs_on_a_running_machine() -> None:
         assert 'nothing here is called "gpu7"' in await said("hold", "gpu7")
         assert "end its process instead" in await said("crash", "host")
         stat = Path(f"/proc/{machine.devices[0].pid}/stat")
-        assert (await said("hold", "gpu0")).endswith("hang gpu0\n")
+        held = await said("hold", "gpu0")
+        assert held.endswith("hang gpu0\n")
         assert stopped(stat)
-        assert await said("release", "gpu0") == ""
+        assert await said("release", "gpu0") == f"{held.partition(':')[0]} has ended\n"
         assert not stopped(stat)
         assert "nothing to release at gpu0" in await said("release", "gpu0")
         before = {device.name: device.pid for device in machine.devices}

@@ -399,9 +399,9 @@ latency = "1 us"
     own = hmmnet_command("run", "vector_add", "--topology", str(file), "--rate", "1")
     assert own.returncode == 1
     assert "abacus" in own.stderr
-    assert own.stderr.splitlines()[-1].startswith("hmmnet run: device gpu0 ended with exit code 1 before it was ready")
+    assert own.stderr.splitlines()[-1].startswith("hmmnet run: device gpu0 ended with exit code 70 before it was ready")
     back = hmmnet_command("up", str(file), "--detach", "--rate", "1")
     assert back.returncode == 1
-    assert "device gpu0 ended with exit code 1" in back.stderr
+    assert "device gpu0 ended with exit code 70" in back.stderr
     assert back.stderr.count("\n") == 1
     assert "abacus" in hmmnet_command("logs").stdout
