@@ -49,7 +49,7 @@ class Bridge:
     """Wraps `socket`, which nobody else may use from then on, not even to read an option.
 
     Several tasks may send and receive at once. Messages are lists of parts. Raises `trio.ClosedResourceError` once closed. `on_close` is
-    called after the socket was closed. Who waits for `bulk` data waits in trio's loop.
+    called after the socket was closed. `bulk`: it is for bulk data, beside which nobody else waits shortly (`shortwait.py`).
     """
 
     def __init__(self, socket: zmq.Socket[bytes], on_close: Callable[[], None] | None = None, *, bulk: bool = False) -> None:

@@ -7,7 +7,8 @@ descriptors: the socket's, and trio's own epoll set, which is readable when anyt
 - another socket, a signal, a word from another thread: the set is readable at once, and the wait goes on in the loop;
 - a task that could run: then there is no short wait. An `Instrument` counts them. One is excused: the reading task that the waiting task
   stands in for, which would only look whether somebody does (`reading.py`);
-- a deadline: it comes up to `WAIT_S` late. trio rounds its own waits up to whole milliseconds.
+- a deadline: it comes up to two times `WAIT_S` late, as no wait begins when the loop has not looked at deadlines for `WAIT_S`. trio rounds its
+  own waits up to whole milliseconds.
 
 It is no spinning: asking the socket again and again instead made the round trip two to five times as long, because the io threads of both
 ends need the processors. Who waited in vain does not try again until a message has come within `WAIT_S` and before anything else. Beside
@@ -66,16 +67,20 @@ class Loop(Instrument):
         """One of them runs."""
         self.runnable -= 1
 
-    def before_io_wait(self, timeout: float) -> None:
-        """trio is about to look for events. When it may sleep, nobody can run."""
+    def after_io_wait(self, timeout: float) -> None:
+        """trio has looked for events, and will look at deadlines. When it might sleep, nobody can run but whom these wake."""
         self.turns += 1
         self._passed_s = perf_counter()
         if timeout > 0:
             self.runnable = 0
 
+    def overdue(self) -> bool:
+        """Whether deadlines have not been looked at for `WAIT_S`: who is never without a message for longer must not keep them from that."""
+        return perf_counter() - self._passed_s >= WAIT_S
+
     def undisturbed(self) -> bool:
         """Whether nobody could use a turn now: no task can run, nothing that trio waits for has happened, and deadlines were looked at."""
-        return self.runnable <= self.excused and perf_counter() - self._passed_s < WAIT_S and not self._events.poll(0)
+        return self.runnable <= self.excused and not self.overdue() and not self._events.poll(0)
 
 
 def this_loop() -> Loop | None:
@@ -121,7 +126,7 @@ class ShortWait:
     def wait(self) -> bool:
         """Return True when the descriptor is readable, False when to wait is the loop's business. Blocks for `WAIT_S` at most."""
         loop = this_loop()
-        if loop is None or loop.runnable > loop.excused:
+        if loop is None or loop.runnable > loop.excused or loop.overdue():
             return False
         for_bulk = self._for_bulk(loop, perf_counter())
         if for_bulk is None:

@@ -195,6 +195,7 @@ async def test_who_waits_for_bulk_data_in_vain_tries_again(pair: tuple[socket.so
     bulk = ShortWait(pair[0].fileno(), bulk=True)
     bulk.worthwhile = True
     for word in (False, True):
+        await checkpoint()  # deadlines are looked at
         said = trio.Event()
         if word:
             current_trio_token().run_sync_soon(said.set)
@@ -280,6 +281,47 @@ def test_a_guest_of_another_loop_has_none() -> None:
             call = calls.pop(0)
         call()
     assert found == [None]
+
+
+@pytest.mark.parametrize("bulk", [False, True])
+async def test_deadlines_are_met_beside_a_peer_that_never_pauses(bulk: bool, place: str) -> None:
+    """A message every quarter of a millisecond: each could be waited for shortly, and the loop would never be passed."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    socket = context.socket(zmq.PAIR)
+    socket.bind(f"ipc://{place}/socket")
+    bridge = Bridge(socket, bulk=bulk)
+    over = threading.Event()
+
+    def talk() -> None:
+        with context.socket(zmq.PAIR) as far:
+            far.connect(f"ipc://{place}/socket")
+            while not over.wait(0.00025):
+                far.send(b"x")
+
+    peer = threading.Thread(target=talk)
+    peer.start()
+    ticks = 0
+
+    async def tick() -> None:
+        nonlocal ticks
+        while True:
+            await trio.sleep(0.005)
+            ticks += 1
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(tick)
+        while ticks < 3:
+            await bridge.recv_first()
+        ticks, heard = 0, 0
+        while heard < 2000:
+            await bridge.recv_first()
+            heard += 1
+        nursery.cancel_scope.cancel()
+    over.set()
+    await trio.to_thread.run_sync(peer.join)
+    bridge.close()
+    context.destroy(0)
+    assert ticks >= 20, "half a second or more, in which a hundred are due"
 
 
 # --- in a bridge ------------------------------------------------------------------------------------------------------------------
