@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import AsyncGenerator, Callable, Generator
-from typing import Any
+from typing import Any, NoReturn
 
 import trio
-from outcome import Outcome
-from trio.lowlevel import Abort, Task, current_clock, current_task, reschedule, wait_task_rescheduled
+from outcome import Outcome, capture
+from trio.lowlevel import Abort, Task, TrioToken, current_clock, current_task, current_trio_token, reschedule, wait_task_rescheduled
 
 try:
     from trio._core._traps import WaitTaskRescheduled
@@ -92,9 +92,12 @@ class Bell:
         await Suspension(self._leave)
 
     async def heard_at_last(self) -> None:
-        """Return when it rings, cancelled or not."""
+        """Return when it rings, cancelled or not. As a shield, it falls when others do (`unshield`)."""
         self._who = [current_task()]
-        await _STAYS
+        try:
+            await Suspension(self._stay)
+        finally:
+            _STAYING.pop(self, None)
 
     async def heard_by(self, deadline_s: float) -> None:
         """Return when it rings, or at that moment of trio's clock."""
@@ -112,12 +115,26 @@ class Bell:
         self._who.clear()
         return Abort.SUCCEEDED
 
+    def _stay(self, raise_cancel: Callable[[], NoReturn]) -> Abort:
+        _STAYING[self] = current_trio_token(), raise_cancel
+        return Abort.FAILED
 
-def _stay(_: object) -> Abort:
-    return Abort.FAILED
+    def unshield(self, raise_cancel: Callable[[], NoReturn]) -> None:
+        """Who waits at last, and was cancelled, waits no longer."""
+        if self._who:
+            reschedule(self._who.pop(), capture(raise_cancel))
 
 
-_STAYS = Suspension(_stay)
+_STAYING: dict[Bell, tuple[TrioToken, Callable[[], NoReturn]]] = {}
+"""Who has been cancelled and waits on: in which run, and what it is to raise if it must not."""
+
+
+def unshield() -> None:
+    """Who is cancelled in this trio run, and waits on for a bell at last, waits no longer."""
+    run = current_trio_token()
+    for bell, (own, raise_cancel) in list(_STAYING.items()):
+        if own is run:
+            bell.unshield(raise_cancel)
 
 
 def _wakes(clock: trio.abc.Clock) -> Callable[[float, list[Task]], None] | None:

@@ -214,7 +214,7 @@ class SparseTable:
                 done += len(part)
             return
         if len(pages) <= FEW:
-            for page, value in zip(pages.tolist(), repeat(values) if isinstance(values, int) else values.tolist(), strict=False):
+            for page, value in zip(pages.tolist(), repeat(values, len(pages)) if isinstance(values, int) else values.tolist(), strict=True):
                 self.set(page, value)
             return
         offsets = (pages & np.uint64(LEAF_MASK)).view(np.intp)

@@ -5,6 +5,7 @@ A deed is for the processes that its fault names, or the one at whose point it h
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Protocol
@@ -13,11 +14,14 @@ from hmmnet.faults.effects import HostEffect
 from hmmnet.faults.points import Where
 from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, PAGES_MAX
 
+from .announce import MappedAnew
 from .hub import Hub
 from .interfaces import AddressSpace, Event
 from .mm.frames import PhysicalMemory
 from .poison import break_memory
 from .process import Process
+
+log = logging.getLogger("hmmnet.host")
 
 RANGE_PAGES_MAX = 1 << 12
 """Pages that a fault without a range does something to: of what is concerned at a point, the first 16 MiB."""
@@ -145,7 +149,10 @@ async def _poison(host: Doer, effect: HostEffect, where: Where) -> None:
     address, length = _range(effect, where)
     for process in _concerned(host, effect, where) if length else ():
         start = address >> PAGE_SHIFT
-        await break_memory(host.memory, host.spaces, process.space, start, start + (length >> PAGE_SHIFT))
+        try:
+            await break_memory(host.memory, host.spaces, process.space, start, start + (length >> PAGE_SHIFT))
+        except MappedAnew as error:  # as when the kernel's memory_failure() fails: it says so, to nobody in particular
+            log.warning("memory stays as it is: %s", error)
 
 
 async def _corrected(host: Doer, effect: HostEffect, where: Where) -> None:

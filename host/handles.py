@@ -68,8 +68,11 @@ class Handle:
             raise KernelError(errno.EINVAL, "ioctl", f"0x{address:x} + {pages} pages is no range of an address space")
         context = self.file.context
         dmirror = context.life.spec.model == "dmirror"
-        done = await command_device(context, command, address, pages, data, flags, pages if dmirror and command in STREAMED_OUT else 0)
-        if dmirror and command == "flags":
+        streamed_out = pages if dmirror and command in STREAMED_OUT else 0
+        if not dmirror or command != "flags":
+            return await command_device(context, command, address, pages, data, flags, streamed_out)
+        with trio.CancelScope(shield=True):  # what the device has taken is so for the host, too
+            done = await command_device(context, command, address, pages, data, flags, streamed_out)
             failing = context.life.link.fail_large
             failing.add(context.number) if flags & FAIL_ALLOC else failing.discard(context.number)
         return done

@@ -164,6 +164,7 @@ class BulkSender:
         arrive_s = began_s = self._clock.now()
         try:
             while not out.state.done:
+                out.heard = False
                 out.check()
                 sequence = out.state.next() if self._has_room(out) else None
                 if sequence is None:
@@ -272,8 +273,8 @@ class BulkSender:
     # --- waiting --------------------------------------------------------------------------------------------------------------
 
     async def _await_credit(self, out: _Outgoing) -> None:
-        out.heard = False
-        await out.bell.heard_by(trio.current_time() + self._clock.real(REPEAT_S))
+        if not out.heard:  # since the state was looked at
+            await out.bell.heard_by(trio.current_time() + self._clock.real(REPEAT_S))
         if not out.heard:
             out.state.timeout()
 

@@ -29,6 +29,7 @@ LOOKS_MAX = 500_000
 """Looks at the clock at one moment: some ten seconds of real time. A migration of a page takes some hundred."""
 FOR_EVER_S = 1e9
 """What the scheduler is told to sleep when somebody waits until all are blocked; it sleeps a day at most and asks again."""
+PRUNE_MIN = 1000
 IDLE_S = 5.0
 """Real seconds in which a word from another thread, or a signal, may still wake somebody."""
 
@@ -48,6 +49,8 @@ class JumpClock(WakingClock):
         self._looks_max = looks_max
         self._sleepers: list[tuple[float, int, list[Task]]] = []
         """A heap: until when who sleeps (nobody, once cancelled)."""
+        self._prune_at = PRUNE_MIN
+        """How long it is when those in whom nobody sleeps are taken out."""
         self._numbers = itertools.count()
         self._waits_since_s: float | None = None
         """When the scheduler went to wait for others, in real seconds; None once it has looked at the clock after that."""
@@ -109,6 +112,10 @@ class JumpClock(WakingClock):
 
     def wake_at(self, deadline_s: float, who: list[Task]) -> None:
         """See `WakingClock.wake_at`."""
+        if len(self._sleepers) >= self._prune_at:  # most of who may be woken later have been woken by others
+            self._sleepers = [sleeper for sleeper in self._sleepers if sleeper[2]]
+            heapq.heapify(self._sleepers)
+            self._prune_at = 2 * len(self._sleepers) + PRUNE_MIN
         heapq.heappush(self._sleepers, (deadline_s, next(self._numbers), who))
 
 

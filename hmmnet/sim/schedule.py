@@ -23,6 +23,7 @@ import trio
 from trio._core import _run as trio_run
 
 from hmmnet.errors import HmmnetError
+from hmmnet.sleeping import unshield
 
 CHANCE = "_r"
 ORDERED = "_ALLOW_DETERMINISTIC_SCHEDULING"
@@ -71,12 +72,13 @@ def threads_at_work() -> bool:
 
 
 def drop_shields() -> None:
-    """No cancel scope of this trio run shields anybody any more: what was cancelled ends."""
+    """Nothing shields anybody in this trio run any more, no cancel scope and no bell: what was cancelled ends."""
     for task in list(trio_run.GLOBAL_RUN_CONTEXT.runner.tasks):
         status: Any = task._cancel_status  # noqa: SLF001 - see above
         while status is not None:
             status._scope.shield = False  # noqa: SLF001
             status = status.parent
+    unshield()
 
 
 EPOLL, REGISTERED, FORCED, ENTRIES = "_epoll", "_registered", "_force_wakeup", "entry_queue"

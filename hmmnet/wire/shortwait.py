@@ -7,8 +7,8 @@ descriptors: the socket's, and trio's own epoll set, which is readable when anyt
 - another socket, a signal, a word from another thread: the set is readable at once, and the wait goes on in the loop;
 - a task that could run: then there is no short wait. An `Instrument` counts them. One is excused: the reading task that the waiting task
   stands in for, which would only look whether somebody does (`reading.py`);
-- a deadline: it comes up to two times `WAIT_S` late, as no wait begins when the loop has not looked at deadlines for `WAIT_S`. trio rounds its
-  own waits up to whole milliseconds.
+- a deadline: it comes up to two times `WAIT_S` late, as no wait begins when the loop has not looked at deadlines for `WAIT_S`. trio rounds
+  its own waits up to whole milliseconds.
 
 It is no spinning: asking the socket again and again instead made the round trip two to five times as long, because the io threads of both
 ends need the processors. Who waited in vain does not try again until a message has come within `WAIT_S` and before anything else. Beside
@@ -75,7 +75,7 @@ class Loop(Instrument):
             self.runnable = 0
 
     def overdue(self) -> bool:
-        """Whether deadlines have not been looked at for `WAIT_S`: who is never without a message for longer must not keep them from that."""
+        """Whether deadlines have not been looked at for `WAIT_S`: who is never without a message for so long must not keep us from it."""
         return perf_counter() - self._passed_s >= WAIT_S
 
     def undisturbed(self) -> bool:

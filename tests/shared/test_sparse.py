@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -90,3 +91,10 @@ def test_a_few_pages_far_apart_mark_their_own_blocks_only() -> None:
     table = SparseTable()
     table.scatter(np.array([3, 100_000], np.uint64), 1, ascend=True)
     assert len(table.take_touched()[0]) == 2
+
+
+@pytest.mark.parametrize("count", [3, 2 * FEW])
+def test_values_are_as_many_as_pages(count: int) -> None:
+    """However few: a slip of lengths is no table that is half written."""
+    with pytest.raises(ValueError, match=r"shorter|broadcast|bounds|boolean|shape"):
+        SparseTable().scatter(np.arange(count, dtype=np.uint64) * np.uint64(700), np.ones(count - 1, np.uint64))

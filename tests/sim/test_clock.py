@@ -18,10 +18,10 @@ from trio._core import _run as trio_run
 from hmmnet.errors import HmmnetError
 from hmmnet.sim import clock as clock_module
 from hmmnet.sim import run_virtual
-from hmmnet.sim.clock import IDLE_S, JumpClock, VirtualClock
+from hmmnet.sim.clock import IDLE_S, PRUNE_MIN, JumpClock, VirtualClock
 from hmmnet.sim.run import SimulationStuck
 from hmmnet.sim.schedule import ORDERED, Shuffler, seeded
-from hmmnet.sleeping import sleep, sleep_until
+from hmmnet.sleeping import Bell, sleep, sleep_until
 
 
 def test_time_is_at_the_next_deadline_when_nobody_can_run() -> None:
@@ -119,16 +119,43 @@ def test_the_order_is_what_python_would_draw(count: int) -> None:
         assert ours == pythons
 
 
-def test_a_run_in_which_nothing_can_happen_any_more_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_was_woken_by_others_is_forgotten() -> None:
+    """Though time has not come to when the clock would have woken him."""
+
+    async def main() -> int:
+        clock = trio.lowlevel.current_clock()
+        assert isinstance(clock, JumpClock)
+        bell, longest = Bell(), 0
+
+        async def ring() -> None:
+            while True:
+                await trio.lowlevel.checkpoint()
+                bell.ring()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ring)
+            for _ in range(3 * PRUNE_MIN):
+                await bell.heard_by(trio.current_time() + 5.0)
+                longest = max(longest, len(clock._sleepers))
+            nursery.cancel_scope.cancel()
+        return longest
+
+    assert run_virtual(main) <= PRUNE_MIN + 1
+
+
+async def shielded_sleep() -> None:
+    with trio.CancelScope(shield=True):
+        await trio.sleep_forever()
+
+
+@pytest.mark.parametrize("waits", [shielded_sleep, lambda: Bell().heard_at_last()], ids=["scope", "bell"])
+def test_a_run_in_which_nothing_can_happen_any_more_is_given_up(
+    waits: Callable[[], Awaitable[None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Shielded from the limit on virtual time, and from everything else."""
     monkeypatch.setattr(clock_module, "IDLE_S", 0.05)
-
-    async def main() -> None:
-        with trio.CancelScope(shield=True):
-            await trio.sleep_forever()
-
     with pytest.raises(SimulationStuck, match=r"no end after 3 virtual seconds \(seed 7\): tasks wait for each other"):
-        run_virtual(main, seed=7, limit_s=3.0)
+        run_virtual(waits, seed=7, limit_s=3.0)
 
 
 def test_a_thread_may_take_its_time(monkeypatch: pytest.MonkeyPatch) -> None:

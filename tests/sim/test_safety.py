@@ -77,6 +77,25 @@ def test_what_a_device_wrote_before_the_host_finalized_is_not_undone(action: Lit
     hmmnet.simulate(main, MACHINE, limit_s=300.0)
 
 
+def test_a_device_is_not_lost_for_a_host_that_is_slow_to_finalize() -> None:
+    """It has said that its table is up to date; for how long it may be silent before that is another matter."""
+
+    async def main(machine: SimulatedMachine) -> int:
+        process = await machine.create_process()
+        address = await process.malloc(PAGE)
+        await process.store(address, 1)
+        machine.add_fault(PointFault("migrate.before_finalize", "delay", "gpu0", delay_s=4.0, controls=Controls(nth=1)))
+        await process.launch("poke", "gpu0", "demand", a=address, words=(2).to_bytes(8, "little"))
+        await trio.sleep(6.0)
+        assert machine.injector.fired, "never reached"
+        assert await process.load(address) == 2
+        lives: int = (await machine.report())["devices"]["gpu0"]["lives"]
+        await process.exit()
+        return lives
+
+    assert hmmnet.simulate(main, MACHINE, limit_s=300.0).value == 1
+
+
 @pytest.mark.parametrize("pages", [1, 3, PAGES])
 @pytest.mark.parametrize("name", HOMEWARD)
 def test_a_way_home_interrupted_at_any_step(name: str, pages: int) -> None:
