@@ -27,7 +27,7 @@ from .frames import PhysicalMemory
 from .memcg import CHARGE_MASK
 from .mm import Mm
 from .vma import VM_UFFD_MISSING, VM_WRITE
-from .zones import ANON, COMPOUND, LOCKED, HostZone, Zone
+from .zones import ANON, COMPOUND, LOCKED, HostZone, entry_kind
 
 BOTH = MIGRATE_PFN_VALID | MIGRATE_PFN_MIGRATE
 _FLAGS = 0xFFFFFFFF
@@ -244,14 +244,9 @@ def _map_again(mm: Mm, page: int, entry: int, frame: int) -> None:
     """remove_migration_pte: the migration entry of `page` leads to `frame` now, whose lock goes."""
     zone = mm.memory.zones[frame >> ZONE_SHIFT]
     at = frame - zone.base
-    mm.table.set(page, frame << pte.FRAME_SHIFT | entry & (pte.BITS & ~pte.KIND) | _kind(zone))
+    mm.table.set(page, frame << pte.FRAME_SHIFT | entry & (pte.BITS & ~pte.KIND) | entry_kind(zone))
     zone.cells.mapcount[at] = 1
     zone.cells.flags[at] &= _FLAGS & ~LOCKED
-
-
-def _kind(zone: Zone) -> int:
-    """The kind of entries that lead to `zone`."""
-    return pte.DEVICE if zone.kind == "private" else pte.PRESENT
 
 
 def take(mm: Mm, page: int, owner: int) -> int | None:

@@ -19,7 +19,7 @@ from .located import Located
 from .memcg import CHARGE_MASK
 from .mm import Mm
 from .rmap import Rows
-from .zones import LOCKED, Zone
+from .zones import LOCKED, entry_kind
 
 UNALIKE = (1 << 64) - 1 ^ pte.BITS | pte.KIND
 """What a migration entry is known by: its kind and its frame; the rest it carries along."""
@@ -90,7 +90,7 @@ def _standing(rows: Rows | None, some: Rows) -> slice | Rows:
 def _difference(held: Located, final: Located) -> Words | np.uint64:
     """What has to be added to migration entries of frames `held` to make them entries of `final`; a number where it is one for all."""
     if len(final.places) == 1:
-        kind = _kind(final.places[0][0])
+        kind = entry_kind(final.places[0][0])
         if final.is_one_run and held.is_one_run:
             return np.uint64((int(final.frames[0]) - int(held.frames[0]) << pte.FRAME_SHIFT) + kind - pte.MIGRATION & (1 << 64) - 1)
         added = final.frames - held.frames
@@ -99,13 +99,8 @@ def _difference(held: Located, final: Located) -> Words | np.uint64:
         return added
     kinds = np.zeros(len(final), np.uint64)
     for zone, rows, _ in final.places:
-        kinds[rows] = _kind(zone)
+        kinds[rows] = entry_kind(zone)
     return (final.frames - held.frames << np.uint64(pte.FRAME_SHIFT)) + kinds - np.uint64(pte.MIGRATION)
-
-
-def _kind(zone: Zone) -> int:
-    """The kind of entries that lead to `zone`."""
-    return pte.DEVICE if zone.kind == "private" else pte.PRESENT
 
 
 def _replace(mm: Mm, pages: Words, before: Words, added: Words | np.uint64, *, ascend: bool = False) -> Counts:

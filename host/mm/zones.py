@@ -37,6 +37,8 @@ from hmmnet.pages import (
 )
 from hmmnet.runs import RunAllocator
 
+from . import pte
+
 if TYPE_CHECKING:
     from .gather import Gather
 
@@ -372,3 +374,8 @@ class HostZone(CpuZone):
             return
         self.allocator.free_run(start, end)
         self._free_committed += end - start
+
+
+def entry_kind(zone: Zone) -> int:
+    """The kind of entries that lead to `zone`."""
+    return pte.DEVICE if zone.kind == "private" else pte.PRESENT

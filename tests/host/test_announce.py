@@ -132,11 +132,8 @@ def test_runs_are_exact_until_there_are_too_many() -> None:
     assert announced_runs(words(*range(0, 400, 2))) == [(0, 399)]
 
 
-async def test_who_maps_a_file_again_while_its_folio_is_to_be_split_is_told() -> None:
-    """One process migrates a page of it; another, which has been told where it had it, maps it elsewhere, and a device mirrors that.
-
-    The split unmaps it there, too: without being told the device would go on using a page that is nobody's.
-    """
+async def two_with_a_large_folio() -> tuple[Bench, Space, Space, File]:
+    """Two processes that have mapped a file of one large folio at BASE, and the file."""
     bench = Bench()
     one, two = bench.space(1), bench.space(2)
     file = File(bench.memory, BLOCK)
@@ -145,6 +142,15 @@ async def test_who_maps_a_file_again_while_its_folio_is_to_be_split_is_told() ->
     await one.store(BASE, np.ones(BLOCK, np.uint8))
     await one.madvise(BASE, BLOCK, "COLLAPSE")
     await one.load(BASE, 1)
+    return bench, one, two, file
+
+
+async def test_who_maps_a_file_again_while_its_folio_is_to_be_split_is_told() -> None:
+    """One process migrates a page of it; another, which has been told where it had it, maps it elsewhere, and a device mirrors that.
+
+    The split unmaps it there, too: without being told the device would go on using a page that is nobody's.
+    """
+    bench, one, two, file = await two_with_a_large_folio()
     slow, gate = waiting(two, BASE >> PAGE_SHIFT)
     quick = mirrored(two, 2 * BASE >> PAGE_SHIFT)
     async with trio.open_nursery() as nursery:
@@ -342,14 +348,7 @@ async def test_memory_that_is_shared_anew_again_and_again_does_not_break() -> No
 
 async def test_a_file_that_is_mapped_anew_again_and_again_is_not_split() -> None:
     """Two processes: one migrates a page of it; the other maps it once more whenever its mirror is told."""
-    bench = Bench()
-    one, two = bench.space(1), bench.space(2)
-    file = File(bench.memory, BLOCK)
-    for space in (one, two):
-        await space.mmap(BLOCK, "rw", BASE, file=file, shared=True)
-    await one.store(BASE, np.ones(BLOCK, np.uint8))
-    await one.madvise(BASE, BLOCK, "COLLAPSE")
-    await one.load(BASE, 1)
+    bench, one, two, file = await two_with_a_large_folio()
 
     async def map_it(number: int) -> None:
         await two.mmap(BLOCK, "rw", (1 + number) * BASE, file=file, shared=True)
