@@ -23,31 +23,47 @@ from .mm.frames import PhysicalMemory
 from .mm.rmap import mappings
 from .mm.zones import ANON, COMPOUND, HWPOISON, LOCKED
 
+ROUNDS_MAX = 64
+"""How often pages may be moved by others while memory_failure() looks for them."""
+
 
 async def memory_failure(memory: PhysicalMemory, spaces: Mapping[int, AddressSpace], space: AddressSpace, start: int, end: int) -> None:
     """madvise(MADV_HWPOISON): the memory under pages [start, end) breaks, for everybody who maps it (mm/memory-failure.c).
 
     Pages of devices come home first. An access is SIGBUS from then on, a device's is EFAULT; unmapping is all that helps. Raises
     KernelError: EFAULT, ENOMEM; EBUSY at the first page that is nobody's own (the zero page, a file's), or that belongs to a huge page that
-    somebody holds on to (MF_MSG_UNSPLIT_THP), those before it being poisoned; EBUSY, none being, where others map it anew again and again.
+    somebody holds on to (MF_MSG_UNSPLIT_THP), those before it being poisoned; EBUSY, none being, where others map it anew again and again,
+    or move it.
     """
-    frames = await space.get_pages(start, end - start)
-    pages = np.arange(start, end, dtype=np.uint64)
-    own = memory.field(frames, "flags") & ANON != 0
-    count, why = _until(~own), "is no page of anonymous memory"
-    stay, frames = frames[count:], frames[:count]
-    space.put_pages(stay)
-    async with space.mmap_lock.read():
-        space.put_pages(frames)  # a folio that is held cannot be split
-        await split_large(space, spaces, pages[:count], NO_OWNER, compound=False)
-        entries = space.entries(pages[:count])
-        here = (entries & pte.KIND == pte.PRESENT) & (entries & pte.SPECIAL == 0) & (pte.frames_of(entries) == frames)
-        whole = _until(here & (memory.field(frames, "flags") & COMPOUND != 0))
-        if whole < count:
-            count, why = whole, "is part of a huge page that somebody holds on to"
-        await _break(memory, spaces, frames[:count][here[:count]])
-    if count < end - start:
-        raise KernelError(errno.EBUSY, "madvise", f"page 0x{start + count:x} of process {space.number} {why}")
+    for _ in range(ROUNDS_MAX):
+        frames = await space.get_pages(start, end - start)
+        pages = np.arange(start, end, dtype=np.uint64)[: len(frames)]
+        own = memory.field(frames, "flags") & ANON != 0
+        count, why = _until(~own), "is no page of anonymous memory"
+        try:
+            async with space.mmap_lock.read():
+                held, frames = frames, frames[:0]
+                space.put_pages(held)  # a folio that is held cannot be split
+                await split_large(space, spaces, pages[:count], NO_OWNER, compound=False)
+                if not _stayed(space, pages[:count], held[:count]):
+                    continue
+                whole = _until(memory.field(held[:count], "flags") & COMPOUND != 0)
+                if whole < count:
+                    count, why = whole, "is part of a huge page that somebody holds on to"
+                await _break(memory, spaces, held[:count])
+        finally:
+            space.put_pages(frames)
+        if count < end - start:
+            raise KernelError(errno.EBUSY, "madvise", f"page 0x{start + count:x} of process {space.number} {why}")
+        return
+    why = f"pages 0x{start:x} to 0x{end - 1:x} of process {space.number} were moved by others {ROUNDS_MAX} times"
+    raise KernelError(errno.EBUSY, "madvise", why)
+
+
+def _stayed(space: AddressSpace, pages: Words, frames: Words) -> bool:
+    """Whether `pages` are still mapped to `frames`: nobody has moved them, nor is about to (a migration entry), since they were let go."""
+    entries = space.entries(pages)
+    return bool(((entries & (pte.KIND | pte.SPECIAL) == pte.PRESENT) & (pte.frames_of(entries) == frames)).all())
 
 
 def _until(stops: npt.NDArray[np.bool_]) -> int:

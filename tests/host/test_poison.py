@@ -5,13 +5,18 @@ Oracle: mm/memory-failure.c, mm/madvise.c.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
 from hmmnet.errors import BusError, KernelError
+from hmmnet.host.poison import ROUNDS_MAX, memory_failure
 from hmmnet.host.service import Host
-from hmmnet.pages import PAGE_SIZE
+from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE
 from tests.host.scripted_device import running_host
+
+from .fakes import Bench
 
 
 def used(host: Host) -> int:
@@ -123,3 +128,36 @@ async def test_what_cannot_break_is_refused_at_once() -> None:
                 await process.madvise(start, length, "HWPOISON")
         assert (await host.report())["poisoned_pages"] == 0
         await process.exit()
+
+
+@pytest.mark.parametrize("times", [1, ROUNDS_MAX])
+async def test_what_others_move_meanwhile_breaks_where_it_is_then(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+    """Between the look for its frame and the break a page goes to a device (an eviction, a prefetch): it is looked for again, a bounded
+    number of times.
+    """
+    bench = Bench()
+    space = bench.space()
+    address = await space.mmap(2 * PAGE_SIZE)
+    await space.store(address, bytes([5]) * 2 * PAGE_SIZE)
+    left = times
+
+    async def others(*arguments: Any, **how: Any) -> None:
+        nonlocal left
+        if left:
+            left -= 1
+            await bench.to_device(space, address, 1)
+
+    monkeypatch.setattr("hmmnet.host.poison.split_large", others)
+    page = address >> PAGE_SHIFT
+    if times < ROUNDS_MAX:
+        await memory_failure(bench.memory, bench.spaces, space, page, page + 1)
+        with pytest.raises(BusError, match="poisoned"):
+            await space.load(address, 1)
+    else:
+        with pytest.raises(KernelError, match=rf"EBUSY: pages 0x{page:x} to 0x{page:x} of process 1 were moved by others {times} times"):
+            await memory_failure(bench.memory, bench.spaces, space, page, page + 1)
+        assert await space.load(address, PAGE_SIZE) == bytes([5]) * PAGE_SIZE
+    assert left == 0
+    assert await space.load(address + PAGE_SIZE, PAGE_SIZE) == bytes([5]) * PAGE_SIZE
+    await space.exit()
+    assert bench.host_pages_used() == bench.memory.poisoned == (times < ROUNDS_MAX)
