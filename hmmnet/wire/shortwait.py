@@ -7,8 +7,8 @@ descriptors: the socket's, and trio's own epoll set, which is readable when anyt
 - another socket, a signal, a word from another thread: the set is readable at once, and the wait goes on in the loop;
 - a task that could run: then there is no short wait. An `Instrument` counts them. One is excused: the reading task that the waiting task
   stands in for, which would only look whether somebody does (`reading.py`);
-- a deadline: it comes up to two times `WAIT_S` late, as no wait begins when the loop has not looked at deadlines for `WAIT_S`. trio rounds
-  its own waits up to whole milliseconds.
+- a deadline: it comes up to `WAIT_S` late, as no wait begins when one is over. trio rounds its own waits up to whole milliseconds;
+- what else trio does when it passes through its loop: it does so after `SHORT_MAX` short waits and spared yields at the latest.
 
 It is no spinning: asking the socket again and again instead made the round trip two to five times as long, because the io threads of both
 ends need the processors. Who waited in vain does not try again until a message has come within `WAIT_S` and before anything else. Beside
@@ -17,13 +17,14 @@ bulk data only those who wait for bulk data wait shortly: credits would end each
 The same knowledge spares a yield that nobody needs (`Loop.undisturbed`): with frames of 1 MiB, waits and yields together are a third of
 what a process spends on each.
 
-trio has no public name for its epoll set. Where it cannot be found (another trio, another system, a guest of another loop), all waits are
-the loop's.
+trio has no public names for its epoll set and for its next deadline. Where they cannot be found (another trio, another system, a guest of
+another loop), all waits are the loop's.
 """
 
 from __future__ import annotations
 
 import select
+from collections.abc import Callable
 from time import perf_counter
 from typing import Any
 
@@ -34,6 +35,8 @@ WAIT_S = 0.001
 """The longest short wait; the smallest that epoll knows. The far end of a round trip answers in a tenth of it."""
 TURNS_MAX = 2
 """Passes through the loop during a wait with nothing else to do: one for the reading task to look (`reading.py`), one to sleep."""
+SHORT_MAX = 256
+"""Short waits and spared yields in a row, between two passes through the loop: a long wait more or less among so many costs nothing."""
 BULK_S = 0.01
 """So long after bulk data moved there are no short waits."""
 _UNKNOWN = 1 << 40
@@ -42,10 +45,12 @@ _LOOP: lowlevel.RunVar[Loop | None] = lowlevel.RunVar("hmmnet.wire.shortwait")
 
 
 class Loop(Instrument):
-    """What has to be known of one trio run: its epoll set, and how many tasks could run."""
+    """What has to be known of one trio run: its epoll set, its deadlines, and how many tasks could run."""
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, descriptor: int, next_deadline: Callable[[], float], sleep_time: Callable[[float], float]) -> None:
         self.descriptor = descriptor
+        self._next_deadline = next_deadline
+        self._sleep_time = sleep_time
         self.runnable = _UNKNOWN
         """Beside the task that runs; unknown until the loop has been idle for the first time."""
         self.excused = 0
@@ -54,8 +59,8 @@ class Loop(Instrument):
         """Passes through the loop so far."""
         self.bulk_s = -BULK_S
         """When somebody last sent or received bulk data or credits, or waited for them."""
-        self._passed_s = -WAIT_S
-        """When the last pass was, which looked whose time has come."""
+        self._short = 0
+        """Short waits and spared yields since the last of them."""
         self._events = select.poll()
         self._events.register(descriptor, select.POLLIN)
 
@@ -67,27 +72,27 @@ class Loop(Instrument):
         """One of them runs."""
         self.runnable -= 1
 
-    def after_io_wait(self, timeout: float) -> None:
-        """trio has looked for events, and will look at deadlines. When it might sleep, nobody can run but whom these wake."""
+    def before_io_wait(self, timeout: float) -> None:
+        """trio looks for events, which wake tasks, and then at deadlines. When it might sleep, nobody can run before."""
         self.turns += 1
-        self._passed_s = perf_counter()
+        self._short = 0
         if timeout > 0:
             self.runnable = 0
 
-    def overdue(self) -> bool:
-        """Whether deadlines have not been looked at for `WAIT_S`: who is never without a message for so long must not keep us from it."""
-        return perf_counter() - self._passed_s >= WAIT_S
+    def due(self) -> bool:
+        """Whether the loop has something to do that no descriptor tells of: somebody's time has come, or it was not passed for long."""
+        self._short += 1
+        return self._short > SHORT_MAX or self._sleep_time(self._next_deadline()) <= 0
 
     def undisturbed(self) -> bool:
-        """Whether nobody could use a turn now: no task can run, nothing that trio waits for has happened, and deadlines were looked at."""
-        return self.runnable <= self.excused and not self.overdue() and not self._events.poll(0)
+        """Whether nobody could use a turn now: no task can run, no deadline is over, and nothing that trio waits for has happened."""
+        return self.runnable <= self.excused and not self.due() and not self._events.poll(0)
 
 
 def this_loop() -> Loop | None:
     """That of the run that the caller is in; None where there are no short waits."""
     loop = _LOOP.get(None)
-    if loop is None and (descriptor := _epoll_descriptor()) is not None:
-        loop = Loop(descriptor)
+    if loop is None and (loop := _found()) is not None:
         _LOOP.set(loop)
         lowlevel.add_instrument(loop)
     return loop
@@ -98,14 +103,15 @@ def known_loop() -> Loop | None:
     return _LOOP.get(None)
 
 
-def _epoll_descriptor() -> int | None:
+def _found() -> Loop | None:
     from trio._core import _run as trio_run
 
     runner: Any = getattr(trio_run.GLOBAL_RUN_CONTEXT, "runner", None)
-    found = getattr(getattr(runner, "io_manager", None), "_epoll", None)
-    if getattr(runner, "is_guest", True) or not isinstance(found, select.epoll):
+    events = getattr(getattr(runner, "io_manager", None), "_epoll", None)
+    next_deadline = getattr(getattr(runner, "deadlines", None), "next_deadline", None)
+    if getattr(runner, "is_guest", True) or not isinstance(events, select.epoll) or next_deadline is None:
         return None
-    return found.fileno()
+    return Loop(events.fileno(), next_deadline, lowlevel.current_clock().deadline_to_sleep_time)
 
 
 class ShortWait:
@@ -126,7 +132,7 @@ class ShortWait:
     def wait(self) -> bool:
         """Return True when the descriptor is readable, False when to wait is the loop's business. Blocks for `WAIT_S` at most."""
         loop = this_loop()
-        if loop is None or loop.runnable > loop.excused or loop.overdue():
+        if loop is None or loop.runnable > loop.excused or loop.due():
             return False
         for_bulk = self._for_bulk(loop, perf_counter())
         if for_bulk is None:

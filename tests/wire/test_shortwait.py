@@ -10,7 +10,9 @@ import select
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import trio
@@ -44,6 +46,14 @@ async def idle_once() -> None:
     await trio.sleep(0.001)
 
 
+@contextmanager
+def overdue() -> Iterator[None]:
+    """A deadline is over, and the loop has not looked since."""
+    with trio.CancelScope(deadline=trio.current_time() + 0.001):
+        time.sleep(0.002)
+        yield
+
+
 def soon(deed: Callable[[], object]) -> threading.Timer:
     timer = threading.Timer(SOON_S, deed)
     timer.start()
@@ -51,12 +61,15 @@ def soon(deed: Callable[[], object]) -> threading.Timer:
 
 
 async def test_trio_has_inside_what_we_know_of_it() -> None:
-    """An epoll set in its I/O manager, under the name that we know. Fails when trio moves it: without it all waits are the loop's."""
+    """An epoll set in its I/O manager, and deadlines, by the names that we know. Fails when trio moves one: no wait is short then."""
     loop = this_loop()
     assert loop is not None
     assert this_loop() is loop
     with select.epoll.fromfd(os.dup(loop.descriptor)) as found:
         assert found.poll(0) == []
+    assert not loop.due()
+    with overdue():
+        assert loop.due()
 
 
 @pytest.mark.usefixtures("unending")
@@ -89,6 +102,41 @@ async def test_there_is_none_while_a_task_can_run(pair: tuple[socket.socket, soc
         while len(turns) < 20:
             assert not short.wait()
             await checkpoint()
+    short.close()
+
+
+@pytest.mark.usefixtures("unending")
+async def test_there_is_none_for_who_was_woken_by_a_socket_while_a_task_can_run(pair: tuple[socket.socket, socket.socket]) -> None:
+    """Whom a socket wakes counts as one who can run, until it does; not as one fewer from then on."""
+    await idle_once()
+    loop = this_loop()
+    short = ShortWait(pair[0].fileno())
+    timer = soon(lambda: pair[1].send(b"x"))
+    await wait_readable(pair[0])
+    assert loop is not None
+    assert loop.runnable == 0
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(checkpoint)
+        assert not short.wait()
+    assert short.wait()
+    timer.join()
+    short.close()
+
+
+@pytest.mark.usefixtures("unending")
+async def test_there_is_none_when_a_deadline_is_over(pair: tuple[socket.socket, socket.socket]) -> None:
+    """Nor after many in a row, without a pass through the loop: it may have to do what we do not know of."""
+    await idle_once()
+    short = ShortWait(pair[0].fileno())
+    pair[1].send(b"x")
+    assert short.wait()
+    with overdue():
+        assert not short.wait()
+    await idle_once()
+    waits = [short.wait() for _ in range(shortwait.SHORT_MAX + 1)]
+    assert waits == [True] * shortwait.SHORT_MAX + [False]
+    await idle_once()
+    assert short.wait()
     short.close()
 
 
@@ -195,7 +243,6 @@ async def test_who_waits_for_bulk_data_in_vain_tries_again(pair: tuple[socket.so
     bulk = ShortWait(pair[0].fileno(), bulk=True)
     bulk.worthwhile = True
     for word in (False, True):
-        await checkpoint()  # deadlines are looked at
         said = trio.Event()
         if word:
             current_trio_token().run_sync_soon(said.set)
@@ -234,12 +281,11 @@ async def test_there_is_none_while_bulk_data_move(pair: tuple[socket.socket, soc
 # --- yields that nobody needs -----------------------------------------------------------------------------------------------------
 
 
-async def test_a_turn_is_needed_when_somebody_could_run(pair: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_turn_is_needed_when_somebody_could_run(pair: tuple[socket.socket, socket.socket]) -> None:
     """A task that is runnable, one whose socket is readable, one whose time has come; and as long as nothing is known."""
     short = ShortWait(pair[0].fileno())
     assert not short.undisturbed(), "nothing is known of this run"
     await idle_once()
-    monkeypatch.setattr(shortwait, "WAIT_S", 600.0)
     assert short.undisturbed()
     heard = trio.Event()
 
@@ -255,8 +301,8 @@ async def test_a_turn_is_needed_when_somebody_could_run(pair: tuple[socket.socke
         pair[1].send(b"x")
         assert not short.undisturbed(), "its socket is readable"
         await heard.wait()
-    monkeypatch.setattr(shortwait, "WAIT_S", 0.0)
-    assert not short.undisturbed(), "nobody has looked at deadlines for so long"
+    with overdue():
+        assert not short.undisturbed(), "a deadline is over"
 
 
 def test_a_guest_of_another_loop_has_none() -> None:
