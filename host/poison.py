@@ -90,26 +90,34 @@ async def break_memory(memory: PhysicalMemory, spaces: Mapping[int, AddressSpace
 async def _break(memory: PhysicalMemory, spaces: Mapping[int, AddressSpace], frames: Words) -> None:
     """`frames` get one more reference, which nobody lets go; who maps them is told, and finds poison.
 
+    They are locked meanwhile, so that no migration takes them away: that of a device's page would not mind the reference.
+
     Raises MappedAnew (EBUSY: the kernel fails to unmap it, MF_MSG_UNMAP_FAILED); then nothing has broken.
     """
     for zone, _, at in memory.groups(frames):
         zone.refcount[at] += 1
+        zone.flags[at] |= np.uint32(LOCKED)
     async with AsyncExitStack() as stack:
         try:
             await clear_wherever(stack, spaces, lambda: [(mapped.mm, mapped.pages) for mapped in mappings(memory, frames)])
         except BaseException:  # cancelled, too
+            for zone, _, at in memory.groups(frames):
+                zone.flags[at] &= ~np.uint32(LOCKED)
             memory.put(frames)
             raise
         poison(memory, frames)
 
 
 def poison(memory: PhysicalMemory, frames: Words) -> None:
-    """Whoever maps `frames` has poisoned entries instead. Their last reference, the caller's, stays: nobody gets such a frame again."""
+    """Whoever maps `frames` has poisoned entries instead; they are not locked any more.
+
+    Their last reference, the caller's, stays: nobody gets such a frame again.
+    """
     for mapped in mappings(memory, frames):
         mapped.mm.table.scatter(mapped.pages, np.full(len(mapped.pages), pte.entry(pte.MARKER, pte.MARKER_POISON), np.uint64))
         mapped.mm.rss -= len(mapped.pages)
         memory.unmap(frames[mapped.rows])
     memory.uncharge(frames)
     for zone, _, at in memory.groups(frames):
-        zone.flags[at] |= np.uint32(HWPOISON)
+        zone.flags[at] = zone.flags[at] & ~np.uint32(LOCKED) | np.uint32(HWPOISON)
     memory.poisoned += len(frames)

@@ -11,6 +11,7 @@ from hmmnet.errors import BusError, PeerLost
 from hmmnet.host.mm import few, pte
 from hmmnet.host.mm.frames import PhysicalMemory
 from hmmnet.host.mm.zones import LOCKED
+from hmmnet.host.poison import break_memory
 from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE
 
 from .fakes import ZONE, Bench
@@ -93,6 +94,35 @@ async def test_a_page_that_cannot_come_home_stays_or_is_free(general: bool, unma
     assert space.pagemap(address, 1) == (b"-" if unmapped else b"S")
     bench.link.during_copy = trio.lowlevel.checkpoint
     assert await space.load(address, 1) == (b"\0" if unmapped else b"x")
+
+
+@pytest.mark.parametrize("general", [False, True])
+async def test_a_page_that_is_breaking_does_not_come_home(general: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who breaks it holds it while mirrors are told: it stays until it is broken, and the CPU that touched it meanwhile hears so."""
+    if general:
+        monkeypatch.setattr(few, "take", lambda *_: None)
+    bench = Bench()
+    space = bench.space()
+    address = await space.mmap(PAGE_SIZE)
+    await space.store(address, b"x")
+    await bench.to_device(space, address, 1)
+    page = address >> PAGE_SHIFT
+
+    async def touched() -> None:
+        with pytest.raises(BusError, match="poisoned"):
+            await space.load(address, 1)
+
+    async with trio.open_nursery() as nursery:
+
+        async def told(*where: object) -> None:
+            nursery.start_soon(touched)
+            for _ in range(20):
+                await trio.lowlevel.checkpoint()
+            assert space.mm.table.get(page) & pte.KIND == pte.DEVICE
+
+        monkeypatch.setattr("hmmnet.host.poison.clear_wherever", told)
+        assert await break_memory(bench.memory, bench.spaces, space, page, page + 1) == 1
+    assert bench.host_pages_used() == 0
 
 
 async def test_a_cancelled_load_leaves_the_page_on_the_device() -> None:
