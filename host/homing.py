@@ -392,7 +392,8 @@ class Homing:
             if target:
                 self._memory.put_one(target)
             raise
-        space.bring_one(page, frame, target)
+        if not space.bring_one(page, frame, target):
+            return 0
         if self.events.heard:
             self.events.moved(space.number, np.array((page,), dtype=np.uint64), link.name, HOST, TOUCHED)
         return 1

@@ -59,8 +59,12 @@ class Select(IntFlag):
     PARTS_STAY = 64
     """As up to Linux 6.18: a page of a large folio that is mapped page by page stays (PageTransCompound); today the folio is split."""
 
-    __and__ = __rand__ = int.__and__  # type: ignore[assignment]
-    """Asked for each bit in each step: as numbers, in a fiftieth of the time that making a Select of each answer takes."""
+    if TYPE_CHECKING:
+
+        def has(self, bits: Select) -> int:
+            """Which of `bits` it has, as a number, for who only asks whether: in a thirtieth of the time that `self & bits` takes."""
+    else:
+        has = int.__and__
 
 
 NO_OWNER = -1
@@ -347,8 +351,11 @@ class AddressSpace(Protocol):
         """`collect` for the one device page of `zone` that a CPU waits for; its frame. None, having done nothing, for any other case."""
         ...
 
-    def bring_one(self, page: int, frame: int, target: int) -> None:
-        """What was taken has been copied to host frame `target` and lives there from now on."""
+    def bring_one(self, page: int, frame: int, target: int) -> bool:
+        """What was taken has been copied to host frame `target` and lives there from now on.
+
+        False when somebody holds on to `frame`: it stays there, and `target` is free.
+        """
         ...
 
     def put_back_one(self, page: int, frame: int) -> None:

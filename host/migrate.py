@@ -112,7 +112,7 @@ async def collect(
     none are given, none), else all. With `between`, entry by entry, as the kernel's walk goes, for who wants to look in between.
     """
     large = space.takeable(start, end, select, owner)
-    if select & Select.SYSTEM:
+    if select.has(Select.SYSTEM):
         large = _common(large, blocks) if blocks is not None and len(large) else _NONE
     if len(large) << HUGE_SHIFT == end - start:
         pages = _NONE
@@ -120,8 +120,8 @@ async def collect(
         pages = np.arange(start, end, dtype=np.uint64)
         if len(large):
             pages = pages[~np.isin(pages >> _BLOCK, large)]
-    if select & Select.SYSTEM and len(pages):
-        compound, parts_stay = bool(select & Select.COMPOUND), bool(select & Select.PARTS_STAY)
+    if select.has(Select.SYSTEM) and len(pages):
+        compound, parts_stay = bool(select.has(Select.COMPOUND)), bool(select.has(Select.PARTS_STAY))
         await split_large(space, spaces, pages, owner, compound=compound, parts_stay=parts_stay)
     async with announced(space, spaces, start, end, pages, select, owner) as told:
         for some in [large] if between is None or len(large) == 0 else np.split(large, len(large)):
@@ -133,7 +133,7 @@ async def collect(
                     pages = np.sort(np.concatenate((pages, page_by_page(left << _BLOCK | np.uint64(LARGE)))))
                 if between is not None:
                     await between()
-        for run in ([pages] if len(pages) else []) if between is None else entries(pages, compound=bool(select & Select.COMPOUND)):
+        for run in ([pages] if len(pages) else []) if between is None else entries(pages, compound=bool(select.has(Select.COMPOUND))):
             parts.append(space.collect(run, select, owner, told=told))
             if between is not None:
                 await between()
@@ -435,7 +435,7 @@ async def migrate_to_device(
         try:
             if points.armed:
                 await work.at("migrate.before_collect")
-            await work.setup(start, start + grant.pages, grant.blocks(start) if select & Select.COMPOUND else None)
+            await work.setup(start, start + grant.pages, grant.blocks(start) if select.has(Select.COMPOUND) else None)
             if points.armed:
                 await work.at("migrate.after_unmap")
             if refuse is not None:

@@ -24,7 +24,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from hmmnet.host.interfaces import NO_OWNER, NOBODY, Migration, Select, Told
+from hmmnet.host.interfaces import NOBODY, Migration, Select, Told
 from hmmnet.pages import (
     DEVICE_ZONE_MIN,
     FEW,
@@ -54,6 +54,7 @@ from .zones import ANON, COMPOUND, LOCKED, HostZone
 BOTH = MIGRATE_PFN_VALID | MIGRATE_PFN_MIGRATE
 BLOCK_PAGES = 1 << 14
 """Pages that one pass over arrays takes at a time: eight arrays of them fit in the processor's cache."""
+DEVICES = Select.DEVICE_PRIVATE | Select.DEVICE_COHERENT
 NOT_MIGRATE = np.uint64(~MIGRATE_PFN_MIGRATE & (1 << 64) - 1)
 
 Flags = npt.NDArray[np.bool_]
@@ -75,8 +76,9 @@ def collect(mm: Mm, pages: Words, select: Select, owner: int, fault_frame: int |
     Mirrors have been told: those of this process of `pages`, and further ones of what `told` says; a page that is mapped elsewhere, too,
     stays where it is.
     """
-    source, target, saved = (np.zeros(len(pages), np.uint64) for _ in range(3))
-    migration = Migration(pages, source, target, saved, owner, fault_frame, bool(select & Select.COMPOUND))
+    count = len(pages)
+    source, target, saved = np.zeros(count, np.uint64), np.zeros(count, np.uint64), np.zeros(count, np.uint64)
+    migration = Migration(pages, source, target, saved, owner, fault_frame, bool(select.has(Select.COMPOUND)))
     if len(pages) <= FEW and few.collect(mm, migration, select):
         return migration
     offset = 0
@@ -115,7 +117,7 @@ def _collect(mm: Mm, migration: Migration, select: Select, told: Told) -> None:
     entries = mm.table.gather(pages, ascend=True)
     some = pte.sample(entries)
     bare = some == 0
-    if select & Select.SYSTEM:
+    if select.has(Select.SYSTEM):
         huge = 0 if migration.compound else pte.HUGE
         bare |= some & (pte.KIND | pte.SPECIAL | huge) == pte.PRESENT | pte.SPECIAL
     if any_of(bare):
@@ -127,7 +129,7 @@ def _collect(mm: Mm, migration: Migration, select: Select, told: Told) -> None:
         free = _free_to_go(frames, migration.fault_frame, whole)
         if mm.memory.points.armed:
             free &= lucky(mm, pages[rows], "migrate.trylock", "migrate.count")
-        if not all_of(free) and not select & Select.PARTS_STAY and mm.memory.bits_in_any(frames.frames[~free], "flags") & COMPOUND:
+        if not all_of(free) and not select.has(Select.PARTS_STAY) and mm.memory.bits_in_any(frames.frames[~free], "flags") & COMPOUND:
             free &= ~_behind_large(migration, rows, frames, free)
         if not all_of(free):
             rows = rows[free]
@@ -152,18 +154,16 @@ def wanted(memory: PhysicalMemory, entries: Words, select: Select, owner: int) -
     kinds = entries & (pte.KIND | pte.SPECIAL)
     wanted = np.zeros(len(entries), np.bool_)
     system = entries < DEVICE_ZONE_MIN << ZONE_SHIFT + pte.FRAME_SHIFT
-    if select & Select.SYSTEM:
+    if select.has(Select.SYSTEM):
         wanted |= (kinds == pte.PRESENT) & system
-        if not select & Select.COMPOUND:
+        if not select.has(Select.COMPOUND):
             wanted &= entries & pte.HUGE == 0
-    if select & (Select.DEVICE_PRIVATE | Select.DEVICE_COHERENT) and (owner != NO_OWNER or select & Select.ANY_OWNER):
-        if select & Select.PEERS:
-            mine = among(pte.zones_of(entries), np.array(memory.peers_of(owner), np.uint64))
-        else:
-            mine = ~system if select & Select.ANY_OWNER else pte.zones_of(entries) == owner
-        if select & Select.DEVICE_PRIVATE:
+    if select.has(DEVICES):
+        zones = few.owners(memory, select, owner)
+        mine = ~system if zones is few.EVERY_DEVICE else among(pte.zones_of(entries), np.array(zones, np.uint64))
+        if select.has(Select.DEVICE_PRIVATE):
             wanted |= mine & (kinds == pte.DEVICE)
-        if select & Select.DEVICE_COHERENT:
+        if select.has(Select.DEVICE_COHERENT):
             wanted |= mine & (kinds == pte.PRESENT) & ~system
     return wanted
 

@@ -7,9 +7,13 @@ the pages is not such a case.
 
 `take`, `bring` and `put_back` are the CPU fault's own form of the steps, for one page: collect, then either pages and finalize in one, or
 neither.
+
+What the two forms have in common is here (`owners`); what each has to say in its own words is held together by that test.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from hmmnet.host.interfaces import NO_OWNER, Migration, Select
 from hmmnet.pages import (
@@ -33,6 +37,9 @@ BOTH = MIGRATE_PFN_VALID | MIGRATE_PFN_MIGRATE
 _FLAGS = 0xFFFFFFFF
 """All bits that flags have."""
 
+EVERY_DEVICE = range(DEVICE_ZONE_MIN, 1 << 64 - pte.FRAME_SHIFT - ZONE_SHIFT)
+"""The zones that are a device's."""
+
 STAYS, EMPTY, GOES = range(3)
 """What becomes of a page: nothing; it was never touched, so that its target is inserted; its frame moves."""
 
@@ -46,7 +53,7 @@ def collect(mm: Mm, migration: Migration, select: Select) -> bool:
     entries = mm.table.numbers(pages)
     fates = []
     for page, entry in zip(pages, entries, strict=True):
-        fate = _fate(mm, page, entry, migration, select)
+        fate = _fate(mm, page, entry, select, migration.owner, migration.fault_frame)
         if fate is None:
             return False
         fates.append(fate)
@@ -71,14 +78,14 @@ def _install(mm: Mm, page: int, entry: int) -> None:
     cells.mapcount[at] = 0
 
 
-def _fate(mm: Mm, page: int, entry: int, migration: Migration, select: Select) -> int | None:
+def _fate(mm: Mm, page: int, entry: int, select: Select, owner: int, fault_frame: int | None) -> int | None:
     """What becomes of one page; None when it is not a simple case."""
     if entry & pte.HUGE:
         return None
-    if entry == 0 or (entry & (pte.KIND | pte.SPECIAL) == pte.PRESENT | pte.SPECIAL and select & Select.SYSTEM):
+    if entry == 0 or (entry & (pte.KIND | pte.SPECIAL) == pte.PRESENT | pte.SPECIAL and select.has(Select.SYSTEM)):
         vma = mm.vmas.find(page)
         return EMPTY if vma is not None and vma.is_anonymous else STAYS
-    if not _wanted(mm.memory, entry, migration.owner, select):
+    if not _wanted(mm.memory, entry, select, owner):
         return STAYS
     frame = entry >> pte.FRAME_SHIFT
     zone = mm.memory.zones[frame >> ZONE_SHIFT]
@@ -86,34 +93,34 @@ def _fate(mm: Mm, page: int, entry: int, migration: Migration, select: Select) -
     flags = cells.flags[at]
     if flags & COMPOUND and host:
         return None
-    if flags & LOCKED and frame != migration.fault_frame:
+    if flags & LOCKED and frame != fault_frame:
         return STAYS
     if cells.mapcount[at] != 1 or not flags & ANON:
         return None
-    allowed = (1 if host else 1 + zone.extra_references) + (frame == migration.fault_frame)
+    allowed = (1 if host else 1 + zone.extra_references) + (frame == fault_frame)
     return STAYS if cells.refcount[at] > allowed or cells.pincount[at] else GOES
 
 
-def _wanted(memory: PhysicalMemory, entry: int, owner: int, select: Select) -> bool:
+def _wanted(memory: PhysicalMemory, entry: int, select: Select, owner: int) -> bool:
     """`collect.wanted` for one entry that is not of a huge page."""
     kind = entry & (pte.KIND | pte.SPECIAL)
     number = entry >> pte.FRAME_SHIFT + ZONE_SHIFT
     if kind == pte.DEVICE:
-        return bool(select & Select.DEVICE_PRIVATE) and _owned(memory, number, owner, select)
+        return bool(select.has(Select.DEVICE_PRIVATE)) and number in owners(memory, select, owner)
     if kind != pte.PRESENT:
         return False
     if number < DEVICE_ZONE_MIN:
-        return bool(select & Select.SYSTEM)
-    return bool(select & Select.DEVICE_COHERENT) and _owned(memory, number, owner, select)
+        return bool(select.has(Select.SYSTEM))
+    return bool(select.has(Select.DEVICE_COHERENT)) and number in owners(memory, select, owner)
 
 
-def _owned(memory: PhysicalMemory, number: int, owner: int, select: Select) -> bool:
-    """Whether pages of device zone `number` are taken in the name of zone `owner`."""
-    if select & Select.ANY_OWNER and not select & Select.PEERS:
-        return number >= DEVICE_ZONE_MIN
-    if owner == NO_OWNER and not select & Select.ANY_OWNER:
-        return False
-    return number in memory.peers_of(owner) if select & Select.PEERS else number == owner
+def owners(memory: PhysicalMemory, select: Select, owner: int) -> Sequence[int]:
+    """The zones whose pages `select` takes, of those that it takes pages of devices of, in the name of zone `owner`."""
+    if owner == NO_OWNER and not select.has(Select.ANY_OWNER):
+        return ()
+    if select.has(Select.PEERS):
+        return memory.peers_of(owner)
+    return EVERY_DEVICE if select.has(Select.ANY_OWNER) else (owner,)
 
 
 def unshared(mm: Mm, pages: Words, select: Select, owner: int) -> bool:
@@ -121,7 +128,7 @@ def unshared(mm: Mm, pages: Words, select: Select, owner: int) -> bool:
     for entry in mm.table.numbers(pages.tolist()):
         if entry & pte.HUGE:
             return False
-        if entry and _wanted(mm.memory, entry, owner, select):
+        if entry and _wanted(mm.memory, entry, select, owner):
             frame = entry >> pte.FRAME_SHIFT
             zone = mm.memory.zones[frame >> ZONE_SHIFT]
             if zone.cells.mapcount[frame - zone.base] > 1:
@@ -255,28 +262,25 @@ def take(mm: Mm, page: int, owner: int) -> int | None:
     None, having done nothing, when it is not there, locked, or not this process's alone.
     """
     entry = mm.table.get(page)
-    frame = entry >> pte.FRAME_SHIFT
-    if entry & (pte.KIND | pte.HUGE) != pte.DEVICE or frame >> ZONE_SHIFT != owner:
+    if _fate(mm, page, entry, Select.DEVICE_PRIVATE, owner, None) != GOES:
         return None
-    zone = mm.memory.zones[owner]
-    at, cells = frame - zone.base, zone.cells
-    flags: int = cells.flags[at]
-    if flags & (LOCKED | ANON) != ANON or cells.mapcount[at] != 1 or cells.pincount[at]:
-        return None
-    if cells.refcount[at] > 1 + zone.extra_references:
-        return None
-    mm.table.set(page, entry & ~(pte.BITS & ~pte.CARRIED) | pte.MIGRATION)
-    cells.flags[at] = flags | LOCKED
-    cells.mapcount[at] = 0
-    return frame
+    _install(mm, page, entry)
+    return entry >> pte.FRAME_SHIFT
 
 
-def bring(mm: Mm, page: int, frame: int, target: int) -> None:
-    """`page`, taken as device frame `frame`, lives in host frame `target` from now on; the one reference that has is handed over."""
+def bring(mm: Mm, page: int, frame: int, target: int) -> bool:
+    """`page`, taken as device frame `frame`, lives in host frame `target` from now on; the one reference that has is handed over.
+
+    False when somebody holds the device's frame (it is breaking): the page stays there, as `_take_over` leaves it.
+    """
     memory = mm.memory
     zone, destination = memory.zones[frame >> ZONE_SHIFT], memory.zones[target >> ZONE_SHIFT]
     at, there = frame - zone.base, target - destination.base
     old, new = zone.cells, destination.cells
+    if old.refcount[at] > 1:
+        memory.put_one(target)
+        put_back(mm, page, frame)
+        return False
     old.flags[at] = flags = old.flags[at] & ~LOCKED
     entry = mm.table.get(page)
     if entry & pte.KIND == pte.MIGRATION and entry >> pte.FRAME_SHIFT == frame:
@@ -290,6 +294,7 @@ def bring(mm: Mm, page: int, frame: int, target: int) -> None:
         memory.put_one(target)
     memory.put_one(frame)
     mm.migration_ended()
+    return True
 
 
 def put_back(mm: Mm, page: int, frame: int) -> None:

@@ -62,7 +62,7 @@ def takeable(mm: Mm, start: int, end: int, select: Select, owner: int) -> Words:
         entries = mm.table.pmds.gather(blocks)
         blocks = blocks[_free_to_go(mm, entries, select, owner) | _is_zero(entries, select)]
     vma = mm.vmas.find(start)
-    if not select & Select.SYSTEM or vma is None or not vma.is_anonymous or vma.flags & VM_UFFD_MISSING:
+    if not select.has(Select.SYSTEM) or vma is None or not vma.is_anonymous or vma.flags & VM_UFFD_MISSING:
         return blocks
     bare = mm.table.untouched(start, end)
     if mm.small_blocks and len(bare):
@@ -73,7 +73,7 @@ def takeable(mm: Mm, start: int, end: int, select: Select, owner: int) -> Words:
 
 def _is_zero(entries: Words, select: Select) -> Flags:
     """Which `entries` are the huge zero page, if that is to be replaced."""
-    if not select & Select.SYSTEM:
+    if not select.has(Select.SYSTEM):
         return np.zeros(len(entries), np.bool_)
     found: Flags = entries & np.uint64(pte.KIND | pte.SPECIAL) == pte.PRESENT | pte.SPECIAL
     return found

@@ -208,9 +208,9 @@ class Space(Advice):
         """See `few.take`."""
         return few.take(self.mm, page, zone)
 
-    def bring_one(self, page: int, frame: int, target: int) -> None:
+    def bring_one(self, page: int, frame: int, target: int) -> bool:
         """See `few.bring`."""
-        few.bring(self.mm, page, frame, target)
+        return few.bring(self.mm, page, frame, target)
 
     def put_back_one(self, page: int, frame: int) -> None:
         """See `few.put_back`."""
