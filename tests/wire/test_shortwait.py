@@ -40,6 +40,23 @@ def unending(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shortwait, "WAIT_S", 600.0)
 
 
+class Clock:
+    """What short waits take for the time: it goes on when it is told to, however slow the machine is."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(shortwait, "perf_counter", clock)
+    return clock
+
+
 async def idle_once() -> None:
     """Return when the loop has slept: from then on it is known who can run."""
     assert this_loop() is not None
@@ -186,6 +203,7 @@ async def test_a_word_from_another_thread_ends_it(pair: tuple[socket.socket, soc
     short.close()
 
 
+@pytest.mark.usefixtures("clock")
 async def test_who_waited_in_vain_does_not_try_again(pair: tuple[socket.socket, socket.socket]) -> None:
     """Until a message has come soon after it was waited for."""
     await idle_once()
@@ -214,7 +232,7 @@ async def test_a_wait_with_others_at_work_was_none_for_a_short_one(pair: tuple[s
     short.close()
 
 
-@pytest.mark.usefixtures("unending")
+@pytest.mark.usefixtures("unending", "clock")
 async def test_beside_bulk_data_only_those_who_wait_for_it_wait_shortly(pair: tuple[socket.socket, socket.socket]) -> None:
     """However long it takes them: they are the ones who would disturb others."""
     await idle_once()
@@ -237,6 +255,7 @@ async def test_beside_bulk_data_only_those_who_wait_for_it_wait_shortly(pair: tu
     bulk.close()
 
 
+@pytest.mark.usefixtures("clock")
 async def test_who_waits_for_bulk_data_in_vain_tries_again(pair: tuple[socket.socket, socket.socket]) -> None:
     """Nothing came, for nobody: a stream that stalls goes on. A word for somebody else ends that."""
     await idle_once()
@@ -252,7 +271,7 @@ async def test_who_waits_for_bulk_data_in_vain_tries_again(pair: tuple[socket.so
     bulk.close()
 
 
-async def test_there_is_none_while_bulk_data_move(pair: tuple[socket.socket, socket.socket]) -> None:
+async def test_there_is_none_while_bulk_data_move(pair: tuple[socket.socket, socket.socket], clock: Clock) -> None:
     """Whoever sends or receives it, and for a while after: each credit would end one."""
     await idle_once()
     short, bulk, large = ShortWait(pair[0].fileno()), ShortWait(pair[1].fileno(), bulk=True), ShortWait(pair[0].fileno())
@@ -261,12 +280,12 @@ async def test_there_is_none_while_bulk_data_move(pair: tuple[socket.socket, soc
     assert short.wait()
     bulk.moved()
     assert not short.wait()
-    await trio.sleep(shortwait.BULK_S * 1.5)
+    clock.now_s += shortwait.BULK_S * 1.5
     await idle_once()
     assert short.wait()
     bulk.begin_long()
     assert not short.wait()
-    await trio.sleep(shortwait.BULK_S * 1.5)
+    clock.now_s += shortwait.BULK_S * 1.5
     await idle_once()
     short.moved()
     assert short.wait()
