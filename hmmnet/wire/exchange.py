@@ -4,7 +4,7 @@ ZeroMQ keeps the order of messages and drops those in flight when a connection b
 make them again, frame by frame, as TCP does byte by byte:
 
 - Frames that must arrive are numbered in each direction. The *sender* keeps them until they are acknowledged and repeats the oldest when
-  nothing was acknowledged for `RETRY_S` (then half as often, and so on), or at once when the receiver reports a gap.
+  nothing was acknowledged for `RETRY_S`, again and again, or at once when the receiver reports a gap.
 - The *receiver* takes the next number only. What comes again is a duplicate and has no effect; what comes early is dropped, and reported as
   a gap. So every frame takes effect exactly once, in order: an answer never overtakes an invalidation that was sent before it.
 - Acknowledgements ride on every frame of the other direction; a heartbeat carries them when there is none.
@@ -28,11 +28,11 @@ HEARTBEAT_S = 0.25
 LEASE_S = 2.0
 """Silence after which the peer counts as gone, and after which a device stops using its mirror: eight heartbeats."""
 RETRY_S = 0.5
-"""Two heartbeats: an acknowledgement that rides on one is never late. Short against the lease."""
-RETRY_DOUBLINGS_MAX = 2
-"""Repeats slow down to every 2 s; by then the lease is over anyway, unless the peer lives and its answers get lost."""
-RETRY_PLAIN = 3
-"""Repeats before they slow down: within the two seconds that the host gives a device for its table, a frame is sent four times."""
+"""Two heartbeats: an acknowledgement that rides on one is never late. Short against the lease.
+
+Repeats do not slow down, as TCP's do: a peer that is silent is given up after its lease, so there is no crowd of them to spare; and one
+that lives has only so long to answer (an invalidation: 5 s), within which a frame must arrive, also over a wire that loses much.
+"""
 BYE_S = 1.0
 """How long a BYE waits for its acknowledgement."""
 WINDOW = 4096
@@ -147,7 +147,6 @@ class Exchange:
         self._acknowledged = 0
         self._released = 0
         self._progress_s = now_s
-        self._repeats = 0
         self._gap_at = 0
 
     # --- what we send
@@ -192,11 +191,7 @@ class Exchange:
 
     def overdue(self, now_s: float) -> list[bytes]:
         """Frames to repeat because nothing was acknowledged for too long."""
-        doublings = min(max(0, self._repeats - RETRY_PLAIN + 1), RETRY_DOUBLINGS_MAX)
-        if not self._kept or now_s - self._progress_s < self.retry_s * (1 << doublings):
-            return []
-        self._repeats += 1
-        return self.repeat(now_s)
+        return self.repeat(now_s) if self._kept and now_s - self._progress_s >= self.retry_s else []
 
     def repeat(self, now_s: float) -> list[bytes]:
         """The oldest frames under way that are not acknowledged."""
@@ -217,7 +212,6 @@ class Exchange:
                 kept.popleft()
             self._acknowledged = acknowledged
             self._progress_s = now_s
-            self._repeats = 0
         if sequence == self.received + 1:
             self.received = sequence
             self.unreported += 1

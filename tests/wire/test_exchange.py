@@ -14,8 +14,6 @@ from hmmnet.wire.exchange import (
     BACKLOG_MAX,
     LEASE_S,
     REPEAT_MAX,
-    RETRY_DOUBLINGS_MAX,
-    RETRY_PLAIN,
     RETRY_S,
     TRANSITIONS,
     WINDOW,
@@ -103,18 +101,19 @@ def test_an_acknowledgement_of_what_was_not_sent_is_refused() -> None:
     assert exchange.heard_s == 0.0
 
 
-def test_repeats_slow_down_and_start_anew_with_progress() -> None:
-    """After RETRY_S without progress, then after twice that, up to a limit; an acknowledgement resets it."""
+def test_repeats_go_on_until_there_is_progress() -> None:
+    """After each RETRY_S without any, ten times in the five seconds that an invalidation has; an acknowledgement is progress."""
     exchange = Exchange(0.0)
     send(exchange, 0.0)
     send(exchange, 0.0)
     now_s = 0.0
-    for doubling in (*[0] * (RETRY_PLAIN - 1), *range(RETRY_DOUBLINGS_MAX + 1), RETRY_DOUBLINGS_MAX):
-        wait_s = RETRY_S * (1 << doubling)
-        assert exchange.overdue(now_s + wait_s - 0.01) == []
-        now_s += wait_s
+    for _ in range(10):
+        assert exchange.overdue(now_s + RETRY_S - 0.01) == []
+        now_s += RETRY_S
         assert numbers(exchange.overdue(now_s)) == [1, 2]
+    assert now_s <= 5
     exchange.arrived(0, 1, now_s)
+    assert exchange.overdue(now_s + RETRY_S - 0.01) == []
     assert numbers(exchange.overdue(now_s + RETRY_S)) == [2]
 
 
