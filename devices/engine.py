@@ -14,9 +14,9 @@ import errno
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from inspect import Signature, signature
 from typing import Any
+from weakref import ref
 
 import numpy as np
 import trio
@@ -42,8 +42,6 @@ CLAIMS_AT_ONCE = 2
 """Of these without a nap in between: another device may want the page, too, and take it as fast."""
 REPLAYS_MAX = 10_000
 """Replays of one access: pages that are taken away again faster than they can be used."""
-KERNELS_KNOWN_MAX = 256
-"""Kernels whose parameters are remembered."""
 
 log = logging.getLogger("hmmnet.devices")
 
@@ -89,10 +87,20 @@ class JobOutcome:
     errno: int = 0
 
 
-@lru_cache(maxsize=KERNELS_KNOWN_MAX)
+_known: dict[int, tuple[ref[Kernel], Signature]] = {}
+"""Of each kernel that lives, by `id`: a kernel is any object that can be called, whether it can be hashed or not."""
+
+
 def parameters(kernel: Kernel) -> Signature:
-    """`inspect.signature`, which takes longer than many a job."""
-    return signature(kernel)
+    """`inspect.signature`, which takes longer than many a job; remembered for as long as the kernel lives, and not keeping it alive."""
+    number = id(kernel)
+    known = _known.get(number)
+    if known is not None:
+        return known[1]
+    found = signature(kernel)
+    with contextlib.suppress(TypeError):  # an object that nobody can refer to weakly is looked at for each job
+        _known[number] = ref(kernel, lambda _: _known.pop(number, None)), found
+    return found
 
 
 class Engine:
