@@ -196,7 +196,10 @@ class LaunchedMachine:
         return tuple(self._crew.exits)
 
     def when_ended(self, call: Callable[[], None]) -> None:
-        """Have `call` called when the machine has been left and its last process has ended: the logs are complete, and still there."""
+        """Have `call` called when the machine has been left and its last process has ended: the logs are complete, and still there.
+
+        What it raises, leaving the machine raises; the other calls are made all the same.
+        """
         self._crew.when_ended.append(call)
 
     @property

@@ -134,11 +134,22 @@ class Crew:
         self.ending = True
 
     async def end(self, grace_s: float = GRACE_S) -> None:
-        """End every device: by itself within the grace (the host said goodbye before), else by force."""
+        """End every device: by itself within the grace (the host said goodbye before), else by force.
+
+        All of `when_ended` are called. Raises what one of them raised; an ExceptionGroup where several did.
+        """
         self.ending = True
         await self.zygote.end(grace_s)
+        errors: list[Exception] = []
         for call in self.when_ended:
-            call()
+            try:
+                call()
+            except Exception as error:  # noqa: BLE001 - whatever it is, the others are called; it is raised below
+                errors.append(error)
+        if len(errors) == 1:
+            raise errors[0]
+        if errors:
+            raise ExceptionGroup("several of those who were to be called when the machine has ended failed", errors)
 
     def _hear(self, told: Told) -> None:
         if told.name not in self.records:
