@@ -60,6 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         nonlocal terminated
         terminated = True
         if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell leaves it to what it starts in the background
+            runs = sys.modules.get("hmmnet.sim.interrupts")  # nothing runs yet where it was not imported
+            if runs is not None and runs.interrupt():
+                return
             signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.raise_signal(signal.SIGINT)
 
