@@ -225,9 +225,18 @@ class Homing:
     async def _bring_pages(self, space: AddressSpace, link: DeviceLink, first: int, end: int) -> int:
         """Bring pages [first, end), of one VMA, home because a CPU touched them; returns how many moved."""
         parts: list[Migration] = []
-        await collect(parts, space, self.spaces, first, end, memory_of(link), link.zone)
+        await self._collect(parts, space, link, first, end)
         refuse = partial(link.no_large, self._context_of(space.number, link.zone))
         return await self._bring(space, link, parts, TOUCHED, refuse)
+
+    async def _collect(self, parts: list[Migration], space: AddressSpace, link: DeviceLink, start: int, end: int) -> None:
+        """The device's pages of [start, end), of one VMA, are behind migration entries, as `parts` say; none when this is interrupted."""
+        try:
+            await collect(parts, space, self.spaces, start, end, memory_of(link), link.zone)
+        except BaseException:  # after they were, when the announcement ends
+            for part in parts:
+                give_up(self._memory, space, part)
+            raise
 
     async def _bring(self, space: AddressSpace, link: DeviceLink, parts: list[Migration], cause: str, refuse: Refuse) -> int:
         """Copy and change over what `parts` collected; returns how many pages moved. Whatever fails, nothing of them stays half way.
@@ -323,28 +332,30 @@ class Homing:
             return 0
         frames = source[going] >> SHIFT
         points, first, count = space.points, int(pages[0]), len(pages)
-        huge = whole_blocks(migration.saved[going], pages)
-        refused = [at for at in huge if refuse()]
-        for at in refused:  # also where its pages come to lie together by chance
-            space.split_going(migration, at if isinstance(going, slice) else int(np.flatnonzero(going)[at]))
-            huge.remove(at)
         wanted, room = pages, self._room(len(pages))
-        if room < len(wanted):
-            going = (np.arange(len(source)) if isinstance(going, slice) else np.flatnonzero(going))[:room]
-            pages, frames, huge = wanted[:room], frames[:room], [at for at in huge if at + HUGE_PAGES <= room]
-        destination = HostFrames(self._memory, len(pages), space.node, huge, (first, space.number))
+        destination = None
         try:
+            huge = whole_blocks(migration.saved[going], pages)
+            refused = [at for at in huge if refuse()]
+            for at in refused:  # also where its pages come to lie together by chance
+                space.split_going(migration, at if isinstance(going, slice) else int(np.flatnonzero(going)[at]))
+                huge.remove(at)
+            if room < len(wanted):
+                going = (np.arange(len(source)) if isinstance(going, slice) else np.flatnonzero(going))[:room]
+                pages, frames, huge = wanted[:room], frames[:room], [at for at in huge if at + HUGE_PAGES <= room]
+            destination = HostFrames(self._memory, len(pages), space.node, huge, (first, space.number))
             if points.armed:
                 await _at("home.collected", space, link, first, count)
                 await _at("home.before_copy", space, link, first, count)
             await link.copy_out(self._context_of(space.number, link.zone), pages, frames, destination)
             if points.armed:
                 await _at("home.before_pages", space, link, first, count)
+            words = destination.frames() << SHIFT
         except BaseException:
             give_up(self._memory, space, migration)
-            destination.release()
+            if destination is not None:
+                destination.release()
             raise
-        words = destination.frames() << SHIFT
         words |= VALID
         migration.target[going] = words
         moved = await self._change_over(space, link, migration, cause)
@@ -366,8 +377,7 @@ class Homing:
         if space.hub.pass_through(page, zone):
             frame = space.take_one(page, zone)
         else:
-            async with space.hub.invalidate(Event.MIGRATE, page, page + 1, zone):
-                frame = space.take_one(page, zone)
+            frame = await _take_one(space, page, zone)
         if frame is None:
             return await self._bring_pages(space, link, page, page + 1)
 
@@ -442,7 +452,7 @@ class Homing:
 
         Hold the mmap lock for reading. Raises PeerLost, KernelError(ENOMEM).
         """
-        await collect(parts, space, self.spaces, start, end, memory_of(link), link.zone)
+        await self._collect(parts, space, link, start, end)
         refuse = partial(link.no_large, context or self._context_of(space.number, link.zone))
         return await self._bring(space, link, parts, cause, refuse)
 
@@ -478,11 +488,11 @@ class Homing:
             await link.copy_out(0, np.zeros(0, dtype=np.uint64), frames[going], destination)
             if points.armed:
                 await points.at("evict.before_pages", device=link.name, pages=len(frames))
+            migration.target[going] = destination.frames() << SHIFT | VALID
         except BaseException:
             give_up(self._memory, None, migration)
             destination.release()
             raise
-        migration.target[going] = destination.frames() << SHIFT | VALID
         move(self._memory, None, migration)
         moved = migration.cpages
         try:
@@ -505,10 +515,17 @@ class Homing:
     async def _taken(self, link: DeviceLink, frames: Words, mapped_at: Sequence[Mapped]) -> Migration:
         """What of `frames`, mapped at `mapped_at`, can go, behind migration entries; who was told may have removed the memory."""
         told: dict[int, list[Words]] = {}
-        async with AsyncExitStack() as stack:
-            for mapped in mapped_at:
-                await clear(stack, self.spaces, mapped.mm, mapped.pages, told=told)
-            return collect_frames(self._memory, frames if self.is_there(link) else _NONE, told)
+        migration = None
+        try:
+            async with AsyncExitStack() as stack:
+                for mapped in mapped_at:
+                    await clear(stack, self.spaces, mapped.mm, mapped.pages, told=told)
+                migration = collect_frames(self._memory, frames if self.is_there(link) else _NONE, told)
+        except BaseException:  # also at the end of an announcement
+            if migration is not None:
+                give_up(self._memory, None, migration)
+            raise
+        return migration
 
     async def unplug(self, page_map: PageMap) -> None:
         """Hot removal of a device's memory, in use or not: pages go home by frame until nothing is left, then the map goes.
@@ -541,6 +558,19 @@ def _together(before: Words, words: Words) -> Words:
     count = min(len(words), len(before))
     both = np.where(before[:count] & MIGRATE != 0, before[:count], words[:count])
     return np.concatenate((both, before[count:], words[count:]))
+
+
+async def _take_one(space: AddressSpace, page: int, zone: int) -> int | None:
+    """`AddressSpace.take_one` while it is announced; nothing is taken when that is interrupted, at its end, too."""
+    frame = None
+    try:
+        async with space.hub.invalidate(Event.MIGRATE, page, page + 1, zone):
+            frame = space.take_one(page, zone)
+    except BaseException:
+        if frame is not None:
+            space.put_back_one(page, frame)
+        raise
+    return frame
 
 
 async def _at(name: str, space: AddressSpace, link: DeviceLink, start: int, pages: int) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Awaitable, Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +14,10 @@ from trio.testing import wait_all_tasks_blocked
 from hmmnet.errors import BusError, KernelError, PeerError, PeerLost
 from hmmnet.faults.injector import Injector, PointFault
 from hmmnet.host.homing import COPIES_MAX
+from hmmnet.host.hub import Invalidation
 from hmmnet.host.interfaces import Event
+from hmmnet.host.mm import pte
+from hmmnet.host.mm.invariants import check
 from hmmnet.host.mm.space import Space
 from hmmnet.observe.counters import CPU_FAULT
 from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE
@@ -235,6 +240,45 @@ async def test_eviction_takes_frames_from_every_process() -> None:
     assert [told[3] for told in bench.link.told] == [Event.CLEAR]
     assert bench.page_map.used_pages == 0
     assert sorted(bench.link.freed) == [FIRST_FRAME + i for i in range(4)]
+
+
+class Interrupted(Exception):
+    """Whatever ends a wait."""
+
+
+WAYS: dict[str, Callable[[Bench, Space, int], Awaitable[object]]] = {
+    "a page": lambda bench, space, address: space.load(address, 1),
+    "several pages": lambda bench, space, address: space.load(address, 4 * PAGE_SIZE),
+    "a range": lambda bench, space, address: bench.homing.migrate_to_system(
+        space, bench.link, address >> PAGE_SHIFT, (address >> PAGE_SHIFT) + 4
+    ),
+    "frames": lambda bench, space, address: bench.homing.evict(bench.link, bench.page_map.used_frames()),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_an_interruption_where_an_announcement_ends_leaves_the_pages_on_the_device(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are behind migration entries by then, and none of those stays behind: the next one brings them home."""
+    bench = Bench()
+    space, address = await on_device(bench)
+    bench.hub(space).insert(0, 1 << 35, FakeLink("gpu1", 65), 1)  # somebody has to be told
+    with monkeypatch.context() as patch:
+        ends = Invalidation.__aexit__
+
+        async def interrupted(self: Invalidation, *how: Any) -> None:
+            await ends(self, *how)
+            assert space.mm.table.get(address >> PAGE_SHIFT) & pte.KIND == pte.MIGRATION
+            raise Interrupted
+
+        patch.setattr(Invalidation, "__aexit__", interrupted)
+        with pytest.raises(Interrupted):
+            await WAYS[way](bench, space, address)
+    check(bench.memory, [space.mm])
+    assert bytes(value & 0x7F for value in space.pagemap(address, 4)) == b"SSSS"
+    await WAYS[way](bench, space, address)
+    assert await space.load(address, 4 * PAGE_SIZE) == np.repeat(np.arange(1, 5, dtype=np.uint8), PAGE_SIZE).tobytes()
+    assert bench.page_map.used_pages == 0
+    check(bench.memory, [space.mm])
 
 
 async def test_idle_frames_are_no_error() -> None:

@@ -315,6 +315,34 @@ async def test_what_others_share_or_hold_is_left_or_goes_page_by_page() -> None:
     sound(bench)
 
 
+@pytest.mark.parametrize("where", ["refuse", "split", "frames"])
+async def test_a_shared_huge_page_stays_where_its_way_home_fails(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever raises before its bytes come, also what allocates a large page or splits one: no migration entry is left."""
+    bench = Bench()
+    space = await huge_space(bench)
+    child = bench.spaces[2] = await space.fork(2, bench.hub(space))
+    assert (await go(bench, space)).moved == 2 * HUGE_PAGES
+
+    def fail(*_: object) -> bool:
+        assert space.mm.table.get(FIRST) & pte.KIND == pte.MIGRATION
+        raise PeerError("gone wrong")
+
+    with monkeypatch.context() as patch:
+        if where == "frames":
+            patch.setattr(HostFrames, "_allocated", fail)
+        else:
+            patch.setattr(bench.link, "no_large", fail if where == "refuse" else lambda context: True)
+            patch.setattr(Space, "split_going", fail)
+        with pytest.raises(PeerError, match="gone wrong"):
+            await bench.homing.migrate_to_system(space, bench.link, FIRST, FIRST + HUGE_PAGES)
+    for one in (space, child):
+        assert {int(entry) & (pte.KIND | pte.HUGE) for entry in one.mm.table.read(FIRST, FIRST + HUGE_PAGES)} == {pte.DEVICE | pte.HUGE}
+    sound(bench)
+    assert np.array_equal(await contents(child), EXPECTED)
+    assert np.array_equal(await contents(space), EXPECTED)
+    sound(bench)
+
+
 BAD_OFFERS = {
     "not aligned": words(FIRST_FRAME + 1) | np.uint64(LARGE),
     "twice": HEADS[[0, 0]],
