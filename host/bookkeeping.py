@@ -75,6 +75,9 @@ class CopylessLink:
     def free_frames(self, frames: Words) -> None:
         """Nothing to keep."""
 
+    def free_frame(self, frame: int) -> None:
+        """Nothing to keep."""
+
 
 def measure(sizes: tuple[int, ...] = SIZES) -> dict[str, dict[int, float]]:
     """Pages -> nanoseconds a page, medians over rounds.

@@ -55,6 +55,9 @@ class Owner(Protocol):
     def free_frames(self, frames: Words) -> None:
         """folio_free: tell the driver, without waiting."""
 
+    def free_frame(self, frame: int) -> None:
+        """The same, of one frame."""
+
 
 class PageMap:
     """The struct pages of one life of a device. `arena` are the bytes of coherent memory."""
@@ -66,6 +69,7 @@ class PageMap:
         self.zone = memory.add_device(link.zone, link.kind, link.name, pages, arena)
         late = (lambda free: free) if memory.gather is None else memory.gather.late
         self.zone.on_free = late(link.free_frames)
+        self.zone.on_free_one = link.free_frame if memory.gather is None else None
         self.zone.on_free_folios = late(lambda heads: link.free_frames(heads | np.uint64(LARGE)))
         self.on_memory_failure: Callable[[Words], None] | None = None
         """dev_pagemap_ops.memory_failure: the driver's answer to broken frames."""

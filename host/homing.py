@@ -191,7 +191,7 @@ class Homing:
                 await there.on_touch(space, np.arange(first, first + count, dtype=np.uint64))
                 return
             raise self._lost(space, first, zone, "the device is gone")
-        if space.points.armed:
+        if self._memory.points.armed:
             await _at("home.fault", space, link, first, count)
         whole = count == HUGE_PAGES and bool(space.entries(np.array([first], np.uint64))[0] & np.uint64(pte.HUGE))
         moved = await self._touched(space, link, first, count)
@@ -381,7 +381,7 @@ class Homing:
         if frame is None:
             return await self._bring_pages(space, link, page, page + 1)
 
-        points = space.points
+        points = self._memory.points
 
         def allocate() -> int:
             nonlocal target

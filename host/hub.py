@@ -137,6 +137,11 @@ class Hub:
         self.late: list[str] = [] if late is None else late
         self.order: Order = AtStart() if order is None else order
         self.core = MmuNotifier()
+        self.pass_through = self.core.pass_through
+        """A MIGRATE of one page that comes home from the device of a zone: whether nobody has to be told, or waited for.
+
+        If so it is announced, and over: go on without suspension. If not, `invalidate`.
+        """
         self._invalidation = self.order.invalidation
         self.process = process
         self.points = points or Points()
@@ -155,13 +160,6 @@ class Hub:
         if event is Event.RELEASE:
             self.core.dying = True
         return self._invalidation(self, event, start, end, owner)
-
-    def pass_through(self, page: int, owner: int) -> bool:
-        """A MIGRATE of one page that comes home from the device of zone `owner`: whether nobody has to be told, or waited for.
-
-        If so it is announced, and over: go on without suspension. If not, `invalidate`.
-        """
-        return self.core.pass_through(page, owner)
 
     def try_invalidate(self, start: int, end: int) -> bool:
         """invalidate_range_start_nonblock: begin, to be ended by `range_end`; False (EAGAIN) where a device would have to be waited for.

@@ -175,6 +175,9 @@ class DeviceLink(Protocol):
     def free_frames(self, frames: Words) -> None:
         """folio_free: tell the driver, without waiting. `frames` may have large ones (`pages.LARGE`)."""
 
+    def free_frame(self, frame: int) -> None:
+        """`free_frames` of one, which is not large."""
+
     def no_large(self, context: int) -> bool:
         """Whether this allocation of a large page fails, as the driver was told by that open file (HMM_DMIRROR_FLAG_FAIL_ALLOC): once.
 

@@ -169,6 +169,8 @@ class SessionLink:
         self.transfers: set[trio.CancelScope] = set()
         """Those under way, which end when the device is lost."""
         self._freed: list[Words] = []
+        self._freed_singly: list[int] = []
+        """Frames that were freed one by one since the last of those."""
         self._moved: list[tuple[int, int, float, float, float]] = []
         """Pages that came with answers and are not counted yet: frame, bytes, start, due, end."""
         self._something_to_tell = trio.Event()
@@ -364,6 +366,8 @@ class SessionLink:
         message = CopyOut(0, context, word[0], word[1], 0.0, 0.0, 0.0)
         pending = self.session.begin(message)
         target = allocate()
+        if self._moved:
+            self.settle()
         data = self._intact(await pending.wait(), PAGE_SIZE)
         if data is None:
             data = await self._again(message, PAGE_SIZE)
@@ -452,11 +456,24 @@ class SessionLink:
 
     def free_frames(self, frames: Words) -> None:
         """folio_free: the device learns it soon, and before it is asked for anything else."""
+        self._gather_freed()
         self._freed.append(frames)
         self._something_to_tell.set()
 
+    def free_frame(self, frame: int) -> None:
+        """`free_frames` of one, which is not large."""
+        self._freed_singly.append(frame)
+        self._something_to_tell.set()
+
+    def _gather_freed(self) -> None:
+        """What was freed one by one becomes a list like the others: the order in which frames were freed is kept."""
+        if self._freed_singly:
+            self._freed.append(np.array(self._freed_singly, np.uint64))
+            self._freed_singly = []
+
     def flush_freed(self) -> None:
         """Tell the device what was freed."""
+        self._gather_freed()
         if self._freed:
             freed, self._freed = self._freed, []
             frames = freed[0] if len(freed) == 1 else np.concatenate(freed)

@@ -223,7 +223,8 @@ class Process:
 
     async def load(self, address: int, dtype: str = "<u8") -> int | float:
         """CPU load of one value."""
-        self._alive("load")
+        if self.ended:
+            self._alive("load")
         size, value_of = scalar(dtype)
         check_range("load", address, size)
         return value_of(await self.space.load(address, size))

@@ -59,7 +59,7 @@ class Bridge:
         self._short = ShortWait(self._descriptor, bulk=bulk)
         plain: Any = super(zmq.Socket, socket)  # the extension's own methods: pyzmq's Python layer over them costs as much as they do
         self._send_part: Callable[..., Any] = plain.send
-        self._receive_part: Callable[..., bytes] = plain.recv
+        self._receive_part: Callable[..., Any] = plain.recv
         self._receive_part_into: Callable[..., int] = plain.recv_into
         self._get: Callable[[int], Any] = plain.get
         self._set: Callable[[int, Any], None] = plain.set
@@ -73,6 +73,8 @@ class Bridge:
         self._receive_waited = False
         self._nudged = False
         self._received = 0
+        self._more: bool | None = False
+        """Whether parts of the message begun last still wait; None: the socket has to be asked."""
         self._sent = 0
         self._closed = False
 
@@ -142,7 +144,7 @@ class Bridge:
     def recv_first_nowait(self) -> bytes:
         """The first part of the next message; the others wait in the socket and must be taken, at once, while `more` is true."""
         try:
-            return self._receive_part(_NOBLOCK)
+            return self._receive()
         except zmq.Again:
             raise trio.WouldBlock from None
         finally:
@@ -161,12 +163,23 @@ class Bridge:
             else:
                 self._receive_waited = False
                 await checkpoint_if_cancelled()
-            return self._receive_part(_NOBLOCK)
+            part = self._receive_part(_NOBLOCK, False)  # as `_receive`, without the call
         except zmq.Again:
             return await self._receive_later()
+        else:
+            self._more = part.more
+            first: bytes = part.bytes
+            return first
         finally:
             if self._leading or self._parked:
                 self._settle()
+
+    def _receive(self) -> bytes:
+        """One part, as a frame: it tells whether there are more, which takes longer to ask the socket for. Raises `zmq.Again`."""
+        part = self._receive_part(_NOBLOCK, False)
+        self._more = part.more
+        received: bytes = part.bytes
+        return received
 
     async def _receive_later(self) -> bytes:
         while True:
@@ -175,7 +188,7 @@ class Bridge:
                 raise trio.WouldBlock
             await self._wait(_POLLIN)
             try:
-                return self._receive_part(_NOBLOCK)
+                return self._receive()
             except zmq.Again:
                 continue
 
@@ -193,26 +206,30 @@ class Bridge:
     @property
     def more(self) -> bool:
         """Whether parts of the message begun last still wait to be taken."""
-        return bool(self._get(_RCVMORE))
+        if self._more is None:
+            self._more = bool(self._get(_RCVMORE))
+        return self._more
 
     def take(self) -> bytes:
         """The next waiting part of the message begun last; only while `more` is true."""
-        part = self._receive_part(_NOBLOCK)
+        part = self._receive()
         self._taken(len(part))
         return part
 
     def take_only(self) -> bytes | None:
         """The second of two parts, for a message begun just now; None when there are further ones, which are dropped."""
-        part: bytes | None = self._receive_part(_NOBLOCK)
-        if self._get(_RCVMORE):
+        part = self._receive()
+        if self._more:
             self.take_rest()
             return None
-        self._taken(len(part or b""))
+        if self._leading or self._parked or len(part) >= BULK_BYTES:
+            self._taken(len(part))
         return part
 
     def take_into(self, view: memoryview) -> int:
         """As `take`, landing in `view`. Returns the part's full length: what did not fit is lost, so compare it with ``len(view)``."""
         length = self._receive_part_into(view, flags=_NOBLOCK)
+        self._more = None
         self._taken(length)
         return length
 

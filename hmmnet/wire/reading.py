@@ -29,10 +29,8 @@ from .shortwait import Loop, known_loop
 class Waiting(Protocol):
     """What a stand-in reads for."""
 
-    @property
-    def answered(self) -> bool:
-        """Whether it has what it waits for."""
-        ...
+    answered: bool
+    """Whether it has what it waits for."""
 
 
 class Reader:
@@ -112,11 +110,10 @@ class Reader:
 
     def _excuse(self) -> None:
         """The reading task need not look: whoever waits for a frame must not go a turn through the loop for that."""
-        if self._due:
-            self._loop = self._loop or known_loop()
-            if self._loop is not None:
-                self._excused = True
-                self._loop.excused += 1
+        self._loop = self._loop or known_loop()
+        if self._loop is not None:
+            self._excused = True
+            self._loop.excused += 1
 
     def _hold_to_it(self) -> None:
         if self._excused and self._loop is not None:
@@ -133,7 +130,8 @@ class Reader:
     async def stand_in(self, waiting: Waiting) -> None:
         """Read until `waiting` is answered. Returns without an answer when reading is no longer a stand-in's business: then `sleep`."""
         self._standing = True
-        self._excuse()
+        if self._due:
+            self._excuse()
         try:
             while self._open and not waiting.answered:
                 try:
@@ -146,7 +144,8 @@ class Reader:
             return
         finally:
             self._standing = False
-            self._hold_to_it()
+            if self._excused:
+                self._hold_to_it()
             self.resume()
 
     async def sleep(self, wait: Callable[[], Awaitable[None]]) -> None:

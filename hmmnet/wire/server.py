@@ -139,7 +139,7 @@ class Server:
         if known is not None:
             known.session.end(PeerLost(f"{hello.name} was replaced by a new incarnation of itself"))
         session = Session(
-            lambda frame: self.listener.send_nowait(address, frame),
+            partial(self.listener.send_nowait, address),
             peer_name=hello.name,
             role=hello.role,
             incarnation=hello.incarnation,

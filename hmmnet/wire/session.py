@@ -53,10 +53,12 @@ log = logging.getLogger("hmmnet.wire")
 class PendingReply(Bell):
     """A request that is on its way; `wait` gives its answer, to one task."""
 
-    __slots__ = ("_answer", "_error", "_late", "_reader", "_refused")
+    __slots__ = ("_answer", "_error", "_late", "_reader", "_refused", "answered")
 
     def __init__(self, reader: Reader | None = None) -> None:
-        super().__init__()
+        self._who = []  # all of `Bell.__init__`: one is made for each request
+        self.answered = False
+        """Whether `wait` would not have to wait."""
         self._answer: Message | None = None
         self._error: Exception | None = None
         self._late: Callable[[Message], None] | None = None
@@ -66,7 +68,8 @@ class PendingReply(Bell):
 
     def resolve(self, answer: Message | None, error: Exception | None = None) -> None:
         """The answer, or the error that takes its place. The first counts."""
-        if self._answer is None and self._error is None:
+        if not self.answered:
+            self.answered = True
             self._answer = answer
             self._error = error
             if self.ring():
@@ -77,17 +80,12 @@ class PendingReply(Bell):
             if error is not None and self._refused is not None:
                 self._refused(error)
 
-    @property
-    def answered(self) -> bool:
-        """Whether `wait` would not have to wait."""
-        return self._answer is not None or self._error is not None
-
     async def wait(self) -> Message:
         """The answer. Raises what the peer's handler raised (KernelError, SignalError; else RemoteError), PeerLost when the peer is gone.
 
         Cancelled, it forgets the answer; the peer carries the request out all the same.
         """
-        if self._answer is None and self._error is None:
+        if not self.answered:
             await (self.heard() if self._reader is None else self._read(self._reader))
         if self._error is not None:
             raise self._error
@@ -96,7 +94,7 @@ class PendingReply(Bell):
 
     async def wait_shielded(self) -> Message:
         """`wait` that is not cancelled. Raises what it does."""
-        if self._answer is None and self._error is None:
+        if not self.answered:
             if self._reader is None:
                 await self.heard_at_last()
             else:
@@ -106,7 +104,7 @@ class PendingReply(Bell):
 
     async def answered_by(self, deadline_s: float) -> bool:
         """Whether there is an answer at that moment of trio's clock; return when there is one."""
-        if self._answer is None and self._error is None:
+        if not self.answered:
             if self._reader is None:
                 await self.heard_by(deadline_s)
             else:
@@ -118,7 +116,7 @@ class PendingReply(Bell):
         """Read until the answer is there, or wait while others do."""
         if reader.vacant:
             await reader.stand_in(self)
-        if self._answer is None and self._error is None:
+        if not self.answered:
             await reader.sleep(self.heard)
 
     def if_refused(self, act: Callable[[Exception], None]) -> None:

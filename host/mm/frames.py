@@ -182,7 +182,7 @@ class PhysicalMemory(Contents):
         zone = self.zones[number]
         zone.lost = cause
         zone.kind = "private"
-        zone.on_free = zone.on_free_folios = None
+        zone.on_free = zone.on_free_one = zone.on_free_folios = None
 
     def zone(self, frame: int) -> Zone:
         """The zone of one frame."""
@@ -391,22 +391,26 @@ class PhysicalMemory(Contents):
 
     def put_one(self, frame: int) -> None:
         """`put` for one frame."""
-        on_free = self._put_one(frame)
-        if on_free is not None:
-            on_free(np.array([frame], np.uint64))
+        zone = self._put_one(frame)
+        if zone is None:
+            return
+        if zone.on_free_one is not None:
+            zone.on_free_one(frame)
+        elif zone.on_free is not None:
+            zone.on_free(np.array([frame], np.uint64))
 
     def put_few(self, frames: Sequence[int]) -> None:
         """`put` without arrays."""
         freed: dict[Callable[[Words], None], list[int]] = {}
         for frame in frames:
-            on_free = self._put_one(frame)
-            if on_free is not None:
-                freed.setdefault(on_free, []).append(frame)
+            zone = self._put_one(frame)
+            if zone is not None and zone.on_free is not None:
+                freed.setdefault(zone.on_free, []).append(frame)
         for on_free, some in freed.items():
             on_free(np.array(some, np.uint64))
 
-    def _put_one(self, frame: int) -> Callable[[Words], None] | None:
-        """Drop one reference of `frame`; who has to be told that it was the last, if anybody."""
+    def _put_one(self, frame: int) -> Zone | None:
+        """Drop one reference of `frame`; the device's zone, whose driver has to be told, if it was the last there."""
         zone = self.zones[frame >> ZONE_SHIFT]
         at = frame - zone.base
         cells = zone.cells
@@ -420,7 +424,7 @@ class PhysicalMemory(Contents):
         if isinstance(zone, HostZone):
             zone.release_one(frame)
             return None
-        return zone.on_free
+        return zone
 
     def _free(self, zone: Zone, frames: Words, where: Index) -> None:
         self.cgroups.uncharge(zone.flags[where])

@@ -14,7 +14,7 @@ import trio
 
 from hmmnet.errors import KernelError
 from hmmnet.host.interfaces import NOBODY, Event, Migration, Select, Told, Walk
-from hmmnet.pages import HUGE_PAGES, HUGE_SHIFT, MIGRATE_PFN_SHIFT, PAGE_SHIFT, Words, zone_of
+from hmmnet.pages import HUGE_PAGES, HUGE_SHIFT, MIGRATE_PFN_SHIFT, PAGE_SHIFT, ZONE_SHIFT, Words, zone_of
 from hmmnet.program import Mapping, Residency
 
 from . import collect as migration_steps
@@ -96,7 +96,7 @@ class Space(Advice):
 
     def zone_at(self, page: int) -> int:
         """The zone that the entry of `page` leads to (0 for an empty one, too)."""
-        return zone_of(self.mm.table.get(page) >> pte.FRAME_SHIFT)
+        return self.mm.table.get(page) >> pte.FRAME_SHIFT + ZONE_SHIFT
 
     def vmas(self, start: int, end: int) -> list[Vma]:
         """The VMAs that touch [start, end), in order."""

@@ -113,6 +113,8 @@ class Zone:
         self.folded_count = 0
         self.on_free: Callable[[Words], None] | None = None
         """folio_free: called with the frames of a device zone whose last reference is gone."""
+        self.on_free_one: Callable[[int], None] | None = None
+        """The same for one frame, without an array; None: `on_free` hears of it."""
         self.on_free_folios: Callable[[Words], None] | None = None
         """The same for folded folios, called with their heads; `on_free` hears of them frame by frame where there is none."""
         self.on_touch: Callable[[Any, Words], Awaitable[None]] | None = None

@@ -136,6 +136,10 @@ class HmmDevmem:
         freed, self._freed = self._freed, trio.Event()
         freed.set()
 
+    def free_frame(self, frame: int) -> None:
+        """The same for one page."""
+        self.free_frames(np.array([frame], np.uint64))
+
     async def all_free(self) -> None:
         """Return when every page is idle."""
         while self.used_pages:

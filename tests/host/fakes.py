@@ -109,8 +109,11 @@ class FakeLink:
 
     def free_frames(self, frames: Words) -> None:
         for frame in page_by_page(frames).tolist():
-            self.held.pop(frame, None)
-            self.freed.append(frame)
+            self.free_frame(frame)
+
+    def free_frame(self, frame: int) -> None:
+        self.held.pop(frame, None)
+        self.freed.append(frame)
 
 
 class Bench:

@@ -11,9 +11,11 @@ import trio
 
 from hmmnet.errors import BusError, KernelError, PeerError, ProtocolError, SegmentationFault
 from hmmnet.host.homing import COPIES_MAX
+from hmmnet.host.link import FREE_DELAY_S
 from hmmnet.host.process import Process
 from hmmnet.host.service import Host
-from hmmnet.pages import PAGE_SIZE
+from hmmnet.observe.counters import CPU_FAULT, DEVICE_TO_HOST
+from hmmnet.pages import PAGE_SIZE, ZONE_SHIFT, from_wire
 from hmmnet.wire.memory_transport import MemoryTransport
 from hmmnet.wire.messages import Copied, CopyIn, CopyOut, Done, Evict, Evicted, FreeFrames, Invalidate, Ioctl, Message
 
@@ -61,6 +63,40 @@ async def test_damage_that_does_not_end_is_a_bus_error_and_the_page_stays(machin
     with pytest.raises(BusError, match="checksum"):
         await process.read(address, 1)
     assert await process.read(address, 1) == b"\1"
+
+
+async def test_a_fault_counts_the_one_before_while_the_device_works(machine: Machine) -> None:
+    """What a CPU waits for is not made longer by the books; the last one's are settled a little later."""
+    host, _, _, process, address = machine
+    for page in range(4):
+        await process.load(address + page * PAGE_SIZE)
+    counted = host.interconnect.profile.counter
+    assert counted(DEVICE_TO_HOST, "gpu0").count == 3
+    assert counted(CPU_FAULT, "gpu0").count == 4
+    with trio.fail_after(LEASE_S):
+        while counted(DEVICE_TO_HOST, "gpu0").count < 4:
+            await trio.sleep(FREE_DELAY_S)
+    assert counted(DEVICE_TO_HOST, "gpu0").total_bytes == 4 * PAGE_SIZE
+
+
+async def test_frames_are_told_in_the_order_in_which_they_were_freed(machine: Machine) -> None:
+    """One by one or many at once: in one list."""
+    host, _, device, process, address = machine
+    life = host.devices["gpu0"].life
+    assert life is not None
+    first = life.link.zone << ZONE_SHIFT
+    life.link.free_frame(first + 9)
+    life.link.free_frame(first + 8)
+    life.link.free_frames(np.array([first + 3, first + 7], np.uint64))
+    life.link.free_frame(first + 5)
+    assert await process.read(address + PAGE_SIZE, 1) == b"\2"
+    life.link.flush_freed()
+    with trio.fail_after(LEASE_S):
+        while not device.of(FreeFrames):
+            await trio.sleep(FREE_DELAY_S)
+    told = from_wire(b"".join(message.frames for message in device.of(FreeFrames) if isinstance(message, FreeFrames)))
+    assert (told[:5] - np.uint64(first)).tolist() == [9, 8, 3, 7, 5]
+    assert len(told) == 6, "the page that came home"
 
 
 @pytest.mark.parametrize("answer", [Done(), Copied(b"short", 0)], ids=["another kind", "another length"])

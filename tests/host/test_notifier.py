@@ -154,6 +154,7 @@ def test_index_agrees_with_a_plain_search(seed: int) -> None:
         low = chance.randrange(1 << 20)
         high = low + 1 + chance.randrange(1 << 12)
         assert index.overlapping(low, high) == [found for found in plain if found.overlaps(low, high)]
+        assert {found.number for found in index.around(low)} == {found.number for found in plain if found.overlaps(low, low + 1)}
     assert len(index) == len(plain)
 
 

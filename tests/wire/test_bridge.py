@@ -263,14 +263,24 @@ async def test_parts_stay_together(wide: tuple[Bridge, Bridge]) -> None:
     one, other = wide
     await one.send([b"a", b"", b"c"])
     await one.send([b"head", bytes(range(100))])
-    await one.send([b"head", bytes(range(100))])
-    await one.send([b"tail"])
     assert await other.recv() == [b"a", b"", b"c"]
     landing = bytearray(100)
     assert await other.recv_first() == b"head"
     assert other.take_into(memoryview(landing)) == 100
     assert landing == bytes(range(100))
     assert not other.more
+    await one.send([b"head", bytes(range(100)), b"", b"last"])
+    assert await other.recv_first() == b"head"
+    more = [other.more]
+    assert other.take_into(memoryview(landing)) == 100
+    more.append(other.more)
+    assert other.take() == b""
+    more.append(other.more)
+    assert other.take_rest() == [b"last"]
+    more.append(other.more)
+    assert more == [True, True, True, False]
+    await one.send([b"head", bytes(range(100))])
+    await one.send([b"tail"])
     short = bytearray(10)
     assert await other.recv_first() == b"head"
     assert other.take_into(memoryview(short)) == 100, "the full length is told, so that the loss can be seen"
