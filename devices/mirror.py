@@ -264,7 +264,10 @@ class Mirror:
             if len(pages) == 0:
                 return
         frames = ascending(page_by_page(frames))
-        held = frames_of(self._table.gather(pages))
+        entries = self._table.gather(pages)
+        if not any_of(entries != 0):  # as it mostly is: they went when the pages were copied out
+            return
+        held = frames_of(entries)
         places = np.minimum(np.searchsorted(frames, held), len(frames) - 1)
         self.drop_pages(pages[frames[places] == held])
 

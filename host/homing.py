@@ -12,7 +12,6 @@ returns, and its access looks at the page again.
 from __future__ import annotations
 
 import errno
-import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
@@ -194,28 +193,33 @@ class Homing:
         if self._memory.points.armed:
             await _at("home.fault", space, link, first, count)
         whole = count == HUGE_PAGES and bool(space.entries(np.array([first], np.uint64))[0] & np.uint64(pte.HUGE))
-        moved = await self._touched(space, link, first, count)
+        try:
+            one = count == 1 and link.kind == "private"
+            moved = await (self._home_one(space, link, first) if one else self._bring_pages(space, link, first, first + count))
+        except PeerError as error:
+            moved = await self._touched_again(space, link, first, count, error)
         faults = 1 if whole else moved
         if faults > 1:
             await link.answers_apart(space.node, faults - 1)
         if moved:
             self._profile.record(CPU_FAULT, moved * PAGE_SIZE, self._now() - began_s, link.name, faults)
 
-    async def _touched(self, space: AddressSpace, link: DeviceLink, first: int, count: int) -> int:
-        """Bring `count` pages home that a CPU touched; how many moved. A copy that fails leaves them on the device, and is tried again."""
-        for tries in itertools.count(1):
+    async def _touched_again(self, space: AddressSpace, link: DeviceLink, first: int, count: int, error: PeerError) -> int:
+        """A copy of `count` pages that a CPU touched has failed, and left them on the device: again. How many moved. Raises BusError."""
+        for _ in range(COPIES_MAX - 1):
+            if isinstance(error, PeerLost) or self._links.get(link.zone) is not link:
+                break
+            await trio.lowlevel.checkpoint()
             try:
                 if count == 1 and link.kind == "private":
                     return await self._home_one(space, link, first)
                 return await self._bring_pages(space, link, first, first + count)
-            except PeerError as error:
-                if isinstance(error, PeerLost) or self._links.get(link.zone) is not link:
-                    raise self._lost(space, first, link.zone, str(error)) from error
-                if tries == COPIES_MAX:
-                    why = f'page 0x{first:x} of process {space.number} is intact on device "{link.name}" and could not be copied home'
-                    raise BusError(first << PAGE_SHIFT, f"{why} in {tries} tries: {error}") from error
-            await trio.lowlevel.checkpoint()
-        raise AssertionError("a count without an end has ended")
+            except PeerError as failed:
+                error = failed
+        if isinstance(error, PeerLost) or self._links.get(link.zone) is not link:
+            raise self._lost(space, first, link.zone, str(error)) from error
+        why = f'page 0x{first:x} of process {space.number} is intact on device "{link.name}" and could not be copied home'
+        raise BusError(first << PAGE_SHIFT, f"{why} in {COPIES_MAX} tries: {error}") from error
 
     def _lost(self, space: AddressSpace, page: int, zone: int, cause: str) -> BusError:
         owner = self._memory.zones[zone].owner if zone in self._memory.zones else f"zone {zone}"

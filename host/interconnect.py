@@ -115,7 +115,7 @@ class Interconnect:
 
     def passes_out(self, device: str, frame: int, nbytes: int, start_s: float) -> tuple[float, float, float]:
         """`pass_out` for who goes on without waiting where the third of the times, now, is not before the second."""
-        begin_s, due_s = self._way_out(device, frame).turn(nbytes, start_s)
+        begin_s, due_s = self._way(device, self._nodes[frame >> ZONE_SHIFT]).turn(nbytes, start_s)
         return begin_s, due_s, self.now()
 
     async def pass_time_out(self, device: str, frame: int, due_s: float) -> None:

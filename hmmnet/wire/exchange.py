@@ -136,7 +136,7 @@ class Exchange:
         self.retry_s = retry_s
         self.heard_s = now_s
         self.sequence = 0
-        """The last that was given to a frame."""
+        """The last that was given to a frame. Who makes a frame counts it up, and hands the frame to `keep`."""
         self.received = 0
         """The last that arrived with all before it: what our frames acknowledge."""
         self.unreported = 0
@@ -150,11 +150,6 @@ class Exchange:
         self._gap_at = 0
 
     # --- what we send
-
-    def next_sequence(self) -> int:
-        """The number of a new frame, which `keep` must get."""
-        self.sequence += 1
-        return self.sequence
 
     def keep(self, frame: bytes, now_s: float) -> bool:
         """Remember the frame with the number just given until it is acknowledged. Whether it may go now; else `ready` gives it later."""

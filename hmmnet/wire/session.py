@@ -72,7 +72,8 @@ class PendingReply(Bell):
             self.answered = True
             self._answer = answer
             self._error = error
-            if self.ring():
+            if self._who:
+                self.ring()
                 if self._reader is not None:
                     self._reader.woke()
             elif self._late is not None and answer is not None:
@@ -230,7 +231,8 @@ class Session:
     def _tell(self, kind: Kind, message: Message | None = None, answers: int = 0) -> None:
         """Send a frame that must arrive."""
         exchange = self._exchange
-        frame = encode(kind, exchange.next_sequence(), exchange.received, message, answers)
+        exchange.sequence += 1
+        frame = encode(kind, exchange.sequence, exchange.received, message, answers)
         if exchange.keep(frame, self._now()):
             self._put(frame)
         elif exchange.overrun:

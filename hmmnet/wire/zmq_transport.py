@@ -146,8 +146,8 @@ class ZmqChannel:
 
     def _begin(self, first: bytes) -> tuple[bytes, ZmqPayload | None]:
         header = self._bridge.take() if self._peer else first
-        self._begun = self._bridge.more
-        return header, self._payload if self._begun else None
+        self._begun = more = self._bridge.more
+        return header, self._payload if more else None
 
     def _drop_rest(self) -> None:
         self._begun = False
@@ -177,18 +177,17 @@ class ZmqListener:
 
     async def receive(self) -> tuple[bytes, bytes]:
         """See `Listener.receive`."""
-        return self._whole(await self._bridge.recv_first())
+        peer = await self._bridge.recv_first()
+        return peer, self._bridge.take_only() or b""  # a router puts the address before what came, which is one part at least
 
     def receive_nowait(self) -> tuple[bytes, bytes]:
         """See `Listener.receive_nowait`."""
-        return self._whole(self._bridge.recv_first_nowait())
+        peer = self._bridge.recv_first_nowait()
+        return peer, self._bridge.take_only() or b""
 
     def nudge(self) -> None:
         """See `Listener.nudge`."""
         self._bridge.nudge()
-
-    def _whole(self, peer: bytes) -> tuple[bytes, bytes]:
-        return peer, self._bridge.take_only() or b""  # a router puts the address before what came, which is one part at least
 
     async def send(self, peer: bytes, frame: Buffer) -> None:
         """See `Listener.send`."""

@@ -55,8 +55,17 @@ class CpuAccess(Faulting):
         page = address >> PAGE_SHIFT
         last = address + length - 1 >> PAGE_SHIFT
         if page == last:
-            entry = self._make_readable(page)
-            return None if entry is None else self.memory.read_small(entry >> pte.FRAME_SHIFT, address & PAGE_MASK, length)
+            entry = self.mm.table.get(page)
+            kind = entry & (pte.KIND | pte.YOUNG)
+            if kind != pte.PRESENT | pte.YOUNG:
+                if kind & pte.KIND == pte.DEVICE or not self._try_touch_one(page, write=False):
+                    return None
+                entry = self.mm.table.get(page)
+            else:
+                vma = self.mm.vmas.find(page)
+                if vma is None or not vma.flags & VM_ACCESS:
+                    return None
+            return self.memory.read_small(entry >> pte.FRAME_SHIFT, address & PAGE_MASK, length)
         ready, error = self._try_touch(page, last + 1, write=False, keep=None)
         if error is not None:
             raise error
@@ -92,18 +101,11 @@ class CpuAccess(Faulting):
             raise error
         return length
 
-    def _make_readable(self, page: int) -> int | None:
-        """One page for a load, when it is there or was never touched: its entry; else None."""
-        entry = self.mm.table.get(page)
-        if entry & pte.KIND == pte.DEVICE:
-            return None
-        if entry & (pte.KIND | pte.YOUNG) != pte.PRESENT | pte.YOUNG:
-            return self.mm.table.get(page) if self._try_touch_one(page, write=False) else None
-        vma = self.mm.vmas.find(page)
-        return entry if vma is not None and vma.flags & VM_ACCESS else None
-
     def _make_writable(self, page: int) -> int | None:
-        """`_make_readable` for a store. An entry has WRITE only where its VMA does (`invariants.py`)."""
+        """One page for a store, when it is there or was never touched: its entry; else None.
+
+        An entry has WRITE only where its VMA does (`invariants.py`).
+        """
         entry = self.mm.table.get(page)
         if entry & pte.KIND == pte.DEVICE:
             return None
@@ -222,7 +224,9 @@ class CpuAccess(Faulting):
             if vma is None or not vma.flags & right:
                 return False
             if entry & (pte.KIND | pte.HUGE) == pte.DEVICE:
-                self._check_there(page, entry >> pte.FRAME_SHIFT + ZONE_SHIFT)
+                number = entry >> pte.FRAME_SHIFT + ZONE_SHIFT
+                if self.memory.zones[number].lost:
+                    self._check_there(page, number)
                 self.cpu_faults += 1
                 await self.home(self, page)
         except OutOfMemory:

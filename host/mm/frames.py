@@ -418,7 +418,8 @@ class PhysicalMemory(Contents):
         cells.refcount[at] = left
         if left:
             return None
-        self.cgroups.uncharge(zone.flags[at])
+        if cells.flags[at] & CHARGE_MASK:
+            self.cgroups.uncharge(zone.flags[at])
         cells.flags[at] = 0
         cells.mapping[at] = 0
         if isinstance(zone, HostZone):

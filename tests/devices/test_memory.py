@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import pytest
 
@@ -214,3 +216,58 @@ def test_huge_memory_costs_nothing_until_used() -> None:
     memory.page_bytes(int(frames[0]))[:] = 1
     assert memory.arena.bytes.nbytes == 64 << 30
     assert len(memory.page_bytes(int(frames[0]))) == PAGE_SIZE
+
+
+def freed_by(memory: Memory, named: bytes) -> list[int]:
+    """The frames that are free now, which were told before; none where the list was refused."""
+    told: list[int] = []
+    try:
+        assert memory.free(named, lambda frames: told.extend(frames.tolist())).tolist() == told
+    except ProtocolError:
+        assert told == []
+    return told
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_run_is_freed_as_any_frames_are(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of live frames, as what comes home leaves behind, have a shorter way: the same states, mappings, refusals and next grants."""
+    draw = random.Random(seed)
+    short, long = Memory(ZONE, 256), Memory(ZONE, 256)
+    monkeypatch.setattr(long, "_live_run", lambda _: None)
+    taken = 0
+
+    def run(raw: bytes) -> slice | None:
+        nonlocal taken
+        found = Memory._live_run(short, raw)
+        taken += found is not None
+        return found
+
+    monkeypatch.setattr(short, "_live_run", run)
+    live: list[int] = []
+    for _ in range(120):
+        count = draw.randrange(1, 12)
+        if draw.random() < 0.5:
+            frames = [memory.grant(count) for memory in (short, long)]
+            assert (frames[0] is None) == (frames[1] is None)
+            if frames[0] is not None and frames[1] is not None:
+                assert frames[0].tolist() == frames[1].tolist()
+                slots = draw.sample((1, 2, 3), draw.randrange(3))
+                for memory in (short, long):
+                    memory.keep(frames[0])
+                    for slot in slots:
+                        memory.note_mapping(slot, frames[0] - np.uint64(BASE - 1000 * slot), frames[0])
+                live += frames[0].tolist()
+        else:
+            start = draw.choice(live) if live and draw.random() < 0.9 else BASE + draw.randrange(-4, 256)
+            named = to_wire(np.arange(start, start + count, dtype=np.uint64))
+            freed = freed_by(short, named)
+            assert freed == freed_by(long, named)
+            if freed:
+                live = [frame for frame in live if frame not in freed]
+                short.grow_older()
+                long.grow_older()
+        assert short.live_frames().tolist() == long.live_frames().tolist() == sorted(live)
+        for frame in live:
+            assert short.mappings_one(frame) == long.mappings_one(frame)
+        assert (short.free_pages, short.has_idle, short.has_freed) == (long.free_pages, long.has_idle, long.has_freed)
+    assert taken > 20

@@ -28,7 +28,8 @@ README = Path(__file__).parents[2] / "hmmnet" / "README.md"
 
 def send(exchange: Exchange, now_s: float = 0.0) -> tuple[int, bool]:
     """A new frame, which is its own number; and whether it may go."""
-    sequence = exchange.next_sequence()
+    exchange.sequence += 1
+    sequence = exchange.sequence
     return sequence, exchange.keep(sequence.to_bytes(8, "little"), now_s)
 
 
