@@ -25,7 +25,7 @@ from hmmnet.fabric.chunk import CHUNK_BYTES, Chunk, pack_chunk, split_forward, u
 from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.fabric.dma import ArenaSink, ArenaSource, BulkReceiver, BulkSender, BytesSink, BytesSource, LiveSink, RingPlace, Rings
 from hmmnet.fabric.ring import SLOTS, Ring
-from hmmnet.fabric.sender import IDLE_S
+from hmmnet.fabric.sender import IDLE_S, REPEAT_S
 from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE
 from hmmnet.wire.memory_transport import MemoryTransport
 from hmmnet.wire.transport import Channel
@@ -121,6 +121,32 @@ async def test_a_long_stream_announces_chunks_together(rings: tuple[Rings, Rings
             await sender.send(stream, BytesSource(pattern(mib * MIB)))
             await arrival.wait()
             assert near.messages - before == 3 if mib == 3 else near.messages - before < 32
+
+
+class Slow(Counting):
+    """A channel whose sends return when the receiver has answered already."""
+
+    async def send(self, header: Any, payload: Any = None) -> None:
+        await super().send(header, payload)
+        await trio.sleep(0.001)
+
+
+@pytest.mark.parametrize("mib", [3, 24])
+async def test_what_is_heard_while_chunks_are_announced_is_not_slept_over(
+    mib: int, rings: tuple[Rings, Rings], autojump_clock: trio.testing.MockClock
+) -> None:
+    """The last credits come before the sender begins to wait for them: it waits for no others, and repeats nothing."""
+    host, device = rings
+    near, far = channels()
+    landing = np.zeros(mib * MIB, dtype=np.uint8)
+    began_s = trio.current_time()
+    async with ends(Slow(near), far, host.to_device, device.to_device) as (sender, receiver):
+        arrival = receiver.expect(2, BytesSink(landing))
+        report = await sender.send(2, BytesSource(pattern(mib * MIB)))
+        await arrival.wait()
+    assert report.resent == 0
+    assert trio.current_time() - began_s < 0.9 * REPEAT_S
+    assert np.array_equal(landing, pattern(mib * MIB))
 
 
 async def test_scattered_pages(rings: tuple[Rings, Rings]) -> None:

@@ -9,14 +9,19 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import trio
+from trio.testing import wait_all_tasks_blocked
 
 from hmmnet.errors import KernelError
+from hmmnet.host.handles import FAIL_ALLOC, Handle, OpenFile
 from hmmnet.host.process import Process
 from hmmnet.host.service import Host
 from hmmnet.pages import PAGE_SIZE
+from hmmnet.program import IoctlResult
 from hmmnet.wire.messages import CloseContext, OpenContext
 
 from .scripted_device import ScriptedDevice, running_host, scripted_device
@@ -46,6 +51,52 @@ async def test_a_child_holds_its_parents_files_under_their_numbers() -> None:
         assert [(m.context, m.process) for m in device.of(OpenContext) if isinstance(m, OpenContext)] == [(1, parent.pid), (2, child.pid)]
         await child.handles[3].close()
         assert (await child.open("gpu0")).number == 3
+
+
+class Dmirror:
+    """What a handle looks at of a dmirror's file, whose device answers a command when `gate` is set."""
+
+    def __init__(self) -> None:
+        self.link = SimpleNamespace(fail_large=set[int]())
+        life = SimpleNamespace(name="gpu0", spec=SimpleNamespace(model="dmirror"), link=self.link)
+        self.file = SimpleNamespace(context=SimpleNamespace(number=7, life=life), references=0)
+        self.gate = trio.Event()
+        self.took: list[int] = []
+
+    async def command(self, context: object, command: str, address: int, pages: int, data: bytes, flags: int, out: int) -> IoctlResult:
+        """The device takes the flags at once, and answers late."""
+        self.took.append(flags)
+        await self.gate.wait()
+        return IoctlResult(0, 0, b"")
+
+
+@pytest.mark.parametrize("flags", [FAIL_ALLOC, 0])
+async def test_flags_that_a_device_has_taken_the_host_takes_too(flags: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever set them and is cancelled before the answer comes waits for it: otherwise the two would go by different ones."""
+    dmirror = Dmirror()
+    dmirror.link.fail_large = {7} if flags == 0 else set()
+    monkeypatch.setattr("hmmnet.host.handles.command_device", dmirror.command)
+    handle = Handle({}, 3, cast(OpenFile, dmirror.file))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(handle.ioctl, "flags", 0, 0, b"", flags)
+        await wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+        with trio.CancelScope(shield=True):
+            await wait_all_tasks_blocked()
+            assert dmirror.link.fail_large == ({7} if flags == 0 else set()), "nothing was answered yet"
+            dmirror.gate.set()
+    assert dmirror.took == [flags]
+    assert dmirror.link.fail_large == (set() if flags == 0 else {7})
+
+
+async def test_another_command_may_be_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing at the host depends on its answer."""
+    dmirror = Dmirror()
+    monkeypatch.setattr("hmmnet.host.handles.command_device", dmirror.command)
+    handle = Handle({}, 3, cast(OpenFile, dmirror.file))
+    with trio.move_on_after(0.01) as scope:
+        await handle.ioctl("read", 0, 0)
+    assert scope.cancelled_caught
 
 
 async def test_the_last_close_closes() -> None:
