@@ -73,6 +73,9 @@ class File:
         """f_count: descriptors that lead here, and calls under way that have looked one up."""
         self.lock = RwLock()
         """i_rwsem: whoever writes, cuts or punches has it for writing. Outside all other locks, so inside it devices may be waited for."""
+        self.mapping = RwLock()
+        """i_mmap_rwsem, the other way round: whoever maps the file has it for reading while a VMA of it comes to be; for writing, who has
+        told everybody who maps it, and wants nobody more. Inside the mmap lock; inside it mirrors are waited for, and nothing else."""
         self._cache = SparseTable()
         """What is at each page offset: a frame, or a slot of swap with `SWAPPED` (the kernel keeps a value entry there), or nothing."""
 

@@ -10,6 +10,9 @@ A lock is taken only while holding locks of smaller number. Who waits on a migra
 entry holds it for reading too (or needs none), so it can always go on to `finalize`: there is no cycle. Inside an invalidation nothing
 waits for a migration entry, because the owner of that entry may be waiting for its own invalidation to be acknowledged.
 
+Between 1 and 2 lies a file's `mapping`: for reading while a VMA of the file comes to be, for writing by who has told all who map it. It is
+taken inside invalidations, too, and only ever held while mirrors are told or in one step: nobody who has it waits for another lock.
+
 Two processes' mmap locks are held together only by fork: parent first, then the child, which nobody else knows yet.
 
 Everything below these three is synchronous code, which is atomic here; it replaces page table locks, the LRU lock and the rmap locks.

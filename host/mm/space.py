@@ -48,9 +48,13 @@ class Space(Advice):
         async with self.mmap_lock.write():
             try:
                 for vma in self.mm.vmas.all():
-                    inherited = inherit(child.mm, vma)
-                    if inherited is not None and inherited.file is not None:
-                        inherited.file.mapped_by(child)
+                    if vma.file is None:
+                        inherited = inherit(child.mm, vma)
+                    else:
+                        async with vma.file.mapping.read():
+                            inherited = inherit(child.mm, vma)
+                            if inherited is not None:
+                                vma.file.mapped_by(child)
                     if inherited is not None and needs_copy(vma):
                         async with self.at_rest(Event.PROTECTION_PAGE, vma.start, vma.end):
                             restore_exclusive(self.mm, self.mm.table.ptes.occupied(vma.start, vma.end))

@@ -84,10 +84,17 @@ class SystemCalls(ExclusiveAccess):
                     raise KernelError(errno.ENOMEM, "mmap", f"0x{address:x} + {count} pages leaves the address space")
                 await self._unmap(start, start + count)
             rights |= flags | VM_SOFTDIRTY | (VM_SHARED if shared else 0)
-            if file is not None:
-                file.mapped_by(self)
-            self.mm.vmas.add(Vma(start, start + count, rights, start if file is None else offset >> PAGE_SHIFT, file=file))
+            await self._add(Vma(start, start + count, rights, start if file is None else offset >> PAGE_SHIFT, file=file))
         return start << PAGE_SHIFT
+
+    async def _add(self, vma: Vma) -> None:
+        """vma_link: one more VMA, when who changes its file from the other side lets it (`truncate.told_everywhere`)."""
+        if vma.file is None:
+            self.mm.vmas.add(vma)
+            return
+        async with vma.file.mapping.read():
+            vma.file.mapped_by(self)
+            self.mm.vmas.add(vma)
 
     async def mmap_hugetlb(self, length: int, protection: str, address: int | None, *, shared: bool = False) -> int:
         """mmap(2) with MAP_HUGETLB: anonymous memory of huge pages, private or `shared`, reserved as far as the host has memory now.
@@ -370,7 +377,7 @@ class SystemCalls(ExclusiveAccess):
             if await self._shrink(start, old, new) == new:
                 return start
             vma = self._resizable(start, old, new)
-            if self._grow(vma, start, old, new):
+            if await self._grow(vma, start, old, new):
                 return start
             if not may_move:
                 raise KernelError(errno.ENOMEM, "mremap", f"no room behind page 0x{start + old:x} of process {self.number}")
@@ -412,14 +419,14 @@ class SystemCalls(ExclusiveAccess):
             raise self._bad_remap(start)
         return vma
 
-    def _grow(self, vma: Vma, start: int, old: int, new: int) -> bool:
+    async def _grow(self, vma: Vma, start: int, old: int, new: int) -> bool:
         """Extend `vma` in place when the old range ends it and there is room behind."""
         end = start + new
         if start + old != vma.end or end > PAGES_MAX - 1 or self.mm.vmas.overlapping(vma.end, end):
             return False
         if vma.flags & VM_SPECIAL:  # vma_merge_extend: such a VMA merges with nothing
             raise KernelError(errno.ENOMEM, "mremap", f"the mapping at page 0x{start:x} of process {self.number} cannot grow in place")
-        self.mm.vmas.add(replace(vma, start=vma.end, end=end, pgoff=vma.pgoff + vma.end - vma.start))
+        await self._add(replace(vma, start=vma.end, end=end, pgoff=vma.pgoff + vma.end - vma.start))
         return True
 
     async def _move(self, start: int, old: int, target: int, new: int, *, dontunmap: bool) -> None:
@@ -430,7 +437,7 @@ class SystemCalls(ExclusiveAccess):
         assert vma is not None, "the range to move lies in a VMA"
         pgoff = vma.pgoff + start - vma.start if vma.anon or vma.file is not None else target
         flags = vma.flags & ~VM_UFFD_MISSING | VM_SOFTDIRTY  # and no `userfault`: mremap_userfaultfd_prep, without UFFD_FEATURE_EVENT_REMAP
-        self.mm.vmas.add(Vma(target, target + new, flags, pgoff, vma.anon, vma.chain, vma.file))
+        await self._add(Vma(target, target + new, flags, pgoff, vma.anon, vma.chain, vma.file))
         await self.split_edges(start, start + old)
         if (start ^ target) & HUGE_MASK:
             await self.split_blocks(range(block_of(start), start + old, HUGE_PAGES))

@@ -4,12 +4,13 @@ Every mapping of the pages goes first, in every process, and mirrors are told (C
 along the private copies that processes have made of those pages (even_cows of unmap_mapping_range), wherever they live; a hole does not.
 
 No mmap lock is held, as in the kernel, so a process may map the file while mirrors are being told: whoever is new is told too, before
-anything changes, and the change itself is one step.
+anything changes, and the change itself is one step. Who goes on and on mapping it waits in the end (`told_everywhere`).
 """
 
 from __future__ import annotations
 
 import errno
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 
 from hmmnet.errors import KernelError
@@ -79,16 +80,42 @@ async def _unmap(file: File, first: int, end: int, *, even_cows: bool) -> None:
 
 
 async def told_everywhere(stack: AsyncExitStack, file: File, first: int, end: int) -> None:
-    """Announce CLEAR wherever pages [first, end) are mapped until `stack` is left; whoever maps them meanwhile is told, too."""
-    told: set[tuple[int, int, int]] = set()
-    while fresh := _mapped(file, first, end) - told:
-        for number, low, high in sorted(fresh):
-            told.add((number, low, high))
-            space = file.mappers.get(number)
-            if space is not None:
-                await stack.enter_async_context(space.hub.invalidate(Event.CLEAR, low, high))
+    """Announce CLEAR wherever pages [first, end) are mapped until `stack` is left; whoever maps them meanwhile is told, too.
+
+    This ends. In the kernel whoever maps a file waits for i_mmap_rwsem while unmap_mapping_range goes through its mappings; here that would
+    be for as long as the slowest device takes, so it is only who comes once somebody has come meanwhile that waits, until `stack` is left.
+    The second round has all who came before, and nothing is new after it: mappings that are split, shrink or go are none.
+    """
+    told: dict[int, list[tuple[int, int]]] = {}
+    await _tell(stack, file, _mapped(file, first, end, told), told)
+    if not _mapped(file, first, end, told):
+        return
+    await stack.enter_async_context(file.mapping.write())
+    await _tell(stack, file, _mapped(file, first, end, told), told)
+    assert not _mapped(file, first, end, told), "somebody has come to map a file while that is held off"
 
 
-def _mapped(file: File, first: int, end: int) -> set[tuple[int, int, int]]:
-    """Where pages [first, end) are mapped: (process, first page, end)."""
-    return {(space.number, low, high) for space in file.mappers.values() for _, low, high in ranges_of(space.mm, file, first, end)}
+async def _tell(stack: AsyncExitStack, file: File, where: list[tuple[int, int, int]], told: dict[int, list[tuple[int, int]]]) -> None:
+    for number, low, high in where:
+        told.setdefault(number, []).append((low, high))
+        space = file.mappers.get(number)
+        if space is not None:
+            await stack.enter_async_context(space.hub.invalidate(Event.CLEAR, low, high))
+
+
+def _mapped(file: File, first: int, end: int, told: Mapping[int, Sequence[tuple[int, int]]]) -> list[tuple[int, int, int]]:
+    """Where pages [first, end) are mapped that were not `told`: (process, first page, end), ascending."""
+    return sorted(
+        (number, low, high)
+        for number, space in file.mappers.items()
+        for _, start, stop in ranges_of(space.mm, file, first, end)
+        for low, high in _left(start, stop, told.get(number, ()))
+    )
+
+
+def _left(low: int, high: int, told: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """What of [low, high) no range of `told` covers."""
+    left = [(low, high)]
+    for start, end in told:
+        left = [part for low, high in left for part in ((low, min(high, start)), (max(low, end), high)) if part[0] < part[1]]
+    return left

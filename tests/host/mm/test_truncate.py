@@ -5,6 +5,10 @@ Oracle: mm/truncate.c, shmem_fallocate; recordings h38 to h41 show the rest.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 import pytest
 import trio
@@ -13,7 +17,8 @@ from trio.testing import wait_all_tasks_blocked
 from hmmnet.errors import BusError, KernelError
 from hmmnet.host.hub import Hub
 from hmmnet.host.interfaces import Event
-from tests.host.fakes import FakeLink
+from hmmnet.pages import PAGES_MAX
+from tests.host.fakes import FakeAcknowledgement, FakeLink
 
 from .files import BASE, PAGE, filled, mapped, symbols, used
 from .machine import Machine, page_bytes, span
@@ -222,3 +227,122 @@ async def test_remove_is_not_for_devices() -> None:
     with pytest.raises(KernelError, match="ENODEV"):
         await space.madvise(BASE, PAGE, "REMOVE")
     assert await space.load(BASE, 1) == b"\0"
+
+
+@dataclass
+class Eager(FakeLink):
+    """A device that answers an invalidation when somebody has mapped the file once more, or cannot."""
+
+    another: Callable[[], None] = lambda: None
+
+    def invalidate_start(self, *arguments: Any) -> FakeAcknowledgement:
+        super().invalidate_start(*arguments)
+        eager = self
+
+        class Late(FakeAcknowledgement):
+            async def finish(self) -> None:
+                if Event.CLEAR in arguments:
+                    eager.another()
+                for _ in range(20):
+                    await trio.lowlevel.checkpoint()
+
+        return Late(self)
+
+
+@pytest.mark.parametrize("ways", ["mmap", "mremap"])
+@pytest.mark.parametrize("cut", ["truncate", "punch"])
+async def test_who_maps_a_file_on_and_on_is_not_waited_for(cut: str, ways: str) -> None:
+    """Once somebody has come, others wait until the pages are gone, as all do in the kernel; then they find a hole, or the end."""
+    machine = Machine()
+    file = await filled(machine, 1)
+    space = machine.process()
+    link = Eager("gpu0", 64)
+    assert isinstance(space.hub, Hub)
+    space.hub.insert(0, PAGES_MAX, link, 1)
+    await mapped(space, file, 1)
+    await space.load(BASE, 1)
+    mappings = 0
+
+    async def map_again() -> None:
+        nonlocal mappings
+        mappings += 1
+        at = BASE + mappings * 4 * PAGE
+        if ways == "mmap":
+            await mapped(space, file, 1, at)
+        else:  # a second mapping of the same pages
+            await space.mremap(BASE, 0, PAGE, at)
+
+    async with trio.open_nursery() as nursery:
+        link.another = lambda: nursery.start_soon(map_again) if mappings < 100 else None
+        await (file.truncate(0) if cut == "truncate" else file.punch(0, PAGE))
+        came = mappings
+        link.another = lambda: None
+    assert len([told for told in link.told if told[3] is Event.CLEAR]) == came == 2, "of those who came the first was told"
+    assert len(list(space.mm.vmas.all())) == 3
+    assert not file.file("mmap").mapping.held
+    for at in range(3):
+        if cut == "punch":
+            assert await space.load(BASE + at * 4 * PAGE, 1) == b"\0"
+        else:
+            with pytest.raises(BusError):
+                await space.load(BASE + at * 4 * PAGE, 1)
+    machine.check()
+
+
+@pytest.mark.parametrize("after", ["mmap", "fork", "mremap", "cancel"])
+async def test_a_mapping_waits_while_a_file_is_settled(after: str) -> None:
+    """Whoever has told everybody holds new mappings off until it is done, or gives up; nothing else waits."""
+    machine = Machine()
+    file = await filled(machine, 4)
+    space = machine.process()
+    await mapped(space, file, 2)
+    held = file.file("mmap").mapping
+    done: list[str] = []
+
+    async def maps() -> None:
+        with trio.CancelScope() as scope:
+            scopes.append(scope)
+            if after == "fork":
+                await machine.fork(space)
+            elif after == "mremap":
+                await space.mremap(BASE, 2 * PAGE, 4 * PAGE)
+            else:
+                await mapped(space, file, 1, 2 * BASE)
+            done.append(after)
+
+    scopes: list[trio.CancelScope] = []
+    async with trio.open_nursery() as nursery:
+        async with held.write():
+            nursery.start_soon(maps)
+            await wait_all_tasks_blocked()
+            assert done == []
+            if after == "cancel":
+                scopes[0].cancel()
+                await wait_all_tasks_blocked()
+                assert await space.load(BASE, 1) == b"\x01", "no lock is left"
+    assert done == ([] if after == "cancel" else [after])
+    assert not held.held
+    machine.check()
+
+
+async def test_a_mapping_that_is_split_meanwhile_is_no_new_one() -> None:
+    """mprotect of its pages, one by one, while mirrors are told: nobody is told twice."""
+    machine = Machine()
+    file = await filled(machine, 8)
+    space = machine.process()
+    assert isinstance(space.hub, Hub)
+    link = FakeLink("gpu0", 64)
+    space.hub.insert(0, 1 << 30, link, 1)
+    await mapped(space, file, 8)
+    gate = link.hold()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(file.punch, 0, 8 * PAGE)
+        await wait_all_tasks_blocked()
+        for page in range(0, 8, 2):
+            nursery.start_soon(space.mprotect, BASE + page * PAGE, PAGE, "r")
+        await wait_all_tasks_blocked()
+        gate.set()
+    page = BASE // PAGE
+    assert [told[1:3] for told in link.told if told[3] is Event.CLEAR] == [(page, page + 8)]
+    assert await space.load(BASE, 1) == b"\0"
+    machine.check()
