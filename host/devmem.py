@@ -145,3 +145,16 @@ class PageMap:
         if not self.removed:
             self.memory.remove_device(self.zone.number)
         return True
+
+    def bury_late(self, then: Callable[[], None]) -> None:
+        """`bury`, and `then`, when whoever maps what was lost has let go of all of it: the unmapping or exit that does so sees to it."""
+
+        def empties(_: Words) -> None:
+            if bury not in self.memory.emptied:
+                self.memory.emptied.append(bury)
+
+        def bury() -> None:
+            if self.bury():
+                then()
+
+        self.zone.on_free = self.zone.on_free_folios = empties

@@ -321,8 +321,11 @@ class Host:
                 await context.unsubscribe_all()
             life.contexts.clear()
             life.link.domains.clear()
+            forget = partial(self.interconnect.detach, life.page_map.zone)
             if life.page_map.bury():
-                self.interconnect.detach(life.page_map.zone)
+                forget()
+            else:
+                life.page_map.bury_late(forget)
         finally:
             for memory in (connecting.rings, connecting.shared):
                 if memory is not None:

@@ -85,6 +85,8 @@ class PhysicalMemory(Contents):
         self.cgroups = MemoryCgroups()
         self.relief = Relief(self)
         """Who is killed when there is no frame left."""
+        self.emptied: list[Callable[[], None]] = []
+        """What is to be looked at when nobody has frames in hand: memory of dead devices of which a page was freed."""
         self.poisoned = 0
         """Frames that have broken; they stay allocated."""
         self._numbers = 0
@@ -173,6 +175,12 @@ class PhysicalMemory(Contents):
         del self.families[family]
         for number in [number for number, owner in self.anon_families.items() if owner == family]:
             del self.anon_families[number]
+
+    def bury_emptied(self) -> None:
+        """Who unmapped something has nothing in hand any more: memory of dead devices goes that nobody maps now."""
+        waiting, self.emptied = self.emptied, []
+        for bury in waiting:
+            bury()
 
     def zone_lost(self, number: int, cause: str) -> None:
         """The device died with its memory: from now on an access to a page whose only copy was there is a SIGBUS that names `cause`.

@@ -174,6 +174,8 @@ class SystemCalls(ExclusiveAccess):
         if self.mm.small_blocks:  # free_pgtables
             gone = {block for block in self.mm.small_blocks if start - HUGE_PAGES < block < end}
             self.mm.small_blocks -= {block for block in gone if not self.mm.vmas.overlapping(block, block + HUGE_PAGES)}
+        if self.memory.emptied:
+            self.memory.bury_emptied()
 
     def _forget_file(self, vma: Vma) -> None:
         """`vma` was unmapped: its file forgets this address space unless it is mapped elsewhere in it."""
@@ -221,6 +223,8 @@ class SystemCalls(ExclusiveAccess):
             for vma in gone:
                 self._forget_file(vma)
             self.mm.close()
+        if self.memory.emptied:
+            self.memory.bury_emptied()
 
     # --- mprotect, mlock ----------------------------------------------------------------------------------------------------------
 
