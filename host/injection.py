@@ -169,6 +169,9 @@ class Injection:
             raise HmmnetError(f"whoever started this machine does not start devices again: {effect.deed} needs hmmnet up, or hmmnet.launch")
         if effect.deed == "bounce":
             for name in names:
+                if not self._host.devices[name].lives:
+                    raise HmmnetError(f'device "{name}" has not started yet; `hmmnet ps` tells when it is ready')
+            for name in names:  # one that has ended already starts again, too
                 self._signal(name, signal.SIGKILL)
                 restart(name, down_s)
             return _nothing

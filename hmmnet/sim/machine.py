@@ -417,8 +417,8 @@ class SimulatedMachine:
                 self._nodes[name].scope.cancel()
             elif effect.deed == "hang":
                 self._hang(name)
-            if effect.deed == "bounce":
-                self.nursery.start_soon(self._again, name, down_s)
+        for name in names if effect.deed == "bounce" else ():  # one that has ended already starts again, too
+            self.nursery.start_soon(self._again, name, down_s)
         return partial(self._resume_all, names) if effect.deed == "hang" else _nothing
 
     def _silence(self, *, lasting: bool) -> Undo:

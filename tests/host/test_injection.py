@@ -110,6 +110,8 @@ async def test_who_starts_devices_again_is_asked_to(child: subprocess.Popen[byte
             host.add_fault(fault("bounce", on="gpu0"))
         asked: list[tuple[str, float]] = []
         host.on_restart = lambda name, down_s: asked.append((name, down_s))
+        with pytest.raises(HmmnetError, match='device "gpu0" has not started yet; `hmmnet ps` tells when it is ready'):
+            host.add_fault(fault("bounce", on="gpu0"))
         async with scripted_device(host, transport, "gpu0") as device:
             await host.device_ready("gpu0")
             life_of(host).pid = child.pid
@@ -130,6 +132,8 @@ async def test_who_starts_devices_again_is_asked_to(child: subprocess.Popen[byte
             while host.devices["gpu0"].life is not None:
                 await trio.sleep(0.01)
         assert len(asked) == 2
+        host.add_fault(fault("bounce", on="gpu0", down="30 ms"))  # it is dead, and starts again all the same
+        assert asked[2:] == [("gpu0", 0.03)]
 
 
 async def test_what_cannot_be_done_is_refused_with_the_mend() -> None:

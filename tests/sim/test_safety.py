@@ -179,6 +179,26 @@ def test_a_restarted_device_is_empty_and_new() -> None:
     hmmnet.simulate(main, MACHINE, limit_s=300.0)
 
 
+@pytest.mark.parametrize("dies", ["killed", "unplugged", "in between"])
+def test_a_device_that_is_dead_already_starts_again_when_it_is_to_bounce(dies: str) -> None:
+    """As a real one does; who starts it himself meanwhile has it once."""
+
+    async def main(machine: SimulatedMachine) -> None:
+        if dies == "unplugged":
+            await machine.unplug("gpu0")
+            await machine.device_ended("gpu0")
+        else:
+            await machine.kill_device("gpu0")
+        machine.add_fault(fault("bounce", "gpu0", down="50 ms"))
+        if dies == "in between":
+            await machine.start_device("gpu0")
+        await trio.sleep(1)
+        assert machine.running == MACHINE.device_names
+        assert machine.incarnation("gpu0") == 2
+
+    hmmnet.simulate(main, MACHINE, limit_s=300.0)
+
+
 def test_a_host_that_hangs_goes_on() -> None:
     """Shorter than the lease nothing is lost and everybody waits; longer, the devices end, and can be started again once it goes on."""
 
