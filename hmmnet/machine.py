@@ -63,6 +63,8 @@ class Host(Protocol):
     injector: Injector
     on_restart: Callable[[str, float], None] | None
     """Called with (device, emulated seconds) when a fault wants it started again so long after its end."""
+    on_unplugged: Callable[[str], None] | None
+    """Called with a device that is taken out in order, before it is told goodbye."""
     on_change: Callable[[str, str, str], None] | None
     """Called with (device, ``ready`` or ``lost``, how) whenever a device comes or goes, until the machine ends."""
     injection: Any
@@ -265,7 +267,7 @@ class LaunchedMachine:
     @property
     def running(self) -> tuple[str, ...]:
         """The devices whose processes run now."""
-        return tuple(name for name, record in self._crew.records.items() if record.state != "lost")
+        return tuple(name for name, record in self._crew.records.items() if not record.gone)
 
     async def start_device(self, name: str) -> None:
         """Start a device again whose process has ended, empty; returns when it is ready.
@@ -294,7 +296,7 @@ async def start_again(crew: Crew, name: str, after_s: float) -> None:
     """A fault wants a device back, so many real seconds after its end: empty, as a new incarnation."""
     await crew.wait_ended(name)
     await trio.sleep(after_s)
-    if not crew.ending and crew.records[name].state == "lost":
+    if not crew.ending and crew.records[name].gone:
         await crew.restart(name)
 
 
@@ -379,6 +381,10 @@ async def embedded(topology: Topology, name: str, rate: Rate, transport: LaunchK
         def lost(device: str, how: str) -> None:
             host.device_exited(device, how)
 
+        def changed(device: str, state: str, _: str) -> None:
+            if state == "ready":  # also one that a fault wanted back
+                crew.ready(device)
+
         cables = stack.enter_context(Cables.laid(topology.device_names if transport == "cable" else ()))
         keys, extra = _beyond_loopback(directory, cables)
         crew = Crew(topology, directory, ZygoteClient(), changed=save, lost=lost, extra=extra)
@@ -395,6 +401,7 @@ async def embedded(topology: Topology, name: str, rate: Rate, transport: LaunchK
         clock.set_rate(await automatic_rate(topology, wire, probe, ring=transport == "ring") if rate == "auto" else rate)
         place = {"scheme": "tcp", "address": HOST_ADDRESS} if cables else {"scheme": transport}
         host: Host = host_class()(topology, wire, sockets, directory.secret(), clock, name, seed=seed, **place)
+        host.on_change, host.on_unplugged = changed, crew.unplugged
         host.on_restart = lambda device, down_s: nursery.start_soon(start_again, crew, device, down_s / clock.rate)
         running, end, over = trio.Event(), trio.Event(), trio.Event()
         stack.push_async_callback(wait_shielded, over)

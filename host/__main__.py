@@ -3,8 +3,9 @@
 It reads one JSON object a line from stdin: first its `Config`, then what the launcher sees, ``{"exited": DEVICE, "how": TEXT}``, and faults
 that are to begin, ``{"faults": [WHAT MAKES ONE, ...]}``. It writes one JSON object a line to stdout:
 ``{"control": ENDPOINT, "client": ENDPOINT, "rate": NUMBER}`` when it serves, then
-``{"device": NAME, "state": "ready" | "lost", "how": TEXT}`` whenever a device comes or goes, ``{"restart": NAME, "after": SECONDS}`` when a
-fault wants a device started again, so many real seconds after its end, ``{"fired": {KIND: COUNT}}`` when faults have happened, and
+``{"device": NAME, "state": "ready" | "lost", "how": TEXT}`` whenever a device comes or goes, ``{"device": NAME, "state": "unplugged"}``
+before one is told goodbye that is taken out in order, ``{"restart": NAME, "after": SECONDS}`` when a fault wants a device started again,
+so many real seconds after its end, ``{"fired": {KIND: COUNT}}`` when faults have happened, and
 ``{"refused": TEXT}`` for faults that cannot begin. It says goodbye to its peers and ends on
 SIGTERM, SIGINT, and at the end of stdin: then its launcher is gone.
 """
@@ -114,6 +115,7 @@ async def serve(config: Config, commands: AsyncIterator[bytes], obeying: trio.Ca
             seed=config.seed,
         )
         host.on_change = lambda device, state, how: tell({"device": device, "state": state, "how": how})
+        host.on_unplugged = lambda device: tell({"device": device, "state": "unplugged"})
         host.on_restart = lambda device, seconds: tell({"restart": device, "after": seconds / clock.rate})
         async with host.running():
             host.spawn(tell_fired, host)

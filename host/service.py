@@ -147,6 +147,8 @@ class Host:
         self._audit: Audit | None = None
         self.on_restart: Callable[[str, float], None] | None = None
         """Called with (device, emulated seconds) when a fault wants it started again then."""
+        self.on_unplugged: Callable[[str], None] | None = None
+        """Called with a device that is taken out in order, before it is told goodbye."""
         self.on_change: Callable[[str, str, str], None] | None = None
         """Called with (device, ``ready`` or ``lost``, how) whenever a device comes or goes, until the machine ends."""
         self.control_endpoint = ""
@@ -415,6 +417,8 @@ class Host:
             life.leaving = False
             raise
         life.link.flush_freed()
+        if self.on_unplugged is not None:
+            self.on_unplugged(name)
         await life.link.session.bye()
 
     def incarnation(self, name: str) -> int:

@@ -101,7 +101,7 @@ def show(described: list[dict[str, Any]], *, everything: bool) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-COLOURS = {"running": "green", "ready": "green", "starting": "yellow", "failed": "red", "dead": "red", "lost": "red"}
+COLOURS = {"running": "green", "ready": "green", "starting": "yellow", "failed": "red", "dead": "red", "lost": "red", "unplugged": "yellow"}
 
 
 def coloured(state: str) -> str:

@@ -44,6 +44,8 @@ class Crew:
         extra: Mapping[str, Mapping[str, str]] = MappingProxyType({}),
     ) -> None:
         self.records = {spec.name: DeviceRecord(spec.name, spec.model, spec.memory_bytes) for spec in topology.devices}
+        self._unplugged: set[str] = set()
+        """Devices that were taken out in order, and are not back: their end is no loss."""
         self.ending = False
         """Set when the machine is on its way down: from then on a device's end is no loss."""
         self._directory = directory
@@ -81,9 +83,10 @@ class Crew:
     async def restart(self, name: str) -> None:
         """Start a device again whose process has ended: empty, as a new incarnation. Raises KernelError: ENOENT, EBUSY (it runs)."""
         record = self._known(name, "start_device")
-        if record.state != "lost":
+        if not record.gone:
             raise KernelError(EBUSY, "start_device", f"device {name} runs already, as process {record.pid}")
         record.state, record.how, record.pid = "starting", "", 0
+        self._unplugged.discard(name)
         self._ended[name] = trio.Event()
         await self.zygote.start(name, self.settings(name, self._endpoint, self._host_pid))
         self._changed()
@@ -91,7 +94,7 @@ class Crew:
     def signal(self, name: str, number: signal.Signals) -> None:
         """Send a signal to a device's process. Raises KernelError: ENOENT, ESRCH (it does not run)."""
         record = self._known(name, "kill")
-        if record.state == "lost" or not record.pid:
+        if record.gone or not record.pid:
             raise KernelError(ESRCH, "kill", f"device {name} does not run")
         os.kill(record.pid, number)
 
@@ -118,10 +121,18 @@ class Crew:
             record.state = "ready"
             self._changed()
 
+    def unplugged(self, name: str) -> None:
+        """The host has taken this device out in order: its process ends, or has."""
+        self._unplugged.add(name)
+        record = self.records[name]
+        if record.state == "lost":
+            record.state, record.how = "unplugged", ""
+            self._changed()
+
     async def wait_ended(self, name: str) -> str:
         """Return how a device ended, when it has."""
         await self._ended[name].wait()
-        return self.records[name].how
+        return self.records[name].how or "was unplugged"
 
     async def kill(self, name: str) -> None:
         """SIGKILL a device and return when it is gone. Raises KernelError(ENOENT)."""
@@ -164,11 +175,13 @@ class Crew:
 
     def _end(self, name: str, how: str) -> None:
         record = self.records[name]
-        if record.state == "lost":
+        if record.gone:
             return
-        record.state, record.how = "lost", how
+        unplugged = name in self._unplugged
+        record.state, record.how = ("unplugged", "") if unplugged else ("lost", how)
         self._ended[name].set()
         if not self.ending:
-            log.error("device %s is gone: %s", name, how, extra={"fields": {"device": name, "device_pid": record.pid}})
+            level, what = (logging.INFO, "was unplugged, and") if unplugged else (logging.ERROR, "is gone:")
+            log.log(level, "device %s %s %s", name, what, how, extra={"fields": {"device": name, "device_pid": record.pid}})
             self._lost(name, how)
             self._changed()

@@ -57,7 +57,7 @@ class MachineExists(HmmnetError):
 
 
 class DeviceRecord(msgspec.Struct):
-    """A device process as `hmmnet ps` shows it. `state` is ``starting``, ``ready`` or ``lost``; `how` says how it was lost."""
+    """A device process as `hmmnet ps` shows it: ``starting``, ``ready``, ``lost`` (`how` says how) or ``unplugged``."""
 
     name: str
     model: str
@@ -65,6 +65,11 @@ class DeviceRecord(msgspec.Struct):
     pid: int = 0
     state: str = "starting"
     how: str = ""
+
+    @property
+    def gone(self) -> bool:
+        """Whether its process has ended."""
+        return self.state in {"lost", "unplugged"}
 
 
 class MachineRecord(msgspec.Struct):

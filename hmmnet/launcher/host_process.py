@@ -5,8 +5,7 @@ that follow tell of devices that ended, ``{"exited": NAME, "how": TEXT}``, and o
 JSON object a line to stdout:
 ``{"control": ENDPOINT, "client": ENDPOINT, "rate": NUMBER}`` when it serves, then
 ``{"device": NAME, "state": "ready" | "lost", "how": TEXT}`` whenever a device comes or goes, and what faults do and want
-(`hmmnet.host.__main__`). It ends on SIGTERM after saying goodbye to its
-devices, and when stdin ends: then its launcher is gone.
+(`hmmnet.host.__main__`). It ends on SIGTERM after saying goodbye to its devices, and when stdin ends: then its launcher is gone.
 """
 
 from __future__ import annotations

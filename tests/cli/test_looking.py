@@ -53,6 +53,20 @@ def test_ps_shows_machines_and_their_devices(capsys: pytest.CaptureFixture[str])
     directory.remove()
 
 
+def test_ps_says_what_was_unplugged(capsys: pytest.CaptureFixture[str]) -> None:
+    """It is not lost, and there is nothing to explain."""
+    directory = machine("default")
+    record = directory.read()
+    assert record is not None
+    record.devices[1].state = "unplugged"
+    directory.write(record)
+    assert exit_code(["ps"]) == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[-1].split()[-1] == "unplugged"
+    assert "lost" not in out
+    directory.remove()
+
+
 def test_ps_of_many_devices_names_those_that_are_not_ready(capsys: pytest.CaptureFixture[str]) -> None:
     """64 lines would hide the one that matters; asked by name, all are shown."""
     directory = machine("big", devices=64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,10 +10,10 @@ from typing import cast
 
 import pytest
 
-from hmmnet.errors import HmmnetError
+from hmmnet.errors import HmmnetError, KernelError
 from hmmnet.launcher.crew import Crew
 from hmmnet.launcher.directory import Directory
-from hmmnet.launcher.zygote import ZygoteClient
+from hmmnet.launcher.zygote import Exited, ZygoteClient
 from hmmnet.topology.load import load
 
 
@@ -24,11 +25,14 @@ class Zygote:
     async def end(self, grace_s: float) -> None:
         """They have."""
 
+    async def start(self, name: str, settings: object) -> None:
+        """Another process."""
+
 
 def crew_of(tmp_path: Path, *calls: Callable[[], None]) -> Crew:
     crew = Crew(
         load("two-gpus"),
-        cast(Directory, tmp_path),
+        cast(Directory, SimpleNamespace(secret_file=tmp_path, logs=tmp_path)),
         cast(ZygoteClient, Zygote()),
         changed=lambda: None,
         lost=lambda name, how: None,
@@ -61,3 +65,26 @@ async def test_the_errors_of_several_are_raised_together(tmp_path: Path) -> None
         await crew.end()
     assert [str(error) for error in raised.value.exceptions] == ["one", "two"]
     assert called == ["called"]
+
+
+@pytest.mark.parametrize("first", ["the host", "the zygote"])
+async def test_who_is_unplugged_is_not_lost(tmp_path: Path, first: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Whoever tells first, that its process has ended or why; nobody is alarmed when it was known before. It can be started again."""
+    crew = crew_of(tmp_path)
+    record = crew.records["gpu0"]
+    record.state, record.pid = "ready", 7
+    caplog.set_level("INFO", "hmmnet.launcher")
+    steps: list[Callable[[], None]] = [lambda: crew.unplugged("gpu0"), lambda: crew._hear(Exited("gpu0", 7, 0, "ended well"))]
+    for step in steps if first == "the host" else reversed(steps):
+        step()
+    assert (record.state, record.how, record.gone) == ("unplugged", "", True)
+    assert [(one.levelname, one.message) for one in caplog.records] == [
+        ("INFO", "device gpu0 was unplugged, and ended well") if first == "the host" else ("ERROR", "device gpu0 is gone: ended well")
+    ]
+    assert await crew.wait_ended("gpu0") == "was unplugged"
+    with pytest.raises(KernelError, match="ESRCH"):
+        crew.signal("gpu0", signal.SIGTERM)
+    await crew.restart("gpu0")
+    assert record.state == "starting"
+    crew._hear(Exited("gpu0", 8, -9, "killed by SIGKILL"))
+    assert (record.state, record.how) == ("lost", "killed by SIGKILL")

@@ -336,7 +336,12 @@ async def test_a_device_and_a_process_are_taken_out_by_command() -> None:
         assert (await large.read_array(address, "<u8", COUNT) == values).all()
         assert (await machine.report())["devices"]["gpu0"]["pages_used"] == 0
         with trio.fail_after(10):
-            while next(record.state for record in machine.devices if record.name == "gpu0") != "lost":
+            while next(record.state for record in machine.devices if record.name == "gpu0") != "unplugged":
+                await trio.sleep(0.02)
+        assert "unplugged" in await command("ps", machine.name)
+        assert (await command("fault", "bounce", "gpu0", "--down", "10ms", "-m", machine.name)).startswith("fault 1: bounce gpu0")
+        with trio.fail_after(20):
+            while next(record.state for record in machine.devices if record.name == "gpu0") != "ready":
                 await trio.sleep(0.02)
         assert await command("fault", "oom", "-m", machine.name) == f"process {large.pid} is killed\n"
         with pytest.raises(KernelError, match="ESRCH"):
