@@ -174,6 +174,8 @@ class SessionLink:
         self._moved: list[tuple[int, int, float, float, float]] = []
         """Pages that came with answers and are not counted yet: frame, bytes, start, due, end."""
         self._something_to_tell = trio.Event()
+        self._telling = False
+        """Whether that is set."""
         self._fenced = trio.Event()
         self._fence_at = 0.0
         self.points = interconnect.points
@@ -398,7 +400,8 @@ class SessionLink:
 
     def _count_later(self, moved: tuple[int, int, float, float, float]) -> None:
         self._moved.append(moved)
-        self._something_to_tell.set()
+        if not self._telling:
+            self._tell_soon()
 
     def _intact(self, answer: Message, nbytes: int) -> bytes | None:
         """The pages in an answer; None when they were damaged on the way. Raises ProtocolError for an answer that is none."""
@@ -458,18 +461,24 @@ class SessionLink:
         """folio_free: the device learns it soon, and before it is asked for anything else."""
         self._gather_freed()
         self._freed.append(frames)
-        self._something_to_tell.set()
+        if not self._telling:
+            self._tell_soon()
 
     def free_frame(self, frame: int) -> None:
         """`free_frames` of one, which is not large."""
         self._freed_singly.append(frame)
-        self._something_to_tell.set()
+        if not self._telling:
+            self._tell_soon()
 
     def _gather_freed(self) -> None:
         """What was freed one by one becomes a list like the others: the order in which frames were freed is kept."""
         if self._freed_singly:
             self._freed.append(np.array(self._freed_singly, np.uint64))
             self._freed_singly = []
+
+    def _tell_soon(self) -> None:
+        self._telling = True
+        self._something_to_tell.set()
 
     def flush_freed(self) -> None:
         """Tell the device what was freed."""
@@ -492,6 +501,7 @@ class SessionLink:
         while True:
             await self._something_to_tell.wait()
             self._something_to_tell = trio.Event()
+            self._telling = False
             await sleep(self._interconnect.clock.real(FREE_DELAY_S))
             self.flush_freed()
             self.settle()

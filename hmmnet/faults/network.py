@@ -79,6 +79,8 @@ class Network:
         self._wake = trio.Event()
         self._quiet_until: dict[tuple[str, Channel, bool], float] = {}
         self._held: dict[str, list[tuple[Deliver, Parts]]] = {}
+        self.idle = True
+        """Whether nothing happens to messages, and none is late: asked with each."""
         self._matching: dict[tuple[str, Channel, bool], list[Active]] = {}
         """Which faults may concern messages that go that way; made when the first does."""
 
@@ -87,11 +89,13 @@ class Network:
         number = next(self._numbers)
         self.active[number] = Active(number, fault, Chance(fault.controls, self.random, tally))
         self._matching.clear()
+        self.idle = False
         return number
 
     def remove(self, number: int) -> None:
         """A fault ends."""
         active = self.active.pop(number)
+        self._look()
         self._matching.clear()
         active.end()
 
@@ -115,10 +119,13 @@ class Network:
     def hold(self, device: str) -> None:
         """From now on what is sent to or by `device` waits on its way."""
         self._held.setdefault(device, [])
+        self.idle = False
 
     def release(self, device: str, *, lost: bool = False) -> None:
         """What has waited arrives, in its order; or is `lost`."""
-        for deliver, parts in self._held.pop(device, []):
+        held = self._held.pop(device, [])
+        self._look()
+        for deliver, parts in held:
             if not lost:
                 deliver(parts)
 
@@ -164,6 +171,7 @@ class Network:
                 arrives(given)
             else:
                 heapq.heappush(self._late, (now_s + late_s, next(self._order), arrives, given))
+                self.idle = False
                 self._wake.set()
 
     def _arriving(self, device: str, deliver: Deliver) -> Deliver:
@@ -178,10 +186,9 @@ class Network:
 
         return arrive
 
-    @property
-    def idle(self) -> bool:
-        """Whether nothing happens to messages, and none is late."""
-        return not (self.active or self._late or self._held)
+    def _look(self) -> None:
+        """Something is over: is anything left?"""
+        self.idle = not (self.active or self._late or self._held)
 
     async def run(self) -> None:
         """Deliver what is late, until cancelled."""
@@ -192,4 +199,5 @@ class Network:
                 await self._wake.wait()
             while self._late and self._late[0][0] <= trio.current_time():
                 _, _, deliver, parts = heapq.heappop(self._late)
+                self._look()
                 deliver(parts)

@@ -88,20 +88,19 @@ class Events:
     def __init__(self, now: Callable[[], float]) -> None:
         self._now = now
         self._listeners: list[Listener] = []
-
-    @property
-    def heard(self) -> bool:
+        self.heard = False
         """Whether anybody listens."""
-        return bool(self._listeners)
 
     @contextmanager
     def told_to(self, listener: Listener) -> Iterator[None]:
         """`listener` hears every event while the block runs."""
         self._listeners.append(listener)
+        self.heard = True
         try:
             yield
         finally:
             self._listeners.remove(listener)
+            self.heard = bool(self._listeners)
 
     def moved(self, process: int, pages: Words, source: str, target: str, cause: str) -> None:
         """Pages moved; does nothing for none."""

@@ -73,8 +73,8 @@ class Bridge:
         self._receive_waited = False
         self._nudged = False
         self._received = 0
-        self._more: bool | None = False
-        """Whether parts of the message begun last still wait; None: the socket has to be asked."""
+        self.more = False
+        """Whether parts of the message begun last still wait to be taken."""
         self._sent = 0
         self._closed = False
 
@@ -167,7 +167,7 @@ class Bridge:
         except zmq.Again:
             return await self._receive_later()
         else:
-            self._more = part.more
+            self.more = part.more
             first: bytes = part.bytes
             return first
         finally:
@@ -177,7 +177,7 @@ class Bridge:
     def _receive(self) -> bytes:
         """One part, as a frame: it tells whether there are more, which takes longer to ask the socket for. Raises `zmq.Again`."""
         part = self._receive_part(_NOBLOCK, False)
-        self._more = part.more
+        self.more = part.more
         received: bytes = part.bytes
         return received
 
@@ -203,13 +203,6 @@ class Bridge:
             notify_closing(self._descriptor)
         self._receivers.unpark_all()
 
-    @property
-    def more(self) -> bool:
-        """Whether parts of the message begun last still wait to be taken."""
-        if self._more is None:
-            self._more = bool(self._get(_RCVMORE))
-        return self._more
-
     def take(self) -> bytes:
         """The next waiting part of the message begun last; only while `more` is true."""
         part = self._receive()
@@ -219,7 +212,7 @@ class Bridge:
     def take_only(self) -> bytes | None:
         """The second of two parts, for a message begun just now; None when there are further ones, which are dropped."""
         part = self._receive()
-        if self._more:
+        if self.more:
             self.take_rest()
             return None
         if self._leading or self._parked or len(part) >= BULK_BYTES:
@@ -229,7 +222,7 @@ class Bridge:
     def take_into(self, view: memoryview) -> int:
         """As `take`, landing in `view`. Returns the part's full length: what did not fit is lost, so compare it with ``len(view)``."""
         length = self._receive_part_into(view, flags=_NOBLOCK)
-        self._more = None
+        self.more = bool(self._get(_RCVMORE))
         self._taken(length)
         return length
 

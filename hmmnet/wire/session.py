@@ -197,9 +197,13 @@ class Session:
         """Send a request now; its answer comes with `wait` of what is returned. Raises PeerLost."""
         if self.lost is not None:
             raise self._lost_again()
-        pending = PendingReply(self.reader)
-        self._waiting[(self._exchange.sequence + 1) & ANSWERS_MASK] = pending
+        number = (self._exchange.sequence + 1) & ANSWERS_MASK
         self._tell(Kind.REQUEST, message)
+        pending = PendingReply(self.reader)  # made while the frame is on its way
+        if self._exchange.state is State.OVER:  # since just now
+            pending.resolve(None, self._lost_again())
+        else:
+            self._waiting[number] = pending
         return pending
 
     async def request(self, message: Message) -> Message:

@@ -13,6 +13,7 @@ from random import Random
 
 import pytest
 import trio
+import trio.testing
 
 from hmmnet.faults.messages import MessageFault, Way
 from hmmnet.faults.network import Network
@@ -196,3 +197,36 @@ def test_data_that_land_in_too_small_a_place() -> None:
     assert Taken(b"abcd").into(memoryview(place)) == 4
     assert place == b"abcd"
     assert Taken(b"ab").take() == b"ab"
+
+
+async def test_a_network_is_idle_when_nothing_is_left(autojump_clock: trio.testing.MockClock) -> None:
+    """No fault, nobody held, and nothing late: each alone keeps it from that, and the last to go makes it so before what waited arrives."""
+    network = Network(Random(1))
+    idle = [network.idle]
+    arrived: list[bool] = []
+
+    def send() -> None:
+        network.sent("gpu0", "control", (b"x",), lambda _: arrived.append(network.idle), to_device=True)
+        idle.append(network.idle)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(network.run)
+        network.hold("gpu0")
+        number = network.add(MessageFault("delay", Way("gpu0"), latency_s=1.0))
+        network.release("gpu0")
+        send()
+        network.remove(number)
+        idle.append(network.idle)
+        await trio.sleep(2)
+        idle.append(network.idle)
+        network.hold("gpu0")
+        send()
+        network.release("gpu0")
+        idle.append(network.idle)
+        number = network.add(MessageFault("loss", Way("gpu0")))
+        send()
+        network.discard(number)
+        idle.append(network.idle)
+        nursery.cancel_scope.cancel()
+    assert idle == [True, False, False, True, False, True, False, True]
+    assert arrived == [True, True]

@@ -525,6 +525,24 @@ async def test_a_peer_that_does_not_read_is_given_up(world: World, autojump_cloc
     assert "does not keep up" in str(world.host.lost)
 
 
+async def test_a_request_that_ends_the_session_is_answered_with_that(world: World, autojump_clock: MockClock) -> None:
+    """The last that the peer has not room for, or one that finds its connection closed here: not left to wait for ever."""
+    world.out.fate = lambda _: 0
+    pending = [world.host.begin(Inspect()) for _ in range(WINDOW + BACKLOG_MAX + 1)]
+    for each in (pending[0], pending[-1]):
+        with pytest.raises(PeerLost, match="does not keep up"):
+            await each.wait()
+
+    def closed(_: bytes) -> None:
+        raise trio.ClosedResourceError
+
+    session = Session(closed, peer_name="gpu1", role="device", incarnation=1)
+    begun = session.begin(Inspect())
+    assert begun.answered
+    with pytest.raises(PeerLost, match="closed here"):
+        await begun.wait()
+
+
 async def test_one_way_traffic_is_acknowledged_before_the_window_ends(world: World, autojump_clock: MockClock) -> None:
     """Notes in one burst, twice the window: all arrive without a wait for heartbeats to make room."""
     seen = 0
