@@ -85,8 +85,11 @@ def _fate(mm: Mm, page: int, entry: int, select: Select, owner: int, fault_frame
     if entry == 0 or (entry & (pte.KIND | pte.SPECIAL) == pte.PRESENT | pte.SPECIAL and select.has(Select.SYSTEM)):
         vma = mm.vmas.find(page)
         return EMPTY if vma is not None and vma.is_anonymous else STAYS
-    if not _wanted(mm.memory, entry, select, owner):
-        return STAYS
+    return _movable(mm, entry, fault_frame) if _wanted(mm.memory, entry, select, owner) else STAYS
+
+
+def _movable(mm: Mm, entry: int, fault_frame: int | None) -> int | None:
+    """`_fate` of a page that is wanted: whether its frame goes depends on who else has it."""
     frame = entry >> pte.FRAME_SHIFT
     zone = mm.memory.zones[frame >> ZONE_SHIFT]
     cells, at, host = zone.cells, frame - zone.base, isinstance(zone, HostZone)
@@ -262,7 +265,9 @@ def take(mm: Mm, page: int, owner: int) -> int | None:
     None, having done nothing, when it is not there, locked, or not this process's alone.
     """
     entry = mm.table.get(page)
-    if _fate(mm, page, entry, Select.DEVICE_PRIVATE, owner, None) != GOES:
+    if entry & (pte.KIND | pte.SPECIAL | pte.HUGE) != pte.DEVICE or entry >> pte.FRAME_SHIFT + ZONE_SHIFT != owner:
+        return None  # what `_wanted` says of one device's private pages
+    if _movable(mm, entry, None) != GOES:
         return None
     _install(mm, page, entry)
     return entry >> pte.FRAME_SHIFT
