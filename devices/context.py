@@ -181,7 +181,7 @@ class Context:
         deadline_s = trio.current_time() + self._bus.clock.real(RANGE_FAULT_TIMEOUT_S)
         async with self.process.turns.hold(start, end):
             for _ in range(RETRIES_MAX):
-                watch = self.mirror.watch(start, end)
+                watch = self.mirror.watch(start, end, subscription.number)
                 try:
                     sequence, words = await self._bus.range_fault(request)
                     if self.points.armed:
@@ -296,7 +296,7 @@ class Context:
             finally:
                 if reply.migration:
                     self._bus.migrate_done(reply.migration)
-        return Moved(moved, tried_until, reply.errno)
+        return Moved(moved, min(tried_until, start + reply.tried) if reply.errno else tried_until, reply.errno)
 
     def _grant(self, start: int, end: int, *, compound: bool) -> tuple[Words, Words, int]:
         """Pages and the frames to offer for them, ascending, large ones for huge pages; and the page behind the last one tried.

@@ -37,7 +37,7 @@ class Moved:
     listed: Words
     """The pages, large ones marked."""
     tried_until: int
-    """The device had no frames left for pages from here on."""
+    """From here on nothing was tried: the device had no frames left, or (with an errno) the host stopped there."""
     errno: int = 0
 
     @property

@@ -92,12 +92,14 @@ class Watch:
     """Words about pages [start, end) are under way; `dropped` collects the page ranges that were dropped meanwhile.
 
     `announced` are those dropped for a migration of this device: they came before their pages were collected, so what the migration then
-    brings is good. `since` is how many copies out the memory had counted before (`Memory.departures`).
+    brings is good. `since` is how many copies out the memory had counted before (`Memory.departures`). `subscription`: the words say at
+    which of its sequences they are good, so what was dropped with a sequence of its own is not told twice; 0: they say nothing.
     """
 
     start: int
     end: int
     since: int
+    subscription: int = 0
     dropped: list[tuple[int, int]] = field(default_factory=list)
     announced: list[tuple[int, int]] = field(default_factory=list)
 
@@ -221,22 +223,25 @@ class Mirror:
         migrates, too; pages that are in own memory stay there, or are asked for by `CopyOut`, which drops them.
         """
         known = self.subscriptions.get(subscription)
+        told = 0
         if known is not None:
             known.sequence = sequence
+            told = subscription
         elif self._subscribing:
             self._early[subscription] = sequence
         end = min(end + self.end_inclusive, PAGES_MAX)
         if keep_own:
             for _, part in self._table.present(start, end):
                 part[~self._memory.owns(frames_of(part))] = 0
-            self._tell_watches(start, end, announced=announced)
+            self._tell_watches(start, end, told, announced=announced)
         else:
-            self.drop(start, end, announced=announced)
+            self._table.clear(start, end)
+            self._tell_watches(start, end, told, announced=announced)
 
-    def drop(self, start: int, end: int, *, announced: bool = False) -> None:
+    def drop(self, start: int, end: int) -> None:
         """Remove the entries of [start, end) and mark what is under way for them."""
         self._table.clear(start, end)
-        self._tell_watches(start, end, announced=announced)
+        self._tell_watches(start, end)
 
     def drop_pages(self, pages: Words) -> None:
         """Remove the entries of `pages`, which may be large."""
@@ -290,16 +295,17 @@ class Mirror:
         self._table = PageTable(ENTRY_SHIFT)
         self._tell_watches(0, PAGES_MAX)
 
-    def _tell_watches(self, start: int, end: int, but: Watch | None = None, *, announced: bool = False) -> None:
+    def _tell_watches(self, start: int, end: int, told: int = 0, *, but: Watch | None = None, announced: bool = False) -> None:
+        """[start, end) was dropped. `told`: by which subscription, if it has a new sequence now."""
         for watch in self._watches:
-            if watch is not but and watch.start < end and start < watch.end:
+            if watch is not but and watch.start < end and start < watch.end and not (told and watch.subscription == told):
                 (watch.announced if announced else watch.dropped).append((start, end))
 
     # --- programming ----------------------------------------------------------------------------------------------------------
 
-    def watch(self, start: int, end: int) -> Watch:
-        """Begin to watch [start, end); end it with `unwatch`."""
-        made = Watch(start, end, self._memory.departures)
+    def watch(self, start: int, end: int, subscription: int = 0) -> Watch:
+        """Begin to watch [start, end), for words that come with a sequence of `subscription` (0: with none); end it with `unwatch`."""
+        made = Watch(start, end, self._memory.departures, subscription)
         self._watches.append(made)
         return made
 
@@ -367,7 +373,7 @@ class Mirror:
         if any_of(foreign):
             pages = pages[foreign]
             self._table.scatter(pages, 0)
-            self._tell_watches(start, end, watch)
+            self._tell_watches(start, end, but=watch)
             return Hidden(watch, pages, entries[foreign])
         return Hidden(watch, _NO_PAGES, _NO_PAGES)
 

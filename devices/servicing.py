@@ -31,11 +31,13 @@ import trio
 from hmmnet.errors import HmmnetError, KernelError, PeerError, PeerLost
 from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.pages import (
+    DEVICE_ZONE_MIN,
     HMM_PFN_REQ_FAULT,
     HMM_PFN_REQ_WRITE,
     HMM_PFN_WRITE,
     HUGE_SHIFT,
     ZERO_FRAME,
+    ZONE_SHIFT,
     Words,
     among,
     any_of,
@@ -63,6 +65,8 @@ RANGES_AT_ONCE = 4
 _VALID = np.uint64(ENTRY_VALID)
 _BLOCK_SHIFT = np.uint64(HUGE_SHIFT)
 _ZERO = np.uint64(ZERO_FRAME)
+_DEVICES = np.uint64(DEVICE_ZONE_MIN << ZONE_SHIFT)
+"""Frames from here on are devices' own memory."""
 Mask: TypeAlias = npt.NDArray[np.bool_]
 RangeWork: TypeAlias = Callable[[int, int], Awaitable[None]]
 _REQ_READ = HMM_PFN_REQ_FAULT
@@ -220,7 +224,7 @@ class FaultService:
         return stuck
 
     async def _migrate(self, pages: Words, write: Mask, policy: Planned, fatal: dict[int, HmmnetError]) -> None:
-        """Migrate what the policy chooses; where growth ran into a mapping that does not take part, just the faulted pages."""
+        """Migrate what the policy chooses; behind a mapping that does not take part, into which growth ran, just the faulted pages."""
         if len(pages) == 0:
             return
 
@@ -230,9 +234,7 @@ class FaultService:
             except KernelError:
                 return  # mapping the pages where they are says what is wrong with them, page by page
             if moved.errno:
-                inside = pages[(pages >= np.uint64(start)) & (pages < np.uint64(end))]
-                inside = inside[~among(inside, moved.pages)] if len(moved.pages) else inside
-                exact = pieces(inside)
+                exact = pieces(pages[(pages >= np.uint64(moved.tried_until)) & (pages < np.uint64(end))])
                 if exact != [(start, end)]:
                     for low, high in exact:
                         await one(low, high)
@@ -268,9 +270,15 @@ class FaultService:
         self._context.mirror.program(start, chosen)
 
     async def _migrate_again(self, pages: Words, write: Mask, policy: Planned, fatal: dict[int, HmmnetError]) -> None:
-        """What another device held is at home now that it was mapped (migrate_vma passes over foreign pages): it can move here."""
+        """What another device held is at home now that it was mapped (migrate_vma passes over foreign pages): it can move here.
+
+        What another device holds still would not move before, and does not now.
+        """
         entries = self._context.mirror.translate(pages)
-        here = (entries & _VALID != 0) & ~self._context.memory.owns(frames_of(entries)) & (frames_of(entries) != _ZERO)
+        frames = frames_of(entries)
+        valid = entries & _VALID != 0
+        self._leave(pages[valid & (frames >= _DEVICES) & ~self._context.memory.owns(frames)])
+        here = valid & (frames < _DEVICES) & (frames != _ZERO)
         here &= self._may_move(pages)
         if self._context.memory.free_pages and here.any() and policy.ranges(pages[here], write[here]):
             await self._each(self._try_migrate, self._cut(pieces(pages[here])), pages[here], fatal)
@@ -280,9 +288,12 @@ class FaultService:
         moved = np.zeros(0, np.uint64)
         with contextlib.suppress(KernelError):  # the pages are mapped where they are
             moved = (await self._context.migrate_in(start, end, "fault", compound=self._compound)).pages
-        stay = np.setdiff1d(np.arange(start, end, dtype=np.uint64), moved)
-        if len(stay):
-            self._stays = np.union1d(self._stays, stay) if self._now() < self._stays_until_s else stay
+        self._leave(np.setdiff1d(np.arange(start, end, dtype=np.uint64), moved))
+
+    def _leave(self, pages: Words) -> None:
+        """Pages that would not move are left where they are for a while."""
+        if len(pages):
+            self._stays = np.union1d(self._stays, pages) if self._now() < self._stays_until_s else pages
             self._stays_until_s = self._now() + STAYS_S
 
     def _may_move(self, pages: Words) -> Mask:

@@ -74,6 +74,8 @@ class Outcome:
 
     words: Words
     errno: int = 0
+    tried: int = 0
+    """With an errno, the pages before that VMA: whatever of them could move has."""
 
     @property
     def moved(self) -> int:
@@ -208,6 +210,8 @@ class MigrateVma:
         self.parts: list[Migration] = []
         """One for each VMA, and one more for its huge pages."""
         self.errno = 0
+        self.tried = 0
+        """With an errno, how many pages of the range lie before what it is about."""
         self._over = False
         self.range = (0, 0)
         """The pages that it is about."""
@@ -229,7 +233,7 @@ class MigrateVma:
             try:
                 self.space.check_migratable(page, stop)
             except KernelError as error:
-                self.errno = error.code
+                self.errno, self.tried = error.code, page - start
                 return
             between = self._after_entry if self.points.armed and self.points.wants("migrate.after_entry") else None
             await collect(self.parts, self.space, self.spaces, page, stop, self.select, self.owner, blocks, between)
@@ -450,7 +454,7 @@ async def migrate_to_device(
                 for domain in domains:
                     domain.revoke_pages(moving(pages, words))
             grant.release()
-            await announce(Outcome(words_of(work.parts, grant.pages), work.errno), work.finalize)
+            await announce(Outcome(words_of(work.parts, grant.pages), work.errno, work.tried), work.finalize)
             work.finalize()
             if points.armed:
                 await work.at("migrate.after")

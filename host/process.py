@@ -382,6 +382,8 @@ class Process:
         return (await command_device(context, "migrate_to_dev", start << PAGE_SHIFT, end - start, b"", 0, 0)).cpages
 
     async def _piece_home(self, link: SessionLink, start: int, end: int) -> int:
+        if not self.space.leads_to(link.zone, start, end):
+            return 0  # a migration would tell all mirrors of the range, and move nothing
         return (await self._homing.migrate_to_system(self.space, link, start, end)).moved
 
     async def _in_pieces(self, start: int, end: int, move: Callable[[int, int], Awaitable[int]]) -> int:

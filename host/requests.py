@@ -201,7 +201,7 @@ class Requests:
             moved = outcome.moved
             self._migrations += bool(moved)
             number = self._migrations if moved else 0
-            task_status.started(Migrated(number, to_wire(outcome.words), moved, outcome.errno))
+            task_status.started(Migrated(number, to_wire(outcome.words), moved, outcome.errno, outcome.tried))
 
             def finish() -> None:
                 finalize()

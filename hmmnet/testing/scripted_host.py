@@ -348,14 +348,14 @@ class ScriptedHost:
         grant = page_by_page(from_wire(message.grant)).tolist()
         assert len(grant) == message.pages, "one grant for each position"
         await self._pause(message)
-        words, code = [0] * message.pages, 0
+        words, code, tried = [0] * message.pages, 0, 0
         system: list[tuple[int, int, int]] = []
         empty: list[tuple[int, int]] = []
         for i, target in enumerate(grant):
             page = message.start + i
             rights = self.rights(page)
             if rights is None or "r" not in rights:
-                code = errno.EINVAL
+                code, tried = errno.EINVAL, i
                 break
             entry = self.table.get(page)
             if not target or page in self.pinned or any(page in one.pages for one in self.migrations):
@@ -369,7 +369,7 @@ class ScriptedHost:
                 words[i] |= MIGRATE_PFN_WRITE if entry.write else 0
         moving = Migration({page for page, *_ in (*system, *empty)})
         if not moving.pages:
-            return m.Migrated(0, to_wire(u64(words)), 0, code)
+            return m.Migrated(0, to_wire(u64(words)), 0, code, tried)
         self.migrations.append(moving)
         await self._copy_in([frame for _, frame, _ in system], [target for *_, target in system], [target for _, target in empty])
         for i, target in enumerate(grant):
@@ -380,7 +380,7 @@ class ScriptedHost:
         self._numbers += 1
         number = self._numbers
         self._undone[number] = moving
-        return m.Migrated(number, to_wire(u64(words)), len(moving.pages), code)
+        return m.Migrated(number, to_wire(u64(words)), len(moving.pages), code, tried)
 
     async def _copy_in(self, sources: list[int], targets: list[int], zeros: list[int]) -> None:
         stream = self.new_stream() if sources else 0

@@ -387,13 +387,15 @@ class Migrated(Message, frozen=True):
     Direction device: the device maps and then sends `MigrateDone`, also when nothing moved, unless `migration` is 0.
     Direction system: the pages are home
     already (the device dropped its entries when it served `CopyOut`), `migration` is 0 and no `MigrateDone` follows.
-    `errno` is positive when a VMA in the range was refused (EINVAL); the words from there on are 0.
+    `errno` is positive when a VMA in the range was refused (EINVAL); the words from there on are 0. In direction device `tried` are then
+    the pages before it: to ask for those again makes no sense.
     """
 
     migration: U64
     words: PageList
     moved: PageCount
     errno: int = 0
+    tried: PageCount = 0
 
 
 class MigrateDone(Message, frozen=True):

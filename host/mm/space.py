@@ -245,6 +245,10 @@ class Space(Advice):
             out[once[self.memory.field(pte.frames_of(entries[once]), "mapcount") == 1]] |= 0x80
         return out.tobytes()
 
+    def leads_to(self, zone: int, start: int, end: int) -> bool:
+        """Whether an entry of pages [start, end) leads to a frame of `zone`."""
+        return bool((pte.zones_of(self.mm.table.read(start, end)) == zone).any())
+
     def residency(self, address: int, pages: int) -> Residency:
         """Where the pages live now: owners of zones, and for each page an index into them (-1: none, -2: in transit)."""
         start = address >> PAGE_SHIFT

@@ -66,6 +66,20 @@ def test_read_retry(mirror: Mirror, subscription: Subscription) -> None:
     assert not mirror.is_current(subscription, 7, watch, words(SYSTEM))
 
 
+def test_what_a_sequence_tells_is_not_told_twice(mirror: Mirror, subscription: Subscription) -> None:
+    """Words that come with the sequence of the last invalidation were read after it; what has no sequence makes them stale."""
+    watch = mirror.watch(10, 20, 5)
+    mirror.invalidate(5, 12, 13, 7)
+    assert not mirror.is_current(subscription, 3, watch, words(SYSTEM))
+    assert mirror.is_current(subscription, 7, watch, words(SYSTEM))
+    mirror.invalidate(99, 12, 13, 9)
+    assert not mirror.is_current(subscription, 7, watch, words(SYSTEM))
+    for drop in (lambda: mirror.drop(12, 13), mirror.clear):
+        watch = mirror.watch(10, 20, 5)
+        drop()
+        assert not mirror.is_current(subscription, 7, watch, words(SYSTEM))
+
+
 def test_what_a_migration_announces_is_not_held_against_it(mirror: Mirror, subscription: Subscription) -> None:
     """Shared pages are cleared in every mirror before they are collected: older words are stale, what the migration brings is good."""
     watch = mirror.watch(10, 20)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+from errno import EINVAL
 
 import numpy as np
 import pytest
@@ -101,6 +102,21 @@ async def test_a_driver_sends_pages_home_by_their_addresses() -> None:
         await process.munmap(address + 6 * PAGE_SIZE, 2 * PAGE_SIZE)
         reply = await device.session.ask(Migrate(1, page, 8, "system", 2), Migrated)
         assert (reply.moved, KernelError(reply.errno, "", "").name) == (0, "EINVAL")
+
+
+async def test_a_driver_hears_how_far_its_migration_went() -> None:
+    """The pages before the mapping that does not take part have been looked at, moved or not."""
+    async with one_device() as (_, device, process):
+        page = await pages_of(process) >> PAGE_SHIFT
+        await process.munmap((page + 5) * PAGE_SIZE, PAGE_SIZE)
+        zone = device.welcome.zone << 36
+        for first, tried, moved in ((0, 5, 5), (0, 5, 0), (5, 0, 0), (6, 0, 2)):
+            grant = np.arange(zone + 8 * device.frame_next, zone + 8 * device.frame_next + 8 - first, dtype=np.uint64)
+            device.frame_next += 1
+            reply = await device.session.ask(Migrate(1, page + first, 8 - first, "device", 1, to_wire(grant)), Migrated)
+            if reply.migration:
+                device.session.note(MigrateDone(reply.migration))
+            assert (reply.errno, reply.tried, reply.moved) == (0 if first == 6 else EINVAL, tried, moved)
 
 
 async def test_words_that_come_late_or_twice_change_nothing() -> None:
