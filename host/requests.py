@@ -42,7 +42,7 @@ from hmmnet.wire.messages import (
     Subscribed,
     Unsubscribe,
 )
-from hmmnet.wire.session import Session
+from hmmnet.wire.session import LATER, Answer, Later, Session
 
 from .device import Context, Life
 from .dma_map import DeviceDma
@@ -104,6 +104,7 @@ class Requests:
 
     def attach(self, session: Session) -> None:
         """Answer `session`."""
+        self._later = session.later
         session.on(Subscribe, self.subscribe)
         session.on(Unsubscribe, self.unsubscribe)
         session.on(RangeFault, self.range_fault)
@@ -168,16 +169,13 @@ class Requests:
 
     # --- migration ------------------------------------------------------------------------------------------------------------
 
-    async def migrate(self, message: Migrate) -> Migrated:
+    def migrate(self, message: Migrate) -> Migrated | Awaitable[Migrated] | Later:
         """migrate_vma. Raises KernelError(ESRCH, ENOMEM)."""
         context = self._life.context(message.context)
         self._life.link.flush_freed()
         self._check_range(message.start, message.pages, "Migrate")
         if message.direction == "system":
-            end = message.start + message.pages
-            done = await self._homing.migrate_to_system(context.space, self._life.link, message.start, end, message.cause, context.number)
-            self._life.link.flush_freed()
-            return Migrated(0, to_wire(done.words), done.moved, done.errno)
+            return self._to_system(context, message)
         if message.direction != "device":
             raise ProtocolError(f"Migrate in direction {message.direction!r}")
         frames = _words(message.grant, "Migrate.grant")
@@ -185,14 +183,17 @@ class Requests:
             raise ProtocolError(f"Migrate of {message.pages} pages with {pages_in(frames)} frames granted")
         if self._life.leaving:  # as if every page were busy: a driver has to live with that
             return Migrated(0, to_wire(np.zeros(message.pages, np.uint64)), 0, 0)
-        grant = Grant(self._life.page_map.zone, frames)
-        reply: Migrated = await self._nursery.start(partial(self._to_device, context, message, grant))
-        return reply
+        self._nursery.start_soon(self._to_device, context, message, Grant(self._life.page_map.zone, frames), self._later(message))
+        return LATER
 
-    async def _to_device(
-        self, context: Context, message: Migrate, grant: Grant, *, task_status: trio.TaskStatus[Migrated] = trio.TASK_STATUS_IGNORED
-    ) -> None:
-        """The whole migration; it has started, for whoever waits for the reply, when there is one."""
+    async def _to_system(self, context: Context, message: Migrate) -> Migrated:
+        end = message.start + message.pages
+        done = await self._homing.migrate_to_system(context.space, self._life.link, message.start, end, message.cause, context.number)
+        self._life.link.flush_freed()
+        return Migrated(0, to_wire(done.words), done.moved, done.errno)
+
+    async def _to_device(self, context: Context, message: Migrate, grant: Grant, answer: Answer) -> None:
+        """The whole migration, which goes on after it has been answered."""
         replied = False
 
         async def announce(outcome: Outcome, finalize: Callable[[], None]) -> None:
@@ -201,7 +202,7 @@ class Requests:
             moved = outcome.moved
             self._migrations += bool(moved)
             number = self._migrations if moved else 0
-            task_status.started(Migrated(number, to_wire(outcome.words), moved, outcome.errno, outcome.tried))
+            answer(Migrated(number, to_wire(outcome.words), moved, outcome.errno, outcome.tried))
 
             def finish() -> None:
                 finalize()
@@ -217,9 +218,13 @@ class Requests:
         try:
             with self._life.migration():
                 await self._migrate_in(context, message, grant, announce)
-        except PeerLost:
+        except PeerLost as error:
             if not replied:
+                answer(error)
+        except Exception as error:
+            if replied:
                 raise
+            answer(error)
 
     async def _migrate_in(self, context: Context, message: Migrate, grant: Grant, announce: Announce) -> None:
         contexts = self._life.contexts_of(context.space.number)

@@ -92,7 +92,10 @@ class BulkSender:
         self._ring_used = trio.Event()
         self._abandoned: dict[int, tuple[Abort, int]] = {}
         """Streams that were given up, until the receiver says that it has heard of it: what it is told, and how often it was."""
-        self._abandoning = trio.Event()
+        self._nursery: trio.Nursery | None = None
+        """Of `run`, while it runs."""
+        self._repeating = False
+        """Whether somebody tells receivers again of what was given up."""
 
     @property
     def carries(self) -> str:
@@ -103,10 +106,14 @@ class BulkSender:
         """Take credits until cancelled, or until the channel is closed."""
         task_status.started()
         async with trio.open_nursery() as nursery:
+            self._nursery = nursery
             if self.ring is not None:
                 nursery.start_soon(self._discard_idle, self.ring)
-            nursery.start_soon(self._repeat_aborts)
-            await self._take_credits()
+            self._repeat()
+            try:
+                await self._take_credits()
+            finally:
+                self._nursery = None  # it takes nobody any more
             nursery.cancel_scope.cancel()
 
     async def _take_credits(self) -> None:
@@ -283,13 +290,18 @@ class BulkSender:
         abort = Abort(stream, "the sender gave it up" + (f": {why}" if why else ""))
         if self._closed is None:
             self._abandoned[stream] = (abort, 1)
-            self._abandoning.set()
+            self._repeat()
         self._tell(abort)
+
+    def _repeat(self) -> None:
+        """Begin to tell receivers again of what was given up, if anything was, and nobody does."""
+        if self._abandoned and not self._repeating and self._nursery is not None:
+            self._repeating = True
+            self._nursery.start_soon(self._repeat_aborts)
 
     async def _repeat_aborts(self) -> None:
         """Messages of this channel may be lost, and a receiver that has not heard would wait for as long as it can."""
-        while True:
-            await self._abandoning.wait()
+        while self._abandoned:
             await sleep(self._clock.real(REPEAT_S))
             for stream, (abort, told) in list(self._abandoned.items()):
                 if told == ABORTS_MAX:
@@ -297,8 +309,7 @@ class BulkSender:
                 else:
                     self._abandoned[stream] = (abort, told + 1)
                     self._tell(abort)
-            if not self._abandoned:
-                self._abandoning = trio.Event()
+        self._repeating = False
 
     def _tell(self, abort: Abort) -> None:
         try:

@@ -14,6 +14,7 @@ import errno
 import logging
 import re
 from collections.abc import Awaitable, Callable
+from enum import Enum, auto
 from typing import Any, TypeAlias, TypeVar
 
 import trio
@@ -38,7 +39,16 @@ from .exchange import ACKNOWLEDGE_EVERY, BYE_S, HEARTBEAT_S, LEASE_S, RETRY_S, A
 from .messages import TEXT_MAX, Done, Failed, Message
 from .reading import Reader
 
-Handler: TypeAlias = Callable[[Any], "Message | Awaitable[Message | None] | None"]
+
+class Later(Enum):
+    """What a handler returns that answers by itself, when it can (`Session.later`)."""
+
+    LATER = auto()
+
+
+LATER = Later.LATER
+Handler: TypeAlias = Callable[[Any], "Message | Awaitable[Message | None] | Later | None"]
+Answer: TypeAlias = Callable[["Message | Exception | None"], None]
 M = TypeVar("M", bound=Message)
 
 PROTOCOL_ERRORS_MAX = 16
@@ -172,6 +182,8 @@ class Session:
         self._exchange = Exchange(self._now(), lease_s, retry_s)
         self._waiting: dict[int, PendingReply] = {}
         self._handlers: dict[type[Message], tuple[Handler, bool]] = {}
+        self._asked = 0
+        """The request that is being handed to its handler; 0 for a note."""
         self._nursery: trio.Nursery | None = None
         self._on_lost: list[Callable[[PeerLost], None]] = []
         self._on_silent: list[Callable[[], None]] = []
@@ -258,13 +270,16 @@ class Session:
 
     # --- answering -------------------------------------------------------------------------------------------------------------------
 
-    def on(self, kind: type[M], handler: Callable[[M], Message | Awaitable[Message | None] | None], *, inline: bool = False) -> None:
+    def on(
+        self, kind: type[M], handler: Callable[[M], Message | Awaitable[Message | None] | Later | None], *, inline: bool = False
+    ) -> None:
         """Answer messages of type `kind` with `handler`.
 
         A plain function runs at once, in the order of arrival: cheapest. So does a coroutine function with `inline`; nothing else is read
         meanwhile (a server reads for all its peers), so it must be quick and must not wait for a peer. Other coroutine functions get a
-        task of their own. None answers `Done`. KernelError and SignalError travel to the peer as what they are; any other exception is
-        logged here and reported as our failure, and told to who listens for crashes (`crashes`) if it is one.
+        task of their own. A plain function that has a task going on answer returns `LATER`. None answers `Done`. KernelError and
+        SignalError travel to the peer as what they are; any other exception is logged here and reported as our failure, and told to who
+        listens for crashes (`crashes`) if it is one.
         """
         self._handlers[kind] = (handler, inline)
 
@@ -369,7 +384,7 @@ class Session:
             if not asked:
                 self._not_understood(error)
             raise
-        entry = self._handlers.get(type(body))
+        entry, self._asked = self._handlers.get(type(body)), asked
         if entry is None:
             self._reply(asked, Failed(0, type(body).__name__, "not a message that this end handles"))
             raise ProtocolError(f"{type(body).__name__}, which this end does not handle")
@@ -380,6 +395,8 @@ class Session:
             return None
         if result is None or isinstance(result, Message):
             self._reply(asked, result)
+            return None
+        if result is LATER:
             return None
         if entry[1]:
             return self._finish(asked, body, result)
@@ -401,6 +418,15 @@ class Session:
     def _reply(self, asked: int, answer: Message | None) -> None:
         if asked and self.lost is None:
             self._tell(Kind.REPLY, answer or _DONE, asked & ANSWERS_MASK)
+
+    def later(self, message: Message) -> Answer:
+        """For a plain handler of `message`, while it runs: what to call, once, with its answer, or with what it would have raised."""
+        asked = self._asked
+
+        def answer(result: Message | Exception | None) -> None:
+            self._reply(asked, self._failed(message, result) if isinstance(result, Exception) else result)
+
+        return answer
 
     def _failed(self, body: Message, error: Exception) -> Failed:
         call = type(body).__name__
