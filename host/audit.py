@@ -147,7 +147,7 @@ class Audit:
         self._left: dict[Translations, list[Words]] = {}
         """Pages that could not be checked yet, because mirrors of their process were just being told."""
 
-    def changes(self, mirrors: Iterable[tuple[str, int, Translations]], now_s: float) -> list[str]:
+    def changes(self, mirrors: Sequence[tuple[str, int, Translations]], now_s: float) -> list[str]:
         """What is wrong with what has changed. `mirrors` are (device, process, mirror) of those that can be seen."""
         for space in self._spaces.values():
             if space.mmap_lock.written:
@@ -160,32 +160,45 @@ class Audit:
             found.append(_said(wrong))
         if self._withdrawn != (now_withdrawn := withdrawn(self._memory)):  # no entry changes by that
             self._withdrawn, changed = now_withdrawn, None
-        held = self._held(mirrors)
-        if len(self._left) > len(held):
-            there = {who for _, _, _, who in held}
+        if self._left:
+            there = {who for _, _, _, who in self._held(mirrors, None)}
             self._left = {who: left for who, left in self._left.items() if who in there}
-        for kind, device, context, who in held:
+        for kind, device, context, who in self._held(mirrors, changed):
             number = context.space.number
             if changed is None or number not in self._spaces:
                 found += believed(context, kind + device, *who.translations())
-            elif number in changed or who in self._left or who.changed:
+            else:
                 parts = [pages for pages in (who.touched(), changed.get(number)) if pages is not None and len(pages)]
                 found += self._believed(kind + device, context, who, parts)
         return found
 
-    def _held(self, mirrors: Iterable[tuple[str, int, Translations]]) -> list[tuple[str, str, Context, Translations]]:
-        """(kind of believer, device, context, its translations): of every IOMMU domain, and of `mirrors`."""
+    def _held(
+        self, mirrors: Sequence[tuple[str, int, Translations]], changed: Mapping[int, Words] | None
+    ) -> list[tuple[str, str, Context, Translations]]:
+        """(kind of believer, device, context, its translations): of every IOMMU domain, and of `mirrors`.
+
+        `changed`: only those about which something is `_new`, which nearly nobody is after most steps.
+        """
         found: list[tuple[str, str, Context, Translations]] = []
         for device in self._devices.values():
             life = device.life
             if life is not None and life.contexts:
-                found += [(IOMMU, life.name, context, context.domain) for context in life.contexts.values()]
+                found += [
+                    (IOMMU, life.name, context, context.domain)
+                    for context in life.contexts.values()
+                    if changed is None or self._new(context.domain, context.space.number, changed)
+                ]
         for name, process, mirror in mirrors:
-            life = self._devices[name].life
-            context = None if life is None else life.context_of(process)
-            if context is not None:
-                found.append((MIRROR, name, context, mirror))
+            if changed is None or self._new(mirror, process, changed):
+                life = self._devices[name].life
+                of_process = None if life is None else life.context_of(process)
+                if of_process is not None:
+                    found.append((MIRROR, name, of_process, mirror))
         return found
+
+    def _new(self, who: Translations, process: int, changed: Mapping[int, Words]) -> bool:
+        """Whether translations or entries of the process are others than they were, or were not checked, or the process has gone."""
+        return who.changed or process in changed or who in self._left or process not in self._spaces
 
     def _believed(self, name: str, context: Context, who: Translations, pages: list[Words]) -> list[str]:
         """I1 of the `pages` of one mirror that changed, or whose entries did."""

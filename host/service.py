@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import secrets
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict
 from functools import partial
@@ -469,7 +469,7 @@ class Host:
         """What is still in use, processes too, when a program and all that it has begun have ended: see `audit.left_over`."""
         return [*(f"process {number} is left over" for number in self.spaces), *audit.left_over(self.memory)]
 
-    def audit_changes(self, mirrors: Iterable[tuple[str, int, Translations]] = ()) -> list[str]:
+    def audit_changes(self, mirrors: Sequence[tuple[str, int, Translations]] = ()) -> list[str]:
         """`audit`, while things move, of what has changed since the last call; and of those `mirrors`: (device, process, mirror).
 
         For one who asks: what has been told is told again, but changes are looked at once.

@@ -237,7 +237,8 @@ class SimulatedMachine:
             device = node.device
             if device is not None and device.contexts:
                 mirrors += [(name, *mirror) for mirror in device.open_mirrors]
-                found += self._used_beyond_lease(name, device)
+                if device.fenced:
+                    found += self._used_beyond_lease(name, device)
         return self.host.audit_changes(mirrors) + found
 
     @staticmethod

@@ -86,8 +86,10 @@ def check_charges(memory: PhysicalMemory, zones: Iterable[Charges]) -> None:
     pages: Counter[int] = Counter()
     locked: Counter[int] = Counter()
     for zone in zones:
-        pages.update(zone.pages)
-        locked.update(zone.locked)
+        for number, count in zone.pages.items():
+            pages[number] += count
+        for number, count in zone.locked.items():
+            locked[number] += count
     said = memory.cgroups.charged()
     right = all(pages[number] - locked[number] <= said.get(number, 0) <= pages[number] for number in {*pages, *said})
     assert right, f"pages charged to memory cgroups (I4): {dict(sorted(pages.items()))}, they say {said}"
