@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from types import TracebackType
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 import trio
@@ -25,7 +25,6 @@ import xxhash
 
 from hmmnet.errors import HmmnetError, PeerError, PeerGone, PeerLost, ProtocolError
 from hmmnet.fabric.arbiter import Flow
-from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.fabric.dma import ArenaSink, ArenaSource, BulkReceiver, BulkSender, Sink, Source
 from hmmnet.observe.counters import DEVICE_TO_DEVICE, DEVICE_TO_HOST, HOST_TO_DEVICE
 from hmmnet.pages import (
@@ -63,13 +62,12 @@ _SHIFT = np.uint64(PAGE_SHIFT)
 M = TypeVar("M", bound=Message)
 
 
-async def in_time(wait: Callable[[], Awaitable[object]], clock: EmulatedClock, seconds: float) -> bool:
-    """Whether `wait` returned within so many real seconds, or had by `STALLED_S` later, when it was this process that stood still."""
-    for limit_s in (seconds, STALLED_S):
-        with trio.move_on_after(clock.real(limit_s)):
-            await wait()
-            return True
-    return False
+class Ends(Protocol):
+    """What ends with its device: a cancel scope, or whoever is only to be woken."""
+
+    def cancel(self) -> None:
+        """It is lost."""
+        ...
 
 
 class Acknowledgement:
@@ -166,8 +164,8 @@ class SessionLink:
         self._interconnect = interconnect
         self._lease_s = lease_s
         self._streams = 0
-        self.transfers: set[trio.CancelScope] = set()
-        """Those under way, which end when the device is lost."""
+        self.transfers: set[Ends] = set()
+        """Those under way, and whoever else is to end when the device is lost."""
         self._freed: list[Words] = []
         self._freed_singly: list[int] = []
         """Frames that were freed one by one since the last of those."""

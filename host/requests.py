@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -27,6 +26,7 @@ from hmmnet.pages import (
     pages_in,
     to_wire,
 )
+from hmmnet.sleeping import Bell
 from hmmnet.wire.messages import (
     PAGES_PER_MESSAGE_MAX,
     Evict,
@@ -49,7 +49,7 @@ from .dma_map import DeviceDma
 from .homing import Homing
 from .hub import Hub
 from .interfaces import Select
-from .link import in_time
+from .link import STALLED_S
 from .migrate import Announce, Copy, Grant, Outcome, migrate_to_device
 from .mirror import Request
 from .mm.relief import KERNEL
@@ -62,20 +62,28 @@ TABLE_UPDATE_S = 2.0
 """Real seconds that a device gets between `Migrated` and `MigrateDone`, heartbeats or not, before it counts as broken."""
 
 
-@dataclass(eq=False)
-class TableUpdate:
-    """A migration that waits for its device: what is to be done at `MigrateDone`, and who is to be woken."""
+class TableUpdate(Bell):
+    """A migration that waits for its device; woken when it is over, or the device lost. `finalize` is to be done at `MigrateDone`."""
 
-    finalize: Callable[[], None]
-    said: bool = False
-    """The device has said that it uses its pages: what it writes from then on is theirs alone, whatever becomes of it."""
-    done: trio.Event = field(default_factory=trio.Event)
+    __slots__ = ("_finalize", "over", "said")
+
+    def __init__(self, finalize: Callable[[], None]) -> None:
+        super().__init__()
+        self._finalize = finalize
+        self.said = False
+        """The device has said that it uses its pages: what it writes from then on is theirs alone, whatever becomes of it."""
+        self.over = False
 
     def end(self) -> None:
         """Finalize, once."""
-        if not self.done.is_set():
-            self.finalize()
-            self.done.set()
+        if not self.over:
+            self._finalize()
+            self.over = True
+            self.ring()
+
+    def cancel(self) -> None:
+        """The device is lost."""
+        self.ring()
 
 
 class Requests:
@@ -245,22 +253,27 @@ class Requests:
 
     async def _table_updated(self, update: TableUpdate) -> None:
         link = self._life.link
+        link.transfers.add(update)
         try:
-            async with link.transfer():
-                if not await in_time(update.done.wait, self._clock, TABLE_UPDATE_S):
-                    if not update.said:
-                        link.condemn(f"it did not say that its table is up to date within {TABLE_UPDATE_S:g} s")
-                        raise link.lost_error()
-                    await update.done.wait()  # it did, and the host is slow
-        except PeerLost:
-            if update.said:
-                update.end()
-            raise
+            for limit_s in (TABLE_UPDATE_S, STALLED_S):
+                if not update.over and link.session.lost is None:
+                    await update.heard_by(trio.current_time() + self._clock.real(limit_s))
+            if not update.said and link.session.lost is None:
+                link.condemn(f"it did not say that its table is up to date within {TABLE_UPDATE_S:g} s")
+            while not update.over and link.session.lost is None:
+                await update.heard()  # it did, and the host is slow
+        finally:
+            link.transfers.discard(update)
+        if update.over:
+            return
+        if update.said:
+            update.end()
+        raise link.lost_error()
 
     def migrate_done(self, message: MigrateDone) -> Awaitable[None] | None:
         """The device has updated its table."""
         update = self._table_updates.get(message.migration)
-        if update is None or update.done.is_set():
+        if update is None or update.over:
             return None
         update.said = True
         if not self._points.passes("migrate.before_finalize", self._life.name):

@@ -17,6 +17,7 @@ from random import Random
 import trio
 
 from hmmnet.errors import ProtocolError
+from hmmnet.sleeping import Bell
 from hmmnet.wire.codec import WITH_BODY, decode_body, decode_header
 
 from .controls import Chance, Tally
@@ -76,7 +77,8 @@ class Network:
         self._numbers = itertools.count(1)
         self._order = itertools.count()
         self._late: list[tuple[float, int, Deliver, Parts]] = []
-        self._wake = trio.Event()
+        self._bell = Bell()
+        """Wakes `run`: something is late."""
         self._quiet_until: dict[tuple[str, Channel, bool], float] = {}
         self._held: dict[str, list[tuple[Deliver, Parts]]] = {}
         self.idle = True
@@ -172,7 +174,7 @@ class Network:
             else:
                 heapq.heappush(self._late, (now_s + late_s, next(self._order), arrives, given))
                 self.idle = False
-                self._wake.set()
+                self._bell.ring()
 
     def _arriving(self, device: str, deliver: Deliver) -> Deliver:
         """`deliver`, unless the device's messages are held by then."""
@@ -193,10 +195,7 @@ class Network:
     async def run(self) -> None:
         """Deliver what is late, until cancelled."""
         while True:
-            self._wake = trio.Event()
-            due_s = self._late[0][0] if self._late else float("inf")
-            with trio.move_on_at(due_s):
-                await self._wake.wait()
+            await (self._bell.heard_by(self._late[0][0]) if self._late else self._bell.heard())
             while self._late and self._late[0][0] <= trio.current_time():
                 _, _, deliver, parts = heapq.heappop(self._late)
                 self._look()
