@@ -91,9 +91,7 @@ class Acknowledgement:
             if self._pending is None:
                 await self._link.fenced()
             else:
-                if not self._pending.answered:
-                    await self._link.answer_in_time(self._pending)
-                answer = await self._pending.wait()
+                answer = await self._link.answer_in_time(self._pending)
                 if not isinstance(answer, Done):
                     raise ProtocolError(f"it answered with {type(answer).__name__}, which acknowledges nothing")
         except PeerLost:
@@ -177,6 +175,8 @@ class SessionLink:
         self._fenced = trio.Event()
         self._fence_at = 0.0
         self.points = interconnect.points
+        self._now = trio.lowlevel.current_clock().current_time
+        """trio.current_time, by the shortest way."""
         sender.step = self._step
         session.on_lost(self._on_lost)
 
@@ -205,12 +205,11 @@ class SessionLink:
             await self._fenced.wait()
         self._fenced.set()
 
-    async def answer_in_time(self, pending: PendingReply) -> None:
-        """Wait for the answer to an invalidation; who gives none counts as broken, however alive. Raises what the answer does."""
+    async def answer_in_time(self, pending: PendingReply) -> Message:
+        """The answer to an invalidation; who gives none counts as broken, however alive. Raises what the answer does."""
         for limit_s in (INVALIDATION_S, STALLED_S):
-            if await pending.answered_by(trio.current_time() + self._interconnect.clock.real(limit_s)):
-                await pending.wait()
-                return
+            if pending.answered or await pending.answered_by(self._now() + self._interconnect.clock.real(limit_s)):
+                return await pending.wait()
         self.condemn(f"it did not let go of what was invalidated within {INVALIDATION_S:g} s")
         raise self.lost_error()
 

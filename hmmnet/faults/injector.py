@@ -22,7 +22,7 @@ import itertools
 import math
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from random import Random
 
@@ -268,8 +268,12 @@ class Injector:
     def _firing(self, where: Where) -> Iterable[tuple[_Active, Where]]:
         """What happens there now; with the place goes which time it is."""
         self.reached[where.point] += 1
-        where = replace(where, occurrence=self.reached[where.point])
-        for active in self._may_happen(where.point, where.node, where.device):
+        candidates = self._may_happen(where.point, where.node, where.device)
+        if not candidates:
+            return
+        occurrence = self.reached[where.point]
+        where = Where(where.point, where.node, where.device, where.process, where.start, where.pages, where.event, occurrence)
+        for active in candidates:
             if active.fault.touches(where) and active.chance.fires():
                 fault = active.fault
                 fired = Fired(self.now(), active.number, fault.kind or f"{fault.action} {where.point}", fault.action, where, fault.node)
