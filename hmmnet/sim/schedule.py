@@ -4,8 +4,8 @@ Tasks that become runnable in the same instant may run in any order; trio shuffl
 on one. Seeded, and with the tasks in a fixed order before the shuffle, that generator makes a run repeatable and still tries other orders
 with other seeds. trio has no public name for either; testing libraries reach for the same two (`_r`, `_ALLOW_DETERMINISTIC_SCHEDULING`).
 Nor has it one for who waits in `wait_all_tasks_blocked`, which a clock that jumps has to know (`tasks_wait_for_idle`), nor for the scopes
-that tasks are in (`drop_shields`), nor for the files in which the scheduler waits for the world outside, which a run that is forked must
-not share (`part`).
+that tasks are in (`drop_shields`), nor for whom the scheduler asks at each step of a task (`Hooks`), nor for the files in which it waits
+for the world outside, which a run that is forked must not share (`part`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import select
 import socket
-from collections.abc import Iterator, MutableSequence
+from collections.abc import Iterator, MutableSequence, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from random import Random
@@ -21,6 +21,7 @@ from typing import Any
 
 import trio
 from trio._core import _run as trio_run
+from trio.abc import Instrument
 
 from hmmnet.errors import HmmnetError
 from hmmnet.sleeping import unshield
@@ -28,22 +29,26 @@ from hmmnet.sleeping import unshield
 CHANCE = "_r"
 ORDERED = "_ALLOW_DETERMINISTIC_SCHEDULING"
 IDLE = "waiting_for_idle"
+HOOKS = "Instruments"
+"""Whom the scheduler tells of what it does."""
+THEIRS = getattr(trio_run, HOOKS, None)
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Every trio run that begins inside the block is scheduled from `seed`. Raises HmmnetError for a trio whose inside is another."""
     chance = getattr(trio_run, CHANCE, None)
-    if not isinstance(chance, Random) or not hasattr(trio_run, ORDERED) or not hasattr(trio_run.Runner, IDLE):
+    known = hasattr(trio_run, ORDERED) and hasattr(trio_run, HOOKS) and hasattr(trio_run.Runner, IDLE)
+    if not isinstance(chance, Random) or not known:
         raise HmmnetError(f"trio {version('trio')} cannot be scheduled from a seed: hmmnet does not know its inside; use another trio")
-    ordered = getattr(trio_run, ORDERED)
-    setattr(trio_run, CHANCE, Shuffler(seed))
-    setattr(trio_run, ORDERED, True)
+    before = {name: getattr(trio_run, name) for name in (CHANCE, ORDERED, HOOKS)}
+    for name, ours in ((CHANCE, Shuffler(seed)), (ORDERED, True), (HOOKS, Hooks)):
+        setattr(trio_run, name, ours)
     try:
         yield
     finally:
-        setattr(trio_run, CHANCE, chance)
-        setattr(trio_run, ORDERED, ordered)
+        for name, theirs in before.items():
+            setattr(trio_run, name, theirs)
 
 
 class Shuffler(Random):
@@ -59,6 +64,24 @@ class Shuffler(Random):
             while other >= count:
                 other = draw(bits)
             x[last], x[other] = x[other], x[last]
+
+
+class Hooks(dict[str, dict[Instrument, None]]):
+    """trio's `Instruments`, but a dict itself: mostly nobody is in it, and the scheduler looks for that at each step of a task."""
+
+    def __init__(self, incoming: Sequence[Instrument]) -> None:
+        super().__init__({"_all": {}})
+        for instrument in incoming:
+            self.add_instrument(instrument)
+
+    @property
+    def data(self) -> dict[str, dict[Instrument, None]]:
+        """See `collections.UserDict`."""
+        return self
+
+    add_instrument: Any = getattr(THEIRS, "add_instrument", None)
+    remove_instrument: Any = getattr(THEIRS, "remove_instrument", None)
+    call: Any = getattr(THEIRS, "call", None)
 
 
 def tasks_wait_for_idle() -> bool:

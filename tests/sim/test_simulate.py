@@ -20,12 +20,13 @@ from hmmnet.play.world import TOPOLOGY, UnitWorld, play_all, prepare_all
 from hmmnet.sim import SimulatedMachine, Trace, run_virtual, simulated
 from hmmnet.sim.clock import IDLE_S
 from hmmnet.sim.run import SimulationStuck
+from hmmnet.sim.schedule import HOOKS
 
 from .story import story
 
 RECORDINGS = Path(__file__).parents[1] / "conformance" / "recordings"
 MIB = 1 << 20
-GOLDEN = "a58d17459b19323bba853db1f064cac8f59075665395a10e40cd0e97725dccb9"
+GOLDEN = "359b29b94982f05da170a60e1775f347ba0e8220f8719bc0cecf59ec8d2a9a0e"
 """The digest of `story` with seed 5. It is another one when the protocol changes: then run ``python -m tests.sim.story 5`` and write down
 what it says. It must be the same with every Python and on every computer."""
 
@@ -164,13 +165,42 @@ async def test_real_time_is_refused() -> None:
 
 def test_other_runs_are_left_alone() -> None:
     """trio schedules as before afterwards; its generator goes on where it was."""
-    before = trio_run._r.getstate(), trio_run._ALLOW_DETERMINISTIC_SCHEDULING
+    before = trio_run._r.getstate(), trio_run._ALLOW_DETERMINISTIC_SCHEDULING, getattr(trio_run, HOOKS)
 
     async def nothing() -> None:
         assert trio_run._ALLOW_DETERMINISTIC_SCHEDULING
 
     run_virtual(nothing, seed=1)
-    assert (trio_run._r.getstate(), trio_run._ALLOW_DETERMINISTIC_SCHEDULING) == before
+    assert (trio_run._r.getstate(), trio_run._ALLOW_DETERMINISTIC_SCHEDULING, getattr(trio_run, HOOKS)) == before
+
+
+def test_instruments_hear_of_simulated_runs(caplog: pytest.LogCaptureFixture) -> None:
+    """As of any run of trio: those that are there from the beginning, those that come later, until they go, or fail."""
+
+    class Steps(trio.abc.Instrument):
+        def __init__(self, until: int) -> None:
+            self.count = 0
+            self._until = until
+
+        def before_task_step(self, task: trio.lowlevel.Task) -> None:
+            self.count += 1
+            if self.count == self._until:
+                raise ValueError(task.name)
+
+    goes, fails = Steps(1000), Steps(2)
+
+    async def main() -> None:
+        trio.lowlevel.add_instrument(goes)
+        trio.lowlevel.add_instrument(fails)
+        for _ in range(3):
+            await trio.lowlevel.checkpoint()
+        trio.lowlevel.remove_instrument(goes)
+        for _ in range(3):
+            await trio.lowlevel.checkpoint()
+
+    run_virtual(main)
+    assert (goes.count, fails.count) == (3, 2)
+    assert "Instrument has been disabled" in caplog.text
 
 
 def test_a_machine_that_is_cancelled_from_outside_ends() -> None:
