@@ -235,13 +235,12 @@ class Mirror:
                 part[~self._memory.owns(frames_of(part))] = 0
             self._tell_watches(start, end, told, announced=announced)
         else:
-            self._table.clear(start, end)
-            self._tell_watches(start, end, told, announced=announced)
+            self.drop(start, end, told, announced=announced)
 
-    def drop(self, start: int, end: int) -> None:
-        """Remove the entries of [start, end) and mark what is under way for them."""
+    def drop(self, start: int, end: int, told: int = 0, *, announced: bool = False) -> None:
+        """Remove the entries of [start, end) and mark what is under way for them. `told`: see `_tell_watches`."""
         self._table.clear(start, end)
-        self._tell_watches(start, end)
+        self._tell_watches(start, end, told, announced=announced)
 
     def drop_pages(self, pages: Words) -> None:
         """Remove the entries of `pages`, which may be large."""
