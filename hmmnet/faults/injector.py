@@ -369,13 +369,22 @@ class Points:
         For what is said of it see `Where`; `device` is the node itself unless given. Raises what the point's ``fail`` raises.
         """
         injector, concerned = self._injector, self._device if device is None else device
-        if injector is not None and not injector.passes(name, self.node, concerned):
+        if injector is None:
+            return
+        if name not in injector.awaited and self.node not in injector.stopped:  # as in `passes`
+            injector.reached[name] += 1
+        elif not injector.passes(name, self.node, concerned):
             await injector.at(Where(name, self.node, concerned, process, start, pages, event))
 
     def fails(self, name: str, *, device: str | None = None, process: int = 0, start: int = 0, pages: int = 0, event: str = "") -> bool:
         """Whether what happens at that point, which cannot wait, fails this time."""
         injector, concerned = self._injector, self._device if device is None else device
-        if injector is None or injector.passes(name, self.node, concerned):
+        if injector is None:
+            return False
+        if name not in injector.awaited and self.node not in injector.stopped:  # as in `passes`
+            injector.reached[name] += 1
+            return False
+        if injector.passes(name, self.node, concerned):
             return False
         return injector.fails(Where(name, self.node, concerned, process, start, pages, event))
 

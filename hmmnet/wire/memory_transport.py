@@ -174,7 +174,12 @@ class Pipe:
                 break
             self._turns.immediate = 0
             await self._takers.park()
-        return self.get_nowait()
+        if self.closed:
+            return self.get_nowait()
+        parts = queue.popleft()  # as there, without a call: each message passes here
+        if queue or self._givers.tasks:
+            self._pass_on()
+        return parts
 
     def detach(self) -> None:
         """The receiving end is dead: what is sent falls into the void, and its waiters are not told."""
