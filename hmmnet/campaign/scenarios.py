@@ -249,6 +249,14 @@ DEPARTED = _steps(
     ("device_load", SHARED, 0, 8, 1, "remote", 1),
 )
 """A page leaves a device that has just been told that it has it, and has not mapped it yet."""
+WRITTEN = _steps(
+    ("device_store", ANON, 0, 8, 0, "remote", 0),
+    ("device_load", SHARED, 0, 8, 1, "remote", 1),
+    ("migrate", PAGES_ANON, 0, 1, 0, "", 1),
+    ("device_store", ANON, 0, 8, 0, "remote", 0),
+    ("load", ANON, 0, 8, 0, "", 0),
+)
+"""A page that a device writes over the link comes to it; it has been copied when the device is about to write it again."""
 OLDEN = tuple(step for step in TOUR if step.choice != "exclusive")
 
 
@@ -315,6 +323,17 @@ _EVERY = (
             Hit("device.after_write", "delay", nth=2, seconds=0.01),
             Hit("device.job_start", "delay", nth=1, seconds=0.001),
             Hit("device.job_start", "delay", nth=3, seconds=0.006),
+        ),
+    ),
+    _made(
+        "written",
+        "a page that a device writes over its link while it comes there",
+        WRITTEN,
+        actors=2,
+        hits=(
+            Hit("device.job_start", "delay", nth=2, seconds=0.002),
+            Hit("device.job_start", "delay", nth=2, seconds=0.004),
+            Hit("migrate.before_pages", "delay", nth=1, seconds=0.01),
         ),
     ),
     _made("silence", "a device that is silent for longer than its lease", TOUR, harms=(Harm(6, "hang", 0, 8.0),)),
