@@ -41,6 +41,9 @@ COMMANDS = {
 }
 """Each command's module is ``hmmnet.cli.COMMAND`` and holds the command as a function of that name, or a group of commands as ``app``."""
 
+COMPLETION = "_HMMNET_COMPLETE"
+"""The environment variable by which a shell asks what could stand where somebody is typing."""
+
 FAILED = 1
 WRONG_USE = 2
 INTERRUPTED = 130
@@ -95,6 +98,14 @@ def _print_no_more() -> None:
 def exit_code(arguments: list[str]) -> int:
     """Run one command; its exit code. What it has to say about errors goes to stderr."""
     name = arguments[0] if arguments else ""
+    if COMPLETION in os.environ:  # by a shell, at each TAB
+        from .completion import answer
+
+        return answer()
+    if name in ("--install-completion", "--show-completion"):
+        from .completion import set_up
+
+        return set_up(name, arguments[1:])
     if name == "help" and arguments[1:]:
         return exit_code([*arguments[1:], "--help"])
     if name in ("", "-h", "--help", "help"):
@@ -269,4 +280,5 @@ usage: hmmnet COMMAND [ARGUMENTS]
 
 {rows}
 
-"hmmnet COMMAND --help" tells more, "hmmnet --version" which one this is; "hmmnet demo" is the place to begin."""
+"hmmnet COMMAND --help" tells more, "hmmnet --version" which one this is; "hmmnet demo" is the place to begin.
+"hmmnet --install-completion" makes your shell (bash, zsh, fish) complete commands, options and names."""

@@ -6,10 +6,13 @@ from typing import Annotated, Any
 
 import typer
 
+from .completion import machines
+
 
 def check(
     name: Annotated[
-        str | None, typer.Argument(help='The machine; not needed when only one runs, or for "default".', show_default=False)
+        str | None,
+        typer.Argument(autocompletion=machines, help='The machine; not needed when only one runs, or for "default".', show_default=False),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print for programs: complaints, and what was looked at.")] = False,
 ) -> int:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .completion import topologies
 from .outputs import writable, write
 from .plans import Breaking, FaultsFile, plan_for
 from .worlds import WORLD_HELP, World
@@ -27,7 +28,7 @@ def demo(
         list[Path] | None,
         typer.Option("--input", help="Text to work on; several files may follow. Default: the standard library's sources."),
     ] = None,
-    topology: Annotated[str, typer.Option(help="The machine: a preset's name or a TOML file.")] = "two-gpus",
+    topology: Annotated[str, typer.Option(autocompletion=topologies, help="The machine: a preset's name or a TOML file.")] = "two-gpus",
     limit_mib: Annotated[int, typer.Option(min=1, max=256, help="Read at most so much of the text.")] = 4,
     rate: Annotated[str, typer.Option(help="Emulated seconds for a real one: auto (measured) or a number.")] = "auto",
     seed: Annotated[int, typer.Option(help="For the words looked up, chances of faults and, with --world sim, the order.")] = SEED,

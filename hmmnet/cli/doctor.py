@@ -21,6 +21,7 @@ from hmmnet.errors import HmmnetError
 from hmmnet.units import show_rate, show_size
 
 from . import FAILED
+from .completion import topologies
 
 if TYPE_CHECKING:
     from hmmnet.topology.model import Topology
@@ -49,7 +50,9 @@ class Finding:
 
 
 def doctor(
-    topology: Annotated[str, typer.Argument(help="The machine that is to run here: a preset's name, or a TOML file.")] = "two-gpus",
+    topology: Annotated[
+        str, typer.Argument(autocompletion=topologies, help="The machine that is to run here: a preset's name, or a TOML file.")
+    ] = "two-gpus",
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings for programs.")] = False,
 ) -> int:
     """What this computer has and lacks for running a machine. Exit code 1 when something must be mended first."""

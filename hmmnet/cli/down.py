@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .completion import machines
+
 if TYPE_CHECKING:
     from hmmnet.launcher.directory import Directory
 
@@ -18,7 +20,12 @@ END_S = 5.0
 def down(
     names: Annotated[
         list[str] | None,
-        typer.Argument(help='The machines; not needed when only one runs, or for "default".', metavar="NAME", show_default=False),
+        typer.Argument(
+            autocompletion=machines,
+            help='The machines; not needed when only one runs, or for "default".',
+            metavar="NAME",
+            show_default=False,
+        ),
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="End every machine of yours.")] = False,
 ) -> int:

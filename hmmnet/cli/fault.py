@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import CONTEXT
+from .completion import devices, machines
 
 if TYPE_CHECKING:
     from hmmnet.faults.kinds import Kind, Parameter
@@ -23,10 +24,12 @@ app = typer.Typer(
     no_args_is_help=True,
     context_settings=CONTEXT,
 )
-Machine = Annotated[str | None, typer.Option("--machine", "-m", help=ON_HELP, show_default=False)]
-Target = Annotated[str, typer.Argument(help="A device, DEVICE<->host, or a link.")]
-Device = Annotated[str, typer.Argument(help="A device, or a pattern of names, such as gpu*.", metavar="DEVICE")]
-Held = Annotated[str, typer.Argument(help="A device, or a way: DEVICE<->host, DEVICE->host, host->DEVICE.", metavar="DEVICE|WAY")]
+Machine = Annotated[str | None, typer.Option("--machine", "-m", autocompletion=machines, help=ON_HELP, show_default=False)]
+Target = Annotated[str, typer.Argument(autocompletion=devices, help="A device, DEVICE<->host, or a link.")]
+Device = Annotated[str, typer.Argument(autocompletion=devices, help="A device, or a pattern of names, such as gpu*.", metavar="DEVICE")]
+Held = Annotated[
+    str, typer.Argument(autocompletion=devices, help="A device, or a way: DEVICE<->host, DEVICE->host, host->DEVICE.", metavar="DEVICE|WAY")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 OneWay = Annotated[bool, typer.Option("--oneway", help="Only from the device to the host, or as the target says.")]
 
@@ -176,7 +179,7 @@ def bounce(
 
 
 @app.command()
-def unplug(device: Annotated[str, typer.Argument(help="A device.")], machine: Machine = None) -> int:
+def unplug(device: Annotated[str, typer.Argument(autocompletion=devices, help="A device.")], machine: Machine = None) -> int:
     """A device is taken out in order: its pages go home, its memory goes, it is told goodbye. Who holds on to a page is named."""
     _ask(machine, "unplug", device=device)
     print(f"{device} is unplugged")

@@ -11,6 +11,8 @@ from typing import Annotated
 
 import typer
 
+from .completion import machines, processes
+
 LOOK_S = 0.2
 """Between looks at the files while following."""
 LEVELS = ("debug", "info", "warning", "error", "critical")
@@ -18,10 +20,15 @@ LEVELS = ("debug", "info", "warning", "error", "critical")
 
 def logs(
     name: Annotated[
-        str | None, typer.Argument(help='The machine; not needed when there is only one, or for "default".', show_default=False)
+        str | None,
+        typer.Argument(
+            autocompletion=machines, help='The machine; not needed when there is only one, or for "default".', show_default=False
+        ),
     ] = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what is written from now on, until Ctrl-C.")] = False,
-    process: Annotated[str | None, typer.Option("--process", "-p", help="Only this process: host, launcher or a device.")] = None,
+    process: Annotated[
+        str | None, typer.Option("--process", "-p", autocompletion=processes, help="Only this process: host, launcher or a device.")
+    ] = None,
     level: Annotated[str, typer.Option(help="Only lines of at least this level: debug, info, warning, error.")] = "debug",
     tail: Annotated[int | None, typer.Option("--tail", "-n", min=0, help="Only the last so many lines.", show_default=False)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the lines as they are: one JSON object each.")] = False,

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .completion import machines
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
@@ -19,7 +21,9 @@ DEVICES_LISTED = 16
 
 
 def ps(
-    name: Annotated[str | None, typer.Argument(help="Show this machine only, with every device.", show_default=False)] = None,
+    name: Annotated[
+        str | None, typer.Argument(autocompletion=machines, help="Show this machine only, with every device.", show_default=False)
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the records for programs.")] = False,
 ) -> int:
     """Machines that run, with their devices; and what dead machines left behind."""

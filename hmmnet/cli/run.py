@@ -13,6 +13,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from .completion import machines, topologies, workloads
 from .plans import Breaking, FaultsFile
 from .worlds import WORLD_HELP, World
 
@@ -22,14 +23,19 @@ NUMBERS: dict[Any, tuple[type, ...]] = {int: (int,), float: (int, float)}
 
 
 def run(
-    workload: Annotated[str, typer.Argument(help="A built-in workload's name, or FILE.py:FUNCTION.", metavar="WORKLOAD")],
+    workload: Annotated[
+        str, typer.Argument(autocompletion=workloads, help="A built-in workload's name, or FILE.py:FUNCTION.", metavar="WORKLOAD")
+    ],
     arguments: Annotated[
         list[str] | None, typer.Argument(help="Arguments of the workload as NAME=VALUE.", metavar="NAME=VALUE", show_default=False)
     ] = None,
     topology: Annotated[
-        str | None, typer.Option(help=f"Start a machine of this topology (default: {TOPOLOGY}).", show_default=False)
+        str | None,
+        typer.Option(autocompletion=topologies, help=f"Start a machine of this topology (default: {TOPOLOGY}).", show_default=False),
     ] = None,
-    on: Annotated[str | None, typer.Option(help="Use this running machine instead of starting one.", show_default=False)] = None,
+    on: Annotated[
+        str | None, typer.Option(autocompletion=machines, help="Use this running machine instead of starting one.", show_default=False)
+    ] = None,
     rate: Annotated[str, typer.Option(help="Emulated seconds for a real one: auto (measured) or a number.")] = "auto",
     world: Annotated[World, typer.Option(help=WORLD_HELP)] = World.real,
     seed: Annotated[int, typer.Option(help="What chances of faults are drawn from; with --world sim the order of events, too.")] = 0,

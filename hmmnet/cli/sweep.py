@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .completion import scenarios
 from .outputs import writable, write
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def sweep(
-    scenario: Annotated[str, typer.Argument(help="A scenario (see --list), or all.")] = "all",
+    scenario: Annotated[str, typer.Argument(autocompletion=scenarios, help="A scenario (see --list), or all.")] = "all",
     only: Annotated[str, typer.Option(help="Only places whose name begins so.", show_default=False)] = "",
     fault: Annotated[str, typer.Option(help="Only this fault, such as crash or loss.", show_default=False)] = "",
     nth: Annotated[int, typer.Option(min=1, help="At most so many hits of each pair in each scenario.")] = 500,

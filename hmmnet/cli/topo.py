@@ -12,6 +12,7 @@ import typer
 from hmmnet.units import counted
 
 from . import CONTEXT, FAILED
+from .completion import topologies
 from .outputs import write
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ app = typer.Typer(
 WIDTH_MAX = 1000
 """Wider than any table."""
 Json = Annotated[bool, typer.Option("--json", help="Print the data for programs.")]
-Name = Annotated[str, typer.Argument(help="A preset's name, or a TOML file.", show_default=False)]
+Name = Annotated[str, typer.Argument(autocompletion=topologies, help="A preset's name, or a TOML file.", show_default=False)]
 
 
 @app.command("ls")
@@ -112,7 +113,7 @@ def show(
 
 @app.command("check")
 def check(
-    files: Annotated[list[str], typer.Argument(help="TOML files, or presets' names.", show_default=False)],
+    files: Annotated[list[str], typer.Argument(autocompletion=topologies, help="TOML files, or presets' names.", show_default=False)],
     as_json: Json = False,
 ) -> int:
     """Check topology files: all mistakes of each, with line and mend. Exit code 1 when there is one."""

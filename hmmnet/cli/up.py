@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .completion import topologies
 from .plans import Breaking, FaultsFile, plan_for, told
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ NAME = "default"
 
 
 def up(
-    topology: Annotated[str, typer.Argument(help="A preset's name or a TOML file.")] = "two-gpus",
+    topology: Annotated[str, typer.Argument(autocompletion=topologies, help="A preset's name or a TOML file.")] = "two-gpus",
     name: Annotated[str, typer.Option(help="What the machine is called.")] = NAME,
     rate: Annotated[str, typer.Option(help="Emulated seconds for a real one: auto (measured) or a number.")] = "auto",
     transport: Annotated[
