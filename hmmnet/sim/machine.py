@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cache, partial
 from importlib.metadata import entry_points
@@ -23,7 +22,7 @@ from hmmnet.faults.controls import Tally
 from hmmnet.faults.effects import DeviceEffect, HostEffect, LinkEffect, NodeEffect
 from hmmnet.faults.injector import HOST, Injector, PointFault
 from hmmnet.faults.kinds import Fault
-from hmmnet.faults.messages import Channel, MessageFault
+from hmmnet.faults.messages import MessageFault
 from hmmnet.faults.network import Network
 from hmmnet.faults.plan import AnyFault, plain
 from hmmnet.faults.targets import check_target
@@ -32,10 +31,10 @@ from hmmnet.program import Process
 from hmmnet.sleeping import sleep
 from hmmnet.topology.load import installed_models, load
 from hmmnet.topology.model import Personality, Topology, with_personality
-from hmmnet.wire.memory_transport import MemoryChannel, MemoryTransport
-from hmmnet.wire.transport import CHANNEL_BYTES_MAX
+from hmmnet.wire.memory_transport import MemoryTransport
 
 from .clock import JumpClock, VirtualClock
+from .node import Node, NodeTransport
 from .suffering import Suffering
 from .trace import Trace
 
@@ -47,59 +46,6 @@ PID = 1
 """The pid that devices give: none of them is a process."""
 
 Serve = Callable[..., Awaitable[PeerLost]]
-
-
-class NodeTransport(MemoryTransport):
-    """What one device holds of the wires. `cut` is its sudden death: what it sends falls into the void, what is sent to it as well."""
-
-    def __init__(self, wires: MemoryTransport, name: str, network: Network) -> None:
-        self._wires = wires
-        self._name = name
-        self._network = network
-        self._channels: list[MemoryChannel] = []
-
-    def connect(self, endpoint: str, identity: bytes) -> MemoryChannel:
-        """See `Transport.connect`."""
-        return self._through(self._mine(self._wires.connect(endpoint, identity)), "control")
-
-    def connect_channel(self, endpoint: str, max_bytes: int = CHANNEL_BYTES_MAX, key: bytes = b"") -> MemoryChannel:
-        """See `Transport.connect_channel`."""
-        return self._through(self._mine(self._wires.connect_channel(endpoint, max_bytes, key)), "bulk")
-
-    def connect_telemetry(self, endpoint: str) -> MemoryChannel:
-        """See `Transport.connect_telemetry`."""
-        return self._mine(self._wires.connect_telemetry(endpoint))
-
-    def fresh_identity(self, name: str) -> bytes:
-        """See `Transport.fresh_identity`."""
-        return self._wires.fresh_identity(name)
-
-    def _through(self, channel: MemoryChannel, kind: Channel) -> MemoryChannel:
-        """The channel's messages pass the network."""
-        sent = partial(self._network.sent, self._name, kind)
-        channel.divert(partial(sent, to_device=True), partial(sent, to_device=False))
-        return channel
-
-    def _mine(self, channel: MemoryChannel) -> MemoryChannel:
-        self._channels.append(channel)
-        return channel
-
-    def cut(self) -> None:
-        """From now on nothing of this device reaches anybody."""
-        for channel in self._channels:
-            channel.cut()
-
-
-@dataclass(eq=False)
-class _Node:
-    """A device that runs."""
-
-    transport: NodeTransport
-    scope: trio.CancelScope
-    incarnation: int
-    device: Any = None
-    ended: trio.Event = field(default_factory=trio.Event)
-    failure: HmmnetError | None = None
 
 
 class SimulatedMachine:
@@ -144,7 +90,7 @@ class SimulatedMachine:
         self.nursery = nursery
         """Tasks in it end with the machine."""
         self._serve = serve
-        self._nodes: dict[str, _Node] = {}
+        self._nodes: dict[str, Node] = {}
         self._incarnations = dict.fromkeys(topology.device_names, 0)
 
     def __repr__(self) -> str:
@@ -273,7 +219,7 @@ class SimulatedMachine:
         self._incarnations[name] += 1
         if self._host_silent:
             self.network.hold(name)
-        node = _Node(NodeTransport(self._wires, name, self.network), trio.CancelScope(), self._incarnations[name])
+        node = Node(NodeTransport(self._wires, name, self.network), trio.CancelScope(), self._incarnations[name])
         self._nodes[name] = node
         ready = False
         with only_error():
@@ -287,7 +233,7 @@ class SimulatedMachine:
             raise node.failure or HmmnetError("the device ended before it was ready")
 
     @staticmethod
-    async def _give_up_with(node: _Node, scope: trio.CancelScope) -> None:
+    async def _give_up_with(node: Node, scope: trio.CancelScope) -> None:
         """Nobody need wait for a device that has ended. (An error raised here would come together with a cancellation from elsewhere.)"""
         await node.ended.wait()
         scope.cancel()
@@ -393,7 +339,7 @@ class SimulatedMachine:
                 suffering.begin(name, node.device)
         return suffering
 
-    def _made(self, name: str, node: _Node, device: Any) -> None:
+    def _made(self, name: str, node: Node, device: Any) -> None:
         """A device has started: it suffers what those of its name do now, as a real one is told when it comes."""
         node.device = device
         for undo in self.carrier.at_work:
@@ -463,7 +409,7 @@ class SimulatedMachine:
         if name not in self._incarnations:
             raise KernelError(2, call, f'there is no device "{name}"; there are {", ".join(self.device_names)}')
 
-    async def _be(self, name: str, node: _Node) -> None:
+    async def _be(self, name: str, node: Node) -> None:
         try:
             with node.scope:
                 await self._serve(
