@@ -45,7 +45,7 @@ async def memory_failure(memory: PhysicalMemory, spaces: Mapping[int, AddressSpa
                 held, frames = frames, frames[:0]
                 space.put_pages(held)  # a folio that is held cannot be split
                 await split_large(space, spaces, pages[:count], NO_OWNER, compound=False)
-                if not _stayed(space, pages[:count], held[:count]):
+                if await memory.breaking.wait(held[:count]) or not _stayed(space, pages[:count], held[:count]):
                     continue
                 whole = _until(memory.field(held[:count], "flags") & COMPOUND != 0)
                 if whole < count:
@@ -90,7 +90,8 @@ async def break_memory(memory: PhysicalMemory, spaces: Mapping[int, AddressSpace
 async def _break(memory: PhysicalMemory, spaces: Mapping[int, AddressSpace], frames: Words) -> None:
     """`frames` get one more reference, which nobody lets go; who maps them is told, and finds poison.
 
-    They are locked meanwhile, so that no migration takes them away: that of a device's page would not mind the reference.
+    They are locked meanwhile, so that no migration takes them away: that of a device's page would not mind the reference. Whoever needs one
+    waits (`Breaking`).
 
     Raises MappedAnew (EBUSY: the kernel fails to unmap it, MF_MSG_UNMAP_FAILED); then nothing has broken.
     """
@@ -98,6 +99,7 @@ async def _break(memory: PhysicalMemory, spaces: Mapping[int, AddressSpace], fra
         zone.refcount[at] += 1
         zone.flags[at] |= np.uint32(LOCKED)
     async with AsyncExitStack() as stack:
+        stack.enter_context(memory.breaking.hold(frames))
         try:
             await clear_wherever(stack, spaces, lambda: [(mapped.mm, mapped.pages) for mapped in mappings(memory, frames)])
         except BaseException:  # cancelled, too

@@ -173,17 +173,12 @@ class Faulting:
                 return page, touched
         return page, fault.Touched(0)
 
-    async def _lose_patience(self, page: int, rounds: int) -> None:
-        if rounds > ROUNDS_MAX:
-            raise HmmnetError(f"page 0x{page:x} of process {self.number} was taken away {ROUNDS_MAX} times before it could be accessed")
-        await sleep(PATIENCE_S)
-
     async def _resolve(self, page: int, touched: fault.Touched, rounds: int) -> None:
         """See to what stands in the way of an access to `page`. The mmap lock is held for reading."""
         if self.mm.unstable:
             raise BusError(page << PAGE_SHIFT, f"page 0x{page:x} of process {self.number}, which is being killed, was reaped")
-        if rounds > SPINS_MAX:
-            await self._lose_patience(page, rounds)
+        if rounds > ROUNDS_MAX:
+            raise HmmnetError(f"page 0x{page:x} of process {self.number} was taken away {ROUNDS_MAX} times before it could be accessed")
         end = page + touched.blocked
         if touched.cause is Cause.MIGRATION:
             await self.wait_migration(page)
@@ -210,6 +205,8 @@ class Faulting:
             raise BusError(page << PAGE_SHIFT, f"page 0x{page:x} of process {self.number} is missing, and a userfaultfd wants SIGBUS")
         elif touched.cause is Cause.BEYOND:
             raise BusError(page << PAGE_SHIFT, self._behind(page))
+        if rounds > SPINS_MAX:
+            await sleep(PATIENCE_S)
 
     async def _bring_home(self, page: int, count: int) -> None:
         """A CPU access found device-private pages: migrate_to_ram for up to `count` of them, all of one zone; a huge page comes whole."""
@@ -225,6 +222,8 @@ class Faulting:
         if not all_of(same):
             count = int(np.argmin(same))
         self._check_there(page, int(zones[0]))
+        if await self.memory.breaking.wait(pte.frames_of(entries[:1])):
+            return
         self.cpu_faults += 1 if entries[0] & pte.HUGE else count
         try:
             await self.home(self, np.arange(page, page + count, dtype=np.uint64))

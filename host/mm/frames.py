@@ -34,6 +34,7 @@ from hmmnet.pages import (
     unlike,
 )
 
+from .breaking import Breaking
 from .contents import Contents
 from .located import Located, Place
 from .memcg import CHARGE_MASK, MemoryCgroup, MemoryCgroups
@@ -88,6 +89,7 @@ class PhysicalMemory(Contents):
         self.emptied: list[Callable[[], None]] = []
         """What is to be looked at when nobody has frames in hand: memory of dead devices of which a page was freed."""
         self.poisoned = 0
+        self.breaking = Breaking()
         """Frames that have broken; they stay allocated."""
         self._numbers = 0
         self._swap: Swap | None = None

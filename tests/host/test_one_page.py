@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
-from hmmnet.errors import BusError, PeerLost
+from hmmnet.errors import BusError, KernelError, PeerLost
+from hmmnet.host.announce import MappedAnew
 from hmmnet.host.mm import few, pte
 from hmmnet.host.mm.frames import PhysicalMemory
 from hmmnet.host.mm.zones import LOCKED
-from hmmnet.host.poison import break_memory
+from hmmnet.host.poison import break_memory, memory_failure
 from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE
 
 from .fakes import ZONE, Bench
@@ -96,9 +99,12 @@ async def test_a_page_that_cannot_come_home_stays_or_is_free(general: bool, unma
     assert await space.load(address, 1) == (b"\0" if unmapped else b"x")
 
 
+@pytest.mark.parametrize("given_up", [False, True])
 @pytest.mark.parametrize("general", [False, True])
-async def test_a_page_that_is_breaking_does_not_come_home(general: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who breaks it holds it while mirrors are told: it stays until it is broken, and the CPU that touched it meanwhile hears so."""
+async def test_a_page_that_is_breaking_does_not_come_home(general: bool, given_up: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who breaks it holds it while mirrors are told, however long: the CPUs that touch it meanwhile look once, and sleep; they hear of it,
+    or have their page when the break is given up.
+    """
     if general:
         monkeypatch.setattr(few, "take", lambda *_: None)
     bench = Bench()
@@ -107,22 +113,66 @@ async def test_a_page_that_is_breaking_does_not_come_home(general: bool, monkeyp
     await space.store(address, b"x")
     await bench.to_device(space, address, 1)
     page = address >> PAGE_SHIFT
+    told = trio.Event()
+    looks = 0
+    look = few.take
 
-    async def touched() -> None:
-        with pytest.raises(BusError, match="poisoned"):
-            await space.load(address, 1)
+    async def touch() -> None:
+        if given_up:
+            assert await space.load(address, 1) == b"x"
+        else:
+            with pytest.raises(BusError, match="poisoned"):
+                await space.load(address, 1)
 
+    async def clear_wherever(*where: object) -> None:
+        nursery.start_soon(touch)
+        nursery.start_soon(touch)
+        await trio.testing.wait_all_tasks_blocked(0.02)
+        assert space.mm.table.get(page) & pte.KIND == pte.DEVICE
+        assert looks <= 2
+        told.set()
+        await trio.lowlevel.checkpoint()
+        if given_up:
+            raise MappedAnew(errno.EBUSY, "try_to_migrate", "as somebody did")
+
+    def counted(*arguments: Any) -> Any:
+        nonlocal looks
+        looks += not told.is_set()
+        return look(*arguments)
+
+    monkeypatch.setattr(few, "take", counted)
+    monkeypatch.setattr("hmmnet.host.poison.clear_wherever", clear_wherever)
     async with trio.open_nursery() as nursery:
+        if given_up:
+            with pytest.raises(MappedAnew):
+                await break_memory(bench.memory, bench.spaces, space, page, page + 1)
+        else:
+            assert await break_memory(bench.memory, bench.spaces, space, page, page + 1) == 1
+    assert bench.host_pages_used() == given_up
+    assert bench.memory.poisoned == (not given_up)
 
-        async def told(*where: object) -> None:
-            nursery.start_soon(touched)
-            for _ in range(20):
-                await trio.lowlevel.checkpoint()
-            assert space.mm.table.get(page) & pte.KIND == pte.DEVICE
 
-        monkeypatch.setattr("hmmnet.host.poison.clear_wherever", told)
-        assert await break_memory(bench.memory, bench.spaces, space, page, page + 1) == 1
-    assert bench.host_pages_used() == 0
+async def test_a_page_breaks_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two madvise(MADV_HWPOISON) at a time: the second finds poison (EFAULT), as the kernel's get_user_pages does."""
+    bench = Bench()
+    space = bench.space()
+    address = await space.mmap(PAGE_SIZE)
+    await space.store(address, b"x")
+    page = address >> PAGE_SHIFT
+
+    async def clear_wherever(*where: object) -> None:
+        monkeypatch.undo()
+        nursery.start_soon(second)
+        await trio.testing.wait_all_tasks_blocked(0.01)
+
+    async def second() -> None:
+        with pytest.raises(KernelError, match="EFAULT"):
+            await memory_failure(bench.memory, bench.spaces, space, page, page + 1)
+
+    monkeypatch.setattr("hmmnet.host.poison.clear_wherever", clear_wherever)
+    async with trio.open_nursery() as nursery:
+        await memory_failure(bench.memory, bench.spaces, space, page, page + 1)
+    assert bench.memory.poisoned == 1
 
 
 async def test_a_cancelled_load_leaves_the_page_on_the_device() -> None:
