@@ -185,13 +185,7 @@ class Faulting:
         elif touched.cause is Cause.DEVICE:
             await self._bring_home(page, min(touched.blocked, HOME_PAGES_MAX))
         elif touched.cause is Cause.COW:
-            vma = self.mm.vmas.find(page)
-            assert vma is not None, "a page to be copied lies in a VMA"
-            for block in huge.huge_blocks(self.mm, np.arange(page, end, dtype=np.uint64)):
-                async with self.hub.invalidate(Event.CLEAR, block, block + HUGE_PAGES):
-                    huge.break_cow(self.mm, vma, block)
-            async with self.hub.invalidate(Event.CLEAR, page, end):
-                fault.break_cow(self.mm, vma, np.arange(page, end, dtype=np.uint64))
+            await self._break_cow(page, end)
         elif touched.cause is Cause.EXCLUSIVE:
             async with self.hub.invalidate(Event.CLEAR, page, end):
                 fault.restore_exclusive(self.mm, np.arange(page, end, dtype=np.uint64))
@@ -207,6 +201,16 @@ class Faulting:
             raise BusError(page << PAGE_SHIFT, self._behind(page))
         if rounds > SPINS_MAX:
             await sleep(PATIENCE_S)
+
+    async def _break_cow(self, page: int, end: int) -> None:
+        """wp_page_copy, or reuse, for [page, end) of one VMA."""
+        vma = self.mm.vmas.find(page)
+        assert vma is not None, "a page to be copied lies in a VMA"
+        for block in huge.huge_blocks(self.mm, np.arange(page, end, dtype=np.uint64)):
+            async with self.hub.invalidate(Event.CLEAR, block, block + HUGE_PAGES):
+                huge.break_cow(self.mm, vma, block)
+        async with self.hub.invalidate(Event.CLEAR, page, end):
+            fault.break_cow(self.mm, vma, np.arange(page, end, dtype=np.uint64))
 
     async def _bring_home(self, page: int, count: int) -> None:
         """A CPU access found device-private pages: migrate_to_ram for up to `count` of them, all of one zone; a huge page comes whole."""
