@@ -7,8 +7,6 @@ frame zone of its own, so that a frame of a dead life is never mistaken for one 
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import trio
@@ -77,15 +75,14 @@ class Life:
         """The zone of its frames."""
         return self.link.zone
 
-    @contextmanager
-    def migration(self) -> Iterator[None]:
-        """Around a migration to its memory."""
+    def migration_begins(self) -> None:
+        """A migration to its memory was asked for, and will be carried out."""
         self.migrating += 1
-        try:
-            yield
-        finally:
-            self.migrating -= 1
-            self.migrated.unpark_all()
+
+    def migration_ends(self) -> None:
+        """It is over, however it went."""
+        self.migrating -= 1
+        self.migrated.unpark_all()
 
     async def settled(self) -> None:
         """Return when no migration to its memory is under way. Raises PeerLost when it is gone then."""

@@ -147,7 +147,7 @@ class PageMap:
         return True
 
     def bury_late(self, then: Callable[[], None]) -> None:
-        """`bury`, and `then`, when whoever maps what was lost has let go of all of it: the unmapping or exit that does so sees to it."""
+        """`bury`, and `then`, when whoever maps what was lost has let go of all of it: whoever unmaps or puts the last page sees to it."""
 
         def empties(_: Words) -> None:
             if bury not in self.memory.emptied:

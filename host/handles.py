@@ -115,6 +115,8 @@ class HeldPages:
         """Let them go."""
         frames, self._frames = self._frames, self._frames[:0]
         self._space.put_pages(frames, pin=self._pin)
+        if self._space.memory.emptied:
+            self._space.memory.bury_emptied()
 
 
 async def command_device(context: Context, command: str, address: int, pages: int, data: bytes, flags: int, pages_out: int) -> IoctlResult:

@@ -191,6 +191,7 @@ class Requests:
             raise ProtocolError(f"Migrate of {message.pages} pages with {pages_in(frames)} frames granted")
         if self._life.leaving:  # as if every page were busy: a driver has to live with that
             return Migrated(0, to_wire(np.zeros(message.pages, np.uint64)), 0, 0)
+        self._life.migration_begins()
         self._nursery.start_soon(self._to_device, context, message, Grant(self._life.page_map.zone, frames), self._later(message))
         return LATER
 
@@ -224,8 +225,7 @@ class Requests:
                     del self._table_updates[number]
 
         try:
-            with self._life.migration():
-                await self._migrate_in(context, message, grant, announce)
+            await self._migrate_in(context, message, grant, announce)
         except PeerLost as error:
             if not replied:
                 answer(error)
@@ -233,6 +233,8 @@ class Requests:
             if replied:
                 raise
             answer(error)
+        finally:
+            self._life.migration_ends()
 
     async def _migrate_in(self, context: Context, message: Migrate, grant: Grant, announce: Announce) -> None:
         contexts = self._life.contexts_of(context.space.number)

@@ -99,6 +99,8 @@ class Advice(Collapsing):
         else:
             async with self.mmap_lock.read():
                 await self._advise_pages(start, end, advice)
+            if self.memory.emptied:
+                self.memory.bury_emptied()
         if hole < end:
             raise KernelError(errno.ENOMEM, "madvise", f"page 0x{hole:x} of process {self.number} is not mapped")
 

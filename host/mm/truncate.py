@@ -77,6 +77,8 @@ async def _unmap(file: File, first: int, end: int, *, even_cows: bool) -> None:
             for _, low, high in ranges_of(space.mm, file, first, end) if even_cows else ():
                 fault.zap_range(space.mm, low, high)
         file.drop(first, end)
+    if file.memory.emptied:
+        file.memory.bury_emptied()
 
 
 async def told_everywhere(stack: AsyncExitStack, file: File, first: int, end: int) -> None:

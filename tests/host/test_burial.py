@@ -14,7 +14,7 @@ from hmmnet.pages import DEVICE_ZONE_MIN, PAGE_SIZE
 from .test_service import KILLED, lost, one_device, pages_of
 
 
-@pytest.mark.parametrize("how", ["munmap", "exit"])
+@pytest.mark.parametrize("how", ["munmap", "exit", "madvise"])
 async def test_memory_of_a_dead_device_goes_with_the_last_who_maps_it(how: str) -> None:
     """Also long after the device: zone, struct pages and bytes are forgotten; until then its pages are SIGBUS that name it."""
     async with one_device() as (host, device, process):
@@ -30,7 +30,12 @@ async def test_memory_of_a_dead_device_goes_with_the_last_who_maps_it(how: str) 
         zone = host.memory.zones[DEVICE_ZONE_MIN]
         with pytest.raises(BusError, match="gpu0"):
             await process.read(address + 3 * PAGE_SIZE, 1)
-        await (process.munmap(address + 3 * PAGE_SIZE, PAGE_SIZE) if how == "munmap" else process.exit())
+        if how == "munmap":
+            await process.munmap(address + 3 * PAGE_SIZE, PAGE_SIZE)
+        elif how == "exit":
+            await process.exit()
+        else:
+            await process.madvise(address + 3 * PAGE_SIZE, PAGE_SIZE, "DONTNEED")
         assert list(host.memory.zones) == [0]
         assert host.memory.emptied == []
         forgotten = weakref.ref(zone)

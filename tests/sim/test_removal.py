@@ -16,8 +16,10 @@ import trio
 import hmmnet
 from hmmnet.errors import HmmnetError, KernelError, PeerError
 from hmmnet.faults import PointFault, fault
+from hmmnet.host.requests import Requests
 from hmmnet.pages import PAGE_SIZE
 from hmmnet.sim import SimulatedMachine
+from hmmnet.wire.messages import Migrate
 
 from .everything import MACHINE
 from .test_dma_ways import MACHINE as COHERENT
@@ -53,6 +55,37 @@ def test_a_device_is_unplugged_with_pages_in_its_memory() -> None:
         assert machine.audit() == []
 
     hmmnet.simulate(main, MACHINE)
+
+
+def test_an_unplug_waits_for_a_migration_that_was_heard_and_has_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both in one round of the scheduler, in either order: all pages go to the device, and then home."""
+    heard = trio.Event()
+    migrate = Requests.migrate
+
+    def hear(requests: Requests, message: Migrate) -> object:
+        answer = migrate(requests, message)
+        heard.set()
+        return answer
+
+    async def main(machine: SimulatedMachine) -> None:
+        process = await machine.create_process()
+        address = await process.mmap(4 * PAGE_SIZE)
+        await process.write(address, bytes([7]) * 4 * PAGE_SIZE)
+
+        async def unplug() -> None:
+            await heard.wait()
+            await machine.unplug("gpu0")
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(unplug)
+            assert await process.migrate(address, 4 * PAGE_SIZE, "gpu0") == 4 * PAGE_SIZE
+        assert await process.read(address, 4 * PAGE_SIZE) == bytes([7]) * 4 * PAGE_SIZE
+        assert machine.audit() == []
+
+    monkeypatch.setattr(Requests, "migrate", hear)
+    for seed in range(8):
+        heard = trio.Event()
+        hmmnet.simulate(main, MACHINE, seed=seed)
 
 
 def test_a_device_that_never_heard_that_it_was_let_in_is_unplugged_all_the_same() -> None:
