@@ -277,11 +277,14 @@ class FaultService:
         entries = self._context.mirror.translate(pages)
         frames = frames_of(entries)
         valid = entries & _VALID != 0
-        self._leave(pages[valid & (frames >= _DEVICES) & ~self._context.memory.owns(frames)])
-        here = valid & (frames < _DEVICES) & (frames != _ZERO)
-        here &= self._may_move(pages)
-        if self._context.memory.free_pages and here.any() and policy.ranges(pages[here], write[here]):
-            await self._each(self._try_migrate, self._cut(pieces(pages[here])), pages[here], fatal)
+        may = valid & self._may_move(pages)
+        here = may & (frames < _DEVICES) & (frames != _ZERO)
+        foreign = may & (frames >= _DEVICES) & ~self._context.memory.owns(frames)
+        asked = here | foreign
+        if self._context.memory.free_pages and asked.any() and policy.ranges(pages[asked], write[asked]):
+            self._leave(pages[foreign])
+            if here.any():
+                await self._each(self._try_migrate, self._cut(pieces(pages[here])), pages[here], fatal)
 
     async def _try_migrate(self, start: int, end: int) -> None:
         """Migrate pages that are mapped already; those that still do not move are left alone for a while."""
