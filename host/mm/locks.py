@@ -13,6 +13,8 @@ waits for a migration entry, because the owner of that entry may be waiting for 
 Between 1 and 2 lies a file's `mapping`: for reading while a VMA of the file comes to be, for writing by who has told all who map it. It is
 taken inside invalidations, too, and only ever held while mirrors are told or in one step: nobody who has it waits for another lock.
 
+Memory that is breaking (`breaking.py`) is waited for as a migration entry is: who breaks it waits for acknowledgements alone.
+
 Two processes' mmap locks are held together only by fork: parent first, then the child, which nobody else knows yet.
 
 Everything below these three is synchronous code, which is atomic here; it replaces page table locks, the LRU lock and the rmap locks.
