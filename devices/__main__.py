@@ -7,6 +7,7 @@ python -m hmmnet.devices --zygote
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import random
 import sys
@@ -50,7 +51,9 @@ def zygote(launcher: int) -> int:
     """Import all that a device may need, then fork devices at the launcher's command.
 
     What a device imports by itself is memory of its own: numpy.ma alone, which np.unique asks for when it is first called, is 4 MB.
+    So is what it puts into holes that a collection has left: there is none from here until `serve`.
     """
+    gc.disable()
     random.Random("")  # noqa: S311 - chance from a text takes a hash, which newer Pythons import when it is first wanted
     import numpy.ma  # noqa: F401 - imported for the children
 

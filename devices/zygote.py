@@ -153,7 +153,7 @@ def serve(child: Child, launcher_pid: int) -> None:
     die_with_parent(launcher_pid)
     # The launcher decides what a Ctrl-C means; a terminal sends it to everybody.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    gc.collect()
-    gc.freeze()
+    gc.freeze()  # without a collection before: what that frees are holes among what is shared, and children would fill them
+    gc.enable()
     with socket.socket(fileno=os.dup(0)) as control:
         Zygote(control, child).run()
