@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -123,7 +124,7 @@ def gone(pid: int) -> bool:
 @pytest.mark.parametrize("test", ["test_blocking", "test_in_a_call", "test_awaited", "test_here"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
 def test_an_interrupted_run_leaves_nothing(pytester: pytest.Pytester, test: str, number: signal.Signals) -> None:
-    """Ctrl-C, or the death of pytest itself: every device process ends; after Ctrl-C no folder of the machine is left either."""
+    """Ctrl-C, or the death of pytest itself: every device process ends; folders go with Ctrl-C, and after a death with `hmmnet clean`."""
     write(pytester, WAITING)
     folder = pytester.path / "run"
     command = [sys.executable, "-m", "pytest", "-p", "no:asyncio", "-p", "no:anyio", f"test_mine.py::{test}"]
@@ -148,5 +149,10 @@ def test_an_interrupted_run_leaves_nothing(pytester: pytest.Pytester, test: str,
     while not all(map(gone, pids)):
         assert time.monotonic() < deadline, "a device process is left"
         time.sleep(0.05)
-    if number == signal.SIGINT:
-        assert list(folder.iterdir()) == []
+    if number == signal.SIGKILL:
+        (record,) = folder.glob("*/machine.json")
+        sockets = Path(json.loads(record.read_text())["sockets"])
+        assert sockets.is_dir()
+        subprocess.run([sys.executable, "-m", "hmmnet", "clean"], env=environment, cwd=pytester.path, check=True, timeout=30)
+        assert not sockets.exists()
+    assert list(folder.iterdir()) == []
