@@ -39,6 +39,7 @@ from hmmnet.pages import (
 from .announce import clear
 from .devmem import PageMap
 from .interfaces import AddressSpace, DeviceLink, Event, Migration, Select
+from .landing import HostFrames, Landing, no_room
 from .migrate import MIGRATE, SHIFT, VALID, Outcome, collect, first_large, joined, listed, set_targets, words_of
 from .mm import pte
 from .mm.collect import collect_frames, move
@@ -79,74 +80,6 @@ def _always() -> bool:
 
 TOUCHED = "cpu fault"
 """The cause of a migration that a CPU waits for."""
-
-
-def _no_room(pages: int, injected: str, page: int, process: int) -> KernelError:
-    """Why `pages`, the first of them `page` of a process (0: an eviction by frame), cannot come home."""
-    where = f", 0x{page:x} of process {process}{' the first' if pages > 1 else ''}," if process else ""
-    wants = f"a page{where} wants" if pages == 1 else f"{pages} pages{where} want"
-    if injected:
-        return KernelError(errno.ENOMEM, "migrate_to_ram", f"{wants} to come home; {injected}")
-    return OutOfMemory(errno.ENOMEM, "migrate_to_ram", f"{wants} to come home and the host's memory is used up", 1)
-
-
-class HostFrames:
-    """Host frames for `count` pages on their way home, from `node` if it has room (`interfaces.Destination`).
-
-    From each of the positions `huge` on, 512 belong to a huge page, which gets an aligned run if there is one. `first`: the first of the
-    pages, and whose it is, for who asks why there is no room.
-    """
-
-    __slots__ = ("_count", "_first", "_frames", "_huge", "_memory", "_node")
-
-    def __init__(self, memory: PhysicalMemory, count: int, node: int, huge: Sequence[int] = (), first: tuple[int, int] = (0, 0)) -> None:
-        self._first = first
-        self._memory = memory
-        self._node = node
-        self._count = count
-        self._huge = huge
-        self._frames: Words | None = None
-
-    def frames(self) -> Words:
-        """The frames; they need not be zero, because each is overwritten. Raises KernelError(ENOMEM)."""
-        if self._frames is None:
-            lacks = self._memory.points.armed and self._memory.points.fails("host.alloc.home", pages=self._count)
-            self._frames = None if lacks else self._allocated()
-            if self._frames is None:
-                raise _no_room(self._count, self._memory.points.why("host.alloc.home") if lacks else "", *self._first)
-        return self._frames
-
-    def _allocated(self) -> Words | None:
-        runs = [(at, run) for at in self._huge if (run := self._memory.allocate_huge(self._node)) is not None]
-        count = self._count - len(runs) * HUGE_PAGES
-        single = self._memory.allocate(count, self._node, keep=slice(0, count))
-        if not runs or single is None:
-            for _, run in runs:
-                self._memory.put(run)
-            return single
-        frames = np.zeros(self._count, np.uint64)
-        for at, run in runs:
-            frames[at : at + HUGE_PAGES] = run
-        frames[frames == 0] = single
-        return frames
-
-    def release(self) -> None:
-        """They are not wanted after all."""
-        if self._frames is not None:
-            self._memory.put(self._frames)
-
-
-class Landing:
-    """Frames that were allocated before (`interfaces.Destination`)."""
-
-    __slots__ = ("_frames",)
-
-    def __init__(self, frames: Words) -> None:
-        self._frames = frames
-
-    def frames(self) -> Words:
-        """The frames."""
-        return self._frames
 
 
 class Homing:
@@ -364,7 +297,7 @@ class Homing:
         migration.target[going] = words
         moved = await self._change_over(space, link, migration, cause)
         if room < len(wanted):
-            raise _no_room(len(wanted) - room, "", int(wanted[room]), space.number)
+            raise no_room(len(wanted) - room, "", int(wanted[room]), space.number)
         return moved
 
     def _room(self, pages: int) -> int:
@@ -392,7 +325,7 @@ class Homing:
             lacks = points.armed and points.fails("host.alloc.home", pages=1)
             target = 0 if lacks else self._memory.allocate_bare(space.node) or 0
             if not target:
-                raise _no_room(1, points.why("host.alloc.home") if lacks else "", page, space.number)
+                raise no_room(1, points.why("host.alloc.home") if lacks else "", page, space.number)
             return target
 
         try:

@@ -20,10 +20,11 @@ import numpy as np
 import trio
 
 from hmmnet.errors import KernelError, PeerError
-from hmmnet.host.homing import Homing, HostFrames
+from hmmnet.host.homing import Homing
 from hmmnet.host.hub import Hub
 from hmmnet.host.interfaces import AddressSpace, DeviceLink, Select
 from hmmnet.host.iommu import Domain
+from hmmnet.host.landing import HostFrames
 from hmmnet.host.migrate import MIGRATE, SHIFT, VALID, Copy, Grant, MigrateVma, copy_in
 from hmmnet.host.mirror import ROUNDS_MAX, Request
 from hmmnet.host.mm.rmap import mappings

@@ -17,8 +17,8 @@ from hmmnet.devices.memory import Memory
 from hmmnet.devices.mirror import Hidden, Mirror
 from hmmnet.fabric.stream import ReceiveState
 from hmmnet.host import poison
-from hmmnet.host.homing import HostFrames
 from hmmnet.host.iommu import Domain
+from hmmnet.host.landing import HostFrames
 from hmmnet.host.link import SessionLink
 from hmmnet.host.migrate import Grant
 from hmmnet.host.mm import collect, few, finalize, pte

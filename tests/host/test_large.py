@@ -18,8 +18,8 @@ from trio.testing import wait_all_tasks_blocked
 from hmmnet.errors import BusError, KernelError, PeerError, PeerLost, ProtocolError
 from hmmnet.faults.controls import Controls
 from hmmnet.faults.injector import Injector, PointFault, Points
-from hmmnet.host.homing import HostFrames
 from hmmnet.host.interfaces import Select
+from hmmnet.host.landing import HostFrames
 from hmmnet.host.migrate import Grant, Outcome, migrate_to_device
 from hmmnet.host.mm import pte
 from hmmnet.host.mm.invariants import check

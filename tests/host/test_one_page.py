@@ -13,11 +13,22 @@ from hmmnet.errors import BusError, KernelError, PeerLost
 from hmmnet.host.announce import MappedAnew
 from hmmnet.host.mm import few, pte
 from hmmnet.host.mm.frames import PhysicalMemory
+from hmmnet.host.mm.space import Space
 from hmmnet.host.mm.zones import LOCKED
 from hmmnet.host.poison import break_memory, memory_failure
 from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE
 
 from .fakes import ZONE, Bench
+
+
+async def one_away() -> tuple[Bench, Space, int]:
+    """A page of a process that is on the device, and begins with an x; its address."""
+    bench = Bench()
+    space = bench.space()
+    address = await space.mmap(PAGE_SIZE)
+    await space.store(address, b"x")
+    await bench.to_device(space, address, 1)
+    return bench, space, address
 
 
 def state_of(memory: PhysicalMemory) -> dict[str, Any]:
@@ -57,11 +68,7 @@ async def test_a_page_that_is_unmapped_on_its_way_leaves_nothing(general: bool, 
     """MADV_DONTNEED while it travels: both frames are free, the access that waited finds zeros."""
     if general:
         monkeypatch.setattr(few, "take", lambda *_: None)
-    bench = Bench()
-    space = bench.space()
-    address = await space.mmap(PAGE_SIZE)
-    await space.store(address, b"x")
-    await bench.to_device(space, address, 1)
+    bench, space, address = await one_away()
 
     async def forget() -> None:
         await space.madvise(address, PAGE_SIZE, "DONTNEED")
@@ -78,11 +85,7 @@ async def test_a_page_that_cannot_come_home_stays_or_is_free(general: bool, unma
     """The device is lost on the way: the entry is device-private again, or nothing when it was unmapped meanwhile; nothing leaks."""
     if general:
         monkeypatch.setattr(few, "take", lambda *_: None)
-    bench = Bench()
-    space = bench.space()
-    address = await space.mmap(PAGE_SIZE)
-    await space.store(address, b"x")
-    await bench.to_device(space, address, 1)
+    bench, space, address = await one_away()
 
     async def die() -> None:
         if unmapped:
@@ -107,11 +110,7 @@ async def test_a_page_that_is_breaking_does_not_come_home(general: bool, given_u
     """
     if general:
         monkeypatch.setattr(few, "take", lambda *_: None)
-    bench = Bench()
-    space = bench.space()
-    address = await space.mmap(PAGE_SIZE)
-    await space.store(address, b"x")
-    await bench.to_device(space, address, 1)
+    bench, space, address = await one_away()
     page = address >> PAGE_SHIFT
     told = trio.Event()
     looks = 0
@@ -177,11 +176,7 @@ async def test_a_page_breaks_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def test_a_cancelled_load_leaves_the_page_on_the_device() -> None:
     """Nobody waits for it for ever, and the next load gets it."""
-    bench = Bench()
-    space = bench.space()
-    address = await space.mmap(PAGE_SIZE)
-    await space.store(address, b"x")
-    await bench.to_device(space, address, 1)
+    bench, space, address = await one_away()
     bench.link.during_copy = trio.sleep_forever
     with trio.move_on_after(0.01):
         await space.load(address, 1)
