@@ -107,6 +107,24 @@ def test_a_page_that_a_device_keeps_is_asked_for_once() -> None:
     run_virtual(main)
 
 
+def test_who_migrates_nothing_leaves_no_page_alone() -> None:
+    """A job that uses another device's page where it is says nothing about whether it could move: the next job asks for it."""
+
+    async def main() -> None:
+        async with simulated(two_gpus("coherent")) as machine:
+            process = await machine.create_process()
+            address = await on_gpu0(process)
+            sent = Sent(machine)
+            result = await process.launch("reduction", "gpu1", placement="remote", a=address, n=1)
+            assert result.results["sum"] == 41
+            assert sent.lately("gpu1", "Migrate") == 0
+            await process.mprotect(address, PAGE_SIZE, "r")
+            assert await first_word(process, "gpu1", address) == 41
+            assert sent.lately("gpu1", "Migrate") == 1
+
+    run_virtual(main)
+
+
 def test_only_devices_that_have_pages_send_them_home() -> None:
     """Of a device without pages there nothing is asked, and nobody's mirror loses what it has of them."""
 
