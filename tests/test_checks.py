@@ -15,6 +15,8 @@ from hmmnet.host.process import Process
 from hmmnet.pages import PAGES_MAX
 from tests.host.scripted_device import running_host
 
+pytestmark = pytest.mark.virtual_time
+
 
 @pytest.mark.parametrize(("address", "length"), [(-1, 1), (0, -1)])
 def test_ranges(address: int, length: int) -> None:

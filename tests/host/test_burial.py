@@ -13,6 +13,8 @@ from hmmnet.pages import DEVICE_ZONE_MIN, PAGE_SIZE
 
 from .test_service import KILLED, lost, one_device, pages_of
 
+pytestmark = pytest.mark.virtual_time
+
 
 @pytest.mark.parametrize("how", ["munmap", "exit", "madvise"])
 async def test_memory_of_a_dead_device_goes_with_the_last_who_maps_it(how: str) -> None:

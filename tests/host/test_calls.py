@@ -24,6 +24,8 @@ from hmmnet.wire.messages import Call, Recall
 from tests.host.scripted_device import running_host
 from tests.logged_calls import LoggedCalls, PlainFile
 
+pytestmark = pytest.mark.virtual_time
+
 
 class RecordingHandle:
     device = "gpu0"

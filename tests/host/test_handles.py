@@ -26,6 +26,8 @@ from hmmnet.wire.messages import CloseContext, OpenContext
 
 from .scripted_device import ScriptedDevice, running_host, scripted_device
 
+pytestmark = pytest.mark.virtual_time
+
 
 @asynccontextmanager
 async def family() -> AsyncIterator[tuple[Host, ScriptedDevice, Process, Process]]:

@@ -136,6 +136,7 @@ async def test_who_starts_devices_again_is_asked_to(child: subprocess.Popen[byte
         assert asked[2:] == [("gpu0", 0.03)]
 
 
+@pytest.mark.virtual_time
 async def test_what_cannot_be_done_is_refused_with_the_mend() -> None:
     """The host itself, a device that there is not, a deed that there is not: each says so, and no fault is there afterwards."""
     async with running_host("gpu0") as (host, _):
@@ -150,6 +151,7 @@ async def test_what_cannot_be_done_is_refused_with_the_mend() -> None:
         assert host.list_faults() == []
 
 
+@pytest.mark.virtual_time
 async def test_devices_hear_of_faults_and_tell_how_often_they_happened() -> None:
     """One that is there is told of what begins and ends, one that comes later of what there is; counts come back, garbage does not."""
     async with running_host("gpu0", "gpu1") as (host, transport), scripted_device(host, transport, "gpu0") as first:
@@ -180,6 +182,7 @@ async def test_devices_hear_of_faults_and_tell_how_often_they_happened() -> None
         assert heard[1:] == [Inject(number, b"")]
 
 
+@pytest.mark.virtual_time
 async def test_deeds_without_a_process_concern_all_of_them() -> None:
     """``poison`` of a range in every process that has it: each gets SIGBUS there, what nobody maps is no error."""
     async with running_host("gpu0") as (host, _):
@@ -210,6 +213,7 @@ async def test_messages_are_lost_on_the_wires_of_a_host() -> None:
         host.remove_fault(number)
 
 
+@pytest.mark.virtual_time
 async def test_deeds_are_done_to_the_process_that_is_meant() -> None:
     """At once, by number: a fork is a child that ends; ``exec`` unmaps all; what needs a range and has none does nothing."""
     async with running_host("gpu0") as (host, _):
@@ -228,6 +232,7 @@ async def test_deeds_are_done_to_the_process_that_is_meant() -> None:
         assert not other.space.vmas(0, PAGES_MAX)
 
 
+@pytest.mark.virtual_time
 async def test_the_oom_killer_chooses_unless_it_is_told_whom_to_take() -> None:
     """``oom`` of a process: its memory is reaped, then it ends; of nobody: whose end gives most; nobody left is no error."""
     async with running_host("gpu0") as (host, _):
@@ -251,6 +256,7 @@ async def mirrored(device: ScriptedDevice, address: int, flags: int) -> None:
     await device.range_fault(1, subscription, address >> PAGE_SHIFT, 1, flags)
 
 
+@pytest.mark.virtual_time
 async def test_an_audit_names_translations_that_the_page_table_does_not_have() -> None:
     """I1: a right that is gone, a page that is gone; silent while an invalidation, or a writer of the layout, is at work."""
     async with one_device() as (host, device, process):
@@ -273,6 +279,7 @@ async def test_an_audit_names_translations_that_the_page_table_does_not_have() -
             assert host.audit_mirror("gpu0", process.pid, words(page), words(7), words(0) != 0) == []
 
 
+@pytest.mark.virtual_time
 async def test_an_audit_finds_books_that_do_not_agree_and_frames_that_are_left_over() -> None:
     """A count that is wrong is named; without processes everything must be free; nothing is said in the middle of a change of layout."""
     async with running_host("gpu0") as (host, _):

@@ -21,6 +21,8 @@ from hmmnet.wire.messages import Copied, CopyIn, CopyOut, Done, Evict, Evicted, 
 
 from .scripted_device import LEASE_S, NO_FIGURES, ScriptedDevice, running_host, scripted_device
 
+pytestmark = pytest.mark.virtual_time
+
 Machine = tuple[Host, MemoryTransport, ScriptedDevice, Process, int]
 
 

@@ -95,6 +95,7 @@ def test_what_is_told_is_a_line_and_nobody_listening_is_no_error(
     assert "nobody reads what the host tells" in caplog.text
 
 
+@pytest.mark.virtual_time
 async def test_the_launcher_is_obeyed_and_nonsense_is_not(told: list[dict[str, Any]], caplog: pytest.LogCaptureFixture) -> None:
     """A device whose process ended is lost with that cause; faults begin or are refused; garbage is logged, and the host goes on."""
     async with running_host("gpu0") as (host, transport), scripted_device(host, transport, "gpu0") as device:

@@ -18,6 +18,8 @@ from tests.host.scripted_device import running_host
 
 from .fakes import Bench
 
+pytestmark = pytest.mark.virtual_time
+
 
 def used(host: Host) -> int:
     return sum(node.allocator.used_count for node in host.memory.nodes)

@@ -53,6 +53,8 @@ from .fakes import words
 from .scripted_device import SECRET, running_host, scripted_device
 from .test_service import one_device, pages_of
 
+pytestmark = pytest.mark.virtual_time
+
 WRITE = HMM_PFN_REQ_FAULT | HMM_PFN_REQ_WRITE
 
 

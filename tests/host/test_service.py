@@ -59,6 +59,8 @@ from hmmnet.wire.messages import (
 from .fakes import words
 from .scripted_device import LEASE_S, SECRET, ScriptedDevice, physical, running_host, scripted_device
 
+pytestmark = pytest.mark.virtual_time
+
 WRITE = HMM_PFN_REQ_FAULT | HMM_PFN_REQ_WRITE
 KILLED = "was killed by signal 9"
 

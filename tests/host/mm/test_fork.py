@@ -10,6 +10,8 @@ from hmmnet.errors import KernelError
 from hmmnet.pages import PAGE_SIZE
 from tests.host.scripted_device import running_host
 
+pytestmark = pytest.mark.virtual_time
+
 
 async def test_a_pinned_page_that_cannot_be_copied() -> None:
     """ENOMEM in the middle of a page table: what was to be shared beside it counts no child, swapped pages neither."""

@@ -15,6 +15,8 @@ from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, ZONE_SHIFT, ZONES_MAX
 
 from .dummy import Dummy, Ground, Public, public, refused
 
+pytestmark = pytest.mark.virtual_time
+
 
 def test_private_memory_comes_from_the_top_of_the_physical_addresses() -> None:
     """In whole sections of 128 MiB, each addition below the last."""

@@ -15,6 +15,8 @@ from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, Words
 
 from .dummy import Dummy, Ground, refused
 
+pytestmark = pytest.mark.virtual_time
+
 VALID, MIGRATE, LOCKED = v25.MIGRATE_PFN_VALID, v25.MIGRATE_PFN_MIGRATE, v25.MIGRATE_PFN_LOCKED
 WRITE, DEVICE = v25.MIGRATE_PFN_WRITE, v25.MIGRATE_PFN_DEVICE
 
