@@ -5,7 +5,7 @@ on one. Seeded, and with the tasks in a fixed order before the shuffle, that gen
 with other seeds. trio has no public name for either; testing libraries reach for the same two (`_r`, `_ALLOW_DETERMINISTIC_SCHEDULING`).
 Nor has it one for who waits in `wait_all_tasks_blocked`, which a clock that jumps has to know (`tasks_wait_for_idle`), nor for the scopes
 that tasks are in (`drop_shields`), nor for whom the scheduler asks at each step of a task (`Hooks`), nor for the files in which it waits
-for the world outside, which a run that is forked must not share (`part`).
+for the world outside, which a run that is forked must not share (`part`), and at which it need not look in every round (`rounds`).
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from trio.abc import Instrument
 from hmmnet.errors import HmmnetError
 from hmmnet.sleeping import unshield
 
+from .rounds import FILES, files
+
 CHANCE = "_r"
 ORDERED = "_ALLOW_DETERMINISTIC_SCHEDULING"
 IDLE = "waiting_for_idle"
@@ -38,11 +40,11 @@ THEIRS = getattr(trio_run, HOOKS, None)
 def seeded(seed: int) -> Iterator[None]:
     """Every trio run that begins inside the block is scheduled from `seed`. Raises HmmnetError for a trio whose inside is another."""
     chance = getattr(trio_run, CHANCE, None)
-    known = hasattr(trio_run, ORDERED) and hasattr(trio_run, HOOKS) and hasattr(trio_run.Runner, IDLE)
+    known = all(hasattr(trio_run, name) for name in (ORDERED, HOOKS, FILES)) and hasattr(trio_run.Runner, IDLE)
     if not isinstance(chance, Random) or not known:
         raise HmmnetError(f"trio {version('trio')} cannot be scheduled from a seed: hmmnet does not know its inside; use another trio")
-    before = {name: getattr(trio_run, name) for name in (CHANCE, ORDERED, HOOKS)}
-    for name, ours in ((CHANCE, Shuffler(seed)), (ORDERED, True), (HOOKS, Hooks)):
+    before = {name: getattr(trio_run, name) for name in (CHANCE, ORDERED, HOOKS, FILES)}
+    for name, ours in ((CHANCE, Shuffler(seed)), (ORDERED, True), (HOOKS, Hooks), (FILES, files())):
         setattr(trio_run, name, ours)
     try:
         yield

@@ -19,6 +19,7 @@ from hmmnet.errors import HmmnetError
 from hmmnet.sim import clock as clock_module
 from hmmnet.sim import run_virtual
 from hmmnet.sim.clock import IDLE_S, PRUNE_MIN, JumpClock, VirtualClock
+from hmmnet.sim.rounds import FILES
 from hmmnet.sim.run import SimulationStuck
 from hmmnet.sim.schedule import HOOKS, ORDERED, Shuffler, seeded
 from hmmnet.sleeping import Bell, sleep, sleep_until
@@ -235,7 +236,7 @@ def test_who_waits_until_all_are_blocked_comes_first() -> None:
     assert run_virtual(main) == 0.0
 
 
-@pytest.mark.parametrize("name", [ORDERED, "_r", HOOKS])
+@pytest.mark.parametrize("name", [ORDERED, "_r", HOOKS, FILES])
 def test_a_trio_that_is_another_inside_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Loudly, and before anything runs: without its private names no run could be repeated."""
     monkeypatch.delattr(trio_run, name)

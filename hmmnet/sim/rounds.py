@@ -1,0 +1,116 @@
+"""Rounds of the scheduler, in virtual time, for which nobody asks the operating system.
+
+In each round trio looks whether a file is ready, which deadlines are over and whom it has to tell, and sorts and shuffles who may run. A
+simulated machine waits for no file (only a thread's word, or a signal, comes by one), its time passes in jumps, and in most rounds one task
+may run. So here the rounds at one moment follow each other without that, up to `ROUNDS_MAX` of them, in one round of trio's own loop, which
+has just heard what its files say. All that was a twentieth of what a machine's life cost.
+
+Who runs when, drawn from the same seed, and what each task hears is as in trio (``_core/_run.py``, `unrolled_run`): a run has the same
+trace either way, which a test compares. The steps of tasks were made after the versions in `KNOWN`; beside another trio, and with a clock
+that does not jump, all rounds are trio's own.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from operator import attrgetter
+from typing import Any
+
+from outcome import Error, Outcome, Value
+from trio._core import _run as trio_run
+from trio._core import _traps
+
+from hmmnet.sleeping import WakingClock
+
+KNOWN = ("0.35.0",)
+"""Of trio: those that take the steps of tasks as it is done here."""
+ROUNDS_MAX = 16
+"""Rounds in a row without a look at files: so long a thread's word waits, while somebody can run."""
+FILES = "TheIOManager"
+"""What trio calls the class that waits for files."""
+
+_counter = attrgetter("_counter")
+
+
+def files() -> type[Any]:
+    """What is to stand where trio's class does that waits for files; trio's itself, where its rounds are not known."""
+    theirs: type[Any] = getattr(trio_run, FILES)
+    if version("trio") not in KNOWN:
+        return theirs
+    return type("Rounds", (theirs,), {"process_events": _process_events, "theirs": theirs})
+
+
+def _process_events(self: Any, events: Any) -> None:
+    """Wake who waits for those files, and take the rounds that follow."""
+    if events:
+        self.theirs.process_events(self, events)
+    runner = trio_run.GLOBAL_RUN_CONTEXT.runner
+    clock, deadlines = runner.clock, runner.deadlines
+    if not isinstance(clock, WakingClock):
+        return
+    for _ in range(ROUNDS_MAX):
+        if not runner.runq:
+            return
+        now_s, heap = clock.current_time(), deadlines._heap  # noqa: SLF001 - see the module
+        if heap and heap[0][0] <= now_s:
+            deadlines.expire(now_s)
+        _round(runner)
+
+
+def _round(runner: Any) -> None:
+    """Who can run now does, in an order that is drawn."""
+    batch = list(runner.runq)
+    runner.runq.clear()
+    if len(batch) > 1:
+        batch.sort(key=_counter)
+        trio_run._r.shuffle(batch)  # noqa: SLF001
+    context, instruments = trio_run.GLOBAL_RUN_CONTEXT, runner.instruments
+    for task in reversed(batch):
+        context.task = task
+        if "before_task_step" in instruments:
+            instruments.call("before_task_step", task)
+        go_on, word = task._next_send_fn, task._next_send  # noqa: SLF001
+        task._next_send_fn = task._next_send = None  # noqa: SLF001
+        ended: Outcome[Any] | None = None
+        try:
+            asked = task.context.run(go_on, word)
+        except StopIteration as stop:
+            ended = Value(stop.value)
+        except BaseException as error:  # noqa: BLE001 - it is the task's, and goes to its nursery
+            ended = Error(error.with_traceback(_without_ours(error)))
+        if ended is None:
+            task._schedule_points += 1  # noqa: SLF001
+            if type(asked) is _traps.WaitTaskRescheduled:
+                task._cancel_points += 1  # noqa: SLF001
+                task._abort_func = asked.abort_func  # noqa: SLF001
+                if runner.ki_pending and task is runner.main_task:
+                    task._attempt_delivery_of_pending_ki()  # noqa: SLF001
+                if task._cancel_status.effectively_cancelled:  # noqa: SLF001
+                    task._attempt_delivery_of_any_pending_cancel()  # noqa: SLF001
+            elif asked is _traps.CancelShieldedCheckpoint:
+                runner.reschedule(task)
+            else:
+                _seldom(runner, task, asked)
+        else:
+            runner.task_exited(task, ended)
+        if "after_task_step" in instruments:
+            instruments.call("after_task_step", task)
+        del context.task
+
+
+def _without_ours(error: BaseException) -> Any:
+    """Where it was raised, less the frames of whoever ran the task."""
+    trace = error.__traceback__
+    for _ in range(1 + trio_run.CONTEXT_RUN_TB_FRAMES):
+        trace = trace if trace is None else trace.tb_next
+    return trace
+
+
+def _seldom(runner: Any, task: Any, asked: Any) -> None:
+    """A task leaves the run for another, or has awaited what is not trio's."""
+    if type(asked) is _traps.PermanentlyDetachCoroutineObject:
+        runner.task_exited(task, asked.final_outcome)
+        return
+    why = f"trio.run received unrecognized yield message {asked!r}. Are you trying to use a library written for some other framework?"
+    runner.reschedule(task, TypeError(why))
+    task._next_send_fn = task.coro.throw  # noqa: SLF001

@@ -1,0 +1,204 @@
+"""Rounds that are not trio's own: whatever runs in them runs as it does in trio's."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Awaitable, Callable, Generator
+from functools import partial
+from importlib.metadata import version
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+from outcome import Value
+
+import hmmnet
+from hmmnet.pages import PAGE_SIZE
+from hmmnet.sim import SimulatedMachine, rounds, run_virtual
+from hmmnet.sim.schedule import seeded
+
+PAGES = 64
+
+
+@pytest.fixture(params=["ours", "trio's"])
+def whose(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Whose rounds a run has."""
+    if request.param != "ours":
+        monkeypatch.setattr(rounds, "KNOWN", ())
+    return str(request.param)
+
+
+def test_the_trio_that_is_installed_is_known() -> None:
+    """A new one may take the steps of tasks otherwise: compare its `unrolled_run` with `rounds`, then it can be added to `KNOWN`."""
+    assert version("trio") in rounds.KNOWN
+
+
+async def _life(machine: SimulatedMachine) -> int:
+    """Migrations, faults, a fork, deaths: tasks begin, end, fail and are cancelled."""
+    process = await machine.create_process()
+    address = await process.mmap(PAGES * PAGE_SIZE)
+    await process.write(address, bytes(PAGES * PAGE_SIZE))
+    await process.migrate(address, PAGES * PAGE_SIZE, "gpu0")
+    child = await process.fork()
+    async with trio.open_nursery() as nursery:
+        for at in range(0, PAGES, 8):
+            nursery.start_soon(child.store, address + at * PAGE_SIZE, at)
+        nursery.start_soon(process.migrate, address, PAGES * PAGE_SIZE, "gpu1")
+    with trio.move_on_after(1e-5):
+        await process.launch("reduction", "gpu0", a=address, n=PAGES * PAGE_SIZE // 8, dtype="<u8")
+    await machine.kill_device("gpu1")
+    await trio.sleep(3.0)
+    total = sum([int(await child.load(address + at * PAGE_SIZE)) for at in range(0, PAGES, 8)])
+    await child.exit()
+    await process.exit()
+    return total
+
+
+def test_a_run_has_the_same_trace_either_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Byte for byte, with many seeds: the order of tasks, the draws that it is made from, and what they hear."""
+    seeds = range(12)
+    ours = [hmmnet.simulate(_life, seed=seed) for seed in seeds]
+    monkeypatch.setattr(rounds, "KNOWN", ())
+    theirs = [hmmnet.simulate(_life, seed=seed) for seed in seeds]
+    assert [(run.value, run.digest, run.virtual_s) for run in ours] == [(run.value, run.digest, run.virtual_s) for run in theirs]
+    assert len({run.digest for run in ours}) > 1
+
+
+class Heard(trio.abc.Instrument):
+    """What an instrument is told of tasks."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def task_spawned(self, task: trio.lowlevel.Task) -> None:
+        """See `Instrument`."""
+        self.told.append(f"spawned {task.name}")
+
+    def task_scheduled(self, task: trio.lowlevel.Task) -> None:
+        """See `Instrument`."""
+        self.told.append(f"scheduled {task.name}")
+
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:
+        """See `Instrument`."""
+        self.told.append(f"before {task.name}")
+
+    def after_task_step(self, task: trio.lowlevel.Task) -> None:
+        """See `Instrument`."""
+        self.told.append(f"after {task.name}")
+
+    def task_exited(self, task: trio.lowlevel.Task) -> None:
+        """See `Instrument`."""
+        self.told.append(f"exited {task.name}")
+
+
+def test_an_instrument_hears_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each step of each task, in order."""
+
+    async def main() -> list[str]:
+        heard = Heard()
+        trio.lowlevel.add_instrument(heard)
+        async with trio.open_nursery() as nursery:
+            for number in range(4):
+                nursery.start_soon(trio.sleep, number * 0.1, name=f"task {number}")
+        trio.lowlevel.remove_instrument(heard)
+        return heard.told
+
+    ours = run_virtual(main, seed=3)
+    monkeypatch.setattr(rounds, "KNOWN", ())
+    assert ours == run_virtual(main, seed=3)
+    assert {"before task 3", "after task 3", "exited task 3"} <= set(ours)
+
+
+@types.coroutine
+def _foreign() -> Generator[str, Any, None]:
+    yield "not of trio"
+
+
+async def _awaits(what: Callable[[], Awaitable[None]]) -> None:
+    await what()
+
+
+def test_what_is_not_trios_is_refused(whose: str) -> None:
+    """Where it was awaited, as a TypeError; the run goes on."""
+
+    async def main() -> str:
+        await trio.lowlevel.checkpoint()  # from here on rounds are ours
+        with pytest.raises(TypeError, match="unrecognized yield message 'not of trio'"):
+            await _awaits(_foreign)
+        await trio.sleep(1.0)
+        return "goes on"
+
+    assert run_virtual(main) == "goes on"
+
+
+def test_a_task_can_leave_a_run_for_another_scheduler(whose: str) -> None:
+    """`permanently_detach_coroutine_object` ends the task with the outcome that it says."""
+
+    async def leave() -> None:
+        await trio.lowlevel.checkpoint()
+        await trio.lowlevel.permanently_detach_coroutine_object(Value(None))
+
+    async def main() -> str:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(leave)
+        return "left"
+
+    assert run_virtual(main) == "left"
+
+
+def test_an_error_shows_no_frame_of_the_scheduler(whose: str) -> None:
+    """What a task raises is traced from the task on."""
+
+    async def fail() -> None:
+        await trio.lowlevel.checkpoint()
+        raise ValueError("broken")
+
+    async def main() -> str:
+        with pytest.raises(ExceptionGroup) as raised:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(fail)
+        trace = raised.value.exceptions[0].__traceback__
+        assert trace is not None
+        return trace.tb_frame.f_code.co_name
+
+    assert run_virtual(main) == "fail"
+
+
+def test_a_thread_is_heard_while_others_run(whose: str) -> None:
+    """A task that is always able to run does not keep the word of a thread from who waits for it."""
+
+    async def main() -> int:
+        steps = 0
+        async with trio.open_nursery() as nursery:
+
+            async def run() -> None:
+                nonlocal steps
+                while True:
+                    steps += 1
+                    await trio.lowlevel.checkpoint()
+
+            nursery.start_soon(run)
+            await trio.to_thread.run_sync(partial(sum, range(100)))
+            nursery.cancel_scope.cancel()
+        return steps
+
+    assert run_virtual(main) > 0
+
+
+def test_other_clocks_have_trios_own_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a clock that jumps makes the scheduler's looks at files needless."""
+    ours, count = rounds._round, 0
+
+    def counted(runner: object) -> None:
+        nonlocal count
+        count += 1
+        ours(runner)
+
+    monkeypatch.setattr(rounds, "_round", counted)
+    with seeded(1):
+        trio.run(trio.sleep, 0.01)
+        trio.run(trio.sleep, 5.0, clock=trio.testing.MockClock(autojump_threshold=0))
+    assert count == 0
+    run_virtual(trio.sleep, 1.0)
+    assert count > 0
