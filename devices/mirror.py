@@ -139,7 +139,8 @@ class Mirror:
         """test_hmm's callback drops one page too many: the one that begins at the end of the range (xa_for_each_range is inclusive)."""
         self.subscriptions: dict[int, Subscription] = {}
         self._memory = memory
-        self._table = PageTable(ENTRY_SHIFT)
+        self.table = PageTable(ENTRY_SHIFT)
+        """Page -> entry. Change it by the methods here."""
         self._watches: list[Watch] = []
         self._early: dict[int, int] = {}
         self._subscribing = 0
@@ -148,50 +149,48 @@ class Mirror:
 
     def translate(self, pages: Words) -> Words:
         """The entries of `pages`."""
-        return self._table.gather(pages)
+        return self.table.gather(pages)
 
     def range(self, start: int, end: int) -> Words:
         """The entries of [start, end)."""
-        return self._table.read(start, end)
+        return self.table.read(start, end)
 
     def translations(self, start: int = 0, most: int | None = None) -> tuple[Words, Words, npt.NDArray[np.bool_]]:
         """(pages, frames, may write) of every entry that may be used now, from page `start` on; of the first `most`."""
-        pages = self._table.occupied(start, PAGES_MAX)
-        entries = self._table.gather(pages)
+        pages = self.table.occupied(start, PAGES_MAX)
+        entries = self.table.gather(pages)
         usable = np.flatnonzero(allows(entries, False))[:most]
         return pages[usable], frames_of(entries[usable]), allows(entries[usable], True)
 
-    @property
-    def changed(self) -> bool:
-        """Whether `touched` has anything to tell."""
-        return self._table.ptes.changed or self._table.pmds.changed
-
     def touched(self) -> Words:
         """The pages with entries that may be others since the last call: for one who checks them."""
-        if not (self._table.ptes.changed or self._table.pmds.changed):
-            return _NO_PAGES
-        small, blocks = self._table.ptes.take_touched_pages(), self._table.pmds.take_touched_pages()
+        small, blocks = self.table.ptes.take_touched_pages(), self.table.pmds.take_touched_pages()
         return small if not len(blocks) else np.concatenate((small, page_by_page((blocks << _BLOCK) | np.uint64(LARGE))))
 
     def held(self, pages: Words) -> tuple[Words, Words, npt.NDArray[np.bool_]]:
         """`translations`, of `pages`."""
-        entries = self._table.gather(pages)
+        entries = self.table.gather(pages)
         usable = allows(entries, False)
         if not all_of(usable):
             pages, entries = pages[usable], entries[usable]
         return pages, frames_of(entries), allows(entries, True)
 
+    def held_one(self, page: int) -> tuple[int, bool] | None:
+        """(frame, may write) of one page, if it has an entry that may be used."""
+        entry = self.table.get(page)
+        return (entry >> ENTRY_SHIFT, entry & ENTRY_WRITE != 0) if entry & ENTRY_VALID else None
+
     def has_exclusive(self, start: int, end: int) -> bool:
         """Whether a page of [start, end) is mapped for exclusive access."""
-        return any(bool((part & np.uint64(ENTRY_ATOMIC)).any()) for _, part, _ in self._table.parts(start, end))
+        return any(bool((part & np.uint64(ENTRY_ATOMIC)).any()) for _, part, _ in self.table.parts(start, end))
 
     def mapped_count(self) -> int:
         """Valid entries."""
-        return sum(int(np.count_nonzero(part)) * pages for _, part, pages in self._table.parts(0, PAGES_MAX))
+        return sum(int(np.count_nonzero(part)) * pages for _, part, pages in self.table.parts(0, PAGES_MAX))
 
     def vacant(self, start: int, end: int) -> Words:
         """The aligned blocks (page >> HUGE_SHIFT) of [start, end) of which nothing is mapped."""
-        return self._table.untouched(start, end)
+        return self.table.untouched(start, end)
 
     # --- subscriptions --------------------------------------------------------------------------------------------------------
 
@@ -231,7 +230,7 @@ class Mirror:
             self._early[subscription] = sequence
         end = min(end + self.end_inclusive, PAGES_MAX)
         if keep_own:
-            for _, part in self._table.present(start, end):
+            for _, part in self.table.present(start, end):
                 part[~self._memory.owns(frames_of(part))] = 0
             self._tell_watches(start, end, told, announced=announced)
         else:
@@ -239,7 +238,7 @@ class Mirror:
 
     def drop(self, start: int, end: int, told: int = 0, *, announced: bool = False) -> None:
         """Remove the entries of [start, end) and mark what is under way for them. `told`: see `_tell_watches`."""
-        self._table.clear(start, end)
+        self.table.clear(start, end)
         self._tell_watches(start, end, told, announced=announced)
 
     def drop_pages(self, pages: Words) -> None:
@@ -254,21 +253,21 @@ class Mirror:
             pages = pages[~large]
             if len(pages) == 0:
                 return
-        self._table.scatter(pages, 0)
+        self.table.scatter(pages, 0)
         self._tell_watches(int(pages.min()), int(pages.max()) + 1)
 
     def drop_frames(self, pages: Words, frames: Words) -> None:
         """Remove the entries of those `pages` (a hint from the reverse map) that lead to one of `frames` (sorted); both may be large."""
         if has_large(pages):
             large = pages >= np.uint64(LARGE)
-            pmds = self._table.pmds.gather((pages[large] & _PAGE) >> _BLOCK)
+            pmds = self.table.pmds.gather((pages[large] & _PAGE) >> _BLOCK)
             hit = (pmds != 0) & np.isin(frames_of(pmds) | np.uint64(LARGE), frames)
             self.drop_pages(pages[large][hit])
             pages = np.concatenate((pages[~large], self._one_by_one(pages[large][pmds == 0])))
             if len(pages) == 0:
                 return
         frames = ascending(page_by_page(frames))
-        entries = self._table.gather(pages)
+        entries = self.table.gather(pages)
         if not any_of(entries != 0):  # as it mostly is: they went when the pages were copied out
             return
         held = frames_of(entries)
@@ -280,18 +279,18 @@ class Mirror:
         blocks = (large & _PAGE) >> _BLOCK
         if len(blocks) == 0:
             return blocks
-        vacant = self._table.untouched(int(blocks.min()) << HUGE_SHIFT, int(blocks.max()) + 1 << HUGE_SHIFT)
+        vacant = self.table.untouched(int(blocks.min()) << HUGE_SHIFT, int(blocks.max()) + 1 << HUGE_SHIFT)
         return page_by_page(large[~np.isin(blocks, vacant)])
 
     def drop_page(self, page: int, frame: int) -> None:
         """Remove the entry of `page` if it leads to the own `frame`: `drop_frames` for one, without arrays."""
-        if self._table.get(page) >> ENTRY_SHIFT == frame:
-            self._table.set(page, 0)
+        if self.table.get(page) >> ENTRY_SHIFT == frame:
+            self.table.set(page, 0)
             self._tell_watches(page, page + 1)
 
     def clear(self) -> None:
         """Forget everything (close, fence)."""
-        self._table = PageTable(ENTRY_SHIFT)
+        self.table = PageTable(ENTRY_SHIFT)
         self._tell_watches(0, PAGES_MAX)
 
     def _tell_watches(self, start: int, end: int, told: int = 0, *, but: Watch | None = None, announced: bool = False) -> None:
@@ -328,9 +327,9 @@ class Mirror:
         frames = words & _PFN_FRAME
         entries = frames << _SHIFT | _VALID | np.where(words & _PFN_WRITE != 0, _WRITE, np.uint64(0))
         if all_of(usable):
-            self._table.write(start, entries)
+            self.table.write(start, entries)
         else:
-            self._table.scatter((np.flatnonzero(usable) + start).astype(np.uint64), entries[usable])
+            self.table.scatter((np.flatnonzero(usable) + start).astype(np.uint64), entries[usable])
         own = usable & self._memory.owns(frames)
         if any_of(own):
             self._memory.note_mapping(self.slot, (np.flatnonzero(own) + start).astype(np.uint64), frames[own])
@@ -344,17 +343,17 @@ class Mirror:
             large = pages >= np.uint64(LARGE)
             blocks = (pages[large] & _PAGE) >> _BLOCK
             for first, end in runs_of(np.sort(blocks)):
-                self._table.clear(first << HUGE_SHIFT, end << HUGE_SHIFT)
-            self._table.set_pmds(blocks, entries[large])
-            self._table.scatter(pages[~large], entries[~large])
+                self.table.clear(first << HUGE_SHIFT, end << HUGE_SHIFT)
+            self.table.set_pmds(blocks, entries[large])
+            self.table.scatter(pages[~large], entries[~large])
         else:
-            self._table.scatter(pages, entries)
+            self.table.scatter(pages, entries)
         self._memory.note_mapping(self.slot, pages, frames)
 
     def program_exclusive(self, start: int, words: Words) -> None:
         """Enter pages from `start` on that this device has to itself."""
         frames = words & _PFN_FRAME
-        self._table.write(start, frames << _SHIFT | np.uint64(ENTRY_VALID | ENTRY_ATOMIC))
+        self.table.write(start, frames << _SHIFT | np.uint64(ENTRY_VALID | ENTRY_ATOMIC))
         own = self._memory.owns(frames)
         if own.any():
             self._memory.note_mapping(self.slot, (np.flatnonzero(own) + start).astype(np.uint64), frames[own])
@@ -364,14 +363,14 @@ class Mirror:
     def hide(self, start: int, end: int) -> Hidden:
         """Take the entries of [start, end) that lead to memory not ours out of the table, while their pages may be moving."""
         watch = self.watch(start, end)
-        pages = self._table.occupied(start, end)
+        pages = self.table.occupied(start, end)
         if len(pages) == 0:
             return Hidden(watch, _NO_PAGES, _NO_PAGES)
-        entries = self._table.gather(pages)
+        entries = self.table.gather(pages)
         foreign = ~self._memory.owns(frames_of(entries))
         if any_of(foreign):
             pages = pages[foreign]
-            self._table.scatter(pages, 0)
+            self.table.scatter(pages, 0)
             self._tell_watches(start, end, but=watch)
             return Hidden(watch, pages, entries[foreign])
         return Hidden(watch, _NO_PAGES, _NO_PAGES)
@@ -381,4 +380,4 @@ class Mirror:
         self.unwatch(hidden.watch)
         if len(hidden.pages):
             stayed = hidden.watch.keeps(hidden.pages) & ~among(hidden.pages, page_by_page(moved))
-            self._table.scatter(hidden.pages[stayed], hidden.entries[stayed])
+            self.table.scatter(hidden.pages[stayed], hidden.entries[stayed])

@@ -132,7 +132,7 @@ class Host(Protocol):
         """What is still in use, though no program runs any more: processes, frames of every memory, swap."""
         ...
 
-    def audit_changes(self, mirrors: Sequence[tuple[str, int, Any]] = ()) -> list[str]:
+    def audit_changes(self, mirrors: Mapping[str, Sequence[tuple[int, Any]]] = ...) -> list[str]:
         """The same of what has changed since the last call, while things are under way; with mirrors that can be seen."""
         ...
 

@@ -35,7 +35,8 @@ class RunAllocator:
     def __init__(self, base: int, count: int) -> None:
         self._base = base
         self._end = base + count
-        self._fresh = base
+        self.fresh = base
+        """The first frame that was never handed out: beyond it nothing was ever written."""
         self._starts: list[int] = []
         self._ends: list[int] = []
         self.free_count = count
@@ -50,7 +51,7 @@ class RunAllocator:
             if self._ends[i] - start >= count:
                 self._take(i, count)
                 return Allocation(np.arange(start, start + count, dtype=np.uint64), 0)
-        if self._end - self._fresh >= count:
+        if self._end - self.fresh >= count:
             return Allocation(self._bump(count), count)
         return self._gather(count)
 
@@ -70,12 +71,12 @@ class RunAllocator:
                 self.free_count -= count
                 self._cut(i, start, start + count)
                 return start, False
-        start = -(-self._fresh // count) * count
+        start = -(-self.fresh // count) * count
         if self._end - start < count:
             return None
-        if start > self._fresh:
-            self._insert(self._fresh, start)
-        self._fresh = start + count
+        if start > self.fresh:
+            self._insert(self.fresh, start)
+        self.fresh = start + count
         self.free_count -= count
         return start, True
 
@@ -96,13 +97,13 @@ class RunAllocator:
                 count -= fit
                 i += len(self._starts) - before
             i += 1
-        start = -(-self._fresh // size) * size
+        start = -(-self.fresh // size) * size
         fresh = min(count, max(0, self._end - start) // size)
         if fresh:
-            if start > self._fresh:
-                self._insert(self._fresh, start)
-            self._fresh = start + fresh * size
-            found.append(np.arange(start, self._fresh, size, dtype=np.uint64))
+            if start > self.fresh:
+                self._insert(self.fresh, start)
+            self.fresh = start + fresh * size
+            found.append(np.arange(start, self.fresh, size, dtype=np.uint64))
         firsts = np.concatenate(found) if found else np.zeros(0, np.uint64)
         self.free_count -= size * len(firsts)
         return firsts, fresh
@@ -123,12 +124,12 @@ class RunAllocator:
             frame = self._starts[0]
             self._take(0, 1)
             return frame
-        self._fresh += 1
-        return self._fresh - 1
+        self.fresh += 1
+        return self.fresh - 1
 
     def _bump(self, count: int) -> Words:
-        first = self._fresh
-        self._fresh += count
+        first = self.fresh
+        self.fresh += count
         return np.arange(first, first + count, dtype=np.uint64)
 
     def _take(self, i: int, count: int) -> None:
@@ -157,7 +158,7 @@ class RunAllocator:
         if len(frames) == 0:
             return
         frames = ascending(frames)
-        assert int(frames[0]) >= self._base and int(frames[-1]) < self._fresh, "free of frames that were never handed out"
+        assert int(frames[0]) >= self._base and int(frames[-1]) < self.fresh, "free of frames that were never handed out"
         bounds = run_bounds(frames)
         if len(bounds) - 1 <= MERGE_ONE_BY_ONE_MAX:
             for i in range(len(bounds) - 1):
@@ -169,7 +170,7 @@ class RunAllocator:
     def free_run(self, start: int, end: int) -> None:
         """Take frames [start, end) back: `free` without arrays. A run that is not out is a bug of the caller (AssertionError)."""
         assert self._base <= start, "free of frames below the memory"
-        assert start < end <= self._fresh, "free of frames that were never handed out"
+        assert start < end <= self.fresh, "free of frames that were never handed out"
         self._insert(start, end)
         self.free_count += end - start
 
@@ -207,14 +208,14 @@ class RunAllocator:
     @property
     def fresh_count(self) -> int:
         """Frames at the end that were never handed out."""
-        return self._end - self._fresh
+        return self._end - self.fresh
 
     @property
     def touched_count(self) -> int:
         """Frames at the front that were handed out at least once; beyond it nothing was ever written."""
-        return self._fresh - self._base
+        return self.fresh - self._base
 
     @property
     def free_runs(self) -> int:
         """Runs that the free frames lie in, those never used counted as one."""
-        return len(self._starts) + (self._fresh < self._end)
+        return len(self._starts) + (self.fresh < self._end)

@@ -15,7 +15,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from hmmnet.pages import Words
+from hmmnet.pages import FEW, ZONE_SHIFT, Words
+from hmmnet.pagetable import PageTable
 
 from .device import Context, Device
 from .mm import pte
@@ -24,6 +25,8 @@ from .mm.invariants import check
 from .mm.ledger import Ledger
 from .mm.space import Space
 
+USABLE = frozenset((pte.PRESENT, pte.DEVICE, pte.EXCLUSIVE))
+"""Kinds of entries that a translation may stand for."""
 Mask = npt.NDArray[np.bool_]
 IOMMU, MIRROR = "the IOMMU of ", "the mirror of "
 """Who believes something: one of these, and the device's name."""
@@ -97,6 +100,25 @@ def stale(context: Context, pages: Words, frames: Words, writable: Mask) -> Mask
     return ~good
 
 
+def any_stale(context: Context, who: Translations, pages: Iterable[int], gone: Sequence[int]) -> bool:
+    """Whether a translation of a few pages is `stale`: a tenth of what arrays cost. `gone`: see `withdrawn`."""
+    for page in pages:
+        held = who.held_one(page)
+        if held is not None and not has_right(context.space.entry(page), *held, gone):
+            return True
+    return False
+
+
+def has_right(entry: int, frame: int, may_write: bool, gone: Sequence[int]) -> bool:
+    """Whether a page table entry stands behind a translation to `frame`, as `stale` says of many."""
+    kind = entry & pte.KIND
+    if kind == pte.MIGRATION:
+        return True
+    if kind not in USABLE or entry >> pte.FRAME_SHIFT != frame or frame >> ZONE_SHIFT in gone:
+        return False
+    return not may_write or entry & pte.WRITE != 0 or kind == pte.EXCLUSIVE
+
+
 def withdrawn(memory: PhysicalMemory) -> list[int]:
     """The zones of lost memory that nobody may translate to any more."""
     return [zone.number for zone in memory.zones.values() if zone.withdrawn]
@@ -113,11 +135,6 @@ def described(context: Context, who: str, page: int, frame: int, *, may_write: b
 class Translations(Protocol):
     """What somebody translates: an IOMMU domain, a device's mirror."""
 
-    @property
-    def changed(self) -> bool:
-        """Whether `touched` has anything to tell."""
-        ...
-
     def touched(self) -> Words:
         """The pages with translations that may be others since the last call."""
         ...
@@ -129,6 +146,24 @@ class Translations(Protocol):
     def held(self, pages: Words) -> tuple[Words, Words, Mask]:
         """The same of those of `pages` that have some."""
         ...
+
+    def held_one(self, page: int) -> tuple[int, bool] | None:
+        """(frame, may write) of a page, if it has one."""
+        ...
+
+
+class Mirrored(Translations, Protocol):
+    """A device's mirror: a page table that says itself whether `touched` has anything to tell."""
+
+    table: PageTable
+
+
+NO_MIRRORS: Mapping[str, Sequence[tuple[int, Mirrored]]] = {}
+"""None can be seen."""
+
+
+Suspect = tuple[str, str, Context, Translations, bool]
+"""Somebody whose translations have to be looked at: a kind, a device, of which context, and whether they may be others than they were."""
 
 
 class Audit:
@@ -147,10 +182,10 @@ class Audit:
         self._left: dict[Translations, list[Words]] = {}
         """Pages that could not be checked yet, because mirrors of their process were just being told."""
 
-    def changes(self, mirrors: Sequence[tuple[str, int, Translations]], now_s: float) -> list[str]:
-        """What is wrong with what has changed. `mirrors` are (device, process, mirror) of those that can be seen."""
+    def changes(self, mirrors: Mapping[str, Sequence[tuple[int, Mirrored]]], now_s: float) -> list[str]:
+        """What is wrong with what has changed. `mirrors` are those that can be seen, by device: (process, mirror)."""
         for space in self._spaces.values():
-            if space.mmap_lock.written:
+            if space.mmap_lock.readers < 0:
                 return list(self._late)  # see `books`
         found = list(self._late)
         changed: dict[int, Words] | None = None
@@ -160,56 +195,63 @@ class Audit:
             found.append(_said(wrong))
         if self._withdrawn != (now_withdrawn := withdrawn(self._memory)):  # no entry changes by that
             self._withdrawn, changed = now_withdrawn, None
-        if self._left:
-            there = {who for _, _, _, who in self._held(mirrors, None)}
-            self._left = {who: left for who, left in self._left.items() if who in there}
-        for kind, device, context, who in self._held(mirrors, changed):
+        suspects = self._suspects(mirrors, changed)
+        before, self._left = self._left, {}  # who is not among the suspects has gone
+        for suspect in suspects:
+            kind, device, context, who, _ = suspect
             number = context.space.number
+            left = before.pop(who, []) if before else []
             if changed is None or number not in self._spaces:
                 found += believed(context, kind + device, *who.translations())
+                if left:
+                    self._left[who] = left
             else:
-                parts = [pages for pages in (who.touched(), changed.get(number)) if pages is not None and len(pages)]
-                found += self._believed(kind + device, context, who, parts)
+                if number in changed:
+                    left.append(changed[number])
+                found += self._believed(suspect, left)
         return found
 
-    def _held(
-        self, mirrors: Sequence[tuple[str, int, Translations]], changed: Mapping[int, Words] | None
-    ) -> list[tuple[str, str, Context, Translations]]:
-        """(kind of believer, device, context, its translations): of every IOMMU domain, and of `mirrors`.
+    def _suspects(self, mirrors: Mapping[str, Sequence[tuple[int, Mirrored]]], changed: Mapping[int, Words] | None) -> list[Suspect]:
+        """Whom to ask: whose translations may be others, or were not checked, or whose process has gone.
 
-        `changed`: only those about which something is `_new`, which nearly nobody is after most steps.
+        Or has entries in `changed`: nearly nobody after most steps. None: everybody, every IOMMU domain and the `mirrors`.
         """
-        found: list[tuple[str, str, Context, Translations]] = []
+        found: list[Suspect] = []
+        spaces, left = self._spaces, self._left
         for device in self._devices.values():
             life = device.life
-            if life is not None and life.contexts:
-                found += [
-                    (IOMMU, life.name, context, context.domain)
-                    for context in life.contexts.values()
-                    if changed is None or self._new(context.domain, context.space.number, changed)
-                ]
-        for name, process, mirror in mirrors:
-            if changed is None or self._new(mirror, process, changed):
-                life = self._devices[name].life
-                of_process = None if life is None else life.context_of(process)
-                if of_process is not None:
-                    found.append((MIRROR, name, of_process, mirror))
+            for context in () if life is None else life.contexts.values():
+                domain, number = context.domain, context.space.number
+                touched = domain.table.changed
+                if touched or changed is None or number in changed or domain in left or number not in spaces:
+                    found.append((IOMMU, device.spec.name, context, domain, touched))
+        for name, seen in mirrors.items():
+            for number, mirror in seen:
+                table = mirror.table
+                touched = table.ptes.changed or table.pmds.changed
+                if touched or changed is None or number in changed or mirror in left or number not in spaces:
+                    life = self._devices[name].life
+                    of_process = None if life is None else life.context_of(number)
+                    if of_process is not None:
+                        found.append((MIRROR, name, of_process, mirror, touched))
         return found
 
-    def _new(self, who: Translations, process: int, changed: Mapping[int, Words]) -> bool:
-        """Whether translations or entries of the process are others than they were, or were not checked, or the process has gone."""
-        return who.changed or process in changed or who in self._left or process not in self._spaces
-
-    def _believed(self, name: str, context: Context, who: Translations, pages: list[Words]) -> list[str]:
-        """I1 of the `pages` of one mirror that changed, or whose entries did."""
-        left = pages + self._left.pop(who, [])
+    def _believed(self, suspect: Suspect, left: list[Words]) -> list[str]:
+        """I1 of the pages of one mirror that changed, and of those that are `left`, because their entries did, or from before."""
+        kind, device, context, who, has_changed = suspect
+        if has_changed and len(touched := who.touched()):
+            left.append(touched)
         if not left:
             return []
         if context.hub.core.active:
             self._left[who] = left
             return []
-        translated = who.held(left[0] if len(left) == 1 else np.concatenate(left))
-        if not len(translated[0]) or not np.count_nonzero(stale(context, *translated)):
+        pages = left[0] if len(left) == 1 else np.concatenate(left)
+        if len(pages) <= FEW:
+            wrong = any_stale(context, who, pages.tolist(), self._withdrawn)
+        else:
+            wrong = bool(np.count_nonzero(stale(context, *who.held(pages))))
+        if not wrong:
             return []
         self._left[who] = left
-        return believed(context, name, *who.translations())
+        return believed(context, kind + device, *who.translations())

@@ -294,6 +294,10 @@ class AddressSpace(Protocol):
         """Drop what `get_pages` took."""
         ...
 
+    def entry(self, page: int) -> int:
+        """The page table entry of one page (`mm.pte`)."""
+        ...
+
     def entries(self, pages: Words) -> Words:
         """The page table entries of `pages` (`mm.pte`)."""
         ...

@@ -73,7 +73,8 @@ class Domain:
         self.zone = zone
         self.refused = 0
         """Accesses that were refused so far."""
-        self._table = SparseTable()
+        self.table = SparseTable()
+        """Page -> entry. Change it by the methods here."""
         self._accesses: list[Access] = []
 
     def grant(self, start: int, words: Words) -> None:
@@ -90,81 +91,81 @@ class Domain:
         entries = frames << _FRAME_SHIFT | _VALID
         entries |= np.where(words & np.uint64(HMM_PFN_WRITE) != 0, _WRITE, np.uint64(0))
         if all_of(usable):
-            self._table.write(start, entries)
+            self.table.write(start, entries)
         else:
-            self._table.scatter((usable.nonzero()[0] + start).astype(np.uint64), entries[usable])
+            self.table.scatter((usable.nonzero()[0] + start).astype(np.uint64), entries[usable])
 
     def _grant_few(self, start: int, words: Words) -> None:
         """`grant`, page by page."""
         for page, word in enumerate(words.tolist(), start):
             frame = word & HMM_PFN_FRAME_MASK
             if word & (HMM_PFN_VALID | HMM_PFN_ERROR) == HMM_PFN_VALID and frame >> ZONE_SHIFT != self.zone:
-                self._table.set(page, frame << FRAME_SHIFT | VALID | (WRITE if word & HMM_PFN_WRITE else 0))
+                self.table.set(page, frame << FRAME_SHIFT | VALID | (WRITE if word & HMM_PFN_WRITE else 0))
 
     def revoke(self, start: int, end: int) -> None:
         """Forget the translations of [start, end)."""
-        self._table.clear(start, end)
+        self.table.clear(start, end)
 
     def revoke_pages(self, pages: Words) -> None:
         """Forget the translations of `pages`, which may be large."""
-        if self._table.leaf_count:
-            self._table.scatter(self._some(pages), 0)
+        if self.table.leaf_count:
+            self.table.scatter(self._some(pages), 0)
 
     def _some(self, pages: Words) -> Words:
         """`pages` page by page; without large ones where there is no translation among them all, as is most common."""
         if not has_large(pages):
             return pages
         large = pages & np.uint64(LARGE - 1)
-        if any(bool(part.any()) for _, part in self._table.existing(int(large.min()), int(large.max()) + HUGE_PAGES)):
+        if any(bool(part.any()) for _, part in self.table.existing(int(large.min()), int(large.max()) + HUGE_PAGES)):
             return page_by_page(pages)
         return pages[pages < np.uint64(LARGE)]
 
     def frame(self, page: int) -> int | None:
         """The frame that `page` translates to, or None."""
-        entry = self._table.get(page)
+        entry = self.table.get(page)
         return entry >> 3 if entry & 1 else None
 
     def translations(self) -> tuple[Words, Words, npt.NDArray[np.bool_]]:
         """(pages, frames, may write) of everything that is not suspended."""
-        pages = self._table.occupied(0, PAGES_MAX)
-        entries = self._table.gather(pages)
+        pages = self.table.occupied(0, PAGES_MAX)
+        entries = self.table.gather(pages)
         held = (entries & (_VALID | _SUSPENDED)) == _VALID
         return pages[held], entries[held] >> _FRAME_SHIFT, (entries[held] & _WRITE) != 0
 
-    @property
-    def changed(self) -> bool:
-        """Whether `touched` has anything to tell."""
-        return self._table.changed
-
     def touched(self) -> Words:
         """The pages with translations that may be others since the last call: for one who checks them."""
-        return self._table.take_touched_pages()
+        return self.table.take_touched_pages()
 
     def held(self, pages: Words) -> tuple[Words, Words, npt.NDArray[np.bool_]]:
         """`translations`, of `pages`."""
-        entries = self._table.gather(pages)
+        entries = self.table.gather(pages)
         held = ((entries & (_VALID | _SUSPENDED)) == _VALID).nonzero()[0]
         return pages[held], entries[held] >> _FRAME_SHIFT, (entries[held] & _WRITE) != 0
 
+    def held_one(self, page: int) -> tuple[int, bool] | None:
+        """(frame, may write) of one page, if it has a translation that is not suspended."""
+        entry = self.table.get(page)
+        return (entry >> FRAME_SHIFT, entry & WRITE != 0) if entry & (VALID | SUSPENDED) == VALID else None
+
     def suspend(self, pages: Words) -> None:
         """`pages` are on their way to the device itself: their translations answer EAGAIN until `resume` or `revoke_pages`."""
-        if not self._table.leaf_count:
+        if not self.table.leaf_count:
             return
         pages = self._some(pages)
-        entries = self._table.gather(pages)
+        entries = self.table.gather(pages)
         held = (entries & _VALID) != 0
         if any_of(held):
-            self._table.scatter(pages[held], entries[held] | _SUSPENDED)
+            self.table.scatter(pages[held], entries[held] | _SUSPENDED)
 
     def resume(self, pages: Words) -> None:
         """`pages` stayed where they were: what was suspended is good again."""
-        if not self._table.leaf_count:
+        if not self.table.leaf_count:
             return
         pages = self._some(pages)
-        entries = self._table.gather(pages)
+        entries = self.table.gather(pages)
         held = (entries & _SUSPENDED) != 0
         if any_of(held):
-            self._table.scatter(pages[held], entries[held] & ~_SUSPENDED)
+            self.table.scatter(pages[held], entries[held] & ~_SUSPENDED)
 
     def check(self, pages: Words, addresses: Words, write: bool) -> None:
         """Refuse an access of physical `addresses` by way of `pages` that the domain does not cover.
@@ -173,7 +174,7 @@ class Domain:
         """
         if len(pages) <= FEW and self._covers(pages, addresses, write):
             return
-        entries = self._table.gather(pages)
+        entries = self.table.gather(pages)
         needed = _VALID | _WRITE if write else _VALID
         bad = (entries & needed) != needed
         bad |= entries >> _FRAME_SHIFT != addresses >> _PAGE_SHIFT
@@ -189,7 +190,7 @@ class Domain:
         """Whether a few accesses are allowed: what `check` finds out, page by page."""
         needed = VALID | WRITE if write else VALID
         for page, address in zip(pages.tolist(), addresses.tolist(), strict=True):
-            entry = self._table.get(page)
+            entry = self.table.get(page)
             if entry & (needed | SUSPENDED) != needed or entry >> FRAME_SHIFT != address >> PAGE_SHIFT:
                 return False
         return True

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import secrets
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict
 from functools import partial
@@ -44,7 +44,7 @@ from hmmnet.wire.transport import Channel, Listener, Transport
 
 from . import audit
 from .admission import Admission, Connecting
-from .audit import Audit, Translations
+from .audit import NO_MIRRORS, Audit, Mirrored
 from .calls import new_client
 from .checking import Checker
 from .contexts import Contexts
@@ -469,8 +469,8 @@ class Host:
         """What is still in use, processes too, when a program and all that it has begun have ended: see `audit.left_over`."""
         return [*(f"process {number} is left over" for number in self.spaces), *audit.left_over(self.memory)]
 
-    def audit_changes(self, mirrors: Sequence[tuple[str, int, Translations]] = ()) -> list[str]:
-        """`audit`, while things move, of what has changed since the last call; and of those `mirrors`: (device, process, mirror).
+    def audit_changes(self, mirrors: Mapping[str, Sequence[tuple[int, Mirrored]]] = NO_MIRRORS) -> list[str]:
+        """`audit`, while things move, of what has changed since the last call; and of those `mirrors`, by device: (process, mirror).
 
         For one who asks: what has been told is told again, but changes are looked at once.
         """

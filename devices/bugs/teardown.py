@@ -100,7 +100,7 @@ class KeepsTable(Gpu):
         """See `Device`."""
         mirror = opened.context.mirror
         tables = _tables_of_the_run()
-        mirror._table = tables.setdefault((self.spec.name, mirror.process), mirror._table)  # noqa: SLF001 - the bug reaches where it should not
+        mirror.table = tables.setdefault((self.spec.name, mirror.process), mirror.table)
 
 
 def _tables_of_the_run() -> dict[tuple[str, int], PageTable]:

@@ -7,7 +7,6 @@ them or for some.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
 from itertools import pairwise
 from typing import NamedTuple
@@ -27,10 +26,13 @@ from .zones import ANON, COMPOUND, LOCKED, STATE, HostZone, Index, Zone
 KIND, WRITE, SPECIAL, EXCLUSIVE = (np.uint64(bits) for bits in (pte.KIND, pte.WRITE, pte.SPECIAL, pte.ANON_EXCLUSIVE))
 OWN = WRITE | EXCLUSIVE
 WORD = (1 << 64) - 1
-COUNTED = ~np.isin(np.arange(8), (pte.MARKER, pte.SWAP))
-"""By kind of entry, whether it counts in rss."""
-MAPPED = np.isin(np.arange(8), (pte.PRESENT, pte.DEVICE, pte.EXCLUSIVE, pte.HINT))
-"""By kind of entry, whether it maps its frame."""
+UNCOUNTED = frozenset((pte.MARKER, pte.SWAP))
+"""The kinds of entries that do not count in rss."""
+MAPPING = frozenset((pte.PRESENT, pte.DEVICE, pte.EXCLUSIVE, pte.HINT))
+"""The kinds of those that map their frames."""
+COUNTED = ~np.isin(np.arange(8), list(UNCOUNTED))
+MAPPED = np.isin(np.arange(8), list(MAPPING))
+"""The same by kind of entry, for many."""
 
 
 def check(memory: PhysicalMemory, mms: Iterable[Mm], *, quiet: bool = True) -> None:
@@ -54,45 +56,43 @@ def check(memory: PhysicalMemory, mms: Iterable[Mm], *, quiet: bool = True) -> N
         inside = (frames >= zone.base) & (frames < zone.base + zone.count)
         check_frames(zone, zone.used, _expected(zone, frames[inside], counts[inside]), quiet=quiet)
         check_free(zone)
-    check_charges(memory, [charges(zone) for zone in memory.zones.values()])
+    check_charges(memory, [charges(zone, zone.used) for zone in memory.zones.values()])
 
 
 class Charges(NamedTuple):
     """How many frames are charged to each memory cgroup, by its number; and how many of them are locked."""
 
-    pages: Counter[int]
-    locked: Counter[int]
+    pages: dict[int, int]
+    locked: dict[int, int]
 
 
-NO_CHARGES = Charges(Counter(), Counter())
+NO_CHARGES = Charges({}, {})
 
 
-def charges(zone: Zone) -> Charges:
-    """Those of the frames of `zone`."""
-    flags = zone.seen("flags", zone.used)
+def charges(zone: Zone, used: slice) -> Charges:
+    """Those of the frames of `zone` that are in use."""
+    flags = zone.seen("flags", used)
     if not len(flags) or int(np.maximum.reduce(flags)) >> CHARGE_SHIFT == 0:
         return NO_CHARGES
     return Charges(*(_per_group(some) for some in (flags, flags[flags & LOCKED != 0])))
 
 
-def _per_group(flags: npt.NDArray[np.uint32]) -> Counter[int]:
-    return Counter(
-        {number: pages for number, pages in enumerate(np.bincount(flags >> np.uint32(CHARGE_SHIFT)).tolist()) if number and pages}
-    )
+def _per_group(flags: npt.NDArray[np.uint32]) -> dict[int, int]:
+    return {number: pages for number, pages in enumerate(np.bincount(flags >> np.uint32(CHARGE_SHIFT)).tolist()) if number and pages}
 
 
 def check_charges(memory: PhysicalMemory, zones: Iterable[Charges]) -> None:
     """Groups count the pages that are charged to them (I4). A page on its way has two frames, both locked, and is charged once."""
-    pages: Counter[int] = Counter()
-    locked: Counter[int] = Counter()
+    pages: dict[int, int] = {}
+    certain: dict[int, int] = {}
     for zone in zones:
         for number, count in zone.pages.items():
-            pages[number] += count
-        for number, count in zone.locked.items():
-            locked[number] += count
+            pages[number] = pages.get(number, 0) + count
+            certain[number] = certain.get(number, 0) + count - zone.locked.get(number, 0)
     said = memory.cgroups.charged()
-    right = all(pages[number] - locked[number] <= said.get(number, 0) <= pages[number] for number in {*pages, *said})
-    assert right, f"pages charged to memory cgroups (I4): {dict(sorted(pages.items()))}, they say {said}"
+    for number in {*pages, *said}:
+        right = certain.get(number, 0) <= said.get(number, 0) <= pages.get(number, 0)
+        assert right, f"pages charged to memory cgroups (I4): {dict(sorted(pages.items()))}, they say {said}"
 
 
 def check_vmas(mm: Mm) -> None:
@@ -245,7 +245,7 @@ def entry_agrees(memory: PhysicalMemory, mm: Mm, page: int, entry: int) -> bool:
         return False
     kind = entry & pte.KIND
     moving = kind == pte.MIGRATION
-    if not moving and (entry & pte.SPECIAL or not MAPPED[kind]):
+    if not moving and (entry & pte.SPECIAL or kind not in MAPPING):
         return True
     frame = entry >> pte.FRAME_SHIFT
     zone = memory.zones.get(frame >> ZONE_SHIFT)
@@ -255,8 +255,10 @@ def entry_agrees(memory: PhysicalMemory, mm: Mm, page: int, entry: int) -> bool:
     flags, mapcount = cells.flags[at], cells.mapcount[at]
     if moving:
         return bool(flags & LOCKED) and not mapcount
+    if cells.index[at] != page - vma.start + vma.pgoff:
+        return False
     mapping = cells.mapping[at]
-    if cells.index[at] != page - vma.start + vma.pgoff or (mapping not in {vma.anon, vma_file(vma)} and mapping not in vma.chain):
+    if mapping != vma.anon and mapping != vma_file(vma) and mapping not in vma.chain:
         return False
     return mapcount == 1 or not entry & (pte.WRITE | pte.ANON_EXCLUSIVE) if flags & ANON else not entry & pte.ANON_EXCLUSIVE
 
@@ -265,7 +267,7 @@ def frame_agrees(zone: Zone, at: int, expected: int) -> bool:
     """Whether one frame, `expected` to be mapped so often, keeps the rules of `check_frames`, where no folio is folded."""
     cells = zone.cells
     refcount, mapcount = cells.refcount[at], cells.mapcount[at]
-    return mapcount == expected and refcount >= max(0, mapcount) and bool(refcount or not cells.mapping[at])
+    return mapcount == expected and refcount >= mapcount and refcount >= 0 and (refcount != 0 or not cells.mapping[at])
 
 
 def vma_file(vma: Vma) -> int:
@@ -285,7 +287,7 @@ def _expected(zone: Zone, frames: Words, counts: npt.NDArray[np.int64]) -> npt.N
 
 def check_frames(zone: Zone, where: Index, expected: npt.NDArray[np.int32], *, quiet: bool) -> None:
     """The frames at `where`, `expected` to be mapped so often, count their mappings; what has no reference is free (I3, I8)."""
-    refcount, mapcount, flags, mapping = (zone.values(name, where) for name in ("refcount", "mapcount", "flags", "mapping"))
+    refcount, mapcount, flags, mapping = [zone.seen(name, where) for name in ("refcount", "mapcount", "flags", "mapping")]
     wrong = (mapcount != expected).nonzero()[0]
     assert not len(wrong), (
         f"{zone.owner}: frame {_at(where, wrong)} says it is mapped {mapcount[wrong[0]]} times, but is {expected[wrong[0]]}"
@@ -309,5 +311,5 @@ def _at(where: Index, rows: npt.NDArray[np.intp]) -> int:
 def check_free(zone: Zone) -> None:
     """What a memory of the host has given out is what has references, or waits to be free until no device reaches it (I3)."""
     if isinstance(zone, HostZone):
-        held, used = int(np.count_nonzero(zone.values("refcount", zone.used))), zone.allocator.used_count - zone.waiting
+        held, used = int(np.count_nonzero(zone.seen("refcount", zone.used))), zone.allocator.used_count - zone.waiting
         assert held == used, f"{zone.owner}: {held} frames have references, {used} are allocated (I3)"

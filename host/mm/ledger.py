@@ -19,7 +19,7 @@ Copies of all that take as much memory as page tables and struct pages do; none 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -63,19 +63,18 @@ class _Table:
         """Blocks that are mapped as one."""
         self.small = self.huge = self.changed = NO_CHANGES
         """What the last look found to be another: pages that are mapped by themselves, blocks by number, and all, page by page."""
-        self._vmas: list[tuple[Any, ...]] = []
-        self._ptes = Seen(mm.table.ptes)
-        self._pmds = Seen(mm.table.pmds)
-
-    @property
-    def restless(self) -> bool:
-        """Whether there is something to `look` at, or was at the last look."""
-        table = self.mm.table
-        return table.ptes.changed or table.pmds.changed or self.changed is not NO_CHANGES
+        self.vmas: list[tuple[Any, ...]] = []
+        """What the VMAs said at the last look."""
+        self.there = mm.vmas.each()
+        """Those that there are now."""
+        self.ptes, self.pmds = mm.table.ptes, mm.table.pmds
+        self._ptes = Seen(self.ptes)
+        self._pmds = Seen(self.pmds)
 
     def look(self) -> Changes:
-        """The pages whose entries changed, blocks page by page."""
-        self.small, self.huge = self._ptes.changes(), self._pmds.changes()
+        """The pages whose entries changed, blocks page by page; `over` forgets them."""
+        self.small = self._ptes.changes()
+        self.huge = self._pmds.changes() if self.pmds.changed else NO_CHANGES
         self.changed = self.small
         if not len(self.huge.pages):
             return self.small
@@ -83,6 +82,10 @@ class _Table:
         whole = Changes(pages, self._pages_of(self.huge.before), self._pages_of(self.huge.now))
         self.changed = Changes(*(np.concatenate(both) for both in zip(self.small, whole, strict=True)))
         return self.changed
+
+    def over(self) -> None:
+        """What the last look found has been checked."""
+        self.small = self.huge = self.changed = NO_CHANGES
 
     def _pages_of(self, blocks: Words) -> Words:
         """The entries that those of `blocks` stand for; none for an empty one."""
@@ -94,12 +97,10 @@ class _Table:
         """Every entry that was there at the last look, blocks page by page."""
         return np.concatenate((self._ptes.all(), self.mm.table.expanded(self._pmds.all())))
 
-    def look_at_vmas(self) -> tuple[int, int]:
-        """Between which pages the VMAs are others than at the last look, (0, 0) for none; when there are some, all are checked."""
-        before, now = self._vmas, list(map(_STATE_OF, self.mm.vmas.each()))
-        if now == before:
-            return 0, 0
-        self._vmas, self._areas = now, None
+    def look_at_vmas(self, now: list[tuple[Any, ...]]) -> tuple[int, int]:
+        """Between which pages the VMAs, which say this `now`, are others than at the last look. All are checked then."""
+        before = self.vmas
+        self.vmas, self._areas = now, None
         invariants.check_vmas(self.mm)
         first = _alike(before, now)
         behind = _alike(before[first:][::-1], now[first:][::-1])
@@ -113,14 +114,14 @@ class _Table:
             self._areas = invariants.areas(self.mm)
         return self._areas
 
-    def check_blocks(self, memory: PhysicalMemory, *, folded: bool) -> None:
-        """The rules of huge pages, where one came or went, or may have: `folded` says that of folios."""
+    def check_blocks(self, memory: PhysicalMemory, *, folded: bool, folios: bool) -> None:
+        """The rules of huge pages, where one came or went, or may have: `folded` says that of folios. `folios`: there are folded ones."""
         count, huge, changed = self.mm.table.pmd_count, self.huge is not NO_CHANGES, self.changed is not NO_CHANGES
         if huge:
             self.blocks += int(np.count_nonzero(self.huge.now)) - int(np.count_nonzero(self.huge.before))
         if folded or count != self.blocks or (changed and (count or huge)):
             invariants.check_blocks(memory, self.mm)
-        elif changed and any(zone.folded_count for zone in memory.zones.values()):
+        elif changed and folios:
             invariants.check_unfolded(memory, self.mm, self.small.now)
 
 
@@ -133,24 +134,25 @@ class _Frames:
         self.expected: Counts = np.zeros(0, np.int32)
         self.behind: Counts = np.zeros(0, np.int32)
         self.charges = invariants.NO_CHARGES
-        self.touched: list[Index] = []
+        self.touched: list[Index | int] = []
         """Frames that are mapped otherwise than at the last look."""
         self.folded = False
         """Whether folios were folded or unfolded since the last look."""
-        self.given_out = self.folded_count = 0
-        """How many frames of the host were allocated, and how many folios folded, when that was last checked."""
-        self._allocator = zone.allocator if isinstance(zone, HostZone) else None
+        self.free_count = self.folded_count = 0
+        """How many frames of the host were free, and how many folios folded, when that was last checked."""
+        self.allocator = zone.allocator if isinstance(zone, HostZone) else None
         self.changed = self.loud = _NOWHERE
         """The frames whose struct pages the last look found to be others: all, and those that the rules of entries look at."""
         self._state = np.zeros((len(STATE), 0), np.uint32)
         self._index = np.zeros(0, np.uint64)
-        self._raw = self._raw_index = self._raw_folded = b""
+        self.raw = b"", b"", b""
+        """The struct pages at the last look: states, indices, which are folded."""
         self._watch_used()
 
     def _watch_used(self) -> None:
-        """Make the views at which `look` looks: making them takes as long as the look."""
+        """Make the views at which who looks looks: making them takes as long as the look."""
         zone, used = self.zone, self.used
-        self._states, self._indices, self._folded = zone.state[:, :used], zone.index[:used], zone.folded[: (used >> HUGE_SHIFT) + 1]
+        self.states, self.indices, self.folds = zone.state[:, :used], zone.index[:used], zone.folded[: (used >> HUGE_SHIFT) + 1]
 
     def grow(self) -> None:
         """Frames have come into use."""
@@ -170,27 +172,20 @@ class _Frames:
             np.add.at(counts, where, step)
         self.touched.append(where)
 
-    def look(self) -> bool:
-        """Whether the struct pages are others than they were: `changed` then, and `loud` for the rules of entries."""
-        zone, allocator = self.zone, self._allocator
-        if self.used != (zone.offered if allocator is None else zone.count - allocator.fresh_count):  # `zone.used`
-            self.grow()
-        raw, index, folded = self._states.tobytes(), self._indices.tobytes(), self._folded.tobytes()
-        if raw == self._raw and index == self._raw_index and folded == self._raw_folded:
-            self.changed = self.loud = _NOWHERE
-            self.folded = False
-            return False
+    def look(self, raw: tuple[bytes, bytes, bytes]) -> None:
+        """The struct pages, which are `raw` now, are others than they were: `changed` then, and `loud` for the rules of entries.
+
+        `over` forgets it.
+        """
         used = self.used
-        self.folded = folded != self._raw_folded
-        state, numbers = np.frombuffer(raw, np.uint32).reshape(len(STATE), used), np.frombuffer(index, np.uint64)
-        if self.folded or zone.folded_count:
+        self.folded = raw[2] != self.raw[2]
+        state, numbers = np.frombuffer(raw[0], np.uint32).reshape(len(STATE), used), np.frombuffer(raw[1], np.uint64)
+        if self.folded or self.zone.folded_count:
             self.changed = self.loud = np.arange(used)  # the state of a head is that of all its frames
         else:
             other, moved = self._differs(state, numbers)
             self.changed, self.loud = (other.any(axis=0) | moved).nonzero()[0], (other[_LOUD].any(axis=0) | moved).nonzero()[0]
-        self._state, self._index = state, numbers
-        self._raw, self._raw_index, self._raw_folded = raw, index, folded
-        return True
+        self._state, self._index, self.raw = state, numbers, raw
 
     def _differs(self, state: npt.NDArray[np.uint32], numbers: Words) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
         """Where the struct pages, and where their indices, are others than they were."""
@@ -203,35 +198,40 @@ class _Frames:
         """The rules of frames, of those that changed or are mapped otherwise."""
         zone, changed = self.zone, self.changed
         if len(self.touched) + len(changed) <= FEW and not (zone.folded_count or self.folded):
-            places = [*changed.tolist(), *(at for part in self.touched for at in _listed(part))]
-            assert all(invariants.frame_agrees(zone, at, self.expected[at]) for at in places), f"{zone.owner}: a frame breaks a rule"
-            self.touched = []
+            self._check_few()
         elif self.touched or len(changed):
-            parts = [np.arange(part.start, part.stop) if isinstance(part, slice) else part for part in self.touched]
-            at = np.concatenate((changed, *parts))
+            at = np.concatenate((changed, *(_as_array(where) for where in self.touched)))
             invariants.check_frames(zone, at, self.expected[at], quiet=False)
-            self.touched = []
+        self.touched = []
         if len(changed):
-            self.charges = invariants.charges(zone)
-        given_out = 0 if self._allocator is None else self._allocator.used_count
-        if len(changed) or given_out != self.given_out:
+            self.charges = invariants.charges(zone, slice(0, self.used))
+        free = 0 if self.allocator is None else self.allocator.free_count
+        if len(changed) or free != self.free_count:
             invariants.check_free(zone)
-            self.given_out = given_out
+            self.free_count = free
         if (zone.folded_count and len(changed)) or self.folded or zone.folded_count != self.folded_count:
             invariants.check_folded(zone, quiet=False)
             self.folded_count = zone.folded_count
 
-    @property
-    def restless(self) -> bool:
-        """Whether there is something to check: frames that are others, or mapped otherwise, or other numbers of what is counted beside."""
-        if self.touched or self.changed is not _NOWHERE or self.zone.folded_count != self.folded_count:
-            return True
-        return self._allocator is not None and self._allocator.used_count != self.given_out
+    def _check_few(self) -> None:
+        """The rules of each of a few frames."""
+        places = self.changed.tolist()
+        for where in self.touched:
+            places += (where,) if isinstance(where, int) else _as_array(where).tolist()
+        for at in places:
+            assert invariants.frame_agrees(self.zone, at, self.expected[at]), f"{self.zone.owner}: a frame breaks a rule"
+
+    def over(self) -> None:
+        """What the last look found has been checked."""
+        self.changed = self.loud = _NOWHERE
+        self.folded = False
 
 
-def _listed(where: Index) -> Iterable[int]:
-    """Places, one by one."""
-    return range(where.start, where.stop) if isinstance(where, slice) else where.tolist()
+def _as_array(where: Index | int) -> npt.NDArray[np.intp]:
+    """Places as what selects them, each by itself."""
+    if isinstance(where, slice):
+        return np.arange(where.start, where.stop)
+    return np.array([where], np.intp) if isinstance(where, int) else where
 
 
 class Ledger:
@@ -275,16 +275,35 @@ class Ledger:
         now = list(self._memory.zones.values()), list(mms)
         if now != self._seen:
             self._meet(*now)
-        others = [seen for seen in self._zones.values() if seen.look()]
+        others = self._look_at_frames()
         found = {}
+        changed_tables = []
         for table in self._tables.values():
-            if table.restless and (changed := table.look()) is not NO_CHANGES:
+            if (table.ptes.changed or table.pmds.changed) and (changed := table.look()) is not NO_CHANGES:
+                changed_tables.append(table)
                 self._count(table, changed)
                 pages = changed.pages[_elsewhere(changed)]
                 if len(pages):
                     found[table.mm.number] = pages
-        self._check(others)
+        self._check(others, changed_tables)
+        for seen in others:
+            seen.over()
+        for table in changed_tables:
+            table.over()
         return found
+
+    def _look_at_frames(self) -> list[_Frames]:
+        """The zones whose struct pages are others than they were. They are compared as bytes, which takes less than anything else."""
+        others = []
+        for seen in self._zones.values():
+            zone, allocator = seen.zone, seen.allocator
+            if seen.used != (zone.offered if allocator is None else allocator.fresh - zone.base):  # `zone.used`
+                seen.grow()
+            raw = seen.states.tobytes(), seen.indices.tobytes(), seen.folds.tobytes()
+            if raw != seen.raw:
+                seen.look(raw)
+                others.append(seen)
+        return others
 
     def _meet(self, zones: list[Zone], mms: list[Mm]) -> None:
         """There are other memories or processes than at the last look. Those that are gone map nothing any more."""
@@ -331,12 +350,15 @@ class Ledger:
         """`_tally` of one entry that is not empty."""
         kind = entry & pte.KIND
         moving, plain = kind == pte.MIGRATION, not entry & pte.SPECIAL
-        frame = entry >> pte.FRAME_SHIFT
-        seen = self._zones.get(frame >> ZONE_SHIFT) if moving or (plain and invariants.MAPPED[kind]) else None
-        if seen is not None:
-            at = frame - seen.zone.base
-            seen.tally(seen.behind if moving else seen.expected, slice(at, at + 1), step)
-        return plain and bool(invariants.COUNTED[kind])
+        if moving or (plain and kind in invariants.MAPPING):
+            frame = entry >> pte.FRAME_SHIFT
+            if (number := frame >> ZONE_SHIFT) in self._zones:
+                seen = self._zones[number]
+                at = frame - seen.zone.base
+                assert at < seen.used, f"{seen.zone.owner}: a frame is mapped that was never allocated"
+                (seen.behind if moving else seen.expected)[at] += step
+                seen.touched.append(at)
+        return plain and kind not in invariants.UNCOUNTED
 
     def _places(self, entries: Words) -> Iterator[tuple[_Frames, Index]]:
         """Where the struct pages are that `entries` lead to. Those of memory that has gone meanwhile have gone with it."""
@@ -350,64 +372,86 @@ class Ledger:
 
     # --- the rules ------------------------------------------------------------------------------------------------------------------
 
-    def _check(self, others: Sequence[_Frames]) -> None:
-        """Ask the rules of what has changed, and of what that reaches; `others` are zones whose struct pages did."""
+    def _check(self, others: Sequence[_Frames], changed: Sequence[_Table]) -> None:
+        """Ask the rules of what has changed, and of what that reaches; `others` are zones whose struct pages did, `changed` tables."""
         memory, tables, zones = self._memory, self._tables.values(), self._zones.values()
-        folded = self._folded = charged = False
+        folded = folios = False
         for seen in zones:
             folded = folded or seen.folded
-            self._folded = self._folded or seen.zone.folded_count > 0
-        self._folded = self._folded or folded
-        everywhere = bool(others) and self._reaches_others(tables, others)
+            folios = folios or seen.zone.folded_count > 0
+        self._folded = folios or folded
+        everywhere = bool(others) and self._reaches_others(changed, others)
         for table in tables:
-            changed, between = table.changed is not NO_CHANGES, table.look_at_vmas()
+            vmas = list(map(_STATE_OF, table.there))
+            between = (0, 0) if vmas == table.vmas else table.look_at_vmas(vmas)
+            has_changed = table.changed is not NO_CHANGES
             if everywhere:
                 self._check_between(table, 0, PAGES_MAX)
             else:
                 if between[1]:
                     self._check_between(table, *between)
-                if changed:
+                if has_changed:
                     self._check_changed(table)
-            if changed or folded or table.blocks != table.mm.table.pmd_count:
-                table.check_blocks(memory, folded=folded)
+            huge = table.blocks or table.huge is not NO_CHANGES
+            if (has_changed and (folios or huge)) or folded or table.blocks != table.mm.table.pmd_count:
+                table.check_blocks(memory, folded=folded, folios=folios)
             if table.rss != table.mm.rss:
                 invariants.check_rss(table.mm, table.rss)
+        self._check_frames(zones)
+
+    def _check_frames(self, zones: Collection[_Frames]) -> None:
+        """The rules of struct pages, where they are others, or mapped otherwise, or where other numbers are counted beside them."""
+        charged = []
         for seen in zones:
-            if seen.restless:
+            free = seen.allocator is not None and seen.allocator.free_count != seen.free_count
+            if free or seen.touched or seen.changed is not _NOWHERE or seen.zone.folded_count != seen.folded_count:
                 seen.check()
-            charged = charged or seen.charges is not invariants.NO_CHARGES
-        if charged or memory.cgroups.any:
-            invariants.check_charges(memory, [seen.charges for seen in zones])
+            if seen.charges is not invariants.NO_CHARGES:
+                charged.append(seen.charges)
+        if charged or self._memory.cgroups.any:
+            invariants.check_charges(self._memory, charged)
 
     def _check_between(self, table: _Table, start: int, end: int) -> None:
         """The rules of all entries of pages [start, end) of a process."""
         pages = table.mm.table.occupied(start, end)
-        if len(pages):
-            invariants.check_entries(self._memory, table.mm, table.areas, pages, table.mm.table.gather(pages))
+        if len(pages) == 0:
+            return
+        entries = table.mm.table.gather(pages, ascend=True)
+        if len(pages) <= FEW and not self._folded:
+            self._check_few(table, pages, entries)
+        else:
+            invariants.check_entries(self._memory, table.mm, table.areas, pages, entries)
+
+    def _check_few(self, table: _Table, pages: Words, entries: Words) -> None:
+        """The rules of a few entries, where no folio is folded; empty ones break none."""
+        mm = table.mm
+        for page, entry in zip(pages.tolist(), entries.tolist(), strict=True):
+            assert not entry or invariants.entry_agrees(self._memory, mm, page, entry), f"process {mm.number}: an entry breaks a rule"
 
     def _check_changed(self, table: _Table) -> None:
         """The rules of the entries of a process that changed."""
-        mm, changed = table.mm, table.changed
+        changed = table.changed
         if len(changed.pages) <= FEW and not self._folded:
-            for page, entry in zip(changed.pages.tolist(), changed.now.tolist(), strict=True):
-                assert not entry or invariants.entry_agrees(self._memory, mm, page, entry), f"process {mm.number}: an entry breaks a rule"
+            self._check_few(table, changed.pages, changed.now)
         else:
             there = changed.now.nonzero()[0]
             if len(there):
-                invariants.check_entries(self._memory, mm, table.areas, changed.pages[there], changed.now[there])
+                invariants.check_entries(self._memory, table.mm, table.areas, changed.pages[there], changed.now[there])
 
     def _reaches_others(self, tables: Collection[_Table], zones: Sequence[_Frames]) -> bool:
-        """Whether an entry that did not change may lead to a frame of `zones` whose struct page did."""
+        """Whether an entry that did not change may lead to a frame of `zones` whose struct page did; `tables` have those that changed."""
         fresh: dict[int, int] | None = None
         for seen in zones:
             where, base = seen.loud, seen.zone.base
+            if not len(where):
+                continue
             held = seen.expected[where] + seen.behind[where]
             if not np.count_nonzero(held):
                 continue
             if fresh is None:
                 fresh = _led_to(tables)
             for at, times in zip(where.tolist(), held.tolist(), strict=True):
-                if fresh.get(base + at, 0) < times:
+                if times and (base + at not in fresh or fresh[base + at] < times):
                     return True
         return False
 
@@ -435,8 +479,10 @@ def _led_to(tables: Collection[_Table]) -> dict[int, int]:
     """How many of the entries that changed lead to which frame now."""
     found: dict[int, int] = {}
     for table in tables:
-        for frame in pte.frames_of(table.changed.now[table.changed.now != 0]).tolist():
-            found[frame] = found.get(frame, 0) + 1
+        for entry in table.changed.now.tolist():
+            if entry:
+                frame = entry >> pte.FRAME_SHIFT
+                found[frame] = found[frame] + 1 if frame in found else 1
     return found
 
 

@@ -111,6 +111,10 @@ class Space(Advice):
         assert self.mmap_lock.held, "walk without the mmap lock"
         return walk(self.mm, start, end, inputs, default_flags, flags_mask, owner)
 
+    def entry(self, page: int) -> int:
+        """The entry of one page."""
+        return self.mm.table.get(page)
+
     def entries(self, pages: Words) -> Words:
         """The entries of `pages`."""
         return self.mm.table.gather(pages)

@@ -106,7 +106,7 @@ def some_idle(machine: SimulatedMachine, random: Random, *, device: bool = False
 def i1_domain_leads_elsewhere(machine: SimulatedMachine, random: Random) -> Undo | None:
     """An IOMMU translation of another frame."""
     lives = [device.life for device in host_of(machine).devices.values() if device.life is not None]
-    tables = [context.domain._table for life in lives for context in life.contexts.values()]
+    tables = [context.domain.table for life in lives for context in life.contexts.values()]
     found = [(table, page) for table in tables for page in table.occupied(0, PAGES_MAX).tolist()]
     if not found:
         return None
@@ -120,7 +120,7 @@ def i1_domain_leads_elsewhere(machine: SimulatedMachine, random: Random) -> Undo
 def i1_mirror_leads_elsewhere(machine: SimulatedMachine, random: Random) -> Undo | None:
     """A device's entry of another frame."""
     devices = [node.device for node in machine._nodes.values() if node.device is not None]
-    tables = [mirror._table.ptes for device in devices for _, mirror in device.open_mirrors]
+    tables = [mirror.table.ptes for device in devices for _, mirror in device.open_mirrors]
     found = [(table, page) for table in tables for page in table.occupied(0, PAGES_MAX).tolist()]
     if not found:
         return None
