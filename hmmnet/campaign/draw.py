@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from random import Random
 
 import msgspec
@@ -47,6 +46,9 @@ WORD_COUNTS = (1, 1, 2, 8, 16, 600)
 """What the `count` of a step is drawn from."""
 NO_CHOICE = ("",)
 SERIAL_FIRST = 1
+WORDS = (0, 1, 5, 500, 511)
+"""Of a page, those where steps begin, beside any."""
+WIDTHS = [end.bit_length() for end in range(513)]
 DEVICE_NUMBERS = 4
 """Steps name devices by numbers below this, which are counted round among those that there are."""
 
@@ -218,28 +220,22 @@ def _steps(random: Random, mix: str, actors: int, operations: int) -> tuple[Step
     often = random.choice((1.0, 2.0, 4.0, 6.0))
     weights = ALWAYS | {kind: rare[kind] * often * random.uniform(0.3, 1.5) / len(chosen) * 4 for kind in chosen}
     kinds = random.choices(list(weights), list(weights.values()), k=operations)
-    return tuple(_step(random, kind, random.randrange(actors), SERIAL_FIRST + number) for number, kind in enumerate(kinds))
+    return tuple([_step(random.getrandbits, kind, actors, serial) for serial, kind in enumerate(kinds, SERIAL_FIRST)])
 
 
-def _step(random: Random, kind: str, actor: int, serial: int) -> Step:
-    below = partial(_below, random.getrandbits)
-    region, page = below(8), below(8)
-    words = (0, 1, 5, 500, 511, below(512))
-    word = words[below(len(words))]
+def _step(bits: Callable[[int], int], kind: str, actors: int, serial: int) -> Step:
+    """One step. Each number is `Random.randrange`, from the same draws, in a third of the time: most of what is drawn is steps."""
     counts = PAGE_COUNTS if kind in PAGED else WORD_COUNTS
-    count = counts[below(len(counts))]
-    device = below(DEVICE_NUMBERS)
     choices = CHOICES.get(kind, NO_CHOICE)
-    return Step(actor, kind, region, page, word, count, device, choices[below(len(choices))], serial)
-
-
-def _below(bits: Callable[[int], int], end: int) -> int:
-    """`Random.randrange(end)`, from the same draws, in a third of the time: the steps of a seed are most of what is drawn."""
-    width = end.bit_length()
-    number = bits(width)
-    while number >= end:
+    chosen = []
+    for end in (actors, 8, 8, 512, len(WORDS) + 1, len(counts), DEVICE_NUMBERS, len(choices)):
+        width = WIDTHS[end]
         number = bits(width)
-    return number
+        while number >= end:
+            number = bits(width)
+        chosen.append(number)
+    actor, region, page, anywhere, word, count, device, choice = chosen
+    return Step(actor, kind, region, page, (*WORDS, anywhere)[word], counts[count], device, choices[choice], serial)
 
 
 def _hits(random: Random) -> tuple[Hit, ...]:
