@@ -11,12 +11,12 @@ import difflib
 import errno
 import os
 import re
-import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
+
+from .signals import Termination, signals_later
 
 COMMANDS = {
     "demo": "the tour: real text, two GPUs, every byte checked",
@@ -57,20 +57,9 @@ def command_names() -> tuple[str, ...]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit the process with its code."""
-    terminated = False
-
-    def as_ctrl_c(*_: object) -> None:
-        nonlocal terminated
-        terminated = True
-        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell leaves it to what it starts in the background
-            runs = sys.modules.get("hmmnet.sim.interrupts")  # nothing runs yet where it was not imported
-            if runs is not None and runs.interrupt():
-                return
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.raise_signal(signal.SIGINT)
-
+    termination = Termination()
     try:
-        signal.signal(signal.SIGTERM, as_ctrl_c)  # so that "kill" ends as cleanly as Ctrl-C
+        termination.listen()
         code = exit_code(sys.argv[1:] if arguments is None else list(arguments))
         sys.stdout.flush()
     except KeyboardInterrupt:  # before the command began
@@ -83,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         _print_no_more()
         code = _complain("hmmnet", f"standard output cannot be written: {error.strerror}", FAILED)
-    raise SystemExit(TERMINATED if code == INTERRUPTED and terminated else code)
+    raise SystemExit(TERMINATED if code == INTERRUPTED and termination.came else code)
 
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
@@ -124,22 +113,12 @@ def exit_code(arguments: list[str]) -> int:
     return _run_command(name, arguments[1:])
 
 
-@contextmanager
-def _signals_later() -> Iterator[None]:
-    """Ctrl-C and SIGTERM wait for the end of the block: what they raise in a callback of the import system Python passes over."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def _run_command(name: str, arguments: list[str]) -> int:
     from hmmnet.errors import HmmnetError
 
     where = f"hmmnet {name}"
     try:
-        with _signals_later():
+        with signals_later():
             command = _command(name)
         code = command.main(args=arguments, prog_name=where, standalone_mode=False)
     except KeyboardInterrupt:
