@@ -22,6 +22,7 @@ import trio
 import xxhash
 
 from hmmnet.errors import PeerError, ProtocolError
+from hmmnet.wire.shortwait import BulkStream
 from hmmnet.wire.transport import Channel, Payload
 
 from .chunk import CHUNK_BYTES, Abort, Chunk, Credit, pack_abort, pack_credit, split_forward, unpack_forward
@@ -56,6 +57,7 @@ class Arrival:
         self._receiver = receiver
         self._event = trio.Event()
         self._error: str | None = None
+        self._moving = BulkStream()
 
     @property
     def done(self) -> bool:
@@ -84,6 +86,7 @@ class Arrival:
     def end(self, error: str | None) -> None:
         """It is over (called by the receiver)."""
         self._error = error
+        self._moving.end()
         self._event.set()
 
 

@@ -16,6 +16,7 @@ import xxhash
 
 from hmmnet.errors import HmmnetError, PeerError, ProtocolError, Unreachable
 from hmmnet.sleeping import Bell, sleep
+from hmmnet.wire.shortwait import BulkStream
 from hmmnet.wire.transport import Channel
 
 from .chunk import ANNOUNCED_MAX, Abort, Credit, pack_abort, pack_chunk, unpack_back
@@ -168,6 +169,7 @@ class BulkSender:
         if source.nbytes == 0:
             return StreamReport(0, 0, 0.0)
         out = self._streams[stream] = _Outgoing(SendState(stream, source.nbytes), pacer)
+        moving = BulkStream()
         arrive_s = began_s = self._clock.now()
         try:
             while not out.state.done:
@@ -184,6 +186,7 @@ class BulkSender:
             raise
         finally:
             del self._streams[stream]
+            moving.end()
             self._free_slots(out, out.state.chunks)
         await self._clock.sleep_until(arrive_s)
         return StreamReport(source.nbytes, out.state.resent, max(arrive_s, self._clock.now()) - began_s)

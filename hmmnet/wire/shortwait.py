@@ -13,6 +13,8 @@ descriptors: the socket's, and trio's own epoll set, which is readable when anyt
 It is no spinning: asking the socket again and again instead made the round trip two to five times as long, because the io threads of both
 ends need the processors. Who waited in vain does not try again until a message has come within `WAIT_S` and before anything else. Beside
 bulk data only those who wait for bulk data wait shortly: credits would end each of the others', and requests would take half as long again.
+That bulk data move is seen by the sockets that they pass, for `BULK_S`; where streams tell when they begin and end (`BulkStream`), it is
+over with the last of them.
 
 The same knowledge spares a yield that nobody needs (`Loop.undisturbed`): with frames of 1 MiB, waits and yields together are a third of
 what a process spends on each.
@@ -59,6 +61,8 @@ class Loop(Instrument):
         """Passes through the loop so far."""
         self.bulk_s = -BULK_S
         """When somebody last sent or received bulk data or credits, or waited for them."""
+        self._streams: int | None = None
+        """Streams of bulk data that are under way; None until one has told."""
         self._short = 0
         """Short waits and spared yields since the last of them."""
         self._events = select.poll()
@@ -78,6 +82,22 @@ class Loop(Instrument):
         self._short = 0
         if timeout > 0:
             self.runnable = 0
+
+    @property
+    def bulk_expected(self) -> bool:
+        """Whether a socket for bulk data may have any, for all that is known."""
+        return self._streams != 0
+
+    def stream_began(self) -> None:
+        """One of bulk data."""
+        self._streams = (self._streams or 0) + 1
+
+    def stream_ended(self) -> None:
+        """One that had begun."""
+        assert self._streams, "no stream is under way"
+        self._streams -= 1
+        if not self._streams:
+            self.bulk_s = -BULK_S
 
     def due(self) -> bool:
         """Whether the loop has something to do that no descriptor tells of: somebody's time has come, or it was not passed for long."""
@@ -112,6 +132,23 @@ def _found() -> Loop | None:
     if getattr(runner, "is_guest", True) or not isinstance(events, select.epoll) or next_deadline is None:
         return None
     return Loop(events.fileno(), next_deadline, lowlevel.current_clock().deadline_to_sleep_time)
+
+
+class BulkStream:
+    """A stream of bulk data is under way from now on, until `end`. Where nobody waits shortly, nobody has to know."""
+
+    __slots__ = ("_loop",)
+
+    def __init__(self) -> None:
+        self._loop = known_loop()
+        if self._loop is not None:
+            self._loop.stream_began()
+
+    def end(self) -> None:
+        """It is over; a second time does nothing."""
+        loop, self._loop = self._loop, None
+        if loop is not None:
+            loop.stream_ended()
 
 
 class ShortWait:
@@ -153,7 +190,7 @@ class ShortWait:
 
     def moved(self, *, large: bool = False) -> None:
         """Something is being sent or received: bulk data, if that is what this socket is for, or if it is `large`."""
-        if (self._bulk or large) and (loop := known_loop()) is not None:
+        if (self._bulk or large) and (loop := known_loop()) is not None and (large or loop.bulk_expected):
             loop.bulk_s = perf_counter()
             if large:
                 self._large_s = loop.bulk_s
@@ -162,7 +199,7 @@ class ShortWait:
         """The caller begins to wait in the loop."""
         loop = this_loop()
         self._began_s, self._began_turns = perf_counter(), 0 if loop is None else loop.turns
-        if loop is not None and self._bulk:
+        if loop is not None and self._bulk and loop.bulk_expected:
             loop.bulk_s = self._began_s
 
     def end_long(self) -> None:
@@ -176,7 +213,11 @@ class ShortWait:
         self.worthwhile = alone and for_bulk is not None and (for_bulk or now_s - self._began_s < WAIT_S)
 
     def _for_bulk(self, loop: Loop, now_s: float) -> bool | None:
-        """Whether this wait is for bulk data, which says so to all others; None when others move some, so that it should not be short."""
+        """Whether this wait is for bulk data, which says so to all others; None when it should not be short: others move some, or none is
+        expected here.
+        """
+        if self._bulk and not loop.bulk_expected:
+            return None
         if self._bulk or now_s - self._large_s < BULK_S:
             loop.bulk_s = now_s
             return True

@@ -24,6 +24,7 @@ from hmmnet.fabric.dma import ArenaSink, ArenaSource, BulkReceiver, BulkSender, 
 from hmmnet.fabric.sender import ABORTS_MAX, REPEAT_S
 from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, ZONE_SHIFT, Words
 from hmmnet.wire.memory_transport import MemoryTransport
+from hmmnet.wire.shortwait import this_loop
 from hmmnet.wire.transport import Channel
 from tests.fabric.faulty import faulty_pair
 
@@ -278,6 +279,34 @@ async def test_streams_share_a_channel() -> None:
             nursery.start_soon(receiver.expect(stream, BytesSink(landings[stream])).wait)
             nursery.start_soon(sender.send, stream, BytesSource(data))
     assert all(np.array_equal(sources[stream], landings[stream]) for stream in sources)
+
+
+@pytest.mark.parametrize("ending", ["landed", "given up by the sender", "given up by the receiver", "the channel is closed"])
+async def test_the_run_knows_whether_a_stream_is_under_way(ending: str) -> None:
+    """At both ends, from the moment at which it is expected, or begins, to its end, whatever that is."""
+    loop = this_loop()
+    assert loop is not None
+    near, far = memory_pair()
+    async with ends(near, far) as (sender, receiver):
+        arrival = receiver.expect(2, BytesSink(np.zeros(MIB, dtype=np.uint8)))
+        assert loop.bulk_expected
+        if ending == "landed":
+            await sender.send(2, BytesSource(pattern(MIB)))
+            await arrival.wait()
+        elif ending == "given up by the sender":
+            sender.abandon(2)
+            with pytest.raises(PeerError):
+                await arrival.wait()
+        elif ending == "given up by the receiver":
+            arrival.cancel()
+            with pytest.raises(PeerError):
+                await sender.send(2, BytesSource(pattern(MIB)))
+        else:
+            receiver.fail("closed")
+            sender.fail("closed")
+            with pytest.raises(PeerError):
+                await sender.send(4, BytesSource(pattern(MIB)))
+        assert not loop.bulk_expected
 
 
 async def test_receiver_gives_up() -> None:

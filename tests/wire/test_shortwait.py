@@ -22,7 +22,7 @@ from trio.lowlevel import checkpoint, current_trio_token, wait_readable
 
 from hmmnet.wire import shortwait
 from hmmnet.wire.bridge import Bridge
-from hmmnet.wire.shortwait import ShortWait, this_loop
+from hmmnet.wire.shortwait import BulkStream, ShortWait, this_loop
 
 SOON_S = 0.05
 ROUND_TRIPS = 400
@@ -295,6 +295,52 @@ async def test_there_is_none_while_bulk_data_move(pair: tuple[socket.socket, soc
     short.close()
     bulk.close()
     large.close()
+
+
+async def test_bulk_is_over_with_the_last_stream(pair: tuple[socket.socket, socket.socket], clock: Clock) -> None:
+    """At once, whoever goes on waiting for more; and begins anew with the next stream. A large message counts, stream or not."""
+    await idle_once()
+    short, bulk = ShortWait(pair[0].fileno()), ShortWait(pair[0].fileno(), bulk=True)
+    pair[1].send(b"x")
+    await idle_once()
+    streams = [BulkStream(), BulkStream()]
+    bulk.moved()
+    assert not short.wait()
+    streams[0].end()
+    streams[0].end()
+    assert not short.wait(), "the other goes on"
+    assert bulk.wait()
+    streams[1].end()
+    assert short.wait()
+    bulk.moved()
+    bulk.begin_long()
+    bulk.worthwhile = True
+    assert not bulk.wait(), "there is nothing to wait for"
+    assert not bulk.worthwhile
+    assert short.wait(), "a last credit is no stream"
+    bulk.moved(large=True)
+    assert not short.wait()
+    clock.now_s += shortwait.BULK_S * 1.5
+    await idle_once()
+    assert short.wait()
+    again = BulkStream()
+    bulk.begin_long()
+    assert not short.wait()
+    again.end()
+    short.close()
+    bulk.close()
+
+
+async def test_a_stream_from_before_anybody_waited_shortly_is_not_missed_at_its_end() -> None:
+    """It was not counted, so its end counts for nobody else's."""
+    early = BulkStream()
+    loop = this_loop()
+    assert loop is not None
+    counted = BulkStream()
+    early.end()
+    assert loop.bulk_expected
+    counted.end()
+    assert not loop.bulk_expected
 
 
 # --- yields that nobody needs -----------------------------------------------------------------------------------------------------
