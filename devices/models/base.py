@@ -67,7 +67,7 @@ from hmmnet.wire.messages import (
     Report,
     ShowMirror,
 )
-from hmmnet.wire.session import Session
+from hmmnet.wire.session import LATER, Later, Session
 
 log = logging.getLogger("hmmnet.devices")
 
@@ -303,11 +303,11 @@ class Device:
             self.copies.abandon(page_by_page(from_wire(message.targets)))
             raise
 
-    def copy_out(self, message: CopyOut) -> Copied | Awaitable[Copied] | None:
-        """A stream out of live frames (a few come with the answer), whose entries go first. Raises ProtocolError."""
+    def copy_out(self, message: CopyOut) -> Copied | Awaitable[Copied] | Later | None:
+        """A stream out of live frames (a few come with the answer), whose entries go with them. Raises ProtocolError."""
         one = message.stream == 0 and len(message.frames) == WORD_BYTES and message.frames[-1] < LARGE_BYTE
         answer = self._copy_one(message) if one else self._copy_out(message)
-        if answer is None or not self.points.armed:
+        if not isinstance(answer, Copied) or not self.points.armed:
             return answer
         return self._damaged(answer) if self.points.passes("device.copy_out") else self._answer_late(answer)
 
@@ -335,10 +335,17 @@ class Device:
         self._drop_frames(ascending(frames))
         return answer
 
-    def _copy_one(self, message: CopyOut) -> Copied:
-        """`copy_out` of one page, which a CPU waits for: the same with as little as possible."""
+    def _copy_one(self, message: CopyOut) -> Copied | Later:
+        """`copy_out` of one page, which a CPU waits for: as little as possible, and of that the answer first.
+
+        Nobody uses a mirror before this returns, so it is not to be seen that the entries go while the answer is on its way.
+        """
         frame = int.from_bytes(message.frames, "little")
-        answer = self.copies.copy_one(frame)
+        copied = self.copies.copy_one(frame)
+        answer: Copied | Later = copied
+        if not self.points.armed:
+            self._session.later(message)(copied)
+            answer = LATER
         for slot, page in self.memory.mappings_one(frame):
             context = self._slots.get(slot)
             if context is not None:

@@ -19,6 +19,7 @@ from hmmnet.errors import HmmnetError, KernelError
 from hmmnet.plugins import POLICIES, offered
 from hmmnet.testing import PolicyContract, device_contract, policy_contract
 from hmmnet.wire.messages import Copied, CopyIn, CopyOut, FreeFrames, Invalidate, Ioctl, IoctlDone
+from hmmnet.wire.session import Later
 
 from .suites import run, write
 
@@ -51,7 +52,7 @@ class Deaf(Gpu):
 class Forgetful(Gpu):
     """Keeps its entries for pages that it gives back."""
 
-    def copy_out(self, message: CopyOut) -> Copied | Awaitable[Copied] | None:
+    def copy_out(self, message: CopyOut) -> Copied | Awaitable[Copied] | Later | None:
         if message.stream == 0:
             return super().copy_out(message)
         self.copies.copy_out(message)
