@@ -19,6 +19,7 @@ from hmmnet.arena import Arena
 from hmmnet.errors import PeerLost
 from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.fabric.dma import ArenaSink, ArenaSource, BulkReceiver, BulkSender, BytesSink, BytesSource, Pace
+from hmmnet.host.process import Process
 from hmmnet.host.service import Host
 from hmmnet.pages import (
     HMM_PFN_FRAME_MASK,
@@ -69,6 +70,7 @@ from hmmnet.wire.transport import Transport
 SECRET = b"s" * 32
 HEARTBEAT_S, LEASE_S, RETRY_S = 0.05, 0.3, 0.1
 PAGES = 256
+KILLED = "was killed by signal 9"
 EVERYTHING = (OpenContext, CloseContext, Invalidate, CopyIn, CopyOut, FreeFrames, Ioctl, Rate)
 NO_FIGURES = Report(b"\x80")
 
@@ -235,3 +237,32 @@ async def scripted_device(host: Host, transport: Transport, name: str, incarnati
         ):
             yield made[0]
         nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def one_device() -> AsyncIterator[tuple[Host, ScriptedDevice, Process]]:
+    """A host, gpu0, and a process that has it open (context 1) and eight numbered pages."""
+    async with running_host("gpu0", "gpu1") as (host, transport), scripted_device(host, transport, "gpu0") as device:
+        process = await host.create_process()
+        await process.open("gpu0")
+        yield host, device, process
+
+
+async def pages_of(process: Process, count: int = 8) -> int:
+    """`count` pages of which every byte of the first is 1, of the next 2, ..."""
+    address = await process.mmap(count * PAGE_SIZE)
+    await process.write(address, np.repeat(np.arange(1, count + 1, dtype=np.uint8), PAGE_SIZE))
+    return address
+
+
+async def check(process: Process, address: int, count: int = 8) -> None:
+    """Every page still says its number."""
+    for i in range(count):
+        assert await process.read(address + i * PAGE_SIZE, 1) == bytes([i + 1])
+
+
+async def lost(host: Host, name: str = "gpu0") -> None:
+    """Return when the host has given that life of the device up."""
+    with trio.fail_after(10):
+        while host.devices[name].life is not None:
+            await trio.sleep(0.01)

@@ -11,7 +11,7 @@ from trio.testing import wait_all_tasks_blocked
 from hmmnet.errors import BusError
 from hmmnet.pages import DEVICE_ZONE_MIN, PAGE_SIZE
 
-from .test_service import KILLED, lost, one_device, pages_of
+from .scripted_device import KILLED, lost, one_device, pages_of
 
 pytestmark = pytest.mark.virtual_time
 

@@ -27,9 +27,8 @@ from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, PAGES_MAX
 from hmmnet.wire.messages import Inject, Message
 
 from .fakes import words
-from .scripted_device import ScriptedDevice, running_host, scripted_device
+from .scripted_device import ScriptedDevice, check, one_device, pages_of, running_host, scripted_device
 from .test_killed import machine
-from .test_service import check, one_device, pages_of
 
 
 @pytest.fixture

@@ -50,8 +50,7 @@ from hmmnet.wire.messages import (
 )
 
 from .fakes import words
-from .scripted_device import SECRET, running_host, scripted_device
-from .test_service import one_device, pages_of
+from .scripted_device import SECRET, one_device, pages_of, running_host, scripted_device
 
 pytestmark = pytest.mark.virtual_time
 
