@@ -137,7 +137,7 @@ class Bus:
         stream = self._new_stream()
         with trio.CancelScope(shield=True):
             grant = await self._ask(DmaWrite(context, stream, to_wire(pages), to_wire(addresses), size), DmaGrant)
-            await self.send(stream, BytesSource(data), Pace(grant.start_s, grant.bytes_per_s, grant.latency_s))
+            await self._sender.send(stream, BytesSource(data), Pace(grant.start_s, grant.bytes_per_s, grant.latency_s))
 
     async def send(self, stream: int, source: Source, pacer: Pacer) -> None:
         """Stream to the host; returns when everything has landed there."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import msgspec
 
@@ -128,7 +128,7 @@ class Admission:
         self._zone_next += 1
         self._connecting[hello.name] = Connecting(spec, zone, bulk_in, bulk_out, rings, shared)
         self._welcomed[spec.name] += 1
-        config = asdict(spec) | {"memory_file": shared.path if shared is not None else ""}
+        config = vars(spec) | {"memory_file": shared.path if shared is not None else ""}
         config |= {"chance": f"{self._seed} {spec.name} {self._welcomed[spec.name]}"}
         if rings is not None:
             config |= {"ring_file": rings.place.path, "ring_token": rings.place.token}

@@ -16,7 +16,6 @@ import secrets
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -522,7 +521,7 @@ class Host:
             "personality": self.personality.name,
             "rate": self.clock.rate,
             "emulated_s": self.clock.now(),
-            "links": [asdict(link) for link in self.interconnect.arbiter.report()],
+            "links": [dict(vars(link)) for link in self.interconnect.arbiter.report()],
             "profile": self.interconnect.profile.as_json(),
             "devices": {name: self._device_figures(device) for name, device in self.devices.items()},
             "processes": len(self.spaces),

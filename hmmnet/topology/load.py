@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 from hmmnet.errors import TopologyError
@@ -21,6 +22,8 @@ from .routes import Routes
 
 TOPOLOGY_BYTES_MAX = 1 << 20
 """The largest preset has 4 KiB; a file beyond this is no topology."""
+LOADED_MAX = 64
+"""Machines that are remembered by their text: some hundred kilobytes."""
 DEFAULT = "two-gpus"
 PRESETS = Path(__file__).with_name("presets")
 SCHEMA = Path(__file__).with_name("topology.schema.json")
@@ -97,7 +100,13 @@ def _mend_path(path: Path) -> str:
 def load(name_or_path: str | Path = DEFAULT, models: Collection[str] | None = None) -> Topology:
     """The machine that a preset or a file describes. Raises TopologyError with every mistake of the file."""
     source = find(name_or_path)
-    return parse(source.text, source.file, source.name, models)
+    return _parsed(source.text, source.file, source.name, None if models is None else frozenset(models))
+
+
+@lru_cache(maxsize=LOADED_MAX)
+def _parsed(text: str, file: str, name: str, models: frozenset[str] | None) -> Topology:
+    """`parse`, once for the same text: whoever simulates many machines of a file loads it for each."""
+    return parse(text, file, name, models)
 
 
 def parse(text: str, file: str = "topology.toml", name: str = "", models: Collection[str] | None = None) -> Topology:
