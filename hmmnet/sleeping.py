@@ -8,7 +8,8 @@ decides when time passes can just wake who sleeps (`WakingClock`): for a quarter
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import AsyncGenerator, Callable, Generator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from types import coroutine
 from typing import Any, NoReturn
 
 import trio
@@ -16,9 +17,35 @@ from outcome import Outcome, capture
 from trio.lowlevel import Abort, Task, TrioToken, current_clock, current_task, current_trio_token, reschedule, wait_task_rescheduled
 
 try:
+    from trio._core._run import GLOBAL_RUN_CONTEXT
     from trio._core._traps import WaitTaskRescheduled
-except ImportError:  # another trio: see `Suspension`
-    WaitTaskRescheduled = None  # type: ignore[assignment,misc]
+except ImportError:  # another trio: see `suspended` and `PublicRun`
+    GLOBAL_RUN_CONTEXT = WaitTaskRescheduled = None  # type: ignore[assignment,misc]
+
+
+class PublicRun:
+    """The trio run of this thread, by trio's public names: its `task` that runs now, and its `runner`."""
+
+    @property
+    def task(self) -> Task:
+        """See `current_task`."""
+        return current_task()
+
+    @property
+    def runner(self) -> PublicRun:
+        """Who knows the clock, and to whom `reschedule` goes."""
+        return self
+
+    @property
+    def clock(self) -> trio.abc.Clock:
+        """See `current_clock`."""
+        return current_clock()
+
+    reschedule = staticmethod(reschedule)
+
+
+RUN: Any = PublicRun() if WaitTaskRescheduled is None else GLOBAL_RUN_CONTEXT
+"""The same by trio's private name, where it has that: its public ones are functions, and a wait asks for three."""
 
 
 class _Word(Outcome[None]):
@@ -42,12 +69,22 @@ WORD = _Word()
 """One for all: `reschedule` makes one for each task, if it is given none."""
 
 
-class Suspension:
-    """`wait_task_rescheduled` with that abort function, to be awaited as often as one likes.
+@coroutine
+def suspended(abort: Callable[[Any], Abort]) -> Generator[Any, Any, None]:
+    """trio's `wait_task_rescheduled` with that abort function, for a wait of which nothing comes.
 
-    trio's passes what it asks of the scheduler through two coroutines, and makes it anew each time. Where its private name for that is not
-    to be had, this is trio's.
+    trio's passes what it asks of the scheduler through two coroutines. Where its private name for that is not to be had, this is trio's.
     """
+    if WaitTaskRescheduled is None:
+        yield from wait_task_rescheduled(abort).__await__()  # noqa: ASYNC105 - this is how it is awaited
+        return
+    word = yield WaitTaskRescheduled(abort)
+    if word is not WORD:
+        word.unwrap()
+
+
+class Suspension:
+    """`suspended`, to be awaited as often as one likes."""
 
     __slots__ = ("_abort", "_asked")
 
@@ -57,9 +94,18 @@ class Suspension:
 
     def __await__(self) -> Generator[Any, Any, None]:
         if self._asked is None:
-            yield from wait_task_rescheduled(self._abort).__await__()  # noqa: ASYNC105 - this is how it is awaited
-        else:
-            (yield self._asked).unwrap()
+            yield from wait_task_rescheduled(self._abort).__await__()  # noqa: ASYNC105 - as there
+            return
+        word = yield self._asked
+        if word is not WORD:
+            word.unwrap()
+
+
+def shortest_now() -> Callable[[], float]:
+    """What gives `trio.current_time` in this run by the shortest way: for who asks with each message."""
+    clock = current_clock()
+    now: Callable[[], float] | None = getattr(clock, "now", None)
+    return clock.current_time if now is None else now
 
 
 class WakingClock(trio.abc.Clock):
@@ -82,31 +128,31 @@ class Bell:
     def ring(self) -> bool:
         """Whether somebody waits, and goes on now."""
         if self._who:
-            reschedule(self._who.pop(), WORD)
+            RUN.runner.reschedule(self._who.pop(), WORD)
             return True
         return False
 
     async def heard(self) -> None:
         """Return when it rings."""
-        self._who = [current_task()]
-        await Suspension(self._leave)
+        self._who = [RUN.task]
+        await suspended(self._leave)
 
     async def heard_at_last(self) -> None:
         """Return when it rings, cancelled or not. As a shield, it falls when others do (`unshield`)."""
-        self._who = [current_task()]
+        self._who = [RUN.task]
         try:
-            await Suspension(self._stay)
+            await suspended(self._stay)
         finally:
             _STAYING.pop(self, None)
 
     async def heard_by(self, deadline_s: float) -> None:
         """Return when it rings, or at that moment of trio's clock."""
-        clock = current_clock()
-        wake_at = _wakes(clock)
+        clock = RUN.runner.clock
+        wake_at = getattr(clock, "wake_at", None)  # of a `WakingClock`: to ask an abstract class who is of its kind takes longer
         if wake_at is not None and deadline_s > clock.current_time():
-            who = self._who = [current_task()]
+            who = self._who = [RUN.task]
             wake_at(deadline_s, who)
-            await Suspension(self._leave)
+            await suspended(self._leave)
         else:
             with trio.move_on_at(deadline_s):
                 await self.heard()
@@ -122,7 +168,7 @@ class Bell:
     def unshield(self, raise_cancel: Callable[[], NoReturn]) -> None:
         """Who waits at last, and was cancelled, waits no longer."""
         if self._who:
-            reschedule(self._who.pop(), capture(raise_cancel))
+            RUN.runner.reschedule(self._who.pop(), capture(raise_cancel))
 
 
 _STAYING: dict[Bell, tuple[TrioToken, Callable[[], NoReturn]]] = {}
@@ -137,27 +183,22 @@ def unshield() -> None:
             bell.unshield(raise_cancel)
 
 
-def _wakes(clock: trio.abc.Clock) -> Callable[[float, list[Task]], None] | None:
-    """`WakingClock.wake_at`, of one that is. (To ask an abstract class who is of its kind takes longer.)"""
-    return getattr(clock, "wake_at", None)
-
-
-def _asleep(wake_at: Callable[[float, list[Task]], None], deadline_s: float) -> Suspension:
+def _asleep(wake_at: Callable[[float, list[Task]], None], deadline_s: float) -> Awaitable[None]:
     """To be awaited at once: a sleep until then, which is not over."""
-    who = [current_task()]
+    who = [RUN.task]
     wake_at(deadline_s, who)
 
     def leave(_: object) -> Abort:
         who.clear()
         return Abort.SUCCEEDED
 
-    return Suspension(leave)
+    return suspended(leave)
 
 
 async def sleep(seconds: float) -> None:
     """`trio.sleep`. Raises ValueError for less than nothing."""
-    clock = current_clock()
-    wake_at = _wakes(clock)
+    clock = RUN.runner.clock
+    wake_at = getattr(clock, "wake_at", None)
     if seconds > 0 and wake_at is not None:
         await _asleep(wake_at, clock.current_time() + seconds)
     else:
@@ -166,8 +207,8 @@ async def sleep(seconds: float) -> None:
 
 async def sleep_until(deadline_s: float) -> None:
     """`trio.sleep_until`."""
-    clock = current_clock()
-    wake_at = _wakes(clock)
+    clock = RUN.runner.clock
+    wake_at = getattr(clock, "wake_at", None)
     if wake_at is not None and deadline_s > clock.current_time():
         await _asleep(wake_at, deadline_s)
     else:

@@ -39,7 +39,7 @@ from hmmnet.pages import (
     pages_in,
     to_wire,
 )
-from hmmnet.sleeping import sleep
+from hmmnet.sleeping import shortest_now, sleep
 from hmmnet.topology import DeviceSpec
 from hmmnet.wire.messages import INLINE_BYTES_MAX, PAGES_PER_MESSAGE_MAX, Copied, CopyIn, CopyOut, Done, FreeFrames, Invalidate, Message
 from hmmnet.wire.session import PendingReply, Session
@@ -175,8 +175,7 @@ class SessionLink:
         self._fenced = trio.Event()
         self._fence_at = 0.0
         self.points = interconnect.points
-        self._now = trio.lowlevel.current_clock().current_time
-        """trio.current_time, by the shortest way."""
+        self._now = shortest_now()
         sender.step = self._step
         session.on_lost(self._on_lost)
 
@@ -208,8 +207,10 @@ class SessionLink:
     async def answer_in_time(self, pending: PendingReply) -> Message:
         """The answer to an invalidation; who gives none counts as broken, however alive. Raises what the answer does."""
         for limit_s in (INVALIDATION_S, STALLED_S):
-            if pending.answered or await pending.answered_by(self._now() + self._interconnect.clock.real(limit_s)):
-                return await pending.wait()
+            if not pending.answered:
+                await pending.comes_by(self._now() + self._interconnect.clock.real(limit_s))
+            if pending.answered:
+                return pending.result()
         self.condemn(f"it did not let go of what was invalidated within {INVALIDATION_S:g} s")
         raise self.lost_error()
 

@@ -12,7 +12,7 @@ from trio.testing import MockClock
 
 from hmmnet import sleeping
 from hmmnet.sim import run_virtual
-from hmmnet.sleeping import WORD, Bell, Suspension, sleep
+from hmmnet.sleeping import WORD, Bell, PublicRun, Suspension, sleep
 
 T = TypeVar("T")
 
@@ -28,6 +28,13 @@ RUNS = pytest.mark.parametrize("run", [run_virtual, run_mocked])
 async def ring_after(bell: Bell, seconds: float) -> None:
     await sleep(seconds)
     bell.ring()
+
+
+@pytest.fixture(params=["private", "public"], autouse=True)
+def names(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By which of trio's names a run is asked for its task, its clock and its scheduler."""
+    if request.param == "public":
+        monkeypatch.setattr(sleeping, "RUN", PublicRun())
 
 
 @RUNS

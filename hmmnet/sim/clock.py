@@ -13,23 +13,26 @@ and nobody waits for the clock, shielded from the limit on virtual time, nothing
 from __future__ import annotations
 
 import heapq
-import itertools
 import math
 import time
+from collections.abc import Callable
+from functools import partial
+from operator import attrgetter
 
 import trio
-from trio.lowlevel import Task, reschedule
+from trio.lowlevel import Task
 
 from hmmnet.fabric.clock import EmulatedClock
-from hmmnet.sleeping import WORD, WakingClock, sleep_until
+from hmmnet.sleeping import RUN, WORD, WakingClock, shortest_now, sleep_until
 
 from .schedule import drop_shields, tasks_wait_for_idle, threads_at_work
 
-LOOKS_MAX = 500_000
-"""Looks at the clock at one moment: some ten seconds of real time. A migration of a page takes some hundred."""
+LOOKS_MAX = 200_000
+"""Looks at the clock at one moment, with each round of the scheduler: some ten seconds of real time. A migration of a page takes ten."""
 FOR_EVER_S = 1e9
 """What the scheduler is told to sleep when somebody waits until all are blocked; it sleeps a day at most and asks again."""
 PRUNE_MIN = 1000
+_NOW: Callable[[object], float] = attrgetter("_now_s")
 IDLE_S = 5.0
 """Real seconds in which a word from another thread, or a signal, may still wake somebody."""
 
@@ -42,6 +45,8 @@ class JumpClock(WakingClock):
 
     def __init__(self, looks_max: int = LOOKS_MAX) -> None:
         self.scope: trio.CancelScope | None = None
+        self.now: Callable[[], float] = partial(_NOW, self)
+        """As `current_time`, for who asks with each message: not counted, and no call of Python's."""
         self.stuck = False
         self.deadlocked = False
         self._now_s = 0.0
@@ -50,8 +55,9 @@ class JumpClock(WakingClock):
         self._sleepers: list[tuple[float, int, list[Task]]] = []
         """A heap: until when who sleeps (nobody, once cancelled)."""
         self._prune_at = PRUNE_MIN
-        """How long it is when those in whom nobody sleeps are taken out."""
-        self._numbers = itertools.count()
+        """With which number those in whom nobody sleeps are taken out."""
+        self._number = 0
+        """Of the last that went to sleep."""
         self._waits_since_s: float | None = None
         """When the scheduler went to wait for others, in real seconds; None once it has looked at the clock after that."""
         self._waited_s = 0.0
@@ -86,7 +92,7 @@ class JumpClock(WakingClock):
         while self._sleepers and self._sleepers[0][0] <= deadline:
             who = heapq.heappop(self._sleepers)[2]
             while who:
-                reschedule(who.pop(), WORD)
+                RUN.runner.reschedule(who.pop(), WORD)
         return 0.0
 
     def _idle(self) -> float:
@@ -112,11 +118,12 @@ class JumpClock(WakingClock):
 
     def wake_at(self, deadline_s: float, who: list[Task]) -> None:
         """See `WakingClock.wake_at`."""
-        if len(self._sleepers) >= self._prune_at:  # most of who may be woken later have been woken by others
+        self._number += 1
+        heapq.heappush(self._sleepers, (deadline_s, self._number, who))
+        if self._number >= self._prune_at:  # most of who may be woken later have been woken by others
             self._sleepers = [sleeper for sleeper in self._sleepers if sleeper[2]]
             heapq.heapify(self._sleepers)
-            self._prune_at = 2 * len(self._sleepers) + PRUNE_MIN
-        heapq.heappush(self._sleepers, (deadline_s, next(self._numbers), who))
+            self._prune_at = self._number + len(self._sleepers) + PRUNE_MIN
 
 
 class VirtualClock(EmulatedClock):
@@ -125,10 +132,14 @@ class VirtualClock(EmulatedClock):
     sleep_min_s = 0.0
 
     def __init__(self) -> None:
-        super().__init__(1.0, trio.lowlevel.current_clock().current_time)
+        super().__init__(1.0, shortest_now())
+
+    def real(self, seconds: float) -> float:
+        """See `EmulatedClock.real`: the run has another clock than the machine."""
+        return seconds
 
     async def sleep_until(self, emulated_s: float) -> None:
         """Return at that emulated moment, exactly; at another rate than the run's, as soon as a float can say that it has come."""
         while (left_s := self.real_until(emulated_s)) > 0:  # time is what is waited for; the rate may change
-            now_s = trio.current_time()
+            now_s = self._monotonic()
             await sleep_until(max(now_s + left_s, math.nextafter(now_s, math.inf)))

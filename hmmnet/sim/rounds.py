@@ -12,10 +12,10 @@ that does not jump, all rounds are trio's own.
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from operator import attrgetter
 from typing import Any
 
+import trio
 from outcome import Error, Outcome, Value
 from trio._core import _run as trio_run
 from trio._core import _traps
@@ -35,7 +35,7 @@ _counter = attrgetter("_counter")
 def files() -> type[Any]:
     """What is to stand where trio's class does that waits for files; trio's itself, where its rounds are not known."""
     theirs: type[Any] = getattr(trio_run, FILES)
-    if version("trio") not in KNOWN:
+    if trio.__version__ not in KNOWN:
         return theirs
     return type("Rounds", (theirs,), {"process_events": _process_events, "theirs": theirs})
 

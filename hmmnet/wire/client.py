@@ -15,7 +15,7 @@ from .exchange import HEARTBEAT_S, RETRY_S
 from .messages import Hello, Refused, Welcome
 from .reading import Reader
 from .session import Session
-from .transport import Channel, Transport
+from .transport import Channel, HandsOn, Transport
 
 CONNECT_S = 10.0
 """How long a hello is repeated before the host counts as not there."""
@@ -60,7 +60,10 @@ async def connect(
             prepare(session, welcome)
         async with trio.open_nursery() as nursery:
             session.start(nursery)
-            nursery.start_soon(reader.run)
+            if isinstance(channel, HandsOn):
+                nursery.start_soon(channel.hand_on, session.deliver)
+            else:
+                nursery.start_soon(reader.run)
             try:
                 yield session, welcome
             except Exception as error:  # noqa: BLE001 - raised again below: as it is, not in the nursery's group
@@ -79,14 +82,14 @@ async def connect(
 async def _say_hello(channel: Channel, hello: Hello, endpoint: str, connect_s: float, retry_s: float) -> Welcome:
     """The welcome. Session frames that overtake a repeated one are left to their sender, which repeats them."""
     frame = encode(Kind.HELLO, 0, 0, hello)
-    with trio.move_on_after(connect_s):
-        while True:
+    ends_s = trio.current_time() + connect_s
+    while (again_s := min(trio.current_time() + retry_s, ends_s)) > trio.current_time():
+        with trio.move_on_at(again_s):
             await channel.send(frame)
-            with trio.move_on_after(retry_s):
-                while True:
-                    received, _ = await channel.receive()
-                    if decode_header(received)[0] is Kind.WELCOME:
-                        return _welcome(decode_body(received))
+            while True:
+                received, _ = await channel.receive()
+                if decode_header(received)[0] is Kind.WELCOME:
+                    return _welcome(decode_body(received))
     raise PeerLost(f"{endpoint}: no host answered within {connect_s:g} s; is the machine up?")
 
 

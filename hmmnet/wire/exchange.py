@@ -111,6 +111,11 @@ TRANSITIONS: dict[tuple[State, Kind], tuple[State, Action]] = {
 
 
 _LIVE = State.LIVE
+AT_ONCE: tuple[Action | None, ...] = (
+    None,
+    *(action if state is _LIVE else None for state, action in (TRANSITIONS[_LIVE, kind] for kind in sorted(Kind))),
+)
+"""By the kind's number: what a session that lives, and goes on, has to do about a frame; None where it does not. See `Exchange.means`."""
 _WHILE_LIVE = (None, *(TRANSITIONS[_LIVE, kind] for kind in sorted(Kind)))
 """The part of the table that nearly every frame needs, by the kind's number: an enum hashes itself in Python."""
 
@@ -158,7 +163,7 @@ class Exchange:
             self._progress_s = now_s
         kept.append(frame)
         self.unreported = 0
-        if self._released == self.sequence - 1 and len(kept) <= WINDOW:
+        if self._released == self.sequence - 1 and self.sequence - self._acknowledged <= WINDOW:
             self._released += 1
             return True
         self.waiting_for_room = True

@@ -7,15 +7,15 @@ one that binds or the one that connects, does not matter. A pipe holds `PIPE_MES
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from types import TracebackType
-from typing import Self
+from typing import NoReturn, Self
 
 import trio
-from trio.lowlevel import Abort, Task, checkpoint, checkpoint_if_cancelled, current_task, reschedule
+from trio.lowlevel import Abort, Task, checkpoint, checkpoint_if_cancelled
 
 from hmmnet.errors import HmmnetError
-from hmmnet.sleeping import WORD, Suspension
+from hmmnet.sleeping import RUN, WORD, Suspension, suspended
 
 from .transport import CHANNEL_BYTES_MAX, FRAME_BYTES_MAX, Buffer
 
@@ -43,20 +43,21 @@ class Waiters:
         self._alone: Suspension | None = None
         """The wait of who waits alone, nearly always the same task again and again; made for the first that does."""
 
-    def park(self) -> Suspension:
+    def park(self) -> Awaitable[None]:
         """To be awaited at once: the current task waits for `unpark`."""
-        task, tasks = current_task(), self.tasks
-        tasks.append(task)
-        if len(tasks) == 1:
+        task, tasks = RUN.task, self.tasks
+        if not tasks:
+            tasks.append(task)
             if self._alone is None:
                 self._alone = Suspension(self._first_leaves)
             return self._alone
+        tasks.append(task)
 
         def leave(_: object) -> Abort:
             tasks.remove(task)
             return Abort.SUCCEEDED
 
-        return Suspension(leave)
+        return suspended(leave)
 
     def _first_leaves(self, _: object) -> Abort:
         """Who came when nobody waited is the first as long as it waits."""
@@ -66,12 +67,12 @@ class Waiters:
     def unpark(self) -> None:
         """The first goes on, if there is one."""
         if self.tasks:
-            reschedule(self.tasks.popleft(), WORD)
+            RUN.runner.reschedule(self.tasks.popleft(), WORD)
 
     def unpark_all(self) -> None:
         """All go on."""
         while self.tasks:
-            reschedule(self.tasks.popleft(), WORD)
+            RUN.runner.reschedule(self.tasks.popleft(), WORD)
 
 
 class Turns:
@@ -95,7 +96,7 @@ class Turns:
 class Pipe:
     """One direction: a bounded queue with waiters at both ends."""
 
-    def __init__(self, limit: int, max_bytes: int, way: str = "", watch: Watch | None = None) -> None:
+    def __init__(self, limit: int, max_bytes: int, way: str = "", watch: Watch | None = None, *, addressed: bool = False) -> None:
         self.queue: deque[Parts] = deque()
         self.closed = False
         """The receiving end is gone: what is sent falls into the void, as it does with sockets."""
@@ -104,6 +105,8 @@ class Pipe:
         self._dead = False
         self._limit = limit
         self._max_bytes = max_bytes
+        self._first = int(addressed)
+        """The first part that may be too long: an address is ours."""
         self._takers = Waiters()
         self._givers = Waiters()
         self._turns = Turns()
@@ -115,17 +118,19 @@ class Pipe:
         if self.closed:
             return True
         max_bytes = self._max_bytes
-        for part in parts:
+        for part in parts[self._first :]:
             if len(part) > max_bytes:
                 return True
-        if len(self.queue) >= self._limit:
+        queue = self.queue
+        if len(queue) >= self._limit:
             return False
         if self._watch is not None:
             self._watch(trio.current_time(), self._way, parts)
         if self.detour is None:
-            self.queue.append(parts)
-            if self._takers.tasks:
-                self._takers.unpark()
+            queue.append(parts)
+            tasks = self._takers.tasks
+            if tasks:
+                RUN.runner.reschedule(tasks.popleft(), WORD)  # all of `unpark`: each message passes here
         else:
             self.detour(parts, self.arrive)
         return True
@@ -137,10 +142,12 @@ class Pipe:
 
     def arrive(self, parts: Parts) -> None:
         """A message is there; what comes late to a full or a closed pipe is lost."""
-        if not self.closed and len(self.queue) < self._limit:
-            self.queue.append(parts)
-            if self._takers.tasks:
-                self._takers.unpark()
+        queue = self.queue
+        if not self.closed and len(queue) < self._limit:
+            queue.append(parts)
+            tasks = self._takers.tasks
+            if tasks:
+                RUN.runner.reschedule(tasks.popleft(), WORD)
 
     async def put(self, parts: Parts) -> None:
         """Append, waiting for room."""
@@ -160,8 +167,9 @@ class Pipe:
 
     def _pass_on(self) -> None:
         """There is room, and perhaps more to take."""
-        self._givers.unpark()
-        if self.queue:
+        if self._givers.tasks:
+            self._givers.unpark()
+        if self.queue and self._takers.tasks:
             self._takers.unpark()
 
     async def get(self) -> Parts:
@@ -180,6 +188,27 @@ class Pipe:
         if queue or self._givers.tasks:
             self._pass_on()
         return parts
+
+    async def each(self, count: int, take: Callable[..., Awaitable[None] | None]) -> NoReturn:
+        """Call `take` with the parts of each message, as `get` would give them; what it returns is awaited before the next.
+
+        A message that has not `count` parts comes with an empty last one. Raises `trio.ClosedResourceError` once this end is closed.
+        """
+        queue, turns = self.queue, self._turns
+        while True:
+            if queue and not self._dead:
+                await checkpoint() if turns.over() else await checkpoint_if_cancelled()
+            while self._dead or not queue:
+                if self.closed and not self._dead:
+                    raise trio.ClosedResourceError("this end is closed")
+                turns.immediate = 0
+                await self._takers.park()
+            parts = queue.popleft()  # as in `get`, without a call
+            if queue or self._givers.tasks:
+                self._pass_on()
+            more = take(*parts) if len(parts) == count else take(*parts[: count - 1], b"")
+            if more is not None:
+                await more
 
     def detach(self) -> None:
         """The receiving end is dead: what is sent falls into the void, and its waiters are not told."""
@@ -242,7 +271,8 @@ class MemoryChannel:
 
     def send_nowait(self, header: Buffer, payload: Buffer | None = None) -> None:
         """See `Channel.send_nowait`."""
-        parts = self._parts(header, payload)
+        alone = payload is None and not self._inbound.closed
+        parts = (*self._prefix, bytes(header)) if alone else self._parts(header, payload)  # each frame passes here: no call
         if self._detour is not None:
             self._detour(parts, self._outbound.offer)
         elif not self._outbound.offer(parts):
@@ -259,6 +289,10 @@ class MemoryChannel:
         """See `Channel.receive`."""
         parts = await self._inbound.get()
         return parts[0], MemoryPayload(parts[1]) if len(parts) > 1 else None
+
+    def hand_on(self, take: Callable[[bytes], Awaitable[None] | None]) -> Awaitable[NoReturn]:
+        """See `HandsOn.hand_on`."""
+        return self._inbound.each(1, take)
 
     def receive_nowait(self) -> tuple[bytes, MemoryPayload | None]:
         """See `Channel.receive_nowait`."""
@@ -292,7 +326,7 @@ class Hub:
     """The meeting point of one listening endpoint: one pipe in, one out for each peer."""
 
     def __init__(self, endpoint: str, watch: Watch | None) -> None:
-        self.inbound = Pipe(PIPE_MESSAGES_MAX, FRAME_BYTES_MAX, f">{endpoint}", watch)
+        self.inbound = Pipe(PIPE_MESSAGES_MAX, FRAME_BYTES_MAX, f">{endpoint}", watch, addressed=True)
         self.outbound: dict[bytes, Pipe] = {}
 
 
@@ -310,6 +344,10 @@ class MemoryListener:
         """See `Listener.receive`."""
         parts = await self._hub.inbound.get()
         return parts[0], parts[1] if len(parts) == 2 else b""
+
+    def hand_on(self, take: Callable[[bytes, bytes], Awaitable[None] | None]) -> Awaitable[NoReturn]:
+        """See `HandsOn.hand_on`."""
+        return self._hub.inbound.each(2, take)
 
     def receive_nowait(self) -> tuple[bytes, bytes]:
         """See `Listener.receive_nowait`."""

@@ -27,7 +27,7 @@ from .messages import PROTOCOL_VERSION, TEXT_MAX, Hello, Refused, Welcome
 from .reading import Reader
 from .secrets import same_secret
 from .session import Session
-from .transport import Listener
+from .transport import HandsOn, Listener
 
 PEERS_MAX = 1024
 """Sessions of one server: more than a machine has devices; a flood of welcomed clients ends here."""
@@ -74,6 +74,8 @@ class Server:
             self._reader = Reader(partial(self._step, nursery), self.listener.nudge)
             nursery.start_soon(self._tick)
             task_status.started()
+            if isinstance(self.listener, HandsOn):
+                await self.listener.hand_on(partial(self._arrived, nursery))
             await self._reader.run()
 
     async def _tick(self) -> None:
@@ -85,7 +87,10 @@ class Server:
 
     async def _step(self, nursery: trio.Nursery) -> Awaitable[None] | None:
         """Take one frame and deliver it."""
-        address, frame = await self.listener.receive()
+        return self._arrived(nursery, *await self.listener.receive())
+
+    def _arrived(self, nursery: trio.Nursery, address: bytes, frame: bytes) -> Awaitable[None] | None:
+        """A frame is here, from anybody."""
         peer = self._by_address.get(address)
         if peer is None:
             self._stranger(address, frame, nursery)

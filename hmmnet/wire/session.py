@@ -31,11 +31,11 @@ from hmmnet.errors import (
     SegmentationFault,
     SignalError,
 )
-from hmmnet.sleeping import Bell, sleep
+from hmmnet.sleeping import RUN, Bell, shortest_now, sleep, suspended
 
 from . import crashes
 from .codec import ANSWERS_MASK, Kind, decode_body, decode_header, encode
-from .exchange import ACKNOWLEDGE_EVERY, BYE_S, HEARTBEAT_S, LEASE_S, RETRY_S, Action, Arrival, Exchange, State
+from .exchange import ACKNOWLEDGE_EVERY, AT_ONCE, BYE_S, HEARTBEAT_S, LEASE_S, RETRY_S, Action, Arrival, Exchange, State
 from .messages import TEXT_MAX, Done, Failed, Message
 from .reading import Reader
 
@@ -55,6 +55,7 @@ PROTOCOL_ERRORS_MAX = 16
 """Broken frames from a welcomed peer after which it is given up."""
 
 SIGNALS: dict[str, type[SignalError]] = {kind.signal_name: kind for kind in (SegmentationFault, BusError)}
+_LIVE = State.LIVE
 _SIGNAL_TEXT = re.compile(r"0x([0-9a-f]{1,16}): (.*)", re.DOTALL)
 
 log = logging.getLogger("hmmnet.wire")
@@ -97,7 +98,15 @@ class PendingReply(Bell):
         Cancelled, it forgets the answer; the peer carries the request out all the same.
         """
         if not self.answered:
-            await (self.heard() if self._reader is None else self._read(self._reader))
+            if self._reader is None:
+                self._who = [RUN.task]
+                await suspended(self._leave)  # all of `Bell.heard`, without a call
+            else:
+                await self._read(self._reader)
+        return self.result()
+
+    def result(self) -> Message:
+        """The answer, which is there. Raises what `wait` does."""
         if self._error is not None:
             raise self._error
         assert self._answer is not None
@@ -111,17 +120,15 @@ class PendingReply(Bell):
             else:
                 with trio.CancelScope(shield=True):
                     await self._read(self._reader)
-        return await self.wait()
+        return self.result() if self.answered else await self.wait()
 
-    async def answered_by(self, deadline_s: float) -> bool:
-        """Whether there is an answer at that moment of trio's clock; return when there is one."""
-        if not self.answered:
-            if self._reader is None:
-                await self.heard_by(deadline_s)
-            else:
-                with trio.move_on_at(deadline_s):
-                    await self._read(self._reader)
-        return self.answered
+    def comes_by(self, deadline_s: float) -> Awaitable[None]:
+        """To be awaited while there is no answer: return when there is one, or at that moment of trio's clock."""
+        return self.heard_by(deadline_s) if self._reader is None else self._comes_by(self._reader, deadline_s)
+
+    async def _comes_by(self, reader: Reader, deadline_s: float) -> None:
+        with trio.move_on_at(deadline_s):
+            await self._read(reader)
 
     async def _read(self, reader: Reader) -> None:
         """Read until the answer is there, or wait while others do."""
@@ -177,8 +184,7 @@ class Session:
         self._patience_s = patience_s
         self.silent = False
         """Whether the peer has not been heard for longer than the lease: nothing that it granted may be used."""
-        self._now = trio.lowlevel.current_clock().current_time
-        """trio.current_time, by the shortest way: it is asked for with each frame."""
+        self._now = shortest_now()
         self._exchange = Exchange(self._now(), lease_s, retry_s)
         self._waiting: dict[int, PendingReply] = {}
         self._handlers: dict[type[Message], tuple[Handler, bool]] = {}
@@ -224,7 +230,8 @@ class Session:
 
     async def ask(self, message: Message, answer: type[M]) -> M:
         """As `request`, for an answer of one type; another type is a ProtocolError of the peer."""
-        return await self.answer(message, self.begin(message), answer)
+        reply = await self.begin(message).wait()
+        return reply if type(reply) is answer else self._of_type(message, reply, answer)
 
     async def answer(self, message: Message, pending: PendingReply, answer: type[M]) -> M:
         """The answer to a `message` that was begun; see `ask`."""
@@ -232,7 +239,8 @@ class Session:
 
     async def ask_shielded(self, message: Message, answer: type[M]) -> M:
         """`ask` that is not cancelled: for who has to do something with the answer."""
-        return self._of_type(message, await self.begin(message).wait_shielded(), answer)
+        reply = await self.begin(message).wait_shielded()
+        return reply if type(reply) is answer else self._of_type(message, reply, answer)
 
     def _of_type(self, message: Message, reply: Message, answer: type[M]) -> M:
         if not isinstance(reply, answer):
@@ -250,7 +258,11 @@ class Session:
         exchange.sequence += 1
         frame = encode(kind, exchange.sequence, exchange.received, message, answers)
         if exchange.keep(frame, self._now()):
-            self._put(frame)
+            self._spoke = True
+            try:
+                self._transmit(frame)
+            except (trio.WouldBlock, trio.ClosedResourceError) as error:
+                self._not_sent(error)
         elif exchange.overrun:
             self.end(PeerLost(f"{self.peer_name} does not keep up: {exchange.unacknowledged} messages wait for it"))
 
@@ -263,9 +275,12 @@ class Session:
         self._spoke = True
         try:
             self._transmit(frame)
-        except trio.WouldBlock:
-            return  # no room or no connection just now: the frame counts as lost on the way, and is repeated in time
-        except trio.ClosedResourceError:
+        except (trio.WouldBlock, trio.ClosedResourceError) as error:
+            self._not_sent(error)
+
+    def _not_sent(self, error: trio.WouldBlock | trio.ClosedResourceError) -> None:
+        """No room or no connection just now: the frame counts as lost on the way, and is repeated in time. With a closed one it is over."""
+        if isinstance(error, trio.ClosedResourceError):
             self.end(PeerLost(f"the connection to {self.peer_name} was closed here"))
 
     # --- answering -------------------------------------------------------------------------------------------------------------------
@@ -317,7 +332,7 @@ class Session:
                 return None
             if exchange.unreported >= ACKNOWLEDGE_EVERY:
                 self._send(Kind.BEAT)
-            action = exchange.means(kind)
+            action = (exchange.state is _LIVE and AT_ONCE[kind]) or exchange.means(kind)
             if action is Action.SERVE:
                 return self._serve(kind, sequence, frame)
             if action is Action.RESOLVE:
@@ -370,7 +385,7 @@ class Session:
             pending.resolve(None, ProtocolError(f"{self.peer_name}: {error}"))
             self._not_understood(error)
             raise
-        if isinstance(body, Failed):
+        if type(body) is Failed:
             pending.resolve(None, failure(self.peer_name, body))
         else:
             pending.resolve(body)

@@ -11,8 +11,8 @@ Endpoints are ``ipc:///path``, ``tcp://127.0.0.1:*`` (a free port is chosen) and
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal, Protocol, TypeAlias, get_args
+from collections.abc import Awaitable, Callable
+from typing import Any, Literal, NoReturn, Protocol, TypeAlias, get_args, runtime_checkable
 
 import numpy.typing as npt
 
@@ -116,6 +116,18 @@ class Listener(Protocol):
 
     async def aclose(self) -> None:
         """Close the endpoint."""
+        ...
+
+
+@runtime_checkable
+class HandsOn(Protocol):
+    """A channel or listener which one task reads, and which calls that with what comes: for less than one `receive` after another."""
+
+    def hand_on(self, take: Callable[..., Awaitable[None] | None]) -> Awaitable[NoReturn]:
+        """Call `take` with each frame (of a listener: with the peer's address and the frame); what it returns is awaited before the next.
+
+        A message that is not one frame comes as an empty frame. Raises `trio.ClosedResourceError` once this end is closed.
+        """
         ...
 
 
