@@ -30,7 +30,7 @@ from hmmnet.faults.catalogue import as_fault
 from hmmnet.faults.injector import Injector
 from hmmnet.faults.kinds import Fault
 from hmmnet.launcher.crew import READY_S, Crew
-from hmmnet.launcher.directory import DeviceRecord, Directory, MachineRecord, new_record
+from hmmnet.launcher.directory import DeviceRecord, Directory, MachineRecord, as_name, new_record
 from hmmnet.launcher.processes import raise_file_limit
 from hmmnet.launcher.rate import Rate, check_rate
 from hmmnet.launcher.zygote import Exited, ZygoteClient
@@ -309,7 +309,7 @@ async def until_ready(host: Host, crew: Crew, names: Sequence[str]) -> None:
 
     async def until_ended(name: str) -> None:
         how = await crew.wait_ended(name)
-        raise HmmnetError(f"device {name} {how} before it was ready; its log: hmmnet logs, or its message above")
+        raise HmmnetError(f"device {name} {how} before it was ready; its message stands above")
 
     with trio.move_on_after(READY_S) as limit, only_error():
         async with trio.open_nursery() as watch:
@@ -440,7 +440,7 @@ class Launch:
     async def __aenter__(self) -> LaunchedMachine:
         assert self._inside is None, "a launch is entered once"
         only_under_trio("hmmnet.launch(...)")
-        name = self._name or f"{self._topology.name[:16]}-{os.getpid()}-{next(_numbers)}"
+        name = self._name or f"{as_name(self._topology.name)[:16]}-{os.getpid()}-{next(_numbers)}"
         self._inside = embedded(self._topology, name, self._rate, self._transport, self._seed)
         with only_error():
             return await self._inside.__aenter__()

@@ -67,11 +67,10 @@ class Crew:
         """Hear of the devices' ends, until all of it is over. Raises HmmnetError when the zygote dies before `end`."""
         await self.zygote.run(self._hear)
         if not self.ending:
-            for name in self.records:
-                self._end(name, "its zygote is gone")
-            raise HmmnetError(
-                f"the device zygote is gone ({self.zygote.how()}), and every device with it; see the logs in {self._directory.logs}"
-            )
+            for name, record in self.records.items():
+                if record.pid:  # what never was is not lost
+                    self._end(name, "its zygote is gone")
+            raise HmmnetError(f"the device zygote is gone ({self.zygote.how()}), and every device with it")
 
     async def start(self, endpoint: str, host_pid: int) -> None:
         """Start every device; each connects to the host's control `endpoint` by itself, and ends with the process `host_pid`."""

@@ -125,6 +125,11 @@ def check_name(name: str) -> str:
     return name
 
 
+def as_name(text: str) -> str:
+    """`text`, which people may have written with any letters, as the beginning of a machine's name."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._") or "machine"
+
+
 def process_started(pid: int) -> int:
     """Start time of a process in clock ticks since boot; 0 when there is no such process."""
     try:

@@ -103,7 +103,7 @@ class Supervisor:
         self.crew = Crew(self._topology, self.directory, zygote, changed=self._save, lost=self._device_lost)
         self.record.devices = list(self.crew.records.values())
         stack.push_async_callback(self.crew.end)
-        nursery.start_soon(self.crew.run)
+        nursery.start_soon(self._watch_crew)
         self.host = HostProcess(self._host_config(), self._hear, self.host_command, stderr)
         stack.push_async_callback(self.host.end)
         stack.callback(self.crew.expect_end)
@@ -134,6 +134,12 @@ class Supervisor:
             "transport": self._transport,
             "seed": self._seed,
         }
+
+    async def _watch_crew(self) -> None:
+        try:
+            await self.crew.run()
+        except HmmnetError as error:
+            raise self._error(str(error)) from error
 
     async def _watch_host(self) -> None:
         status = await self.host.run()
@@ -186,7 +192,8 @@ class Supervisor:
             raise self._error(f"{what} within {seconds:g} s (not ready: {', '.join(missing[:8])})")
 
     def _save(self) -> None:
-        if self.record.devices and all(device.state == "ready" and device.pid for device in self.record.devices):
+        devices = self.record.devices
+        if len(devices) == len(self._topology.devices) and all(device.state == "ready" and device.pid for device in devices):
             self._all_ready.set()
         self.directory.write(self.record)
         self._changed(self.record)

@@ -26,9 +26,11 @@ MISTAKES_SHOWN = 10
 async def chosen_devices(machine: Machine, devices: Sequence[str] | str | None) -> tuple[str, ...]:
     """The devices to use: those named (a list, or a text with commas), else all that are not lost.
 
-    Raises ValueError for a name that the machine does not have, and when every device is lost.
+    Raises ValueError for a name that the machine does not have, and when there is no device, or every one is lost.
     """
     if devices is None:
+        if not machine.device_names:
+            raise ValueError("this machine has no devices; run it on one that has")
         found = (await machine.report())["devices"]
         names = tuple(name for name in machine.device_names if found[name]["state"] != "lost")
         if not names:

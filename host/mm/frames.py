@@ -157,7 +157,8 @@ class PhysicalMemory(Contents):
 
     def remove_device(self, number: int) -> None:
         """The memory of a device goes away; no frame of it may have a reference (see `Zone.refcount`), but for broken ones."""
-        assert not self.zones[number].referenced().any(), f"zone {number} still has referenced frames"
+        zone = self.zones[number]
+        assert not zone.referenced(zone.used.stop).any(), f"zone {number} still has referenced frames"
         del self.zones[number]
         self.in_place.pop(number, None)
 

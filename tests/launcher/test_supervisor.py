@@ -58,8 +58,8 @@ class Seen:
         return self.records[-1]
 
 
-def made(name: str, seen: Seen) -> Supervisor:
-    supervisor = Supervisor(TOPOLOGY, name, 1.0, "ipc", seen.show)
+def made(name: str, seen: Seen, topology: Topology = TOPOLOGY) -> Supervisor:
+    supervisor = Supervisor(topology, name, 1.0, "ipc", seen.show)
     supervisor.host_command = (sys.executable, str(HERE / "fake_host.py"))
     supervisor.zygote_command = (sys.executable, str(HERE / "fake_zygote.py"))
     return supervisor
@@ -145,8 +145,18 @@ async def test_a_killed_zygote_ends_the_machine() -> None:
             pids = pids_of(seen.records[-1])
             supervisor.crew.zygote.process.kill()
             await trio.sleep_forever()
-    assert caught.group_contains(HmmnetError, match="zygote is gone .killed by SIGKILL", depth=None)
+    assert caught.group_contains(HmmnetError, match="zygote is gone .killed by SIGKILL.*hmmnet logs well", depth=None)
     await gone(*pids)
+
+
+async def test_a_machine_without_devices_is_there_at_once() -> None:
+    """It waits for nobody."""
+    supervisor = made("well", Seen(), Topology("plain", "no device", TOPOLOGY.nodes, (), (), ()))
+    async with trio.open_nursery() as nursery:
+        with trio.fail_after(20):
+            record = await nursery.start(supervisor.run)
+        assert (record.state, record.devices) == ("running", [])
+        nursery.cancel_scope.cancel()
 
 
 async def test_a_host_that_fails_at_once_is_an_error_and_no_wait() -> None:

@@ -32,6 +32,7 @@ from hmmnet.launcher.directory import MachineExists, directories
 from hmmnet.lifeline import wait_ended
 from hmmnet.pages import PAGE_SIZE
 from hmmnet.program import Machine, Process
+from hmmnet.topology.model import MemoryNode, Topology
 from hmmnet.wire.exchange import LEASE_S
 
 ELEMENTS = 1 << 14
@@ -77,6 +78,34 @@ async def test_a_launch_can_be_cancelled_while_its_host_starts(monkeypatch: pyte
         async with hmmnet.launch("two-gpus", rate=1.0):
             pytest.fail("the launch was cancelled")
     assert scope.cancelled_caught
+
+
+async def test_a_zygote_that_dies_before_there_is_a_host_ends_the_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the launch still measures: its devices never were, and nobody is told that they are lost."""
+    crews: list[hmmnet.machine.Crew] = []
+
+    class Watched(hmmnet.machine.Crew):
+        def __init__(self, *arguments: Any, **keywords: Any) -> None:
+            super().__init__(*arguments, **keywords)
+            crews.append(self)
+
+    async def killed_meanwhile(*_: object, **__: object) -> float:
+        crews[0].zygote.process.kill()
+        await trio.sleep(10)
+        return 1.0
+
+    monkeypatch.setattr(hmmnet.machine, "Crew", Watched)
+    monkeypatch.setattr(hmmnet.machine, "automatic_rate", killed_meanwhile)
+    with pytest.raises(HmmnetError, match=r"^the device zygote is gone .killed by SIGKILL., and every device with it$"):
+        async with hmmnet.launch("two-gpus"):
+            pytest.fail("there is nobody to start devices")
+
+
+async def test_any_topology_can_be_launched_whatever_it_is_called() -> None:
+    """The machine's name, which is a folder's, is made of what the topology's has of letters and digits."""
+    async with hmmnet.launch(Topology("Emil's / machine", "", (MemoryNode("ram", 1 << 20),), (), (), ())) as machine:
+        assert machine.name.startswith("Emil-s-machine-")
+        assert machine.device_names == ()
 
 
 async def test_devices_import_nothing_of_their_own(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:

@@ -104,6 +104,19 @@ def test_last_reference_goes_to_the_driver() -> None:
     assert 64 not in memory.zones
 
 
+def test_the_largest_memory_of_a_device_goes_without_a_look_at_all_of_it() -> None:
+    """64 TiB: only what was ever offered is looked at."""
+    memory = memory_of(16)
+    zone = memory.add_device(64, "private", "gpu0", 1 << 34)
+    zone.offered = 8
+    zone.refcount[5] = 1
+    with pytest.raises(AssertionError, match="zone 64 still has referenced frames"):
+        memory.remove_device(64)
+    zone.refcount[5] = 0
+    memory.remove_device(64)
+    assert 64 not in memory.zones
+
+
 def test_idle_refuses_foreign_and_doubled_frames() -> None:
     """What a driver offers is checked: its own frames, each once."""
     zone = memory_of(4).add_device(65, "private", "gpu1", 8)
