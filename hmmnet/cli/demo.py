@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from hmmnet.demo.data import Input
     from hmmnet.sim.worlds import WorldName
 
-MEBIBYTE = 1 << 20
 SEED = 1
 
 
@@ -37,17 +36,24 @@ def demo(
     faults: FaultsFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print what happened for programs.")] = False,
 ) -> int:
-    """Run word count and tree search on all GPUs over pointers that the CPU made, by demand and after migration, and check every result.
+    """Run word count and tree search on GPUs over pointers that the CPU made, by demand and after migration, and check every result.
 
-    Exit code 0 if every result is what plain Python computes, 1 if not.
+    All GPUs of the machine take part, up to eight: as many of them as are a power of two. Exit code 0 if every result is what plain
+    Python computes, 1 if not.
     """
     if not as_json:
         print("hmmnet demo: a multi-GPU machine in software, at work on real text\n", flush=True)
-    from hmmnet.demo.data import read_input
+    from hmmnet.demo.data import MEBIBYTE, read_input
+    from hmmnet.errors import HmmnetError
+    from hmmnet.launcher.rate import parse_rate
     from hmmnet.topology.load import load
 
-    # a machine that there is not, and faults that cannot be, are said before anything is read
-    plan = plan_for(faults, world.value, load(topology))
+    # a machine that there is not, and faults and rates that cannot be, are said before anything is read
+    machine = load(topology)
+    if not machine.devices:
+        raise HmmnetError(f"{topology} has no devices, which the demo is about; give it another --topology")
+    parse_rate(rate)
+    plan = plan_for(faults, world.value, machine)
     paths = [*(given or []), *(files or [])]
     try:
         text = read_input(paths, limit_mib * MEBIBYTE)

@@ -16,11 +16,13 @@ from hmmnet.program import Machine
 from hmmnet.sim.worlds import WorldName
 
 from .answers import Answers, answers_for
-from .data import SEARCHES, Input
-from .steps import Demo, Event, facts_of
+from .data import MEBIBYTE, SEARCHES, Input
+from .steps import Counted, Demo, Event, facts_of
 
 SECONDS_MAX = 120.0
-"""Real seconds after which the demo gives up: something hangs. It takes less than ten."""
+"""Real seconds after which the demo gives up, for a little text: with the default's 4 MiB it takes less than ten."""
+SECONDS_MAX_PER_MIB = 2.0
+"""More for each MiB of text; on a slow computer that others use, too, half a second was needed."""
 
 
 class DemoTimeout(HmmnetError):
@@ -36,7 +38,6 @@ class Started:
     rate: float
     """Emulated seconds for a real second."""
     seconds: float
-    answers: Answers
 
 
 @dataclass
@@ -45,6 +46,8 @@ class Outcome:
 
     source: str
     text_bytes: int
+    cut: bool
+    """Whether the source has more text."""
     words: int
     topology: str
     devices: tuple[str, ...]
@@ -63,7 +66,7 @@ class Outcome:
         return {
             "correct": self.correct,
             "mistakes": self.mistakes,
-            "input": {"source": self.source, "bytes": self.text_bytes, "words": self.words},
+            "input": {"source": self.source, "bytes": self.text_bytes, "cut": self.cut, "words": self.words},
             "topology": self.topology,
             "devices": list(self.devices),
             "real_s": self.seconds,
@@ -93,7 +96,9 @@ class Conductor:
             return await self._simulated()
         from hmmnet.machine import launch
 
-        with trio.move_on_after(SECONDS_MAX) as scope:
+        limit_s = SECONDS_MAX + SECONDS_MAX_PER_MIB * len(self.given.text) / MEBIBYTE
+        rate = 0.0
+        with trio.move_on_after(limit_s) as scope:
             began = time.monotonic()
             answers: list[Answers] = []
             ready = trio.Event()
@@ -105,11 +110,13 @@ class Conductor:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(expect)
                 async with launch(self.topology, rate=self.rate, seed=self.seed) as machine:
+                    rate = machine.rate
+                    self.on_start(Started(self.topology, machine.device_names, rate, time.monotonic() - began))
                     await ready.wait()
-                    self.on_start(Started(self.topology, machine.device_names, machine.rate, time.monotonic() - began, answers[0]))
                     return await self.perform(machine, answers[0], began)
         assert scope.cancelled_caught
-        raise DemoTimeout(f"no end after {SECONDS_MAX:g} s; `hmmnet logs` and `hmmnet doctor` may tell why")
+        slow = f"the links of {self.topology} are slow, at a rate of {rate:g}" if rate else "the machine did not start"
+        raise DemoTimeout(f'no end after {limit_s:g} s: {slow}; give it another --rate or less text, or ask "hmmnet doctor"')
 
     async def _simulated(self) -> Outcome:
         """In virtual time nothing may go on in a thread meanwhile: time would jump over it."""
@@ -118,7 +125,7 @@ class Conductor:
         began = time.monotonic()
         answers = answers_for(self.given.text)
         async with simulated(self.topology, seed=self.seed) as machine:
-            self.on_start(Started(self.topology, machine.device_names, machine.rate, time.monotonic() - began, answers))
+            self.on_start(Started(self.topology, machine.device_names, machine.rate, time.monotonic() - began))
             return await self.perform(machine, answers, began)
 
     async def perform(self, machine: Machine, answers: Answers, began: float) -> Outcome:
@@ -131,12 +138,14 @@ class Conductor:
                 facts.append(fact)
             self.tell(event)
 
+        hear(Counted(answers))
         demo = Demo(machine, hear, self.given.text, answers, random.Random(self.seed), self.searches)  # noqa: S311 - chance, not secrecy
         async with self.during(machine):
             await demo.run()
         return Outcome(
             source=self.given.source,
             text_bytes=len(self.given.text),
+            cut=self.given.cut,
             words=answers.words,
             topology=self.topology,
             devices=tuple(machine.device_names),

@@ -38,6 +38,7 @@ DEVICES_MAX = 8
 SUBTREE_KEYS_MIN = 3
 """A tree smaller than this is not cut further."""
 NODE_BYTES = TREE_NODE.itemsize
+MEBIBYTE = 1 << 20
 
 Index = npt.NDArray[np.intp]
 
@@ -94,6 +95,8 @@ class Input:
     text: bytes
     source: str
     files: int
+    cut: bool = False
+    """Whether the source has more text."""
 
 
 @dataclass(frozen=True)
@@ -109,9 +112,9 @@ class Data:
 
 def read_input(paths: Sequence[Path], limit: int) -> Input:
     """Read the text. Raises OSError."""
-    text = load_text(paths or None, limit)
+    text = load_text(paths or None, limit + 1)
     source = ", ".join(str(p) for p in paths[:3]) + (" ..." if len(paths) > 3 else "") if paths else "Python's own standard library"
-    return Input(text, source, len(paths))
+    return Input(text[:limit], source, len(paths), cut=len(text) > limit)
 
 
 def devices_used(devices: Sequence[str]) -> tuple[str, ...]:

@@ -17,19 +17,22 @@ from rich.text import Text
 from hmmnet.observe.counters import Profile
 from hmmnet.observe.links_table import links_table
 from hmmnet.observe.profiler_table import profiler_table
-from hmmnet.observe.residency import ABSENT, Sample, terminal_picture
+from hmmnet.observe.residency import ABSENT, Sample, folded, terminal_picture
 from hmmnet.pages import PAGE_SIZE
-from hmmnet.units import show_rate, show_size, show_time
+from hmmnet.units import counted, show_rate, show_size, show_time
 
+from .answers import Answers
 from .conduct import Outcome, Started
 from .data import Input
-from .steps import DEMAND, Asked, Built, Checked, Event, Found, Moved, Ran, Sampled
+from .steps import DEMAND, Asked, Built, Checked, Counted, Event, Found, Moved, Ran, Sampled
 from .story import Question
 
 LABEL_WIDTH = 9
 WIDTH_MAX = 100
 """Lines longer than this are hard to read, however wide the terminal."""
 DEVICES_NAMED = 8
+BEHIND_NAMED = 3
+"""Directions of links that the verdict names."""
 WORD_SHOWN = 24
 """Letters of a word that are shown."""
 PICTURE_ROWS = 6
@@ -51,7 +54,10 @@ class Screen:
     def reading(self, given: Input, topology: str, *, simulated: bool = False) -> None:
         """What goes in, before anything has started, and what will: processes, or a machine that is `simulated`."""
         self._text = given.text
-        self.line("input", f"{show_size(len(given.text))} of text: {escape(given.source)}")
+        size, source = show_size(len(given.text)), escape(given.source)
+        # whoever gave files is told that they are not read whole; of the default nobody expects it
+        whole = not (given.cut and given.files)
+        self.line("input", f"{size} of text: {source}" if whole else f"the first {size} of {source}; --limit-mib says how much")
         how = "all in this process, in virtual time" if simulated else "each a process"
         self.line("machine", f"starting {escape(topology)}: a host and its devices, {how}")
 
@@ -60,10 +66,11 @@ class Screen:
         devices = started.devices if len(started.devices) <= DEVICES_NAMED else (*started.devices[:2], "...", started.devices[-1])
         slow = f"; {show_time(started.rate)} pass there in a second here" if started.rate != 1 else ""
         self.line("", f"{', '.join(devices)} ready after {started.seconds:.1f} s{slow}")
-        answers = started.answers
+
+    def _counted(self, answers: Answers) -> None:
         common = ", ".join(f"{shorten(word)} {count:,}" for word, count in answers.most_common(self._text, 2, 3))
         examples = f": {escape(common)}, ..." if common else ""
-        self.line("Python", f"counts {answers.words:,} words, {len(answers.counts):,} different{examples}")
+        self.line("Python", f"counts {counted(answers.words, 'word')}, {len(answers.counts):,} different{examples}")
 
     def line(self, label: str, text: str) -> None:
         """One line under a label; a long one goes on under itself."""
@@ -81,7 +88,9 @@ class Screen:
 
     def tell(self, event: Event) -> None:
         """Print one event."""
-        if isinstance(event, Built):
+        if isinstance(event, Counted):
+            self._counted(event.answers)
+        elif isinstance(event, Built):
             self._built(event)
         elif isinstance(event, Asked):
             self._asked(event.question)
@@ -92,7 +101,8 @@ class Screen:
         elif isinstance(event, Checked):
             self._checked(event)
         elif isinstance(event, Found):
-            self.line("", f"[dim]for one: {escape(event.word)} occurs {event.count:,} times, first at byte {event.first_at:,}[/dim]")
+            times = counted(event.count, "time")
+            self.line("", f"[dim]for one: {escape(event.word)} occurs {times}, first at byte {event.first_at:,}[/dim]")
         else:
             self.samples.append(event)
 
@@ -105,14 +115,13 @@ class Screen:
     def _built(self, event: Built) -> None:
         size_bytes = event.data.whole.size_bytes
         nodes, root = len(event.data.words), event.data.shares[0].root
-        self.line("CPU", f"stores text, word lists, keys and a search tree of {nodes:,} nodes: {show_size(size_bytes)}")
+        self.line("CPU", f"stores text, word lists, keys and a search tree of {counted(nodes, 'node')}: {show_size(size_bytes)}")
         self.line("", f"[dim]0x{root:x}, a node of the tree, is an address like any other[/dim]")
 
     def _ran(self, event: Ran) -> None:
         groups = int(sum(figure(job.counters, "fault_groups") for job in event.jobs.values()))
         fetched = PAGE_SIZE * sum(figure(job.counters, "pages_in") for job in event.jobs.values())
-        plural = "s" if groups > 1 else ""
-        cost = f"{groups:,} fault group{plural} fetched {show_size(fetched)}" if groups else "no fault"
+        cost = f"{counted(groups, 'fault group')} fetched {show_size(fetched)}" if groups else "no fault"
         earlier = self._demand_s.get(event.kernel)
         if event.run == DEMAND:
             self._demand_s[event.kernel] = event.seconds
@@ -129,7 +138,7 @@ class Screen:
         right = f"[green]all {event.results:,} right[/green]"
         if event.wrong:
             right = f"[red]{event.wrong:,} of {event.results:,} wrong[/red]"
-        home = f"{event.pages_from_devices:,} pages home, " if event.pages_from_devices else ""
+        home = f"{counted(event.pages_from_devices, 'page')} home, " if event.pages_from_devices else ""
         self.step("CPU", KERNELS[event.kernel], event.run, event.seconds, home + right)
 
     def finished(self, outcome: Outcome) -> None:
@@ -150,7 +159,9 @@ def picture(samples: Sequence[Sampled], devices: Sequence[str], width: int) -> T
     columns = columns_of(samples, devices)
     column_width = max(PICTURE_COLUMN_MIN, width // max(len(columns), 1) - 1)
     labelled = all(len(sample.label) <= column_width for sample in columns)
-    drawn = terminal_picture(columns, PICTURE_ROWS, min(column_width, PICTURE_COLUMN_MAX), labelled)
+    holders = (sum(map(bool, sample.pages.values())) for sample in folded(columns))
+    rows = max(PICTURE_ROWS, *holders, 0)  # one for everybody who holds a page
+    drawn = terminal_picture(columns, rows, min(column_width, PICTURE_COLUMN_MAX), labelled)
     if not labelled:
         drawn.append("\n" + "  ".join(f"{i} {sample.label}" for i, sample in enumerate(columns, 1)), style="dim")
     return drawn
@@ -178,7 +189,9 @@ def verdict(outcome: Outcome) -> str:
     behind = [link for link in outcome.report.get("links", []) if link["bytes_moved"] and not link["kept_up"]]
     note = "The emulation kept up with the links."
     if behind:
-        note = f"The emulation fell behind the links ({len(behind)} directions): transfers took longer than real ones would."
+        named = ", ".join(f"{link['source']} > {link['target']}" for link in behind[:BEHIND_NAMED])
+        more = f" and {len(behind) - BEHIND_NAMED} more" if len(behind) > BEHIND_NAMED else ""
+        note = f"The emulation fell behind on {escape(named)}{more}: transfers took longer than real ones would."
     if outcome.correct:
         return f"[bold green]RIGHT[/bold green] All {checked:,} results are what plain Python computes, in {end}. {note}"
     return f"[bold red]WRONG[/bold red] {escape('; '.join(outcome.mistakes))} ({end}). {note}"

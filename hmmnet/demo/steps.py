@@ -30,6 +30,13 @@ SHOWN_FROM = 40
 
 
 @dataclass(frozen=True)
+class Counted:
+    """Plain Python has read the text, and knows what must come out."""
+
+    answers: Answers
+
+
+@dataclass(frozen=True)
 class Built:
     """The data are in CPU memory."""
 
@@ -95,7 +102,7 @@ class Sampled:
     residency: Residency
 
 
-Event: TypeAlias = Built | Asked | Ran | Moved | Checked | Found | Sampled
+Event: TypeAlias = Counted | Built | Asked | Ran | Moved | Checked | Found | Sampled
 Tell: TypeAlias = Callable[[Event], None]
 
 

@@ -88,9 +88,9 @@ def _one_of(choices: tuple[str, ...], what: str) -> Callable[[str], str]:
 
 
 def suggestion(word: str, choices: Iterable[str]) -> str:
-    """``; did you mean "x"`` when one of `choices` is close to `word`, else nothing."""
+    """``; did you mean "x"?`` when one of `choices` is close to `word`, else nothing."""
     close = difflib.get_close_matches(word, sorted(choices), n=1, cutoff=0.5)
-    return f'; did you mean "{close[0]}"' if close else ""
+    return f'; did you mean "{close[0]}"?' if close else ""
 
 
 PARSERS: Mapping[str, Callable[[str], Any]] = {

@@ -69,6 +69,7 @@ def test_json(place: Path) -> None:
         (["--input", "."], 2, "Is a directory"),
         (["--input", "blank"], 2, "blank: holds no word"),
         (["--topology", "two-gpu"], 1, "two-gpus"),
+        (["--topology", "plain.toml"], 1, "plain.toml has no devices"),
         (["--rate", "fast"], 1, '"fast" is no rate'),
         (["--limit-mib", "0"], 2, "limit-mib"),
     ],
@@ -76,6 +77,7 @@ def test_json(place: Path) -> None:
 def test_bad_use_is_one_line(place: Path, arguments: list[str], code: int, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Place, cause and mend; no traceback."""
     (place / "blank").write_text(" \n...\n")
+    (place / "plain.toml").write_text('name = "plain"\n[[memory]]\nname = "node0"\nsize = "1 GiB"\n')
     monkeypatch.chdir(place)
     done = demo(place, *arguments)
     assert done.returncode == code

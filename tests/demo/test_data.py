@@ -116,7 +116,8 @@ def test_input(tmp_path: Path) -> None:
     for name, text in (("one", "first "), ("two", "second")):
         (tmp_path / name).write_text(text)
     given = read_input([tmp_path / "one", tmp_path / "two"], 10)
-    assert (given.text, given.files) == (b"first seco", 2)
+    assert (given.text, given.files, given.cut) == (b"first seco", 2, True)
+    assert not read_input([tmp_path / "one", tmp_path / "two"], 12).cut
     assert "standard library" in read_input([], 1000).source
     with pytest.raises(FileNotFoundError):
         read_input([tmp_path / "three"], 10)

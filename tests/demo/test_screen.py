@@ -7,16 +7,17 @@ import random
 import time
 from typing import cast
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from hmmnet.demo.answers import answers_for
 from hmmnet.demo.conduct import Conductor, Outcome, Started
 from hmmnet.demo.data import Input
-from hmmnet.demo.screen import Screen, pages_by_owner
+from hmmnet.demo.screen import Screen, pages_by_owner, picture
 from hmmnet.demo.steps import Demo, Sampled
 from hmmnet.demo.story import QUESTIONS
-from hmmnet.program import Machine
+from hmmnet.program import Machine, Residency
 from tests.flat_machine import FlatMachine
 
 TEXT = (" ".join(f"word{i % 900}" for i in range(4000))).encode()
@@ -51,7 +52,7 @@ async def shown(machine: FlatMachine, width: int = 80) -> tuple[str, Outcome]:
     answers = answers_for(TEXT)
     conductor = Conductor(given, "two-gpus", 7, screen.tell, screen.started, searches=1000)
     screen.reading(given, "two-gpus")
-    screen.started(Started("two-gpus", machine.device_names, 0.25, 0.5, answers))
+    screen.started(Started("two-gpus", machine.device_names, 0.25, 0.5))
     outcome = await conductor.perform(cast(Machine, machine), answers, time.monotonic())
     screen.finished(outcome)
     return out.getvalue(), outcome
@@ -89,7 +90,25 @@ async def test_a_wrong_result_is_the_last_word() -> None:
 
 async def test_an_emulation_that_fell_behind_says_so() -> None:
     text, _ = await shown(Reporting(behind=True))
-    assert "fell behind the links (1 directions)" in " ".join(text.split())
+    assert "fell behind on node0 > gpu1: transfers" in " ".join(text.split())
+
+
+def test_everybody_who_holds_a_page_is_in_the_picture() -> None:
+    """Also where the host and eight devices share it."""
+    devices = tuple(f"gpu{i}" for i in range(8))
+    pages = np.arange(-1, 9, dtype=np.int16)  # one each, and one that nobody has touched
+    drawn = picture([Sampled("migrated", 0.0, Residency(("node0", *devices), pages))], devices, 80).plain
+    columns, legend = drawn.split("H node0")
+    assert {letter for letter in columns if letter.isupper()} == set("HABCDEFGI")
+    assert "I gpu7" in legend
+
+
+@pytest.mark.parametrize(("cut", "files", "said"), [(True, 1, "first 4 KiB of big.txt; --limit-mib"), (True, 0, "4 KiB of text: big.txt")])
+def test_a_file_that_is_not_read_whole_is_said_to_be_cut(cut: bool, files: int, said: str) -> None:
+    """The default's library is no file of the user's: nobody expects the whole of it."""
+    out = io.StringIO()
+    Screen(Console(file=out, width=100)).reading(Input(b"a " * 2048, "big.txt", files, cut=cut), "two-gpus")
+    assert said in out.getvalue()
 
 
 async def test_many_links_are_cut_to_the_busiest() -> None:
