@@ -211,9 +211,11 @@ class Zone:
         array: npt.NDArray[Any] = getattr(self, name)
         return array[where]
 
-    def referenced(self, count: int) -> npt.NDArray[np.bool_]:
-        """Which of the first `count` frames have a reference; broken ones have one for ever, and are left out."""
-        where = slice(0, count)
+    def referenced(self, count: int | None = None) -> npt.NDArray[np.bool_]:
+        """Which of the first `count` frames (of all: for small memories) have a reference; broken ones, which have one for ever, are left
+        out.
+        """
+        where = slice(0, self.count if count is None else count)
         counted: npt.NDArray[np.bool_] = (self.values("refcount", where) != 0) & (self.values("flags", where) & HWPOISON == 0)
         return counted
 

@@ -28,6 +28,7 @@ import hmmnet
 import hmmnet.machine
 from hmmnet.errors import BusError, HmmnetError, KernelError, PeerLost, SegmentationFault
 from hmmnet.faults import fault
+from hmmnet.launcher.crew import Crew
 from hmmnet.launcher.directory import MachineExists, directories
 from hmmnet.lifeline import wait_ended
 from hmmnet.pages import PAGE_SIZE
@@ -82,9 +83,9 @@ async def test_a_launch_can_be_cancelled_while_its_host_starts(monkeypatch: pyte
 
 async def test_a_zygote_that_dies_before_there_is_a_host_ends_the_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     """While the launch still measures: its devices never were, and nobody is told that they are lost."""
-    crews: list[hmmnet.machine.Crew] = []
+    crews: list[Crew] = []
 
-    class Watched(hmmnet.machine.Crew):
+    class Watched(Crew):
         def __init__(self, *arguments: Any, **keywords: Any) -> None:
             super().__init__(*arguments, **keywords)
             crews.append(self)
