@@ -232,7 +232,11 @@ class History:
             return depth  # one value each, and nothing that has overwritten it
         low, live = self._low[:depth, words], self._live[:depth, words]
         settled = np.where((low < self.clock.oldest) & live, self._begin[:depth, words], ALWAYS).max(axis=0)
-        live &= np.minimum(low, self._end[:depth, words]) >= settled
+        ended = np.minimum(low, self._end[:depth, words])
+        dead = live & (ended < settled)
+        while dead.any():  # and with a value all that is forced before it: nobody could tell that any more
+            live &= ~dead
+            dead = live & (ended < np.where(dead, self._high[:depth, words], ALWAYS).max(axis=0))
         return self._depth(words)
 
     def _tame(self, words: slice, began: int) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from random import Random
 from typing import Any
 
 import numpy as np
 
-from hmmnet.campaign.history import ROWS, Clock, Counter, History, Words
+from hmmnet.campaign.history import NEVER, ROWS, Clock, Counter, History, Words
 
 
 def words(*values: int) -> Words:
@@ -156,6 +157,89 @@ def test_true_registers_are_never_accused() -> None:
                         history.store_ends(mark, certain=random.random() < 0.8)
                     else:
                         assert history.load_ends(mark, words(effect)) is None, f"seed {seed}"
+
+
+def test_what_is_forced_before_a_forgotten_value_is_forgotten_with_it() -> None:
+    """Three stores, of which a reader saw the first one last: the second stood before it, however many stores come meanwhile."""
+    for certain in (True, False):
+        history = History(Clock(), 1)
+        first, second = history.store_begins(0, words(1)), history.store_begins(0, words(2))
+        history.store_ends(first)
+        third = history.store_begins(0, words(3))
+        history.store_ends(second, certain=certain)
+        load = history.load_begins(0, 1)
+        history.store_ends(third)
+        assert history.load_ends(load, words(1)) is None  # so: 2, 1, 3
+        late = history.load_begins(0, 1)
+        history.store_begins(0, words(4))
+        wrong = history.load_ends(late, words(2))
+        assert wrong is not None
+        assert "overwritten before" in wrong.why
+
+
+@dataclass
+class Access:
+    """One store or load of a word, and the value; one that is under way, or has failed, need not have happened."""
+
+    store: bool
+    value: int
+    began: int
+    ended: int = NEVER
+    happened: bool = False
+
+
+def explained(accesses: list[Access]) -> bool:
+    """Whether some order of all that happened, and of any of the others, gives every load the store before it: by trying them all."""
+    tried: set[tuple[frozenset[int], int]] = set()
+
+    def goes_on(done: frozenset[int], value: int) -> bool:
+        left = [i for i in range(len(accesses)) if i not in done]
+        if not any(accesses[i].happened for i in left):
+            return True
+        if (done, value) in tried:
+            return False
+        tried.add((done, value))
+        for i in left:
+            one = accesses[i]
+            too_late = any(one.ended < accesses[j].began for j in done)
+            too_early = any(accesses[j].happened and accesses[j].ended < one.began for j in left)
+            if not too_late and not too_early and (one.store or one.value == value) and goes_on(done | {i}, one.value):
+                return True
+        return False
+
+    return goes_on(frozenset(), 0)
+
+
+def test_it_accuses_exactly_what_no_order_explains() -> None:
+    """Up to ten accesses of one word, four at once, of which some stores fail and some loads lie: as trying all orders judges them."""
+    verdicts = [0, 0]
+    for seed in range(3000):
+        random, history, ended, under_way = Random(seed), History(Clock(), 1), list[Access](), list[tuple[Access, Any]]()
+        left, stored = random.randrange(3, 11), 0
+        while left or under_way:
+            if left and (not under_way or (random.random() < 0.5 and len(under_way) < 4)):
+                left -= 1
+                store = random.random() < 0.45
+                stored += store
+                mark: Any = history.store_begins(0, words(stored)) if store else history.load_begins(0, 1)
+                under_way.append((Access(store, stored, mark.began), mark))
+                continue
+            one, mark = under_way.pop(random.randrange(len(under_way)))
+            ended.append(one)
+            if one.store:
+                one.happened = random.random() < 0.85
+                history.store_ends(mark, certain=one.happened)
+                one.ended = history.clock.now
+                continue
+            one.value, one.happened = random.randrange(max(0, stored - 3), stored + 1), True
+            wrong = history.load_ends(mark, words(one.value))
+            one.ended = history.clock.now
+            right = explained(ended + [other for other, _ in under_way if other.store])
+            assert (wrong is None) == right or not history._never_wild, f"seed {seed}: {ended}"
+            verdicts[right] += 1
+            if wrong is not None:
+                break
+    assert min(verdicts) > 500
 
 
 def test_counters() -> None:
