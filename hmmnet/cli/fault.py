@@ -54,7 +54,7 @@ def kinds(
     print("\nevery kind")
     for parameter in (*TARGETS.values(), *CONTROLS.values()):
         _parameter(parameter)
-    print(f"    {'counted':<20}{COUNTED}")
+    print(f"    {'counted':<22}{COUNTED}")
     return 0
 
 
@@ -74,19 +74,19 @@ def _chosen(names: list[str]) -> list[Kind]:
 def _describe(kind: Kind) -> None:
     from hmmnet.faults.kinds import WORLDS
 
-    print(f"  {kind.name:<22}{kind.what}")
+    print(f"  {kind.name:<24}{kind.what}")
     for parameter in kind.parameters:
         _parameter(parameter)
     if kind.holds:
-        print(f"    {'afterwards':<20}{kind.holds}")
+        print(f"    {'afterwards':<22}{kind.holds}")
     for world in WORLDS:
         if world in kind.not_in:
-            print(f"    {'not in ' + world:<20}{kind.not_in[world]}")
+            print(f"    {'not in ' + world:<22}{kind.not_in[world]}")
 
 
 def _parameter(parameter: Parameter) -> None:
     default = f" (default {parameter.default_text})" if parameter.default_text else ""
-    print(f"    {parameter.name:<20}{parameter.what}{default}")
+    print(f"    {parameter.name:<22}{parameter.what}{default}")
 
 
 def _write(data: Any) -> int:

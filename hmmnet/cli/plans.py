@@ -34,23 +34,13 @@ def plan_for(path: Path | None, world: WorldName, topology: Topology | None = No
 
     `topology`, where it is known before the machine is, must have what the faults are on.
     """
-    from hmmnet.errors import HmmnetError
     from hmmnet.faults.plan import Plan, named
-    from hmmnet.faults.targets import wrong_targets
 
     if path is None:
         return Breaking(())
     plan = Plan.load(path)
-    try:
-        plan.check_world(world)
-    except HmmnetError as error:
-        raise HmmnetError(f"{path}: {error}") from error
-    faults = tuple(named(one) for one in plan.faults)
-    if topology is not None:
-        mistakes = [cause for fault in faults for cause in wrong_targets(fault, topology, world)]
-        if mistakes:
-            raise HmmnetError("\n".join(f"{path}: {cause}" for cause in mistakes))
-    return Breaking(faults)
+    plan.check(world, topology)
+    return Breaking(tuple(named(one) for one in plan.faults))
 
 
 class Breaking:

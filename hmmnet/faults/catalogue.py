@@ -18,7 +18,7 @@ from hmmnet.units import parse_size
 from . import allocation, clocks, copying, device_faults, memory_errors, nodes, notifier, process_events, stepping, wires
 from .controls import Controls
 from .kinds import Fault, Kind, Parameter
-from .messages import Way
+from .messages import HOST, Way
 
 Mistake: TypeAlias = tuple[str, str]
 """A field, or nothing when it is the whole, and what is wrong with it."""
@@ -49,6 +49,8 @@ COUNTED = (
     "one simulated machine counts once for all; of real processes the host and each device count for themselves: times=1 is once in each"
 )
 """How the controls count."""
+LANES = 16
+"""Of a link's, as `link.lanes` counts."""
 _EVERYBODY = {"way": "*<->host", "nothing": ""}
 _RANGE = re.compile(r"\s*(0x[0-9a-fA-F]+|[0-9]+)\s*\+\s*(.+?)\s*")
 
@@ -95,14 +97,43 @@ def checked(kind: str, given: Mapping[str, Any]) -> tuple[Fault | None, list[Mis
         except ValueError as error:
             mistakes.append((name, str(error)))
     mistakes += [(one.name, f"missing: {one.what}") for one in found.parameters if one.default is None and one.name not in given]
+    mistakes += _amiss(found, read)
     if mistakes:
         return None, mistakes
     try:
         made = _made(found, read)
         assert made.effects is not None
     except HmmnetError as error:
-        return None, [("", str(error))]
+        return None, [("point" if found.parameter("point") else "", str(error))]
     return made, []
+
+
+def _amiss(kind: Kind, read: Mapping[str, Any]) -> list[Mistake]:
+    """What is wrong with values each of which could be read."""
+    found: list[Mistake] = []
+    for name in CONTROLS:
+        try:
+            Controls(**({name: read[name]} if name in read else {}))
+        except HmmnetError as error:
+            found.append((name, str(error).removeprefix(f"{name} ")))
+    if kind.on == "way" and read.get("on"):
+        try:
+            Way.parse(_as_way(read["on"]))
+        except HmmnetError as error:
+            found.append(("on", str(error)))
+    factor, lanes = read.get("factor", 1.0), read.get("lanes", 1)
+    if kind.name == "clock.skew" and not factor > 0:
+        found.append(("factor", f"{factor:g} where more than 0 is wanted"))
+    if kind.name == "link.slow" and not 0 < factor <= 1:
+        found.append(("factor", f"{factor:g} where a part is wanted, above 0 and at most 1; to take a link away there is link.down"))
+    if not 0 < lanes <= LANES:
+        found.append(("lanes", f"{lanes} where 1 to {LANES} are wanted"))
+    return found
+
+
+def _as_way(on: str) -> str:
+    """A device alone is both ways."""
+    return on if "<" in on or ">" in on else f"{on}<->{HOST}"
 
 
 @cache
@@ -145,13 +176,8 @@ def _made(kind: Kind, read: Mapping[str, Any]) -> Fault:
     start, end = read.get("range", (0, 0))
     on = read.get("on") or _EVERYBODY.get(kind.on, "*")
     if kind.on == "way":
-        on = Way.parse(on).text
-    made = Fault(kind, on, controls, settings, read.get("process", 0), start, end, read.get("after", 0.0), read.get("lasts", 0.0))
-    if kind.name in ("link.slow", "clock.skew") and not settings["factor"] > 0:
-        raise HmmnetError("factor must be more than 0; to take a link away there is link.down")
-    if kind.name == "link.lanes" and not 0 < settings["lanes"] <= 16:
-        raise HmmnetError("lanes are 1 to 16")
-    return made
+        on = Way.parse(_as_way(on)).text
+    return Fault(kind, on, controls, settings, read.get("process", 0), start, end, read.get("after", 0.0), read.get("lasts", 0.0))
 
 
 def as_given(one: Fault) -> dict[str, Any]:

@@ -12,16 +12,20 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from hmmnet.errors import HmmnetError
+from hmmnet.topology.problems import did_you_mean
 from hmmnet.units import parse_size, parse_time, show_size, show_time
 
 from .controls import Controls
 from .effects import Effect
+from .points import matching
 
-Form = Literal["time", "number", "count", "size", "choice", "text", "flag"]
+Form = Literal["time", "number", "count", "size", "choice", "text", "flag", "point"]
 World = Literal["sim", "real"]
 WORLDS: tuple[World, ...] = ("sim", "real")
 On = Literal["device", "way", "link", "node", "nothing"]
 """What `Fault.on` names: devices, messages of devices in a direction, links, nodes (devices or ``host``), or nothing at all."""
+CHOICES_SHOWN = 5
+"""Of more choices than that a message lists so many, and the one that was probably meant."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +58,14 @@ class Parameter:
 
     def read(self, value: Any) -> Any:
         """`value`, as a file or a command line gives it, as the effect wants it. Raises ValueError that says what is wanted."""
+        if value == "" == self.default:
+            return value
         try:
             return _READ[self.form](self, value)
+        except HmmnetError as error:
+            raise ValueError(str(error)) from None
         except (ValueError, TypeError, KeyError):
-            raise ValueError(f"{value!r} where {self._wanted} is wanted") from None
+            raise ValueError(f"{value!r} where {self._wanted} is wanted{self._meant(value)}") from None
 
     @property
     def _wanted(self) -> str:
@@ -66,10 +74,15 @@ class Parameter:
             "number": "a number that is not negative",
             "count": "a whole number that is not negative",
             "size": 'a size with its unit, such as "64 KiB"',
-            "choice": f"one of {', '.join(self.choices)}",
+            "choice": f"one of {', '.join(self.choices[:CHOICES_SHOWN])}{', ...' if len(self.choices) > CHOICES_SHOWN else ''}",
             "text": "text",
             "flag": "true or false",
+            "point": "a point's name or a pattern of names",
         }[self.form]
+
+    def _meant(self, value: Any) -> str:
+        meant = did_you_mean(value, self.choices) if isinstance(value, str) else ""
+        return f"; {meant}" if meant else ""
 
 
 def _number(_: Parameter, value: Any) -> float:
@@ -96,6 +109,11 @@ def _text(_: Parameter, value: Any) -> str:
     return value
 
 
+def _point(parameter: Parameter, value: Any) -> str:
+    matching(_text(parameter, value))
+    return str(value)
+
+
 def _flag(_: Parameter, value: Any) -> bool:
     return {"true": True, "false": False}[str(value).lower()]
 
@@ -108,6 +126,7 @@ _READ: dict[str, Callable[[Parameter, Any], Any]] = {
     "choice": _choice,
     "text": _text,
     "flag": _flag,
+    "point": _point,
 }
 
 

@@ -32,7 +32,7 @@ KINDS = (
     Kind(
         "ecc.uncorrectable",
         "memory",
-        "the memory under a process's pages (process, start, end) breaks, wherever they live",
+        "the memory under a process's pages (process, range) breaks, wherever they live",
         "an access is SIGBUS, a device's EFAULT; the frames are never used again",
         _host("poison"),
         once=True,

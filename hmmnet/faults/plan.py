@@ -13,11 +13,12 @@ range = "0x7f0000000000+64KiB"  # only these addresses
 
 from __future__ import annotations
 
+import dataclasses
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from hmmnet.errors import HmmnetError
 from hmmnet.topology.lines import KeyLines
@@ -30,6 +31,10 @@ from .effects import Effect
 from .injector import PointFault
 from .kinds import Fault, Kind, World
 from .messages import MessageFault
+from .targets import target_mistakes
+
+if TYPE_CHECKING:
+    from hmmnet.topology.model import Topology
 
 AnyFault: TypeAlias = Fault | MessageFault | PointFault
 """A named fault with its parameters, or what such a one comes down to."""
@@ -46,9 +51,11 @@ class PlanError(HmmnetError):
 
 @dataclass(frozen=True)
 class Plan:
-    """Faults that act together."""
+    """Faults that act together. `file` and `lines` say where each was read, if it was."""
 
     faults: Sequence[AnyFault] = ()
+    file: str = dataclasses.field(default="plan", compare=False)
+    lines: Sequence[int] = dataclasses.field(default=(), compare=False, repr=False)
 
     @classmethod
     def parse(cls, text: str, file: str = "plan.toml") -> Plan:
@@ -86,7 +93,7 @@ class Plan:
                 faults.append(made)
         if mistakes:
             raise PlanError(sorted(mistakes, key=lambda mistake: mistake.line))
-        return cls(tuple(faults))
+        return cls(tuple(faults), file, _Lines(lines, len(faults)))
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
@@ -99,21 +106,46 @@ class Plan:
             raise HmmnetError(f"{path}: cannot be read: {error.strerror or error}") from error
         return cls.parse(text, str(path))
 
-    def check_world(self, world: World) -> None:
-        """Raises HmmnetError that names every fault which cannot be done there, and why."""
-        causes = []
-        for one in self.faults:
-            if isinstance(one, Fault):
-                try:
-                    one.kind.check_world(world)
-                except HmmnetError as error:
-                    causes.append(str(error))
-        if causes:
-            raise HmmnetError("\n".join(causes))
+    def check(self, world: World, topology: Topology | None = None) -> None:
+        """Raises PlanError that names every fault which cannot be done in `world`, or not on that machine, with its line, and why."""
+        found = []
+        for index, one in enumerate(self.faults):
+            line = self.lines[index] if self.lines else 0
+            for cause in _impossible(one, world, topology):
+                cause, _, mend = cause.partition("; ")
+                found.append(Problem(self.file, line, f"fault {index + 1}", "", cause, mend))
+        if found:
+            raise PlanError(found)
 
     def as_toml(self) -> str:
         """A file that `parse` reads as this plan. Raises HmmnetError for a fault with a function in it."""
         return "\n".join(_as_toml(named(one)) for one in self.faults)
+
+
+class _Lines(Sequence[int]):
+    """The line on which each of `count` faults begins: found out when somebody asks, as `KeyLines` are."""
+
+    def __init__(self, lines: Mapping[Any, int], count: int) -> None:
+        self._lines = lines
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._lines.get((SECTION, index), 0)
+
+
+def _impossible(one: AnyFault, world: World, topology: Topology | None) -> Iterator[str]:
+    """Why it cannot be done in `world`, or on that machine."""
+    whole = one if isinstance(one, Fault) else plain(one)
+    try:
+        whole.kind.check_world(world)
+    except HmmnetError as error:
+        yield str(error)
+        return
+    if topology is not None:
+        yield from target_mistakes(whole, topology, world)
 
 
 def _read(file: str, lines: Mapping[Any, int], index: int, table: dict[str, Any]) -> tuple[Fault | None, list[Problem]]:

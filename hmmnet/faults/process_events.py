@@ -5,7 +5,7 @@ from __future__ import annotations
 from .effects import HostEffect
 from .kinds import Fault, Kind, Parameter
 
-AT = Parameter("point", "text", "at which point of the host (empty: at once)", "")
+AT = Parameter("point", "point", "at which point of the host (empty: at once)", "")
 DEEDS = {
     "fork": ("the process forks; the child reads the pages concerned, and exits", "parent and child see what they should"),
     "exit": ("the process exits", "its pages are free everywhere; others go on"),

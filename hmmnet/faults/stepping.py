@@ -7,8 +7,20 @@ from typing import Any
 from .injector import PointFault
 from .kinds import Fault, Kind, Parameter
 
-POINT = Parameter("point", "text", "a point's name or a pattern of names (see `hmmnet fault points`)")
-EVENT = Parameter("event", "text", "only for this event of the notifier, such as unmap", "")
+EVENTS = (
+    "unmap",
+    "clear",
+    "protection_vma",
+    "protection_page",
+    "soft_dirty",
+    "release",
+    "migrate",
+    "exclusive",
+    "invalidate",
+)
+"""Why the notifier calls (enum mmu_notifier_event), and the one event of v25; a test holds them to the host's."""
+POINT = Parameter("point", "point", "a point's name or a pattern of names (see `hmmnet fault points`)")
+EVENT = Parameter("event", "choice", "only for this event of the notifier, such as unmap", "", EVENTS)
 
 
 def at_points(fault: Fault, point: str, action: Any, **more: Any) -> PointFault:

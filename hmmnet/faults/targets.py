@@ -34,8 +34,13 @@ def check_target(fault: Fault, topology: Topology, world: World) -> None:
 
 def wrong_targets(fault: Fault, topology: Topology, world: World) -> list[str]:
     """What is wrong with whom `fault` is on: nothing of that machine is called so, or that `world` cannot do it there."""
+    return [f"fault {fault.kind.name}: {cause}" for cause in target_mistakes(fault, topology, world)]
+
+
+def target_mistakes(fault: Fault, topology: Topology, world: World) -> list[str]:
+    """`wrong_targets`, for who says himself which fault it is."""
     causes = [cause for effect in fault.effects for cause in (*_unknown(effect, topology), *_out_of_reach(effect, world))]
-    return [f"fault {fault.kind.name}: {cause}" for cause in dict.fromkeys(causes)]
+    return list(dict.fromkeys(causes))
 
 
 def _unknown(effect: Effect, topology: Topology) -> Iterator[str]:

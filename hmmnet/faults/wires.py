@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
+
+from hmmnet.wire.codec import WITH_BODY
+from hmmnet.wire.codec import Kind as Frame
+from hmmnet.wire.messages import Body
 
 from .kinds import Fault, Kind, Parameter
 from .messages import MessageFault, Way
 
 CHANNEL = Parameter("channel", "choice", "which messages", "any", ("any", "control", "bulk"))
 BULK = Parameter("channel", "choice", "which messages", "bulk", ("bulk",))
-MESSAGE = Parameter("message", "text", "only control messages of this type, such as Invalidate", "")
+MESSAGES = (*(body.__name__ for body in get_args(Body)), *(frame.name for frame in Frame if frame not in WITH_BODY))
+"""Types of control messages, and of frames that carry none: what `network.type_of` says of each."""
+MESSAGE = Parameter("message", "choice", "only control messages of this type, such as Invalidate", "", MESSAGES)
 LATENCY = Parameter("latency", "time", "how late", 0.001)
 JITTER = Parameter("jitter", "time", "at most so much more", 0.0)
 SAME = "results as without it; it takes longer"

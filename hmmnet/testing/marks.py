@@ -102,15 +102,17 @@ def read_faults(marks: Iterable[Mark], folder: Path) -> Plan:
     from hmmnet.faults import Plan
 
     faults: list[AnyFault] = []
+    places = []
     for mark in marks:
         what = f"faults({_shown(mark)})"
+        places.append(what)
         if not mark.args and not mark.kwargs:
             raise MarkMistake(f"{what}: says nothing; a plan or kinds are wanted, such as faults(loss=0.05)")
         for given in mark.args:
             faults += _plan(given, folder, what).faults
         if mark.kwargs:
             faults += _made(what, [_entry(kind, value, what) for kind, value in mark.kwargs.items()]).faults
-    return Plan(faults)
+    return Plan(faults, " + ".join(places))
 
 
 def _plan(given: Any, folder: Path, what: str) -> Plan:

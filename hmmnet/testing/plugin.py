@@ -23,6 +23,8 @@ import pytest
 from .marks import MARKERS, Mark, MarkMistake, load_topology, read_faults, read_seeds, read_strict, read_topology
 
 if TYPE_CHECKING:
+    from hmmnet.faults.kinds import World
+
     from .case import Case
     from .migrations import Migrations
     from .worlds import Simulate
@@ -227,11 +229,27 @@ def _machine(request: pytest.FixtureRequest, fixture: str) -> Any:
         pytest.fail(f"a test has one machine: {case.machine} or {fixture}, not both", pytrace=False)
     case.machine = fixture
     simulated = fixture == "simulated_machine"
+    wrong = _impossible(case, "sim" if simulated else "real")
+    if wrong:
+        pytest.fail(wrong, pytrace=False)
     way = _way(request, simulated=simulated)
     if way == "here":
         return _waiting(case, simulated=simulated)
     names = {"awaited": (AWAITED, SIMULATED_AWAITED), "blocking": (BLOCKING, SIMULATED_BLOCKING)}
     return request.getfixturevalue(names[way][simulated])
+
+
+def _impossible(case: Case, world: World) -> str:
+    """Which faults of the test its machine cannot have, and why; nothing if there is none."""
+    from hmmnet.errors import HmmnetError
+
+    from .worlds import ELSEWHERE
+
+    try:
+        case.plan.check(world, case.topology)
+    except HmmnetError as error:
+        return f"{error}\n{ELSEWHERE}" if world == "real" and not _impossible(case, "sim") else str(error)
+    return ""
 
 
 def _waiting(case: Case, *, simulated: bool) -> Any:

@@ -10,6 +10,7 @@ import pytest
 from hmmnet.errors import HmmnetError
 from hmmnet.faults import FAULTS, KINDS, Controls, Fault, MessageFault, Plan, PlanError, PointFault, Way, fault
 from hmmnet.faults.plan import named
+from hmmnet.topology.load import load
 
 TEXT = """
 [[fault]]
@@ -108,6 +109,18 @@ kind = "point.delay"
 [[fault]]
 kind = "loss"
 probability = 3.0
+interval = 0
+message = "Invalidat"
+
+[[fault]]
+kind = "point.delay"
+point = "migrate.mid_cop"
+latency = "5"
+event = "unmapp"
+
+[[fault]]
+kind = "link.slow"
+factor = 2
 
 [faults]
 kind = "loss"
@@ -116,7 +129,7 @@ kind = "loss"
         Plan.parse(text, "my.toml")
     assert str(caught.value).split("\n") == [
         'my.toml:2: fault 1: kind: no fault is called "losss"; did you mean "loss"?',
-        'my.toml:4: fault 2: "gpu0<->gpu1" is no way; write DEVICE<->host, DEVICE->host or host->DEVICE, where DEVICE may have * and ?',
+        'my.toml:6: fault 2: on: "gpu0<->gpu1" is no way; write DEVICE<->host, DEVICE->host or host->DEVICE, where DEVICE may have * and ?',
         'my.toml:10: fault 3: propability: there is no such parameter; did you mean "probability"?',
         "my.toml:11: fault 3: nth: -1 where a whole number that is not negative is wanted",
         "my.toml:15: fault 4: latency: '5' where a time with its unit, such as \"5 ms\" is wanted",
@@ -124,8 +137,20 @@ kind = "loss"
         "my.toml:22: fault 6: shape: 'hole' where one of bit, burst, swap is wanted",
         "my.toml:23: fault 6: range: 'here' where addresses are wanted, such as 0x7f0000000000+64KiB",
         "my.toml:25: fault 7: point: missing: a point's name or a pattern of names (see `hmmnet fault points`)",
-        "my.toml:28: fault 8: probability 3.0 is not between 0 and 1",
-        'my.toml:32: faults: unknown section or key; did you mean "fault"?',
+        "my.toml:30: fault 8: probability: 3.0 is not between 0 and 1",
+        "my.toml:31: fault 8: interval: 0 is too small; it begins at 1",
+        (
+            "my.toml:32: fault 8: message: 'Invalidat' where one of Hello, Welcome, Refused, Done, Failed, ... is wanted; "
+            'did you mean "Invalidate"?'
+        ),
+        'my.toml:36: fault 9: point: no point is called "migrate.mid_cop"; did you mean "migrate.mid_copy"?',
+        "my.toml:37: fault 9: latency: '5' where a time with its unit, such as \"5 ms\" is wanted",
+        (
+            "my.toml:38: fault 9: event: 'unmapp' where one of unmap, clear, protection_vma, protection_page, soft_dirty, ... is wanted; "
+            'did you mean "unmap"?'
+        ),
+        "my.toml:42: fault 10: factor: 2 where a part is wanted, above 0 and at most 1; to take a link away there is link.down",
+        'my.toml:44: faults: unknown section or key; did you mean "fault"?',
     ]
     found = [problem.line for problem in caught.value.problems]
     assert found == sorted(found)
@@ -147,11 +172,34 @@ def test_a_plan_from_a_file(tmp_path: Path) -> None:
         Plan.load(tmp_path / "other.toml")
     plan = Plan((fault("loss"), fault("disk.slow"), fault("restart.kept"), fault("unplug")))
     with pytest.raises(
-        HmmnetError, match=r'"disk.slow" cannot be done in the sim world: a simulated machine writes no logs\n.*"restart.kept"'
+        PlanError,
+        match=r'fault 2: the fault "disk.slow" cannot be done in the sim world: a simulated machine writes no logs\n.*"restart.kept"',
     ):
-        plan.check_world("sim")
-    with pytest.raises(HmmnetError, match='"unplug" cannot be done in the real world'):
-        plan.check_world("real")
+        plan.check("sim")
+    with pytest.raises(PlanError, match='"unplug" cannot be done in the real world'):
+        plan.check("real")
+
+
+def test_what_a_machine_cannot_have_is_told_at_once_with_lines() -> None:
+    """What the world cannot do, and what nothing there is called; a device alone is both its ways."""
+    kinds = {"link.slow": "nvlink9", "crash": "gpu9", "loss": "gpu9", "unplug": "gpu0", "delay": "gpu1"}
+    text = "".join(f'[[fault]]\nkind = "{kind}"\non = "{on}"\n' for kind, on in kinds.items())
+    plan = Plan.parse(text, "my.toml")
+    assert [one.on for one in plan.faults if isinstance(one, Fault)][2:] == ["gpu9<->host", "gpu0", "gpu1<->host"]
+    with pytest.raises(PlanError) as caught:
+        plan.check("real", load("two-gpus"))
+    assert str(caught.value).split("\n") == [
+        'my.toml:1: fault 1: no link is called "nvlink9"; there are node0-gpu0, node0-gpu1',
+        'my.toml:4: fault 2: no device is called "gpu9"; did you mean "gpu1"? There are gpu0, gpu1, host',
+        'my.toml:7: fault 3: no device is called "gpu9"; did you mean "gpu1"? There are gpu0, gpu1',
+        (
+            'my.toml:10: fault 4: the fault "unplug" cannot be done in the real world: '
+            "the launcher sees a process end and tells the host: use crash, or a partition"
+        ),
+    ]
+    plan = Plan.of([{"kind": kind, "on": on} for kind, on in kinds.items() if kind == "crash"])
+    with pytest.raises(PlanError, match=r'^plan: fault 1: no device is called "gpu9"'):
+        plan.check("sim", load("two-gpus"))
 
 
 def test_what_becomes_of_a_message() -> None:

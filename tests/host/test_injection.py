@@ -20,6 +20,7 @@ import trio.testing
 from hmmnet.errors import HmmnetError
 from hmmnet.faults.catalogue import fault
 from hmmnet.faults.effects import HostEffect
+from hmmnet.faults.stepping import EVENTS
 from hmmnet.host.device import Life
 from hmmnet.host.interfaces import Event
 from hmmnet.host.service import Host
@@ -294,3 +295,8 @@ async def test_an_audit_finds_books_that_do_not_agree_and_frames_that_are_left_o
         assert host.audit() == ["host: 1 frames are left over"]
         await held.put()
         assert host.audit() == []
+
+
+def test_events_of_faults_are_those_of_the_notifier() -> None:
+    """A fault that is only for one event names it as the host does; another name would be a fault that never happens."""
+    assert tuple(EVENTS) == tuple(map(str, Event))

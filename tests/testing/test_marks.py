@@ -103,10 +103,10 @@ def test_faults(tmp_path: Path) -> None:
         (mark("wrong.toml"), r"wrong.toml:2: fault 1: .*\"los\""),
         (mark(loss="often"), "loss is 'often': a probability or a dictionary is wanted, such as loss=0.05"),
         (mark(loss=True), "loss is True"),
-        (mark(loss=1.5), "fault 1: probability 1.5 is not between 0 and 1"),
+        (mark(loss=1.5), "fault 1: probability: 1.5 is not between 0 and 1"),
         (mark(los=0.5), 'fault 1: kind: no fault is called "los"'),
         (mark(delay={"latancy": "5 ms"}), "fault 1: .*latancy"),
-        (mark({"kind": "loss", "on": "gpu0"}), '"gpu0" is no way'),
+        (mark({"kind": "loss", "on": "gpu0<->gpu1"}), '"gpu0<->gpu1" is no way'),
         (mark({"kind": "loss", "times": [3]}), r"times: \[3\] where a whole number is wanted"),
     ],
 )
@@ -152,7 +152,7 @@ def test_mistakes_are_one_line_each(pytester: pytest.Pytester) -> None:
     result.assert_outcomes(errors=6)
     lines = [line for line in result.outlines if line.startswith(("test_", "topology("))]
     wanted = [
-        "test_faults.py::test_it: faults(loss=7): fault 1: probability 7.0 is not between 0 and 1",
+        "test_faults.py::test_it: faults(loss=7): fault 1: probability: 7.0 is not between 0 and 1",
         "test_seeds.py::test_it: seeds('20'): a whole number, a range or a list of seeds is wanted, such as seeds(20)",
         "test_strict.py::test_it: strict_migrations(3): True or False is wanted, or nothing",
         "test_topology.py::test_it: topology('nvlnk-8'): *did you mean \"nvlink-8\"?*",

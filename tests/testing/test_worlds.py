@@ -202,22 +202,29 @@ def test_two_machines_are_one_too_many(pytester: pytest.Pytester) -> None:
     async def test_clock(simulated_machine, autojump_clock):
         pass
 
-    @pytest.mark.faults({"kind": "restart.kept", "on": "gpu0"})
+    @pytest.mark.faults({"kind": "restart.kept", "on": "gpu0"}, loss={"on": "gpu9"})
     def test_faults(machine):
+        pass
+
+    @pytest.mark.faults({"kind": "unplug", "on": "gpu0"})
+    def test_elsewhere(machine):
         pass
     """
     write(pytester, text)
     result = run(pytester)
-    result.assert_outcomes(errors=3, failed=1)
+    result.assert_outcomes(errors=4, failed=1)
     result.stdout.fnmatch_lines_random(
         [
             "*a test has one machine: machine or simulated_machine, not both",
             "E*AttributeError: the machine of an asynchronous test has no 'create_process' yet*need pytest-trio",
             "*simulated_machine brings the clock of its virtual time*",
-            'E*HmmnetError: the fault "restart.kept" cannot be done in the real world*',
-            "E*ask for simulated_machine or simulate instead",
+            '*: fault 1: the fault "restart.kept" cannot be done in the real world: *',
+            '*: fault 2: no device is called "gpu9"; did you mean "gpu1"? There are gpu0, gpu1',
+            '*: fault 1: the fault "unplug" cannot be done in the real world: *',
+            "ask for simulated_machine or simulate instead",
         ]
     )
+    assert result.stdout.str().count("ask for simulated_machine") == 1
 
 
 def test_a_real_machine_with_faults(pytester: pytest.Pytester) -> None:
