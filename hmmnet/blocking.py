@@ -23,7 +23,19 @@ import outcome
 import trio
 
 from hmmnet.errors import HmmnetError, KernelError
-from hmmnet.program import Handle, IoctlResult, JobResult, Machine, Mapping, MemoryFile, PageReferences, Process, Residency, UserFaults
+from hmmnet.program import (
+    Handle,
+    IoctlResult,
+    JobResult,
+    Machine,
+    Mapping,
+    MemoryFile,
+    PageReferences,
+    Process,
+    Residency,
+    UserFaults,
+    documented_by,
+)
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -169,6 +181,7 @@ class Blocking(Generic[T]):
                 nursery.cancel_scope.cancel()
 
 
+@documented_by(Handle)
 class BlockingHandle:
     """See `hmmnet.program.Handle`."""
 
@@ -187,6 +200,7 @@ class BlockingHandle:
         self._loop.call(self.handle.close)
 
 
+@documented_by(PageReferences)
 class BlockingReferences:
     """See `hmmnet.program.PageReferences`."""
 
@@ -204,6 +218,7 @@ class BlockingReferences:
         self._loop.call(self._held.put)
 
 
+@documented_by(MemoryFile)
 class BlockingFile:
     """See `hmmnet.program.MemoryFile`."""
 
@@ -237,6 +252,7 @@ class BlockingFile:
         self._loop.call(self.file.close)
 
 
+@documented_by(UserFaults)
 class BlockingFaults:
     """See `hmmnet.program.UserFaults`."""
 
@@ -257,6 +273,7 @@ class BlockingFaults:
         self._loop.call(self._faults.close)
 
 
+@documented_by(Process)
 class BlockingProcess:
     """See `hmmnet.program.Process`."""
 
@@ -410,6 +427,7 @@ class BlockingProcess:
         self._loop.call(self._process.exit)
 
 
+@documented_by(Machine)
 class BlockingMachine:
     """See `hmmnet.program.Machine`."""
 

@@ -14,6 +14,7 @@ from hmmnet.errors import HmmnetError
 from hmmnet.faults.catalogue import as_fault, as_given
 from hmmnet.faults.kinds import Fault
 from hmmnet.launcher.directory import running_machine
+from hmmnet.program import Machine, documented_by
 from hmmnet.wire.client import connect
 from hmmnet.wire.messages import PROTOCOL_VERSION, Hello, Rate, Welcome
 from hmmnet.wire.session import Session
@@ -24,6 +25,7 @@ from .blocking import Blocking, BlockingMachine, only_error, only_under_trio
 from .remote import Calls, RemoteProcess
 
 
+@documented_by(Machine)
 class RemoteMachine:
     """See `hmmnet.program.Machine`. `name` is the machine's."""
 
@@ -165,6 +167,7 @@ class Attachment:
         self._blocking.stop()
 
 
+@documented_by(RemoteMachine)
 class AttachedBlockingMachine(BlockingMachine):
     """A machine that runs elsewhere, for programs without trio."""
 

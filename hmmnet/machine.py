@@ -37,7 +37,7 @@ from hmmnet.launcher.zygote import Exited, ZygoteClient
 from hmmnet.observe.events import Events
 from hmmnet.observe.logs import log_to, stop_logging
 from hmmnet.pages import Words
-from hmmnet.program import Process
+from hmmnet.program import Process, documented_by
 from hmmnet.topology.load import installed_models, load
 from hmmnet.topology.model import Personality, Topology, with_personality
 from hmmnet.wire.keys import fresh_keys, write_keys
@@ -459,6 +459,7 @@ class Launch:
         self._blocking.stop()
 
 
+@documented_by(LaunchedMachine)
 class LaunchedBlockingMachine(BlockingMachine):
     """A launched machine for programs without trio."""
 

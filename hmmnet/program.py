@@ -7,11 +7,30 @@ client session when it runs elsewhere. Addresses are plain integers, valid on th
 from __future__ import annotations
 
 from collections import abc
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
+
+C = TypeVar("C", bound=type)
+
+
+def documented_by(protocol: type) -> Callable[[C], C]:
+    """For a class that serves `protocol`: what its docstrings only point to ("See `Process.read`.") stands in them, for help()."""
+
+    def document(served: C) -> C:
+        for name, member in [("", served), *vars(served).items()]:
+            said, place = member.__doc__ or "", f"{protocol.__name__}.{name}" if name else f"{protocol.__module__}.{protocol.__name__}"
+            pointer = f"See `{place}`"
+            if said.startswith(pointer):
+                told = (getattr(protocol, name) if name else protocol).__doc__
+                more = said.removeprefix(pointer).lstrip(";. ")
+                member.__doc__ = f"{told}\n{more[:1].upper()}{more[1:]}" if more else told
+        return served
+
+    return document
 
 
 @dataclass(frozen=True)
@@ -192,11 +211,11 @@ class Process(Protocol):
         ...
 
     async def munmap(self, address: int, length: int) -> None:
-        """munmap(2)."""
+        """munmap(2) of whole pages; those that devices have are freed there. Raises KernelError(EINVAL)."""
         ...
 
     async def mprotect(self, address: int, length: int, protection: str) -> None:
-        """mprotect(2)."""
+        """mprotect(2); `protection` as for `mmap`. Raises KernelError: EINVAL, ENOMEM (part of it is not mapped)."""
         ...
 
     async def madvise(self, address: int, length: int, advice: str) -> None:
@@ -209,11 +228,14 @@ class Process(Protocol):
     async def mremap(
         self, address: int, old: int, new: int, target: int | None = None, *, may_move: bool = True, dontunmap: bool = False
     ) -> int:
-        """mremap(2) of `old` bytes to `new`; to `target` (MREMAP_FIXED) when that is given. Returns where they are."""
+        """mremap(2) of `old` bytes to `new`; to `target` (MREMAP_FIXED) when that is given. Returns where they are.
+
+        Raises KernelError as mremap(2).
+        """
         ...
 
     async def mlock(self, address: int, length: int) -> None:
-        """mlock(2): fault the range in and keep it."""
+        """mlock(2): fault the range in and keep it. Raises KernelError as mlock(2)."""
         ...
 
     async def userfaultfd(self, address: int, length: int, *, sigbus: bool = False) -> UserFaults:
@@ -224,7 +246,7 @@ class Process(Protocol):
         ...
 
     async def munlock(self, address: int, length: int) -> None:
-        """munlock(2)."""
+        """munlock(2). Raises KernelError(ENOMEM) where nothing is mapped."""
         ...
 
     async def get_user_pages(
@@ -249,15 +271,15 @@ class Process(Protocol):
         ...
 
     async def load(self, address: int, dtype: str = "<u8") -> int | float:
-        """CPU load of one value."""
+        """CPU load of one value of a numpy `dtype`. Raises SegmentationFault, BusError, KernelError(EINVAL)."""
         ...
 
     async def store(self, address: int, value: float, dtype: str = "<u8") -> None:
-        """CPU store of one value."""
+        """CPU store of one value of a numpy `dtype`. Raises SegmentationFault, BusError, KernelError(EINVAL) where it does not fit."""
         ...
 
     async def read_array(self, address: int, dtype: str, count: int) -> npt.NDArray[Any]:
-        """CPU load of `count` values."""
+        """CPU load of `count` values of a numpy `dtype`: an array of one dimension, a copy. Raises SegmentationFault, BusError."""
         ...
 
     async def pagemap(self, address: int, pages: int) -> bytes:
@@ -267,7 +289,7 @@ class Process(Protocol):
         ...
 
     async def residency(self, address: int, pages: int) -> Residency:
-        """Where the pages live now."""
+        """Where the pages live now; nothing is touched."""
         ...
 
     async def pagemap_words(self, address: int, pages: int) -> npt.NDArray[np.uint64]:
@@ -283,13 +305,15 @@ class Process(Protocol):
         ...
 
     async def open(self, device: str) -> Handle:
-        """Open a device: from now on it mirrors this address space."""
+        """Open a device: from now on it mirrors this address space. Raises KernelError: ENOENT, ENODEV (it is lost)."""
         ...
 
     async def launch(self, kernel: str, device: str, placement: str = "demand", **arguments: Any) -> JobResult:
         """Run a kernel on this process's addresses and wait for it. The device is opened on first use.
 
-        `placement`: ``demand`` migrates what the job faults on, ``remote`` never migrates (system memory is read over the link).
+        `placement`: ``demand`` migrates what the job faults on, in groups of 64 KiB (``demand-2m``: of 2 MiB), ``remote`` never migrates
+        (system memory is read over the link). Raises KernelError: ENOENT (no such kernel or device), EINVAL (no such placement), ENODEV
+        (the device is lost); SegmentationFault and BusError for what the job accesses; RemoteError when the kernel itself fails.
         """
         ...
 
@@ -311,7 +335,7 @@ class Process(Protocol):
         ...
 
     async def exit(self) -> None:
-        """Unmap everything and close all handles."""
+        """exit(2): unmap everything and close all handles. A second time does nothing."""
         ...
 
     async def oom_score(self) -> int:

@@ -21,7 +21,18 @@ import trio
 from hmmnet.checks import Arrayable, as_bytes, as_value, check_file, check_pages, check_range, plain_arguments
 from hmmnet.errors import KernelError
 from hmmnet.pages import PAGE_SIZE
-from hmmnet.program import Handle, IoctlResult, JobResult, Mapping, MemoryFile, Residency
+from hmmnet.program import (
+    Handle,
+    IoctlResult,
+    JobResult,
+    Mapping,
+    MemoryFile,
+    PageReferences,
+    Process,
+    Residency,
+    UserFaults,
+    documented_by,
+)
 from hmmnet.wire.messages import Call, Message, Recall, Result
 from hmmnet.wire.session import PendingReply, Session
 
@@ -98,6 +109,7 @@ def _cut(length: int, step: int) -> Iterator[tuple[int, int]]:
         yield offset, min(step, length - offset)
 
 
+@documented_by(Handle)
 class RemoteHandle:
     """See `hmmnet.program.Handle`."""
 
@@ -126,6 +138,7 @@ class RemoteHandle:
         await self._calls.call("close", **self._where)
 
 
+@documented_by(PageReferences)
 class RemoteReferences:
     """See `hmmnet.program.PageReferences`."""
 
@@ -150,6 +163,7 @@ class RemoteReferences:
             await self._calls.call("put_pages", **self._where)
 
 
+@documented_by(MemoryFile)
 class RemoteFile:
     """See `hmmnet.program.MemoryFile`."""
 
@@ -226,6 +240,7 @@ class RemoteFile:
             await self._calls.call("file_close", file=number)
 
 
+@documented_by(UserFaults)
 class RemoteFaults:
     """See `hmmnet.program.UserFaults`."""
 
@@ -246,6 +261,7 @@ class RemoteFaults:
         await self._calls.call("fault_close", **self._where)
 
 
+@documented_by(Process)
 class RemoteProcess:
     """See `hmmnet.program.Process`."""
 

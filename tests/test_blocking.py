@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import os
 import signal
 import threading
@@ -13,8 +14,13 @@ from contextlib import asynccontextmanager
 import pytest
 import trio
 
-from hmmnet.blocking import Blocking, only_error
+import hmmnet.blocking
+import hmmnet.remote
+from hmmnet.blocking import Blocking, BlockingMachine, BlockingProcess, only_error
+from hmmnet.client import AttachedBlockingMachine, RemoteMachine
 from hmmnet.errors import HmmnetError, KernelError
+from hmmnet.machine import LaunchedBlockingMachine
+from hmmnet.program import Machine, Process
 
 
 class Inside:
@@ -219,3 +225,29 @@ def test_one_leaf_comes_out_of_its_groups() -> None:
         raise ExceptionGroup("a", [leaf, KeyError("y")])
     with only_error(leaf):
         raise ExceptionGroup("a", [leaf])
+
+
+@pytest.mark.parametrize(
+    "served",
+    [
+        *(kind for kind in vars(hmmnet.blocking).values() if isinstance(kind, type) and kind.__name__.startswith("Blocking")),
+        LaunchedBlockingMachine,
+        AttachedBlockingMachine,
+        *(kind for kind in vars(hmmnet.remote).values() if isinstance(kind, type) and kind.__name__.startswith("Remote")),
+        RemoteMachine,
+    ],
+)
+def test_help_tells_what_a_call_does_and_not_where_that_stands(served: type) -> None:
+    """Who asks in a notebook has no source at hand."""
+    told = {name: inspect.getdoc(getattr(served, name)) or "" for name in dir(served) if not name.startswith("_")}
+    assert {name for name, text in told.items() if not text or text.startswith("See ")} == set()
+    assert not (inspect.getdoc(served) or "See ").startswith("See ")
+
+
+def test_help_of_the_api_without_async_is_that_of_the_api_with_it() -> None:
+    """And what is different is added."""
+    assert BlockingProcess.write.__doc__ == Process.write.__doc__
+    assert BlockingMachine.device_names.__doc__ == Machine.device_names.__doc__
+    told = BlockingProcess.userfaultfd.__doc__ or ""
+    assert told.startswith(Process.userfaultfd.__doc__ or "-")
+    assert told.endswith("The program that fills pages in has to be another thread than the one that waits for them.")
