@@ -74,7 +74,7 @@ def _conduct(text: Input, topology: str, rate: str, seed: int, world: WorldName,
 
     from hmmnet.demo.conduct import Conductor
     from hmmnet.demo.screen import Screen, columns_of
-    from hmmnet.errors import HmmnetError
+    from hmmnet.errors import HmmnetError, WrongUse
     from hmmnet.launcher.rate import parse_rate
     from hmmnet.observe.residency import svg_picture
     from hmmnet.sim.worlds import run_in
@@ -84,7 +84,7 @@ def _conduct(text: Input, topology: str, rate: str, seed: int, world: WorldName,
     screen = Screen(Console(quiet=as_json))
     screen.reading(text, topology, simulated=world == "sim")
     if world == "sim" and rate != "auto":
-        raise HmmnetError("--rate and --world sim exclude each other: in virtual time every link holds")
+        raise WrongUse("--rate and --world sim exclude each other: in virtual time every link holds")
     conductor = Conductor(text, topology, seed, screen.tell, screen.started, parse_rate(rate), world=world, during=plan.on)
     with plan.telling():
         outcome = run_in(world, conductor.run, seed=seed)

@@ -30,12 +30,12 @@ def down(
     everything: Annotated[bool, typer.Option("--all", help="End every machine of yours.")] = False,
 ) -> int:
     """End machines: their devices, their hosts, and whatever they left in their runtime directories."""
-    from hmmnet.errors import HmmnetError
+    from hmmnet.errors import WrongUse
     from hmmnet.launcher.directory import directories, running_machine
 
     if everything:
         if names:
-            raise HmmnetError("a name and --all exclude each other")
+            raise WrongUse("a name and --all exclude each other")
         chosen = [directory for directory in directories() if directory.alive()]
         if not chosen:
             print("no machine runs")

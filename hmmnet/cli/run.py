@@ -18,6 +18,8 @@ from .plans import Breaking, FaultsFile
 from .worlds import WORLD_HELP, World
 
 TOPOLOGY = "two-gpus"
+BUILT_IN = "hmmnet."
+"""How the names of modules begin whose workloads are no user's own."""
 NUMBERS: dict[Any, tuple[type, ...]] = {int: (int,), float: (int, float)}
 """What may be given for a parameter of a type."""
 
@@ -48,7 +50,7 @@ def run(
     "async def NAME(machine, **arguments)"; what it returns is the report. Below it stands what the machine's links carried since it
     started; with --json as "links".
     """
-    from hmmnet.errors import HmmnetError
+    from hmmnet.errors import WrongUse
     from hmmnet.launcher.rate import parse_rate
     from hmmnet.sim.worlds import run_in
     from hmmnet.topology.load import load
@@ -56,9 +58,9 @@ def run(
     from .plans import plan_for
 
     if world is World.sim and (on is not None or rate != "auto"):
-        raise HmmnetError("--world sim goes with neither --on nor --rate: it is a machine of its own, in virtual time")
+        raise WrongUse("--world sim goes with neither --on nor --rate: it is a machine of its own, in virtual time")
     if on is not None and topology is not None:
-        raise HmmnetError("--on and --topology exclude each other: a running machine has its topology already")
+        raise WrongUse("--on and --topology exclude each other: a running machine has its topology already")
     function = find(workload)
     given = parse_arguments(arguments or [])
     check_arguments(workload, function, given)
@@ -100,7 +102,9 @@ async def _play(
     machine: AbstractAsyncContextManager[Any], function: Callable[..., Awaitable[Any]], given: dict[str, Any], plan: Breaking, stays: bool
 ) -> tuple[Any, list[dict[str, Any]], float]:
     async with machine as entered:
-        print(f"running {getattr(function, '__name__', 'the workload')} on {', '.join(entered.device_names)}", file=sys.stderr, flush=True)
+        devices = (await entered.report())["devices"]
+        there = ", ".join(name if devices[name]["state"] != "lost" else f"{name} (lost)" for name in entered.device_names)
+        print(f"running {getattr(function, '__name__', 'the workload')} on {there or 'no device'}", file=sys.stderr, flush=True)
         began_s = entered.emulated_s()
         async with plan.on(entered, stays=stays):
             with plain_errors(function):
@@ -120,11 +124,11 @@ def plain_errors(function: Callable[..., Any]) -> Iterator[None]:
         yield
     except HmmnetError as error:
         place = _last_line_in(function.__code__.co_filename, error)
-        if function.__module__.startswith("hmmnet.") or not place:
+        if function.__module__.startswith(BUILT_IN) or not place:
             raise
         raise HmmnetError(f"{place}: {error}") from error
     except (ValueError, OverflowError) as error:
-        if not function.__module__.startswith("hmmnet."):
+        if not function.__module__.startswith(BUILT_IN):
             raise
         raise HmmnetError(f"{function.__name__}: {error}") from error
 
@@ -212,6 +216,8 @@ def check_arguments(workload: str, function: Callable[..., Any], given: Mapping[
         wanted = kinds.get(name)
         if wanted in NUMBERS and (isinstance(value, bool) or not isinstance(value, NUMBERS[wanted])):
             raise HmmnetError(f"{workload}: {name} is {value!r}; {'a whole number' if wanted is int else 'a number'} is wanted")
+        if wanted is int and value < 0 and function.__module__.startswith(BUILT_IN):
+            raise HmmnetError(f"{workload}: {name} is {value}; at least 0 is wanted")
     missing = [
         parameter.name
         for parameter in parameters
@@ -250,14 +256,27 @@ def show(report: dict[str, Any], links: Sequence[Mapping[str, Any]], seconds: fl
         for device in devices:
             table.add_column(device, justify="right")
         for name in names:
-            table.add_row(name, *(figure_text(figures.get(name)) for figures in devices.values()))
+            table.add_row(*figure_row(name, [figures.get(name) for figures in devices.values()]))
+        console.print()
         console.print(table)
+        console.print()
     if any(link["bytes_moved"] for link in links):
         console.print(links_table(links, console.width))
+        console.print()
     if "correct" in report:
         console.print("[green]every result is correct[/]" if report["correct"] else "[red]results are wrong[/]", highlight=False)
         for mistake in report.get("mistakes", []):
             console.print(f"  {escape(str(mistake))}", highlight=False)
+
+
+def figure_row(name: str, values: Sequence[Any]) -> tuple[str, ...]:
+    """One figure of each device, as a row of a table; seconds and bytes, which stand at the end of a name, in units that people read."""
+    from hmmnet.units import show_size, show_time
+
+    for unit, show_it in (("_bytes", show_size), ("_s", show_time)):
+        if name.endswith(unit) and all(isinstance(value, int | float) for value in values):
+            return name.removesuffix(unit), *map(show_it, values)
+    return name, *map(figure_text, values)
 
 
 def figure_text(value: Any) -> str:

@@ -361,6 +361,9 @@ def running_machine(name: str | None) -> Directory:
         return _the_one(running, 'no machine runs; start one with "hmmnet up"')
     directory = Directory.named(name)
     if not directory.alive():
+        record = directory.read()
+        if record is not None and record.state == "failed":
+            raise HmmnetError(f'machine "{name}" has failed: {record.why}; start it anew with "hmmnet up --name {name}"')
         there = f"running: {', '.join(other.name for other in running)}" if running else f'start it with "hmmnet up --name {name}"'
         raise HmmnetError(f'no machine "{name}" runs; {there}')
     return directory

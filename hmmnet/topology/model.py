@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
-from hmmnet.errors import HmmnetError
+from hmmnet.errors import WrongUse
 from hmmnet.pages import ADDRESS_BITS, DEVICE_ZONE_MIN, PAGE_SIZE
 
 MEMORY_BYTES_MAX = 1 << (ADDRESS_BITS - 1)
@@ -158,10 +158,10 @@ class Topology:
 
 
 def with_personality(topology: Topology, personality: str | None) -> Topology:
-    """`topology` with a host that keeps the rules of `personality` (None: its own). Raises HmmnetError for one that there is not."""
+    """`topology` with a host that keeps the rules of `personality` (None: its own). Raises WrongUse for one that there is not."""
     if personality is None:
         return topology
     for known in PERSONALITIES:
         if known == personality:
             return replace(topology, personality=known)
-    raise HmmnetError(f'there is no personality "{personality}"; there are {", ".join(PERSONALITIES)}')
+    raise WrongUse(f'there is no personality "{personality}"; there are {", ".join(PERSONALITIES)}')

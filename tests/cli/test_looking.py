@@ -121,6 +121,18 @@ def test_the_way_to_the_logs_is_told_once(capsys: pytest.CaptureFixture[str]) ->
     assert told.count('"hmmnet logs with" tells more') == told.count('"hmmnet logs without" tells more') == 1
 
 
+def test_who_wants_a_machine_that_failed_is_told_why(capsys: pytest.CaptureFixture[str]) -> None:
+    """And how to have it again; not that there is none."""
+    left = machine("worn", state="failed")
+    record = left.read()
+    assert record is not None
+    record.why = 'the host process killed by SIGKILL; "hmmnet logs worn" tells more'
+    left.write(record)
+    left.release()
+    assert exit_code(["check", "worn"]) == 1
+    assert capsys.readouterr().err == f'hmmnet check: machine "worn" has failed: {record.why}; start it anew with "hmmnet up --name worn"\n'
+
+
 def test_a_folder_without_a_record_is_shown_too(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A launcher that was killed in its first moments."""
     Directory.create("young").release()

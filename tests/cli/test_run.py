@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from hmmnet.cli.run import check_arguments, find, parse_arguments, plain, show
+import hmmnet
+from hmmnet.cli import exit_code
+from hmmnet.cli.run import check_arguments, figure_row, find, parse_arguments, plain, show
 from hmmnet.errors import HmmnetError
 
 WORKLOAD = """
@@ -81,6 +84,36 @@ def test_arguments_are_checked_before_a_machine_starts(file: Path) -> None:
         check_arguments("work", function, {"wrd": 1, "needed": 2})
     with pytest.raises(HmmnetError, match="needs needed="):
         check_arguments("work", function, {})
+
+
+def test_a_built_in_workload_takes_no_negative_number() -> None:
+    """Said before a machine starts; what a negative number means to a workload of one's own is its own business."""
+    with pytest.raises(HmmnetError, match="vector_add: n is -1; at least 0 is wanted"):
+        check_arguments("vector_add", find("vector_add"), {"n": -1})
+
+    async def work(machine: object, n: int) -> None: ...
+
+    check_arguments("work", work, {"n": -1})
+
+
+def test_who_is_lost_is_not_said_to_run(capsys: pytest.CaptureFixture[str]) -> None:
+    """A machine that runs on without a device is used as it is."""
+    with tempfile.TemporaryDirectory(prefix="hn-") as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HMMNET_DIR", folder)
+        with hmmnet.launch("two-gpus", rate=1.0, name="worn") as machine:
+            machine.kill_device("gpu0")
+            assert exit_code(["run", "reduction", "n=1000", "--on", "worn"]) == 0
+    told = capsys.readouterr()
+    assert "running reduction on gpu0 (lost), gpu1\n" in told.err
+    assert "every result is correct" in told.out
+
+
+def test_seconds_and_bytes_are_shown_in_units_that_people_read() -> None:
+    """Where every device has a figure; the name loses the unit."""
+    assert figure_row("fault_group_s", [0.000123, 2.5]) == ("fault_group", "123 us", "2.5 s")
+    assert figure_row("remote_read_bytes", [4096]) == ("remote_read", "4 KiB")
+    assert figure_row("faults", [1234, None]) == ("faults", "1,234", "")
+    assert figure_row("emulated_s", [0.5, None]) == ("emulated_s", "0.5", "")
 
 
 def test_reports_are_shown_and_plain(capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,7 +70,7 @@ def test_json(place: Path) -> None:
         (["--input", "blank"], 2, "blank: holds no word"),
         (["--topology", "two-gpu"], 1, "two-gpus"),
         (["--topology", "plain.toml"], 1, "plain.toml has no devices"),
-        (["--rate", "fast"], 1, '"fast" is no rate'),
+        (["--rate", "fast"], 2, '"fast" is no rate'),
         (["--limit-mib", "0"], 2, "limit-mib"),
     ],
 )
