@@ -28,7 +28,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from hmmnet.lifeline import die_with_parent
+from hmmnet.lifeline import die_with_parent, name_process
 
 READ_BYTES = 1 << 16
 CRASHED = 70
@@ -98,17 +98,18 @@ class Zygote:
         zygote = os.getpid()
         pid = os.fork()
         if pid == 0:
-            self._be_child(zygote, settings)
+            self._be_child(zygote, name, settings)
         descriptor = os.pidfd_open(pid)
         self._children[descriptor] = (name, pid)
         self._poll.register(descriptor, select.POLLIN)
         self._tell({"started": name, "pid": pid})
 
-    def _be_child(self, zygote: int, settings: Settings) -> NoReturn:
+    def _be_child(self, zygote: int, name: str, settings: Settings) -> NoReturn:
         """Become a device: nothing of the zygote's is kept but its memory."""
         status = 1
         try:
             die_with_parent(zygote)
+            name_process(name)
             for descriptor in self._children:
                 os.close(descriptor)
             nothing = os.open(os.devnull, os.O_RDONLY)
@@ -151,6 +152,7 @@ class Zygote:
 def serve(child: Child, launcher_pid: int) -> None:
     """Be the zygote of launcher `launcher_pid` over the socket on stdin; to be called with every import done."""
     die_with_parent(launcher_pid)
+    name_process("zygote")
     # The launcher decides what a Ctrl-C means; a terminal sends it to everybody.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     gc.freeze()  # without a collection before: what that frees are holes among what is shared, and children would fill them

@@ -1,4 +1,4 @@
-"""What ties a process to the one that started it: when the starter dies, however it dies, so does this one.
+"""What ties a process to the one that started it: when the starter dies, however it dies, so does this one; and how it is shown.
 
 Ties of three kinds, because each alone has a hole. The kernel's (`PR_SET_PDEATHSIG`) acts at once, also on a process that hangs, but knows
 only the *thread* that started us, and is lost across a set-user-id program. The pipe on stdin (end of file means: the starter is gone)
@@ -15,6 +15,7 @@ import signal
 import trio
 
 PR_SET_PDEATHSIG = 1
+PR_SET_NAME = 15
 
 log = logging.getLogger("hmmnet.lifeline")
 
@@ -28,6 +29,11 @@ def die_with_parent(parent_pid: int | None = None, signal_number: int = signal.S
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal_number, 0, 0, 0)
     if parent_pid is not None and os.getppid() != parent_pid:
         os._exit(1)
+
+
+def name_process(name: str) -> None:
+    """Have `ps -o comm` and `top` show this process as ``hmmnet NAME`` (its first 15 bytes): a machine's processes are told apart by it."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_NAME, f"hmmnet {name}".encode(), 0, 0, 0)
 
 
 async def stop_on_signal(scope: trio.CancelScope) -> None:

@@ -26,7 +26,7 @@ from hmmnet.errors import HmmnetError, KernelError
 from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.fabric.measure import automatic_rate
 from hmmnet.faults.catalogue import fault
-from hmmnet.lifeline import die_with_parent, stop_on_signal
+from hmmnet.lifeline import die_with_parent, name_process, stop_on_signal
 from hmmnet.observe.logs import log_to
 from hmmnet.topology import Topology
 from hmmnet.wire.secrets import read_secret
@@ -187,6 +187,7 @@ def decode_config(line: bytes) -> Config:
 def main() -> int:
     """The command; returns the exit code."""
     die_with_parent(os.getppid())
+    name_process("host")
     failed = False
     try:
         trio.run(process)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import json
+import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -69,7 +71,7 @@ def _play(
     notes = Console(stderr=True)
     progress = Progress(notes, len(scripts))
     try:
-        with plan.telling():
+        with plan.telling(), driver_bugs_counted(notes):
             tally = run_in(world, play_all, prepared, launch, progress.on_outcome, seed=seed)
     finally:
         progress.done()
@@ -83,6 +85,34 @@ def _play(
         if plan:
             print(plan.text)
     return 0 if tally.identical == len(scripts) else 1
+
+
+@contextmanager
+def driver_bugs_counted(notes: Console) -> Iterator[None]:
+    """Of what is logged in this process, driver bugs are counted, and the number told at the end: many scripts have them on purpose, as
+    recorded kernels WARN there. (Real devices log to their machine's folder.)
+    """
+    logger, counter = logging.getLogger("hmmnet"), DriverBugs()
+    logger.addHandler(counter)
+    try:
+        yield
+    finally:
+        logger.removeHandler(counter)
+        if counter.count:
+            notes.print(f"drivers did {counter.count} times what a kernel WARNs about, as the scripts have them do", highlight=False)
+
+
+class DriverBugs(logging.Handler):
+    """Counts what begins with "driver bug"; anything else is shown as it would have been."""
+
+    count = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """See `logging.Handler.emit`."""
+        if record.getMessage().startswith("driver bug"):
+            self.count += 1
+        elif logging.lastResort is not None and record.levelno >= logging.lastResort.level and not logging.getLogger().handlers:
+            logging.lastResort.handle(record)
 
 
 def chosen_scripts(files: Sequence[Path], only: Sequence[str]) -> list[Script]:

@@ -16,6 +16,7 @@ import msgspec
 import trio
 
 from hmmnet.errors import HmmnetError
+from hmmnet.lifeline import name_process
 from hmmnet.topology.model import Topology
 
 from .directory import MachineRecord
@@ -24,6 +25,7 @@ from .supervisor import STDERR, Supervisor, leaves
 
 def main() -> int:
     """Be the launcher; the exit code."""
+    name_process("up")
     config = msgspec.json.decode(sys.stdin.buffer.read())
     try:
         trio.run(hold, config)

@@ -9,11 +9,14 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from hmmnet.units import show_rate, show_size
+from hmmnet.units import counted, show_rate, show_size
 
 LINKS_SHOWN = 12
 WIDE = 72
 """Columns from which the capacity has room beside what was asked and reached."""
+FAR_BELOW = 0.9
+"""Reached, of what was asked: below, a reader wonders how that is keeping up."""
+LATE = "kept up: small transfers may be late by what a driver's launch of a copy takes"
 SPEEDS = {"capacity": "Can do", "asked": "Asked", "reached": "Reached"}
 
 
@@ -32,4 +35,7 @@ def links_table(links: Sequence[Mapping[str, Any]], width: int) -> Group:
         kept = "[green]kept up[/green]" if link["kept_up"] else "[yellow]behind[/yellow]"
         table.add_row(f"{link['source']} > {link['target']}", show_size(link["bytes_moved"]), *figures, kept)
     rest = len(used) - len(shown)
-    return Group(table, Text(f"and {rest} less busy directions", style="dim")) if rest else Group(table)
+    notes = [f"and {counted(rest, 'less busy direction')}"] if rest else []
+    if any(link["kept_up"] and link["reached_bytes_per_s"] < FAR_BELOW * link["asked_bytes_per_s"] for link in shown):
+        notes.append(LATE)
+    return Group(table, *(Text(note, style="dim") for note in notes))

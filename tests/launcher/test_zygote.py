@@ -87,6 +87,18 @@ async def test_a_child_that_raises_exits_as_crashed_and_says_why(capfd: pytest.C
     assert "no memory on the board" in capfd.readouterr().err
 
 
+async def test_top_tells_a_machines_processes_apart() -> None:
+    """By the name of the process, which for each would else be the interpreter's."""
+    heard = Heard()
+    async with zygote(heard) as client:
+        await client.start("gpu0", {"sleep_s": 60})
+        started = await heard.first(Started, "gpu0")
+        names = [Path(f"/proc/{pid}/comm") for pid in (client.process.pid, started.pid)]
+        with trio.fail_after(10):
+            while [name.read_text() for name in names] != ["hmmnet zygote\n", "hmmnet gpu0\n"]:
+                await trio.sleep(0.01)
+
+
 async def test_kill_is_reported_as_the_signal() -> None:
     """A device killed with SIGKILL says so."""
     heard = Heard()

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import io
+
+import pytest
+from rich.console import Console
+
 from hmmnet.observe.counters import CPU_FAULT, HOST_TO_DEVICE, Profile
+from hmmnet.observe.links_table import LATE, links_table
 from hmmnet.observe.profiler_table import profiler_table, rows
 from hmmnet.observe.residency import Sample, svg_picture, terminal_picture
 
@@ -29,3 +35,13 @@ def test_pictures_hold_every_owner() -> None:
     for owner in ("ram", "gpu0"):
         assert owner in text
         assert owner in picture
+
+
+@pytest.mark.parametrize(("reached", "kept_up", "noted"), [(29e9, True, False), (7e9, True, True), (7e9, False, False)])
+def test_a_link_that_kept_up_far_below_what_was_asked_is_explained(reached: float, kept_up: bool, noted: bool) -> None:
+    """Small transfers may be late: a table that said no more would seem to be wrong."""
+    link = {"source": "gpu0", "target": "node0", "bytes_moved": 4096, "kept_up": kept_up}
+    link |= {"capacity_bytes_per_s": 31e9, "asked_bytes_per_s": 30e9, "reached_bytes_per_s": reached}
+    out = io.StringIO()
+    Console(file=out, width=100).print(links_table([link], 100))
+    assert (LATE in out.getvalue()) is noted

@@ -39,6 +39,25 @@ read A 0 0
 """
 
 
+WARNED = """\
+=== warned
+open d0 0
+mmap A 2
+fill A 0 2 0x33
+mprotect A 0 2 r
+todev d0 A 0 2
+dwrite d0 A 0 1 1
+--- recorded
+1: open d0 0 => ok
+2: mmap A 2 => ok
+3: fill A 0 2 0x33 => ok
+4: mprotect A 0 2 r => ok
+5: todev d0 A 0 2 => ok cpages=2 [u33 u34]
+6: dwrite d0 A 0 1 1 => ERR EFAULT
+KERNEL WARNING
+"""
+
+
 @pytest.fixture
 def place() -> Iterator[Path]:
     """A short path: sockets lie in it."""
@@ -60,6 +79,14 @@ def test_identical(place: Path) -> None:
     done = play(place, "good.traces", "--only", "one")
     assert done.returncode == 0
     assert "identical: all 1 scripts answer as the recorded kernel did" in done.stdout
+
+
+def test_what_kernels_warn_about_is_one_line(place: Path) -> None:
+    """However often, and not a line of a log each: the script wants it."""
+    (place / "warned.traces").write_text(WARNED + WARNED.replace("=== warned", "=== again"))
+    done = play(place, "warned.traces", "--world", "sim")
+    assert (done.returncode, "all 2 scripts" in done.stdout) == (0, True)
+    assert done.stderr.splitlines()[2:] == ["drivers did 2 times what a kernel WARNs about, as the scripts have them do"]
 
 
 def test_a_difference_is_shown_and_counted(place: Path) -> None:

@@ -67,7 +67,7 @@ def test_words_that_stand_for_themselves() -> None:
 @pytest.mark.parametrize(
     ("lines", "words"),
     [
-        (["mapp A 4"], "unknown operation 'mapp'; did you mean \"mmap\""),
+        (["mapp A 4"], "unknown operation 'mapp'; did you mean \"mmap\"?"),
         (["mmap A"], "argument n is missing; usage: mmap NAME n [PROT] [file=F] [off=n] [hugetlb] [populate] [shared] [thp]"),
         (["mmap A four"], "'four' is no number"),
         (["mmap A -1"], "negative"),
