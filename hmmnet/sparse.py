@@ -178,10 +178,8 @@ class SparseTable:
         """Zero ``[start, end)``; whole leaves are given back."""
         key = start >> LEAF_SHIFT
         if key == (end - 1) >> LEAF_SHIFT and end - start < LEAF_PAGES:
-            leaf = self._leaves.get(key)
-            if leaf is not None and start < end:
-                self._mark_written(key, start & LEAF_MASK, end - 1 & LEAF_MASK)
-                leaf[start & LEAF_MASK : (end - 1 & LEAF_MASK) + 1].fill(0)
+            if key in self._leaves and start < end:
+                self._clear(key, start & LEAF_MASK, (end - 1 & LEAF_MASK) + 1)
             return
         for first, part in list(self.present(start, end)):
             if len(part) == LEAF_PAGES:
@@ -190,6 +188,19 @@ class SparseTable:
                 self.changed = True
             else:
                 part[:] = 0
+
+    def _clear(self, key: int, first: int, end: int) -> None:
+        """Zero entries [first, end) of a leaf: those of the blocks that were ever written, which the others need not be made for."""
+        marks = self._written[key]
+        low, high = first >> BLOCK_SHIFT, (end - 1 >> BLOCK_SHIFT) + 1
+        if high - low == 1:
+            if marks[low]:
+                marks[low] = TOUCHED
+                self.changed = True
+                self._leaves[key][first:end] = 0
+        elif any(marks[low:high]):
+            self._mark_written(key, first, end - 1)
+            self._leaves[key][first:end] = 0
 
     def gather(self, pages: Words, *, ascend: bool = False) -> Words:
         """The entries of `pages`, in their order. `ascend`: see `is_one_run`."""
@@ -241,6 +252,8 @@ class SparseTable:
         leaf, base = self._leaves[key], np.uint64(key << LEAF_SHIFT)
         if high - low > SCANNED_MAX:
             blocks = np.frombuffer(self._written[key], np.uint8).nonzero()[0]
+            if len(blocks) <= FEW:
+                return self._occupied_in(key, blocks.tolist(), low, high)
             if len(blocks) < BLOCKS // 4:
                 inside = leaf.reshape(BLOCKS, -1)[blocks].reshape(-1).nonzero()[0]
                 offsets = (blocks[inside >> BLOCK_SHIFT] << BLOCK_SHIFT) + (inside & _BLOCK_MASK)
@@ -248,8 +261,22 @@ class SparseTable:
                     offsets = offsets[(offsets >= low) & (offsets < high)]
                 found: Words = offsets.astype(np.uint64) + base
                 return found
-        scanned: Words = leaf[low:high].nonzero()[0].astype(np.uint64) + (base + np.uint64(low))
-        return scanned
+        scanned = leaf[low:high].nonzero()[0]
+        scanned += (key << LEAF_SHIFT) + low
+        return scanned.view(np.uint64)
+
+    def _occupied_in(self, key: int, blocks: list[int], low: int, high: int) -> Words:
+        """`_occupied`, of a few blocks."""
+        leaf, found = self._leaves[key], []
+        for block in blocks:
+            first, end = block << BLOCK_SHIFT, block + 1 << BLOCK_SHIFT
+            if first < low:
+                first = low
+            at = leaf[first : min(high, end)].nonzero()[0]
+            if len(at):
+                at += (key << LEAF_SHIFT) + first
+                found.append(at.view(np.uint64))
+        return found[0] if len(found) == 1 else np.concatenate(found) if found else _NO_PAGES
 
     # --- for who checks the table ---------------------------------------------------------------------------------------------------
 

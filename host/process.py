@@ -216,7 +216,7 @@ class Process:
     async def write(self, address: int, data: Arrayable) -> None:
         """CPU store of a range."""
         self._alive("write")
-        raw = as_bytes(data)
+        raw = data if isinstance(data, bytes) else as_bytes(data)
         check_range("write", address, len(raw))
         if len(raw):
             await self.space.store(address, raw)

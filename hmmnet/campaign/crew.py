@@ -402,7 +402,8 @@ class Crew:
 
     def values(self, serial: int, first: int, count: int) -> Words:
         """What step `serial` stores to some words: each value is used once."""
-        return (np.arange(first, first + count, dtype=np.uint64) & np.uint64(0xFFFF)) | np.uint64(serial << SERIAL_SHIFT)
+        first += serial << SERIAL_SHIFT  # a region has fewer words than a serial leaves room for
+        return np.arange(first, first + count, dtype=np.uint64)
 
     async def load(self, who: str, region: Region, first: int, count: int, fetch: Callable[[int], Awaitable[Words]]) -> None:
         """Words are loaded by `fetch(address)`, and must be explainable."""

@@ -53,8 +53,10 @@ async def converge(crew: Crew) -> None:
     deadline_s = began_s + CONVERGED_S
     await sleep(LOOK_S)
     while trio.current_time() < deadline_s:
-        for device in machine.device_names:
-            await restart(crew, device)
+        if len(running := machine.running) < len(machine.device_names):
+            for device in machine.device_names:
+                if device not in running:
+                    await restart(crew, device)
         now_s = trio.current_time()
         if machine.all_ready and not crew.harms and (not crew.in_aftermath(now_s) or (now_s >= began_s + SETTLED_S and machine.settled)):
             crew.calm()

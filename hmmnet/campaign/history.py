@@ -23,6 +23,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from hmmnet.pages import all_of, any_of
+
 Words = npt.NDArray[np.uint64]
 Flags = npt.NDArray[np.bool_]
 Place = tuple[npt.NDArray[np.intp] | int, npt.NDArray[np.intp] | slice]
@@ -30,7 +32,7 @@ Place = tuple[npt.NDArray[np.intp] | int, npt.NDArray[np.intp] | slice]
 
 ROWS = 8
 """Values of one word that may still be loaded: as many as stores to it at once, and one. With more the word is wild for a while."""
-NEVER = 1 << 62
+NEVER = (1 << 31) - 1
 """The end of what has not ended."""
 ALWAYS = -1
 """The begin of what forces nothing."""
@@ -86,6 +88,8 @@ class LoadMark:
     count: int
     began: int
     sure: Flags | None
+    alone: bool = True
+    """As of a store."""
 
 
 @dataclass(frozen=True)
@@ -108,15 +112,15 @@ class History:
         self._marks = bytearray(ROWS * words)
         """The same bytes as `_live`, row after row: for who only asks whether there is one."""
         self._live = np.frombuffer(self._marks, np.bool_).reshape(shape)
-        self._begin = np.zeros(shape, np.int64)
-        self._end = np.zeros(shape, np.int64)
-        self._low = np.full(shape, NEVER, np.int64)
-        self._high = np.full(shape, ALWAYS, np.int64)
-        self._wild = np.full(words, ALWAYS, np.int64)
+        self._begin = np.zeros(shape, np.int32)
+        self._end = np.zeros(shape, np.int32)
+        self._low = np.zeros(shape, np.int32)
+        self._high = np.zeros(shape, np.int32)
+        self._wild = np.full(words, ALWAYS, np.int32)
         """Since when nothing is known of a word; `NEVER` while a wild store is under way."""
-        self._tamed = np.full(words, ALWAYS, np.int64)
+        self._tamed = np.full(words, ALWAYS, np.int32)
         """When a word was last made known again: a load that began before may return what has been forgotten since."""
-        self._wilds = np.zeros(words, np.int64)
+        self._wilds = np.zeros(words, np.int32)
         """Wild stores under way."""
         self._forgotten: set[tuple[int, int]] = set()
         """(word, when it began) of stores under way that there was no room for."""
@@ -126,8 +130,6 @@ class History:
         """Rows that were ever in use."""
         self._under_way: list[StoreMark | LoadMark] = []
         self._live[0] = True
-        self._low[0] = 0
-        self._high[0] = 0
 
     def _depth(self, words: slice) -> int:
         """How many rows hold all values of `words` that may still be loaded."""
@@ -144,9 +146,7 @@ class History:
         first, end = mark.first, mark.first + mark.count
         for other in self._under_way:
             if other.first < end and first < other.first + other.count:
-                for one in (mark, other):
-                    if isinstance(one, StoreMark):
-                        one.alone = False
+                mark.alone = other.alone = False
         self._under_way.append(mark)
 
     # --- stores ---------------------------------------------------------------------------------------------------------------
@@ -155,26 +155,38 @@ class History:
         """`values` are about to be stored from word `first` on."""
         count, now = len(values), self.clock.tick()
         words = slice(first, first + count)
-        depth = self._bury(words)
+        depth = self._depth(words)
+        if depth > 1:  # else there is one value each, and nothing that has overwritten it
+            depth = self._bury(words, depth)
         if depth >= self._deepest and depth < ROWS:
             self._deepest = depth + 1
-        if depth == 1:
-            self._put((1, words), values, now)
-            return self._stored(StoreMark(first, count, values, 1, now, depth))
-        live = self._live[: depth + 1, words]
-        rows = live.argmin(axis=0)
-        at = np.arange(count)
-        if depth == ROWS:
-            full = live[rows, at]
-            if full.any():
-                self._grow_wild(words, full, now)
-                self._forget(np.flatnonzero(full) + first, rows[full])
-        self._put((rows, at + first), values, now)
-        return self._stored(StoreMark(first, count, values, rows, now, depth))
-
-    def _stored(self, mark: StoreMark) -> StoreMark:
+        row = self._free_row(words, depth)
+        if row < ROWS:
+            self._put((row, words), values, now)
+            mark = StoreMark(first, count, values, row, now, depth)
+        else:
+            mark = StoreMark(first, count, values, self._put_anywhere(words, values, now), now, depth)
         self._begins(mark)
         return mark
+
+    def _free_row(self, words: slice, depth: int) -> int:
+        """The first row of `depth` and one more in which none of `words` has a value; `ROWS`: there is none."""
+        row = 1 if depth == 1 else 0
+        while row < depth and self._marks.find(1, row * self.words + words.start, row * self.words + words.stop) >= 0:
+            row += 1
+        return row
+
+    def _put_anywhere(self, words: slice, values: Words, now: int) -> npt.NDArray[np.intp]:
+        """Values that are being stored, each in a row where there is room for it; the rows. One that there is no room for is forgotten."""
+        live = self._live[:, words]
+        rows: npt.NDArray[np.intp] = live.argmin(axis=0)
+        at = np.arange(len(values))
+        full = live[rows, at]
+        if full.any():
+            self._grow_wild(words, full, now)
+            self._forget(np.flatnonzero(full) + words.start, rows[full])
+        self._put((rows, at + words.start), values, now)
+        return rows
 
     def _put(self, where: Place, values: Words, now: int) -> None:
         """A value that is being stored."""
@@ -202,6 +214,8 @@ class History:
         if certain and mark.alone and self._never_wild:
             self._alone(mark, now)
             return
+        if isinstance(mark.rows, int) and self._never_wild and self._ends_in(mark.rows, mark, now, certain=certain):
+            return
         words = np.arange(mark.first, mark.first + mark.count)
         rows = np.broadcast_to(mark.rows, words.shape)
         mine = self._begin[rows, words] == mark.began
@@ -216,6 +230,18 @@ class History:
                 self._forgotten.remove((word, mark.began))
                 self.wild_ends(word, 1)
 
+    def _ends_in(self, row: int, mark: StoreMark, now: int, *, certain: bool) -> bool:
+        """`store_ends` where all values are in one row still, and nothing was ever wild; False, and nothing done, where they are not."""
+        words = slice(mark.first, mark.first + mark.count)
+        if not all_of(self._begin[row, words] == mark.began):
+            return False
+        self._end[row, words] = now
+        if certain:
+            low, high = self._low[row, words], self._high[row, words]
+            np.minimum(low, now, out=low)
+            np.maximum(high, mark.began, out=high)
+        return True
+
     def _alone(self, mark: StoreMark, now: int) -> None:
         """Nobody else has been at those words since the store began: it is what there is, and what was is gone."""
         words = slice(mark.first, mark.first + mark.count)
@@ -225,11 +251,8 @@ class History:
         self._live[0, words] = True
         self._live[1 : mark.depth + 1, words] = False
 
-    def _bury(self, words: slice) -> int:
+    def _bury(self, words: slice, depth: int) -> int:
         """Forget values that no load can return any more: overwritten before the oldest load under way began. The `_depth` then."""
-        depth = self._depth(words)
-        if depth == 1:
-            return depth  # one value each, and nothing that has overwritten it
         low, live = self._low[:depth, words], self._live[:depth, words]
         settled = np.where((low < self.clock.oldest) & live, self._begin[:depth, words], ALWAYS).max(axis=0)
         ended = np.minimum(low, self._end[:depth, words])
@@ -288,7 +311,14 @@ class History:
         sure = (self._wild[words] == ALWAYS) & (self._tamed[words] < mark.began)
         if mark.sure is not None:
             sure &= mark.sure
-        match = self._live[:depth, words] & (self._value[:depth, words] == values) & (self._begin[:depth, words] < now)
+        match = self._live[:depth, words] & (self._value[:depth, words] == values)
+        if ended is None and self._never_wild and np.count_nonzero(match) == mark.count:
+            row = int(match[:, 0].argmax())
+            if all_of(match[row]):
+                wrong = self._join_row(mark, row, depth, now)
+                self.clock.end(mark.began)
+                return wrong
+        match &= self._begin[:depth, words] < now
         matches = match.sum(axis=0, dtype=np.int8)
         unknown = sure & (matches == 0)
         if unknown.any():
@@ -307,6 +337,22 @@ class History:
         np.maximum(high, mark.began, out=high)
         self.clock.end(mark.began)
         return True
+
+    def _join_row(self, mark: LoadMark, row: int, depth: int, now: int) -> Wrong | None:
+        """`_join` of all words of a load to one row, which is what a store that everybody sees whole leaves."""
+        words = slice(mark.first, mark.first + mark.count)
+        low, high = self._low[row, words], self._high[row, words]
+        np.minimum(low, np.minimum(self._end[row, words], now), out=low)
+        np.maximum(high, np.maximum(self._begin[row, words], mark.began), out=high)
+        places = []
+        for other in range(depth):
+            torn = self._live[other, words] & (low < self._high[other, words]) & (self._low[other, words] < high)
+            if other != row and any_of(torn):
+                places.append((int(torn.argmax()), other))
+        if not places:
+            return None
+        place, other = min(places)
+        return self._torn(mark.first + place, row, other, mark.began)
 
     def _join(self, mark: LoadMark, places: npt.NDArray[np.intp], rows: npt.NDArray[np.intp], depth: int, now: int) -> Wrong | None:
         """The load belongs to the clusters `rows` of the words at `places`; the first that is then forced before and behind another one."""

@@ -82,8 +82,10 @@ class Region:
     def run(self, page: int, count: int) -> tuple[int, int]:
         """(first, how many) of at most `count` pages from `page` on that lie behind each other."""
         page %= self.pages
-        last = page
-        while last + 1 < min(self.pages, page + count) and self.spread[last + 1] == self.spread[last] + 1:
+        spread, last, end = self.spread, page, page + count - 1
+        if end >= self.pages:
+            end = self.pages - 1
+        while last < end and spread[last + 1] == spread[last] + 1:
             last += 1
         return page, last - page + 1
 
@@ -127,6 +129,6 @@ class Region:
 
     def may(self, look: Look, right: int) -> bool | None:
         """Whether the access had that right on all pages; None: it changed meanwhile."""
-        if not (self.stayed(look) and self.stayed(look, "rights")):
+        if look.changes != self._changes and not (self.stayed(look) and self.stayed(look, "rights")):
             return None
         return bool(min(self.rights[look.pages]) & right)  # who may store may load, so that the least says what all may

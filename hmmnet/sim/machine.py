@@ -143,7 +143,7 @@ class SimulatedMachine:
     @property
     def running(self) -> tuple[str, ...]:
         """The devices that run now."""
-        return tuple(name for name in self.device_names if name in self._nodes)
+        return tuple([name for name in self.device_names if name in self._nodes])
 
     @property
     def all_ready(self) -> bool:

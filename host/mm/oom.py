@@ -52,7 +52,8 @@ def set_score_adj(mm: Mm, value: int) -> None:
 
 def swap_entries(mm: Mm) -> int:
     """MM_SWAPENTS: pages of the process that are in swap."""
-    return sum(int(np.count_nonzero(part & pte.KIND == pte.SWAP)) for _, part in mm.table.ptes.present(0, PAGES_MAX))
+    ptes = mm.table.ptes
+    return int(np.count_nonzero(ptes.gather(ptes.occupied(0, PAGES_MAX), ascend=True) & pte.KIND == pte.SWAP))
 
 
 def table_pages(mm: Mm) -> int:
