@@ -49,7 +49,12 @@ from .interfaces import Destination, Event
 from .iommu import Domain
 
 FREE_DELAY_S = 0.01
-"""Real seconds that freed frames wait for more, so that a storm of single frees becomes few notes."""
+"""Real seconds that freed frames wait for more, so that a storm of frees becomes few notes."""
+SINGLES_DELAY_S = 0.05
+SINGLES_MAX = 64
+"""Where all were freed one by one, as CPU faults do it: real seconds, unless so many have gathered before. A fault that has to wait for its
+page anyway tells of them then, and settles accounts: as its own task, `SessionLink.run` takes twice as long for that, and stops whoever
+waits."""
 INVALIDATION_S = 5.0
 """Real seconds that a device gets to acknowledge an invalidation, heartbeats or not: DMA that is under way may take some. A CPU waits."""
 STALLED_S = 0.25
@@ -366,7 +371,8 @@ class SessionLink:
         message = CopyOut(0, context, word[0], word[1], 0.0, 0.0, 0.0)
         pending = self.session.begin(message)
         target = allocate()
-        if self._moved:
+        if len(self._moved) >= SINGLES_MAX:
+            self.flush_freed()
             self.settle()
         data = self._intact(await pending.wait(), PAGE_SIZE)
         if data is None:
@@ -500,6 +506,6 @@ class SessionLink:
             await self._something_to_tell.wait()
             self._something_to_tell = trio.Event()
             self._telling = False
-            await sleep(self._interconnect.clock.real(FREE_DELAY_S))
+            await sleep(self._interconnect.clock.real(FREE_DELAY_S if self._freed else SINGLES_DELAY_S))
             self.flush_freed()
             self.settle()

@@ -66,7 +66,7 @@ CAUGHT: dict[str, tuple[int, str]] = {
     "punched_pages_stay_mapped": (2, "rights"),
     "reference_not_dropped": (0, "invariants"),
     "removed_subscribers_are_told": (0, "invariants"),
-    "repeats_take_effect_twice": (14, "service"),
+    "repeats_take_effect_twice": (42, "service"),
     "retry_check_skipped_by_the_device": (14, "invariants"),
     "revoke_forgotten": (0, "invariants"),
     "revoke_forgotten_after_migration": (1, "invariants"),

@@ -10,6 +10,7 @@ import pytest
 import trio
 
 from hmmnet.errors import BusError, KernelError, PeerError, ProtocolError, SegmentationFault
+from hmmnet.host import link
 from hmmnet.host.homing import COPIES_MAX
 from hmmnet.host.link import FREE_DELAY_S
 from hmmnet.host.process import Process
@@ -67,18 +68,34 @@ async def test_damage_that_does_not_end_is_a_bus_error_and_the_page_stays(machin
     assert await process.read(address, 1) == b"\1"
 
 
-async def test_a_fault_counts_the_one_before_while_the_device_works(machine: Machine) -> None:
-    """What a CPU waits for is not made longer by the books; the last one's are settled a little later."""
+async def test_a_fault_settles_accounts_while_the_device_works(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a CPU waits for is not made longer by the books: those of some faults at once, and the last ones' a little later."""
+    monkeypatch.setattr(link, "SINGLES_MAX", 3)
     host, _, _, process, address = machine
-    for page in range(4):
-        await process.load(address + page * PAGE_SIZE)
     counted = host.interconnect.profile.counter
-    assert counted(DEVICE_TO_HOST, "gpu0").count == 3
+    for page, settled in enumerate((0, 0, 0, 3)):
+        await process.load(address + page * PAGE_SIZE)
+        assert counted(DEVICE_TO_HOST, "gpu0").count == settled
     assert counted(CPU_FAULT, "gpu0").count == 4
     with trio.fail_after(LEASE_S):
         while counted(DEVICE_TO_HOST, "gpu0").count < 4:
             await trio.sleep(FREE_DELAY_S)
     assert counted(DEVICE_TO_HOST, "gpu0").total_bytes == 4 * PAGE_SIZE
+
+
+async def test_a_storm_of_faults_tells_of_freed_frames_as_it_goes(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind the request of the fault that finds that many have gathered; nobody waits for a moment."""
+    monkeypatch.setattr(link, "SINGLES_MAX", 3)
+    monkeypatch.setattr(link, "SINGLES_DELAY_S", 1000.0)
+    _, _, device, process, address = machine
+    for page in range(4):
+        assert not device.of(FreeFrames)
+        await process.load(address + page * PAGE_SIZE)
+    with trio.fail_after(LEASE_S):
+        while not device.of(FreeFrames):
+            await trio.sleep(0.001)
+    assert [type(message) for message in device.heard if isinstance(message, CopyOut | FreeFrames)] == [CopyOut] * 4 + [FreeFrames]
+    assert sum(len(message.frames) for message in device.of(FreeFrames) if isinstance(message, FreeFrames)) == 3 * 8
 
 
 async def test_frames_are_told_in_the_order_in_which_they_were_freed(machine: Machine) -> None:
