@@ -34,12 +34,14 @@ class Singles:
             self._next_s = begin_s + nbytes / self._flow.bytes_per_s
             return begin_s, self._next_s + self.latency_s
         for link in self.links:
-            begin_s = max(begin_s, link.free_s)
+            if link.free_s > begin_s:
+                begin_s = link.free_s
         takes_s = 0.0
         for link in self.links:
             share_s = nbytes * (link.flows + 1) / link.capacity_bytes_per_s
             link.free_s = begin_s + share_s
-            takes_s = max(takes_s, share_s)
+            if share_s > takes_s:
+                takes_s = share_s
         self._next_s = begin_s + takes_s
         return begin_s, self._next_s + self.latency_s
 

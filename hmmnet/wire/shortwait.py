@@ -26,12 +26,20 @@ another loop), all waits are the loop's.
 from __future__ import annotations
 
 import select
+import weakref
 from collections.abc import Callable
 from time import perf_counter
 from typing import Any
 
 from trio import lowlevel
 from trio.abc import Instrument
+
+try:
+    from trio._core._run import GLOBAL_RUN_CONTEXT
+except ImportError:  # another trio: see above
+    _RUNNING: Any = None
+else:
+    _RUNNING = GLOBAL_RUN_CONTEXT
 
 WAIT_S = 0.001
 """The longest short wait; the smallest that epoll knows. The far end of a round trip answers in a tenth of it."""
@@ -44,12 +52,16 @@ BULK_S = 0.01
 _UNKNOWN = 1 << 40
 
 _LOOP: lowlevel.RunVar[Loop | None] = lowlevel.RunVar("hmmnet.wire.shortwait")
+_LATEST: list[Callable[[], Loop | None]] = [lambda: None]
+"""Which was asked for last, as long as it is there: each message asks for its run's, several times."""
 
 
 class Loop(Instrument):
     """What has to be known of one trio run: its epoll set, its deadlines, and how many tasks could run."""
 
-    def __init__(self, descriptor: int, next_deadline: Callable[[], float], sleep_time: Callable[[float], float]) -> None:
+    def __init__(self, run: object, descriptor: int, next_deadline: Callable[[], float], sleep_time: Callable[[float], float]) -> None:
+        self.run = run
+        """What trio knows it by."""
         self.descriptor = descriptor
         self._next_deadline = next_deadline
         self._sleep_time = sleep_time
@@ -111,7 +123,7 @@ class Loop(Instrument):
 
 def this_loop() -> Loop | None:
     """That of the run that the caller is in; None where there are no short waits."""
-    loop = _LOOP.get(None)
+    loop = known_loop()
     if loop is None and (loop := _found()) is not None:
         _LOOP.set(loop)
         lowlevel.add_instrument(loop)
@@ -120,18 +132,21 @@ def this_loop() -> Loop | None:
 
 def known_loop() -> Loop | None:
     """`this_loop`, if somebody in this run has short waits."""
-    return _LOOP.get(None)
+    loop = _LATEST[0]()
+    if loop is None or loop.run is not getattr(_RUNNING, "runner", None):
+        loop = _LOOP.get(None)
+        if loop is not None:
+            _LATEST[0] = weakref.ref(loop)
+    return loop
 
 
 def _found() -> Loop | None:
-    from trio._core import _run as trio_run
-
-    runner: Any = getattr(trio_run.GLOBAL_RUN_CONTEXT, "runner", None)
+    runner: Any = getattr(_RUNNING, "runner", None)
     events = getattr(getattr(runner, "io_manager", None), "_epoll", None)
     next_deadline = getattr(getattr(runner, "deadlines", None), "next_deadline", None)
     if getattr(runner, "is_guest", True) or not isinstance(events, select.epoll) or next_deadline is None:
         return None
-    return Loop(events.fileno(), next_deadline, lowlevel.current_clock().deadline_to_sleep_time)
+    return Loop(runner, events.fileno(), next_deadline, lowlevel.current_clock().deadline_to_sleep_time)
 
 
 class BulkStream:

@@ -272,8 +272,11 @@ class ZmqTransport:
         return self._connect(self._socket(zmq.PUB, CONTROL_THREAD, TELEMETRY_QUEUE_MAX, TELEMETRY_BYTES_MAX), endpoint)
 
     def fresh_identity(self, name: str) -> bytes:
-        """See `Transport.fresh_identity`. The random part also keeps strangers from speaking in a peer's name."""
-        return f"{name}:{secrets.token_hex(16)}".encode()[-255:]
+        """See `Transport.fresh_identity`. The random part also keeps strangers from speaking in a peer's name.
+
+        With a name of up to ten letters, libzmq keeps it inside its message structure (33 bytes).
+        """
+        return f"{name}:{secrets.token_urlsafe(16)}".encode()[-255:]
 
     def close(self) -> None:
         """See `Transport.close`."""
@@ -297,7 +300,7 @@ class ZmqTransport:
         return socket
 
     def _bridge(self, socket: zmq.Socket[bytes], on_close: Callable[[], None] | None = None, *, bulk: bool = False) -> Bridge:
-        bridge = Bridge(socket, on_close, bulk=bulk)
+        bridge = Bridge(socket, on_close, bulk=bulk, routes=socket.socket_type == zmq.ROUTER)
         self._bridges = [known for known in self._bridges if not known.closed]
         self._bridges.append(bridge)
         return bridge
