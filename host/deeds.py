@@ -142,7 +142,7 @@ async def _munmap(host: Doer, effect: HostEffect, where: Where) -> None:
 async def _madvise(host: Doer, effect: HostEffect, where: Where) -> None:
     address, length = _range(effect, where)
     for process in _concerned(host, effect, where) if length else ():
-        await process.madvise(address, length, "DONTNEED")
+        await process.madvise(address, length, str(effect.settings.get("advice") or "DONTNEED"))
 
 
 async def _poison(host: Doer, effect: HostEffect, where: Where) -> None:

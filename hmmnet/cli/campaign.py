@@ -129,7 +129,9 @@ def _tell_real(summary: RealSummary) -> None:
     figures = summary.as_json()
     faults = ", ".join(f"{count} {kind}" for kind, count in figures["faults"].items()) or "none"
     print(f"{counted(figures['rounds'], 'round')}, {figures['operations']} operations in {figures['seconds']:.0f} s; faults: {faults}")
-    print(f"{figures['lost_pages']} pages died with the only device that had them; {figures['processes_left']} processes are left")
+    pages, left = figures["lost_pages"], figures["processes_left"]
+    died = "1 page died with the only device that had it" if pages == 1 else f"{pages} pages died with the only device that had them"
+    print(f"{died}; {left} process{'es are' if left != 1 else ' is'} left")
     for violation in figures["violations"][:SHOWN_MAX]:
         print(f"seed {violation['seed']}: {violation['checker']}: {violation['what']}")
     print(counted(len(figures["violations"]), "violation") if figures["violations"] else "no violation")

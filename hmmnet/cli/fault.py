@@ -130,8 +130,7 @@ def add(
         toxics.pairs_of(words)  # mistakes are told without a machine, too
         return _begin(machine, lambda sights: toxics.faults_for(what, words, sights))
     made = said(what, words)
-    print(f"fault {_ask(machine, 'add_fault', **made)}: {what} {made.get('on', '')}".rstrip())
-    return 0
+    return _begin(machine, lambda _: [made])
 
 
 @app.command()
@@ -165,13 +164,19 @@ def release(target: Held, machine: Machine = None) -> int:
 @app.command()
 def crash(target: Device, machine: Machine = None) -> int:
     """A device is gone from one moment to the next (SIGKILL)."""
-    return _begin(machine, lambda _: [said("crash", [target])])
+
+    def dies(sights: Sights) -> list[dict[str, Any]]:
+        if target != "host":  # of which the machine says what to do
+            sights.running(target)
+        return [said("crash", [target])]
+
+    return _begin(machine, dies)
 
 
 @app.command()
 def bounce(
     target: Device,
-    down: Annotated[str, typer.Option(help="Emulated time until it starts again, such as 100ms.")] = "100ms",
+    down: Annotated[str, typer.Option(help="Emulated time until it starts again, such as 100ms; by itself at once.")] = "0ms",
     machine: Machine = None,
 ) -> int:
     """A device crashes and starts again, empty."""
@@ -259,12 +264,13 @@ def _begin(machine: str | None, makes: Callable[[Sights], list[dict[str, Any]]])
     import hmmnet
     from hmmnet.errors import HmmnetError
 
-    from .toxics import Sights
+    from .toxics import Sights, waits
 
     async def main() -> None:
         async with hmmnet.attach(machine) as entered:
             begun: list[int] = []
-            for made in makes(Sights.of(await entered.report())):
+            sights = Sights.of(await entered.report())
+            for made in makes(sights):
                 try:
                     number = await entered.add_fault(**made)
                 except HmmnetError:
@@ -272,10 +278,8 @@ def _begin(machine: str | None, makes: Callable[[Sights], list[dict[str, Any]]])
                         await entered.remove_fault(number)
                     raise
                 begun.append(number)
-                print(
-                    f"fault {number}: "
-                    + " ".join(f"{name}={value}" if name not in ("kind", "on") else value for name, value in made.items())
-                )
+                words = [f"{name}={value}" if name not in ("kind", "on") else str(value) for name, value in made.items()]
+                print(f"fault {number}: {' '.join(words)}{waits(made, sights)}")
 
     _run(main)
     return 0
@@ -285,13 +289,18 @@ def _undo(verb: str, target: str, machine: str | None) -> int:
     """The faults that `verb` undoes end."""
     import hmmnet
 
-    from .toxics import ended_by
+    from .toxics import Sights, again, ended_by
 
     async def main() -> None:
         async with hmmnet.attach(machine) as entered:
-            for number in ended_by(verb, target, await entered.list_faults()):
+            sights = Sights.of(await entered.report())
+            faults = await entered.list_faults()
+            ended = ended_by(verb, sights.between(target), faults)
+            for number in ended:
                 await entered.remove_fault(number)
                 print(f"fault {number} has ended")
+            for name in sights.lost_by([one["fault"] for one in faults if one["number"] in ended]):
+                print(f"{name} was lost meanwhile: {sights.lost[name]}; {again(name)}")
 
     _run(main)
     return 0

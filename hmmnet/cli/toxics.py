@@ -1,14 +1,16 @@
 """The words of ``hmmnet fault add TARGET NAME=VALUE...``: what each toxic comes down to on a machine of real processes.
 
-TARGET is a device, a way (``gpu0<->host``, ``gpu0->host``, ``host->gpu0``) or a link of the topology. Latency and bandwidth are emulated as
+TARGET is a device, a way (``gpu0<->host``, ``gpu0->host``, ``host->gpu0``) or a link of the topology, by its name or, where it joins two
+devices, by them (``gpu0<->gpu1``). Latency and bandwidth are emulated as
 those of links are: a way is slow where its device's copies begin (`point.delay`), and its bandwidth is that of its links. (The fault
 ``delay`` has messages themselves late, in real time, those of the protocol too.) Loss and the like happen to messages.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -16,6 +18,7 @@ from hmmnet.errors import HmmnetError
 from hmmnet.faults.catalogue import CONTROLS, TARGETS
 from hmmnet.faults.messages import Way
 from hmmnet.topology.problems import did_you_mean
+from hmmnet.units import show_time
 
 CHANCES = ("loss", "duplicate", "reorder", "corrupt")
 """Toxics whose value is the part of the messages that suffer; each is a kind of the catalogue, too."""
@@ -28,15 +31,20 @@ COPIES = {(True, True): "device.copy_*", (True, False): "device.copy_in", (False
 
 @dataclass(frozen=True)
 class Sights:
-    """What a machine has, as its report says: devices, and links with their two ends."""
+    """What a machine has, as its report says: devices, links with their two ends, how each device that is lost was; its clock's rate."""
 
     devices: tuple[str, ...]
     links: Mapping[str, frozenset[str]]
+    lost: Mapping[str, str] = field(default_factory=dict)
+    rate: float = 1.0
 
     @classmethod
     def of(cls, report: Mapping[str, Any]) -> Sights:
         """From a machine's report."""
-        return cls(tuple(report["devices"]), {row["link"]: frozenset((row["source"], row["target"])) for row in report["links"]})
+        devices = report["devices"]
+        links = {row["link"]: frozenset((row["source"], row["target"])) for row in report["links"]}
+        lost = {name: row["last_loss"] for name, row in devices.items() if row["state"] == "lost"}
+        return cls(tuple(devices), links, lost, report["rate"])
 
     def matching(self, pattern: str) -> tuple[str, ...]:
         """Devices whose names match. Raises HmmnetError when none does."""
@@ -55,10 +63,61 @@ class Sights:
         """Whether a target is links."""
         return any(fnmatchcase(name, pattern) for name in self.links)
 
+    def running(self, pattern: str) -> tuple[str, ...]:
+        """Of the devices whose names match, those that are not lost. Raises HmmnetError when none does, or all are."""
+        matching = self.matching(pattern)
+        running = tuple(name for name in matching if name not in self.lost)
+        if not running:
+            raise HmmnetError("\n".join(f"{name} does not run: {self.lost[name]}; {again(name)}" for name in matching))
+        return running
+
+    def lost_by(self, faults: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Devices that are lost, and that one of `faults` was on."""
+        named = [one.get("on", "") for one in faults]
+        patterns = [Way.parse(on).device if is_way(on) else on for on in named]
+        return [name for name in self.devices if name in self.lost and any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+    def between(self, target: str) -> str:
+        """The link that ``gpu0<->gpu1`` means; any other target as it is. Raises HmmnetError where none joins the two, and for one way."""
+        ends = _TWO.fullmatch(target)
+        if ends is None or "host" in ends.groups() or not {ends["a"], ends["b"]} <= set(self.devices):
+            return target
+        both = frozenset((ends["a"], ends["b"]))
+        found = [name for name, joined in self.links.items() if joined == both]
+        if not found:
+            known = ", ".join(name for name, joined in self.links.items() if joined & both)
+            raise HmmnetError(f"no link joins {ends['a']} and {ends['b']} alone; those at either are {known}")
+        if ends["arrow"] != "<->":
+            raise HmmnetError(
+                f"{found[0]} joins {ends['a']} and {ends['b']}, and is what it is in both directions; write {ends['a']}<->{ends['b']}"
+            )
+        return found[0]
+
     def links_of(self, pattern: str) -> list[str]:
         """The links that end at devices whose names match."""
         devices = set(self.matching(pattern))
         return [name for name, ends in self.links.items() if ends & devices]
+
+
+_TWO = re.compile(r"\s*(?P<a>[^\s<>]+?)\s*(?P<arrow><->|->|<-)\s*(?P<b>[^\s<>]+?)\s*")
+
+
+def again(device: str) -> str:
+    """How a lost device is had again."""
+    return f"`hmmnet fault bounce {device}` starts it again, empty"
+
+
+def waits(made: Mapping[str, Any], sights: Sights) -> str:
+    """For how long, in real time, a device stays away that a fault starts again; nothing for any other fault."""
+    from hmmnet.faults.catalogue import KINDS
+
+    down = KINDS[made["kind"]].parameter("down")
+    if down is None:
+        return ""
+    real_s = down.read(made.get("down", down.default)) / sights.rate
+    if not real_s:
+        return " (it starts again at once)"
+    return f" (away for {show_time(real_s)} of real time: this machine's clock runs at {sights.rate:.2g} of it)"
 
 
 def is_way(word: str) -> bool:
@@ -134,6 +193,7 @@ def faults_for(target: str, words: Sequence[str], sights: Sights) -> list[dict[s
     """What makes the faults that a line of toxics means on a machine. Raises HmmnetError with every mistake."""
     given = pairs_of(words)
     beside = {name: value for name, value in given.items() if name in WITH}
+    target = sights.between(target)
     if not is_way(target) and sights.is_link(target):
         return _on_link(target, given, beside)
     way = way_of(target)
@@ -168,6 +228,7 @@ def _on_link(target: str, given: Mapping[str, str], beside: dict[str, str]) -> l
 
 def cut(target: str, sights: Sights, *, oneway: bool) -> dict[str, Any]:
     """What makes ``fault partition TARGET``: a link is down, or no message passes. Raises HmmnetError."""
+    target = sights.between(target)
     if not is_way(target) and sights.is_link(target):
         if oneway:
             raise HmmnetError(f"{target} is a link, which is down in both directions; --oneway is for a device")
@@ -180,7 +241,7 @@ def cut(target: str, sights: Sights, *, oneway: bool) -> dict[str, Any]:
 def held(target: str, sights: Sights, *, oneway: bool) -> dict[str, Any]:
     """What makes ``fault hold TARGET``: a device is stopped, so that what it is sent waits; in one direction messages wait."""
     way = way_of(target, oneway=oneway)
-    sights.matching(way.device)
+    sights.running(way.device)
     both = way.to_device and way.to_host
     return {"kind": "hang", "on": way.device} if both else {"kind": "hold", "on": way.text}
 

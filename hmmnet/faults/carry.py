@@ -126,7 +126,8 @@ class Carrier:
         """A fault ends. Raises HmmnetError when there is none of that number."""
         carried = self._carried.pop(number, None)
         if carried is None:
-            raise HmmnetError(f"no fault has number {number}; there are {', '.join(map(str, self._carried)) or 'none'}")
+            there = f"the numbers are {', '.join(map(str, self._carried))}" if self._carried else "there is no fault"
+            raise HmmnetError(f"no fault has number {number}; {there}")
         carried.ended = True
         self._past[carried.fault.kind.name] += carried.fired
         for undo in reversed(carried.undos):

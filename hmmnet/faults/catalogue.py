@@ -126,6 +126,8 @@ def _amiss(kind: Kind, read: Mapping[str, Any]) -> list[Mistake]:
         found.append(("factor", f"{factor:g} where more than 0 is wanted"))
     if kind.name == "link.slow" and not 0 < factor <= 1:
         found.append(("factor", f"{factor:g} where a part is wanted, above 0 and at most 1; to take a link away there is link.down"))
+    if kind.name == "ecc.uncorrectable" and "range" not in read:
+        found.append(("range", "missing: nothing else says which addresses, such as 0x7f0000000000+64KiB"))
     if not 0 < lanes <= LANES:
         found.append(("lanes", f"{lanes} where 1 to {LANES} are wanted"))
     return found

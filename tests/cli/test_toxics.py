@@ -26,6 +26,7 @@ DELAY = {"kind": "point.delay", "on": "gpu0", "point": "device.copy_*", "latency
         ("host->gpu0 jitter=1ms", [{**DELAY, "point": "device.copy_in", "latency": "0 ms"}]),
         ("gpu1 bandwidth=10%", [{"kind": "link.slow", "on": link, "factor": "0.1"} for link in ("pcie1", "nvlink")]),
         ("pcie0 latency=1us", [{"kind": "link.latency", "on": "pcie0", "latency": "1us"}]),
+        ("gpu0<->gpu1 latency=1us", [{"kind": "link.latency", "on": "nvlink", "latency": "1us"}]),
         ("pcie* bandwidth=0.5", [{"kind": "link.slow", "on": "pcie*", "factor": "0.5"}]),
         (
             "gpu0<->host loss=5% reorder=0.25",
@@ -56,7 +57,7 @@ def test_toxics_are_faults_of_the_catalogue(line: str, made: list[dict[str, Any]
         ("gpu0<->host", "what is to happen? Give one of latency, jitter"),
         ("gpu0<->host 5ms", '"5ms" is no NAME=VALUE'),
         ("gpu9 latency=5ms", 'nothing here is called "gpu9"; did you mean "gpu'),
-        ("gpu0->gpu1 latency=5ms", '"gpu0->gpu1" is no way'),
+        ("gpu0->gpu1 latency=5ms", "nvlink joins gpu0 and gpu1"),
         ("gpu0->host bandwidth=5%", "bandwidth: a link loses it in both directions"),
         ("pcie0 loss=5%", "loss: a link has latency and bandwidth only"),
     ],
@@ -90,6 +91,7 @@ def test_what_is_neither_kind_nor_target() -> None:
         (toxics.cut, "gpu0", True, {"kind": "partition", "on": "gpu0->host"}),
         (toxics.cut, "host->gpu0", True, {"kind": "partition", "on": "gpu0<-host"}),
         (toxics.cut, "pcie0", False, {"kind": "link.down", "on": "pcie0"}),
+        (toxics.cut, "gpu1<->gpu0", False, {"kind": "link.down", "on": "nvlink"}),
         (toxics.held, "gpu1", False, {"kind": "hang", "on": "gpu1"}),
         (toxics.held, "gpu1", True, {"kind": "hold", "on": "gpu1->host"}),
     ],
@@ -129,3 +131,39 @@ def test_a_link_cannot_be_held(target: str) -> None:
     """It is said what it is, and what takes links; a word is never what was meant by itself."""
     with pytest.raises(HmmnetError, match="pcie0 is a link, where a device is wanted: gpu0, gpu1; `hmmnet fault partition` takes links"):
         toxics.held(target, SIGHTS, oneway=False)
+
+
+def test_devices_that_no_link_joins() -> None:
+    """It is said which links there are at them; and what joins two does so in both directions."""
+    three = toxics.Sights((*SIGHTS.devices, "gpu2"), {**SIGHTS.links, "pcie2": frozenset(("node0", "gpu2"))})
+    with pytest.raises(HmmnetError, match="no link joins gpu0 and gpu2 alone; those at either are pcie0, nvlink, pcie2"):
+        toxics.cut("gpu0<->gpu2", three, oneway=False)
+    with pytest.raises(HmmnetError, match="nvlink joins gpu0 and gpu1, and is what it is in both directions; write gpu0<->gpu1"):
+        toxics.cut("gpu0->gpu1", three, oneway=True)
+
+
+def test_a_device_that_does_not_run_cannot_be_held() -> None:
+    """Nothing would happen: it is said how it ended, and how it is had again. Of several the others can."""
+    sights = toxics.Sights(SIGHTS.devices, SIGHTS.links, {"gpu1": "killed by SIGKILL"})
+    assert sights.running("gpu*") == ("gpu0",)
+    with pytest.raises(HmmnetError, match="gpu1 does not run: killed by SIGKILL; `hmmnet fault bounce gpu1` starts it again, empty"):
+        toxics.held("gpu1", sights, oneway=False)
+
+
+def test_who_was_lost_by_what() -> None:
+    """Those whose names a fault has, however it writes them."""
+    sights = toxics.Sights(SIGHTS.devices, SIGHTS.links, {"gpu0": "silent", "gpu1": "silent"})
+    assert sights.lost_by([{"kind": "partition", "on": "gpu0<->host"}]) == ["gpu0"]
+    assert sights.lost_by([{"kind": "hang", "on": "gpu*"}]) == ["gpu0", "gpu1"]
+    assert sights.lost_by([{"kind": "link.down", "on": "pcie0"}]) == []
+
+
+def test_for_how_long_a_device_stays_away() -> None:
+    """In real time, which is what one waits for; of faults that start nothing nothing is said."""
+    slow = toxics.Sights(SIGHTS.devices, SIGHTS.links, rate=0.002)
+    assert (
+        toxics.waits({"kind": "bounce", "down": "100ms"}, slow) == " (away for 50 s of real time: this machine's clock runs at 0.002 of it)"
+    )
+    assert "away for 50 s" in toxics.waits({"kind": "reset"}, slow)
+    assert toxics.waits({"kind": "bounce", "down": "0ms"}, slow) == " (it starts again at once)"
+    assert toxics.waits({"kind": "crash"}, slow) == ""

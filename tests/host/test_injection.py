@@ -20,9 +20,11 @@ import trio.testing
 from hmmnet.errors import HmmnetError
 from hmmnet.faults.catalogue import fault
 from hmmnet.faults.effects import HostEffect
+from hmmnet.faults.process_events import ADVICE
 from hmmnet.faults.stepping import EVENTS
 from hmmnet.host.device import Life
 from hmmnet.host.interfaces import Event
+from hmmnet.host.mm import advice
 from hmmnet.host.service import Host
 from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, PAGES_MAX
 from hmmnet.wire.messages import Inject, Message
@@ -300,3 +302,8 @@ async def test_an_audit_finds_books_that_do_not_agree_and_frames_that_are_left_o
 def test_events_of_faults_are_those_of_the_notifier() -> None:
     """A fault that is only for one event names it as the host does; another name would be a fault that never happens."""
     assert tuple(EVENTS) == tuple(map(str, Event))
+
+
+def test_advice_of_faults_is_that_of_madvise() -> None:
+    """What a process can be made to advise is what the host knows; another name would be a fault without effect."""
+    assert sorted(ADVICE) == sorted(advice.ADVICE)

@@ -33,6 +33,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "copy.timeout": {"nth": 2},
     "copy.error": {"nth": 2},
     "ecc.in_flight": {"nth": 2},
+    "ecc.uncorrectable": {"range": "0x7fff00000000+4 GiB", "after": "1 ms"},
     "link.down": {"on": "node0-gpu0", "after": "1 ms"},
     "link.slow": {"on": "*gpu*"},
     "invalidate.lost": {"probability": 0.5},
@@ -148,6 +149,36 @@ def test_memory_breaks_wherever_it_lives() -> None:
         await process.exit()
 
     hmmnet.simulate(main, MACHINE)
+
+
+@pytest.mark.parametrize(
+    ("advice", "kept", "inherited"),
+    [("DONTNEED", b"\0", b"\0"), ("WILLNEED", b"x", b"x"), ("WIPEONFORK", b"x", b"\0"), ("GUARD_INSTALL", b"", b"")],
+)
+def test_any_advice_at_the_wrong_moment(advice: str, kept: bytes, inherited: bytes) -> None:
+    """While pages move to a device their process gives that advice: they are kept, dropped, not inherited, or not to be touched."""
+
+    async def main(machine: SimulatedMachine) -> None:
+        process = await machine.create_process()
+        address = await process.mmap(4 * PAGE)
+        await process.write(address, b"x" * 4 * PAGE)
+        machine.add_fault("process.madvise", advice=advice, point="migrate.after_unmap", times=1)
+        await process.migrate(address, 4 * PAGE, "gpu0")
+        await trio.sleep(0.01)
+        child = await process.fork()
+        for one, byte in ((process, kept), (child, inherited)):
+            with contextlib.nullcontext() if byte else pytest.raises(SegmentationFault):
+                assert await one.read(address, 4 * PAGE) == byte * 4 * PAGE
+        await child.exit()
+        await process.exit()
+
+    hmmnet.simulate(main, MACHINE)
+
+
+def test_what_is_done_to_addresses_needs_some() -> None:
+    """Without a range nothing says which memory breaks: that is a mistake, not a fault that does nothing."""
+    with pytest.raises(HmmnetError, match=r"fault ecc\.uncorrectable: range: missing: nothing else says which addresses"):
+        fault("ecc.uncorrectable", process=1000)
 
 
 def test_links_are_slow_down_and_mended() -> None:

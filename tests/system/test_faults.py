@@ -46,7 +46,7 @@ async def test_points_of_both_sides_and_the_command_line() -> None:
 
         usual = await total()
         assert await command("fault", "add", "point.fail", "gpu0", "point=device.job_start", "-m", machine.name) == (
-            "fault 1: point.fail gpu0\n"
+            "fault 1: point.fail gpu0 point=device.job_start\n"
         )
         with pytest.raises(KernelError, match="ENOMEM"):
             await total()
@@ -248,6 +248,10 @@ async def test_toxics_and_verbs_on_a_running_machine() -> None:
         with trio.fail_after(10):
             while "gpu1" in machine.running:
                 await trio.sleep(0.02)
+        for verb in ("crash", "hold"):
+            assert "gpu1 does not run: " in await said(verb, "gpu1")
+        assert "it starts again at once" in await said("bounce", "gpu1")
+        await back(machine, "gpu1", 0)
         await process.exit()
 
 
