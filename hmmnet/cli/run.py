@@ -116,19 +116,21 @@ async def _play(
 @contextmanager
 def plain_errors(function: Callable[..., Any]) -> Iterator[None]:
     """A built-in workload that cannot use a value says so in one sentence; one of the user's own shows where it went wrong: a bug with its
-    traceback, an error that the machine answered with by file and line.
+    traceback, an error that the machine or a file answered with by file and line.
     """
     from hmmnet.errors import HmmnetError
 
+    built_in = function.__module__.startswith(BUILT_IN)
     try:
         yield
-    except HmmnetError as error:
-        place = _last_line_in(function.__code__.co_filename, error)
-        if function.__module__.startswith(BUILT_IN) or not place:
+    except (HmmnetError, OSError) as error:
+        place = function.__name__ if built_in else _last_line_in(function.__code__.co_filename, error)
+        if isinstance(error, HmmnetError) and (built_in or not place):
             raise
-        raise HmmnetError(f"{place}: {error}") from error
-    except (ValueError, OverflowError) as error:
-        if not function.__module__.startswith(BUILT_IN):
+        said = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
+        raise HmmnetError(f"{place}: {said}") from error
+    except (ValueError, OverflowError, MemoryError) as error:
+        if not built_in:
             raise
         raise HmmnetError(f"{function.__name__}: {error}") from error
 

@@ -39,8 +39,11 @@ def load_text(paths: Sequence[Path] | None = None, limit: int = TEXT_BYTES_MAX) 
     for path in paths or library_files():
         if left <= 0:
             break
-        with path.open("rb") as file:
-            parts.append(file.read(left))
+        try:
+            with path.open("rb") as file:
+                parts.append(file.read(left))
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error  # one in the middle of a file names none
         left -= len(parts[-1])
     return b"".join(parts)
 

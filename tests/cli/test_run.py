@@ -22,6 +22,9 @@ async def work(machine, n=1, *, word="x", needed):
 
 def not_async(machine):
     return {}
+
+async def full(machine):
+    raise OSError(28, "No space left on device")
 """
 
 
@@ -94,6 +97,21 @@ def test_a_built_in_workload_takes_no_negative_number() -> None:
     async def work(machine: object, n: int) -> None: ...
 
     check_arguments("work", work, {"n": -1})
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["word_count", "input=/nowhere/x"], "word_count: /nowhere/x: No such file or directory"),
+        (["word_count", "input=/proc/self/mem"], "word_count: /proc/self/mem: Input/output error"),
+        (["vector_add", f"n={1 << 44}"], "vector_add: Unable to allocate"),
+        (["{file}:full"], "{file}:11: [Errno 28] No space left on device"),
+    ],
+)
+def test_what_a_workload_cannot_have_is_one_line(file: Path, given: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Files, memory, room: no traceback, and nothing is said of standard output, which has nothing to do with it."""
+    assert exit_code(["run", *(word.format(file=file) for word in given), "--world", "sim"]) == 1
+    assert f"hmmnet run: {says.format(file=file)}" in capsys.readouterr().err
 
 
 def test_who_is_lost_is_not_said_to_run(capsys: pytest.CaptureFixture[str]) -> None:
