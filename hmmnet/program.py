@@ -313,7 +313,8 @@ class Process(Protocol):
 
         `placement`: ``demand`` migrates what the job faults on, in groups of 64 KiB (``demand-2m``: of 2 MiB), ``remote`` never migrates
         (system memory is read over the link). Raises KernelError: ENOENT (no such kernel or device), EINVAL (no such placement), ENODEV
-        (the device is lost); SegmentationFault and BusError for what the job accesses; RemoteError when the kernel itself fails.
+        (the device is lost); SegmentationFault and BusError for what the job accesses; RemoteError when the kernel itself fails;
+        PeerLost when the device dies meanwhile.
         """
         ...
 

@@ -7,6 +7,7 @@ way at once; a piece that fails ends the operation, and those that were under wa
 from __future__ import annotations
 
 import errno
+import re
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
@@ -19,7 +20,7 @@ import numpy.typing as npt
 import trio
 
 from hmmnet.checks import Arrayable, as_bytes, as_value, check_file, check_pages, check_range, plain_arguments
-from hmmnet.errors import KernelError
+from hmmnet.errors import KernelError, PeerGone, PeerLost, RemoteError
 from hmmnet.pages import PAGE_SIZE
 from hmmnet.program import (
     Handle,
@@ -40,6 +41,8 @@ CHUNK_BYTES = 1 << 20
 """Data that one call or its reply carries."""
 PIECES_UNDER_WAY = 4
 """Pieces of one operation that wait for their answers at once: enough to keep the session busy."""
+DEVICE_LOST = re.compile(r"host: Call: (?P<kind>PeerGone|PeerLost): (?P<why>.*)", re.DOTALL)
+"""How a host says that a device is lost that it needed for a call."""
 PAGES_PER_LOOK = CHUNK_BYTES // 2
 Undo: TypeAlias = tuple[str, dict[str, Any]]
 """An operation and its arguments."""
@@ -61,8 +64,16 @@ class Calls:
         return self._session.begin(Call(operation, packed, data, number))
 
     async def finish(self, pending: PendingReply) -> tuple[Any, bytes]:
-        """The value and the data of an answer. Raises the operation's KernelError or SignalError."""
-        result = await pending.wait()
+        """The value and the data of an answer. Raises the operation's KernelError or SignalError, and PeerLost: a device's, as inside the
+        host, or the host's own.
+        """
+        try:
+            result = await pending.wait()
+        except RemoteError as error:
+            lost = DEVICE_LOST.fullmatch(str(error))
+            if lost is None:
+                raise
+            raise (PeerGone if lost["kind"] == "PeerGone" else PeerLost)(lost["why"]) from error
         assert isinstance(result, Result), f"a call was answered with {type(result).__name__}"
         return msgspec.msgpack.decode(result.value), result.data
 

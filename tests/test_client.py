@@ -15,7 +15,7 @@ import pytest
 import trio
 
 from hmmnet.client import RemoteMachine, remote_machine
-from hmmnet.errors import BusError, KernelError, PeerRefused, RemoteError
+from hmmnet.errors import BusError, KernelError, PeerGone, PeerLost, PeerRefused, RemoteError
 from hmmnet.host.calls import new_client
 from hmmnet.program import PM_PRESENT, Handle, IoctlResult, JobResult, Machine, Mapping, PageReferences, Process, Residency
 from hmmnet.remote import CHUNK_BYTES
@@ -100,6 +100,10 @@ class PlainProcess(LoggedCalls):
                 await trio.sleep_forever()
             finally:
                 self.log.append("ended")
+        if kernel == "fatal":
+            raise PeerGone(f'device "{device}" killed by SIGKILL')
+        if kernel == "cut":
+            raise PeerLost(f'device "{device}" was silent for 2.1 s')
         return JobResult({"kernel": kernel, **arguments}, {"device": device, "placement": placement})
 
     async def migrate(self, address: int, length: int, to: str) -> int:
@@ -302,6 +306,18 @@ async def test_signals_arrive_as_signals() -> None:
         with pytest.raises(BusError, match="killed by SIGKILL") as caught:
             await process.read(end - 10, 20)
         assert caught.value.address == end - 10
+
+
+async def test_a_device_that_dies_is_lost_to_a_client_as_it_is_inside_the_host() -> None:
+    """The same program, the same exception: whether the device is certainly dead, too. The host itself is well."""
+    async with world() as (remote, _):
+        process = await remote.create_process()
+        with pytest.raises(PeerGone, match=r'^device "gpu0" killed by SIGKILL$'):
+            await process.launch("fatal", "gpu0")
+        with pytest.raises(PeerLost, match=r'^device "gpu0" was silent for 2.1 s$') as caught:
+            await process.launch("cut", "gpu0")
+        assert not isinstance(caught.value, PeerGone)
+        assert (await process.launch("k", "gpu0")).results == {"kernel": "k"}
 
 
 async def test_residency_joins_pieces_with_owners_in_any_order() -> None:

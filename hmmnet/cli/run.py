@@ -67,7 +67,7 @@ def run(
     parse_rate(rate)
     plan = plan_for(faults, world.value, None if on is not None else load(topology or TOPOLOGY))
     machine = machine_for(topology, on, rate, world, seed)
-    with plan.telling():
+    with plan.telling(), said_of(on):
         report, links, seconds = run_in(world.value, _play, machine, function, given, plan, on is not None, seed=seed)
     shown: dict[str, Any] = dict(report) if isinstance(report, Mapping) else {"result": report}
     if as_json:
@@ -96,6 +96,21 @@ def machine_for(topology: str | None, on: str | None, rate: str, world: World, s
     from hmmnet.launcher.rate import parse_rate
 
     return launch(name, rate=parse_rate(rate), seed=seed)
+
+
+@contextmanager
+def said_of(on: str | None) -> Iterator[None]:
+    """Where the machine `on` went away meanwhile (None: ours), the error says that, and not only that a host did. A device that is lost
+    is nothing of the kind: its error was the host's answer.
+    """
+    from hmmnet.errors import HmmnetError, PeerLost, RemoteError
+
+    try:
+        yield
+    except PeerLost as error:
+        if on is None or isinstance(error.__cause__, RemoteError):
+            raise
+        raise HmmnetError(f'machine "{on}" is gone: {error}') from error
 
 
 async def _play(

@@ -58,12 +58,13 @@ async def connect(
         session.reader = reader if reader.shared else None
         if prepare is not None:
             prepare(session, welcome)
+        listening = trio.CancelScope(shield=True)  # of who is cancelled: it hears the answer to its goodbye
         async with trio.open_nursery() as nursery:
             session.start(nursery)
             if isinstance(channel, HandsOn):
                 nursery.start_soon(channel.hand_on, session.deliver)
             else:
-                nursery.start_soon(reader.run)
+                nursery.start_soon(_until, listening, reader.run)
             try:
                 yield session, welcome
             except Exception as error:  # noqa: BLE001 - raised again below: as it is, not in the nursery's group
@@ -72,11 +73,18 @@ async def connect(
                 with trio.CancelScope(shield=True):
                     await session.bye()
                 nursery.cancel_scope.cancel()
+                listening.cancel()
         if failure is not None:
             raise failure
     finally:
         with trio.CancelScope(shield=True):
             await channel.aclose()
+
+
+async def _until(scope: trio.CancelScope, function: Callable[[], Awaitable[None]]) -> None:
+    """Run `function` until `scope`, which is nobody else's, is cancelled."""
+    with scope:
+        await function()
 
 
 async def _say_hello(channel: Channel, hello: Hello, endpoint: str, connect_s: float, retry_s: float) -> Welcome:

@@ -11,8 +11,8 @@ import pytest
 
 import hmmnet
 from hmmnet.cli import exit_code
-from hmmnet.cli.run import check_arguments, figure_row, find, parse_arguments, plain, show
-from hmmnet.errors import HmmnetError
+from hmmnet.cli.run import check_arguments, figure_row, find, parse_arguments, plain, said_of, show
+from hmmnet.errors import HmmnetError, PeerGone, RemoteError
 
 WORKLOAD = """
 from beside import FACTOR
@@ -155,3 +155,13 @@ def test_reports_are_shown_and_plain(capsys: pytest.CaptureFixture[str]) -> None
         json.dumps({"a": np.int64(3), "b": np.arange(2), "c": b"\x01", "d": Path("x")}, default=plain)
         == '{"a": 3, "b": [0, 1], "c": "01", "d": "x"}'
     )
+
+
+def test_a_machine_that_goes_away_meanwhile_is_named() -> None:
+    """Who runs something on a machine of somebody else's is told which is gone; of one's own there is no other."""
+    with pytest.raises(HmmnetError, match=r'^machine "shared" is gone: host said goodbye$'), said_of("shared"):
+        raise PeerGone("host said goodbye")
+    with pytest.raises(PeerGone), said_of(None):
+        raise PeerGone("host said goodbye")
+    with pytest.raises(PeerGone, match="gpu0 killed"), said_of("shared"):
+        raise PeerGone("gpu0 killed") from RemoteError("host: Call: PeerGone: gpu0 killed")

@@ -102,6 +102,19 @@ async def test_an_error_in_the_block_comes_out_as_it_is(machine: Callable[..., M
         assert isinstance(host.lost[0], PeerGone)
 
 
+@pytest.mark.parametrize("machine", ["ipc", "tcp"], indirect=True)
+async def test_who_is_cancelled_hears_the_answer_to_its_goodbye(machine: Callable[..., Machine]) -> None:
+    """Nobody who presses Ctrl-C waits for a host that has answered long ago."""
+    async with running(machine()) as host:
+        with trio.CancelScope() as scope:
+            async with connect(host.transport, host.endpoint, hello()) as (session, _):
+                scope.cancel()
+                await trio.sleep_forever()
+        assert scope.cancelled_caught
+        assert isinstance(session.lost, PeerGone)
+        assert isinstance(host.lost[0], PeerGone)
+
+
 async def test_the_host_says_goodbye_to_all(machine: Callable[..., Machine]) -> None:
     """Each peer hears it once, and the host waits for all of them at once."""
     heard: list[PeerLost] = []
