@@ -159,7 +159,7 @@ class Mirror:
         """(pages, frames, may write) of every entry that may be used now, from page `start` on; of the first `most`."""
         pages = self.table.occupied(start, PAGES_MAX)
         entries = self.table.gather(pages)
-        usable = np.flatnonzero(allows(entries, False))[:most]
+        usable = allows(entries, False).nonzero()[0][:most]
         return pages[usable], frames_of(entries[usable]), allows(entries[usable], True)
 
     def touched(self) -> Words:

@@ -56,6 +56,9 @@ def plain_arguments(kernel: str, arguments: Mapping[str, Any]) -> dict[str, Any]
     """A kernel's arguments as a message can hold them; numpy's numbers become Python's. Raises KernelError(EINVAL), naming the argument."""
     plain: dict[str, Any] = {}
     for name, value in arguments.items():
+        if type(value) is bytes or (type(value) is int and 0 <= value < 1 << 63):  # which surely can
+            plain[name] = value
+            continue
         plain[name] = value.item() if isinstance(value, np.generic) else value
         try:
             msgspec.msgpack.encode(plain[name])

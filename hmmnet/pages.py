@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from functools import reduce
 from itertools import pairwise
-from operator import and_, lt, or_
+from operator import and_, lt
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
@@ -145,7 +145,9 @@ _STEPS = np.arange(HUGE_PAGES, dtype=np.uint64)
 
 def has_large(words: Words) -> bool:
     """Whether a list of pages or frames has large ones."""
-    return bits_in_any(words) >= LARGE
+    if len(words) <= FEW:
+        return max(words.tolist(), default=0) >= LARGE
+    return int(np.bitwise_or.reduce(words)) >= LARGE
 
 
 def page_by_page(words: Words) -> Words:
@@ -195,7 +197,10 @@ def bits_in_all(words: npt.NDArray[Number]) -> int:
 def bits_in_any(words: npt.NDArray[Number]) -> int:
     """The bits that any of `words` has: one pass and no array, where `(words & bit != 0).any()` takes three and two."""
     if len(words) <= FEW:
-        return reduce(or_, words.tolist(), 0)
+        bits = 0
+        for word in words.tolist():
+            bits |= word
+        return bits
     return int(np.bitwise_or.reduce(words))
 
 

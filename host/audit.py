@@ -79,7 +79,7 @@ def domains(devices: Mapping[str, Device]) -> list[str]:
 def believed(context: Context, who: str, pages: Words, frames: Words, writable: Mask) -> list[str]:
     """I1: the first of the translations that somebody holds of a process which the page table has not, with that right; mostly none."""
     bad = stale(context, pages, frames, writable)
-    return [described(context, who, int(pages[i]), int(frames[i]), may_write=bool(writable[i])) for i in np.flatnonzero(bad)[:1].tolist()]
+    return [described(context, who, int(pages[i]), int(frames[i]), may_write=bool(writable[i])) for i in bad.nonzero()[0][:1].tolist()]
 
 
 def stale(context: Context, pages: Words, frames: Words, writable: Mask) -> Mask:

@@ -108,8 +108,15 @@ class Domain:
 
     def revoke_pages(self, pages: Words) -> None:
         """Forget the translations of `pages`, which may be large."""
-        if self.table.leaf_count:
-            self.table.scatter(self._some(pages), 0)
+        table = self.table
+        if not table.cells:
+            return
+        if len(pages) > FEW or has_large(pages):
+            table.scatter(self._some(pages), 0)
+            return
+        for page in pages.tolist():
+            if table.get(page):
+                table.set(page, 0)
 
     def _some(self, pages: Words) -> Words:
         """`pages` page by page; without large ones where there is no translation among them all, as is most common."""
@@ -149,7 +156,12 @@ class Domain:
 
     def suspend(self, pages: Words) -> None:
         """`pages` are on their way to the device itself: their translations answer EAGAIN until `resume` or `revoke_pages`."""
-        if not self.table.leaf_count:
+        if not self.table.cells:
+            return
+        if len(pages) <= FEW and not has_large(pages):
+            for page in pages.tolist():
+                if (entry := self.table.get(page)) & VALID:
+                    self.table.set(page, entry | SUSPENDED)
             return
         pages = self._some(pages)
         entries = self.table.gather(pages)
@@ -159,7 +171,12 @@ class Domain:
 
     def resume(self, pages: Words) -> None:
         """`pages` stayed where they were: what was suspended is good again."""
-        if not self.table.leaf_count:
+        if not self.table.cells:
+            return
+        if len(pages) <= FEW and not has_large(pages):
+            for page in pages.tolist():
+                if (entry := self.table.get(page)) & SUSPENDED:
+                    self.table.set(page, entry & ~SUSPENDED)
             return
         pages = self._some(pages)
         entries = self.table.gather(pages)

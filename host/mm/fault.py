@@ -11,6 +11,7 @@ has alone is made writable in place; one to a shared page (or to the zero page) 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -22,7 +23,7 @@ from hmmnet.pages import FEW, HUGE_PAGES, HUGE_SHIFT, ZERO_FRAME, ZONE_SHIFT, Wo
 
 from . import filehuge, huge, pte
 from .filemap import end_in, fault_around, file_offsets, map_file, read_fault
-from .guard import guarded
+from .guard import guarded, is_guard
 from .mm import Mm
 from .swap import swap_in
 from .vma import VM_SHARED, VM_UFFD_MISSING, Vma
@@ -57,6 +58,13 @@ _CAUSE[pte.EXCLUSIVE] = Cause.EXCLUSIVE
 _CAUSE[pte.MARKER] = Cause.MARKER
 _CAUSES = [Cause(int(number)) for number in _CAUSE]
 """The same as a list."""
+
+
+_SETTLED = (
+    (pte.KIND, pte.PRESENT, pte.YOUNG),
+    (pte.KIND | pte.WRITE, pte.WRITABLE, pte.YOUNG | pte.DIRTY | pte.SOFT_DIRTY),
+)
+"""For a load, and for a store: which bits of an entry tell that its page is there with the right, what they are then, what is set."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,12 +182,22 @@ def touch_one(mm: Mm, vma: Vma, page: int, write: bool) -> bool:
     return True
 
 
+def settled_few(mm: Mm, start: int, end: int, write: bool) -> bool:
+    """Whether all of a few pages are there, with the right, as mostly; then that is all of `touch`, without arrays."""
+    mask, there, bits = _SETTLED[write]
+    entries = mm.table.numbers(range(start, end))
+    for entry in entries:
+        if entry & mask != there:
+            return False
+    for page, entry in enumerate(entries, start):
+        if entry & bits != bits:
+            mm.table.mark_one(page, entry | bits)
+    return True
+
+
 def _settled(mm: Mm, pages: Words, entries: Words, write: bool) -> bool:
     """The case that costs least: every page is there, with the right. Keeps the accessed and dirty bits as hardware does."""
-    if write:
-        mask, there, bits = pte.KIND | pte.WRITE, pte.WRITABLE, pte.YOUNG | pte.DIRTY | pte.SOFT_DIRTY
-    else:
-        mask, there, bits = pte.KIND, pte.PRESENT, pte.YOUNG
+    mask, there, bits = _SETTLED[write]
     if len(pages) <= FEW:
         for entry in entries.tolist():
             if entry & mask != there:
@@ -335,6 +353,21 @@ def restore_exclusive(mm: Mm, pages: Words) -> None:
         mm.table.scatter(pages[held], back)
 
 
+def _zap_few(mm: Mm, mapped: Sequence[tuple[int, int]]) -> None:
+    """`zap` of a few pages with their entries, where nothing is mapped as a block, and no folio is folded."""
+    frames = []
+    for page, entry in mapped:
+        mm.table.ptes.set(page, 0)
+        kind = entry & pte.KIND
+        if kind == pte.SWAP:
+            mm.memory.swap.free(np.array([entry >> pte.FRAME_SHIFT], np.uint64))
+        elif kind != pte.MARKER and not entry & pte.SPECIAL:
+            mm.rss -= 1
+            if kind != pte.MIGRATION:
+                frames.append(entry >> pte.FRAME_SHIFT)
+    mm.memory.unmap_few(frames)
+
+
 def zap(mm: Mm, pages: Words) -> None:
     """Drop what is mapped at `pages` (zap_pte_range); last references go back to the allocator or the driver."""
     entries = mm.table.gather(pages)
@@ -359,7 +392,13 @@ def zap_range(mm: Mm, start: int, end: int, *, guards: bool = False) -> None:
     if len(blocks):
         huge.zap(mm, blocks)
     pages = mm.table.occupied(start, end)
-    if not guards and len(pages):
+    if len(pages) <= FEW and not mm.table.pmd_count and not mm.memory.has_folded:
+        numbers = pages.tolist()
+        entries = mm.table.numbers(numbers)
+        left = [(page, entry) for page, entry in zip(numbers, entries, strict=True) if guards or not is_guard(entry)]
+        _zap_few(mm, left)
+        return
+    if not guards:
         pages = pages[~guarded(mm.table.gather(pages))]
     if len(pages):
         zap(mm, pages)

@@ -20,7 +20,7 @@ import trio
 from hmmnet.errors import BusError, HmmnetError, InjectedError, KernelError, OutOfMemory, SegmentationFault, SignalError
 from hmmnet.faults.injector import Points
 from hmmnet.host.interfaces import NO_OWNER, Event
-from hmmnet.pages import HUGE_PAGES, PAGE_SHIFT, ZONE_SHIFT, Words, all_of, any_of
+from hmmnet.pages import FEW, HUGE_PAGES, PAGE_SHIFT, ZONE_SHIFT, Words, all_of, any_of
 from hmmnet.sleeping import sleep
 
 from . import fault, huge, pte
@@ -159,6 +159,9 @@ class Faulting:
             stop = min(end, vma.end)
             try:
                 if stop - page == 1 and fault.touch_one(self.mm, vma, page, write):
+                    page = stop
+                    continue
+                if stop - page <= FEW and fault.settled_few(self.mm, page, stop, write):
                     page = stop
                     continue
                 pages = np.arange(page, stop, dtype=np.uint64)

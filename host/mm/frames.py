@@ -385,6 +385,11 @@ class PhysicalMemory(Contents):
             group.uncharge(1)
         return self.allocate_one(mapping, index, node, group) if self._reclaimed() else None
 
+    @property
+    def has_folded(self) -> bool:
+        """Whether there are folded folios."""
+        return any(zone.folded_count for zone in self.zones.values())
+
     def put(self, frames: Words) -> None:
         """Drop one reference of each of `frames` (distinct); those without any left are freed."""
         for zone, rows, where in self.groups(frames):
@@ -472,9 +477,18 @@ class PhysicalMemory(Contents):
 
     def unmap(self, frames: Words) -> None:
         """One mapping of each of `frames` (distinct) goes, with its reference."""
-        for zone, _, where in self.groups(frames):
+        for zone, rows, where in self.groups(frames):
             zone.mapcount[where] -= 1
-        self.put(frames)
+            zone.refcount[where] -= 1
+            self.free_unused(zone, frames[rows], where)
+
+    def unmap_few(self, frames: list[int]) -> None:
+        """`unmap` without arrays, of frames that have states of their own."""
+        for frame in frames:
+            zone = self.zones[frame >> ZONE_SHIFT]
+            zone.cells.mapcount[frame - zone.base] -= 1
+        if frames:
+            self.put_few(frames)
 
     # --- folded folios, by their heads --------------------------------------------------------------------------------------------
 

@@ -17,7 +17,13 @@ from .mm import Mm
 from .vma import VM_HUGETLB, VM_LOCKED, VM_MAYBE_GUARD, VM_SPECIAL, Vma
 
 GUARD = pte.entry(pte.MARKER, pte.MARKER_GUARD)
-_WHAT = np.uint64(pte.KIND | ~pte.BITS & (1 << 64) - 1)
+_WHAT_BITS = pte.KIND | ~pte.BITS & (1 << 64) - 1
+_WHAT = np.uint64(_WHAT_BITS)
+
+
+def is_guard(entry: int) -> bool:
+    """Whether it is a guard's."""
+    return entry & _WHAT_BITS == GUARD
 
 
 def guarded(entries: Words) -> npt.NDArray[np.bool_]:

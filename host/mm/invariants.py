@@ -126,7 +126,7 @@ def check_unfolded(memory: PhysicalMemory, mm: Mm, small: Words) -> None:
 
 def check_folded(zone: Zone, *, quiet: bool) -> None:
     """Folded folios are large ones, in use (or granted, while a migration runs), and say nothing but at their heads."""
-    blocks = np.flatnonzero(zone.folded)
+    blocks = zone.folded.nonzero()[0]
     assert len(blocks) == zone.folded_count, f"{zone.owner}: {len(blocks)} folios are folded, counted are {zone.folded_count}"
     for block in blocks.tolist():
         head, rest = block << HUGE_SHIFT, slice((block << HUGE_SHIFT) + 1, (block + 1) << HUGE_SHIFT)

@@ -145,14 +145,15 @@ class _Frames:
         """The frames whose struct pages the last look found to be others: all, and those that the rules of entries look at."""
         self._state = np.zeros((len(STATE), 0), np.uint32)
         self._index = np.zeros(0, np.uint64)
-        self.raw = b"", b"", b""
-        """The struct pages at the last look: states, indices, which are folded."""
+        self._folds = b""
+        self.raw = b"", b""
+        """The struct pages at the last look: states, and which are folded; indices."""
         self._watch_used()
 
     def _watch_used(self) -> None:
         """Make the views at which who looks looks: making them takes as long as the look."""
         zone, used = self.zone, self.used
-        self.states, self.indices, self.folds = zone.state[:, :used], zone.index[:used], zone.folded[: (used >> HUGE_SHIFT) + 1]
+        self.states, self.indices = zone.state[:, :used], zone.index[:used]
 
     def grow(self) -> None:
         """Frames have come into use."""
@@ -172,14 +173,16 @@ class _Frames:
             np.add.at(counts, where, step)
         self.touched.append(where)
 
-    def look(self, raw: tuple[bytes, bytes, bytes]) -> None:
+    def look(self, raw: tuple[bytes, bytes]) -> None:
         """The struct pages, which are `raw` now, are others than they were: `changed` then, and `loud` for the rules of entries.
 
         `over` forgets it.
         """
         used = self.used
-        self.folded = raw[2] != self.raw[2]
-        state, numbers = np.frombuffer(raw[0], np.uint32).reshape(len(STATE), used), np.frombuffer(raw[1], np.uint64)
+        every, numbers = np.frombuffer(raw[0], np.uint32).reshape(len(STATE) + 1, used), np.frombuffer(raw[1], np.uint64)
+        state, folds = every[:-1], every[-1].tobytes()
+        self.folded = folds[: len(self._folds)] != self._folds or any(folds[len(self._folds) :])
+        self._folds = folds
         if self.folded or self.zone.folded_count:
             self.changed = self.loud = np.arange(used)  # the state of a head is that of all its frames
         else:
@@ -299,7 +302,7 @@ class Ledger:
             zone, allocator = seen.zone, seen.allocator
             if seen.used != (zone.offered if allocator is None else allocator.fresh - zone.base):  # `zone.used`
                 seen.grow()
-            raw = seen.states.tobytes(), seen.indices.tobytes(), seen.folds.tobytes()
+            raw = seen.states.tobytes(), seen.indices.tobytes()
             if raw != seen.raw:
                 seen.look(raw)
                 others.append(seen)

@@ -13,7 +13,7 @@ has one count to change instead of 512 (the methods of `PhysicalMemory` named `_
 from __future__ import annotations
 
 import mmap
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from hmmnet.arena import MAP_NORESERVE, Arena
 from hmmnet.pages import (
+    FEW,
     HUGE_PAGES,
     HUGE_SHIFT,
     ZERO_FRAME,
@@ -99,8 +100,8 @@ class Zone:
         self.owner = owner
         self.base = number << ZONE_SHIFT
         self.count = count
-        self.state: npt.NDArray[np.uint32] = lazy_array(len(STATE) * count, np.uint32).reshape(len(STATE), count)
-        """The arrays named in `STATE`, one a row: for who wants to know whether anything has changed."""
+        self.state: npt.NDArray[np.uint32] = lazy_array((len(STATE) + 1) * count, np.uint32).reshape(len(STATE) + 1, count)
+        """The arrays named in `STATE`, one a row, and `folded` as another: for who wants to know whether anything has changed."""
         self.refcount: npt.NDArray[np.int32] = self.state[0].view(np.int32)
         self.mapcount: npt.NDArray[np.int32] = self.state[1].view(np.int32)
         self.pincount: npt.NDArray[np.int32] = self.state[2].view(np.int32)
@@ -108,7 +109,7 @@ class Zone:
         self.mapping: npt.NDArray[np.uint32] = self.state[4]
         self.index: npt.NDArray[np.uint64] = lazy_array(count, np.uint64)
         self.cells = Cells(self)
-        self.folded: npt.NDArray[np.bool_] = lazy_array((count >> HUGE_SHIFT) + 1, np.bool_)
+        self.folded: npt.NDArray[np.bool_] = self.state[len(STATE)].view(np.bool_)[: (count >> HUGE_SHIFT) + 1]
         """Which aligned blocks of 512 frames have their state at the first."""
         self.folded_count = 0
         self.on_free: Callable[[Words], None] | None = None
@@ -236,11 +237,21 @@ class Zone:
 
     def idle(self, frames: Words) -> bool:
         """Whether all `frames` lie here, differ, and have no reference: what a driver may offer as a destination."""
+        if len(frames) <= FEW and not self.folded_count:
+            return self._idle_few(frames.tolist())
         if not self.holds(frames):
             return False
         return not bits_in_any(self.seen("refcount", self.index_of(frames))) and (
             is_one_run(frames) or len(np.unique(frames)) == len(frames)
         )
+
+    def _idle_few(self, frames: Sequence[int]) -> bool:
+        """`idle` of a few frames, where none is folded."""
+        for frame in frames:
+            at = frame - self.base
+            if not 0 <= at < self.count or self.cells.refcount[at]:
+                return False
+        return len(set(frames)) == len(frames)
 
 
 class CpuZone(Zone):
