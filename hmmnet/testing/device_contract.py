@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
+from functools import partial
 from types import MappingProxyType
 from typing import Any, ClassVar, TypeAlias
 
@@ -43,6 +44,8 @@ FIGURES = {
 }  # fmt: skip
 
 Check: TypeAlias = Callable[[ScriptedHost, Model], Awaitable[None]]
+BUSY_S = 0.1
+"""Virtual seconds in which whoever need not wait is done."""
 LIMIT_S = 20.0
 """Virtual seconds of one check."""
 
@@ -145,6 +148,72 @@ async def drops_what_is_invalidated(host: ScriptedHost, device: Model) -> None:
         left = (mirror.range(PAGE, PAGE + 8) != 0).tolist()
     assert left[:2] == [True, True]
     assert left[2:4] == [False, False]
+
+
+async def drops_at_once(host: ScriptedHost, device: Model) -> None:
+    """Entries are gone before the device looks at any later message, however long its answer takes."""
+    host.mmap(PAGE, 4)
+    await prefetch(host, PAGE, 4)
+    mirror = device.contexts[1].context.mirror
+    answers = [host.session.begin(message) for message in host.announcements(PAGE, PAGE + 4, "soft_dirty")]
+    await host.figures()
+    assert not mirror.range(PAGE, PAGE + 4).any()
+    for answer in answers:
+        await answer.wait()
+
+
+async def answers_when_its_dma_is_over(host: ScriptedHost, device: Model) -> None:
+    """While it reads or writes memory of the host it has not let go of it, and does not say that it has."""
+    at = host.mmap(PAGE, 1)
+    await host.cpu_write(at, bytes(PAGE_SIZE))
+    for kind, kernel, arguments in ((m.DmaRead, "peek", {"n": 1}), (m.DmaWrite, "poke", {"words": b"\x07" * 8})):
+        begun, goes_on, answered = trio.Event(), trio.Event(), trio.Event()
+
+        async def held(begun: trio.Event = begun, goes_on: trio.Event = goes_on) -> None:
+            begun.set()
+            await goes_on.wait()
+
+        async def invalidate(answered: trio.Event = answered) -> None:
+            async with host.invalidated(PAGE, PAGE + 1, "soft_dirty"):
+                answered.set()
+
+        host.pauses[kind] = held
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(partial(host.launch, kernel, "remote", a=at, **arguments))
+            await begun.wait()
+            nursery.start_soon(invalidate)
+            await trio.sleep(BUSY_S)
+            assert not answered.is_set(), f"answered while its {kind.__name__} was under way"
+            goes_on.set()
+    assert await host.cpu_read(at, 8) == b"\x07" * 8
+
+
+async def lets_go_when_its_lease_is_over(host: ScriptedHost, device: Model) -> None:
+    """Told by nobody it uses no translation any more; when the host is gone its jobs end, too."""
+    host.mmap(PAGE, 8)
+    await prefetch(host, PAGE, 8)
+    mirror = device.contexts[1].context.mirror
+    assert mirror.mapped_count() == 8
+    device.drop_mirrors()
+    assert mirror.mapped_count() == 0
+    begun, goes_on, done = trio.Event(), trio.Event(), list[m.Finished]()
+
+    async def held() -> None:
+        begun.set()
+        await goes_on.wait()
+
+    async def job() -> None:
+        with suppress(RemoteError, KernelError):
+            done.append(await host.launch("reduction", "remote", a=host.mmap(PAGE + 4096, 1), n=512))
+
+    host.pauses[m.RangeFault] = held
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(job)
+        await begun.wait()
+        device.fence()
+        assert mirror.mapped_count() == 0
+        goes_on.set()
+    assert not done, "a job went on without a host"
 
 
 async def drops_before_it_copies_out(host: ScriptedHost, device: Model) -> None:
@@ -335,6 +404,9 @@ CHECKS: tuple[Check, ...] = (
     zeroes_what_was_used,
     gives_single_pages_back,
     drops_what_is_invalidated,
+    drops_at_once,
+    answers_when_its_dma_is_over,
+    lets_go_when_its_lease_is_over,
     drops_before_it_copies_out,
     survives_late_and_unknown_invalidations,
     refuses_bad_copies,

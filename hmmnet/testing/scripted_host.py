@@ -60,6 +60,14 @@ class Model(Protocol):
     contexts: dict[int, Any]
     """Its open contexts by number."""
 
+    def drop_mirrors(self) -> None:
+        """Its lease is over."""
+        ...
+
+    def fence(self) -> None:
+        """The host is gone."""
+        ...
+
 
 @dataclass
 class Entry:
@@ -267,17 +275,24 @@ class ScriptedHost:
     @asynccontextmanager
     async def invalidated(self, start: int, end: int, event: str, owner: int = -1) -> AsyncIterator[None]:
         """Devices are quiet in [start, end)."""
-        self.sequence |= 1
-        for number, subscription in list(self.subscriptions.items()):
-            if owner == self.zone or subscription.end <= start or end <= subscription.start:
-                continue
-            self.sequence += 2
-            self.told[number] = self.sequence
-            await self.session.ask(m.Invalidate(subscription.context, number, start, end, event, owner, self.sequence), m.Done)
+        for message in self.announcements(start, end, event, owner):
+            await self.session.ask(message, m.Done)
         for page in [page for page in self.domain if start <= page < end]:
             del self.domain[page]
         yield
         self.sequence += 1
+
+    def announcements(self, start: int, end: int, event: str, owner: int = -1) -> list[m.Invalidate]:
+        """What tells every subscription that concerns [start, end); who reads there from now on has to read again."""
+        self.sequence |= 1
+        made = []
+        for number, subscription in self.subscriptions.items():
+            if owner == self.zone or subscription.end <= start or end <= subscription.start:
+                continue
+            self.sequence += 2
+            self.told[number] = self.sequence
+            made.append(m.Invalidate(subscription.context, number, start, end, event, owner, self.sequence))
+        return made
 
     def _subscribe(self, message: m.Subscribe) -> m.Subscribed:
         number = 100 + len(self.subscriptions)

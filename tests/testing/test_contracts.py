@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Coroutine
 from errno import EINVAL
 from itertools import count
 from random import Random
@@ -59,6 +59,43 @@ class Forgetful(Gpu):
         return None
 
 
+class Sluggish(Gpu):
+    """Drops its entries when it comes to it."""
+
+    def invalidate(self, message: Invalidate) -> Awaitable[None] | None:
+        return self._later(message)
+
+    async def _later(self, message: Invalidate) -> None:
+        await trio.sleep(0.001)
+        rest = super().invalidate(message)
+        if rest is not None:
+            await rest
+
+
+class Hasty(Gpu):
+    """Does not wait for its DMA."""
+
+    def invalidate(self, message: Invalidate) -> Awaitable[None] | None:
+        rest = super().invalidate(message)
+        if isinstance(rest, Coroutine):
+            rest.close()
+        return None
+
+
+class Clinging(Gpu):
+    """Goes on as if the host were there."""
+
+    def drop_mirrors(self) -> None:
+        pass
+
+
+class Tireless(Gpu):
+    """Lets go of its entries, and has its jobs go on."""
+
+    def fence(self) -> None:
+        self.drop_mirrors()
+
+
 class Lossy(Gpu):
     """Does not zero the pages that it is told to."""
 
@@ -89,6 +126,10 @@ class Obliging(Gpu):
     ("model", "check"),
     [
         (Deaf, device_contract.drops_what_is_invalidated),
+        (Sluggish, device_contract.drops_at_once),
+        (Hasty, device_contract.answers_when_its_dma_is_over),
+        (Clinging, device_contract.lets_go_when_its_lease_is_over),
+        (Tireless, device_contract.lets_go_when_its_lease_is_over),
         (Forgetful, device_contract.drops_before_it_copies_out),
         (Lossy, device_contract.zeroes_what_was_used),
         (Hoarder, device_contract.keeps_data_there_and_back),
