@@ -37,6 +37,7 @@ from hmmnet.pages import (
     run_bounds,
     to_wire,
 )
+from hmmnet.sleeping import Completion
 from hmmnet.wire.messages import Migrate, RangeFault
 
 from .access import Foreign
@@ -82,7 +83,7 @@ class _Dma:
 
     first: int
     last: int
-    ended: trio.Event = field(default_factory=trio.Event)
+    ended: Completion = field(default_factory=Completion)
 
 
 class Context:

@@ -23,6 +23,7 @@ import trio
 
 from hmmnet.errors import HmmnetError, KernelError
 from hmmnet.pages import PAGE_SHIFT, Words
+from hmmnet.sleeping import Completion
 from hmmnet.wire import crashes
 
 from .access import Access, AccessError, Array, JobError, Kernel, Load, LoadRange, Request, Steps, Update, open_access
@@ -210,7 +211,7 @@ class Engine:
                 f"page 0x{page:x} is not mapped on this device, which cannot fault (fault_capable = false): migrate it there before the job"
             )
             raise AccessError(access.first_address(page), why)
-        replayed = trio.Event()
+        replayed = Completion()
         ticket = Ticket(missing, access.write, placement, replayed.set)
         self._service.buffer.push(ticket)
         self._service.interrupt()

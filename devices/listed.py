@@ -66,6 +66,10 @@ def positioned(start: int, end: int, pages: Words, frames: Words) -> Words:
     """`frames`, for `pages` of [start, end), position by position: 0 for pages that are not among them."""
     if pages_in(pages) == end - start:
         return frames
+    if not has_large(pages):
+        listed = np.zeros(end - start, np.uint64)
+        listed[pages - np.uint64(start)] = frames
+        return listed
     gaps = np.setdiff1d(np.arange(start, end, dtype=np.uint64), page_by_page(pages), assume_unique=True)
     order = np.argsort(np.concatenate((pages & _PAGE, gaps)), kind="stable")
     return np.concatenate((frames, np.zeros(len(gaps), np.uint64)))[order]

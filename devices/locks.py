@@ -14,6 +14,8 @@ from types import TracebackType
 
 import trio
 
+from hmmnet.sleeping import Completion
+
 
 class Turn:
     """One operation's turn on [start, end), as an async context manager."""
@@ -24,7 +26,7 @@ class Turn:
         self._turns = turns
         self.start = start
         self.end = end
-        self.ended: trio.Event | None = None
+        self.ended: Completion | None = None
         """For those who wait for the end of this one, once there are some."""
 
     async def __aenter__(self) -> None:
@@ -41,7 +43,7 @@ class Turn:
         """Return when it has ended."""
         if self in self._turns:
             if self.ended is None:
-                self.ended = trio.Event()
+                self.ended = Completion()
             await self.ended.wait()
         else:
             await trio.lowlevel.checkpoint()

@@ -34,6 +34,7 @@ from hmmnet.fabric.dma import BulkReceiver, BulkSender
 from hmmnet.faults.injector import Injector, Points
 from hmmnet.lifeline import stop_on_signal, wait_ended
 from hmmnet.observe.logs import log_to
+from hmmnet.sleeping import Completion
 from hmmnet.wire.client import connect
 from hmmnet.wire.messages import PROTOCOL_VERSION, Hello, Welcome
 from hmmnet.wire.secrets import read_secret
@@ -95,7 +96,7 @@ async def serve(
     """
     emulated = clock or EmulatedClock()
     hello = Hello(PROTOCOL_VERSION, "device", name, incarnation, pid or os.getpid(), secret)
-    over = trio.Event()
+    over = Completion()
     device: Device | None = None
     injector = None
     if points is None:  # nobody else decides what goes wrong here: the host may, over the session

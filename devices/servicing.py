@@ -44,7 +44,7 @@ from hmmnet.pages import (
     distinct,
     runs_of,
 )
-from hmmnet.sleeping import sleep
+from hmmnet.sleeping import Completion, sleep
 
 from .context import MIGRATE_PAGES_MAX, Context, cut
 from .faultbuffer import Batch, FaultBuffer
@@ -98,7 +98,7 @@ class FaultService:
         self._now = clock.now
         self._thrashing = Thrashing(f"{name} {context.process.number} {context.number}")
         self._compound = compound
-        self._wake = trio.Event()
+        self._wake = Completion()
         self._policies: dict[str, Planned] = {}
         self._stays = np.zeros(0, np.uint64)
         """Pages that would not move, and are left where they are until `_stays_until_s`."""
@@ -123,7 +123,7 @@ class FaultService:
             batch = self.buffer.fetch(self.buffer.entries)
             if batch is None:
                 await self._wake.wait()
-                self._wake = trio.Event()
+                self._wake = Completion()
                 continue
             began_s = self._now()
             points = self._context.points

@@ -171,6 +171,42 @@ class Bell:
             RUN.runner.reschedule(self._who.pop(), capture(raise_cancel))
 
 
+class Completion:
+    """struct completion: `trio.Event`, whose waits cost what a bell's do, and which is completed for all who wait or will."""
+
+    __slots__ = ("_set", "_who")
+
+    def __init__(self) -> None:
+        self._set = False
+        self._who: list[Task] = []
+
+    def is_set(self) -> bool:
+        """See `trio.Event`."""
+        return self._set
+
+    def set(self) -> None:
+        """See `trio.Event`."""
+        if not self._set:
+            self._set = True
+            for task in self._who:
+                RUN.runner.reschedule(task, WORD)
+            self._who.clear()
+
+    async def wait(self) -> None:
+        """See `trio.Event`."""
+        if self._set:
+            await trio.lowlevel.checkpoint()
+            return
+        task, who = RUN.task, self._who
+        who.append(task)
+
+        def leave(_: object) -> Abort:
+            who.remove(task)
+            return Abort.SUCCEEDED
+
+        await suspended(leave)
+
+
 _STAYING: dict[Bell, tuple[TrioToken, Callable[[], NoReturn]]] = {}
 """Who has been cancelled and waits on: in which run, and what it is to raise if it must not."""
 

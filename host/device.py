@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import trio
 
 from hmmnet.errors import KernelError
+from hmmnet.sleeping import Completion
 from hmmnet.topology import DeviceSpec
 
 from .devmem import PageMap
@@ -118,7 +119,7 @@ class Device:
         self.life: Life | None = None
         self.lives = 0
         self.last_loss = ""
-        self._changed = trio.Event()
+        self._changed = Completion()
 
     def begin(self, life: Life) -> None:
         """The device is there."""
@@ -128,7 +129,7 @@ class Device:
     def serves(self, life: Life) -> None:
         """That life has answered a request."""
         life.serving = True
-        changed, self._changed = self._changed, trio.Event()
+        changed, self._changed = self._changed, Completion()
         changed.set()
 
     def end(self, life: Life, cause: str) -> None:

@@ -23,10 +23,9 @@ from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import Protocol
 
-import trio
-
 from hmmnet.faults.injector import Points
 from hmmnet.pages import PAGES_MAX
+from hmmnet.sleeping import Completion
 
 from .interfaces import NO_OWNER, Acknowledgement, DeviceLink, Event
 from .notifier import MmuNotifier, Subscription
@@ -149,7 +148,7 @@ class Hub:
         """Invalidations sent to devices so far."""
         self.watch: Callable[[int, int, str, int], None] | None = None
         """Called with (start, end, event, devices told) when mirrors are told to drop a range."""
-        self._turned_even: trio.Event | None = None
+        self._turned_even: Completion | None = None
         """Who waits for the sequence to turn even; mostly nobody does."""
 
     def invalidate(self, event: Event, start: int, end: int, owner: int = NO_OWNER) -> AbstractAsyncContextManager[object]:
@@ -193,7 +192,7 @@ class Hub:
     async def _even(self) -> None:
         """Return when the sequence next turns even."""
         if self._turned_even is None:
-            self._turned_even = trio.Event()
+            self._turned_even = Completion()
         await self._turned_even.wait()
 
     def too_late(self, subscription: Subscription, what: str) -> None:

@@ -39,7 +39,7 @@ from hmmnet.pages import (
     pages_in,
     to_wire,
 )
-from hmmnet.sleeping import shortest_now, sleep
+from hmmnet.sleeping import Completion, shortest_now, sleep
 from hmmnet.topology import DeviceSpec
 from hmmnet.wire.messages import INLINE_BYTES_MAX, PAGES_PER_MESSAGE_MAX, Copied, CopyIn, CopyOut, Done, FreeFrames, Invalidate, Message
 from hmmnet.wire.session import PendingReply, Session
@@ -174,10 +174,10 @@ class SessionLink:
         """Frames that were freed one by one since the last of those."""
         self._moved: list[tuple[int, int, float, float, float]] = []
         """Pages that came with answers and are not counted yet: frame, bytes, start, due, end."""
-        self._something_to_tell = trio.Event()
+        self._something_to_tell = Completion()
         self._telling = False
         """Whether that is set."""
-        self._fenced = trio.Event()
+        self._fenced = Completion()
         self._fence_at = 0.0
         self.points = interconnect.points
         self._now = shortest_now()
@@ -504,7 +504,7 @@ class SessionLink:
         """Tell the device of freed frames, and settle accounts, from time to time, until cancelled."""
         while True:
             await self._something_to_tell.wait()
-            self._something_to_tell = trio.Event()
+            self._something_to_tell = Completion()
             self._telling = False
             await sleep(self._interconnect.clock.real(FREE_DELAY_S if self._freed else SINGLES_DELAY_S))
             self.flush_freed()

@@ -34,6 +34,7 @@ from hmmnet.faults.network import Network
 from hmmnet.faults.taps import TappedChannel, TappedListener
 from hmmnet.faults.targets import check_target
 from hmmnet.pages import Words
+from hmmnet.sleeping import Completion
 from hmmnet.topology import Topology
 from hmmnet.wire.exchange import HEARTBEAT_S, LEASE_S, RETRY_S
 from hmmnet.wire.messages import Call, Hello, Inject, Inspect, Rate, Recall
@@ -271,7 +272,7 @@ class Host:
         self.interconnect.attach(life.page_map.zone, spec.node)
         self.links[zone] = link
         self.devices[spec.name].begin(life)
-        over = trio.Event()
+        over = Completion()
 
         def lost(cause: PeerLost) -> None:
             removed = life.page_map.removed
@@ -298,7 +299,7 @@ class Host:
         if self.on_change is not None and not self._ending:
             self.on_change(device, state, how)
 
-    async def _live(self, life: Life, session: Session, connecting: Connecting, over: trio.Event) -> None:
+    async def _live(self, life: Life, session: Session, connecting: Connecting, over: Completion) -> None:
         """Everything that runs for one life of a device, and its burial."""
         try:
             async with trio.open_nursery() as nursery:

@@ -8,11 +8,12 @@ from typing import TypeVar
 import outcome
 import pytest
 import trio
+import trio.testing
 from trio.testing import MockClock
 
 from hmmnet import sleeping
 from hmmnet.sim import run_virtual
-from hmmnet.sleeping import WORD, Bell, PublicRun, Suspension, sleep
+from hmmnet.sleeping import WORD, Bell, Completion, PublicRun, Suspension, sleep
 
 T = TypeVar("T")
 
@@ -79,6 +80,39 @@ def test_a_wait_can_be_cancelled_or_not(run: Callable[[Callable[[], Awaitable[li
         return ends
 
     assert run(main) == pytest.approx([1.0, 3.0, 1.0])
+
+
+@RUNS
+def test_a_completion_is_for_all_who_wait_and_will(run: Callable[[Callable[[], Awaitable[list[float]]]], list[float]]) -> None:
+    """Who was cancelled meanwhile is not woken; who comes later has a checkpoint."""
+
+    async def main() -> list[float]:
+        ends: list[float] = []
+        done = Completion()
+
+        async def wait(limit_s: float) -> None:
+            with trio.move_on_after(limit_s):
+                await done.wait()
+            ends.append(trio.current_time() - began_s)
+
+        began_s = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            for limit_s in (1.0, 3.0, 4.0):
+                nursery.start_soon(wait, limit_s)
+            await sleep(2.0)
+            assert not done.is_set()
+            done.set()
+            done.set()
+            assert done.is_set()
+        with trio.testing.assert_checkpoints():
+            await done.wait()
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await done.wait()
+        assert scope.cancelled_caught
+        return ends
+
+    assert run(main) == pytest.approx([1.0, 2.0, 2.0])
 
 
 @pytest.mark.parametrize("known", [True, False])

@@ -42,7 +42,7 @@ from hmmnet.fabric.dma import BulkReceiver, BulkSender
 from hmmnet.faults.effects import DeviceEffect
 from hmmnet.faults.injector import Injector, Points
 from hmmnet.pages import LARGE, PAGES_MAX, Words, ascending, from_wire, page_by_page, to_wire
-from hmmnet.sleeping import sleep
+from hmmnet.sleeping import Completion, sleep
 from hmmnet.units import show_size
 from hmmnet.wire.messages import (
     ARGUMENT_BYTES_MAX,
@@ -108,7 +108,7 @@ class Opened:
     engine: Engine
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     jobs: dict[int, trio.CancelScope] = field(default_factory=dict)
-    closed: trio.Event = field(default_factory=trio.Event)
+    closed: Completion = field(default_factory=Completion)
 
 
 class Device:
@@ -143,7 +143,7 @@ class Device:
         """(process, mirror) of every open context: for who checks them after every step."""
         self._slot_last = 0
         self._closed_traffic = Traffic()
-        self._freed = trio.Event()
+        self._freed = Completion()
         self._trim = wiring.trim
         self._session = wiring.session
         self.carrier = injection.carrier_of(self, wiring)
@@ -370,7 +370,7 @@ class Device:
         """Give memory that is not wanted any more back to the operating system."""
         while True:
             await self._freed.wait()
-            self._freed = trio.Event()
+            self._freed = Completion()
             await sleep(self.clock.real(IDLE_S))
             self.memory.grow_older()
             while self.memory.has_idle:

@@ -85,7 +85,8 @@ class EmulatedClock(trio.abc.Clock):
 
     def real_until(self, emulated_s: float) -> float:
         """Real seconds until that emulated moment; negative when it has passed."""
-        return (emulated_s - self.now()) / self.rate
+        now_s = self.epoch_emulated_s + (self._monotonic() - self.epoch_monotonic_s) * self.rate  # `now`, without a call
+        return (emulated_s - now_s) / self.rate
 
     def real(self, seconds: float) -> float:
         """What to hand to trio's timeouts of this run for `seconds` real seconds."""

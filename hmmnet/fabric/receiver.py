@@ -22,6 +22,7 @@ import trio
 import xxhash
 
 from hmmnet.errors import PeerError, ProtocolError
+from hmmnet.sleeping import Completion
 from hmmnet.wire.shortwait import BulkStream
 from hmmnet.wire.transport import Channel, Payload
 
@@ -55,7 +56,7 @@ class Arrival:
         self.rate_of = rate_of
         self.arrives_s = arrives_s
         self._receiver = receiver
-        self._event = trio.Event()
+        self._event = Completion()
         self._error: str | None = None
         self._moving = BulkStream()
 

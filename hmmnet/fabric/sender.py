@@ -15,7 +15,7 @@ import trio
 import xxhash
 
 from hmmnet.errors import HmmnetError, PeerError, ProtocolError, Unreachable
-from hmmnet.sleeping import Bell, sleep
+from hmmnet.sleeping import Bell, Completion, sleep
 from hmmnet.wire.shortwait import BulkStream
 from hmmnet.wire.transport import Channel
 
@@ -90,7 +90,7 @@ class BulkSender:
         """Awaited before each chunk; an error it raises ends the stream."""
         self._streams: dict[int, _Outgoing] = {}
         self._closed: str | None = None
-        self._ring_used = trio.Event()
+        self._ring_used = Completion()
         self._abandoned: dict[int, tuple[Abort, int]] = {}
         """Streams that were given up, until the receiver says that it has heard of it: what it is told, and how often it was."""
         self._nursery: trio.Nursery | None = None
@@ -263,7 +263,7 @@ class BulkSender:
         """When no chunk has lain in the ring for a while, give its memory back to the operating system."""
         while True:
             await self._ring_used.wait()
-            self._ring_used = trio.Event()
+            self._ring_used = Completion()
             await sleep(self._clock.real(IDLE_S))
             if not self._ring_used.is_set() and ring.slots.idle:
                 ring.discard()

@@ -253,8 +253,12 @@ class Injector:
 
     def passes(self, point: str, node: str, device: str) -> bool:
         """Whether nothing can happen there, as is mostly so: then it is passed, and counted."""
-        if node in self.stopped or (point in self.awaited and self._may_happen(point, node, device)):
+        if node in self.stopped:
             return False
+        if point in self.awaited:
+            found = self._candidates.get((point, node, device))
+            if self._may_happen(point, node, device) if found is None else found:
+                return False
         self.reached[point] += 1
         return True
 

@@ -14,6 +14,7 @@ import trio
 from hmmnet.errors import HmmnetError
 from hmmnet.faults.messages import Channel
 from hmmnet.faults.network import Network
+from hmmnet.sleeping import Completion
 from hmmnet.wire.memory_transport import MemoryChannel, MemoryTransport
 from hmmnet.wire.transport import CHANNEL_BYTES_MAX
 
@@ -67,5 +68,5 @@ class Node:
     scope: trio.CancelScope
     incarnation: int
     device: Any = None
-    ended: trio.Event = field(default_factory=trio.Event)
+    ended: Completion = field(default_factory=Completion)
     failure: HmmnetError | None = None

@@ -5,7 +5,8 @@ on one. Seeded, and with the tasks in a fixed order before the shuffle, that gen
 with other seeds. trio has no public name for either; testing libraries reach for the same two (`_r`, `_ALLOW_DETERMINISTIC_SCHEDULING`).
 Nor has it one for who waits in `wait_all_tasks_blocked`, which a clock that jumps has to know (`tasks_wait_for_idle`), nor for the scopes
 that tasks are in (`drop_shields`), nor for whom the scheduler asks at each step of a task (`Hooks`), nor for the files in which it waits
-for the world outside, which a run that is forked must not share (`part`), and at which it need not look in every round (`rounds`).
+for the world outside, which a run that is forked must not share (`part`), and at which it need not look in every round (`rounds`), nor for
+how a scope enters its deadline (`deadlines`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from trio.abc import Instrument
 from hmmnet.errors import HmmnetError
 from hmmnet.sleeping import unshield
 
+from .deadlines import REGISTERING, registering
 from .rounds import FILES, files
 
 CHANCE = "_r"
@@ -34,6 +36,9 @@ IDLE = "waiting_for_idle"
 HOOKS = "Instruments"
 """Whom the scheduler tells of what it does."""
 THEIRS = getattr(trio_run, HOOKS, None)
+KNOWN_BITS = 64
+BITS = tuple(map(int.bit_length, range(KNOWN_BITS)))
+"""How many bits the numbers take that are asked for: of tasks in a round."""
 
 
 @contextmanager
@@ -43,14 +48,22 @@ def seeded(seed: int) -> Iterator[None]:
     known = all(hasattr(trio_run, name) for name in (ORDERED, HOOKS, FILES)) and hasattr(trio_run.Runner, IDLE)
     if not isinstance(chance, Random) or not known:
         raise HmmnetError(f"trio {version('trio')} cannot be scheduled from a seed: hmmnet does not know its inside; use another trio")
-    before = {name: getattr(trio_run, name) for name in (CHANCE, ORDERED, HOOKS, FILES)}
-    for name, ours in ((CHANCE, Shuffler(seed)), (ORDERED, True), (HOOKS, Hooks), (FILES, files())):
-        setattr(trio_run, name, ours)
+    places: list[tuple[Any, str, Any]] = [
+        (trio_run, CHANCE, Shuffler(seed)),
+        (trio_run, ORDERED, True),
+        (trio_run, HOOKS, Hooks),
+        (trio_run, FILES, files()),
+        (trio.CancelScope, REGISTERING, registering()),
+    ]
+    before = [(place, name, getattr(place, name)) for place, name, ours in places if ours is not None]
+    for place, name, ours in places:
+        if ours is not None:
+            setattr(place, name, ours)
     try:
         yield
     finally:
-        for name, theirs in before.items():
-            setattr(trio_run, name, theirs)
+        for place, name, theirs in before:
+            setattr(place, name, theirs)
 
 
 class Shuffler(Random):
@@ -61,7 +74,7 @@ class Shuffler(Random):
         draw = self.getrandbits
         for last in range(len(x) - 1, 0, -1):
             count = last + 1
-            bits = count.bit_length()
+            bits = BITS[count] if count < KNOWN_BITS else count.bit_length()
             other = draw(bits)
             while other >= count:
                 other = draw(bits)

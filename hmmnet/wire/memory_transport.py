@@ -194,7 +194,7 @@ class Pipe:
 
         A message that has not `count` parts comes with an empty last one. Raises `trio.ClosedResourceError` once this end is closed.
         """
-        queue, turns = self.queue, self._turns
+        queue, takers, turns = self.queue, self._takers, self._turns
         while True:
             if queue and not self._dead:
                 await checkpoint() if turns.over() else await checkpoint_if_cancelled()
@@ -202,7 +202,7 @@ class Pipe:
                 if self.closed and not self._dead:
                     raise trio.ClosedResourceError("this end is closed")
                 turns.immediate = 0
-                await self._takers.park()
+                await takers.park()
             parts = queue.popleft()  # as in `get`, without a call
             if queue or self._givers.tasks:
                 self._pass_on()

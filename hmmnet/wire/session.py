@@ -31,7 +31,7 @@ from hmmnet.errors import (
     SegmentationFault,
     SignalError,
 )
-from hmmnet.sleeping import RUN, Bell, shortest_now, sleep, suspended
+from hmmnet.sleeping import RUN, Bell, Completion, shortest_now, sleep, suspended
 
 from . import crashes
 from .codec import ANSWERS_MASK, Kind, decode_body, decode_header, encode
@@ -200,7 +200,7 @@ class Session:
         self._spoke = False
         self._ticked_s = 0.0
         self._stalled_s = 0.0
-        self._ended = trio.Event()
+        self._ended = Completion()
 
     @property
     def settled(self) -> bool:
@@ -409,7 +409,8 @@ class Session:
             self._reply(asked, self._failed(body, error))
             return None
         if result is None or isinstance(result, Message):
-            self._reply(asked, result)
+            if asked and self.lost is None:
+                self._tell(Kind.REPLY, result or _DONE, asked & ANSWERS_MASK)  # all of `_reply`
             return None
         if result is LATER:
             return None
