@@ -300,7 +300,7 @@ class ZmqTransport:
         return socket
 
     def _bridge(self, socket: zmq.Socket[bytes], on_close: Callable[[], None] | None = None, *, bulk: bool = False) -> Bridge:
-        bridge = Bridge(socket, on_close, bulk=bulk, routes=socket.socket_type == zmq.ROUTER)
+        bridge = Bridge(socket, on_close, bulk=bulk, routes=socket.type == zmq.ROUTER)
         self._bridges = [known for known in self._bridges if not known.closed]
         self._bridges.append(bridge)
         return bridge
