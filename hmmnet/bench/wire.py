@@ -20,7 +20,10 @@ ROUNDS = 9
 ROUND_TRIPS = 1_000
 """Round trips in one round: some 0.15 s, long against a time slice."""
 FRAMES = 192
-"""Frames of 1 MiB in one round: some 0.1 s."""
+"""Frames of 1 MiB in one round: some 0.05 s."""
+STREAM_ROUNDS = 41
+"""A stream keeps two processors busy, with five threads at least: a round depends on where they happen to run. Two pairs of processes of
+the *same* kind gave ratios of 0.43 to 2.03 in single rounds; as medians of 9 rounds 0.62 to 1.07, of 31 rounds 0.95 to 1.00."""
 FRAME_BYTES = 1 << 20
 WARM_UP = 100
 US = 1e6
@@ -77,14 +80,16 @@ def round_trips(rounds: int = ROUNDS, count: int = ROUND_TRIPS) -> list[dict[str
     ]
 
 
-def streams(rounds: int = ROUNDS, frames: int = FRAMES) -> list[dict[str, Any]]:
-    """``bridge.stream_1m`` and ``bridge.vs_asyncio_stream``, in GB/s."""
+def streams(rounds: int = STREAM_ROUNDS, frames: int = FRAMES) -> list[dict[str, Any]]:
+    """``bridge.stream_1m`` and ``bridge.vs_asyncio_stream``, in GB/s. Every second round goes the other way round."""
     taken: dict[str, list[float]] = {"raw": [], "bridge": [], "asyncio": []}
     with pairs(*taken) as started:
         for pair in started.values():
             pair.ask("stream", frames)
+        order = list(started.items())
         for _ in range(rounds):
-            for kind, pair in started.items():
+            order.reverse()
+            for kind, pair in order:
                 taken[kind].append(frames * FRAME_BYTES / pair.ask("stream", frames) / 1e9)
     raw, ours, theirs = (median(taken[kind]) for kind in ("raw", "bridge", "asyncio"))
     return [

@@ -104,8 +104,7 @@ class Bridge:
         try:
             if self._sent >= IMMEDIATE_MAX or len(parts[-1]) >= BULK_BYTES:
                 self._sent = 0
-                self._short.moved(large=len(parts[-1]) >= BULK_BYTES)
-                await self._yield(_POLLOUT)
+                await self._wait(_POLLOUT, turn=not self._short.undisturbed(large=len(parts[-1]) >= BULK_BYTES))
             else:
                 await checkpoint_if_cancelled()
             self._send(parts, copy)
@@ -162,7 +161,7 @@ class Bridge:
         try:
             if self._received >= IMMEDIATE_MAX:
                 self._received = 0
-                await self._yield(_POLLIN)
+                await self._wait(_POLLIN, turn=not self._short.undisturbed())
             elif self._receive_waited and not (events := self._events()) & _POLLIN:  # nothing last time: ask, cheaper than `Again`
                 await self._wait_turn(_POLLIN, events)
             else:
@@ -279,17 +278,12 @@ class Bridge:
         events: int = ready[0][1] if ready else 0
         return events
 
-    async def _yield(self, direction: int) -> None:
-        """`_wait`, where a turn that nobody could use is spared."""
-        await self._wait(direction, turn=not self._short.undisturbed())
-
     async def _wait(self, direction: int, *, turn: bool = True) -> None:
         """Return when `direction` may be ready, for the caller to try. A nudge, which the caller will find, is no wait.
 
         `turn`: others have theirs in any case.
         """
         events = self._events()
-        self._short.moved()
         if events & direction or (self._nudged and direction == _POLLIN):
             if turn:
                 await checkpoint()

@@ -198,14 +198,22 @@ class ShortWait:
         self.worthwhile = found or (for_bulk and not ready)
         return found
 
-    def undisturbed(self) -> bool:
-        """Whether nobody could use a turn of this loop now; False where that is not known."""
+    def undisturbed(self, *, large: bool = False) -> bool:
+        """`moved`, and whether nobody could use a turn of this loop now; False where that is not known."""
         loop = known_loop()
-        return loop is not None and loop.undisturbed()
+        if loop is None:
+            return False
+        if self._bulk or large:
+            self._mark(loop, large=large)
+        return loop.undisturbed()
 
     def moved(self, *, large: bool = False) -> None:
         """Something is being sent or received: bulk data, if that is what this socket is for, or if it is `large`."""
-        if (self._bulk or large) and (loop := known_loop()) is not None and (large or loop.bulk_expected):
+        if (self._bulk or large) and (loop := known_loop()) is not None:
+            self._mark(loop, large=large)
+
+    def _mark(self, loop: Loop, *, large: bool) -> None:
+        if large or loop.bulk_expected:
             loop.bulk_s = perf_counter()
             if large:
                 self._large_s = loop.bulk_s
