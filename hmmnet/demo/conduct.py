@@ -104,7 +104,7 @@ class Conductor:
             ready = trio.Event()
 
             async def expect() -> None:
-                answers.append(await trio.to_thread.run_sync(answers_for, self.given.text))
+                answers.append(await trio.to_thread.run_sync(answers_for, self.given.text, abandon_on_cancel=True))
                 ready.set()
 
             async with trio.open_nursery() as nursery:
@@ -116,7 +116,7 @@ class Conductor:
                     return await self.perform(machine, answers[0], began)
         assert scope.cancelled_caught
         slow = f"the links of {self.topology} are slow, at a rate of {rate:g}" if rate else "the machine did not start"
-        raise DemoTimeout(f'no end after {limit_s:g} s: {slow}; give it another --rate or less text, or ask "hmmnet doctor"')
+        raise DemoTimeout(f'no end after {limit_s:.0f} s: {slow}; give it another --rate or less text, or ask "hmmnet doctor"')
 
     async def _simulated(self) -> Outcome:
         """In virtual time nothing may go on in a thread meanwhile: time would jump over it."""
