@@ -26,6 +26,7 @@ import numpy.typing as npt
 
 from hmmnet.errors import KernelError, ProtocolError
 from hmmnet.pages import (
+    FEW,
     HUGE_PAGES,
     HUGE_SHIFT,
     LARGE,
@@ -348,7 +349,9 @@ class Grant:
             raise ProtocolError(f"{self.zone.owner} offers frames that are in use, named twice, or not its own")
         if len(self._heads) and (((self._positions + start) % HUGE_PAGES).any() or (self._heads % np.uint64(HUGE_PAGES)).any()):
             raise ProtocolError(f"{self.zone.owner} offers a huge page that is not aligned")
-        if len(self._offered):
+        if len(self._offered) <= FEW and not self.zone.folded_count:
+            self._lock_few(self._offered.tolist())
+        elif len(self._offered):
             where = self.zone.at(self._offered)
             if bits_in_any(self.zone.flags[where]):
                 raise ProtocolError(f"{self.zone.owner} offers frames that it has offered to another migration")
@@ -359,6 +362,18 @@ class Grant:
             self.zone.flags[at] = LOCKED
             self.zone.set_folded(at >> HUGE_SHIFT)
             self.zone.offered = max(self.zone.offered, int(at.max()) + HUGE_PAGES)
+
+    def _lock_few(self, frames: Sequence[int]) -> None:
+        """Lock a few frames one by one, where none is folded. Raises ProtocolError, having locked none, where one is."""
+        zone = self.zone
+        flags, base = zone.cells.flags, zone.base
+        for frame in frames:
+            if flags[frame - base]:
+                raise ProtocolError(f"{zone.owner} offers frames that it has offered to another migration")
+        for frame in frames:
+            flags[frame - base] = LOCKED
+            if frame - base >= zone.offered:
+                zone.offered = frame - base + 1
 
     def _heads_idle(self) -> bool:
         """Whether the large ones are whole blocks of the zone that nobody has or was offered, and that no small one lies in."""
@@ -389,6 +404,8 @@ class Grant:
 
     def _unlocked(self, frames: Words) -> Words:
         """Unlock those of `frames` that are idle; the others."""
+        if len(frames) <= FEW and not self.zone.folded_count:
+            return self._unlocked_few(frames)
         where = self.zone.at(frames)
         refcount = self.zone.refcount[where]
         if not has_zero(refcount):  # as it mostly is
@@ -397,6 +414,17 @@ class Grant:
         self.zone.flags[where] = np.where(idle, np.uint32(0), self.zone.flags[where])
         busy: Words = frames[~idle]
         return busy
+
+    def _unlocked_few(self, frames: Words) -> Words:
+        """`_unlocked`, one by one, where none is folded."""
+        cells, base = self.zone.cells, self.zone.base
+        busy = []
+        for frame in frames.tolist():
+            if cells.refcount[frame - base]:
+                busy.append(frame)
+            else:
+                cells.flags[frame - base] = 0
+        return frames if len(busy) == len(frames) else np.array(busy, np.uint64)
 
 
 Announce = Callable[[Outcome, Callable[[], None]], Awaitable[None]]

@@ -211,11 +211,12 @@ class History:
         """It is over; not `certain`: it failed, and may have happened in part."""
         now = self.clock.tick()
         self._under_way.remove(mark)
-        if certain and mark.alone and self._never_wild:
-            self._alone(mark, now)
-            return
-        if isinstance(mark.rows, int) and self._never_wild and self._ends_in(mark.rows, mark, now, certain=certain):
-            return
+        if self._is_known(mark):
+            if certain and mark.alone:
+                self._alone(mark, now)
+                return
+            if isinstance(mark.rows, int) and self._ends_in(mark.rows, mark, now, certain=certain):
+                return
         words = np.arange(mark.first, mark.first + mark.count)
         rows = np.broadcast_to(mark.rows, words.shape)
         mine = self._begin[rows, words] == mark.began
@@ -229,6 +230,12 @@ class History:
             if (word, mark.began) in self._forgotten:
                 self._forgotten.remove((word, mark.began))
                 self.wild_ends(word, 1)
+
+    def _is_known(self, mark: StoreMark | LoadMark) -> bool:
+        """Whether nothing of those words is wild, nor was forgotten."""
+        if self._never_wild:
+            return True
+        return not self._forgotten and int(np.maximum.reduce(self._wild[mark.first : mark.first + mark.count])) == ALWAYS
 
     def _ends_in(self, row: int, mark: StoreMark, now: int, *, certain: bool) -> bool:
         """`store_ends` where all values are in one row still, and nothing was ever wild; False, and nothing done, where they are not."""
@@ -306,13 +313,11 @@ class History:
         self._under_way.remove(mark)
         words = slice(mark.first, mark.first + mark.count)
         depth = self._depth(words)
-        if depth == 1 and ended is None and self._never_wild and self._agrees(words, mark, values):
+        sure = self._sure(mark, words)
+        if depth == 1 and ended is None and sure is None and self._agrees(words, mark, values):
             return None
-        sure = (self._wild[words] == ALWAYS) & (self._tamed[words] < mark.began)
-        if mark.sure is not None:
-            sure &= mark.sure
         match = self._live[:depth, words] & (self._value[:depth, words] == values)
-        if ended is None and self._never_wild and np.count_nonzero(match) == mark.count:
+        if ended is None and sure is None and np.count_nonzero(match) == mark.count:
             row = int(match[:, 0].argmax())
             if all_of(match[row]):
                 wrong = self._join_row(mark, row, depth, now)
@@ -320,14 +325,26 @@ class History:
                 return wrong
         match &= self._begin[:depth, words] < now
         matches = match.sum(axis=0, dtype=np.int8)
-        unknown = sure & (matches == 0)
-        if unknown.any():
+        unknown, once = matches == 0, matches == 1
+        if sure is not None:
+            unknown &= sure
+            once &= sure
+        if any_of(unknown):
             self.clock.end(mark.began)
             return self._unknown(mark.first + int(unknown.argmax()), int(values[unknown.argmax()]))
-        places = (sure & (matches == 1)).nonzero()[0]
+        places = once.nonzero()[0]
         wrong = self._join(mark, places, match.argmax(axis=0)[places], depth, now)
         self.clock.end(mark.began)
         return wrong
+
+    def _sure(self, mark: LoadMark, words: slice) -> Flags | None:
+        """Of which words of a load that ends something is known; None: of all, as mostly."""
+        if self._never_wild:
+            return None
+        sure: Flags = (self._wild[words] == ALWAYS) & (self._tamed[words] < mark.began)
+        if mark.sure is not None:
+            sure &= mark.sure
+        return None if all_of(sure) else sure
 
     def _agrees(self, words: slice, mark: LoadMark, values: Words) -> bool:
         """Whether each of the words has one value, which is certain, and the load returned those: then it comes last."""

@@ -24,7 +24,7 @@ else; it does not migrate and cannot be split. Huge pages of files, which proces
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -188,9 +188,9 @@ def large(mm: Mm, pages: Words, *, compound: bool = False, parts_stay: bool = Fa
 
     With `parts_stay`, not folios that are mapped page by page.
     """
-    entries = mm.table.gather(pages, ascend=True)
-    if len(pages) <= FEW and not _may_be_large(mm, entries):
+    if len(pages) <= FEW and not _may_be_large(mm, mm.table.numbers(pages.tolist())):
         return []
+    entries = mm.table.gather(pages, ascend=True)
     if parts_stay:
         whole = entries & pte.HUGE != 0
         pages, entries = pages[whole], entries[whole]
@@ -211,12 +211,14 @@ def large(mm: Mm, pages: Words, *, compound: bool = False, parts_stay: bool = Fa
     return found
 
 
-def _may_be_large(mm: Mm, entries: Words) -> bool:
+def _may_be_large(mm: Mm, entries: Sequence[int]) -> bool:
     """Whether any of a few `entries` belongs to a huge page, or leads to host memory where some are parts of large folios."""
-    for entry in entries.tolist():
-        if entry & pte.HUGE or (mm.small_blocks and entry & pte.KIND == pte.PRESENT and entry < pte.DEVICE_MIN):
-            return True
-    return False
+    bits = 0
+    for entry in entries:
+        bits |= entry
+    if bits & pte.HUGE or not mm.small_blocks:
+        return bits & pte.HUGE != 0
+    return any(entry & pte.KIND == pte.PRESENT and entry < pte.DEVICE_MIN for entry in entries)
 
 
 def _folio(memory: PhysicalMemory, head: int) -> Words:

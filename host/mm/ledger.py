@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hmmnet.changes import NO_CHANGES, Changes, Seen
-from hmmnet.pages import HUGE_PAGES, HUGE_SHIFT, PAGES_MAX, ZONE_SHIFT, Words
+from hmmnet.pages import HANDFUL, HUGE_PAGES, HUGE_SHIFT, PAGES_MAX, ZONE_SHIFT, Words
 
 from . import invariants, pte
 from .frames import PhysicalMemory
@@ -160,6 +160,8 @@ class _Frames:
         used = self.zone.used.stop
         more = np.zeros(used - self.used, np.int32)
         self.expected, self.behind = np.concatenate((self.expected, more)), np.concatenate((self.behind, more))
+        self._state = np.concatenate((self._state, np.zeros((len(STATE), used - self.used), np.uint32)), axis=1)
+        self._index = np.concatenate((self._index, np.zeros(used - self.used, np.uint64)))
         self.used = used
         self._watch_used()
 
@@ -186,16 +188,10 @@ class _Frames:
         if self.folded or self.zone.folded_count:
             self.changed = self.loud = np.arange(used)  # the state of a head is that of all its frames
         else:
-            other, moved = self._differs(state, numbers)
-            self.changed, self.loud = (other.any(axis=0) | moved).nonzero()[0], (other[_LOUD].any(axis=0) | moved).nonzero()[0]
+            rows, at = (state != self._state).nonzero()
+            moved = (numbers != self._index).nonzero()[0]
+            self.changed, self.loud = _together(at, moved), _together(at[_LOUD[rows]], moved)
         self._state, self._index, self.raw = state, numbers, raw
-
-    def _differs(self, state: npt.NDArray[np.uint32], numbers: Words) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-        """Where the struct pages, and where their indices, are others than they were."""
-        before = self._state.shape[1]
-        other, moved = state != 0, numbers != 0
-        other[:, :before], moved[:before] = state[:, :before] != self._state, numbers[:before] != self._index
-        return other, moved
 
     def check(self) -> None:
         """The rules of frames, of those that changed or are mapped otherwise."""
@@ -228,6 +224,13 @@ class _Frames:
         """What the last look found has been checked."""
         self.changed = self.loud = _NOWHERE
         self.folded = False
+
+
+def _together(some: npt.NDArray[np.intp], others: npt.NDArray[np.intp]) -> npt.NDArray[np.intp]:
+    """The numbers of both, mostly a few, each once, ascending."""
+    if len(some) + len(others) > HANDFUL:
+        return np.union1d(some, others)
+    return np.array(sorted({*some.tolist(), *others.tolist()}), np.intp)
 
 
 def _as_array(where: Index | int) -> npt.NDArray[np.intp]:
