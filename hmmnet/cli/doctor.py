@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from hmmnet.errors import HmmnetError
-from hmmnet.units import show_rate, show_size
+from hmmnet.units import counted, show_rate, show_size
 
 from . import FAILED
 from .completion import topologies
@@ -187,7 +187,7 @@ def socket_paths(folder: Path, free_bytes: int) -> Finding:
 def open_files(soft: int, hard: int, devices: int) -> Finding:
     """The limit on file descriptors, against what a host with so many devices needs."""
     needed = DESCRIPTORS_OF_HOST + DESCRIPTORS_PER_DEVICE * devices
-    found = f"{soft if soft != resource.RLIM_INFINITY else 'any number'}; the host needs about {needed} for {devices} devices"
+    found = f"{soft if soft != resource.RLIM_INFINITY else 'any number'}; the host needs about {needed} for {counted(devices, 'device')}"
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return Finding("open files", "good", found)
     if hard == resource.RLIM_INFINITY or hard >= needed:

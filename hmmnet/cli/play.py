@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hmmnet.units import counted
+
 from .plans import Breaking, FaultsFile, plan_for
 from .worlds import WORLD_HELP, World
 
@@ -144,7 +146,7 @@ class Progress:
         self._done = 0
         self._equal = 0
         self._said_s = time.monotonic()
-        what = f"playing {total} scripts on a host and four dmirror devices"
+        what = f"playing {counted(total, 'script')} on a host and four dmirror devices"
         self._status = console.status(what) if console.is_terminal else None
         if self._status is not None:
             self._status.start()

@@ -129,7 +129,8 @@ def verdict(tally: Tally) -> str:
     scripts, identical = len(tally.outcomes), tally.identical
     stopped = sum(o.stopped for o in tally.outcomes)
     if identical == scripts:
-        return f"[green]identical: all {scripts} scripts answer as the recorded kernel did[/green]"
+        those = f"all {scripts} scripts answer" if scripts > 1 else "the script answers"
+        return f"[green]identical: {those} as the recorded kernel did[/green]"
     differ = scripts - identical - stopped
     parts = [f"{identical} of {scripts} scripts identical"]
     if differ:

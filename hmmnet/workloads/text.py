@@ -24,6 +24,9 @@ TEXT_BYTES_MAX = 4 << 20
 WORD_BYTES = 8
 
 
+_WORD_ENDS = frozenset(bytes([byte]) for byte in WORD_CHARACTERS)
+
+
 def library_files() -> Iterator[Path]:
     """The source files of the running Python's own standard library: a few MB of real text on every machine."""
     folder = Path(sysconfig.get_paths()["stdlib"])
@@ -33,12 +36,18 @@ def library_files() -> Iterator[Path]:
 
 
 def load_text(paths: Sequence[Path] | None = None, limit: int = TEXT_BYTES_MAX) -> bytes:
-    """At most `limit` bytes of the files, one after the other; without `paths`, of the standard library. Raises OSError."""
+    """At most `limit` bytes of the files, one after the other; without `paths`, of the standard library. Raises OSError.
+
+    A word ends with its file: a line feed is put in where the file itself does not say so.
+    """
     parts: list[bytes] = []
     left = limit
     for path in paths or library_files():
         if left <= 0:
             break
+        if parts and parts[-1][-1:] in _WORD_ENDS:
+            parts.append(b"\n")
+            left -= 1
         try:
             with path.open("rb") as file:
                 parts.append(file.read(left))

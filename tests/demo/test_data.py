@@ -118,6 +118,7 @@ def test_input(tmp_path: Path) -> None:
     given = read_input([tmp_path / "one", tmp_path / "two"], 10)
     assert (given.text, given.files, given.cut) == (b"first seco", 2, True)
     assert not read_input([tmp_path / "one", tmp_path / "two"], 12).cut
+    assert read_input([tmp_path / "two", tmp_path / "one"], 100).text == b"second\nfirst "  # no word goes over from file to file
     assert "standard library" in read_input([], 1000).source
     with pytest.raises(FileNotFoundError):
         read_input([tmp_path / "three"], 10)

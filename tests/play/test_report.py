@@ -41,7 +41,7 @@ def test_a_difference_names_script_line_and_both_results() -> None:
 
 def test_identical() -> None:
     text = printed(tally_of({1: "ok", 2: "ok 00", 3: "[z u01]"}))
-    assert "identical: all 1 scripts" in text
+    assert "identical: the script answers as the recorded" in text
 
 
 def test_stopped_scripts_are_counted_apart() -> None:
