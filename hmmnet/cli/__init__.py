@@ -138,7 +138,8 @@ def _run_command(name: str, arguments: list[str]) -> int:
         if text.startswith("Usage:"):  # a group without a command: its help, as it is
             print(str(error.format_message()), file=sys.stderr)  # type: ignore[attr-defined]  # click's, through typer
             return WRONG_USE
-        return _complain(where, f'{text}; "{where} --help" shows how it is used', WRONG_USE)
+        inner = getattr(getattr(error, "ctx", None), "command_path", "") or where  # of a group the command that was meant
+        return _complain(where, f'{text}; "{inner} --help" shows how it is used', WRONG_USE)
     return code if isinstance(code, int) else 0
 
 

@@ -202,7 +202,7 @@ def oom(
 
 @app.command()
 def ls(machine: Machine = None, as_json: AsJson = False) -> int:
-    """The faults of a running machine."""
+    """The faults of a running machine, and how often each has happened."""
     faults = _ask(machine, "list_faults")
     if as_json:
         return _write(faults)
@@ -211,8 +211,14 @@ def ls(machine: Machine = None, as_json: AsJson = False) -> int:
     for one in faults:
         given = dict(one["fault"])
         kind, on = given.pop("kind"), given.pop("on", "")
-        print(f"{one['number']:>4}  {kind:<20} {on:<16} {_words(kind, given)}".rstrip() + ("" if one["begun"] else "  (to come)"))
+        print(f"{one['number']:>4}  {kind:<20} {on:<16} {_words(kind, given)}".rstrip() + f"  ({_so_far(one)})")
     return 0
+
+
+def _so_far(one: dict[str, Any]) -> str:
+    """Whether a fault is there, and how often it has happened."""
+    times = {0: "has not happened", 1: "happened once"}
+    return times.get(one["fired"], f"happened {one['fired']} times") if one["begun"] else "to come"
 
 
 def _words(kind: str, given: dict[str, Any]) -> str:

@@ -1,9 +1,9 @@
 """The words of ``hmmnet fault add TARGET NAME=VALUE...``: what each toxic comes down to on a machine of real processes.
 
 TARGET is a device, a way (``gpu0<->host``, ``gpu0->host``, ``host->gpu0``) or a link of the topology, by its name or, where it joins two
-devices, by them (``gpu0<->gpu1``). Latency and bandwidth are emulated as
-those of links are: a way is slow where its device's copies begin (`point.delay`), and its bandwidth is that of its links. (The fault
-``delay`` has messages themselves late, in real time, those of the protocol too.) Loss and the like happen to messages.
+devices, by them (``gpu0<->gpu1``). Latency and bandwidth are emulated as those of links are: a way is slow where its device's copies
+begin (`point.delay`), and its bandwidth is that of the device's links, without those to another device. (The fault ``delay`` has messages
+themselves late, in real time, those of the protocol too.) Loss and the like happen to messages.
 """
 
 from __future__ import annotations
@@ -93,10 +93,10 @@ class Sights:
             )
         return found[0]
 
-    def links_of(self, pattern: str) -> list[str]:
-        """The links that end at devices whose names match."""
+    def links_of(self, pattern: str, *, to_host: bool = False) -> list[str]:
+        """The links that end at devices whose names match; `to_host`: without those that end at another device."""
         devices = set(self.matching(pattern))
-        return [name for name, ends in self.links.items() if ends & devices]
+        return [name for name, ends in self.links.items() if ends & devices and not (to_host and ends <= set(self.devices))]
 
 
 _TWO = re.compile(r"\s*(?P<a>[^\s<>]+?)\s*(?P<arrow><->|->|<-)\s*(?P<b>[^\s<>]+?)\s*")
@@ -206,7 +206,7 @@ def faults_for(target: str, words: Sequence[str], sights: Sights) -> list[dict[s
     if "bandwidth" in given:
         if not (way.to_device and way.to_host):
             raise HmmnetError("bandwidth: a link loses it in both directions; write DEVICE<->host")
-        links = sights.links_of(way.device)
+        links = sights.links_of(way.device, to_host=is_way(target))
         made += [{"kind": "link.slow", "on": link, "factor": str(part(given["bandwidth"])), **beside} for link in links]
     for name in CHANCES:
         if name in given:

@@ -19,7 +19,12 @@ def _kind(name: str, point: str, what: str, holds: str) -> Kind:
 
 
 KINDS = (
-    _kind("alloc.device", "device.alloc.small", "device memory cannot be had", "pages stay where they are and are used over the link"),
+    _kind(
+        "alloc.device",
+        "device.alloc.small",
+        "device memory (with test_hmm: the page that stands for it) cannot be had",
+        "pages stay where they are and are used over the link",
+    ),
     _kind("alloc.device_large", "device.alloc.large", "no large page on the device (fragmentation)", "the block arrives as small pages"),
     _kind("alloc.host", "host.alloc.frame", "no host frame for a process", "ENOMEM for who asked; nothing else changes"),
     _kind("alloc.host_large", "host.alloc.huge", "no huge page at the host (fragmentation)", "small pages instead"),

@@ -177,5 +177,11 @@ class Carrier:
         return {number: carried.fault for number, carried in self._carried.items() if carried.begun}
 
     def as_json(self) -> list[dict[str, Any]]:
-        """Plain data: number, whether it has begun, and what makes it again."""
-        return [{"number": number, "begun": carried.begun, "fault": as_given(carried.fault)} for number, carried in self._carried.items()]
+        """Plain data: number, whether it has begun, how often it has happened, at any node, and what makes it again."""
+        elsewhere = Counter[int]()
+        for (number, _), count in self._elsewhere.items():
+            elsewhere[number] += count
+        return [
+            {"number": number, "begun": one.begun, "fired": one.fired + elsewhere[number], "fault": as_given(one.fault)}
+            for number, one in self._carried.items()
+        ]

@@ -28,6 +28,16 @@ def test_the_overview_lists_every_command(capsys: pytest.CaptureFixture[str]) ->
     assert asked(capsys)[0] == 2
 
 
+@pytest.mark.parametrize(
+    ("words", "inner"), [(["bounce", "gpu0", "gpu1"], "fault bounce"), (["ls", "--jsn"], "fault ls"), (["bonce"], "fault")]
+)
+def test_the_help_that_is_named_is_of_the_command_that_was_meant(words: list[str], inner: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a group the command inside, where there is one."""
+    code, _, err = asked(capsys, "fault", *words)
+    assert code == 2
+    assert f'"hmmnet {inner} --help" shows how it is used' in err
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Each module is there, and its first line says what it does."""

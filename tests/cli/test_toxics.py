@@ -25,6 +25,7 @@ DELAY = {"kind": "point.delay", "on": "gpu0", "point": "device.copy_*", "latency
         ("gpu0->host latency=5ms", [{**DELAY, "point": "device.copy_out", "jitter": "0 ms"}]),
         ("host->gpu0 jitter=1ms", [{**DELAY, "point": "device.copy_in", "latency": "0 ms"}]),
         ("gpu1 bandwidth=10%", [{"kind": "link.slow", "on": link, "factor": "0.1"} for link in ("pcie1", "nvlink")]),
+        ("gpu1<->host bandwidth=10%", [{"kind": "link.slow", "on": "pcie1", "factor": "0.1"}]),
         ("pcie0 latency=1us", [{"kind": "link.latency", "on": "pcie0", "latency": "1us"}]),
         ("gpu0<->gpu1 latency=1us", [{"kind": "link.latency", "on": "nvlink", "latency": "1us"}]),
         ("pcie* bandwidth=0.5", [{"kind": "link.slow", "on": "pcie*", "factor": "0.5"}]),

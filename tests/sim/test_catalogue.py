@@ -321,7 +321,7 @@ def test_numbers_times_and_once() -> None:
         assert [one["begun"] for one in machine.carrier.as_json()] == [True, True]
         await trio.sleep(2)
         assert machine.carrier.as_json() == [
-            {"number": kept, "begun": True, "fault": {"kind": "loss", "on": "gpu0->host", "probability": 0.1}},
+            {"number": kept, "begun": True, "fired": 0, "fault": {"kind": "loss", "on": "gpu0->host", "probability": 0.1}},
         ]
         assert (await machine.report())["devices"]["gpu0"]["ecc_corrected"] == 3
         for number in (timed, once, 99):

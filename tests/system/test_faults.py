@@ -55,9 +55,9 @@ async def test_points_of_both_sides_and_the_command_line() -> None:
             await process.write(await process.mmap(PAGE), b"x")
         slow = machine.add_fault("point.delay", on="gpu1", point="device.copy_in", jitter="250 us")
         assert await command("fault", "ls", "-m", machine.name) == (
-            "   1  point.fail           gpu0             point=device.job_start\n"
-            f"   {number}  alloc.host           *\n"
-            f"   {slow}  point.delay          gpu1             point=device.copy_in jitter=250us latency=1ms\n"
+            "   1  point.fail           gpu0             point=device.job_start  (happened once)\n"
+            f"   {number}  alloc.host           *  (happened once)\n"
+            f"   {slow}  point.delay          gpu1             point=device.copy_in jitter=250us latency=1ms  (has not happened)\n"
         )
         machine.remove_fault(slow)
         listed = await command("fault", "ls", "-m", machine.name)
