@@ -50,10 +50,11 @@ def load_text(paths: Sequence[Path] | None = None, limit: int = TEXT_BYTES_MAX) 
             left -= 1
         try:
             with path.open("rb") as file:
-                parts.append(file.read(left))
+                part = file.read(left)
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(path)) from error  # one in the middle of a file names none
-        left -= len(parts[-1])
+        parts += [part] if part else []
+        left -= len(part)
     return b"".join(parts)
 
 

@@ -113,12 +113,13 @@ def test_answers_are_plain_python() -> None:
 
 def test_input(tmp_path: Path) -> None:
     """Files in order, cut at the limit; the standard library when none is named."""
-    for name, text in (("one", "first "), ("two", "second")):
+    for name, text in (("one", "first "), ("two", "second"), ("none", "")):
         (tmp_path / name).write_text(text)
     given = read_input([tmp_path / "one", tmp_path / "two"], 10)
     assert (given.text, given.files, given.cut) == (b"first seco", 2, True)
     assert not read_input([tmp_path / "one", tmp_path / "two"], 12).cut
-    assert read_input([tmp_path / "two", tmp_path / "one"], 100).text == b"second\nfirst "  # no word goes over from file to file
+    in_turn = [tmp_path / name for name in ("two", "none", "one")]
+    assert read_input(in_turn, 100).text == b"second\nfirst "  # no word goes over from file to file
     assert "standard library" in read_input([], 1000).source
     with pytest.raises(FileNotFoundError):
         read_input([tmp_path / "three"], 10)
