@@ -78,6 +78,8 @@ def domains(devices: Mapping[str, Device]) -> list[str]:
 
 def believed(context: Context, who: str, pages: Words, frames: Words, writable: Mask) -> list[str]:
     """I1: the first of the translations that somebody holds of a process which the page table has not, with that right; mostly none."""
+    if len(pages) == 0:
+        return []
     bad = stale(context, pages, frames, writable)
     return [described(context, who, int(pages[i]), int(frames[i]), may_write=bool(writable[i])) for i in bad.nonzero()[0][:1].tolist()]
 
