@@ -147,9 +147,12 @@ class Interconnect:
 
     def count_out(self, device: str, frame: int, nbytes: int, start_s: float, due_s: float, end_s: float) -> None:
         """Count what `pass_out` let through."""
-        with suppress(PeerError):  # its links are down by now, and nobody looks at them
-            for link in self._way_out(device, frame).links:
-                link.record(nbytes, start_s, due_s, end_s)
+        try:
+            links = self._way_out(device, frame).links
+        except PeerError:  # they are down by now, and nobody looks at them
+            links = ()
+        for link in links:
+            link.record(nbytes, start_s, due_s, end_s)
         self.profile.record(DEVICE_TO_HOST, nbytes, end_s - start_s, device)
 
     def open_in(self, device: str, frame: int) -> Flow:

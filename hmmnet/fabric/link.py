@@ -32,7 +32,8 @@ class Stretch:
 
     def add(self, start_s: float, end_s: float) -> None:
         """Count ``[start_s, end_s)``, where it was not counted before."""
-        start_s = max(start_s, self._folded_until_s)
+        if start_s < self._folded_until_s:
+            start_s = self._folded_until_s
         if end_s <= start_s:
             return
         starts, ends = self._starts, self._ends

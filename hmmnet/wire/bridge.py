@@ -86,7 +86,7 @@ class Bridge:
     # --- sending ---------------------------------------------------------------------------------------------------------------------
 
     def send_nowait(self, parts: Sequence[Buffer], copy: bool = True) -> None:
-        """Queue a message. With ``copy=False`` large parts stay pinned: they must not change until the peer has said that it has them.
+        """Queue a message. With ``copy=False`` a large last part stays pinned: it must not change until the peer has said that it has it.
 
         Raises `trio.WouldBlock` when the queue is full, `trio.BrokenResourceError` when a router does not know the peer.
         """
@@ -124,11 +124,12 @@ class Bridge:
 
     def _send(self, parts: Sequence[Buffer], copy: bool) -> None:
         try:
-            if len(parts) == 1:
-                self._send_part(parts[0], _NOBLOCK, copy)
-                return
-            for part in parts[:-1]:
-                self._send_part(part, _SEND_FIRST, copy)
+            count = len(parts)
+            if count == 2:
+                self._send_part(parts[0], _SEND_FIRST)
+            elif count > 2:
+                for part in parts[:-1]:
+                    self._send_part(part, _SEND_FIRST)
             self._send_part(parts[-1], _NOBLOCK, copy)
         except zmq.ZMQError as failure:
             if failure.errno == errno.EHOSTUNREACH:
