@@ -233,7 +233,7 @@ def test_one_leaf_comes_out_of_its_groups() -> None:
         *(kind for kind in vars(hmmnet.blocking).values() if isinstance(kind, type) and kind.__name__.startswith("Blocking")),
         LaunchedBlockingMachine,
         AttachedBlockingMachine,
-        *(kind for kind in vars(hmmnet.remote).values() if isinstance(kind, type) and kind.__name__.startswith("Remote")),
+        *(kind for kind in vars(hmmnet.remote).values() if isinstance(kind, type) and kind.__module__ == "hmmnet.remote"),
         RemoteMachine,
     ],
 )
