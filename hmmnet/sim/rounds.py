@@ -20,7 +20,7 @@ from outcome import Error, Outcome, Value
 from trio._core import _run as trio_run
 from trio._core import _traps
 
-from hmmnet.sleeping import WakingClock
+from hmmnet.sleeping import WORD, WakingClock
 
 KNOWN = ("0.35.0",)
 """Of trio: those that take the steps of tasks as it is done here."""
@@ -88,7 +88,7 @@ def _round(runner: Any) -> None:
                 if task._cancel_status.effectively_cancelled:  # noqa: SLF001
                     task._attempt_delivery_of_any_pending_cancel()  # noqa: SLF001
             elif asked is _traps.CancelShieldedCheckpoint:
-                runner.reschedule(task)
+                runner.reschedule(task, WORD)
             else:
                 _seldom(runner, task, asked)
         else:

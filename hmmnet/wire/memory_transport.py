@@ -35,22 +35,20 @@ Watch = Callable[[float, str, Parts], None]
 class Waiters:
     """Who waits, in their order: trio's ParkingLot with less around it."""
 
-    __slots__ = ("_alone", "tasks")
+    __slots__ = ("alone", "tasks")
 
     def __init__(self) -> None:
         self.tasks: deque[Task] = deque()
         """Look here first: most often nobody waits."""
-        self._alone: Suspension | None = None
-        """The wait of who waits alone, nearly always the same task again and again; made for the first that does."""
+        self.alone = Suspension(self._first_leaves)
+        """The wait of who waits alone, nearly always the same task again and again."""
 
     def park(self) -> Awaitable[None]:
         """To be awaited at once: the current task waits for `unpark`."""
         task, tasks = RUN.task, self.tasks
         if not tasks:
             tasks.append(task)
-            if self._alone is None:
-                self._alone = Suspension(self._first_leaves)
-            return self._alone
+            return self.alone
         tasks.append(task)
 
         def leave(_: object) -> Abort:
@@ -195,6 +193,7 @@ class Pipe:
         A message that has not `count` parts comes with an empty last one. Raises `trio.ClosedResourceError` once this end is closed.
         """
         queue, takers, turns = self.queue, self._takers, self._turns
+        me, alone = RUN.task, takers.alone
         while True:
             if queue and not self._dead:
                 await checkpoint() if turns.over() else await checkpoint_if_cancelled()
@@ -202,7 +201,11 @@ class Pipe:
                 if self.closed and not self._dead:
                     raise trio.ClosedResourceError("this end is closed")
                 turns.immediate = 0
-                await takers.park()
+                if takers.tasks:
+                    await takers.park()
+                else:  # all of `Waiters.park`, as mostly
+                    takers.tasks.append(me)
+                    await alone
             parts = queue.popleft()  # as in `get`, without a call
             if queue or self._givers.tasks:
                 self._pass_on()
