@@ -23,7 +23,7 @@ from trio._core import _traps
 from hmmnet.sleeping import WORD, WakingClock
 
 KNOWN = ("0.35.0",)
-"""Of trio: those that take the steps of tasks as it is done here."""
+"""Of trio: those that take the steps of tasks as it is done here. Before another is added: compare its `unrolled_run` with `_round`."""
 ROUNDS_MAX = 16
 """Rounds in a row without a look at files: so long a thread's word waits, while somebody can run."""
 FILES = "TheIOManager"
