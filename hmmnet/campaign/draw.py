@@ -181,7 +181,7 @@ def _with_faults(random: Random, program: Program, families: list[tuple[str, ...
             fault = RECIPES[kind].draw(random, kind, devices, victims)
             victims += RECIPES[kind].victim
             text = Plan([fault]).as_toml()
-            if fault.kind.once or fault.lasts_s or random.random() < 0.5:
+            if fault.at_once or fault.lasts_s or random.random() < 0.5:
                 planned.append(Planned(random.randrange(operations), text))
             else:
                 faults.append(text)

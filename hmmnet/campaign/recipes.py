@@ -15,6 +15,7 @@ from typing import Any, Literal
 from hmmnet.faults import KINDS, fault
 from hmmnet.faults.kinds import Fault
 from hmmnet.faults.points import HOSTS_OWN, POINTS, Point
+from hmmnet.faults.process_events import ADVICE
 
 from .words import VICTIM_ADDRESS, VICTIM_BYTES, VICTIM_PID_FIRST
 
@@ -124,17 +125,41 @@ def _point(action: str, most: float, **ranges: tuple[float, float]) -> Settings:
     return settings
 
 
-def _deed(most: float) -> Settings:
+def _deed(most: float, **ranges: tuple[str, ...]) -> Settings:
     """What happens to a process at a point of the host, or at once."""
     points = ["", *(point.name for point in INSIDE if point.side == "host" and point.waits)]
-    return lambda random: {"point": random.choice(points), "on": "*", **_controls(random, most)}
+
+    def settings(random: Random) -> dict[str, Any]:
+        point = random.choice(points)
+        return {"point": point, "on": "*", **(_controls(random, most) if point else {}), **_chosen(random, ranges)}
+
+    return settings
+
+
+def _change(most: float, **ranges: tuple[str, ...]) -> Settings:
+    """A deed that is done to addresses: at once to some of the victim's."""
+    deed = _deed(most, **ranges)
+
+    def settings(random: Random) -> dict[str, Any]:
+        made = deed(random)
+        return made if made["point"] else made | {"range": _pages(random, random.choice((1, 1, 2, VICTIM_PAGES)))}
+
+    return settings
 
 
 def _broken(random: Random) -> dict[str, Any]:
-    page = random.randrange(VICTIM_BYTES // 4096)
-    return {"range": f"0x{VICTIM_ADDRESS + page * 4096:x}+4096", "on": "*"}
+    return {"range": _pages(random, 1), "on": "*"}
 
 
+def _pages(random: Random, pages: int) -> str:
+    """So many of a victim."""
+    first = random.randrange(VICTIM_PAGES - pages + 1)
+    return f"0x{VICTIM_ADDRESS + first * 4096:x}+{pages * 4096}"
+
+
+VICTIM_PAGES = VICTIM_BYTES // 4096
+ADVISED: tuple[str, ...] = (*("DONTNEED",) * 4, *(one for one in ADVICE if one not in {"REMOVE", "COLLAPSE"}))
+"""Of a victim, whose few private pages are neither a file's nor a huge page."""
 INSIDE: tuple[Point, ...] = tuple(
     point for point in POINTS.values() if not point.name.startswith(("session.", "device.hello", "device.welcome"))
 )
@@ -218,7 +243,9 @@ RECIPES: dict[str, Recipe] = {
     "prefetch.race": Recipe(some(0.5)),
     "thrash": Recipe(some(0.5)),
     # processes
-    **{f"process.{deed}": Recipe(_deed(0.3), victim=True) for deed in ("fork", "mprotect", "mremap", "munmap", "madvise", "exec")},
+    **{f"process.{deed}": Recipe(_deed(0.3), victim=True) for deed in ("fork", "exec")},
+    **{f"process.{deed}": Recipe(_change(0.3), victim=True) for deed in ("mprotect", "mremap", "munmap")},
+    "process.madvise": Recipe(_change(0.3, advice=ADVISED), victim=True),
     **{f"process.{deed}": Recipe(_deed(0.02), victim=True) for deed in ("exit", "kill", "oom")},
     # nodes
     "crash": Recipe(given(), DEVICE),

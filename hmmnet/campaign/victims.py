@@ -14,6 +14,7 @@ import numpy as np
 
 from hmmnet.errors import BusError, HmmnetError, IommuFault, KernelError, PeerError, SignalError
 from hmmnet.faults.kinds import Fault
+from hmmnet.faults.process_events import KEEPING_ADVICE
 from hmmnet.program import Process
 from hmmnet.sleeping import sleep
 
@@ -23,20 +24,27 @@ from .operations import launched
 from .words import VICTIM_ADDRESS, VICTIM_BYTES, VICTIM_PID_FIRST
 
 KEEPS = frozenset({"process.fork", "process.mprotect", "process.mremap"})
-"""Kinds that a process's data outlive, as its mapping does: it must not be made anew where it is missing for a moment."""
+"""Kinds that a process's data outlive."""
 REST_S = 0.002
 """Virtual seconds between the first two rounds; each rest is longer, for some seeds take microseconds and others a minute."""
 PATTERN = np.arange(VICTIM_BYTES // 8, dtype=np.uint64)
 ROUND_SHIFT = 20
 
 
-class Victim:
-    """One of them: `kinds` are those of the faults that concern it."""
+def keeps(fault: Fault) -> bool:
+    """Whether a process's data outlive it, as its mapping does: that must not be made anew where it is missing for a moment."""
+    if fault.kind.name == "process.madvise":
+        return (fault.settings["advice"] or "DONTNEED") in KEEPING_ADVICE
+    return fault.kind.name in KEEPS
 
-    def __init__(self, crew: Crew, process: Process, kinds: frozenset[str]) -> None:
+
+class Victim:
+    """One of them: `keeps` when its data outlive every fault that concerns it."""
+
+    def __init__(self, crew: Crew, process: Process, *, keeps: bool) -> None:
         self.process = process
         self._crew = crew
-        self._kinds = kinds
+        self._keeps = keeps
         self._who = f"victim {process.pid}"
         self.over = False
         """The round under way is the last."""
@@ -77,7 +85,7 @@ class Victim:
     def _judge(self, who: str, seen: Words, stored: Words) -> None:
         """Every word is what was stored; or zero, where a fault takes data away."""
         wrong = seen != stored
-        if not self._kinds <= KEEPS:
+        if not self._keeps:
             wrong &= seen != 0
         if wrong.any():
             word = int(wrong.argmax())
@@ -86,7 +94,7 @@ class Victim:
 
     async def _mend(self, error: HmmnetError) -> None:
         """Memory that is gone, or broken, is mapped anew."""
-        if not isinstance(error, SignalError) or (self._kinds <= KEEPS and not isinstance(error, BusError)):
+        if not isinstance(error, SignalError) or (self._keeps and not isinstance(error, BusError)):
             return
         with contextlib.suppress(KernelError, PeerError):
             await self.process.munmap(VICTIM_ADDRESS, VICTIM_BYTES)
@@ -101,5 +109,5 @@ async def victims_of(crew: Crew, number: int, faults: list[Fault]) -> list[Victi
         pid = VICTIM_PID_FIRST + index
         if process.pid != pid:
             raise HmmnetError(f"a victim of this program is process {pid}, and got pid {process.pid}")
-        made.append(Victim(crew, process, frozenset(fault.kind.name for fault in faults if fault.process == pid)))
+        made.append(Victim(crew, process, keeps=all(keeps(fault) for fault in faults if fault.process == pid)))
     return made

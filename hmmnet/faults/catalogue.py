@@ -126,11 +126,17 @@ def _amiss(kind: Kind, read: Mapping[str, Any]) -> list[Mistake]:
         found.append(("factor", f"{factor:g} where more than 0 is wanted"))
     if kind.name == "link.slow" and not 0 < factor <= 1:
         found.append(("factor", f"{factor:g} where a part is wanted, above 0 and at most 1; to take a link away there is link.down"))
-    if kind.name == "ecc.uncorrectable" and "range" not in read:
-        found.append(("range", "missing: nothing else says which addresses, such as 0x7f0000000000+64KiB"))
+    if kind.needs_range and not read.get("point") and not _covers(read.get("range", (0, 0))):
+        why = "nothing else says" if kind.parameter("point") is None else "without a point it is done at once, and nothing else says to"
+        found.append(("range", f"missing: {why} which addresses, such as 0x7f0000000000+64KiB"))
     if not 0 < lanes <= LANES:
         found.append(("lanes", f"{lanes} where 1 to {LANES} are wanted"))
     return found
+
+
+def _covers(addresses: tuple[int, int]) -> bool:
+    start, end = addresses
+    return end > start
 
 
 def _as_way(on: str) -> str:

@@ -134,7 +134,8 @@ _READ: dict[str, Callable[[Parameter, Any], Any]] = {
 class Kind:
     """A named fault. `holds` is its recovery oracle: what a test may demand afterwards. `not_in` says why it cannot be done in a world.
 
-    `once`: it happens when it is added, and is over. `makes` are its effects.
+    `once`: it happens when it is added, and is over. `needs_range`: where no point says which addresses it concerns, a range has to.
+    `makes` are its effects.
     """
 
     name: str
@@ -146,6 +147,7 @@ class Kind:
     parameters: tuple[Parameter, ...] = ()
     not_in: Mapping[str, str] = field(default_factory=dict)
     once: bool = False
+    needs_range: bool = False
 
     def parameter(self, name: str) -> Parameter | None:
         """The parameter called `name`."""
@@ -187,6 +189,11 @@ class Fault:
     end: int = 0
     after_s: float = 0.0
     lasts_s: float = 0.0
+
+    @property
+    def at_once(self) -> bool:
+        """It happens as it is added, and never again."""
+        return self.kind.once or self.settings.get("point") == ""
 
     @property
     def effects(self) -> Sequence[Effect]:

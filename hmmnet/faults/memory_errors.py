@@ -36,6 +36,7 @@ KINDS = (
         "an access is SIGBUS, a device's EFAULT; the frames are never used again",
         _host("poison"),
         once=True,
+        needs_range=True,
     ),
     Kind(
         "ecc.in_flight",

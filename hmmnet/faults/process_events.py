@@ -7,7 +7,7 @@ from typing import Any
 from .effects import HostEffect
 from .kinds import Fault, Kind, Parameter
 
-AT = Parameter("point", "point", "at which point of the host (empty: at once)", "")
+AT = Parameter("point", "point", "at which point of the host (empty: at once; what changes memory then needs a range)", "")
 ADVICE = (
     *("NORMAL", "RANDOM", "SEQUENTIAL", "DONTFORK", "DOFORK", "WIPEONFORK", "KEEPONFORK"),
     *("HUGEPAGE", "NOHUGEPAGE", "MERGEABLE", "UNMERGEABLE"),
@@ -17,6 +17,8 @@ ADVICE = (
 """Of madvise(2), without MADV_; a test holds them to the host's. Memory that breaks by MADV_HWPOISON is `ecc.uncorrectable`."""
 MORE = {"madvise": (Parameter("advice", "choice", "what is advised, without MADV_ (empty: DONTNEED)", "", ADVICE),)}
 """What some deeds can be told besides."""
+KEEPING_ADVICE = frozenset(ADVICE) - {"DONTNEED", "DONTNEED_LOCKED", "FREE", "REMOVE", "GUARD_INSTALL"}
+"""What may be advised of memory whose data are to stay what they are."""
 DEEDS = {
     "fork": ("the process forks; the child reads the pages concerned, and exits", "parent and child see what they should"),
     "exit": ("the process exits", "its pages are free everywhere; others go on"),
@@ -35,6 +37,9 @@ DEEDS = {
     ),
 }
 
+CHANGES = frozenset({"mprotect", "mremap", "munmap", "madvise"})
+"""Deeds that are done to addresses."""
+
 
 def _kind(deed: str, what: str, holds: str) -> Kind:
     def makes(fault: Fault) -> list[HostEffect]:
@@ -44,7 +49,7 @@ def _kind(deed: str, what: str, holds: str) -> Kind:
     def more(fault: Fault) -> dict[str, Any]:
         return {one.name: fault.settings[one.name] for one in MORE.get(deed, ())}
 
-    return Kind(f"process.{deed}", "process", what, holds, makes, parameters=(AT, *MORE.get(deed, ())))
+    return Kind(f"process.{deed}", "process", what, holds, makes, parameters=(AT, *MORE.get(deed, ())), needs_range=deed in CHANGES)
 
 
 KINDS = tuple(_kind(deed, what, holds) for deed, (what, holds) in DEEDS.items())

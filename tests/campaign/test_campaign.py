@@ -25,16 +25,18 @@ from hmmnet.campaign.machines import devices_of, topology_of
 from hmmnet.campaign.nemesis import all_faults
 from hmmnet.campaign.places import Pair, pairs
 from hmmnet.campaign.program import Harm, Layout, Planned, Program, Step, read
-from hmmnet.campaign.recipes import FAMILIES, NOT_DRAWN, RECIPES
+from hmmnet.campaign.recipes import ADVISED, FAMILIES, NOT_DRAWN, RECIPES
 from hmmnet.campaign.scenarios import SCENARIOS
 from hmmnet.campaign.shrink import Shrinker, without, without_actor, without_device_number, without_region
 from hmmnet.campaign.sweep import Cell
 from hmmnet.campaign.trial import run_program
 from hmmnet.campaign.waits import find_cycle
+from hmmnet.campaign.words import VICTIM_ADDRESS, VICTIM_BYTES
 from hmmnet.campaign.workers import workers
 from hmmnet.cli import exit_code
 from hmmnet.errors import HmmnetError
 from hmmnet.faults import KINDS, Plan, fault
+from hmmnet.faults.kinds import Fault
 from hmmnet.faults.targets import wrong_targets
 from hmmnet.launcher.directory import process_started
 from hmmnet.sim import Trace
@@ -95,6 +97,24 @@ def test_every_kind_is_drawn_or_has_its_reason() -> None:
         seen |= {fault.kind.name for fault in faults}
         assert not [wrong for fault in faults for wrong in wrong_targets(fault, topology_of(program.machine), "sim")]
     assert seen == set(RECIPES)
+
+
+@pytest.mark.parametrize("deed", ["mprotect", "mremap", "munmap", "madvise"])
+def test_what_changes_memory_at_once_is_drawn_with_a_range(deed: str) -> None:
+    """Of the victim's own memory, at an operation, and not before there is any; what happens at a point is at the pages concerned there."""
+    faults = [fault for seed in range(400) for fault in all_faults(draw(seed, f"process.{deed}"))]
+    at_once = [fault for fault in faults if fault.at_once]
+    assert at_once
+    assert all(VICTIM_ADDRESS <= one.start < one.end <= VICTIM_ADDRESS + VICTIM_BYTES for one in at_once)
+    assert all(one.settings["point"] and one.end == 0 for one in faults if one not in at_once)
+    first = [fault for seed in range(400) for text in draw(seed, f"process.{deed}").faults for fault in Plan.parse(text).faults]
+    assert not [fault for fault in first if isinstance(fault, Fault) and fault.at_once]
+
+
+def test_all_kinds_of_advice_are_drawn() -> None:
+    """Such as keeps data and such as takes them away."""
+    advice = {fault.settings["advice"] for seed in range(300) for fault in all_faults(draw(seed, "process.madvise"))}
+    assert advice == set(ADVISED)
 
 
 def test_swarm_style() -> None:

@@ -10,7 +10,7 @@ import trio
 
 import hmmnet
 from hmmnet.errors import BusError, HmmnetError, KernelError, PeerError, SegmentationFault, SignalError
-from hmmnet.faults import KINDS, fault
+from hmmnet.faults import KINDS, Plan, fault
 from hmmnet.sim import SimulatedMachine
 from hmmnet.topology.load import parse
 
@@ -179,6 +179,37 @@ def test_what_is_done_to_addresses_needs_some() -> None:
     """Without a range nothing says which memory breaks: that is a mistake, not a fault that does nothing."""
     with pytest.raises(HmmnetError, match=r"fault ecc\.uncorrectable: range: missing: nothing else says which addresses"):
         fault("ecc.uncorrectable", process=1000)
+
+
+@pytest.mark.parametrize("deed", ["mprotect", "mremap", "munmap", "madvise"])
+def test_what_changes_memory_at_once_needs_some(deed: str) -> None:
+    """So do changes of a mapping at once, in a plan, a test and on a running machine; at a point that says which pages are concerned."""
+    for nothing in ({}, {"range": "0x10000+0"}):
+        with pytest.raises(HmmnetError, match=rf"fault process\.{deed}: range: missing: without a point it is done at once"):
+            fault(f"process.{deed}", process=1000, **nothing)
+    with pytest.raises(HmmnetError, match=r"range: missing: without a point"):
+        Plan.parse(f'[[fault]]\nkind = "process.{deed}"\n')
+    assert not fault(f"process.{deed}", point="migrate.after_unmap").at_once
+    assert fault(f"process.{deed}", range="0x10000+4096").at_once
+
+
+def test_what_changes_memory_at_once_does_something() -> None:
+    """The last page of the range is unmapped, the others are dropped; a page beside the range is neither."""
+
+    async def main(machine: SimulatedMachine) -> None:
+        process = await machine.create_process()
+        address = await process.mmap(4 * PAGE)
+        await process.write(address, b"x" * 4 * PAGE)
+        for deed in ("mprotect", "mremap", "madvise", "munmap"):
+            machine.add_fault(f"process.{deed}", process=process.pid, range=f"0x{address + PAGE:x}+{2 * PAGE}")
+            await trio.sleep(0.01)
+        assert await process.read(address, 2 * PAGE) == b"x" * PAGE + b"\0" * PAGE
+        with pytest.raises(SegmentationFault):
+            await process.load(address + 2 * PAGE)
+        assert await process.read(address + 3 * PAGE, PAGE) == b"x" * PAGE
+        await process.exit()
+
+    hmmnet.simulate(main, MACHINE)
 
 
 def test_links_are_slow_down_and_mended() -> None:
