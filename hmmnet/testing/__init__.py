@@ -19,6 +19,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import outcomes
     from .device_contract import DeviceContract
     from .frozen import FrozenMachine
     from .migrations import Migrations
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from .shrink import shrink
     from .worlds import Simulate
 
-__all__ = ["DeviceContract", "FrozenMachine", "Migrations", "PolicyContract", "Simulate", "shrink"]
+__all__ = ["DeviceContract", "FrozenMachine", "Migrations", "PolicyContract", "Simulate", "outcomes", "shrink"]
 
 _PLACES = {
     "DeviceContract": "hmmnet.testing.device_contract",
@@ -34,6 +35,7 @@ _PLACES = {
     "Migrations": "hmmnet.testing.migrations",
     "PolicyContract": "hmmnet.testing.policy_contract",
     "Simulate": "hmmnet.testing.worlds",
+    "outcomes": "hmmnet.testing.outcomes",
     "shrink": "hmmnet.testing.shrink",
 }
 
@@ -44,7 +46,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    value = getattr(import_module(_PLACES[name]), name)
+    module = import_module(_PLACES[name])
+    value = module if name == "outcomes" else getattr(module, name)
     globals()[name] = value  # also where importing a module of the same name has put that
     return value
 
