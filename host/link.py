@@ -52,7 +52,7 @@ FREE_DELAY_S = 0.01
 """Real seconds that freed frames wait for more, so that a storm of frees becomes few notes."""
 SINGLES_DELAY_S = 0.05
 SINGLES_MAX = 64
-"""Where all were freed one by one, as CPU faults do it: real seconds, unless so many have gathered before. A fault that has to wait for its
+"""Where the first was freed alone, as CPU faults do it: real seconds, unless so many have come home. A fault that has to wait for its
 page anyway tells of them then, and settles accounts: as its own task, `SessionLink.run` takes twice as long for that, and stops whoever
 waits."""
 INVALIDATION_S = 5.0

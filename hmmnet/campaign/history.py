@@ -238,7 +238,7 @@ class History:
         return not self._forgotten and int(np.maximum.reduce(self._wild[mark.first : mark.first + mark.count])) == ALWAYS
 
     def _ends_in(self, row: int, mark: StoreMark, now: int, *, certain: bool) -> bool:
-        """`store_ends` where all values are in one row still, and nothing was ever wild; False, and nothing done, where they are not."""
+        """`store_ends` where all values are in one row still, and no word is wild; False, and nothing done, where they are not."""
         words = slice(mark.first, mark.first + mark.count)
         if not all_of(self._begin[row, words] == mark.began):
             return False

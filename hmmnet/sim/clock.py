@@ -27,8 +27,8 @@ from hmmnet.sleeping import RUN, WORD, WakingClock, shortest_now, sleep_until
 
 from .schedule import drop_shields, tasks_wait_for_idle, threads_at_work
 
-LOOKS_MAX = 200_000
-"""Looks at the clock at one moment, with each round of the scheduler: some ten seconds of real time. A migration of a page takes ten."""
+LOOKS_MAX = 500_000
+"""Looks at the clock at one moment, with each round of the scheduler: some ten seconds of real time. An mmap takes three."""
 FOR_EVER_S = 1e9
 """What the scheduler is told to sleep when somebody waits until all are blocked; it sleeps a day at most and asks again."""
 PRUNE_MIN = 1000

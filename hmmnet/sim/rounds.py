@@ -32,29 +32,34 @@ FILES = "TheIOManager"
 _counter = attrgetter("_counter")
 
 
+class Rounds:
+    """In front of trio's class that waits for files (`theirs`)."""
+
+    theirs: Any
+
+    def process_events(self, events: Any) -> None:
+        """Wake who waits for those files, and take the rounds that follow."""
+        if events:
+            self.theirs.process_events(self, events)
+        runner = trio_run.GLOBAL_RUN_CONTEXT.runner
+        clock, deadlines = runner.clock, runner.deadlines
+        if not isinstance(clock, WakingClock):
+            return
+        for _ in range(ROUNDS_MAX):
+            if not runner.runq:
+                return
+            now_s, heap = clock.current_time(), deadlines._heap  # noqa: SLF001 - see the module
+            if heap and heap[0][0] <= now_s:
+                deadlines.expire(now_s)
+            _round(runner)
+
+
 def files() -> type[Any]:
     """What is to stand where trio's class does that waits for files; trio's itself, where its rounds are not known."""
     theirs: type[Any] = getattr(trio_run, FILES)
-    if trio.__version__ not in KNOWN:
+    if trio.__version__ not in KNOWN or issubclass(theirs, Rounds):  # a simulation is under way beside or around this one
         return theirs
-    return type("Rounds", (theirs,), {"process_events": _process_events, "theirs": theirs})
-
-
-def _process_events(self: Any, events: Any) -> None:
-    """Wake who waits for those files, and take the rounds that follow."""
-    if events:
-        self.theirs.process_events(self, events)
-    runner = trio_run.GLOBAL_RUN_CONTEXT.runner
-    clock, deadlines = runner.clock, runner.deadlines
-    if not isinstance(clock, WakingClock):
-        return
-    for _ in range(ROUNDS_MAX):
-        if not runner.runq:
-            return
-        now_s, heap = clock.current_time(), deadlines._heap  # noqa: SLF001 - see the module
-        if heap and heap[0][0] <= now_s:
-            deadlines.expire(now_s)
-        _round(runner)
+    return type("Files", (Rounds, theirs), {"theirs": theirs})
 
 
 def _round(runner: Any) -> None:

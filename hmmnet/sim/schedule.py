@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import select
 import socket
+import threading
 from collections.abc import Iterator, MutableSequence, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -39,31 +40,48 @@ THEIRS = getattr(trio_run, HOOKS, None)
 KNOWN_BITS = 64
 BITS = tuple(map(int.bit_length, range(KNOWN_BITS)))
 """How many bits the numbers take that are asked for: of tasks in a round."""
+_PLACES: tuple[tuple[Any, str], ...] = (
+    (trio_run, CHANCE),
+    (trio_run, ORDERED),
+    (trio_run, HOOKS),
+    (trio_run, FILES),
+    (trio.CancelScope, REGISTERING),
+)
+_TRIOS: list[tuple[Any, str, Any]] = []
+"""What trio has in those places by itself."""
+_UNDER_WAY: list[list[tuple[Any, str, Any]]] = []
+"""What each block that has not ended put there, the newest last: blocks may lie within each other, or overlap in threads."""
+_CHANGING = threading.Lock()
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Every trio run that begins inside the block is scheduled from `seed`. Raises HmmnetError for a trio whose inside is another."""
+    """Every trio run that begins inside the block is scheduled from `seed`, that of the block begun last where several are under way.
+
+    Raises HmmnetError for a trio whose inside is another.
+    """
     chance = getattr(trio_run, CHANCE, None)
     known = all(hasattr(trio_run, name) for name in (ORDERED, HOOKS, FILES)) and hasattr(trio_run.Runner, IDLE)
     if not isinstance(chance, Random) or not known:
         raise HmmnetError(f"trio {version('trio')} cannot be scheduled from a seed: hmmnet does not know its inside; use another trio")
-    places: list[tuple[Any, str, Any]] = [
-        (trio_run, CHANCE, Shuffler(seed)),
-        (trio_run, ORDERED, True),
-        (trio_run, HOOKS, Hooks),
-        (trio_run, FILES, files()),
-        (trio.CancelScope, REGISTERING, registering()),
-    ]
-    before = [(place, name, getattr(place, name)) for place, name, ours in places if ours is not None]
-    for place, name, ours in places:
-        if ours is not None:
-            setattr(place, name, ours)
+    with _CHANGING:
+        if not _UNDER_WAY:
+            _TRIOS[:] = [(place, name, getattr(place, name)) for place, name in _PLACES if hasattr(place, name)]
+        ours = (Shuffler(seed), True, Hooks, files(), registering())
+        places = [(*place, what) for place, what in zip(_PLACES, ours, strict=True) if what is not None]
+        _UNDER_WAY.append(places)
+        _put(places)
     try:
         yield
     finally:
-        for place, name, theirs in before:
-            setattr(place, name, theirs)
+        with _CHANGING:
+            _UNDER_WAY[:] = [others for others in _UNDER_WAY if others is not places]
+            _put(_UNDER_WAY[-1] if _UNDER_WAY else _TRIOS)
+
+
+def _put(places: Sequence[tuple[Any, str, Any]]) -> None:
+    for place, name, what in places:
+        setattr(place, name, what)
 
 
 class Shuffler(Random):

@@ -213,9 +213,7 @@ class Zone:
         return array[where]
 
     def referenced(self, count: int | None = None) -> npt.NDArray[np.bool_]:
-        """Which of the first `count` frames (of all: for small memories) have a reference; broken ones, which have one for ever, are left
-        out.
-        """
+        """Which of the first `count` frames (of all: for small memories) have a reference. Broken ones, which have one for ever, do not."""
         where = slice(0, self.count if count is None else count)
         counted: npt.NDArray[np.bool_] = (self.values("refcount", where) != 0) & (self.values("flags", where) & HWPOISON == 0)
         return counted
