@@ -124,6 +124,18 @@ class Memory:
         """Frames that are out of use for good."""
         self.used_max = 0
         """The most frames that were out at once."""
+        self._written = 0
+        """Frames at the front that an earlier life may have written to."""
+
+    def begin_with(self, former: Memory) -> None:
+        """Nothing has cleared the memory since `former`, the device's life before this: its bytes are still there, in frames that are free.
+
+        None of these is known to hold zeros. Before anything else.
+        """
+        assert not self._frames.used_count, "a life begins once"
+        self._written = max(former._written, former._frames.touched_count)
+        self.arena.pages[: self._written] = former.arena.pages[: self._written]
+        self._state[: self._written] = FREE_DIRTY
 
     # --- frames ---------------------------------------------------------------------------------------------------------------
 

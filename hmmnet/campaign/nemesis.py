@@ -37,7 +37,7 @@ GIVES_UP = frozenset({"device.before_ack"})
 """Points at which a device that fails is given up by the host: who does not let go of pages is not to be trusted with any."""
 BYE = "session.bye"
 """The point that is reached when everything else is over."""
-LEAVING = frozenset({"crash", "bounce", "unplug", "unload"})
+LEAVING = frozenset({"crash", "bounce", "restart.kept", "unplug", "unload"})
 """Kinds that cost a device its life as they begin."""
 SILENCING = frozenset({"partition", "hold", "hang", "invalidate.silent"})
 """Kinds that may cost a device its life for as long as they act."""

@@ -251,6 +251,7 @@ RECIPES: dict[str, Recipe] = {
     "crash": Recipe(given(), DEVICE),
     "hang": Recipe(lambda random: {"on": "host"} if random.random() < 0.2 else {}, DEVICE, CUT),
     "bounce": Recipe(given(down=(0.0, 0.5)), DEVICE),
+    "restart.kept": Recipe(given(down=(0.0, 0.5)), DEVICE),
     "unplug": Recipe(given(), DEVICE),
     "unload": Recipe(given(), DEVICE),
     "reset": Recipe(lambda random: {"nth": random.randint(1, 12), "down": round(random.uniform(0.0, 0.25), 6)}, DEVICE),
@@ -267,8 +268,10 @@ NOT_DRAWN: dict[str, str] = {
 }
 """Kinds that no seed draws, and why: those that no simulated machine can do say so themselves."""
 
+ALONE = frozenset({"restart.kept"})
+"""Kinds that are drawn as a mix of their own, and not with their family: for all else they are as another, here a bounce."""
 FAMILIES: dict[str, tuple[str, ...]] = {
-    family: tuple(name for name in RECIPES if KINDS[name].family == family)
+    family: tuple(name for name in RECIPES if KINDS[name].family == family and name not in ALONE)
     for family in dict.fromkeys(KINDS[name].family for name in RECIPES)
 }
 """Families of the catalogue: the kinds of each that are drawn."""

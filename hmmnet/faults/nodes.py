@@ -21,7 +21,8 @@ def _reset(fault: Fault) -> list[NodeEffect | PointFault]:
     return [at_points(fault, "migrate.mid_copy", "crash"), NodeEffect("revive", fault.on, settings=fault.settings)]
 
 
-EMPTY = "a restarted device is a new incarnation and begins empty, by design; a partition shorter than the lease keeps its memory"
+GIVEN_BACK = "a process's memory is given back as it ends, and whoever gets it next finds zeros; a simulated device's can stay as it was"
+"""Why no real device starts again with the bytes of its former life; a hang or a partition shorter than the lease keeps them in use."""
 DOWN = Parameter("down", "time", "until it starts again", 0.1)
 KINDS = (
     Kind("crash", "nodes", "a device's process is gone from one moment to the next (SIGKILL)", LOST, _node("crash"), "node", once=True),
@@ -35,7 +36,15 @@ KINDS = (
     ),
     Kind("bounce", "nodes", "a device crashes and starts again", AGAIN, _node("bounce"), "node", (DOWN,), once=True),
     Kind(
-        "restart.kept", "nodes", "a device restarts with its memory kept", "", _node("bounce"), "node", not_in={"sim": EMPTY, "real": EMPTY}
+        "restart.kept",
+        "nodes",
+        "a device crashes and starts again, its memory full of what its former life left there",
+        AGAIN + ": nobody ever sees a byte of the former life",
+        lambda fault: [NodeEffect("bounce", fault.on, settings={**fault.settings, "kept": True})],
+        "node",
+        (DOWN,),
+        not_in={"real": GIVEN_BACK},
+        once=True,
     ),
     Kind(
         "unplug",

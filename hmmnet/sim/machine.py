@@ -84,6 +84,8 @@ class SimulatedMachine:
         )
         """The faults that were added, by number."""
         self._revived: dict[str, float] = {}
+        self._kept: dict[str, Any] = {}
+        """Memory of devices that have ended, which their next life begins with."""
         self._host_silent = False
         self._points = {device: injector.points_of(device) for device in topology.device_names}
         self._wires = wires
@@ -343,6 +345,8 @@ class SimulatedMachine:
     def _made(self, name: str, node: Node, device: Any) -> None:
         """A device has started: it suffers what those of its name do now, as a real one is told when it comes."""
         node.device = device
+        if name in self._kept:
+            device.memory.begin_with(self._kept.pop(name))
         for undo in self.carrier.at_work:
             if isinstance(undo, Suffering):
                 undo.begin(name, device)
@@ -359,6 +363,8 @@ class SimulatedMachine:
         if effect.deed == "revive":
             return self._revive(names, down_s)
         for name in running:
+            if effect.settings.get("kept") and (device := self._nodes[name].device) is not None:
+                self._kept[name] = device.memory
             if effect.deed in ("crash", "bounce", "unplug"):
                 self._crash(name, told=effect.deed != "unplug")
             elif effect.deed == "unload":

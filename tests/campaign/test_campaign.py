@@ -25,7 +25,7 @@ from hmmnet.campaign.machines import devices_of, topology_of
 from hmmnet.campaign.nemesis import all_faults
 from hmmnet.campaign.places import Pair, pairs
 from hmmnet.campaign.program import Harm, Layout, Planned, Program, Step, read
-from hmmnet.campaign.recipes import ADVISED, FAMILIES, NOT_DRAWN, RECIPES
+from hmmnet.campaign.recipes import ADVISED, ALONE, FAMILIES, NOT_DRAWN, RECIPES
 from hmmnet.campaign.scenarios import SCENARIOS
 from hmmnet.campaign.shrink import Shrinker, without, without_actor, without_device_number, without_region
 from hmmnet.campaign.sweep import Cell
@@ -96,7 +96,7 @@ def test_every_kind_is_drawn_or_has_its_reason() -> None:
         faults = all_faults(program)
         seen |= {fault.kind.name for fault in faults}
         assert not [wrong for fault in faults for wrong in wrong_targets(fault, topology_of(program.machine), "sim")]
-    assert seen == set(RECIPES)
+    assert seen == set(RECIPES) - ALONE
 
 
 @pytest.mark.parametrize("deed", ["mprotect", "mremap", "munmap", "madvise"])
@@ -125,7 +125,7 @@ def test_swarm_style() -> None:
     assert any(found == frozenset() for found in families)
 
 
-@pytest.mark.parametrize("mix", ["nodes", "copy engine", "link.down", "process.exit"])
+@pytest.mark.parametrize("mix", ["nodes", "copy engine", "link.down", "process.exit", "restart.kept"])
 def test_a_family_or_a_kind_is_a_mix(mix: str) -> None:
     """Only that is drawn, and by every seed."""
     for seed in range(20):
