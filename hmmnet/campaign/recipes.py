@@ -251,7 +251,7 @@ RECIPES: dict[str, Recipe] = {
     "crash": Recipe(given(), DEVICE),
     "hang": Recipe(lambda random: {"on": "host"} if random.random() < 0.2 else {}, DEVICE, CUT),
     "bounce": Recipe(given(down=(0.0, 0.5)), DEVICE),
-    "restart.kept": Recipe(given(down=(0.0, 0.5)), DEVICE),
+    "restart.kept": Recipe(given(down=(0.0, 0.0005)), DEVICE),
     "unplug": Recipe(given(), DEVICE),
     "unload": Recipe(given(), DEVICE),
     "reset": Recipe(lambda random: {"nth": random.randint(1, 12), "down": round(random.uniform(0.0, 0.25), 6)}, DEVICE),

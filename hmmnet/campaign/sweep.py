@@ -158,6 +158,18 @@ def forked(pair: Pair, base: Program, nth_max: int) -> list[tuple[int, Hits]]:
     return sorted(found, key=lambda one: one[0])
 
 
+def expected(scenarios: list[Program], chosen: list[Pair], nth_max: int, *, first_only: bool) -> int:
+    """How many hits `sweep` tries, at most: each pair as often as a scenario by itself comes to its place."""
+    total = 0
+    for pair in chosen:
+        for base in scenarios:
+            reached = alone(base).reached[pair.place]
+            total += sum(1 for _ in _times(pair, min(nth_max, reached)))
+            if reached and first_only:
+                break
+    return total
+
+
 def sweep(
     scenarios: list[Program],
     *,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +15,11 @@ from .outputs import writable, write
 
 if TYPE_CHECKING:
     from hmmnet.campaign.places import Pair
+    from hmmnet.campaign.program import Program
     from hmmnet.campaign.sweep import Cell, Tried
+
+LONG_S = 60.0
+"""Of a sweep: from here on it is said how to have a shorter one."""
 
 
 def sweep(
@@ -53,6 +58,7 @@ def sweep(
         return _merged(pieces, output, as_json=as_json)
     scenarios = named(scenario)
     chosen = _chosen(only, fault)
+    _announce(scenarios, chosen, nth, jobs, first=first)
     screen = _Screen()
     table: dict[Pair, Cell] = {}
     interrupted = False
@@ -67,6 +73,31 @@ def sweep(
         write(output, document(table, f"{scenario}{f' --nth {nth}' if nth != 500 else ''}{' --first' if first else ''}"))
     code = _told(table, as_json=as_json)
     return 130 if interrupted else code
+
+
+def _announce(scenarios: list[Program], chosen: list[Pair], nth: int, jobs: int, *, first: bool) -> None:
+    """How much it is going to be, on stderr: the scenarios are run by themselves for that, which tells how long a run takes, too."""
+    from hmmnet.campaign.sweep import alone, expected
+    from hmmnet.campaign.trial import run_program
+    from hmmnet.units import counted
+
+    alone(scenarios[0])  # what is slow once is no measure
+    began_s = time.monotonic()
+    for base in scenarios:
+        run_program(base)
+    run_s = (time.monotonic() - began_s) / len(scenarios)
+    runs = expected(scenarios, chosen, nth, first_only=first)
+    what = f"{counted(len(chosen), 'pair')} of place and fault in {counted(len(scenarios), 'scenario')}: at most {counted(runs, 'run')}"
+    shorter = "; --only, --fault, --nth, --first and one SCENARIO make it shorter" if runs * run_s / jobs > LONG_S else ""
+    print(f"{what}, roughly {roughly(runs * run_s / jobs)} with {counted(jobs, 'job')}{shorter}", file=sys.stderr, flush=True)
+
+
+def roughly(seconds: float) -> str:
+    """A time as one says it: nobody knows what else the computer will have to do."""
+    for unit, length_s in (("h", 3600.0), ("min", 60.0)):
+        if seconds >= length_s:
+            return f"{seconds / length_s:.0f} {unit}"
+    return f"{max(seconds, 1.0):.0f} s"
 
 
 def _list(scenarios: dict[str, str], *, as_json: bool) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import get_args
 
@@ -12,9 +13,10 @@ from hmmnet.campaign.coverage import FILE, as_json, as_markdown, document, from_
 from hmmnet.campaign.nemesis import GIVES_UP
 from hmmnet.campaign.places import NOT_APPLICABLE, Pair, pairs, reason
 from hmmnet.campaign.scenarios import SCENARIOS, scenario
-from hmmnet.campaign.sweep import OUTCOMES, alone, sweep, try_all, try_pair
+from hmmnet.campaign.sweep import NTH_MAX, OUTCOMES, alone, expected, sweep, try_all, try_pair
 from hmmnet.campaign.words import CONTROL, UNREADABLE, places
 from hmmnet.cli import exit_code
+from hmmnet.cli.sweep import roughly
 from hmmnet.errors import HmmnetError
 from hmmnet.faults.network import BULK_WAYS
 from hmmnet.faults.points import POINTS
@@ -120,6 +122,24 @@ def test_a_sweep_ends_when_nothing_is_left() -> None:
     assert told == [(1, 3, table[chosen[0]].hits), (2, 3, table[chosen[1]].hits), (3, 3, 0)]
     assert as_json(table)["coverage"] == pytest.approx(2 / 3, abs=1e-3)
     assert as_markdown(sweep([base], chosen=chosen, jobs=2)) == as_markdown(table)
+
+
+@pytest.mark.parametrize("first_only", [False, True])
+def test_how_many_runs_it_will_be(first_only: bool) -> None:
+    """Is known before: what a scenario comes to by itself."""
+    chosen = [pair for pair in pairs() if pair.place in ("migrate.before_finalize", "migrate.after_entry") and pair.fault == "delay"]
+    bases = [SCENARIOS["small"], SCENARIOS["exclusive"]]
+    runs = sum(cell.hits for cell in sweep(bases, chosen=chosen, first_only=first_only).values())
+    assert runs == expected(bases, chosen, NTH_MAX, first_only=first_only) > 0
+
+
+def test_how_long_it_will_be_is_said_first(capsys: pytest.CaptureFixture[str]) -> None:
+    """How many runs, and about how long; of a long one, how to have a shorter one. What is asked for with --json is as it was."""
+    assert exit_code(["sweep", "small", "--only", "migrate.before_finalize", "--nth", "1", "--json"]) == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out)["runs"] == 4
+    assert re.match(r"4 pairs of place and fault in 1 scenario: at most 4 runs, roughly \d+ s with 1 job\n", told.err)
+    assert [roughly(seconds) for seconds in (0.1, 59.0, 90.0, 10_000.0)] == ["1 s", "59 s", "2 min", "3 h"]
 
 
 def test_a_document_is_read_back() -> None:

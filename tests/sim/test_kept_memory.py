@@ -22,6 +22,8 @@ PAGE = 4096
 PAGES = 64
 SECRET = b"secret"
 SEEDS = range(6)
+FOUND_BY = 133
+"""The first seed that catches the planted bug."""
 KINDS = ("private", "coherent")
 
 
@@ -133,3 +135,11 @@ def test_memory_that_is_taken_for_clear_is_found(monkeypatch: pytest.MonkeyPatch
         assert SECRET in await look(machine)
 
     hmmnet.simulate(main, machine_of(kind))
+
+
+def test_the_campaign_finds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The history checker does, where a new mapping comes to what was kept: within 500 seeds, as other planted bugs."""
+    taken_for_clear(monkeypatch)
+    found = run_program(draw(FOUND_BY, "restart.kept")).violations
+    assert found
+    assert found[0].checker == "history"
