@@ -9,7 +9,6 @@ Reading the installed packages' metadata costs tens of milliseconds and a few me
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
@@ -51,7 +50,7 @@ def load(group: str, name: str, built_in: Mapping[str, str] = _NOTHING) -> Any:
     place = built_in.get(name)
     if place is not None:
         module, _, attribute = place.partition(":")
-        return getattr(sys.modules.get(module) or import_module(module), attribute)
+        return getattr(import_module(module), attribute)  # which waits for another thread that imports it just now
     from importlib.metadata import entry_points
 
     for entry in entry_points(group=group, name=name):

@@ -107,8 +107,9 @@ def said_of(on: str | None) -> Iterator[None]:
 
     try:
         yield
-    except PeerLost as error:
-        if on is None or isinstance(error.__cause__, RemoteError):
+    except HmmnetError as error:
+        lost = error if isinstance(error, PeerLost) else error.__cause__  # a workload of the user's says where it was, and why
+        if on is None or not isinstance(lost, PeerLost) or isinstance(lost.__cause__, RemoteError):
             raise
         raise HmmnetError(f'machine "{on}" is gone: {error}') from error
 
@@ -138,6 +139,8 @@ def plain_errors(function: Callable[..., Any]) -> Iterator[None]:
     built_in = function.__module__.startswith(BUILT_IN)
     try:
         yield
+    except BrokenPipeError:  # whoever reads what the workload prints has seen enough: `main` knows
+        raise
     except (HmmnetError, OSError) as error:
         place = function.__name__ if built_in else _last_line_in(function.__code__.co_filename, error)
         if isinstance(error, HmmnetError) and (built_in or not place):

@@ -1,8 +1,8 @@
 """SIGTERM ends a command as cleanly as Ctrl-C does: it becomes a KeyboardInterrupt, but not everywhere.
 
-While modules are being imported, that waits. Python passes over what is raised in a callback of its import system, and the signal would be
-lost. And what is raised below a text that is being executed (a dataclass is one) makes the interpreter end itself by SIGINT at last,
-however well it was caught (`unhandled_keyboard_interrupt` in CPython's pythonrun.c).
+While modules are being imported, that waits, for `WAIT_S`. Python passes over what is raised in a callback of its import system, and the
+signal would be lost. And what is raised below a text that is being executed (a dataclass is one) makes the interpreter end itself by SIGINT
+at last, however well it was caught (`unhandled_keyboard_interrupt` in CPython's pythonrun.c).
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from time import monotonic
 from types import FrameType
 
 AGAIN_S = 0.005
 """So long after it came in the middle of an import, a SIGTERM is looked at again."""
+WAIT_S = 2.0
+"""So long in all: a module of the user's may wait for ever while it is imported."""
 _IMPORT_SYSTEM = "<frozen importlib._bootstrap>"
 
 
@@ -23,14 +26,17 @@ class Termination:
 
     def __init__(self) -> None:
         self.came = False
+        self._waits_until_s = 0.0
 
     def listen(self) -> None:
         """From now on a SIGTERM interrupts the command; SIGALRM is taken for one that has to wait."""
         signal.signal(signal.SIGTERM, self._hear)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - as Python calls it
-        self.came = True
-        if _imports(frame):
+        if not self.came:
+            self.came = True
+            self._waits_until_s = monotonic() + WAIT_S
+        if monotonic() < self._waits_until_s and _imports(frame):
             signal.signal(signal.SIGALRM, self._hear)
             signal.setitimer(signal.ITIMER_REAL, AGAIN_S)
             return

@@ -110,7 +110,7 @@ class Plan:
         """Raises PlanError that names every fault which cannot be done in `world`, or not on that machine, with its line, and why."""
         found = []
         for index, one in enumerate(self.faults):
-            line = self.lines[index] if self.lines else 0
+            line = self.lines[index] if len(self.lines) == len(self.faults) else 0
             for cause in _impossible(one, world, topology):
                 cause, _, mend = cause.partition("; ")
                 found.append(Problem(self.file, line, f"fault {index + 1}", "", cause, mend))
@@ -133,7 +133,11 @@ class _Lines(Sequence[int]):
         return self._count
 
     def __getitem__(self, index: Any) -> Any:
-        return self._lines.get((SECTION, index), 0)
+        if isinstance(index, slice):
+            return [self[at] for at in range(*index.indices(self._count))]
+        if not -self._count <= index < self._count:
+            raise IndexError(f"there are {self._count} faults, none with number {index}")
+        return self._lines.get((SECTION, index % self._count), 0)
 
 
 def _impossible(one: AnyFault, world: World, topology: Topology | None) -> Iterator[str]:

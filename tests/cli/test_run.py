@@ -11,7 +11,7 @@ import pytest
 
 import hmmnet
 from hmmnet.cli import exit_code
-from hmmnet.cli.run import check_arguments, figure_row, find, parse_arguments, plain, said_of, show
+from hmmnet.cli.run import check_arguments, figure_row, find, parse_arguments, plain, plain_errors, said_of, show
 from hmmnet.errors import HmmnetError, PeerGone, RemoteError
 
 WORKLOAD = """
@@ -165,3 +165,21 @@ def test_a_machine_that_goes_away_meanwhile_is_named() -> None:
         raise PeerGone("host said goodbye")
     with pytest.raises(PeerGone, match="gpu0 killed"), said_of("shared"):
         raise PeerGone("gpu0 killed") from RemoteError("host: Call: PeerGone: gpu0 killed")
+
+
+def goodbye() -> None:
+    """A workload of the user's whose machine goes away."""
+    raise PeerGone("host said goodbye")
+
+
+def test_a_machine_that_goes_away_in_a_workload_of_the_users_is_named() -> None:
+    """With the line of the workload that was waiting."""
+    said = r'^machine "shared" is gone: .*test_run\.py:\d+: host said goodbye$'
+    with pytest.raises(HmmnetError, match=said), said_of("shared"), plain_errors(goodbye):
+        goodbye()
+
+
+def test_a_workload_whose_reader_goes_away_has_not_failed() -> None:
+    """As with any command in front of ``head``."""
+    with pytest.raises(BrokenPipeError), plain_errors(goodbye):
+        raise BrokenPipeError(32, "Broken pipe")

@@ -69,3 +69,11 @@ def test_half_a_module_is_not_asked(tmp_path: Path) -> None:
     program = f"import signal, sys; sys.path.insert(0, {str(tmp_path)!r}); signal.signal(signal.SIGINT, signal.SIG_IGN)\n{PROGRAM}"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50, check=False)
     assert (done.stdout.split(), done.returncode, done.stderr) == (["imported", "interrupted"], 143, "")
+
+
+def test_an_import_that_waits_for_ever_is_ended(tmp_path: Path) -> None:
+    """A module of the user's may do so; two seconds are enough for all others."""
+    (tmp_path / "slow.py").write_text(f"{KILLED}\nimport time; time.sleep(60); print('imported')\n")
+    program = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{PROGRAM}"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50, check=False)
+    assert (done.stdout.split(), done.returncode) == (["interrupted"], 143)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -202,6 +203,17 @@ def test_what_a_machine_cannot_have_is_told_at_once_with_lines() -> None:
     plan = Plan.of([{"kind": kind, "on": on} for kind, on in kinds.items() if kind == "crash"])
     with pytest.raises(PlanError, match=r'^plan: fault 1: no device is called "gpu9"'):
         plan.check("sim", load("two-gpus"))
+
+
+def test_lines_end_where_the_faults_do() -> None:
+    """A list of them has as many items; other faults in an old plan have no lines."""
+    plan = Plan.parse('[[fault]]\nkind = "loss"\n\n[[fault]]\nkind = "loss"\nmessage = "Evict"\n', "p.toml")
+    assert (list(plan.lines), plan.lines[-1], plan.lines[0:1]) == ([1, 4], 4, [1])
+    with pytest.raises(IndexError, match="there are 2 faults"):
+        plan.lines[2]
+    others = replace(plan, faults=(fault("crash", "gpu9"),))
+    with pytest.raises(PlanError, match=r"^p\.toml: fault 1"):
+        others.check("sim", load("two-gpus"))
 
 
 def test_what_becomes_of_a_message() -> None:
