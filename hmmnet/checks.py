@@ -67,6 +67,17 @@ def plain_arguments(kernel: str, arguments: Mapping[str, Any]) -> dict[str, Any]
     return plain
 
 
+def as_type(call: str, dtype: str) -> np.dtype[Any]:
+    """A numpy type that bytes in memory can be. Raises KernelError(EINVAL) for a `dtype` that is none, or of objects, or of no size."""
+    try:
+        kind = np.dtype(dtype)
+    except (TypeError, ValueError) as error:
+        raise KernelError(errno.EINVAL, call, f"there is no type {dtype!r}: {error}") from error
+    if kind.hasobject or not kind.itemsize:
+        raise KernelError(errno.EINVAL, call, f"no value of type {dtype!r} lies in memory")
+    return kind
+
+
 def as_value(call: str, value: float, dtype: str) -> bytes:
     """One value as a program stores it. Raises KernelError(EINVAL) for one that `dtype` does not hold, or a `dtype` that there is not."""
     try:
@@ -75,6 +86,8 @@ def as_value(call: str, value: float, dtype: str) -> bytes:
         fits = kind.kind not in "iub" or raw[0] == value
     except (TypeError, ValueError, OverflowError) as error:
         raise KernelError(errno.EINVAL, call, f"{value!r} is no value of type {dtype!r}: {error}") from error
+    if kind.hasobject:
+        raise KernelError(errno.EINVAL, call, f"{value!r} is no value of type {dtype!r}: objects do not lie in memory")
     if not fits:
         raise KernelError(errno.EINVAL, call, f"{value!r} does not fit in type {dtype!r}")
     return raw.tobytes()

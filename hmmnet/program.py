@@ -279,7 +279,10 @@ class Process(Protocol):
         ...
 
     async def read_array(self, address: int, dtype: str, count: int) -> npt.NDArray[Any]:
-        """CPU load of `count` values of a numpy `dtype`: an array of one dimension, a copy. Raises SegmentationFault, BusError."""
+        """CPU load of `count` values of a numpy `dtype`: an array of one dimension, a copy.
+
+        Raises SegmentationFault, BusError, KernelError(EINVAL).
+        """
         ...
 
     async def pagemap(self, address: int, pages: int) -> bytes:

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import trio
 
-from hmmnet.checks import Arrayable, as_bytes, as_value, check_file, check_pages, check_range, plain_arguments
+from hmmnet.checks import Arrayable, as_bytes, as_type, as_value, check_file, check_pages, check_range, check_whole, plain_arguments
 from hmmnet.errors import KernelError, PeerGone, PeerLost, RemoteError
 from hmmnet.pages import PAGE_SIZE
 from hmmnet.program import (
@@ -258,6 +258,7 @@ class RemoteFaults:
     def __init__(self, calls: Calls, process: int, number: int) -> None:
         self._calls = calls
         self._where: dict[str, Any] = {"process": process, "faults": number}
+        self._open = True
 
     async def read(self) -> int:
         """See `UserFaults.read`; cancelled, it may have taken an address that nobody gets to see."""
@@ -269,7 +270,9 @@ class RemoteFaults:
 
     async def close(self) -> None:
         """See `UserFaults.close`."""
-        await self._calls.call("fault_close", **self._where)
+        if self._open:
+            self._open = False
+            await self._calls.call("fault_close", **self._where)
 
 
 @documented_by(Process)
@@ -280,6 +283,8 @@ class RemoteProcess:
         self.pid = pid
         self.handles: dict[int, RemoteHandle] = {}
         self._calls = calls
+        self._ended = False
+        """It has exited, and the host has said so."""
 
     async def mmap(
         self,
@@ -384,7 +389,8 @@ class RemoteProcess:
 
     async def load(self, address: int, dtype: str = "<u8") -> int | float:
         """See `Process.load`."""
-        value: int | float = (await self.read_array(address, dtype, 1))[0].item()
+        kind = as_type("load", dtype)
+        value: int | float = np.frombuffer(await self.read(address, kind.itemsize), dtype=kind)[0].item()
         return value
 
     async def store(self, address: int, value: float, dtype: str = "<u8") -> None:
@@ -393,7 +399,8 @@ class RemoteProcess:
 
     async def read_array(self, address: int, dtype: str, count: int) -> npt.NDArray[Any]:
         """See `Process.read_array`."""
-        kind = np.dtype(dtype)
+        kind = as_type("read_array", dtype)
+        check_whole("read_array", count=count)
         return np.frombuffer(bytearray(await self.read(address, count * kind.itemsize)), dtype=kind)
 
     async def pagemap(self, address: int, pages: int) -> bytes:
@@ -475,10 +482,21 @@ class RemoteProcess:
 
     async def kill(self, *, out_of_memory: bool = False) -> None:
         """See `Process.kill`."""
-        self.handles.clear()
-        await self._calls.call("kill", process=self.pid, out_of_memory=out_of_memory)
+        await self._end("kill", out_of_memory=out_of_memory)
 
     async def exit(self) -> None:
         """See `Process.exit`."""
+        await self._end("exit")
+
+    async def _end(self, operation: str, **how: Any) -> None:
+        """The process ends; one that has ended already, also by a call that was cancelled or is under way, is not known there any more."""
         self.handles.clear()
-        await self._calls.call("exit", process=self.pid)
+        if self._ended:
+            await trio.lowlevel.checkpoint()
+            return
+        try:
+            await self._calls.call(operation, process=self.pid, **how)
+        except KernelError as error:
+            if error.code != errno.ESRCH:
+                raise
+        self._ended = True

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import trio
 
 from hmmnet import program
-from hmmnet.checks import Arrayable, as_bytes, as_value, check_pages, check_range, check_whole, plain_arguments
+from hmmnet.checks import Arrayable, as_bytes, as_type, as_value, check_pages, check_range, check_whole, plain_arguments
 from hmmnet.errors import HmmnetError, KernelError, PeerError, RemoteError
 from hmmnet.observe.counters import GPU_FAULT_GROUP
 from hmmnet.pages import HUGE_PAGES, PAGE_SHIFT, PAGE_SIZE, page_range
@@ -225,7 +225,10 @@ class Process:
         """CPU load of one value."""
         if self.ended:
             self._alive("load")
-        size, value_of = scalar(dtype)
+        try:
+            size, value_of = scalar(dtype)
+        except TypeError as error:  # what has no hash is no name of a type
+            raise KernelError(errno.EINVAL, "load", f"there is no type {dtype!r}: {error}") from error
         check_range("load", address, size)
         return value_of(await self.space.load(address, size))
 
@@ -256,7 +259,8 @@ class Process:
 
     async def read_array(self, address: int, dtype: str, count: int) -> npt.NDArray[Any]:
         """CPU load of `count` values."""
-        kind = np.dtype(dtype)
+        kind = as_type("read_array", dtype)
+        check_whole("read_array", count=count)
         return np.frombuffer(bytearray(await self.read(address, count * kind.itemsize)), dtype=kind)
 
     async def pagemap(self, address: int, pages: int) -> bytes:
@@ -486,8 +490,8 @@ class Process:
 
 @lru_cache(SCALARS_MAX)
 def scalar(dtype: str) -> tuple[int, Callable[[bytes], int | float]]:
-    """The size of a numpy type of one value, and what makes the value of its bytes."""
-    kind = np.dtype(dtype)
+    """The size of a numpy type of one value, and what makes the value of its bytes. Raises KernelError(EINVAL)."""
+    kind = as_type("load", dtype)
     code = CODES.get(kind.str[1:])
     if code is None:
         return kind.itemsize, lambda raw: np.frombuffer(raw, dtype=kind)[0].item()

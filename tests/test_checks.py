@@ -93,6 +93,13 @@ async def test_every_call_of_a_process_checks(process: Process, call: Callable[[
         (lambda p: p.store(4096, 1.5), "1.5 does not fit in type '<u8'"),
         (lambda p: p.store(4096, 1 << 64), "is no value of type '<u8'"),
         (lambda p: p.store(4096, 1, "fish"), "is no value of type 'fish'"),
+        (lambda p: p.store(4096, None, "O"), "None is no value of type 'O'"),
+        (lambda p: p.load(4096, "fish"), "load: EINVAL: there is no type 'fish'"),
+        (lambda p: p.load(4096, ["<u8"]), r"load: EINVAL: there is no type \['<u8'\]"),
+        (lambda p: p.load(4096, "O"), "load: EINVAL: no value of type 'O' lies in memory"),
+        (lambda p: p.load(4096, "V0"), "load: EINVAL: no value of type 'V0' lies in memory"),
+        (lambda p: p.read_array(4096, "fish", 3), "read_array: EINVAL: there is no type 'fish'"),
+        (lambda p: p.read_array(4096, "<u8", None), "read_array: EINVAL: count is None; a whole number"),
         (lambda p: p.madvise(4096, 1, "dontneed"), "unknown advice 'dontneed'; there are NORMAL, .*DONTNEED"),
     ],
 )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
@@ -227,6 +228,46 @@ async def test_values_and_arrays() -> None:
         values[0] = 7  # a copy of one's own, to be written to
 
 
+@pytest.mark.parametrize("dtype", ["fish", "O", "V0"])
+async def test_types_that_there_are_not_are_the_same_mistake_in_every_call(dtype: str) -> None:
+    """EINVAL, as inside the host; nothing is sent."""
+    async with world() as (remote, _):
+        process = await remote.create_process()
+        calls: dict[str, Callable[[], Awaitable[Any]]] = {
+            "load": lambda: process.load(BASE, dtype),
+            "read_array": lambda: process.read_array(BASE, dtype, 3),
+            "store": lambda: process.store(BASE, object(), dtype),  # type: ignore[arg-type]
+        }
+        for call, ask in calls.items():
+            with pytest.raises(KernelError, match="EINVAL") as caught:
+                await ask()
+            assert caught.value.call == call
+        with pytest.raises(KernelError, match="read_array: EINVAL: count is None"):
+            await process.read_array(BASE, "<u8", None)  # type: ignore[arg-type]
+
+
+async def test_a_process_ends_once() -> None:
+    """Whichever way it ended, to end it again does nothing: also beside a first call, after one that was cancelled, and without a host."""
+    async with world() as (remote, machine):
+        for first, second in itertools.product(("exit", "kill"), repeat=2):
+            process = await remote.create_process()
+            await getattr(process, first)()
+            await getattr(process, second)()
+            await process.exit()
+            assert len(machine.processes[-1].log) == 1
+        process = await remote.create_process()
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(process.exit)
+        process = await remote.create_process()
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await process.exit()
+        assert scope.cancelled_caught
+        await process.exit()
+    await process.exit()
+
+
 async def test_system_calls_with_their_arguments_and_errors() -> None:
     """Arguments arrive as given; a kernel error arrives as itself."""
     async with world() as (remote, machine):
@@ -405,6 +446,7 @@ async def test_missing_pages_over_a_session() -> None:
         faults = await process.userfaultfd(BASE, 4096)
         assert await faults.read() == 0x5000
         await faults.copy(0x5000, bytes(4096))
+        await faults.close()
         await faults.close()
         with pytest.raises(KernelError, match="EBADF"):
             await faults.read()
