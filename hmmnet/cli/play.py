@@ -8,6 +8,7 @@ import json
 import logging
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,8 +74,13 @@ def _play(
     notes = Console(stderr=True)
     progress = Progress(notes, len(scripts))
     try:
-        with plan.telling(), driver_bugs_counted(notes):
-            tally = run_in(world, play_all, prepared, launch, progress.on_outcome, seed=seed)
+        with plan.telling(), driver_bugs_counted(notes) as bugs:
+
+            def on_outcome(outcome: Outcome) -> None:
+                bugs.on_outcome(outcome)
+                progress.on_outcome(outcome)
+
+            tally = run_in(world, play_all, prepared, launch, on_outcome, seed=seed)
     finally:
         progress.done()
     if as_json:
@@ -90,31 +96,72 @@ def _play(
 
 
 @contextmanager
-def driver_bugs_counted(notes: Console) -> Iterator[None]:
-    """Of what is logged in this process, driver bugs are counted, and the number told at the end: many scripts have them on purpose, as
-    recorded kernels WARN there. (Real devices log to their machine's folder.)
+def driver_bugs_counted(notes: Console) -> Iterator[DriverBugs]:
+    """Of what is logged in this process while the block runs, driver bugs are told to `notes` by script. (Real devices log to their
+    machine's folder.)
     """
-    logger, counter = logging.getLogger("hmmnet"), DriverBugs()
-    logger.addHandler(counter)
+    logger, bugs = logging.getLogger("hmmnet"), DriverBugs(notes)
+    logger.addHandler(bugs)
     try:
-        yield
+        yield bugs
     finally:
-        logger.removeHandler(counter)
-        if counter.count:
-            notes.print(f"drivers did {counter.count} times what a kernel WARNs about, as the scripts have them do", highlight=False)
+        logger.removeHandler(bugs)
+        bugs.done()
 
 
 class DriverBugs(logging.Handler):
-    """Counts what begins with "driver bug"; anything else is shown as it would have been."""
+    """Driver bugs of scripts whose recorded kernel WARNed are counted, and the number told at the end: those scripts are there for them. Of
+    any other script they are shown in full. What is no driver bug is shown as it would be without this handler.
+    """
 
-    count = 0
+    def __init__(self, notes: Console) -> None:
+        super().__init__()
+        self._notes = notes
+        self._new: Counter[str] = Counter()
+        """Of the script that runs, by their texts."""
+        self._meant = 0
+        self._scripts = 0
 
     def emit(self, record: logging.LogRecord) -> None:
         """See `logging.Handler.emit`."""
-        if record.getMessage().startswith("driver bug"):
-            self.count += 1
-        elif logging.lastResort is not None and record.levelno >= logging.lastResort.level and not logging.getLogger().handlers:
+        text = record.getMessage()
+        if text.startswith("driver bug"):
+            self._new[text] += 1
+        elif logging.lastResort is not None and record.levelno >= logging.lastResort.level and not self._has_others(record):
             logging.lastResort.handle(record)
+
+    def _has_others(self, record: logging.LogRecord) -> bool:
+        """Whether another handler hears `record`, such as that of a machine's log: then nothing would be on stderr."""
+        logger: logging.Logger | None = logging.getLogger(record.name)
+        while logger is not None:
+            if any(handler is not self for handler in logger.handlers):
+                return True
+            logger = logger.parent if logger.propagate else None
+        return False
+
+    def on_outcome(self, outcome: Outcome) -> None:
+        """A script has ended: what came since the last one is its own."""
+        script = outcome.script
+        if script.warned:
+            self._meant += self._new.total()
+            self._scripts += bool(self._new)
+            self._new.clear()
+        else:
+            self._show(f"{script.path}:{script.line}: {script.name}: the recorded kernel did not WARN: ")
+
+    def done(self) -> None:
+        """Tell what is left, and the number."""
+        self._show("outside of any script: ")
+        if self._meant:
+            scripts = counted(self._scripts, "script")
+            what = f"drivers did {counted(self._meant, 'time')} what a kernel WARNs about, in {scripts} whose recorded kernel WARNed"
+            self._notes.print(what, highlight=False, soft_wrap=True)
+
+    def _show(self, where: str) -> None:
+        for text, times in self._new.items():
+            often = f" ({counted(times, 'time')})" if times > 1 else ""
+            self._notes.print(f"{where}{text}{often}", highlight=False, markup=False, soft_wrap=True)
+        self._new.clear()
 
 
 def chosen_scripts(files: Sequence[Path], only: Sequence[str]) -> list[Script]:

@@ -47,6 +47,8 @@ class JsonLines(logging.Handler):
         self.lost = 0
         self.level_before = logging.NOTSET
         """Of the logger, before this handler was put on it."""
+        self.propagate_before = True
+        """Likewise: whether the handlers above it hear what it does."""
         self._process = process
         self._said = False
         self._file: int | None = None
@@ -143,7 +145,7 @@ def log_to(folder: Path, process: str, level: int = logging.INFO) -> JsonLines:
     """Send this process's ``hmmnet`` logs to ``folder/PROCESS.jsonl``; the handler, to be taken off again with `stop_logging`."""
     handler = JsonLines(folder / (process + SUFFIX), process)
     logger = logging.getLogger(ROOT)
-    handler.level_before = logger.level
+    handler.level_before, handler.propagate_before = logger.level, logger.propagate
     logger.addHandler(handler)
     logger.setLevel(min(level, logger.level) if logger.level else level)
     logger.propagate = False
@@ -151,17 +153,16 @@ def log_to(folder: Path, process: str, level: int = logging.INFO) -> JsonLines:
 
 
 def stop_logging(handler: JsonLines) -> None:
-    """Take a handler of `log_to` off; with the last one the level is again what the program had set."""
+    """Take a handler of `log_to` off; with the last one the logger is again as the program had set it."""
     logger = logging.getLogger(ROOT)
     files = [other for other in logger.handlers if isinstance(other, JsonLines)]
     if files == [handler]:
         logger.setLevel(handler.level_before)
+        logger.propagate = handler.propagate_before
     elif files[:1] == [handler]:
-        files[1].level_before = handler.level_before  # it had seen ours, not the program's
+        files[1].level_before, files[1].propagate_before = handler.level_before, handler.propagate_before  # it saw ours, not the program's
     logger.removeHandler(handler)
     handler.close()
-    if not logger.handlers:
-        logger.propagate = True
 
 
 def _time_of_day(time_s: float) -> str:

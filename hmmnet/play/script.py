@@ -61,13 +61,14 @@ class Recorded:
 
 @dataclass(frozen=True)
 class Script:
-    """A script with its recording. `path` and `line` say where it begins."""
+    """A script with its recording. `path` and `line` say where it begins; `warned`, whether the recorded kernel WARNed."""
 
     name: str
     path: str
     line: int
     operations: tuple[Operation, ...]
     recorded: tuple[Recorded, ...]
+    warned: bool = False
 
 
 def read_scripts(path: Path) -> list[Script]:
@@ -119,7 +120,8 @@ def _parse_script(lines: list[str], start: int, end: int, path: Path | str) -> S
         raise ScriptError(path, start + 1, problem) from None
     operations = tuple(_operations(lines[start + 1 : middle], start + 2))
     recorded = tuple(_recorded(lines[middle + 1 : end], middle + 2, {o.number: o for o in operations}, path))
-    return Script(name, str(path), start + 1, operations, recorded)
+    warned = any(line.strip() in IGNORED_TRAILERS for line in lines[middle + 1 : end])
+    return Script(name, str(path), start + 1, operations, recorded, warned)
 
 
 def _operations(lines: list[str], first_file_line: int) -> Iterator[Operation]:

@@ -44,6 +44,24 @@ def test_the_programs_level_comes_back(tmp_path: Path) -> None:
         logger.setLevel(usual)
 
 
+def test_who_else_listens_is_heard_again(tmp_path: Path) -> None:
+    """A program's handlers stay on the logger, and what was said above it is said again, or still not."""
+    logger, own = logging.getLogger("hmmnet"), logging.NullHandler()
+    logger.addHandler(own)
+    try:
+        for usual in (True, False):
+            logger.propagate = usual
+            for first, second in ((0, 1), (1, 0)):
+                handlers = [logs.log_to(tmp_path, name) for name in ("one", "two")]
+                logs.stop_logging(handlers[first])
+                assert not logger.propagate
+                logs.stop_logging(handlers[second])
+                assert (logger.propagate, own in logger.handlers) == (usual, True)
+    finally:
+        logger.propagate = True
+        logger.removeHandler(own)
+
+
 def lines(handler: logs.JsonLines) -> list[dict[str, Any]]:
     return [json.loads(line) for line in handler.path.read_text().splitlines()]
 

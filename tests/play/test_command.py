@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -11,6 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+
+from hmmnet.cli.play import driver_bugs_counted
+from hmmnet.observe.logs import log_to, stop_logging
+from hmmnet.play.compare import Outcome
+from hmmnet.play.script import parse_scripts
 
 SCRIPT = """\
 === one
@@ -86,7 +93,55 @@ def test_what_kernels_warn_about_is_one_line(place: Path) -> None:
     (place / "warned.traces").write_text(WARNED + WARNED.replace("=== warned", "=== again"))
     done = play(place, "warned.traces", "--world", "sim")
     assert (done.returncode, "all 2 scripts" in done.stdout) == (0, True)
-    assert done.stderr.splitlines()[2:] == ["drivers did 2 times what a kernel WARNs about, as the scripts have them do"]
+    assert done.stderr.splitlines()[2:] == [
+        "drivers did 2 times what a kernel WARNs about, in 2 scripts whose recorded kernel WARNed",
+    ]
+
+
+def test_what_no_kernel_warned_about_is_shown(place: Path) -> None:
+    """In full, with its script: it is a bug of ours, or of the script."""
+    (place / "warned.traces").write_text(WARNED.replace("KERNEL WARNING\n", "") + WARNED.replace("=== warned", "=== again"))
+    done = play(place, "warned.traces", "--world", "sim")
+    assert done.returncode == 0
+    shown, meant = done.stderr.splitlines()[2:]
+    assert shown.startswith("warned.traces:1: warned: the recorded kernel did not WARN: driver bug on dmirror0, where a kernel WARNs: ")
+    assert meant == "drivers did 1 time what a kernel WARNs about, in 1 script whose recorded kernel WARNed"
+
+
+def test_driver_bugs_are_told_by_script(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each text once, with how often; what comes when no script runs is no script's."""
+    (warned,), (other, _) = parse_scripts(WARNED, "w.traces"), parse_scripts(SCRIPT.replace("KERNEL WARNING\n", ""), "s.traces")
+    log = logging.getLogger("hmmnet.tests")
+    with driver_bugs_counted(Console(stderr=True)) as bugs:
+        for script, texts in ((warned, "aab"), (other, "cac"), (warned, ""), (other, "")):
+            for text in texts:
+                log.warning("driver bug %s", text)
+            bugs.on_outcome(Outcome(script, 0, 0, ()))
+        log.warning("driver bug [late]")
+    assert capsys.readouterr().err.splitlines() == [
+        "s.traces:1: one: the recorded kernel did not WARN: driver bug c (2 times)",
+        "s.traces:1: one: the recorded kernel did not WARN: driver bug a",
+        "outside of any script: driver bug [late]",
+        "drivers did 3 times what a kernel WARNs about, in 1 script whose recorded kernel WARNed",
+    ]
+
+
+def test_other_news_is_shown_where_nobody_else_hears_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine's log is somebody: what is in it is not on the terminal, too. Nothing of this is left on the logger."""
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    logger, log = logging.getLogger("hmmnet"), logging.getLogger("hmmnet.tests")
+    with driver_bugs_counted(Console(stderr=True)):
+        log.warning("before")
+        log.info("too little")
+        handler = log_to(tmp_path, "host")
+        log.warning("device gpu0 is gone")
+        stop_logging(handler)
+        log.warning("after")
+    assert capsys.readouterr().err.splitlines() == ["before", "after"]
+    assert '"device gpu0 is gone"' in handler.path.read_text()
+    assert (logger.handlers, logger.propagate) == ([], True)
 
 
 def test_a_difference_is_shown_and_counted(place: Path) -> None:
