@@ -138,7 +138,7 @@ def partition(target: Target, oneway: OneWay = False, machine: Machine = None) -
     """Nothing passes between a device and the host, or over a link, until it is repaired."""
     from . import toxics
 
-    return _begin(machine, lambda sights: [toxics.cut(target, sights, oneway=oneway)])
+    return _begin(machine, lambda sights: toxics.cut(target, sights, oneway=oneway))
 
 
 @app.command()
@@ -152,7 +152,7 @@ def hold(target: Held, oneway: OneWay = False, machine: Machine = None) -> int:
     """A device stops where it is (SIGSTOP), and what it is sent waits, until it is released."""
     from . import toxics
 
-    return _begin(machine, lambda sights: [toxics.held(target, sights, oneway=oneway)])
+    return _begin(machine, lambda sights: toxics.held(target, sights, oneway=oneway))
 
 
 @app.command()

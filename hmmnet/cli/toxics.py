@@ -1,9 +1,9 @@
 """The words of ``hmmnet fault add TARGET NAME=VALUE...``: what each toxic comes down to on a machine of real processes.
 
 TARGET is a device, a way (``gpu0<->host``, ``gpu0->host``, ``host->gpu0``) or a link of the topology, by its name or, where it joins two
-devices, by them (``gpu0<->gpu1``). Latency and bandwidth are emulated as those of links are: a way is slow where its device's copies
-begin (`point.delay`), and its bandwidth is that of the device's links, without those to another device. (The fault ``delay`` has messages
-themselves late, in real time, those of the protocol too.) Loss and the like happen to messages.
+devices, by them (``gpu0<->gpu1``: every link between the two). Latency and bandwidth are emulated as those of links are: a way is slow
+where its device's copies begin (`point.delay`), and its bandwidth is that of the device's links, without those to another device. (The
+fault ``delay`` has messages themselves late, in real time, those of the protocol too.) Loss and the like happen to messages.
 """
 
 from __future__ import annotations
@@ -77,21 +77,29 @@ class Sights:
         patterns = [Way.parse(on).device if is_way(on) else on for on in named]
         return [name for name in self.devices if name in self.lost and any(fnmatchcase(name, pattern) for pattern in patterns)]
 
-    def between(self, target: str) -> str:
-        """The link that ``gpu0<->gpu1`` means; any other target as it is. Raises HmmnetError where none joins the two, and for one way."""
+    def between(self, target: str) -> tuple[str, ...]:
+        """The links that ``gpu0<->gpu1`` means, all of them; any other target as it is, alone. Raises HmmnetError where none joins the two,
+        and for one way.
+        """
         ends = _TWO.fullmatch(target)
         if ends is None or "host" in ends.groups() or not {ends["a"], ends["b"]} <= set(self.devices):
-            return target
+            return (target,)
         both = frozenset((ends["a"], ends["b"]))
         found = [name for name, joined in self.links.items() if joined == both]
         if not found:
             known = ", ".join(name for name, joined in self.links.items() if joined & both)
             raise HmmnetError(f"no link joins {ends['a']} and {ends['b']} alone; those at either are {known}")
         if ends["arrow"] != "<->":
+            do = "joins" if len(found) == 1 else "join"
+            same = "is what it is" if len(found) == 1 else "are what they are"
             raise HmmnetError(
-                f"{found[0]} joins {ends['a']} and {ends['b']}, and is what it is in both directions; write {ends['a']}<->{ends['b']}"
+                f"{', '.join(found)} {do} {ends['a']} and {ends['b']}, and {same} in both directions; write {ends['a']}<->{ends['b']}"
             )
-        return found[0]
+        return tuple(found)
+
+    def links_meant(self, target: str) -> tuple[str, ...]:
+        """The links that a target is, each to have a fault of its own; none where it is a device or a way. Raises HmmnetError."""
+        return tuple(link for link in self.between(target) if not is_way(link) and self.is_link(link))
 
     def links_of(self, pattern: str, *, to_host: bool = False) -> list[str]:
         """The links that end at devices whose names match; `to_host`: without those that end at another device."""
@@ -193,9 +201,9 @@ def faults_for(target: str, words: Sequence[str], sights: Sights) -> list[dict[s
     """What makes the faults that a line of toxics means on a machine. Raises HmmnetError with every mistake."""
     given = pairs_of(words)
     beside = {name: value for name, value in given.items() if name in WITH}
-    target = sights.between(target)
-    if not is_way(target) and sights.is_link(target):
-        return _on_link(target, given, beside)
+    links = sights.links_meant(target)
+    if links:
+        return [made for link in links for made in _on_link(link, given, beside)]
     way = way_of(target)
     sights.matching(way.device)
     made: list[dict[str, Any]] = []
@@ -206,8 +214,9 @@ def faults_for(target: str, words: Sequence[str], sights: Sights) -> list[dict[s
     if "bandwidth" in given:
         if not (way.to_device and way.to_host):
             raise HmmnetError("bandwidth: a link loses it in both directions; write DEVICE<->host")
-        links = sights.links_of(way.device, to_host=is_way(target))
-        made += [{"kind": "link.slow", "on": link, "factor": str(part(given["bandwidth"])), **beside} for link in links]
+        factor = str(part(given["bandwidth"]))
+        slow = sights.links_of(way.device, to_host=is_way(target))
+        made += [{"kind": "link.slow", "on": link, "factor": factor, **beside} for link in slow]
     for name in CHANCES:
         if name in given:
             made.append({"kind": name, "on": way.text, "probability": part(given[name]), **beside})
@@ -226,38 +235,39 @@ def _on_link(target: str, given: Mapping[str, str], beside: dict[str, str]) -> l
     return made
 
 
-def cut(target: str, sights: Sights, *, oneway: bool) -> dict[str, Any]:
-    """What makes ``fault partition TARGET``: a link is down, or no message passes. Raises HmmnetError."""
-    target = sights.between(target)
-    if not is_way(target) and sights.is_link(target):
-        if oneway:
-            raise HmmnetError(f"{target} is a link, which is down in both directions; --oneway is for a device")
-        return {"kind": "link.down", "on": target}
+def cut(target: str, sights: Sights, *, oneway: bool) -> list[dict[str, Any]]:
+    """What makes ``fault partition TARGET``: links are down, or no message passes. Raises HmmnetError."""
+    links = sights.links_meant(target)
+    if links and oneway:
+        raise HmmnetError(f"{links[0]} is a link, which is down in both directions; --oneway is for a device")
+    if links:
+        return [{"kind": "link.down", "on": link} for link in links]
     way = way_of(target, oneway=oneway)
     sights.matching(way.device)
-    return {"kind": "partition", "on": way.text}
+    return [{"kind": "partition", "on": way.text}]
 
 
-def held(target: str, sights: Sights, *, oneway: bool) -> dict[str, Any]:
+def held(target: str, sights: Sights, *, oneway: bool) -> list[dict[str, Any]]:
     """What makes ``fault hold TARGET``: a device is stopped, so that what it is sent waits; in one direction messages wait."""
     way = way_of(target, oneway=oneway)
     sights.running(way.device)
     both = way.to_device and way.to_host
-    return {"kind": "hang", "on": way.device} if both else {"kind": "hold", "on": way.text}
+    return [{"kind": "hang", "on": way.device} if both else {"kind": "hold", "on": way.text}]
 
 
 UNDONE_BY = {"repair": ("partition", "link.down"), "release": ("hold", "hang")}
 """The kinds that a verb ends."""
 
 
-def ended_by(verb: str, target: str, faults: Sequence[Mapping[str, Any]]) -> list[int]:
-    """The numbers of the faults that ``repair`` or ``release`` ends. Raises HmmnetError when there is none."""
-    device = Way.parse(target).device if is_way(target) else target
+def ended_by(verb: str, targets: Sequence[str], faults: Sequence[Mapping[str, Any]]) -> list[int]:
+    """The numbers of the faults that ``repair`` or ``release`` ends, at any of `targets`. Raises HmmnetError when there is none."""
+    devices = {Way.parse(target).device if is_way(target) else target for target in targets}
     found = []
     for one in faults:
         kind, on = one["fault"]["kind"], one["fault"].get("on", "")
-        if kind in UNDONE_BY[verb] and device in (on, Way.parse(on).device if is_way(on) else on):
+        if kind in UNDONE_BY[verb] and devices & {on, Way.parse(on).device if is_way(on) else on}:
             found.append(int(one["number"]))
     if not found:
-        raise HmmnetError(f"nothing to {verb} at {target}: no {' or '.join(UNDONE_BY[verb])}; `hmmnet fault ls` shows what there is")
+        where, no = ", ".join(targets), " or ".join(UNDONE_BY[verb])
+        raise HmmnetError(f"nothing to {verb} at {where}: no {no}; `hmmnet fault ls` shows what there is")
     return found

@@ -99,7 +99,7 @@ def test_what_is_neither_kind_nor_target() -> None:
 )
 def test_verbs_are_faults_of_the_catalogue(verb: Any, target: str, oneway: bool, made: dict[str, Any]) -> None:
     """Both ways, one way, and links."""
-    assert verb(target, SIGHTS, oneway=oneway) == made
+    assert verb(target, SIGHTS, oneway=oneway) == [made]
     fault(**made)
 
 
@@ -119,12 +119,35 @@ def test_what_a_verb_undoes() -> None:
         {"number": 4, "fault": {"kind": "hang", "on": "gpu1"}},
         {"number": 5, "fault": {"kind": "link.down", "on": "pcie0"}},
     ]
-    assert toxics.ended_by("release", "gpu0", faults) == [1, 2]
-    assert toxics.ended_by("release", "gpu1<->host", faults) == [4]
-    assert toxics.ended_by("repair", "gpu0", faults) == [3]
-    assert toxics.ended_by("repair", "pcie0", faults) == [5]
+    assert toxics.ended_by("release", ["gpu0"], faults) == [1, 2]
+    assert toxics.ended_by("release", ["gpu1<->host"], faults) == [4]
+    assert toxics.ended_by("repair", ["gpu0"], faults) == [3]
+    assert toxics.ended_by("repair", ["pcie0"], faults) == [5]
     with pytest.raises(HmmnetError, match=r"nothing to repair at gpu1: no partition or link\.down"):
-        toxics.ended_by("repair", "gpu1", faults)
+        toxics.ended_by("repair", ["gpu1"], faults)
+
+
+def test_each_of_the_links_between_two_devices() -> None:
+    """They are cut, slowed and repaired together; of those that are down one may have been repaired by its name."""
+    pair = frozenset(("gpu0", "gpu1"))
+    two = toxics.Sights(SIGHTS.devices, {"nva": pair, **SIGHTS.links, "nvb": pair})
+    links = ("nva", "nvlink", "nvb")
+    assert toxics.cut("gpu0<->gpu1", two, oneway=False) == [{"kind": "link.down", "on": link} for link in links]
+    slow = toxics.faults_for("gpu1<->gpu0", ["latency=1us", "bandwidth=10%"], two)
+    assert slow == [
+        made
+        for link in links
+        for made in (
+            {"kind": "link.latency", "on": link, "latency": "1us"},
+            {"kind": "link.slow", "on": link, "factor": "0.1"},
+        )
+    ]
+    faults = [{"number": number, "fault": {"kind": "link.down", "on": link}} for number, link in ((3, "nvlink"), (4, "pcie0"), (5, "nvb"))]
+    assert toxics.ended_by("repair", two.between("gpu0<->gpu1"), faults) == [3, 5]
+    with pytest.raises(HmmnetError, match="nothing to repair at nva, nvlink, nvb: no partition"):
+        toxics.ended_by("repair", two.between("gpu0<->gpu1"), [])
+    with pytest.raises(HmmnetError, match="nva, nvlink, nvb join gpu0 and gpu1, and are what they are in both directions"):
+        toxics.cut("gpu0->gpu1", two, oneway=True)
 
 
 @pytest.mark.parametrize("target", ["pcie0", "pcie0<->host"])
