@@ -115,8 +115,11 @@ class Conductor:
                     await ready.wait()
                     return await self.perform(machine, answers[0], began)
         assert scope.cancelled_caught
-        slow = f"the links of {self.topology} are slow, at a rate of {rate:g}" if rate else "the machine did not start"
-        raise DemoTimeout(f'no end after {limit_s:.0f} s: {slow}; give it another --rate or less text, or ask "hmmnet doctor"')
+        if rate:
+            why = f"the links of {self.topology} are slow, at a rate of {rate:g}; give it another --rate or less text, or ask"
+        else:
+            why = "the machine did not start; ask"
+        raise DemoTimeout(f'no end after {limit_s:.0f} s: {why} "hmmnet doctor"')
 
     async def _simulated(self) -> Outcome:
         """In virtual time nothing may go on in a thread meanwhile: time would jump over it."""
