@@ -306,7 +306,7 @@ def _undo(verb: str, target: str, machine: str | None) -> int:
                 await entered.remove_fault(number)
                 print(f"fault {number} has ended")
             for name in sights.lost_by([one["fault"] for one in faults if one["number"] in ended]):
-                print(f"{name} was lost meanwhile: {sights.lost[name]}; {again(name)}")
+                print(f"{name} is lost: {sights.lost[name]}; {again(name)}")
 
     _run(main)
     return 0

@@ -116,16 +116,17 @@ def again(device: str) -> str:
 
 
 def waits(made: Mapping[str, Any], sights: Sights) -> str:
-    """For how long, in real time, a device stays away that a fault starts again; nothing for any other fault."""
+    """When, in real time, a device goes that a fault starts again, and for how long it stays away; nothing for any other fault."""
     from hmmnet.faults.catalogue import KINDS
 
     down = KINDS[made["kind"]].parameter("down")
     if down is None:
         return ""
-    real_s = down.read(made.get("down", down.default)) / sights.rate
-    if not real_s:
-        return " (it starts again at once)"
-    return f" (away for {show_time(real_s)} of real time: this machine's clock runs at {sights.rate:.2g} of it)"
+    after_s = TARGETS["after"].read(made.get("after", 0)) / sights.rate
+    down_s = down.read(made.get("down", down.default)) / sights.rate
+    told = ([f"begins in {show_time(after_s)}"] if after_s else []) + ([f"away for {show_time(down_s)}"] if down_s else [])
+    clock = f"{', '.join(told)} of real time: this machine's clock runs at {sights.rate:.2g} of it"
+    return f" ({'; '.join(([clock] if told else []) + ([] if down_s else ['it starts again at once']))})"
 
 
 def is_way(word: str) -> bool:

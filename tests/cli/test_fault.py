@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 
+import hmmnet
 from hmmnet.cli import exit_code
 from hmmnet.faults import KINDS, POINTS
 
@@ -61,3 +64,30 @@ def test_verbs_say_what_they_take(verb: str, takes: str, capsys: pytest.CaptureF
     text = told([verb, "--help"], capsys)
     assert takes in text
     assert "link" not in text
+
+
+def test_who_is_lost_is_said_when_a_fault_ends(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """How, and what brings it back; not since when: it may have been lost before."""
+    ended: list[int] = []
+
+    class Crashed:
+        async def report(self) -> dict[str, Any]:
+            gone = {"state": "lost", "last_loss": "killed by SIGKILL"}
+            return {"devices": {"gpu0": gone, "gpu1": {"state": "ready", "last_loss": ""}}, "links": [], "rate": 1.0}
+
+        async def list_faults(self) -> list[dict[str, Any]]:
+            return [{"number": 2, "fault": {"kind": "partition", "on": "gpu*<->host"}}]
+
+        async def remove_fault(self, number: int) -> None:
+            ended.append(number)
+
+    @asynccontextmanager
+    async def attach(_: str | None) -> AsyncIterator[Crashed]:
+        yield Crashed()
+
+    monkeypatch.setattr(hmmnet, "attach", attach)
+    assert told(["repair", "gpu*"], capsys).splitlines() == [
+        "fault 2 has ended",
+        "gpu0 is lost: killed by SIGKILL; `hmmnet fault bounce gpu0` starts it again, empty",
+    ]
+    assert ended == [2]

@@ -191,3 +191,7 @@ def test_for_how_long_a_device_stays_away() -> None:
     assert "away for 50 s" in toxics.waits({"kind": "reset"}, slow)
     assert toxics.waits({"kind": "bounce", "down": "0ms"}, slow) == " (it starts again at once)"
     assert toxics.waits({"kind": "crash"}, slow) == ""
+    clock = "of real time: this machine's clock runs at 0.002 of it"
+    assert toxics.waits({"kind": "bounce", "after": "100ms"}, slow) == f" (begins in 50 s, away for 50 s {clock})"
+    later = {"kind": "bounce", "down": "0ms", "after": "100ms"}
+    assert toxics.waits(later, slow) == f" (begins in 50 s {clock}; it starts again at once)"
