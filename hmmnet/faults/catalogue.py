@@ -17,6 +17,7 @@ from hmmnet.units import parse_size
 
 from . import allocation, clocks, copying, device_faults, memory_errors, nodes, notifier, process_events, stepping, wires
 from .controls import Controls
+from .injector import Unfit
 from .kinds import Fault, Kind, Parameter
 from .messages import HOST, Way
 
@@ -103,8 +104,10 @@ def checked(kind: str, given: Mapping[str, Any]) -> tuple[Fault | None, list[Mis
     try:
         made = _made(found, read)
         assert made.effects is not None
+    except Unfit as error:
+        return None, [(error.parameter if found.parameter(error.parameter) else "", str(error))]
     except HmmnetError as error:
-        return None, [("point" if found.parameter("point") else "", str(error))]
+        return None, [("", str(error))]
     return made, []
 
 

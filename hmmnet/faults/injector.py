@@ -46,6 +46,18 @@ OnNode = Callable[[str, str], None]
 """(``crash`` or ``hang``, node): what a world does to a node."""
 
 
+class Unfit(HmmnetError):
+    """What a fault at a point cannot be; `parameter` is the name of the one that does not fit."""
+
+    def __init__(self, parameter: str, why: str) -> None:
+        self.parameter = parameter
+        self.why = why
+        super().__init__(why)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (type(self), (self.parameter, self.why))
+
+
 @dataclass(frozen=True)
 class PointFault:
     """What happens at which points, to whom, how often. Raises HmmnetError for what cannot be.
@@ -75,20 +87,21 @@ class PointFault:
         found = matching(self.point)
         if not any(self.action in point.actions for point in found):
             able = sorted({action for point in found for action in point.actions})
-            raise HmmnetError(f'nothing can {self.action} at "{self.point}"; there is {", ".join(able)}')
+            raise Unfit("point", f'nothing can {self.action} at "{self.point}"; there is {", ".join(able)}')
         if self.action in LETHAL:
             self._check_node([point for point in found if self.action in point.actions])
         if (self.call is None) is (self.action == "call"):
             raise HmmnetError('a function goes with the action "call", and only with that')
         if self.delay_s < 0 or self.jitter_s < 0 or not math.isfinite(self.delay_s + self.jitter_s):
-            raise HmmnetError(f"a delay of {self.delay_s:g} s with a jitter of {self.jitter_s:g} s cannot be")
+            wrong = "jitter" if 0 <= self.delay_s < math.inf else "latency"
+            raise Unfit(wrong, f"a delay of {self.delay_s:g} s with a jitter of {self.jitter_s:g} s cannot be")
 
     def _check_node(self, found: Sequence[Point]) -> None:
         """Somebody has to be meant, or nobody could die when the point is reached, in the middle of other work."""
         if self.node == HOST:
-            raise HmmnetError(f"no host can {self.action} alone, at a point; a device can: node=gpu0")
+            raise Unfit("node", f"no host can {self.action} alone, at a point; a device can: node=gpu0")
         if not self.node and all(point.name.startswith(HOSTS_OWN) for point in found):
-            raise HmmnetError(f'"{self.point}" concerns no device; say which node is to {self.action}, such as node=gpu0')
+            raise Unfit("point", f'"{self.point}" concerns no device; say which node is to {self.action}, such as node=gpu0')
 
     def may_concern(self, point: str, node: str, device: str) -> bool:
         """Whether it may happen when `node` is at `point`, in what concerns `device`."""

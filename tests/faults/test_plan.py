@@ -164,6 +164,48 @@ kind = "loss"
         Plan.parse("\n[[fault]\n", "my.toml")
 
 
+def test_what_does_not_fit_a_point_is_named_with_its_own_line() -> None:
+    """Node, point or time: the one that is wrong, of faults each of whose values could be read."""
+    text = """\
+[[fault]]
+kind = "point.crash"
+point = "migrate.mid_copy"
+node = "host"
+
+[[fault]]
+kind = "point.delay"
+latency = "1 ms"
+point = "hub.wide"
+
+[[fault]]
+kind = "point.delay"
+point = "migrate.mid_copy"
+latency = inf
+
+[[fault]]
+kind = "point.delay"
+point = "migrate.mid_copy"
+latency = "1 ms"
+jitter = inf
+
+[[fault]]
+kind = "point.crash"
+nth = 2
+point = "process.fork"
+"""
+    with pytest.raises(PlanError) as caught:
+        Plan.parse(text, "my.toml")
+    assert str(caught.value).split("\n") == [
+        "my.toml:4: fault 1: node: no host can crash alone, at a point; a device can: node=gpu0",
+        'my.toml:9: fault 2: point: nothing can delay at "hub.wide"; there is call, fail',
+        "my.toml:14: fault 3: latency: a delay of inf s with a jitter of 0 s cannot be",
+        "my.toml:20: fault 4: jitter: a delay of 0.001 s with a jitter of inf s cannot be",
+        'my.toml:25: fault 5: point: "process.fork" concerns no device; say which node is to crash, such as node=gpu0',
+    ]
+    with pytest.raises(HmmnetError, match=r"fault point\.crash: node: no host can crash alone"):
+        fault("point.crash", point="migrate.mid_copy", node="host")
+
+
 def test_a_plan_from_a_file(tmp_path: Path) -> None:
     """And what cannot be read; and what a world cannot do, all of it."""
     path = tmp_path / "plan.toml"
