@@ -45,16 +45,16 @@ def load_text(paths: Sequence[Path] | None = None, limit: int = TEXT_BYTES_MAX) 
     for path in paths or library_files():
         if left <= 0:
             break
-        if parts and parts[-1][-1:] in _WORD_ENDS:
-            parts.append(b"\n")
-            left -= 1
         try:
             with path.open("rb") as file:
                 part = file.read(left)
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(path)) from error  # one in the middle of a file names none
-        parts += [part] if part else []
-        left -= len(part)
+        if not part:
+            continue
+        between = b"\n" if parts and parts[-1][-1:] in _WORD_ENDS else b""
+        parts.append((between + part)[:left])
+        left -= len(parts[-1])
     return b"".join(parts)
 
 

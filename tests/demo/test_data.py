@@ -120,6 +120,9 @@ def test_input(tmp_path: Path) -> None:
     assert not read_input([tmp_path / "one", tmp_path / "two"], 12).cut
     in_turn = [tmp_path / name for name in ("two", "none", "one")]
     assert read_input(in_turn, 100).text == b"second\nfirst "  # no word goes over from file to file
+    whole = [tmp_path / name for name in ("two", "none")]
+    assert (read_input(whole, 6).text, read_input(whole, 6).cut) == (b"second", False)  # nothing comes behind it, no line feed either
+    assert (read_input([*whole, tmp_path / "one"], 6).text, read_input([*whole, tmp_path / "one"], 6).cut) == (b"second", True)
     assert "standard library" in read_input([], 1000).source
     with pytest.raises(FileNotFoundError):
         read_input([tmp_path / "three"], 10)
