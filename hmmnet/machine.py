@@ -37,7 +37,7 @@ from hmmnet.launcher.zygote import Exited, ZygoteClient
 from hmmnet.observe.events import Events
 from hmmnet.observe.logs import log_to, stop_logging
 from hmmnet.pages import Words
-from hmmnet.program import Process, documented_by
+from hmmnet.program import Machine, Process, documented_by
 from hmmnet.topology.load import installed_models, load
 from hmmnet.topology.model import Personality, Topology, with_personality
 from hmmnet.wire.keys import fresh_keys, write_keys
@@ -159,6 +159,7 @@ class Host(Protocol):
         ...
 
 
+@documented_by(Machine)
 class LaunchedMachine:
     """A running machine; see `hmmnet.program.Machine`."""
 
@@ -242,7 +243,7 @@ class LaunchedMachine:
         return await self.host.report()
 
     async def check(self) -> dict[str, Any]:
-        """See `hmmnet.program.Machine.check`."""
+        """See `Machine.check`."""
         return await self.host.check()
 
     def add_fault(self, fault: Fault | str, **given: Any) -> int:

@@ -6,6 +6,7 @@ client session when it runs elsewhere. Addresses are plain integers, valid on th
 
 from __future__ import annotations
 
+import inspect
 from collections import abc
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,8 +27,8 @@ def documented_by(protocol: type) -> Callable[[C], C]:
             pointer = f"See `{place}`"
             if said.startswith(pointer):
                 told = (getattr(protocol, name) if name else protocol).__doc__
-                more = said.removeprefix(pointer).lstrip(";. ")
-                member.__doc__ = f"{told}\n{more[:1].upper()}{more[1:]}" if more else told
+                more = inspect.cleandoc(said.removeprefix(pointer).lstrip(";. "))
+                member.__doc__ = f"{inspect.cleandoc(told or '')}\n{more[:1].upper()}{more[1:]}" if more else told
         return served
 
     return document

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from hmmnet.checks import Arrayable, as_bytes, check_file
 from hmmnet.errors import KernelError
+from hmmnet.program import MemoryFile, documented_by
 
 from .mm.filemap import File
 from .mm.frames import PhysicalMemory
@@ -23,6 +24,7 @@ from .mm.truncate import punch, truncate
 T = TypeVar("T")
 
 
+@documented_by(MemoryFile)
 class MemFd:
     """See `hmmnet.program.MemoryFile`. Its pages come from host memory `node` while that has room, charged to `group`.
 

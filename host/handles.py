@@ -15,7 +15,7 @@ import trio
 from hmmnet.errors import HmmnetError, KernelError, PeerError
 from hmmnet.fabric.dma import BytesSink, BytesSource
 from hmmnet.pages import PAGE_SIZE, Words
-from hmmnet.program import IoctlResult
+from hmmnet.program import IoctlResult, PageReferences, documented_by
 from hmmnet.wire.messages import PAGES_PER_MESSAGE_MAX, Ioctl, IoctlDone
 
 from .contexts import Contexts
@@ -94,6 +94,7 @@ class Handle:
             raise KernelError(errno.EBADF, call, f"this handle on {self.device} is closed")
 
 
+@documented_by(PageReferences)
 class HeldPages:
     """See `hmmnet.program.PageReferences`."""
 

@@ -59,6 +59,7 @@ FD_FIRST = 3
 """The first file descriptor that open(2) gives out."""
 
 
+@program.documented_by(program.Process)
 class Process:
     """See `hmmnet.program.Process`."""
 

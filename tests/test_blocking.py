@@ -15,12 +15,18 @@ import pytest
 import trio
 
 import hmmnet.blocking
+import hmmnet.host.process
 import hmmnet.remote
 from hmmnet.blocking import Blocking, BlockingMachine, BlockingProcess, only_error
 from hmmnet.client import AttachedBlockingMachine, RemoteMachine
 from hmmnet.errors import HmmnetError, KernelError
-from hmmnet.machine import LaunchedBlockingMachine
+from hmmnet.host.files import MemFd
+from hmmnet.host.handles import HeldPages
+from hmmnet.host.mm.userfault import UserFault
+from hmmnet.machine import LaunchedBlockingMachine, LaunchedMachine
 from hmmnet.program import Machine, Process
+from hmmnet.sim import SimulatedMachine
+from hmmnet.testing.frozen import FrozenMachine
 
 
 class Inside:
@@ -235,6 +241,13 @@ def test_one_leaf_comes_out_of_its_groups() -> None:
         AttachedBlockingMachine,
         *(kind for kind in vars(hmmnet.remote).values() if isinstance(kind, type) and kind.__module__ == "hmmnet.remote"),
         RemoteMachine,
+        LaunchedMachine,
+        SimulatedMachine,
+        FrozenMachine,
+        hmmnet.host.process.Process,
+        HeldPages,
+        MemFd,
+        UserFault,
     ],
 )
 def test_help_tells_what_a_call_does_and_not_where_that_stands(served: type) -> None:
@@ -249,5 +262,6 @@ def test_help_of_the_api_without_async_is_that_of_the_api_with_it() -> None:
     assert BlockingProcess.write.__doc__ == Process.write.__doc__
     assert BlockingMachine.device_names.__doc__ == Machine.device_names.__doc__
     told = BlockingProcess.userfaultfd.__doc__ or ""
-    assert told.startswith(Process.userfaultfd.__doc__ or "-")
-    assert told.endswith("The program that fills pages in has to be another thread than the one that waits for them.")
+    assert told == inspect.cleandoc(told).rstrip()
+    assert told.startswith(inspect.getdoc(Process.userfaultfd) or "-")
+    assert told.endswith("\nThe program that fills pages in has to be another thread than the one that waits for them.")

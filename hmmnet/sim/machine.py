@@ -27,7 +27,7 @@ from hmmnet.faults.network import Network
 from hmmnet.faults.plan import AnyFault, plain
 from hmmnet.faults.targets import check_target
 from hmmnet.machine import Host, host_class
-from hmmnet.program import Process
+from hmmnet.program import Machine, Process, documented_by
 from hmmnet.sleeping import sleep
 from hmmnet.topology.load import installed_models, load
 from hmmnet.topology.model import Personality, Topology, with_personality
@@ -48,6 +48,7 @@ PID = 1
 Serve = Callable[..., Awaitable[PeerLost]]
 
 
+@documented_by(Machine)
 class SimulatedMachine:
     """See `hmmnet.program.Machine`; beside it, what only a machine of tasks can do."""
 

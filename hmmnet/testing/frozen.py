@@ -20,6 +20,7 @@ import trio
 from hmmnet.blocking import Blocking, BlockingMachine, only_error
 from hmmnet.errors import HmmnetError
 from hmmnet.faults import AnyFault
+from hmmnet.program import documented_by
 from hmmnet.sim import SimulatedMachine, run_virtual
 from hmmnet.sim.run import SimulationStuck
 
@@ -85,8 +86,9 @@ async def _limited(name: str, function: Callable[..., Awaitable[R]], args: tuple
     raise SimulationStuck(f"{name} is not over after {CALL_LIMIT_S:g} virtual seconds: it waits for what never comes")
 
 
+@documented_by(SimulatedMachine)
 class FrozenMachine(BlockingMachine):
-    """See `hmmnet.sim.SimulatedMachine`; its methods block."""
+    """A `hmmnet.sim.SimulatedMachine` whose methods block, and whose world stands still between them."""
 
     def __init__(self, machine: SimulatedMachine, world: Frozen) -> None:
         super().__init__(machine, world)
