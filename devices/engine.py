@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -50,6 +51,14 @@ log = logging.getLogger("hmmnet.devices")
 def elsewhere(page: int) -> str:
     """Why an atomic access cannot be had."""
     return f"page 0x{page:x} is in other memory and does not come here: it cannot be updated atomically"
+
+
+def _never_done(request: Request) -> AccessError | JobError:
+    """Why an access is given up that was replayed so often."""
+    if isinstance(request, Update):
+        address = int(request.addresses[0])
+        return AccessError(address, elsewhere(address >> PAGE_SHIFT), errno.EOPNOTSUPP)
+    return JobError(f"an access was replayed {REPLAYS_MAX} times: its pages are taken away as fast as they come")
 
 
 @dataclass
@@ -163,9 +172,12 @@ class Engine:
         if isinstance(request, Update) and not self._spec.atomics:
             why = f'device "{self._spec.name}" has no atomic operations (atomics = false)'
             raise KernelError(errno.EOPNOTSUPP, "update", why)
-        for _ in range(UPDATE_REPLAYS_MAX if isinstance(request, Update) else REPLAYS_MAX):
-            if access.is_done:
+        tries_max = UPDATE_REPLAYS_MAX if isinstance(request, Update) else REPLAYS_MAX
+        for tries in itertools.count():
+            if access.is_done:  # also by the last try
                 break
+            if tries == tries_max:
+                raise _never_done(request)
             step = access.advance(self._context.mirror, self._context.memory)
             if step.foreign:
                 await self._context.transfer(step.foreign)
@@ -175,11 +187,6 @@ class Engine:
             if len(step.elsewhere):
                 await self._claim(access, step.elsewhere)
                 counters.replays += 1
-        else:
-            if isinstance(request, Update):
-                page = int(request.addresses[0]) >> PAGE_SHIFT
-                raise AccessError(int(request.addresses[0]), elsewhere(page), errno.EOPNOTSUPP)
-            raise JobError(f"an access was replayed {REPLAYS_MAX} times: its pages are taken away as fast as they come")
         if self._context.points.armed:
             await self._context.at("device.job_step")
         await trio.lowlevel.checkpoint()

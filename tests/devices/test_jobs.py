@@ -312,6 +312,19 @@ async def test_a_device_without_atomics_refuses_atomic_updates_by_name() -> None
             assert (await host.launch("peek", a=at, n=4)).error == ""
 
 
+@pytest.mark.parametrize("tries", [1, 2])
+async def test_what_the_last_try_did_is_done(tries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second one finds the page there: who may try twice has added, and says so; who may not has added nothing."""
+    monkeypatch.setattr("hmmnet.devices.engine.UPDATE_REPLAYS_MAX", tries)
+    async with machine() as (host, _):
+        at = host.mmap(PAGE, 1)
+        await host.cpu_write(at, bytes(8))
+        finished = await host.launch("fetch_add", a=at, n=1, by=5)
+        done = tries == 2
+        assert ("does not come here" not in finished.error) is done
+        assert await host.cpu_read(at, 8) == (5 * done).to_bytes(8, "little")
+
+
 async def test_without_pages_of_2_mib_huge_pages_are_not_asked_for() -> None:
     """Neither by a prefetch nor by a fault does the driver say COMPOUND; demand-2m is refused with what the device can map."""
     for sizes in ((4096, 65536), (4096, 65536, 2 << 20)):
