@@ -34,11 +34,11 @@ class Registering:
 
     def __exit__(self, *_: object) -> None:
         scope = self._scope
-        old_s = scope._registered_deadline  # noqa: SLF001 - see the module
-        over = scope._cancel_status is None or scope._cancel_called  # noqa: SLF001
-        new_s = math.inf if over else scope._deadline  # noqa: SLF001
+        old_s = scope._registered_deadline
+        over = scope._cancel_status is None or scope._cancel_called
+        new_s = math.inf if over else scope._deadline
         if old_s != new_s:
-            scope._registered_deadline = new_s  # noqa: SLF001
+            scope._registered_deadline = new_s
             runner = trio_run.GLOBAL_RUN_CONTEXT.runner
             if old_s != math.inf:
                 runner.deadlines.remove(old_s, scope)

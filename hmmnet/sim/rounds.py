@@ -48,7 +48,7 @@ class Rounds:
         for _ in range(ROUNDS_MAX):
             if not runner.runq:
                 return
-            now_s, heap = clock.current_time(), deadlines._heap  # noqa: SLF001 - see the module
+            now_s, heap = clock.current_time(), deadlines._heap
             if heap and heap[0][0] <= now_s:
                 deadlines.expire(now_s)
             _round(runner)
@@ -68,14 +68,14 @@ def _round(runner: Any) -> None:
     runner.runq.clear()
     if len(batch) > 1:
         batch.sort(key=_counter)
-        trio_run._r.shuffle(batch)  # noqa: SLF001
+        trio_run._r.shuffle(batch)
     context, instruments = trio_run.GLOBAL_RUN_CONTEXT, runner.instruments
     for task in reversed(batch):
         context.task = task
         if "before_task_step" in instruments:
             instruments.call("before_task_step", task)
-        go_on, word = task._next_send_fn, task._next_send  # noqa: SLF001
-        task._next_send_fn = task._next_send = None  # noqa: SLF001
+        go_on, word = task._next_send_fn, task._next_send
+        task._next_send_fn = task._next_send = None
         ended: Outcome[Any] | None = None
         try:
             asked = task.context.run(go_on, word)
@@ -84,14 +84,14 @@ def _round(runner: Any) -> None:
         except BaseException as error:  # noqa: BLE001 - it is the task's, and goes to its nursery
             ended = Error(error.with_traceback(_without_ours(error)))
         if ended is None:
-            task._schedule_points += 1  # noqa: SLF001
+            task._schedule_points += 1
             if type(asked) is _traps.WaitTaskRescheduled:
-                task._cancel_points += 1  # noqa: SLF001
-                task._abort_func = asked.abort_func  # noqa: SLF001
+                task._cancel_points += 1
+                task._abort_func = asked.abort_func
                 if runner.ki_pending and task is runner.main_task:
-                    task._attempt_delivery_of_pending_ki()  # noqa: SLF001
-                if task._cancel_status.effectively_cancelled:  # noqa: SLF001
-                    task._attempt_delivery_of_any_pending_cancel()  # noqa: SLF001
+                    task._attempt_delivery_of_pending_ki()
+                if task._cancel_status.effectively_cancelled:
+                    task._attempt_delivery_of_any_pending_cancel()
             elif asked is _traps.CancelShieldedCheckpoint:
                 runner.reschedule(task, WORD)
             else:
@@ -118,4 +118,4 @@ def _seldom(runner: Any, task: Any, asked: Any) -> None:
         return
     why = f"trio.run received unrecognized yield message {asked!r}. Are you trying to use a library written for some other framework?"
     runner.reschedule(task, TypeError(why))
-    task._next_send_fn = task.coro.throw  # noqa: SLF001
+    task._next_send_fn = task.coro.throw
