@@ -23,14 +23,16 @@ from hmmnet.fabric.arbiter import LinkChange
 from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.faults.carry import AtWork, Carrier, Undo
 from hmmnet.faults.catalogue import as_given
-from hmmnet.faults.controls import Tally
+from hmmnet.faults.controls import Chance, Tally
 from hmmnet.faults.effects import HostEffect, LinkEffect, NodeEffect
 from hmmnet.faults.injector import HOST, Injector, PointFault
 from hmmnet.faults.kinds import Fault
 from hmmnet.faults.messages import MessageFault
 from hmmnet.faults.network import Network
 from hmmnet.faults.points import Where
+from hmmnet.faults.targets import directions
 from hmmnet.pages import PAGE_SHIFT
+from hmmnet.topology import Topology
 from hmmnet.wire.messages import Inject
 from hmmnet.wire.session import Session
 
@@ -56,6 +58,11 @@ class Suffering(Doer, Protocol):
 
     on_restart: Callable[[str, float], None] | None
     """Starts a device's process again, so many seconds later, where somebody can."""
+
+    @property
+    def topology(self) -> Topology:
+        """The machine's."""
+        ...
 
     @property
     def clock(self) -> EmulatedClock:
@@ -106,10 +113,10 @@ class Injection:
         self._injector.on_node = self._on_node
         made = Carrier(
             "real",
-            {LinkEffect: self.link, HostEffect: self.deed, NodeEffect: self._to_nodes},
+            {HostEffect: self.deed, NodeEffect: self._to_nodes},
             self._host.spawn,
             sleep,
-            counted={PointFault: self._at_points, MessageFault: self._on_wires},
+            counted={PointFault: self._at_points, MessageFault: self._on_wires, LinkEffect: self.link},
         )
         made.told = self._tell
         self._carrier = made
@@ -205,15 +212,27 @@ class Injection:
         if name in self._host.devices:
             self._signal(name, signal.SIGKILL if action == "crash" else signal.SIGSTOP)
 
-    def link(self, effect: LinkEffect) -> Undo:
-        """Change links; what undoes it. Raises HmmnetError when no link is called so."""
-        host, arbiter = self._host, self._host.interconnect.arbiter
-        arbiter.links_named(effect.link)
+    def link(self, effect: LinkEffect, tally: Tally) -> Undo:
+        """Change links; what undoes it. Raises HmmnetError when no link is called so.
+
+        What makes transfers late is counted for each transfer that it makes late; any other change of a link happens once.
+        """
+        clock, arbiter, random = self._host.clock, self._host.interconnect.arbiter, self._injector.random
+        chance = Chance(effect.controls, random, tally)
+
+        def late_s() -> float:
+            return effect.latency_s + random.random() * effect.jitter_s if chance.fires() else 0.0
+
+        lasting = not (effect.latency_s or effect.jitter_s)
+        meant = directions(effect, self._host.topology)
         self._links += 1
         number = self._links
-        change = LinkChange(effect.link, effect.factor, effect.latency_s, effect.down, effect.peers)
-        arbiter.change(number, change, host.clock.now())
-        return lambda: arbiter.change(number, None, host.clock.now())
+        arbiter.change(number, LinkChange(meant, effect.factor, None if lasting else late_s, effect.down), clock.now())
+
+        def undo() -> None:
+            arbiter.change(number, None, clock.now())
+
+        return undo if lasting else AtWork(undo, lambda: chance.fired)
 
     def deed(self, effect: HostEffect) -> Undo:
         """Do something at once, or at points; what ends that. Raises HmmnetError."""

@@ -128,7 +128,7 @@ class Interconnect:
     async def pass_latencies_out(self, device: str, node: int, count: int) -> None:
         """Return when as much time has passed as `count` ways from `device` to host memory `node` take, one after the other."""
         with suppress(PeerError):  # its links went down behind the pages
-            due_s = self.now() + count * self._way(device, self._nodes[node]).latency_s
+            due_s = self.now() + self._way(device, self._nodes[node]).passes_s(count)
             if self.clock.real_until(due_s) >= self.clock.sleep_min_s:
                 await self.clock.sleep_until(due_s)
 

@@ -55,10 +55,12 @@ class Recipe:
 def _target(random: Random, name: str, devices: int) -> str:
     """Whom it is on, of what its kind is for."""
     one, on = f"dev{random.randrange(devices)}", KINDS[name].on
+    ways = (f"{one}<->host", f"{one}->host", f"host->{one}")
     if on == "way":
-        return random.choice(("*<->host", f"{one}<->host", f"{one}->host", f"host->{one}"))
+        return random.choice(("*<->host", *ways))
     if on == "link":
-        return random.choice(("*", f"*{one}"))
+        targets: tuple[str, ...] = ("*", f"*{one}", *(ways if name in {"link.slow", "link.latency"} else ()))
+        return random.choice(targets)
     if on == "node" and name != "reset":
         return one
     return random.choice(("*", one))
@@ -196,7 +198,7 @@ RECIPES: dict[str, Recipe] = {
     "copy.reorder": Recipe(some(0.3, **COPIES, jitter=(0.0, 0.01))),
     "link.slow": Recipe(given(factor=(0.001, 0.5)), ends=CUT),
     "link.lanes": Recipe(counted("lanes", 1, 2, 4, 8), ends=CUT),
-    "link.latency": Recipe(given(latency=(0.0, 0.001)), ends=CUT),
+    "link.latency": Recipe(some(1.0, latency=(0.0, 0.001), jitter=(0.0, 0.002)), ends=CUT),
     "link.down": Recipe(given(), ERRORS, BRIEF),
     "p2p.suspend": Recipe(lambda _: {"on": "*"}, ends=CUT),
     # allocation

@@ -119,7 +119,8 @@ def add(
     """Faults begin on a running machine; prints their numbers.
 
     A kind first: fault add point.delay gpu0 point=migrate.mid_copy latency=5ms. Or a target first, and toxics, of which there are
-    latency, jitter, bandwidth, loss, duplicate, reorder and corrupt: fault add "gpu0<->host" latency=5ms jitter=1ms.
+    latency, jitter, bandwidth, loss, duplicate, reorder and corrupt: fault add "gpu0<->host" latency=5ms jitter=1ms. The first three
+    are the links': of what crosses the device's own link to the host; for DEVICE alone of each link at it, by a fault of its own.
     """
     from hmmnet.faults.catalogue import KINDS
 

@@ -1,9 +1,10 @@
 """The words of ``hmmnet fault add TARGET NAME=VALUE...``: what each toxic comes down to on a machine of real processes.
 
 TARGET is a device, a way (``gpu0<->host``, ``gpu0->host``, ``host->gpu0``) or a link of the topology, by its name or, where it joins two
-devices, by them (``gpu0<->gpu1``: every link between the two). Latency and bandwidth are emulated as those of links are: a way is slow
-where its device's copies begin (`point.delay`), and its bandwidth is that of the device's links, without those to another device. (The
-fault ``delay`` has messages themselves late, in real time, those of the protocol too.) Loss and the like happen to messages.
+devices, by them (``gpu0<->gpu1``: every link between the two).
+Latency and bandwidth are those of links: of a way the device's own, at which its routes to the host's memories begin; of a device all that
+end at it. So they concern whatever crosses such a link, and nothing that goes another way. (The fault ``delay`` has messages themselves
+late, in real time, those of the protocol too.) Loss and the like happen to messages.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 from hmmnet.errors import HmmnetError
 from hmmnet.faults.catalogue import CONTROLS, TARGETS
-from hmmnet.faults.messages import Way
+from hmmnet.faults.messages import Way, is_way
 from hmmnet.topology.problems import did_you_mean
 from hmmnet.units import show_time
 
@@ -25,8 +26,6 @@ CHANCES = ("loss", "duplicate", "reorder", "corrupt")
 TOXICS = ("latency", "jitter", "bandwidth", *CHANCES)
 WITH = ("times", "interval", "after", "lasts")
 """What may stand beside toxics, and holds for all of them."""
-COPIES = {(True, True): "device.copy_*", (True, False): "device.copy_in", (False, True): "device.copy_out"}
-"""(to the device, to the host): the points where copies that way begin."""
 
 
 @dataclass(frozen=True)
@@ -101,10 +100,10 @@ class Sights:
         """The links that a target is, each to have a fault of its own; none where it is a device or a way. Raises HmmnetError."""
         return tuple(link for link in self.between(target) if not is_way(link) and self.is_link(link))
 
-    def links_of(self, pattern: str, *, to_host: bool = False) -> list[str]:
-        """The links that end at devices whose names match; `to_host`: without those that end at another device."""
+    def links_of(self, pattern: str) -> list[str]:
+        """The links that end at devices whose names match."""
         devices = set(self.matching(pattern))
-        return [name for name, ends in self.links.items() if ends & devices and not (to_host and ends <= set(self.devices))]
+        return [name for name, ends in self.links.items() if ends & devices]
 
 
 _TWO = re.compile(r"\s*(?P<a>[^\s<>]+?)\s*(?P<arrow><->|->|<-)\s*(?P<b>[^\s<>]+?)\s*")
@@ -127,11 +126,6 @@ def waits(made: Mapping[str, Any], sights: Sights) -> str:
     told = ([f"begins in {show_time(after_s)}"] if after_s else []) + ([f"away for {show_time(down_s)}"] if down_s else [])
     clock = f"{', '.join(told)} of real time: this machine's clock runs at {sights.rate:.2g} of it"
     return f" ({'; '.join(([clock] if told else []) + ([] if down_s else ['it starts again at once']))})"
-
-
-def is_way(word: str) -> bool:
-    """Whether a word is a way."""
-    return "->" in word or "<-" in word
 
 
 def is_target(word: str, rest: Sequence[str]) -> bool:
@@ -204,35 +198,25 @@ def faults_for(target: str, words: Sequence[str], sights: Sights) -> list[dict[s
     beside = {name: value for name, value in given.items() if name in WITH}
     links = sights.links_meant(target)
     if links:
+        others = [name for name in given if name in CHANCES]
+        if others:
+            raise HmmnetError(f"{', '.join(others)}: a link has latency, jitter and bandwidth only; messages are those of DEVICE<->host")
         return [made for link in links for made in _on_link(link, given, beside)]
     way = way_of(target)
     sights.matching(way.device)
+    meant = [way.text] if is_way(target) else sights.links_of(target)
+    made = [one for on in meant for one in _on_link(on, given, beside)]
+    chances = [name for name in CHANCES if name in given]
+    return made + [{"kind": name, "on": way.text, "probability": part(given[name]), **beside} for name in chances]
+
+
+def _on_link(on: str, given: Mapping[str, str], beside: dict[str, str]) -> list[dict[str, Any]]:
     made: list[dict[str, Any]] = []
     if "latency" in given or "jitter" in given:
-        point = COPIES[way.to_device, way.to_host]
-        times = {name: given.get(name, "0 ms") for name in ("latency", "jitter")}
-        made.append({"kind": "point.delay", "on": way.device, "point": point, **times, **beside})
+        times = {"latency": "0 ms"} | {name: given[name] for name in ("latency", "jitter") if name in given}
+        made.append({"kind": "link.latency", "on": on, **times, **beside})
     if "bandwidth" in given:
-        if not (way.to_device and way.to_host):
-            raise HmmnetError("bandwidth: a link loses it in both directions; write DEVICE<->host")
-        factor = str(part(given["bandwidth"]))
-        slow = sights.links_of(way.device, to_host=is_way(target))
-        made += [{"kind": "link.slow", "on": link, "factor": factor, **beside} for link in slow]
-    for name in CHANCES:
-        if name in given:
-            made.append({"kind": name, "on": way.text, "probability": part(given[name]), **beside})
-    return made
-
-
-def _on_link(target: str, given: Mapping[str, str], beside: dict[str, str]) -> list[dict[str, Any]]:
-    others = [name for name in given if name in TOXICS and name not in ("latency", "bandwidth")]
-    if others:
-        raise HmmnetError(f"{', '.join(others)}: a link has latency and bandwidth only; messages are those of DEVICE<->host")
-    made: list[dict[str, Any]] = []
-    if "latency" in given:
-        made.append({"kind": "link.latency", "on": target, "latency": given["latency"], **beside})
-    if "bandwidth" in given:
-        made.append({"kind": "link.slow", "on": target, "factor": str(part(given["bandwidth"])), **beside})
+        made.append({"kind": "link.slow", "on": on, "factor": str(part(given["bandwidth"])), **beside})
     return made
 
 

@@ -11,11 +11,11 @@ for a flow takes turns instead (`singles`); a flow that opens meanwhile begins b
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
+from typing import TypeAlias
 
-from hmmnet.errors import HmmnetError, Unreachable
+from hmmnet.errors import Unreachable
 from hmmnet.topology.model import Topology
 from hmmnet.topology.routes import Routes
 
@@ -32,13 +32,16 @@ class Flow:
     When a link on its way goes down, a flow goes on over other links; while there are none it is `stalled`.
     """
 
-    def __init__(self, arbiter: Arbiter, source: str, target: str, links: tuple[Link, ...], start_s: float) -> None:
+    def __init__(self, arbiter: Arbiter, source: str, target: str, links: tuple[Link, ...], start_s: float, *, empty: bool = False) -> None:
         self.source = source
         self.target = target
         self.links = links
         self.stalled = False
         """No links that work lead there: what is sent now is gone."""
-        self.latency_s = sum(link.latency_s for link in links)
+        self._empty = empty
+        self._late: dict[tuple[Link, int], float] = {}
+        """What faults add to it on each link, by their numbers."""
+        self.latency_s = self._takes_s()
         self._latencies = [(start_s, self.latency_s)]
         """Since when it takes how long to get there, in order."""
         self.bytes_per_s = float("inf")
@@ -77,9 +80,21 @@ class Flow:
         latency_s = next((latency_s for since_s, latency_s in reversed(self._latencies) if left_s >= since_s), self._latencies[0][1])
         return left_s + latency_s
 
+    def _takes_s(self) -> float:
+        """The latency of its links, with what faults add: of each that is asked once."""
+        takes_s = 0.0
+        for link in self.links:
+            takes_s += link.latency_s
+            for number, late_s in () if self._empty else link.late:
+                added_s = self._late.get((link, number))
+                if added_s is None:
+                    added_s = self._late[link, number] = late_s()
+                takes_s += added_s
+        return takes_s
+
     def change_latency(self, now_s: float) -> None:
         """Its links may take longer than they did, or less (called by the arbiter)."""
-        latency_s = sum(link.latency_s for link in self.links)
+        latency_s = self._takes_s()
         if latency_s != self.latency_s:
             self.latency_s = latency_s
             self._latencies.append((now_s, latency_s))
@@ -126,22 +141,21 @@ class Flow:
         self._record(self._bytes, self.due_s, now_s)
 
 
-LISTED_MAX = 16
-"""Names of links that an error lists."""
+Direction: TypeAlias = tuple[str, bool]
+"""A link by name, and whether it is crossed from its end a to its end b."""
 
 
 @dataclass(frozen=True)
 class LinkChange:
-    """What a fault does to links whose names match `link`: a `factor` of their bandwidth is left, they take longer, or are `down`.
+    """What a fault does to links in some `directions`: a `factor` of their bandwidth is left, they take longer, or are `down` (both ways).
 
-    `peers`: only to links from one device to another.
+    `late_s` is asked once of each transfer that crosses such a link: how many seconds longer it takes.
     """
 
-    link: str
+    directions: frozenset[Direction]
     factor: float = 1.0
-    latency_s: float = 0.0
+    late_s: Callable[[], float] | None = None
     down: bool = False
-    peers: bool = False
 
 
 class Arbiter:
@@ -160,17 +174,8 @@ class Arbiter:
         self.changed = 0
         """How often links have changed: who keeps routes looks whether they are still good."""
 
-    def links_named(self, pattern: str) -> list[str]:
-        """Names of links that match. Raises HmmnetError when none does."""
-        found = [spec.name for spec in self._topology.links if fnmatchcase(spec.name, pattern)]
-        if not found:
-            raise HmmnetError(
-                f'no link is called "{pattern}"; there are {", ".join(spec.name for spec in self._topology.links[:LISTED_MAX])}'
-            )
-        return found
-
     def change(self, number: int, change: LinkChange | None, now_s: float) -> None:
-        """From now on `change` holds for the links that it names, under `number`; None: no more.
+        """From now on `change` holds under `number`; None: no more.
 
         Transfers under way keep their way unless a link of it is down; then they take another, or wait for one.
         """
@@ -179,16 +184,14 @@ class Arbiter:
         else:
             self._changes[number] = change
         down: set[str] = set()
-        devices = set(self._topology.device_names)
         for spec in self._topology.links:
-            peers = spec.a in devices and spec.b in devices
-            held = [one for one in self._changes.values() if fnmatchcase(spec.name, one.link) and (peers or not one.peers)]
             for forward in (True, False):
                 link = self._links[spec.name, forward]
-                link.capacity_bytes_per_s = spec.capacity_bytes_per_s(forward) * math.prod(one.factor for one in held)
-                link.latency_s = spec.latency_s + sum(one.latency_s for one in held)
-            if any(one.down for one in held):
-                down.add(spec.name)
+                held = {number: one for number, one in self._changes.items() if (spec.name, forward) in one.directions}
+                link.capacity_bytes_per_s = spec.capacity_bytes_per_s(forward) * math.prod(one.factor for one in held.values())
+                link.late = tuple((number, one.late_s) for number, one in held.items() if one.late_s is not None)
+                if any(one.down for one in held.values()):
+                    down.add(spec.name)
         left = [spec for spec in self._topology.links if spec.name not in down]
         self._routes = Routes(replace(self._topology, links=tuple(left)) if down else self._topology)
         self.changed += 1
@@ -224,10 +227,13 @@ class Arbiter:
             raise Unreachable(f'no link that works leads from "{source}" to "{target}": links are down')
         return tuple(self._links[hop.link.name, hop.forward] for hop in hops)
 
-    def open_flow(self, source: str, target: str, now_s: float) -> Flow:
-        """A transfer begins; the rates of all flows it meets change. Raises TopologyError when there is no route."""
+    def open_flow(self, source: str, target: str, now_s: float, *, empty: bool = False) -> Flow:
+        """A transfer begins; the rates of all flows it meets change. Raises TopologyError when there is no route.
+
+        `empty`: nothing will cross by it; it takes the room of what crosses otherwise.
+        """
         links = self.route(source, target)
-        flow = Flow(self, source, target, links, max([now_s, *(link.free_s for link in links)]))
+        flow = Flow(self, source, target, links, max([now_s, *(link.free_s for link in links)]), empty=empty)
         if links:
             self._join(flow)
             self._share(now_s)

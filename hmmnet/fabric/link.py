@@ -12,6 +12,7 @@ be trusted; a smaller rate of the clock mends it.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass
 
 TOLERANCE = 0.1
@@ -89,6 +90,8 @@ class Link:
         self.target = target
         self.capacity_bytes_per_s = capacity_bytes_per_s
         self.latency_s = latency_s
+        self.late: tuple[tuple[int, Callable[[], float]], ...] = ()
+        """What faults add, by their numbers: each is asked once of each transfer (`arbiter.Arbiter` sets it)."""
         self.bytes_moved = 0
         self.transfers = 0
         self.flows = 0

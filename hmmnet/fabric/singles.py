@@ -23,6 +23,7 @@ class Singles:
         self._arbiter = arbiter
         self._ends = source, target
         self.latency_s = sum(link.latency_s for link in self.links)
+        self._late = [late_s for link in self.links for _, late_s in link.late]
         self._next_s = -math.inf
         self._flow: Flow | None = None
         self._holders = 0
@@ -32,7 +33,7 @@ class Singles:
         begin_s = max(start_s, self._next_s)
         if self._flow is not None:
             self._next_s = begin_s + nbytes / self._flow.bytes_per_s
-            return begin_s, self._next_s + self.latency_s
+            return begin_s, self._next_s + (self.passes_s() if self._late else self.latency_s)
         for link in self.links:
             if link.free_s > begin_s:
                 begin_s = link.free_s
@@ -43,13 +44,17 @@ class Singles:
             if share_s > takes_s:
                 takes_s = share_s
         self._next_s = begin_s + takes_s
-        return begin_s, self._next_s + self.latency_s
+        return begin_s, self._next_s + (self.passes_s() if self._late else self.latency_s)
+
+    def passes_s(self, count: int = 1) -> float:
+        """How long as many ways take as the next `count` transfers go: the latency of the links, and what faults add to it."""
+        return count * self.latency_s + sum(late_s() for _ in range(count) for late_s in self._late)
 
     @contextmanager
     def held(self, now: Callable[[], float]) -> Iterator[None]:
         """Around a sleep until a turn is over: flows on the way share it with the sleepers, who count as one."""
         if self._flow is None:
-            self._flow = self._arbiter.open_flow(*self._ends, now())
+            self._flow = self._arbiter.open_flow(*self._ends, now(), empty=True)
         self._holders += 1
         try:
             yield

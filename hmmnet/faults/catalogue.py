@@ -7,7 +7,7 @@ values that are wrong, targets that nothing can be, and what the world at hand c
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any, TypeAlias
 
@@ -19,7 +19,7 @@ from . import allocation, clocks, copying, device_faults, memory_errors, nodes, 
 from .controls import Controls
 from .injector import Unfit
 from .kinds import Fault, Kind, Parameter
-from .messages import HOST, Way
+from .messages import HOST, Way, is_way
 
 Mistake: TypeAlias = tuple[str, str]
 """A field, or nothing when it is the whole, and what is wrong with it."""
@@ -119,11 +119,8 @@ def _amiss(kind: Kind, read: Mapping[str, Any]) -> list[Mistake]:
             Controls(**({name: read[name]} if name in read else {}))
         except HmmnetError as error:
             found.append((name, str(error).removeprefix(f"{name} ")))
-    if kind.on == "way" and read.get("on"):
-        try:
-            Way.parse(_as_way(read["on"]))
-        except HmmnetError as error:
-            found.append(("on", str(error)))
+    if read.get("on") and (kind.on == "way" or (kind.on == "link" and is_way(read["on"]))):
+        found += [("on", cause) for cause in _wrong_way(kind, read["on"])]
     factor, lanes = read.get("factor", 1.0), read.get("lanes", 1)
     if kind.name == "clock.skew" and not factor > 0:
         found.append(("factor", f"{factor:g} where more than 0 is wanted"))
@@ -137,6 +134,18 @@ def _amiss(kind: Kind, read: Mapping[str, Any]) -> list[Mistake]:
     return found
 
 
+def _wrong_way(kind: Kind, on: str) -> Iterator[str]:
+    try:
+        way = Way.parse(_as_way(on))
+    except HmmnetError as error:
+        yield str(error)
+        return
+    if kind.name == "link.down" and not (way.to_device and way.to_host):
+        yield f'a link is down in both directions; write {way.device}<->{HOST}, or have the messages stop: "partition"'
+    if kind.name == "p2p.suspend":
+        yield "links from device to device are on no way to the host; leave it out, or name links"
+
+
 def _covers(addresses: tuple[int, int]) -> bool:
     start, end = addresses
     return end > start
@@ -144,7 +153,7 @@ def _covers(addresses: tuple[int, int]) -> bool:
 
 def _as_way(on: str) -> str:
     """A device alone is both ways."""
-    return on if "<" in on or ">" in on else f"{on}<->{HOST}"
+    return on if is_way(on) else f"{on}<->{HOST}"
 
 
 @cache

@@ -32,7 +32,7 @@ def _corrupt(fault: Fault) -> list[Effect]:
 
 
 def _link(**change: Any) -> Any:
-    return lambda fault: [LinkEffect(fault.on, **{name: make(fault) for name, make in change.items()})]
+    return lambda fault: [LinkEffect(fault.on, **{name: make(fault) for name, make in change.items()}, controls=fault.controls)]
 
 
 SAME = "every byte is right; it takes longer"
@@ -129,11 +129,14 @@ KINDS = (
     Kind(
         "link.latency",
         "link",
-        "every transfer takes longer to arrive",
+        "transfers take longer to arrive",
         SAME,
-        _link(latency_s=lambda fault: fault.settings["latency"]),
+        _link(latency_s=lambda fault: fault.settings["latency"], jitter_s=lambda fault: fault.settings["jitter"]),
         "link",
-        (Parameter("latency", "time", "more than the link's own", 0.0001),),
+        (
+            Parameter("latency", "time", "more than the link's own", 0.0001),
+            Parameter("jitter", "time", "at most so much more, for each transfer anew", 0.0),
+        ),
     ),
     Kind(
         "link.down",

@@ -19,13 +19,19 @@ from .points import matching
 
 @dataclass(frozen=True)
 class LinkEffect:
-    """Links whose names match carry `factor` of what they could, with `latency_s` more, or nothing (`down`). `peers`: device to device."""
+    """Links carry `factor` of what they could, or nothing (`down`); each transfer that `controls` choose takes longer.
+
+    By `latency_s`, and by chance up to `jitter_s` more. `link` is a pattern of names, or a way (``gpu0->host``): see `targets.directions`.
+    `peers`: only those from device to device.
+    """
 
     link: str
     factor: float = 1.0
     latency_s: float = 0.0
+    jitter_s: float = 0.0
     down: bool = False
     peers: bool = False
+    controls: Controls = field(default_factory=Controls)
 
 
 @dataclass(frozen=True)

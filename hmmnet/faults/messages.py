@@ -25,6 +25,11 @@ HOST = "host"
 _WAY = re.compile(r"\s*(?P<a>[^\s<>-]+(?:-[^\s<>-]+)*)\s*(?P<arrow><->|->|<-)\s*(?P<b>[^\s<>-]+(?:-[^\s<>-]+)*)\s*")
 
 
+def is_way(text: str) -> bool:
+    """Whether `text` is meant as a way (`Way.parse`), not as a name."""
+    return "<" in text or ">" in text
+
+
 @dataclass(frozen=True)
 class Way:
     """Which messages: those between the host and devices whose names match, in one direction or both, on one kind of channel or any."""

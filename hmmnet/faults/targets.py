@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 
 from hmmnet.errors import HmmnetError
 from hmmnet.topology.problems import did_you_mean
+from hmmnet.topology.routes import Routes
 
 from .effects import DeviceEffect, Effect, HostEffect, LinkEffect, NodeEffect
 from .injector import HOST, PointFault
 from .kinds import Fault, World
-from .messages import MessageFault
+from .messages import MessageFault, Way, is_way
 from .points import matching
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def target_mistakes(fault: Fault, topology: Topology, world: World) -> list[str]
 def _unknown(effect: Effect, topology: Topology) -> Iterator[str]:
     devices = topology.device_names
     if isinstance(effect, LinkEffect):
-        yield from _named("link", effect.link, [link.name for link in topology.links])
+        yield from _no_links(effect, topology)
     elif isinstance(effect, NodeEffect):
         yield from _named("device", effect.node, [*devices, HOST])
     elif isinstance(effect, MessageFault):
@@ -57,6 +58,48 @@ def _unknown(effect: Effect, topology: Topology) -> Iterator[str]:
         yield from _named("device", effect.node, devices, "node: ", exact=True)
     if isinstance(effect, HostEffect) and effect.settings.get("to"):
         yield from _named("device", str(effect.settings["to"]), devices, "to: ", exact=True)
+
+
+def directions(effect: LinkEffect, topology: Topology) -> frozenset[tuple[str, bool]]:
+    """What `effect` is on, each a link by name, and whether from its end a to its end b. Raises HmmnetError when there is none.
+
+    Of a way these are devices' own links: those at which their routes to the host's memories begin, and those from there end.
+    """
+    wrong = list(_no_links(effect, topology))
+    if wrong:
+        raise HmmnetError("; ".join(wrong))
+    if is_way(effect.link):
+        return _own_links(Way.parse(effect.link), topology)
+    devices = set(topology.device_names)
+    return frozenset(
+        (link.name, forward)
+        for link in topology.links
+        if fnmatchcase(link.name, effect.link) and (not effect.peers or {link.a, link.b} <= devices)
+        for forward in (True, False)
+    )
+
+
+def _own_links(way: Way, topology: Topology) -> frozenset[tuple[str, bool]]:
+    routes, found = Routes(topology), set[tuple[str, bool]]()
+    for device in topology.device_names:
+        for node in topology.nodes if fnmatchcase(device, way.device) else ():
+            out, back = routes.find(device, node.name), routes.find(node.name, device)
+            if out and way.to_host:
+                found.add((out[0].link.name, out[0].forward))
+            if back and way.to_device:
+                found.add((back[-1].link.name, back[-1].forward))
+    return frozenset(found)
+
+
+def _no_links(effect: LinkEffect, topology: Topology) -> Iterator[str]:
+    if not is_way(effect.link):
+        yield from _named("link", effect.link, [link.name for link in topology.links])
+        return
+    way = Way.parse(effect.link)
+    unknown = list(_named("device", way.device, topology.device_names))
+    yield from unknown
+    if not unknown and not _own_links(way, topology):
+        yield f"no links lead from {way.device} to the host's memories"
 
 
 def _named(what: str, pattern: str, known: Sequence[str], field: str = "", *, exact: bool = False) -> Iterator[str]:

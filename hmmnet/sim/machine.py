@@ -74,14 +74,13 @@ class SimulatedMachine:
         self.carrier = Carrier(
             "sim",
             {
-                LinkEffect: host.injection.link,
                 HostEffect: host.injection.deed,
                 DeviceEffect: self._in_devices,
                 NodeEffect: self._to_nodes,
             },
             nursery.start_soon,
             sleep,
-            counted={PointFault: self._at_points, MessageFault: self._on_wires},
+            counted={PointFault: self._at_points, MessageFault: self._on_wires, LinkEffect: host.injection.link},
         )
         """The faults that were added, by number."""
         self._revived: dict[str, float] = {}

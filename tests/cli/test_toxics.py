@@ -14,18 +14,20 @@ SIGHTS = toxics.Sights(
     ("gpu0", "gpu1"),
     {"pcie0": frozenset(("node0", "gpu0")), "pcie1": frozenset(("node0", "gpu1")), "nvlink": frozenset(("gpu0", "gpu1"))},
 )
-DELAY = {"kind": "point.delay", "on": "gpu0", "point": "device.copy_*", "latency": "5ms", "jitter": "1ms"}
+DELAY = {"kind": "link.latency", "on": "gpu0<->host", "latency": "5ms", "jitter": "1ms"}
 
 
 @pytest.mark.parametrize(
     ("line", "made"),
     [
         ("gpu0<->host latency=5ms jitter=1ms", [DELAY]),
-        ("gpu0 latency=5ms jitter=1ms times=3", [{**DELAY, "times": "3"}]),
-        ("gpu0->host latency=5ms", [{**DELAY, "point": "device.copy_out", "jitter": "0 ms"}]),
-        ("host->gpu0 jitter=1ms", [{**DELAY, "point": "device.copy_in", "latency": "0 ms"}]),
+        ("gpu0 latency=5ms jitter=1ms times=3", [{**DELAY, "on": link, "times": "3"} for link in ("pcie0", "nvlink")]),
+        ("gpu0->host latency=5ms", [{"kind": "link.latency", "on": "gpu0->host", "latency": "5ms"}]),
+        ("host->gpu0 jitter=1ms", [{**DELAY, "on": "gpu0<-host", "latency": "0 ms"}]),
         ("gpu1 bandwidth=10%", [{"kind": "link.slow", "on": link, "factor": "0.1"} for link in ("pcie1", "nvlink")]),
-        ("gpu1<->host bandwidth=10%", [{"kind": "link.slow", "on": "pcie1", "factor": "0.1"}]),
+        ("gpu1<->host bandwidth=10%", [{"kind": "link.slow", "on": "gpu1<->host", "factor": "0.1"}]),
+        ("gpu1->host bandwidth=10%", [{"kind": "link.slow", "on": "gpu1->host", "factor": "0.1"}]),
+        ("nvlink jitter=1us", [{"kind": "link.latency", "on": "nvlink", "latency": "0 ms", "jitter": "1us"}]),
         ("pcie0 latency=1us", [{"kind": "link.latency", "on": "pcie0", "latency": "1us"}]),
         ("gpu0<->gpu1 latency=1us", [{"kind": "link.latency", "on": "nvlink", "latency": "1us"}]),
         ("pcie* bandwidth=0.5", [{"kind": "link.slow", "on": "pcie*", "factor": "0.5"}]),
@@ -59,8 +61,7 @@ def test_toxics_are_faults_of_the_catalogue(line: str, made: list[dict[str, Any]
         ("gpu0<->host 5ms", '"5ms" is no NAME=VALUE'),
         ("gpu9 latency=5ms", 'nothing here is called "gpu9"; did you mean "gpu'),
         ("gpu0->gpu1 latency=5ms", "nvlink joins gpu0 and gpu1"),
-        ("gpu0->host bandwidth=5%", "bandwidth: a link loses it in both directions"),
-        ("pcie0 loss=5%", "loss: a link has latency and bandwidth only"),
+        ("pcie0 loss=5%", "loss: a link has latency, jitter and bandwidth only"),
     ],
 )
 def test_mistakes_are_named_with_their_mend(line: str, says: str) -> None:

@@ -260,7 +260,8 @@ b = "gpu0"
 bandwidth = "10 GB/s"
 latency = "150 ns"
 """
-DOWN = LinkChange("nvlink", down=True)
+DOWN = LinkChange(frozenset({("nvlink", True)}), down=True)
+"""Either direction is both."""
 
 
 def moved(arbiter: Arbiter) -> dict[str, int]:
@@ -304,7 +305,7 @@ def test_a_flow_without_any_way_waits_until_its_link_is_up() -> None:
     arbiter = switch()
     flow = arbiter.open_flow("node0", "gpu0", 0.0)
     first = flow.grant(MIB, 0.0)
-    arbiter.change(1, LinkChange("switch0-gpu0", down=True), 0.001)
+    arbiter.change(1, LinkChange(frozenset({("switch0-gpu0", False)}), down=True), 0.001)
     was_stalled = flow.stalled
     other = arbiter.open_flow("node0", "gpu1", 0.001)
     assert other.bytes_per_s == 31.5e9
@@ -323,7 +324,7 @@ def test_a_flow_that_waits_can_be_closed() -> None:
     """Whoever gives it up is not waited for."""
     arbiter = switch()
     flow = arbiter.open_flow("node0", "gpu0", 0.0)
-    arbiter.change(1, LinkChange("switch0-gpu0", down=True), 0.001)
+    arbiter.change(1, LinkChange(frozenset({("switch0-gpu0", False)}), down=True), 0.001)
     flow.close(0.002)
     arbiter.change(1, None, 0.5)
     assert arbiter.open_flow("node0", "gpu0", 0.5).bytes_per_s == 31.5e9

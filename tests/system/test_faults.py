@@ -217,7 +217,7 @@ async def test_toxics_and_verbs_on_a_running_machine() -> None:
             return time.monotonic() - began_s
 
         delayed = await said("add", "gpu0<->host", "latency=150ms", "jitter=1ms")
-        assert delayed == "fault 1: point.delay gpu0 point=device.copy_* latency=150ms jitter=1ms\n"
+        assert delayed == "fault 1: link.latency gpu0<->host latency=150ms jitter=1ms\n"
         assert await there_and_back_s() > 0.29
         assert await said("rm", "1") == "fault 1 has ended\n"
         assert await said("add", "gpu0<->host", "loss=5%", "duplicate=20%") == (
