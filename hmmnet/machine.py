@@ -388,6 +388,11 @@ async def embedded(topology: Topology, name: str, rate: Rate, transport: LaunchK
 
         cables = stack.enter_context(Cables.laid(topology.device_names if transport == "cable" else ()))
         keys, extra = _beyond_loopback(directory, cables)
+        clock = EmulatedClock()  # its rate is measured before anything else wants the cores
+        wire: Transport = stack.enter_context(ZmqTransport(curve=keys))
+        sockets = Path(record.sockets or directory.path)
+        probe = f"ipc://{sockets / 'measure'}" if transport in {"ring", "ipc"} else "tcp://127.0.0.1:*"
+        clock.set_rate(await automatic_rate(topology, wire, probe, ring=transport == "ring") if rate == "auto" else rate)
         crew = Crew(topology, directory, ZygoteClient(), changed=save, lost=lost, extra=extra)
         record.devices = list(crew.records.values())
         nursery = await stack.enter_async_context(trio.open_nursery())
@@ -395,11 +400,6 @@ async def embedded(topology: Topology, name: str, rate: Rate, transport: LaunchK
         stack.push_async_callback(crew.end)
         nursery.start_soon(to_its_end, crew.run)
         nursery.start_soon(to_its_end, cables.run)
-        clock = EmulatedClock()
-        wire: Transport = stack.enter_context(ZmqTransport(curve=keys))
-        sockets = Path(record.sockets or directory.path)
-        probe = f"ipc://{sockets / 'measure'}" if transport in {"ring", "ipc"} else "tcp://127.0.0.1:*"
-        clock.set_rate(await automatic_rate(topology, wire, probe, ring=transport == "ring") if rate == "auto" else rate)
         place = {"scheme": "tcp", "address": HOST_ADDRESS} if cables else {"scheme": transport}
         host: Host = host_class()(topology, wire, sockets, directory.secret(), clock, name, seed=seed, **place)
         host.on_change, host.on_unplugged = changed, crew.unplugged

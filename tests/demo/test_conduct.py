@@ -22,9 +22,10 @@ TEXT = b"to be or not to be"
 
 async def test_a_long_text_that_plain_python_reads_holds_up_nobody_who_wants_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C ends the demo at once; the thread that reads goes with the process."""
-    read = threading.Event()
+    begun, read = threading.Event(), threading.Event()
 
     def slowly(text: bytes) -> Answers:
+        begun.set()
         read.wait(60)
         return answers_for(text)
 
@@ -32,8 +33,14 @@ async def test_a_long_text_that_plain_python_reads_holds_up_nobody_who_wants_out
     with tempfile.TemporaryDirectory(prefix="hn-") as folder:
         monkeypatch.setenv("HMMNET_DIR", folder)
         with trio.fail_after(30), trio.CancelScope() as scope:
-            conductor = Conductor(Input(TEXT, "a text", 1), "two-gpus", 1, lambda _: None, lambda _: scope.cancel(), rate=1.0)
-            await conductor.run()
+
+            async def leave() -> None:
+                await trio.to_thread.run_sync(begun.wait)
+                scope.cancel()
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(leave)
+                await Conductor(Input(TEXT, "a text", 1), "two-gpus", 1, lambda _: None, lambda _: None, rate=1.0).run()
         assert scope.cancelled_caught
     read.set()
 
@@ -56,6 +63,29 @@ async def launched(topology: str, rate: float, seed: int) -> AsyncIterator[Idle]
 async def never(*given: object, **named: object) -> AsyncIterator[Idle]:
     await trio.Event().wait()
     yield Idle(0.0)
+
+
+async def test_the_text_is_read_when_the_rate_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a start measures would be what the reading leaves over."""
+    course: list[str] = []
+
+    @asynccontextmanager
+    async def measuring(*given: object, **named: object) -> AsyncIterator[Idle]:
+        with trio.move_on_after(0.2):
+            while "read" not in course:
+                await trio.sleep(0.01)
+        course.append("measured")
+        yield Idle(0.5)
+
+    def read(text: bytes) -> Answers:
+        course.append("read")
+        return answers_for(text)
+
+    monkeypatch.setattr("hmmnet.machine.launch", measuring)
+    monkeypatch.setattr(conduct, "answers_for", read)
+    with trio.move_on_after(5) as scope:
+        await Conductor(Input(TEXT, "a text", 1), "two-gpus", 1, lambda _: scope.cancel(), lambda _: None, during=never).run()
+    assert course == ["measured", "read"]
 
 
 async def test_a_demo_that_takes_too_long_says_what_may_be_slow(

@@ -57,6 +57,22 @@ async def add(process: Process, device: str) -> bool:
     return bool(np.array_equal(await process.read_array(out, "<f8", ELEMENTS), x + y))
 
 
+async def test_the_rate_is_measured_before_any_process_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A zygote that imports on the same cores would take away from what is measured."""
+    children = []
+
+    async def measure(*given: object, **named: object) -> float:
+        await trio.sleep(0.2)
+        children.append(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
+        return 0.25
+
+    before = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    monkeypatch.setattr(hmmnet.machine, "automatic_rate", measure)
+    async with hmmnet.launch("two-gpus") as machine:
+        assert machine.rate == 0.25
+    assert children == [before]
+
+
 async def gone(*pids: int) -> None:
     with trio.fail_after(10):
         for pid in pids:
@@ -81,22 +97,15 @@ async def test_a_launch_can_be_cancelled_while_its_host_starts(monkeypatch: pyte
     assert scope.cancelled_caught
 
 
-async def test_a_zygote_that_dies_before_there_is_a_host_ends_the_launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """While the launch still measures: its devices never were, and nobody is told that they are lost."""
-    crews: list[Crew] = []
+async def test_a_zygote_that_dies_before_it_has_started_a_device_ends_the_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its devices never were, and nobody is told that they are lost."""
 
-    class Watched(Crew):
-        def __init__(self, *arguments: Any, **keywords: Any) -> None:
-            super().__init__(*arguments, **keywords)
-            crews.append(self)
+    class Killed(Crew):
+        async def start(self, *_: object, **__: object) -> None:
+            self.zygote.process.kill()
+            await trio.sleep(10)
 
-    async def killed_meanwhile(*_: object, **__: object) -> float:
-        crews[0].zygote.process.kill()
-        await trio.sleep(10)
-        return 1.0
-
-    monkeypatch.setattr(hmmnet.machine, "Crew", Watched)
-    monkeypatch.setattr(hmmnet.machine, "automatic_rate", killed_meanwhile)
+    monkeypatch.setattr(hmmnet.machine, "Crew", Killed)
     with pytest.raises(HmmnetError, match=r"^the device zygote is gone .killed by SIGKILL., and every device with it$"):
         async with hmmnet.launch("two-gpus"):
             pytest.fail("there is nobody to start devices")
