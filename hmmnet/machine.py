@@ -339,6 +339,7 @@ async def machine_directory(record: MachineRecord) -> AsyncIterator[Directory]:
     try:
         sockets = directory.sockets()
         record.sockets = "" if sockets == directory.path else str(sockets)
+        directory.sign(record)
         directory.write(record)
         yield directory
     finally:

@@ -11,7 +11,7 @@ import typer
 from .completion import machines
 
 if TYPE_CHECKING:
-    from hmmnet.launcher.directory import Directory
+    from hmmnet.launcher.directory import Directory, MachineRecord
 
 END_S = 5.0
 """A machine ends within a second; one that does not is killed, which nothing of it survives."""
@@ -30,18 +30,23 @@ def down(
     everything: Annotated[bool, typer.Option("--all", help="End every machine of yours.")] = False,
 ) -> int:
     """End machines: their devices, their hosts, and whatever they left in their runtime directories."""
-    from hmmnet.errors import WrongUse
-    from hmmnet.launcher.directory import directories, running_machine
+    from hmmnet.errors import HmmnetError, WrongUse
+    from hmmnet.launcher.directory import directories, running_machine, running_machines
 
+    missing = ""
     if everything:
         if names:
             raise WrongUse("a name and --all exclude each other")
         chosen = [directory for directory in directories() if directory.alive()]
         if not chosen:
             print("no machine runs")
+    elif names:
+        chosen, missing = running_machines(names)
     else:
-        chosen = [running_machine(name) for name in dict.fromkeys(names)] if names else [running_machine(None)]
+        chosen = [running_machine(None)]
     results = [end(directory) for directory in chosen]
+    if missing:
+        raise HmmnetError(missing)
     return max(results, default=0)
 
 
@@ -49,9 +54,9 @@ def end(directory: Directory) -> int:
     """End one machine; the exit code."""
     from hmmnet.launcher.processes import signal_process, wait_gone
 
-    record = directory.read()
+    record = directory.read() or _signed(directory)
     if record is None:
-        print(f'hmmnet down: machine "{directory.name}" starts just now; try again in a moment', file=sys.stderr)
+        print(f'hmmnet down: machine "{directory.name}" {_unknown(directory)}', file=sys.stderr)
         return 1
     if record.kind != "up":
         owner = f"the program with process id {record.pid}"
@@ -68,3 +73,22 @@ def end(directory: Directory) -> int:
         return 1
     print(f'machine "{record.name}" has ended')
     return 0
+
+
+def _signed(directory: Directory) -> MachineRecord | None:
+    """The record that a machine began with, if it is that of the process which runs it now."""
+    from hmmnet.launcher.directory import process_started
+
+    record = directory.signature()
+    return record if record is not None and process_started(record.pid) == record.process_started else None
+
+
+def _unknown(directory: Directory) -> str:
+    """Why a machine cannot be ended of which no record can be read, and what can be done about it."""
+    if not directory.record_file.exists():
+        return "starts just now; try again in a moment"
+    damaged = f"cannot be ended from here: {directory.record_file} is damaged, and so is what its lock says"
+    holders = " ".join(map(str, directory.holders()))
+    if not holders:
+        return f'{damaged}; "fuser {directory.path / "lock"}" tells its owner which process holds it'
+    return f'{damaged}; process {holders} holds it: see what that is with "ps {holders}", and end it with "kill {holders}"'

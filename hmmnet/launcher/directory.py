@@ -2,7 +2,8 @@
 
 One folder for each machine below ``$HMMNET_DIR``, else ``$XDG_RUNTIME_DIR/hmmnet``, else ``/tmp/hmmnet-UID``::
 
-    NAME/lock           held (flock) by the launcher as long as it lives: the kernel lets go of it however the launcher dies
+    NAME/lock           held (flock) by the launcher as long as it lives: the kernel lets go of it however the launcher dies; it holds
+                        the record as it was at the beginning, by which a machine can be ended whose `machine.json` is damaged
     NAME/machine.json   what runs, as of now; replaced whole, so a reader never sees half of it
     NAME/secret         what peers must show (0600)
     NAME/logs/          one file of JSON lines for each process
@@ -24,7 +25,7 @@ import stat
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -181,12 +182,20 @@ class Directory:
         try:
             self._fill()
             if record is not None:
+                self.sign(record)
                 self._replace(record)
         except OSError as error:
             if self._lock is not None:
                 self.remove()
             mend = "free some room there, or set HMMNET_DIR to a folder elsewhere"
             raise HmmnetError(f"{self.path}: cannot be written: {error.strerror}; {mend}") from error
+
+    def sign(self, record: MachineRecord) -> None:
+        """Whose folder it is, for who cannot read its record; by who holds the lock. Raises OSError."""
+        assert self._lock is not None, "who signs a folder holds it"
+        text = msgspec.json.encode(record)
+        os.pwrite(self._lock, text, 0)
+        os.ftruncate(self._lock, len(text))
 
     def _fill(self) -> None:
         for _ in range(LOCK_TRIES):
@@ -220,9 +229,7 @@ class Directory:
 
     def empty(self) -> None:
         """Remove what a dead machine left; the lock is held."""
-        record = self.read()
-        if record is not None:
-            _remove_sockets(record)
+        self._remove_sockets()
         for entry in self.path.iterdir():
             if entry.name == "lock":
                 continue
@@ -249,10 +256,22 @@ class Directory:
 
     def read(self) -> MachineRecord | None:
         """The record; None when there is none, or none that can be read."""
+        return _record_in(self.record_file)
+
+    def signature(self) -> MachineRecord | None:
+        """The record that the last holder of the lock began with (`sign`); None when there is none, or none that can be read."""
+        return _record_in(self.path / "lock")
+
+    def holders(self) -> list[int]:
+        """Processes that hold the lock, as the kernel says; those that cannot be looked at are left out."""
+        lock = self.path / "lock"
         try:
-            return msgspec.json.decode(self._record_file.read_bytes(), type=MachineRecord)
-        except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
-            return None
+            number = str(lock.stat().st_ino)
+            rows = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+        except OSError:
+            return []
+        pids = sorted({int(row[4]) for row in rows if row[1] == "FLOCK" and row[5].rpartition(":")[2] == number})
+        return [pid for pid in pids if _has_open(pid, lock)]
 
     def write(self, record: MachineRecord) -> None:
         """Replace the record. On a full disk it is written over the old one; where even that fails the old one stays, which is said
@@ -271,7 +290,7 @@ class Directory:
         new = self.path / "machine.json.new"
         try:
             new.write_bytes(msgspec.json.encode(record))
-            new.replace(self._record_file)
+            new.replace(self.record_file)
         except OSError:
             new.unlink(missing_ok=True)
             raise
@@ -279,7 +298,7 @@ class Directory:
     def _write_over(self, record: MachineRecord) -> None:
         """In place: needs no room as long as the record fits into its old blocks."""
         text = msgspec.json.encode(record)
-        with self._record_file.open("r+b", buffering=0) as file:
+        with self.record_file.open("r+b", buffering=0) as file:
             if file.write(text) < len(text):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             file.truncate()
@@ -288,11 +307,12 @@ class Directory:
         if not self._said:
             self._said = True
             print(
-                f'hmmnet: {self._record_file}: cannot be written: {error.strerror}; "hmmnet ps" will not see what changes', file=sys.stderr
+                f'hmmnet: {self.record_file}: cannot be written: {error.strerror}; "hmmnet ps" will not see what changes', file=sys.stderr
             )
 
     @property
-    def _record_file(self) -> Path:
+    def record_file(self) -> Path:
+        """File of the record."""
         return self.path / "machine.json"
 
     @property
@@ -317,11 +337,15 @@ class Directory:
 
     def remove(self) -> None:
         """Remove the folder and everything in it, and let go of the lock."""
-        record = self.read()
-        if record is not None:
-            _remove_sockets(record)
+        self._remove_sockets()
         shutil.rmtree(self.path, ignore_errors=True)
         self.release()
+
+    def _remove_sockets(self) -> None:
+        record = self.read() or self.signature()
+        folder = Path(record.sockets) if record is not None else Path()
+        if folder.parent == Path("/tmp") and folder.name.startswith("hmmnet-"):  # noqa: S108 - see `sockets`
+            shutil.rmtree(folder, ignore_errors=True)
 
     def release(self) -> None:
         """Let go of the lock and leave the folder as it is."""
@@ -330,10 +354,20 @@ class Directory:
             self._lock = None
 
 
-def _remove_sockets(record: MachineRecord) -> None:
-    folder = Path(record.sockets)
-    if record.sockets and folder.parent == Path("/tmp") and folder.name.startswith("hmmnet-"):  # noqa: S108 - see Directory.sockets
-        shutil.rmtree(folder, ignore_errors=True)
+def _record_in(file: Path) -> MachineRecord | None:
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=MachineRecord)
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+        return None
+
+
+def _has_open(pid: int, file: Path) -> bool:
+    """Whether a process has that very file open."""
+    try:
+        opened = [Path(entry.path) for entry in os.scandir(f"/proc/{pid}/fd")]
+        return any(one.samefile(file) for one in opened if one.exists())
+    except OSError:
+        return False
 
 
 def directories() -> Iterator[Directory]:
@@ -356,17 +390,36 @@ def remove_stale() -> list[str]:
 
 def running_machine(name: str | None) -> Directory:
     """The folder of the running machine `name`; of the only one, or of "default", when None. Raises HmmnetError."""
-    running = [directory for directory in directories() if directory.alive()]
     if name is None:
-        return _the_one(running, 'no machine runs; start one with "hmmnet up"')
-    directory = Directory.named(name)
-    if not directory.alive():
+        return _the_one([directory for directory in directories() if directory.alive()], 'no machine runs; start one with "hmmnet up"')
+    found, missing = running_machines([name])
+    if missing:
+        raise HmmnetError(missing)
+    return found[0]
+
+
+def running_machines(names: Sequence[str]) -> tuple[list[Directory], str]:
+    """The folders of those of the machines `names` that run, and what is to be said of the others: nothing when there are none."""
+    found, said, missing = list[Directory](), list[str](), list[str]()
+    for name in dict.fromkeys(names):
+        try:
+            directory = Directory.named(name)
+        except HmmnetError as error:
+            said.append(str(error))
+            continue
         record = directory.read()
-        if record is not None and record.state == "failed":
-            raise HmmnetError(f'machine "{name}" has failed: {record.why}; start it anew with "hmmnet up --name {name}"')
-        there = f"running: {', '.join(other.name for other in running)}" if running else f'start it with "hmmnet up --name {name}"'
-        raise HmmnetError(f'no machine "{name}" runs; {there}')
-    return directory
+        if directory.alive():
+            found.append(directory)
+        elif record is not None and record.state == "failed":
+            said.append(f'machine "{name}" has failed: {record.why}; start it anew with "hmmnet up --name {name}"')
+        else:
+            missing.append(name)
+    if missing:
+        others = [directory.name for directory in directories() if directory.alive() and directory.name not in names]
+        there = f"running: {', '.join(others)}" if others else f'start it with "hmmnet up --name {missing[0]}"'
+        quoted = " or ".join(f'"{name}"' for name in missing)
+        said.append(f"no machine {quoted} runs; {there}")
+    return found, "\n".join(said)
 
 
 def refuse_if_running(name: str) -> None:

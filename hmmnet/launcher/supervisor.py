@@ -77,6 +77,7 @@ class Supervisor:
         try:
             sockets = directory.sockets()
             self.record.sockets = "" if sockets == directory.path else str(sockets)
+            directory.sign(self.record)
             self._save()
             async with AsyncExitStack() as stack:
                 await self._hold(stack, task_status)

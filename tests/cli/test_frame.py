@@ -103,7 +103,7 @@ def test_wrong_use_is_one_line_with_a_mend(given: list[str], says: str, capsys: 
         (["run", "nowhere.py:main"], "no such file"),
         (["run", "vector_add", "--on", "nobody-here"], 'no machine "nobody-here" runs'),
         (["down", "nobody-here"], 'no machine "nobody-here" runs'),
-        (["down", "nobody-here", "nor-here"], 'no machine "nobody-here" runs'),
+        (["down", "nobody-here", "nor-here"], 'no machine "nobody-here" or "nor-here" runs'),
         (["logs", "nobody-here"], 'there is no machine "nobody-here"; '),
     ],
 )
