@@ -144,11 +144,11 @@ class Device:
             await self._changed.wait()
         return self.life
 
-    def present(self) -> Life:
-        """The present life. Raises KernelError(ENODEV) when the device is not there."""
+    def present(self, call: str = "open") -> Life:
+        """The present life. Raises KernelError(ENODEV), in the name of `call`, when the device is not there."""
         if self.life is None:
             why = f"it was lost: {self.last_loss}" if self.last_loss else "it has not started"
-            raise KernelError(errno.ENODEV, "open", f'device "{self.spec.name}" is not there: {why}')
+            raise KernelError(errno.ENODEV, call, f'device "{self.spec.name}" is not there: {why}')
         if self.life.leaving:
-            raise KernelError(errno.ENODEV, "open", f'device "{self.spec.name}" is being unplugged')
+            raise KernelError(errno.ENODEV, call, f'device "{self.spec.name}" is being unplugged')
         return self.life

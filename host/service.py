@@ -408,7 +408,7 @@ class Host:
         Nothing new comes to its memory from the first moment on; what runs on it goes on by DMA until the goodbye. Raises
         KernelError(ENOENT, ENODEV, ENOMEM), PeerLost, HmmnetError (who holds what; the device is as before then).
         """
-        life = self.contexts.device(name).present()
+        life = self.contexts.device(name, "unplug").present("unplug")
         life.leaving = True
         try:
             await life.settled()

@@ -230,7 +230,7 @@ class SystemCalls(ExclusiveAccess):
 
     async def mprotect(self, address: int, length: int, protection: str) -> None:
         """mprotect(2). Raises KernelError: EINVAL (unaligned), ENOMEM at the first hole, what lies before it being changed already."""
-        rights = protection_flags(protection)
+        rights = protection_flags(protection, "mprotect")
         start, count = aligned("mprotect", address), whole_pages("mprotect", length)
         end = start + count
         late: list[tuple[int, int]] = []

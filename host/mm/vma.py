@@ -53,17 +53,17 @@ PAGES_BOTTOM = 16
 """vm.mmap_min_addr: 64 KiB."""
 
 
-def protection_flags(protection: str) -> int:
-    """VM_* rights of ``rw r rx w none`` and the like. Raises KernelError(EINVAL)."""
+def protection_flags(protection: str, call: str = "mmap") -> int:
+    """VM_* rights of ``rw r rx w none`` and the like. Raises KernelError(EINVAL), in the name of `call`."""
     if not isinstance(protection, str):
-        raise KernelError(EINVAL, "mmap", f"protection is {protection!r}; {PROTECTIONS_TEXT}")
+        raise KernelError(EINVAL, call, f"protection is {protection!r}; {PROTECTIONS_TEXT}")
     if protection == "none":
         return 0
     flags = 0
     for letter in protection:
         flags |= {"r": VM_READ, "w": VM_WRITE, "x": VM_EXEC}.get(letter, 1 << 30)
     if not flags or flags >> 30:
-        raise KernelError(EINVAL, "mmap", f"unknown protection {protection!r}; {PROTECTIONS_TEXT}")
+        raise KernelError(EINVAL, call, f"unknown protection {protection!r}; {PROTECTIONS_TEXT}")
     return flags
 
 
