@@ -236,20 +236,20 @@ class Arbiter:
         flow = Flow(self, source, target, links, max([now_s, *(link.free_s for link in links)]), empty=empty)
         if links:
             self._join(flow)
-            self._share(now_s)
+            if any(link.flows > 1 for link in links):
+                self._share(now_s)
+            else:  # it meets nobody, as mostly
+                flow.change_rate(min(link.capacity_bytes_per_s for link in links), now_s)
         return flow
 
     def closed(self, flow: Flow, now_s: float) -> None:
         """`flow` is over (called by it)."""
         if flow.links or flow.stalled:
             self._leave(flow)
-            self._share(now_s)
+            if any(link.flows for link in flow.links):
+                self._share(now_s)
 
     def _share(self, now_s: float) -> None:
-        if len(self._flows) == 1:
-            (flow,) = self._flows
-            flow.change_rate(min(link.capacity_bytes_per_s for link in flow.links), now_s)
-            return
         for flow, rate in zip(self._flows, max_min_rates([flow.links for flow in self._flows]), strict=True):
             flow.change_rate(rate, now_s)
 
