@@ -81,6 +81,8 @@ def matched(start: int, words: Words, pages: Words, frames: Words) -> tuple[Word
     A huge page for which the host answers page by page goes page by page; words for what nothing was offered for are left out. Raises
     ProtocolError for a huge page where none was offered.
     """
+    if len(words) == len(pages) and not bits_in_any(words) & MIGRATE_PFN_COMPOUND and not has_large(pages):
+        return words, pages, frames  # all of the range, page by page
     answered = positions(start, words)
     if np.array_equal(answered, pages):
         return words, pages, frames

@@ -185,12 +185,11 @@ def words_of(parts: list[Migration], count: int) -> Words:
 
 def entries(pages: Words, *, compound: bool) -> list[Words]:
     """`pages` by entry: with `compound`, where huge pages go whole, aligned blocks are one."""
-    if len(pages) == 0:
-        return []
+    if not compound or len(pages) < HUGE_PAGES:
+        return [pages[i : i + 1] for i in range(len(pages))]
     blocks = pages >> _BLOCK
     together = np.bincount((blocks - blocks[0]).astype(np.intp))[(blocks - blocks[0]).astype(np.intp)] == HUGE_PAGES
-    whole = together if compound else np.zeros(len(pages), np.bool_)
-    cuts = ((np.diff(blocks) != 0) | ~whole[1:]).nonzero()[0] + 1
+    cuts = ((np.diff(blocks) != 0) | ~together[1:]).nonzero()[0] + 1
     return np.split(pages, cuts)
 
 
