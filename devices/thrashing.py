@@ -6,19 +6,20 @@ after a few in a row the page thrashes. Then the device waits for a while before
 processors and lets one of them go on while the others nap; a driver here knows only its own device, so naps differ in length, drawn from a
 seed: two devices in lockstep, each of which has what the other one needs, would else nap in lockstep, too.
 
-Pure; the caller owns time. Everything is kept page by page in arrays, for the pages that faulted last.
+Pure; the caller owns time. Pages are looked at one by one: a batch of faults has a few, and at most 256.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass
 from random import Random
 from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from hmmnet.pages import Words, all_of, any_of
+from hmmnet.pages import Words
 
 LAPSE_S = 500e-6
 """Emulated seconds within which a fault on a page that was served counts as an event (uvm_perf_thrashing_lapse_usec); also a nap."""
@@ -37,6 +38,7 @@ NAP_LEAST, NAP_MOST = 0.5, 1.5
 PAGES_KEPT = 4096
 """Pages that are remembered: those that faulted last."""
 
+_NONE = np.zeros(0, np.uint64)
 Mask: TypeAlias = npt.NDArray[np.bool_]
 
 
@@ -48,44 +50,25 @@ class Verdict:
     nap_s: float
 
 
-@dataclass
-class _Books:
-    """What is known of pages, one row each, ascending."""
+@dataclass(slots=True)
+class _History:
+    """Of a page that has faulted soon after it was served."""
 
-    pages: Words = field(default_factory=lambda: np.zeros(0, np.uint64))
-    served_s: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
-    events: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
-    throttles: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
-    pinned_until_s: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
-    resets: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    events: int = 0
+    throttles: int = 0
+    pinned_until_s: float = -math.inf
+    resets: int = 0
 
-    def keep(self, rows: npt.NDArray[np.intp] | Mask) -> None:
-        """Only these rows, in their order."""
-        for name, column in list(vars(self).items()):
-            setattr(self, name, column[rows])
-
-    def add(self, pages: Words, now_s: float) -> None:
-        """Rows for `pages` that have none."""
-        at = self.pages.searchsorted(pages)
-        known = at < len(self.pages)
-        known[known] = self.pages[at[known]] == pages[known]
-        new = pages[~known]
-        count = len(new)
-        if not count:
-            return
-        ordered = all_of(at[~known] == len(self.pages))
-        self.pages = np.concatenate((self.pages, new))
-        self.served_s = np.concatenate((self.served_s, np.full(count, -np.inf)))
-        self.events = np.concatenate((self.events, np.zeros(count, np.int64)))
-        self.throttles = np.concatenate((self.throttles, np.zeros(count, np.int64)))
-        self.pinned_until_s = np.concatenate((self.pinned_until_s, np.full(count, -np.inf)))
-        self.resets = np.concatenate((self.resets, np.zeros(count, np.int64)))
-        if len(self.pages) > PAGES_KEPT:
-            since_s = np.where(np.isin(self.pages, pages), now_s, np.maximum(self.served_s, self.pinned_until_s))
-            self.keep(np.argsort(since_s, kind="stable")[-max(PAGES_KEPT // 2, len(pages)) :])
-            ordered = False
-        if not ordered:
-            self.keep(np.argsort(self.pages, kind="stable"))
+    def thrashes(self, quiet_s: float, now_s: float) -> bool:
+        """It faults at `now_s`, `quiet_s` after it was served. Whether it thrashes: then it naps, or is pinned."""
+        if quiet_s > LAPSE_S:
+            if quiet_s > EPOCH_S and self.resets < RESETS_MAX and self.events + self.throttles:
+                self.resets += 1
+                self.throttles = 0
+            self.events = 0
+            return False
+        self.events += 1
+        return self.events >= EVENTS_MIN and self.pinned_until_s <= now_s
 
 
 class Thrashing:
@@ -95,29 +78,49 @@ class Thrashing:
         self.naps = 0
         self.pins = 0
         self._random = Random(seed)  # noqa: S311 - chance, not secrecy
-        self._books = _Books()
+        self._served_s: dict[int, float] = {}
+        """When pages were served last."""
+        self._histories: dict[int, _History] = {}
+        """Of the few of them that come and go."""
+        self._pinned_until_s = -math.inf
+        """When the last pin ends."""
 
     def look(self, pages: Words, now_s: float) -> Verdict:
         """`pages` (ascending, each once) fault at `now_s`: which of them thrash."""
-        books = self._books
-        books.add(pages, now_s)
-        rows = np.searchsorted(books.pages, pages)
-        quiet_s = now_s - books.served_s[rows]
-        begins = rows[(quiet_s > EPOCH_S) & (books.resets[rows] < RESETS_MAX) & (books.events[rows] + books.throttles[rows] > 0)]
-        books.resets[begins] += 1
-        books.events[begins] = books.throttles[begins] = 0
-        books.events[rows] = np.where(quiet_s <= LAPSE_S, books.events[rows] + 1, 0)
-        books.served_s[rows] = now_s
-        thrash = (books.events[rows] >= EVENTS_MIN) & (books.pinned_until_s[rows] <= now_s)
-        books.throttles[rows[thrash]] += 1
-        pinned = rows[thrash & (books.throttles[rows] > THROTTLES_MAX)]
-        books.pinned_until_s[pinned] = now_s + PIN_S
-        books.throttles[pinned] = 0
-        self.pins += len(pinned)
-        after = thrash & (books.pinned_until_s[rows] <= now_s)
-        if not any_of(after):
-            return Verdict(after, 0.0)
-        return Verdict(after, self.nap_s())
+        numbers = pages.tolist()
+        after = np.zeros(len(numbers), np.bool_)
+        nap = False
+        for row, page in enumerate(numbers):
+            quiet_s = now_s - self._served_s.get(page, -math.inf)
+            known = self._histories.get(page)
+            if known is None:
+                if quiet_s > LAPSE_S:  # as mostly
+                    continue
+                known = self._histories[page] = _History()
+            if known.thrashes(quiet_s, now_s):
+                after[row] = naps = not self._is_enough(known, now_s)
+                nap |= naps
+        self._served_s.update(dict.fromkeys(numbers, now_s))
+        if len(self._served_s) > PAGES_KEPT:
+            self._forget()
+        return Verdict(after, self.nap_s() if nap else 0.0)
+
+    def _is_enough(self, page: _History, now_s: float) -> bool:
+        """Whether a page that thrashes has napped so often that it is pinned from now on; else it naps once more."""
+        page.throttles += 1
+        if page.throttles <= THROTTLES_MAX:
+            return False
+        page.throttles = 0
+        page.pinned_until_s = self._pinned_until_s = now_s + PIN_S
+        self.pins += 1
+        return True
+
+    def _forget(self) -> None:
+        """Only the half of the pages that faulted last is remembered; for those that are pinned, the end of that counts."""
+        last_s = self._served_s | {page: max(self._served_s[page], known.pinned_until_s) for page, known in self._histories.items()}
+        kept = sorted(last_s, key=last_s.__getitem__)[len(last_s) // 2 :]
+        self._served_s = {page: self._served_s[page] for page in kept}
+        self._histories = {page: known for page in kept if (known := self._histories.get(page)) is not None}
 
     def nap_s(self) -> float:
         """How long the next nap is, in emulated seconds."""
@@ -126,13 +129,13 @@ class Thrashing:
 
     def napped(self, pages: Words, now_s: float) -> None:
         """The nap for `pages` is over: the time until the next event counts from here."""
-        books = self._books
-        books.served_s[np.isin(books.pages, pages)] = now_s
+        self._served_s.update(dict.fromkeys(self._served_s.keys() & pages.tolist(), now_s))
 
     def pinned(self, now_s: float) -> Words:
         """The pages that are to stay where they are, ascending."""
-        books = self._books
-        return books.pages[books.pinned_until_s > now_s]
+        if self._pinned_until_s <= now_s:
+            return _NONE
+        return np.array(sorted(page for page, known in self._histories.items() if known.pinned_until_s > now_s), np.uint64)
 
 
 def without(ranges: list[tuple[int, int]], pinned: Words) -> list[tuple[int, int]]:

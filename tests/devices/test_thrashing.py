@@ -109,7 +109,7 @@ def test_as_many_pages_are_remembered_as_faulted_last() -> None:
         now_s += SOON_S
         thrashing.napped(pages(7), now_s)
     assert verdict.after.all() or thrashing.pinned(now_s).tolist() == [7]
-    assert len(thrashing._books.pages) <= PAGES_KEPT
+    assert len(thrashing._served_s) <= PAGES_KEPT
 
 
 @pytest.mark.parametrize(
