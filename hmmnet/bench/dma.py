@@ -8,7 +8,6 @@ carry checksums. All processes keep freed buffers, as every process of hmmnet do
 from __future__ import annotations
 
 import socket
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -19,6 +18,7 @@ import zmq
 
 from hmmnet.fabric.chunk import CHUNK_BYTES
 from hmmnet.fabric.dma import BulkReceiver, BulkSender, BytesSink, BytesSource, Pace, Rings
+from hmmnet.launcher.scratch import scratch
 from hmmnet.wire.allocator import keep_freed_buffers
 from hmmnet.wire.zmq_transport import ZmqTransport
 
@@ -69,7 +69,7 @@ def raw_reference(nbytes: int = STREAM_BYTES) -> Iterator[Reference]:
     """Raw blocking pyzmq over ipc, with a process of its own at the far end: what DMA streams and whole migrations are compared with."""
     keep_freed_buffers()
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=2)
-    with tempfile.TemporaryDirectory(prefix="hmmnet-") as directory:
+    with scratch() as directory:
         wire = raw_socket(context, directory, bind=True)
         far = dma_peer("raw", directory, nbytes)
         try:
@@ -83,7 +83,7 @@ def raw_reference(nbytes: int = STREAM_BYTES) -> Iterator[Reference]:
 @contextmanager
 def unix_reference(nbytes: int = STREAM_BYTES) -> Iterator[Reference]:
     """A bare AF_UNIX stream."""
-    with tempfile.TemporaryDirectory(prefix="hmmnet-") as directory, socket.socket(socket.AF_UNIX) as listener:
+    with scratch() as directory, socket.socket(socket.AF_UNIX) as listener:
         listener.bind(f"{directory}/unix")
         listener.listen(1)
         far = dma_peer("unix", directory, nbytes)
@@ -147,7 +147,7 @@ class Streams:
 def streams(nbytes: int, *, ring: bool) -> Iterator[Streams]:
     """Both ends, until the block is left; `Streams.running` must run."""
     with (
-        tempfile.TemporaryDirectory(prefix="hmmnet-") as directory,
+        scratch() as directory,
         ZmqTransport() as transport,
         closing(Streams(transport, directory, nbytes, ring=ring)) as made,
     ):
@@ -213,7 +213,7 @@ def measure_throttle(seconds: float = PACED_S) -> list[Measurement]:
 async def _pace_error(bytes_per_s: float, seconds: float) -> float:
     nbytes = max(int(bytes_per_s * seconds) // CHUNK_BYTES, 1) * CHUNK_BYTES
     data, clock = memory(nbytes), shared_clock()
-    with tempfile.TemporaryDirectory(prefix="hmmnet-") as directory, ZmqTransport() as transport:
+    with scratch() as directory, ZmqTransport() as transport:
         sender = BulkSender(transport.bind_channel(f"ipc://{directory}/in", key=KEY), clock)
         with closing(dma_peer("ours", directory, nbytes)) as far:
             far.answer()

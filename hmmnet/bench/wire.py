@@ -7,11 +7,12 @@ rounds' ratios.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from statistics import median
 from typing import Any
+
+from hmmnet.launcher.scratch import scratch
 
 from .far import Far
 from .measurement import Goal, measured, median_ratio
@@ -58,7 +59,7 @@ def pairs(*kinds: str) -> Iterator[dict[str, Pair]]:
     with ExitStack() as stack:
         started = {}
         for kind in kinds:
-            pair = Pair(kind, stack.enter_context(tempfile.TemporaryDirectory(prefix="hmmnet-")))
+            pair = Pair(kind, stack.enter_context(scratch()))
             stack.callback(pair.close)
             pair.ask("rtt", WARM_UP)
             started[kind] = pair

@@ -284,14 +284,14 @@ def speed(topology: Topology) -> Finding:
 
 def measured_bytes_per_s() -> float:
     """A short stream over ipc and a ring, as the host measures it at its start."""
-    import tempfile
     from functools import partial
 
     import trio
 
     from hmmnet.fabric.clock import EmulatedClock
     from hmmnet.fabric.measure import measure_bytes_per_s
+    from hmmnet.launcher.scratch import scratch
     from hmmnet.wire.zmq_transport import ZmqTransport
 
-    with tempfile.TemporaryDirectory(prefix="hmmnet-") as folder, ZmqTransport() as transport:
+    with scratch() as folder, ZmqTransport() as transport:
         return trio.run(partial(measure_bytes_per_s, transport, f"ipc://{folder}/measure", EmulatedClock(), ring=True))
