@@ -11,6 +11,7 @@ moves (`Planned`), and a wrong answer ends the jobs that wait for it, with the p
 
 from __future__ import annotations
 
+import logging
 from operator import index
 from typing import Any, Protocol
 
@@ -29,6 +30,9 @@ BUILT_IN = {
 
 PLAN_PAGES_MAX = 1 << 27
 """Pages that one plan may move: the largest granularity that a driver offers (amdkfd's, 2^27). A plan without bounds would never end."""
+
+
+log = logging.getLogger("hmmnet.devices")
 
 
 class Policy(Protocol):
@@ -64,6 +68,7 @@ class Planned:
         try:
             answer = [(index(start), index(end)) for start, end in self._policy.ranges(pages, write)]
         except Exception as error:
+            log.exception('policy "%s" failed', self.name)  # whoever waits hears what, not where
             shown = ", ".join(f"0x{page:x}" for page in pages[:4].tolist()) + (", ..." if len(pages) > 4 else "")
             raise BadPlan(f'policy "{self.name}" failed on the faults of pages {shown}: {error!r}') from error
         behind = 0

@@ -49,7 +49,7 @@ GONE_S = 5.0
 ENDS = frozenset({0, 1, -signal.SIGKILL})
 """Exit codes of devices that are no crashes: after a goodbye, without a host, and of those that were killed, in a round or at the end."""
 LAST_LINES = 3
-"""Of the log of a device that ended otherwise."""
+"""Of a traceback, and of the log of a device that ended otherwise."""
 PAUSE_S = 0.02
 """Between two rounds, for work to get going again."""
 
@@ -180,7 +180,7 @@ def _crashes(machine: LaunchedMachine) -> list[Violation]:
     """What crashed in devices' processes, all of which have ended, as their logs and their ends tell."""
     logs = machine.directory.logs
     told = chain(
-        tracebacks(logs, machine.device_names, ended=True),
+        tracebacks(logs, machine.device_names, ended=True, rows=LAST_LINES),
         (
             f"{end.name} (process {end.pid}) {end.how}; its log ends: {' | '.join(last_lines(logs, end.name, end.pid, LAST_LINES))}"
             for end in machine.exits

@@ -187,9 +187,9 @@ def readable(line: str) -> str:
     return head if not trace else head + "\n" + "\n".join("    " + row for row in str(trace).splitlines())
 
 
-def tracebacks(folder: Path, processes: Collection[str], *, ended: bool = False) -> Iterator[str]:
+def tracebacks(folder: Path, processes: Collection[str], *, ended: bool = False, rows: int = 1) -> Iterator[str]:
     """What crashed (`hmmnet.errors.is_crash`) in any life of some processes, as their logs in `folder` tell: the process, what it was
-    about, the last line of each traceback.
+    about, the last `rows` lines of each traceback.
 
     A line that was cut, by a full disk or the end of its process, may have told of a crash: it is told of, too. One that is just being
     written is left out, unless the processes have `ended`.
@@ -202,7 +202,7 @@ def tracebacks(folder: Path, processes: Collection[str], *, ended: bool = False)
             if cut:
                 yield f"{name}: a line of its log was cut: {cut[:CUT_SHOWN].decode(errors='replace').rstrip()}"
             if entry is not None and entry.get("crash") is True and "traceback" in entry:
-                yield f"{name}: {entry.get('text', '')}: {_last_row(entry['traceback'])}"
+                yield f"{name}: {entry.get('text', '')}: {_last_rows(entry['traceback'], rows)}"
 
 
 def last_lines(folder: Path, process: str, pid: int, count: int) -> list[str]:
@@ -222,10 +222,10 @@ def _entry(line: bytes) -> dict[str, Any] | None:
     return entry if isinstance(entry, dict) else None
 
 
-def _last_row(traceback: str) -> str:
-    """The last line of a traceback, of a group without the frame around it."""
-    rows = [row for row in traceback.splitlines() if row.strip(" |+-")]
-    return rows[-1].strip(" |") if rows else ""
+def _last_rows(traceback: str, count: int) -> str:
+    """The last lines of a traceback, of a group without the frame around it, and without the marks below what is meant."""
+    rows = [row.strip(" |") for row in traceback.splitlines() if row.strip(" |+-^~")]
+    return " | ".join(rows[-count:])
 
 
 def _lines(path: Path) -> list[bytes]:

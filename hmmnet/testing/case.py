@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -42,6 +42,15 @@ class Case:
     story: Story = field(default_factory=Story)
     machine: str = ""
     """Which fixture has given a machine: a test has one."""
+    crashes: list[str] = field(default_factory=list)
+    """What has crashed in devices' processes, as their logs tell; `look` is asked as long as they are there."""
+    look: Callable[[], list[str]] | None = None
+
+    def crashed(self) -> list[str]:
+        """What has crashed in devices' processes so far."""
+        if self.look is not None:
+            self.crashes = self.look()
+        return self.crashes
 
     def hear(self, event: Event) -> None:
         """A host's event."""

@@ -332,6 +332,9 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
         story = item.stash[_case_key].story.shown(_story_lines(item.config)) if _case_key in item.stash else []
         if story:
             report.sections.append(("hmmnet: what happened", "\n".join(story)))
+        crashes = item.stash[_case_key].crashed() if _case_key in item.stash else []
+        if crashes:
+            report.sections.append(("hmmnet: what crashed in devices", "\n".join(crashes)))
         report.sections.append(("hmmnet: see it again", _replay(item)))
     return report
 

@@ -16,6 +16,7 @@ from hmmnet.errors import HmmnetError
 from hmmnet.faults import AnyFault, Fault, Plan
 from hmmnet.faults.plan import named
 from hmmnet.machine import LaunchedBlockingMachine, LaunchedMachine, launch
+from hmmnet.observe.logs import tracebacks
 from hmmnet.sim import SimulatedMachine, Simulation, run_virtual, simulated
 from hmmnet.sim.run import LIMIT_S
 from hmmnet.topology.model import Topology
@@ -26,6 +27,10 @@ from .frozen import Frozen, FrozenMachine
 T = TypeVar("T")
 ELSEWHERE = "ask for simulated_machine or simulate instead"
 """The mend, where only real processes cannot do something."""
+CRASHES_MAX = 8
+"""Crashes of devices that a report tells: the first, with which it began."""
+CRASH_ROWS = 5
+"""Lines of each traceback: the place where the code of a model or policy gave up, and what it raised."""
 _numbers = itertools.count(1)
 
 
@@ -44,11 +49,26 @@ async def real(case: Case) -> AsyncIterator[LaunchedMachine]:
     with only_error():
         async with trio.open_nursery() as nursery, launch(case.topology, name=name) as machine:
             with case.listening(machine.host):
+                _look_for_crashes(case, machine)
                 for fault in faults:
                     machine.add_fault(fault)
                 nursery.start_soon(_bell, case.limit_s)
                 yield machine
                 nursery.cancel_scope.cancel()
+
+
+def _look_for_crashes(case: Case, machine: LaunchedMachine) -> None:
+    """What crashes in a device is in its log: while the machine is there, and a last time when its processes have ended."""
+
+    def look(*, ended: bool = False) -> list[str]:
+        found = tracebacks(machine.directory.logs, machine.device_names, ended=ended, rows=CRASH_ROWS)
+        return list(itertools.islice(found, CRASHES_MAX))
+
+    def last() -> None:
+        case.look, case.crashes = None, look(ended=True)
+
+    case.look = look
+    machine.when_ended(last)
 
 
 def _for_processes(plan: Plan) -> list[Fault]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 
 import numpy as np
@@ -209,3 +210,48 @@ def test_the_command_repeats_what_the_command_line_said(pytester: pytest.Pyteste
     given = ["--hmmnet-strict", "-o", "hmmnet_story=2", "-o", "console_output_style=count"]
     said = commands(run(pytester, "-k", "plain", *given))
     assert said == ["pytest test_mine.py::test_plain --hmmnet-seed 0 --hmmnet-strict -o hmmnet_story=2"]
+
+
+BUGGY = """
+    class Buggy:
+        def ranges(self, pages, write):
+            size = len(pages) - len(write)
+            return [(int(pages[0]), int(pages[0]) // size)]
+    """
+DRIVEN = """
+    import pytest
+
+    def test_asynchronously(machine):
+        machine.create_process()
+        process = machine.process()
+        address = process.malloc(4096)
+        process.write(address, bytes(4096))
+        process.launch("reduction", "gpu1", "buggy", a=address, n=8, dtype="<u8")
+
+    async def test_under_trio(machine):
+        process = await machine.process()
+        address = await process.malloc(4096)
+        await process.write(address, bytes(4096))
+        await process.launch("reduction", "gpu1", "buggy", a=address, n=8, dtype="<u8")
+
+    def test_of_which_nothing_crashes(machine):
+        assert 0
+    """
+
+
+def test_a_drivers_bug_in_a_devices_process_is_in_the_report(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which device, what it raised and where: the test itself sees no more than that a job failed."""
+    write(pytester, BUGGY, "buggy_policy.py")
+    about = pytester.mkdir("buggy-1.dist-info")
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: buggy\nVersion: 1\n")
+    (about / "entry_points.txt").write_text("[hmmnet.policies]\nbuggy = buggy_policy:Buggy\n")
+    monkeypatch.setenv("PYTHONPATH", f"{pytester.path}:{os.environ.get('PYTHONPATH', '')}")
+    write(pytester, DRIVEN)
+    result = run(pytester, beside=())
+    result.assert_outcomes(failed=3)
+    sections = [result.outlines[i + 1] for i, line in enumerate(result.outlines) if "hmmnet: what crashed in devices" in line]
+    assert len(sections) == 2, "\n".join(result.outlines)
+    for told in sections:
+        assert told.startswith("gpu1: ")
+        assert "buggy_policy.py" in told
+        assert told.endswith("return [(int(pages[0]), int(pages[0]) // size)] | ZeroDivisionError: integer division or modulo by zero")
