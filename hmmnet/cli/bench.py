@@ -62,11 +62,13 @@ def print_table(found: list[Measurement]) -> None:
     """All figures on standard output. A narrow terminal folds their names; what is not a terminal gets the lines as long as they are."""
     from rich.console import Console
 
+    from hmmnet.observe.fitted import Fitted
+
     table = _table(found)
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = max(console.width, console.measure(table, options=console.options.update(max_width=WIDTH_MAX)).maximum)
-    console.print(table)
+    console.print(Fitted(table))
 
 
 def _table(found: list[Measurement]) -> Table:

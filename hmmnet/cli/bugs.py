@@ -54,13 +54,15 @@ def _list(known: dict[str, Bug], *, as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from hmmnet.observe.fitted import Fitted
+
     table = Table(box=None, pad_edge=False)
     table.add_column("name", no_wrap=True)
     table.add_column("what happens")
     for bug in known.values():
         table.add_row(bug.name, bug.title)
     console = Console(highlight=False)
-    console.print(table)
+    console.print(Fitted(table))
     console.print('\n"hmmnet bugs NAME" tells one and runs it, "hmmnet bugs --all" runs them all')
 
 

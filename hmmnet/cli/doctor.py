@@ -74,12 +74,14 @@ def show(findings: list[Finding], topology: str) -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    from hmmnet.observe.fitted import Fitted
+
     console = Console(highlight=False)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
     for finding in findings:
         mend = f"\n[cyan]{escape(finding.mend)}[/]" if finding.mend else ""
         table.add_row(STYLES[finding.status], escape(finding.subject), escape(finding.found) + mend)
-    console.print(table)
+    console.print(Fitted(table))
     bad = [finding.subject for finding in findings if finding.status == "bad"]
     verdict = f"[red]{escape(topology)} will not run here: {', '.join(bad)}[/]" if bad else f"[green]{escape(topology)} can run here[/]"
     console.print(f"\n{verdict}")

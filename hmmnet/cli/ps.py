@@ -81,13 +81,15 @@ def show(described: list[dict[str, Any]], *, everything: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from hmmnet.observe.fitted import Fitted
+
     console = Console()
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for heading in ("machine", "state", "topology", "devices", "rate", "process", "up"):
         table.add_column(heading, no_wrap=heading in ("machine", "state"))
     for entry in described:
         table.add_row(*machine_row(entry))
-    console.print(table)
+    console.print(Fitted(table))
     for entry in described:
         if entry.get("devices") and entry["alive"]:
             console.print()
@@ -130,6 +132,7 @@ def device_table(entry: dict[str, Any], *, everything: bool = False) -> Renderab
     from rich.console import Group
     from rich.table import Table
 
+    from hmmnet.observe.fitted import Fitted
     from hmmnet.units import show_size
 
     devices = entry["devices"]
@@ -142,7 +145,7 @@ def device_table(entry: dict[str, Any], *, everything: bool = False) -> Renderab
         table.add_row(device["name"], device["model"], show_size(device["memory_bytes"]), str(device["pid"] or ""), state)
     hidden = Counter((device["model"], device["state"]) for device in devices if device not in shown)
     rest = [f"{entry['name']}: {count} {model} {coloured(state)}" for (model, state), count in hidden.items()]
-    return Group(*rest, *([table] if shown else []))
+    return Group(*rest, *([Fitted(table)] if shown else []))
 
 
 def how_long(seconds: float) -> str:

@@ -260,6 +260,7 @@ def show(report: dict[str, Any], links: Sequence[Mapping[str, Any]], seconds: fl
     from rich.markup import escape
     from rich.table import Table
 
+    from hmmnet.observe.fitted import Fitted
     from hmmnet.observe.links_table import links_table
     from hmmnet.units import show_time
 
@@ -278,7 +279,7 @@ def show(report: dict[str, Any], links: Sequence[Mapping[str, Any]], seconds: fl
         for name in names:
             table.add_row(*figure_row(name, [figures.get(name) for figures in devices.values()]))
         console.print()
-        console.print(table)
+        console.print(Fitted(table))
         console.print()
     if any(link["bytes_moved"] for link in links):
         console.print(links_table(links, console.width))

@@ -45,6 +45,8 @@ def ls(as_json: Json = False) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from hmmnet.observe.fitted import Fitted
+
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("name", no_wrap=True)
     table.add_column("devices", justify="right")
@@ -52,7 +54,7 @@ def ls(as_json: Json = False) -> None:
     table.add_column("what it is")
     for topology in topologies:
         table.add_row(topology.name, str(len(topology.devices)), str(len(topology.links)), topology.description)
-    Console(highlight=False).print(table)
+    Console(highlight=False).print(Fitted(table))
 
 
 def summary(topology: Topology) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.text import Text
 
 from hmmnet.observe.counters import Profile
+from hmmnet.observe.fitted import Fitted
 from hmmnet.observe.links_table import links_table
 from hmmnet.observe.profiler_table import profiler_table
 from hmmnet.observe.residency import ABSENT, Sample, folded, terminal_picture
@@ -144,7 +145,7 @@ class Screen:
     def finished(self, outcome: Outcome) -> None:
         """The tables, the picture and the verdict."""
         parts = (
-            profiler_table(Profile.from_json(outcome.report.get("profile", []))),
+            Fitted(profiler_table(Profile.from_json(outcome.report.get("profile", [])))),
             Group(Text("Where the pages live", style="italic"), picture(self.samples, outcome.devices, self._width)),
             links_table(outcome.report.get("links", []), self._width),
         )

@@ -11,6 +11,8 @@ from rich.text import Text
 
 from hmmnet.units import counted, show_rate, show_size
 
+from .fitted import Fitted
+
 LINKS_SHOWN = 12
 WIDE = 72
 """Columns from which the capacity has room beside what was asked and reached."""
@@ -38,4 +40,4 @@ def links_table(links: Sequence[Mapping[str, Any]], width: int) -> Group:
     notes = [f"and {counted(rest, 'less busy direction')}"] if rest else []
     if any(link["kept_up"] and link["reached_bytes_per_s"] < FAR_BELOW * link["asked_bytes_per_s"] for link in shown):
         notes.append(LATE)
-    return Group(table, *(Text(note, style="dim") for note in notes))
+    return Group(Fitted(table), *(Text(note, style="dim") for note in notes))

@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from hmmnet.observe.fitted import Fitted
+
 from .compare import Difference, Outcome, Tally
 
 DIFFERENCES_SHOWN = 5
@@ -96,7 +98,7 @@ def show_differences(console: Console, outcomes: Iterable[Outcome], *, everythin
 def show_summary(console: Console, tally: Tally) -> None:
     """Print the sums: by file, by operation not built yet, and the verdict."""
     console.print()
-    console.print(_by_file(tally))
+    console.print(Fitted(_by_file(tally)))
     if tally.unsupported:
         operations = ", ".join(f"{name} {count}" for name, count in tally.unsupported.most_common())
         console.print(f"operations not built yet (lines): {operations}", highlight=False)
