@@ -145,7 +145,7 @@ class Screen:
     def finished(self, outcome: Outcome) -> None:
         """The tables, the picture and the verdict."""
         parts = (
-            Fitted(profiler_table(Profile.from_json(outcome.report.get("profile", [])))),
+            Fitted(profiler_table(Profile.from_json(outcome.report.get("profile", []))), key=-1),
             Group(Text("Where the pages live", style="italic"), picture(self.samples, outcome.devices, self._width)),
             links_table(outcome.report.get("links", []), self._width),
         )

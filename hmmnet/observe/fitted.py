@@ -29,8 +29,10 @@ INDENT = 2
 class Fitted:
     """`table`, whose cells are markup, as the console has room for it."""
 
-    def __init__(self, table: Table) -> None:
+    def __init__(self, table: Table, key: int = 0) -> None:
         self.table = table
+        self.key = key
+        """The column that heads a row's lines."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         excess = console.measure(self.table, options=options.update(max_width=WIDTH_MAX)).maximum - options.max_width
@@ -58,16 +60,16 @@ class Fitted:
         return table
 
     def _told(self, headings: list[Text], row: tuple[Text, ...]) -> Iterator[RenderableType]:
-        first = row[0].copy()
+        first = row[self.key].copy()
         first.overflow = "fold"
         yield first
-        for heading, cell in zip(headings[1:], row[1:], strict=True):
-            if cell.plain.strip():
+        for heading, cell in zip(headings, row, strict=True):
+            if cell is not row[self.key] and cell.plain.strip():
                 told = Text(", ").join(cell.split("\n"))
                 named = self.table.show_header and heading.plain
                 line = Text.assemble(f"{heading.plain}: ", told) if named else told
                 line.overflow = "fold"
-                yield Padding(line, (0, 0, 0, INDENT))
+                yield Padding(line, (0, 0, 0, INDENT), expand=False)
 
 
 def _text(console: Console, cell: RenderableType) -> Text:

@@ -26,9 +26,9 @@ def table(**more: object) -> Table:
     return made
 
 
-def printed(made: Table, width: int) -> list[str]:
+def printed(made: Table, width: int, key: int = 0) -> list[str]:
     console = Console(width=width, file=io.StringIO(), highlight=False)
-    console.print(Fitted(made))
+    console.print(Fitted(made, key))
     assert isinstance(console.file, io.StringIO)
     return [line.rstrip() for line in console.file.getvalue().splitlines()]
 
@@ -79,3 +79,8 @@ def test_where_nothing_can_fold_each_row_has_lines_of_its_own() -> None:
         "bare",
         "  what it is: 31.5, 500 ns",
     ]
+
+
+def test_another_column_may_head_the_lines() -> None:
+    """Where the first says less."""
+    assert printed(table(), 40, key=1)[:4] == ["2", "  name: two-gpus", "  what it is: A workstation with two", "  GPUs on PCIe 4.0 x16."]
