@@ -260,11 +260,14 @@ class Process(Protocol):
         ...
 
     async def malloc(self, length: int) -> int:
-        """`length` bytes, 64-byte aligned, in memory that the process maps as needed; never freed singly."""
+        """`length` bytes, 64-byte aligned, in memory that the process maps as needed; never freed singly.
+
+        Raises KernelError: ENOMEM, EINVAL.
+        """
         ...
 
     async def read(self, address: int, length: int) -> bytes:
-        """CPU load of a range; faults are taken. Raises SegmentationFault, BusError."""
+        """CPU load of `length` bytes; faults are taken. Raises SegmentationFault, BusError, KernelError(EINVAL)."""
         ...
 
     async def write(self, address: int, data: bytes | bytearray | memoryview | npt.NDArray[Any]) -> None:
@@ -288,16 +291,19 @@ class Process(Protocol):
 
     async def pagemap(self, address: int, pages: int) -> bytes:
         """One letter a page as the trace syntax shows them: ``-`` none, ``P`` present, ``S`` special; upper bits: +0x80 mapped exactly
-        once ("x"), and lower-case letter for file pages.
+        once ("x"), and lower-case letter for file pages. Raises KernelError(EINVAL) for pages that no address space has.
         """
         ...
 
     async def residency(self, address: int, pages: int) -> Residency:
-        """Where the pages live now; nothing is touched."""
+        """Where `pages` pages from `address` on live now; nothing is touched. Raises KernelError(EINVAL) as `pagemap`."""
         ...
 
     async def pagemap_words(self, address: int, pages: int) -> npt.NDArray[np.uint64]:
-        """/proc/PID/pagemap: a PM_* word for each of `pages` pages from `address` on. A page of a device is PM_SWAP, not PM_PRESENT."""
+        """/proc/PID/pagemap: a PM_* word for each of `pages` pages from `address` on. A page of a device is PM_SWAP, not PM_PRESENT.
+
+        An array of one dimension. Raises KernelError(EINVAL) as `pagemap`.
+        """
         ...
 
     async def smaps(self) -> list[Mapping]:

@@ -108,7 +108,7 @@ class Process:
         offset: int = 0,
         hugetlb: bool = False,
     ) -> int:
-        """mmap(2)."""
+        """See `Process.mmap`. Source: mm/mmap.c, do_mmap."""
         self._alive("mmap")
         check_range("mmap", 0 if address is None else address, length)
         if isinstance(file, Handle):
@@ -130,26 +130,26 @@ class Process:
         return mapped
 
     async def memfd_create(self, length: int) -> MemFd:
-        """memfd_create(2) and ftruncate(2)."""
+        """See `Process.memfd_create`. Source: mm/memfd.c, memfd_create, and fs/open.c, ftruncate."""
         self._alive("memfd_create")
         made = MemFd(self.space.memory, length, self.space.node, self.space.mm.cgroup)
         made.enter(self.files)
         return made
 
     async def munmap(self, address: int, length: int) -> None:
-        """munmap(2)."""
+        """See `Process.munmap`. Source: mm/vma.c, do_vmi_munmap."""
         if self.space.points.armed:
             await self._at("process.munmap", address, length)
         await self.space.munmap(address, length)
 
     async def mprotect(self, address: int, length: int, protection: str) -> None:
-        """mprotect(2)."""
+        """See `Process.mprotect`. Source: mm/mprotect.c, do_mprotect_pkey: what lies before a hole is changed."""
         if self.space.points.armed:
             await self._at("process.mprotect", address, length)
         await self.space.mprotect(address, length, protection)
 
     async def madvise(self, address: int, length: int, advice: str) -> None:
-        """madvise(2)."""
+        """See `Process.madvise`. Source: mm/madvise.c, do_madvise; mm/memory-failure.c for HWPOISON."""
         self._check_advice(advice)
         if self.space.points.armed:
             await self._at("process.madvise", address, length)
@@ -162,7 +162,7 @@ class Process:
     async def mremap(
         self, address: int, old: int, new: int, target: int | None = None, *, may_move: bool = True, dontunmap: bool = False
     ) -> int:
-        """mremap(2)."""
+        """See `Process.mremap`. Source: mm/mremap.c, do_mremap."""
         if self.space.points.armed:
             await self._at("process.mremap", address, old)
         return await self.space.mremap(address, old, new, target, may_move=may_move, dontunmap=dontunmap)
@@ -173,29 +173,29 @@ class Process:
         await self.space.points.at(name, process=self.pid, start=start, pages=end - start)
 
     async def mlock(self, address: int, length: int) -> None:
-        """mlock(2)."""
+        """See `Process.mlock`. Source: mm/mlock.c, do_mlock."""
         await self.space.mlock(address, length)
 
     async def userfaultfd(self, address: int, length: int, *, sigbus: bool = False) -> UserFault:
-        """userfaultfd(2) for missing pages."""
+        """See `Process.userfaultfd`. Source: fs/userfaultfd.c, with UFFDIO_REGISTER_MODE_MISSING."""
         self._alive("userfaultfd")
         return await self.space.userfaultfd(address, length, sigbus=sigbus)
 
     async def munlock(self, address: int, length: int) -> None:
-        """munlock(2)."""
+        """See `Process.munlock`. Source: mm/mlock.c, munlock."""
         await self.space.munlock(address, length)
 
     async def get_user_pages(
         self, address: int, pages: int, *, write: bool = False, pin: bool = False, longterm: bool = False
     ) -> HeldPages:
-        """See `Process.get_user_pages`."""
+        """See `Process.get_user_pages`. Source: mm/gup.c, get_user_pages and pin_user_pages."""
         self._alive("get_user_pages")
         check_range("get_user_pages", address, pages)
         frames = await self.space.get_pages(address >> PAGE_SHIFT, pages, write=write, pin=pin, longterm=longterm)
         return HeldPages(self.space, frames, pin=pin)
 
     async def malloc(self, length: int) -> int:
-        """`length` bytes, 64-byte aligned. Raises KernelError: ENOMEM, EINVAL."""
+        """See `Process.malloc`. Source: no system call; a heap in anonymous mappings of `HEAP_BYTES` and more."""
         check_whole("malloc", length=length)
         if length < 0:
             raise KernelError(errno.EINVAL, "malloc", f"{length} bytes cannot be had")
@@ -209,13 +209,13 @@ class Process:
         return address
 
     async def read(self, address: int, length: int) -> bytes:
-        """CPU load of a range."""
+        """See `Process.read`. Source: a load of user space; its faults are mm/memory.c, handle_mm_fault."""
         self._alive("read")
         check_range("read", address, length)
         return await self.space.load(address, length) if length else b""
 
     async def write(self, address: int, data: Arrayable) -> None:
-        """CPU store of a range."""
+        """See `Process.write`. Source: a store of user space; its faults are mm/memory.c, handle_mm_fault."""
         self._alive("write")
         raw = data if isinstance(data, bytes) else as_bytes(data)
         check_range("write", address, len(raw))
@@ -223,7 +223,7 @@ class Process:
             await self.space.store(address, raw)
 
     async def load(self, address: int, dtype: str = "<u8") -> int | float:
-        """CPU load of one value."""
+        """See `Process.load`. Source: as `read`."""
         if self.ended:
             self._alive("load")
         try:
@@ -234,7 +234,7 @@ class Process:
         return value_of(await self.space.load(address, size))
 
     async def store(self, address: int, value: float, dtype: str = "<u8") -> None:
-        """CPU store of one value."""
+        """See `Process.store`. Source: as `write`."""
         self._alive("store")
         raw = as_value("store", value, dtype)
         check_range("store", address, len(raw))
@@ -259,38 +259,38 @@ class Process:
             await self.space.touch(address, write=True)
 
     async def read_array(self, address: int, dtype: str, count: int) -> npt.NDArray[Any]:
-        """CPU load of `count` values."""
+        """See `Process.read_array`. Source: as `read`."""
         kind = as_type("read_array", dtype)
         check_whole("read_array", count=count)
         return np.frombuffer(bytearray(await self.read(address, count * kind.itemsize)), dtype=kind)
 
     async def pagemap(self, address: int, pages: int) -> bytes:
-        """A byte a page, see `Process.pagemap`."""
+        """See `Process.pagemap`. Source: fs/proc/task_mmu.c, pagemap_read, as the trace syntax shortens it."""
         check_pages("pagemap", address, pages)
         return self.space.pagemap(address, pages)
 
     async def residency(self, address: int, pages: int) -> Residency:
-        """Where the pages live now."""
+        """See `Process.residency`. Source: none, no kernel tells a program which device has a page."""
         check_pages("residency", address, pages)
         return self.space.residency(address, pages)
 
     async def pagemap_words(self, address: int, pages: int) -> npt.NDArray[np.uint64]:
-        """/proc/PID/pagemap."""
+        """See `Process.pagemap_words`. Source: fs/proc/task_mmu.c, pte_to_pagemap_entry."""
         check_pages("pagemap_words", address, pages)
         return self.space.pagemap_words(address >> PAGE_SHIFT, (address >> PAGE_SHIFT) + pages)
 
     async def smaps(self) -> list[Mapping]:
-        """/proc/PID/smaps."""
+        """See `Process.smaps`. Source: fs/proc/task_mmu.c, show_smap."""
         return self.space.smaps()
 
     async def clear_refs(self, *, soft_dirty: bool = True) -> None:
-        """/proc/PID/clear_refs."""
+        """See `Process.clear_refs`. Source: fs/proc/task_mmu.c, clear_refs_write."""
         await (self.space.clear_soft_dirty() if soft_dirty else self.space.clear_referenced())
 
     # --- devices --------------------------------------------------------------------------------------------------------------
 
     async def open(self, device: str) -> Handle:
-        """Open a device. Raises KernelError: ENOENT, ENODEV."""
+        """See `Process.open`. Source: lib/test_hmm.c, dmirror_fops_open."""
         self._alive("open")
         file = OpenFile(await self._acquired(device, self.contexts.get_for_file), self.contexts)
         number = next(number for number in itertools.count(FD_FIRST) if number not in self.handles)
@@ -318,7 +318,7 @@ class Process:
         return context
 
     async def launch(self, kernel: str, device: str, placement: str = "demand", **arguments: Any) -> JobResult:
-        """Run a kernel and wait for it; cancelled, it ends on the device too.
+        """See `Process.launch`. Cancelled, it ends on the device, too.
 
         Raises SegmentationFault or BusError for an access that could not be served, KernelError(ENOMEM) where memory for it was used up,
         KernelError (ENOENT, EINVAL, E2BIG, ENODEV), RemoteError for a kernel that failed.
@@ -350,7 +350,7 @@ class Process:
         return JobResult(msgspec.msgpack.decode(done.results, type=dict[str, Any]), counters)
 
     async def migrate(self, address: int, length: int, to: str) -> int:
-        """Move pages to a device, or to ``host``; returns how many bytes moved.
+        """See `Process.migrate`. Source: mm/migrate_device.c, migrate_vma_setup and what follows it.
 
         Raises KernelError: EINVAL (see `_migratable_until`), ENOENT, ENODEV, ENOMEM; PeerLost.
         """
@@ -423,7 +423,7 @@ class Process:
         return moved * PAGE_SIZE
 
     async def fork(self) -> Process:
-        """fork(2). Raises KernelError: ENOMEM, ESRCH."""
+        """See `Process.fork`; KernelError(ESRCH), too, when it ends meanwhile. Source: kernel/fork.c, dup_mmap."""
         self._alive("fork")
         child = await self._on_fork(self)
         for number, handle in self.handles.items():
@@ -434,16 +434,16 @@ class Process:
         return child
 
     async def oom_score(self) -> int:
-        """/proc/PID/oom_score."""
+        """See `Process.oom_score`. Source: fs/proc/base.c, proc_oom_score."""
         return oom.score(self.space.mm, self.space.memory.total_pages)
 
     async def set_oom_score_adj(self, value: int) -> None:
-        """/proc/PID/oom_score_adj. Raises KernelError(EINVAL)."""
+        """See `Process.set_oom_score_adj`. Source: fs/proc/base.c, oom_score_adj_write."""
         check_whole("set_oom_score_adj", value=value)
         oom.set_score_adj(self.space.mm, value)
 
     async def kill(self, *, out_of_memory: bool = False) -> None:
-        """SIGKILL, or the OOM killer's."""
+        """See `Process.kill`. Source: kernel/signal.c, and mm/oom_kill.c, __oom_kill_process."""
         if out_of_memory:
             await self.reap()
         self.ended = True
@@ -457,7 +457,9 @@ class Process:
         await self.space.reap()
 
     async def exit(self) -> None:
-        """exit(2): the address space goes first (its mirrors are told once), then the open devices.
+        """See `Process.exit`. Source: kernel/exit.c, do_exit.
+
+        The address space goes first (its mirrors are told once), then the open devices.
 
         A second call waits for the first, and finishes what a cancelled one has left.
         """
