@@ -19,7 +19,7 @@ from hmmnet.program import Handle, Process
 from hmmnet.sim import SimulatedMachine
 from hmmnet.topology.load import parse
 
-from .test_oom import MIB, PAGE, TOML
+from .scarce import MIB, PAGE, TOML
 
 MACHINE = parse(TOML.replace("8 MiB", "32 MiB").replace("memory =", 'model = "dmirror"\nunit = 0\nmemory ='))
 FAIL_ALLOC, COMPOUND = 1, 256

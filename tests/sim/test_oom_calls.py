@@ -17,7 +17,7 @@ from hmmnet.host.mm import pte
 from hmmnet.program import Handle, Process
 from hmmnet.sim import SimulatedMachine
 
-from .test_oom import DMIRROR, MIB, PAGE, filled, host_of, is_alive, used_up
+from .scarce import DMIRROR, MIB, PAGE, filled, host_of, is_alive, used_up
 
 PAGES = MIB // PAGE
 

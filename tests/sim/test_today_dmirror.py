@@ -17,8 +17,8 @@ from hmmnet.faults import Controls, PointFault
 from hmmnet.program import Handle, Process
 from hmmnet.sim import SimulatedMachine
 
+from .scarce import PAGE
 from .test_fail_alloc import COMPOUND, MACHINE
-from .test_oom import PAGE
 
 BASE = 1 << 32
 PAGES = 48
