@@ -208,11 +208,11 @@ class PageTable:
         done = start
         for first, part in self._expansions(start, end):
             if done < first:
-                yield from self.ptes.segments(done, first)
+                yield from self.ptes.readable(done, first)
             yield first, part
             done = first + len(part)
         if done < end:
-            yield from self.ptes.segments(done, end)
+            yield from self.ptes.readable(done, end)
 
     def _expansions(self, start: int, end: int) -> Iterator[tuple[int, Words]]:
         """The entries of [start, end) that lie in blocks, as copies, in page order."""
@@ -240,9 +240,10 @@ class PageTable:
 
     def clear(self, start: int, end: int) -> None:
         """Zero ``[start, end)``; whole leaves are given back."""
-        if self._on_unfold is None and self.pmd_count:
-            self.take_pmds(self.blocks(start, end))  # nobody keeps books: whole blocks need not be unfolded to be dropped
-        self._unfold(start, end)
+        if self.pmd_count:
+            if self._on_unfold is None:
+                self.take_pmds(self.blocks(start, end))  # nobody keeps books: whole blocks need not be unfolded to be dropped
+            self._unfold(start, end)
         self.ptes.clear(start, end)
 
     def gather(self, pages: Words, *, ascend: bool = False) -> Words:

@@ -115,6 +115,14 @@ class SparseTable:
             yield start, self._part(start, stop)
             start = stop
 
+    def readable(self, start: int, end: int) -> Iterator[tuple[int, Words]]:
+        """Like `segments`, for who does not write: zeros where there is no leaf."""
+        while start < end:
+            stop = min(end, (start | LEAF_MASK) + 1)
+            leaf = self._leaves.get(start >> LEAF_SHIFT)
+            yield start, np.zeros(stop - start, np.uint64) if leaf is None else leaf[start & LEAF_MASK : (stop - 1 & LEAF_MASK) + 1]
+            start = stop
+
     def present(self, start: int, end: int) -> Iterator[tuple[int, Words]]:
         """Like `segments`, in page order, but only where a leaf exists: safe for ``[0, PAGES_MAX)``. Entries that are zero must stay so."""
         for low, part in self.existing(start, end):
@@ -194,7 +202,7 @@ class SparseTable:
         marks = self._written[key]
         low, high = first >> BLOCK_SHIFT, (end - 1 >> BLOCK_SHIFT) + 1
         if high - low == 1:
-            if marks[low]:
+            if marks[low] and any(self.cells[key][first:end]):  # where nothing is, nobody has to look again
                 marks[low] = TOUCHED
                 self.changed = True
                 self._leaves[key][first:end] = 0

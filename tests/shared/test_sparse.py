@@ -93,6 +93,28 @@ def test_a_few_pages_far_apart_mark_their_own_blocks_only() -> None:
     assert len(table.take_touched()[0]) == 2
 
 
+def test_who_changes_nothing_leaves_nothing_to_look_at() -> None:
+    """Zeros that are cleared, and entries that are read, are no news for who checks the table; what is cleared is."""
+    table = SparseTable()
+    table.set(7, 42)
+    table.take_touched()
+    table.clear(8, 12)
+    assert [part.tolist() for _, part in table.readable(6, 9)] == [[0, 42, 0]]
+    assert not table.changed
+    table.clear(6, 9)
+    assert [first for first, _ in table.take_touched()[0]] == [0]
+    assert table.get(7) == 0
+
+
+def test_where_there_is_no_leaf_zeros_are_read() -> None:
+    """In page order, and none is made for it."""
+    table = SparseTable()
+    table.set(LEAF_PAGES, 42)
+    found = [(first, len(part), part[-1:].tolist()) for first, part in table.readable(LEAF_PAGES - 2, LEAF_PAGES + 1)]
+    assert found == [(LEAF_PAGES - 2, 2, [0]), (LEAF_PAGES, 1, [42])]
+    assert table.leaf_count == 1
+
+
 @pytest.mark.parametrize("count", [3, 2 * FEW])
 def test_values_are_as_many_as_pages(count: int) -> None:
     """However few: a slip of lengths is no table that is half written."""
