@@ -57,6 +57,8 @@ SCALARS_MAX = 64
 """Types whose readers are kept."""
 FD_FIRST = 3
 """The first file descriptor that open(2) gives out."""
+_map_in = msgspec.msgpack.Decoder(dict[str, Any]).decode
+"""What a device answers in; made once, which takes longer than to use it."""
 
 
 @program.documented_by(program.Process)
@@ -336,7 +338,7 @@ class Process:
         except trio.Cancelled:
             life.link.session.note(EndJob(context.number, job))
             raise
-        counters = msgspec.msgpack.decode(done.counters, type=dict[str, Any])
+        counters = _map_in(done.counters)
         groups = int(counters.get("fault_groups", 0))
         if groups > 0:
             moved = int(counters.get("pages_in", 0)) * PAGE_SIZE
@@ -347,7 +349,7 @@ class Process:
             raise self.space.signal_for(done.fault_address, f'kernel {kernel} on device "{device}": {done.error}')
         if done.error:
             raise RemoteError(f'kernel {kernel} on device "{device}" failed: {done.error}')
-        return JobResult(msgspec.msgpack.decode(done.results, type=dict[str, Any]), counters)
+        return JobResult(_map_in(done.results), counters)
 
     async def migrate(self, address: int, length: int, to: str) -> int:
         """See `Process.migrate`. Source: mm/migrate_device.c, migrate_vma_setup and what follows it.
