@@ -185,6 +185,8 @@ class Lanes:
         pages = addresses >> _SHIFT
         entries = mirror.translate(pages)
         allowed = allows(entries, self.write)
+        if not any_of(allowed):  # as it mostly is the first time
+            return Step([], distinct(pages))
         frames = frames_of(entries)
         physical = frames << _SHIFT | addresses & _OFFSET
         own = allowed & memory.owns(frames)
@@ -312,6 +314,8 @@ class Range:
         """Serve what can be served now."""
         entries = mirror.range(self._first, self._first + len(self._open))
         allowed = allows(entries, self.write) & self._open
+        if not any_of(allowed):  # as it mostly is the first time
+            return Step([], self._missing())
         frames = frames_of(entries)
         own = allowed & memory.owns(frames)
         for i, j in runs(own, frames):
@@ -327,8 +331,11 @@ class Range:
                     self.data[low:high] = 0
                 away &= ~zero
             foreign = [part for i, j in runs(away) for part in self._foreign(frames, i, j)]
-        missing = (np.flatnonzero(self._open) + self._first).astype(np.uint64) if any_of(self._open) else NO_PAGES
-        return Step(foreign, missing)
+        return Step(foreign, self._missing())
+
+    def _missing(self) -> Words:
+        """The pages not served yet."""
+        return (self._open.nonzero()[0] + self._first).astype(np.uint64) if any_of(self._open) else NO_PAGES
 
     def _span(self, i: int, j: int) -> tuple[int, int]:
         """The bytes of `data` that pages i to j (of the range) hold."""

@@ -31,6 +31,7 @@ from hmmnet.pages import (
     MIGRATE_PFN_WRITE,
     PAGES_MAX,
     Words,
+    bits_in_any,
     has_large,
     page_by_page,
     pages_in,
@@ -282,10 +283,11 @@ class Context:
                         await self.at("device.migrated", start, end)
                 finally:  # whatever ends the wait: what moved is here
                     words, wanted, offered = matched(start, words, wanted, offered)
-                    took = words & _MIGRATE != 0
-                    moved = wanted[took]
-                    self._take_in(moved, offered[took], words[took] & _WRITE != 0, own)
-                    offered = offered[~took]
+                    if bits_in_any(words) & MIGRATE_PFN_MIGRATE:
+                        took = words & _MIGRATE != 0
+                        moved = wanted[took]
+                        self._take_in(moved, offered[took], words[took] & _WRITE != 0, own)
+                        offered = offered[~took]
             finally:
                 for mirror, entries in hidden:
                     mirror.restore(entries, moved)
@@ -327,7 +329,7 @@ class Context:
     def _grant_small(self, pages: Words, end: int, *, compound: bool) -> tuple[Words, Words, int]:
         """`_grant` for `pages`; blocks of them that can go whole get one aligned run all the same, and large frames."""
         entries = self.mirror.translate(pages)
-        wanted = pages[(entries == 0) | ~self.memory.owns(frames_of(entries))]
+        wanted = pages[(entries == 0) | ~self.memory.owns(frames_of(entries))] if bits_in_any(entries) else pages
         count = min(len(wanted), self.memory.free_pages)
         tried_until = end if count == len(wanted) else int(wanted[count])
         wanted = wanted[:count]
@@ -356,7 +358,7 @@ class Context:
     def _take_in(self, pages: Words, frames: Words, writable: npt.NDArray[np.bool_], watch: Watch) -> None:
         """Pages moved into granted frames: they live here now, and the mirror says so unless they were invalidated meanwhile."""
         self.memory.keep(frames)
-        self.traffic.migrations += bool(len(pages))
+        self.traffic.migrations += 1
         self.traffic.pages_in += pages_in(pages)
         if watch.dropped and has_large(pages):
             writable = np.repeat(writable, np.where(pages >= np.uint64(LARGE), HUGE_PAGES, 1))

@@ -201,11 +201,13 @@ class FaultService:
         pages_own = pages[write & self._read_only_own(pages)]
         if len(pages_own):
             await self._each(self._send_home, pieces(pages_own), pages_own, fatal)
-        await self._look(pages, write)
-        pages, write = self._still_missing(pages, write, fatal)
+        looked = await self._look(pages, write)
+        if looked or len(pages_own):
+            pages, write = self._still_missing(pages, write, fatal)
         for wanted, flags in ((False, _REQ_READ), (True, _REQ_WRITE)):
             some = pages[write == wanted]
-            await self._each(partial(self._map, flags, fatal), self._cut(pieces(some)), some, fatal)
+            if len(some):
+                await self._each(partial(self._map, flags, fatal), self._cut(pieces(some)), some, fatal)
         await self._migrate_again(missing, write_missing, policy, fatal)
 
     def _still_missing(self, pages: Words, write: Mask, fatal: Collection[int] = ()) -> tuple[Words, Mask]:
@@ -242,13 +244,15 @@ class FaultService:
         ranges = without(policy.ranges(pages, write), self._thrashing.pinned(self._now()))
         await self._each(one, self._cut(ranges), pages, fatal)
 
-    async def _look(self, pages: Words, write: Mask) -> None:
+    async def _look(self, pages: Words, write: Mask) -> bool:
         """Map what needs no faulting: where misses are scattered, one snapshot of a block replaces a range fault for each of them.
 
-        Only pages that missed are entered: a neighbour that nobody touched would never be offered to the policy.
+        Only pages that missed are entered: a neighbour that nobody touched would never be offered to the policy. Returns whether any were.
         """
+        if len(pages) < LOOK_PIECES_MIN:
+            return False
         looks = []
-        for block in distinct(pages >> _BLOCK_SHIFT).tolist() if len(pages) >= LOOK_PIECES_MIN else ():
+        for block in distinct(pages >> _BLOCK_SHIFT).tolist():
             inside = pages >> _BLOCK_SHIFT == np.uint64(block)
             if len(pieces(pages[inside])) >= LOOK_PIECES_MIN:
                 looks.append((pages[inside], write[inside]))
@@ -258,7 +262,8 @@ class FaultService:
                 try:
                     await self._context.range_fault(low, high, 0, program=program)
                 except KernelError:
-                    return  # faulting page by page says what is wrong
+                    return True  # faulting page by page says what is wrong
+        return bool(looks)
 
     def _enter(self, pages: Words, write: Mask, start: int, words: Words) -> None:
         """Enter the snapshot's words of `pages`, where they give the right that is wanted."""

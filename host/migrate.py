@@ -89,8 +89,10 @@ class Outcome:
 
 
 def moving(values: Words, words: Words) -> Words:
-    """Those of `values` whose source word has MIGRATE: mostly all."""
-    return values if bits_in_all(words) & MIGRATE_PFN_MIGRATE else values[words & MIGRATE != 0]
+    """Those of `values` whose source word has MIGRATE: mostly all, or none."""
+    if bits_in_all(words) & MIGRATE_PFN_MIGRATE:
+        return values
+    return values[words & MIGRATE != 0] if bits_in_any(words) & MIGRATE_PFN_MIGRATE else values[:0]
 
 
 def joined(arrays: list[Words]) -> Words:
@@ -477,9 +479,10 @@ async def migrate_to_device(
             await work.install()
             if points.armed:
                 await work.at("migrate.after_pages")
-            for pages, words in pieces(work.parts):
+            for pages, words in pieces(work.parts) if any(domain.table.cells for domain in domains) else ():
+                moved = moving(pages, words)
                 for domain in domains:
-                    domain.revoke_pages(moving(pages, words))
+                    domain.revoke_pages(moved)
             grant.release()
             await announce(Outcome(words_of(work.parts, grant.pages), work.errno, work.tried), work.finalize)
             work.finalize()
@@ -540,8 +543,12 @@ def _streamed(part: Migration, offered: Words, own: Words, arrived: Flags | None
     """
     if arrived is not None and not any_of(arrived):
         arrived = None
-    if arrived is None and bits_in_all(part.source) & BOTH == BOTH and not has_zero(own) and not has_zero(offered):  # as it mostly is
-        return offered, slice(None), slice(0)
+    if arrived is None and not has_zero(offered):  # as it mostly is
+        every = bits_in_all(part.source)
+        if every & BOTH == BOTH and not has_zero(own):
+            return offered, slice(None), slice(0)
+        if every & MIGRATE_PFN_MIGRATE and not bits_in_any(part.source) & MIGRATE_PFN_VALID:  # never touched
+            return offered, slice(0), slice(None)
     valid = part.source & VALID != 0
     frames = np.where((part.source & MIGRATE != 0) & ((own != 0) | ~valid), offered, np.uint64(0))
     goes = frames != 0

@@ -361,7 +361,8 @@ def _take_over(memory: PhysicalMemory, source: Words, rows: Rows | None, old: Wo
 
 def inserts(migration: Migration) -> bool:
     """Whether `move` may fill empty entries or replace the zero page: then mirrors must be told (MIGRATE) around it."""
-    return any_of(migration.source & BOTH == MIGRATE_PFN_MIGRATE)
+    source = migration.source
+    return not bits_in_all(source) & MIGRATE_PFN_VALID and any_of(source & BOTH == MIGRATE_PFN_MIGRATE)
 
 
 def _insert(mm: Mm, migration: Migration) -> None:
