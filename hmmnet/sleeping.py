@@ -109,7 +109,18 @@ def shortest_now() -> Callable[[], float]:
 
 
 class WakingClock(trio.abc.Clock):
-    """A clock that wakes tasks by itself."""
+    """A clock that wakes tasks by itself, and whose time passes when nobody can run."""
+
+    now: Callable[[], float]
+    """As `current_time`, for who asks with each message: not counted, and no call of Python's."""
+
+    @abstractmethod
+    def jump(self, deadline_s: float) -> bool:
+        """Nobody can run before `deadline_s`, unless who sleeps wakes earlier: it is that time now. False where no time comes by itself."""
+
+    @abstractmethod
+    def looked(self, times: int) -> None:
+        """So many rounds of the scheduler have passed without a look at the clock."""
 
     @abstractmethod
     def wake_at(self, deadline_s: float, who: list[Task]) -> None:

@@ -46,7 +46,6 @@ class JumpClock(WakingClock):
     def __init__(self, looks_max: int = LOOKS_MAX) -> None:
         self.scope: trio.CancelScope | None = None
         self.now: Callable[[], float] = partial(_NOW, self)
-        """As `current_time`, for who asks with each message: not counted, and no call of Python's."""
         self.stuck = False
         self.deadlocked = False
         self._now_s = 0.0
@@ -73,27 +72,35 @@ class JumpClock(WakingClock):
         self._looks += 1
         if self._waits_since_s is not None:
             self._waited_s, self._waits_since_s = time.monotonic() - self._waits_since_s, None
-        if self._looks == self._looks_max and self.scope is not None:
+        if self._looks >= self._looks_max and not self.stuck and self.scope is not None:
             self.stuck = True
             self.scope.cancel()
         return self._now_s
 
+    def looked(self, times: int) -> None:
+        """See `WakingClock.looked`."""
+        self._looks += times
+
     def deadline_to_sleep_time(self, deadline: float) -> float:
-        """Nobody can run before `deadline`, unless who sleeps wakes earlier: it is that time now."""
-        if deadline <= self._now_s:
+        """Nobody can run before `deadline`: time passes, or is waited for others in real time."""
+        if self.jump(deadline):
             return 0.0
-        deadline = min(deadline, self._wakes_s())
-        if tasks_wait_for_idle():
-            return FOR_EVER_S
-        if math.isinf(deadline):
-            return self._idle()
-        self._now_s = deadline
+        return FOR_EVER_S if tasks_wait_for_idle() else self._idle()
+
+    def jump(self, deadline_s: float) -> bool:
+        """See `WakingClock.jump`. While somebody waits until all are blocked, time stands still."""
+        if deadline_s <= self._now_s:
+            return True
+        deadline_s = min(deadline_s, self._wakes_s())
+        if math.isinf(deadline_s) or tasks_wait_for_idle():
+            return False
+        self._now_s = deadline_s
         self._looks = 0
-        while self._sleepers and self._sleepers[0][0] <= deadline:
+        while self._sleepers and self._sleepers[0][0] <= deadline_s:
             who = heapq.heappop(self._sleepers)[2]
             while who:
                 RUN.runner.reschedule(who.pop(), WORD)
-        return 0.0
+        return True
 
     def _idle(self) -> float:
         """There is no deadline. How long to wait for others; who asks again after all of that, and at once, has met nobody.

@@ -2,8 +2,8 @@
 
 In each round trio looks whether a file is ready, which deadlines are over and whom it has to tell, and sorts and shuffles who may run. A
 simulated machine waits for no file (only a thread's word, or a signal, comes by one), its time passes in jumps, and in most rounds one task
-may run. So here the rounds at one moment follow each other without that, up to `ROUNDS_MAX` of them, in one round of trio's own loop, which
-has just heard what its files say. All that was a twentieth of what a machine's life cost.
+may run. So here rounds, and the jumps of the clock between them, follow each other without that, up to `ROUNDS_MAX` of them, in one round
+of trio's own loop, which has just heard what its files say. All that was a fifteenth of what a machine's life cost.
 
 Who runs when, drawn from the same seed, and what each task hears is as in trio (``_core/_run.py``, `unrolled_run`): a run has the same
 trace either way, which a test compares. The steps of tasks were made after the versions in `KNOWN`; beside another trio, and with a clock
@@ -23,9 +23,9 @@ from trio._core import _traps
 from hmmnet.sleeping import WORD, WakingClock
 
 KNOWN = ("0.35.0",)
-"""Of trio: those that take the steps of tasks as it is done here. Before another is added: compare its `unrolled_run` with `_round`."""
-ROUNDS_MAX = 16
-"""Rounds in a row without a look at files: so long a thread's word waits, while somebody can run."""
+"""Of trio: those that take the steps of tasks as it is done here. Before another is added: compare its `unrolled_run` with `_rounds`."""
+ROUNDS_MAX = 64
+"""Rounds in a row without a look at files: some milliseconds. The word of a thread, or of a signal, is seen in the next round."""
 FILES = "TheIOManager"
 """What trio calls the class that waits for files."""
 
@@ -42,16 +42,8 @@ class Rounds:
         if events:
             self.theirs.process_events(self, events)
         runner = trio_run.GLOBAL_RUN_CONTEXT.runner
-        clock, deadlines = runner.clock, runner.deadlines
-        if not isinstance(clock, WakingClock):
-            return
-        for _ in range(ROUNDS_MAX):
-            if not runner.runq:
-                return
-            now_s, heap = clock.current_time(), deadlines._heap
-            if heap and heap[0][0] <= now_s:
-                deadlines.expire(now_s)
-            _round(runner)
+        if isinstance(runner.clock, WakingClock):
+            _rounds(runner, runner.clock)
 
 
 def files() -> type[Any]:
@@ -62,45 +54,63 @@ def files() -> type[Any]:
     return type("Files", (Rounds, theirs), {"theirs": theirs})
 
 
-def _round(runner: Any) -> None:
-    """Who can run now does, in an order that is drawn."""
-    batch = list(runner.runq)
-    runner.runq.clear()
-    if len(batch) > 1:
-        batch.sort(key=_counter)
-        trio_run._r.shuffle(batch)
-    context, instruments = trio_run.GLOBAL_RUN_CONTEXT, runner.instruments
-    for task in reversed(batch):
-        context.task = task
-        if "before_task_step" in instruments:
-            instruments.call("before_task_step", task)
-        go_on, word = task._next_send_fn, task._next_send
-        task._next_send_fn = task._next_send = None
-        ended: Outcome[Any] | None = None
-        try:
-            asked = task.context.run(go_on, word)
-        except StopIteration as stop:
-            ended = Value(stop.value)
-        except BaseException as error:  # noqa: BLE001 - it is the task's, and goes to its nursery
-            ended = Error(error.with_traceback(_without_ours(error)))
-        if ended is None:
-            task._schedule_points += 1
+def _rounds(runner: Any, clock: WakingClock) -> None:
+    """In each round who can run now does, in an order that is drawn; when nobody can, time passes.
+
+    Until a word from outside has come (`words`), which trio hears by a file.
+    """
+    context, runq, deadlines, instruments = trio_run.GLOBAL_RUN_CONTEXT, runner.runq, runner.deadlines, runner.instruments
+    words, rounds = runner.entry_queue, 0
+    while rounds < ROUNDS_MAX:
+        if words.queue or words.idempotent_queue or not (runq or _time_passes(runner, clock)):
+            break
+        rounds += 1
+        if deadlines._heap and deadlines._heap[0][0] <= clock.now():
+            deadlines.expire(clock.now())
+        batch = list(runq)
+        runq.clear()
+        if len(batch) > 1:
+            batch.sort(key=_counter)
+            trio_run._r.shuffle(batch)
+        for task in reversed(batch):
+            context.task = task
+            if "before_task_step" in instruments:
+                instruments.call("before_task_step", task)
+            go_on, word = task._next_send_fn, task._next_send
+            task._next_send_fn = task._next_send = None
+            asked = None
+            ended: Outcome[Any] | None = None
+            try:
+                asked = task.context.run(go_on, word)
+            except StopIteration as stop:
+                ended = Value(stop.value)
+            except BaseException as error:  # noqa: BLE001 - it is the task's, and goes to its nursery
+                ended = Error(error.with_traceback(_without_ours(error)))
             if type(asked) is _traps.WaitTaskRescheduled:
+                task._schedule_points += 1
                 task._cancel_points += 1
                 task._abort_func = asked.abort_func
-                if runner.ki_pending and task is runner.main_task:
-                    task._attempt_delivery_of_pending_ki()
-                if task._cancel_status.effectively_cancelled:
-                    task._attempt_delivery_of_any_pending_cancel()
-            elif asked is _traps.CancelShieldedCheckpoint:
-                runner.reschedule(task, WORD)
+                if task._cancel_status.effectively_cancelled or runner.ki_pending:
+                    _interrupted(runner, task)
             else:
-                _seldom(runner, task, asked)
-        else:
-            runner.task_exited(task, ended)
-        if "after_task_step" in instruments:
-            instruments.call("after_task_step", task)
-        del context.task
+                _does_not_wait(runner, task, asked, ended)
+            if "after_task_step" in instruments:
+                instruments.call("after_task_step", task)
+            del context.task
+    clock.looked(rounds)
+
+
+def _time_passes(runner: Any, clock: WakingClock) -> bool:
+    """Whether it does now that nobody can run; a guest's host has to hear of that."""
+    return not runner.is_guest and clock.jump(runner.deadlines.next_deadline())
+
+
+def _interrupted(runner: Any, task: Any) -> None:
+    """A task waits that was cancelled, or is to hear of a Ctrl-C."""
+    if runner.ki_pending and task is runner.main_task:
+        task._attempt_delivery_of_pending_ki()
+    if task._cancel_status.effectively_cancelled:
+        task._attempt_delivery_of_any_pending_cancel()
 
 
 def _without_ours(error: BaseException) -> Any:
@@ -111,8 +121,15 @@ def _without_ours(error: BaseException) -> Any:
     return trace
 
 
-def _seldom(runner: Any, task: Any, asked: Any) -> None:
-    """A task leaves the run for another, or has awaited what is not trio's."""
+def _does_not_wait(runner: Any, task: Any, asked: Any, ended: Outcome[Any] | None) -> None:
+    """A task has ended, lets others run, leaves the run for another, or has awaited what is not trio's."""
+    if ended is not None:
+        runner.task_exited(task, ended)
+        return
+    task._schedule_points += 1
+    if asked is _traps.CancelShieldedCheckpoint:
+        runner.reschedule(task, WORD)
+        return
     if type(asked) is _traps.PermanentlyDetachCoroutineObject:
         runner.task_exited(task, asked.final_outcome)
         return

@@ -18,6 +18,7 @@ import hmmnet
 from hmmnet.pages import PAGE_SIZE
 from hmmnet.sim import SimulatedMachine, rounds, run_virtual, schedule
 from hmmnet.sim.schedule import seeded
+from hmmnet.sleeping import WakingClock
 
 PAGES = 64
 
@@ -190,20 +191,56 @@ def test_a_thread_is_heard_while_others_run(whose: str) -> None:
 
 def test_other_clocks_have_trios_own_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only a clock that jumps makes the scheduler's looks at files needless."""
-    ours, count = rounds._round, 0
+    ours, count = rounds._rounds, 0
 
-    def counted(runner: object) -> None:
+    def counted(runner: object, clock: WakingClock) -> None:
         nonlocal count
         count += 1
-        ours(runner)
+        ours(runner, clock)
 
-    monkeypatch.setattr(rounds, "_round", counted)
+    monkeypatch.setattr(rounds, "_rounds", counted)
     with seeded(1):
         trio.run(trio.sleep, 0.01)
         trio.run(trio.sleep, 5.0, clock=trio.testing.MockClock(autojump_threshold=0))
     assert count == 0
     run_virtual(trio.sleep, 1.0)
     assert (count > 0) is (trio.__version__ in rounds.KNOWN)
+
+
+@pytest.mark.skipif(trio.__version__ not in rounds.KNOWN, reason="all rounds are trio's own")
+def test_time_passes_without_a_look_at_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sleeps follow each other, and the operating system is asked once in a while."""
+    ours, looks, sleeps = rounds._rounds, 0, 10 * rounds.ROUNDS_MAX
+
+    def counted(runner: object, clock: WakingClock) -> None:
+        nonlocal looks
+        looks += 1
+        ours(runner, clock)
+
+    async def main() -> float:
+        for _ in range(sleeps):
+            await trio.sleep(1.0)
+        return trio.current_time()
+
+    monkeypatch.setattr(rounds, "_rounds", counted)
+    assert run_virtual(main) == sleeps
+    assert 10 <= looks <= 20
+
+
+def test_a_word_from_outside_is_heard_before_time_passes(whose: str) -> None:
+    """As a thread or a signal says it: whoever sleeps meanwhile wakes after it was heard."""
+
+    async def main() -> list[str]:
+        heard: list[str] = []
+        token = trio.lowlevel.current_trio_token()
+        await trio.lowlevel.checkpoint()  # from here on rounds are ours
+        token.run_sync_soon(heard.append, "once")
+        token.run_sync_soon(heard.append, "often", idempotent=True)
+        await trio.sleep(1.0)
+        await trio.lowlevel.checkpoint()  # who is woken in the same round may come first
+        return heard
+
+    assert run_virtual(main) == ["once", "often"]
 
 
 async def _hears_of_a_thread(machine: SimulatedMachine) -> int:
