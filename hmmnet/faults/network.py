@@ -60,6 +60,45 @@ def type_of(parts: Parts, channel: Channel) -> str:
         return "-"
 
 
+class Wire:
+    """One way that messages go: those of `device` on one channel, in one direction. Called with a message, and with what puts it down where
+    it goes.
+    """
+
+    __slots__ = ("_network", "channel", "device", "free", "matching", "quiet_until_s", "to_device")
+
+    def __init__(self, network: Network, device: str, channel: Channel, *, to_device: bool) -> None:
+        self.device = device
+        self.channel = channel
+        self.to_device = to_device
+        self.free = False
+        """Whether it is known that nothing can happen here to a message, which may go past this, and that nobody watches."""
+        self.matching: list[Active] | None = None
+        """Which faults may concern what goes here; None until the next message wants to know."""
+        self.quiet_until_s = 0.0
+        """What is sent before waits for what is late."""
+        self._network = network
+
+    def __call__(self, parts: Parts, deliver: Deliver) -> None:
+        """A message is on its way; `deliver` puts it down where it goes."""
+        network = self._network
+        if network.watch is not None:
+            kind = BULK_WAYS[self.to_device] if self.channel == "bulk" else type_of(parts, self.channel)
+            network.watch(self.device, kind)
+        if self.matching is None:
+            self.matching = network.matching(self)
+        if self.matching or self.quiet_until_s or network.holds(self.device):
+            network.send(self, self.matching, parts, deliver)
+        else:
+            self.free = network.watch is None
+            deliver(parts)
+
+    def look(self) -> None:
+        """What can happen here has changed."""
+        self.free = False
+        self.matching = None
+
+
 @dataclass
 class Network:
     """The faults of all wires. `fired` counts them by kind; `told` hears of each, with its time."""
@@ -70,8 +109,6 @@ class Network:
     fired: Counter[str] = field(default_factory=Counter)
     on_fired: Callable[[MessageFault, str, Channel], None] | None = None
     """Told of each fault that happens to a message: to a message of which device, on which channel."""
-    watch: Callable[[str, str], None] | None = None
-    """Told of each message before anything happens to it: its device, and its type or, on the bulk channel, its way."""
 
     def __post_init__(self) -> None:
         self._numbers = itertools.count(1)
@@ -79,26 +116,33 @@ class Network:
         self._late: list[tuple[float, int, Deliver, Parts]] = []
         self._bell = Bell()
         """Wakes `run`: something is late."""
-        self._quiet_until: dict[tuple[str, Channel, bool], float] = {}
         self._held: dict[str, list[tuple[Deliver, Parts]]] = {}
         self.idle = True
         """Whether nothing happens to messages, and none is late: asked with each."""
-        self._matching: dict[tuple[str, Channel, bool], list[Active]] = {}
-        """Which faults may concern messages that go that way; made when the first does."""
+        self._wires: dict[tuple[str, Channel, bool], Wire] = {}
+        self._watch: Callable[[str, str], None] | None = None
+
+    @property
+    def watch(self) -> Callable[[str, str], None] | None:
+        """Told of each message before anything happens to it: its device, and its type or, on the bulk channel, its way."""
+        return self._watch
+
+    @watch.setter
+    def watch(self, told: Callable[[str, str], None] | None) -> None:
+        self._watch = told
+        self._changed()
 
     def add(self, fault: MessageFault, tally: Tally | None = None) -> int:
         """A fault begins; its number. `tally`: what it is counted with."""
         number = next(self._numbers)
         self.active[number] = Active(number, fault, Chance(fault.controls, self.random, tally))
-        self._matching.clear()
-        self.idle = False
+        self._changed()
         return number
 
     def remove(self, number: int) -> None:
         """A fault ends."""
         active = self.active.pop(number)
-        self._look()
-        self._matching.clear()
+        self._changed()
         active.end()
 
     def count(self, number: int) -> int:
@@ -121,39 +165,43 @@ class Network:
     def hold(self, device: str) -> None:
         """From now on what is sent to or by `device` waits on its way."""
         self._held.setdefault(device, [])
-        self.idle = False
+        self._changed()
 
     def release(self, device: str, *, lost: bool = False) -> None:
         """What has waited arrives, in its order; or is `lost`."""
         held = self._held.pop(device, [])
-        self._look()
+        self._changed()
         for deliver, parts in held:
             if not lost:
                 deliver(parts)
 
+    def wire(self, device: str, channel: Channel, *, to_device: bool) -> Wire:
+        """The way of those messages: always the same, for the same."""
+        way = (device, channel, to_device)
+        found = self._wires.get(way)
+        if found is None:
+            found = self._wires[way] = Wire(self, device, channel, to_device=to_device)
+        return found
+
     def sent(self, device: str, channel: Channel, parts: Parts, deliver: Deliver, *, to_device: bool) -> None:
         """A message is on its way; `deliver` puts it down where it goes."""
-        if self.watch is not None:
-            self.watch(device, BULK_WAYS[to_device] if channel == "bulk" else type_of(parts, channel))
-        if self.active or self._held or self._quiet_until:
-            way = (device, channel, to_device)
-            matching = self._matching.get(way)
-            if matching is None:
-                matching = self._matching[way] = [
-                    one for one in self.active.values() if one.fault.way.matches(device, channel, to_device=to_device)
-                ]
-            if matching or device in self._held or way in self._quiet_until:
-                self._send(way, matching, parts, deliver)
-                return
-        deliver(parts)
+        self.wire(device, channel, to_device=to_device)(parts, deliver)
 
-    def _send(self, way: tuple[str, Channel, bool], matching: list[Active], parts: Parts, deliver: Deliver) -> None:
-        """`sent`, where something may happen to the message: `matching`, or it waits for others that went that way."""
-        device, channel, to_device = way
+    def matching(self, wire: Wire) -> list[Active]:
+        """The faults that may happen to messages there."""
+        return [one for one in self.active.values() if one.fault.way.matches(wire.device, wire.channel, to_device=wire.to_device)]
+
+    def holds(self, device: str) -> bool:
+        """Whether its messages wait on their way."""
+        return device in self._held
+
+    def send(self, wire: Wire, matching: list[Active], parts: Parts, deliver: Deliver) -> None:
+        """Send a message to which something may happen: `matching`, or it waits for others that went that way."""
+        device, channel = wire.device, wire.channel
         now_s = trio.current_time()
-        quiet_s = self._quiet_until.get(way, 0.0) - now_s
+        quiet_s = wire.quiet_until_s - now_s
         if quiet_s <= 0:
-            self._quiet_until.pop(way, None)  # nothing is late there any more
+            wire.quiet_until_s = 0.0  # nothing is late there any more
         deliveries: list[Delivery] = [(max(0.0, quiet_s), parts)]
         for active in [one for one in matching if one.concerns(channel, parts)]:
             if active.chance.fires(sum(map(len, parts))):
@@ -162,9 +210,9 @@ class Network:
                 if self.on_fired is not None:
                     self.on_fired(active.fault, device, channel)
                 if self.told is not None:
-                    self.told(now_s, f"fault {active.fault.kind} {device} {channel} {'in' if to_device else 'out'}")
+                    self.told(now_s, f"fault {active.fault.kind} {device} {channel} {'in' if wire.to_device else 'out'}")
                 if active.fault.kind == "delay" and deliveries:
-                    self._quiet_until[way] = now_s + deliveries[-1][0]
+                    wire.quiet_until_s = now_s + deliveries[-1][0]
                 if active.fault.kind == "hold":
                     active.waiting.append((deliver, parts))
         arrives = self._arriving(device, deliver)
@@ -189,8 +237,14 @@ class Network:
         return arrive
 
     def _look(self) -> None:
-        """Something is over: is anything left?"""
+        """A message that was late is not any more: is anything left?"""
         self.idle = not (self.active or self._late or self._held)
+
+    def _changed(self) -> None:
+        """What can happen to messages has."""
+        self._look()
+        for wire in self._wires.values():
+            wire.look()
 
     async def run(self) -> None:
         """Deliver what is late, until cancelled."""

@@ -6,7 +6,6 @@ A process that is killed takes its sockets along; a task has to be cut off from 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import trio
@@ -46,8 +45,8 @@ class NodeTransport(MemoryTransport):
 
     def _through(self, channel: MemoryChannel, kind: Channel) -> MemoryChannel:
         """The channel's messages pass the network."""
-        sent = partial(self._network.sent, self._name, kind)
-        channel.divert(partial(sent, to_device=True), partial(sent, to_device=False))
+        wire = self._network.wire
+        channel.divert(wire(self._name, kind, to_device=True), wire(self._name, kind, to_device=False))
         return channel
 
     def _mine(self, channel: MemoryChannel) -> MemoryChannel:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Awaitable, Callable
 from types import TracebackType
-from typing import NoReturn, Self
+from typing import NoReturn, Protocol, Self
 
 import trio
 from trio.lowlevel import Abort, Task, checkpoint, checkpoint_if_cancelled
@@ -26,8 +26,21 @@ IMMEDIATE_MAX = 16
 """Messages in a row that a task takes or gives without a yield, as in the bridge."""
 
 Parts = tuple[bytes, ...]
-Detour = Callable[[Parts, Callable[[Parts], object]], None]
-"""Given a message, and what to call with it when, if, and as often as it arrives."""
+
+
+class Detour(Protocol):
+    """Another way for messages."""
+
+    @property
+    def free(self) -> bool:
+        """Whether what would go there may as well go straight on."""
+        ...
+
+    def __call__(self, parts: Parts, deliver: Callable[[Parts], object], /) -> None:
+        """Here is a message, and what to call with it when, if, and as often as it arrives."""
+        ...
+
+
 Watch = Callable[[float, str, Parts], None]
 """Told the time, the way and the parts of every message that a pipe takes."""
 
@@ -124,13 +137,14 @@ class Pipe:
             return False
         if self._watch is not None:
             self._watch(trio.current_time(), self._way, parts)
-        if self.detour is None:
+        detour = self.detour
+        if detour is None or detour.free:
             queue.append(parts)
             tasks = self._takers.tasks
             if tasks:
                 RUN.runner.reschedule(tasks.popleft(), WORD)  # all of `unpark`: each message passes here
         else:
-            self.detour(parts, self.arrive)
+            detour(parts, self.arrive)
         return True
 
     def put_nowait(self, parts: Parts) -> None:
@@ -269,6 +283,8 @@ class MemoryChannel:
         parts = self._parts(header, payload)
         if self._detour is None:
             await self._outbound.put(parts)
+        elif self._detour.free:
+            self._outbound.offer(parts)  # what finds no room is lost, as where something may happen on the way
         else:
             self._detour(parts, self._outbound.offer)
 
@@ -276,9 +292,10 @@ class MemoryChannel:
         """See `Channel.send_nowait`."""
         alone = payload is None and not self._inbound.closed
         parts = (*self._prefix, bytes(header)) if alone else self._parts(header, payload)  # each frame passes here: no call
-        if self._detour is not None:
-            self._detour(parts, self._outbound.offer)
-        elif not self._outbound.offer(parts):
+        detour = self._detour
+        if detour is not None and not detour.free:
+            detour(parts, self._outbound.offer)
+        elif not self._outbound.offer(parts) and detour is None:
             raise trio.WouldBlock
 
     def _parts(self, header: Buffer, payload: Buffer | None) -> Parts:
