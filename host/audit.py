@@ -220,18 +220,19 @@ class Audit:
         """
         found: list[Suspect] = []
         spaces, left = self._spaces, self._left
+        news = changed is None or changed or left  # else only their own changes matter
         for device in self._devices.values():
             life = device.life
             for context in () if life is None else life.contexts.values():
                 domain, number = context.domain, context.space.number
                 touched = domain.table.changed
-                if touched or changed is None or number in changed or domain in left or number not in spaces:
+                if touched or number not in spaces or (news and (changed is None or number in changed or domain in left)):
                     found.append((IOMMU, device.spec.name, context, domain, touched))
         for name, seen in mirrors.items():
             for number, mirror in seen:
                 table = mirror.table
                 touched = table.ptes.changed or table.pmds.changed
-                if touched or changed is None or number in changed or mirror in left or number not in spaces:
+                if touched or number not in spaces or (news and (changed is None or number in changed or mirror in left)):
                     life = self._devices[name].life
                     of_process = None if life is None else life.context_of(number)
                     if of_process is not None:

@@ -27,10 +27,11 @@ import numpy as np
 import numpy.typing as npt
 
 from hmmnet.changes import NO_CHANGES, Changes, Seen
-from hmmnet.pages import HANDFUL, HUGE_PAGES, HUGE_SHIFT, PAGES_MAX, ZONE_SHIFT, Words
+from hmmnet.pages import HUGE_PAGES, HUGE_SHIFT, PAGES_MAX, ZONE_SHIFT, Words
 
 from . import invariants, pte
 from .frames import PhysicalMemory
+from .memcg import CHARGE_SHIFT
 from .mm import Mm
 from .zones import STATE, HostZone, Index, Zone
 
@@ -39,13 +40,14 @@ MIGRATION_S_MAX = 60.0
 NOT_YET_S = -1.0
 """Since when, of a page that has been found behind a migration entry in this very look."""
 NOTED = np.uint64(pte.YOUNG | pte.DIRTY | pte.SOFT_DIRTY)
-FEW = 6
+FEW = 24
 """Entries or frames up to which each is looked at by itself."""
 ZONE_BITS = np.uint64(ZONE_SHIFT)
 _STEPS = np.arange(HUGE_PAGES, dtype=np.uint64)
-_LOUD = np.array([name in {"mapcount", "flags", "mapping"} for name in STATE])
+_LOUD = frozenset(row for row, name in enumerate(STATE) if name in {"mapcount", "flags", "mapping"})
 """Which rows of a zone's state the rules of entries look at."""
-_NOWHERE = np.zeros(0, np.intp)
+_NOWHERE: Sequence[int] = ()
+_NO_PAGES = 0, 0
 _STATE_OF = attrgetter("start", "end", "flags", "pgoff", "anon", "chain", "file", "userfault")
 """Of a VMA, all that the rules look at."""
 
@@ -63,6 +65,8 @@ class _Table:
         """Blocks that are mapped as one."""
         self.small = self.huge = self.changed = NO_CHANGES
         """What the last look found to be another: pages that are mapped by themselves, blocks by number, and all, page by page."""
+        self.between = _NO_PAGES
+        """Between which pages the last look found the VMAs to be others."""
         self.vmas: list[tuple[Any, ...]] = []
         """What the VMAs said at the last look."""
         self.there = mm.vmas.each()
@@ -71,21 +75,31 @@ class _Table:
         self._ptes = Seen(self.ptes)
         self._pmds = Seen(self.pmds)
 
-    def look(self) -> Changes:
-        """The pages whose entries changed, blocks page by page; `over` forgets them."""
+    def look(self) -> bool:
+        """Whether anything here is another than at the last look: VMAs, entries, what is counted. `over` forgets which."""
+        vmas = list(map(_STATE_OF, self.there))
+        others = vmas != self.vmas
+        if others:
+            self._look_at_vmas(vmas)
+        if self.ptes.changed or self.pmds.changed:
+            self._look_at_entries()
+        return others or self.changed is not NO_CHANGES or self.rss != self.mm.rss or self.blocks != self.mm.table.pmd_count
+
+    def _look_at_entries(self) -> None:
+        """The pages whose entries changed, blocks page by page."""
         self.small = self._ptes.changes()
         self.huge = self._pmds.changes() if self.pmds.changed else NO_CHANGES
         self.changed = self.small
         if not len(self.huge.pages):
-            return self.small
+            return
         pages = ((self.huge.pages << np.uint64(HUGE_SHIFT))[:, np.newaxis] + _STEPS).reshape(-1)
         whole = Changes(pages, self._pages_of(self.huge.before), self._pages_of(self.huge.now))
         self.changed = Changes(*(np.concatenate(both) for both in zip(self.small, whole, strict=True)))
-        return self.changed
 
     def over(self) -> None:
         """What the last look found has been checked."""
         self.small = self.huge = self.changed = NO_CHANGES
+        self.between = _NO_PAGES
 
     def _pages_of(self, blocks: Words) -> Words:
         """The entries that those of `blocks` stand for; none for an empty one."""
@@ -97,15 +111,15 @@ class _Table:
         """Every entry that was there at the last look, blocks page by page."""
         return np.concatenate((self._ptes.all(), self.mm.table.expanded(self._pmds.all())))
 
-    def look_at_vmas(self, now: list[tuple[Any, ...]]) -> tuple[int, int]:
-        """Between which pages the VMAs, which say this `now`, are others than at the last look. All are checked then."""
+    def _look_at_vmas(self, now: list[tuple[Any, ...]]) -> None:
+        """The VMAs, which say this `now`, are others than at the last look. All are checked then."""
         before = self.vmas
         self.vmas, self._areas = now, None
         invariants.check_vmas(self.mm)
         first = _alike(before, now)
         behind = _alike(before[first:][::-1], now[first:][::-1])
         others = before[first : len(before) - behind] + now[first : len(now) - behind]
-        return min(vma[0] for vma in others), max(vma[1] for vma in others)
+        self.between = min(vma[0] for vma in others), max(vma[1] for vma in others)
 
     @property
     def areas(self) -> invariants.Areas:
@@ -143,24 +157,23 @@ class _Frames:
         self.allocator = zone.allocator if isinstance(zone, HostZone) else None
         self.changed = self.loud = _NOWHERE
         """The frames whose struct pages the last look found to be others: all, and those that the rules of entries look at."""
-        self._state = np.zeros((len(STATE), 0), np.uint32)
+        self._state = np.zeros((len(STATE) + 1, 0), np.uint32)
         self._index = np.zeros(0, np.uint64)
-        self._folds = b""
-        self.raw = b"", b""
+        self._raw = b"", b""
         """The struct pages at the last look: states, and which are folded; indices."""
         self._watch_used()
 
     def _watch_used(self) -> None:
-        """Make the views at which who looks looks: making them takes as long as the look."""
+        """Make the views at which who looks looks: making them takes as long as the look, and arrays ten times as long to become bytes."""
         zone, used = self.zone, self.used
-        self.states, self.indices = zone.state[:, :used], zone.index[:used]
+        self._states, self._indices = zone.state[:, :used].data, zone.index[:used].data
 
-    def grow(self) -> None:
+    def _grow(self) -> None:
         """Frames have come into use."""
         used = self.zone.used.stop
         more = np.zeros(used - self.used, np.int32)
         self.expected, self.behind = np.concatenate((self.expected, more)), np.concatenate((self.behind, more))
-        self._state = np.concatenate((self._state, np.zeros((len(STATE), used - self.used), np.uint32)), axis=1)
+        self._state = np.concatenate((self._state, np.zeros((len(STATE) + 1, used - self.used), np.uint32)), axis=1)
         self._index = np.concatenate((self._index, np.zeros(used - self.used, np.uint64)))
         self.used = used
         self._watch_used()
@@ -175,62 +188,81 @@ class _Frames:
             np.add.at(counts, where, step)
         self.touched.append(where)
 
-    def look(self, raw: tuple[bytes, bytes]) -> None:
-        """The struct pages, which are `raw` now, are others than they were: `changed` then, and `loud` for the rules of entries.
+    def look(self) -> bool:
+        """Whether struct pages, or what is counted beside them, are others than at the last look. `over` forgets which.
 
-        `over` forgets it.
+        They are compared as bytes, which takes less than anything else.
         """
+        zone, allocator = self.zone, self.allocator
+        if self.used != (zone.offered if allocator is None else allocator.fresh - zone.base):  # `zone.used`
+            self._grow()
+        raw = self._states.tobytes(), self._indices.tobytes()
+        if raw != self._raw:
+            self._compare(raw)
+            return True
+        return zone.folded_count != self.folded_count or (allocator is not None and allocator.free_count != self.free_count)
+
+    def _compare(self, raw: tuple[bytes, bytes]) -> None:
+        """The struct pages, which are `raw` now, are others than they were: `changed` then, and `loud` for the rules of entries."""
         used = self.used
-        every, numbers = np.frombuffer(raw[0], np.uint32).reshape(len(STATE) + 1, used), np.frombuffer(raw[1], np.uint64)
-        state, folds = every[:-1], every[-1].tobytes()
-        self.folded = folds[: len(self._folds)] != self._folds or any(folds[len(self._folds) :])
-        self._folds = folds
+        changed: set[int] = set()
+        loud: set[int] = set()
+        if raw[0] != self._raw[0]:
+            state = np.frombuffer(raw[0], np.uint32).reshape(len(STATE) + 1, used)
+            words = (state != self._state).reshape(-1).nonzero()[0].tolist()
+            self._state = state
+            self.folded = words != [] and words[-1] >= len(STATE) * used
+            for word in words:
+                row, at = divmod(word, used)
+                changed.add(at)
+                if row in _LOUD:
+                    loud.add(at)
+        if raw[1] != self._raw[1]:
+            numbers = np.frombuffer(raw[1], np.uint64)
+            moved = (numbers != self._index).nonzero()[0].tolist()
+            self._index = numbers
+            changed.update(moved)
+            loud.update(moved)
+        self._raw = raw
         if self.folded or self.zone.folded_count:
-            self.changed = self.loud = np.arange(used)  # the state of a head is that of all its frames
+            self.changed = self.loud = range(used)  # the state of a head is that of all its frames
         else:
-            rows, at = (state != self._state).nonzero()
-            moved = (numbers != self._index).nonzero()[0]
-            self.changed, self.loud = _together(at, moved), _together(at[_LOUD[rows]], moved)
-        self._state, self._index, self.raw = state, numbers, raw
+            self.changed, self.loud = sorted(changed), sorted(loud)
 
     def check(self) -> None:
         """The rules of frames, of those that changed or are mapped otherwise."""
-        zone, changed = self.zone, self.changed
-        if len(self.touched) + len(changed) <= FEW and not (zone.folded_count or self.folded):
-            self._check_few()
-        elif self.touched or len(changed):
-            at = np.concatenate((changed, *(_as_array(where) for where in self.touched)))
+        zone, changed, bare = self.zone, self.changed, not (self.zone.folded_count or self.folded)
+        if bare and len(self.touched) + len(changed) <= FEW:
+            charged = self._check_few()
+        else:
+            at = np.concatenate([_as_array(where) for where in (*self.touched, np.array(changed, np.intp))])
             invariants.check_frames(zone, at, self.expected[at], quiet=False)
+            charged = True
         self.touched = []
-        if len(changed):
+        if changed and (charged or self.charges is not invariants.NO_CHARGES):
             self.charges = invariants.charges(zone, slice(0, self.used))
         free = 0 if self.allocator is None else self.allocator.free_count
-        if len(changed) or free != self.free_count:
+        if changed or free != self.free_count:
             invariants.check_free(zone)
             self.free_count = free
-        if (zone.folded_count and len(changed)) or self.folded or zone.folded_count != self.folded_count:
+        if (changed and not bare) or zone.folded_count != self.folded_count:
             invariants.check_folded(zone, quiet=False)
             self.folded_count = zone.folded_count
 
-    def _check_few(self) -> None:
-        """The rules of each of a few frames."""
-        places = self.changed.tolist()
+    def _check_few(self) -> bool:
+        """The rules of each of a few frames; whether one that changed is charged to a group."""
+        zone, flags = self.zone, self.zone.cells.flags
+        places = {*self.changed}
         for where in self.touched:
-            places += (where,) if isinstance(where, int) else _as_array(where).tolist()
+            places.update((where,) if isinstance(where, int) else _as_array(where).tolist())
         for at in places:
-            assert invariants.frame_agrees(self.zone, at, self.expected[at]), f"{self.zone.owner}: a frame breaks a rule"
+            assert invariants.frame_agrees(zone, at, self.expected[at]), f"{zone.owner}: a frame breaks a rule"
+        return any(flags[at] >> CHARGE_SHIFT for at in self.changed)
 
     def over(self) -> None:
         """What the last look found has been checked."""
         self.changed = self.loud = _NOWHERE
         self.folded = False
-
-
-def _together(some: npt.NDArray[np.intp], others: npt.NDArray[np.intp]) -> npt.NDArray[np.intp]:
-    """The numbers of both, mostly a few, each once, ascending."""
-    if len(some) + len(others) > HANDFUL:
-        return np.union1d(some, others)
-    return np.array(sorted({*some.tolist(), *others.tolist()}), np.intp)
 
 
 def _as_array(where: Index | int) -> npt.NDArray[np.intp]:
@@ -251,6 +283,8 @@ class Ledger:
         """What there was at the last look."""
         self._folded = False
         """Whether there are folded folios."""
+        self._charged: dict[int, int] = {}
+        """What groups said that is charged to them when that was last checked."""
         self._moving: dict[tuple[Mm, int], float] = {}
         """Since when a page is behind a migration entry."""
 
@@ -279,37 +313,27 @@ class Ledger:
 
     def _look(self, mms: Sequence[Mm]) -> dict[int, Words]:
         now = list(self._memory.zones.values()), list(mms)
-        if now != self._seen:
+        if have_met := now != self._seen:
             self._meet(*now)
-        others = self._look_at_frames()
-        found = {}
-        changed_tables = []
-        for table in self._tables.values():
-            if (table.ptes.changed or table.pmds.changed) and (changed := table.look()) is not NO_CHANGES:
-                changed_tables.append(table)
+        zones = [seen for seen in self._zones.values() if seen.look()]
+        tables = [table for table in self._tables.values() if table.look()]
+        found: dict[int, Words] = {}
+        if not (zones or tables or have_met):  # as after most steps
+            if self._memory.cgroups.any and self._memory.cgroups.charged() != self._charged:
+                self._check_charges()
+            return found
+        for table in tables:
+            if (changed := table.changed) is not NO_CHANGES:
                 self._count(table, changed)
                 pages = changed.pages[_elsewhere(changed)]
                 if len(pages):
                     found[table.mm.number] = pages
-        self._check(others, changed_tables)
-        for seen in others:
+        self._check(zones, tables)
+        for seen in zones:
             seen.over()
-        for table in changed_tables:
+        for table in tables:
             table.over()
         return found
-
-    def _look_at_frames(self) -> list[_Frames]:
-        """The zones whose struct pages are others than they were. They are compared as bytes, which takes less than anything else."""
-        others = []
-        for seen in self._zones.values():
-            zone, allocator = seen.zone, seen.allocator
-            if seen.used != (zone.offered if allocator is None else allocator.fresh - zone.base):  # `zone.used`
-                seen.grow()
-            raw = seen.states.tobytes(), seen.indices.tobytes()
-            if raw != seen.raw:
-                seen.look(raw)
-                others.append(seen)
-        return others
 
     def _meet(self, zones: list[Zone], mms: list[Mm]) -> None:
         """There are other memories or processes than at the last look. Those that are gone map nothing any more."""
@@ -378,24 +402,22 @@ class Ledger:
 
     # --- the rules ------------------------------------------------------------------------------------------------------------------
 
-    def _check(self, others: Sequence[_Frames], changed: Sequence[_Table]) -> None:
-        """Ask the rules of what has changed, and of what that reaches; `others` are zones whose struct pages did, `changed` tables."""
-        memory, tables, zones = self._memory, self._tables.values(), self._zones.values()
+    def _check(self, zones: Sequence[_Frames], tables: Sequence[_Table]) -> None:
+        """Ask the rules of what has changed, in `zones` and `tables`, and of what that reaches."""
+        memory = self._memory
         folded = folios = False
-        for seen in zones:
+        for seen in self._zones.values():
             folded = folded or seen.folded
             folios = folios or seen.zone.folded_count > 0
         self._folded = folios or folded
-        everywhere = bool(others) and self._reaches_others(changed, others)
-        for table in tables:
-            vmas = list(map(_STATE_OF, table.there))
-            between = (0, 0) if vmas == table.vmas else table.look_at_vmas(vmas)
+        everywhere = bool(zones) and self._reaches_others(tables, zones)
+        for table in self._tables.values() if everywhere or folded else tables:
             has_changed = table.changed is not NO_CHANGES
             if everywhere:
                 self._check_between(table, 0, PAGES_MAX)
             else:
-                if between[1]:
-                    self._check_between(table, *between)
+                if table.between is not _NO_PAGES:
+                    self._check_between(table, *table.between)
                 if has_changed:
                     self._check_changed(table)
             huge = table.blocks or table.huge is not NO_CHANGES
@@ -403,19 +425,17 @@ class Ledger:
                 table.check_blocks(memory, folded=folded, folios=folios)
             if table.rss != table.mm.rss:
                 invariants.check_rss(table.mm, table.rss)
-        self._check_frames(zones)
-
-    def _check_frames(self, zones: Collection[_Frames]) -> None:
-        """The rules of struct pages, where they are others, or mapped otherwise, or where other numbers are counted beside them."""
-        charged = []
-        for seen in zones:
-            free = seen.allocator is not None and seen.allocator.free_count != seen.free_count
-            if free or seen.touched or seen.changed is not _NOWHERE or seen.zone.folded_count != seen.folded_count:
+        for seen in self._zones.values():
+            if seen.touched or seen in zones:
                 seen.check()
-            if seen.charges is not invariants.NO_CHARGES:
-                charged.append(seen.charges)
+        self._check_charges()
+
+    def _check_charges(self) -> None:
+        """Groups count what is charged to them."""
+        charged = [seen.charges for seen in self._zones.values() if seen.charges is not invariants.NO_CHARGES]
         if charged or self._memory.cgroups.any:
             invariants.check_charges(self._memory, charged)
+            self._charged = self._memory.cgroups.charged()
 
     def _check_between(self, table: _Table, start: int, end: int) -> None:
         """The rules of all entries of pages [start, end) of a process."""
@@ -448,17 +468,14 @@ class Ledger:
         """Whether an entry that did not change may lead to a frame of `zones` whose struct page did; `tables` have those that changed."""
         fresh: dict[int, int] | None = None
         for seen in zones:
-            where, base = seen.loud, seen.zone.base
-            if not len(where):
-                continue
-            held = seen.expected[where] + seen.behind[where]
-            if not np.count_nonzero(held):
-                continue
-            if fresh is None:
-                fresh = _led_to(tables)
-            for at, times in zip(where.tolist(), held.tolist(), strict=True):
-                if times and (base + at not in fresh or fresh[base + at] < times):
-                    return True
+            base = seen.zone.base
+            for at in seen.loud:
+                times = seen.expected[at] + seen.behind[at]
+                if times:
+                    if fresh is None:
+                        fresh = _led_to(tables)
+                    if fresh.get(base + at, 0) < times:
+                        return True
         return False
 
     def _watch(self, now_s: float) -> None:

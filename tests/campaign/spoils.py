@@ -199,6 +199,29 @@ def huge_page_is_not_aligned(machine: SimulatedMachine, random: Random) -> Undo 
 
 
 @spoil
+def folios_are_counted_wrong(machine: SimulatedMachine, random: Random) -> Undo | None:
+    """A memory has a folded folio too many."""
+    zone = random.choice(list(host_of(machine).memory.zones.values()))
+    return set_field(zone, "folded_count", zone.folded_count + 1)
+
+
+@spoil
+def process_vanishes(machine: SimulatedMachine, random: Random) -> Undo | None:
+    """A process is gone, and its frames do not know."""
+    spaces = host_of(machine).spaces
+    before, found = dict(spaces), [number for number, space in spaces.items() if space.mm.rss]
+    if not found:
+        return None
+    del spaces[random.choice(found)]
+
+    def undo() -> None:
+        spaces.clear()
+        spaces.update(before)
+
+    return undo
+
+
+@spoil
 def vmas_overlap(machine: SimulatedMachine, random: Random) -> Undo | None:
     """A VMA ends beyond the begin of the next."""
     mms = [space.mm for space in host_of(machine).spaces.values() if len(space.mm.vmas) > 1]
