@@ -12,8 +12,9 @@ before the store's error was reported, because nothing may write on behalf of so
 
 Two words for what cannot be known: a *wild* store leaves values that nobody knows (until the next store that is known), and where a value
 was stored twice its loads force nothing. Arrays throughout: a place for each word, and a row for each value that may still be loaded. Most
-words have one or two of those, so only as many rows are looked at as are in use (`_depth`). A store that nothing overlaps leaves its value
-in the first row, alone; a load of such words has one answer, and is checked in a few steps.
+words have one or two of those, so only as many rows are looked at as are in use (`_depth`). A store gets rows when something overlaps it,
+or when it fails; one that nothing overlaps leaves its value in the first row, alone. A load of such words has one answer, and is checked in
+a few steps.
 """
 
 from __future__ import annotations
@@ -68,16 +69,14 @@ class Clock:
 
 @dataclass(eq=False, slots=True)
 class StoreMark:
-    """A store under way: words [first, first + count), the row that each took, when it began; `depth` rows were in use then."""
+    """A store under way, of `values` to words [first, first + count); when it began."""
 
     first: int
     count: int
     values: Words
-    rows: npt.NDArray[np.intp] | int
     began: int
-    depth: int
-    alone: bool = True
-    """No other access to those words has been under way meanwhile."""
+    rows: npt.NDArray[np.intp] | int | None = None
+    """The row that each value has; None: none yet, for no other access to those words has been under way meanwhile."""
 
 
 @dataclass(eq=False, slots=True)
@@ -88,8 +87,6 @@ class LoadMark:
     count: int
     began: int
     sure: Flags | None
-    alone: bool = True
-    """As of a store."""
 
 
 @dataclass(frozen=True)
@@ -142,19 +139,27 @@ class History:
         return depth
 
     def _begins(self, mark: StoreMark | LoadMark) -> None:
-        """Stores that overlap it are not alone, nor is it, if it is one."""
+        """Stores that overlap it get rows, and so does it, if it is one."""
         first, end = mark.first, mark.first + mark.count
         for other in self._under_way:
             if other.first < end and first < other.first + other.count:
-                mark.alone = other.alone = False
+                self._place(other)
+                self._place(mark)
         self._under_way.append(mark)
 
     # --- stores ---------------------------------------------------------------------------------------------------------------
 
     def store_begins(self, first: int, values: Words) -> StoreMark:
         """`values` are about to be stored from word `first` on."""
-        count, now = len(values), self.clock.tick()
-        words = slice(first, first + count)
+        mark = StoreMark(first, len(values), values, self.clock.tick())
+        self._begins(mark)
+        return mark
+
+    def _place(self, mark: StoreMark | LoadMark) -> None:
+        """What is being stored may be loaded from now on, if that is a store, and is not there yet."""
+        if isinstance(mark, LoadMark) or mark.rows is not None:
+            return
+        words = slice(mark.first, mark.first + mark.count)
         depth = self._depth(words)
         if depth > 1:  # else there is one value each, and nothing that has overwritten it
             depth = self._bury(words, depth)
@@ -162,12 +167,10 @@ class History:
             self._deepest = depth + 1
         row = self._free_row(words, depth)
         if row < ROWS:
-            self._put((row, words), values, now)
-            mark = StoreMark(first, count, values, row, now, depth)
+            self._put((row, words), mark.values, mark.began)
+            mark.rows = row
         else:
-            mark = StoreMark(first, count, values, self._put_anywhere(words, values, now), now, depth)
-        self._begins(mark)
-        return mark
+            mark.rows = self._put_anywhere(words, mark.values, mark.began)
 
     def _free_row(self, words: slice, depth: int) -> int:
         """The first row of `depth` and one more in which none of `words` has a value; `ROWS`: there is none."""
@@ -211,12 +214,14 @@ class History:
         """It is over; not `certain`: it failed, and may have happened in part."""
         now = self.clock.tick()
         self._under_way.remove(mark)
-        if self._is_known(mark):
-            if certain and mark.alone:
-                self._alone(mark, now)
-                return
-            if isinstance(mark.rows, int) and self._ends_in(mark.rows, mark, now, certain=certain):
-                return
+        is_known = self._is_known(mark)
+        if mark.rows is None and is_known and certain:
+            self._alone(mark, now)
+            return
+        self._place(mark)
+        assert mark.rows is not None, "a store that has been placed has rows"
+        if is_known and isinstance(mark.rows, int) and self._ends_in(mark.rows, mark, now, certain=certain):
+            return
         words = np.arange(mark.first, mark.first + mark.count)
         rows = np.broadcast_to(mark.rows, words.shape)
         mine = self._begin[rows, words] == mark.began
@@ -256,7 +261,8 @@ class History:
         self._begin[0, words] = self._high[0, words] = mark.began
         self._end[0, words] = self._low[0, words] = now
         self._live[0, words] = True
-        self._live[1 : mark.depth + 1, words] = False
+        if (depth := self._depth(words)) > 1:
+            self._live[1:depth, words] = False
 
     def _bury(self, words: slice, depth: int) -> int:
         """Forget values that no load can return any more: overwritten before the oldest load under way began. The `_depth` then."""
@@ -402,6 +408,9 @@ class History:
     def settled(self, first: int, count: int) -> tuple[Words, Flags]:
         """The values that a load now must return, and for which words there is only one."""
         words = slice(first, first + count)
+        for mark in self._under_way:
+            if mark.first < words.stop and first < mark.first + mark.count:
+                self._place(mark)
         certain = self._live[:, words] & (self._low[:, words] < NEVER)
         row = np.where(certain, self._begin[:, words], ALWAYS).argmax(axis=0)
         at = np.arange(count)

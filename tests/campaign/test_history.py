@@ -53,6 +53,17 @@ def test_two_readers_must_agree_on_the_order_of_two_stores() -> None:
     history.store_ends(second)
 
 
+def test_what_is_being_stored_is_not_settled() -> None:
+    """Though nobody else is there, and other words are; when it has ended it is, unless it failed."""
+    for certain in (True, False):
+        history = History(Clock(), 2)
+        store = history.store_begins(0, words(5))
+        assert history.settled(0, 2)[1].tolist() == [False, True]
+        history.store_ends(store, certain=certain)
+        assert history.settled(0, 2)[1].tolist() == [certain, True]
+        assert history.settled(0, 2)[0].tolist() == [5 * certain, 0]
+
+
 def test_a_failed_store_has_happened_or_not() -> None:
     """Both are right, but it is one of them from when its error was told; nothing of it comes after another store."""
     for seen in (0, 5):
