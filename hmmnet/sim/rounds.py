@@ -12,6 +12,7 @@ that does not jump, all rounds are trio's own.
 
 from __future__ import annotations
 
+from functools import cache
 from operator import attrgetter
 from typing import Any
 
@@ -46,11 +47,16 @@ class Rounds:
             _rounds(runner, runner.clock)
 
 
-def files() -> type[Any]:
+def files() -> Any:
     """What is to stand where trio's class does that waits for files; trio's itself, where its rounds are not known."""
-    theirs: type[Any] = getattr(trio_run, FILES)
+    theirs: Any = getattr(trio_run, FILES)
     if trio.__version__ not in KNOWN or issubclass(theirs, Rounds):  # a simulation is under way beside or around this one
         return theirs
+    return _before(theirs)
+
+
+@cache
+def _before(theirs: Any) -> Any:
     return type("Files", (Rounds, theirs), {"theirs": theirs})
 
 

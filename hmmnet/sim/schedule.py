@@ -6,7 +6,7 @@ with other seeds. trio has no public name for either; testing libraries reach fo
 Nor has it one for who waits in `wait_all_tasks_blocked`, which a clock that jumps has to know (`tasks_wait_for_idle`), nor for the scopes
 that tasks are in (`drop_shields`), nor for whom the scheduler asks at each step of a task (`Hooks`), nor for the files in which it waits
 for the world outside, which a run that is forked must not share (`part`), and at which it need not look in every round (`rounds`), nor for
-how a scope enters its deadline (`deadlines`).
+how scopes and nurseries begin and end (`scopes`).
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from trio.abc import Instrument
 from hmmnet.errors import HmmnetError
 from hmmnet.sleeping import unshield
 
-from .deadlines import REGISTERING, registering
 from .rounds import FILES, files
+from .scopes import shorter
 
 CHANCE = "_r"
 ORDERED = "_ALLOW_DETERMINISTIC_SCHEDULING"
@@ -40,15 +40,8 @@ THEIRS = getattr(trio_run, HOOKS, None)
 KNOWN_BITS = 64
 BITS = tuple(map(int.bit_length, range(KNOWN_BITS)))
 """How many bits the numbers take that are asked for: of tasks in a round."""
-_PLACES: tuple[tuple[Any, str], ...] = (
-    (trio_run, CHANCE),
-    (trio_run, ORDERED),
-    (trio_run, HOOKS),
-    (trio_run, FILES),
-    (trio.CancelScope, REGISTERING),
-)
 _TRIOS: list[tuple[Any, str, Any]] = []
-"""What trio has in those places by itself."""
+"""What trio has by itself where ours stands while such a block runs."""
 _UNDER_WAY: list[list[tuple[Any, str, Any]]] = []
 """What each block that has not ended put there, the newest last: blocks may lie within each other, or overlap in threads."""
 _CHANGING = threading.Lock()
@@ -64,11 +57,16 @@ def seeded(seed: int) -> Iterator[None]:
     known = all(hasattr(trio_run, name) for name in (ORDERED, HOOKS, FILES)) and hasattr(trio_run.Runner, IDLE)
     if not isinstance(chance, Random) or not known:
         raise HmmnetError(f"trio {version('trio')} cannot be scheduled from a seed: hmmnet does not know its inside; use another trio")
+    places = [
+        (trio_run, CHANCE, Shuffler(seed)),
+        (trio_run, ORDERED, True),
+        (trio_run, HOOKS, Hooks),
+        (trio_run, FILES, files()),
+        *shorter(),
+    ]
     with _CHANGING:
         if not _UNDER_WAY:
-            _TRIOS[:] = [(place, name, getattr(place, name)) for place, name in _PLACES if hasattr(place, name)]
-        ours = (Shuffler(seed), True, Hooks, files(), registering())
-        places = [(*place, what) for place, what in zip(_PLACES, ours, strict=True) if what is not None]
+            _TRIOS[:] = [(place, name, getattr(place, name)) for place, name, _ in places]
         _UNDER_WAY.append(places)
         _put(places)
     try:

@@ -18,6 +18,7 @@ import hmmnet
 from hmmnet.pages import PAGE_SIZE
 from hmmnet.sim import SimulatedMachine, rounds, run_virtual, schedule
 from hmmnet.sim.schedule import seeded
+from hmmnet.sim.scopes import OURS
 from hmmnet.sleeping import WakingClock
 
 PAGES = 64
@@ -261,7 +262,12 @@ def test_a_simulation_may_begin_within_another() -> None:
 
 def test_simulations_may_overlap() -> None:
     """Begun first, ended first: the other one goes on, and in the end trio is as it was."""
-    places = [(place, name) for place, name in schedule._PLACES if hasattr(place, name)]
+    places = [
+        (trio_run, schedule.CHANCE),
+        (trio_run, schedule.HOOKS),
+        (trio_run, rounds.FILES),
+        *[(place, name) for place, name, _ in OURS],
+    ]
     before = [getattr(place, name) for place, name in places]
     first, second = seeded(1), seeded(2)
     first.__enter__()

@@ -1,4 +1,4 @@
-"""Scopes that enter their deadlines without a generator: they end when trio's do."""
+"""Scopes and nurseries that go shorter ways than trio's: they end when trio's do, as trio's do."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import pytest
 import trio
 import trio.testing
 
-from hmmnet.sim import deadlines, rounds, run_virtual
+from hmmnet.sim import rounds, run_virtual
 from hmmnet.sim.clock import JumpClock
-from hmmnet.sim.deadlines import REGISTERING, registering
 from hmmnet.sim.schedule import seeded
+from hmmnet.sim.scopes import OURS
 
 
 @pytest.fixture(params=["ours", "trio's"])
@@ -95,15 +95,76 @@ def test_a_guest_run_hears_of_a_deadline(whose: str) -> None:
     assert ended == [2.0]
 
 
-def test_trios_own_stands_where_it_stood(whose: str) -> None:
+def test_what_a_scope_lets_through(whose: str) -> None:
+    """A cancellation that it made, of one task or of many, and nothing else; which scope of several it was that made it."""
+
+    async def fail(error: Exception) -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            raise error
+
+    async def inner(outer: trio.CancelScope, *, shield: bool) -> list[bool]:
+        with trio.CancelScope(shield=shield) as scope:
+            async with trio.open_nursery() as nursery:
+                for _ in range(3):
+                    nursery.start_soon(trio.sleep_forever)
+                outer.cancel()
+                if shield:
+                    await trio.sleep(1.0)
+                    scope.cancel()
+                await trio.sleep_forever()
+        return [scope.cancelled_caught]
+
+    async def main() -> list[object]:
+        said: list[object] = []
+        for shield in (False, True):
+            with trio.CancelScope() as outer:
+                said += await inner(outer, shield=shield)
+                await trio.lowlevel.checkpoint()
+                said.append("not stopped")
+            said.append(outer.cancelled_caught)
+        with pytest.raises(ExceptionGroup) as raised:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(trio.sleep_forever)
+                nursery.start_soon(fail, ValueError("while it is cancelled"))
+                await trio.sleep(1.0)
+                raise KeyError("first")
+        said.append(sorted(map(repr, raised.value.exceptions)))
+        with trio.CancelScope() as early:
+            early.cancel()
+            with trio.CancelScope() as late, trio.move_on_at(trio.current_time()):
+                await trio.lowlevel.checkpoint()
+        return [*said, early.cancelled_caught, late.cancelled_caught]
+
+    first = ["KeyError('first')", "ValueError('while it is cancelled')"]
+    assert run_virtual(main) == [True, True, True, first, True, False]
+
+
+def test_scopes_that_are_not_nested_are_told_so(whose: str) -> None:
+    """As by trio: whoever leaves the outer one first hears of it, and who leaves one twice."""
+
+    async def main() -> None:
+        outer, inner = trio.CancelScope(), trio.CancelScope()
+        outer.__enter__()
+        inner.__enter__()
+        with pytest.raises(RuntimeError, match="that's still within its child"):
+            outer.__exit__(None, None, None)
+        inner.__exit__(None, None, None)
+        with pytest.raises(RuntimeError, match="already been exited"):
+            inner.__exit__(None, None, None)
+        with pytest.raises(RuntimeError, match="only be used for a single"), inner:
+            pass
+        with trio.CancelScope():
+            await trio.lowlevel.checkpoint()
+
+    run_virtual(main)
+
+
+def test_trios_own_stand_where_they_stood(whose: str) -> None:
     """After a run, and beside a trio that is not known."""
-    theirs = getattr(trio.CancelScope, REGISTERING)
+    theirs = [getattr(place, name) for place, name, _ in OURS]
+    ours = [shorter for *_, shorter in OURS] if whose == "ours" and trio.__version__ in rounds.KNOWN else theirs
     with seeded(1):
-        assert (getattr(trio.CancelScope, REGISTERING) is theirs) is not (whose == "ours" and trio.__version__ in rounds.KNOWN)
-    assert getattr(trio.CancelScope, REGISTERING) is theirs
-
-
-def test_a_trio_without_that_name_has_its_own_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is left alone."""
-    monkeypatch.setattr(deadlines, "REGISTERING", "of another trio")
-    assert registering() is None
+        assert [getattr(place, name) for place, name, _ in OURS] == ours
+    assert [getattr(place, name) for place, name, _ in OURS] == theirs
