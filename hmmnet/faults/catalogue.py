@@ -17,6 +17,7 @@ from hmmnet.units import parse_size
 
 from . import allocation, clocks, copying, device_faults, memory_errors, nodes, notifier, process_events, stepping, wires
 from .controls import Controls
+from .effects import has_occurrences
 from .injector import Unfit
 from .kinds import Fault, Kind, Parameter
 from .messages import HOST, Way, is_way
@@ -37,7 +38,7 @@ CONTROLS: dict[str, Parameter] = {
     "space": Parameter("space", "size", "not before so many bytes (or occurrences) have passed", 0),
     "nth": Parameter("nth", "count", "the one occurrence that fails", 0),
 }
-"""The kernel's controls, which every kind has (see `Controls`)."""
+"""The kernel's controls (see `Controls`), which every kind has that happens now and then (`effects.has_occurrences`)."""
 TARGETS: dict[str, Parameter] = {
     "on": Parameter("on", "text", "devices, messages, links or nodes, by pattern", ""),
     "process": Parameter("process", "count", "only this process (0: any)", 0),
@@ -103,12 +104,22 @@ def checked(kind: str, given: Mapping[str, Any]) -> tuple[Fault | None, list[Mis
         return None, mistakes
     try:
         made = _made(found, read)
-        assert made.effects is not None
+        mistakes += _uncontrolled(made)
     except Unfit as error:
         return None, [(error.parameter if found.parameter(error.parameter) else "", str(error))]
     except HmmnetError as error:
         return None, [("", str(error))]
-    return made, []
+    return (None, mistakes) if mistakes else (made, [])
+
+
+def _uncontrolled(made: Fault) -> list[Mistake]:
+    """The controls of what has no occurrences; ``times = 1`` is true of what happens at once."""
+    if any(map(has_occurrences, made.effects)):
+        return []
+    given = [name for name in CONTROLS if getattr(made.controls, name) != CONTROLS[name].default]
+    if made.at_once:
+        return [(name, "it happens once, as it is added; leave it out") for name in given if (name, made.controls.times) != ("times", 1)]
+    return [(name, "it lasts, and has no occurrences to choose from; leave it out, or say after and lasts") for name in given]
 
 
 def _amiss(kind: Kind, read: Mapping[str, Any]) -> list[Mistake]:

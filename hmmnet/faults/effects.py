@@ -67,13 +67,20 @@ class DeviceEffect:
 
 @dataclass(frozen=True)
 class NodeEffect:
-    """Nodes whose names match (``host``: the host) suffer `deed`, at `point` (empty: at once)."""
+    """Nodes whose names match (``host``: the host) suffer `deed`, at once."""
 
     deed: str
     node: str = "*"
-    point: str = ""
-    controls: Controls = field(default_factory=Controls)
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 Effect: TypeAlias = PointFault | MessageFault | LinkEffect | HostEffect | DeviceEffect | NodeEffect
+
+
+def has_occurrences(effect: Effect) -> bool:
+    """Whether it happens now and then, so that controls can choose when; what is not so is done at once, or a state that lasts."""
+    if isinstance(effect, LinkEffect):
+        return bool(effect.latency_s or effect.jitter_s)
+    if isinstance(effect, HostEffect):
+        return bool(effect.point)
+    return isinstance(effect, PointFault | MessageFault)

@@ -7,6 +7,7 @@ from random import Random
 import pytest
 
 from hmmnet.errors import HmmnetError
+from hmmnet.faults import fault
 from hmmnet.faults.controls import Chance, Controls, Tally
 
 
@@ -77,3 +78,24 @@ def test_impossible_controls_are_refused(values: dict[str, float], text: str) ->
     """With the value, and what is possible."""
     with pytest.raises(HmmnetError, match=text):
         Controls(**values)  # type: ignore[arg-type]  # as a program without a type checker gives them
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "words"),
+    [
+        ("link.slow", {"times": 1}, "times: it lasts, and has no occurrences to choose from"),
+        ("link.down", {"probability": 0.5}, "probability: it lasts"),
+        ("clock.skew", {"nth": 2, "factor": 1.1}, "nth: it lasts"),
+        ("crash", {"probability": 0.5}, "probability: it happens once, as it is added"),
+    ],
+)
+def test_what_has_no_occurrences_has_no_controls(kind: str, given: dict[str, float], words: str) -> None:
+    """They did nothing, and nobody said so."""
+    with pytest.raises(HmmnetError, match=words):
+        fault(kind, "gpu0", **given)
+
+
+@pytest.mark.parametrize(("kind", "given"), [("link.latency", {"times": 1}), ("crash", {"times": 1}), ("loss", {"nth": 3})])
+def test_what_has_occurrences_has_controls(kind: str, given: dict[str, int]) -> None:
+    """And once is what happens at once."""
+    assert all(getattr(fault(kind, "gpu0", **given).controls, name) == value for name, value in given.items())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -81,6 +82,11 @@ def play(place: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, cwd=place, capture_output=True, text=True, timeout=60, check=False)
 
 
+def notes(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """What it told beside the result, less the seed and how far it was: on a busy machine that comes now and then."""
+    return [line for line in done.stderr.splitlines()[2:] if not re.match(r"\d+ of \d+ played", line)]
+
+
 def test_identical(place: Path) -> None:
     """Exit code 0, and the verdict."""
     done = play(place, "good.traces", "--only", "one")
@@ -93,7 +99,7 @@ def test_what_kernels_warn_about_is_one_line(place: Path) -> None:
     (place / "warned.traces").write_text(WARNED + WARNED.replace("=== warned", "=== again"))
     done = play(place, "warned.traces", "--world", "sim")
     assert (done.returncode, "all 2 scripts" in done.stdout) == (0, True)
-    assert done.stderr.splitlines()[2:] == [
+    assert notes(done) == [
         "drivers did 2 times what a kernel WARNs about, in 2 scripts whose recorded kernel WARNed",
     ]
 
@@ -103,7 +109,7 @@ def test_what_no_kernel_warned_about_is_shown(place: Path) -> None:
     (place / "warned.traces").write_text(WARNED.replace("KERNEL WARNING\n", "") + WARNED.replace("=== warned", "=== again"))
     done = play(place, "warned.traces", "--world", "sim")
     assert done.returncode == 0
-    shown, meant = done.stderr.splitlines()[2:]
+    shown, meant = notes(done)
     assert shown.startswith("warned.traces:1: warned: the recorded kernel did not WARN: driver bug on dmirror0, where a kernel WARNs: ")
     assert meant == "drivers did 1 time what a kernel WARNs about, in 1 script whose recorded kernel WARNed"
 
