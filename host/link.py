@@ -26,6 +26,7 @@ import xxhash
 from hmmnet.errors import HmmnetError, PeerError, PeerGone, PeerLost, ProtocolError
 from hmmnet.fabric.arbiter import Flow
 from hmmnet.fabric.dma import ArenaSink, ArenaSource, BulkReceiver, BulkSender, Sink, Source
+from hmmnet.fabric.stream import TRIES_MAX
 from hmmnet.observe.counters import DEVICE_TO_DEVICE, DEVICE_TO_HOST, HOST_TO_DEVICE
 from hmmnet.pages import (
     DEVICE_ZONE_MIN,
@@ -60,8 +61,6 @@ INVALIDATION_S = 5.0
 STALLED_S = 0.25
 """Real seconds to read what a peer has said in time, after a stall of this process (a debugger, a long computation) beyond a limit."""
 INLINE_PAGES_MAX = INLINE_BYTES_MAX // PAGE_SIZE
-INLINE_TRIES = 3
-"""Damaged answers in a row that are asked for again."""
 
 _SHIFT = np.uint64(PAGE_SHIFT)
 M = TypeVar("M", bound=Message)
@@ -391,11 +390,11 @@ class SessionLink:
 
     async def _again(self, message: CopyOut, nbytes: int) -> bytes:
         """Ask once more for pages that came damaged. Raises PeerError."""
-        for _ in range(INLINE_TRIES - 1):
+        for _ in range(TRIES_MAX - 1):
             data = self._intact(await self.session.request(message), nbytes)
             if data is not None:
                 return data
-        raise PeerError(f"{self.name} sent pages that do not match their checksum, {INLINE_TRIES} times")
+        raise PeerError(f"{self.name} sent pages that do not match their checksum, {TRIES_MAX} times")
 
     async def _arrived(self, frame: int, nbytes: int, start_s: float) -> None:
         """Pages came with an answer: return at their emulated time; they are counted later."""

@@ -10,6 +10,7 @@ import pytest
 import trio
 
 from hmmnet.errors import BusError, KernelError, PeerError, ProtocolError, SegmentationFault
+from hmmnet.fabric.stream import TRIES_MAX
 from hmmnet.host import link
 from hmmnet.host.homing import COPIES_MAX
 from hmmnet.host.link import FREE_DELAY_S
@@ -51,18 +52,18 @@ def answer_with(device: ScriptedDevice, answers: list[Message | None]) -> None:
 
 
 async def test_a_damaged_answer_is_asked_for_again(machine: Machine) -> None:
-    """Twice damaged, the third time right: the load gets the right byte."""
+    """As often as a chunk of a stream is, and then right: the load gets the right byte."""
     _, _, device, process, address = machine
     damaged = Copied(bytes(PAGE_SIZE), 1)
-    answer_with(device, [damaged, damaged])
+    answer_with(device, [damaged] * (TRIES_MAX - 1))
     assert await process.read(address, 1) == b"\1"
-    assert len(device.of(CopyOut)) == 3
+    assert len(device.of(CopyOut)) == TRIES_MAX
 
 
 async def test_damage_that_does_not_end_is_a_bus_error_and_the_page_stays(machine: Machine) -> None:
     """The page is still on the device: a later load succeeds."""
     _, _, device, process, address = machine
-    answer_with(device, [Copied(bytes(PAGE_SIZE), 1) for _ in range(3 * COPIES_MAX)])
+    answer_with(device, [Copied(bytes(PAGE_SIZE), 1) for _ in range(TRIES_MAX * COPIES_MAX)])
     with pytest.raises(BusError, match="checksum"):
         await process.read(address, 1)
     assert await process.read(address, 1) == b"\1"
