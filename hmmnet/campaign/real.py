@@ -25,6 +25,7 @@ import msgspec
 import trio
 
 from hmmnet.cable import Cable, Impairment
+from hmmnet.errors import KernelError
 from hmmnet.launcher.directory import process_started
 from hmmnet.machine import LaunchedMachine, LaunchKind, launch
 from hmmnet.observe.logs import last_lines, tracebacks
@@ -267,11 +268,14 @@ async def _stop(machine: LaunchedMachine, crew: Crew, device: str, random: Rando
     seconds = random.choice((0.05, 0.2, 0.5, 2.5))
 
     async def sleep_and_wake() -> None:
-        if device in machine.running:
-            machine.pause_device(device)
-            await trio.sleep(seconds)
-        if device in machine.running:  # one that was given up may have been ended meanwhile
-            machine.resume_device(device)
+        try:
+            if device in machine.running:
+                machine.pause_device(device)
+                await trio.sleep(seconds)
+            if device in machine.running:  # one that was given up may have been ended meanwhile
+                machine.resume_device(device)
+        except KernelError:  # or has ended just now, which is about to be heard
+            await machine.kill_device(device)
         await _start(machine, device)
 
     return await _harmed(crew, device, f"stop {'longer' if seconds > 2 else 'shorter'} than the lease", sleep_and_wake)

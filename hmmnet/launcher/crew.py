@@ -95,7 +95,10 @@ class Crew:
         record = self._known(name, "kill")
         if record.gone or not record.pid:
             raise KernelError(ESRCH, "kill", f"device {name} does not run")
-        os.kill(record.pid, number)
+        try:
+            os.kill(record.pid, number)
+        except ProcessLookupError:  # its zygote knows already, and is about to say so
+            raise KernelError(ESRCH, "kill", f"device {name} does not run: it has just ended") from None
 
     def _known(self, name: str, call: str) -> DeviceRecord:
         if name not in self.records:

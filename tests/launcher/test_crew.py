@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -88,3 +89,14 @@ async def test_who_is_unplugged_is_not_lost(tmp_path: Path, first: str, caplog: 
     assert record.state == "starting"
     crew._hear(Exited("gpu0", 8, -9, "killed by SIGKILL"))
     assert (record.state, record.how) == ("lost", "killed by SIGKILL")
+
+
+async def test_who_has_ended_and_is_not_heard_of_yet_does_not_run(tmp_path: Path) -> None:
+    """Between a process's end and its zygote's word for it a signal finds nobody."""
+    crew = crew_of(tmp_path)
+    with subprocess.Popen(["true"]) as ended:
+        ended.wait()
+    record = crew.records["gpu0"]
+    record.state, record.pid = "ready", ended.pid
+    with pytest.raises(KernelError, match=r"ESRCH.*it has just ended"):
+        crew.signal("gpu0", signal.SIGCONT)
