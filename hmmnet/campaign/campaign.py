@@ -14,6 +14,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import msgspec
@@ -150,7 +151,7 @@ def _results(seeds: list[int], each: Each, jobs: int, dask: str) -> Iterator[Ite
 def _pooled(pool: ProcessPoolExecutor, seeds: list[int], each: Each, jobs: int) -> Iterator[Found]:
     """A few seeds ahead of what the workers do."""
     left = iter(seeds)
-    under_way = {pool.submit(each, seed) for seed, _ in zip(left, range(jobs * AHEAD), strict=False)}
+    under_way = {pool.submit(each, seed) for seed in islice(left, jobs * AHEAD)}
     while under_way:
         done = next(as_completed(under_way))
         under_way.discard(done)

@@ -12,9 +12,9 @@ before the store's error was reported, because nothing may write on behalf of so
 
 Two words for what cannot be known: a *wild* store leaves values that nobody knows (until the next store that is known), and where a value
 was stored twice its loads force nothing. Arrays throughout: a place for each word, and a row for each value that may still be loaded. Most
-words have one or two of those, so only as many rows are looked at as are in use (`_depth`). A store gets rows when something overlaps it,
-or when it fails; one that nothing overlaps leaves its value in the first row, alone. A load of such words has one answer, and is checked in
-a few steps.
+words have one or two of those, so only as many rows are looked at as are in use (`_depth`). A store gets rows when something overlaps it
+or looks at those words, or when it fails; one that nothing overlaps leaves its value in the first row, alone. A load of such words has one
+answer, and is checked in a few steps.
 """
 
 from __future__ import annotations
@@ -76,7 +76,9 @@ class StoreMark:
     values: Words
     began: int
     rows: npt.NDArray[np.intp] | int | None = None
-    """The row that each value has; None: none yet, for no other access to those words has been under way meanwhile."""
+    """The row that each value has; None: none yet, for nobody has looked at those words meanwhile."""
+    alone: bool = True
+    """No other access to those words has been under way meanwhile."""
 
 
 @dataclass(eq=False, slots=True)
@@ -143,9 +145,14 @@ class History:
         first, end = mark.first, mark.first + mark.count
         for other in self._under_way:
             if other.first < end and first < other.first + other.count:
-                self._place(other)
-                self._place(mark)
+                self._meets(other)
+                self._meets(mark)
         self._under_way.append(mark)
+
+    def _meets(self, mark: StoreMark | LoadMark) -> None:
+        if isinstance(mark, StoreMark):
+            mark.alone = False
+            self._place(mark)
 
     # --- stores ---------------------------------------------------------------------------------------------------------------
 
@@ -155,9 +162,9 @@ class History:
         self._begins(mark)
         return mark
 
-    def _place(self, mark: StoreMark | LoadMark) -> None:
-        """What is being stored may be loaded from now on, if that is a store, and is not there yet."""
-        if isinstance(mark, LoadMark) or mark.rows is not None:
+    def _place(self, mark: StoreMark) -> None:
+        """What is being stored may be loaded from now on."""
+        if mark.rows is not None:
             return
         words = slice(mark.first, mark.first + mark.count)
         depth = self._depth(words)
@@ -215,7 +222,7 @@ class History:
         now = self.clock.tick()
         self._under_way.remove(mark)
         is_known = self._is_known(mark)
-        if mark.rows is None and is_known and certain:
+        if mark.alone and is_known and certain:
             self._alone(mark, now)
             return
         self._place(mark)
@@ -409,7 +416,7 @@ class History:
         """The values that a load now must return, and for which words there is only one."""
         words = slice(first, first + count)
         for mark in self._under_way:
-            if mark.first < words.stop and first < mark.first + mark.count:
+            if isinstance(mark, StoreMark) and mark.first < words.stop and first < mark.first + mark.count:
                 self._place(mark)
         certain = self._live[:, words] & (self._low[:, words] < NEVER)
         row = np.where(certain, self._begin[:, words], ALWAYS).argmax(axis=0)

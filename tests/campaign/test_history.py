@@ -297,3 +297,17 @@ def test_the_short_ways_judge_as_the_long_way_does() -> None:
                     break
         assert [mine.tolist() for mine in short.settled(0, 4)] == [theirs.tolist() for theirs in long.settled(0, 4)] or wrong[1] is not None
     assert min(verdicts) > 100, "both happen"
+
+
+def test_a_look_at_what_is_settled_hides_no_stale_load() -> None:
+    """A store of what is there already, at which only `settled` has looked meanwhile, leaves one value, of which loads force something."""
+    history = History(Clock(), 2)
+    history.store_ends(history.store_begins(1, words(2)))
+    again = history.store_begins(1, words(2))
+    history.load_begins(0, 1)
+    history.settled(1, 1)
+    history.store_ends(again)
+    history.store_ends(history.store_begins(0, words(4, 5)))
+    wrong = history.load_ends(history.load_begins(1, 1), words(2))
+    assert wrong is not None
+    assert "overwritten with 0x5" in wrong.why
