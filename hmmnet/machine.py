@@ -11,7 +11,7 @@ import itertools
 import os
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import TracebackType
@@ -339,7 +339,8 @@ async def machine_directory(record: MachineRecord) -> AsyncIterator[Directory]:
     try:
         sockets = directory.sockets()
         record.sockets = "" if sockets == directory.path else str(sockets)
-        directory.sign(record)
+        with suppress(OSError):  # the disk is full: what was signed first names the process, too
+            directory.sign(record)
         directory.write(record)
         yield directory
     finally:

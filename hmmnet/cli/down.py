@@ -54,7 +54,7 @@ def end(directory: Directory) -> int:
     """End one machine; the exit code."""
     from hmmnet.launcher.processes import signal_process, wait_gone
 
-    record = directory.read() or _signed(directory)
+    record = _owner(directory)
     if record is None:
         print(f'hmmnet down: machine "{directory.name}" {_unknown(directory)}', file=sys.stderr)
         return 1
@@ -75,12 +75,17 @@ def end(directory: Directory) -> int:
     return 0
 
 
-def _signed(directory: Directory) -> MachineRecord | None:
-    """The record that a machine began with, if it is that of the process which runs it now."""
+def _owner(directory: Directory) -> MachineRecord | None:
+    """The machine's record; where it is damaged, or names another process than the lock, that which the lock's holder began with."""
     from hmmnet.launcher.directory import process_started
 
-    record = directory.signature()
-    return record if record is not None and process_started(record.pid) == record.process_started else None
+    record, signed = directory.read(), directory.signature()
+    if signed is None:
+        return record
+    owner = signed.pid, signed.process_started
+    if record is not None and (record.pid, record.process_started) == owner:
+        return record
+    return signed if signed.process_started and process_started(signed.pid) == signed.process_started else None
 
 
 def _unknown(directory: Directory) -> str:

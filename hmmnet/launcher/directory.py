@@ -191,9 +191,12 @@ class Directory:
             raise HmmnetError(f"{self.path}: cannot be written: {error.strerror}; {mend}") from error
 
     def sign(self, record: MachineRecord) -> None:
-        """Whose folder it is, for who cannot read its record; by who holds the lock. Raises OSError."""
+        """Whose folder it is, for who cannot read its record; by who holds the lock. Raises OSError, for example on a full disk: then the
+        record stays that was there before, if there was one.
+        """
         assert self._lock is not None, "who signs a folder holds it"
         text = msgspec.json.encode(record)
+        os.posix_fallocate(self._lock, 0, len(text))
         os.pwrite(self._lock, text, 0)
         os.ftruncate(self._lock, len(text))
 

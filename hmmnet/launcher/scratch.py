@@ -23,14 +23,28 @@ UNLOCKED_S = 60.0
 @contextmanager
 def scratch() -> Iterator[str]:
     """A folder of one's own while the block runs. Raises OSError when none can be made."""
-    folder = tempfile.mkdtemp(prefix=PREFIX)
-    lock = os.open(Path(folder, LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    while (made := _make()) is None:
+        """Somebody cleaned up at that very moment."""
+    folder, lock = made
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)
+
+
+def _make() -> tuple[str, int] | None:
+    """A folder and its lock, which is held; None where it was taken for a dead process's before that, and is gone."""
+    folder = tempfile.mkdtemp(prefix=PREFIX)
+    try:
+        lock = os.open(Path(folder, LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except FileNotFoundError:
+        return None
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    if os.fstat(lock).st_nlink:
+        return folder, lock
+    os.close(lock)
+    return None
 
 
 def remove_left() -> list[str]:

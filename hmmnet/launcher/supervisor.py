@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from typing import Any
 
 import msgspec
@@ -77,7 +77,8 @@ class Supervisor:
         try:
             sockets = directory.sockets()
             self.record.sockets = "" if sockets == directory.path else str(sockets)
-            directory.sign(self.record)
+            with suppress(OSError):  # the disk is full: what was signed first names the process, too
+                directory.sign(self.record)
             self._save()
             async with AsyncExitStack() as stack:
                 await self._hold(stack, task_status)

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from hmmnet.cli import exit_code
-from hmmnet.launcher.directory import Directory, new_record
+from hmmnet.launcher.directory import Directory, new_record, process_started
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,7 @@ def base(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 LAUNCHER = """
 import signal, sys, time
 from pathlib import Path
-from hmmnet.launcher.directory import Directory, new_record
+from hmmnet.launcher.directory import Directory, new_record, process_started
 name, kind = sys.argv[1:]
 directory = Directory.create(name, new_record(name, "two-gpus", kind))
 signal.signal(signal.SIGTERM, lambda *_: (directory.remove(), sys.exit(0)))
@@ -103,3 +103,32 @@ def test_down_names_all_that_do_not_run_and_ends_the_others(capsys: pytest.Captu
         assert 'machine "fallen" has failed: its host was killed' in told.err
         assert "'no/name' cannot name a machine" in told.err
     failed.remove()
+
+
+def test_a_record_that_names_another_process_ends_nobody_else(capsys: pytest.CaptureFixture[str]) -> None:
+    """The lock's holder has signed it, and that one ends."""
+    with launcher("broken") as process, subprocess.Popen(["sleep", "60"]) as other:
+        directory = Directory.named("broken")
+        record = directory.read()
+        assert record is not None
+        record.pid, record.process_started = other.pid, process_started(other.pid)
+        directory.record_file.write_bytes(msgspec.json.encode(record))
+        assert exit_code(["down", "broken"]) == 0
+        assert process.wait(10) == 0
+        assert other.poll() is None
+        other.kill()
+    assert capsys.readouterr().out == 'machine "broken" has ended\n'
+
+
+@pytest.mark.parametrize("pid", [0, -1, 1 << 22])
+def test_no_process_is_not_who_signed(pid: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """No process has no start time, which is none to compare."""
+    with launcher("broken") as process:
+        directory = Directory.named("broken")
+        record = new_record("broken", "two-gpus", "up")
+        record.pid, record.process_started = pid, 0
+        directory.record_file.write_bytes(b"")
+        (directory.path / "lock").write_bytes(msgspec.json.encode(record))
+        assert exit_code(["down", "broken"]) == 1
+        assert process.poll() is None
+    assert "is damaged" in capsys.readouterr().err

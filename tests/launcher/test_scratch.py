@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -61,3 +62,20 @@ def test_a_folder_without_a_lock_is_left_when_it_is_old(base: Path) -> None:
     os.utime(old, (was, was))
     assert remove_left() == [old.name]
     assert young.is_dir()
+
+
+def test_who_cleans_while_a_folder_gets_its_lock_takes_it_and_another_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the lock's file and the lock it looks like a dead process's."""
+    lock, cleaned = fcntl.flock, list[str]()
+
+    def late(*given: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", lock)
+        cleaned.extend(remove_left())
+        lock(*given)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with scratch() as folder:
+        assert Path(folder).is_dir()
+        assert len(cleaned) == 1
+        assert cleaned[0] != Path(folder).name
+        assert remove_left() == []
