@@ -1,13 +1,13 @@
 """Virtual time: the clock of a simulated trio run, which jumps, and that of the machine in it, whose seconds are the run's.
 
 When no task can run, virtual time is at the next deadline. `trio.testing.MockClock` does that, too, and takes two rounds of the scheduler
-and a census of all tasks for each jump; a machine's life is made of jumps. Ours is asked by the scheduler how long to sleep whenever nobody
-can run, and that *is* the moment to jump. Only `wait_all_tasks_blocked` comes first, as with trio's.
+and a census of all tasks for each jump; a machine's life is made of jumps. Ours is asked to `jump` whenever nobody can run, by `rounds` or,
+beside an unknown trio, by the scheduler when it asks how long to sleep. Only `wait_all_tasks_blocked` comes first, as with trio's.
 
 It also finds out when a simulation goes in circles. Tasks that ask and answer each other without an end, and without waiting for the clock,
-keep it where it is: no timeout of theirs ever comes, and no limit on virtual time either. The scheduler looks at the clock once a round, so
-looks at one and the same moment are counted, and after a number that no honest program needs the run is cancelled. And when nobody can run
-and nobody waits for the clock, shielded from the limit on virtual time, nothing will ever happen again: then the shields fall.
+keep it where it is: no timeout of theirs ever comes, and no limit on virtual time either. So the scheduler's rounds and looks at the clock
+at one and the same moment are counted, and after a number that no honest program needs the run is cancelled. And when nobody can run and
+nobody waits for the clock, shielded from the limit on virtual time, nothing will ever happen again: then the shields fall.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from hmmnet.sleeping import RUN, WORD, WakingClock, shortest_now, sleep_until
 from .schedule import drop_shields, tasks_wait_for_idle, threads_at_work
 
 LOOKS_MAX = 500_000
-"""Looks at the clock at one moment, with each round of the scheduler: some ten seconds of real time. An mmap takes three."""
+"""Rounds of the scheduler, and looks at the clock, at one moment: seconds of real time. An mmap takes three."""
 FOR_EVER_S = 1e9
 """What the scheduler is told to sleep when somebody waits until all are blocked; it sleeps a day at most and asks again."""
 PRUNE_MIN = 1000

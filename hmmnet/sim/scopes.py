@@ -60,8 +60,8 @@ class Scope(Inheriting, TheirScope):  # type: ignore[misc]
 
     @trio.lowlevel.enable_ki_protection
     def __enter__(self: Any) -> Any:
-        task = RUN.task
-        outer = task._cancel_status
+        task: Any = getattr(RUN, "task", None)  # none, for who is in no run
+        outer = None if task is None else task._cancel_status
         if outer is None or self._has_been_entered:
             return super().__enter__()
         self._has_been_entered = True
@@ -83,7 +83,7 @@ class Scope(Inheriting, TheirScope):  # type: ignore[misc]
         """It is left, with `error`; what is left of that."""
         status, task = self._cancel_status, RUN.task
         outer = None if status is None or task._cancel_status is not status else status._parent
-        if outer is None or status._children or len(status._tasks) > 1:
+        if outer is None or status._children or len(status._tasks) > 1 or status.abandoned_by_misnesting:
             return super()._close(error)  # type: ignore[no-any-return]
         if error is not None and status.effectively_cancelled and (self._shield or not outer.effectively_cancelled):
             if not _is_cancellation(error):
@@ -134,6 +134,7 @@ class Registering:
         _register(self._scope)
 
 
+@trio.lowlevel.enable_ki_protection
 def _register(scope: Any) -> None:
     """Its deadline stands in trio's list as long as it counts."""
     old_s = scope._registered_deadline

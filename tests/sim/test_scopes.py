@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import trio
@@ -168,3 +169,39 @@ def test_trios_own_stand_where_they_stood(whose: str) -> None:
     with seeded(1):
         assert [getattr(place, name) for place, name, _ in OURS] == ours
     assert [getattr(place, name) for place, name, _ in OURS] == theirs
+
+
+def test_a_scope_in_no_run_is_told_so() -> None:
+    """As by trio, also while another thread's simulation is under way."""
+    with seeded(1), pytest.raises(RuntimeError, match="must be called from async context"):
+        trio.CancelScope().__enter__()
+
+
+def test_who_is_abandoned_by_a_scope_that_is_left_too_early_is_cancelled_once(whose: str) -> None:
+    """The children of a nursery within it: each scope of theirs catches that, and they go on."""
+    seen: list[Any] = []
+
+    async def child() -> None:
+        with trio.CancelScope():
+            await trio.sleep(5)
+        seen.append("goes on")
+        await trio.sleep(1)
+
+    async def main() -> None:
+        outer, manager = trio.CancelScope(), trio.open_nursery()
+        outer.__enter__()
+        nursery = await manager.__aenter__()
+        nursery.start_soon(child)
+        await trio.sleep(1)
+        with pytest.raises(RuntimeError):
+            outer.__exit__(None, None, None)
+        try:
+            await manager.__aexit__(None, None, None)
+        except BaseException as error:  # noqa: BLE001 - what it is, is what is compared
+            seen.append(type(error).__name__)
+
+    try:
+        run_virtual(main)
+    except BaseException as error:  # noqa: BLE001 - the same
+        seen.append(type(error).__name__)
+    assert seen[:1] == ["goes on"]
