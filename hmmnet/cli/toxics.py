@@ -24,8 +24,9 @@ from hmmnet.units import show_time
 CHANCES = ("loss", "duplicate", "reorder", "corrupt")
 """Toxics whose value is the part of the messages that suffer; each is a kind of the catalogue, too."""
 TOXICS = ("latency", "jitter", "bandwidth", *CHANCES)
-WITH = ("times", "interval", "after", "lasts")
-"""What may stand beside toxics, and holds for all of them."""
+COUNTS = ("times", "interval")
+WITH = (*COUNTS, "after", "lasts")
+"""What may stand beside toxics, and holds for all of them; but bandwidth, which lasts, happens no number of times."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,9 @@ def pairs_of(words: Sequence[str]) -> dict[str, str]:
         else:
             given[name] = value
             mistakes += _wrong(name, value)
+    counts = [name for name in COUNTS if name in given]
+    if "bandwidth" in given and counts:
+        mistakes.append(f"{' and '.join(counts)} cannot stand beside bandwidth: it lasts, and happens no number of times; make two faults")
     if not mistakes and not any(name in TOXICS for name in given):
         mistakes.append(f"what is to happen? Give one of {', '.join(TOXICS)}")
     if mistakes:

@@ -26,6 +26,8 @@ from .messages import Channel, Delivery, MessageFault, Parts
 Deliver = Callable[[Parts], object]
 BULK_WAYS = ("bulk to host", "bulk to device")
 """What `Network.watch` is told of chunks and their acknowledgements."""
+WIRES_MAX = 4096
+"""Ways of messages that are remembered: those of many more devices than a machine may have."""
 
 
 @dataclass(eq=False)
@@ -176,11 +178,13 @@ class Network:
                 deliver(parts)
 
     def wire(self, device: str, channel: Channel, *, to_device: bool) -> Wire:
-        """The way of those messages: always the same, for the same."""
+        """The way of those messages: always the same, for the same (of `WIRES_MAX`: strangers may call themselves anything)."""
         way = (device, channel, to_device)
         found = self._wires.get(way)
         if found is None:
-            found = self._wires[way] = Wire(self, device, channel, to_device=to_device)
+            found = Wire(self, device, channel, to_device=to_device)
+            if len(self._wires) < WIRES_MAX:
+                self._wires[way] = found
         return found
 
     def sent(self, device: str, channel: Channel, parts: Parts, deliver: Deliver, *, to_device: bool) -> None:

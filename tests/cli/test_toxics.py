@@ -57,6 +57,7 @@ def test_toxics_are_faults_of_the_catalogue(line: str, made: list[dict[str, Any]
         ("gpu0 latency=5", "latency: '5' where a time with its unit, such as"),
         ("gpu0 latency=5ms latency=6ms", "latency is given twice"),
         ("gpu0 latency=5ms times=x", "times: 'x' is no whole number"),
+        ("gpu0 latency=5ms bandwidth=50% times=3", "times cannot stand beside bandwidth: it lasts"),
         ("gpu0<->host", "what is to happen? Give one of latency, jitter"),
         ("gpu0<->host 5ms", '"5ms" is no NAME=VALUE'),
         ("gpu9 latency=5ms", 'nothing here is called "gpu9"; did you mean "gpu'),

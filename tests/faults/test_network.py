@@ -5,7 +5,7 @@ from __future__ import annotations
 from random import Random
 
 from hmmnet.faults.messages import MessageFault, Parts, Way
-from hmmnet.faults.network import Network, Wire
+from hmmnet.faults.network import WIRES_MAX, Network, Wire
 
 
 def _send(wire: Wire) -> int:
@@ -56,3 +56,11 @@ def test_the_way_of_the_same_messages_is_the_same() -> None:
     wire = network.wire("gpu0", "bulk", to_device=True)
     assert network.wire("gpu0", "bulk", to_device=True) is wire
     assert network.wire("gpu0", "bulk", to_device=False) is not wire
+
+
+def test_strangers_names_are_not_remembered_for_ever() -> None:
+    """What comes on a socket may call itself anything."""
+    network = Network(Random(1))
+    for number in range(WIRES_MAX + 10):
+        assert _send(network.wire(f"stranger{number}", "control", to_device=False)) == 1
+    assert len(network._wires) == WIRES_MAX
