@@ -27,8 +27,10 @@ from hmmnet.sleeping import RUN, WORD, WakingClock, shortest_now, sleep_until
 
 from .schedule import drop_shields, tasks_wait_for_idle, threads_at_work
 
-LOOKS_MAX = 500_000
-"""Rounds of the scheduler, and looks at the clock, at one moment: seconds of real time. An mmap takes three."""
+LOOKS_MAX = 2_000_000
+"""Rounds of the scheduler, and looks at the clock, at one moment: some ten seconds of real time, in which a thread's word has to come; on a
+busy computer a thread may not run for a second. An mmap takes three rounds.
+"""
 FOR_EVER_S = 1e9
 """What the scheduler is told to sleep when somebody waits until all are blocked; it sleeps a day at most and asks again."""
 PRUNE_MIN = 1000
