@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from secrets import token_urlsafe
 
 PREFIX = "hmmnet-scratch-"
 LOCK = "lock"
@@ -23,28 +24,27 @@ UNLOCKED_S = 60.0
 @contextmanager
 def scratch() -> Iterator[str]:
     """A folder of one's own while the block runs. Raises OSError when none can be made."""
-    while (made := _make()) is None:
-        """Somebody cleaned up at that very moment."""
-    folder, lock = made
-    try:
-        yield folder
+    folder = Path(tempfile.gettempdir(), PREFIX + token_urlsafe(6))
+    locks: list[int] = []
+    try:  # from before there is anything: Ctrl-C may come at any moment
+        while not _take(folder, locks):
+            """Somebody cleaned up at that very moment."""
+        yield str(folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
+        for lock in locks:
+            os.close(lock)
 
 
-def _make() -> tuple[str, int] | None:
-    """A folder and its lock, which is held; None where it was taken for a dead process's before that, and is gone."""
-    folder = tempfile.mkdtemp(prefix=PREFIX)
+def _take(folder: Path, locks: list[int]) -> bool:
+    """Make a folder and hold its lock, which is added to `locks`; False where it was taken for a dead process's before that."""
+    folder.mkdir(mode=0o700, exist_ok=True)
     try:
-        lock = os.open(Path(folder, LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        locks.append(os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
     except FileNotFoundError:
-        return None
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    if os.fstat(lock).st_nlink:
-        return folder, lock
-    os.close(lock)
-    return None
+        return False
+    fcntl.flock(locks[-1], fcntl.LOCK_EX)
+    return os.fstat(locks[-1]).st_nlink > 0
 
 
 def remove_left() -> list[str]:

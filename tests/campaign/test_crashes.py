@@ -110,7 +110,7 @@ async def test_a_crash_in_a_real_device_is_seen_in_its_log(monkeypatch: pytest.M
     with trio.fail_after(100):
         summary = await run_rounds(SPARES_DEV1, 1)
     assert [one["checker"] for one in summary.violations] == ["crash"]
-    assert re.match(r"dev1: a kernel crashed: File .*raise TypeError.* \| TypeError: got an", summary.violations[0]["what"])
+    assert re.match(r"dev1: a kernel crashed: .+ \| TypeError: got an", summary.violations[0]["what"])
 
 
 @pytest.mark.parametrize(
