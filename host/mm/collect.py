@@ -43,7 +43,7 @@ from hmmnet.pages import (
 )
 
 from . import few, pte
-from .compound import fit_targets, join_inserted, tear_collected, tear_mapped
+from .compound import fit_targets, join_inserted, split_zeros, tear_collected, tear_mapped
 from .frames import PhysicalMemory
 from .located import Located, every_row, rows_in
 from .mm import Mm
@@ -398,12 +398,14 @@ def _insert(mm: Mm, migration: Migration) -> None:
     if len(rows) == 0:
         return
     frames = frames_in(migration.target[rows])
-    huge = join_inserted(mm, pages, entries, frames) if migration.compound else np.zeros(0, np.bool_)
+    saved = entries & ~np.uint64(pte.HUGE)
+    huge = join_inserted(mm, pages, entries, frames) if migration.compound else split_zeros(mm, pages, entries)
     if any_of(huge):
         bits[huge] |= np.uint64(pte.HUGE)
+        saved[huge] = entries[huge]
     mm.table.scatter(pages, pte.entries_of(pte.NONE, frames) | bits)
     migration.source[rows] |= bits & MIGRATE_PFN_WRITE
-    migration.saved[rows] = entries
+    migration.saved[rows] = saved
     mm.rss += len(rows)
     for zone, part, where in mm.memory.groups(frames):
         zone.refcount[where] = 1

@@ -130,6 +130,13 @@ def _split_blocks(mm: Mm, pages: Words) -> None:
             split_entries(mm, block)
 
 
+def split_zeros(mm: Mm, pages: Words, entries: Words) -> npt.NDArray[np.bool_]:
+    """None of `pages` becomes a huge page; the huge zero page, which a load may have mapped there since they were collected, is split."""
+    for block in np.unique(pages[entries & pte.HUGE != 0] >> _SHIFT).tolist():
+        split_entries(mm, block << HUGE_SHIFT)
+    return np.zeros(0, np.bool_)
+
+
 def join_inserted(mm: Mm, pages: Words, entries: Words, frames: Words) -> npt.NDArray[np.bool_]:
     """Which of `pages`, that a migration fills with `frames`, become huge pages; what was the huge zero page only in part is split."""
     joined = np.zeros(len(pages), np.bool_)

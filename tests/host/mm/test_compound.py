@@ -247,3 +247,23 @@ async def test_a_huge_page_that_somebody_else_maps_unseen_stays_whole() -> None:
         parent.migrate_finalize(migration)
     assert marks(parent) == {(pte.PRESENT, True)}
     machine.check()
+
+
+async def test_a_load_maps_the_huge_zero_page_over_pages_that_are_about_to_move() -> None:
+    """Between collect and move, without COMPOUND: migrate_vma_insert_page splits it, and no store takes the block for a zero page after."""
+    machine = machine_of()
+    space = await huge_space(machine, written=False)
+    async with space.mmap_lock.read():
+        migration = space.collect(span(FIRST + 8, 16), Select.SYSTEM, ZONE)
+        await space.load(BASE, 1)
+        assert marks(space) == {(pte.PRESENT, True)}
+        migration.target[:] = device_run(machine, 16) << np.uint64(MIGRATE_PFN_SHIFT) | np.uint64(MIGRATE_PFN_VALID)
+        machine.copy(migration)
+        space.migrate_pages(migration)
+        space.migrate_finalize(migration)
+    machine.check()
+    assert marks(space, FIRST + 8, 16) == {(pte.DEVICE, False)}
+    assert marks(space, FIRST, 8) == {(pte.PRESENT, False)}
+    await space.store(BASE, b"\1")
+    machine.check()
+    assert await space.load(BASE + 8 * PAGE, 16 * PAGE) == bytes(16 * PAGE)
