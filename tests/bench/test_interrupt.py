@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from hmmnet.launcher.scratch import LOCK
+
 
 @pytest.mark.parametrize("figure", ["bridge.rtt", "dma.to_host", "throttle.500"])
 def test_ends_quietly_and_leaves_nothing(figure: str, tmp_path: Path) -> None:
@@ -19,7 +21,7 @@ def test_ends_quietly_and_leaves_nothing(figure: str, tmp_path: Path) -> None:
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         assert process.stderr is not None
         first = process.stderr.readline()
-        while not any(tmp_path.glob("hmmnet-*/*")):  # the sockets of the peers
+        while all(path.name == LOCK for path in tmp_path.glob("hmmnet-*/*")):  # until there are sockets of peers
             assert process.poll() is None
         os.killpg(process.pid, signal.SIGINT)
         said = process.stderr.read()
