@@ -285,6 +285,7 @@ class ZmqTransport:
         self._bridges.clear()
         self._context.destroy(LINGER_MS)  # also a socket whose making a Ctrl-C has interrupted: `term` alone would wait for it for ever
 
+    @trio.lowlevel.enable_ki_protection  # a socket that is made, and not in pyzmq's books yet, would be waited for at the end for ever
     def _socket(self, kind: int, thread: int, queue_max: int, max_bytes: int) -> zmq.Socket[bytes]:
         with contextlib.nullcontext() if self._started or not self._split else bulk_made_nice():
             socket = self._context.socket(kind)
