@@ -112,9 +112,9 @@ class Bus:
         """The device table is up to date: the host may finalize."""
         self._session.note(MigrateDone(migration))
 
-    async def evict(self, frames: Words, cause: str) -> int:
-        """migrate_device_range: how many of the own `frames` went home."""
-        return (await self._ask(Evict(to_wire(frames), cause), Evicted)).moved
+    async def evict(self, frames: Words, cause: str) -> Evicted:
+        """migrate_device_range: how many of the own `frames` went home, and how many never will."""
+        return await self._ask(Evict(to_wire(frames), cause), Evicted)
 
     # --- DMA ------------------------------------------------------------------------------------------------------------------
 

@@ -4,16 +4,22 @@ Three sources, asked in this order: what this process registered (`register`, `o
 packages offer through entry points. Registering serves programs and tests whose machine lives in one process (`hmmnet.simulate`); device
 processes start afresh and know entry points only.
 
-Reading the installed packages' metadata costs tens of milliseconds and a few megabytes, so it happens only for names that are not built in.
+Reading the installed packages' metadata costs tens of milliseconds and a few megabytes, so it happens only for names that are not built in,
+and once for each `sys.path`: what is installed while a process runs is there for the next one.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from importlib import import_module
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 MODELS = "hmmnet.devices"
 KERNELS = "hmmnet.kernels"
@@ -51,16 +57,21 @@ def load(group: str, name: str, built_in: Mapping[str, str] = _NOTHING) -> Any:
     if place is not None:
         module, _, attribute = place.partition(":")
         return getattr(import_module(module), attribute)  # which waits for another thread that imports it just now
-    from importlib.metadata import entry_points
-
-    for entry in entry_points(group=group, name=name):
-        return entry.load()
+    for entry in _installed(group, tuple(sys.path)):
+        if entry.name == name:
+            return entry.load()
     return None
 
 
 def names(group: str, built_in: Mapping[str, str] = _NOTHING) -> list[str]:
     """Every name that `load` finds, sorted."""
+    registered = (name for kind, name in _registered if kind == group)
+    return sorted({*built_in, *registered, *(entry.name for entry in _installed(group, tuple(sys.path)))})
+
+
+@cache
+def _installed(group: str, path: tuple[str, ...]) -> tuple[EntryPoint, ...]:  # noqa: ARG001 - `path` is where they are found
+    """What the packages of this `sys.path` offer."""
     from importlib.metadata import entry_points
 
-    registered = (name for kind, name in _registered if kind == group)
-    return sorted({*built_in, *registered, *entry_points(group=group).names})
+    return tuple(entry_points(group=group))

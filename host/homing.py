@@ -48,6 +48,7 @@ from .mm.finalize import finalize
 from .mm.frames import PhysicalMemory
 from .mm.relief import KERNEL
 from .mm.rmap import Mapped, mappings
+from .mm.zones import HWPOISON
 
 HOME_PAGES_MAX = 1 << 16
 """Pages of one explicit migration home (256 MiB): bounds the host frames allocated before anything has landed."""
@@ -442,6 +443,10 @@ class Homing:
             for mapped in mapped_at:
                 self.events.moved(mapped.mm.number, np.sort(mapped.pages[left[mapped.rows]]), link.name, HOST, cause)
         return moved
+
+    def broken(self, link: DeviceLink, frames: Words) -> int:
+        """How many of the device's `frames` have broken memory: they stay where they are for ever. Raises PeerLost, as `is_there`."""
+        return int(np.count_nonzero(self._memory.field(frames, "flags") & HWPOISON)) if self.is_there(link) else 0
 
     def is_there(self, link: DeviceLink) -> bool:
         """Whether the device's memory is, which may have been removed. Raises PeerLost when the device is lost, whose zone may be gone."""

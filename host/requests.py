@@ -303,7 +303,7 @@ class Requests:
         evict = partial(self._personality.evict, self._homing, self._life.link, frames, message.cause)
         moved = await self._homing.memory.relief.anew(evict, KERNEL)  # __GFP_NOFAIL in dmirror_device_evict_chunk
         self._life.link.flush_freed()
-        return Evicted(moved)
+        return Evicted(moved, self._homing.broken(self._life.link, frames) if moved < len(frames) else 0)
 
     # --- exclusive access -----------------------------------------------------------------------------------------------------
 

@@ -62,11 +62,13 @@ SNAPSHOT_WINDOW_PAGES = 1 << 16
 BOUNCE_PAGES_MAX = 1 << 18
 """Pages of a command with data (1 GiB), beyond which the bounce buffer cannot be had (ENOMEM)."""
 EVICT_FRAMES_MAX = 1 << 16
-EVICT_ROUNDS_MAX = 100
+EVICT_ROUNDS_MAX = 14
+EVICT_NAP_S = 1e-4
 EVICT_S = 5.0
 """Frames of one eviction request; rounds in a row in which no frame goes home, and real seconds of them, before the unit gives up.
 
-Over bad wires one round may take as long as a hundred elsewhere.
+Before the second of those rounds it naps, and twice as long before each that follows, 0.8 s together (as the host does that removes a
+device's memory). Over bad wires one round may take as long as that.
 """
 
 FAIL_ALLOC = 1
@@ -256,17 +258,21 @@ class Dmirror(Device):
         return IoctlDone(0, 0)
 
     async def _evict_all(self, cause: str) -> None:
-        """dmirror_device_remove_chunks: all frames go home, in every process; busy ones are tried again, for a while."""
+        """dmirror_device_remove_chunks: all frames but broken ones go home, in every process; busy ones are tried again, for a while."""
         patience_s = self.bus.clock.real(EVICT_S)
         fruitless, until_s = 0, trio.current_time() + patience_s
         while fruitless < EVICT_ROUNDS_MAX and trio.current_time() < until_s:
             frames = self.memory.live_frames()[:EVICT_FRAMES_MAX]
             if len(frames) == 0:
                 return
-            if await self.bus.evict(frames, cause):
+            evicted = await self.bus.evict(frames, cause)
+            if evicted.broken == len(frames):
+                return
+            if evicted.moved:
                 fruitless, until_s = 0, trio.current_time() + patience_s
             else:
                 fruitless += 1
+                await trio.sleep(self.bus.clock.real(EVICT_NAP_S * (1 << fruitless - 1)) if fruitless < EVICT_ROUNDS_MAX else 0)
 
     # --- exclusive access -----------------------------------------------------------------------------------------------------
 

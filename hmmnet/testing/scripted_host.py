@@ -103,6 +103,7 @@ class ScriptedHost:
         self.table: dict[int, Entry] = {}
         self.vmas: list[tuple[int, int, str]] = []
         self.pinned: set[int] = set()
+        self.broken: set[int] = set()
         self.domain: dict[int, Entry] = {}
         self.driver_bugs: list[str] = []
         self.messages: list[m.Message] = []
@@ -448,11 +449,11 @@ class ScriptedHost:
 
     async def _evict(self, message: m.Evict) -> m.Evicted:
         frames = set(from_wire(message.frames).tolist())
-        busy = {page for one in self.migrations for page in one.pages}
-        pages = [page for page, entry in self.table.items() if entry.frame in frames and page not in busy]
+        stay = self.pinned.union(self.broken, *(one.pages for one in self.migrations))
+        pages = [page for page, entry in self.table.items() if entry.frame in frames and page not in stay]
         if pages:
             await self.take_home(pages, 0)
-        return m.Evicted(len(pages))
+        return m.Evicted(len(pages), sum(page in self.broken and entry.frame in frames for page, entry in self.table.items()))
 
     # --- IOMMU -----------------------------------------------------------------------------------------------------------------
 

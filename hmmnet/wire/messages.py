@@ -412,9 +412,10 @@ class Evict(Message, frozen=True):
 
 
 class Evicted(Message, frozen=True):
-    """Reply: how many went home; frames that were busy stay (the driver tries again)."""
+    """Reply: how many went home. Frames that were busy stay (the driver tries again), and `broken` ones (HWPOISON) for ever."""
 
     moved: PageCount
+    broken: PageCount = 0
 
 
 class MakeExclusive(Message, frozen=True):

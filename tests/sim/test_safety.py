@@ -331,3 +331,23 @@ def test_an_atomic_access_to_what_has_just_been_lost_says_so() -> None:
         await process.exit()
 
     hmmnet.simulate(main, replace(MACHINE, devices=devices), limit_s=300.0)
+
+
+def test_broken_memory_of_a_device_is_left_there_at_once() -> None:
+    """It never goes home: who closes a unit does not ask for it again and again, as for pages that are busy."""
+    devices = tuple(replace(one, kind="coherent") if one.name == "dmirror0" else one for one in MACHINE.devices)
+
+    async def main(machine: SimulatedMachine) -> None:
+        process = await machine.create_process()
+        address = await process.mmap(2 * PAGE)
+        await process.write(address, DATA[: 2 * PAGE])
+        handle = await process.open("dmirror0")
+        assert (await handle.ioctl("migrate_to_dev", address, 2)).cpages == 2
+        await process.madvise(address, PAGE, "HWPOISON")
+        began_s = trio.current_time()
+        await handle.close()
+        assert trio.current_time() - began_s < 0.1
+        assert (await process.residency(address + PAGE, 1)).owners == ("node0",)
+        await process.exit()
+
+    hmmnet.simulate(main, replace(MACHINE, devices=devices), limit_s=300.0)

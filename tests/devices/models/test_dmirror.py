@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import trio
+import trio.testing
 
 from hmmnet.devices import context
-from hmmnet.devices.models.dmirror import COMPOUND, WINDOW_PAGES, Dmirror
+from hmmnet.devices.models.dmirror import COMPOUND, EVICT_NAP_S, EVICT_ROUNDS_MAX, WINDOW_PAGES, Dmirror
 from hmmnet.errors import KernelError
 from hmmnet.pages import HMM_PFN_ERROR, HMM_PFN_ORDER_SHIFT, HMM_PFN_VALID, HMM_PFN_WRITE, PAGE_SIZE, PAGES_MAX, ZONE_SHIFT
 from hmmnet.testing.scripted_host import ZONE, ScriptedHost, machine, u64
@@ -230,6 +231,43 @@ async def test_closing_sends_every_page_of_the_unit_home() -> None:
         assert not any(host.on_device(PAGE, 3))
         assert device.memory.used_pages == 0
         assert await host.cpu_read(at, 3 * PAGE_SIZE) == fill(0x10, 3)
+
+
+async def evicts_of(host: ScriptedHost) -> int:
+    """Requests to evict that a release of the unit costs."""
+    before = len(host.sent(m.Evict))
+    await host.ioctl("release", 0, 1)
+    return len(host.sent(m.Evict)) - before
+
+
+async def test_busy_pages_are_asked_for_again_after_a_nap(autojump_clock: trio.testing.MockClock) -> None:
+    """Nothing goes while another migration has it: a page that is free in the end goes, one that never is is left after 14 rounds."""
+    async with unit() as (host, device):
+        at = host.mmap(PAGE, 1)
+        await host.cpu_write(at, fill(0x10, 1))
+        await host.ioctl("migrate_to_dev", PAGE, 1)
+        host.pinned = {PAGE}
+        began_s = trio.current_time()
+        assert await evicts_of(host) == EVICT_ROUNDS_MAX
+        assert trio.current_time() - began_s == pytest.approx(EVICT_NAP_S * (2 ** (EVICT_ROUNDS_MAX - 1) - 1))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(evicts_of, host)
+            await trio.sleep(100 * EVICT_NAP_S)
+            assert host.on_device(PAGE, 1) == [True]
+            host.pinned = set()
+        assert host.on_device(PAGE, 1) == [False]
+        assert device.memory.used_pages == 0
+
+
+async def test_broken_pages_are_not_asked_for_again() -> None:
+    """They never go home, and the host says how many there are."""
+    async with unit() as (host, _):
+        at = host.mmap(PAGE, 3)
+        await host.cpu_write(at, fill(0x10, 3))
+        await host.ioctl("migrate_to_dev", PAGE, 3)
+        host.broken = {PAGE + 1}
+        assert await evicts_of(host) == 2
+        assert host.on_device(PAGE, 3) == [False, True, False]
 
 
 async def test_release_sends_everything_home() -> None:
