@@ -52,7 +52,10 @@ def kinds(
             family = kind.family
         _describe(kind)
     print("\nevery kind")
-    for parameter in (*TARGETS.values(), *CONTROLS.values()):
+    for parameter in TARGETS.values():
+        _parameter(parameter)
+    print("\ncontrols, of every kind that says nothing else of them")
+    for parameter in CONTROLS.values():
         _parameter(parameter)
     print(f"    {'counted':<22}{COUNTED}")
     return 0
@@ -77,6 +80,9 @@ def _describe(kind: Kind) -> None:
     print(f"  {kind.name:<24}{kind.what}")
     for parameter in kind.parameters:
         _parameter(parameter)
+    if kind.controlled != "always":
+        few = "none" if kind.controlled == "never" else "only with a point; without one"
+        print(f"    {'controls':<22}{few}{':' if kind.controlled == 'never' else ''} {kind.why_uncontrolled}")
     if kind.holds:
         print(f"    {'afterwards':<22}{kind.holds}")
     for world in WORLDS:

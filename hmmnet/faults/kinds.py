@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 from hmmnet.errors import HmmnetError
@@ -16,7 +17,7 @@ from hmmnet.topology.problems import did_you_mean
 from hmmnet.units import parse_size, parse_time, show_size, show_time
 
 from .controls import Controls
-from .effects import Effect
+from .effects import Effect, has_occurrences
 from .points import matching
 
 Form = Literal["time", "number", "count", "size", "choice", "text", "flag", "point"]
@@ -24,6 +25,10 @@ World = Literal["sim", "real"]
 WORLDS: tuple[World, ...] = ("sim", "real")
 On = Literal["device", "way", "link", "node", "nothing"]
 """What `Fault.on` names: devices, messages of devices in a direction, links, nodes (devices or ``host``), or nothing at all."""
+Controlled = Literal["always", "with point", "never"]
+"""Whether a kind takes `Controls`: it happens now and then, does so at a point that is given, or is done at once or lasts."""
+EXAMPLE_POINT = "migrate.mid_copy"
+"""One at which everything can happen that kinds do at a point of one's choice."""
 CHOICES_SHOWN = 5
 """Of more choices than that a message lists so many, and the one that was probably meant."""
 
@@ -153,6 +158,37 @@ class Kind:
         """The parameter called `name`."""
         return next((one for one in self.parameters if one.name == name), None)
 
+    @cached_property
+    def controlled(self) -> Controlled:
+        """Whether it takes `Controls`, as its effects say (`effects.has_occurrences`)."""
+        if self._occurs(""):
+            return "always"
+        return "with point" if self.parameter("point") and self._occurs(EXAMPLE_POINT) else "never"
+
+    def _occurs(self, point: str) -> bool:
+        """Whether one with every parameter at its default, and at `point`, happens now and then."""
+        needed = {"point": EXAMPLE_POINT}
+        settings = {one.name: needed.get(one.name, "*") if one.default is None else one.default for one in self.parameters}
+        settings |= {"point": point} if point else {}
+        one = Fault(self, "*<->host" if self.on == "way" else "*", settings=settings)
+        return any(map(has_occurrences, one.effects))
+
+    @property
+    def nowhere(self) -> str:
+        """Why it can be done in no world; empty when it can."""
+        return " and ".join(dict.fromkeys(self.not_in.values())) if set(self.not_in) == set(WORLDS) else ""
+
+    @property
+    def why_uncontrolled(self) -> str:
+        """Why it takes no controls, of a kind with `controlled` "with point" as long as none is given; empty when it always does."""
+        if self.controlled == "always":
+            return ""
+        if self.nowhere:
+            return f"it can be done in no world: {self.nowhere}"
+        if self.once or self.controlled == "with point":
+            return "it happens once, as it is added"
+        return "it lasts, and has no occurrences to choose from"
+
     def as_json(self) -> dict[str, Any]:
         """Plain data: all that `hmmnet fault kinds` says of it."""
         return {
@@ -163,6 +199,7 @@ class Kind:
             "parameters": [parameter.as_json() for parameter in self.parameters],
             "holds": self.holds,
             "once": self.once,
+            "controls": self.controlled,
             "not_in": dict(self.not_in),
         }
 

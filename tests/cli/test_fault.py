@@ -40,6 +40,19 @@ def test_kinds_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     assert "copy.stall" not in text
 
 
+def test_kinds_say_which_take_controls(capsys: pytest.CaptureFixture[str]) -> None:
+    """For people where one does not, and why; for programs of each."""
+    chosen = ["loss", "link.slow", "process.fork", "crash"]
+    lines = [line for line in told(["kinds", *chosen], capsys).splitlines() if line.startswith("    controls ")]
+    assert [line.split(maxsplit=1)[1] for line in lines] == [
+        "none: it lasts, and has no occurrences to choose from",
+        "only with a point; without one it happens once, as it is added",
+        "none: it happens once, as it is added",
+    ]
+    every: list[dict[str, Any]] = json.loads(told(["kinds", *chosen, "--json"], capsys))
+    assert {one["name"]: one["controls"] for one in every} == dict(zip(chosen, ["always", "never", "with point", "never"], strict=True))
+
+
 def test_a_kind_that_there_is_not(capsys: pytest.CaptureFixture[str]) -> None:
     """Every wrong word, with what was meant; nothing is listed."""
     assert exit_code(["fault", "kinds", "crsh", "loss", "copyengine"]) == 1
