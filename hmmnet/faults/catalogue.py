@@ -17,7 +17,6 @@ from hmmnet.units import parse_size
 
 from . import allocation, clocks, copying, device_faults, memory_errors, nodes, notifier, process_events, stepping, wires
 from .controls import Controls
-from .effects import has_occurrences
 from .injector import Unfit
 from .kinds import Fault, Kind, Parameter
 from .messages import HOST, Way, is_way
@@ -38,7 +37,7 @@ CONTROLS: dict[str, Parameter] = {
     "space": Parameter("space", "size", "not before so many bytes (or occurrences) have passed", 0),
     "nth": Parameter("nth", "count", "the one occurrence that fails", 0),
 }
-"""The kernel's controls (see `Controls`), which every kind has that happens now and then (`effects.has_occurrences`)."""
+"""The kernel's controls (see `Controls`), which every kind has that happens now and then (`Kind.controlled`)."""
 TARGETS: dict[str, Parameter] = {
     "on": Parameter("on", "text", "devices, messages, links or nodes, by pattern", ""),
     "process": Parameter("process", "count", "only this process (0: any)", 0),
@@ -99,30 +98,32 @@ def checked(kind: str, given: Mapping[str, Any]) -> tuple[Fault | None, list[Mis
         except ValueError as error:
             mistakes.append((name, str(error)))
     mistakes += [(one.name, f"missing: {one.what}") for one in found.parameters if one.default is None and one.name not in given]
-    mistakes += _amiss(found, read)
+    at_point = bool(given.get("point"))
+    mistakes += _amiss(found, read, at_point=at_point) + _uncontrolled(found, read, at_point=at_point)
     if mistakes:
         return None, mistakes
     try:
-        made = _made(found, read)
-        mistakes += _uncontrolled(made)
+        return _made(found, read), []
     except Unfit as error:
         return None, [(error.parameter if found.parameter(error.parameter) else "", str(error))]
     except HmmnetError as error:
         return None, [("", str(error))]
-    return (None, mistakes) if mistakes else (made, [])
 
 
-def _uncontrolled(made: Fault) -> list[Mistake]:
+def _uncontrolled(kind: Kind, read: Mapping[str, Any], *, at_point: bool) -> list[Mistake]:
     """The controls of what has no occurrences; ``times = 1`` is true of what happens at once."""
-    if any(map(has_occurrences, made.effects)):
+    given = [name for name, control in CONTROLS.items() if read.get(name, control.default) != control.default]
+    if not given or kind.controlled == "always" or (at_point and kind.controlled == "with point"):
         return []
-    given = [name for name in CONTROLS if getattr(made.controls, name) != CONTROLS[name].default]
-    if made.at_once:
-        return [(name, "it happens once, as it is added; leave it out") for name in given if (name, made.controls.times) != ("times", 1)]
-    return [(name, "it lasts, and has no occurrences to choose from; leave it out, or say after and lasts") for name in given]
+    why = kind.why_uncontrolled
+    if kind.nowhere:
+        return [("kind", why)]
+    if kind.once or kind.controlled == "with point":
+        return [(name, f"{why}; leave it out") for name in given if (name, read[name]) != ("times", 1)]
+    return [(name, f"{why}; leave it out, or say after and lasts") for name in given]
 
 
-def _amiss(kind: Kind, read: Mapping[str, Any]) -> list[Mistake]:
+def _amiss(kind: Kind, read: Mapping[str, Any], *, at_point: bool) -> list[Mistake]:
     """What is wrong with values each of which could be read."""
     found: list[Mistake] = []
     for name in CONTROLS:
@@ -137,7 +138,7 @@ def _amiss(kind: Kind, read: Mapping[str, Any]) -> list[Mistake]:
         found.append(("factor", f"{factor:g} where more than 0 is wanted"))
     if kind.name == "link.slow" and not 0 < factor <= 1:
         found.append(("factor", f"{factor:g} where a part is wanted, above 0 and at most 1; to take a link away there is link.down"))
-    if kind.needs_range and not read.get("point") and not _covers(read.get("range", (0, 0))):
+    if kind.needs_range and not at_point and not _covers(read.get("range", (0, 0))):
         why = "nothing else says" if kind.parameter("point") is None else "without a point it is done at once, and nothing else says to"
         found.append(("range", f"missing: {why} which addresses, such as 0x7f0000000000+64KiB"))
     if not 0 < lanes <= LANES:
@@ -201,14 +202,16 @@ def _range(value: Any) -> tuple[int, int]:
 
 
 def _made(kind: Kind, read: Mapping[str, Any]) -> Fault:
-    """One fault, of what was `_read`."""
+    """One fault, of what was `_read`. Raises Unfit or HmmnetError for values that do not go together."""
     controls = Controls(**{name: read[name] for name in CONTROLS if name in read})
     settings = {one.name: read.get(one.name, one.default) for one in kind.parameters}
     start, end = read.get("range", (0, 0))
     on = read.get("on") or _EVERYBODY.get(kind.on, "*")
     if kind.on == "way":
         on = Way.parse(_as_way(on)).text
-    return Fault(kind, on, controls, settings, read.get("process", 0), start, end, read.get("after", 0.0), read.get("lasts", 0.0))
+    made = Fault(kind, on, controls, settings, read.get("process", 0), start, end, read.get("after", 0.0), read.get("lasts", 0.0))
+    kind.makes(made)  # which is where it shows
+    return made
 
 
 def as_given(one: Fault) -> dict[str, Any]:

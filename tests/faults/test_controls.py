@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from random import Random
+from typing import Any
 
 import pytest
 
 from hmmnet.errors import HmmnetError
-from hmmnet.faults import fault
+from hmmnet.faults import KINDS, Plan, PlanError, fault
+from hmmnet.faults.catalogue import checked
 from hmmnet.faults.controls import Chance, Controls, Tally
+from hmmnet.faults.kinds import Kind
 
 
 def fired(controls: Controls, occurrences: int, nbytes: int = 1, seed: int = 1) -> list[int]:
@@ -87,6 +90,9 @@ def test_impossible_controls_are_refused(values: dict[str, float], text: str) ->
         ("link.down", {"probability": 0.5}, "probability: it lasts"),
         ("clock.skew", {"nth": 2, "factor": 1.1}, "nth: it lasts"),
         ("crash", {"probability": 0.5}, "probability: it happens once, as it is added"),
+        ("process.fork", {"nth": 2}, "nth: it happens once, as it is added"),
+        ("counter.flood", {"times": 2}, "kind: it can be done in no world: devices here have no access counters"),
+        ("row_remap.pending", {"nth": 2, "times": 2}, r"pending: kind: it can be done in no world: memory here has no rows: [^;]*$"),
     ],
 )
 def test_what_has_no_occurrences_has_no_controls(kind: str, given: dict[str, float], words: str) -> None:
@@ -99,3 +105,38 @@ def test_what_has_no_occurrences_has_no_controls(kind: str, given: dict[str, flo
 def test_what_has_occurrences_has_controls(kind: str, given: dict[str, int]) -> None:
     """And once is what happens at once."""
     assert all(getattr(fault(kind, "gpu0", **given).controls, name) == value for name, value in given.items())
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=lambda kind: kind.name)
+def test_a_kind_says_whether_it_takes_controls(kind: Kind) -> None:
+    """As making one has it: without a point where it may do without, and with one."""
+    given = {one.name: "migrate.mid_copy" if one.form == "point" else "gpu1" for one in kind.parameters if one.default is None}
+
+    def takes(**more: str) -> bool:
+        return checked(kind.name, {"range": "0x10000+4KiB", "nth": 2, **given, **more})[0] is not None
+
+    may_have_point = kind.parameter("point") is not None
+    taken = {"always": (True, True), "with point": (False, True), "never": (False, False)}[kind.controlled]
+    assert (takes(), takes(point="migrate.mid_copy") if may_have_point else taken[1]) == taken
+    assert (kind.why_uncontrolled == "") == (kind.controlled == "always")
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "fields"),
+    [
+        ("link.slow", {"factor": 2, "times": 3}, ["factor", "times"]),
+        ("link.lanes", {"lanes": 17, "nth": 1, "interval": 2}, ["interval", "lanes", "nth"]),
+        ("link.down", {"on": "gpu0->host", "probability": 0.5}, ["on", "probability"]),
+        ("clock.jump", {"by": "soon", "times": 0}, ["by", "times"]),
+        ("process.mprotect", {"nth": 2}, ["nth", "range"]),
+        ("process.mprotect", {"point": "hub.wid", "nth": 2}, ["point"]),
+    ],
+)
+def test_needless_controls_are_told_with_every_other_mistake(kind: str, given: dict[str, Any], fields: list[str]) -> None:
+    """By a plan and by whoever makes one fault: not one after the other."""
+    with pytest.raises(PlanError) as caught:
+        Plan.of([{"kind": kind, **given}])
+    assert sorted(problem.field for problem in caught.value.problems) == fields
+    with pytest.raises(HmmnetError) as told:
+        fault(kind, **given)
+    assert all(f"{field}: " in str(told.value) for field in fields)
