@@ -59,8 +59,8 @@ class _History:
     pinned_until_s: float = -math.inf
     resets: int = 0
 
-    def thrashes(self, quiet_s: float, now_s: float) -> bool:
-        """It faults at `now_s`, `quiet_s` after it was served. Whether it thrashes: then it naps, or is pinned."""
+    def note_fault(self, quiet_s: float, now_s: float) -> bool:
+        """It faults at `now_s`, `quiet_s` after it was served. Returns whether it thrashes: then it naps, or is pinned."""
         if quiet_s > LAPSE_S:
             if quiet_s > EPOCH_S and self.resets < RESETS_MAX and self.events + self.throttles:
                 self.resets += 1
@@ -97,23 +97,23 @@ class Thrashing:
                 if quiet_s > LAPSE_S:  # as mostly
                     continue
                 known = self._histories[page] = _History()
-            if known.thrashes(quiet_s, now_s):
-                after[row] = naps = not self._is_enough(known, now_s)
+            if known.note_fault(quiet_s, now_s):
+                after[row] = naps = self._nap_or_pin(known, now_s)
                 nap |= naps
         self._served_s.update(dict.fromkeys(numbers, now_s))
         if len(self._served_s) > PAGES_KEPT:
             self._forget()
         return Verdict(after, self.nap_s() if nap else 0.0)
 
-    def _is_enough(self, page: _History, now_s: float) -> bool:
-        """Whether a page that thrashes has napped so often that it is pinned from now on; else it naps once more."""
+    def _nap_or_pin(self, page: _History, now_s: float) -> bool:
+        """A page that thrashes naps once more; one that has napped so often is pinned from now on. Returns whether it naps."""
         page.throttles += 1
         if page.throttles <= THROTTLES_MAX:
-            return False
+            return True
         page.throttles = 0
         page.pinned_until_s = self._pinned_until_s = now_s + PIN_S
         self.pins += 1
-        return True
+        return False
 
     def _forget(self) -> None:
         """Only the half of the pages that faulted last is remembered; for those that are pinned, the end of that counts."""

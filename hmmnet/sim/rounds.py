@@ -68,7 +68,7 @@ def _rounds(runner: Any, clock: WakingClock) -> None:
     context, runq, deadlines, instruments = trio_run.GLOBAL_RUN_CONTEXT, runner.runq, runner.deadlines, runner.instruments
     words, rounds = runner.entry_queue, 0
     while rounds < ROUNDS_MAX:
-        if words.queue or words.idempotent_queue or not (runq or _time_passes(runner, clock)):
+        if words.queue or words.idempotent_queue or not (runq or _pass_time(runner, clock)):
             break
         rounds += 1
         if deadlines._heap and deadlines._heap[0][0] <= clock.now():
@@ -106,8 +106,8 @@ def _rounds(runner: Any, clock: WakingClock) -> None:
     clock.looked(rounds)
 
 
-def _time_passes(runner: Any, clock: WakingClock) -> bool:
-    """Whether it does now that nobody can run; a guest's host has to hear of that."""
+def _pass_time(runner: Any, clock: WakingClock) -> bool:
+    """Nobody can run, so it is as late as the next of them waits for. False where that is not ours to say; a guest's host has to hear."""
     return not runner.is_guest and clock.jump(runner.deadlines.next_deadline())
 
 

@@ -75,8 +75,8 @@ class _Table:
         self._ptes = Seen(self.ptes)
         self._pmds = Seen(self.pmds)
 
-    def look(self) -> bool:
-        """Whether anything here is another than at the last look: VMAs, entries, what is counted. `over` forgets which."""
+    def note_changes(self) -> bool:
+        """Note what is another here than at the last look: VMAs, entries. Returns whether anything is, or what is counted; see `over`."""
         vmas = list(map(_STATE_OF, self.there))
         others = vmas != self.vmas
         if others:
@@ -97,7 +97,7 @@ class _Table:
         self.changed = Changes(*(np.concatenate(both) for both in zip(self.small, whole, strict=True)))
 
     def over(self) -> None:
-        """What the last look found has been checked."""
+        """What the last look noted has been checked, and is forgotten."""
         self.small = self.huge = self.changed = NO_CHANGES
         self.between = _NO_PAGES
 
@@ -188,8 +188,8 @@ class _Frames:
             np.add.at(counts, where, step)
         self.touched.append(where)
 
-    def look(self) -> bool:
-        """Whether struct pages, or what is counted beside them, are others than at the last look. `over` forgets which.
+    def note_changes(self) -> bool:
+        """Note which struct pages are others than at the last look. Returns whether any are, or what is counted beside them; see `over`.
 
         They are compared as bytes, which takes less than anything else.
         """
@@ -260,7 +260,7 @@ class _Frames:
         return any(flags[at] >> CHARGE_SHIFT for at in self.changed)
 
     def over(self) -> None:
-        """What the last look found has been checked."""
+        """What the last look noted has been checked, and is forgotten."""
         self.changed = self.loud = _NOWHERE
         self.folded = False
 
@@ -315,8 +315,8 @@ class Ledger:
         now = list(self._memory.zones.values()), list(mms)
         if have_met := now != self._seen:
             self._meet(*now)
-        zones = [seen for seen in self._zones.values() if seen.look()]
-        tables = [table for table in self._tables.values() if table.look()]
+        zones = [seen for seen in self._zones.values() if seen.note_changes()]
+        tables = [table for table in self._tables.values() if table.note_changes()]
         found: dict[int, Words] = {}
         if not (zones or tables or have_met):  # as after most steps
             if self._memory.cgroups.any and self._memory.cgroups.charged() != self._charged:
