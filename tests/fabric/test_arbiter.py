@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given, settings
@@ -168,24 +169,38 @@ def test_rates_are_max_min_fair(capacities: list[int], data: st.DataObject) -> N
     links = [Link(f"l{i}", "a", "b", float(capacity), 0.0) for i, capacity in enumerate(capacities)]
     subsets = st.lists(st.sampled_from(range(len(links))), min_size=1, max_size=len(links), unique=True)
     routes = [tuple(links[i] for i in chosen) for chosen in data.draw(st.lists(subsets, min_size=1, max_size=8))]
-    rates = max_min_rates(routes)
-    load_of = {link.name: sum(rate for rate, route in zip(rates, routes, strict=True) if link in route) for link in links}
-    for link in links:
-        assert load_of[link.name] <= link.capacity_bytes_per_s * (1 + 1e-9)
+    assert_max_min_fair(max_min_rates(routes), routes)
+
+
+def assert_max_min_fair(rates: Sequence[float], routes: Sequence[tuple[Link, ...]]) -> None:
+    """Which rates are, and no others (Bertsekas and Gallager, *Data Networks*, 6.5): each flow has a bottleneck, and no link too much."""
+    users: dict[Link, list[float]] = {}
     for rate, route in zip(rates, routes, strict=True):
-        full = [link for link in route if load_of[link.name] >= link.capacity_bytes_per_s * (1 - 1e-9)]
-        assert any(rate >= max(r for r, other in zip(rates, routes, strict=True) if link in other) * (1 - 1e-9) for link in full)
+        for link in route:
+            users.setdefault(link, []).append(rate)
+    for link, using in users.items():
+        assert sum(using) <= link.capacity_bytes_per_s * (1 + 1e-9), f"{link.name} carries more than it can"
+    full = {link for link, using in users.items() if sum(using) >= link.capacity_bytes_per_s * (1 - 1e-9)}
+    for rate, route in zip(rates, routes, strict=True):
+        bottlenecks = [link for link in full.intersection(route) if rate >= max(users[link]) * (1 - 1e-9)]
+        assert bottlenecks, f"a flow over {[link.name for link in route]} could have more than {rate:g} B/s"
 
 
 VERTICES = ("node0", "gpu0", "gpu1", "gpu2", "gpu3")
-EVENTS = st.lists(st.tuples(st.sampled_from(("open", "grant", "count", "close")), st.integers(0, 99), st.integers(1, 8)), max_size=60)
+DEVICE_LINKS = MACHINE.rpartition("31.5 GB/s")
+UNEQUAL = DEVICE_LINKS[0] + "20 GB/s" + DEVICE_LINKS[2]
+"""Two GPUs fill the uplink, one does not."""
+CAPACITY_OF = {"uplink": 31.5e9, **{f"switch0-gpu{i}": 20e9 for i in range(4)}}
+EVENTS = st.lists(
+    st.tuples(st.sampled_from(("open", "grant", "count", "close", "slow")), st.integers(0, 99), st.integers(1, 8)), max_size=60
+)
 
 
 @settings(deadline=None)
 @given(EVENTS)
 def test_flows_come_and_go(events: list[tuple[str, int, int]]) -> None:
-    """At every moment links are within their capacity; no byte is lost or counted twice; nothing is due before its links can carry it."""
-    arbiter, now_s = switch(), 0.0
+    """At every moment rates are max-min fair; no byte is lost or counted twice; nothing is due before its links can carry it."""
+    arbiter, now_s = Arbiter(parse(UNEQUAL)), 0.0
     flows: list[Flow] = []
     moved: dict[tuple[str, str], int] = {}
     for event, pick, size in events:
@@ -193,6 +208,9 @@ def test_flows_come_and_go(events: list[tuple[str, int, int]]) -> None:
         if event == "open":
             source, target = VERTICES[pick % 5], VERTICES[(pick + 1 + pick // 5 % 4) % 5]
             flows.append(arbiter.open_flow(source, target, now_s))
+        elif event == "slow":  # 8 parts of 8: as it was
+            change = LinkChange(frozenset({(sorted(CAPACITY_OF)[pick % 5], pick % 2 == 0)}), factor=size / 8)
+            arbiter.change(pick % 10, None if size == 8 else change, now_s)
         elif flows:
             flow = flows[pick % len(flows)]
             if event == "close":
@@ -202,16 +220,12 @@ def test_flows_come_and_go(events: list[tuple[str, int, int]]) -> None:
                 (flow.grant(size * MIB, now_s, CATCH_UP_S) if event == "grant" else flow.count(size * MIB))
                 for link in flow.links:
                     moved[link.name, link.source] = moved.get((link.name, link.source), 0) + size * MIB
-        loads: dict[str, float] = {}
-        for flow in flows:
-            for link in flow.links:
-                loads[link.name + link.source] = loads.get(link.name + link.source, 0.0) + flow.bytes_per_s
-        assert all(load <= 31.5e9 * (1 + 1e-9) for load in loads.values())
+        assert_max_min_fair([flow.bytes_per_s for flow in flows], [flow.links for flow in flows])
     for flow in flows:
         flow.close(now_s)
     for report in arbiter.report():
         assert report.bytes_moved == moved.get((report.link, report.source), 0)
-        assert report.asked_bytes_per_s <= 31.5e9 * (1 + 1e-9)
+        assert report.asked_bytes_per_s <= CAPACITY_OF[report.link] * (1 + 1e-9)
         assert report.reached_bytes_per_s <= report.asked_bytes_per_s * (1 + 1e-9)
 
 
