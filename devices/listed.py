@@ -78,6 +78,9 @@ def positioned(start: int, end: int, pages: Words, frames: Words) -> Words:
 def matched(start: int, words: Words, pages: Words, frames: Words) -> tuple[Words, Words, Words]:
     """The host's `words` for a range, `pages` and the `frames` offered for them, one for one.
 
+    `words` stand for as many pages as the range has (`Bus.migrate` sees to it) and `pages` lie in it, ascending: so as many words as pages,
+    with no huge one among either, are of the same pages, which nobody compares.
+
     A huge page for which the host answers page by page goes page by page; words for what nothing was offered for are left out. Raises
     ProtocolError for a huge page where none was offered.
     """

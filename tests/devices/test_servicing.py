@@ -8,7 +8,7 @@ import trio
 
 from hmmnet.devices.servicing import LOOK_PIECES_MIN, pieces
 from hmmnet.errors import KernelError, PeerError
-from hmmnet.pages import PAGE_SIZE
+from hmmnet.pages import PAGE_SIZE, from_wire, to_wire
 from hmmnet.testing.scripted_host import ScriptedHost, counters_of, machine, results_of, u64
 from hmmnet.wire import messages as m
 
@@ -115,6 +115,26 @@ async def test_a_host_that_breaks_the_protocol_ends_the_job() -> None:
         host.session.on(m.RangeFault, short)
         finished = await host.launch("reduction", "remote", a=at, n=1)
         assert "0 bytes of words for 1 pages" in finished.error
+        assert (await host.figures())["jobs_running"] == 0
+
+
+@pytest.mark.parametrize("count", [BATCH_PAGES - 1, BATCH_PAGES + 1])
+async def test_a_migration_answered_for_more_or_fewer_pages_ends_the_job(count: int) -> None:
+    """One page is here, so frames for 15 are offered: 15 words, which could be taken for theirs one for one, are refused, too."""
+    async with machine() as (host, _):
+        at = host.mmap(PAGE, 1)
+        assert (await host.launch("reduction", a=at, n=1)).error == ""
+        host.mmap(PAGE + 1, BATCH_PAGES - 1)
+        offered: list[int] = []
+
+        def answer(message: m.Migrate) -> m.Migrated:
+            offered.append(int(np.count_nonzero(from_wire(message.grant))))
+            return m.Migrated(0, to_wire(u64([0] * count)), 0)
+
+        host.session.on(m.Migrate, answer)
+        finished = await host.launch("reduction", job=2, a=at + PAGE_SIZE, n=1)
+        assert offered == [BATCH_PAGES - 1]
+        assert f"has words for {count} pages, not {BATCH_PAGES}" in finished.error
         assert (await host.figures())["jobs_running"] == 0
 
 
