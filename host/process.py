@@ -140,21 +140,18 @@ class Process:
 
     async def munmap(self, address: int, length: int) -> None:
         """See `Process.munmap`. Source: mm/vma.c, do_vmi_munmap."""
-        if self.space.points.armed:
-            await self._at("process.munmap", address, length)
+        await self._begin("munmap", address, length)
         await self.space.munmap(address, length)
 
     async def mprotect(self, address: int, length: int, protection: str) -> None:
         """See `Process.mprotect`. Source: mm/mprotect.c, do_mprotect_pkey: what lies before a hole is changed."""
-        if self.space.points.armed:
-            await self._at("process.mprotect", address, length)
+        await self._begin("mprotect", address, length)
         await self.space.mprotect(address, length, protection)
 
     async def madvise(self, address: int, length: int, advice: str) -> None:
         """See `Process.madvise`. Source: mm/madvise.c, do_madvise; mm/memory-failure.c for HWPOISON."""
+        await self._begin("madvise", address, length)
         self._check_advice(advice)
-        if self.space.points.armed:
-            await self._at("process.madvise", address, length)
         if advice == POISON:
             start = aligned("madvise", address)
             await memory_failure(self._homing.memory, self._homing.spaces, self.space, start, start + whole_pages("madvise", length))
@@ -165,17 +162,20 @@ class Process:
         self, address: int, old: int, new: int, target: int | None = None, *, may_move: bool = True, dontunmap: bool = False
     ) -> int:
         """See `Process.mremap`. Source: mm/mremap.c, do_mremap."""
-        if self.space.points.armed:
-            await self._at("process.mremap", address, old)
+        await self._begin("mremap", address, old)
         return await self.space.mremap(address, old, new, target, may_move=may_move, dontunmap=dontunmap)
 
-    async def _at(self, name: str, address: int = 0, length: int = 0) -> None:
-        """A step boundary (`hmmnet.faults.points`)."""
-        start, end = page_range(address, length) if length > 0 else (0, 0)
-        await self.space.points.at(name, process=self.pid, start=start, pages=end - start)
+    async def _begin(self, call: str, address: int, length: int) -> None:
+        """A call begins that has a step boundary (`hmmnet.faults.points`). Raises KernelError(ESRCH); also when it exits there."""
+        self._alive(call)
+        if self.space.points.armed:
+            start, end = page_range(address, length) if length > 0 else (0, 0)
+            await self.space.points.at(f"process.{call}", process=self.pid, start=start, pages=end - start)
+            self._alive(call)
 
     async def mlock(self, address: int, length: int) -> None:
         """See `Process.mlock`. Source: mm/mlock.c, do_mlock."""
+        self._alive("mlock")
         await self.space.mlock(address, length)
 
     async def userfaultfd(self, address: int, length: int, *, sigbus: bool = False) -> UserFault:
@@ -185,6 +185,7 @@ class Process:
 
     async def munlock(self, address: int, length: int) -> None:
         """See `Process.munlock`. Source: mm/mlock.c, munlock."""
+        self._alive("munlock")
         await self.space.munlock(address, length)
 
     async def get_user_pages(
@@ -198,6 +199,7 @@ class Process:
 
     async def malloc(self, length: int) -> int:
         """See `Process.malloc`. Source: no system call; a heap in anonymous mappings of `HEAP_BYTES` and more."""
+        self._alive("malloc")
         check_whole("malloc", length=length)
         if length < 0:
             raise KernelError(errno.EINVAL, "malloc", f"{length} bytes cannot be had")
@@ -262,31 +264,37 @@ class Process:
 
     async def read_array(self, address: int, dtype: str, count: int) -> npt.NDArray[Any]:
         """See `Process.read_array`. Source: as `read`."""
+        self._alive("read_array")
         kind = as_type("read_array", dtype)
         check_whole("read_array", count=count)
         return np.frombuffer(bytearray(await self.read(address, count * kind.itemsize)), dtype=kind)
 
     async def pagemap(self, address: int, pages: int) -> bytes:
         """See `Process.pagemap`. Source: fs/proc/task_mmu.c, pagemap_read, as the trace syntax shortens it."""
+        self._alive("pagemap")
         check_pages("pagemap", address, pages)
         return self.space.pagemap(address, pages)
 
     async def residency(self, address: int, pages: int) -> Residency:
         """See `Process.residency`. Source: none, no kernel tells a program which device has a page."""
+        self._alive("residency")
         check_pages("residency", address, pages)
         return self.space.residency(address, pages)
 
     async def pagemap_words(self, address: int, pages: int) -> npt.NDArray[np.uint64]:
         """See `Process.pagemap_words`. Source: fs/proc/task_mmu.c, pte_to_pagemap_entry."""
+        self._alive("pagemap_words")
         check_pages("pagemap_words", address, pages)
         return self.space.pagemap_words(address >> PAGE_SHIFT, (address >> PAGE_SHIFT) + pages)
 
     async def smaps(self) -> list[Mapping]:
         """See `Process.smaps`. Source: fs/proc/task_mmu.c, show_smap."""
+        self._alive("smaps")
         return self.space.smaps()
 
     async def clear_refs(self, *, soft_dirty: bool = True) -> None:
         """See `Process.clear_refs`. Source: fs/proc/task_mmu.c, clear_refs_write."""
+        self._alive("clear_refs")
         await (self.space.clear_soft_dirty() if soft_dirty else self.space.clear_referenced())
 
     # --- devices --------------------------------------------------------------------------------------------------------------
@@ -437,10 +445,12 @@ class Process:
 
     async def oom_score(self) -> int:
         """See `Process.oom_score`. Source: fs/proc/base.c, proc_oom_score."""
+        self._alive("oom_score")
         return oom.score(self.space.mm, self.space.memory.total_pages)
 
     async def set_oom_score_adj(self, value: int) -> None:
         """See `Process.set_oom_score_adj`. Source: fs/proc/base.c, oom_score_adj_write."""
+        self._alive("set_oom_score_adj")
         check_whole("set_oom_score_adj", value=value)
         oom.set_score_adj(self.space.mm, value)
 
@@ -470,7 +480,7 @@ class Process:
                 return
             self.ended = True
             if self.space.points.armed:
-                await self._at("process.exit")
+                await self.space.points.at("process.exit", process=self.pid)
             if not self.unmapped.is_set():
                 await self.space.exit()
                 self.unmapped.set()
@@ -489,6 +499,7 @@ class Process:
             self.contexts.process_ended(self.space)
 
     def _alive(self, call: str) -> None:
+        """Raises KernelError(ESRCH) when it has exited, as every call does then but a further `exit` or `kill`."""
         if self.ended:
             raise KernelError(errno.ESRCH, call, f"process {self.pid} has exited")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from inspect import iscoroutinefunction
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import trio
 
 import hmmnet
 from hmmnet.errors import HmmnetError, KernelError, RemoteError
+from hmmnet.faults import fault
 from hmmnet.pages import HUGE_PAGES, PAGE_SIZE
 from hmmnet.program import Process
 from hmmnet.sim import SimulatedMachine, run_virtual, simulated
@@ -58,16 +60,65 @@ def test_system_calls_at_their_edges() -> None:
         with pytest.raises(KernelError, match="EBADF"):
             await handle.close()
         await process.exit()
-        ended: list[Callable[[], Awaitable[Any]]] = [
-            lambda: process.read(populated, 1),
-            lambda: process.write(populated, b"x"),
-            lambda: process.load(populated),
-            lambda: process.store(populated, 1),
-            process.fork,
-        ]
-        for call in ended:
-            with pytest.raises(KernelError, match=r"ESRCH.*has exited"):
-                await call()
+
+    hmmnet.simulate(main)
+
+
+@pytest.mark.parametrize("how", ["exit", "kill"])
+def test_every_call_of_a_process_that_has_ended_is_esrch(how: str) -> None:
+    """Whatever is asked, with arguments that are right or wrong; but to end it once more does nothing, and its handles are closed."""
+
+    async def main(machine: SimulatedMachine) -> None:
+        process = await machine.create_process()
+        address = await process.malloc(PAGE_SIZE)
+        handle = await process.open("gpu0")
+        calls: dict[str, tuple[Any, ...]] = {
+            "mmap": (PAGE_SIZE,),
+            "memfd_create": (PAGE_SIZE,),
+            "mremap": (address, PAGE_SIZE, 2 * PAGE_SIZE),
+            "malloc": (1,),
+            "write": (address, b"x"),
+            "load": (address,),
+            "store": (address, 1),
+            "fetch_add": (address, 1),
+            "read_array": (address, "<u8", 1),
+            "open": ("gpu0",),
+            "launch": ("reduction", "gpu0"),
+            "migrate": (address, PAGE_SIZE, "gpu0"),
+            "set_oom_score_adj": (0,),
+            "mprotect": (address, PAGE_SIZE, "r"),
+            "madvise": (address, PAGE_SIZE, "DONTNEED"),
+            **dict.fromkeys(("smaps", "clear_refs", "oom_score", "fork"), ()),
+            **dict.fromkeys(("read", "munmap", "mlock", "munlock", "userfaultfd"), (address, PAGE_SIZE)),
+            **dict.fromkeys(("get_user_pages", "pagemap", "pagemap_words", "residency"), (address, 1)),
+        }
+        served = {name for name, call in vars(type(process)).items() if iscoroutinefunction(call) and not name.startswith("_")}
+        assert served - {"exit", "kill", "reap"} == calls.keys()
+        await getattr(process, how)()
+        for name, given in calls.items():
+            for arguments in (given, tuple(-1 for _ in given)):
+                with pytest.raises(KernelError, match=rf"^{name}: ESRCH.* has exited"):
+                    await getattr(process, name)(*arguments)
+        with pytest.raises(KernelError, match="EBADF"):
+            await handle.ioctl("migrate_to_dev", address, 1)
+        await process.kill()
+        await process.exit()
+
+    hmmnet.simulate(main)
+
+
+@pytest.mark.parametrize("call", ["munmap", "mprotect", "madvise", "mremap"])
+def test_a_call_at_whose_beginning_its_process_exits_is_esrch(call: str) -> None:
+    """It waits at that step boundary, and meanwhile the process ends."""
+
+    async def main(machine: SimulatedMachine) -> None:
+        process = await machine.create_process()
+        address = await process.mmap(PAGE_SIZE)
+        machine.add_fault(fault("process.exit", point=f"process.{call}"))
+        machine.add_fault(fault("point.delay", point=f"process.{call}"))
+        more = {"mprotect": ("r",), "madvise": ("DONTNEED",), "mremap": (2 * PAGE_SIZE,)}.get(call, ())
+        with pytest.raises(KernelError, match=f"^{call}: ESRCH.* has exited"):
+            await getattr(process, call)(address, PAGE_SIZE, *more)
 
     hmmnet.simulate(main)
 
