@@ -11,7 +11,7 @@ import errno
 import itertools
 import struct
 from collections.abc import Awaitable, Callable
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -27,12 +27,12 @@ from hmmnet.pages import HUGE_PAGES, PAGE_SHIFT, PAGE_SIZE, page_range
 from hmmnet.program import JobResult, Mapping, MemoryFile, Residency
 from hmmnet.wire.messages import ARGUMENT_BYTES_MAX, EndJob, Finished, Launch
 
+from . import explicit
 from .contexts import Contexts
 from .device import Context
 from .files import MemFd
-from .handles import Handle, HeldPages, OpenFile, command_device
+from .handles import Handle, HeldPages, OpenFile
 from .homing import Homing
-from .link import SessionLink
 from .mm import oom
 from .mm.space import Space
 from .mm.syscalls import aligned, whole_pages
@@ -44,10 +44,6 @@ HEAP_BYTES = 1 << 20
 """What the heap maps at a time, at least."""
 MALLOC_ALIGN = 64
 """A cache line."""
-PREFETCH_PAGES = 1 << 16
-"""Pages of one piece of an explicit migration (256 MiB). Long, because one stream is faster than two side by side; the bookkeeping of what
-follows hides behind it."""
-PIECES_AT_ONCE = 2
 HUGE_BYTES = HUGE_PAGES * PAGE_SIZE
 HOST = "host"
 POISON = "HWPOISON"
@@ -362,75 +358,15 @@ class Process:
     async def migrate(self, address: int, length: int, to: str) -> int:
         """See `Process.migrate`. Source: mm/migrate_device.c, migrate_vma_setup and what follows it.
 
-        Raises KernelError: EINVAL (see `_migratable_until`), ENOENT, ENODEV, ENOMEM; PeerLost.
+        Raises KernelError: EINVAL, ENOENT, ENODEV, ENOMEM; PeerLost.
         """
         self._alive("migrate")
         check_range("migrate", address, length)
         start, end = page_range(address, length)
         if start >= end:
             return 0
-        context = None if to == HOST else await self._context(to, "migrate")
-        stop, why = self._migratable_until(start, end)
-        if context is None:
-            moved = sum([await self._in_pieces(start, stop, partial(self._piece_home, link)) for link in self.contexts.links()])
-        else:
-            moved = await self._in_pieces(start, stop, partial(self._piece_out, context))
-        if stop < end:
-            before = f"{moved} bytes before it have moved" if moved else "nothing has moved"
-            raise KernelError(errno.EINVAL, "migrate", f"address 0x{stop << PAGE_SHIFT:x} of process {self.pid} {why}; {before}")
-        return moved
-
-    def _migratable_until(self, start: int, end: int) -> tuple[int, str]:
-        """The first page of [start, end) that migrate_vma_setup refuses (`end`: none), and why: drivers go on mapping by mapping up to it.
-
-        What lies before it moves all the same, as on a real kernel (h04, h75).
-        """
-        page = start
-        while page < end:
-            stop = min(end, max(self.space.vma_end(page), page + 1))
-            if why := self.space.unmigratable(page, stop):
-                return page, why
-            page = stop
-        return end, ""
-
-    async def _piece_out(self, context: Context, start: int, end: int) -> int:
-        return (await command_device(context, "migrate_to_dev", start << PAGE_SHIFT, end - start, b"", 0, 0)).cpages
-
-    async def _piece_home(self, link: SessionLink, start: int, end: int) -> int:
-        if not self.space.leads_to(link.zone, start, end):
-            return 0  # a migration would tell all mirrors of the range, and move nothing
-        return (await self._homing.migrate_to_system(self.space, link, start, end)).moved
-
-    async def _in_pieces(self, start: int, end: int, move: Callable[[int, int], Awaitable[int]]) -> int:
-        """Move what is mapped in [start, end), a few pieces at a time: while one streams, the next is collected. Returns bytes moved."""
-        all_pieces = [
-            (low, min(low + PREFETCH_PAGES, end, vma.end))
-            for vma in self.space.vmas(start, end)
-            for low in range(max(start, vma.start), min(end, vma.end), PREFETCH_PAGES)
-        ]
-        if len(all_pieces) == 1:
-            return await move(*all_pieces[0]) * PAGE_SIZE
-        pieces = iter(all_pieces)
-        moved = 0
-        failures: list[HmmnetError] = []
-
-        async def work() -> None:
-            nonlocal moved
-            try:
-                for low, high in pieces:
-                    if failures:
-                        return
-                    count = await move(low, high)
-                    moved += count
-            except HmmnetError as error:
-                failures.append(error)
-
-        async with trio.open_nursery() as nursery:
-            for _ in range(PIECES_AT_ONCE):
-                nursery.start_soon(work)
-        if failures:
-            raise failures[0]
-        return moved * PAGE_SIZE
+        target = self.contexts.links() if to == HOST else await self._context(to, "migrate")
+        return await explicit.migrate(self.space, self._homing, start, end, target)
 
     async def fork(self) -> Process:
         """See `Process.fork`; KernelError(ESRCH), too, when it ends meanwhile. Source: kernel/fork.c, dup_mmap."""
