@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from copy import copy
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from hmmnet.launcher.directory import (
     process_started,
     remove_stale,
 )
+from hmmnet.machine import machine_directory
 
 
 @pytest.fixture(autouse=True)
@@ -154,6 +156,25 @@ def test_a_disk_that_fills_up_later_hides_no_machine(monkeypatch: pytest.MonkeyP
     assert directory.read() == written
     assert capsys.readouterr().err.count("No space left on device") == 1
     directory.remove()
+
+
+async def test_a_disk_that_is_full_at_the_second_signature_stops_no_machine(
+    base: Path, monkeypatch: pytest.MonkeyPatch, full_at_the_second_signature: list[int]
+) -> None:
+    """A program's machine, which signs again when it knows where its sockets are: the folder stays signed as it was at first."""
+    far = base / ("x" * 100)
+    monkeypatch.setenv("HMMNET_DIR", str(far))
+    made = new_record("default", "two-gpus", "program")
+    first = copy(made)
+    async with machine_directory(made) as directory:
+        before, after = full_at_the_second_signature
+        assert before < after
+        assert directory.signature() == first
+        assert directory.read() == made
+        sockets = Path(made.sockets)
+        assert sockets.is_dir()
+    assert list(far.iterdir()) == []
+    assert not sockets.exists()
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "-x", "a" * 33, "a b", "ü"])

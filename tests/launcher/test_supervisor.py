@@ -16,7 +16,7 @@ import trio
 
 from hmmnet.errors import HmmnetError
 from hmmnet.launcher import supervisor as module
-from hmmnet.launcher.directory import Directory, MachineExists, MachineRecord
+from hmmnet.launcher.directory import Directory, MachineExists, MachineRecord, process_started
 from hmmnet.launcher.supervisor import Supervisor
 from hmmnet.lifeline import wait_ended
 from hmmnet.topology.model import DeviceSpec, LinkSpec, MemoryNode, Topology
@@ -101,6 +101,17 @@ async def test_a_machine_starts_shows_itself_and_leaves_nothing(base: Path) -> N
         began_s = trio.current_time()
     assert trio.current_time() - began_s < 3
     await gone(*pids)
+    assert list(base.iterdir()) == []
+
+
+async def test_a_disk_that_is_full_at_the_second_signature_stops_no_machine(base: Path, full_at_the_second_signature: list[int]) -> None:
+    """It signs again when it knows where its sockets are; who finds the folder without a record still learns whose it is."""
+    async with held("well") as (supervisor, _):
+        assert len(full_at_the_second_signature) == 2
+        signed = Directory.named("well").signature()
+        assert signed is not None
+        assert (signed.pid, signed.process_started) == (os.getpid(), process_started(os.getpid()))
+        assert supervisor.record.state == "running"
     assert list(base.iterdir()) == []
 
 
