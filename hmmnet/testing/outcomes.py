@@ -133,8 +133,11 @@ async def lost(process: Any, address: int, length: int, device: str = "") -> Non
         raise HmmnetError(f"{length} bytes from 0x{address:x} on cannot be lost; give their length in bytes")
     first, end = page_range(address, length)
     complaints = [said for page in range(first, end) if (said := await _not_lost(process, page, device))]
-    for start, stop in await _touched(process, first, end):
-        complaints += [said async for said in _unreadable(process, start, stop)]
+    try:
+        for start, stop in await _touched(process, first, end):
+            complaints += [said async for said in _unreadable(process, start, stop)]
+    except KernelError as error:  # it has ended
+        complaints.append(f"what else the process has cannot be seen: {error}")
     _fail(complaints)
 
 

@@ -93,6 +93,11 @@ def test_lost() -> None:
             await outcomes.lost(process, address, 2 * PAGE)
         with pytest.raises(HmmnetError, match="give their length"):
             await outcomes.lost(process, address, 0)
+        await process.kill()
+        with pytest.raises(
+            AssertionError, match=r"is not lost with a SIGBUS: read: ESRCH(.|\n)*what else the process has cannot be seen: smaps: ESRCH"
+        ):
+            await outcomes.lost(process, address, PAGE)
 
     play(main)
 
