@@ -201,25 +201,16 @@ class Network:
 
     def send(self, wire: Wire, matching: list[Active], parts: Parts, deliver: Deliver) -> None:
         """Send a message to which something may happen: `matching`, or it waits for others that went that way."""
-        device, channel = wire.device, wire.channel
-        now_s = trio.current_time()
-        quiet_s = wire.quiet_until_s - now_s
-        if quiet_s <= 0:
-            wire.quiet_until_s = 0.0  # nothing is late there any more
-        deliveries: list[Delivery] = [(max(0.0, quiet_s), parts)]
-        for active in [one for one in matching if one.concerns(channel, parts)]:
-            if active.chance.fires(sum(map(len, parts))):
-                deliveries = active.fault.apply(deliveries, self.random)
-                self.fired[active.fault.kind] += 1
-                if self.on_fired is not None:
-                    self.on_fired(active.fault, device, channel)
-                if self.told is not None:
-                    self.told(now_s, f"fault {active.fault.kind} {device} {channel} {'in' if wire.to_device else 'out'}")
-                if active.fault.kind == "delay" and deliveries:
-                    wire.quiet_until_s = now_s + deliveries[-1][0]
-                if active.fault.kind == "hold":
-                    active.waiting.append((deliver, parts))
-        arrives = self._arriving(device, deliver)
+        deliveries: list[Delivery] | None = None
+        if wire.quiet_until_s or wire.device in self._held:
+            deliveries = [(self._quiet_s(wire), parts)]
+        for active in matching:
+            if active.concerns(wire.channel, parts) and active.chance.fires(sum(map(len, parts))):
+                deliveries = self._happens(active, wire, parts, deliver, [(0.0, parts)] if deliveries is None else deliveries)
+        if deliveries is None:  # as mostly
+            deliver(parts)
+            return
+        now_s, arrives = trio.current_time(), self._arriving(wire.device, deliver)
         for late_s, given in deliveries:
             if late_s <= 0:
                 arrives(given)
@@ -227,6 +218,28 @@ class Network:
                 heapq.heappush(self._late, (now_s + late_s, next(self._order), arrives, given))
                 self.idle = False
                 self._bell.ring()
+
+    def _quiet_s(self, wire: Wire) -> float:
+        """How long what is sent there now waits for what is late."""
+        quiet_s = wire.quiet_until_s - trio.current_time()
+        if quiet_s <= 0:
+            wire.quiet_until_s = 0.0  # nothing is late there any more
+        return max(0.0, quiet_s)
+
+    def _happens(self, active: Active, wire: Wire, parts: Parts, deliver: Deliver, deliveries: list[Delivery]) -> list[Delivery]:
+        """A fault happens to the message `parts`, of which `deliveries` were to arrive; what arrives now."""
+        kind, now_s = active.fault.kind, trio.current_time()
+        deliveries = active.fault.apply(deliveries, self.random)
+        self.fired[kind] += 1
+        if self.on_fired is not None:
+            self.on_fired(active.fault, wire.device, wire.channel)
+        if self.told is not None:
+            self.told(now_s, f"fault {kind} {wire.device} {wire.channel} {'in' if wire.to_device else 'out'}")
+        if kind == "delay" and deliveries:
+            wire.quiet_until_s = now_s + deliveries[-1][0]
+        if kind == "hold":
+            active.waiting.append((deliver, parts))
+        return deliveries
 
     def _arriving(self, device: str, deliver: Deliver) -> Deliver:
         """`deliver`, unless the device's messages are held by then."""
