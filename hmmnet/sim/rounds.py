@@ -30,7 +30,11 @@ ROUNDS_MAX = 64
 FILES = "TheIOManager"
 """What trio calls the class that waits for files."""
 
+BREAKERS = "GLOBAL_PARKING_LOT_BREAKER"
+"""What trio calls the tasks with whose end a parking lot breaks."""
+
 _counter = attrgetter("_counter")
+_BREAKERS: Any = getattr(trio_run, BREAKERS, {})
 
 
 class Rounds:
@@ -130,7 +134,7 @@ def _without_ours(error: BaseException) -> Any:
 def _does_not_wait(runner: Any, task: Any, asked: Any, ended: Outcome[Any] | None) -> None:
     """A task has ended, lets others run, leaves the run for another, or has awaited what is not trio's."""
     if ended is not None:
-        runner.task_exited(task, ended)
+        _exited(runner, task, ended)
         return
     task._schedule_points += 1
     if asked is _traps.CancelShieldedCheckpoint:
@@ -142,3 +146,16 @@ def _does_not_wait(runner: Any, task: Any, asked: Any, ended: Outcome[Any] | Non
     why = f"trio.run received unrecognized yield message {asked!r}. Are you trying to use a library written for some other framework?"
     runner.reschedule(task, TypeError(why))
     task._next_send_fn = task.coro.throw
+
+
+def _exited(runner: Any, task: Any, outcome: Outcome[Any]) -> None:
+    """trio's `Runner.task_exited`, which is asked where a task leaves something behind, is the run's own, or is watched."""
+    status, nursery = task._cancel_status, task._parent_nursery
+    leaves = task._child_nurseries or task in _BREAKERS or status is None or status.abandoned_by_misnesting
+    if leaves or nursery is None or task is runner.main_task or "task_exited" in runner.instruments:
+        runner.task_exited(task, outcome)
+        return
+    status._tasks.remove(task)
+    task._cancel_status = None
+    runner.tasks.remove(task)
+    nursery._child_finished(task, outcome)

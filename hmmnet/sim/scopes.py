@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager
+from contextvars import copy_context
+from inspect import CO_COROUTINE
 from typing import Any
 
 import trio
@@ -105,6 +107,36 @@ class Scope(Inheriting, TheirScope):  # type: ignore[misc]
 
 class Nursery(Inheriting, TheirNursery):  # type: ignore[misc]
     """A nursery."""
+
+    def start_soon(self: Any, async_fn: Any, *args: Any, name: object = None) -> None:
+        """See `trio.Nursery.start_soon`: of a coroutine function of Python's, which is what it is called."""
+        function = getattr(async_fn, "__func__", async_fn)
+        code = getattr(function, "__code__", None)
+        runner = RUN.runner
+        if (
+            self._closed
+            or name is not None
+            or code is None
+            or not code.co_flags & CO_COROUTINE
+            or runner.is_guest
+            or runner.instruments["_all"]
+        ):
+            super().start_soon(async_fn, *args, name=name)
+            return
+        task = trio_run.Task._create(
+            coro=async_fn(*args),
+            parent_nursery=self,
+            runner=runner,
+            name=f"{function.__module__}.{function.__qualname__}",
+            context=copy_context(),
+            ki_protected=False,
+        )
+        runner.tasks.add(task)
+        self._children.add(task)
+        task._cancel_status = self._cancel_status
+        self._cancel_status._tasks.add(task)
+        task._next_send_fn = task.coro.send
+        runner.runq.append(task)
 
     def _child_finished(self: Any, task: Any, outcome: Outcome[Any]) -> None:
         """A task in it has ended. Where all are cancelled already, no reason to cancel them need be written."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import pytest
@@ -205,3 +207,103 @@ def test_who_is_abandoned_by_a_scope_that_is_left_too_early_is_cancelled_once(wh
     except BaseException as error:  # noqa: BLE001 - the same
         seen.append(type(error).__name__)
     assert seen[:1] == ["goes on"]
+
+
+class Works:
+    """What tasks are made of in the test below."""
+
+    async def method(self, word: str = "") -> str:
+        await trio.lowlevel.checkpoint()
+        return word
+
+    async def __call__(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+    def returns(self) -> Awaitable[str]:
+        return self.method("returned")
+
+
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
+def test_tasks_begin_as_they_are_called_for(whose: str) -> None:
+    """Methods, callables, partials, functions that return a coroutine: each with its name; what is no task is refused in trio's words."""
+    refused: list[str] = []
+    variable: ContextVar[str] = ContextVar("variable", default="unset")
+
+    async def main() -> tuple[list[str], int]:
+        names: list[str] = []
+        heard: list[str] = []
+
+        async def listens() -> None:
+            heard.append(variable.get())
+            variable.set("changed")
+
+        works = Works()
+        async with trio.open_nursery() as nursery:
+            variable.set("set")
+            for called in (works.method, works, partial(works.method, "x"), works.returns, listens):
+                nursery.start_soon(called)
+            nursery.start_soon(works.method, "y", name="mine")
+            names += sorted(task.name for task in nursery.child_tasks if "Works object" not in task.name)
+            for wrong, arguments in ((works.method, (1, 2, 3)), (lambda: 7, ()), (works.method("z"), ())):
+                with pytest.raises(TypeError) as caught:
+                    nursery.start_soon(wrong, *arguments)  # type: ignore[arg-type]
+                refused.append(str(caught.value))
+        with pytest.raises(RuntimeError, match="closed to new arrivals"):
+            nursery.start_soon(works.method)
+        assert (heard, variable.get()) == (["set"], "set")
+        return names, len(trio.lowlevel.current_task()._runner.tasks)
+
+    names, left = run_virtual(main)
+    method = f"{__name__}.Works.method"
+    assert names == sorted([method, method, "mine", f"{__name__}.Works.returns", f"{listens_name()}"])
+    assert left == run_virtual(counted)
+    assert len(refused) == 3
+    assert "positional argument" in refused[0]
+    assert "appears to be synchronous" in refused[1]
+    assert "got a coroutine object" in refused[2]
+
+
+def listens_name() -> str:
+    """What trio calls the function inside the test above."""
+    return f"{__name__}.test_tasks_begin_as_they_are_called_for.<locals>.main.<locals>.listens"
+
+
+async def counted() -> int:
+    """The tasks of a run in which nothing has been started."""
+    return len(trio.lowlevel.current_task()._runner.tasks)
+
+
+def test_a_task_that_leaves_a_nursery_open_is_told_so(whose: str) -> None:
+    """It ends with an error, and who is in there is cancelled; a task that holds a lot breaks it."""
+
+    async def main() -> tuple[bool, bool]:
+        lot, ended = trio.lowlevel.ParkingLot(), []
+
+        async def waits() -> None:
+            try:
+                await trio.sleep_forever()
+            finally:
+                ended.append(True)
+
+        async def leaves() -> None:
+            nursery = await trio.open_nursery().__aenter__()
+            nursery.start_soon(waits)
+            await trio.lowlevel.checkpoint()
+
+        async def breaks() -> None:
+            trio.lowlevel.add_parking_lot_breaker(trio.lowlevel.current_task(), lot)
+
+        broken = False
+        with pytest.raises(BaseExceptionGroup) as caught:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(leaves)
+        assert caught.group_contains(RuntimeError, match="Nursery stack corrupted")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(breaks)
+        try:
+            await lot.park()
+        except trio.BrokenResourceError:
+            broken = True
+        return broken, ended == [True]
+
+    assert run_virtual(main) == (True, True)
