@@ -13,12 +13,14 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
+from typing import get_args
 
 import trio
 
 from hmmnet.errors import ProtocolError
 from hmmnet.sleeping import Bell
 from hmmnet.wire.codec import WITH_BODY, decode_body, decode_header
+from hmmnet.wire.messages import Body
 
 from .controls import Chance, Tally
 from .messages import Channel, Delivery, MessageFault, Parts
@@ -26,6 +28,8 @@ from .messages import Channel, Delivery, MessageFault, Parts
 Deliver = Callable[[Parts], object]
 BULK_WAYS = ("bulk to host", "bulk to device")
 """What `Network.watch` is told of chunks and their acknowledgements."""
+BODIES = frozenset(body.__name__ for body in get_args(Body))
+"""Types of messages: each stands in it by name."""
 WIRES_MAX = 4096
 """Ways of messages that are remembered: those of many more devices than a machine may have."""
 
@@ -39,11 +43,16 @@ class Active:
     chance: Chance
     waiting: list[tuple[Deliver, Parts]] = field(default_factory=list)
     """What ``hold`` holds."""
+    tag: bytes = field(init=False)
+    """What stands in every message that is meant: to be looked for first."""
+
+    def __post_init__(self) -> None:
+        self.tag = self.fault.message.encode() if self.fault.message in BODIES else b""
 
     def concerns(self, channel: Channel, parts: Parts) -> bool:
         """Whether it may happen to that message, which goes its way."""
         wanted = self.fault.message
-        return not wanted or wanted == type_of(parts, channel)
+        return not wanted or (self.tag in parts[-1] and wanted == type_of(parts, channel))
 
     def end(self) -> None:
         """It is over."""
