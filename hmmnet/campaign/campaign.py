@@ -7,6 +7,7 @@ campaign gets what was found so far.
 from __future__ import annotations
 
 import gc
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -31,6 +32,8 @@ OLDER_MAX = (20, 20)
 
 Each = Callable[[int], "Found"]
 """Runs one seed."""
+NOBODY_S = 3.0
+"""A dask scheduler whose workers are still starting has one by then; after that it is said that there is none."""
 AHEAD = 4
 """Seeds handed to each worker before the first is back: none waits, and little is lost when somebody interrupts."""
 
@@ -174,8 +177,12 @@ def _over_dask(seeds: list[int], each: Each, address: str) -> Iterator[Iterable[
     except (OSError, ValueError) as error:
         raise HmmnetError(f"no dask scheduler answers at {address}: {error}") from None
     with client:
-        futures = client.map(each, seeds, pure=False)
         try:
-            yield (future.result() for future in as_they_come(futures))
+            client.wait_for_workers(1, timeout=NOBODY_S)
+        except TimeoutError:
+            print(f"the dask scheduler at {address} has no worker yet; waiting for one (Ctrl-C ends it)", file=sys.stderr, flush=True)
+        futures = client.map(each, seeds, pure=False)
+        try:  # the client is nobody's default, so that its loop has to be said
+            yield (future.result() for future in as_they_come(futures, loop=client.loop))
         finally:
             client.cancel(futures)
