@@ -68,7 +68,7 @@ def only_error(body: BaseException | None = None) -> Iterator[None]:
             return
         if isinstance(leaf, BaseExceptionGroup):
             raise
-        raise leaf from None
+        raise leaf from leaf.__cause__  # its own cause tells whose loss it is (`hmmnet.cli.run.said_of`)
 
 
 def only_under_trio(call: str) -> None:

@@ -268,7 +268,7 @@ class LaunchedMachine:
     @property
     def running(self) -> tuple[str, ...]:
         """The devices whose processes run now."""
-        return tuple(name for name, record in self._crew.records.items() if not record.gone)
+        return tuple(name for name in self._crew.records if not self._crew.has_ended(name))
 
     async def start_device(self, name: str) -> None:
         """Start a device again whose process has ended, empty; returns when it is ready.
@@ -297,7 +297,7 @@ async def start_again(crew: Crew, name: str, after_s: float) -> None:
     """A fault wants a device back, so many real seconds after its end: empty, as a new incarnation."""
     await crew.wait_ended(name)
     await trio.sleep(after_s)
-    if not crew.ending and crew.records[name].gone:
+    if not crew.ending and crew.has_ended(name):
         await crew.restart(name)
 
 
@@ -384,9 +384,11 @@ async def embedded(topology: Topology, name: str, rate: Rate, transport: LaunchK
         def lost(device: str, how: str) -> None:
             host.device_exited(device, how)
 
-        def changed(device: str, state: str, _: str) -> None:
+        def changed(device: str, state: str, how: str) -> None:
             if state == "ready":  # also one that a fault wanted back
                 crew.ready(device)
+            else:
+                crew.lost(device, how)
 
         cables = stack.enter_context(Cables.laid(topology.device_names if transport == "cable" else ()))
         keys, extra = _beyond_loopback(directory, cables)

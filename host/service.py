@@ -277,7 +277,10 @@ class Host:
         def lost(cause: PeerLost) -> None:
             removed = life.page_map.removed
             how = "it was unplugged" if removed else str(cause)
-            log.log(logging.INFO if self._ending or removed else logging.WARNING, "device %s is lost: %s", spec.name, how)
+            if self._ending:
+                log.debug("device %s ends with the machine: %s", spec.name, how)
+            else:
+                log.log(logging.INFO if removed else logging.WARNING, "device %s is lost: %s", spec.name, how)
             self.links.pop(zone, None)
             self.devices[spec.name].end(life, how)
             life.page_map.lose(how)

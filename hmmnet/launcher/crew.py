@@ -82,7 +82,7 @@ class Crew:
     async def restart(self, name: str) -> None:
         """Start a device again whose process has ended: empty, as a new incarnation. Raises KernelError: ENOENT, EBUSY (it runs)."""
         record = self._known(name, "start_device")
-        if not record.gone:
+        if not self.has_ended(name):
             raise KernelError(EBUSY, "start_device", f"device {name} runs already, as process {record.pid}")
         record.state, record.how, record.pid = "starting", "", 0
         self._unplugged.discard(name)
@@ -93,7 +93,7 @@ class Crew:
     def signal(self, name: str, number: signal.Signals) -> None:
         """Send a signal to a device's process. Raises KernelError: ENOENT, ESRCH (it does not run)."""
         record = self._known(name, "kill")
-        if record.gone or not record.pid:
+        if self.has_ended(name) or not record.pid:
             raise KernelError(ESRCH, "kill", f"device {name} does not run")
         try:
             os.kill(record.pid, number)
@@ -122,6 +122,17 @@ class Crew:
         if record.state == "starting":
             record.state = "ready"
             self._changed()
+
+    def lost(self, name: str, how: str) -> None:
+        """The host has lost this device. Its process may still run: then its end is told beside that, when it comes."""
+        record = self.records[name]
+        if record.state == "ready" and name not in self._unplugged:
+            record.state, record.how = "lost", how
+            self._changed()
+
+    def has_ended(self, name: str) -> bool:
+        """Whether the process of this device's last life has ended."""
+        return self._ended[name].is_set()
 
     def unplugged(self, name: str) -> None:
         """The host has taken this device out in order: its process ends, or has."""
@@ -177,10 +188,11 @@ class Crew:
 
     def _end(self, name: str, how: str) -> None:
         record = self.records[name]
-        if record.gone:
+        if self.has_ended(name):
             return
         unplugged = name in self._unplugged
-        record.state, record.how = ("unplugged", "") if unplugged else ("lost", how)
+        before = f"{record.how}; its process: " if record.state == "lost" else ""
+        record.state, record.how = ("unplugged", "") if unplugged else ("lost", before + how)
         self._ended[name].set()
         if not self.ending:
             level, what = (logging.INFO, "was unplugged, and") if unplugged else (logging.ERROR, "is gone:")

@@ -58,7 +58,10 @@ class MachineExists(HmmnetError):
 
 
 class DeviceRecord(msgspec.Struct):
-    """A device process as `hmmnet ps` shows it: ``starting``, ``ready``, ``lost`` (`how` says how) or ``unplugged``."""
+    """A device as `hmmnet ps` shows it: ``starting``, ``ready``, ``lost`` (`how` says how) or ``unplugged``.
+
+    It is lost as soon as the host has lost it: its process may run on for a while, held or cut off. `Crew.has_ended` tells.
+    """
 
     name: str
     model: str
@@ -66,11 +69,6 @@ class DeviceRecord(msgspec.Struct):
     pid: int = 0
     state: str = "starting"
     how: str = ""
-
-    @property
-    def gone(self) -> bool:
-        """Whether its process has ended."""
-        return self.state in {"lost", "unplugged"}
 
 
 class MachineRecord(msgspec.Struct):

@@ -158,6 +158,7 @@ class Supervisor:
             self.crew.ready(told["device"])
         elif told.get("state") == "lost":
             log.warning("the host lost %s: %s", told["device"], told.get("how", ""))
+            self.crew.lost(told["device"], told.get("how", ""))
         elif told.get("state") == "unplugged":
             self.crew.unplugged(told["device"])
         elif "restart" in told:
@@ -177,7 +178,7 @@ class Supervisor:
         """A fault wants a device back, so many real seconds after its end: empty, as a new incarnation."""
         await self.crew.wait_ended(name)
         await trio.sleep(after_s)
-        if not self.crew.ending and self.crew.records[name].gone:
+        if not self.crew.ending and self.crew.has_ended(name):
             await self.crew.restart(name)
 
     async def _give_up(self, why: str) -> None:

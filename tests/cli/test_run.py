@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import hmmnet
+from hmmnet.blocking import only_error
 from hmmnet.cli import exit_code
 from hmmnet.cli.run import check_arguments, figure_row, find, parse_arguments, plain, plain_errors, said_of, show
 from hmmnet.errors import HmmnetError, PeerGone, RemoteError
@@ -165,6 +166,10 @@ def test_a_machine_that_goes_away_meanwhile_is_named() -> None:
         raise PeerGone("host said goodbye")
     with pytest.raises(PeerGone, match="gpu0 killed"), said_of("shared"):
         raise PeerGone("gpu0 killed") from RemoteError("host: Call: PeerGone: gpu0 killed")
+    with pytest.raises(PeerGone, match=r"^gpu0 killed$"), said_of("shared"), only_error():  # as it leaves a machine's nurseries
+        lost = PeerGone("gpu0 killed")
+        lost.__cause__ = RemoteError("host: Call: PeerGone: gpu0 killed")
+        raise ExceptionGroup("a nursery's", [lost])
 
 
 def goodbye() -> None:

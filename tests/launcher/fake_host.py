@@ -1,7 +1,7 @@
 """A host that is none: it says what a host says, and writes down what it is told. Its behaviour is the machine's name.
 
-``well``: every device is ready. ``mute``: it never serves. ``fails``: it ends with exit code 3 at once. ``stuck``: as well, and it
-ignores SIGTERM.
+``well``: every device is ready. ``loses``: it loses the first when it is told of anything. ``mute``: it never serves. ``fails``: it ends
+with exit code 3 at once. ``stuck``: as well, and it ignores SIGTERM.
 """
 
 from __future__ import annotations
@@ -31,3 +31,5 @@ with (Path(config["log_folder"]) / "told").open("w") as file:
     for line in sys.stdin:
         file.write(line)
         file.flush()
+        if name == "loses":
+            tell({"device": config["topology"]["devices"][0]["name"], "state": "lost", "how": "gpu0 was silent"})

@@ -78,7 +78,7 @@ async def test_who_is_unplugged_is_not_lost(tmp_path: Path, first: str, caplog: 
     steps: list[Callable[[], None]] = [lambda: crew.unplugged("gpu0"), lambda: crew._hear(Exited("gpu0", 7, 0, "ended well"))]
     for step in steps if first == "the host" else reversed(steps):
         step()
-    assert (record.state, record.how, record.gone) == ("unplugged", "", True)
+    assert (record.state, record.how, crew.has_ended("gpu0")) == ("unplugged", "", True)
     assert [(one.levelname, one.message) for one in caplog.records] == [
         ("INFO", "device gpu0 was unplugged, and ended well") if first == "the host" else ("ERROR", "device gpu0 is gone: ended well")
     ]
@@ -89,6 +89,24 @@ async def test_who_is_unplugged_is_not_lost(tmp_path: Path, first: str, caplog: 
     assert record.state == "starting"
     crew._hear(Exited("gpu0", 8, -9, "killed by SIGKILL"))
     assert (record.state, record.how) == ("lost", "killed by SIGKILL")
+
+
+async def test_a_host_loses_who_is_ready_and_was_not_unplugged(tmp_path: Path) -> None:
+    """The loss of a former life, told late, is none of the next one; a device that was taken out in order is not lost."""
+    crew = crew_of(tmp_path)
+    record = crew.records["gpu0"]
+    crew.lost("gpu0", "gpu0 was silent")
+    assert record.state == "starting"
+    crew.ready("gpu0")
+    crew.lost("gpu0", "gpu0 was silent")
+    assert (record.state, record.how, crew.has_ended("gpu0")) == ("lost", "gpu0 was silent", False)
+    with pytest.raises(KernelError, match="EBUSY"):
+        await crew.restart("gpu0")
+    other = crew.records["gpu1"]
+    crew.ready("gpu1")
+    crew.unplugged("gpu1")
+    crew.lost("gpu1", "it was unplugged")
+    assert other.state == "ready"
 
 
 async def test_who_has_ended_and_is_not_heard_of_yet_does_not_run(tmp_path: Path) -> None:

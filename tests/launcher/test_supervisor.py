@@ -130,6 +130,19 @@ async def test_a_killed_device_is_shown_logged_and_told_to_the_host() -> None:
         assert "gpu1 is gone: killed by SIGKILL" in (supervisor.directory.logs / "launcher.jsonl").read_text()
 
 
+async def test_a_device_that_the_host_loses_is_shown_as_lost_though_its_process_runs() -> None:
+    """`hmmnet ps` says what programs find; the process's end is told beside the cause, when it comes."""
+    async with held("loses") as (supervisor, seen):
+        await supervisor.host.tell({"exited": "nobody", "how": ""})
+        record = await seen.until(lambda record: record.devices[0].state == "lost")
+        assert [(one.state, one.how) for one in record.devices] == [("lost", "gpu0 was silent"), ("ready", "")]
+        assert not supervisor.crew.has_ended("gpu0")
+        os.kill(record.devices[0].pid, signal.SIGKILL)
+        record = await seen.until(lambda record: "SIGKILL" in record.devices[0].how)
+        assert record.devices[0].how == "gpu0 was silent; its process: killed by SIGKILL"
+        assert supervisor.crew.has_ended("gpu0")
+
+
 async def test_a_killed_host_ends_the_machine_and_leaves_its_logs() -> None:
     """The record says why; a machine of that name can start again."""
     with pytest.raises(ExceptionGroup) as caught:

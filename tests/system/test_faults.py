@@ -324,6 +324,7 @@ async def test_a_wire_that_is_cut_for_longer_than_a_lease() -> None:
         with trio.fail_after(20), pytest.raises(BusError, match='only copy on device "gpu0"'):
             await process.read(lost, 4)
         assert await process.read(kept, 4) == b"data"
+        assert [(one.state, one.how.partition(" for")[0]) for one in machine.devices] == [("lost", "gpu0 was silent"), ("ready", "")]
         await process.exit()
 
 

@@ -307,3 +307,4 @@ def test_the_world_of_a_test_ends_with_it(pytester: pytest.Pytester) -> None:
     result = run(pytester)
     result.assert_outcomes(failed=3, passed=1)
     result.stdout.fnmatch_lines(["* ms  gpu0 is lost: *killed*", "E*ZeroDivisionError"])
+    assert "goodbye" not in result.stdout.str(), "behind the last word of a test it would look like the cause"
