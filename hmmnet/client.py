@@ -11,8 +11,9 @@ from types import TracebackType
 from typing import Any
 
 from hmmnet.errors import HmmnetError
-from hmmnet.faults.catalogue import as_fault, as_given
-from hmmnet.faults.kinds import Fault
+from hmmnet.faults.catalogue import as_given
+from hmmnet.faults.forms import Plannable, is_file, one_fault
+from hmmnet.faults.plan import named
 from hmmnet.launcher.directory import running_machine
 from hmmnet.program import Machine, documented_by
 from hmmnet.wire.client import connect
@@ -77,11 +78,12 @@ class RemoteMachine:
         """See `Machine.unplug`."""
         await self._calls.call("unplug", device=device)
 
-    async def add_fault(self, kind: Fault | str, **given: Any) -> int:
-        """A fault begins, one of `hmmnet.faults.fault`, or by kind and parameters; its number. Raises HmmnetError for what is none, or
-        cannot be done.
+    async def add_fault(self, kind: Plannable, **given: Any) -> int:
+        """A fault begins, by kind and parameters or in any form of one (`hmmnet.faults.forms`); its number. Raises HmmnetError for what is
+        none, or cannot be done.
         """
-        said = {"kind": kind, **given} if isinstance(kind, str) else as_given(as_fault(kind, given))
+        named_kind = isinstance(kind, str) and not is_file(kind)
+        said = {"kind": kind, **given} if named_kind else as_given(named(one_fault(kind, given)))
         value, _ = await self._calls.call("add_fault", fault=said)
         return int(value)
 
@@ -93,6 +95,15 @@ class RemoteMachine:
         """The faults that are: number, whether it has begun, and what makes it."""
         value, _ = await self._calls.call("list_faults")
         return list(value)
+
+    async def heal(self) -> None:
+        """All faults end, whoever began them; one that ends by itself meanwhile has."""
+        for one in await self.list_faults():
+            try:
+                await self.remove_fault(one["number"])
+            except HmmnetError:
+                if any(other["number"] == one["number"] for other in await self.list_faults()):
+                    raise
 
     async def report(self) -> dict[str, Any]:
         """See `Machine.report`."""
@@ -176,7 +187,7 @@ class AttachedBlockingMachine(BlockingMachine):
         self._remote = machine
         self.name = machine.name
 
-    def add_fault(self, kind: Fault | str, **given: Any) -> int:
+    def add_fault(self, kind: Plannable, **given: Any) -> int:
         """See `RemoteMachine.add_fault`."""
         return self._loop.call(self._remote.add_fault, kind, **given)
 
@@ -187,6 +198,10 @@ class AttachedBlockingMachine(BlockingMachine):
     def list_faults(self) -> list[dict[str, Any]]:
         """See `RemoteMachine.list_faults`."""
         return self._loop.call(self._remote.list_faults)
+
+    def heal(self) -> None:
+        """See `RemoteMachine.heal`."""
+        self._loop.call(self._remote.heal)
 
 
 def attach(name: str | None = None) -> Attachment:

@@ -26,9 +26,10 @@ from hmmnet.cable.cable import HOST_ADDRESS
 from hmmnet.errors import HmmnetError
 from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.fabric.measure import automatic_rate
-from hmmnet.faults.catalogue import as_fault
+from hmmnet.faults.forms import Plannable, as_plan, one_fault
 from hmmnet.faults.injector import Injector
 from hmmnet.faults.kinds import Fault
+from hmmnet.faults.plan import Plan, named
 from hmmnet.launcher.crew import READY_S, Crew
 from hmmnet.launcher.directory import DeviceRecord, Directory, MachineRecord, as_name, new_record
 from hmmnet.launcher.processes import raise_file_limit
@@ -51,6 +52,8 @@ HOST = "modelled"
 
 LaunchKind: TypeAlias = Kind | Literal["cable"]
 LAUNCH_KINDS: tuple[LaunchKind, ...] = (*KINDS, "cable")
+
+NO_FAULTS = Plan()
 
 _numbers = itertools.count(1)
 
@@ -246,12 +249,13 @@ class LaunchedMachine:
         """See `Machine.check`."""
         return await self.host.check()
 
-    def add_fault(self, fault: Fault | str, **given: Any) -> int:
-        """A fault begins; its number: one of `hmmnet.faults.fault`, or a kind's name and what that takes (`on`, `probability` ...).
+    def add_fault(self, fault: Plannable, **given: Any) -> int:
+        """A fault begins; its number: a kind's name and what that takes (`on`, `probability` ...), or any form of one
+        (`hmmnet.faults.forms`).
 
         Raises HmmnetError for what is none, what real processes cannot do, and what is not there.
         """
-        return self.host.add_fault(as_fault(fault, given))
+        return self.host.add_fault(named(one_fault(fault, given)))
 
     def remove_fault(self, number: int) -> None:
         """It ends. Raises HmmnetError when there is none of that number."""
@@ -260,6 +264,11 @@ class LaunchedMachine:
     def list_faults(self) -> list[dict[str, Any]]:
         """The faults that are: number, whether it has begun, and what makes it."""
         return self.host.list_faults()
+
+    def heal(self) -> None:
+        """All faults end, whoever began them."""
+        for one in self.list_faults():
+            self.remove_fault(one["number"])
 
     async def kill_device(self, name: str) -> None:
         """``kill -9`` of a device process; returns when it is gone and the host knows."""
@@ -370,8 +379,10 @@ async def wait_shielded(event: trio.Event) -> None:
 
 
 @asynccontextmanager
-async def embedded(topology: Topology, name: str, rate: Rate, transport: LaunchKind, seed: int = 0) -> AsyncIterator[LaunchedMachine]:
-    """Run a machine with the host in this trio run."""
+async def embedded(
+    topology: Topology, name: str, rate: Rate, transport: LaunchKind, seed: int = 0, plan: Plan = NO_FAULTS
+) -> AsyncIterator[LaunchedMachine]:
+    """Run a machine with the host in this trio run; the faults of `plan` begin when every device is there."""
     raise_file_limit()
     record = new_record(name, topology.name, "program")
     async with AsyncExitStack() as stack:
@@ -417,7 +428,10 @@ async def embedded(topology: Topology, name: str, rate: Rate, transport: LaunchK
         await start_devices(host, crew)
         record.rate, record.state, record.client_endpoint = clock.rate, "running", host.client_endpoint
         save()
-        yield LaunchedMachine(name, topology, host, crew, clock, directory, cables)
+        machine = LaunchedMachine(name, topology, host, crew, clock, directory, cables)
+        for fault in plan.faults:
+            machine.add_fault(fault)
+        yield machine
         cables.repair()  # goodbyes are for everybody
 
 
@@ -433,8 +447,12 @@ def _beyond_loopback(directory: Directory, cables: Cables) -> tuple[CurveKeys | 
 class Launch:
     """What `launch` returns: enter it with ``async with`` (in trio) or ``with`` (anywhere else)."""
 
-    def __init__(self, topology: Topology, name: str | None, rate: Rate, transport: LaunchKind, seed: int = 0) -> None:
+    def __init__(
+        self, topology: Topology, name: str | None, rate: Rate, transport: LaunchKind, seed: int = 0, plan: Plan = NO_FAULTS
+    ) -> None:
         self._topology = topology
+        self.plan = plan
+        """The faults that begin when every device is there."""
         self._seed = seed
         self._name = name
         self._rate = rate
@@ -446,7 +464,7 @@ class Launch:
         assert self._inside is None, "a launch is entered once"
         only_under_trio("hmmnet.launch(...)")
         name = self._name or f"{as_name(self._topology.name)[:16]}-{os.getpid()}-{next(_numbers)}"
-        self._inside = embedded(self._topology, name, self._rate, self._transport, self._seed)
+        self._inside = embedded(self._topology, name, self._rate, self._transport, self._seed, self.plan)
         with only_error():
             return await self._inside.__aenter__()
 
@@ -456,7 +474,7 @@ class Launch:
             await self._inside.__aexit__(kind, error, trace)
 
     def __enter__(self) -> LaunchedBlockingMachine:
-        self._blocking = Blocking(lambda: Launch(self._topology, self._name, self._rate, self._transport, self._seed))
+        self._blocking = Blocking(lambda: Launch(self._topology, self._name, self._rate, self._transport, self._seed, self.plan))
         return LaunchedBlockingMachine(self._blocking.start(), self._blocking)
 
     def __exit__(self, *error: object) -> None:
@@ -488,7 +506,7 @@ class LaunchedBlockingMachine(BlockingMachine):
         """See `LaunchedMachine.set_rate`."""
         self._loop.ask(lambda: self._launched.set_rate(rate))
 
-    def add_fault(self, fault: Fault | str, **given: Any) -> int:
+    def add_fault(self, fault: Plannable, **given: Any) -> int:
         """See `LaunchedMachine.add_fault`."""
         return self._loop.ask(lambda: self._launched.add_fault(fault, **given))
 
@@ -499,6 +517,10 @@ class LaunchedBlockingMachine(BlockingMachine):
     def list_faults(self) -> list[dict[str, Any]]:
         """See `LaunchedMachine.list_faults`."""
         return self._loop.ask(self._launched.list_faults)
+
+    def heal(self) -> None:
+        """See `LaunchedMachine.heal`."""
+        self._loop.ask(self._launched.heal)
 
     def kill_device(self, name: str) -> None:
         """See `LaunchedMachine.kill_device`."""
@@ -525,22 +547,26 @@ def launch(
     transport: LaunchKind = "ring",
     personality: Personality | None = None,
     seed: int = 0,
+    faults: Plannable = (),
 ) -> Launch:
     """Start a machine for this program: ``async with hmmnet.launch(...) as machine`` under trio, ``with ...`` in scripts and notebooks.
 
     `topology` is a preset's name, a TOML file or a `Topology`. `rate` is how many emulated seconds a real one has; ``auto`` measures what
-    this computer moves and slows the emulated clock so that the links hold. `name` is how ``hmmnet ps`` shows it. `transport` is what
-    the processes talk over: ``ring`` (Unix sockets, with page data in shared memory), ``ipc`` (sockets alone), ``tcp`` (loopback), or
+    this computer moves and slows the emulated clock so that the links hold. `name` is how ``hmmnet ps`` shows it. `transport` is what the
+    processes talk over: ``ring`` (Unix sockets, with page data in shared memory), ``ipc`` (sockets alone), ``tcp`` (loopback), or
     ``cable``: each device in a network namespace of its own, behind a cable that can be made bad (`hmmnet.cable`; call its `isolate`
-    first, at the beginning of the process, and nothing of it is seen outside). `personality` says whose rules the host keeps, ``today`` or
-    ``v25``, where not those that the topology names. `seed` is what chances of faults are drawn from, at the host and in each life of each
-    device: which occurrence a fault hits is the same in each launch, when it comes is the computer's doing. Raises TopologyError and
-    HmmnetError (a rate, a transport or a personality that there is not) here; entering raises MachineExists when `name` is taken, and
-    HmmnetError when a device does not start.
+    first, at the beginning of the process, and nothing of it is seen outside). `personality` says whose rules the host keeps, ``today``
+    or ``v25``, where not those that the topology names. `seed` is what chances of faults are drawn from, at the host and in each life of
+    each device: which occurrence a fault hits is the same in each launch, when it comes is the computer's doing. `faults` begin when
+    every device is there: a plan, its file, faults, dictionaries, kinds (`hmmnet.faults.forms`). Raises TopologyError, PlanError (a plan
+    with mistakes, or one that real processes cannot do) and HmmnetError (a rate, a transport or a personality that there is not) here;
+    entering raises MachineExists when `name` is taken, and HmmnetError when a device does not start.
     """
     if transport not in LAUNCH_KINDS:
         raise HmmnetError(f"there is no transport {transport!r}; there are {', '.join(LAUNCH_KINDS)}")
     if not isinstance(topology, str | Path | Topology):
         raise HmmnetError(f"topology is {topology!r}; a preset's name, a TOML file or a Topology is wanted")
     machine = topology if isinstance(topology, Topology) else load(topology, installed_models() or None)
-    return Launch(with_personality(machine, personality), name, check_rate(rate), transport, seed)
+    plan = as_plan(faults)
+    plan.check("real", machine)
+    return Launch(with_personality(machine, personality), name, check_rate(rate), transport, seed, plan)

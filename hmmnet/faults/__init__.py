@@ -6,7 +6,7 @@ of them. `points` names every step boundary of the protocol, `injector` is what 
 
     number = machine.add_fault(fault("copy.corrupt", "gpu0", probability=0.1, direction="to_host"))
     ...
-    machine.remove_fault(number)                            # or machine.heal(); hmmnet.simulate(main, faults=Plan.load(path).faults)
+    machine.remove_fault(number)                            # or machine.heal(); hmmnet.simulate(main, faults="plan.toml")
 
 A test that stops a migration between unmap and copy, kills its device there, and looks::
 
@@ -26,6 +26,7 @@ registry of points, `KINDS` that of faults; `kind.holds` says what a test may de
 
 from .catalogue import KINDS, fault
 from .controls import Controls
+from .forms import Plannable, as_plan
 from .injector import Fired, Injector, PointFault, Points
 from .kinds import Fault, Kind
 from .messages import FAULTS, MessageFault, Way
@@ -45,10 +46,12 @@ __all__ = [
     "MessageFault",
     "Plan",
     "PlanError",
+    "Plannable",
     "Point",
     "PointFault",
     "Points",
     "Way",
     "Where",
+    "as_plan",
     "fault",
 ]

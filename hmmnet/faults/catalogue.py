@@ -72,15 +72,6 @@ def fault(kind: str, on: str = "", **given: Any) -> Fault:
     return made
 
 
-def as_fault(one: Fault | str, given: Mapping[str, Any]) -> Fault:
-    """`one`, or the fault of the kind that it names, with what is `given`. Raises HmmnetError with every mistake."""
-    if isinstance(one, str):
-        return fault(one, **given)
-    if given:
-        raise HmmnetError(f"{', '.join(given)}: a fault that is made already has its parameters; give them with a kind's name")
-    return one
-
-
 def checked(kind: str, given: Mapping[str, Any]) -> tuple[Fault | None, list[Mistake]]:
     """The fault that is described so, unless something is wrong with it; and everything that is."""
     try:

@@ -17,14 +17,14 @@ from trio.testing import MockClock
 from hmmnet.blocking import only_error
 from hmmnet.errors import HmmnetError, KernelError, PeerLost
 from hmmnet.faults.carry import AtWork, Carrier, Undo
-from hmmnet.faults.catalogue import as_fault
 from hmmnet.faults.controls import Tally
 from hmmnet.faults.effects import DeviceEffect, HostEffect, LinkEffect, NodeEffect
+from hmmnet.faults.forms import Plannable, as_plan, one_fault
 from hmmnet.faults.injector import HOST, Injector, PointFault
 from hmmnet.faults.kinds import Fault
 from hmmnet.faults.messages import MessageFault
 from hmmnet.faults.network import Network
-from hmmnet.faults.plan import AnyFault, plain
+from hmmnet.faults.plan import plain
 from hmmnet.faults.targets import check_target
 from hmmnet.machine import Host, host_class
 from hmmnet.program import Machine, Process, documented_by
@@ -304,12 +304,13 @@ class SimulatedMachine:
 
     # --- faults ---------------------------------------------------------------------------------------------------------------
 
-    def add_fault(self, fault: AnyFault | str, **given: Any) -> int:
-        """A fault begins, ready made or by kind and parameters (`hmmnet.faults.fault`); its number, for `remove_fault`.
+    def add_fault(self, fault: Plannable, **given: Any) -> int:
+        """A fault begins, by kind and parameters or in any form of one (`hmmnet.faults.forms`); its number, for `remove_fault`.
 
         Raises HmmnetError for what is none, and for what a simulated machine cannot do, or has not.
         """
-        whole = as_fault(fault if isinstance(fault, Fault | str) else plain(fault), given)
+        one = one_fault(fault, given)
+        whole = one if isinstance(one, Fault) else plain(one)
         check_target(whole, self.topology, "sim")
         return self.carrier.add(whole)
 
@@ -446,17 +447,19 @@ async def simulated(
     name: str = "simulated",
     trace: Trace | None = None,
     seed: int = 0,
-    faults: Sequence[AnyFault] = (),
+    faults: Plannable = (),
     personality: Personality | None = None,
 ) -> AsyncIterator[SimulatedMachine]:
     """A machine while the block runs, in a trio run in virtual time (`run_virtual`). Raises TopologyError; HmmnetError in real time.
 
-    `faults` begin when all devices are there; `seed` is what their chance is drawn from. `personality`: as `hmmnet.launch`.
+    `faults` (`hmmnet.faults.forms`) begin when all devices are there; `seed` is what their chance is drawn from. `personality`: as
+    `hmmnet.launch`.
     """
     if not isinstance(trio.lowlevel.current_clock(), (JumpClock, MockClock)):
         raise HmmnetError("a simulated machine needs virtual time: run it with hmmnet.simulate, or hmmnet.sim.run_virtual")
     machine = topology if isinstance(topology, Topology) else load(topology, installed_models() or None)
     machine = with_personality(machine, personality)
+    plan = as_plan(faults)
     watch = None if trace is None else trace.sent
     wires = MemoryTransport(watch)
     injector = Injector(Random(seed ^ POINTS_SEED))  # noqa: S311 - chance, not secrecy
@@ -471,7 +474,7 @@ async def simulated(
                 world = SimulatedMachine(name, machine, host, wires, network, injector, nursery, _serve())
                 for device in machine.device_names:
                     await world.start_device(device)
-                for fault in faults:
+                for fault in plan.faults:
                     world.add_fault(fault)
                 yield world
                 world.carrier.heal()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 import trio
 
 from hmmnet.errors import HmmnetError
-from hmmnet.faults.plan import AnyFault
+from hmmnet.faults.forms import Plannable
 from hmmnet.topology.model import Personality, Topology
 
 from .clock import JumpClock
@@ -76,16 +76,17 @@ def simulate(
     topology: str | Path | Topology = "two-gpus",
     *,
     seed: int = 0,
-    faults: Sequence[AnyFault] = (),
+    faults: Plannable = (),
     limit_s: float = LIMIT_S,
     keep: bool = False,
     personality: Personality | None = None,
 ) -> Simulation[T]:
     """Run `main(machine)` on a simulated machine of `topology`, with `faults`; the same `seed` gives the same run.
 
-    `keep`: with the lines of its trace. `personality`: as `hmmnet.launch`.
+    `faults`: a plan, its file, faults, dictionaries, kinds (`hmmnet.faults.forms`); they begin when all devices are there. `keep`: with
+    the lines of its trace. `personality`: as `hmmnet.launch`.
 
-    Raises what `main` raises, TopologyError, and SimulationStuck when it has not ended after `limit_s` virtual seconds.
+    Raises what `main` raises, TopologyError, PlanError, and SimulationStuck when it has not ended after `limit_s` virtual seconds.
     """
     trace = Trace(keep=keep)
 

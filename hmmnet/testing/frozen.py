@@ -19,7 +19,7 @@ import trio
 
 from hmmnet.blocking import Blocking, BlockingMachine, only_error
 from hmmnet.errors import HmmnetError
-from hmmnet.faults import AnyFault
+from hmmnet.faults import Plannable
 from hmmnet.program import documented_by
 from hmmnet.sim import SimulatedMachine, run_virtual
 from hmmnet.sim.run import SimulationStuck
@@ -126,7 +126,7 @@ class FrozenMachine(BlockingMachine):
         """What a plain function answers when it is called with the machine inside: for everything that does not wait."""
         return self._loop.ask(lambda: function(self._simulated))
 
-    def add_fault(self, fault: AnyFault | str, **given: Any) -> int:
+    def add_fault(self, fault: Plannable, **given: Any) -> int:
         """See `SimulatedMachine.add_fault`."""
         return self._loop.ask(lambda: self._simulated.add_fault(fault, **given))
 

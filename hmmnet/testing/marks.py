@@ -98,8 +98,9 @@ def _models() -> frozenset[str] | None:
 
 
 def read_faults(marks: Iterable[Mark], folder: Path) -> Plan:
-    """All ``faults(...)`` of a test together. Raises MarkMistake."""
-    from hmmnet.faults import Plan
+    """All ``faults(...)`` of a test together (`hmmnet.faults.forms`). Raises MarkMistake."""
+    from hmmnet.errors import HmmnetError
+    from hmmnet.faults import Plan, as_plan
 
     faults: list[AnyFault] = []
     places = []
@@ -108,55 +109,13 @@ def read_faults(marks: Iterable[Mark], folder: Path) -> Plan:
         places.append(what)
         if not mark.args and not mark.kwargs:
             raise MarkMistake(f"{what}: says nothing; a plan or kinds are wanted, such as faults(loss=0.05)")
-        for given in mark.args:
-            faults += _plan(given, folder, what).faults
-        if mark.kwargs:
-            faults += _made(what, [_entry(kind, value, what) for kind, value in mark.kwargs.items()]).faults
+        try:
+            for given in (*mark.args, dict(mark.kwargs)):
+                faults += as_plan(given, what, folder).faults
+        except HmmnetError as error:
+            text = str(error)
+            raise MarkMistake(text if text.startswith(what) else f"{what}: {text}") from None
     return Plan(faults, " + ".join(places))
-
-
-def _plan(given: Any, folder: Path, what: str) -> Plan:
-    from hmmnet.errors import HmmnetError
-    from hmmnet.faults import Plan
-
-    if isinstance(given, Plan):
-        return given
-    if isinstance(given, Mapping):
-        return _made(what, [given])
-    if not isinstance(given, str | Path):
-        raise MarkMistake(f"{what}: {given!r} is no plan: a plan file, a Plan, a dictionary or kinds are wanted, such as faults(loss=0.05)")
-    beside = folder / given
-    path = beside if beside.is_file() else Path(given)
-    try:
-        return Plan.parse(path.read_text(encoding="utf-8"), str(path))
-    except OSError as error:
-        raise MarkMistake(f"{what}: {path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise MarkMistake(f"{what}: {path}: is no UTF-8, so no plan") from None
-    except HmmnetError as error:
-        raise MarkMistake(f"{what}: {error}") from None
-
-
-def _entry(kind: str, value: Any, what: str) -> dict[str, Any]:
-    """``loss=0.05`` or ``delay={"latency": "5 ms"}`` as a ``[[fault]]``."""
-    if isinstance(value, Mapping):
-        return {"kind": kind, **value}
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise MarkMistake(
-            f'{what}: {kind} is {value!r}: a probability or a dictionary is wanted, such as {kind}=0.05 or {kind}={{"nth": 3}}'
-        )
-    return {"kind": kind, "probability": float(value)}
-
-
-def _made(what: str, entries: list[Any]) -> Plan:
-    """The plan of dictionaries: what is written in Python is read as a file is."""
-    from hmmnet.errors import HmmnetError
-    from hmmnet.faults import Plan
-
-    try:
-        return Plan.of(entries, what)
-    except HmmnetError as error:
-        raise MarkMistake(str(error)) from None
 
 
 def read_strict(mark: Mark) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,7 +13,7 @@ import trio
 
 from hmmnet.blocking import Blocking, only_error
 from hmmnet.errors import HmmnetError
-from hmmnet.faults import AnyFault, Fault, Plan
+from hmmnet.faults import Fault, Plan, Plannable
 from hmmnet.faults.plan import named
 from hmmnet.machine import LaunchedBlockingMachine, LaunchedMachine, launch
 from hmmnet.observe.logs import tracebacks
@@ -145,14 +145,14 @@ class Simulate:
         topology: str | Path | Topology | None = None,
         *,
         seed: int | None = None,
-        faults: Plan | Sequence[AnyFault] | None = None,
+        faults: Plannable | None = None,
         limit_s: float = LIMIT_S,
         keep: bool = False,
     ) -> Simulation[T]:
         """Run `main(machine)` in virtual time; what is not given is the test's. See `hmmnet.simulate`."""
         case = self._case
         chosen = case.seed if seed is None else seed
-        plan = case.plan.faults if faults is None else faults.faults if isinstance(faults, Plan) else faults
+        plan = case.plan if faults is None else faults
         trace = Told(case.story, keep=keep)
 
         async def inside() -> tuple[T, float]:

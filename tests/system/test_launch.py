@@ -224,6 +224,26 @@ def test_a_script_breaks_a_machine_that_it_started_and_one_that_it_attached_to()
             machine.add_fault(fault("alloc.host"), times=3)
 
 
+def test_a_machine_begins_with_a_plan_and_is_healed() -> None:
+    """Also where nobody awaits: the same plan as a simulation's, in any form, here and at a machine that was attached to."""
+    with hmmnet.launch("two-gpus", rate=1.0, name="planned", faults={"alloc.host": {"times": 1}}) as machine:
+        assert [one["fault"]["kind"] for one in machine.list_faults()] == ["alloc.host"]
+        process = machine.process()
+        address = process.mmap(PAGE_SIZE)
+        with pytest.raises(KernelError, match="ENOMEM"):
+            process.write(address, b"x")
+        process.write(address, b"x")
+        with hmmnet.attach("planned") as attached:
+            attached.add_fault({"kind": "loss", "on": "gpu0<->host", "probability": 0.01})
+            assert len(machine.list_faults()) == 2
+            attached.heal()
+            assert machine.list_faults() == attached.list_faults() == []
+        machine.add_fault([fault("alloc.device", times=1)])
+        assert [one["fault"]["kind"] for one in machine.list_faults()] == ["alloc.device"]
+        machine.heal()
+        assert machine.list_faults() == []
+
+
 def test_async_with_is_for_trio() -> None:
     """In asyncio, as in a notebook, the error says what to write."""
     for made, said in ((hmmnet.launch("two-gpus"), "launch"), (hmmnet.attach("nobody"), "attach")):

@@ -77,9 +77,7 @@ async def launched(seed: int) -> dict[str, str]:
     """What a machine that this program launches does."""
     space: dict[str, object] = {}
     exec(STORY, space)
-    async with hmmnet.launch("two-gpus", rate=1.0, seed=seed) as machine:
-        for fault in Plan.parse(PLAN).faults:
-            machine.add_fault(fault)  # type: ignore[arg-type] # a plan's faults are of the catalogue
+    async with hmmnet.launch("two-gpus", rate=1.0, seed=seed, faults=Plan.parse(PLAN)) as machine:
         return await space["story"](machine)  # type: ignore[operator,no-any-return] # the function of the text
 
 
