@@ -25,7 +25,8 @@ import xxhash
 
 from hmmnet.errors import HmmnetError, PeerError, PeerGone, PeerLost, ProtocolError
 from hmmnet.fabric.arbiter import Flow
-from hmmnet.fabric.dma import ArenaSink, ArenaSource, BulkReceiver, BulkSender, Sink, Source
+from hmmnet.fabric.chunk import CHUNK_BYTES
+from hmmnet.fabric.dma import ArenaSink, ArenaSource, BulkReceiver, BulkSender, Sink, Source, StreamReport
 from hmmnet.fabric.stream import TRIES_MAX
 from hmmnet.observe.counters import DEVICE_TO_DEVICE, DEVICE_TO_HOST, HOST_TO_DEVICE
 from hmmnet.pages import (
@@ -45,6 +46,7 @@ from hmmnet.topology import DeviceSpec
 from hmmnet.wire.messages import INLINE_BYTES_MAX, PAGES_PER_MESSAGE_MAX, Copied, CopyIn, CopyOut, Done, FreeFrames, Invalidate, Message
 from hmmnet.wire.session import PendingReply, Session
 
+from .copies import COPY_S, NEW, Copies
 from .interconnect import Interconnect
 from .interfaces import Destination, Event
 from .iommu import Domain
@@ -180,8 +182,10 @@ class SessionLink:
         self._fence_at = 0.0
         self.points = interconnect.points
         self._now = shortest_now()
+        self._copies = Copies()
         sender.step = self._step
         session.on_lost(self._on_lost)
+        session.on_tick = self._look_at_copies
 
     # --- losing the device ----------------------------------------------------------------------------------------------------
 
@@ -207,6 +211,15 @@ class SessionLink:
         with trio.move_on_at(self._fence_at):
             await self._fenced.wait()
         self._fenced.set()
+
+    def _look_at_copies(self, now_s: float, stalled: bool) -> None:
+        clock = self._interconnect.clock
+
+        def emulated(seconds: float) -> float:
+            return clock.real(seconds / clock.rate)
+
+        if self._copies.hang(now_s, emulated, max(clock.real(COPY_S), emulated(COPY_S)), stalled=stalled):
+            self.condemn(f"a copy to it or from it has not gone on for {COPY_S:g} s")
 
     async def answer_in_time(self, pending: PendingReply) -> Message:
         """The answer to an invalidation; who gives none counts as broken, however alive. Raises what the answer does."""
@@ -302,7 +315,8 @@ class SessionLink:
             if pending.answered:
                 await pending.wait()  # that says more
             raise
-        await self.session.answer(message, pending, Done)
+        with self._copies.asked(pending):
+            await self.session.answer(message, pending, Done)
 
     async def send(self, stream: int, source: Source, frame: int) -> None:
         """Stream to the device, from the memory that `frame` lies in. Raises PeerLost, PeerError."""
@@ -310,11 +324,16 @@ class SessionLink:
         flow = links.open_in(self.name, frame)
         try:
             async with self.transfer():
-                report = await self.sender.send(stream, source, flow)
+                report = await self._sent(stream, source, flow)
         finally:
             flow.close(links.now())
         kind = HOST_TO_DEVICE if frame >> ZONE_SHIFT < DEVICE_ZONE_MIN else DEVICE_TO_DEVICE  # coherent memory of a peer
         links.profile.record(kind, source.nbytes, report.emulated_s, self.name)
+
+    async def _sent(self, stream: int, source: Source, flow: Flow) -> StreamReport:
+        """`BulkSender.send` of what has to go on."""
+        with self._copies.under_way(stream, lambda: None if flow.stalled else self.sender.moved(stream), partial(_chunk_s, flow)):
+            return await self.sender.send(stream, source, flow)
 
     async def fill(self, targets: Words, source: Source, flow: Flow) -> None:
         """Stream to device frames what does not come from host memory, by a flow that is open. Raises PeerLost, PeerError."""
@@ -323,7 +342,7 @@ class SessionLink:
 
         async def send() -> None:
             async with self.transfer():
-                await self.sender.send(stream, source, flow)
+                await self._sent(stream, source, flow)
 
         await self._expected(CopyIn(stream, to_wire(targets), b""), send)
 
@@ -351,7 +370,9 @@ class SessionLink:
         sink = ArenaSink(self._interconnect.memories, targets << _SHIFT, PAGE_SIZE)
         async with self.coming(stream, sink, int(targets[0])) as flow:
             message = CopyOut(stream, context, to_wire(pages), to_wire(frames), flow.start_s, flow.bytes_per_s, flow.latency_s)
-            await self.session.ask(message, Done)
+            pending = self.session.begin(message)
+            with self._copies.asked(pending):
+                await self.session.answer(message, pending, Done)
 
     async def _copy_inline(self, message: CopyOut, destination: Destination) -> None:
         """A few pages come with the answer: half the messages of a stream. They pass between the chunks of the flows on the same links."""
@@ -373,7 +394,12 @@ class SessionLink:
         if len(self._moved) >= SINGLES_MAX:
             self.flush_freed()
             self.settle()
-        data = self._intact(await pending.wait(), PAGE_SIZE)
+        answers = self._copies.answers
+        answers[pending] = NEW  # all of `Copies.asked`
+        try:
+            data = self._intact(await pending.wait(), PAGE_SIZE)
+        finally:
+            del answers[pending]
         if data is None:
             data = await self._again(message, PAGE_SIZE)
         links.land_one(target, data)
@@ -385,13 +411,16 @@ class SessionLink:
 
     async def _answer(self, message: CopyOut, pending: PendingReply, nbytes: int) -> bytes:
         """The pages in the answer to `message`; damaged ones are asked for again. Raises PeerError."""
-        data = self._intact(await pending.wait(), nbytes)
+        with self._copies.asked(pending):
+            data = self._intact(await pending.wait(), nbytes)
         return await self._again(message, nbytes) if data is None else data
 
     async def _again(self, message: CopyOut, nbytes: int) -> bytes:
         """Ask once more for pages that came damaged. Raises PeerError."""
         for _ in range(TRIES_MAX - 1):
-            data = self._intact(await self.session.request(message), nbytes)
+            pending = self.session.begin(message)
+            with self._copies.asked(pending):
+                data = self._intact(await pending.wait(), nbytes)
             if data is not None:
                 return data
         raise PeerError(f"{self.name} sent pages that do not match their checksum, {TRIES_MAX} times")
@@ -423,7 +452,7 @@ class SessionLink:
         granted_s = flow.latency_s
         try:
             async with self.expected(
-                stream, sink, lambda: 0.0 if flow.stalled else flow.bytes_per_s, lambda said_s: flow.arrives_s(said_s, granted_s)
+                stream, sink, lambda: 0.0 if flow.stalled else flow.bytes_per_s, lambda said_s: flow.arrives_s(said_s, granted_s), flow
             ):
                 yield flow
         finally:
@@ -438,13 +467,18 @@ class SessionLink:
         sink: Sink,
         rate_of: Callable[[], float] | None = None,
         arrives_s: Callable[[float], float] | None = None,
+        flow: Flow | None = None,
     ) -> AsyncIterator[None]:
-        """As `coming`, for data that cross no link (a command's buffer): nothing is paced or counted."""
+        """As `coming`; without a `flow`, for data that cross no link (a command's buffer): nothing is paced, counted or has to go on."""
         arrival = self.receiver.expect(stream, sink, rate_of, arrives_s)
         try:
             async with self.transfer():
                 yield
-                await arrival.wait()
+                if flow is None:
+                    await arrival.wait()
+                else:
+                    with self._copies.under_way(stream, lambda: None if flow.stalled else arrival.moved, partial(_chunk_s, flow)):
+                        await arrival.wait()
         finally:
             arrival.cancel()
 
@@ -508,3 +542,8 @@ class SessionLink:
             await sleep(self._interconnect.clock.real(FREE_DELAY_S if self._freed else SINGLES_DELAY_S))
             self.flush_freed()
             self.settle()
+
+
+def _chunk_s(flow: Flow) -> float:
+    """Emulated seconds that a chunk takes on a flow's links now."""
+    return CHUNK_BYTES / flow.bytes_per_s

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Awaitable, Callable
 from typing import Any, Literal, TypeVar
 
@@ -16,15 +15,19 @@ from .run import run_virtual
 WorldName = Literal["real", "sim"]
 WORLDS: tuple[WorldName, ...] = ("real", "sim")
 T = TypeVar("T")
+LIMIT_S = 6 * 3600.0
+"""Virtual seconds that a command may take: no work takes as many minutes, and half a minute of real time has passed when nothing else does.
+"""
 
 
 def run_in(world: WorldName, main: Callable[..., Awaitable[T]], *arguments: Any, seed: int = 0) -> T:
-    """`trio.run` as `world` wants it: in real time, or in virtual time from `seed`, for as long as it takes. In the main thread.
+    """`trio.run` as `world` wants it: in real time, or in virtual time from `seed`, for `LIMIT_S` at most. In the main thread.
 
+    Raises what `main` raises; SimulationStuck, in virtual time, when it has no end.
     Ctrl-C cancels `main`, and is raised as KeyboardInterrupt once that has come to its end.
     """
     if world == "sim":
-        return run_virtual(main, *arguments, seed=seed, limit_s=math.inf)
+        return run_virtual(main, *arguments, seed=seed, limit_s=LIMIT_S)
     ctrl_c = CtrlC()
     try:
         with only_error():

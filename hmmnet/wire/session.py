@@ -193,6 +193,8 @@ class Session:
         self._nursery: trio.Nursery | None = None
         self._on_lost: list[Callable[[PeerLost], None]] = []
         self._on_silent: list[Callable[[], None]] = []
+        self.on_tick: Callable[[float, bool], None] | None = None
+        """Told of each `tick` while the session lives: the time, and whether it comes after a stall of our own."""
         self.on_hello: Callable[[], None] | None = None
         """The server's: send the welcome again. A client is never greeted."""
         self.reader: Reader | None = None
@@ -490,6 +492,8 @@ class Session:
         if not self._spoke or exchange.unreported:
             self._send(Kind.BEAT)
         self._spoke = False
+        if self.on_tick is not None:
+            self.on_tick(now_s, stalled)
 
     def _in_touch(self, now_s: float, *, stalled: bool) -> bool:
         """Whether the session goes on. After a stall of our own the peer's frames may lie unread, here or on their way through a computer

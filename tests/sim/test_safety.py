@@ -12,6 +12,8 @@ import trio
 import hmmnet
 from hmmnet.errors import BusError, KernelError, PeerError, SegmentationFault
 from hmmnet.faults import POINTS, Controls, PointFault, Where, fault
+from hmmnet.faults.kinds import Fault
+from hmmnet.program import Process
 from hmmnet.sim import SimulatedMachine
 
 from .everything import MACHINE, PAGE
@@ -351,3 +353,71 @@ def test_broken_memory_of_a_device_is_left_there_at_once() -> None:
         await process.exit()
 
     hmmnet.simulate(main, replace(MACHINE, devices=devices), limit_s=300.0)
+
+
+HANGS = {
+    "a stream, stalled": (300, fault("copy.stall", "gpu0"), "home"),
+    "one page, held at the device": (1, fault("point.pause", "gpu0", point="device.copy_out"), "cpu"),
+    "a stream, held at the device": (300, fault("point.pause", "gpu0", point="device.copy_out"), "home"),
+    "a stream, all lost": (300, fault("copy.lost", "gpu0", direction="to_host"), "home"),
+    "a stream, held in the middle": (300, fault("point.pause", "gpu0", point="device.mid_copy"), "home"),
+    "to the device, held here": (300, fault("copy.stall", "gpu0", direction="to_device"), "there"),
+    "to the device, held there": (300, fault("point.pause", "gpu0", point="device.copy_in"), "there"),
+}
+
+
+@pytest.mark.parametrize("hangs", HANGS)
+def test_a_device_whose_copy_engine_hangs_holds_nobody_for_long(hangs: str) -> None:
+    """Its heart beats, and it is lost all the same: with what only it had, and nothing else. A CPU has waited no longer than for an
+    invalidation."""
+    pages, what, where = HANGS[hangs]
+    data = bytes(range(1, 251)) * (pages * PAGE // 250 + 1)
+
+    async def main(machine: SimulatedMachine) -> None:
+        process = await machine.create_process()
+        address = await process.mmap(pages * PAGE)
+        await process.write(address, data[: pages * PAGE])
+        if where != "there":
+            await process.migrate(address, pages * PAGE, "gpu0")
+        machine.add_fault(what)
+        began_s = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            if where != "cpu":
+                nursery.start_soon(migrates, process, address, "gpu0" if where == "there" else "host")
+                await trio.sleep(0.1)
+            if where == "there":
+                assert await process.read(address, PAGE) == data[:PAGE]
+            else:
+                with pytest.raises(BusError, match="has not gone on for 5 s"):
+                    await process.read(address, PAGE)
+            assert 5.0 <= trio.current_time() - began_s < 7.25
+        assert machine.audit() == []
+        await process.exit()
+
+    async def migrates(process: Process, address: int, owner: str) -> None:
+        with contextlib.suppress(PeerError, KernelError):
+            await process.migrate(address, pages * PAGE, owner)
+
+    hmmnet.simulate(main, MACHINE, limit_s=300.0)
+
+
+@pytest.mark.parametrize(
+    "slow", [fault("copy.slow", "gpu0", latency="4 s"), fault("link.slow", "*", factor=1e-5), fault("link.latency", "*", latency="20 s")]
+)
+def test_a_slow_copy_is_waited_for(slow: Fault) -> None:
+    """Chunks that come, and links that need their time, are no reason to give a device up."""
+
+    async def main(machine: SimulatedMachine) -> None:
+        process = await machine.create_process()
+        data = bytes(range(1, 251)) * (600 * PAGE // 250 + 1)
+        address = await process.mmap(600 * PAGE)
+        await process.write(address, data[: 600 * PAGE])
+        machine.add_fault(slow)
+        await process.migrate(address, 600 * PAGE, "gpu0")
+        assert trio.current_time() > 7.25
+        assert (await process.residency(address, 600)).owners == ("gpu0",)
+        await process.migrate(address, 600 * PAGE, "host")
+        assert await process.read(address, 600 * PAGE) == data[: 600 * PAGE]
+        await process.exit()
+
+    hmmnet.simulate(main, MACHINE, limit_s=3000.0)

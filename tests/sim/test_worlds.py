@@ -8,6 +8,7 @@ import pytest
 import trio
 import trio.testing
 
+from hmmnet.sim.run import SimulationStuck
 from hmmnet.sim.worlds import WorldName, run_in
 
 
@@ -109,3 +110,9 @@ def test_a_handler_of_the_programs_own_stays() -> None:
     finally:
         signal.signal(signal.SIGINT, before)
     assert heard == [signal.SIGINT]
+
+
+def test_a_command_in_virtual_time_that_has_no_end_is_told_so() -> None:
+    """Heartbeats go on for ever; who waits for what never comes does not."""
+    with pytest.raises(SimulationStuck, match="no end after 21600 virtual seconds"):
+        run_in("sim", trio.sleep_forever)
