@@ -29,6 +29,7 @@ from hmmnet.fabric.measure import automatic_rate
 from hmmnet.faults.forms import Plannable, as_plan, one_fault
 from hmmnet.faults.injector import Injector
 from hmmnet.faults.kinds import Fault
+from hmmnet.faults.network import Network
 from hmmnet.faults.plan import Plan, named
 from hmmnet.launcher.crew import READY_S, Crew
 from hmmnet.launcher.directory import DeviceRecord, Directory, MachineRecord, as_name, new_record
@@ -72,6 +73,8 @@ class Host(Protocol):
     """Called with (device, ``ready`` or ``lost``, how) whenever a device comes or goes, until the machine ends."""
     injection: Any
     """Carries out what faults do at the host (`hmmnet.host.injection`)."""
+    network: Network
+    """What happens to messages on the wires of real devices."""
 
     def add_fault(self, fault: Fault) -> int:
         """A fault begins; its number."""

@@ -136,6 +136,12 @@ class Fired:
     where: Where
     node: str = ""
 
+    @property
+    def line(self) -> str:
+        """As it stands in a trace."""
+        where = " ".join(f"{name}={value}" for name, value in self.where.as_json().items() if name != "point")
+        return f"fault {self.action} {self.where.point} {where}"
+
 
 @dataclass(eq=False)
 class _Active:

@@ -56,8 +56,7 @@ class Trace:
 
     def fired(self, fired: Fired) -> None:
         """A fault happened at a protocol point."""
-        where = " ".join(f"{name}={value}" for name, value in fired.where.as_json().items() if name != "point")
-        self.add(fired.at_s, f"fault {fired.action} {fired.where.point} {where}")
+        self.add(fired.at_s, fired.line)
 
     def add(self, now_s: float, what: str) -> None:
         """Something happened that is worth a line."""

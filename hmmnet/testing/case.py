@@ -42,6 +42,8 @@ class Case:
     story: Story = field(default_factory=Story)
     machine: str = ""
     """Which fixture has given a machine: a test has one."""
+    forbidden: bool = False
+    """What failed the test is a migration that was not allowed."""
     crashes: list[str] = field(default_factory=list)
     """What has crashed in devices' processes, as their logs tell; `look` is asked as long as they are there."""
     look: Callable[[], list[str]] | None = None
@@ -53,9 +55,15 @@ class Case:
         return self.crashes
 
     def hear(self, event: Event) -> None:
-        """A host's event."""
-        self.story.hear(event)
+        """A host's event; what strict mode does not allow is marked in the story."""
+        before = len(self.migrations.unexpected)
         self.migrations.hear(event)
+        self.story.hear(event, marked=len(self.migrations.unexpected) > before)
+
+    def hear_faults(self, host: Host, now_s: Callable[[], float]) -> None:
+        """Hear what faults do to the messages of real devices, and at the host's protocol points; `now_s` is emulated time."""
+        host.network.told = lambda _, what: self.story.fault(now_s(), what)
+        host.injector.on_fired = lambda fired: self.story.fault(fired.at_s, fired.line)
 
     @contextmanager
     def listening(self, host: Host) -> Iterator[None]:

@@ -295,7 +295,8 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
             item.obj = original  # type: ignore[attr-defined]
     case = item.stash.get(_case_key, None)
     complaint = case.migrations.complaint() if case is not None else ""
-    if complaint:
+    if case is not None and complaint:
+        case.forbidden = True
         pytest.fail(complaint, pytrace=False)
 
 
@@ -329,14 +330,20 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
         _show_own_lines(item, call.excinfo)
     report = yield
     if report.failed and (_case_key in item.stash or SEED in getattr(item, "fixturenames", ())):
-        story = item.stash[_case_key].story.shown(_story_lines(item.config)) if _case_key in item.stash else []
-        if story:
-            report.sections.append(("hmmnet: what happened", "\n".join(story)))
-        crashes = item.stash[_case_key].crashed() if _case_key in item.stash else []
-        if crashes:
-            report.sections.append(("hmmnet: what crashed in devices", "\n".join(crashes)))
+        if _case_key in item.stash:
+            _tell(report, item.stash[_case_key], _story_lines(item.config))
         report.sections.append(("hmmnet: see it again", _replay(item)))
     return report
+
+
+def _tell(report: pytest.TestReport, case: Case, most: int) -> None:
+    """What happened on the test's machine, and what crashed there."""
+    story = case.story.shown(most, marked=case.forbidden)
+    if story:
+        report.sections.append(("hmmnet: what happened", "\n".join(story)))
+    crashes = case.crashed()
+    if crashes:
+        report.sections.append(("hmmnet: what crashed in devices", "\n".join(crashes)))
 
 
 WITHIN = frozenset({"hmmnet", "trio", "outcome"})

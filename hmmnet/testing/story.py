@@ -11,7 +11,7 @@ from hmmnet.pages import runs_of
 from hmmnet.units import counted
 
 LINES_KEPT = 1000
-"""Lines of one test that are kept; fewer are shown."""
+"""Lines of one test that are kept, the last ones, and as many on both sides of the first that is marked; fewer are shown."""
 RUNS_SHOWN = 4
 """Page ranges of one event that are named."""
 
@@ -22,21 +22,36 @@ class Line:
 
     at_s: float
     text: str
-    like: tuple[object, ...] = ()
+    number: int
+    """Of the line, from 0 on."""
+    marked: bool = False
     times: int = 1
+
+    def __str__(self) -> str:
+        again = f" (and {counted(self.times - 1, 'time')} more like it)" if self.times > 1 else ""
+        mark = MARK if self.marked else ""
+        return f"{1e3 * self.at_s:>11.6f} ms  {mark}{self.text}{again}"
+
+
+MARK = "NOT ALLOWED: "
+"""Before what must not have happened."""
 
 
 @dataclass
 class Story:
-    """The last events. Equal ones in a row are told once."""
+    """The last events, and those around the first that is marked. Equal ones in a row, of the same pages, are told once."""
 
     lines: deque[Line] = field(default_factory=lambda: deque(maxlen=LINES_KEPT))
+    around: list[Line] = field(default_factory=list)
+    """From before the first marked line on; empty while there is none."""
     count: int = 0
     """Lines so far, with those that are not kept any more."""
+    _like: tuple[object, ...] = ()
+    """What the last line tells: another event that is equal is told with it."""
 
-    def hear(self, event: Event) -> None:
-        """A host's event."""
-        self._add(event.at_s, told(event), _kind(event))
+    def hear(self, event: Event, *, marked: bool = False) -> None:
+        """A host's event; one that must not be is `marked`."""
+        self._add(event.at_s, told(event), _kind(event), marked=marked)
 
     def fault(self, at_s: float, what: str) -> None:
         """A fault was injected, in the words of the trace."""
@@ -46,25 +61,48 @@ class Story:
         """Something else happened."""
         self._add(at_s, text, ())
 
-    def _add(self, at_s: float, text: str, like: tuple[object, ...]) -> None:
-        last = self.lines[-1] if self.lines else None
-        if last is not None and like and last.like == like:
-            last.times += 1
+    def _add(self, at_s: float, text: str, like: tuple[object, ...], *, marked: bool = False) -> None:
+        if like and self._like == like and self.lines[-1].marked == marked:
+            self.lines[-1].times += 1
             return
-        self.lines.append(Line(at_s, text, like))
+        line = Line(at_s, text, self.count, marked)
+        self._like = like
+        if marked and not self.around:
+            self.around = list(self.lines)
+            self.around.append(line)
+        elif self.around and len(self.around) < 2 * LINES_KEPT:
+            self.around.append(line)
+        self.lines.append(line)
         self.count += 1
 
-    def shown(self, most: int) -> list[str]:
-        """The last `most` lines, each with its time, behind a word about those before; nothing for 0."""
+    def shown(self, most: int, *, marked: bool = False) -> list[str]:
+        """The last `most` lines, each with its time; with `marked` those around the first that is marked, and others that are. Words stand
+        for what is left out. Nothing for 0.
+        """
         if most <= 0:
             return []
-        lines = list(self.lines)[-most:]
-        before = self.count - len(lines)
-        out = [f"{'...':>14}  {counted(before, 'event')} before"] if before else []
+        lines = _chosen(self.around, most) if marked and self.around else list(self.lines)[-most:]
+        out: list[str] = []
+        due = 0
         for line in lines:
-            again = f" (and {counted(line.times - 1, 'time')} more like it)" if line.times > 1 else ""
-            out.append(f"{1e3 * line.at_s:>11.6f} ms  {line.text}{again}")
-        return out
+            if line.number > due:
+                out.append(_left_out(line.number - due, "between" if due else "before"))
+            out.append(str(line))
+            due = line.number + 1
+        return [*out, _left_out(self.count - due, "after")] if due < self.count else out
+
+
+def _chosen(lines: list[Line], most: int) -> list[Line]:
+    """Up to `most` lines: half of them at most are marked ones, apart; the others lie around the first of those, most before it."""
+    marked = [i for i, line in enumerate(lines) if line.marked]
+    first, further = marked[0], marked[1 : 1 + most // 2]
+    near = most - len(further)
+    begin = max(0, first - (2 * near) // 3)
+    return [lines[i] for i in sorted({*range(begin, min(begin + near, len(lines))), *further})]
+
+
+def _left_out(events: int, where: str) -> str:
+    return f"{'...':>14}  {counted(events, 'event')} {where}"
 
 
 def told(event: Event) -> str:
@@ -98,9 +136,9 @@ def shown_pages(runs: list[tuple[int, int]]) -> str:
 
 
 def _kind(event: Event) -> tuple[object, ...]:
-    """Events of one kind in a row are one line."""
+    """Events of one kind and of the same pages, in a row, are one line."""
     if isinstance(event, Moved):
-        return ("moved", event.process, event.source, event.target, event.cause)
+        return ("moved", event.process, event.pages.tobytes(), event.source, event.target, event.cause)
     if isinstance(event, Invalidated):
-        return ("invalidated", event.process, event.event, event.told)
+        return ("invalidated", event.process, event.start, event.end, event.event, event.told)
     return ()

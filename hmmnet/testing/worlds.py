@@ -50,6 +50,7 @@ async def real(case: Case) -> AsyncIterator[LaunchedMachine]:
         async with trio.open_nursery() as nursery, launch(case.topology, name=name) as machine:
             with case.listening(machine.host):
                 _look_for_crashes(case, machine)
+                case.hear_faults(machine.host, machine.emulated_s)
                 for fault in faults:
                     machine.add_fault(fault)
                 nursery.start_soon(_bell, case.limit_s)

@@ -150,6 +150,8 @@ def test_strict_mode(pytester: pytest.Pytester, how: str) -> None:
             "*_ test_fails _*",
             "16 pages moved that nothing allowed to (strict):",
             '  process 1000: pages 0x100000-0x10000f (16): host -> gpu0 (a fault of gpu0; cause "fault") at *',
+            "*hmmnet: what happened*",
+            "* ms  NOT ALLOWED: process 1000: pages 0x100000-0x10000f (16): host -> gpu0 (a fault of gpu0)",
             "*_ test_real _*",
             '  process 1000: page 0x100000: host -> gpu1 (asked for by a program; cause "prefetch") at *',
             "*_ test_awaited _*",

@@ -178,6 +178,7 @@ def test_words() -> None:
     scattered = np.arange(0, 40, 2, dtype=np.uint64)
     story.hear(Moved(0.0, 7, pages, "gpu0", "host", "release"))
     story.hear(Moved(0.001, 7, scattered, "host", "gpu1", "fault"))
+    story.hear(Moved(0.0015, 7, scattered[:-1], "host", "gpu1", "fault"))  # other pages, though the words begin alike
     for at_s in (0.002, 0.003, 0.004):
         story.hear(Invalidated(at_s, 7, 1, 3, "unmap", 2))
     story.hear(Invalidated(0.005, 7, 1, 2, "migrate", 1))
@@ -190,6 +191,7 @@ def test_words() -> None:
     assert story.shown(20) == [
         "   0.000000 ms  process 7: pages 0x1-0x3, 0x9 (4): gpu0 -> host (gpu0 gave its memory up)",
         "   1.000000 ms  process 7: pages 0x0, 0x2, 0x4, 0x6 and 16 ranges more (20): host -> gpu1 (a fault of gpu1)",
+        "   1.500000 ms  process 7: pages 0x0, 0x2, 0x4, 0x6 and 15 ranges more (19): host -> gpu1 (a fault of gpu1)",
         "   2.000000 ms  process 7: pages 0x1-0x2 (2): 2 mirrors told to drop it (unmap) (and 2 times more like it)",
         "   5.000000 ms  process 7: page 0x1: 1 mirror told to drop it (migrate)",
         "   6.000000 ms  gpu0 was refused an access: page 0x1",
@@ -199,9 +201,65 @@ def test_words() -> None:
         "  10.000000 ms  fault: crash migrate.before_copy device=gpu0",
         "  11.000000 ms  mine",
     ]
-    assert story.shown(2)[0] == "           ...  8 events before"
+    assert story.shown(2)[0] == "           ...  9 events before"
     assert len(story.shown(2)) == 3
     assert story.shown(0) == []
+
+
+def moves(story: Story, pages: range, marked: tuple[int, ...]) -> None:
+    """One page after the other moves, a millisecond each."""
+    for page in pages:
+        story.hear(Moved(page / 1e3, 7, np.array([page], np.uint64), "host", "gpu0", "user"), marked=page in marked)
+
+
+def test_around_what_must_not_be() -> None:
+    """The first that is marked is shown with what was before and after it, however long ago; further ones are, too."""
+    story = Story()
+    moves(story, range(3000), (1500, 1502, 1700))
+    shown = story.shown(10, marked=True)
+    assert [line.split("process")[0].split("ms")[0].strip() for line in shown if " ms " in line] == [
+        *(f"{page}.000000" for page in range(1495, 1503)),
+        "1700.000000",
+    ]
+    assert shown[0] == "           ...  1,495 events before"
+    assert shown[6] == "1500.000000 ms  NOT ALLOWED: process 7: page 0x5dc: host -> gpu0 (asked for by a program)"
+    assert shown[9] == "           ...  197 events between"
+    assert shown[-1] == "           ...  1,299 events after"
+    assert story.shown(2)[-1].startswith("2999.000000 ms"), "when the test failed for another reason, its end is shown"
+    assert len(story.shown(1, marked=True)) == 3
+    assert story.shown(0, marked=True) == []
+    few = Story()
+    moves(few, range(2), (0,))
+    assert few.shown(10, marked=True) == few.shown(10)
+    many = Story()
+    moves(many, range(100), tuple(range(100)))
+    assert len([line for line in many.shown(10, marked=True) if " ms " in line]) <= 10
+
+
+LOSING = """
+    import pytest
+
+    @pytest.mark.faults(loss={"on": "gpu0", "probability": 0.2})
+    def test_lossy(machine):
+        machine.add_fault("point.delay", on="*", point="migrate.before_copy", latency="10us")
+        process = machine.process()
+        address = process.malloc(4096)
+        process.write(address, bytes(4096))
+        for _ in range(4):
+            process.migrate(address, 4096, "gpu0")
+            process.load(address)
+        assert 0
+    """
+
+
+def test_faults_of_real_machines_are_in_the_story(pytester: pytest.Pytester) -> None:
+    """Lost messages, and what happened at the host's points, as on simulated machines."""
+    write(pytester, LOSING)
+    result = run(pytester, "-o", "hmmnet_story=1000")
+    result.assert_outcomes(failed=1)
+    story = told(result, "test_lossy")
+    assert any("the message is gone (loss)" in line for line in story), story
+    assert any("fault: delay migrate.before_copy node=host device=gpu0" in line for line in story), story
 
 
 def test_the_command_repeats_what_the_command_line_said(pytester: pytest.Pytester) -> None:
