@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hmmnet.errors import HmmnetError
+from hmmnet.units import counted
 
 from .catalogue import as_given
 from .controls import Tally
@@ -28,6 +29,8 @@ class AtWork:
 
     end: Undo
     fired: Callable[[], int]
+    held: Callable[[], list[str]] = list
+    """Who waits by it, and for nothing else, in words."""
 
     def __call__(self) -> None:
         """End it."""
@@ -158,6 +161,17 @@ class Carrier:
     def counts(self) -> dict[int, int]:
         """How often each fault that acts now has happened, here."""
         return {number: carried.fired for number, carried in self._carried.items() if carried.begun}
+
+    def told_now(self) -> list[str]:
+        """The faults that act now, in words, and who is held by each: for whom nothing moves any more."""
+        lines: list[str] = []
+        for number, one in self._carried.items():
+            held = [what for undo in one.undos if isinstance(undo, AtWork) for what in undo.held()]
+            if held:
+                lines.append(f"fault {number} ({one.fault}) holds {', '.join(held)}, until it ends: remove_fault({number})")
+            elif one.fired:
+                lines.append(f"fault {number} ({one.fault}) is there, and has happened {counted(one.fired, 'time')}")
+        return lines
 
     @property
     def at_work(self) -> Iterator[Undo]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from .effects import Effect, LinkEffect
 from .injector import PointFault
-from .kinds import Fault, Kind, Parameter
+from .kinds import EACH, Fault, Kind, Parameter
 from .messages import MessageFault, Way
 from .stepping import at_points
 
@@ -77,7 +77,7 @@ KINDS = (
         "copy.corrupt",
         "copy engine",
         "bytes of a chunk are damaged on the way",
-        "it is caught and sent again; every byte is right",
+        "it is caught and sent again; every byte is right" + EACH,
         _corrupt,
         parameters=(
             DIRECTION,
@@ -88,7 +88,7 @@ KINDS = (
         "copy.lost",
         "copy engine",
         "a chunk is lost",
-        "it is sent again",
+        "it is sent again" + EACH,
         lambda fault: [_bulk(fault, "loss")],
         parameters=(DIRECTION,),
     ),

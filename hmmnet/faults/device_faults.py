@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .effects import DeviceEffect, HostEffect
-from .kinds import Kind, Parameter
+from .kinds import EACH, Kind, Parameter
 from .stepping import at_points
 
 
@@ -37,7 +37,7 @@ KINDS = (
         lambda fault: [at_points(fault, "device.fetch", "delay", delay_s=fault.settings["latency"])],
         parameters=(Parameter("latency", "time", "how late", 0.005),),
     ),
-    Kind("replay.lost", "device", "a replay is lost: the accesses fault again after a timeout", SAME, _choice("device.replay_lost")),
+    Kind("replay.lost", "device", "a replay is lost: the accesses fault again after a timeout", SAME + EACH, _choice("device.replay_lost")),
     Kind(
         "fault.unserviceable",
         "device",

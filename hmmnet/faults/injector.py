@@ -149,6 +149,8 @@ class _Active:
     fault: PointFault
     chance: Chance
     released: trio.Event = field(default_factory=trio.Event)
+    paused: list[Where] = field(default_factory=list)
+    """Who waits for that, where."""
 
 
 class Injector:
@@ -258,6 +260,11 @@ class Injector:
         active = self._active.get(number)
         return 0 if active is None else active.chance.fired
 
+    def held(self, number: int) -> list[str]:
+        """Who is paused by fault `number`, and where."""
+        active = self._active.get(number)
+        return [] if active is None else [str(where) for where in active.paused]
+
     def _arm(self) -> None:
         self._candidates.clear()
         armed = self._recording or bool(self._active)
@@ -315,7 +322,11 @@ class Injector:
             if fault.action == "delay":
                 await self.sleep(fault.delay_s + (self.random.random() * fault.jitter_s if fault.jitter_s else 0.0))
             elif fault.action == "pause":
-                await active.released.wait()
+                active.paused.append(here)
+                try:
+                    await active.released.wait()
+                finally:
+                    active.paused.remove(here)
             elif fault.action == "fail":
                 if fault.delay_s:
                     await self.sleep(fault.delay_s)

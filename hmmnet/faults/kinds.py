@@ -209,6 +209,10 @@ class Kind:
             raise HmmnetError(f'the fault "{self.name}" cannot be done in the {world} world: {self.not_in[world]}')
 
 
+EACH = "; while it happens to each, as it does by default, nothing gets through, and the device may be given up"
+"""Of what is mended by doing it again, which is in vain if every try goes wrong (``probability=0.1``, ``times=1`` say less)."""
+
+
 @dataclass(frozen=True)
 class Fault:
     """One fault of a plan: `kind` and its `settings`, what it is `on`, how often (`controls`), and whose pages it concerns.

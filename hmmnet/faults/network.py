@@ -19,6 +19,7 @@ import trio
 
 from hmmnet.errors import ProtocolError
 from hmmnet.sleeping import Bell
+from hmmnet.units import counted
 from hmmnet.wire.codec import WITH_BODY, decode_body, decode_header
 from hmmnet.wire.messages import Body
 
@@ -160,6 +161,17 @@ class Network:
         """How often a fault has happened; 0 when it is over."""
         active = self.active.get(number)
         return 0 if active is None else active.chance.fired
+
+    def held(self, number: int) -> list[str]:
+        """What waits until fault `number` ends."""
+        active = self.active.get(number)
+        return [counted(len(active.waiting), "message")] if active is not None and active.waiting else []
+
+    def silent(self) -> list[str]:
+        """Devices that are not heard, as they or the host hang, and what waits meanwhile, in words."""
+        return [
+            f"{device} is not heard, and hears nothing: {counted(len(held), 'message')} on the way" for device, held in self._held.items()
+        ]
 
     def discard(self, number: int) -> None:
         """A fault ends, if it has not."""

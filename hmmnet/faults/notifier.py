@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .effects import HostEffect
-from .kinds import Fault, Kind, Parameter
+from .kinds import EACH, Fault, Kind, Parameter
 from .messages import MessageFault, Way
 from .stepping import EVENT, at_points
 
@@ -38,7 +38,7 @@ KINDS = (
         "invalidate.lost",
         "notifier",
         "an invalidation is lost on its way",
-        "it is repeated; " + SAME,
+        "it is repeated; " + SAME + "; if each is lost, as by default: as if the device never said that it has let go",
         _message("loss", "Invalidate", to_device=True),
     ),
     Kind(
@@ -68,7 +68,7 @@ KINDS = (
         "ack.lost",
         "notifier",
         "an acknowledgement is lost",
-        "it is repeated; " + SAME,
+        "it is repeated; " + SAME + EACH,
         _message("loss", "Done", to_device=False),
     ),
     Kind(

@@ -54,6 +54,14 @@ class Where:
         """Where they end."""
         return self.start + self.pages << PAGE_SHIFT
 
+    def __str__(self) -> str:
+        """Who is where, as in ``host at migrate.before_copy of gpu0 (process 1000, pages 0x10-0x1f)``."""
+        about = [f"process {self.process}"] if self.process else []
+        if self.pages:
+            about.append(f"page 0x{self.start:x}" if self.pages == 1 else f"pages 0x{self.start:x}-0x{self.start + self.pages - 1:x}")
+        of = f" of {self.device}" if self.device not in ("", self.node) else ""
+        return f"{self.node} at {self.point}{of}" + (f" ({', '.join(about)})" if about else "")
+
     def as_json(self) -> dict[str, Any]:
         """Plain data of the place, without what it does not concern."""
         return {name: value for name in self.__dataclass_fields__ if (value := getattr(self, name)) and name != "occurrence"}

@@ -8,7 +8,7 @@ from hmmnet.wire.codec import WITH_BODY
 from hmmnet.wire.codec import Kind as Frame
 from hmmnet.wire.messages import Body
 
-from .kinds import Fault, Kind, Parameter
+from .kinds import EACH, Fault, Kind, Parameter
 from .messages import MessageFault, Way
 
 CHANNEL = Parameter("channel", "choice", "which messages", "any", ("any", "control", "bulk"))
@@ -41,7 +41,7 @@ def _message(kind: str) -> Any:
 
 
 KINDS = (
-    Kind("loss", "messages", "a message is gone", SAME, _message("loss"), "way", (CHANNEL, MESSAGE)),
+    Kind("loss", "messages", "a message is gone", SAME + EACH, _message("loss"), "way", (CHANNEL, MESSAGE)),
     Kind(
         "delay",
         "messages",
@@ -65,7 +65,7 @@ KINDS = (
         "corrupt",
         "messages",
         "data of a message are damaged",
-        "it is caught and sent again",
+        "it is caught and sent again" + EACH,
         _message("corrupt"),
         "way",
         (BULK, Parameter("shape", "choice", "one bit, a burst of bytes, or halves swapped", "bit", ("bit", "burst", "swap"))),

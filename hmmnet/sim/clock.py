@@ -15,7 +15,8 @@ from __future__ import annotations
 import heapq
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from operator import attrgetter
 
@@ -50,6 +51,12 @@ class JumpClock(WakingClock):
         self.now: Callable[[], float] = partial(_NOW, self)
         self.stuck = False
         self.deadlocked = False
+        self.limit_s = math.inf
+        """The moment at which `tellers` are asked, before anybody else acts at it."""
+        self.tellers: list[Callable[[], list[str]]] = []
+        """Who can say why nothing ends."""
+        self.told: list[str] = []
+        """What they said."""
         self._now_s = 0.0
         self._looks = 0
         self._looks_max = looks_max
@@ -97,12 +104,19 @@ class JumpClock(WakingClock):
         if math.isinf(deadline_s) or tasks_wait_for_idle():
             return False
         self._now_s = deadline_s
+        if deadline_s >= self.limit_s:
+            self._ask()
         self._looks = 0
         while self._sleepers and self._sleepers[0][0] <= deadline_s:
             who = heapq.heappop(self._sleepers)[2]
             while who:
                 RUN.runner.reschedule(who.pop(), WORD)
         return True
+
+    def _ask(self) -> None:
+        """Now, while everybody who waits still stands where it does."""
+        self.limit_s = math.inf
+        self.told = [line for tell in self.tellers for line in tell()]
 
     def _idle(self) -> float:
         """There is no deadline. How long to wait for others; who asks again after all of that, and at once, has met nobody.
@@ -113,6 +127,7 @@ class JumpClock(WakingClock):
         met_nobody = waited_s >= IDLE_S and self._looks == self._looks_then + 1
         if met_nobody and not threads_at_work():
             self.deadlocked = True
+            self._ask()
             drop_shields()
             return 0.0
         self._waits_since_s, self._looks_then = time.monotonic(), self._looks
@@ -133,6 +148,18 @@ class JumpClock(WakingClock):
             self._sleepers = [sleeper for sleeper in self._sleepers if sleeper[2]]
             heapq.heapify(self._sleepers)
             self._prune_at = self._number + len(self._sleepers) + PRUNE_MIN
+
+
+@contextmanager
+def telling(tell: Callable[[], list[str]]) -> Iterator[None]:
+    """While the block runs, `tell` is asked why nothing ends, should that be asked."""
+    clock = trio.lowlevel.current_clock()
+    tellers = clock.tellers if isinstance(clock, JumpClock) else []
+    tellers.insert(0, tell)
+    try:
+        yield
+    finally:
+        tellers.remove(tell)
 
 
 class VirtualClock(EmulatedClock):

@@ -33,7 +33,7 @@ from hmmnet.topology.load import installed_models, load
 from hmmnet.topology.model import Personality, Topology, with_personality
 from hmmnet.wire.memory_transport import MemoryTransport
 
-from .clock import JumpClock, VirtualClock
+from .clock import JumpClock, VirtualClock, telling
 from .node import Node, NodeTransport
 from .suffering import Suffering
 from .trace import Trace
@@ -328,13 +328,17 @@ class SimulatedMachine:
         self.network.heal()
         self.injector.heal()
 
+    def held_up(self) -> list[str]:
+        """Faults that act, whom they hold, and which devices are silent: why nothing may move any more."""
+        return self.carrier.told_now() + self.network.silent()
+
     def _at_points(self, fault: PointFault, tally: Tally) -> Undo:
         number = self.injector.add(fault, tally=tally)
-        return AtWork(partial(self.injector.remove, number), partial(self.injector.count, number))
+        return AtWork(partial(self.injector.remove, number), partial(self.injector.count, number), partial(self.injector.held, number))
 
     def _on_wires(self, fault: MessageFault, tally: Tally) -> Undo:
         number = self.network.add(fault, tally)
-        return AtWork(partial(self.network.discard, number), partial(self.network.count, number))
+        return AtWork(partial(self.network.discard, number), partial(self.network.count, number), partial(self.network.held, number))
 
     def _in_devices(self, effect: DeviceEffect) -> Undo:
         suffering = Suffering(effect)
@@ -476,7 +480,8 @@ async def simulated(
                     await world.start_device(device)
                 for fault in plan.faults:
                     world.add_fault(fault)
-                yield world
+                with telling(world.held_up):
+                    yield world
                 world.carrier.heal()
                 network.heal()
                 injector.heal(but="session.bye")

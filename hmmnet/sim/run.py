@@ -18,6 +18,7 @@ from .interrupts import CtrlC
 from .machine import SimulatedMachine, simulated
 from .schedule import seeded
 from .trace import Trace
+from .waits import waits
 
 LIMIT_S = 3600.0
 """Virtual seconds that a run may take: heartbeats go on for ever, so a program that waits for nothing would, too."""
@@ -46,21 +47,24 @@ def run_virtual(main: Callable[..., Awaitable[T]], *arguments: Any, seed: int = 
     """`trio.run` in virtual time, scheduled from `seed`.
 
     Raises SimulationStuck after `limit_s` virtual seconds, when things happen without an end while no time passes, and when nothing can
-    happen any more (`clock`). Ctrl-C is KeyboardInterrupt, whatever ends with it.
+    happen any more (`clock`); it names faults that act, whom they hold, and who waits for what. Ctrl-C is KeyboardInterrupt, whatever ends
+    with it.
     """
     clock, ctrl_c = JumpClock(), CtrlC()
+    clock.limit_s = limit_s
+    clock.tellers.append(waits)
 
-    async def limited() -> T:
+    async def program() -> T:
         with trio.move_on_after(limit_s) as clock.scope, ctrl_c.cancels(clock.scope):
             return await main(*arguments)
         if clock.stuck:
             raise SimulationStuck(f"time stands still at {trio.current_time():g} virtual seconds (seed {seed}): somebody goes in circles")
         how = "tasks wait for each other, shielded from that limit" if clock.deadlocked else "somebody waits for what never comes"
-        raise SimulationStuck(f"no end after {limit_s:g} virtual seconds (seed {seed}): {how}")
+        raise SimulationStuck("\n  ".join([f"no end after {limit_s:g} virtual seconds (seed {seed}): {how}", *clock.told]))
 
     with seeded(seed):
         try:
-            value = trio.run(limited, clock=clock)
+            value = trio.run(program, clock=clock)
         except BaseException as error:
             beside = isinstance(error, BaseExceptionGroup) and error.subgroup(KeyboardInterrupt) is not None
             if ctrl_c.came or beside:  # with what it interrupted, when that ended in an error, too

@@ -22,6 +22,7 @@ from hmmnet.errors import HmmnetError
 from hmmnet.faults import Plannable
 from hmmnet.program import documented_by
 from hmmnet.sim import SimulatedMachine, run_virtual
+from hmmnet.sim.clock import JumpClock
 from hmmnet.sim.run import SimulationStuck
 
 CALL_LIMIT_S = 600.0
@@ -81,9 +82,13 @@ class Frozen(Blocking[SimulatedMachine]):
 
 
 async def _limited(name: str, function: Callable[..., Awaitable[R]], args: tuple[Any, ...], kwargs: dict[str, Any]) -> R:
+    clock = trio.lowlevel.current_clock()
+    assert isinstance(clock, JumpClock), "run_virtual has it"
+    clock.limit_s = trio.current_time() + CALL_LIMIT_S
     with trio.move_on_after(CALL_LIMIT_S):
         return await function(*args, **kwargs)
-    raise SimulationStuck(f"{name} is not over after {CALL_LIMIT_S:g} virtual seconds: it waits for what never comes")
+    what = f"{name} is not over after {CALL_LIMIT_S:g} virtual seconds: it waits for what never comes"
+    raise SimulationStuck("\n  ".join([what, *clock.told]))
 
 
 @documented_by(SimulatedMachine)

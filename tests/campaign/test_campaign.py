@@ -30,7 +30,6 @@ from hmmnet.campaign.scenarios import SCENARIOS
 from hmmnet.campaign.shrink import Shrinker, without, without_actor, without_device_number, without_region
 from hmmnet.campaign.sweep import Cell
 from hmmnet.campaign.trial import run_program
-from hmmnet.campaign.waits import find_cycle
 from hmmnet.campaign.words import VICTIM_ADDRESS, VICTIM_BYTES
 from hmmnet.campaign.workers import workers
 from hmmnet.cli import exit_code
@@ -40,6 +39,7 @@ from hmmnet.faults.kinds import Fault
 from hmmnet.faults.targets import wrong_targets
 from hmmnet.launcher.directory import process_started
 from hmmnet.sim import Trace
+from hmmnet.sim.waits import find_cycle
 
 SEEDS = range(24)
 KEPT = Path(__file__).with_name("kept")

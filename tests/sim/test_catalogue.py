@@ -11,10 +11,12 @@ import trio
 import hmmnet
 from hmmnet.errors import BusError, HmmnetError, KernelError, PeerError, SegmentationFault, SignalError
 from hmmnet.faults import KINDS, Plan, fault
+from hmmnet.faults.kinds import EACH
 from hmmnet.sim import SimulatedMachine
+from hmmnet.sim.run import SimulationStuck
 from hmmnet.topology.load import parse
 
-from .everything import MACHINE, MIB, MOVED, PAGE, everything
+from .everything import COUNT, MACHINE, MIB, MOVED, NBYTES, PAGE, VALUES, everything
 from .test_points import RIGHT, leave
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -115,6 +117,31 @@ def test_every_kind(name: str) -> None:
         await process.exit()
 
     hmmnet.simulate(main, MACHINE, limit_s=900.0)
+
+
+@pytest.mark.parametrize("name", sorted(name for name, kind in KINDS.items() if EACH in kind.holds))
+def test_what_every_try_meets_lets_nothing_through(name: str) -> None:
+    """As the catalogue says: with its defaults there is no end, or the device is given up; three times cost nothing but time."""
+
+    async def main(machine: SimulatedMachine) -> int:
+        process = await machine.create_process()
+        data = await process.mmap(NBYTES)
+        await process.write(data, VALUES)
+        done = await process.launch("reduction", "gpu0", a=data, n=COUNT, dtype="<u8")
+        await process.write(data, VALUES)
+        return int(done.results["sum"])
+
+    with pytest.raises((SimulationStuck, PeerError)):
+        hmmnet.simulate(main, faults=[fault(name, "gpu0")], limit_s=30.0)
+    some = hmmnet.simulate(main, faults=[fault(name, "gpu0", times=3)], limit_s=30.0)
+    assert some.value == int(VALUES.sum())
+
+
+def test_which_kinds_let_nothing_through() -> None:
+    """Those that are mended by another try."""
+    assert {name for name, kind in KINDS.items() if EACH in kind.holds} == {
+        *("ack.lost", "copy.corrupt", "copy.lost", "corrupt", "loss", "replay.lost")
+    }
 
 
 @pytest.mark.parametrize("name", sorted(set(KINDS) - set(IN_SIM) - {"host.crash"}))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,8 @@ from trio._core import _run as trio_run
 
 import hmmnet
 from hmmnet.errors import BusError, HmmnetError, KernelError, PeerError
-from hmmnet.faults import fault
+from hmmnet.faults import AnyFault, fault
+from hmmnet.pages import PAGE_SIZE as PAGE
 from hmmnet.play.world import TOPOLOGY, UnitWorld, play_all, prepare_all
 from hmmnet.sim import SimulatedMachine, Trace, run_virtual, simulated
 from hmmnet.sim.clock import IDLE_S
@@ -154,6 +157,56 @@ def test_what_never_comes_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with pytest.raises(ZeroDivisionError):
         hmmnet.simulate(failing)
+
+
+async def moving(machine: SimulatedMachine) -> None:
+    """A program that a fault can stop."""
+    process = await machine.create_process()
+    await process.mmap(PAGE, address=1 << 32)
+    await process.write(1 << 32, bytes(PAGE))
+    await process.migrate(1 << 32, PAGE, "gpu0")
+
+
+def stuck(*faults: AnyFault, main: Callable[[SimulatedMachine], Awaitable[None]] = moving, limit_s: float = 20.0) -> str:
+    """What is said when it does not end."""
+    with pytest.raises(SimulationStuck) as found:
+        hmmnet.simulate(main, faults=faults, limit_s=limit_s)
+    return str(found.value)
+
+
+def test_who_is_held_by_which_fault_is_told() -> None:
+    """With what lets it go on; and who waits for whom meanwhile."""
+    said = stuck(fault("cpu.starve", "gpu1"), fault("point.pause", "gpu0", point="migrate.before_copy"))
+    assert (
+        "fault 2 (point.pause gpu0 point=migrate.before_copy) holds host at migrate.before_copy of gpu0 (process 1000, page 0x100000)"
+        in said
+    )
+    assert "until it ends: remove_fault(2)" in said
+    assert "fault 1 " not in said, "it has not happened"
+    assert "program: gpu0 to answer Ioctl" in said
+    assert "fault 1 (corrupt gpu0<->host channel=bulk shape=bit) is there, and has happened " in stuck(
+        fault("corrupt", "gpu0"), limit_s=2.0
+    )
+
+
+def test_devices_and_messages_that_are_held_are_told() -> None:
+    """The messages of a fault, and of a device that hangs, until it is given up; what is over tells nothing."""
+
+    async def held(machine: SimulatedMachine) -> None:
+        await machine.hang_device("gpu1")
+        await trio.sleep_forever()
+
+    said = stuck(fault("hold", "gpu0"), main=held, limit_s=1.0)
+    assert re.search(r"fault 1 \(hold gpu0<->host\) holds [\d,]+ messages, until it ends: remove_fault\(1\)", said)
+    assert re.search(r"gpu1 is not heard, and hears nothing: [\d,]+ messages? on the way", said)
+
+    async def over(machine: SimulatedMachine) -> None:
+        number = machine.add_fault("hold", on="gpu0")
+        await trio.sleep(0.01)
+        machine.remove_fault(number)
+        await trio.sleep_forever()
+
+    assert "fault" not in stuck(main=over)
 
 
 async def test_real_time_is_refused() -> None:

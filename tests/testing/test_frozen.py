@@ -129,7 +129,16 @@ def test_what_never_comes_is_found_out() -> None:
     with machine() as made:
         with pytest.raises(SimulationStuck, match="waits is not over after 600 virtual seconds"):
             made.run(waits)
-        assert made.process().malloc(8)
+        process = made.process()
+        address = process.malloc(8)
+        process.store(address, 1)
+        number = made.add_fault("point.pause", on="gpu0", point="migrate.before_copy")
+        with pytest.raises(
+            SimulationStuck, match=r"migrate is not over (.|\n)* holds host at migrate.before_copy of gpu0 .* remove_fault\(3\)"
+        ):
+            process.migrate(address, 4096, "gpu0")
+        made.remove_fault(number)
+        assert process.migrate(address, 4096, "gpu0") in (0, 4096)
 
 
 def test_errors_are_the_callers() -> None:
