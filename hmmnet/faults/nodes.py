@@ -23,7 +23,7 @@ def _reset(fault: Fault) -> list[NodeEffect | PointFault]:
 
 GIVEN_BACK = "a process's memory is given back as it ends, and whoever gets it next finds zeros; a simulated device's can stay as it was"
 """Why no real device starts again with the bytes of its former life; a hang or a partition shorter than the lease keeps them in use."""
-DOWN = Parameter("down", "time", "until it starts again", 0.1)
+DOWN = Parameter("down", "time", "until it starts again, emulated (0: at once)", 0.0)
 KINDS = (
     Kind("crash", "nodes", "a device's process is gone from one moment to the next (SIGKILL)", LOST, _node("crash"), "node", once=True),
     Kind(

@@ -23,6 +23,7 @@ import hmmnet
 from hmmnet.errors import BusError, HmmnetError, KernelError, PeerError
 from hmmnet.faults import fault
 from hmmnet.machine import LaunchKind
+from hmmnet.testing import outcomes
 
 PAGE = 4096
 COUNT = 1 << 12
@@ -326,6 +327,20 @@ async def test_a_wire_that_is_cut_for_longer_than_a_lease() -> None:
         assert await process.read(kept, 4) == b"data"
         assert [(one.state, one.how.partition(" for")[0]) for one in machine.devices] == [("lost", "gpu0 was silent"), ("ready", "")]
         await process.exit()
+
+
+async def test_a_fault_costs_what_it_does_in_a_simulation() -> None:
+    """The plugin's example, on processes: a device that bounces is back at once, however slow the machine's clock."""
+    async with hmmnet.launch("two-gpus", rate=0.002) as machine:
+        process = await machine.process()
+        kept, gone = await process.malloc(2 * PAGE), await process.malloc(2 * PAGE)
+        await process.write(gone, b"x" * 2 * PAGE)
+        await process.migrate(gone, 2 * PAGE, "gpu0")
+        async with outcomes.preserved(process, kept, 2 * PAGE), outcomes.within(machine, 5.0):
+            machine.add_fault("bounce", on="gpu0")
+            await outcomes.lost(process, gone, 2 * PAGE, "gpu0")
+            await outcomes.usable(machine, "gpu0")
+        await outcomes.sound(machine)
 
 
 async def test_a_device_and_a_process_are_taken_out_by_command() -> None:
