@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hmmnet.observe.hanging import hang
 from hmmnet.units import counted
 
 if TYPE_CHECKING:
@@ -128,7 +129,8 @@ def _real(seed: int, rounds: int, *, cables: bool, as_json: bool) -> int:
 def _tell_real(summary: RealSummary) -> None:
     figures = summary.as_json()
     faults = ", ".join(f"{count} {kind}" for kind, count in figures["faults"].items()) or "none"
-    print(f"{counted(figures['rounds'], 'round')}, {figures['operations']} operations in {figures['seconds']:.0f} s; faults: {faults}")
+    print(f"{counted(figures['rounds'], 'round')}, {figures['operations']} operations in {figures['seconds']:.0f} s")
+    print(hang("faults: ", faults))
     pages, left = figures["lost_pages"], figures["processes_left"]
     died = "1 page died with the only device that had it" if pages == 1 else f"{pages} pages died with the only device that had them"
     print(f"{died}; {left} process{'es are' if left != 1 else ' is'} left")
@@ -181,7 +183,8 @@ class _Screen:
 
 def _tell(summary: Summary) -> None:
     faults = ", ".join(f"{count} {kind}" for kind, count in sorted(summary.faults.items())) or "none"
-    print(f"{counted(summary.seeds, 'seed')}, {summary.operations} operations in {summary.seconds:.1f} s; faults: {faults}")
+    print(f"{counted(summary.seeds, 'seed')}, {summary.operations} operations in {summary.seconds:.1f} s")
+    print(hang("faults: ", faults))
     bad = sorted({int(one["seed"]) for one in summary.violations})
     if bad:
         where = f"{counted(len(bad), 'seed')}: {', '.join(map(str, bad[:SHOWN_MAX]))}"

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hmmnet.observe.hanging import hang
+
 from . import CONTEXT
 from .completion import devices, machines
 
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from .toxics import Sights
 
 ON_HELP = 'The machine; not needed when only one runs, or for "default".'
+CHOICES_LISTED = 24
+"""Of more names that a parameter may have, the catalogue says how many there are."""
 app = typer.Typer(
     help="Break a running machine on purpose, and mend it.",
     add_completion=False,
@@ -57,7 +61,7 @@ def kinds(
     print("\ncontrols, of every kind that says nothing else of them")
     for parameter in CONTROLS.values():
         _parameter(parameter)
-    print(f"    {'counted':<22}{COUNTED}")
+    print(hang(f"    {'counted':<22}", COUNTED))
     return 0
 
 
@@ -77,22 +81,29 @@ def _chosen(names: list[str]) -> list[Kind]:
 def _describe(kind: Kind) -> None:
     from hmmnet.faults.kinds import WORLDS
 
-    print(f"  {kind.name:<24}{kind.what}")
+    print(hang(f"  {kind.name:<24}", kind.what))
     for parameter in kind.parameters:
         _parameter(parameter)
     if kind.controlled != "always":
         few = "none" if kind.controlled == "never" else "only with a point; without one"
-        print(f"    {'controls':<22}{few}{':' if kind.controlled == 'never' else ''} {kind.why_uncontrolled}")
+        print(hang(f"    {'controls':<22}", f"{few}{':' if kind.controlled == 'never' else ''} {kind.why_uncontrolled}"))
     if kind.holds:
-        print(f"    {'afterwards':<22}{kind.holds}")
+        print(hang(f"    {'afterwards':<22}", kind.holds))
     for world in WORLDS:
         if world in kind.not_in:
-            print(f"    {'not in ' + world:<22}{kind.not_in[world]}")
+            print(hang(f"    {'not in ' + world:<22}", kind.not_in[world]))
 
 
 def _parameter(parameter: Parameter) -> None:
     default = f" (default {parameter.default_text})" if parameter.default_text else ""
-    print(f"    {parameter.name:<22}{parameter.what}{default}")
+    print(hang(f"    {parameter.name:<22}", f"{parameter.what}{_choices(parameter)}{default}"))
+
+
+def _choices(parameter: Parameter) -> str:
+    """What it may be, where it is one of several names."""
+    if len(parameter.choices) > CHOICES_LISTED:
+        return f"; `--json` has all {len(parameter.choices)}"
+    return f": {', '.join(parameter.choices)}" if parameter.choices else ""
 
 
 def _write(data: Any) -> int:
@@ -110,7 +121,7 @@ def points(as_json: AsJson = False) -> int:
     if as_json:
         return _write([point.as_json() for point in POINTS.values()])
     for point in POINTS.values():
-        print(f"{point.name:<26}{point.side:<8}{point.what} ({', '.join(point.actions)})")
+        print(hang(f"{point.name:<26}{point.side:<8}", f"{point.what} ({', '.join(point.actions)})"))
     return 0
 
 
@@ -127,6 +138,8 @@ def add(
     A kind first: fault add point.delay gpu0 point=migrate.mid_copy latency=5ms. Or a target first, and toxics, of which there are
     latency, jitter, bandwidth, loss, duplicate, reorder and corrupt: fault add "gpu0<->host" latency=5ms jitter=1ms. The first three
     are the links': of what crosses the device's own link to the host; for DEVICE alone of each link at it, by a fault of its own.
+    Latency and jitter are emulated times (5ms). Bandwidth is the part of it that is left (10% or 0.1), the others are the part of the
+    messages that suffer.
     """
     from hmmnet.faults.catalogue import KINDS
 
@@ -215,10 +228,12 @@ def ls(machine: Machine = None, as_json: AsJson = False) -> int:
         return _write(faults)
     if not faults:
         print("no fault")
+        return 0
+    print(f"{'':>4}  {'kind':<20} {'on':<16} with")
     for one in faults:
         given = dict(one["fault"])
         kind, on = given.pop("kind"), given.pop("on", "")
-        print(f"{one['number']:>4}  {kind:<20} {on:<16} {_words(kind, given)}".rstrip() + f"  ({_so_far(one)})")
+        print(hang(f"{one['number']:>4}  {kind:<20} {on:<16} ", f"{_words(kind, given)} ({_so_far(one)})".lstrip()))
     return 0
 
 

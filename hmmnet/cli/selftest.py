@@ -88,6 +88,7 @@ def selftest(
 
 
 def _list(*, as_json: bool) -> None:
+    from hmmnet.observe.hanging import hang
     from hmmnet.selftest.case import TESTS
     from hmmnet.selftest.runner import ORDER
 
@@ -97,7 +98,7 @@ def _list(*, as_json: bool) -> None:
         return
     width = max(map(len, ORDER)) + 2
     for name, what in told.items():
-        print(f"{name:<{width}}{what}")
+        print(hang(f"{name:<{width}}", what))
 
 
 class Screen:

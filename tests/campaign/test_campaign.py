@@ -349,6 +349,16 @@ def test_a_death_at_any_message_needs_no_trace(tmp_path: Path, capsys: pytest.Ca
     assert "does not fail" in capsys.readouterr().err
 
 
+def test_the_faults_of_a_campaign_fit_the_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many kinds there were; each with its count beside it."""
+    monkeypatch.setenv("COLUMNS", "60")
+    assert exit_code(["campaign", "--seeds", "4"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith("faults: "))
+    assert lines[first + 1].startswith("        ")
+    assert max(map(len, lines)) <= 60
+
+
 def test_interrupted_it_prints_what_it_found() -> None:
     """Ctrl-C: the JSON of the seeds that were run."""
     command = [sys.executable, "-m", "hmmnet", "campaign", "--seeds", "0:100000", "--faults", "none", "--json"]

@@ -20,6 +20,12 @@ def told(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().out
 
 
+@pytest.fixture(autouse=True)
+def pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is no terminal has no columns; pytest-xdist says that it had."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
 def test_kinds_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
     """All of them, or those that are asked for by name or family; times are seconds."""
     every: list[dict[str, Any]] = json.loads(told(["kinds", "--json"], capsys))
@@ -38,6 +44,36 @@ def test_kinds_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     assert "at most so much more (default 0 s)" in text
     assert "times=1 is once in each" in text
     assert "copy.stall" not in text
+
+
+def test_kinds_name_what_a_parameter_may_be(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of very many names how many there are."""
+    text = told(["kinds", "loss", "copy.corrupt", "process.madvise"], capsys)
+    assert "which messages: any, control, bulk (default any)" in text
+    assert "which copies: both, to_device, to_host (default both)" in text
+    assert "halves swapped: bit, burst, swap (default bit)" in text
+    assert "NOHUGEPAGE" in text
+    messages = next(one for one in KINDS["loss"].parameters if one.name == "message")
+    assert f"such as Invalidate; `--json` has all {len(messages.choices)}" in text
+
+
+@pytest.mark.parametrize("words", [["fault", "kinds"], ["fault", "points"], ["selftest", "--list"]])
+def test_lists_fit_a_terminal(words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of eighty columns; in a pipe each entry is one line."""
+    monkeypatch.setenv("COLUMNS", "80")
+    assert exit_code(words) == 0
+    narrow = capsys.readouterr().out
+    assert max(map(len, narrow.splitlines())) <= 80
+    monkeypatch.delenv("COLUMNS")
+    assert exit_code(words) == 0
+    wide = capsys.readouterr().out
+    assert wide.split() == narrow.split()
+    assert max(map(len, wide.splitlines())) > 80
+
+
+def test_the_help_says_what_toxics_are_given_in(capsys: pytest.CaptureFixture[str]) -> None:
+    """Times, and parts."""
+    assert "Bandwidth is the part of it that is left (10% or 0.1)" in " ".join(told(["add", "--help"], capsys).split())
 
 
 def test_kinds_say_which_take_controls(capsys: pytest.CaptureFixture[str]) -> None:

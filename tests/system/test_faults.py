@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -31,7 +32,8 @@ COUNT = 1 << 12
 
 async def command(*words: str) -> str:
     """What a command prints; its errors, if it fails."""
-    done = await trio.run_process([sys.executable, "-m", "hmmnet", *words], capture_stdout=True, capture_stderr=True, check=False)
+    wide = {**os.environ, "COLUMNS": "160"}
+    done = await trio.run_process([sys.executable, "-m", "hmmnet", *words], capture_stdout=True, capture_stderr=True, check=False, env=wide)
     return (done.stdout if done.returncode == 0 else done.stderr).decode()
 
 
@@ -56,13 +58,14 @@ async def test_points_of_both_sides_and_the_command_line() -> None:
             await process.write(await process.mmap(PAGE), b"x")
         slow = machine.add_fault("point.delay", on="gpu1", point="device.copy_in", jitter="250 us")
         assert await command("fault", "ls", "-m", machine.name) == (
-            "   1  point.fail           gpu0             point=device.job_start  (happened once)\n"
-            f"   {number}  alloc.host           *  (happened once)\n"
-            f"   {slow}  point.delay          gpu1             point=device.copy_in jitter=250us latency=1ms  (has not happened)\n"
+            "      kind                 on               with\n"
+            "   1  point.fail           gpu0             point=device.job_start (happened once)\n"
+            f"   {number}  alloc.host           *                (happened once)\n"
+            f"   {slow}  point.delay          gpu1             point=device.copy_in jitter=250us latency=1ms (has not happened)\n"
         )
         machine.remove_fault(slow)
         listed = await command("fault", "ls", "-m", machine.name)
-        assert [line.split()[:2] for line in listed.splitlines()] == [["1", "point.fail"], [str(number), "alloc.host"]]
+        assert [line.split()[:2] for line in listed.splitlines()[1:]] == [["1", "point.fail"], [str(number), "alloc.host"]]
         assert "no fault has number 9" in await command("fault", "rm", "9", "-m", machine.name)
         assert await command("fault", "rm", "all", "-m", machine.name) == f"fault 1 has ended\nfault {number} has ended\n"
         assert await command("fault", "rm", "all", "-m", machine.name) == "no fault\n"
