@@ -71,6 +71,8 @@ class Host(Protocol):
     """Called with a device that is taken out in order, before it is told goodbye."""
     on_change: Callable[[str, str, str], None] | None
     """Called with (device, ``ready`` or ``lost``, how) whenever a device comes or goes, until the machine ends."""
+    on_refused: Callable[[str], None] | None
+    """Called with a device that the IOMMU refuses an access, at that moment."""
     injection: Any
     """Carries out what faults do at the host (`hmmnet.host.injection`)."""
     network: Network

@@ -151,6 +151,8 @@ class Host:
         """Called with a device that is taken out in order, before it is told goodbye."""
         self.on_change: Callable[[str, str, str], None] | None = None
         """Called with (device, ``ready`` or ``lost``, how) whenever a device comes or goes, until the machine ends."""
+        self.on_refused: Callable[[str], None] | None = None
+        """Called with a device that the IOMMU refuses an access, at that moment."""
         self.control_endpoint = ""
         """Where devices connect, while the host runs."""
         self.client_endpoint = ""
@@ -302,6 +304,11 @@ class Host:
         if self.on_change is not None and not self._ending:
             self.on_change(device, state, how)
 
+    def _refused(self, device: str, why: str) -> None:
+        self.events.refused(device, why)
+        if self.on_refused is not None:
+            self.on_refused(device)
+
     async def _live(self, life: Life, session: Session, connecting: Connecting, over: Completion) -> None:
         """Everything that runs for one life of a device, and its burial."""
         try:
@@ -312,7 +319,7 @@ class Host:
                 maps = DeviceDma(life.name, life.zone, self._routes, self.interconnect.place_of)
                 Requests(life, self.homing, self.clock, nursery, maps, self.personality, self._copy).attach(session)
                 dma = self._dma[life.name] = Dma(life, self.interconnect, nursery, maps)
-                dma.on_refused = self.events.refused
+                dma.on_refused = self._refused
                 dma.attach(session)
                 await self._greet(life, session)
                 if connecting.rings is not None:

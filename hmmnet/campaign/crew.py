@@ -13,7 +13,7 @@ from collections import Counter as Counts
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import trio
@@ -49,16 +49,28 @@ LOST = "had its only copy"
 
 @dataclass(frozen=True)
 class Violation:
-    """Something that must not be. `checker` is who found it; `line` is how many lines the trace had then."""
+    """Something that must not be. `checker` is who found it; `line` is how many lines the trace had when it was so, and `traceback` is
+    that of a crash.
+    """
 
     checker: str
     what: str
     line: int = 0
+    traceback: str = field(default="", compare=False)
 
     @classmethod
-    def crash(cls, error: BaseException) -> Violation:
+    def crash(cls, error: BaseException, line: int = 0) -> Violation:
         """An exception that came out of a run."""
-        return cls("crash", "; ".join(_leaves(error)))
+        return cls("crash", "; ".join(_leaves(error)), line, "".join(traceback.format_exception(error)))
+
+
+Moment: TypeAlias = tuple[float, int]
+"""Virtual seconds, and how many lines the trace has."""
+
+
+def moment(trace: Trace | None) -> Moment:
+    """Now."""
+    return trio.current_time(), 0 if trace is None else trace.count
 
 
 def _leaves(error: BaseException) -> list[str]:
@@ -105,11 +117,11 @@ class Outcome:
     reached: Counts[str] = field(default_factory=Counts)
     """How often protocol points were reached and messages sent, by name, until everything was healed; only if that was to be counted."""
 
-    def complain(self, checker: str, what: str, trace: Trace | None) -> None:
-        """A violation, with its virtual time."""
+    def complain(self, checker: str, what: str, trace: Trace | None, *, since: Moment | None = None, crash: str = "") -> None:
+        """A violation, with its virtual time: now, or `since` then. `crash` is a traceback."""
         if len(self.violations) < VIOLATIONS_MAX:
-            line = 0 if trace is None else trace.count
-            self.violations.append(Violation(checker, f"at {trio.current_time():.6f} s: {what}", line))
+            at_s, line = since or moment(trace)
+            self.violations.append(Violation(checker, f"at {at_s:.6f} s: {what}", line, crash))
             if trace is not None:
                 trace.add(trio.current_time(), f"VIOLATION {checker}: {what}")
 
@@ -118,7 +130,8 @@ class Outcome:
         """Whatever crashes in a handler of a message, of sessions that begin here meanwhile, is a violation that nothing excuses."""
 
         def crashed(whose: str, error: Exception) -> None:
-            self.complain("crash", f"{whose}: {Violation.crash(error).what}", trace)
+            found = Violation.crash(error)
+            self.complain("crash", f"{whose}: {found.what}", trace, crash=found.traceback)
 
         with listening(crashed):
             yield
@@ -145,6 +158,9 @@ class Crew:
         self.excuses = Excuses(range(VICTIM_PID_FIRST, VICTIM_PID_FIRST + program.victims))
         """What operations may be refused for."""
         machine.host.on_change = self._changed
+        machine.host.on_refused = self._refused
+        self.refusals: dict[str, Moment] = {}
+        """When each device was first refused an access in this life of it."""
         self.short = 0
         """How often memory was refused to a program that has little of it."""
         self._harmed_s = -1.0
@@ -211,9 +227,9 @@ class Crew:
         if self._trace is not None:
             self._trace.add(self.now_s(), what)
 
-    def complain(self, checker: str, what: str) -> None:
-        """A violation, with its virtual time."""
-        self.outcome.complain(checker, what, self._trace)
+    def complain(self, checker: str, what: str, since: Moment | None = None) -> None:
+        """A violation, with its virtual time, or that `since` which it is there."""
+        self.outcome.complain(checker, what, self._trace, since=since)
 
     def one_ended(self, kind: str) -> None:
         """An operation has ended."""
@@ -270,9 +286,13 @@ class Crew:
         for harm in harms:
             harm.ended_s = self._harmed_s
 
+    def _refused(self, device: str) -> None:
+        self.refusals.setdefault(device, moment(self._trace))
+
     def _changed(self, device: str, state: str, how: str) -> None:
         """The host has lost a device, or has it again."""
         if state != "lost":
+            self.refusals.pop(device, None)
             self.excuses.ready(device, self.now_s())
         elif not self.excuses.lost(device, self.now_s()):
             self.complain("service", f"{device} was lost, and nothing had been done to it: {how}")

@@ -145,4 +145,5 @@ async def books(crew: Crew, auditor: Auditor) -> None:
     report = await crew.machine.report()
     for name, figures in report["devices"].items():
         if figures["iommu_refused"]:
-            crew.complain("iommu", f"{name} used {figures['iommu_refused']} translations that it must not use: {figures['iommu_last']}")
+            used = f"{name} used {figures['iommu_refused']} translations that it must not use: {figures['iommu_last']}"
+            crew.complain("iommu", used, crew.refusals.get(name))

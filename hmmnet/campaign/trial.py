@@ -54,9 +54,9 @@ def run_program(program: Program, *, trace: Trace | None = None, count: bool = F
         try:
             run_virtual(_trial, program, verdict.outcome, trace, count, seed=program.seed, limit_s=LIMIT_S)
         except SimulationStuck as stuck:
-            verdict.violations.append(Violation("progress", str(stuck)))
+            verdict.violations.append(Violation("progress", str(stuck), 0 if trace is None else trace.count))
         except Exception as error:  # noqa: BLE001 - whatever our code raises here is what is looked for: a violation, and the next seed is run
-            verdict.violations.append(Violation.crash(error))
+            verdict.violations.append(Violation.crash(error, 0 if trace is None else trace.count))
     if trace is not None:
         verdict.digest, verdict.lines = trace.digest, trace.lines
     return verdict

@@ -58,11 +58,13 @@ def program_of(what: str, mix: str, operations: int, devices: int) -> Program:
 
 
 def story(verdict: Verdict, before: int) -> list[str]:
-    """The lines around the first violation; the last ones, if there is none."""
-    end = len(verdict.lines)
-    if verdict.violations and verdict.violations[0].line:
-        end = min(end, verdict.violations[0].line + AFTER)
-    return verdict.lines[max(0, end - before - AFTER) : end]
+    """The lines around the first violation, which is marked; the last ones, if there is none."""
+    found = min((one for one in verdict.violations if one.line), key=lambda one: one.line, default=None)
+    if found is None:
+        return verdict.lines[max(0, len(verdict.lines) - before - AFTER) :]
+    past, coming = verdict.lines[max(0, found.line - before) : found.line], verdict.lines[found.line : found.line + AFTER]
+    marked = any(" VIOLATION " in line for line in coming[:1])  # the trace has it where it was seen
+    return [*past, *([] if marked else [f"VIOLATION {found.checker}: {found.what}"]), *coming]
 
 
 def _as_json(verdict: Verdict, lines: int) -> dict[str, Any]:
@@ -83,5 +85,7 @@ def _tell(verdict: Verdict, lines: int) -> None:
         print("\n".join(story(verdict, lines)))
     for one in verdict.violations:
         print(f"{one.checker}: {one.what}")
+        if one.traceback:
+            print(one.traceback.rstrip())
     if not verdict.violations:
         print("no violation")

@@ -1,0 +1,47 @@
+"""``hmmnet replay`` shows the moment at which it went wrong, and marks it."""
+
+from __future__ import annotations
+
+import pytest
+
+from hmmnet.cli import replay as command
+from hmmnet.cli.replay import replay
+from tests.campaign.mutations import retry_check_skipped_by_the_device
+
+
+def test_a_refused_access_is_shown_when_it_was_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """And not when figures are summed up at the end: the DMA itself stands above the mark."""
+    retry_check_skipped_by_the_device(monkeypatch)
+    assert replay("14") == 1
+    lines = capsys.readouterr().out.splitlines()
+    (at,) = [i for i, line in enumerate(lines) if line.startswith("VIOLATION iommu: at 0.318884 s: dev2 used 1 translations")]
+    assert "DmaRead context=10" in lines[at - 1]
+    assert "why='IommuFault" in lines[at + 1]
+    assert lines[-1].startswith("iommu: at 0.318884 s: ")
+
+
+def test_a_crash_is_marked_and_has_its_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Behind the story that led to it: not only its last line."""
+
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("planted")
+
+    monkeypatch.setattr("hmmnet.campaign.trial.converge", broken)
+    assert replay("0", faults="none", operations=5) == 1
+    told = capsys.readouterr().out
+    assert "\nVIOLATION crash: ZeroDivisionError: planted (test_replay.py:" in told
+    assert "Traceback (most recent call last)" in told
+    assert "in _live" in told
+    assert 'raise ZeroDivisionError("planted")' in told
+
+
+def test_the_first_of_several_is_marked() -> None:
+    """Whoever complained first: the last lines are shown of a run without any."""
+    from hmmnet.campaign.crew import Violation
+    from hmmnet.campaign.draw import draw
+    from hmmnet.campaign.trial import Verdict
+
+    verdict = Verdict(draw(0, "none", 5), lines=[f"{i}.0 line" for i in range(100)])
+    assert command.story(verdict, 4) == verdict.lines[-10:]
+    verdict.outcome.violations += [Violation("late", "b", 90), Violation("early", "a", 50), Violation("nowhere", "c")]
+    assert command.story(verdict, 3) == [*verdict.lines[47:50], "VIOLATION early: a", *verdict.lines[50:56]]
