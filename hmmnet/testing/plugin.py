@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import os
 import shlex
-from collections.abc import AsyncIterator, Generator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from .case import Case
     from .migrations import Migrations
+    from .story import Story
     from .worlds import Simulate
 
 TOPOLOGY = "two-gpus"
@@ -37,6 +38,8 @@ STORY_LINES = 20
 SEED = "hmmnet_seed"
 AWAITED, SIMULATED_AWAITED = "_hmmnet_machine_awaited", "_hmmnet_simulated_awaited"
 BLOCKING, SIMULATED_BLOCKING = "_hmmnet_machine_blocking", "_hmmnet_simulated_blocking"
+
+STORY = "_hmmnet_story"
 
 _case_key = pytest.StashKey["Case"]()
 
@@ -326,7 +329,7 @@ def _run_here(test: Any, **arguments: Any) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Let it end with what happened on the machine, and how to see it again."""
-    if call.excinfo is not None and _case_key in item.stash:
+    if call.excinfo is not None and (_case_key in item.stash or SEED in getattr(item, "fixturenames", ())):
         _show_own_lines(item, call.excinfo)
     report = yield
     if report.failed and (_case_key in item.stash or SEED in getattr(item, "fixturenames", ())):
@@ -346,27 +349,59 @@ def _tell(report: pytest.TestReport, case: Case, most: int) -> None:
         report.sections.append(("hmmnet: what crashed in devices", "\n".join(crashes)))
 
 
-WITHIN = frozenset({"hmmnet", "trio", "outcome"})
+WITHIN = frozenset({"hmmnet", "trio", "outcome", "contextlib", "_pytest", "pluggy"})
 """Packages whose lines say nothing of what a test did wrong."""
+CHECKS = frozenset({f"hmmnet.testing.{module}" for module in ("outcomes", "policy_contract", "device_contract", "scripted_host")})
+"""Modules whose AssertionErrors are about who uses them."""
 
 
 def _show_own_lines(item: pytest.Item, failure: pytest.ExceptionInfo[BaseException]) -> None:
-    """An error that a machine answers with on purpose is shown where the test asked for it; a bug of ours, and with --full-trace
-    everything, as deep as it goes.
+    """An error that a machine answers with on purpose, and what a check of ours complains of, is shown where the test asked for it, or in
+    the check of a contract; a bug of ours, and with --full-trace everything, as deep as it goes.
     """
-    from hmmnet.errors import HmmnetError
-
-    if not isinstance(failure.value, HmmnetError) or item.config.getoption("fulltrace"):
+    if not _answered(failure) or item.config.getoption("fulltrace"):
         return
+    callspec = getattr(item, "callspec", None)
+    check = getattr(callspec.params.get("check") if callspec is not None else None, "__code__", None)
     own = getattr(_function(item), "__module__", "")
 
-    lines: TracebackType | None = None
-    for line in reversed(list(_chain(failure.tb))):
-        module = str(line.tb_frame.f_globals.get("__name__", ""))
-        if module == own or module.partition(".")[0] not in WITHIN:
-            lines = TracebackType(lines, line.tb_frame, line.tb_lasti, line.tb_lineno)
+    def shows(line: TracebackType) -> bool:
+        module = _module(line)
+        if module == own and own in CHECKS:
+            return line.tb_frame.f_code is check
+        return module == own or module.partition(".")[0] not in WITHIN
+
+    *_, last = _chain(failure.tb)
+    lines = _cut(failure.tb, shows) or (last if _module(last) in CHECKS else None)
     if lines is not None:
         failure.traceback = type(failure.traceback)(lines)
+    cause = failure.value.__cause__
+    while cause is not None:
+        cause.__traceback__ = _cut(cause.__traceback__, shows) or cause.__traceback__
+        cause = cause.__cause__
+
+
+def _answered(failure: pytest.ExceptionInfo[BaseException]) -> bool:
+    """Whether it is no bug of ours."""
+    from hmmnet.errors import HmmnetError
+
+    if isinstance(failure.value, HmmnetError):
+        return True
+    *_, last = _chain(failure.tb)
+    return isinstance(failure.value, AssertionError) and _module(last) in CHECKS
+
+
+def _cut(whole: TracebackType | None, shows: Callable[[TracebackType], bool]) -> TracebackType | None:
+    """Its lines that are shown."""
+    lines: TracebackType | None = None
+    for line in reversed(list(_chain(whole))):
+        if shows(line):
+            lines = TracebackType(lines, line.tb_frame, line.tb_lasti, line.tb_lineno)
+    return lines
+
+
+def _module(line: TracebackType) -> str:
+    return str(line.tb_frame.f_globals.get("__name__", ""))
 
 
 def _chain(line: TracebackType | None) -> Iterator[TracebackType]:
@@ -430,6 +465,12 @@ def simulate(request: pytest.FixtureRequest, hmmnet_seed: int) -> Simulate:  # n
 def migrations(request: pytest.FixtureRequest, hmmnet_seed: int) -> Migrations:  # noqa: ARG001 - see machine
     """What moves in this test, and what may: `hmmnet.testing.Migrations`."""
     return _case(request.node).migrations
+
+
+@pytest.fixture(name=STORY)
+def _story(request: pytest.FixtureRequest) -> Story:
+    """The story of a test whose machine is made by a contract."""
+    return _case(request.node).story
 
 
 @pytest.fixture(name=AWAITED)

@@ -23,12 +23,20 @@ import pytest
 import trio
 
 from hmmnet.errors import HmmnetError
+from hmmnet.faults import Plan
 from hmmnet.pages import PAGE_SIZE, PAGES_MAX, Words
 from hmmnet.plugins import POLICIES, load, offered
 from hmmnet.program import Process
-from hmmnet.sim import SimulatedMachine, simulate
+from hmmnet.sim import SimulatedMachine
 from hmmnet.topology.load import load as load_topology
 
+from .case import Case
+from .migrations import Migrations
+from .story import Story
+from .worlds import Simulate
+
+STORY = "_hmmnet_story"
+"""The fixture of hmmnet's plugin that has the story of a test."""
 NAME = "under-test"
 """What a policy that is given as an object is called meanwhile."""
 BATCHES = 60
@@ -266,8 +274,8 @@ def play_plans(check: PlanCheck, policy: Any, seed: int = 0) -> None:
         check(maker(name), Random(seed))  # noqa: S311 - chance, not secrecy
 
 
-def play_jobs(check: JobCheck, policy: Any, seed: int = 0) -> None:
-    """Play one check of jobs against `policy` on a simulated machine of two devices, from `seed`."""
+def play_jobs(check: JobCheck, policy: Any, seed: int = 0, story: Story | None = None) -> None:
+    """Play one check of jobs against `policy` on a simulated machine of two devices, from `seed`; `story` hears what happens there."""
     machine = load_topology("two-gpus")
     if check is works_when_memory_is_full:
         machine = replace(machine, devices=tuple(replace(device, memory_bytes=SMALL_BYTES) for device in machine.devices))
@@ -276,7 +284,8 @@ def play_jobs(check: JobCheck, policy: Any, seed: int = 0) -> None:
         await check(made, name, Random(seed))  # noqa: S311 - chance, not secrecy
 
     with named(policy) as name:
-        simulate(main, machine, seed=seed, limit_s=LIMIT_S)
+        case = Case(seed, machine, Plan(), LIMIT_S, Migrations(), story or Story())
+        Simulate(case)(main, limit_s=LIMIT_S)
 
 
 class PolicyContract:
@@ -300,6 +309,7 @@ class PolicyContract:
         play_plans(check, self._policy(), hmmnet_seed)
 
     @pytest.mark.parametrize("check", JOB_CHECKS, ids=lambda check: check.__name__)
-    def test_jobs(self, check: JobCheck, hmmnet_seed: int) -> None:
+    def test_jobs(self, check: JobCheck, hmmnet_seed: int, request: pytest.FixtureRequest) -> None:
         """What every job must come to, whatever its policy."""
-        play_jobs(check, self._policy(), hmmnet_seed)
+        story = request.getfixturevalue(STORY) if request.config.pluginmanager.hasplugin("hmmnet") else None
+        play_jobs(check, self._policy(), hmmnet_seed, story)

@@ -282,6 +282,60 @@ SUITE = """
     """
 
 
+FAILING = """
+    from hmmnet.testing import DeviceContract, PolicyContract, outcomes
+    from hmmnet.devices.models.gpu import Gpu
+
+    class Late:
+        def __init__(self):
+            self.asked = 0
+
+        def ranges(self, pages, write):
+            self.asked += 1
+            if self.asked > 3:
+                raise IndexError("my table is full")
+            return [(int(pages[0]), int(pages[-1]) + 1)]
+
+    class TestLate(PolicyContract):
+        policy = Late
+
+    class Hoarder(Gpu):
+        def free_frames(self, message):
+            return None
+
+    class TestHoarder(DeviceContract):
+        model = Hoarder
+
+    def test_lost(simulated_machine):
+        process = simulated_machine.process()
+        address = process.malloc(4096)
+        process.write(address, bytes(4096))
+        outcomes.lost(process, address, 4096)
+    """
+
+
+def test_failures_show_the_check_and_the_story_and_nothing_else_of_ours(pytester: pytest.Pytester) -> None:
+    """The check with what it is there for, the policy's own line, and what happened on the machine; everything with --full-trace."""
+    write(pytester, FAILING)
+    chosen = "reads_right or keeps_data or answers_with_plans_at_once or depends_on or test_lost"
+    result = run(pytester, "--hmmnet-strict", "-k", chosen, "-p", "no:logging")
+    result.assert_outcomes(passed=1, failed=4)
+    said = result.stdout.str()
+    assert "hmmnet: what happened" in said.partition("reads_right_everywhere] __")[2].partition("] ___")[0]
+    result.stdout.fnmatch_lines_random(
+        [
+            "*def reads_right_everywhere*",
+            "*def frames_are_accounted_for*",
+            '>*raise IndexError("my table is full")',
+            ">*outcomes.lost(process, address, 4096)",
+            "*host -> *",
+        ]
+    )
+    for inside in ("play_jobs", "play_plans", "sim/run.py", "frozen.py", "policy/__init__.py:", "host/process.py", "session.py"):
+        assert inside not in said, inside
+    assert "frozen.py" in run(pytester, "--full-trace", "-k", "test_lost").stdout.str()
+
+
 def test_in_a_suite_of_a_users_own(pytester: pytest.Pytester) -> None:
     """By inheritance; under seeds; a failure says how to see it again; a class that does not say which model says so."""
     write(pytester, SUITE)
