@@ -92,7 +92,7 @@ class BusError(SignalError):
     signal_name = "SIGBUS"
 
 
-class TopologyError(HmmnetError):
+class TopologyError(WrongUse):
     """A topology cannot be used; `problems` holds every mistake found (`hmmnet.topology.problems.Problem`, or a text)."""
 
     def __init__(self, problems: Sequence[object]) -> None:

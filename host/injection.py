@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from hmmnet.errors import HmmnetError, ProtocolError
+from hmmnet.errors import HmmnetError, ProtocolError, WrongUse
 from hmmnet.fabric.arbiter import LinkChange
 from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.faults.carry import AtWork, Carrier, Undo
@@ -154,13 +154,13 @@ class Injection:
     def _devices_called(self, pattern: str) -> list[str]:
         names = [name for name in self._host.devices if fnmatchcase(name, pattern)]
         if not names:
-            raise HmmnetError(f'no device is called "{pattern}"; there are {", ".join(self._host.devices)}')
+            raise WrongUse(f'no device is called "{pattern}"; there are {", ".join(self._host.devices)}')
         return names
 
     def _to_nodes(self, effect: NodeEffect) -> Undo:
         """Raises HmmnetError for a name that nothing has, and for what is no process of this computer."""
         if effect.node == HOST:
-            raise HmmnetError("the host runs inside the program, or holds this very session: end its process instead")
+            raise WrongUse("the host runs inside the program, or holds this very session: end its process instead")
         names = self._devices_called(effect.node)
         if effect.deed in ("bounce", "revive"):
             return self._revive(names, effect)
@@ -173,7 +173,7 @@ class Injection:
         """Devices end, now or when another fault ends them, and start again. Raises HmmnetError when nobody starts them."""
         restart, down_s = self._host.on_restart, float(effect.settings["down"])
         if restart is None:
-            raise HmmnetError(f"whoever started this machine does not start devices again: {effect.deed} needs hmmnet up, or hmmnet.launch")
+            raise WrongUse(f"whoever started this machine does not start devices again: {effect.deed} needs hmmnet up, or hmmnet.launch")
         if effect.deed == "bounce":
             for name in names:
                 if not self._host.devices[name].lives:

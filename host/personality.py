@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from hmmnet.errors import HmmnetError, KernelError
+from hmmnet.errors import KernelError, WrongUse
 from hmmnet.pages import Words
 
 from .homing import Homing
@@ -120,5 +120,5 @@ def personality_named(name: str) -> Personality:
     """The personality called `name`. Raises HmmnetError."""
     found = PERSONALITIES.get(name)
     if found is None:
-        raise HmmnetError(f"there is no personality {name!r}; there are {', '.join(PERSONALITIES)}")
+        raise WrongUse(f"there is no personality {name!r}; there are {', '.join(PERSONALITIES)}")
     return found

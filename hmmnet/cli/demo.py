@@ -44,14 +44,14 @@ def demo(
     if not as_json:
         print("hmmnet demo: a multi-GPU machine in software, at work on real text\n", flush=True)
     from hmmnet.demo.data import MEBIBYTE, read_input
-    from hmmnet.errors import HmmnetError
+    from hmmnet.errors import WrongUse
     from hmmnet.launcher.rate import parse_rate
     from hmmnet.topology.load import load
 
     # a machine that there is not, and faults and rates that cannot be, are said before anything is read
     machine = load(topology)
     if not machine.devices:
-        raise HmmnetError(f"{topology} has no devices, which the demo is about; give it another --topology")
+        raise WrongUse(f"{topology} has no devices, which the demo is about; give it another --topology")
     parse_rate(rate)
     plan = plan_for(faults, world.value, machine)
     paths = [*(given or []), *(files or [])]

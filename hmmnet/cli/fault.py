@@ -68,13 +68,13 @@ def kinds(
 def _chosen(names: list[str]) -> list[Kind]:
     """The kinds that are called so, or whose families are; all without a name. Raises HmmnetError for names of neither."""
     from hmmnet.cli import did_you_mean
-    from hmmnet.errors import HmmnetError
+    from hmmnet.errors import WrongUse
     from hmmnet.faults.catalogue import KINDS
 
     known = [*KINDS, *dict.fromkeys(kind.family for kind in KINDS.values())]
     wrong = [f'no fault or family is called "{name}"{did_you_mean(name, known)}' for name in names if name not in known]
     if wrong:
-        raise HmmnetError("\n".join([*wrong, "`hmmnet fault kinds` lists them all"]))
+        raise WrongUse("\n".join([*wrong, "`hmmnet fault kinds` lists them all"]))
     return [kind for kind in KINDS.values() if not names or kind.name in names or kind.family in names]
 
 
@@ -254,17 +254,20 @@ def _words(kind: str, given: dict[str, Any]) -> str:
 
 
 @app.command()
-def rm(number: Annotated[str, typer.Argument(help="A fault's number, or all.")], machine: Machine = None) -> int:
-    """A fault ends."""
-    from hmmnet.errors import HmmnetError
+def rm(numbers: Annotated[list[str], typer.Argument(metavar="NUMBER", help="Faults' numbers, or all.")], machine: Machine = None) -> int:
+    """Faults end."""
+    from hmmnet.errors import WrongUse
 
-    if number != "all" and not number.isdigit():
-        raise HmmnetError(f'"{number}" is no number of a fault, and not "all"; `hmmnet fault ls` shows them')
-    numbers = [one["number"] for one in _ask(machine, "list_faults")] if number == "all" else [int(number)]
-    for one in numbers:
+    every = numbers == ["all"]
+    for number in () if every else numbers:
+        if not number.isdecimal():
+            raise WrongUse(f'"{number}" is no number of a fault; write numbers, or "all" alone: `hmmnet fault ls` shows them')
+    there = [one["number"] for one in _ask(machine, "list_faults")]
+    wanted = there if every else sorted(dict.fromkeys(map(int, numbers)), key=there.__contains__)
+    for one in wanted:  # of those named the first are any that there are not: that is said before a fault ends
         _ask(machine, "remove_fault", number=one)
         print(f"fault {one} has ended")
-    if not numbers:
+    if not wanted:
         print("no fault")
     return 0
 
@@ -272,16 +275,16 @@ def rm(number: Annotated[str, typer.Argument(help="A fault's number, or all.")],
 def said(kind: str, words: list[str]) -> dict[str, Any]:
     """What a command line says of a fault. Raises HmmnetError with every mistake."""
     from hmmnet.cli import did_you_mean
-    from hmmnet.errors import HmmnetError
+    from hmmnet.errors import WrongUse
     from hmmnet.faults.catalogue import KINDS, fault
 
     if kind not in KINDS:
-        raise HmmnetError(f'no fault is called "{kind}"{did_you_mean(kind, list(KINDS))}; `hmmnet fault kinds` lists them')
+        raise WrongUse(f'no fault is called "{kind}"{did_you_mean(kind, list(KINDS))}; `hmmnet fault kinds` lists them')
     made: dict[str, Any] = {"kind": kind}
     for word in words:
         name, sign, value = word.partition("=")
         if not sign and "on" in made:
-            raise HmmnetError(f'"{word}": what it is on was said already ("{made["on"]}"); parameters are NAME=VALUE')
+            raise WrongUse(f'"{word}": what it is on was said already ("{made["on"]}"); parameters are NAME=VALUE')
         made[name if sign else "on"] = value if sign else word
     fault(**made)
     return made

@@ -35,7 +35,7 @@ def logs(
 ) -> int:
     """What host and devices wrote. Works for running machines and for those that failed, until they are cleaned away."""
     from hmmnet.cli import did_you_mean
-    from hmmnet.errors import HmmnetError
+    from hmmnet.errors import HmmnetError, WrongUse
     from hmmnet.launcher.directory import known_machine
 
     if level.lower() not in LEVELS:
@@ -47,7 +47,7 @@ def logs(
         record = directory.read()
         if record is not None and process in {device.name for device in record.devices}:
             raise HmmnetError(f'device "{process}" of machine "{directory.name}" has written nothing yet')
-        raise HmmnetError(
+        raise WrongUse(
             f'machine "{directory.name}" has no logs of "{process}"{did_you_mean(process, names)}; there are: {", ".join(names)}'
         )
     show(reader.read(tail), as_json=as_json)

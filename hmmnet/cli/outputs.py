@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hmmnet.errors import HmmnetError
+from hmmnet.errors import HmmnetError, WrongUse
 
 
 def writable(path: Path) -> None:
-    """Find out before the work whether `path` can be written; what is there stays. Raises HmmnetError."""
+    """Find out before the work whether `path` can be written; what is there stays. Raises WrongUse."""
     there = path.exists()
     try:
         with path.open("ab"):
@@ -16,7 +16,7 @@ def writable(path: Path) -> None:
         if not there:
             path.unlink()
     except OSError as error:
-        raise unwritten(path, error) from error
+        raise WrongUse(_unwritten(path, error)) from error
 
 
 def write(path: Path, text: str) -> None:
@@ -27,9 +27,8 @@ def write(path: Path, text: str) -> None:
     except OSError as error:
         if not there:
             path.unlink(missing_ok=True)
-        raise unwritten(path, error) from error
+        raise HmmnetError(_unwritten(path, error)) from error
 
 
-def unwritten(path: Path, error: OSError) -> HmmnetError:
-    """What is raised when a file cannot be written."""
-    return HmmnetError(f"{path}: cannot be written: {error.strerror or error}; name another file")
+def _unwritten(path: Path, error: OSError) -> str:
+    return f"{path}: cannot be written: {error.strerror or error}; name another file"

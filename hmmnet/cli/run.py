@@ -134,7 +134,7 @@ def plain_errors(function: Callable[..., Any]) -> Iterator[None]:
     """A built-in workload that cannot use a value says so in one sentence; one of the user's own shows where it went wrong: a bug with its
     traceback, an error that the machine or a file answered with by file and line.
     """
-    from hmmnet.errors import HmmnetError
+    from hmmnet.errors import HmmnetError, WrongUse
 
     built_in = function.__module__.startswith(BUILT_IN)
     try:
@@ -146,11 +146,11 @@ def plain_errors(function: Callable[..., Any]) -> Iterator[None]:
         if isinstance(error, HmmnetError) and (built_in or not place):
             raise
         said = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
-        raise HmmnetError(f"{place}: {said}") from error
+        raise (WrongUse if built_in else HmmnetError)(f"{place}: {said}") from error
     except (ValueError, OverflowError, MemoryError) as error:
         if not built_in:
             raise
-        raise HmmnetError(f"{function.__name__}: {error}") from error
+        raise WrongUse(f"{function.__name__}: {error}") from error
 
 
 def _last_line_in(file: str, error: BaseException) -> str:
@@ -173,14 +173,14 @@ def from_file(place: str) -> Callable[..., Awaitable[Any]]:
     import importlib.util
 
     from hmmnet.cli import did_you_mean
-    from hmmnet.errors import HmmnetError
+    from hmmnet.errors import WrongUse
 
     file, _, name = place.rpartition(":") if ":" in place else (place, "", "")
     path = Path(file)
     if not name:
-        raise HmmnetError(f"{place}: which function? Write {place}:FUNCTION")
+        raise WrongUse(f"{place}: which function? Write {place}:FUNCTION")
     if not path.is_file():
-        raise HmmnetError(f"{file}: there is no such file")
+        raise WrongUse(f"{file}: there is no such file")
     sys.path.insert(0, str(path.resolve().parent))
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None, "a .py file has a loader"
@@ -190,26 +190,26 @@ def from_file(place: str) -> Callable[..., Awaitable[Any]]:
     try:
         spec.loader.exec_module(module)
     except SyntaxError as error:
-        raise HmmnetError(f"{error.filename}:{error.lineno}: {error.msg}") from error
+        raise WrongUse(f"{error.filename}:{error.lineno}: {error.msg}") from error
     found = getattr(module, name, None)
     functions = [key for key, value in vars(module).items() if inspect.iscoroutinefunction(value)]
     if found is None:
-        raise HmmnetError(f'{file} has no function "{name}"{did_you_mean(name, functions)}')
+        raise WrongUse(f'{file} has no function "{name}"{did_you_mean(name, functions)}')
     if not inspect.iscoroutinefunction(found):
-        raise HmmnetError(f"{place} is no coroutine function: a workload is written as async def {name}(machine, ...)")
+        raise WrongUse(f"{place} is no coroutine function: a workload is written as async def {name}(machine, ...)")
     function: Callable[..., Awaitable[Any]] = found
     return function
 
 
 def parse_arguments(pairs: list[str]) -> dict[str, Any]:
     """``name=value`` texts; a value is read as JSON where it is JSON, else it is the text. Raises HmmnetError."""
-    from hmmnet.errors import HmmnetError
+    from hmmnet.errors import WrongUse
 
     given: dict[str, Any] = {}
     for pair in pairs:
         name, sign, value = pair.partition("=")
         if not sign or not name.isidentifier():
-            raise HmmnetError(f'"{pair}" is no argument: write NAME=VALUE, such as n=1000')
+            raise WrongUse(f'"{pair}" is no argument: write NAME=VALUE, such as n=1000')
         try:
             given[name] = json.loads(value)
         except ValueError:
@@ -220,31 +220,31 @@ def parse_arguments(pairs: list[str]) -> dict[str, Any]:
 def check_arguments(workload: str, function: Callable[..., Any], given: Mapping[str, Any]) -> None:
     """Whether `function` takes `given`. Raises HmmnetError."""
     from hmmnet.cli import did_you_mean
-    from hmmnet.errors import HmmnetError
+    from hmmnet.errors import WrongUse
 
     every = list(inspect.signature(function).parameters.values())
     if not every:
-        raise HmmnetError(f"{workload} takes no machine: a workload is written as async def {function.__name__}(machine, ...)")
+        raise WrongUse(f"{workload} takes no machine: a workload is written as async def {function.__name__}(machine, ...)")
     parameters = every[1:]
     names = [parameter.name for parameter in parameters if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)]
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     for name in given:
         if name not in names and not takes_any:
-            raise HmmnetError(f'{workload} has no argument "{name}"{did_you_mean(name, names)}; it takes: {", ".join(names) or "none"}')
+            raise WrongUse(f'{workload} has no argument "{name}"{did_you_mean(name, names)}; it takes: {", ".join(names) or "none"}')
     kinds = get_type_hints(function)
     for name, value in given.items():
         wanted = kinds.get(name)
         if wanted in NUMBERS and (isinstance(value, bool) or not isinstance(value, NUMBERS[wanted])):
-            raise HmmnetError(f"{workload}: {name} is {value!r}; {'a whole number' if wanted is int else 'a number'} is wanted")
+            raise WrongUse(f"{workload}: {name} is {value!r}; {'a whole number' if wanted is int else 'a number'} is wanted")
         if wanted is int and value < 0 and function.__module__.startswith(BUILT_IN):
-            raise HmmnetError(f"{workload}: {name} is {value}; at least 0 is wanted")
+            raise WrongUse(f"{workload}: {name} is {value}; at least 0 is wanted")
     missing = [
         parameter.name
         for parameter in parameters
         if parameter.name in names and parameter.default is parameter.empty and parameter.name not in given
     ]
     if missing:
-        raise HmmnetError(f"{workload} needs {', '.join(f'{name}=...' for name in missing)}")
+        raise WrongUse(f"{workload} needs {', '.join(f'{name}=...' for name in missing)}")
 
 
 def plain(value: Any) -> Any:

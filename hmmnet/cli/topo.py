@@ -13,7 +13,7 @@ from hmmnet.units import counted
 
 from . import CONTEXT, FAILED
 from .completion import topologies
-from .outputs import write
+from .outputs import writable, write
 
 if TYPE_CHECKING:
     from hmmnet.topology.model import Topology
@@ -168,5 +168,6 @@ def draw(
     elif str(svg) == "-":
         sys.stdout.write(picture.svg(topology))
     else:
+        writable(svg)
         write(svg, picture.svg(topology))
         print(f"{svg}: {topology.name}, {counted(len(topology.devices), 'device')}")

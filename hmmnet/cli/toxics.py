@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-from hmmnet.errors import HmmnetError
+from hmmnet.errors import HmmnetError, WrongUse
 from hmmnet.faults.catalogue import CONTROLS, TARGETS
 from hmmnet.faults.messages import Way, is_way
 from hmmnet.topology.problems import did_you_mean
@@ -50,13 +50,13 @@ class Sights:
         """Devices whose names match. Raises HmmnetError when none does."""
         found = tuple(name for name in self.devices if fnmatchcase(name, pattern))
         if not found and self.is_link(pattern):
-            raise HmmnetError(
+            raise WrongUse(
                 f"{pattern} is a link, where a device is wanted: {', '.join(self.devices)}; `hmmnet fault partition` takes links"
             )
         if not found:
             known = [*self.devices, *self.links]
             mend = did_you_mean(pattern, known, "a target is a device, DEVICE<->host or a link: " + ", ".join(known[:12]))
-            raise HmmnetError(f'nothing here is called "{pattern}"; {mend}')
+            raise WrongUse(f'nothing here is called "{pattern}"; {mend}')
         return found
 
     def is_link(self, pattern: str) -> bool:
@@ -88,11 +88,11 @@ class Sights:
         found = [name for name, joined in self.links.items() if joined == both]
         if not found:
             known = ", ".join(name for name, joined in self.links.items() if joined & both)
-            raise HmmnetError(f"no link joins {ends['a']} and {ends['b']} alone; those at either are {known}")
+            raise WrongUse(f"no link joins {ends['a']} and {ends['b']} alone; those at either are {known}")
         if ends["arrow"] != "<->":
             do = "joins" if len(found) == 1 else "join"
             same = "is what it is" if len(found) == 1 else "are what they are"
-            raise HmmnetError(
+            raise WrongUse(
                 f"{', '.join(found)} {do} {ends['a']} and {ends['b']}, and {same} in both directions; write {ends['a']}<->{ends['b']}"
             )
         return tuple(found)
@@ -138,7 +138,7 @@ def way_of(target: str, *, oneway: bool = False) -> Way:
     """The way that a target means; `oneway`: from the device to the host, where it does not say. Raises HmmnetError."""
     way = Way.parse(target if is_way(target) else f"{target}{'->' if oneway else '<->'}host")
     if oneway and way.to_device and way.to_host:
-        raise HmmnetError(f'"{target}" is both ways; with --oneway write {way.device}->host or host->{way.device}')
+        raise WrongUse(f'"{target}" is both ways; with --oneway write {way.device}->host or host->{way.device}')
     return way
 
 
@@ -164,7 +164,7 @@ def pairs_of(words: Sequence[str]) -> dict[str, str]:
     if not mistakes and not any(name in TOXICS for name in given):
         mistakes.append(f"what is to happen? Give one of {', '.join(TOXICS)}")
     if mistakes:
-        raise HmmnetError("; ".join(mistakes))
+        raise WrongUse("; ".join(mistakes))
     return given
 
 
@@ -204,7 +204,7 @@ def faults_for(target: str, words: Sequence[str], sights: Sights) -> list[dict[s
     if links:
         others = [name for name in given if name in CHANCES]
         if others:
-            raise HmmnetError(f"{', '.join(others)}: a link has latency, jitter and bandwidth only; messages are those of DEVICE<->host")
+            raise WrongUse(f"{', '.join(others)}: a link has latency, jitter and bandwidth only; messages are those of DEVICE<->host")
         return [made for link in links for made in _on_link(link, given, beside)]
     way = way_of(target)
     sights.matching(way.device)
@@ -228,7 +228,7 @@ def cut(target: str, sights: Sights, *, oneway: bool) -> list[dict[str, Any]]:
     """What makes ``fault partition TARGET``: links are down, or no message passes. Raises HmmnetError."""
     links = sights.links_meant(target)
     if links and oneway:
-        raise HmmnetError(f"{links[0]} is a link, which is down in both directions; --oneway is for a device")
+        raise WrongUse(f"{links[0]} is a link, which is down in both directions; --oneway is for a device")
     if links:
         return [{"kind": "link.down", "on": link} for link in links]
     way = way_of(target, oneway=oneway)

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from hmmnet.errors import HmmnetError
+from hmmnet.errors import WrongUse
 from hmmnet.units import counted
 
 from .catalogue import as_given
@@ -130,7 +130,7 @@ class Carrier:
         carried = self._carried.pop(number, None)
         if carried is None:
             there = f"the numbers are {', '.join(map(str, self._carried))}" if self._carried else "there is no fault"
-            raise HmmnetError(f"no fault has number {number}; {there}")
+            raise WrongUse(f"no fault has number {number}; {there}")
         carried.ended = True
         self._past[carried.fault.kind.name] += carried.fired
         for undo in reversed(carried.undos):

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any, TypeAlias
 
-from hmmnet.errors import HmmnetError
+from hmmnet.errors import HmmnetError, WrongUse
 from hmmnet.topology.problems import did_you_mean
 from hmmnet.units import parse_size
 
@@ -60,7 +60,7 @@ def kind_named(name: str) -> Kind:
     """The kind called `name`. Raises HmmnetError."""
     found = KINDS.get(name)
     if found is None:
-        raise HmmnetError(f'no fault is called "{name}"; {did_you_mean(name, KINDS, "`hmmnet fault kinds` lists them")}')
+        raise WrongUse(f'no fault is called "{name}"; {did_you_mean(name, KINDS, "`hmmnet fault kinds` lists them")}')
     return found
 
 
@@ -68,7 +68,7 @@ def fault(kind: str, on: str = "", **given: Any) -> Fault:
     """One fault: ``fault("copy.corrupt", "gpu0", probability=0.1, direction="to_host")``. Raises HmmnetError with every mistake."""
     made, found = checked(kind, {"on": on, **given} if on else given)
     if made is None:
-        raise HmmnetError(f"fault {kind}: " + "; ".join(f"{field}: {cause}" if field else cause for field, cause in found))
+        raise WrongUse(f"fault {kind}: " + "; ".join(f"{field}: {cause}" if field else cause for field, cause in found))
     return made
 
 

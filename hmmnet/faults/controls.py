@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from random import Random
 
-from hmmnet.errors import HmmnetError
+from hmmnet.errors import WrongUse
 
 EVERY = 1 << 40
 """From here on `nth` is none that ever comes: of each occurrence it is asked whether this is the one (`decided_by`)."""
@@ -49,12 +49,12 @@ class Controls:
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.probability <= 1.0:
-            raise HmmnetError(f"probability {self.probability} is not between 0 and 1")
+            raise WrongUse(f"probability {self.probability} is not between 0 and 1")
         for name in ("interval", "space", "nth"):
             if getattr(self, name) < (1 if name == "interval" else 0):
-                raise HmmnetError(f"{name} {getattr(self, name)} is too small; it begins at {1 if name == 'interval' else 0}")
+                raise WrongUse(f"{name} {getattr(self, name)} is too small; it begins at {1 if name == 'interval' else 0}")
         if self.times < -1:
-            raise HmmnetError(f"times {self.times} is too small; -1 means without end")
+            raise WrongUse(f"times {self.times} is too small; -1 means without end")
 
 
 @dataclass

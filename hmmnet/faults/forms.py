@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from hmmnet.errors import HmmnetError
+from hmmnet.errors import WrongUse
 
 from .catalogue import KINDS, fault
 from .injector import PointFault
@@ -50,7 +50,7 @@ def as_plan(given: Plannable, place: str = "faults", folder: Path | None = None)
     if isinstance(given, Iterable):
         each = [as_plan(one, f"{place}[{index}]", folder) for index, one in enumerate(given)]
         return Plan(tuple(one for plan in each for one in plan.faults), place)
-    raise HmmnetError(f"{place}: {given!r} is no plan: {WANTED} {{'kind': 'loss', 'probability': 0.05}}")
+    raise WrongUse(f"{place}: {given!r} is no plan: {WANTED} {{'kind': 'loss', 'probability': 0.05}}")
 
 
 def one_fault(given: Plannable, parameters: Mapping[str, Any]) -> AnyFault:
@@ -61,12 +61,12 @@ def one_fault(given: Plannable, parameters: Mapping[str, Any]) -> AnyFault:
     if isinstance(given, str) and (parameters or given in KINDS):
         return fault(given, **parameters)
     if parameters:
-        raise HmmnetError(f"{', '.join(parameters)}: a fault that is made already has its parameters; give them with a kind's name")
+        raise WrongUse(f"{', '.join(parameters)}: a fault that is made already has its parameters; give them with a kind's name")
     if isinstance(given, Fault | MessageFault | PointFault):
         return given
     faults = as_plan(given, "add_fault").faults
     if len(faults) != 1:
-        raise HmmnetError(f"add_fault begins one fault, and that plan has {len(faults)}; call it for each of Plan.load(...).faults")
+        raise WrongUse(f"add_fault begins one fault, and that plan has {len(faults)}; call it for each of Plan.load(...).faults")
     return faults[0]
 
 
@@ -82,7 +82,5 @@ def _entry(kind: str, value: Any, place: str) -> dict[str, Any]:
     if isinstance(value, Mapping):
         return {"kind": kind, **value}
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise HmmnetError(
-            f'{place}: {kind} is {value!r}: a probability or a dictionary is wanted, such as {kind}=0.05 or {kind}={{"nth": 3}}'
-        )
+        raise WrongUse(f'{place}: {kind} is {value!r}: a probability or a dictionary is wanted, such as {kind}=0.05 or {kind}={{"nth": 3}}')
     return {"kind": kind, "probability": float(value)}

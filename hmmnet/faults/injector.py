@@ -28,7 +28,7 @@ from random import Random
 
 import trio
 
-from hmmnet.errors import HmmnetError, PeerLost
+from hmmnet.errors import HmmnetError, PeerLost, WrongUse
 from hmmnet.sleeping import sleep
 
 from .controls import Chance, Controls, Tally
@@ -83,7 +83,7 @@ class PointFault:
 
     def __post_init__(self) -> None:
         if self.action not in ACTIONS:
-            raise HmmnetError(f'no action is called "{self.action}"; there are {", ".join(ACTIONS)}')
+            raise WrongUse(f'no action is called "{self.action}"; there are {", ".join(ACTIONS)}')
         found = matching(self.point)
         if not any(self.action in point.actions for point in found):
             able = sorted({action for point in found for action in point.actions})
@@ -91,7 +91,7 @@ class PointFault:
         if self.action in LETHAL:
             self._check_node([point for point in found if self.action in point.actions])
         if (self.call is None) is (self.action == "call"):
-            raise HmmnetError('a function goes with the action "call", and only with that')
+            raise WrongUse('a function goes with the action "call", and only with that')
         if self.delay_s < 0 or self.jitter_s < 0 or not math.isfinite(self.delay_s + self.jitter_s):
             wrong = "jitter" if 0 <= self.delay_s < math.inf else "latency"
             raise Unfit(wrong, f"a delay of {self.delay_s:g} s with a jitter of {self.jitter_s:g} s cannot be")
@@ -226,7 +226,7 @@ class Injector:
         """Whoever is paused by that fault goes on; the next to come is paused again."""
         active = self._active.get(number)
         if active is None:
-            raise HmmnetError(f"no fault has number {number}")
+            raise WrongUse(f"no fault has number {number}")
         active.released.set()
         active.released = trio.Event()
 
@@ -370,7 +370,7 @@ class Injector:
     def _on_node(self, fault: PointFault, where: Where) -> str:
         node = fault.node or where.device or where.node
         if self.on_node is None:
-            raise HmmnetError(f'nobody here can {fault.action} "{node}": this machine was started without a world that does it')
+            raise WrongUse(f'nobody here can {fault.action} "{node}": this machine was started without a world that does it')
         self.on_node(fault.action, node)
         return node
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-from hmmnet.errors import HmmnetError
+from hmmnet.errors import HmmnetError, WrongUse
 from hmmnet.topology.problems import did_you_mean
 from hmmnet.units import parse_size, parse_time, show_size, show_time
 
@@ -206,7 +206,7 @@ class Kind:
     def check_world(self, world: World) -> None:
         """Raises HmmnetError when it cannot be done there, and says why."""
         if world in self.not_in:
-            raise HmmnetError(f'the fault "{self.name}" cannot be done in the {world} world: {self.not_in[world]}')
+            raise WrongUse(f'the fault "{self.name}" cannot be done in the {world} world: {self.not_in[world]}')
 
 
 EACH = "; while it happens to each, as it does by default, nothing gets through, and the device may be given up"

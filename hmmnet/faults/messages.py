@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from random import Random
 from typing import Literal
 
-from hmmnet.errors import HmmnetError
+from hmmnet.errors import WrongUse
 
 from .controls import Controls
 
@@ -45,7 +45,7 @@ class Way:
         found = _WAY.fullmatch(text)
         ends = (found["a"], found["b"]) if found else ("", "")
         if found is None or HOST not in ends or ends[0] == ends[1]:
-            raise HmmnetError(f'"{text}" is no way; write DEVICE<->host, DEVICE->host or host->DEVICE, where DEVICE may have * and ?')
+            raise WrongUse(f'"{text}" is no way; write DEVICE<->host, DEVICE->host or host->DEVICE, where DEVICE may have * and ?')
         device = ends[1] if ends[0] == HOST else ends[0]
         towards_b = found["arrow"] in {"->", "<->"}
         towards_a = found["arrow"] in {"<-", "<->"}
@@ -85,15 +85,15 @@ class MessageFault:
 
     def __post_init__(self) -> None:
         if self.kind not in FAULTS:
-            raise HmmnetError(f'no fault of messages is called "{self.kind}"; there are {", ".join(FAULTS)}')
+            raise WrongUse(f'no fault of messages is called "{self.kind}"; there are {", ".join(FAULTS)}')
         if self.latency_s < 0 or self.jitter_s < 0:
-            raise HmmnetError(f"latency {self.latency_s:g} s and jitter {self.jitter_s:g} s cannot be negative")
+            raise WrongUse(f"latency {self.latency_s:g} s and jitter {self.jitter_s:g} s cannot be negative")
         if self.shape not in SHAPES:
-            raise HmmnetError(f'data are not damaged in the shape "{self.shape}"; there are {", ".join(SHAPES)}')
+            raise WrongUse(f'data are not damaged in the shape "{self.shape}"; there are {", ".join(SHAPES)}')
         if self.message and self.way.channel == "bulk":
-            raise HmmnetError("chunks on the bulk channel have no message types")
+            raise WrongUse("chunks on the bulk channel have no message types")
         if self.kind == "corrupt" and self.way.channel != "bulk":
-            raise HmmnetError(
+            raise WrongUse(
                 '"corrupt" is for the bulk channel, where chunks have checksums; control messages travel over checked transports'
             )
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from hmmnet.errors import HmmnetError
+from hmmnet.errors import HmmnetError, WrongUse
 from hmmnet.topology.lines import KeyLines
 from hmmnet.topology.problems import Problem, did_you_mean, no_text, syntax_problem
 
@@ -41,7 +41,7 @@ AnyFault: TypeAlias = Fault | MessageFault | PointFault
 SECTION = "fault"
 
 
-class PlanError(HmmnetError):
+class PlanError(WrongUse):
     """A plan with mistakes: all of them in `problems`, one a line in its text."""
 
     def __init__(self, mistakes: Sequence[Problem]) -> None:
@@ -103,7 +103,7 @@ class Plan:
         except UnicodeDecodeError as error:
             raise PlanError([no_text(error, str(path))]) from error
         except OSError as error:
-            raise HmmnetError(f"{path}: cannot be read: {error.strerror or error}") from error
+            raise WrongUse(f"{path}: cannot be read: {error.strerror or error}") from error
         return cls.parse(text, str(path))
 
     def check(self, world: World, topology: Topology | None = None) -> None:
@@ -195,7 +195,7 @@ def named(one: AnyFault) -> Fault:
         kind = kind_named(one.kind)
     else:
         if one.call is not None:
-            raise HmmnetError(f"a fault that calls a function cannot be written down: {one.point}")
+            raise WrongUse(f"a fault that calls a function cannot be written down: {one.point}")
         given |= {
             "on": one.device,
             "point": one.point,

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
-from hmmnet.errors import HmmnetError
+from hmmnet.errors import WrongUse
 from hmmnet.topology.problems import did_you_mean
 from hmmnet.topology.routes import Routes
 
@@ -30,7 +30,7 @@ def check_target(fault: Fault, topology: Topology, world: World) -> None:
     """Raises HmmnetError with everything that is wrong with whom `fault` is on."""
     mistakes = wrong_targets(fault, topology, world)
     if mistakes:
-        raise HmmnetError("\n".join(mistakes))
+        raise WrongUse("\n".join(mistakes))
 
 
 def wrong_targets(fault: Fault, topology: Topology, world: World) -> list[str]:
@@ -67,7 +67,7 @@ def directions(effect: LinkEffect, topology: Topology) -> frozenset[tuple[str, b
     """
     wrong = list(_no_links(effect, topology))
     if wrong:
-        raise HmmnetError("; ".join(wrong))
+        raise WrongUse("; ".join(wrong))
     if is_way(effect.link):
         return _own_links(Way.parse(effect.link), topology)
     devices = set(topology.device_names)

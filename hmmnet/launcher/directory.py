@@ -30,7 +30,7 @@ from pathlib import Path
 
 import msgspec
 
-from hmmnet.errors import HmmnetError
+from hmmnet.errors import HmmnetError, WrongUse
 from hmmnet.wire.secrets import new_secret, read_secret, write_secret
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}\Z")
@@ -116,9 +116,9 @@ def base_directory() -> Path:
 
 
 def check_name(name: str) -> str:
-    """`name`, if a machine may be called that. Raises HmmnetError."""
+    """`name`, if a machine may be called that. Raises WrongUse."""
     if NAME.match(name) is None:
-        raise HmmnetError(
+        raise WrongUse(
             f"{name!r} cannot name a machine: up to 32 letters, digits, dots, dashes and underscores, beginning with a letter or digit"
         )
     return name

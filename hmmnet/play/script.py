@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from hmmnet.errors import HmmnetError
+from hmmnet.errors import WrongUse
 
 SCRIPT_MARK = "=== "
 RECORDED_MARK = "--- recorded"
@@ -26,7 +26,7 @@ FILE_BYTES_MAX = 64 << 20
 """The five recorded files hold 300 kB each; a file beyond this is something else."""
 
 
-class ScriptError(HmmnetError):
+class ScriptError(WrongUse):
     """A trace file cannot be played; the text is ``FILE:LINE: cause; mend``, without the line where it is 0."""
 
     def __init__(self, path: Path | str, line: int, problem: str) -> None:

@@ -30,6 +30,7 @@ from hmmnet.errors import (
     RemoteError,
     SegmentationFault,
     SignalError,
+    WrongUse,
 )
 from hmmnet.sleeping import RUN, Bell, Completion, shortest_now, sleep, suspended
 
@@ -555,6 +556,8 @@ class Session:
 _DONE = Done()
 HOST = "host"
 """What its peers call the host."""
+SAID = {HmmnetError.__name__: RemoteError, WrongUse.__name__: WrongUse}
+"""What a host says to people, by what it raised: a command that asked for what there is not ends as if it had found out itself."""
 
 
 def failure(peer_name: str, failed: Failed) -> Exception:
@@ -566,7 +569,7 @@ def failure(peer_name: str, failed: Failed) -> Exception:
             return signal(int(match[1], 16), match[2])
     if failed.errno > 0:
         return KernelError(failed.errno, failed.call, failed.why)
-    told = failed.why.removeprefix(f"{HmmnetError.__name__}: ")
-    if peer_name == HOST and told != failed.why:
-        return RemoteError(told)  # what a host says to people is a sentence by itself
+    kind, _, told = failed.why.partition(": ")
+    if peer_name == HOST and kind in SAID:
+        return SAID[kind](told)  # what a host says to people is a sentence by itself
     return RemoteError(f"{peer_name}: {failed.call}: {failed.why}")

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from importlib.metadata import entry_points
 from typing import Any, TypeAlias
 
-from hmmnet.errors import HmmnetError
+from hmmnet.errors import WrongUse
 
 GROUP = "hmmnet.workloads"
 
@@ -15,7 +15,7 @@ Report: TypeAlias = dict[str, Any]
 Workload: TypeAlias = Callable[..., Awaitable[Report]]
 
 
-class UnknownWorkload(HmmnetError):
+class UnknownWorkload(WrongUse):
     """No installed package has a workload of this name."""
 
 

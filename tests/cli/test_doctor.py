@@ -45,7 +45,7 @@ def test_a_folder_that_cannot_be(quick: None, monkeypatch: pytest.MonkeyPatch, c
 
 def test_an_unknown_machine(capsys: pytest.CaptureFixture[str]) -> None:
     """As everywhere: what was meant."""
-    assert exit_code(["doctor", "nvlnk-8"]) == 1
+    assert exit_code(["doctor", "nvlnk-8"]) == 2
     assert 'did you mean "nvlink-8"' in capsys.readouterr().err
 
 

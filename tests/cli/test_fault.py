@@ -11,6 +11,7 @@ import pytest
 
 import hmmnet
 from hmmnet.cli import exit_code
+from hmmnet.errors import WrongUse
 from hmmnet.faults import KINDS, POINTS
 
 
@@ -91,7 +92,7 @@ def test_kinds_say_which_take_controls(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_a_kind_that_there_is_not(capsys: pytest.CaptureFixture[str]) -> None:
     """Every wrong word, with what was meant; nothing is listed."""
-    assert exit_code(["fault", "kinds", "crsh", "loss", "copyengine"]) == 1
+    assert exit_code(["fault", "kinds", "crsh", "loss", "copyengine"]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert 'no fault or family is called "crsh"; did you mean "crash"?' in captured.err
@@ -113,6 +114,31 @@ def test_verbs_say_what_they_take(verb: str, takes: str, capsys: pytest.CaptureF
     text = told([verb, "--help"], capsys)
     assert takes in text
     assert "link" not in text
+
+
+def test_several_faults_end(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """By their numbers; none does where one of them is no fault's."""
+    left = [1, 2, 4]
+
+    class Broken:
+        async def list_faults(self) -> list[dict[str, Any]]:
+            return [{"number": number} for number in left]
+
+        async def remove_fault(self, number: int) -> None:
+            if number not in left:
+                raise WrongUse(f"no fault has number {number}")
+            left.remove(number)
+
+    @asynccontextmanager
+    async def attach(_: str | None) -> AsyncIterator[Broken]:
+        yield Broken()
+
+    monkeypatch.setattr(hmmnet, "attach", attach)
+    assert exit_code(["fault", "rm", "1", "3"]) == 2
+    assert capsys.readouterr() == ("", "hmmnet fault: no fault has number 3\n")
+    assert told(["rm", "4", "1", "4"], capsys) == "fault 4 has ended\nfault 1 has ended\n"
+    assert left == [2]
+    assert told(["rm", "all"], capsys) == "fault 2 has ended\n"
 
 
 def test_who_is_lost_is_said_when_a_fault_ends(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -93,24 +93,29 @@ def test_wrong_use_is_one_line_with_a_mend(given: list[str], says: str, capsys: 
 
 
 @pytest.mark.parametrize(
-    ("given", "says"),
+    ("given", "code", "says"),
     [
-        (["up", "--name", "a/b"], "letters, digits"),
-        (["up", "two-gpu"], 'did you mean "two-gpus"'),
-        (["run", "vectr_add"], 'did you mean "vector_add"?'),
-        (["run", "vector_add", "m=3"], 'no argument "m"'),
-        (["run", "vector_add", "=3"], "NAME=VALUE"),
-        (["run", "nowhere.py:main"], "no such file"),
-        (["run", "vector_add", "--on", "nobody-here"], 'no machine "nobody-here" runs'),
-        (["down", "nobody-here"], 'no machine "nobody-here" runs'),
-        (["down", "nobody-here", "nor-here"], 'no machine "nobody-here" or "nor-here" runs'),
-        (["logs", "nobody-here"], 'there is no machine "nobody-here"; '),
+        (["up", "--name", "a/b"], 2, "letters, digits"),
+        (["up", "two-gpu"], 2, 'did you mean "two-gpus"'),
+        (["run", "vectr_add"], 2, 'did you mean "vector_add"?'),
+        (["run", "vector_add", "m=3"], 2, 'no argument "m"'),
+        (["run", "vector_add", "--topology", "two-gpu"], 2, 'did you mean "two-gpus"'),
+        (["run", "vector_add", "=3"], 2, "NAME=VALUE"),
+        (["run", "nowhere.py:main"], 2, "no such file"),
+        (["run", "vector_add", "--on", "nobody-here"], 1, 'no machine "nobody-here" runs'),
+        (["down", "nobody-here"], 1, 'no machine "nobody-here" runs'),
+        (["down", "nobody-here", "nor-here"], 1, 'no machine "nobody-here" or "nor-here" runs'),
+        (["logs", "nobody-here"], 1, 'there is no machine "nobody-here"; '),
+        (["fault", "add", "crsh", "gpu0"], 2, 'no fault is called "crsh"; did you mean "crash"?'),
+        (["fault", "add", "point.delay", "gpu0", "point=nosuch"], 2, "`hmmnet fault points` lists them"),
+        (["fault", "add", "point.delay", "gpu0", "point=migrate.mid_cpy"], 2, 'did you mean "migrate.mid_copy"?'),
+        (["fault", "rm", "1", "all"], 2, '"all" alone'),
     ],
 )
-def test_what_cannot_be_done_is_one_line_with_a_mend(given: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Exit code 1."""
-    code, out, err = asked(capsys, *given)
-    assert (code, out) == (1, "")
+def test_what_cannot_be_done_is_one_line_with_a_mend(given: list[str], code: int, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit code 2 where it was asked wrongly, 1 where a machine does not run."""
+    ended, out, err = asked(capsys, *given)
+    assert (ended, out) == (code, "")
     assert err.count("\n") == 1
     assert err.startswith(f"hmmnet {given[0]}: ")
     assert says in err

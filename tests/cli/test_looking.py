@@ -156,7 +156,7 @@ def test_logs_come_in_the_order_of_time(capsys: pytest.CaptureFixture[str]) -> N
     assert [json.loads(row)["text"] for row in capsys.readouterr().out.splitlines()] == ["fourth"]
     assert exit_code(["logs", "-p", "gpu1"]) == 1
     assert 'device "gpu1" of machine "default" has written nothing yet' in capsys.readouterr().err
-    assert exit_code(["logs", "-p", "gpu9"]) == 1
+    assert exit_code(["logs", "-p", "gpu9"]) == 2
     assert 'did you mean "gpu0"?' in capsys.readouterr().err
     directory.remove()
 

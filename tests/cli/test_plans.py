@@ -35,10 +35,10 @@ def plan(tmp_path: Path) -> Path:
 def test_mistakes_are_told_before_anything_starts(
     command: list[str], text: str | None, says: str, plan: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Exit code 1, the file and the mistake on stderr, and no word of a machine that starts."""
+    """Exit code 2, the file and the mistake on stderr, and no word of a machine that starts."""
     if text is not None:
         plan.write_text(text)
-    assert exit_code([*command, "--faults", str(plan)]) == 1
+    assert exit_code([*command, "--faults", str(plan)]) == 2
     captured = capsys.readouterr()
     assert says in captured.err
     assert str(plan) in captured.err

@@ -112,7 +112,7 @@ def test_what_is_no_topology(content: bytes | None, text: str, tmp_path: Path, c
         path.write_bytes(content)
     assert exit_code(["topo", "check", str(path)]) == 1
     assert text in capsys.readouterr().out
-    assert exit_code(["topo", "show", str(path)]) == 1
+    assert exit_code(["topo", "show", str(path)]) == 2
     assert text in capsys.readouterr().err
 
 
@@ -127,7 +127,7 @@ def test_slips_are_guessed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.chdir(tmp_path)
     Path("machine.toml").write_text("")
     for given, meant in (("nvlink8", "nvlink-8"), ("machin.toml", "machine.toml"), ("pcie-64.toml", "pcie-64")):
-        assert exit_code(["topo", "show", given]) == 1
+        assert exit_code(["topo", "show", given]) == 2
         assert f'"{meant}"' in capsys.readouterr().err
 
 
@@ -141,7 +141,7 @@ def test_draw(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     assert exit_code(["topo", "draw", "two-gpus", "--svg", "-"]) == 0
     ET.fromstring(capsys.readouterr().out)
-    assert exit_code(["topo", "draw", "two-gpus", "--svg", str(tmp_path / "no" / "two.svg")]) == 1
+    assert exit_code(["topo", "draw", "two-gpus", "--svg", str(tmp_path / "no" / "two.svg")]) == 2
     assert "cannot be written" in capsys.readouterr().err
 
 

@@ -75,7 +75,7 @@ def test_mistakes_are_named_with_their_mend(line: str, says: str) -> None:
 
 def test_every_mistake_of_a_line_is_told_without_a_machine(capsys: pytest.CaptureFixture[str]) -> None:
     """Nothing needs to run for it."""
-    assert exit_code(["fault", "add", "gpu0<->host", "loss=x", "ltency=1ms"]) == 1
+    assert exit_code(["fault", "add", "gpu0<->host", "loss=x", "ltency=1ms"]) == 2
     told = capsys.readouterr().err
     assert "loss: 'x' where a part" in told
     assert 'did you mean "latency"?' in told

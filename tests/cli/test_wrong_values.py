@@ -39,12 +39,12 @@ async def asks(machine):
     ],
 )
 def test_workloads(given: list[str], says: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """Exit code 1 and one line behind the progress lines."""
+    """Exit code 2 and one line behind the progress lines."""
     file = tmp_path / "mine.py"
     file.write_text(WORKLOAD)
     code = exit_code(["run", *(word.replace("FILE", str(file)) for word in given), "--rate", "1"])
     captured = capsys.readouterr()
-    assert (code, captured.out) == (1, "")
+    assert (code, captured.out) == (2, "")
     assert captured.err.splitlines()[-1].startswith("hmmnet run: ")
     assert says in captured.err.splitlines()[-1]
     assert "Traceback" not in captured.err
@@ -70,7 +70,7 @@ def test_an_answer_in_a_users_workload_has_its_line(tmp_path: Path, capsys: pyte
 
 def test_a_picture_that_cannot_be_written_is_told_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Before the demo begins; what can be written is left as it was."""
-    assert exit_code(["demo", "--limit-mib", "1", "--svg", "/nowhere/x.svg"]) == 1
+    assert exit_code(["demo", "--limit-mib", "1", "--svg", "/nowhere/x.svg"]) == 2
     captured = capsys.readouterr()
     assert len(captured.out.splitlines()) <= 2
     assert captured.err == "hmmnet demo: /nowhere/x.svg: cannot be written: No such file or directory; name another file\n"
@@ -118,7 +118,7 @@ bandwidth = "fast"
         hmmnet.launch(file)
     assert 'did you mean "gpu"' in str(told.value)
     assert "bandwidth" in str(told.value)
-    assert exit_code(["up", str(file)]) == 1
+    assert exit_code(["up", str(file)]) == 2
 
 
 def test_a_long_word_is_shown_in_short() -> None:

@@ -11,7 +11,7 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from hmmnet.errors import BusError, HmmnetError, KernelError, ProtocolError, RemoteError, SegmentationFault
+from hmmnet.errors import BusError, HmmnetError, KernelError, ProtocolError, RemoteError, SegmentationFault, WrongUse
 from hmmnet.wire.exchange import RETRY_S, WINDOW
 from hmmnet.wire.messages import CloseContext, Done, Failed, FreeFrames, Inspect, MigrateDone, OpenContext, Report
 from hmmnet.wire.reading import Reader
@@ -98,7 +98,9 @@ async def test_an_answer_can_be_waited_for_for_a_while_or_cancelled_or_not(world
 
 def test_what_the_host_says_to_people_is_a_sentence() -> None:
     """Its own words come without the path that they took; what is a mistake of the program says where it was met."""
-    assert str(failure("host", Failed(0, "Call", "HmmnetError: no fault has number 3"))) == "no fault has number 3"
+    for kind, becomes in (("HmmnetError", RemoteError), ("WrongUse", WrongUse)):
+        said = failure("host", Failed(0, "Call", f"{kind}: no fault has number 3"))
+        assert (type(said), str(said)) == (becomes, "no fault has number 3")
     assert str(failure("host", Failed(0, "Call", "KeyError: 3"))) == "host: Call: KeyError: 3"
 
 
