@@ -7,6 +7,7 @@ one run. A file of it is JSON, which `hmmnet replay` reads.
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
@@ -111,11 +112,15 @@ class Program(msgspec.Struct, frozen=True, omit_defaults=True):
 def read(file: Path) -> Program:
     """The program in a file. Raises WrongUse."""
     try:
-        program = msgspec.json.decode(file.read_bytes(), type=Program)
+        data = file.read_bytes()
     except OSError as error:
         raise WrongUse(f"{file}: cannot be read: {error.strerror}") from None
+    try:
+        program = msgspec.json.decode(data, type=Program)
     except msgspec.MsgspecError as error:
-        raise WrongUse(f"{file}: no program of a campaign: {error}; hmmnet shrink writes them") from None
+        raise WrongUse(
+            f"{file}: {_what_else(data) or f'no program of a campaign: {error}'}; hmmnet shrink writes the files wanted here"
+        ) from None
     if program.format != FORMAT:
         raise WrongUse(f"{file}: format {program.format}; this hmmnet reads format {FORMAT}")
     for place, word, known in _words(program):
@@ -123,6 +128,17 @@ def read(file: Path) -> Program:
             others = f"there are {', '.join(sorted(known))}"
             raise WrongUse(f'{file}: {place}: there is no "{word}"; {did_you_mean(word, known, others)}')
     return program
+
+
+def _what_else(data: bytes) -> str:
+    """What a file is that is no program of a campaign, if it is one of those that people have beside them."""
+    try:
+        tables = tomllib.loads(data.decode())
+    except ValueError:
+        return ""
+    if "fault" in tables:
+        return "a plan of faults, which says nothing of the work (hmmnet run --faults takes plans), and no program of a campaign"
+    return "a topology, and no program of a campaign" if tables.keys() & {"node", "device", "link"} else ""
 
 
 def _words(program: Program) -> Iterator[tuple[str, str, Collection[str]]]:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from .crew import Violation
 from .machines import devices_of, without_device
 from .program import Program, Step
 from .trial import Verdict, run_program
@@ -37,7 +38,10 @@ class Shrinker:
         self._run = run
         self._on_run = on_run
         self._runs_max = runs_max
-        self._checkers = {one.checker for one in run(program).violations[:1]}
+        found = run(program).violations
+        self._checkers = {one.checker for one in found[:1]}
+        if found:
+            self.best = _noted(program, found[0])
 
     @property
     def fails(self) -> bool:
@@ -45,7 +49,7 @@ class Shrinker:
         return bool(self._checkers)
 
     def shrink(self) -> Program:
-        """The shortest that was found; as it was, if it does not fail."""
+        """The shortest that was found; as it was, if it does not fail. Interrupted, it leaves the shortest so far in `best`."""
         if self.fails:
             before = None
             while before != self.best and self.runs < self._runs_max:
@@ -66,7 +70,7 @@ class Shrinker:
         self.runs += 1
         found = self._run(candidate).violations
         if found and found[0].checker in self._checkers:
-            self.best = msgspec.structs.replace(candidate, note=f"{found[0].checker}: {found[0].what}")
+            self.best = _noted(candidate, found[0])
             self._on_run(self.runs, self.best)
             return True
         return False
@@ -111,6 +115,10 @@ class Shrinker:
         for number, step in enumerate(self.best.steps):
             if step.count > 1:
                 self._with(steps=_put(self.best.steps, number, msgspec.structs.replace(step, count=1)))
+
+
+def _noted(program: Program, violation: Violation) -> Program:
+    return msgspec.structs.replace(program, note=f"{violation.checker}: {violation.what}")
 
 
 def without(program: Program, field: str, start: int, end: int) -> Program:

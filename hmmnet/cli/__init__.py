@@ -244,6 +244,11 @@ def _complain(where: str, text: str, code: int) -> int:
     return code
 
 
+def options_given(context: Any) -> set[str]:
+    """The names of the arguments and options of a command (typer's `context`) that stand on its command line."""
+    return {name for name in context.params if str(getattr(context.get_parameter_source(name), "name", "")) == "COMMANDLINE"}
+
+
 def did_you_mean(given: str, known: Sequence[str] | dict[str, str]) -> str:
     """``; did you mean "up"?`` when one of `known` is near to `given`, else nothing."""
     close = difflib.get_close_matches(given, list(known), n=1)

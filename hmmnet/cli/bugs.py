@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hmmnet.errors import WrongUse
+from hmmnet.units import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -84,7 +85,7 @@ def _run(chosen: list[Bug], seed: int | None, *, as_json: bool, tell: bool) -> i
     if as_json:
         _write([trial.as_json() for trial in trials])
     told = sum(trial.as_told for trial in trials)
-    console.print(f"\n{told} of {len(trials)} runs came out as told")
+    console.print(f"\n{told} of {counted(len(trials), 'run')} came out as told")
     return 0 if told == len(trials) else 1
 
 

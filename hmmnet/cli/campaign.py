@@ -15,6 +15,8 @@ import typer
 from hmmnet.observe.hanging import hang
 from hmmnet.units import counted
 
+from . import options_given
+
 if TYPE_CHECKING:
     from hmmnet.campaign.campaign import Found, Summary
     from hmmnet.campaign.real import Summary as RealSummary
@@ -57,7 +59,7 @@ def campaign(
     Each seed is a run of its own that can be repeated: a violation prints the command. Exit code 1 when there is one, 2 for what cannot be
     run. Ctrl-C prints what was found so far.
     """
-    given = {name for name in context.params if str(getattr(context.get_parameter_source(name), "name", "")) == "COMMANDLINE"}
+    given = options_given(context)
     _check_together(world, given, seeds)
     if world is World.real:
         return _real(seeds_of(seeds)[0], rounds, cables=cables, as_json=as_json)
@@ -129,7 +131,7 @@ def _real(seed: int, rounds: int, *, cables: bool, as_json: bool) -> int:
 def _tell_real(summary: RealSummary) -> None:
     figures = summary.as_json()
     faults = ", ".join(f"{count} {kind}" for kind, count in figures["faults"].items()) or "none"
-    print(f"{counted(figures['rounds'], 'round')}, {figures['operations']} operations in {figures['seconds']:.0f} s")
+    print(f"{counted(figures['rounds'], 'round')}, {counted(figures['operations'], 'operation')} in {figures['seconds']:.0f} s")
     print(hang("faults: ", faults))
     pages, left = figures["lost_pages"], figures["processes_left"]
     died = "1 page died with the only device that had it" if pages == 1 else f"{pages} pages died with the only device that had them"
@@ -183,7 +185,7 @@ class _Screen:
 
 def _tell(summary: Summary) -> None:
     faults = ", ".join(f"{count} {kind}" for kind, count in sorted(summary.faults.items())) or "none"
-    print(f"{counted(summary.seeds, 'seed')}, {summary.operations} operations in {summary.seconds:.1f} s")
+    print(f"{counted(summary.seeds, 'seed')}, {counted(summary.operations, 'operation')} in {summary.seconds:.1f} s")
     print(hang("faults: ", faults))
     bad = sorted({int(one["seed"]) for one in summary.violations})
     if bad:

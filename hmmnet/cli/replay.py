@@ -9,6 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hmmnet.units import counted
+
+from . import options_given
+
 if TYPE_CHECKING:
     from hmmnet.campaign.program import Program
     from hmmnet.campaign.trial import Verdict
@@ -18,6 +22,7 @@ AFTER = 6
 
 
 def replay(
+    context: typer.Context,
     what: Annotated[str, typer.Argument(metavar="SEED|FILE", help="A seed of a campaign, or a file of hmmnet shrink.", show_default=False)],
     faults: Annotated[str, typer.Option("--faults", "--mix", metavar="MIX", help="The campaign's mix of faults, for a seed.")] = "all",
     operations: Annotated[int, typer.Option(min=1, max=100_000, help="The campaign's operations, for a seed.")] = 200,
@@ -33,7 +38,7 @@ def replay(
     from hmmnet.campaign.trial import run_program
     from hmmnet.sim import Trace
 
-    program = program_of(what, faults, operations, devices)
+    program = program_of(context, what, faults, operations, devices)
     verdict = run_program(program, trace=Trace(keep=True))
     if as_json:
         json.dump(_as_json(verdict, lines), sys.stdout, indent=1)
@@ -43,16 +48,22 @@ def replay(
     return 1 if verdict.violations else 0
 
 
-def program_of(what: str, mix: str, operations: int, devices: int) -> Program:
-    """The program of a seed or in a file. Raises WrongUse."""
+OF_A_SEED = ("faults", "operations", "devices")
+"""Options that say what a seed is drawn with: a file has all that already."""
+
+
+def program_of(context: typer.Context, what: str, mix: str, operations: int, devices: int) -> Program:
+    """The program of a seed or in a file. Raises WrongUse, also for options in `context` that a file would pass over."""
     from hmmnet.campaign.draw import draw
     from hmmnet.campaign.program import read
+    from hmmnet.errors import WrongUse
 
     if what.isdecimal():
         return draw(int(what), mix, operations, devices)
+    strange = [f"--{name}" for name in OF_A_SEED if name in options_given(context)]
+    if strange and Path(what).exists():
+        raise WrongUse(f"{', '.join(strange)} mean{'s' * (len(strange) == 1)} nothing with a file, which has its own; leave it out")
     if not Path(what).exists():
-        from hmmnet.errors import WrongUse
-
         raise WrongUse(f'"{what}" is no seed, and there is no such file; a seed is a whole number, "hmmnet shrink" writes files')
     return read(Path(what))
 
@@ -80,7 +91,7 @@ def _as_json(verdict: Verdict, lines: int) -> dict[str, Any]:
 
 def _tell(verdict: Verdict, lines: int) -> None:
     program, outcome = verdict.program, verdict.outcome
-    print(f"seed {program.seed}: {outcome.operations} operations of {program.actors} actors, digest {verdict.digest}")
+    print(f"seed {program.seed}: {counted(outcome.operations, 'operation')} of {counted(program.actors, 'actor')}, digest {verdict.digest}")
     if verdict.violations:
         print("\n".join(story(verdict, lines)))
     for one in verdict.violations:

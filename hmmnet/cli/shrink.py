@@ -8,11 +8,14 @@ from typing import Annotated
 
 import typer
 
+from hmmnet.units import counted
+
 from .outputs import writable
 from .replay import program_of
 
 
 def shrink(
+    context: typer.Context,
     what: Annotated[
         str, typer.Argument(metavar="SEED|FILE", help="A seed of a campaign, or a file of an earlier shrink.", show_default=False)
     ],
@@ -24,24 +27,33 @@ def shrink(
 ) -> int:
     """Leave out faults, actors, operations, devices and regions while the run fails in the same way, and write what is left to a file.
 
-    Attach the file to a bug report: hmmnet replay FILE shows the failure. Exit code 1 when the run does not fail.
+    Attach the file to a bug report: hmmnet replay FILE shows the failure. Ctrl-C writes the shortest so far. Exit code 1 when the run does
+    not fail.
     """
     from hmmnet.campaign.program import Program
     from hmmnet.campaign.shrink import Shrinker
 
     def tell(count: int, best: Program) -> None:
         print(
-            f"{count} runs: {len(best.steps)} steps, {len(best.faults) + len(best.planned)} faults, {len(best.harms)} harms",
+            f"{counted(count, 'run')}: {counted(len(best.steps), 'step')}, {counted(len(best.faults) + len(best.planned), 'fault')}, "
+            f"{counted(len(best.harms), 'harm')}",
             file=sys.stderr,
         )
 
-    program = program_of(what, faults, operations, devices)
+    program = program_of(context, what, faults, operations, devices)
     writable(output)
     shrinker = Shrinker(program, runs_max=runs, on_run=tell)
     if not shrinker.fails:
         print(f"hmmnet shrink: {f'seed {what}' if what.isdecimal() else what} does not fail: there is nothing to shrink", file=sys.stderr)
         return 1
-    short = shrinker.shrink()
+    interrupted = False
+    try:
+        shrinker.shrink()
+    except KeyboardInterrupt:
+        interrupted = True
+    short = shrinker.best
     short.write(output)
-    print(f"{len(program.steps)} steps became {len(short.steps)} in {shrinker.runs} runs: {short.note}\nagain: hmmnet replay {output}")
-    return 0
+    became = f"{counted(len(program.steps), 'step')} became {len(short.steps)} in {counted(shrinker.runs, 'run')}"
+    early = ", when it was interrupted: it may become shorter still" if interrupted else ""
+    print(f"{became}{early}: {short.note}\nagain: hmmnet replay {output}")
+    return 130 if interrupted else 0

@@ -7,6 +7,7 @@ what can really be met there: a page list that cannot be had, a copy engine that
 
 from __future__ import annotations
 
+import difflib
 import errno
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -15,7 +16,6 @@ from typing import Any, Literal
 
 from hmmnet.errors import HmmnetError, KernelError, PeerError, WrongUse
 from hmmnet.pages import PAGE_SHIFT
-from hmmnet.topology.problems import did_you_mean
 
 Action = Literal["delay", "pause", "fail", "crash", "hang", "call"]
 ACTIONS: tuple[Action, ...] = ("delay", "pause", "fail", "crash", "hang", "call")
@@ -215,5 +215,7 @@ def matching(pattern: str) -> tuple[Point, ...]:
     """The points whose names match. Raises HmmnetError when none does."""
     found = tuple(point for name, point in POINTS.items() if name == pattern or fnmatchcase(name, pattern))
     if not found:
-        raise WrongUse(f'no point is called "{pattern}"; {did_you_mean(pattern, POINTS, "`hmmnet fault points` lists them")}')
+        close = difflib.get_close_matches(pattern, POINTS, n=1, cutoff=0.5)
+        mend = f'did you mean "{close[0]}"?' if close else "`hmmnet fault points` lists them"
+        raise WrongUse(f'no point is called "{pattern}"; {mend}')
     return found

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
@@ -223,6 +224,28 @@ def test_shrink_leaves_what_the_failure_needs(tmp_path: Path) -> None:
     assert "made up" in short.note
 
 
+def test_a_shrink_that_is_interrupted_keeps_what_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The shortest so far is in the file, with why it fails, and it is said that it may become shorter."""
+    whole, short, runs = tmp_path / "whole.json", tmp_path / "short.json", iter(range(12))
+
+    def interrupted(program: Program) -> Any:
+        if next(runs, None) is None:
+            raise KeyboardInterrupt
+        return broken(program)
+
+    failing().write(whole)
+    monkeypatch.setattr("hmmnet.campaign.shrink.Shrinker", partial(Shrinker, run=interrupted))
+    assert exit_code(["shrink", str(whole), "-o", str(short)]) == 130
+    kept = read(short)
+    assert kept.note == "history: made up"
+    assert (kept.faults, kept.planned) == ((), ())
+    told = capsys.readouterr().out
+    assert f"200 steps became {len(kept.steps)} in 12 runs, when it was interrupted" in told
+    assert f"again: hmmnet replay {short}" in told
+
+
 def test_what_is_left_out_leaves_the_rest_as_it_is() -> None:
     """Steps mean the same region and the same device as before; what waits for operations that have ended waits for fewer."""
     steps = tuple(
@@ -298,6 +321,39 @@ def test_options_that_would_be_passed_over_are_refused(options: str, words: str,
 
 
 # --- files of programs --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "words"),
+    [
+        ('[[fault]]\nkind = "loss"\n', "", "a plan of faults, which says nothing of the work (hmmnet run --faults takes plans)"),
+        ('[[device]]\nname = "gpu0"\n', "", "a topology, and no program of a campaign"),
+        ("[1]", "", "no program of a campaign: Expected `object`, got `array`"),
+        (None, "--operations 3", "--operations means nothing with a file, which has its own"),
+        (None, "--mix none --devices 2", "--faults, --devices mean nothing with a file"),
+    ],
+)
+@pytest.mark.parametrize("command", ["replay", "shrink"])
+def test_a_file_that_is_not_what_is_wanted(
+    command: str, text: str | None, options: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is said what it is; and which options a file has no use for."""
+    file = tmp_path / "given"
+    draw(0, "none", 5).write(file) if text is None else file.write_text(text)
+    own = ["-o", str(tmp_path / "short.json")] if command == "shrink" else []
+    assert exit_code([command, str(file), *own, *options.split()]) == 2
+    told = capsys.readouterr()
+    assert words in told.err
+    assert (told.out, told.err.count("\n")) == ("", 1)
+
+
+def test_a_story_of_one_actor_has_no_plural(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nor has one of one operation."""
+    file = tmp_path / "one.json"
+    program = draw(0, "none", 5)
+    msgspec.structs.replace(program, actors=1, steps=(msgspec.structs.replace(program.steps[0], actor=0),)).write(file)
+    assert exit_code(["replay", str(file)]) == 0
+    assert "1 operation of 1 actor, digest" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 
+from hmmnet.cli import exit_code
 from hmmnet.cli import replay as command
-from hmmnet.cli.replay import replay
 from tests.campaign.mutations import retry_check_skipped_by_the_device
 
 
 def test_a_refused_access_is_shown_when_it_was_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """And not when figures are summed up at the end: the DMA itself stands above the mark."""
     retry_check_skipped_by_the_device(monkeypatch)
-    assert replay("14") == 1
+    assert exit_code(["replay", "14"]) == 1
     lines = capsys.readouterr().out.splitlines()
     (at,) = [i for i, line in enumerate(lines) if line.startswith("VIOLATION iommu: at 0.318884 s: dev2 used 1 translations")]
     assert "DmaRead context=10" in lines[at - 1]
@@ -27,7 +27,7 @@ def test_a_crash_is_marked_and_has_its_traceback(monkeypatch: pytest.MonkeyPatch
         raise ZeroDivisionError("planted")
 
     monkeypatch.setattr("hmmnet.campaign.trial.converge", broken)
-    assert replay("0", faults="none", operations=5) == 1
+    assert exit_code(["replay", "0", "--faults", "none", "--operations", "5"]) == 1
     told = capsys.readouterr().out
     assert "\nVIOLATION crash: ZeroDivisionError: planted (test_replay.py:" in told
     assert "Traceback (most recent call last)" in told
