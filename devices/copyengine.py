@@ -116,7 +116,7 @@ class CopyEngines:
             self.bytes_out += len(frames) * PAGE_SIZE
         except PeerError as error:
             # The host aborted the stream, or is gone, or learns it now; the frames stay ours until it frees them.
-            self._sender.abandon(stream)
+            self._sender.abandon(stream, str(error))
             log.warning("stream %d to the host ended early: %s", stream, error)
         finally:
             self._leaving -= 1

@@ -421,3 +421,21 @@ def test_a_slow_copy_is_waited_for(slow: Fault) -> None:
         await process.exit()
 
     hmmnet.simulate(main, MACHINE, limit_s=3000.0)
+
+
+def test_a_copy_that_fails_before_its_first_chunk_says_why() -> None:
+    """The device gives the stream up, and tells the reason with it; the pages stay where they are."""
+
+    async def main(machine: SimulatedMachine) -> None:
+        process = await machine.create_process()
+        address = await process.mmap(300 * PAGE)
+        await process.write(address, b"x" * 300 * PAGE)
+        await process.migrate(address, 300 * PAGE, "gpu0")
+        machine.add_fault(PointFault("device.copy_out", "fail", "gpu0", controls=Controls(times=4)))
+        with pytest.raises(PeerError, match=r"the sender gave it up: .*device\.copy_out"):
+            await process.migrate(address, 300 * PAGE, "host")
+        assert (await process.residency(address, 300)).owners == ("gpu0",)
+        assert await process.read(address, 300 * PAGE) == b"x" * 300 * PAGE
+        await process.exit()
+
+    hmmnet.simulate(main, MACHINE, limit_s=300.0)
