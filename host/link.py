@@ -25,8 +25,7 @@ import xxhash
 
 from hmmnet.errors import HmmnetError, PeerError, PeerGone, PeerLost, ProtocolError
 from hmmnet.fabric.arbiter import Flow
-from hmmnet.fabric.chunk import CHUNK_BYTES
-from hmmnet.fabric.dma import ArenaSink, ArenaSource, BulkReceiver, BulkSender, Sink, Source, StreamReport
+from hmmnet.fabric.dma import ArenaSink, ArenaSource, BulkReceiver, BulkSender, Sink, Source
 from hmmnet.fabric.stream import TRIES_MAX
 from hmmnet.observe.counters import DEVICE_TO_DEVICE, DEVICE_TO_HOST, HOST_TO_DEVICE
 from hmmnet.pages import (
@@ -46,7 +45,6 @@ from hmmnet.topology import DeviceSpec
 from hmmnet.wire.messages import INLINE_BYTES_MAX, PAGES_PER_MESSAGE_MAX, Copied, CopyIn, CopyOut, Done, FreeFrames, Invalidate, Message
 from hmmnet.wire.session import PendingReply, Session
 
-from .copies import COPY_S, NEW, Copies
 from .interconnect import Interconnect
 from .interfaces import Destination, Event
 from .iommu import Domain
@@ -59,7 +57,9 @@ SINGLES_MAX = 64
 page anyway tells of them then, and settles accounts: as its own task, `SessionLink.run` takes twice as long for that, and stops whoever
 waits."""
 INVALIDATION_S = 5.0
-"""Real seconds that a device gets to acknowledge an invalidation, heartbeats or not: DMA that is under way may take some. A CPU waits."""
+"""Real seconds that a device gets to acknowledge an invalidation, heartbeats or not: DMA that is under way may take some. A CPU waits.
+As long for its copy engine's answers, which wait for nothing."""
+NEW = -1.0
 STALLED_S = 0.25
 """Real seconds to read what a peer has said in time, after a stall of this process (a debugger, a long computation) beyond a limit."""
 INLINE_PAGES_MAX = INLINE_BYTES_MAX // PAGE_SIZE
@@ -182,10 +182,11 @@ class SessionLink:
         self._fence_at = 0.0
         self.points = interconnect.points
         self._now = shortest_now()
-        self._copies = Copies()
+        self._owed: dict[PendingReply, float] = {}
+        """Answers of its copy engine: since when a heartbeat has seen each wait; `NEW`, if none has."""
         sender.step = self._step
         session.on_lost(self._on_lost)
-        session.on_tick = self._look_at_copies
+        session.on_tick = self._look_at_owed
 
     # --- losing the device ----------------------------------------------------------------------------------------------------
 
@@ -212,14 +213,27 @@ class SessionLink:
             await self._fenced.wait()
         self._fenced.set()
 
-    def _look_at_copies(self, now_s: float, stalled: bool) -> None:
-        clock = self._interconnect.clock
+    @contextmanager
+    def _asked(self, pending: PendingReply) -> Iterator[None]:
+        """The device is to answer what it has to do at once, for who waits has no other end of that."""
+        self._owed[pending] = NEW
+        try:
+            yield
+        finally:
+            del self._owed[pending]
 
-        def emulated(seconds: float) -> float:
-            return clock.real(seconds / clock.rate)
+    def _look_at_owed(self, now_s: float, stalled: bool) -> None:
+        """At each heartbeat: a device that answers nothing of what its copy engine has to do is hung, however its heart beats.
 
-        if self._copies.hang(now_s, emulated, max(clock.real(COPY_S), emulated(COPY_S)), stalled=stalled):
-            self.condemn(f"a copy to it or from it has not gone on for {COPY_S:g} s")
+        After a stall of our own the answers may lie unread, and have their time again.
+        """
+        limit_s = self._interconnect.clock.real(INVALIDATION_S)
+        for pending, since_s in self._owed.items():
+            if since_s == NEW or stalled:
+                self._owed[pending] = now_s
+            elif now_s - since_s > limit_s:
+                self.condemn(f"its copy engine did not answer within {INVALIDATION_S:g} s")
+                return
 
     async def answer_in_time(self, pending: PendingReply) -> Message:
         """The answer to an invalidation; who gives none counts as broken, however alive. Raises what the answer does."""
@@ -294,7 +308,10 @@ class SessionLink:
         """DMA host frames to device frames, and zero others on the device. Raises PeerLost, PeerError."""
         self.flush_freed()
         if len(source_frames) == 0:
-            await self.session.ask(CopyIn(0, b"", to_wire(zero_frames)), Done)
+            zeroing = CopyIn(0, b"", to_wire(zero_frames))
+            pending = self.session.begin(zeroing)
+            with self._asked(pending):
+                await self.session.answer(zeroing, pending, Done)
             return
         frames = page_by_page(source_frames)
         source = ArenaSource(self._interconnect.memories, frames << _SHIFT, PAGE_SIZE)
@@ -315,7 +332,7 @@ class SessionLink:
             if pending.answered:
                 await pending.wait()  # that says more
             raise
-        with self._copies.asked(pending):
+        with self._asked(pending):
             await self.session.answer(message, pending, Done)
 
     async def send(self, stream: int, source: Source, frame: int) -> None:
@@ -324,16 +341,11 @@ class SessionLink:
         flow = links.open_in(self.name, frame)
         try:
             async with self.transfer():
-                report = await self._sent(stream, source, flow)
+                report = await self.sender.send(stream, source, flow)
         finally:
             flow.close(links.now())
         kind = HOST_TO_DEVICE if frame >> ZONE_SHIFT < DEVICE_ZONE_MIN else DEVICE_TO_DEVICE  # coherent memory of a peer
         links.profile.record(kind, source.nbytes, report.emulated_s, self.name)
-
-    async def _sent(self, stream: int, source: Source, flow: Flow) -> StreamReport:
-        """`BulkSender.send` of what has to go on."""
-        with self._copies.under_way(stream, lambda: None if flow.stalled else self.sender.moved(stream), partial(_chunk_s, flow)):
-            return await self.sender.send(stream, source, flow)
 
     async def fill(self, targets: Words, source: Source, flow: Flow) -> None:
         """Stream to device frames what does not come from host memory, by a flow that is open. Raises PeerLost, PeerError."""
@@ -342,7 +354,7 @@ class SessionLink:
 
         async def send() -> None:
             async with self.transfer():
-                await self._sent(stream, source, flow)
+                await self.sender.send(stream, source, flow)
 
         await self._expected(CopyIn(stream, to_wire(targets), b""), send)
 
@@ -371,7 +383,7 @@ class SessionLink:
         async with self.coming(stream, sink, int(targets[0])) as flow:
             message = CopyOut(stream, context, to_wire(pages), to_wire(frames), flow.start_s, flow.bytes_per_s, flow.latency_s)
             pending = self.session.begin(message)
-            with self._copies.asked(pending):
+            with self._asked(pending):
                 await self.session.answer(message, pending, Done)
 
     async def _copy_inline(self, message: CopyOut, destination: Destination) -> None:
@@ -394,12 +406,11 @@ class SessionLink:
         if len(self._moved) >= SINGLES_MAX:
             self.flush_freed()
             self.settle()
-        answers = self._copies.answers
-        answers[pending] = NEW  # all of `Copies.asked`
+        self._owed[pending] = NEW  # all of `_asked`, which is a generator: a CPU waits for this
         try:
             data = self._intact(await pending.wait(), PAGE_SIZE)
         finally:
-            del answers[pending]
+            del self._owed[pending]
         if data is None:
             data = await self._again(message, PAGE_SIZE)
         links.land_one(target, data)
@@ -411,7 +422,7 @@ class SessionLink:
 
     async def _answer(self, message: CopyOut, pending: PendingReply, nbytes: int) -> bytes:
         """The pages in the answer to `message`; damaged ones are asked for again. Raises PeerError."""
-        with self._copies.asked(pending):
+        with self._asked(pending):
             data = self._intact(await pending.wait(), nbytes)
         return await self._again(message, nbytes) if data is None else data
 
@@ -419,7 +430,7 @@ class SessionLink:
         """Ask once more for pages that came damaged. Raises PeerError."""
         for _ in range(TRIES_MAX - 1):
             pending = self.session.begin(message)
-            with self._copies.asked(pending):
+            with self._asked(pending):
                 data = self._intact(await pending.wait(), nbytes)
             if data is not None:
                 return data
@@ -452,7 +463,7 @@ class SessionLink:
         granted_s = flow.latency_s
         try:
             async with self.expected(
-                stream, sink, lambda: 0.0 if flow.stalled else flow.bytes_per_s, lambda said_s: flow.arrives_s(said_s, granted_s), flow
+                stream, sink, lambda: 0.0 if flow.stalled else flow.bytes_per_s, lambda said_s: flow.arrives_s(said_s, granted_s)
             ):
                 yield flow
         finally:
@@ -467,18 +478,13 @@ class SessionLink:
         sink: Sink,
         rate_of: Callable[[], float] | None = None,
         arrives_s: Callable[[float], float] | None = None,
-        flow: Flow | None = None,
     ) -> AsyncIterator[None]:
-        """As `coming`; without a `flow`, for data that cross no link (a command's buffer): nothing is paced, counted or has to go on."""
+        """As `coming`, for data that cross no link (a command's buffer): nothing is paced or counted."""
         arrival = self.receiver.expect(stream, sink, rate_of, arrives_s)
         try:
             async with self.transfer():
                 yield
-                if flow is None:
-                    await arrival.wait()
-                else:
-                    with self._copies.under_way(stream, lambda: None if flow.stalled else arrival.moved, partial(_chunk_s, flow)):
-                        await arrival.wait()
+                await arrival.wait()
         finally:
             arrival.cancel()
 
@@ -542,8 +548,3 @@ class SessionLink:
             await sleep(self._interconnect.clock.real(FREE_DELAY_S if self._freed else SINGLES_DELAY_S))
             self.flush_freed()
             self.settle()
-
-
-def _chunk_s(flow: Flow) -> float:
-    """Emulated seconds that a chunk takes on a flow's links now."""
-    return CHUNK_BYTES / flow.bytes_per_s

@@ -157,6 +157,8 @@ class Crew:
         """Harms under way."""
         self.excuses = Excuses(range(VICTIM_PID_FIRST, VICTIM_PID_FIRST + program.victims))
         """What operations may be refused for."""
+        self._also_told = machine.host.on_change
+        """Of devices that are lost or ready: who launched the machine."""
         machine.host.on_change = self._changed
         machine.host.on_refused = self._refused
         self.refusals: dict[str, Moment] = {}
@@ -291,6 +293,8 @@ class Crew:
 
     def _changed(self, device: str, state: str, how: str) -> None:
         """The host has lost a device, or has it again."""
+        if self._also_told is not None:
+            self._also_told(device, state, how)
         if state != "lost":
             self.refusals.pop(device, None)
             self.excuses.ready(device, self.now_s())

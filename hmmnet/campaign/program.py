@@ -138,7 +138,7 @@ def _what_else(data: bytes) -> str:
         return ""
     if "fault" in tables:
         return "a plan of faults, which says nothing of the work (hmmnet run --faults takes plans), and no program of a campaign"
-    return "a topology, and no program of a campaign" if tables.keys() & {"node", "device", "link"} else ""
+    return "a topology, and no program of a campaign" if tables.keys() & {"memory", "device", "link"} else ""
 
 
 def _words(program: Program) -> Iterator[tuple[str, str, Collection[str]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import json
 import sys
@@ -18,6 +19,8 @@ from .plans import Breaking, FaultsFile
 from .worlds import WORLD_HELP, World
 
 TOPOLOGY = "two-gpus"
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Of what the system may refuse for a file, what is no fault of who has named it."""
 BUILT_IN = "hmmnet."
 """How the names of modules begin whose workloads are no user's own."""
 NUMBERS: dict[Any, tuple[type, ...]] = {int: (int,), float: (int, float)}
@@ -146,7 +149,7 @@ def plain_errors(function: Callable[..., Any]) -> Iterator[None]:
         if isinstance(error, HmmnetError) and (built_in or not place):
             raise
         said = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
-        raise (WrongUse if built_in else HmmnetError)(f"{place}: {said}") from error
+        raise (WrongUse if built_in and getattr(error, "errno", 0) not in FULL else HmmnetError)(f"{place}: {said}") from error
     except (ValueError, OverflowError, MemoryError) as error:
         if not built_in:
             raise

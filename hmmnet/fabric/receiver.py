@@ -65,11 +65,6 @@ class Arrival:
         """Whether it is over, well or not."""
         return self._event.is_set()
 
-    @property
-    def moved(self) -> int | None:
-        """How many chunks have landed; None when it is over."""
-        return None if self.done else self.state.landed
-
     async def wait(self) -> None:
         """Return when everything has landed and its emulated time has come. Raises PeerError when the sender gave up or is gone.
 

@@ -136,11 +136,6 @@ class BulkSender:
             out.aborted = reason
             out.wake()
 
-    def moved(self, stream: int) -> int | None:
-        """Grows with each chunk of a stream that is sent, and with each that is known to have landed; None when it is over."""
-        out = self._streams.get(stream)
-        return None if out is None or out.state.done else out.state.out + 2 * out.state.landed
-
     def refused(self, stream: int, why: object) -> None:
         """The receiver has said by another way that it does not expect the stream, which may have ended: `send` raises PeerError."""
         out = self._streams.get(stream)

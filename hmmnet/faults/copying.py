@@ -53,7 +53,7 @@ KINDS = (
         "copy.stall",
         "copy engine",
         "chunks wait until it is released",
-        SAME + "; longer than 5 s, real and emulated, the device is lost",
+        SAME,
         lambda fault: _chunks(fault, "pause"),
         parameters=(DIRECTION,),
     ),

@@ -12,6 +12,7 @@ import math
 from contextlib import AbstractContextManager
 from contextvars import copy_context
 from inspect import CO_COROUTINE
+from types import FunctionType
 from typing import Any
 
 import trio
@@ -111,7 +112,7 @@ class Nursery(Inheriting, TheirNursery):  # type: ignore[misc]
     def start_soon(self: Any, async_fn: Any, *args: Any, name: object = None) -> None:
         """See `trio.Nursery.start_soon`: of a coroutine function of Python's, which is what it is called."""
         function = getattr(async_fn, "__func__", async_fn)
-        code = getattr(function, "__code__", None)
+        code = function.__code__ if type(function) is FunctionType else None
         runner = RUN.runner
         if (
             self._closed

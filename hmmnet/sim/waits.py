@@ -130,8 +130,11 @@ def _holds(task: Waiting, key: tuple[str, Any] | None) -> bool:
         return False
     kind, which = key
     for frame in task.frames:
+        if not str(frame.f_globals.get("__name__", "")).startswith("hmmnet"):
+            continue  # a program's own names may mean anything
         this = frame.f_locals.get("self")
-        space = frame.f_locals.get("space") or getattr(this, "space", None) or (this if hasattr(this, "mmap_lock") else None)
+        spaces = (frame.f_locals.get("space"), getattr(this, "space", None), this if hasattr(this, "mmap_lock") else None)
+        space = next((space for space in spaces if space is not None), None)
         if kind == "lock" and id(getattr(space, "mmap_lock", None)) == which and task.key != key:
             return True
         if kind == "gate" and id(getattr(space, "_gate", None)) == which and "migrate" in frame.f_code.co_name:

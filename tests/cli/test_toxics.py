@@ -190,10 +190,11 @@ def test_for_how_long_a_device_stays_away() -> None:
     assert (
         toxics.waits({"kind": "bounce", "down": "100ms"}, slow) == " (away for 50 s of real time: this machine's clock runs at 0.002 of it)"
     )
-    assert "away for 50 s" in toxics.waits({"kind": "reset"}, slow)
+    assert "away for 50 s" in toxics.waits({"kind": "reset", "down": "100ms"}, slow)
+    assert toxics.waits({"kind": "reset"}, slow) == " (it starts again at once)"
     assert toxics.waits({"kind": "bounce", "down": "0ms"}, slow) == " (it starts again at once)"
     assert toxics.waits({"kind": "crash"}, slow) == ""
     clock = "of real time: this machine's clock runs at 0.002 of it"
-    assert toxics.waits({"kind": "bounce", "after": "100ms"}, slow) == f" (begins in 50 s, away for 50 s {clock})"
+    assert toxics.waits({"kind": "bounce", "down": "100ms", "after": "100ms"}, slow) == f" (begins in 50 s, away for 50 s {clock})"
     later = {"kind": "bounce", "down": "0ms", "after": "100ms"}
     assert toxics.waits(later, slow) == f" (begins in 50 s {clock}; it starts again at once)"

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 import trio
@@ -238,12 +239,14 @@ def test_tasks_begin_as_they_are_called_for(whose: str) -> None:
             variable.set("changed")
 
         works = Works()
+        called_so = AsyncMock()
         async with trio.open_nursery() as nursery:
             variable.set("set")
+            nursery.start_soon(called_so, 1)
             for called in (works.method, works, partial(works.method, "x"), works.returns, listens):
                 nursery.start_soon(called)
             nursery.start_soon(works.method, "y", name="mine")
-            names += sorted(task.name for task in nursery.child_tasks if "Works object" not in task.name)
+            names += sorted(task.name for task in nursery.child_tasks if "Works object" not in task.name and "AsyncMock" not in task.name)
             for wrong, arguments in ((works.method, (1, 2, 3)), (lambda: 7, ()), (works.method("z"), ())):
                 with pytest.raises(TypeError) as caught:
                     nursery.start_soon(wrong, *arguments)  # type: ignore[arg-type]
@@ -251,6 +254,7 @@ def test_tasks_begin_as_they_are_called_for(whose: str) -> None:
         with pytest.raises(RuntimeError, match="closed to new arrivals"):
             nursery.start_soon(works.method)
         assert (heard, variable.get()) == (["set"], "set")
+        called_so.assert_awaited_once_with(1)
         return names, len(trio.lowlevel.current_task()._runner.tasks)
 
     names, left = run_virtual(main)

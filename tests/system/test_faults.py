@@ -339,7 +339,7 @@ async def test_a_fault_costs_what_it_does_in_a_simulation() -> None:
         kept, gone = await process.malloc(2 * PAGE), await process.malloc(2 * PAGE)
         await process.write(gone, b"x" * 2 * PAGE)
         await process.migrate(gone, 2 * PAGE, "gpu0")
-        async with outcomes.preserved(process, kept, 2 * PAGE), outcomes.within(machine, 5.0):
+        async with outcomes.preserved(process, kept, 2 * PAGE), outcomes.within(machine, 0.05):
             machine.add_fault("bounce", on="gpu0")
             await outcomes.lost(process, gone, 2 * PAGE, "gpu0")
             await outcomes.usable(machine, "gpu0")
