@@ -13,7 +13,7 @@ import trio
 
 import hmmnet
 from hmmnet.errors import HmmnetError, KernelError, RemoteError
-from hmmnet.faults import fault
+from hmmnet.faults import Controls, PointFault, fault
 from hmmnet.pages import HUGE_PAGES, PAGE_SIZE
 from hmmnet.program import Process
 from hmmnet.sim import SimulatedMachine, run_virtual, simulated
@@ -256,3 +256,23 @@ def test_what_a_topology_says_of_a_device_reaches_its_jobs() -> None:
         assert await process.load(address) == 1
 
     hmmnet.simulate(main, replace(plain, devices=devices))
+
+
+def test_a_mapping_that_cannot_move_ends_a_migration() -> None:
+    """Of three that go two at a time, the first fails: its error is the call's, the one beside it has moved, the last does not begin."""
+
+    async def main(machine: SimulatedMachine) -> None:
+        process = await machine.create_process()
+        address = await process.mmap(6 * PAGE_SIZE)
+        await process.write(address, b"x" * 6 * PAGE_SIZE)
+        await process.mprotect(address + 2 * PAGE_SIZE, 2 * PAGE_SIZE, "r")
+        machine.add_fault(PointFault("migrate.before_copy", "fail", controls=Controls(nth=1)))
+        with pytest.raises(HmmnetError, match=r"injected at migrate\.before_copy"):
+            await process.migrate(address, 6 * PAGE_SIZE, "gpu0")
+        where = await process.residency(address, 6)
+        assert [where.owners[place] for place in where.pages] == ["node0", "node0", "gpu0", "gpu0", "node0", "node0"]
+        assert await process.read(address, 6 * PAGE_SIZE) == b"x" * 6 * PAGE_SIZE
+        assert await process.migrate(address, 6 * PAGE_SIZE, "gpu0") == 6 * PAGE_SIZE
+        await process.exit()
+
+    hmmnet.simulate(main)
