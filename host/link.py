@@ -60,6 +60,7 @@ INVALIDATION_S = 5.0
 """Real seconds that a device gets to acknowledge an invalidation, heartbeats or not: DMA that is under way may take some. A CPU waits.
 As long for its copy engine's answers, which wait for nothing."""
 NEW = -1.0
+"""Of an answer that is waited for: no heartbeat has come since it was asked for."""
 STALLED_S = 0.25
 """Real seconds to read what a peer has said in time, after a stall of this process (a debugger, a long computation) beyond a limit."""
 INLINE_PAGES_MAX = INLINE_BYTES_MAX // PAGE_SIZE
@@ -223,6 +224,12 @@ class SessionLink:
         finally:
             del self._owed[pending]
 
+    async def _done(self, message: CopyIn | CopyOut) -> None:
+        """Ask the copy engine for what it begins at once. Raises KernelError, RemoteError, PeerLost, ProtocolError."""
+        pending = self.session.begin(message)
+        with self._asked(pending):
+            await self.session.answer(message, pending, Done)
+
     def _look_at_owed(self, now_s: float, stalled: bool) -> None:
         """At each heartbeat: a device that answers nothing of what its copy engine has to do is hung, however its heart beats.
 
@@ -309,10 +316,7 @@ class SessionLink:
         """DMA host frames to device frames, and zero others on the device. Raises PeerLost, PeerError."""
         self.flush_freed()
         if len(source_frames) == 0:
-            zeroing = CopyIn(0, b"", to_wire(zero_frames))
-            pending = self.session.begin(zeroing)
-            with self._asked(pending):
-                await self.session.answer(zeroing, pending, Done)
+            await self._done(CopyIn(0, b"", to_wire(zero_frames)))
             return
         frames = page_by_page(source_frames)
         source = ArenaSource(self._interconnect.memories, frames << _SHIFT, PAGE_SIZE)
@@ -383,9 +387,7 @@ class SessionLink:
         sink = ArenaSink(self._interconnect.memories, targets << _SHIFT, PAGE_SIZE)
         async with self.coming(stream, sink, int(targets[0])) as flow:
             message = CopyOut(stream, context, to_wire(pages), to_wire(frames), flow.start_s, flow.bytes_per_s, flow.latency_s)
-            pending = self.session.begin(message)
-            with self._asked(pending):
-                await self.session.answer(message, pending, Done)
+            await self._done(message)
 
     async def _copy_inline(self, message: CopyOut, destination: Destination) -> None:
         """A few pages come with the answer: half the messages of a stream. They pass between the chunks of the flows on the same links."""

@@ -16,7 +16,7 @@ WorldName = Literal["real", "sim"]
 WORLDS: tuple[WorldName, ...] = ("real", "sim")
 T = TypeVar("T")
 LIMIT_S = 6 * 3600.0
-"""Virtual seconds that a command may take: no work takes as many minutes, and half a minute of real time has passed when nothing else does.
+"""Virtual seconds that a command may take: no work takes as many minutes, and where nothing else happens they are over in ten real seconds.
 """
 
 

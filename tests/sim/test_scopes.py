@@ -249,7 +249,7 @@ def test_tasks_begin_as_they_are_called_for(whose: str) -> None:
             names += sorted(task.name for task in nursery.child_tasks if "Works object" not in task.name and "AsyncMock" not in task.name)
             for wrong, arguments in ((works.method, (1, 2, 3)), (lambda: 7, ()), (works.method("z"), ())):
                 with pytest.raises(TypeError) as caught:
-                    nursery.start_soon(wrong, *arguments)  # type: ignore[arg-type]
+                    nursery.start_soon(wrong, *arguments)  # type: ignore[arg-type]  # that is what is wrong
                 refused.append(str(caught.value))
         with pytest.raises(RuntimeError, match="closed to new arrivals"):
             nursery.start_soon(works.method)
