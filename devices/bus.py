@@ -82,9 +82,9 @@ class Bus:
 
     # --- mirror ---------------------------------------------------------------------------------------------------------------
 
-    async def subscribe(self, context: int, start: int, end: int) -> Subscribed:
+    async def subscribe(self, context: int, start: int, end: int, overshoot: int) -> Subscribed:
         """mmu_interval_notifier_insert."""
-        return await self._ask(Subscribe(context, start, end, own=True), Subscribed)
+        return await self._ask(Subscribe(context, start, end, held=True, overshoot=overshoot), Subscribed)
 
     async def range_fault(self, message: RangeFault) -> tuple[int, Words]:
         """hmm_range_fault: the subscription's sequence, and one word for each page."""

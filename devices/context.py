@@ -136,7 +136,7 @@ class Context:
     async def _subscribe(self, start: int, end: int) -> Subscription:
         self.mirror.subscribing()
         try:
-            reply = await self._bus.subscribe(self.number, start, end)
+            reply = await self._bus.subscribe(self.number, start, end, int(self.mirror.end_inclusive))
         except BaseException:
             self.mirror.subscribe_over()
             raise
@@ -233,7 +233,7 @@ class Context:
         async with self.process.turns.hold(start, end):
             for _ in range(RETRIES_MAX):
                 sequence, words = await self._bus.make_exclusive(self.number, subscription.number, start, end - start, folios=folios)
-                if subscription.sequence == sequence and len(words):
+                if subscription.sequence <= sequence and len(words):
                     had = np.flatnonzero(words).astype(np.uint64)
                     if len(words) == end - start or not folios:
                         for low, high in pairwise(run_bounds(had).tolist()):

@@ -313,7 +313,7 @@ class Mirror:
 
     def is_current(self, subscription: Subscription, sequence: int, watch: Watch, words: Words) -> bool:
         """mmu_interval_read_retry, the other way round: whether `words` read at `sequence` still hold. Use them before any await."""
-        if subscription.sequence != sequence or watch.dropped or watch.announced or subscription.number not in self.subscriptions:
+        if subscription.sequence > sequence or watch.dropped or watch.announced or subscription.number not in self.subscriptions:
             return False
         frames = words[(words & _PFN_USABLE) == _PFN_VALID] & _PFN_FRAME
         own = frames[self._memory.owns(frames)]

@@ -37,6 +37,12 @@ class Context:
     shared: bool = True
     """Whether the process's jobs and migrations use it, too; an open file of a dmirror has one of its own."""
 
+    def hold(self, start: int, end: int) -> None:
+        """The device may get translations of pages of [start, end): see `Subscription.hold`."""
+        for subscription in self.subscriptions.values():
+            if subscription.overlaps(start, end):
+                subscription.hold(max(start, subscription.start), min(end, subscription.end))
+
     async def unsubscribe_all(self) -> None:
         """Return when no invalidation reaches the device for this context any more."""
         while self.subscriptions:

@@ -27,6 +27,7 @@ from hmmnet.faults.injector import Points
 from hmmnet.pages import PAGES_MAX
 from hmmnet.sleeping import Completion
 
+from .held import HeldPages
 from .interfaces import NO_OWNER, Acknowledgement, DeviceLink, Event
 from .notifier import MmuNotifier, Subscription
 
@@ -67,8 +68,10 @@ class Invalidation:
         try:
             if not points.passes("hub.after_callbacks"):
                 await self._at("hub.after_callbacks")
-            for _, acknowledgement in told:
+            for subscription, acknowledgement in told:
                 await acknowledgement.finish()
+                if subscription.held is not None and subscription.link.zone != self.owner:
+                    subscription.held.discard(self.start, self.end)
             if not points.passes("hub.after_acks"):
                 await self._at("hub.after_acks")
         finally:
@@ -87,14 +90,16 @@ class Invalidation:
         filters = self.event is Event.MIGRATE
         for subscription in found:
             link = subscription.link
-            start, end = self.start, self.end
             if filters and subscription.own and link.zone == self.owner and not (points.armed and points.fails("hub.wrong_owner")):
                 continue
+            start, end = self.start, self.end
             if points.armed and points.fails("hub.wide", device=link.name, start=start, pages=end - start, event=self.event.value):
                 start, end = max(0, start - WIDE_PAGES), min(PAGES_MAX, end + WIDE_PAGES)
             subscription.sequence = sequence
             if subscription.gone:
                 self._hub.too_late(subscription, f"was told of pages [0x{start:x}, 0x{end:x}) after its removal had returned")
+            if not subscription.concerns(start, end):
+                continue
             acknowledgement = link.invalidate_start(subscription.context, subscription.number, start, end, self.event, self.owner, sequence)
             if acknowledgement is not None:
                 subscription.running += 1
@@ -176,9 +181,11 @@ class Hub:
             self._turned_even.set()
             self._turned_even = None
 
-    def insert(self, start: int, end: int, link: DeviceLink, context: int, own: bool = True) -> Subscription:
-        """Subscribe to [start, end). Raises KernelError (EOVERFLOW, EINVAL)."""
-        return self.core.insert(start, end, link, context, own)
+    def insert(
+        self, start: int, end: int, link: DeviceLink, context: int, own: bool = True, held: HeldPages | None = None, overshoot: int = 0
+    ) -> Subscription:
+        """Subscribe to [start, end); see `Subscription`. Raises KernelError (EOVERFLOW, EINVAL)."""
+        return self.core.insert(start, end, link, context, own, held, overshoot)
 
     async def remove(self, subscription: Subscription) -> None:
         """Unsubscribe; after this returns the device is told nothing more. Must not be awaited inside an invalidation."""

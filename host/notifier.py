@@ -28,6 +28,8 @@ from typing import TYPE_CHECKING
 from hmmnet.errors import KernelError
 from hmmnet.pages import PAGES_MAX
 
+from .held import HeldPages
+
 if TYPE_CHECKING:
     from .interfaces import DeviceLink
 
@@ -40,7 +42,8 @@ class Subscription:
     """One mmu_interval_notifier: pages [start, end) that a device context mirrors.
 
     `sequence` is what the last invalidation stored (mmu_interval_set_seq). `own` filters MIGRATE events that the
-    device of `link` caused itself, as drivers do in their callback.
+    device of `link` caused itself, as drivers do in their callback. `held` are the pages that the device may have translations of; None: it
+    is told of everything, held or not. Its driver drops `overshoot` pages behind the end of an event, too.
     """
 
     number: int
@@ -49,6 +52,8 @@ class Subscription:
     link: DeviceLink
     context: int
     own: bool = True
+    held: HeldPages | None = None
+    overshoot: int = 0
     sequence: int = 0
     inserted: bool = False
     removed: bool = False
@@ -65,6 +70,15 @@ class Subscription:
     def overlaps(self, start: int, end: int) -> bool:
         """Whether [start, end) touches this interval."""
         return self.start < end and start < self.end
+
+    def hold(self, start: int, end: int) -> None:
+        """The device is given translations of pages of [start, end), or may be: it has to be told from now on what becomes of them."""
+        if self.held is not None:
+            self.held.add(start, end)
+
+    def concerns(self, start: int, end: int) -> bool:
+        """Whether the device has to be told of an event on [start, end)."""
+        return self.held is None or self.held.overlaps(start, end + self.overshoot)
 
 
 @dataclass(eq=False, slots=True)
@@ -157,7 +171,16 @@ class MmuNotifier:
         """Whether readers of some subscription have to wait now (the sequence is odd)."""
         return self.sequence & 1 == 1
 
-    def insert(self, start: int, end: int, link: DeviceLink, context: int, own: bool = True) -> Subscription:
+    def insert(
+        self,
+        start: int,
+        end: int,
+        link: DeviceLink,
+        context: int,
+        own: bool = True,
+        held: HeldPages | None = None,
+        overshoot: int = 0,
+    ) -> Subscription:
         """mmu_interval_notifier_insert. Raises KernelError: EOVERFLOW for an empty or impossible interval, EINVAL when the mm is dying."""
         call = "mmu_interval_notifier_insert"
         if not 0 <= start < end <= PAGES_MAX:
@@ -165,7 +188,7 @@ class MmuNotifier:
         if self.dying:
             raise KernelError(errno.EINVAL, call, "the address space is being torn down")
         self._numbers += 1
-        subscription = Subscription(self._numbers, start, end, link, context, own)
+        subscription = Subscription(self._numbers, start, end, link, context, own, held, overshoot)
         if not self.active:
             subscription.sequence = self.sequence - 1
             self._add(subscription)
@@ -217,13 +240,15 @@ class MmuNotifier:
         """
         if self.active:
             return False
-        told = False
-        for subscription in self.index.around(page):
-            if not subscription.own or subscription.link.zone != owner:
+        found = self.index.around(page)
+        spared = [one for one in found if not one.own or one.link.zone != owner]
+        for subscription in spared:
+            if subscription.concerns(page, page + 1):
                 return False
-            told = True
-        if told:
+        if found:
             self.sequence += 2
+            for subscription in spared:
+                subscription.sequence = self.sequence - 1
         return True
 
     def end(self) -> bool:

@@ -46,6 +46,7 @@ from hmmnet.wire.session import LATER, Answer, Later, Session
 
 from .device import Context, Life
 from .dma_map import DeviceDma
+from .held import HeldPages
 from .homing import Homing
 from .hub import Hub
 from .interfaces import Select
@@ -132,7 +133,8 @@ class Requests:
         context = self._life.context(message.context)
         if len(context.subscriptions) >= SUBSCRIPTIONS_MAX:
             raise ProtocolError(f"context {context.number} has {SUBSCRIPTIONS_MAX} subscriptions")
-        made = context.hub.insert(message.start, message.end, self._life.link, context.number, message.own)
+        held = HeldPages() if message.held else None
+        made = context.hub.insert(message.start, message.end, self._life.link, context.number, message.own, held, message.overshoot)
         context.subscriptions[made.number] = made
         if context.hub.core.must_wait(made):
             return self._subscribed(context.hub, made)
@@ -169,6 +171,7 @@ class Requests:
         sequence, words = await self._personality.range_fault(context.space, context.hub, subscription, request, timeout_s)
         words = self._dma.map(message.start, words, fault=bool(message.default_flags & HMM_PFN_REQ_FAULT or len(inputs)))
         context.domain.grant(message.start, words)
+        subscription.hold(message.start, request.end)
         points = context.hub.points
         if points.armed:  # not before: what is granted must be good now
             process, start, pages = context.hub.process, message.start, message.pages
@@ -211,6 +214,7 @@ class Requests:
             moved = outcome.moved
             self._migrations += bool(moved)
             number = self._migrations if moved else 0
+            context.hold(message.start, message.start + message.pages)
             answer(Migrated(number, to_wire(outcome.words), moved, outcome.errno, outcome.tried))
 
             def finish() -> None:
@@ -238,7 +242,9 @@ class Requests:
 
     async def _migrate_in(self, context: Context, message: Migrate, grant: Grant, announce: Announce) -> None:
         contexts = self._life.contexts_of(context.space.number)
-        await _told(contexts, message.start, message.start + message.pages)
+        end = message.start + message.pages
+        await _told(contexts, message.start, end)
+        context.hold(message.start, end)
         domains = [one.domain for one in contexts]
         await migrate_to_device(
             context.space,
@@ -331,6 +337,7 @@ class Requests:
         self._subscription(message.context, message.subscription)  # without one nothing would ever take back what is granted now
         words = self._dma.map(message.start, words, fault=False)
         context.domain.grant(message.start, words)
+        subscription.hold(message.start, end)
         return Exclusive(subscription.sequence, to_wire(words))
 
     def _subscription(self, context: int, subscription: int) -> tuple[Context, Subscription]:
@@ -346,15 +353,19 @@ class Requests:
 
 
 async def _told(contexts: Sequence[Context], start: int, end: int) -> None:
-    """Return when the device has nothing to fear of what it was told of pages [start, end): mmu_interval_read_begin, for its contexts.
+    """Return when nothing of pages [start, end) is being invalidated: mmu_interval_read_begin, for a device's contexts.
 
-    A device watches for invalidations while it migrates. One that it has acknowledged before, and that still waits for others, would take
-    the pages away behind its back: madvise(MADV_DONTNEED) removes migration entries, too. So that one is waited for.
+    A device watches for invalidations while it migrates. One that it has acknowledged before, or was not told of, and that still waits for
+    others, would take the pages away behind its back: madvise(MADV_DONTNEED) removes migration entries, too. So that one is waited for.
     """
-    for context in contexts:
-        for subscription in list(context.subscriptions.values()):
-            if subscription.overlaps(start, end):
-                await context.hub.read_begin(subscription)
+    while busy := [
+        (context.hub, subscription)
+        for context in contexts
+        for subscription in context.subscriptions.values()
+        if subscription.overlaps(start, end) and context.hub.core.must_wait(subscription)
+    ]:
+        hub, subscription = busy[0]
+        await hub.read_begin(subscription)
 
 
 def _words(raw: bytes, what: str) -> Words:

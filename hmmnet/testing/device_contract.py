@@ -235,6 +235,18 @@ async def survives_late_and_unknown_invalidations(host: ScriptedHost, device: Mo
     await refused(host, m.Invalidate(1, 100, 11, 10, "unmap", -1, 7))
 
 
+async def takes_a_sequence_that_it_was_not_told(host: ScriptedHost, device: Model) -> None:
+    """The host tells it nothing of pages that it does not hold: words with a later sequence than it has heard of are good."""
+    at = host.mmap(PAGE, 1)
+    await host.cpu_write(at, np.arange(512, dtype="<i8").tobytes())
+    for tries in (1, 2):
+        assert results_of(await host.launch("reduction", "remote", a=at, n=512)) == {"sum": sum(range(512))}
+        assert len(host.sent(m.RangeFault)) == tries, "what it had read was good, and it has read it again"
+        async with host.invalidated(PAGE, PAGE + 1, "soft_dirty"):
+            await trio.lowlevel.checkpoint()
+        host.pass_over()
+
+
 async def refuses_bad_copies(host: ScriptedHost, device: Model) -> None:
     """Frames that are not ours, were not granted, or are half a number; streams that are none."""
     own, other = u64([device.memory.base]), u64([(host.zone + 1) << ZONE_SHIFT])
@@ -409,6 +421,7 @@ CHECKS: tuple[Check, ...] = (
     lets_go_when_its_lease_is_over,
     drops_before_it_copies_out,
     survives_late_and_unknown_invalidations,
+    takes_a_sequence_that_it_was_not_told,
     refuses_bad_copies,
     answers_a_copy_without_a_stream,
     ignores_bad_frees,

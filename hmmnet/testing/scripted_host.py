@@ -295,6 +295,11 @@ class ScriptedHost:
             made.append(m.Invalidate(subscription.context, number, start, end, event, owner, self.sequence))
         return made
 
+    def pass_over(self) -> None:
+        """Something changed of which no device is told, because none holds anything there: the sequences move on."""
+        self.sequence += 2
+        self.told = dict.fromkeys(self.told, self.sequence - 1)
+
     def _subscribe(self, message: m.Subscribe) -> m.Subscribed:
         number = 100 + len(self.subscriptions)
         self.subscriptions[number] = message

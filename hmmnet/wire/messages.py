@@ -309,12 +309,18 @@ class MirrorShown(Message, frozen=True):
 
 
 class Subscribe(Message, frozen=True):
-    """mmu_interval_notifier_insert over pages [start, end). `Subscribed`. `own` filters MIGRATE events the device caused."""
+    """mmu_interval_notifier_insert over pages [start, end). `Subscribed`. `own` filters MIGRATE events the device caused.
+
+    `held` filters events on pages of which this subscription was given no translation since an event took the last, as a driver's callback
+    does that looks at its own table first. It gives up `overshoot` pages behind the end of an event, too, so those count.
+    """
 
     context: U64
     start: Page
     end: Page
     own: bool = True
+    held: bool = False
+    overshoot: PageCount = 0
 
 
 class Subscribed(Message, frozen=True):
@@ -346,7 +352,9 @@ class RangeFault(Message, frozen=True):
 
 
 class RangeFaulted(Message, frozen=True):
-    """Reply: HMM_PFN words, good as long as the subscription's sequence is still `sequence` (read_retry is the device's to check).
+    """Reply: HMM_PFN words, good unless the device has been told a later sequence than `sequence` (read_retry is its to check).
+
+    It may have been told an earlier one: of events that `Subscribe` filters it hears nothing.
 
     Pages that are not the device's own are mapped for its DMA: their words say by which way (DMA_MAPPED, P2PDMA, P2PDMA_BUS).
     """
@@ -437,8 +445,8 @@ class Exclusive(Message, frozen=True):
     None at all: others have taken them back meanwhile, and it is worth asking again. A word of 0 is a page that was not had although others
     behind it were.
 
-    They were so at `sequence` of the subscription, and are until an invalidation changes that. The device may reach the frames as after a
-    range fault.
+    They were so at `sequence` of the subscription, and are until an invalidation changes that (see `RangeFaulted`). The device may reach
+    the frames as after a range fault.
     """
 
     sequence: U64

@@ -34,8 +34,9 @@ from hmmnet.devices.models.base import Device
 from hmmnet.fabric import receiver
 from hmmnet.fabric.stream import ReceiveState, SendState
 from hmmnet.host import announce, service
+from hmmnet.host import device as host_device
 from hmmnet.host.devmem import PageMap
-from hmmnet.host.hub import Hub
+from hmmnet.host.hub import Hub, Invalidation
 from hmmnet.host.interfaces import Event
 from hmmnet.host.iommu import Domain
 from hmmnet.host.link import Acknowledgement
@@ -46,7 +47,7 @@ from hmmnet.host.mm.locks import Gate
 from hmmnet.host.mm.memcg import MemoryCgroup
 from hmmnet.host.mm.space import Space
 from hmmnet.host.mm.swap import Swap
-from hmmnet.host.notifier import IntervalIndex, MmuNotifier
+from hmmnet.host.notifier import IntervalIndex, MmuNotifier, Subscription
 from hmmnet.host.process import Process
 from hmmnet.pages import MIGRATE_PFN_MIGRATE
 from hmmnet.wire.exchange import Arrival, Exchange
@@ -151,6 +152,32 @@ def one_subscriber_is_forgotten(patch: Patch) -> None:
 def removed_subscribers_are_told(patch: Patch) -> None:
     """Who has unsubscribed stays in the tree."""
     patch.setattr(MmuNotifier, "_discard", lambda _, subscription: setattr(subscription, "inserted", False))
+
+
+# --- what devices hold --------------------------------------------------------------------------------------------------------------
+
+
+@mutation
+def read_pages_are_not_held(patch: Patch) -> None:
+    """The device is not told what becomes of pages that a range fault gave it."""
+    patch.setattr(Subscription, "hold", lambda *_: None)
+
+
+@mutation
+def moved_pages_are_not_held(patch: Patch) -> None:
+    """The device is not told what becomes of pages that have come to it, or are on their way."""
+    patch.setattr(host_device.Context, "hold", lambda *_: None)
+
+
+@mutation
+def who_is_not_told_does_not_read_again(patch: Patch) -> None:
+    """The sequence of a device that holds nothing of a range stays where it is."""
+    real = Invalidation._tell
+
+    def spared(self: Invalidation, found: list[Subscription], sequence: int) -> Any:
+        return real(self, [one for one in found if one.concerns(self.start, self.end)], sequence)
+
+    patch.setattr(Invalidation, "_tell", spared)
 
 
 # --- the retry protocol -----------------------------------------------------------------------------------------------------------

@@ -183,8 +183,8 @@ class ScriptedDevice:
             self.session.note(MigrateDone(reply.migration))
         return from_wire(reply.words)
 
-    async def subscribe(self, context: int, start: int = 0, end: int = PAGES_MAX) -> Subscribed:
-        return await self.session.ask(Subscribe(context, start, end), Subscribed)
+    async def subscribe(self, context: int, start: int = 0, end: int = PAGES_MAX, *, held: bool = False) -> Subscribed:
+        return await self.session.ask(Subscribe(context, start, end, held=held), Subscribed)
 
     async def range_fault(self, context: int, subscription: int, start: int, pages: int, flags: int) -> Words:
         reply = await self.session.ask(RangeFault(context, subscription, start, pages, flags, 0), RangeFaulted)

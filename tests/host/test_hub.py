@@ -7,6 +7,7 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from hmmnet.errors import KernelError
+from hmmnet.host.held import HeldPages
 from hmmnet.host.hub import Hub
 from hmmnet.host.interfaces import Event
 
@@ -174,3 +175,106 @@ async def test_an_invalidation_that_may_not_wait_is_refused() -> None:
     hub.range_end()
     assert not hub.read_retry(subscription, sequence)
     assert hub.core.active == 0
+
+
+# --- devices that hold nothing there -----------------------------------------------------------------------------------------------
+
+
+async def test_a_device_that_holds_nothing_there_is_told_nothing() -> None:
+    """Nothing goes to it until it is given a translation, and nothing once it has let go; its neighbour is told each time."""
+    hub, spared, told = Hub(), FakeLink("gpu0", 64), FakeLink("gpu1", 65)
+    subscription = hub.insert(0, 100, spared, 1, held=HeldPages())
+    hub.insert(0, 100, told, 1)
+    subscription.hold(30, 40)
+    for start, end, expected in ((10, 30, 0), (39, 50, 1), (39, 50, 1), (0, 100, 2), (0, 100, 2)):
+        async with hub.invalidate(Event.UNMAP, start, end):
+            assert len(spared.told) == expected
+    assert len(told.told) == 5
+    assert hub.messages == 7
+
+
+async def test_who_is_not_told_reads_again_all_the_same() -> None:
+    """What it has read before is stale, and it waits for the end: what it reads must be good now."""
+    hub, link = Hub(), FakeLink("gpu0", 64)
+    subscription = hub.insert(0, 100, link, 1, held=HeldPages())
+    early = await hub.read_begin(subscription)
+    begun = trio.Event()
+
+    async def reader() -> None:
+        await hub.read_begin(subscription)
+        begun.set()
+
+    async with trio.open_nursery() as nursery:
+        async with hub.invalidate(Event.CLEAR, 5, 6):
+            assert hub.read_retry(subscription, early)
+            nursery.start_soon(reader)
+            await wait_all_tasks_blocked()
+            assert not begun.is_set()
+    assert link.told == []
+
+
+async def test_a_page_is_held_until_the_device_has_let_go() -> None:
+    """Who changes it meanwhile waits for the device, too."""
+    hub, link = Hub(), FakeLink("gpu0", 64)
+    hub.insert(0, 100, link, 1, held=HeldPages()).hold(5, 7)
+    gate, over = link.hold(), list[int]()
+
+    async def clear(page: int) -> None:
+        async with hub.invalidate(Event.CLEAR, page, page + 1):
+            over.append(page)
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(2):
+            nursery.start_soon(clear, 5)
+            await wait_all_tasks_blocked()
+        assert (len(link.told), over) == (2, [])
+        gate.set()
+    await clear(5)
+    assert len(link.told) == 2
+    await clear(6)
+    assert len(link.told) == 3
+
+
+async def test_a_device_that_was_cancelled_holds_its_pages_still() -> None:
+    """Nobody knows whether it has let go: it is told again."""
+    hub, link = Hub(), FakeLink("gpu0", 64)
+    hub.insert(0, 100, link, 1, held=HeldPages()).hold(5, 6)
+    link.hold()
+    for count in (1, 2):
+        with trio.move_on_after(0.01):
+            async with hub.invalidate(Event.CLEAR, 5, 6):
+                raise AssertionError("nobody answered")
+        assert len(link.told) == count
+
+
+async def test_a_driver_that_drops_more_is_told_of_what_lies_before() -> None:
+    """test_hmm's callback takes the page behind an event along."""
+    hub, link = Hub(), FakeLink("gpu0", 64)
+    hub.insert(0, 100, link, 1, held=HeldPages(), overshoot=1).hold(10, 11)
+    for end, expected in ((9, 0), (10, 1)):
+        async with hub.invalidate(Event.CLEAR, 0, end):
+            assert len(link.told) == expected
+
+
+async def test_its_own_migration_takes_nothing_from_a_device() -> None:
+    """It is told before its pages are collected, and maps them afterwards: they are held."""
+    hub, link = Hub(), FakeLink("gpu0", 64)
+    hub.insert(0, 100, link, 1, own=False, held=HeldPages()).hold(5, 6)
+    for count in (1, 2):
+        async with hub.invalidate(Event.MIGRATE, 5, 6, owner=64):
+            assert len(link.told) == count
+
+
+async def test_a_page_comes_home_without_waiting_for_who_does_not_hold_it() -> None:
+    """The others' readers read again."""
+    hub, mine, other = Hub(), FakeLink("gpu0", 64), FakeLink("gpu1", 65)
+    hub.insert(0, 100, mine, 1)
+    subscription = hub.insert(0, 100, other, 2, held=HeldPages())
+    sequence = await hub.read_begin(subscription)
+    assert hub.pass_through(5, 64)
+    assert hub.read_retry(subscription, sequence)
+    assert not hub.core.must_wait(subscription)
+    subscription.hold(5, 6)
+    assert not hub.pass_through(5, 64)
+    assert hub.pass_through(6, 64)
+    assert other.told == []

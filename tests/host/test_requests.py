@@ -34,6 +34,7 @@ from hmmnet.pages import (
 from hmmnet.wire.client import connect
 from hmmnet.wire.messages import (
     PROTOCOL_VERSION,
+    CopyIn,
     Done,
     Evict,
     Evicted,
@@ -283,3 +284,73 @@ async def test_fetch_add_is_one_step() -> None:
         with pytest.raises(KernelError, match=r"EINVAL.*not aligned to 8 bytes"):
             await process.fetch_add(address + 4, 1)
         assert np.frombuffer(await process.read(address, 16), np.uint64).tolist() == [0, 199]
+
+
+# --- what a device holds ------------------------------------------------------------------------------------------------------------
+
+
+async def test_a_device_hears_of_pages_that_it_was_given_and_of_no_others() -> None:
+    """By a range fault or exclusively; of a page that it has let go of nothing more."""
+    async with one_device() as (_, device, process):
+        page = await pages_of(process, 8) >> PAGE_SHIFT
+        subscription = (await device.subscribe(1, held=True)).subscription
+
+        async def told_of(start: int, pages: int = 1) -> bool:
+            before = len(device.of(Invalidate))
+            async with process.space.hub.invalidate(Event.PROTECTION_VMA, page + start, page + start + pages):
+                return len(device.of(Invalidate)) > before
+
+        assert not await told_of(0, 8)
+        await device.range_fault(1, subscription, page, 2, WRITE)
+        assert not await told_of(2, 6)
+        assert await told_of(1)
+        assert not await told_of(1)
+        assert await told_of(0, 8)
+        assert not await told_of(0, 8)
+        await device.session.ask(MakeExclusive(1, subscription, page + 5, 1), Exclusive)
+        assert not await told_of(0, 5)
+        assert await told_of(5)
+
+
+async def test_a_device_hears_of_pages_that_come_to_it() -> None:
+    """From the moment at which it asks for them: what takes one away in the middle it must not miss. Afterwards they are held, too."""
+    async with one_device() as (_, device, process):
+        page = await pages_of(process, 8) >> PAGE_SHIFT
+        await device.subscribe(1, held=True)
+        hub, heard = process.space.hub, list[int]()
+
+        async def take(page: int) -> None:
+            async with hub.invalidate(Event.CLEAR, page, page + 1):
+                heard.append(len(device.of(Invalidate)))
+
+        def in_the_middle(message: Message) -> None:
+            if isinstance(message, CopyIn):
+                device.nursery.start_soon(take, page + 1)
+
+        device.on_message = in_the_middle
+        with trio.fail_after(10):
+            await device.migrate(1, page, 2)
+            while not heard:
+                await trio.sleep(0.01)
+            await take(page)
+            await take(page)
+        assert heard == [1, 2, 2]
+
+
+async def test_a_migration_begins_when_nothing_of_it_is_being_invalidated() -> None:
+    """The device was not told of that, because it held nothing; it is told of what comes next."""
+    async with one_device() as (_, device, process):
+        page = await pages_of(process, 2) >> PAGE_SHIFT
+        await device.subscribe(1, held=True)
+        hub = process.space.hub
+        with trio.fail_after(10):
+            async with trio.open_nursery() as nursery:
+                async with hub.invalidate(Event.PROTECTION_VMA, page, page + 1):
+                    nursery.start_soon(device.migrate, 1, page, 2)
+                    await trio.sleep(0.1)
+                    await wait_all_tasks_blocked()
+                    assert not device.of(CopyIn)
+            assert device.of(CopyIn)
+            assert not device.of(Invalidate)
+            async with hub.invalidate(Event.PROTECTION_VMA, page, page + 1):
+                assert len(device.of(Invalidate)) == 1
