@@ -10,6 +10,7 @@ import os
 import platform
 import resource
 import sys
+import sysconfig
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -94,7 +95,7 @@ def examine(topology: Topology) -> list[Finding]:
     reserved = max([sum(node.memory_bytes for node in topology.nodes), *(device.memory_bytes for device in topology.devices)])
     checks: list[tuple[str, Callable[[], Finding]]] = [
         ("system", lambda: system(platform.system(), platform.release())),
-        ("Python", lambda: python(sys.version_info[:3], sys.maxsize)),
+        ("Python", lambda: python(sys.version_info[:3], sys.maxsize, sysconfig.get_config_var("CONFIG_ARGS"))),
         ("ZeroMQ", zeromq),
         ("runtime folder", runtime_folder),
         ("open files", lambda: open_files(soft, hard, devices)),
@@ -140,13 +141,18 @@ def system(name: str, release: str) -> Finding:
     return Finding("system", "good", f"{name} {release}")
 
 
-def python(version: tuple[int, ...], largest: int) -> Finding:
-    """The interpreter."""
+def python(version: tuple[int, ...], largest: int, built_with: str | None) -> Finding:
+    """The interpreter. `built_with` are the arguments of its configure script, where it has had one."""
     found = f"Python {'.'.join(map(str, version))} at {sys.executable}"
     if version < (3, 11):
         return Finding("Python", "bad", found, "install Python 3.11 or newer")
     if largest < 1 << 62:
         return Finding("Python", "bad", f"{found}, 32-bit", "install a 64-bit Python: modelled memories need the address space")
+    if built_with is not None and "--enable-optimizations" not in built_with:
+        slow = f"{found}, built without --enable-optimizations: simulations take longer"
+        return Finding(
+            "Python", "note", slow, "a distribution's own Python has them; pyenv takes PYTHON_CONFIGURE_OPTS=--enable-optimizations"
+        )
     return Finding("Python", "good", found)
 
 

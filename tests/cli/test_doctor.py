@@ -64,9 +64,11 @@ def test_systems() -> None:
     """Linux, 64 bits, Python 3.11."""
     assert doctor.system("Linux", "6").status == "good"
     assert doctor.system("Darwin", "24").status == "bad"
-    assert doctor.python((3, 11, 0), (1 << 63) - 1).status == "good"
-    assert doctor.python((3, 10, 9), (1 << 63) - 1).mend == "install Python 3.11 or newer"
-    assert "64-bit" in doctor.python((3, 12, 0), (1 << 31) - 1).mend
+    assert doctor.python((3, 11, 0), (1 << 63) - 1, "'--enable-optimizations' '--with-lto'").status == "good"
+    assert doctor.python((3, 11, 0), (1 << 63) - 1, None).status == "good"
+    assert doctor.python((3, 11, 0), (1 << 63) - 1, "'--enable-shared'").status == "note"
+    assert doctor.python((3, 10, 9), (1 << 63) - 1, "").mend == "install Python 3.11 or newer"
+    assert "64-bit" in doctor.python((3, 12, 0), (1 << 31) - 1, "").mend
 
 
 def test_open_files() -> None:
