@@ -18,6 +18,7 @@ import xxhash
 
 from hmmnet.errors import PeerError, ProtocolError
 from hmmnet.fabric.dma import ArenaSink, ArenaSource, Arrival, BulkReceiver, BulkSender, Pace
+from hmmnet.fabric.stream import Holds
 from hmmnet.pages import PAGE_SIZE, Words, from_wire, page_by_page, pages_in
 from hmmnet.wire.messages import INLINE_BYTES_MAX, Copied, CopyIn, CopyOut
 
@@ -42,7 +43,7 @@ class CopyEngines:
         self._receiver = receiver
         self._nursery = nursery
         self._landing: dict[int, tuple[Arrival, Words]] = {}
-        self._leaving = 0
+        self._leaving: set[int] = set()
 
     async def _step(self) -> None:
         """Before each chunk that goes out."""
@@ -100,10 +101,10 @@ class CopyEngines:
         """Begin to stream frames to the host; returns them, whose mappings the caller drops. Raises ProtocolError."""
         if not message.frames or message.stream == 0:
             raise ProtocolError("CopyOut names no frames, or no stream")
-        if self._leaving >= COPIES_MAX:
-            raise ProtocolError(f"CopyOut of stream {message.stream}: {COPIES_MAX} others are under way")
+        if len(self._leaving) >= COPIES_MAX or message.stream in self._leaving:
+            raise ProtocolError(f"CopyOut of stream {message.stream}: it is under way, or {COPIES_MAX} others are")
         frames = self._memory.depart(message.frames, "CopyOut.frames")
-        self._leaving += 1
+        self._leaving.add(message.stream)
         pace = Pace(message.start_s, message.bytes_per_s, message.latency_s)
         self._nursery.start_soon(self._stream_out, message.stream, page_by_page(frames), pace)
         return frames
@@ -119,4 +120,9 @@ class CopyEngines:
             self._sender.abandon(stream, str(error))
             log.warning("stream %d to the host ended early: %s", stream, error)
         finally:
-            self._leaving -= 1
+            self._leaving.discard(stream)
+
+    def account(self, stream: int) -> tuple[int, Holds]:
+        """How a stream out goes on, and what it waits for (`BulkSender.account`): for nothing, if the engine has not begun with it."""
+        begun, holds = self._sender.account(stream)
+        return begun, Holds.NOTHING if holds is Holds.GONE and stream in self._leaving else holds

@@ -136,6 +136,11 @@ class Bell:
         self._who: list[Task] = []
         """Who waits; taken out by whoever wakes it: the bell, the clock or a cancellation."""
 
+    @property
+    def awaited(self) -> bool:
+        """Whether somebody waits for it."""
+        return bool(self._who)
+
     def ring(self) -> bool:
         """Whether somebody waits, and goes on now."""
         if self._who:

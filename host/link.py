@@ -48,6 +48,7 @@ from hmmnet.wire.session import PendingReply, Session
 from .interconnect import Interconnect
 from .interfaces import Destination, Event
 from .iommu import Domain
+from .watchdog import ANSWER_S, HUNG_S, NEW, Watchdog
 
 FREE_DELAY_S = 0.01
 """Real seconds that freed frames wait for more, so that a storm of frees becomes few notes."""
@@ -56,11 +57,8 @@ SINGLES_MAX = 64
 """Where the first was freed alone, as CPU faults do it: real seconds, unless so many have come home. A fault that has to wait for its
 page anyway tells of them then, and settles accounts: as its own task, `SessionLink.run` takes twice as long for that, and stops whoever
 waits."""
-INVALIDATION_S = 5.0
-"""Real seconds that a device gets to acknowledge an invalidation, heartbeats or not: DMA that is under way may take some. A CPU waits.
-As long for its copy engine's answers, which wait for nothing."""
-NEW = -1.0
-"""Of an answer that is waited for: no heartbeat has come since it was asked for."""
+INVALIDATION_S = ANSWER_S
+"""Real seconds that a device gets to acknowledge an invalidation, heartbeats or not: DMA that is under way may take some. A CPU waits."""
 STALLED_S = 0.25
 """Real seconds to read what a peer has said in time, after a stall of this process (a debugger, a long computation) beyond a limit."""
 INLINE_PAGES_MAX = INLINE_BYTES_MAX // PAGE_SIZE
@@ -183,11 +181,11 @@ class SessionLink:
         self._fence_at = 0.0
         self.points = interconnect.points
         self._now = shortest_now()
-        self._owed: dict[PendingReply, float] = {}
-        """Answers of its copy engine: since when a heartbeat has seen each wait; `NEW`, if none has."""
+        self._watchdog = Watchdog(session, receiver, self.condemn, interconnect.clock)
+        self._owed = self._watchdog.owed
         sender.step = self._step
         session.on_lost(self._on_lost)
-        session.on_tick = self._look_at_owed
+        session.on_tick = self._watchdog.look
 
     # --- losing the device ----------------------------------------------------------------------------------------------------
 
@@ -215,33 +213,11 @@ class SessionLink:
             await self._fenced.wait()
         self._fenced.set()
 
-    @contextmanager
-    def _asked(self, pending: PendingReply) -> Iterator[None]:
-        """The device is to answer what it has to do at once, for who waits has no other end of that."""
-        self._owed[pending] = NEW
-        try:
-            yield
-        finally:
-            del self._owed[pending]
-
-    async def _done(self, message: CopyIn | CopyOut) -> None:
+    async def ask_engine(self, message: CopyIn | CopyOut) -> None:
         """Ask the copy engine for what it begins at once. Raises KernelError, RemoteError, PeerLost, ProtocolError."""
         pending = self.session.begin(message)
-        with self._asked(pending):
+        with self._watchdog.asked(pending):
             await self.session.answer(message, pending, Done)
-
-    def _look_at_owed(self, now_s: float, stalled: bool) -> None:
-        """At each heartbeat: a device that answers nothing of what its copy engine has to do is hung, however its heart beats.
-
-        After a stall of our own the answers may lie unread, and have their time again.
-        """
-        limit_s = self._interconnect.clock.real(INVALIDATION_S)
-        for pending, since_s in self._owed.items():
-            if since_s == NEW or stalled:
-                self._owed[pending] = now_s
-            elif now_s - since_s > limit_s:
-                self.condemn(f"its copy engine did not answer within {INVALIDATION_S:g} s")
-                return
 
     async def answer_in_time(self, pending: PendingReply) -> Message:
         """The answer to an invalidation; who gives none counts as broken, however alive. Raises what the answer does."""
@@ -301,9 +277,12 @@ class SessionLink:
         return Acknowledgement(self, pending, domain, start, end)
 
     async def _step(self) -> None:
-        """Before each chunk that goes to the device."""
-        if self.points.armed:
-            await self.points.at("migrate.mid_copy", device=self.name)
+        """Before each chunk that goes to the device. Raises PeerError: what holds it is no fault of the device, which is not lost by it."""
+        if self.points.armed and not self.points.passes("migrate.mid_copy", self.name):
+            with trio.move_on_after(self._interconnect.clock.real(HUNG_S)) as limit:
+                await self.points.at("migrate.mid_copy", device=self.name)
+            if limit.cancelled_caught:
+                raise PeerError(f"the copy engine gave up: a chunk to {self.name} has not left for {HUNG_S:g} s, and waits for nothing")
 
     # --- copies ---------------------------------------------------------------------------------------------------------------
 
@@ -316,7 +295,7 @@ class SessionLink:
         """DMA host frames to device frames, and zero others on the device. Raises PeerLost, PeerError."""
         self.flush_freed()
         if len(source_frames) == 0:
-            await self._done(CopyIn(0, b"", to_wire(zero_frames)))
+            await self.ask_engine(CopyIn(0, b"", to_wire(zero_frames)))
             return
         frames = page_by_page(source_frames)
         source = ArenaSource(self._interconnect.memories, frames << _SHIFT, PAGE_SIZE)
@@ -337,7 +316,7 @@ class SessionLink:
             if pending.answered:
                 await pending.wait()  # that says more
             raise
-        with self._asked(pending):
+        with self._watchdog.asked(pending):
             await self.session.answer(message, pending, Done)
 
     async def send(self, stream: int, source: Source, frame: int) -> None:
@@ -387,7 +366,7 @@ class SessionLink:
         sink = ArenaSink(self._interconnect.memories, targets << _SHIFT, PAGE_SIZE)
         async with self.coming(stream, sink, int(targets[0])) as flow:
             message = CopyOut(stream, context, to_wire(pages), to_wire(frames), flow.start_s, flow.bytes_per_s, flow.latency_s)
-            await self._done(message)
+            await self.ask_engine(message)
 
     async def _copy_inline(self, message: CopyOut, destination: Destination) -> None:
         """A few pages come with the answer: half the messages of a stream. They pass between the chunks of the flows on the same links."""
@@ -409,7 +388,7 @@ class SessionLink:
         if len(self._moved) >= SINGLES_MAX:
             self.flush_freed()
             self.settle()
-        self._owed[pending] = NEW  # all of `_asked`, which is a generator: a CPU waits for this
+        self._owed[pending] = NEW  # all of `Watchdog.asked`, which is a generator: a CPU waits for this
         try:
             data = self._intact(await pending.wait(), PAGE_SIZE)
         finally:
@@ -425,7 +404,7 @@ class SessionLink:
 
     async def _answer(self, message: CopyOut, pending: PendingReply, nbytes: int) -> bytes:
         """The pages in the answer to `message`; damaged ones are asked for again. Raises PeerError."""
-        with self._asked(pending):
+        with self._watchdog.asked(pending):
             data = self._intact(await pending.wait(), nbytes)
         return await self._again(message, nbytes) if data is None else data
 
@@ -433,7 +412,7 @@ class SessionLink:
         """Ask once more for pages that came damaged. Raises PeerError."""
         for _ in range(TRIES_MAX - 1):
             pending = self.session.begin(message)
-            with self._asked(pending):
+            with self._watchdog.asked(pending):
                 data = self._intact(await pending.wait(), nbytes)
             if data is not None:
                 return data
@@ -466,7 +445,11 @@ class SessionLink:
         granted_s = flow.latency_s
         try:
             async with self.expected(
-                stream, sink, lambda: 0.0 if flow.stalled else flow.bytes_per_s, lambda said_s: flow.arrives_s(said_s, granted_s)
+                stream,
+                sink,
+                lambda: 0.0 if flow.stalled else flow.bytes_per_s,
+                lambda said_s: flow.arrives_s(said_s, granted_s),
+                watched=True,
             ):
                 yield flow
         finally:
@@ -481,14 +464,22 @@ class SessionLink:
         sink: Sink,
         rate_of: Callable[[], float] | None = None,
         arrives_s: Callable[[float], float] | None = None,
+        *,
+        watched: bool = False,
     ) -> AsyncIterator[None]:
-        """As `coming`, for data that cross no link (a command's buffer): nothing is paced or counted."""
+        """As `coming`, for data that cross no link (a command's buffer): nothing is paced or counted.
+
+        `watched`: the device begins with it at once, and has to go on. (A command may take its time before it gives data.)
+        """
         arrival = self.receiver.expect(stream, sink, rate_of, arrives_s)
+        if watched:
+            self._watchdog.watched[arrival] = None
         try:
             async with self.transfer():
                 yield
                 await arrival.wait()
         finally:
+            self._watchdog.watched.pop(arrival, None)
             arrival.cancel()
 
     async def answers_apart(self, node: int, answers: int) -> None:

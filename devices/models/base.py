@@ -66,6 +66,8 @@ from hmmnet.wire.messages import (
     Rate,
     Report,
     ShowMirror,
+    ShowStreams,
+    StreamsShown,
 )
 from hmmnet.wire.session import LATER, Later, Session
 
@@ -168,6 +170,7 @@ class Device:
         session.on(Inject, self.inject)
         session.on(Inspect, self.inspect)
         session.on(ShowMirror, self.show_mirror)
+        session.on(ShowStreams, self.show_streams)
         session.on(Rate, self.set_rate)
 
     # --- contexts -------------------------------------------------------------------------------------------------------------
@@ -458,6 +461,14 @@ class Device:
             return MirrorShown(b"", b"")
         pages, frames, writable = opened.context.mirror.translations(message.start, PAGES_PER_MESSAGE_MAX)
         return MirrorShown(to_wire(pages), to_wire(frames << np.uint64(1) | writable))
+
+    def show_streams(self, message: ShowStreams) -> StreamsShown:
+        """How the copy engine goes on with streams out. Raises ProtocolError."""
+        if len(message.streams) % WORD_BYTES:
+            raise ProtocolError(f"ShowStreams of {len(message.streams)} bytes, which are no list of streams")
+        told = [self.copies.account(stream) for stream in from_wire(message.streams).tolist()]
+        begun, holds = (np.array([each[i] for each in told], np.uint64) for i in (0, 1))
+        return StreamsShown(to_wire(begun), to_wire(holds))
 
     def inspect(self, _: Inspect) -> Report:
         """The device's figures."""

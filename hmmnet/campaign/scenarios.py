@@ -257,6 +257,13 @@ WRITTEN = _steps(
     ("load", ANON, 0, 8, 0, "", 0),
 )
 """A page that a device writes over the link comes to it; it has been copied when the device is about to write it again."""
+STALLED = _steps(
+    ("store", HUGE, 0, 600),
+    ("migrate", HUGE + 1, 0, 1, 0, "whole"),
+    ("home", HUGE + 1, 0, 7, 0, "whole"),
+    ("load", HUGE, 0, 600),
+)
+"""A copy engine stands still, on the way home, for longer than the host waits before it asks."""
 OLDEN = tuple(step for step in TOUR if step.choice != "exclusive")
 
 
@@ -336,6 +343,7 @@ _EVERY = (
             Hit("migrate.before_pages", "delay", nth=1, seconds=0.01),
         ),
     ),
+    _made("stalled", "a copy engine that stands still for a while", STALLED, hits=(Hit("device.mid_copy", "delay", nth=1, seconds=12.0),)),
     _made("silence", "a device that is silent for longer than its lease", TOUR, harms=(Harm(6, "hang", 0, 8.0),)),
 )
 SCENARIOS = {program.mix: program for program in _EVERY}

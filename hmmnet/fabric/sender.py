@@ -24,7 +24,7 @@ from .clock import EmulatedClock
 from .ends import Bytes, Source
 from .pace import CATCH_UP_S, UNPACED, Pace, Pacer
 from .ring import Ring
-from .stream import CREDIT_EVERY, REPEATS_MAX, SendState
+from .stream import CREDIT_EVERY, REPEATS_MAX, Holds, SendState
 
 REPEAT_S = 0.25
 """Real seconds without a credit after which the oldest chunk is repeated."""
@@ -63,6 +63,10 @@ class _Outgoing:
         """Where its chunks lie in the ring, by sequence."""
         self.held: list[bytes] = []
         """Headers of chunks that lie in the ring and are not announced yet."""
+        self.due_s = 0.0
+        """When the chunk that was taken up last may leave."""
+        self.no_way = False
+        """Whether it waits for a link, or for room in the channel."""
 
     def check(self) -> None:
         """Raises PeerError when the receiver has given the stream up."""
@@ -136,6 +140,19 @@ class BulkSender:
             out.aborted = reason
             out.wake()
 
+    def account(self, stream: int) -> tuple[int, Holds]:
+        """A number that grows with each chunk of a stream, and what it waits for at this moment."""
+        out = self._streams.get(stream)
+        if out is None:
+            return 0, Holds.GONE
+        if out.no_way:
+            holds = Holds.WAY
+        elif out.bell.awaited:
+            holds = Holds.CREDIT
+        else:
+            holds = Holds.PACE if self._clock.now() < out.due_s else Holds.NOTHING
+        return out.state.begun, holds
+
     def refused(self, stream: int, why: object) -> None:
         """The receiver has said by another way that it does not expect the stream, which may have ended: `send` raises PeerError."""
         out = self._streams.get(stream)
@@ -199,6 +216,7 @@ class BulkSender:
         offset = sequence * state.stride
         length = min(state.stride, state.total - offset)
         grant = out.pacer.grant(length, clock.now(), CATCH_UP_S * clock.rate)
+        out.due_s = grant.start_s
         if self.step is not None:
             await self.step()
         if out.held and clock.real_until(grant.start_s) >= clock.sleep_min_s:
@@ -219,20 +237,22 @@ class BulkSender:
                 await self._announce(out)
         else:
             await self._announce(out)
-            await self._send_message(state.stream, header, payload)
+            await self._send_message(out, header, payload)
         return grant.arrive_s
 
     async def _announce(self, out: _Outgoing) -> None:
         """Tell the receiver of the chunks that lie in the ring."""
         if out.held:
             held, out.held = out.held, []
-            await self._send_message(out.state.stream, b"".join(held), None)
+            await self._send_message(out, b"".join(held), None)
 
-    async def _send_message(self, stream: int, header: bytes, payload: Any) -> None:
+    async def _send_message(self, out: _Outgoing, header: bytes, payload: Any) -> None:
+        out.no_way = True
         try:
             await self._channel.send(header, payload)
         except trio.ClosedResourceError:
-            raise PeerError(f"stream {stream}: the bulk channel was closed") from None
+            raise PeerError(f"stream {out.state.stream}: the bulk channel was closed") from None
+        out.no_way = False
 
     # --- the ring -------------------------------------------------------------------------------------------------------------
 
@@ -273,10 +293,12 @@ class BulkSender:
     async def _await_link(self, out: _Outgoing) -> None:
         """Return when a link leads to the receiver again. Raises Unreachable when none does for `DOWN_S`, PeerError if it gave up."""
         await self._announce(out)
+        out.no_way = True
         with trio.move_on_after(self._clock.real(DOWN_S)):
             while out.pacer.stalled:
                 out.check()
                 await sleep(self._clock.real(LOOK_S))
+            out.no_way = False
             return
         raise Unreachable(f"stream {out.state.stream}: no link that works leads to its receiver: links are down for {DOWN_S:g} s")
 

@@ -13,6 +13,8 @@ What a peer may not do (ProtocolError): send another length or cut than was agre
 
 from __future__ import annotations
 
+from enum import IntEnum
+
 from hmmnet.errors import PeerError, ProtocolError
 
 from .chunk import CHUNK_BYTES, MISSING_MAX, Chunk, Credit
@@ -24,6 +26,21 @@ TRIES_MAX = 32
 """Times that one chunk may come damaged. Noise does not do that; a peer that computes another checksum does."""
 REPEATS_MAX = 240
 """Repeats in a row that nobody answers: a minute. A dead peer is known within its lease; this one lives, and has forgotten the stream."""
+
+
+class Holds(IntEnum):
+    """What a stream waits for, as its sender sees it."""
+
+    NOTHING = 0
+    """It is the sender's own turn, which does not take it: every moment's answer between two chunks, and a hung copy engine's for ever."""
+    PACE = 1
+    """The next chunk is not due yet, by the sender's own clock."""
+    CREDIT = 2
+    """The receiver is to say what has landed."""
+    WAY = 3
+    """No link leads to the receiver, or the channel takes nothing more."""
+    GONE = 4
+    """There is no such stream (any more): nothing comes of it."""
 
 
 class SendState:
@@ -51,6 +68,11 @@ class SendState:
     def out(self) -> int:
         """Chunks that were sent and have not landed, as far as is known."""
         return self._next - self.landed
+
+    @property
+    def begun(self) -> int:
+        """Grows with each chunk that is taken up, for the first time or again."""
+        return self._next + self.resent
 
     @property
     def repeats(self) -> bool:
@@ -119,6 +141,11 @@ class ReceiveState:
     def done(self) -> bool:
         """Whether everything has landed."""
         return self.landed == self.chunks
+
+    @property
+    def came(self) -> int:
+        """How many chunks have landed, in their turn or ahead of it."""
+        return self.landed + len(self._ahead)
 
     def wants(self, chunk: Chunk) -> bool:
         """Whether to take a chunk's data; False for a repeat. Raises ProtocolError for a chunk of another stream than was expected."""

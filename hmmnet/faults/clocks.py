@@ -43,7 +43,7 @@ KINDS = (
         "cpu.starve",
         "computer",
         "a device's process hardly gets the CPU: every step waits",
-        "results as without it; it takes longer",
+        "results as without it; it takes longer; from a real second at each step on it may cost the device (it has 2 s and 5 s)",
         _starve,
         parameters=(Parameter("latency", "time", "at each step", 0.002),),
     ),

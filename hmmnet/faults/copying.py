@@ -36,12 +36,13 @@ def _link(**change: Any) -> Any:
 
 
 SAME = "every byte is right; it takes longer"
+HANGS = "; from 20 real seconds for a chunk on the device is lost (to_host), or who asked has an error (to_device)"
 KINDS = (
     Kind(
         "copy.slow",
         "copy engine",
         "each chunk waits before it is sent",
-        SAME,
+        SAME + HANGS,
         lambda fault: _chunks(fault, "delay", delay_s=fault.settings["latency"], jitter_s=fault.settings["jitter"]),
         parameters=(
             DIRECTION,
@@ -53,7 +54,7 @@ KINDS = (
         "copy.stall",
         "copy engine",
         "chunks wait until it is released",
-        SAME,
+        SAME + HANGS,
         lambda fault: _chunks(fault, "pause"),
         parameters=(DIRECTION,),
     ),

@@ -32,8 +32,13 @@ INLINE_BYTES_MAX = 4 * PAGE_SIZE
 """Page data that may ride on an answer over the control session: a stream of its own would cost a CPU fault twice the messages, while a
 few pages do not delay an invalidation."""
 
+STREAMS_SHOWN_MAX = 4096
+"""Streams that one `ShowStreams` asks about: all that a device's copy engine may have under way."""
+
 # Lists of pages and of frames name a huge page by one word, its first with bit 63 set (`pages.LARGE`).
 PageList: TypeAlias = Annotated[bytes, msgspec.Meta(max_length=8 * PAGES_PER_MESSAGE_MAX)]
+StreamList: TypeAlias = Annotated[bytes, msgspec.Meta(max_length=8 * STREAMS_SHOWN_MAX)]
+"""As a page list: little-endian uint64."""
 Name: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=NAME_MAX)]
 Text: TypeAlias = Annotated[str, msgspec.Meta(max_length=TEXT_MAX)]
 Secret: TypeAlias = Annotated[bytes, msgspec.Meta(max_length=64)]
@@ -305,6 +310,27 @@ class MirrorShown(Message, frozen=True):
     entries: PageList
 
 
+class ShowStreams(Message, frozen=True):
+    """Ask a device how these streams go on that it sends: those of a `CopyOut`, and of a `DmaWrite` that was granted. `StreamsShown`.
+
+    The host asks when nothing of them has come for long.
+    """
+
+    streams: StreamList
+
+
+class StreamsShown(Message, frozen=True):
+    """Reply to `ShowStreams`, one by one.
+
+    A number that grows with each chunk, and what the stream waits for (`hmmnet.fabric.stream.Holds`): 0 for nothing, 1 the next chunk is
+    not due yet by the device's clock, 2 for the host's credits, 3 for a link or for room in the channel; 4: there is no such stream, or no
+    more.
+    """
+
+    begun: StreamList
+    holds: StreamList
+
+
 # --- device to host ---------------------------------------------------------------------------------------------------------------
 
 
@@ -540,6 +566,7 @@ class Result(Message, frozen=True):
 Body: TypeAlias = (
     Hello | Welcome | Refused | Done | Failed | Rate | OpenContext | CloseContext | Invalidate | CopyIn | CopyOut
     | Copied | FreeFrames | Launch | EndJob | Ioctl | IoctlDone | Finished | Inspect | Report | ShowMirror | MirrorShown
+    | ShowStreams | StreamsShown
     | Subscribe | Subscribed | Unsubscribe
     | RangeFault | RangeFaulted | Migrate | Migrated | MigrateDone | Evict | Evicted | MakeExclusive | Exclusive
     | DmaRead | DmaWrite | DmaGrant | Call | Recall | Result | Inject

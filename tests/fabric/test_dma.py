@@ -20,8 +20,9 @@ from hmmnet.arena import Arena
 from hmmnet.errors import PeerError
 from hmmnet.fabric.chunk import Credit, pack_credit
 from hmmnet.fabric.clock import EmulatedClock
-from hmmnet.fabric.dma import ArenaSink, ArenaSource, BulkReceiver, BulkSender, BytesSink, BytesSource, LiveSink, MultiArena, Pace
+from hmmnet.fabric.dma import ArenaSink, ArenaSource, BulkReceiver, BulkSender, BytesSink, BytesSource, LiveSink, MultiArena, Pace, Pacer
 from hmmnet.fabric.sender import ABORTS_MAX, REPEAT_S
+from hmmnet.fabric.stream import Holds
 from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, ZONE_SHIFT, Words
 from hmmnet.wire.memory_transport import MemoryTransport
 from hmmnet.wire.shortwait import this_loop
@@ -256,6 +257,47 @@ async def test_credits_carry_the_rate_to_a_far_sender() -> None:
         await sender.send(2, BytesSource(pattern(8 * MIB)), pace)
         await arrival.wait()
     assert pace.bytes_per_s == next(rates) - 1e12 > 2e12
+
+
+async def _blocks() -> None:
+    await trio.sleep_forever()
+
+
+async def test_a_sender_knows_what_its_stream_waits_for(autojump_clock: trio.testing.MockClock) -> None:
+    """The receiver, a moment of its own clock, a link, room in the channel; nothing, if it is up to itself; a stream that is not there."""
+    del autojump_clock
+    near, _ = memory_pair()
+    clock = EmulatedClock(monotonic=trio.current_time)
+    sender = BulkSender(near, clock)
+    flow = Pace(0.0, 1e12, 0.0)
+    async with trio.open_nursery() as nursery:
+
+        async def held(stream: int, pacer: Pacer, after_s: float = 0.01) -> tuple[int, Holds]:
+            nursery.start_soon(sender.send, stream, BytesSource(pattern(3 * MIB)), pacer)
+            await trio.sleep(after_s)
+            return sender.account(stream)
+
+        assert sender.account(2) == (0, Holds.GONE)
+        assert await held(2, flow) == (3, Holds.CREDIT)
+        await trio.sleep(2 * REPEAT_S)
+        assert sender.account(2)[0] > 3, "it is sent again"
+        assert await held(4, Pace(clock.now() + 5, 1e12, 0.0)) == (1, Holds.PACE)
+        sender.step = _blocks
+        assert await held(6, flow) == (1, Holds.NOTHING)
+        assert await held(8, Pace(clock.now() + 1, 1e12, 0.0)) == (1, Holds.PACE), "it is not due"
+        await trio.sleep(1)
+        assert sender.account(8) == (1, Holds.NOTHING), "it is"
+        sender.step = None
+        down = Pace(0.0, 1e12, 0.0)
+        down.stalled = True
+        assert await held(10, down) == (1, Holds.WAY)
+        down.stalled = False
+        await trio.sleep(0.1)
+        assert sender.account(10)[1] == Holds.CREDIT
+        cast(Any, near).send = lambda *_: _blocks()
+        assert await held(12, flow) == (1, Holds.WAY)
+        nursery.cancel_scope.cancel()
+    assert sender.account(12) == (0, Holds.GONE)
 
 
 async def test_a_cancelled_wait_lets_nothing_land() -> None:

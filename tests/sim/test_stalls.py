@@ -1,0 +1,206 @@
+"""A copy engine that stops in the middle of a stream, while its device's heart beats: nobody waits for ever, and who is slow lives."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import trio
+
+import hmmnet
+from hmmnet.errors import BusError, KernelError, PeerError
+from hmmnet.faults import fault
+from hmmnet.faults.kinds import Fault
+from hmmnet.host.watchdog import ANSWER_S, HUNG_S, WATCHDOG_S
+from hmmnet.program import Process
+from hmmnet.sim import SimulatedMachine
+from hmmnet.topology.load import parse
+from hmmnet.wire.exchange import LEASE_S
+
+PAGE = 4096
+MACHINE = parse("""
+[[memory]]
+name = "node0"
+size = "64 MiB"
+[[device]]
+name = "gpu[0-1]"
+memory = "16 MiB"
+[[link]]
+a = "node0"
+b = "gpu[0-1]"
+bandwidth = "10 GB/s"
+latency = "1 us"
+[[link]]
+a = "gpu0"
+b = "gpu1"
+bandwidth = "40 GB/s"
+latency = "1 us"
+""")
+
+PAGES = 1200
+"""Five chunks."""
+DATA = bytes(range(1, 251)) * (PAGES * PAGE // 250 + 1)
+ASIDE = b"aside" * 100
+MOST_S = 2 * WATCHDOG_S + ANSWER_S + LEASE_S
+LOST = r"its copy engine has hung: stream \d+ has not moved for 10 s and waits for nothing"
+
+STALLS = {
+    "home, from the first chunk": (fault("copy.stall", "gpu0", direction="to_host"), "gpu0", "host", "gpu0"),
+    "home, in the middle": (fault("point.pause", "gpu0", point="device.mid_copy", nth=3), "gpu0", "host", "gpu0"),
+    "home, before the first chunk": (fault("point.pause", "gpu0", point="device.copy_out"), "gpu0", "host", "gpu0"),
+    "both ways": (fault("copy.stall", "gpu0"), "gpu0", "host", "gpu0"),
+    "to another, at the source": (fault("copy.stall", "gpu0", direction="to_host"), "gpu0", "gpu1", "gpu0"),
+    "to another, in the middle": (fault("point.pause", "gpu0", point="device.mid_copy", nth=3), "gpu0", "gpu1", "gpu0"),
+    "to another, at the target": (fault("copy.stall", "gpu1", direction="to_device"), "gpu0", "gpu1", ""),
+    "there": (fault("copy.stall", "gpu0", direction="to_device"), "host", "gpu0", ""),
+    "there, in the middle": (fault("point.pause", "gpu0", point="migrate.mid_copy", nth=3), "host", "gpu0", ""),
+}
+"""What stalls for ever, from where to where, and which device is lost."""
+
+
+async def _migrates(process: Process, address: int, pages: int, owner: str) -> None:
+    with contextlib.suppress(PeerError, KernelError):
+        await process.migrate(address, pages * PAGE, owner)
+
+
+async def _placed(process: Process, owner: str) -> int:
+    """Where `DATA` lie, in the memory of `owner`."""
+    address = await process.mmap(PAGES * PAGE)
+    await process.write(address, DATA[: PAGES * PAGE])
+    if owner != "host":
+        await process.migrate(address, PAGES * PAGE, owner)
+    return address
+
+
+@pytest.mark.parametrize("stall", STALLS)
+def test_a_copy_engine_that_stalls_holds_nobody_for_ever(stall: str) -> None:
+    """A CPU that touches a page under way goes on in time. What only a hung device had is lost; what is elsewhere is not."""
+    what, source, target, loses = STALLS[stall]
+
+    async def main(machine: SimulatedMachine) -> None:
+        process = await machine.create_process()
+        address = await _placed(process, source)
+        aside = await process.mmap(PAGE)
+        await process.write(aside, ASIDE)
+        await process.migrate(aside, PAGE, "gpu1")
+        machine.add_fault(what)
+        began_s = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_migrates, process, address, PAGES, target)
+            await trio.sleep(0.1)
+            if loses:
+                with pytest.raises(BusError, match=LOST):
+                    await process.read(address + 700 * PAGE, PAGE)
+            else:
+                assert await process.read(address + 700 * PAGE, PAGE) == DATA[700 * PAGE : 701 * PAGE]
+            assert HUNG_S <= trio.current_time() - began_s < MOST_S
+        machine.heal()
+        devices = (await machine.report())["devices"]
+        assert [name for name in MACHINE.device_names if devices[name]["state"] != "ready"] == ([loses] if loses else [])
+        if not loses:
+            assert await process.read(address, PAGES * PAGE) == DATA[: PAGES * PAGE]
+        assert await process.read(aside, len(ASIDE)) == ASIDE
+        assert machine.audit() == []
+        await process.exit()
+
+    hmmnet.simulate(main, MACHINE, limit_s=300.0)
+
+
+def test_a_device_that_is_not_reached_does_not_hold_what_goes_to_another() -> None:
+    """It never hears that its pages are to leave: as long as for one page that a CPU wants."""
+
+    async def main(machine: SimulatedMachine) -> None:
+        process = await machine.create_process()
+        address = await _placed(process, "gpu0")
+        machine.add_fault(fault("loss", "host->gpu0", channel="control", message="CopyOut"))
+        began_s = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_migrates, process, address, PAGES, "gpu1")
+            await trio.sleep(0.1)
+            with pytest.raises(BusError, match="its copy engine did not answer within 5 s"):
+                await process.read(address, PAGE)
+        assert ANSWER_S <= trio.current_time() - began_s < ANSWER_S + LEASE_S
+        await process.exit()
+
+    hmmnet.simulate(main, MACHINE, limit_s=300.0)
+
+
+def test_a_device_that_does_not_say_how_its_copies_go_on_is_lost() -> None:
+    """The question never arrives: that costs it its life as soon as any answer does that waits for nothing."""
+
+    async def main(machine: SimulatedMachine) -> None:
+        process = await machine.create_process()
+        address = await _placed(process, "gpu0")
+        machine.add_fault(fault("copy.stall", "gpu0", direction="to_host"))
+        machine.add_fault(fault("loss", "host->gpu0", channel="control", message="ShowStreams"))
+        began_s = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_migrates, process, address, PAGES, "host")
+            await trio.sleep(0.1)
+            with pytest.raises(BusError, match="its copy engine did not answer within 5 s"):
+                await process.read(address, PAGE)
+        assert WATCHDOG_S + ANSWER_S <= trio.current_time() - began_s < MOST_S
+        await process.exit()
+
+    hmmnet.simulate(main, MACHINE, limit_s=300.0)
+
+
+def test_a_stream_that_its_device_has_given_up_ends_at_the_host_too() -> None:
+    """All its chunks are lost, and what it says when it gives up as well: the device is well, and asked for the pages again."""
+
+    async def main(machine: SimulatedMachine) -> None:
+        process = await machine.create_process()
+        address = await _placed(process, "gpu0")
+        number = machine.add_fault(fault("copy.lost", "gpu0", direction="to_host"))
+        with pytest.raises(PeerError, match="its sender knows nothing of it any more"):
+            await process.migrate(address, PAGES * PAGE, "host")
+        assert trio.current_time() < 2 * MOST_S + 60
+        machine.remove_fault(number)
+        assert (await process.residency(address, PAGES)).owners == ("gpu0",)
+        assert await process.read(address, PAGES * PAGE) == DATA[: PAGES * PAGE]
+        assert (await machine.report())["devices"]["gpu0"]["lives"] == 1
+        await process.exit()
+
+    hmmnet.simulate(main, MACHINE, limit_s=600.0)
+
+
+SLOW: dict[str, tuple[Fault, ...]] = {
+    "stalled for 18 s": (fault("copy.stall", "gpu0", lasts="18 s"),),
+    "chunks that take 15 s": (fault("copy.slow", "gpu0", latency="15 s"),),
+    "starved": (fault("cpu.starve", "gpu0", latency="0.9 s"), fault("copy.slow", "gpu0", latency="4 s")),
+    "a link repaired within a chunk": (fault("link.slow", "*", factor=1e-6), fault("link.down", "node0-gpu0", after="20 s", lasts="25 s")),
+    "a link down": (fault("link.down", "node0-gpu0", after="100 us", lasts="40 s"),),
+    "a chunk lost on a slow link": (fault("link.slow", "*", factor=3e-6), fault("copy.lost", "gpu0", nth=2)),
+    "cut off": (fault("partition", "gpu0", channel="bulk", after="100 us", lasts="45 s"),),
+    "a slow network": (fault("reorder", "gpu0", channel="bulk", latency="25 s"),),
+    "a slow clock": (fault("clock.skew", "gpu0", factor=0.5),),
+}
+"""What costs no device its life, from a moment at which the copy is under way."""
+
+
+@pytest.mark.parametrize("way", ["there", "home"])
+@pytest.mark.parametrize("slow", SLOW)
+def test_who_is_slow_lives(slow: str, way: str) -> None:
+    """It takes longer than what makes the host ask, and every byte is right."""
+
+    async def main(machine: SimulatedMachine) -> None:
+        process = await machine.create_process()
+        address = await _placed(process, "host" if way == "there" else "gpu0")
+        for what in SLOW[slow]:
+            machine.add_fault(what)
+        if slow == "a slow clock":
+            await trio.sleep(90)  # then it is 45 s behind
+        began_s = trio.current_time()
+        await process.migrate(address, PAGES * PAGE, "gpu0" if way == "there" else "host")
+        assert trio.current_time() - began_s > WATCHDOG_S or (slow, way) == ("a slow clock", "there"), (
+            "the host's clock paces what goes there"
+        )
+        machine.heal()
+        await trio.sleep(1)  # the last steps of a migration run behind its answer
+        assert (await process.residency(address, PAGES)).owners == ("gpu0" if way == "there" else "node0",)
+        assert await process.read(address, PAGES * PAGE) == DATA[: PAGES * PAGE]
+        devices = (await machine.report())["devices"]
+        assert all(devices[name]["state"] == "ready" and devices[name]["lives"] == 1 for name in MACHINE.device_names)
+        await process.exit()
+
+    hmmnet.simulate(main, MACHINE, limit_s=3000.0)
