@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import trio
 
 from hmmnet.errors import KernelError
+from hmmnet.pages import PAGES_MAX
 from hmmnet.sleeping import Completion
 from hmmnet.topology import DeviceSpec
 
@@ -44,7 +45,11 @@ class Context:
                 subscription.hold(max(start, subscription.start), min(end, subscription.end))
 
     async def unsubscribe_all(self) -> None:
-        """Return when no invalidation reaches the device for this context any more."""
+        """Void its translations, and return when no invalidation reaches the device for this context any more.
+
+        In that order: what changes in between it is not told of.
+        """
+        self.domain.revoke(0, PAGES_MAX)
         while self.subscriptions:
             _, subscription = self.subscriptions.popitem()
             await self.hub.remove(subscription)

@@ -151,8 +151,8 @@ class Requests:
         subscription = context.subscriptions.pop(message.subscription, None)
         if subscription is None:
             raise ProtocolError(f"context {context.number} has no subscription {message.subscription}")
+        context.domain.revoke(subscription.start, subscription.end)  # of what changes before this returns it is not told
         await context.hub.remove(subscription)
-        context.domain.revoke(subscription.start, subscription.end)
 
     async def range_fault(self, message: RangeFault) -> RangeFaulted:
         """hmm_range_fault; the translations in the answer are granted in the same step. Raises KernelError as table A3."""

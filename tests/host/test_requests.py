@@ -18,8 +18,10 @@ from trio.testing import wait_all_tasks_blocked
 
 from hmmnet.errors import KernelError, PeerRefused, RemoteError
 from hmmnet.host import admission, requests
+from hmmnet.host.device import Context
 from hmmnet.host.interfaces import Event
 from hmmnet.host.mm.zones import CpuZone
+from hmmnet.host.service import Host
 from hmmnet.pages import (
     DEVICE_ZONE_MIN,
     HMM_PFN_REQ_FAULT,
@@ -72,6 +74,37 @@ async def test_after_unsubscribing_nothing_is_told_and_nothing_reached() -> None
         assert device.of(Invalidate) == []
         with pytest.raises(RemoteError, match="has no subscription"):
             await device.session.ask(Unsubscribe(1, subscription), Done)
+
+
+@pytest.mark.parametrize("closes", [False, True], ids=["unsubscribes", "closes"])
+async def test_translations_are_void_before_a_subscription_is_gone(*, closes: bool) -> None:
+    """A removal waits while anything of the process is being invalidated; what changes as soon as that ends the device does not hear of."""
+    async with running_host("gpu0", "gpu1") as (host, transport), scripted_device(host, transport, "gpu0") as device:
+        process = await host.create_process()
+        handle = await process.open("gpu0")
+        page = await pages_of(process, 1) >> PAGE_SHIFT
+        subscription = (await device.subscribe(1, held=True)).subscription
+        await device.range_fault(1, subscription, page, 1, WRITE)
+        domain = device_context(host).domain
+        assert domain.frame(page) is not None
+        with trio.fail_after(10):
+            async with trio.open_nursery() as nursery:
+                async with process.space.hub.invalidate(Event.PROTECTION_VMA, page + 1, page + 2):
+                    if closes:
+                        nursery.start_soon(handle.close)
+                    else:
+                        nursery.start_soon(device.session.ask, Unsubscribe(1, subscription), Done)
+                    await trio.sleep(0.1)
+                    await wait_all_tasks_blocked()
+                    assert device_context(host).domain is domain
+                    assert domain.frame(page) is None
+
+
+def device_context(host: Host) -> Context:
+    """Context 1 of gpu0, which is still there."""
+    life = host.devices["gpu0"].life
+    assert life is not None
+    return life.contexts[1]
 
 
 async def test_subscriptions_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
