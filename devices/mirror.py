@@ -4,10 +4,10 @@ What ``hmm_mirror`` drivers keep: for each page of the mirrored process that the
 is elsewhere, in another process, so a translation is a promise with a condition: *good until you are told to drop it*.
 
 The protocol (mm/mmu_notifier.c, Documentation/mm/hmm.rst): the host answers a range fault with words and the subscription's sequence.
-Before the device programs them it compares that sequence with the one it was last told by an `Invalidate` (`is_current`). Equal:
-nothing was dropped since the words were read, program. Unequal: throw the words away and ask again. In the kernel the comparison and
-the programming happen under the driver's lock; here both are synchronous calls with no await between them, so no message can be
-handled in between.
+Before the device programs them it compares that sequence with the one it was last told by an `Invalidate` (`is_current`). If it was told
+a later one, something was dropped since the words were read: throw them away and ask again. An earlier one is good: the host moves a
+sequence on without a word where the device holds nothing. In the kernel the comparison and the programming happen under the driver's lock;
+here both are synchronous calls with no await between them, so no message can be handled in between.
 
 The sequence does not cover migrations that the device caused itself: drivers filter those events, and so does the host. Nor does it
 cover a `CopyOut`. Both change translations all the same, so whoever holds words in flight also holds a `Watch`: every local reason

@@ -41,18 +41,22 @@ class Context:
     def hold(self, start: int, end: int) -> None:
         """The device may get translations of pages of [start, end): see `Subscription.hold`."""
         for subscription in self.subscriptions.values():
-            if subscription.overlaps(start, end):
-                subscription.hold(max(start, subscription.start), min(end, subscription.end))
+            subscription.hold(start, end)
 
     async def unsubscribe_all(self) -> None:
-        """Void its translations, and return when no invalidation reaches the device for this context any more.
+        """Void its translations, and return when DMA by them is over and no invalidation reaches the device for this context any more.
 
-        In that order: what changes in between it is not told of.
+        In that order: until DMA is over who changes a page has to wait for it, and of what changes after a removal the device is not told.
         """
-        self.domain.revoke(0, PAGES_MAX)
-        while self.subscriptions:
-            _, subscription = self.subscriptions.popitem()
-            await self.hub.remove(subscription)
+        while True:
+            gone, self.subscriptions = self.subscriptions, {}  # nothing is granted for those any more
+            self.domain.revoke(0, PAGES_MAX)
+            if self.domain.busy(0, PAGES_MAX):
+                await self.life.link.quiet(self.domain, 0, PAGES_MAX)
+            if not gone:
+                return
+            for subscription in gone.values():
+                await self.hub.remove(subscription)
 
 
 @dataclass(eq=False)

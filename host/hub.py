@@ -70,8 +70,8 @@ class Invalidation:
                 await self._at("hub.after_callbacks")
             for subscription, acknowledgement in told:
                 await acknowledgement.finish()
-                if subscription.held is not None and subscription.link.zone != self.owner:
-                    subscription.held.discard(self.start, self.end)
+                if subscription.link.zone != self.owner:  # else it maps what comes afterwards
+                    subscription.let_go(self.start, self.end)
             if not points.passes("hub.after_acks"):
                 await self._at("hub.after_acks")
         finally:
@@ -93,13 +93,13 @@ class Invalidation:
             if filters and subscription.own and link.zone == self.owner and not (points.armed and points.fails("hub.wrong_owner")):
                 continue
             start, end = self.start, self.end
-            if points.armed and points.fails("hub.wide", device=link.name, start=start, pages=end - start, event=self.event.value):
-                start, end = max(0, start - WIDE_PAGES), min(PAGES_MAX, end + WIDE_PAGES)
             subscription.sequence = sequence
             if subscription.gone:
                 self._hub.too_late(subscription, f"was told of pages [0x{start:x}, 0x{end:x}) after its removal had returned")
             if not subscription.concerns(start, end):
                 continue
+            if points.armed and points.fails("hub.wide", device=link.name, start=start, pages=end - start, event=self.event.value):
+                start, end = max(0, start - WIDE_PAGES), min(PAGES_MAX, end + WIDE_PAGES)
             acknowledgement = link.invalidate_start(subscription.context, subscription.number, start, end, self.event, self.owner, sequence)
             if acknowledgement is not None:
                 subscription.running += 1
@@ -117,18 +117,35 @@ class Invalidation:
             self._hub.range_end()
 
 
+def _never(_page: int, _owner: int) -> bool:
+    """A page that comes home is announced like every other change."""
+    return False
+
+
 class Order(Protocol):
     """When the mirrors of one address space hear of a change, and how: the hub's part of a personality."""
 
+    spares: bool
+    """Whether a device is told nothing of pages that it does not hold, and nobody else has to hear of those either."""
+
     def invalidation(self, hub: Hub, event: Event, start: int, end: int, owner: int) -> AbstractAsyncContextManager[object]:
         """Entered before [start, end) changes, left afterwards."""
+        ...
+
+    def tells_others(self) -> bool:
+        """Whether somebody who is no subscription has to hear of every change."""
         ...
 
 
 class AtStart:
     """Today's order: mirrors that overlap a range drop it before it changes."""
 
+    spares = True
     invalidation = Invalidation
+
+    def tells_others(self) -> bool:
+        """See `Order`."""
+        return False
 
 
 class Hub:
@@ -141,7 +158,7 @@ class Hub:
         self.late: list[str] = [] if late is None else late
         self.order: Order = AtStart() if order is None else order
         self.core = MmuNotifier()
-        self.pass_through = self.core.pass_through
+        self.pass_through = self.core.pass_through if self.order.spares else _never
         """A MIGRATE of one page that comes home from the device of a zone: whether nobody has to be told, or waited for.
 
         If so it is announced, and over: go on without suspension. If not, `invalidate`.
@@ -170,6 +187,8 @@ class Hub:
 
         Then nothing has begun, and no end follows.
         """
+        if self.order.tells_others():
+            return False
         if self.core.start(start, end):
             self.range_end()
             return False

@@ -6,8 +6,8 @@ and not there, walk again, until nothing is left to fault. Faulting may sleep (o
 device), and while it sleeps the range may be invalidated under us: then everything read so far is stale, and the loop starts over, until
 the time is up (EBUSY).
 
-The answer carries the sequence. The device compares it with its own copy, which every invalidation updates on arrival, in the same step
-in which it programs its table; that comparison is mmu_interval_read_retry, across two processes.
+The answer carries the sequence. The device compares it with that of the last invalidation that it was told of, in the same step in which it
+programs its table; that comparison is mmu_interval_read_retry, across two processes.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
 A mirror must never program a translation that the CPU page table has dropped meanwhile, yet it may not hold a lock across a walk that
 can sleep. The way out is a *sequence*. Each mm has one, even while the page table is quiet, odd while some range is being
-invalidated; each subscription keeps the value it had when it was last told to drop something. A reader notes its subscription's value
-(`read_begin`), walks, and before it programs anything compares again (`read_retry`): a change in between means that the walk is stale.
+invalidated; each subscription keeps the value it had when something of its interval was last invalidated, whether its device had to be
+told or not. A reader notes its subscription's value (`read_begin`), walks, and before it programs anything compares again (`read_retry`):
+a change in between means that the walk is stale.
 
 Why the mm's count and not one per subscription: overlapping invalidations nest. The mm stays odd until the last of them ends, and a
 reader whose subscription carries that very odd value knows that *its* range is not safe yet, and waits. All others go on.
@@ -73,8 +74,14 @@ class Subscription:
 
     def hold(self, start: int, end: int) -> None:
         """The device is given translations of pages of [start, end), or may be: it has to be told from now on what becomes of them."""
-        if self.held is not None:
+        start, end = max(start, self.start), min(end, self.end)
+        if self.held is not None and start < end:
             self.held.add(start, end)
+
+    def let_go(self, start: int, end: int) -> None:
+        """The device has acknowledged an event on [start, end)."""
+        if self.held is not None:
+            self.held.discard(start, end)
 
     def concerns(self, start: int, end: int) -> bool:
         """Whether the device has to be told of an event on [start, end)."""

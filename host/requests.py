@@ -9,6 +9,7 @@ Handlers that can answer at once are plain functions, which the session runs in 
 
 from __future__ import annotations
 
+import errno
 import math
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
@@ -16,10 +17,12 @@ from functools import partial
 import numpy as np
 import trio
 
-from hmmnet.errors import PeerLost, ProtocolError
+from hmmnet.errors import KernelError, PeerLost, ProtocolError
 from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.pages import (
+    HMM_PFN_ERROR,
     HMM_PFN_REQ_FAULT,
+    HMM_PFN_VALID,
     PAGES_MAX,
     Words,
     from_wire,
@@ -133,7 +136,7 @@ class Requests:
         context = self._life.context(message.context)
         if len(context.subscriptions) >= SUBSCRIPTIONS_MAX:
             raise ProtocolError(f"context {context.number} has {SUBSCRIPTIONS_MAX} subscriptions")
-        held = HeldPages() if message.held else None
+        held = HeldPages() if message.held and context.hub.order.spares else None
         made = context.hub.insert(message.start, message.end, self._life.link, context.number, message.own, held, message.overshoot)
         context.subscriptions[made.number] = made
         if context.hub.core.must_wait(made):
@@ -151,7 +154,10 @@ class Requests:
         subscription = context.subscriptions.pop(message.subscription, None)
         if subscription is None:
             raise ProtocolError(f"context {context.number} has no subscription {message.subscription}")
-        context.domain.revoke(subscription.start, subscription.end)  # of what changes before this returns it is not told
+        start, end = subscription.start, subscription.end
+        context.domain.revoke(start, end)  # first: of what changes once it is removed the device is not told
+        if context.domain.busy(start, end):
+            await self._life.link.quiet(context.domain, start, end)
         await context.hub.remove(subscription)
 
     async def range_fault(self, message: RangeFault) -> RangeFaulted:
@@ -169,9 +175,10 @@ class Requests:
         )
         timeout_s = self._clock.real(message.timeout_ms / 1000) if message.timeout_ms > 0 else math.inf
         sequence, words = await self._personality.range_fault(context.space, context.hub, subscription, request, timeout_s)
+        _check_still_there(context, subscription, "hmm_range_fault")
         words = self._dma.map(message.start, words, fault=bool(message.default_flags & HMM_PFN_REQ_FAULT or len(inputs)))
         context.domain.grant(message.start, words)
-        subscription.hold(message.start, request.end)
+        _given(subscription, message.start, words)
         points = context.hub.points
         if points.armed:  # not before: what is granted must be good now
             process, start, pages = context.hub.process, message.start, message.pages
@@ -334,10 +341,10 @@ class Requests:
             if not context.hub.core.must_wait(subscription):
                 break
             await context.hub.read_begin(subscription)  # what is being invalidated now has no sequence of its own yet
-        self._subscription(message.context, message.subscription)  # without one nothing would ever take back what is granted now
+        _check_still_there(context, subscription, "make_device_exclusive")
         words = self._dma.map(message.start, words, fault=False)
         context.domain.grant(message.start, words)
-        subscription.hold(message.start, end)
+        _given(subscription, message.start, words)
         return Exclusive(subscription.sequence, to_wire(words))
 
     def _subscription(self, context: int, subscription: int) -> tuple[Context, Subscription]:
@@ -350,6 +357,20 @@ class Requests:
         if not 0 < pages <= PAGES_PER_MESSAGE_MAX or start + pages > PAGES_MAX:
             most = PAGES_PER_MESSAGE_MAX
             raise ProtocolError(f"{call} of pages [0x{start:x}, +{pages}): at least one, at most {most}, inside an address space")
+
+
+def _check_still_there(context: Context, subscription: Subscription, call: str) -> None:
+    """Before something is granted: without its subscription nothing would ever take it back. Raises KernelError(ESRCH)."""
+    if subscription.number not in context.subscriptions:
+        what = f"subscription {subscription.number} of context {context.number}"
+        raise KernelError(errno.ESRCH, call, f"{what} was removed meanwhile")
+
+
+def _given(subscription: Subscription, start: int, words: Words) -> None:
+    """The device gets `words` (HMM_PFN) of pages from `start` on: it may hold those that lead somewhere, and what lies between."""
+    usable = ((words & np.uint64(HMM_PFN_VALID | HMM_PFN_ERROR)) == np.uint64(HMM_PFN_VALID)).nonzero()[0]
+    if len(usable):
+        subscription.hold(start + int(usable[0]), start + int(usable[-1]) + 1)
 
 
 async def _told(contexts: Sequence[Context], start: int, end: int) -> None:

@@ -144,6 +144,8 @@ class Device:
         self._nursery = wiring.nursery
         self._processes: dict[int, MirroredProcess] = {}
         self._slots: dict[int, Context] = {}
+        self._closing: dict[int, Opened] = {}
+        """Contexts that are being closed: they take no calls, and their jobs may still be at work."""
         self.open_mirrors: list[tuple[int, Mirror]] = []
         """(process, mirror) of every open context: for who checks them after every step."""
         self._slot_last = 0
@@ -219,9 +221,13 @@ class Device:
         finally:
             closes = self.contexts.pop(message.context, None) is not None
             if closes:
+                self._closing[message.context] = opened
                 self.open_mirrors.remove((opened.context.process.number, opened.context.mirror))
                 opened.scope.cancel()
                 await opened.closed.wait()
+                opened.context.mirror.clear()
+                while opened.context.is_busy(0, PAGES_MAX):
+                    await opened.context.quiesce(0, PAGES_MAX)
                 self._forget(opened.context)
         if not closes:
             raise KernelError(EBADF, "close", f"context {message.context} is being closed")
@@ -231,6 +237,7 @@ class Device:
 
     def _forget(self, context: Context) -> None:
         context.mirror.clear()
+        self._closing.pop(context.number, None)
         self._slots.pop(context.mirror.slot, None)
         context.process.contexts.remove(context)
         if not context.process.contexts:
@@ -275,7 +282,7 @@ class Device:
         """mmu_notifier range start (v25: end): entries go now; the answer waits for DMA. Raises ProtocolError."""
         if message.start >= message.end or message.end > PAGES_MAX:
             raise ProtocolError(f"Invalidate of pages [0x{message.start:x}, 0x{message.end:x}), which is no range")
-        opened = self.contexts.get(message.context)
+        opened = self.contexts.get(message.context) or self._closing.get(message.context)
         if opened is None:
             return None
         context = opened.context

@@ -188,6 +188,40 @@ async def answers_when_its_dma_is_over(host: ScriptedHost, device: Model) -> Non
     assert await host.cpu_read(at, 8) == b"\x07" * 8
 
 
+async def closes_when_its_dma_is_over(host: ScriptedHost, device: Model) -> None:
+    """A context that is being closed has not let go of a page while a job of it reads or writes that, and is not closed so long."""
+    at = host.mmap(PAGE, 1)
+    await host.cpu_write(at, bytes(PAGE_SIZE))
+    begun, goes_on, answers = trio.Event(), trio.Event(), list[str]()
+
+    async def held() -> None:
+        begun.set()
+        await goes_on.wait()
+
+    async def job() -> None:
+        with suppress(RemoteError, KernelError):
+            await host.launch("peek", "remote", a=at, n=1)
+
+    async def closing() -> None:
+        await host.close(1)
+        answers.append("closed")
+
+    async def invalidate() -> None:
+        async with host.invalidated(PAGE, PAGE + 1, "soft_dirty"):
+            answers.append("let go")
+
+    host.pauses[m.DmaRead] = held
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(job)
+        await begun.wait()
+        for step in (closing, invalidate):
+            nursery.start_soon(step)
+            await trio.sleep(BUSY_S)
+            assert not answers, f"{answers[0]} while its DmaRead was under way"
+        goes_on.set()
+    assert sorted(answers) == ["closed", "let go"]
+
+
 async def lets_go_when_its_lease_is_over(host: ScriptedHost, device: Model) -> None:
     """Told by nobody it uses no translation any more; when the host is gone its jobs end, too."""
     host.mmap(PAGE, 8)
@@ -418,6 +452,7 @@ CHECKS: tuple[Check, ...] = (
     drops_what_is_invalidated,
     drops_at_once,
     answers_when_its_dma_is_over,
+    closes_when_its_dma_is_over,
     lets_go_when_its_lease_is_over,
     drops_before_it_copies_out,
     survives_late_and_unknown_invalidations,

@@ -337,8 +337,10 @@ class StreamsShown(Message, frozen=True):
 class Subscribe(Message, frozen=True):
     """mmu_interval_notifier_insert over pages [start, end). `Subscribed`. `own` filters MIGRATE events the device caused.
 
-    `held` filters events on pages of which this subscription was given no translation since an event took the last, as a driver's callback
-    does that looks at its own table first. It gives up `overshoot` pages behind the end of an event, too, so those count.
+    `held` filters events on pages of which nothing was given for this subscription since an event took the last, as a driver's callback
+    does that looks at its own table first: by an answer to a `RangeFault` or `MakeExclusive` of it, or by a `Migrate` of its context that
+    it was there for. What a device keeps of another interval does not count. It gives up `overshoot` pages behind the end of an event, too,
+    so those count.
     """
 
     context: U64

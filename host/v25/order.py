@@ -38,6 +38,8 @@ UNKNOWN_SUBSCRIPTION = 0
 class AtEnd:
     """v25's order for one address space: its `Hmm`, and what has to be held to call mirrors."""
 
+    spares = False
+
     def __init__(self, gather: Gather) -> None:
         self.hmm = Hmm()
         self.mirrors_sem = RwLock()
@@ -50,6 +52,10 @@ class AtEnd:
         """See `Order.invalidation`. Every event is an INVALIDATE."""
         del event
         return RangeEnd(self, hub, start, end, owner)
+
+    def tells_others(self) -> bool:
+        """Drivers in the host, who may sleep in their callbacks: the OOM reaper of 4.14 leaves an mm with notifiers alone."""
+        return bool(self.hmm.mirrors)
 
     async def call_mirrors(self, hub: Hub, start: int, end: int) -> None:
         """Every registered mirror's callback, in the order of registration. Raises what a callback raises, after all were called."""

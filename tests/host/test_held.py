@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -46,3 +47,15 @@ def test_all_of_an_address_space_is_looked_through_as_far_as_anything_is_held() 
     assert not held.overlaps(0, PAGES_MAX // 2)
     held.discard(0, PAGES_MAX)
     assert not held.overlaps(0, PAGES_MAX)
+
+
+def test_a_device_that_asks_for_more_than_is_remembered_is_told_of_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a peer makes the host remember has a bound."""
+    monkeypatch.setattr("hmmnet.host.held.BLOCKS_MAX", 3)
+    held = HeldPages()
+    held.add(0, 3 * HUGE_PAGES)
+    assert not held.overlaps(3 * HUGE_PAGES, PAGES_MAX)
+    held.add(5 * HUGE_PAGES, 5 * HUGE_PAGES + 1)
+    held.discard(0, PAGES_MAX)
+    held.add(0, 1)
+    assert held.overlaps(7 * HUGE_PAGES, 7 * HUGE_PAGES + 1)

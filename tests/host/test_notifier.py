@@ -8,6 +8,7 @@ import random
 import pytest
 
 from hmmnet.errors import KernelError
+from hmmnet.host.held import HeldPages
 from hmmnet.host.notifier import SEQUENCE_FIRST, IntervalIndex, MmuNotifier, Subscription
 from hmmnet.pages import PAGES_MAX
 
@@ -168,21 +169,28 @@ def test_passing_through_is_a_start_and_an_end(seed: int) -> None:
     for _ in range(60):
         start = draw.randrange(64)
         end, link, own = start + draw.randrange(1, 16), draw.choice(links), draw.random() < 0.8
+        held = draw.choice((None, ((start, end),), ((start, start + 1),), ()))
         for core in (short, long):
-            core.insert(start, end, link, 1, own)
+            made = core.insert(start, end, link, 1, own, None if held is None else HeldPages())
+            for pages in held or ():
+                made.hold(*pages)
         page, owner = draw.randrange(80), draw.choice((64, 65, 66))
-        told = [found for found in long.index.overlapping(page, page + 1) if not found.own or found.link.zone != owner]
+        hears = [found for found in long.index.overlapping(page, page + 1) if not found.own or found.link.zone != owner]
+        told = [found for found in hears if found.concerns(page, page + 1)]
         before = short.sequence
         if short.pass_through(page, owner):
             passed += 1
             assert not told
             long.start(page, page + 1)
+            for found in hears:
+                found.sequence = long.sequence
             long.end()
         else:
             refused += 1
             assert told
             assert short.sequence == before
         assert short.sequence == long.sequence
+        assert [found.sequence for found in short.index.all()] == [found.sequence for found in long.index.all()]
     assert passed > 0
     assert refused > 0
     long.start(0, 1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from errno import EINVAL
+from errno import EINVAL, ESRCH
 
 import numpy as np
 import pytest
@@ -49,6 +49,7 @@ from hmmnet.wire.messages import (
     Migrate,
     Migrated,
     MigrateDone,
+    RangeFault,
     Unsubscribe,
 )
 
@@ -98,6 +99,62 @@ async def test_translations_are_void_before_a_subscription_is_gone(*, closes: bo
                     await wait_all_tasks_blocked()
                     assert device_context(host).domain is domain
                     assert domain.frame(page) is None
+
+
+@pytest.mark.parametrize("kind", [RangeFault, MakeExclusive], ids=["range fault", "exclusive"])
+async def test_who_has_given_its_subscription_up_is_granted_nothing(kind: type[RangeFault | MakeExclusive]) -> None:
+    """Nothing would take it back. What it asked for while something was being invalidated is ESRCH."""
+    async with one_device() as (host, device, process):
+        page = await pages_of(process, 1) >> PAGE_SHIFT
+        subscription = (await device.subscribe(1, held=True)).subscription
+        ends: list[int] = []
+
+        async def ask() -> None:
+            try:
+                if kind is RangeFault:
+                    await device.range_fault(1, subscription, page, 1, WRITE)
+                else:
+                    await device.session.ask(MakeExclusive(1, subscription, page, 1), Exclusive)
+            except KernelError as error:
+                ends.append(error.code)
+
+        with trio.fail_after(10):
+            async with trio.open_nursery() as nursery:
+                async with process.space.hub.invalidate(Event.PROTECTION_VMA, page, page + 1):
+                    nursery.start_soon(ask)
+                    await trio.sleep(0.1)
+                    nursery.start_soon(device.session.ask, Unsubscribe(1, subscription), Done)
+                    await trio.sleep(0.1)
+        assert ends == [ESRCH]
+        assert device_context(host).domain.frame(page) is None
+
+
+async def test_a_subscription_stays_until_dma_by_it_is_over() -> None:
+    """Whoever changes the page meanwhile waits for the DMA: a context's last accesses end before it does."""
+    async with one_device() as (host, device, process):
+        page = await pages_of(process, 1) >> PAGE_SHIFT
+        subscription = (await device.subscribe(1, held=True)).subscription
+        await device.range_fault(1, subscription, page, 1, WRITE)
+        context = device_context(host)
+        access, over = context.domain.begin(words(page), write=True), trio.Event()
+
+        async def unsubscribe() -> None:
+            await device.session.ask(Unsubscribe(1, subscription), Done)
+            over.set()
+
+        async def change() -> None:
+            async with process.space.hub.invalidate(Event.CLEAR, page, page + 1):
+                assert not context.domain.busy(page, page + 1)
+
+        with trio.fail_after(10):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(unsubscribe)
+                await trio.sleep(0.1)
+                nursery.start_soon(change)
+                await trio.sleep(0.1)
+                assert not over.is_set()
+                context.domain.end(access)
+                context.life.link.dma_ended.unpark_all()
 
 
 def device_context(host: Host) -> Context:

@@ -20,12 +20,13 @@ from hmmnet.host.interfaces import NO_OWNER
 from hmmnet.host.mm.invariants import check
 from hmmnet.host.process import Process
 from hmmnet.host.service import Host
+from hmmnet.host.v25.order import hub_of
 from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE
 from hmmnet.sim import SimulatedMachine
 from hmmnet.topology.load import load, parse
 from hmmnet.wire.memory_transport import MemoryTransport
 
-from .dummy import Public
+from .dummy import Listener, Public
 
 SMALL = parse("""
 [[memory]]
@@ -128,6 +129,34 @@ def test_a_device_is_told_at_the_end() -> None:
         return told
 
     assert hmmnet.simulate(main, SMALL, personality="v25").value == [(8, 4, "invalidate True")]
+
+
+def test_a_page_that_comes_home_is_announced_to_everybody() -> None:
+    """To drivers in the host, whose words do not hold then, and to devices that have nothing there."""
+
+    async def main(machine: SimulatedMachine) -> None:
+        process, address = await filled(machine)
+        space, listener, at = process.space, Listener(), address + 8 * PAGE_SIZE
+        hub, _ = hub_of(space.hub, "test")
+        async with space.mmap_lock.write():
+            await v25.hmm_mirror_register(listener.mirror, space)
+        for others in ((), ("dmirror1", "gpu1")):
+            for name in others:
+                await process.launch("reduction", name, a=address, n=1)
+            await process.migrate(address, LENGTH, "gpu0")
+            async with space.mmap_lock.read():
+                vma, tracked, pfns = v25.find_vma(space, at), v25.HmmRange(), np.zeros(1, np.uint64)
+                assert vma is not None
+                v25.hmm_vma_get_pfns(vma, tracked, at, at + PAGE_SIZE, pfns)
+            listener.log.clear()
+            before = hub.messages
+            assert await process.load(at) == NUMBERS[8 * 512]
+            assert not v25.hmm_vma_range_done(vma, tracked)
+            assert listener.log == [("", at >> PAGE_SHIFT, (at >> PAGE_SHIFT) + 1)]
+            assert hub.messages - before == 1 + len(others)
+            await process.migrate(address, LENGTH, "host")
+
+    hmmnet.simulate(main, SMALL, personality="v25")
 
 
 def test_a_page_goes_from_device_to_device() -> None:

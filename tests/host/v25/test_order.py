@@ -100,6 +100,20 @@ async def test_every_mirror_is_told_one_after_the_other() -> None:
     assert log == [("slow", page, page + 1), ("quick", page, page + 1)]
 
 
+async def test_the_oom_reaper_leaves_an_address_space_with_mirrors_alone() -> None:
+    """Their callbacks may sleep, and it must not: the frames stay until the process exits."""
+    ground = Ground()
+    address = await ground.space.mmap(4 * PAGE_SIZE)
+    await ground.space.store(address, bytes(4 * PAGE_SIZE))
+    await ground.register()
+    await ground.space.reap()
+    assert ground.bench.host_pages_used() == 4
+    other = ground.bench.space(2)
+    await other.store(await other.mmap(PAGE_SIZE), b"x")
+    await other.reap()
+    assert ground.bench.host_pages_used() == 4
+
+
 async def test_another_process_is_told_nothing() -> None:
     """A mirror hears of its own address space."""
     ground = Ground()
