@@ -193,6 +193,7 @@ class SessionLink:
         self._fence_at = trio.current_time() + self._interconnect.clock.real(self._lease_s)
         if isinstance(cause, PeerGone):
             self._fenced.set()
+        self._watchdog.forget()
         self.receiver.fail(str(cause))  # whoever waited for the device may go on before a cancelled task can end its stream
         for scope in self.transfers:
             scope.cancel()

@@ -8,8 +8,11 @@ waits for. An engine that says twice, a limit apart, that it is where it was and
 is if it does not answer. A stream that the device knows nothing of ends, and nothing else: the device has given it up, and each message
 that said so was lost.
 
-What a device says is believed: this is for engines that hang, not for devices that lie. Streams *to* a device are the host's own (`sender`
-repeats for a minute, and waits as long for links); what else may hold one here has `HUNG_S`, and costs that copy and no device.
+What a device says is believed: this is for engines that hang, not for devices that lie, and a chunk whose moment was set while its link
+was very slow waits for that moment. Streams *to* a device are the host's own (`sender` repeats for a minute, and waits as long for links;
+for a connection it waits until the device is lost); what else may hold one here has `HUNG_S`, and costs that copy and no device. What a
+command (`Ioctl`) gives is not watched: it takes its time before it gives anything, only its caller waits, and nothing that others want is
+held so long.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ HUNG_S = 2 * WATCHDOG_S
 ANSWER_S = 5.0
 """Real seconds for an answer that waits for nothing, heartbeats or not."""
 ASKED_MAX = 3
-"""Questions in a row that are answered with nothing that says anything: one may be damaged on its way."""
+"""Questions in a row, `WATCHDOG_S` apart, that are answered with nothing that says anything: one may be damaged on its way."""
 NEW = -1.0
 """Of an answer that is waited for: no heartbeat has come since it was asked for."""
 
@@ -107,12 +110,23 @@ class Watchdog:
                 self._take(pending.result(), asked, now_s)
             except HmmnetError as error:
                 self._in_vain += 1
+                for seen in filter(None, map(self.watched.get, asked)):
+                    seen.since_s = now_s
                 if self._in_vain == ASKED_MAX:
                     self._condemn(f"it did not say how its copies go on ({error})")
             else:
                 self._in_vain = 0
-        elif self._asked is None and due:
-            self._ask(due[:STREAMS_SHOWN_MAX])
+        elif self._asked is None:
+            if due:
+                self._ask(due[:STREAMS_SHOWN_MAX])
+        elif not any(arrival in due for arrival in self._asked[1]):
+            self.forget()
+
+    def forget(self) -> None:
+        """Nobody waits for what was asked any more: the streams are over or go on, or the device is lost."""
+        if self._asked is not None:
+            del self.owed[self._asked[0]]
+            self._asked = None
 
     def _is_due(self, arrival: Arrival, now_s: float, *, stalled: bool) -> bool:
         """Whether nothing has come of it for too long."""

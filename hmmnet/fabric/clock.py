@@ -23,6 +23,8 @@ from hmmnet.errors import HmmnetError
 
 SLEEP_MIN_S = 0.001
 """Real seconds. trio sleeps whole milliseconds, rounding up; less is accounted for and not slept."""
+SLEEP_MAX_S = 1.0
+"""Real seconds of one sleep: then somebody looks whether the clock runs at another rate now."""
 
 
 class EmulatedClock(trio.abc.Clock):
@@ -95,7 +97,7 @@ class EmulatedClock(trio.abc.Clock):
     async def sleep_until(self, emulated_s: float) -> None:
         """Return at that emulated moment, or up to a real millisecond early: what is shorter is not worth a sleep."""
         while (left_s := self.real_until(emulated_s)) >= SLEEP_MIN_S:  # noqa: ASYNC110 - time is what is waited for; the rate may change
-            await trio.sleep(self.real(left_s - SLEEP_MIN_S / 2))
+            await trio.sleep(self.real(min(left_s, SLEEP_MAX_S) - SLEEP_MIN_S / 2))
 
     # --- as the clock of a trio run
 

@@ -65,6 +65,8 @@ class _Outgoing:
         """Headers of chunks that lie in the ring and are not announced yet."""
         self.due_s = 0.0
         """When the chunk that was taken up last may leave."""
+        self.paced = False
+        """Whether it sleeps until then, or longer, where its clock has changed meanwhile."""
         self.no_way = False
         """Whether it waits for a link, or for room in the channel."""
 
@@ -150,7 +152,7 @@ class BulkSender:
         elif out.bell.awaited:
             holds = Holds.CREDIT
         else:
-            holds = Holds.PACE if self._clock.now() < out.due_s else Holds.NOTHING
+            holds = Holds.PACE if out.paced or self._clock.now() < out.due_s else Holds.NOTHING
         return out.state.begun, holds
 
     def refused(self, stream: int, why: object) -> None:
@@ -221,7 +223,9 @@ class BulkSender:
             await self.step()
         if out.held and clock.real_until(grant.start_s) >= clock.sleep_min_s:
             await self._announce(out)
+        out.paced = True
         await clock.sleep_until(grant.start_s)
+        out.paced = False
         if self.ring is not None:
             await trio.lowlevel.checkpoint()  # a megabyte, as every one: others have their turn
         slot = self._slot(out, sequence)

@@ -27,7 +27,9 @@ import xxhash
 
 from hmmnet.blocking import only_error
 from hmmnet.errors import KernelError, RemoteError
-from hmmnet.pages import PAGE_SIZE, PAGES_MAX, ZONE_SHIFT, to_wire
+from hmmnet.fabric.dma import BytesSink
+from hmmnet.fabric.stream import Holds
+from hmmnet.pages import PAGE_SIZE, PAGES_MAX, ZONE_SHIFT, from_wire, to_wire
 from hmmnet.plugins import MODELS, offered
 from hmmnet.sim import run_virtual
 from hmmnet.sim.clock import VirtualClock
@@ -319,6 +321,22 @@ async def answers_a_copy_without_a_stream(host: ScriptedHost, device: Model) -> 
     assert results_of(await host.launch("reduction", a=at, n=64 * 512)) == {"sum": sum(range(64 * 512))}
 
 
+async def says_how_its_copies_go_on(host: ScriptedHost, device: Model) -> None:
+    """Asked about a stream it says what holds it: credits, here; and that it knows nothing of another. What is no list is refused."""
+    host.mmap(PAGE, 64)
+    await prefetch(host, PAGE, 64)
+    frames = u64(host.table[PAGE + i].frame for i in range(64))
+    stream, data = host.new_stream(), bytearray(64 * PAGE_SIZE)
+    await host.session.ask(m.CopyOut(stream, 1, b"", to_wire(frames), 0.0, INFINITE, 0.0), m.Done)
+    await trio.sleep(BUSY_S)
+    shown = await host.session.ask(m.ShowStreams(to_wire(u64([stream, stream + 2]))), m.StreamsShown)
+    assert from_wire(shown.holds).tolist() == [Holds.CREDIT, Holds.GONE]
+    assert from_wire(shown.begun).tolist()[0] > 0
+    await refused(host, m.ShowStreams(bytes(9)), m.StreamsShown)
+    await host.receiver.expect(stream, BytesSink(data)).wait()
+    assert data == bytes(64 * PAGE_SIZE)
+
+
 async def ignores_bad_frees(host: ScriptedHost, device: Model) -> None:
     """A note that frees what is not live frees nothing."""
     host.mmap(PAGE, 2)
@@ -459,6 +477,7 @@ CHECKS: tuple[Check, ...] = (
     takes_a_sequence_that_it_was_not_told,
     refuses_bad_copies,
     answers_a_copy_without_a_stream,
+    says_how_its_copies_go_on,
     ignores_bad_frees,
     counts_contexts,
     runs_jobs,

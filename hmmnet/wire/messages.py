@@ -19,7 +19,7 @@ import msgspec
 
 from hmmnet.pages import PAGE_SIZE
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 PAGES_PER_MESSAGE_MAX = 1 << 20
 """4 GiB of addresses in one page list (8 MiB); longer ranges are split by the caller."""
 MESSAGE_BYTES_MAX = 8 * PAGES_PER_MESSAGE_MAX * 3 + (1 << 16)

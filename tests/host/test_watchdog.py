@@ -163,7 +163,8 @@ async def test_who_does_not_say_how_its_streams_go_on_is_lost(answer: str) -> No
     (why,) = device.lost
     assert why.startswith("its copy engine did not answer within 5 s" if answer == "none" else "it did not say how its copies go on (")
     assert len(device.questions) == (1 if answer == "none" else ASKED_MAX)
-    assert device.now_s <= WATCHDOG_S + ANSWER_S + 4 * BEAT_S
+    assert device.now_s <= (WATCHDOG_S + ANSWER_S if answer == "none" else ASKED_MAX * (WATCHDOG_S + 2 * BEAT_S)) + 4 * BEAT_S
+    assert device.now_s > (WATCHDOG_S if answer == "none" else ASKED_MAX * WATCHDOG_S)
 
 
 async def test_a_question_that_is_damaged_on_its_way_is_asked_again() -> None:
@@ -174,6 +175,25 @@ async def test_a_question_that_is_damaged_on_its_way_is_asked_again() -> None:
     device.lives(300)
     assert device.lost == []
     assert len(device.questions) > 3 * ASKED_MAX
+
+
+@pytest.mark.parametrize("then", ["they are over", "they go on", "the device is lost"])
+async def test_a_question_that_nobody_needs_any_more_is_forgotten(then: str) -> None:
+    """Nobody waits: that no answer comes costs the device nothing, and nothing of it is left."""
+    device = _Played(lambda _: None)
+    device.lives(WATCHDOG_S + 1)
+    assert len(device.questions) == len(device.dog.owed) == 1
+    if then == "they are over":
+        device.dog.watched.clear()
+    elif then == "they go on":
+        for stream in device.streams:
+            stream.state.came += 1
+    if then == "the device is lost":
+        device.dog.forget()
+    else:
+        device.lives(WATCHDOG_S - 1)
+    assert not device.dog.owed
+    assert not device.lost
 
 
 async def test_nothing_is_asked_about_what_is_over() -> None:

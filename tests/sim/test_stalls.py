@@ -11,6 +11,7 @@ import hmmnet
 from hmmnet.errors import BusError, KernelError, PeerError
 from hmmnet.faults import fault
 from hmmnet.faults.kinds import Fault
+from hmmnet.host.service import Host
 from hmmnet.host.watchdog import ANSWER_S, HUNG_S, WATCHDOG_S
 from hmmnet.program import Process
 from hmmnet.sim import SimulatedMachine
@@ -176,6 +177,36 @@ SLOW: dict[str, tuple[Fault, ...]] = {
     "a slow clock": (fault("clock.skew", "gpu0", factor=0.5),),
 }
 """What costs no device its life, from a moment at which the copy is under way."""
+
+
+CLOCKS = ("is righted", "jumps", "runs faster")
+
+
+@pytest.mark.parametrize("clock", CLOCKS)
+def test_a_clock_that_changes_while_a_chunk_waits_for_its_moment_costs_nothing(clock: str) -> None:
+    """Its moment comes or has passed before the sleep is over, and the device says that it waits for that."""
+
+    async def main(machine: SimulatedMachine) -> None:
+        process = await machine.create_process()
+        address = await _placed(process, "gpu0")
+        machine.add_fault(fault("link.slow", "*", factor=2e-6))  # 52 s a chunk
+        skew = machine.add_fault(fault("clock.skew", "gpu0", factor=0.5)) if clock == "is righted" else 0
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(process.migrate, address, PAGES * PAGE, "host")
+            await trio.sleep(5)
+            if clock == "is righted":
+                machine.remove_fault(skew)
+            elif clock == "jumps":
+                machine.add_fault(fault("clock.jump", "gpu0", by="60 s"))
+            else:
+                assert isinstance(machine.host, Host)
+                machine.host.set_rate(10.0)
+        machine.heal()
+        assert await process.read(address, PAGES * PAGE) == DATA[: PAGES * PAGE]
+        assert (await machine.report())["devices"]["gpu0"]["lives"] == 1
+        await process.exit()
+
+    hmmnet.simulate(main, MACHINE, limit_s=3000.0)
 
 
 @pytest.mark.parametrize("way", ["there", "home"])

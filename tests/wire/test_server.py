@@ -333,7 +333,7 @@ HEADER = struct.Struct("<2sBBIQQ")
         (encode(Kind.HELLO, 0, 0, hello())[:10], "garbage"),
         (encode(Kind.HELLO, 0, 0, Inspect()), "garbage"),
         (HEADER.pack(MAGIC, PROTOCOL_VERSION, 99, 0, 0, 0), "garbage"),
-        (HEADER.pack(MAGIC, 2, Kind.HELLO, 0, 0, 0) + b"some other form of hello", "version"),
+        (HEADER.pack(MAGIC, PROTOCOL_VERSION + 1, Kind.HELLO, 0, 0, 0) + b"some other form of hello", "version"),
     ],
     ids=range(8),
 )
