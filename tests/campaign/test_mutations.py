@@ -60,7 +60,7 @@ CAUGHT: dict[str, tuple[int, str]] = {
     "pages_of_others_are_readable": (0, "service"),
     "partial_success_ignored": (0, "rights"),
     "peers_copy_nothing": (13, "history"),
-    "pin_check_skipped": (28, "service"),
+    "pin_check_skipped": (33, "service"),
     "poison_is_not_told": (120, "invariants"),
     "protection_changes_nothing": (8, "invariants"),
     "protection_is_not_told": (29, "invariants"),
