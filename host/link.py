@@ -183,6 +183,7 @@ class SessionLink:
         self._now = shortest_now()
         self._watchdog = Watchdog(session, receiver, self.condemn, interconnect.clock)
         self._owed = self._watchdog.owed
+        """For `fetch`, which enters what it waits for itself."""
         sender.step = self._step
         session.on_lost(self._on_lost)
         session.on_tick = self._watchdog.look

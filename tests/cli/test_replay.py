@@ -20,10 +20,10 @@ def test_a_refused_access_is_shown_when_it_was_refused(monkeypatch: pytest.Monke
     assert exit_code(["replay", str(REFUSED_SEED)]) == 1
     lines = capsys.readouterr().out.splitlines()
     told = re.compile(r"VIOLATION iommu: (at [0-9.]+ s: )dev\d used \d+ translations")
-    (at,) = [i for i, line in enumerate(lines) if told.match(line)]
+    ((at, when),) = [(i, match[1]) for i, line in enumerate(lines) if (match := told.match(line))]
     assert re.search(r" Dma(Read|Write) context=", lines[at - 1])
     assert "why='IommuFault" in lines[at + 1]
-    assert lines[-1].startswith("iommu: " + told.match(lines[at])[1])  # type: ignore[index]  # it matches
+    assert lines[-1].startswith("iommu: " + when)
 
 
 def test_a_crash_is_marked_and_has_its_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
