@@ -24,6 +24,8 @@ from .mm.zones import CpuZone, Zone
 
 STALL_S = 5.0
 """Real seconds that a CPU stalls on links that are down: as long as on a device that does not let go. Then it is a bus error."""
+LOOKS_AT_ENDING = 4
+"""Half milliseconds that accounts wait for flows that are due: for one that is late they would wait in vain."""
 
 
 class Interconnect:
@@ -154,6 +156,19 @@ class Interconnect:
         for link in links:
             link.record(nbytes, start_s, due_s, end_s)
         self.profile.record(DEVICE_TO_HOST, nbytes, end_s - start_s, device)
+
+    async def settle(self) -> None:
+        """Return when what a device may take for done by now is counted here, if it is.
+
+        Who waits for a transfer goes on up to `sleep_min_s` before it is due. A device that did so may be heard of before whoever closes
+        the flow here was woken, and who has its word would look at books without it.
+        """
+        early_s = self.clock.sleep_min_s
+        ending = self.arbiter.due(self.now() + early_s * self.clock.rate) if early_s else []
+        for _ in range(LOOKS_AT_ENDING):
+            if not any(flow.open for flow in ending):
+                return
+            await sleep(self.clock.real(early_s / 2))
 
     def open_in(self, device: str, frame: int) -> Flow:
         """A transfer from the memory that `frame` lies in to `device`. Close it."""

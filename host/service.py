@@ -524,6 +524,7 @@ class Host:
         `hmmnet.observe.counters.Profile.from_json` reads; ``devices`` and memory ``cgroups``, by name; the clock's ``rate`` and
         ``emulated_s``.
         """
+        await self.interconnect.settle()
         for link in self.links.values():
             link.settle()
         return {

@@ -55,7 +55,8 @@ class Flow:
         """Granted on these links."""
         self._leg_s = start_s
         """Since when it is on these links."""
-        self._open = True
+        self.open = True
+        """Until it is closed."""
 
     def grant(self, nbytes: int, now_s: float, catch_up_s: float = 0.0) -> Grant:
         """When the next `nbytes` may go. A sender that is late may make up for `catch_up_s` (see `pace`)."""
@@ -128,15 +129,20 @@ class Flow:
             link.record(nbytes, self._leg_s, due_s, now_s)
 
     @property
+    def granted(self) -> bool:
+        """Whether anything was granted on the links that it is on."""
+        return self._bytes > 0
+
+    @property
     def due_s(self) -> float:
         """When everything granted so far is there, at the present rate, on the model's links."""
         return self._carried_s + self._ahead / self.bytes_per_s + self.latency_s
 
     def close(self, now_s: float) -> None:
         """Everything has arrived (or never will): the links are free for others. Closing twice does nothing."""
-        if not self._open:
+        if not self.open:
             return
-        self._open = False
+        self.open = False
         self._arbiter.closed(self, now_s)
         self._record(self._bytes, self.due_s, now_s)
 
@@ -252,6 +258,10 @@ class Arbiter:
     def _share(self, now_s: float) -> None:
         for flow, rate in zip(self._flows, max_min_rates([flow.links for flow in self._flows]), strict=True):
             flow.change_rate(rate, now_s)
+
+    def due(self, by_s: float) -> list[Flow]:
+        """Flows that are open, though all that they were granted is there by then."""
+        return [flow for flow in self._flows if flow.granted and flow.due_s <= by_s]
 
     def report(self) -> list[LinkReport]:
         """Both directions of every link, in the order of the topology."""
