@@ -22,6 +22,7 @@ from .contexts import Contexts
 from .device import Context
 from .link import SessionLink
 from .mm.space import Space
+from .watchdog import ANSWER_S
 
 STREAMED_OUT = frozenset({"read", "read_unlocked", "migrate_to_dev", "exclusive"})
 """Commands of a dmirror whose data, a page for each page, come as a stream."""
@@ -139,24 +140,29 @@ async def command_device(context: Context, command: str, address: int, pages: in
 
 
 async def _commanded(link: SessionLink, message: Ioctl, data: bytes) -> IoctlDone:
-    """Send a command and its data; a command that fails may never look at them."""
+    """Send a command and its data. One that fails may never look at them; one that does not get them may never hear that, nor answer."""
     if not data:
         return await link.session.ask(message, IoctlDone)
     failure: HmmnetError | None = None
+    done: IoctlDone | None = None
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(_send_data, link, message.stream_in, data)
+
+        async def send_data() -> None:
+            nonlocal failure
+            try:
+                await link.sender.send(message.stream_in, BytesSource(data))
+            except PeerError as error:
+                log.info("the data of a command to %s were not taken: %s", link.name, error)
+                failure = PeerError(f"{message.command} did not get its data: {error}")
+                nursery.cancel_scope.deadline = trio.current_time() + link.real(ANSWER_S)
+
+        nursery.start_soon(send_data)
         try:
             done = await link.session.ask(message, IoctlDone)
         except HmmnetError as error:
             failure = error
         nursery.cancel_scope.cancel()
-    if failure is not None:
+    if done is None:
+        assert failure is not None, "only that ends the wait for the answer"
         raise failure
     return done
-
-
-async def _send_data(link: SessionLink, stream: int, data: bytes) -> None:
-    try:
-        await link.sender.send(stream, BytesSource(data))
-    except PeerError as error:
-        log.info("the data of a command to %s were not taken: %s", link.name, error)

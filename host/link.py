@@ -180,6 +180,8 @@ class SessionLink:
         self._fenced = Completion()
         self._fence_at = 0.0
         self.points = interconnect.points
+        self.real = interconnect.clock.real
+        """What to hand to trio's timeouts for so many real seconds."""
         self._now = shortest_now()
         self._watchdog = Watchdog(session, receiver, self.condemn, interconnect.clock)
         self._owed = self._watchdog.owed

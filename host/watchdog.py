@@ -8,9 +8,12 @@ waits for. An engine that says twice, a limit apart, that it is where it was and
 is if it does not answer. A stream that the device knows nothing of ends, and nothing else: the device has given it up, and each message
 that said so was lost.
 
+Whether anybody can send is seen here at once: who receives is a router, and knows whom it is connected to. A stream whose sender has had no
+connection for `AWAY_S` ends, as one to a device does then (`ZmqChannel.send`); the device lives, and keeps what it was to send.
+
 What a device says is believed: this is for engines that hang, not for devices that lie, and a chunk whose moment was set while its link
 was very slow waits for that moment. Streams *to* a device are the host's own (`sender` repeats for a minute, and waits as long for links;
-for a connection it waits until the device is lost); what else may hold one here has `HUNG_S`, and costs that copy and no device. What a
+and `AWAY_S` for a connection); what else may hold one here has `HUNG_S`, and costs that copy and no device. What a
 command (`Ioctl`) gives is not watched: it takes its time before it gives anything, only its caller waits, and nothing that others want is
 held so long.
 """
@@ -30,6 +33,7 @@ from hmmnet.fabric.stream import Holds
 from hmmnet.pages import from_wire, to_wire
 from hmmnet.wire.messages import STREAMS_SHOWN_MAX, Message, ShowStreams, StreamsShown
 from hmmnet.wire.session import PendingReply, Session
+from hmmnet.wire.transport import AWAY_S
 
 WATCHDOG_S = 10.0
 """Real seconds without a chunk after which a device is asked, and asked again. As long as amdgpu gives a ring, that of a copy engine too,
@@ -74,6 +78,8 @@ class Watchdog:
         self._asked: tuple[PendingReply, list[Arrival]] | None = None
         self._in_vain = 0
         """Questions in a row, and what came says nothing."""
+        self._away_s: float | None = None
+        """Since when nobody has been there to send; None: somebody was when it was looked at last."""
 
     @contextmanager
     def asked(self, pending: PendingReply) -> Iterator[None]:
@@ -102,6 +108,8 @@ class Watchdog:
 
     def _look_at_streams(self, now_s: float, *, stalled: bool) -> None:
         due = [arrival for arrival in self.watched if self._is_due(arrival, now_s, stalled=stalled)]
+        if self.watched:
+            self._look_for_sender(now_s, stalled=stalled)
         if self._asked is not None and self._asked[0].answered:
             pending, asked = self._asked
             self._asked = None
@@ -121,6 +129,16 @@ class Watchdog:
                 self._ask(due[:STREAMS_SHOWN_MAX])
         elif not any(arrival in due for arrival in self._asked[1]):
             self.forget()
+
+    def _look_for_sender(self, now_s: float, *, stalled: bool) -> None:
+        if stalled or not self._receiver.missing():
+            self._away_s = None
+        elif self._away_s is None:
+            self._away_s = now_s
+        elif now_s - self._away_s >= self._clock.real(AWAY_S):
+            for arrival, seen in list(self.watched.items()):  # what has waited all the while, for nobody
+                if seen is not None and not arrival.done and now_s - seen.since_s >= self._clock.real(AWAY_S):
+                    self._receiver.give_up(arrival, f"its sender has had no connection for {AWAY_S:g} s")
 
     def forget(self) -> None:
         """Nobody waits for what was asked any more: the streams are over or go on, or the device is lost."""

@@ -194,6 +194,10 @@ class BulkReceiver:
         for arrival in list(self._expected.values()):
             self._end(arrival, Abort(arrival.state.stream, reason), reason)
 
+    def missing(self) -> bool:
+        """Whether it is certain that nobody is there at this moment who could send."""
+        return self._channel.missing()
+
     def give_up(self, arrival: Arrival, reason: str) -> None:
         """Expect that stream no longer, and tell its sender."""
         abort = Abort(arrival.state.stream, reason)

@@ -256,6 +256,8 @@ class BulkSender:
             await self._channel.send(header, payload)
         except trio.ClosedResourceError:
             raise PeerError(f"stream {out.state.stream}: the bulk channel was closed") from None
+        except trio.BrokenResourceError as error:
+            raise PeerError(f"stream {out.state.stream}: {error}") from None
         out.no_way = False
 
     # --- the ring -------------------------------------------------------------------------------------------------------------
@@ -335,16 +337,18 @@ class BulkSender:
             for stream, (abort, told) in list(self._abandoned.items()):
                 if told == ABORTS_MAX:
                     del self._abandoned[stream]
-                else:
+                elif self._tell(abort):
                     self._abandoned[stream] = (abort, told + 1)
-                    self._tell(abort)
         self._repeating = False
 
-    def _tell(self, abort: Abort) -> None:
+    def _tell(self, abort: Abort) -> bool:
+        """Whether it is on its way: while the receiver has no connection, it waits to be told."""
         try:
             self._channel.send_nowait(pack_abort(abort))
         except (trio.WouldBlock, trio.ClosedResourceError):
-            log.info("the receiver of stream %d, which is given up, is not told now: the channel is closed or full", abort.stream)
+            log.debug("the receiver of stream %d, which is given up, is not told now: the channel is closed or full", abort.stream)
+            return False
+        return True
 
 
 def _fill(source: Source, offset: int, place: Bytes) -> int:

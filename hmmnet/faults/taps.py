@@ -160,6 +160,10 @@ class TappedChannel:
         parts = (bytes(header),) if payload is None else (bytes(header), bytes(payload))
         self._network.sent(self._device, "bulk", parts, arrive, to_device=True)
 
+    def missing(self) -> bool:
+        """See `Channel.missing`. What faults do on the way is no sign of it."""
+        return self._inner.missing()
+
     async def receive(self) -> tuple[bytes, Payload | None]:
         """See `Channel.receive`."""
         while True:

@@ -305,6 +305,10 @@ class MemoryChannel:
             return (*self._prefix, bytes(header))
         return (*self._prefix, bytes(header), bytes(payload))
 
+    def missing(self) -> bool:
+        """See `Channel.missing`. Memory does not tell."""
+        return False
+
     async def receive(self) -> tuple[bytes, MemoryPayload | None]:
         """See `Channel.receive`."""
         parts = await self._inbound.get()

@@ -27,6 +27,10 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 FRAME_BYTES_MAX = MESSAGE_BYTES_MAX + 64
 """A message and its frame's header. Longer ones end the connection before anything is allocated for them."""
+AWAY_S = 5.0
+"""Real seconds that a bulk channel's peer may be without a connection: more than a lease, and ten attempts of it to connect anew.
+
+What waits for it longer ends."""
 CHANNEL_BYTES_MAX = (1 << 20) + 4096
 """A bulk chunk (1 MiB) and its header: the limit of a bulk channel's part unless told otherwise."""
 
@@ -58,11 +62,16 @@ class Channel(Protocol):
         """Queue a message of one or two parts, waiting while the queue is full.
 
         A payload of 64 KiB or more is not copied: it must not change until the peer has said that it has it (a DMA pin).
+        Raises `trio.BrokenResourceError` when there has been no peer for so long that nobody should wait for one.
         """
         ...
 
     def send_nowait(self, header: Buffer, payload: Buffer | None = None) -> None:
         """As `send`; raises `trio.WouldBlock` when the queue is full."""
+        ...
+
+    def missing(self) -> bool:
+        """Whether it is certain that nobody is at the other end at this moment. It may ask by an empty message, which is not received."""
         ...
 
     async def receive(self) -> tuple[bytes, Payload | None]:

@@ -17,7 +17,7 @@ import ipaddress
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -31,7 +31,7 @@ from hmmnet.errors import HmmnetError
 from .allocator import keep_freed_buffers
 from .bridge import BULK_BYTES, Bridge
 from .iothreads import bulk_made_nice
-from .transport import CHANNEL_BYTES_MAX, FRAME_BYTES_MAX, Buffer
+from .transport import AWAY_S, CHANNEL_BYTES_MAX, FRAME_BYTES_MAX, Buffer
 
 IO_THREADS = 2
 CONTROL_THREAD = 1 << 0
@@ -53,6 +53,8 @@ RECONNECT_MS_MAX = 500
 """First and longest pause before a broken connection is tried again."""
 ROUTER_RETRY_S = 0.002
 """A router tells nobody when one peer of many has room again, or comes: who waits for that looks as often as this."""
+AWAY_LOOKS = 400
+"""How often who sends looks for a peer that is away: after a stall of this process `AWAY_S` is over, and the peer has had no time."""
 BULK_QUEUE_MAX = 64
 """Messages that a bulk channel reads ahead of us from anybody who connects; more than the windows of a few streams."""
 
@@ -102,13 +104,22 @@ class ZmqChannel:
     async def send(self, header: Buffer, payload: Buffer | None = None) -> None:
         """See `Channel.send`."""
         parts = (*self._to, header) if payload is None else (*self._to, header, payload)
-        while True:
+        try:
+            await self._bridge.send(parts, copy=len(parts[-1]) < BULK_BYTES)
+        except trio.BrokenResourceError:
+            await self._send_when_there(parts)
+
+    async def _send_when_there(self, parts: Sequence[Buffer]) -> None:
+        """The peer is not there yet, or is coming again."""
+        began_s, looks = trio.current_time(), 0
+        while looks < AWAY_LOOKS or trio.current_time() - began_s < AWAY_S:
+            await trio.sleep(ROUTER_RETRY_S)
+            looks += 1
             try:
-                await self._bridge.send(parts, copy=len(parts[-1]) < BULK_BYTES)
-            except trio.BrokenResourceError:  # the peer is not there yet, or is coming again
-                await trio.sleep(ROUTER_RETRY_S)
-            else:
-                return
+                return await self._bridge.send(parts, copy=len(parts[-1]) < BULK_BYTES)
+            except trio.BrokenResourceError:
+                continue
+        raise trio.BrokenResourceError(f"nobody has been at the other end of the bulk channel {self.endpoint} for {AWAY_S:g} s")
 
     def send_nowait(self, header: Buffer, payload: Buffer | None = None) -> None:
         """See `Channel.send_nowait`."""
@@ -118,13 +129,25 @@ class ZmqChannel:
         except trio.BrokenResourceError:
             raise trio.WouldBlock from None
 
+    def missing(self) -> bool:
+        """See `Channel.missing`. Only a router can tell: others queue what they send until they are connected (again)."""
+        if not self._peer:
+            return False
+        try:
+            self._bridge.send_nowait((self._peer, b""))
+        except trio.BrokenResourceError:
+            return True
+        except trio.WouldBlock:
+            return False
+        return False
+
     async def receive(self) -> tuple[bytes, ZmqPayload | None]:
         """See `Channel.receive`."""
         while True:
             if self._begun:
                 self._drop_rest()
             first = await self._bridge.recv_first()
-            if not self._peer or self._is_peer(first):
+            if self._is_peer(first) if self._peer else first or self._bridge.more:
                 return self._begin(first)
 
     def receive_nowait(self) -> tuple[bytes, ZmqPayload | None]:
@@ -133,7 +156,7 @@ class ZmqChannel:
             if self._begun:
                 self._drop_rest()
             first = self._bridge.recv_first_nowait()
-            if not self._peer or self._is_peer(first):
+            if self._is_peer(first) if self._peer else first or self._bridge.more:
                 return self._begin(first)
 
     def _is_peer(self, sender: bytes) -> bool:

@@ -415,6 +415,41 @@ async def test_an_abort_that_is_lost_is_told_again(
             assert not late.done
 
 
+class Away(Deaf):
+    """One end of a channel whose peer is not connected while `there` is false."""
+
+    there = False
+
+    async def send(self, header: bytes, payload: Any = None) -> None:
+        """Nobody is waited for."""
+        if not self.there:
+            raise trio.BrokenResourceError("nobody is at the other end")
+        await self._channel.send(header, payload)
+
+    def send_nowait(self, header: bytes, payload: Any = None) -> None:
+        """Sent, or not."""
+        if not self.there:
+            raise trio.WouldBlock
+        super().send_nowait(header, payload)
+
+
+async def test_a_stream_to_a_peer_that_is_away_fails_and_is_told_when_it_comes(autojump_clock: trio.testing.MockClock) -> None:
+    """However late: a receiver that never hears would wait for as long as it can, and hold what it holds."""
+    near, far = memory_pair()
+    sending = Away(near, 0)
+    async with ends(cast(Channel, sending), far) as (sender, receiver):
+        arrival = receiver.expect(2, BytesSink(np.zeros(MIB, np.uint8)))
+        with pytest.raises(PeerError, match="stream 2: nobody is at the other end"):
+            await sender.send(2, BytesSource(pattern(MIB)))
+        await trio.sleep(10 * REPEAT_S * ABORTS_MAX)
+        assert not arrival.done
+        sending.there = True
+        with pytest.raises(PeerError, match="the sender gave it up: stream 2: nobody is at the other end"):
+            await arrival.wait()
+        await trio.sleep(REPEAT_S * (ABORTS_MAX + 4))
+        assert sending.sent == 1, "it says that it has heard"
+
+
 async def test_a_stream_of_another_length_is_refused() -> None:
     """A sender that means something else than the receiver does not get to write."""
     landing = np.zeros(MIB, dtype=np.uint8)

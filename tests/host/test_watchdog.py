@@ -16,6 +16,7 @@ from hmmnet.host.watchdog import ANSWER_S, ASKED_MAX, HUNG_S, WATCHDOG_S, Watchd
 from hmmnet.pages import from_wire, to_wire
 from hmmnet.wire.messages import Done, Message, ShowStreams, StreamsShown
 from hmmnet.wire.session import PendingReply, Session
+from hmmnet.wire.transport import AWAY_S
 
 BEAT_S = 0.25
 
@@ -46,6 +47,7 @@ class _Played:
         self.questions: list[float] = []
         self.lost: list[str] = []
         self.ended: list[int] = []
+        self.away = False
         self._say = say
         self.streams = [_Stream(2), _Stream(4)]
         self.dog = Watchdog(cast(Session, self), cast(BulkReceiver, self), self.lost.append, EmulatedClock())
@@ -62,8 +64,11 @@ class _Played:
             pending.resolve(answer)
         return pending
 
+    def missing(self) -> bool:
+        return self.away
+
     def give_up(self, arrival: _Stream, reason: str) -> None:
-        assert "knows nothing" in reason
+        assert ("has had no connection for 5 s" if self.away else "knows nothing") in reason
         self.ended.append(arrival.state.stream)
         arrival.done = True
         del self.dog.watched[cast(Arrival, arrival)]
@@ -203,3 +208,43 @@ async def test_nothing_is_asked_about_what_is_over() -> None:
         stream.done = True
     device.lives(60)
     assert (device.questions, device.lost) == ([], [])
+
+
+SAYS_CREDIT = StreamsShown(words(1, 1), words(Holds.CREDIT, Holds.CREDIT))
+
+
+async def test_streams_whose_sender_has_no_connection_end_and_nothing_else() -> None:
+    """Without a question; what has moved since waits for longer."""
+    device = _Played(lambda _: SAYS_CREDIT)
+    device.lives(1)
+    device.away = True
+    device.lives(AWAY_S - 2 * BEAT_S)
+    assert device.ended == []
+    device.streams[1].state.came += 1
+    device.lives(1)
+    assert (device.ended, device.lost, device.questions) == ([2], [], [])
+    device.lives(AWAY_S)
+    assert (device.ended, device.lost) == ([2, 4], [])
+
+
+@pytest.mark.parametrize("between", ["it is there", "a stall", "nothing is sent", "all is there"])
+async def test_only_a_sender_that_is_away_all_the_while_ends_its_streams(between: str) -> None:
+    """It may come again at any moment, and whoever begins later waits as long."""
+    device = _Played(lambda _: SAYS_CREDIT)
+    device.away = True
+    for _ in range(10):
+        device.lives(AWAY_S - 2 * BEAT_S)
+        if between == "it is there":
+            device.away = False
+            device.lives(BEAT_S)
+            device.away = True
+        elif between == "a stall":
+            device.dog.look(device.now_s, True)
+        elif between == "nothing is sent":
+            device.dog.watched.clear()
+            device.lives(AWAY_S)
+            device.dog.watched.update({cast(Arrival, stream): None for stream in device.streams})
+        else:
+            for stream in device.streams:
+                stream.done = True
+    assert (device.ended, device.lost) == ([], [])

@@ -13,12 +13,14 @@ import trio.testing
 import zmq
 
 from hmmnet.errors import HmmnetError
+from hmmnet.wire import zmq_transport
 from hmmnet.wire.bridge import BULK_BYTES
 from hmmnet.wire.memory_transport import IMMEDIATE_MAX, TELEMETRY_MESSAGES_MAX, MemoryTransport, Pipe
 from hmmnet.wire.transport import FRAME_BYTES_MAX, Channel, Transport
 from hmmnet.wire.zmq_transport import CurveKeys, ZmqTransport
 
 BOUND_S = 20
+SOON_S = 0.3
 LARGE = bytes(range(256)) * 4096
 
 Endpoint = Callable[[str], str]
@@ -301,6 +303,39 @@ async def test_the_peer_of_a_bulk_channel_may_come_again(place: str, kind: str) 
             await bound.send(b"there", LARGE)
             assert (await peer.receive())[0] == b"there"
             await peer.aclose()
+
+
+@pytest.mark.parametrize("data", [None, LARGE], ids=["small", "large"])
+@pytest.mark.parametrize("before", ["never there", "there before"])
+@pytest.mark.parametrize("kind", ["ipc", "tcp"])
+async def test_who_sends_to_a_peer_that_does_not_come_is_told(
+    place: str, kind: str, before: str, data: bytes | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a time that is enough to connect anew, and not before; libzmq says nothing of it to who waits for room."""
+    monkeypatch.setattr(zmq_transport, "AWAY_S", SOON_S)
+    monkeypatch.setattr(zmq_transport, "AWAY_LOOKS", 10)
+    with trio.fail_after(BOUND_S), ZmqTransport() as transport:
+        bound = transport.bind_channel(f"ipc://{place}/bulk" if kind == "ipc" else "tcp://127.0.0.1:*", key=b"key")
+        if before == "there before":
+            peer = transport.connect_channel(bound.endpoint, key=b"key")
+            await peer.send(b"here")
+            await bound.receive()
+            assert not bound.missing()
+            await peer.aclose()
+            while not bound.missing():
+                await trio.sleep(0.01)
+        assert bound.missing()
+        began_s = trio.current_time()
+        with pytest.raises(trio.BrokenResourceError, match=r"nobody has been at the other end of the bulk channel .* for 0\.3 s"):
+            await bound.send(b"header", data)
+        assert trio.current_time() - began_s >= SOON_S
+        peer = transport.connect_channel(bound.endpoint, key=b"key")
+        await bound.send(b"later", data)
+        assert (await peer.receive())[0] == b"later", "nothing else: who asks whether it is there is not heard"
+        assert not bound.missing()
+        await bound.send(b"last")
+        assert (await peer.receive())[0] == b"last"
+        assert not peer.missing()
 
 
 async def test_oversized_messages_end_the_connection(place: str) -> None:
