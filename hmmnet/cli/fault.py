@@ -204,10 +204,19 @@ def bounce(
 
 
 @app.command()
-def unplug(device: Annotated[str, typer.Argument(autocompletion=devices, help="A device.")], machine: Machine = None) -> int:
+def unplug(target: Device, machine: Machine = None) -> int:
     """A device is taken out in order: its pages go home, its memory goes, it is told goodbye. Who holds on to a page is named."""
-    _ask(machine, "unplug", device=device)
-    print(f"{device} is unplugged")
+    import hmmnet
+
+    from .toxics import Sights
+
+    async def main() -> None:
+        async with hmmnet.attach(machine) as entered:
+            for name in Sights.of(await entered.report()).running(target):
+                await entered.unplug(name)
+                print(f"{name} is unplugged")
+
+    _run(main)
     return 0
 
 

@@ -27,6 +27,8 @@ TOXICS = ("latency", "jitter", "bandwidth", *CHANCES)
 COUNTS = ("times", "interval")
 WITH = (*COUNTS, "after", "lasts")
 """What may stand beside toxics, and holds for all of them; but bandwidth, which lasts, happens no number of times."""
+NAMES_MAX = 12
+"""So many names a message lists."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,9 @@ class Sights:
             )
         if not found:
             known = [*self.devices, *self.links]
-            mend = did_you_mean(pattern, known, "a target is a device, DEVICE<->host or a link: " + ", ".join(known[:12]))
-            raise WrongUse(f'nothing here is called "{pattern}"; {mend}')
+            guess = did_you_mean(pattern, known)
+            there = "target is a device, DEVICE<->host or a link: " + ", ".join(known[:NAMES_MAX]) + (", ..." if known[NAMES_MAX:] else "")
+            raise WrongUse(f'nothing here is called "{pattern}"; ' + (f"{guess} A {there}" if guess else f"a {there}"))
         return found
 
     def is_link(self, pattern: str) -> bool:

@@ -108,7 +108,9 @@ def test_points_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
     ).items()
 
 
-@pytest.mark.parametrize(("verb", "takes"), [("hold", "DEVICE|WAY"), ("release", "DEVICE|WAY"), ("crash", "DEVICE"), ("bounce", "DEVICE")])
+@pytest.mark.parametrize(
+    ("verb", "takes"), [("hold", "DEVICE|WAY"), ("release", "DEVICE|WAY"), ("crash", "DEVICE"), ("bounce", "DEVICE"), ("unplug", "DEVICE")]
+)
 def test_verbs_say_what_they_take(verb: str, takes: str, capsys: pytest.CaptureFixture[str]) -> None:
     """A link is none of it."""
     text = told([verb, "--help"], capsys)
@@ -166,3 +168,37 @@ def test_who_is_lost_is_said_when_a_fault_ends(monkeypatch: pytest.MonkeyPatch, 
         "gpu0 is lost: killed by SIGKILL; `hmmnet fault bounce gpu0` starts it again, empty",
     ]
     assert ended == [2]
+
+
+def test_a_device_is_unplugged_that_there_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """By name or pattern. What the machine has not is wrong use, with what was meant; what has gone already is a failure."""
+    lost = {"gpu2": "it was unplugged"}
+
+    class Plugged:
+        async def report(self) -> dict[str, Any]:
+            rows = {
+                name: {"state": "lost" if name in lost else "ready", "last_loss": lost.get(name, "")} for name in ("gpu0", "gpu1", "gpu2")
+            }
+            return {"devices": rows, "links": [{"link": "pcie0", "source": "node0", "target": "gpu0"}], "rate": 1.0}
+
+        async def unplug(self, device: str) -> None:
+            lost[device] = "it was unplugged"
+
+    @asynccontextmanager
+    async def attach(_: str | None) -> AsyncIterator[Plugged]:
+        yield Plugged()
+
+    monkeypatch.setattr(hmmnet, "attach", attach)
+    for wrong, says in (
+        (
+            "gpu9",
+            'nothing here is called "gpu9"; did you mean "gpu2"? A target is a device, DEVICE<->host or a link: gpu0, gpu1, gpu2, pcie0',
+        ),
+        ("nic", 'nothing here is called "nic"; a target is a device, DEVICE<->host or a link: gpu0, gpu1, gpu2, pcie0'),
+        ("pcie0", "pcie0 is a link, where a device is wanted: gpu0, gpu1, gpu2"),
+    ):
+        assert exit_code(["fault", "unplug", wrong]) == 2
+        assert says in capsys.readouterr().err
+    assert exit_code(["fault", "unplug", "gpu2"]) == 1
+    assert "gpu2 does not run: it was unplugged; `hmmnet fault bounce gpu2`" in capsys.readouterr().err
+    assert told(["unplug", "gpu*"], capsys) == "gpu0 is unplugged\ngpu1 is unplugged\n"
