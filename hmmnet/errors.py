@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno as _errno
 from collections.abc import Sequence
+from typing import Any
 
 _NAMES = {**_errno.errorcode, _errno.EOPNOTSUPP: "EOPNOTSUPP"}
 """ENOTSUP has the same number, and is what Python calls it; the kernel has no ENOTSUP."""
@@ -92,12 +93,23 @@ class BusError(SignalError):
     signal_name = "SIGBUS"
 
 
-class TopologyError(WrongUse):
-    """A topology cannot be used; `problems` holds every mistake found (`hmmnet.topology.problems.Problem`, or a text)."""
+class Mistakes(WrongUse):
+    """What was given has mistakes: all of them in `problems` (`hmmnet.topology.problems.Problem`, or a text), one a line in its text."""
 
-    def __init__(self, problems: Sequence[object]) -> None:
+    def __init__(self, problems: Sequence[Any]) -> None:
         self.problems = list(problems)
         super().__init__("\n".join(map(str, self.problems)))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (type(self), (self.problems,))
+
+
+class TopologyError(Mistakes):
+    """A topology cannot be used."""
+
+
+class PlanError(Mistakes):
+    """A plan of faults cannot be used."""
 
 
 class PeerError(HmmnetError):

@@ -24,13 +24,15 @@ A test that stops a migration between unmap and copy, kills its device there, an
 registry of points, `KINDS` that of faults; `kind.holds` says what a test may demand after one.
 """
 
+from hmmnet.errors import PlanError
+
 from .catalogue import KINDS, fault
 from .controls import Controls
 from .forms import Plannable, as_plan
 from .injector import Fired, Injector, PointFault, Points
 from .kinds import Fault, Kind
 from .messages import FAULTS, MessageFault, Way
-from .plan import AnyFault, Plan, PlanError
+from .plan import AnyFault, Plan
 from .points import POINTS, Point, Where
 
 __all__ = [

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from hmmnet.errors import HmmnetError, WrongUse
+from hmmnet.errors import HmmnetError, PlanError, WrongUse
 from hmmnet.topology.lines import KeyLines
 from hmmnet.topology.problems import Problem, did_you_mean, no_text, syntax_problem
 
@@ -39,14 +39,6 @@ if TYPE_CHECKING:
 AnyFault: TypeAlias = Fault | MessageFault | PointFault
 """A named fault with its parameters, or what such a one comes down to."""
 SECTION = "fault"
-
-
-class PlanError(WrongUse):
-    """A plan with mistakes: all of them in `problems`, one a line in its text."""
-
-    def __init__(self, mistakes: Sequence[Problem]) -> None:
-        super().__init__("\n".join(map(str, mistakes)))
-        self.problems = tuple(mistakes)
 
 
 @dataclass(frozen=True)

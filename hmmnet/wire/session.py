@@ -26,10 +26,12 @@ from hmmnet.errors import (
     PeerError,
     PeerGone,
     PeerLost,
+    PlanError,
     ProtocolError,
     RemoteError,
     SegmentationFault,
     SignalError,
+    TopologyError,
     WrongUse,
 )
 from hmmnet.sleeping import RUN, Bell, Completion, shortest_now, sleep, suspended
@@ -37,7 +39,7 @@ from hmmnet.sleeping import RUN, Bell, Completion, shortest_now, sleep, suspende
 from . import crashes
 from .codec import ANSWERS_MASK, Kind, decode_body, decode_header, encode
 from .exchange import ACKNOWLEDGE_EVERY, AT_ONCE, BYE_S, HEARTBEAT_S, LEASE_S, RETRY_S, Action, Arrival, Exchange, State
-from .messages import TEXT_MAX, Done, Failed, Message
+from .messages import TEXT_MAX, Call, Done, Failed, Message
 from .reading import Reader
 
 
@@ -453,7 +455,7 @@ class Session:
             return Failed(error.code, error.call[:TEXT_MAX], error.why[:TEXT_MAX])
         if isinstance(error, SignalError):
             return Failed(errno.EFAULT, error.signal_name, f"0x{error.address:x}: {error.why}"[:TEXT_MAX])
-        if isinstance(error, PeerError):
+        if isinstance(error, PeerError | WrongUse):
             log.warning("%s of %s failed: %s", call, self.peer_name, error)
         else:
             log.error("%s of %s failed", call, self.peer_name, exc_info=error)
@@ -556,7 +558,12 @@ class Session:
 _DONE = Done()
 HOST = "host"
 """What its peers call the host."""
-SAID = {HmmnetError.__name__: RemoteError, WrongUse.__name__: WrongUse}
+SAID: dict[str, Callable[[str], Exception]] = {
+    HmmnetError.__name__: RemoteError,
+    WrongUse.__name__: WrongUse,
+    TopologyError.__name__: lambda told: TopologyError(told.splitlines()),
+    PlanError.__name__: lambda told: PlanError(told.splitlines()),
+}
 """What a host says to people, by what it raised: a command that asked for what there is not ends as if it had found out itself."""
 
 
@@ -570,6 +577,6 @@ def failure(peer_name: str, failed: Failed) -> Exception:
     if failed.errno > 0:
         return KernelError(failed.errno, failed.call, failed.why)
     kind, _, told = failed.why.partition(": ")
-    if peer_name == HOST and kind in SAID:
+    if peer_name == HOST and failed.call == Call.__name__ and kind in SAID:
         return SAID[kind](told)  # what a host says to people is a sentence by itself
     return RemoteError(f"{peer_name}: {failed.call}: {failed.why}")

@@ -11,9 +11,21 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from hmmnet.errors import BusError, HmmnetError, KernelError, ProtocolError, RemoteError, SegmentationFault, WrongUse
+from hmmnet.errors import (
+    BusError,
+    HmmnetError,
+    KernelError,
+    Mistakes,
+    PlanError,
+    ProtocolError,
+    RemoteError,
+    SegmentationFault,
+    TopologyError,
+    WrongUse,
+)
+from hmmnet.topology.problems import Problem
 from hmmnet.wire.exchange import RETRY_S, WINDOW
-from hmmnet.wire.messages import CloseContext, Done, Failed, FreeFrames, Inspect, MigrateDone, OpenContext, Report
+from hmmnet.wire.messages import Call, CloseContext, Done, Failed, FreeFrames, Inspect, MigrateDone, OpenContext, Report
 from hmmnet.wire.reading import Reader
 from hmmnet.wire.session import failure
 
@@ -102,6 +114,29 @@ def test_what_the_host_says_to_people_is_a_sentence() -> None:
         said = failure("host", Failed(0, "Call", f"{kind}: no fault has number 3"))
         assert (type(said), str(said)) == (becomes, "no fault has number 3")
     assert str(failure("host", Failed(0, "Call", "KeyError: 3"))) == "host: Call: KeyError: 3"
+    said = failure("host", Failed(0, "Migrate", "WrongUse: no such thing"))
+    assert (type(said), str(said)) == (RemoteError, "host: Migrate: WrongUse: no such thing")
+
+
+@pytest.mark.parametrize("kind", [PlanError, TopologyError])
+async def test_mistakes_that_a_host_finds_arrive_as_they_are(
+    world: World, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture, kind: type[Mistakes]
+) -> None:
+    """Each with its place, its cause and its mend; the host has a line about it in its log, and no crash."""
+    problems = [
+        Problem("my.toml", 3, "fault 1", "on", "no such device", "there is gpu0"),
+        Problem("my.toml", 7, "", "falt", "no section"),
+    ]
+
+    def refuse(_: Call) -> Report:
+        raise kind(problems)
+
+    world.host.on(Call, refuse)
+    with pytest.raises(kind) as caught:
+        await world.device.request(Call("add_fault", b""))
+    assert caught.value.problems == ["my.toml:3: fault 1: on: no such device; there is gpu0", "my.toml:7: falt: no section"]
+    assert str(caught.value) == str(kind(problems))
+    assert [(record.levelname, record.exc_info) for record in caplog.records] == [("WARNING", None)]
 
 
 @pytest.mark.parametrize(
