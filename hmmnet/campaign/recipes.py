@@ -104,7 +104,7 @@ def _controls(random: Random, most: float) -> dict[str, Any]:
 
 def _chosen(random: Random, ranges: dict[str, Any]) -> dict[str, Any]:
     return {
-        name: random.choice(choices) if isinstance(choices[0], str) else round(random.uniform(*choices), 6)
+        name: random.choice(choices) if isinstance(choices[0], str) else round(random.uniform(*choices), 6) or 1e-6
         for name, choices in ranges.items()
     }
 

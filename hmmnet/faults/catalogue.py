@@ -17,6 +17,7 @@ from hmmnet.units import parse_size
 
 from . import allocation, clocks, copying, device_faults, memory_errors, nodes, notifier, process_events, stepping, wires
 from .controls import Controls
+from .effects import does_nothing
 from .injector import Unfit
 from .kinds import Fault, Kind, Parameter
 from .messages import HOST, Way, is_way
@@ -104,7 +105,7 @@ def checked(kind: str, given: Mapping[str, Any]) -> tuple[Fault | None, list[Mis
 def _uncontrolled(kind: Kind, read: Mapping[str, Any], *, at_point: bool) -> list[Mistake]:
     """The controls of what has no occurrences; ``times = 1`` is true of what happens at once."""
     given = [name for name, control in CONTROLS.items() if read.get(name, control.default) != control.default]
-    if not given or kind.controlled == "always" or (at_point and kind.controlled == "with point"):
+    if not given or _controllable(kind, at_point=at_point):
         return []
     why = kind.why_uncontrolled
     if kind.nowhere:
@@ -112,6 +113,10 @@ def _uncontrolled(kind: Kind, read: Mapping[str, Any], *, at_point: bool) -> lis
     if kind.once or kind.controlled == "with point":
         return [(name, f"{why}; leave it out") for name in given if (name, read[name]) != ("times", 1)]
     return [(name, f"{why}; leave it out, or say after and lasts") for name in given]
+
+
+def _controllable(kind: Kind, *, at_point: bool) -> bool:
+    return kind.controlled == "always" or (at_point and kind.controlled == "with point")
 
 
 def _amiss(kind: Kind, read: Mapping[str, Any], *, at_point: bool) -> list[Mistake]:
@@ -122,9 +127,12 @@ def _amiss(kind: Kind, read: Mapping[str, Any], *, at_point: bool) -> list[Mista
             Controls(**({name: read[name]} if name in read else {}))
         except HmmnetError as error:
             found.append((name, str(error).removeprefix(f"{name} ")))
+    if _controllable(kind, at_point=at_point) and not read.get("nth"):
+        never = [name for name in ("probability", "times") if read.get(name, 1) == 0]
+        found += [(name, "0: it never happens; leave the fault out, or say how often") for name in never]
     if read.get("on") and (kind.on == "way" or (kind.on == "link" and is_way(read["on"]))):
         found += [("on", cause) for cause in _wrong_way(kind, read["on"])]
-    factor, lanes = read.get("factor", 1.0), read.get("lanes", 1)
+    factor, lanes, entries = read.get("factor", 1.0), read.get("lanes", 1), read.get("entries", 1)
     if kind.name == "clock.skew" and not factor > 0:
         found.append(("factor", f"{factor:g} where more than 0 is wanted"))
     if kind.name == "link.slow" and not 0 < factor <= 1:
@@ -134,6 +142,8 @@ def _amiss(kind: Kind, read: Mapping[str, Any], *, at_point: bool) -> list[Mista
         found.append(("range", f"missing: {why} which addresses, such as 0x7f0000000000+64KiB"))
     if not 0 < lanes <= LANES:
         found.append(("lanes", f"{lanes} where 1 to {LANES} are wanted"))
+    if not entries:
+        found.append(("entries", "0 where at least 1 is wanted"))
     return found
 
 
@@ -201,7 +211,11 @@ def _made(kind: Kind, read: Mapping[str, Any]) -> Fault:
     if kind.on == "way":
         on = Way.parse(_as_way(on)).text
     made = Fault(kind, on, controls, settings, read.get("process", 0), start, end, read.get("after", 0.0), read.get("lasts", 0.0))
-    kind.makes(made)  # which is where it shows
+    effects = kind.makes(made)  # which is where it shows
+    if effects and all(map(does_nothing, effects)):
+        much = [one for one in kind.parameters if one.form in ("time", "number", "count")]
+        given = " and ".join(f"{one.name} {one.text(settings[one.name])}" for one in much)
+        raise Unfit(much[0].name, f"with {given} it does nothing; leave the fault out, or say how much")
     return made
 
 

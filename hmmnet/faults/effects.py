@@ -84,3 +84,23 @@ def has_occurrences(effect: Effect) -> bool:
     if isinstance(effect, HostEffect):
         return bool(effect.point)
     return isinstance(effect, PointFault | MessageFault)
+
+
+def does_nothing(effect: Effect) -> bool:
+    """Whether all is as without it, wherever and how often it happens."""
+    if isinstance(effect, LinkEffect):
+        return effect.factor == 1 and not (effect.down or effect.latency_s or effect.jitter_s)
+    if isinstance(effect, PointFault):
+        return effect.action == "delay" and not (effect.delay_s or effect.jitter_s)
+    if isinstance(effect, MessageFault):
+        return effect.kind in ("delay", "reorder") and not (effect.latency_s or effect.jitter_s)
+    return effect.settings.items() >= _NOTHING.get(effect.deed, {"": ""}).items()
+
+
+_NOTHING: dict[str, dict[str, float]] = {
+    "clock": {"jump": 0, "skew": 1},
+    "corrected": {"count": 0},
+    "disk": {"latency": 0},
+    "retire": {"pages": 0},
+}
+"""Settings with which deeds of hosts and devices change nothing."""

@@ -105,11 +105,17 @@ class MessageFault:
             return deliveries + deliveries
         if self.kind in _CHANGES:
             return [(late_s, _changed(parts, self, random)) for late_s, parts in deliveries]
-        extra_s = self.latency_s + (random.random() * self.jitter_s if self.jitter_s else 0.0)
-        return [(late_s + (extra_s or REORDER_S), parts) for late_s, parts in deliveries]
+        extra_s = self.late_s + (random.random() * self.jitter_s if self.jitter_s else 0.0)
+        return [(late_s + extra_s, parts) for late_s, parts in deliveries]
+
+    @property
+    def late_s(self) -> float:
+        """How late ``delay`` and ``reorder`` have a message, before jitter."""
+        return self.latency_s or (0.0 if self.jitter_s else LATE_S)
 
 
-REORDER_S = 0.001
+LATE_S = 0.001
+"""Where nothing is said of how late."""
 FAULTS = {
     "loss": "the message is gone",
     "delay": "it arrives later, and everything behind it too",

@@ -182,7 +182,7 @@ def named(one: AnyFault) -> Fault:
         return one
     given: dict[str, Any] = _controls(one.controls)
     if isinstance(one, MessageFault):
-        given |= {"on": one.way.text, "channel": one.way.channel, "latency": one.latency_s, "jitter": one.jitter_s}
+        given |= {"on": one.way.text, "channel": one.way.channel, "latency": one.late_s, "jitter": one.jitter_s}
         given |= {"message": one.message, "shape": one.shape}
         kind = kind_named(one.kind)
     else:

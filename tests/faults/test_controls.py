@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from hmmnet.errors import HmmnetError
-from hmmnet.faults import KINDS, Plan, PlanError, fault
+from hmmnet.errors import HmmnetError, WrongUse
+from hmmnet.faults import KINDS, MessageFault, Plan, PlanError, PointFault, fault
 from hmmnet.faults.catalogue import checked
 from hmmnet.faults.controls import Chance, Controls, Tally
 from hmmnet.faults.kinds import Kind
+from hmmnet.faults.plan import named
 
 
 def fired(controls: Controls, occurrences: int, nbytes: int = 1, seed: int = 1) -> list[int]:
@@ -140,3 +141,60 @@ def test_needless_controls_are_told_with_every_other_mistake(kind: str, given: d
     with pytest.raises(HmmnetError) as told:
         fault(kind, **given)
     assert all(f"{field}: " in str(told.value) for field in fields)
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "field", "says"),
+    [
+        ("link.latency", {"latency": "0 ms"}, "latency", "with latency 0 s and jitter 0 s it does nothing; leave the fault out"),
+        ("delay", {"latency": 0}, "latency", "with latency 0 s and jitter 0 s it does nothing"),
+        ("point.delay", {"point": "migrate.*", "latency": 0}, "latency", "with latency 0 s and jitter 0 s it does nothing"),
+        ("copy.slow", {"latency": 0}, "latency", "with latency 0 s and jitter 0 s it does nothing"),
+        ("copy.reorder", {"jitter": 0}, "jitter", "with jitter 0 s it does nothing"),
+        ("invalidate.slow", {"latency": 0}, "latency", "with latency 0 s and jitter 0 s it does nothing"),
+        ("cpu.starve", {"latency": 0}, "latency", "with latency 0 s it does nothing"),
+        ("disk.slow", {"latency": 0}, "latency", "with latency 0 s it does nothing"),
+        ("link.slow", {"factor": 1}, "factor", "with factor 1.0 it does nothing"),
+        ("link.lanes", {"lanes": 16}, "lanes", "with lanes 16 it does nothing"),
+        ("clock.jump", {"by": 0}, "by", "with by 0 s it does nothing"),
+        ("clock.skew", {"factor": 1}, "factor", "with factor 1.0 it does nothing"),
+        ("ecc.corrected", {"count": 0}, "count", "with count 0 it does nothing"),
+        ("page.retire", {"pages": 0}, "pages", "with pages 0 it does nothing"),
+        ("buffer.overflow", {"entries": 0}, "entries", "0 where at least 1 is wanted"),
+        ("loss", {"probability": 0}, "probability", "0: it never happens; leave the fault out, or say how often"),
+        ("alloc.device", {"times": 0}, "times", "0: it never happens"),
+    ],
+)
+def test_what_would_do_nothing_is_refused(kind: str, given: dict[str, Any], field: str, says: str) -> None:
+    """In a plan with its field, and of one fault; nobody believes that his program bore it."""
+    with pytest.raises(PlanError) as caught:
+        Plan.of([{"kind": kind, **given}])
+    assert [problem.field for problem in caught.value.problems] == [field]
+    with pytest.raises(WrongUse, match=f"^fault {kind}: {field}: {says}"):
+        fault(kind, **given)
+
+
+@pytest.mark.parametrize(
+    ("kind", "given"),
+    [
+        ("link.latency", {"latency": 0, "jitter": "1 us"}),
+        ("delay", {"latency": 0, "jitter": 0.001}),
+        ("copy.timeout", {"latency": 0}),
+        ("ecc.storm", {"latency": 0}),
+        ("bounce", {"down": 0}),
+        ("loss", {"probability": 0, "nth": 3}),
+        ("clock.skew", {"factor": 0.5}),
+    ],
+)
+def test_what_does_something_is_not(kind: str, given: dict[str, Any]) -> None:
+    """Though a value is nought."""
+    assert fault(kind, **given).kind.name == kind
+
+
+def test_faults_made_by_hand_that_do_nothing() -> None:
+    """A delay at a point of no time is refused where it is begun; a message that is late is so by a while that it has by itself."""
+    with pytest.raises(WrongUse, match="it does nothing"):
+        named(PointFault("migrate.mid_copy", "delay"))
+    late = named(MessageFault("delay"))
+    assert late.effects == [MessageFault("delay", latency_s=0.001)]
+    assert named(MessageFault("delay", jitter_s=0.5)).effects == [MessageFault("delay", jitter_s=0.5)]
