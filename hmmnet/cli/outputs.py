@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from hmmnet.errors import HmmnetError, WrongUse
+from hmmnet.topology.files import exists
 
 
 def writable(path: Path) -> None:
     """Find out before the work whether `path` can be written; what is there stays. Raises WrongUse."""
-    there = path.exists()
+    there = exists(path)
     try:
         with path.open("ab"):
             pass
@@ -21,7 +22,7 @@ def writable(path: Path) -> None:
 
 def write(path: Path, text: str) -> None:
     """Write `text` to `path`; where that fails no empty file is left. Raises HmmnetError."""
-    there = path.exists()
+    there = exists(path)
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:

@@ -50,6 +50,8 @@ def replay(
 
 OF_A_SEED = ("faults", "operations", "devices")
 """Options that say what a seed is drawn with: a file has all that already."""
+SEED_DIGITS_MAX = 100
+"""Of a seed on a command line: far more than anybody tries, and far fewer than Python reads."""
 
 
 def program_of(context: typer.Context, what: str, mix: str, operations: int, devices: int) -> Program:
@@ -57,13 +59,17 @@ def program_of(context: typer.Context, what: str, mix: str, operations: int, dev
     from hmmnet.campaign.draw import draw
     from hmmnet.campaign.program import read
     from hmmnet.errors import WrongUse
+    from hmmnet.topology.files import exists
 
     if what.isdecimal():
+        if len(what) > SEED_DIGITS_MAX:
+            raise WrongUse(f"a seed has at most {SEED_DIGITS_MAX} digits, not {len(what)}")
         return draw(int(what), mix, operations, devices)
     strange = [f"--{name}" for name in OF_A_SEED if name in options_given(context)]
-    if strange and Path(what).exists():
+    there = exists(Path(what))
+    if strange and there:
         raise WrongUse(f"{', '.join(strange)} mean{'s' * (len(strange) == 1)} nothing with a file, which has its own; leave it out")
-    if not Path(what).exists():
+    if not there:
         raise WrongUse(f'"{what}" is no seed, and there is no such file; a seed is a whole number, "hmmnet shrink" writes files')
     return read(Path(what))
 

@@ -177,12 +177,13 @@ def from_file(place: str) -> Callable[..., Awaitable[Any]]:
 
     from hmmnet.cli import did_you_mean
     from hmmnet.errors import WrongUse
+    from hmmnet.topology.files import is_file
 
     file, _, name = place.rpartition(":") if ":" in place else (place, "", "")
     path = Path(file)
     if not name:
         raise WrongUse(f"{place}: which function? Write {place}:FUNCTION")
-    if not path.is_file():
+    if not is_file(path):
         raise WrongUse(f"{file}: there is no such file")
     sys.path.insert(0, str(path.resolve().parent))
     spec = importlib.util.spec_from_file_location(path.stem, path)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from hmmnet.errors import WrongUse
+from hmmnet.topology.files import is_file as there_is_file
 
 from .catalogue import KINDS, fault
 from .injector import PointFault
@@ -46,7 +47,7 @@ def as_plan(given: Plannable, place: str = "faults", folder: Path | None = None)
         return Plan((fault(given),), place)
     if isinstance(given, str | Path):
         beside = Path(given) if folder is None else folder / given
-        return Plan.load(beside if beside.is_file() else given)
+        return Plan.load(beside if there_is_file(beside) else given)
     if isinstance(given, Iterable):
         each = [as_plan(one, f"{place}[{index}]", folder) for index, one in enumerate(given)]
         return Plan(tuple(one for plan in each for one in plan.faults), place)
@@ -74,7 +75,7 @@ def is_file(given: str, folder: Path | None = None) -> bool:
     """Whether a text means a plan's file, and not a kind."""
     if given in KINDS:
         return False
-    return given.endswith(".toml") or "/" in given or (Path(given) if folder is None else folder / given).is_file()
+    return given.endswith(".toml") or "/" in given or there_is_file(Path(given) if folder is None else folder / given)
 
 
 def _entry(kind: str, value: Any, place: str) -> dict[str, Any]:

@@ -138,8 +138,9 @@ class Fired:
 
     @property
     def line(self) -> str:
-        """As it stands in a trace."""
-        where = " ".join(f"{name}={value}" for name, value in self.where.as_json().items() if name != "point")
+        """As it stands in a trace; the first page's number is hexadecimal, as everywhere."""
+        about = {name: value for name, value in self.where.as_json().items() if name != "point"}
+        where = " ".join(f"{name}=0x{value:x}" if name == "start" else f"{name}={value}" for name, value in about.items())
         return f"fault {self.action} {self.where.point} {where}"
 
 

@@ -80,12 +80,13 @@ def read_topology(mark: Mark, folder: Path) -> Topology:
 def load_topology(given: str | Path, folder: Path, what: str) -> Topology:
     """The machine that a preset or file describes; `what` is what messages call it. Raises MarkMistake."""
     from hmmnet.errors import TopologyError
+    from hmmnet.topology.files import is_file
     from hmmnet.topology.load import load
 
     beside = folder / given
-    is_file = isinstance(given, Path) or "/" in given or given.endswith(".toml")
+    named_as_file = isinstance(given, Path) or "/" in given or given.endswith(".toml")
     try:
-        return load(beside if is_file and beside.is_file() else given, _models())
+        return load(beside if named_as_file and is_file(beside) else given, _models())
     except TopologyError as error:
         raise MarkMistake(f"{what}: {error}") from None
 

@@ -16,6 +16,7 @@ from hmmnet.plugins import MODELS, names
 
 from .check import Where, check_topology
 from .document import Document, Record, read_document
+from .files import exists, is_file
 from .model import DeviceSpec, LinkSpec, MemoryNode, Switch, Topology
 from .problems import Problem, closest, no_text
 from .routes import Routes
@@ -53,9 +54,9 @@ def find(name_or_path: str | Path) -> Source:
     word = str(name_or_path)
     if isinstance(name_or_path, str) and "/" not in word and not word.endswith(".toml"):
         entry = PRESETS / f"{word}.toml"
-        if entry.is_file():
+        if is_file(entry):
             return Source(entry.read_text(encoding="utf-8"), f"{word}.toml", word)
-        if not Path(word).is_file():
+        if not is_file(Path(word)):
             raise TopologyError([_unknown_preset(word)])
     return _read(Path(name_or_path))
 
@@ -88,7 +89,7 @@ def _read(path: Path) -> Source:
 
 
 def _mend_path(path: Path) -> str:
-    if path.parent.is_dir() and not path.exists():
+    if exists(path.parent) and path.parent.is_dir() and not exists(path):
         if path.stem in preset_names():
             return f'the preset of this name is written without .toml: "{path.stem}"'
         guess = closest(path.name, [entry.name for entry in path.parent.iterdir() if entry.suffix == ".toml"])

@@ -121,6 +121,28 @@ bandwidth = "fast"
     assert exit_code(["up", str(file)]) == 2
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["replay", "LONG"], 'LONG" is no seed, and there is no such file'),
+        (["shrink", "LONG/x", "-o", "x.json"], 'LONG/x" is no seed, and there is no such file'),
+        (["shrink", "1", "-o", "LONG"], "LONG: cannot be written: File name too long"),
+        (["replay", "1" * 5000], "a seed has at most 100 digits, not 5000"),
+        (["topo", "show", "LONG"], "LONG: no preset and no file has this name"),
+        (["topo", "show", "LONG.toml"], "LONG.toml: cannot be read: File name too long"),
+        (["up", "LONG/x"], "LONG/x: cannot be read: File name too long"),
+        (["run", "LONG.py:work"], "LONG.py: there is no such file"),
+    ],
+)
+def test_a_text_too_long_for_a_name(words: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Is no file's, and no crash of ours."""
+    long = "l" * 5000
+    assert exit_code([word.replace("LONG", long) for word in words]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert says.replace("LONG", long) in captured.err
+
+
 def test_a_long_word_is_shown_in_short() -> None:
     """With its length."""
     assert shorten("a" * 3_000_000) == "a" * 24 + "... (3,000,000 letters)"

@@ -92,6 +92,8 @@ def test_a_launch_says_what_real_processes_cannot_do() -> None:
         ([3], r"^faults\[0\]: 3 is no plan"),
         ("missing.toml", r"^missing.toml: cannot be read: No such file"),
         ("los", r'^fault los: kind: no fault is called "los"; did you mean "loss"'),
+        ("l" * 5000, r'^fault l+: kind: no fault is called "l+"; `hmmnet fault kinds` lists them'),
+        ("l" * 5000 + "/x.toml", r"^l+/x.toml: cannot be read: File name too long"),
         ({"kind": "loss", "probability": 7}, r"^faults: fault 1: probability: 7.0 is not between 0 and 1"),
         ({"loss": "often"}, r"^faults: loss is 'often': a probability or a dictionary is wanted"),
     ],

@@ -147,3 +147,12 @@ async def test_points_of_nobody_do_nothing() -> None:
         assert not points.fails(name)
         assert not points.wants(name)
     assert not points.armed
+
+
+async def test_what_happened_is_a_line_with_hexadecimal_pages() -> None:
+    """As every other place that names pages."""
+    injector = Injector()
+    host = injector.points_of("host")
+    injector.add(PointFault("migrate.before_copy", "delay", delay_s=1e-6))
+    await host.at("migrate.before_copy", device="gpu0", process=1000, start=0x100000, pages=2)
+    assert injector.fired[0].line == "fault delay migrate.before_copy node=host device=gpu0 process=1000 start=0x100000 pages=2"
