@@ -171,7 +171,7 @@ class FaultService:
         fatal: dict[int, HmmnetError] = {}
         pages, write = self._still_missing(batch.pages, batch.write)
         self.counts.stale += len(batch.pages) - len(pages)
-        verdict = self._thrashing.look(pages, self._now())
+        verdict = self._thrashing.note_faults(pages, self._now())
         if any_of(verdict.after):
             await self._serve(pages[~verdict.after], write[~verdict.after], policy, fatal)
             pages, write = pages[verdict.after], write[verdict.after]
@@ -183,7 +183,7 @@ class FaultService:
 
     async def back_off(self) -> None:
         """Somebody has what this device wants: let them use it."""
-        await self._nap(self._thrashing.nap_s())
+        await self._nap(self._thrashing.draw_nap())
 
     async def _nap(self, seconds: float) -> None:
         await self._clock.sleep_until(self._now() + seconds)

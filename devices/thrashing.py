@@ -85,8 +85,8 @@ class Thrashing:
         self._pinned_until_s = -math.inf
         """When the last pin ends."""
 
-    def look(self, pages: Words, now_s: float) -> Verdict:
-        """`pages` (ascending, each once) fault at `now_s`: which of them thrash."""
+    def note_faults(self, pages: Words, now_s: float) -> Verdict:
+        """`pages` (ascending, each once) fault at `now_s`, which is remembered: which of them thrash."""
         numbers = pages.tolist()
         after = np.zeros(len(numbers), np.bool_)
         nap = False
@@ -103,7 +103,7 @@ class Thrashing:
         self._served_s.update(dict.fromkeys(numbers, now_s))
         if len(self._served_s) > PAGES_KEPT:
             self._forget()
-        return Verdict(after, self.nap_s() if nap else 0.0)
+        return Verdict(after, self.draw_nap() if nap else 0.0)
 
     def _nap_or_pin(self, page: _History, now_s: float) -> bool:
         """A page that thrashes naps once more; one that has napped so often is pinned from now on. Returns whether it naps."""
@@ -122,8 +122,8 @@ class Thrashing:
         self._served_s = {page: self._served_s[page] for page in kept}
         self._histories = {page: known for page in kept if (known := self._histories.get(page)) is not None}
 
-    def nap_s(self) -> float:
-        """How long the next nap is, in emulated seconds."""
+    def draw_nap(self) -> float:
+        """One more nap: how long it is, in emulated seconds."""
         self.naps += 1
         return LAPSE_S * self._random.uniform(NAP_LEAST, NAP_MOST)
 

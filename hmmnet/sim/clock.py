@@ -52,7 +52,7 @@ class JumpClock(WakingClock):
         self.stuck = False
         self.deadlocked = False
         self.limit_s = math.inf
-        """The moment at which `tellers` are asked, before anybody else acts at it."""
+        """The moment at which `tellers` are asked, before anybody else acts at it; they are, too, where it goes no further."""
         self.tellers: list[Callable[[], list[str]]] = []
         """Who can say why nothing ends."""
         self.told: list[str] = []
@@ -83,6 +83,7 @@ class JumpClock(WakingClock):
             self._waited_s, self._waits_since_s = time.monotonic() - self._waits_since_s, None
         if self._looks >= self._looks_max and not self.stuck and self.scope is not None:
             self.stuck = True
+            self._ask()
             self.scope.cancel()
         return self._now_s
 

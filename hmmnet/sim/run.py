@@ -58,9 +58,11 @@ def run_virtual(main: Callable[..., Awaitable[T]], *arguments: Any, seed: int = 
         with trio.move_on_after(limit_s) as clock.scope, ctrl_c.cancels(clock.scope):
             return await main(*arguments)
         if clock.stuck:
-            raise SimulationStuck(f"time stands still at {trio.current_time():g} virtual seconds (seed {seed}): somebody goes in circles")
-        how = "tasks wait for each other, shielded from that limit" if clock.deadlocked else "somebody waits for what never comes"
-        raise SimulationStuck("\n  ".join([f"no end after {limit_s:g} virtual seconds (seed {seed}): {how}", *clock.told]))
+            said = f"time stands still at {trio.current_time():g} virtual seconds (seed {seed}): somebody goes in circles"
+        else:
+            how = "tasks wait for each other, shielded from that limit" if clock.deadlocked else "somebody waits for what never comes"
+            said = f"no end after {limit_s:g} virtual seconds (seed {seed}): {how}"
+        raise SimulationStuck("\n  ".join([said, *clock.told]))
 
     with seeded(seed):
         try:

@@ -35,7 +35,7 @@ def pages(*numbers: int) -> Words:
 def until_it_naps(thrashing: Thrashing, page: int, now_s: float) -> tuple[int, float]:
     """Fault on a page again and again: how many faults were served at once, and when the first was not."""
     for served in range(100):
-        if thrashing.look(pages(page), now_s).after.any():
+        if thrashing.note_faults(pages(page), now_s).after.any():
             return served, now_s
         now_s += SOON_S
     raise AssertionError("it never naps")
@@ -45,7 +45,7 @@ def until_it_is_pinned(thrashing: Thrashing, page: int, now_s: float) -> tuple[i
     """Fault and nap until the page is pinned: how many naps, and when."""
     for naps in range(100):
         for _ in range(EVENTS_MIN + 1):
-            verdict = thrashing.look(pages(page), now_s)
+            verdict = thrashing.note_faults(pages(page), now_s)
             if verdict.nap_s:
                 break
             if len(thrashing.pinned(now_s)):
@@ -60,21 +60,21 @@ def test_a_page_that_is_served_again_and_again_waits() -> None:
     """Three events behind the first fault; a page that faults as seldom as once a lapse is none of them."""
     assert until_it_naps(Thrashing(""), 7, 0.0)[0] == EVENTS_MIN
     slow = Thrashing("")
-    assert not any(slow.look(pages(7), turn * LAPSE_S * 1.01).after.any() for turn in range(50))
+    assert not any(slow.note_faults(pages(7), turn * LAPSE_S * 1.01).after.any() for turn in range(50))
 
 
 def test_only_the_page_that_thrashes_waits() -> None:
     """Others of the same batch are served at once."""
     thrashing = Thrashing("")
     now_s = until_it_naps(thrashing, 7, 0.0)[1] + SOON_S
-    verdict = thrashing.look(pages(3, 7, 9), now_s)
+    verdict = thrashing.note_faults(pages(3, 7, 9), now_s)
     assert verdict.after.tolist() == [False, True, False]
     assert NAP_LEAST * LAPSE_S <= verdict.nap_s <= NAP_MOST * LAPSE_S
 
 
 def test_naps_come_from_the_seed() -> None:
     """The same seed, the same naps; two devices do not nap in lockstep."""
-    first, again, other = ([made.nap_s() for _ in range(8)] for made in map(Thrashing, ("gpu0 1", "gpu0 1", "gpu1 1")))
+    first, again, other = ([made.draw_nap() for _ in range(8)] for made in map(Thrashing, ("gpu0 1", "gpu0 1", "gpu1 1")))
     assert first == again
     assert first != other
 
@@ -86,7 +86,7 @@ def test_ten_naps_and_the_page_is_pinned_for_150_ms() -> None:
     assert naps == THROTTLES_MAX
     assert thrashing.pinned(now_s + PIN_S * 0.99).tolist() == [7]
     assert thrashing.pinned(now_s + PIN_S * 1.01).tolist() == []
-    assert not thrashing.look(pages(7), now_s + SOON_S).after.any(), "a pinned page does not nap"
+    assert not thrashing.note_faults(pages(7), now_s + SOON_S).after.any(), "a pinned page does not nap"
     assert until_it_naps(thrashing, 7, now_s + PIN_S + LAPSE_S * 2)[0] == EVENTS_MIN
     assert thrashing.pins == 1
 
@@ -104,8 +104,8 @@ def test_as_many_pages_are_remembered_as_faulted_last() -> None:
     """A scan over much memory costs no more; who thrashes now is not forgotten for it."""
     thrashing, now_s = Thrashing(""), 0.0
     for first in range(1000, 1000 + 4 * PAGES_KEPT, 256):
-        thrashing.look(np.arange(first, first + 256, dtype=np.uint64), now_s)
-        verdict = thrashing.look(pages(7), now_s)
+        thrashing.note_faults(np.arange(first, first + 256, dtype=np.uint64), now_s)
+        verdict = thrashing.note_faults(pages(7), now_s)
         now_s += SOON_S
         thrashing.napped(pages(7), now_s)
     assert verdict.after.all() or thrashing.pinned(now_s).tolist() == [7]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
@@ -207,6 +208,24 @@ def test_devices_and_messages_that_are_held_are_told() -> None:
         await trio.sleep_forever()
 
     assert "fault" not in stuck(main=over)
+
+
+def test_faults_are_told_where_time_stands_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that act, with their targets, as where it goes on and on: whoever tries again at once meets the same again."""
+    monkeypatch.setattr("hmmnet.sim.clock.JumpClock.__init__.__defaults__", (10_000,))
+
+    async def stubborn(machine: SimulatedMachine) -> None:
+        process = await machine.create_process()
+        address = await process.malloc(PAGE)
+        while True:
+            await trio.lowlevel.checkpoint()
+            with contextlib.suppress(KernelError):
+                await process.store(address, 1)
+
+    said = stuck(fault("crash", "gpu1", after=5.0), fault("alloc.host"), main=stubborn)
+    assert said.startswith("time stands still at ")
+    assert re.search(r"\n  fault 2 \(alloc.host \*\) is there, and has happened [\d,]+ times", said)
+    assert "crash" not in said, "it is to come"
 
 
 async def test_real_time_is_refused() -> None:
