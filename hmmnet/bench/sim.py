@@ -16,6 +16,7 @@ from statistics import median
 from hmmnet.campaign.campaign import rarely_collected
 from hmmnet.campaign.draw import OPERATIONS, draw
 from hmmnet.campaign.trial import run_program
+from hmmnet.errors import HmmnetError
 
 from .measurement import Goal, Measurement, measured, median_ratio
 
@@ -44,7 +45,10 @@ def _step(i: int) -> int:
 
 
 def measure(seeds: int = SEEDS, long_seeds: int = LONG_SEEDS) -> list[Measurement]:
-    """``sim.operations_per_s`` and ``sim.seed_ms``; the reference is rounds of the loop for each second, and milliseconds of the loop."""
+    """``sim.operations_per_s`` and ``sim.seed_ms``; the reference is rounds of the loop for each second, and milliseconds of the loop.
+
+    Raises HmmnetError when a program goes wrong.
+    """
     run_program(draw(0, "none"))
     with rarely_collected():  # as a campaign's seeds are run
         long = _run(long_seeds, LONG_OPERATIONS)
@@ -78,8 +82,11 @@ def _run(seeds: int, operations: int) -> _Lives:
         lives.loops.append(reference_loop())
         program = draw(seed, operations=operations)
         began_s = time.perf_counter()
-        lives.operations += run_program(program).outcome.operations
+        verdict = run_program(program)
         lives.ours.append(time.perf_counter() - began_s)
+        if verdict.violations:  # what a life cost that ended at once, or went wrong, is no figure
+            raise HmmnetError(f"seed {seed} of {operations} operations: {verdict.violations[0].what}")
+        lives.operations += verdict.outcome.operations
     return lives
 
 

@@ -79,7 +79,7 @@ def _table(found: list[Measurement]) -> Table:
         table.add_column(heading, justify=justify, no_wrap=heading != "figure", overflow="fold")
     for m in found:
         reference = "" if m.reference is None else f"{m.reference:.4g}"
-        ratio = "" if m.ratio is None else f"{m.ratio:.2f}"
+        ratio = "" if m.ratio is None else f"{m.ratio:.3g}"
         table.add_row(m.name, f"{m.value:.4g} {m.unit}", reference, ratio, m.goal, _verdict(m))
     return table
 
