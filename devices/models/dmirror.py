@@ -262,13 +262,16 @@ class Dmirror(Device):
         patience_s = self.bus.clock.real(EVICT_S)
         fruitless, until_s = 0, trio.current_time() + patience_s
         while fruitless < EVICT_ROUNDS_MAX and trio.current_time() < until_s:
-            frames = self.memory.live_frames()[:EVICT_FRAMES_MAX]
+            frames = self.memory.live_frames()
             if len(frames) == 0:
                 return
-            evicted = await self.bus.evict(frames, cause)
-            if evicted.broken == len(frames):
+            moved, broken = 0, 0
+            for first in range(0, len(frames), EVICT_FRAMES_MAX):
+                evicted = await self.bus.evict(frames[first : first + EVICT_FRAMES_MAX], cause)
+                moved, broken = moved + evicted.moved, broken + evicted.broken
+            if broken == len(frames):
                 return
-            if evicted.moved:
+            if moved:
                 fruitless, until_s = 0, trio.current_time() + patience_s
             else:
                 fruitless += 1

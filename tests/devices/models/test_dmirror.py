@@ -13,6 +13,7 @@ import trio
 import trio.testing
 
 from hmmnet.devices import context
+from hmmnet.devices.models import dmirror
 from hmmnet.devices.models.dmirror import COMPOUND, EVICT_NAP_S, EVICT_ROUNDS_MAX, WINDOW_PAGES, Dmirror
 from hmmnet.errors import KernelError
 from hmmnet.pages import HMM_PFN_ERROR, HMM_PFN_ORDER_SHIFT, HMM_PFN_VALID, HMM_PFN_WRITE, PAGE_SIZE, PAGES_MAX, ZONE_SHIFT
@@ -268,6 +269,18 @@ async def test_broken_pages_are_not_asked_for_again() -> None:
         host.broken = {PAGE + 1}
         assert await evicts_of(host) == 2
         assert host.on_device(PAGE, 3) == [False, True, False]
+
+
+async def test_broken_pages_keep_no_others_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though they come first, and are as many as are asked for at once."""
+    monkeypatch.setattr(dmirror, "EVICT_FRAMES_MAX", 2)
+    async with unit() as (host, _):
+        at = host.mmap(PAGE, 5)
+        await host.cpu_write(at, fill(0x10, 5))
+        await host.ioctl("migrate_to_dev", PAGE, 5)
+        host.broken = {PAGE, PAGE + 1}
+        await host.ioctl("release", 0, 1)
+        assert host.on_device(PAGE, 5) == [True, True, False, False, False]
 
 
 async def test_release_sends_everything_home() -> None:
