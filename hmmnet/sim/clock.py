@@ -24,7 +24,7 @@ import trio
 from trio.lowlevel import Task
 
 from hmmnet.fabric.clock import EmulatedClock
-from hmmnet.sleeping import RUN, WORD, WakingClock, shortest_now, sleep_until
+from hmmnet.sleeping import RUN, WORD, Bell, WakingClock, shortest_now, sleep
 
 from .schedule import drop_shields, tasks_wait_for_idle, threads_at_work
 
@@ -164,12 +164,32 @@ def telling(tell: Callable[[], list[str]]) -> Iterator[None]:
 
 
 class VirtualClock(EmulatedClock):
-    """A machine's clock in a trio run in virtual time: one emulated second is one of the run's, and no sleep is too short to be slept."""
+    """A machine's clock in a trio run in virtual time: one emulated second is one of the run's, and no sleep is too short to be slept.
+
+    At another rate the seconds of the run stand for real ones. Whoever sleeps notices a new rate at once.
+    """
 
     sleep_min_s = 0.0
 
     def __init__(self) -> None:
         super().__init__(1.0, shortest_now())
+        self._sleepers: dict[Bell, None] = {}
+        """What wakes who sleeps, in the order in which they went to sleep."""
+
+    def set_rate(self, rate: float) -> None:
+        """See `EmulatedClock.set_rate`."""
+        super().set_rate(rate)
+        self._changed()
+
+    def adopt(self, epoch_monotonic_s: float, epoch_emulated_s: float, rate: float) -> None:
+        """See `EmulatedClock.adopt`."""
+        super().adopt(epoch_monotonic_s, epoch_emulated_s, rate)
+        self._changed()
+
+    def _changed(self) -> None:
+        """Whoever sleeps looks again how long."""
+        for bell in self._sleepers:
+            bell.ring()
 
     def real(self, seconds: float) -> float:
         """See `EmulatedClock.real`: the run has another clock than the machine."""
@@ -179,4 +199,22 @@ class VirtualClock(EmulatedClock):
         """Return at that emulated moment, exactly; at another rate than the run's, as soon as a float can say that it has come."""
         while (left_s := self.real_until(emulated_s)) > 0:  # time is what is waited for; the rate may change
             now_s = self._monotonic()
-            await sleep_until(max(now_s + left_s, math.nextafter(now_s, math.inf)))
+            await self._nap(max(now_s + left_s, math.nextafter(now_s, math.inf)))
+
+    async def sleep(self, seconds: float) -> None:
+        """Return so many emulated seconds later; at the rate of the run exactly when `hmmnet.sleeping.sleep` would."""
+        emulated_s = self.now() + seconds
+        if seconds <= 0:
+            await sleep(seconds)
+        elif self.rate == 1:
+            await self._nap(self._monotonic() + seconds)
+        await self.sleep_until(emulated_s)
+
+    async def _nap(self, run_s: float) -> None:
+        """Return at that moment of the run, or when the clock has changed."""
+        bell = Bell()
+        self._sleepers[bell] = None
+        try:
+            await bell.heard_by(run_s)
+        finally:
+            del self._sleepers[bell]

@@ -28,7 +28,6 @@ from hmmnet.faults.plan import plain
 from hmmnet.faults.targets import check_target
 from hmmnet.machine import Host, host_class
 from hmmnet.program import Machine, Process, documented_by
-from hmmnet.sleeping import sleep
 from hmmnet.topology.load import installed_models, load
 from hmmnet.topology.model import Personality, Topology, with_personality
 from hmmnet.wire.memory_transport import MemoryTransport
@@ -62,12 +61,14 @@ class SimulatedMachine:
         injector: Injector,
         nursery: trio.Nursery,
         serve: Serve,
+        clock: VirtualClock,
     ) -> None:
         self.name = name
         self.topology = topology
         self.host = host
         self.network = network
         """The faults of its wires."""
+        self._clock = clock
         self.injector = injector
         """What happens at its protocol points (`hmmnet.faults.points`)."""
         injector.on_node = self._on_node
@@ -79,7 +80,7 @@ class SimulatedMachine:
                 NodeEffect: self._to_nodes,
             },
             nursery.start_soon,
-            sleep,
+            clock.sleep,
             counted={PointFault: self._at_points, MessageFault: self._on_wires, LinkEffect: host.injection.link},
         )
         """The faults that were added, by number."""
@@ -105,12 +106,19 @@ class SimulatedMachine:
 
     @property
     def rate(self) -> float:
-        """Emulated seconds for each second of the run: virtual time is the machine's."""
-        return 1.0
+        """Emulated seconds for each second of the run; 1 unless it was set: virtual time is the machine's."""
+        return self._clock.rate
 
     def emulated_s(self) -> float:
-        """The machine's clock, in emulated seconds: the run's."""
-        return trio.current_time()
+        """The machine's clock, in emulated seconds."""
+        return self._clock.now()
+
+    def set_rate(self, rate: float) -> None:
+        """Go on at `rate` emulated seconds for each second of the run, which stands for a real one: leases and timeouts are in those.
+
+        Raises HmmnetError.
+        """
+        self.host.set_rate(rate)
 
     async def create_process(self, node: str = "", cgroup: str = "") -> Process:
         """See `Machine.create_process`."""
@@ -410,7 +418,7 @@ class SimulatedMachine:
 
     async def _again(self, name: str, down_s: float) -> None:
         """A fault wants it back. Another one may not let it: then it stays away, as a process does that fails to start."""
-        await sleep(down_s)
+        await self._clock.sleep(down_s)
         if name not in self._nodes:
             with suppress(HmmnetError):
                 await self.start_device(name)
@@ -466,8 +474,9 @@ async def simulated(
     plan = as_plan(faults)
     watch = None if trace is None else trace.sent
     wires = MemoryTransport(watch)
-    injector = Injector(Random(seed ^ POINTS_SEED))  # noqa: S311 - chance, not secrecy
-    host: Host = _host()(machine, wires, Path(), SECRET, VirtualClock(), name, scheme="mem", incarnation=1, injector=injector)
+    clock = VirtualClock()
+    injector = Injector(Random(seed ^ POINTS_SEED), sleep=clock.sleep)  # noqa: S311 - chance, not secrecy
+    host: Host = _host()(machine, wires, Path(), SECRET, clock, name, scheme="mem", incarnation=1, injector=injector)
     with only_error():
         async with trio.open_nursery() as nursery:
             async with host.running():
@@ -475,7 +484,7 @@ async def simulated(
                 if trace is not None:
                     injector.on_fired = trace.fired
                 nursery.start_soon(network.run)
-                world = SimulatedMachine(name, machine, host, wires, network, injector, nursery, _serve())
+                world = SimulatedMachine(name, machine, host, wires, network, injector, nursery, _serve(), clock)
                 for device in machine.device_names:
                     await world.start_device(device)
                 for fault in plan.faults:

@@ -99,8 +99,16 @@ class FrozenMachine(BlockingMachine):
         super().__init__(machine, world)
         self.name = machine.name
         self.topology = machine.topology
-        self.rate = machine.rate
         self._simulated = machine
+
+    @property
+    def rate(self) -> float:
+        """See `SimulatedMachine.rate`."""
+        return self._simulated.rate
+
+    def set_rate(self, rate: float) -> None:
+        """See `SimulatedMachine.set_rate`."""
+        self._loop.ask(lambda: self._simulated.set_rate(rate))
 
     @property
     def running(self) -> tuple[str, ...]:

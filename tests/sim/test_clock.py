@@ -296,3 +296,45 @@ def test_a_sleep_at_another_rate_ends() -> None:
         return step
 
     assert run_virtual(main, limit_s=1e4) == 1999
+
+
+@pytest.mark.parametrize(("change", "wakes_s"), [("faster", 1.9), ("slower", 91.0), ("ahead", 1.0), ("adopted", 3.0)])
+def test_who_sleeps_notices_a_new_rate_at_once(change: str, wakes_s: float) -> None:
+    """Of ten emulated seconds one has passed: it wakes when the other nine have, by the clock as it is now."""
+
+    async def main() -> tuple[float, float]:
+        clock = VirtualClock()
+        woken: list[float] = []
+
+        async def slumber() -> None:
+            await clock.sleep_until(10.0)
+            woken.append(trio.current_time())
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(slumber)
+            nursery.start_soon(clock.sleep, 10.0)
+            await trio.sleep(1.0)
+            if change == "ahead":
+                clock.disturb(20.0, 1.0)
+            elif change == "adopted":
+                clock.adopt(0.0, 7.0, 1.0)
+            else:
+                clock.set_rate(10.0 if change == "faster" else 0.1)
+        return woken[0], trio.current_time()
+
+    assert run_virtual(main) == pytest.approx((wakes_s, wakes_s))
+
+
+def test_a_sleep_that_is_cancelled_is_forgotten() -> None:
+    """And one of no time lets others run."""
+
+    async def main() -> float:
+        clock = VirtualClock()
+        with trio.move_on_after(1.0):
+            await clock.sleep(5.0)
+        clock.set_rate(2.0)
+        assert not clock._sleepers
+        await clock.sleep(0.0)
+        return trio.current_time()
+
+    assert run_virtual(main) == 1.0

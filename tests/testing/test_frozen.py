@@ -188,3 +188,13 @@ def test_a_case_hears_of_it() -> None:
     assert "arrives twice (duplicate)" in texts
     assert "host -> gpu0 (asked for by a program)" in texts
     assert case.migrations.pages(to="gpu0") == 1
+
+
+def test_the_rate_of_a_frozen_machine() -> None:
+    """Is set as that of one that awaits, or runs in real time."""
+    with machine() as made:
+        made.set_rate(0.5)
+        assert made.rate == 0.5
+        began_s = made.emulated_s()
+        made.sleep(3.0)
+        assert made.emulated_s() - began_s == pytest.approx(1.5)
