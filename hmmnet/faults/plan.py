@@ -14,7 +14,6 @@ range = "0x7f0000000000+64KiB"  # only these addresses
 from __future__ import annotations
 
 import dataclasses
-import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from hmmnet.errors import HmmnetError, PlanError, WrongUse
 from hmmnet.topology.lines import KeyLines
-from hmmnet.topology.problems import Problem, did_you_mean, no_text, syntax_problem
+from hmmnet.topology.problems import Problem, did_you_mean, no_text, toml_of
 
 from .catalogue import CONTROLS, as_given, checked, kind_named
 from .catalogue import fault as make_fault
@@ -52,10 +51,9 @@ class Plan:
     @classmethod
     def parse(cls, text: str, file: str = "plan.toml") -> Plan:
         """The plan in `text`. Raises PlanError with every mistake of the file: line, fault, field, cause, and what was meant."""
-        try:
-            data = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            raise PlanError([syntax_problem(str(error), text, file, "[[fault]]")]) from None
+        data = toml_of(text, file, "[[fault]]")
+        if isinstance(data, Problem):
+            raise PlanError([data])
         lines = KeyLines(text)
         mistakes = [
             Problem(

@@ -8,7 +8,6 @@ expanded here.
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +18,7 @@ from hmmnet.units import parse_rate, parse_size, parse_time, show_size
 from .lines import KeyLines, Path
 from .model import MEMORY_BYTES_MAX
 from .names import expand, spread
-from .problems import Problem, closest, did_you_mean, syntax_problem
+from .problems import Problem, closest, did_you_mean, toml_of
 from .schema import LINK, SECTIONS, TOP, Field, Section
 
 _UNIT_SUFFIX = re.compile(r"_(?:ns|us|ms|s|bytes|[kmgt]i?b(?:ps|_s|_per_s)?|bytes_per_s|[kmgt]bps)\Z", re.IGNORECASE)
@@ -83,15 +82,10 @@ class Document:
 def read_document(text: str, file: str) -> Document:
     """Parse and check `text`, field by field; never raises for what the text holds."""
     document = Document(file)
-    try:
-        data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    data = toml_of(text, file)
+    if isinstance(data, Problem):
         document.complete = False
-        document.problems.append(syntax_problem(str(error), text, file))
-        return document
-    except RecursionError:
-        document.complete = False
-        document.complain(0, "", "", "brackets are nested too deeply")
+        document.problems.append(data)
         return document
     document.lines = KeyLines(text)
     _read_top(document, data)

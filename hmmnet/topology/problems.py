@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -50,6 +51,18 @@ def syntax_problem(message: str, text: str, file: str, table: str = "[[name]]") 
         message = message[: match.start()] + (f" (column {match[2]})" if match[2] else " (at the end of the file)")
     cause = f"no valid TOML: {message[:1].lower()}{message[1:]}"
     return Problem(file, line, "", "", cause, f"text stands in quotes, tables begin with {table}")
+
+
+def toml_of(text: str, file: str, table: str = "[[name]]") -> dict[str, Any] | Problem:
+    """What `text` says, or why it says nothing; `table` as for `syntax_problem`."""
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        return syntax_problem(str(error), text, file, table)
+    except ValueError:  # of int itself
+        return Problem(file, 0, "", "", "a number has thousands of digits", "write one that a machine can have")
+    except RecursionError:
+        return Problem(file, 0, "", "", "no valid TOML: brackets are nested too deeply", "no value here is more than a list of lists")
 
 
 def no_text(error: UnicodeDecodeError, file: str) -> Problem:

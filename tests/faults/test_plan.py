@@ -169,6 +169,13 @@ kind = "loss"
         Plan.parse("\n[[fault]\n", "my.toml")
 
 
+@pytest.mark.parametrize(("value", "why"), [("[" * 5_000 + "]" * 5_000, "nested too deeply"), ("9" * 5_000, "thousands of digits")])
+def test_toml_that_nobody_can_read_is_a_mistake_of_the_plan(value: str, why: str) -> None:
+    """Whatever Python's reader stumbles over."""
+    with pytest.raises(PlanError, match=rf"my\.toml: .*{why}"):
+        Plan.parse(f"a = {value}", "my.toml")
+
+
 def test_what_does_not_fit_a_point_is_named_with_its_own_line() -> None:
     """Node, point or time: the one that is wrong, of faults each of whose values could be read."""
     text = """\

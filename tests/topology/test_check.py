@@ -68,6 +68,8 @@ CASES = {
     "one table": ("[[memory]]", "[memory]", 1, "memory", "one table where an array", "[[memory]]"),
     "top": ("[[memory]]", 'descripton = "x"\n[[memory]]', 1, "descripton", "unknown section or key", 'mean "description"'),
     "syntax": ('size = "1 GiB"', 'size = "1 GiB', 3, "", "no valid TOML", ""),
+    "deep": ("[[memory]]", f"a = {'[' * 5_000}\n[[memory]]", 0, "", "nested too deeply", "list of lists"),
+    "digits": ("[[memory]]", f"a = {'9' * 5_000}\n[[memory]]", 0, "", "thousands of digits", "that a machine can have"),
 }
 
 
