@@ -91,7 +91,7 @@ async def resize(crew: Crew, step: Step, who: str) -> None:
     async with memory(crew) as at:
         await process.write(at, values)
         await process.migrate(at, step.count * PAGE_SIZE, device)
-        await _resized[step.choice](crew, who, device, at, values)
+        await _resized[step.choice or "grow"](crew, who, device, at, values)
 
 
 async def _grow(crew: Crew, who: str, device: str, at: int, values: Words) -> None:

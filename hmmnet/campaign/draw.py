@@ -13,6 +13,7 @@ from hmmnet.topology.problems import did_you_mean
 
 from .program import Harm, Hit, Layout, Planned, Program, Step
 from .recipes import FAMILIES, INSIDE, RECIPES
+from .words import CHOICES
 
 OPERATIONS = 200
 """Of one seed."""
@@ -100,37 +101,6 @@ SOMETIMES = {
 LEAVING = {"bounce": 0.2, "unload": 0.2, "unplug": 0.2}
 """Steps that cost a device its life: in mixes that have deaths."""
 DEADLY_MIXES = frozenset({"all", "deaths"})
-ADVICE = ("PAGEOUT", "COLD", "WILLNEED", "HUGEPAGE", "NOHUGEPAGE", "POPULATE_WRITE", "POPULATE_READ", "COLLAPSE", "RANDOM", "MERGEABLE")
-CHOICES: dict[str, tuple[str, ...]] = {
-    "device_load": ("demand", "remote"),
-    "device_gather": ("demand", "remote"),
-    "device_store": ("demand", "remote"),
-    "device_add": ("demand", "remote"),
-    "compute": ("demand", "remote"),
-    "reduce": ("demand", "remote"),
-    "walk": ("demand", "remote"),
-    "migrate": ("", "", "whole"),
-    "advise": ADVICE,
-    "protect": ("r", "none", "rw", "rw"),
-    "pin": ("", "longterm", "plain", "fork"),
-    "fork": ("", "device", "kill", "sigkill", "reaped"),
-    "command": ("read", "read_unlocked", "write", "migrate_to_dev", "migrate_to_sys", "snapshot", "exclusive", "check_exclusive"),
-    "cancelled_job": ("demand", "remote"),
-    "cancelled": ("", "home", "load", "store"),
-    "populate": ("", "HUGEPAGE", "NOHUGEPAGE"),
-    "resize": ("grow", "shrink", "dontunmap"),
-    "inherit": ("", "device"),
-    "let_free": ("", "PAGEOUT", "COLD"),
-    "hugetlb": ("demand", "remote"),
-    "truncate": ("demand", "remote"),
-    "private_file": ("demand", "remote"),
-    "device_pages": ("demand", "remote"),
-    "user_fault": ("cpu", "device"),
-    "stranger": ("demand", "remote"),
-    "oom": ("demand", "remote"),
-    "tree": ("demand", "remote"),
-    "words": ("demand", "remote"),
-}
 
 
 def draw(seed: int, mix: str = "all", operations: int = OPERATIONS, devices: int = DEVICES) -> Program:

@@ -12,7 +12,7 @@ from hmmnet.topology.model import Topology
 @lru_cache(maxsize=256)
 def topology_of(text: str) -> Topology:
     """The topology in `text`, as TOML. Raises TopologyError."""
-    return parse(text, models=_models() or None)
+    return parse(text, "machine", models=_models() or None)
 
 
 @cache

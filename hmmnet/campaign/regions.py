@@ -16,13 +16,12 @@ from hmmnet.pages import PAGE_SIZE
 from hmmnet.program import MemoryFile
 
 from .history import Clock, History
+from .words import HUGE_SPREAD
 
 WORD_BYTES = 8
 WORDS_PER_PAGE = PAGE_SIZE // WORD_BYTES
 RIGHTS = {"none": 0, "r": 1, "rw": 3}
 READ, WRITE = 1, 2
-HUGE_SPREAD = (0, 1, 2, 255, 256, 510, 511)
-"""Which pages of a huge page are used: both ends and the middle."""
 
 Counts = tuple[int, ...]
 

@@ -63,9 +63,45 @@ STEP_KINDS = (
     "look",
 )
 """Of steps: `operations.OPERATIONS` has a function for each."""
+ADVICE = ("PAGEOUT", "COLD", "WILLNEED", "HUGEPAGE", "NOHUGEPAGE", "POPULATE_WRITE", "POPULATE_READ", "COLLAPSE", "RANDOM", "MERGEABLE")
+CHOICES: dict[str, tuple[str, ...]] = {
+    "device_load": ("demand", "remote"),
+    "device_gather": ("demand", "remote"),
+    "device_store": ("demand", "remote"),
+    "device_add": ("demand", "remote"),
+    "compute": ("demand", "remote"),
+    "reduce": ("demand", "remote"),
+    "walk": ("demand", "remote"),
+    "migrate": ("", "", "whole"),
+    "advise": ADVICE,
+    "protect": ("r", "none", "rw", "rw"),
+    "pin": ("", "longterm", "plain", "fork"),
+    "fork": ("", "device", "kill", "sigkill", "reaped"),
+    "command": ("read", "read_unlocked", "write", "migrate_to_dev", "migrate_to_sys", "snapshot", "exclusive", "check_exclusive"),
+    "cancelled_job": ("demand", "remote"),
+    "cancelled": ("", "home", "load", "store"),
+    "populate": ("", "HUGEPAGE", "NOHUGEPAGE"),
+    "resize": ("grow", "shrink", "dontunmap"),
+    "inherit": ("", "device"),
+    "let_free": ("", "PAGEOUT", "COLD"),
+    "hugetlb": ("demand", "remote"),
+    "truncate": ("demand", "remote"),
+    "private_file": ("demand", "remote"),
+    "device_pages": ("demand", "remote"),
+    "user_fault": ("cpu", "device"),
+    "stranger": ("demand", "remote"),
+    "oom": ("demand", "remote"),
+    "tree": ("demand", "remote"),
+    "words": ("demand", "remote"),
+}
+"""Ways of a step, by kind, each as often as it is drawn; other kinds have one way only."""
+NOT_DRAWN_CHOICES = {"home": ("whole",)}
+"""What only scenarios choose, beside those."""
 ON_EVERY_REGION = frozenset({"migrate", "home", "advise", "lock"})
 """Kinds of steps whose `region` counts the lanes and the counters, too."""
 REGION_KINDS = ("anon", "shared", "file", "huge")
+HUGE_SPREAD = (0, 1, 2, 255, 256, 510, 511)
+"""Which pages of a huge page are used: both ends and the middle."""
 VICTIM_PID_FIRST = 1001
 """The actors' process is the first of a machine, the victims are the next ones."""
 VICTIM_ADDRESS = 0x20_0000_0000
@@ -87,3 +123,8 @@ def places() -> dict[str, tuple[str, ...]]:
     found = {point.name: point.actions for point in POINTS.values()}
     found |= dict.fromkeys(CONTROL, CONTROL_FAULTS)
     return found | dict.fromkeys(BULK_WAYS, BULK_FAULTS)
+
+
+def choices_of(kind: str) -> tuple[str, ...]:
+    """Every way of a step of that kind; ``""`` is the usual one."""
+    return "", *CHOICES.get(kind, ()), *NOT_DRAWN_CHOICES.get(kind, ())

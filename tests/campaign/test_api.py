@@ -13,11 +13,11 @@ import msgspec
 import pytest
 
 from hmmnet.campaign import scenarios
-from hmmnet.campaign.draw import ALWAYS, CHOICES, LEAVING, SOMETIMES, draw
+from hmmnet.campaign.draw import ALWAYS, LEAVING, SOMETIMES, draw
 from hmmnet.campaign.operations import OPERATIONS
 from hmmnet.campaign.program import Layout, Program, Step
 from hmmnet.campaign.trial import run_program
-from hmmnet.campaign.words import STEP_KINDS
+from hmmnet.campaign.words import CHOICES, STEP_KINDS
 from hmmnet.host.files import MemFd
 from hmmnet.host.handles import Handle, HeldPages
 from hmmnet.host.mm.userfault import UserFault
