@@ -274,12 +274,12 @@ class History:
     def _bury(self, words: slice, depth: int) -> int:
         """Forget values that no load can return any more: overwritten before the oldest load under way began. The `_depth` then."""
         low, live = self._low[:depth, words], self._live[:depth, words]
-        settled = np.where((low < self.clock.oldest) & live, self._begin[:depth, words], ALWAYS).max(axis=0)
+        settled = np.maximum.reduce(np.where((low < self.clock.oldest) & live, self._begin[:depth, words], ALWAYS))
         ended = np.minimum(low, self._end[:depth, words])
         dead = live & (ended < settled)
-        while dead.any():  # and with a value all that is forced before it: nobody could tell that any more
-            live &= ~dead
-            dead = live & (ended < np.where(dead, self._high[:depth, words], ALWAYS).max(axis=0))
+        while any_of(dead):  # and with a value all that is forced before it: nobody could tell that any more
+            live ^= dead
+            dead = live & (ended < np.maximum.reduce(np.where(dead, self._high[:depth, words], ALWAYS)))
         return self._depth(words)
 
     def _tame(self, words: slice, began: int) -> None:
@@ -337,7 +337,7 @@ class History:
                 self.clock.end(mark.began)
                 return wrong
         match &= self._begin[:depth, words] < now
-        matches = match.sum(axis=0, dtype=np.int8)
+        matches = np.add.reduce(match, dtype=np.int8)
         unknown, once = matches == 0, matches == 1
         if sure is not None:
             unknown &= sure
@@ -346,7 +346,7 @@ class History:
             self.clock.end(mark.began)
             return self._unknown(mark.first + int(unknown.argmax()), int(values[unknown.argmax()]))
         places = once.nonzero()[0]
-        wrong = self._join(mark, places, match.argmax(axis=0)[places], depth, now)
+        wrong = self._join(mark, places, match.argmax(axis=0)[places], depth, now) if len(places) else None
         self.clock.end(mark.began)
         return wrong
 
@@ -386,19 +386,20 @@ class History:
 
     def _join(self, mark: LoadMark, places: npt.NDArray[np.intp], rows: npt.NDArray[np.intp], depth: int, now: int) -> Wrong | None:
         """The load belongs to the clusters `rows` of the words at `places`; the first that is then forced before and behind another one."""
-        words = places + mark.first
-        mine = (rows, words)
-        self._low[mine] = low = np.minimum(self._low[mine], np.minimum(now, self._end[mine]))
-        self._high[mine] = high = np.maximum(np.maximum(self._high[mine], mark.began), self._begin[mine])
-        others = self._live[:depth, words]
-        others[rows, np.arange(len(words))] = False
-        if depth == 1 or not others.any():
+        mine = rows * self.words + (places + mark.first)  # in the arrays as one row, where numpy finds places in half the time
+        low = np.minimum(self._low.take(mine), np.minimum(self._end.take(mine), now))
+        high = np.maximum(self._high.take(mine), np.maximum(self._begin.take(mine), mark.began))
+        self._low.put(mine, low)
+        self._high.put(mine, high)
+        if depth == 1:
             return None
-        torn = others & (low < self._high[:depth, words]) & (self._low[:depth, words] < high)
-        if not torn.any():
+        words = slice(mark.first, mark.first + mark.count) if len(places) == mark.count else places + mark.first
+        torn = self._live[:depth, words] & (low < self._high[:depth, words]) & (self._low[:depth, words] < high)
+        torn[rows, np.arange(len(places))] = False
+        if not any_of(torn):
             return None
-        place = int(torn.any(axis=0).argmax())
-        return self._torn(int(words[place]), int(rows[place]), int(torn[:, place].argmax()), mark.began)
+        place = int(np.logical_or.reduce(torn).argmax())
+        return self._torn(mark.first + int(places[place]), int(rows[place]), int(torn[:, place].argmax()), mark.began)
 
     def _unknown(self, word: int, value: int) -> Wrong:
         live = [f"0x{int(self._value[row, word]):x}" for row in np.flatnonzero(self._live[:, word])]
