@@ -80,7 +80,10 @@ def suspended(abort: Callable[[Any], Abort]) -> Generator[Any, Any, None]:
         return
     word = yield WaitTaskRescheduled(abort)
     if word is not WORD:
-        word.unwrap()
+        try:
+            word.unwrap()
+        finally:
+            del word  # an exception of a cancellation, whose traceback holds this: a circle, for garbage collection
 
 
 class Suspension:
@@ -98,7 +101,10 @@ class Suspension:
             return
         word = yield self._asked
         if word is not WORD:
-            word.unwrap()
+            try:
+                word.unwrap()
+            finally:
+                del word  # as there
 
 
 def shortest_now() -> Callable[[], float]:

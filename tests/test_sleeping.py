@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from typing import TypeVar
 
@@ -13,7 +15,7 @@ from trio.testing import MockClock
 
 from hmmnet import sleeping
 from hmmnet.sim import run_virtual
-from hmmnet.sleeping import WORD, Bell, Completion, PublicRun, Suspension, sleep
+from hmmnet.sleeping import WORD, Bell, Completion, PublicRun, Suspension, sleep, suspended
 
 T = TypeVar("T")
 
@@ -165,3 +167,25 @@ async def test_a_word_can_be_said_again() -> None:
         assert await anext(asynchronous) == "more"
         assert await WORD.asend(asynchronous) == "heard"
         await asynchronous.aclose()
+
+
+@pytest.mark.parametrize("wait", [suspended, Suspension], ids=["suspended", "Suspension"])
+def test_a_cancelled_wait_leaves_no_circle(wait: Callable[[Callable[[object], trio.lowlevel.Abort]], Awaitable[None]]) -> None:
+    """The exception goes with the last who holds it: garbage collection need not look for it."""
+    raised: list[weakref.ref[trio.Cancelled]] = []
+
+    async def cancelled() -> None:
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            try:
+                await wait(lambda _: trio.lowlevel.Abort.SUCCEEDED)
+            except trio.Cancelled as error:
+                raised.append(weakref.ref(error))
+                raise
+
+    gc.disable()
+    try:
+        run_virtual(cancelled)
+        assert raised[0]() is None
+    finally:
+        gc.enable()
