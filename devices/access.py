@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hmmnet.errors import HmmnetError
-from hmmnet.pages import ADDRESS_BITS, FEW, PAGE_SHIFT, PAGE_SIZE, ZERO_FRAME, Words, all_of, any_of, distinct, is_ascending
+from hmmnet.pages import ADDRESS_BITS, FEW, PAGE_SHIFT, PAGE_SIZE, ZERO_FRAME, Words, all_of, any_of, distinct, is_ascending, word_of
 
 from .memory import Memory
 from .mirror import Mirror, allows, frames_of
@@ -34,9 +34,9 @@ DENSE_LANES = 64
 """Distinct elements a page from which on a foreign page is fetched whole: eight-byte elements would cost twice their size in addresses."""
 
 NO_PAGES = np.zeros(0, np.uint64)
-_OFFSET = np.uint64(PAGE_SIZE - 1)
-_SHIFT = np.uint64(PAGE_SHIFT)
-_ZERO = np.uint64(ZERO_FRAME)
+_OFFSET = word_of(PAGE_SIZE - 1)
+_SHIFT = word_of(PAGE_SHIFT)
+_ZERO = word_of(ZERO_FRAME)
 
 
 class JobError(HmmnetError):
@@ -428,7 +428,7 @@ def check_addresses(addresses: Words, size: int) -> None:
     if len(addresses) == 0:
         return
     if int(addresses.max()) >= ADDRESS_END:
-        bad = int(addresses[int(np.argmax(addresses >= np.uint64(ADDRESS_END)))])
+        bad = int(addresses[int(np.argmax(addresses >= word_of(ADDRESS_END)))])
         raise AccessError(bad, f"the address is beyond the {ADDRESS_BITS}-bit address space")
     crooked = addresses & np.uint64(size - 1)
     if any_of(crooked != 0):
@@ -445,7 +445,7 @@ def runs(mask: npt.NDArray[np.bool_], frames: Words | None = None) -> Iterator[t
         return
     breaks = np.diff(places) != 1
     if frames is not None:
-        breaks |= np.diff(frames[places]) != np.uint64(1)
+        breaks |= np.diff(frames[places]) != word_of(1)
     cuts = np.flatnonzero(breaks) + 1
     for part_first, part_end in zip([0, *cuts.tolist()], [*cuts.tolist(), len(places)], strict=True):
         yield int(places[part_first]), int(places[part_end - 1]) + 1

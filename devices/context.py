@@ -37,6 +37,7 @@ from hmmnet.pages import (
     pages_in,
     run_bounds,
     to_wire,
+    word_of,
 )
 from hmmnet.sleeping import Completion
 from hmmnet.wire.messages import Migrate, RangeFault
@@ -62,10 +63,10 @@ DMA_ELEMENTS_MAX = 1 << 16
 DMA_BYTES_MAX = 64 << 20
 """Elements and bytes of one DMA request: half a megabyte of addresses, 64 chunks of data."""
 
-_MIGRATE = np.uint64(MIGRATE_PFN_MIGRATE)
-_WRITE = np.uint64(MIGRATE_PFN_WRITE)
-_PAGE = np.uint64(LARGE - 1)
-_BLOCK = np.uint64(HUGE_SHIFT)
+_MIGRATE = word_of(MIGRATE_PFN_MIGRATE)
+_WRITE = word_of(MIGRATE_PFN_WRITE)
+_PAGE = word_of(LARGE - 1)
+_BLOCK = word_of(HUGE_SHIFT)
 _NO_PAGES = np.zeros(0, dtype=np.uint64)
 
 
@@ -315,8 +316,8 @@ class Context:
                 heads[block] = head
         if not heads:
             return self._grant_small(np.arange(start, end, dtype=np.uint64), end, compound=compound)
-        large = np.array(list(heads), np.uint64) << _BLOCK | np.uint64(LARGE)
-        large_frames = np.array(list(heads.values()), np.uint64) | np.uint64(LARGE)
+        large = np.array(list(heads), np.uint64) << _BLOCK | word_of(LARGE)
+        large_frames = np.array(list(heads.values()), np.uint64) | word_of(LARGE)
         if len(heads) * HUGE_PAGES == end - start:
             return large, large_frames, end
         pages = np.arange(start, end, dtype=np.uint64)
@@ -350,8 +351,8 @@ class Context:
         assert frames is not None, "free_pages said that there are enough"
         if not heads:
             return wanted, frames, tried_until
-        wanted = np.concatenate((wanted, large << _BLOCK | np.uint64(LARGE)))
-        frames = np.concatenate((frames, np.array([head for _, head in heads], np.uint64) | np.uint64(LARGE)))
+        wanted = np.concatenate((wanted, large << _BLOCK | word_of(LARGE)))
+        frames = np.concatenate((frames, np.array([head for _, head in heads], np.uint64) | word_of(LARGE)))
         order = np.argsort(wanted & _PAGE, kind="stable")
         return wanted[order], frames[order], tried_until
 
@@ -361,7 +362,7 @@ class Context:
         self.traffic.migrations += 1
         self.traffic.pages_in += pages_in(pages)
         if watch.dropped and has_large(pages):
-            writable = np.repeat(writable, np.where(pages >= np.uint64(LARGE), HUGE_PAGES, 1))
+            writable = np.repeat(writable, np.where(pages >= word_of(LARGE), HUGE_PAGES, 1))
             pages, frames = page_by_page(pages), page_by_page(frames)
         if watch.dropped:
             kept = watch.brings(pages & _PAGE)

@@ -23,11 +23,12 @@ from hmmnet.pages import (
     has_large,
     page_by_page,
     pages_in,
+    word_of,
 )
 
 from .memory import PAGES_PER_LIST_MAX
 
-_PAGE = np.uint64(LARGE - 1)
+_PAGE = word_of(LARGE - 1)
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,10 @@ def positions(start: int, words: Words) -> Words:
     """The pages that MIGRATE_PFN `words` of a range from `start` on are for, large ones marked."""
     if not bits_in_any(words) & MIGRATE_PFN_COMPOUND:
         return np.arange(start, start + len(words), dtype=np.uint64)
-    large = words & np.uint64(MIGRATE_PFN_COMPOUND) != 0
+    large = words & word_of(MIGRATE_PFN_COMPOUND) != 0
     counts = np.where(large, HUGE_PAGES, 1)
     pages = (np.cumsum(counts) - counts + start).astype(np.uint64)
-    pages[large] |= np.uint64(LARGE)
+    pages[large] |= word_of(LARGE)
     return pages
 
 
@@ -89,7 +90,7 @@ def matched(start: int, words: Words, pages: Words, frames: Words) -> tuple[Word
     answered = positions(start, words)
     if np.array_equal(answered, pages):
         return words, pages, frames
-    apart = (pages >= np.uint64(LARGE)) & ~among(pages, answered)
+    apart = (pages >= word_of(LARGE)) & ~among(pages, answered)
     if apart.any():
         pages, frames = (np.concatenate((listed[~apart], page_by_page(listed[apart]))) for listed in (pages, frames))
         order = np.argsort(pages & _PAGE, kind="stable")

@@ -53,6 +53,7 @@ from hmmnet.pages import (
     page_by_page,
     pages_in,
     run_bounds,
+    word_of,
 )
 from hmmnet.runs import Allocation, RunAllocator
 from hmmnet.sparse import lazy_words
@@ -73,9 +74,9 @@ DISCARD_PAGES_MAX = 1 << 14
 
 _PLACE_SHIFT = 36
 _PLACE_MASK = (1 << _PLACE_SHIFT) - 1
-_PLACE_BITS = np.uint64(_PLACE_SHIFT)
-_PLACE_PAGE_MASK = np.uint64(_PLACE_MASK)
-_PAGE_SHIFT = np.uint64(PAGE_SHIFT)
+_PLACE_BITS = word_of(_PLACE_SHIFT)
+_PLACE_PAGE_MASK = word_of(_PLACE_MASK)
+_PAGE_SHIFT = word_of(PAGE_SHIFT)
 _STEPS = np.arange(HUGE_PAGES, dtype=np.uint64)
 _NO_FRAMES = np.zeros(0, np.uint64)
 _NO_CELLS = np.zeros(0, np.intp)
@@ -207,8 +208,8 @@ class Memory:
             if self._folded_count:
                 self._unfold(cells)
             return cells
-        large = frames >= np.uint64(LARGE)
-        cells = self.arena.indices(frames & np.uint64(LARGE - 1))
+        large = frames >= word_of(LARGE)
+        cells = self.arena.indices(frames & word_of(LARGE - 1))
         if not large.all():
             self._unfold(cells[~large])
         apart = large & ~self._folded[cells >> HUGE_SHIFT]
@@ -234,7 +235,7 @@ class Memory:
         """The frames that have their state at `cells`: large ones where those are folded."""
         frames = cells.astype(np.uint64) + np.uint64(self.base)
         if self._folded_count:
-            frames[self._folded[cells >> HUGE_SHIFT]] |= np.uint64(LARGE)
+            frames[self._folded[cells >> HUGE_SHIFT]] |= word_of(LARGE)
         return frames
 
     def _release(self, cells: npt.NDArray[np.intp]) -> Words:
@@ -242,7 +243,7 @@ class Memory:
         frames = self._of(cells)
         if not self._folded_count:
             return ascending(frames)
-        folded = cells[frames >= np.uint64(LARGE)]
+        folded = cells[frames >= word_of(LARGE)]
         for head in folded.tolist():
             self._state[head + 1 : head + HUGE_PAGES] = self._state[head]
         self._folded[folded >> HUGE_SHIFT] = False
@@ -346,12 +347,12 @@ class Memory:
                 return np.array(few, np.intp)
         if pages_in(frames) > PAGES_PER_LIST_MAX:
             raise ProtocolError(f"{what} stands for {pages_in(frames)} frames; at most {PAGES_PER_LIST_MAX} are taken")
-        large = frames >= np.uint64(LARGE)
-        firsts = frames & np.uint64(LARGE - 1)
-        outside = ~self.owns(firsts) | ~self.owns(firsts + np.where(large, np.uint64(HUGE_PAGES - 1), np.uint64(0)))
+        large = frames >= word_of(LARGE)
+        firsts = frames & word_of(LARGE - 1)
+        outside = ~self.owns(firsts) | ~self.owns(firsts + np.where(large, word_of(HUGE_PAGES - 1), word_of(0)))
         if outside.any():
             raise ProtocolError(f"{what} names frame 0x{int(firsts[int(np.argmax(outside))]):x}, which is not in zone {self.zone}")
-        if (firsts[large] % np.uint64(HUGE_PAGES)).any():
+        if (firsts[large] % word_of(HUGE_PAGES)).any():
             raise ProtocolError(f"{what} names a huge page that is not aligned")
         cells = self._cells(frames)
         state = self._state[cells]
@@ -411,7 +412,7 @@ class Memory:
         if len(indices) != len(frames):
             pages, frames = page_by_page(pages), page_by_page(frames)
             indices = self._cells(frames)
-        pages = pages & np.uint64(LARGE - 1)
+        pages = pages & word_of(LARGE - 1)
         new = np.uint64(slot) << _PLACE_BITS | pages
         old = self._places[indices]
         kept = (old != 0) & (old != new)
@@ -424,13 +425,13 @@ class Memory:
         """(mirror number, pages) that may map one of `frames`, large ones by large ones."""
         indices = self._cells(frames)
         places = self._places[indices]
-        marks = self._of(indices) & np.uint64(LARGE)
+        marks = self._of(indices) & word_of(LARGE)
         mapped = places != 0
         places, marks = places[mapped], marks[mapped]
         if self._more:
             extra = sorted((place, index) for index in self._more.keys() & set(indices.tolist()) for place in self._more[index])
             places = np.concatenate((places, np.array([place for place, _ in extra], dtype=np.uint64)))
-            marks = np.concatenate((marks, self._of(np.array([index for _, index in extra], dtype=np.intp)) & np.uint64(LARGE)))
+            marks = np.concatenate((marks, self._of(np.array([index for _, index in extra], dtype=np.intp)) & word_of(LARGE)))
         if len(places) == 0:
             return []
         slots, pages = places >> _PLACE_BITS, places & _PLACE_PAGE_MASK | marks

@@ -42,6 +42,7 @@ from hmmnet.pages import (
     has_large,
     page_by_page,
     runs_of,
+    word_of,
 )
 from hmmnet.pagetable import PageTable
 
@@ -52,16 +53,16 @@ ENTRY_WRITE = 2
 ENTRY_ATOMIC = 4
 ENTRY_SHIFT = 8
 
-_SHIFT = np.uint64(ENTRY_SHIFT)
-_VALID = np.uint64(ENTRY_VALID)
-_WRITE = np.uint64(ENTRY_WRITE)
+_SHIFT = word_of(ENTRY_SHIFT)
+_VALID = word_of(ENTRY_VALID)
+_WRITE = word_of(ENTRY_WRITE)
 _WRITABLE = _VALID | _WRITE
-_PFN_VALID = np.uint64(HMM_PFN_VALID)
-_PFN_USABLE = np.uint64(HMM_PFN_VALID | HMM_PFN_ERROR)
-_PFN_WRITE = np.uint64(HMM_PFN_WRITE)
-_PFN_FRAME = np.uint64(HMM_PFN_FRAME_MASK)
-_PAGE = np.uint64(LARGE - 1)
-_BLOCK = np.uint64(HUGE_SHIFT)
+_PFN_VALID = word_of(HMM_PFN_VALID)
+_PFN_USABLE = word_of(HMM_PFN_VALID | HMM_PFN_ERROR)
+_PFN_WRITE = word_of(HMM_PFN_WRITE)
+_PFN_FRAME = word_of(HMM_PFN_FRAME_MASK)
+_PAGE = word_of(LARGE - 1)
+_BLOCK = word_of(HUGE_SHIFT)
 _NO_PAGES = np.zeros(0, dtype=np.uint64)
 
 
@@ -165,7 +166,7 @@ class Mirror:
     def touched(self) -> Words:
         """The pages with entries that may be others since the last call: for one who checks them."""
         small, blocks = self.table.ptes.take_touched_pages(), self.table.pmds.take_touched_pages()
-        return small if not len(blocks) else np.concatenate((small, page_by_page((blocks << _BLOCK) | np.uint64(LARGE))))
+        return small if not len(blocks) else np.concatenate((small, page_by_page((blocks << _BLOCK) | word_of(LARGE))))
 
     def held(self, pages: Words) -> tuple[Words, Words, npt.NDArray[np.bool_]]:
         """`translations`, of `pages`."""
@@ -182,7 +183,7 @@ class Mirror:
 
     def has_exclusive(self, start: int, end: int) -> bool:
         """Whether a page of [start, end) is mapped for exclusive access."""
-        return any(bool((part & np.uint64(ENTRY_ATOMIC)).any()) for _, part, _ in self.table.parts(start, end))
+        return any(bool((part & word_of(ENTRY_ATOMIC)).any()) for _, part, _ in self.table.parts(start, end))
 
     def mapped_count(self) -> int:
         """Valid entries."""
@@ -246,7 +247,7 @@ class Mirror:
         if len(pages) == 0:
             return
         if has_large(pages):
-            large = pages >= np.uint64(LARGE)
+            large = pages >= word_of(LARGE)
             blocks = (pages[large] & _PAGE) >> _BLOCK
             for first, end in runs_of(np.sort(blocks)):
                 self.drop(first << HUGE_SHIFT, end << HUGE_SHIFT)
@@ -259,9 +260,9 @@ class Mirror:
     def drop_frames(self, pages: Words, frames: Words) -> None:
         """Remove the entries of those `pages` (a hint from the reverse map) that lead to one of `frames` (sorted); both may be large."""
         if has_large(pages):
-            large = pages >= np.uint64(LARGE)
+            large = pages >= word_of(LARGE)
             pmds = self.table.pmds.gather((pages[large] & _PAGE) >> _BLOCK)
-            hit = (pmds != 0) & np.isin(frames_of(pmds) | np.uint64(LARGE), frames)
+            hit = (pmds != 0) & np.isin(frames_of(pmds) | word_of(LARGE), frames)
             self.drop_pages(pages[large][hit])
             pages = np.concatenate((pages[~large], self._one_by_one(pages[large][pmds == 0])))
             if len(pages) == 0:
@@ -325,7 +326,7 @@ class Mirror:
         if not any_of(usable):
             return
         frames = words & _PFN_FRAME
-        entries = frames << _SHIFT | _VALID | np.where(words & _PFN_WRITE != 0, _WRITE, np.uint64(0))
+        entries = frames << _SHIFT | _VALID | np.where(words & _PFN_WRITE != 0, _WRITE, word_of(0))
         if all_of(usable):
             self.table.write(start, entries)
         else:
@@ -338,9 +339,9 @@ class Mirror:
         """Enter pages that just moved into own frames; both may be large, at the same positions."""
         if len(pages) == 0:
             return
-        entries = (frames & _PAGE) << _SHIFT | _VALID | np.where(writable, _WRITE, np.uint64(0))
+        entries = (frames & _PAGE) << _SHIFT | _VALID | np.where(writable, _WRITE, word_of(0))
         if has_large(pages):
-            large = pages >= np.uint64(LARGE)
+            large = pages >= word_of(LARGE)
             blocks = (pages[large] & _PAGE) >> _BLOCK
             for first, end in runs_of(np.sort(blocks)):
                 self.table.clear(first << HUGE_SHIFT, end << HUGE_SHIFT)
@@ -353,7 +354,7 @@ class Mirror:
     def program_exclusive(self, start: int, words: Words) -> None:
         """Enter pages from `start` on that this device has to itself."""
         frames = words & _PFN_FRAME
-        self.table.write(start, frames << _SHIFT | np.uint64(ENTRY_VALID | ENTRY_ATOMIC))
+        self.table.write(start, frames << _SHIFT | word_of(ENTRY_VALID | ENTRY_ATOMIC))
         own = self._memory.owns(frames)
         if own.any():
             self._memory.note_mapping(self.slot, (np.flatnonzero(own) + start).astype(np.uint64), frames[own])

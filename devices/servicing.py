@@ -43,6 +43,7 @@ from hmmnet.pages import (
     any_of,
     distinct,
     runs_of,
+    word_of,
 )
 from hmmnet.sleeping import Completion, sleep
 
@@ -62,10 +63,10 @@ them out of the mirrors of all other devices: two that want the same page and tr
 RANGES_AT_ONCE = 4
 """Migrations or range faults of one pass that are under way together: hides the round trip, bounds what the host must juggle."""
 
-_VALID = np.uint64(ENTRY_VALID)
-_BLOCK_SHIFT = np.uint64(HUGE_SHIFT)
-_ZERO = np.uint64(ZERO_FRAME)
-_DEVICES = np.uint64(DEVICE_ZONE_MIN << ZONE_SHIFT)
+_VALID = word_of(ENTRY_VALID)
+_BLOCK_SHIFT = word_of(HUGE_SHIFT)
+_ZERO = word_of(ZERO_FRAME)
+_DEVICES = word_of(DEVICE_ZONE_MIN << ZONE_SHIFT)
 """Frames from here on are devices' own memory."""
 Mask: TypeAlias = npt.NDArray[np.bool_]
 RangeWork: TypeAlias = Callable[[int, int], Awaitable[None]]
@@ -270,7 +271,7 @@ class FaultService:
         inside = (pages >= np.uint64(start)) & (pages < np.uint64(start + len(words)))
         places = (pages[inside] - np.uint64(start)).astype(np.intp)
         chosen = np.zeros_like(words)
-        suits = ~write[inside] | (words[places] & np.uint64(HMM_PFN_WRITE) != 0)
+        suits = ~write[inside] | (words[places] & word_of(HMM_PFN_WRITE) != 0)
         chosen[places[suits]] = words[places[suits]]
         self._context.mirror.program(start, chosen)
 

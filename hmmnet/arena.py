@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hmmnet.errors import HmmnetError
-from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, Words, run_bounds
+from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, Words, all_of, run_bounds, word_of
 
 MAP_NORESERVE = 0x4000
 SLICES_MAX = 8
@@ -49,7 +49,7 @@ class Arena:
             self._map.madvise(mmap.MADV_HUGEPAGE)
         self.bytes: Bytes = np.frombuffer(self._map, dtype=np.uint8)
         self.pages = self.bytes.reshape(count, PAGE_SIZE)
-        self._origin = np.uint64(base << PAGE_SHIFT)
+        self._origin = word_of(base << PAGE_SHIFT)
 
     def covers(self, frames: Words) -> bool:
         """Whether every one of `frames` lies here (false for none)."""
@@ -57,7 +57,7 @@ class Arena:
 
     def indices(self, frames: Words) -> npt.NDArray[np.intp]:
         """Row numbers of `frames` in `pages`."""
-        return (frames - np.uint64(self.base)).astype(np.intp)
+        return (frames - word_of(self.base)).astype(np.intp)
 
     def zero(self, frames: Words) -> None:
         """Fill `frames` with zeros."""
@@ -75,7 +75,7 @@ class Arena:
         if n == 0:
             return self.bytes[:0]
         first = int(addresses[0])
-        if n > 1 and (int(addresses[-1]) - first != (n - 1) * size or not bool((addresses[1:] - addresses[:-1] == np.uint64(size)).all())):
+        if n > 1 and (int(addresses[-1]) - first != (n - 1) * size or not all_of(addresses[1:] - addresses[:-1] == word_of(size))):
             return None
         offset = first - int(self._origin)
         return self.bytes[offset : offset + n * size]
@@ -90,7 +90,7 @@ class Arena:
             return out
         if out is None:
             out = np.empty(len(addresses) * size, dtype=np.uint8)
-        rows = ((addresses - self._origin) // np.uint64(size)).astype(np.intp)
+        rows = ((addresses - self._origin) // word_of(size)).astype(np.intp)
         table = self.bytes[: len(self.bytes) // size * size].reshape(-1, size)
         np.take(table, rows, axis=0, out=out[: len(rows) * size].reshape(-1, size), mode="clip")
         return out
@@ -101,7 +101,7 @@ class Arena:
         if one is not None:
             one[:] = data
             return
-        rows = ((addresses - self._origin) // np.uint64(size)).astype(np.intp)
+        rows = ((addresses - self._origin) // word_of(size)).astype(np.intp)
         self.bytes[: len(self.bytes) // size * size].reshape(-1, size)[rows] = data.reshape(-1, size)
 
     def discard(self, frames: Words) -> None:

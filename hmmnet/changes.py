@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .pages import Words
+from .pages import Words, word_of
 from .sparse import BLOCK_PAGES, BLOCK_SHIFT, LEAF_SHIFT, SparseTable
 
 _NOTHING = np.zeros(BLOCK_PAGES, np.uint64)
@@ -67,7 +67,7 @@ class Seen:
         if len(at) == 0:
             return []
         now = entries[at]
-        changed = Changes(at.astype(np.uint64) + np.uint64(first), before[at], now)
+        changed = Changes(at.astype(np.uint64) + word_of(first), before[at], now)
         if before is _NOTHING:
             self._blocks[block] = entries.copy()
         else:
@@ -78,4 +78,4 @@ class Seen:
         """The leaf with that block was given back; what may be there now is found by its marks."""
         entries = self._blocks.pop(block)
         at = entries.nonzero()[0]
-        return Changes(at.astype(np.uint64) + np.uint64(block << BLOCK_SHIFT), entries[at], np.zeros(len(at), np.uint64))
+        return Changes(at.astype(np.uint64) + word_of(block << BLOCK_SHIFT), entries[at], np.zeros(len(at), np.uint64))

@@ -10,7 +10,7 @@ Frame words are uint64 so that a range is one array and one array is one message
 
 from __future__ import annotations
 
-from functools import reduce
+from functools import lru_cache, reduce
 from itertools import pairwise
 from operator import and_, lt
 from typing import Any, TypeAlias, TypeVar
@@ -58,6 +58,19 @@ MIGRATE_PFN_SHIFT = 6
 Number = TypeVar("Number", bound=np.integer[Any])
 Words: TypeAlias = npt.NDArray[np.uint64]
 """An array of page numbers, frame numbers or frame words: uint64, one dimension."""
+NUMBERS_MAX = 1 << 10
+"""Numbers that `word_of` keeps: constants, and where memories begin."""
+
+
+@lru_cache(NUMBERS_MAX)
+def word_of(number: int) -> Words:
+    """`number` beside arrays of words: without a dimension, and read-only.
+
+    numpy takes an array and such a one in half the time that it takes an array and an np.uint64, and that has to be made first.
+    """
+    word = np.array(number, np.uint64)
+    word.flags.writeable = False
+    return word
 
 
 def zone_of(frame: int) -> int:
@@ -139,7 +152,7 @@ def among(values: Words, others: Words) -> npt.NDArray[np.bool_]:
 
 LARGE = 1 << 63
 """In a list of pages or frames: this one stands for itself and the 511 that follow, a huge page."""
-_LARGE = np.uint64(LARGE)
+_LARGE = word_of(LARGE)
 _STEPS = np.arange(HUGE_PAGES, dtype=np.uint64)
 
 
@@ -156,27 +169,27 @@ def page_by_page(words: Words) -> Words:
         return words
     large = words >= _LARGE
     if all_of(large):
-        heads = words & np.uint64(LARGE - 1)
+        heads = words & word_of(LARGE - 1)
         found: Words = np.add.outer(heads, _STEPS).reshape(-1)
         return found
-    return _spread(words & np.uint64(LARGE - 1), large, 1)
+    return _spread(words & word_of(LARGE - 1), large, 1)
 
 
 def words_by_page(words: Words) -> Words:
     """MIGRATE_PFN words with the 512 that each COMPOUND one stands for; of those only VALID ones have frames that count up."""
     if not bits_in_any(words) & MIGRATE_PFN_COMPOUND:
         return words
-    compound = words & np.uint64(MIGRATE_PFN_COMPOUND) != 0
-    out = _spread(words & ~np.uint64(MIGRATE_PFN_COMPOUND), compound, 1 << MIGRATE_PFN_SHIFT)
-    valid = out & np.uint64(MIGRATE_PFN_VALID) != 0
-    flat: Words = np.where(valid, out, out & np.uint64((1 << MIGRATE_PFN_SHIFT) - 1))
+    compound = words & word_of(MIGRATE_PFN_COMPOUND) != 0
+    out = _spread(words & ~word_of(MIGRATE_PFN_COMPOUND), compound, 1 << MIGRATE_PFN_SHIFT)
+    valid = out & word_of(MIGRATE_PFN_VALID) != 0
+    flat: Words = np.where(valid, out, out & word_of((1 << MIGRATE_PFN_SHIFT) - 1))
     return flat
 
 
 def _spread(words: Words, large: npt.NDArray[np.bool_], step: int) -> Words:
     counts = np.where(large, HUGE_PAGES, 1)
     first = np.repeat(np.cumsum(counts) - counts, counts)
-    spread: Words = np.repeat(words, counts) + (np.arange(len(first)) - first).astype(np.uint64) * np.uint64(step)
+    spread: Words = np.repeat(words, counts) + (np.arange(len(first)) - first).astype(np.uint64) * word_of(step)
     return spread
 
 
@@ -184,7 +197,7 @@ def pages_in(words: Words, bit: int = LARGE) -> int:
     """How many pages a list stands for; `bit` marks those that stand for 512."""
     if not bits_in_any(words) & bit:
         return len(words)
-    return len(words) + (HUGE_PAGES - 1) * int(np.count_nonzero(words & np.uint64(bit)))
+    return len(words) + (HUGE_PAGES - 1) * int(np.count_nonzero(words & word_of(bit)))
 
 
 def bits_in_all(words: npt.NDArray[Number]) -> int:
@@ -231,7 +244,7 @@ def run_bounds(frames: Words) -> npt.NDArray[np.intp]:
         numbers = frames.tolist()
         breaks_at = [i for i in range(1, n) if numbers[i] != numbers[i - 1] + 1]
         return np.array([0, *breaks_at, n] if n else [0], np.intp)
-    breaks = (frames[1:] != frames[:-1] + np.uint64(1)).nonzero()[0] + 1
+    breaks = (frames[1:] != frames[:-1] + word_of(1)).nonzero()[0] + 1
     return np.concatenate((np.zeros(1, np.intp), breaks, np.array([n], np.intp)))
 
 

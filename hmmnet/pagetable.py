@@ -20,11 +20,11 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from .pages import HUGE_PAGES, HUGE_SHIFT, Words, ascending, distinct, is_one_run, runs_of
+from .pages import HUGE_PAGES, HUGE_SHIFT, Words, ascending, distinct, is_one_run, runs_of, word_of
 from .sparse import LEAF_MASK, LEAF_SHIFT, SparseTable
 
 _MASK = HUGE_PAGES - 1
-_SHIFT = np.uint64(HUGE_SHIFT)
+_SHIFT = word_of(HUGE_SHIFT)
 EXPAND_BLOCKS = 32
 """Blocks that are shown page by page at a time: 128 KiB of words stay in the processor's cache."""
 PTE, PMD = 1, HUGE_PAGES
@@ -104,7 +104,7 @@ class PageTable:
 
     def mark(self, pages: Words, entries: Words, bits: int) -> None:
         """Set `bits` in `entries`, those of `pages`, all mapped: in the one entry where a block is mapped as one."""
-        mask = np.uint64(bits)
+        mask = word_of(bits)
         if self.pmd_count:
             blocks = _blocks_of(pages)
             pmds = self.pmds.gather(blocks)
@@ -128,7 +128,7 @@ class PageTable:
     def expanded(self, entries: Words) -> Words:
         """The 512 entries that each PMD stands for, behind each other."""
         out = np.repeat(entries, HUGE_PAGES).reshape(-1, HUGE_PAGES)
-        counting = entries & np.uint64(self._constant) == 0
+        counting = entries & word_of(self._constant) == 0
         if counting.all():
             out += self._steps
         else:
@@ -254,8 +254,8 @@ class PageTable:
             pmds = self.pmds.gather(pages[empty] >> _SHIFT)
             found = pmds != 0
             empty, pmds = empty[found], pmds[found]
-            counting = pmds & np.uint64(self._constant) == 0
-            out[empty] = pmds + np.where(counting, (pages[empty] & np.uint64(_MASK)) << np.uint64(self._frame_shift), np.uint64(0))
+            counting = pmds & word_of(self._constant) == 0
+            out[empty] = pmds + np.where(counting, (pages[empty] & word_of(_MASK)) << word_of(self._frame_shift), word_of(0))
         return out
 
     def scatter(self, pages: Words, values: Words | int, *, ascend: bool = False) -> None:

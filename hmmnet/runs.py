@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hmmnet.pages import Words, ascending, run_bounds
+from hmmnet.pages import Words, ascending, run_bounds, word_of
 
 FIT_SEARCH_MAX = 64
 """Free runs looked at for one that fits whole; beyond, fragments are taken as they come."""
@@ -164,7 +164,7 @@ class RunAllocator:
             for i in range(len(bounds) - 1):
                 self._insert(int(frames[bounds[i]]), int(frames[bounds[i + 1] - 1]) + 1)
         else:
-            self._merge(frames[bounds[:-1]], frames[bounds[1:] - 1] + np.uint64(1))
+            self._merge(frames[bounds[:-1]], frames[bounds[1:] - 1] + word_of(1))
         self.free_count += len(frames)
 
     def free_run(self, start: int, end: int) -> None:

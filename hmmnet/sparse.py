@@ -23,7 +23,7 @@ from itertools import pairwise, repeat
 import numpy as np
 import numpy.typing as npt
 
-from hmmnet.pages import FEW, Words, is_one_run
+from hmmnet.pages import FEW, Words, is_one_run, word_of
 
 MAP_NORESERVE = 0x4000
 LEAF_SHIFT = 18
@@ -217,7 +217,7 @@ class SparseTable:
         if len(pages) <= FEW:
             return np.array(self.numbers(pages.tolist()), np.uint64)
         out = np.zeros(len(pages), dtype=np.uint64)
-        offsets = (pages & np.uint64(LEAF_MASK)).view(np.intp)
+        offsets = (pages & word_of(LEAF_MASK)).view(np.intp)
         for key, here in _by_leaf(pages, ascend=ascend):
             leaf = self._leaves.get(key)
             if leaf is not None:
@@ -236,7 +236,7 @@ class SparseTable:
             for page, value in zip(pages.tolist(), repeat(values, len(pages)) if isinstance(values, int) else values.tolist(), strict=True):
                 self.set(page, value)
             return
-        offsets = (pages & np.uint64(LEAF_MASK)).view(np.intp)
+        offsets = (pages & word_of(LEAF_MASK)).view(np.intp)
         for key, here in _by_leaf(pages, ascend=ascend):
             at = offsets[here]
             self._leaf(key)[at] = values if isinstance(values, int) else values[here]
@@ -257,7 +257,7 @@ class SparseTable:
 
     def _occupied(self, key: int, low: int, high: int) -> Words:
         """`occupied` for entries [low, high) of one leaf."""
-        leaf, base = self._leaves[key], np.uint64(key << LEAF_SHIFT)
+        leaf, base = self._leaves[key], word_of(key << LEAF_SHIFT)
         if high - low > SCANNED_MAX:
             blocks = np.frombuffer(self._written[key], np.uint8).nonzero()[0]
             if len(blocks) <= FEW:
@@ -318,7 +318,7 @@ class SparseTable:
         for first, entries in touched:
             at = entries.nonzero()[0]
             if len(at):
-                found.append(at.astype(np.uint64) + np.uint64(first))
+                found.append(at.astype(np.uint64) + word_of(first))
         return found[0] if len(found) == 1 else np.concatenate(found) if found else _NO_PAGES
 
     def touch(self) -> None:
@@ -340,7 +340,7 @@ def _by_leaf(pages: Words, *, ascend: bool) -> Iterator[tuple[int, slice | npt.N
     if ascend and int(pages[0]) >> LEAF_SHIFT == int(pages[-1]) >> LEAF_SHIFT:
         yield int(pages[0]) >> LEAF_SHIFT, slice(0, len(pages))
         return
-    keys = pages >> np.uint64(LEAF_SHIFT)
+    keys = pages >> word_of(LEAF_SHIFT)
     changes = (keys[1:] != keys[:-1]).nonzero()[0] + 1
     if len(changes) == 0:
         yield int(keys[0]), slice(0, len(keys))

@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from hmmnet.pages import FEW, ZONE_SHIFT, Words
+from hmmnet.pages import FEW, ZONE_SHIFT, Words, word_of
 from hmmnet.pagetable import PageTable
 
 from .device import Context, Device
@@ -97,7 +97,7 @@ def stale(context: Context, pages: Words, frames: Words, writable: Mask) -> Mask
     present = (kinds == pte.PRESENT) | (kinds == pte.DEVICE) | (kinds == pte.EXCLUSIVE)
     for number in withdrawn(context.life.page_map.memory):
         present &= pte.zones_of(entries) != number
-    rights = (entries & np.uint64(pte.WRITE) != 0) | (kinds == pte.EXCLUSIVE)
+    rights = (entries & word_of(pte.WRITE) != 0) | (kinds == pte.EXCLUSIVE)
     good: Mask = (kinds == pte.MIGRATION) | (present & (pte.frames_of(entries) == frames) & (rights | ~writable))
     return ~good
 

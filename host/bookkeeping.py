@@ -15,7 +15,7 @@ import numpy as np
 import trio
 
 from hmmnet.observe.counters import Profile
-from hmmnet.pages import HUGE_PAGES, LARGE, PAGE_SHIFT, PAGE_SIZE, ZONE_SHIFT, Words
+from hmmnet.pages import HUGE_PAGES, LARGE, PAGE_SHIFT, PAGE_SIZE, ZONE_SHIFT, Words, word_of
 
 from .devmem import PageMap
 from .homing import Homing
@@ -192,7 +192,7 @@ async def _there_and_back(
     frames = np.arange(ZONE << ZONE_SHIFT, (ZONE << ZONE_SHIFT) + pages, dtype=np.uint64)
     select = Select.SYSTEM
     if compound:
-        frames, select = frames[::HUGE_PAGES] | np.uint64(LARGE), Select.SYSTEM | Select.COMPOUND
+        frames, select = frames[::HUGE_PAGES] | word_of(LARGE), Select.SYSTEM | Select.COMPOUND
     domain = Domain(link.name, 1, link.zone)
 
     async def announce(outcome: Outcome, finalize: Callable[[], None]) -> None:

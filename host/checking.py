@@ -14,7 +14,7 @@ import numpy as np
 
 from hmmnet.errors import KernelError, PeerError, ProtocolError, RemoteError
 from hmmnet.fabric.clock import EmulatedClock
-from hmmnet.pages import PAGES_MAX, Words, from_wire
+from hmmnet.pages import PAGES_MAX, Words, from_wire, word_of
 from hmmnet.sleeping import sleep
 from hmmnet.wire.messages import PAGES_PER_MESSAGE_MAX, MirrorShown, ShowMirror
 
@@ -99,7 +99,7 @@ class Checker:
         while True:
             shown = await context.life.link.ask(ShowMirror(context.number, start), MirrorShown)
             pages, entries = _shown(shown, start)
-            frames, writable = entries >> np.uint64(1), entries & np.uint64(1) != 0
+            frames, writable = entries >> word_of(1), entries & word_of(1) != 0
             bad = np.flatnonzero(audit.stale(context, pages, frames, writable))
             found |= set(zip(pages[bad].tolist(), frames[bad].tolist(), writable[bad].tolist(), strict=True))
             seen += len(pages)

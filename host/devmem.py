@@ -24,7 +24,7 @@ import numpy as np
 
 from hmmnet.arena import Arena
 from hmmnet.errors import HmmnetError, KernelError
-from hmmnet.pages import LARGE, Words
+from hmmnet.pages import LARGE, Words, word_of
 
 from .announce import clear
 from .interfaces import AddressSpace
@@ -70,7 +70,7 @@ class PageMap:
         late = (lambda free: free) if memory.gather is None else memory.gather.late
         self.zone.on_free = late(link.free_frames)
         self.zone.on_free_one = link.free_frame if memory.gather is None else None
-        self.zone.on_free_folios = late(lambda heads: link.free_frames(heads | np.uint64(LARGE)))
+        self.zone.on_free_folios = late(lambda heads: link.free_frames(heads | word_of(LARGE)))
         self.on_memory_failure: Callable[[Words], None] | None = None
         """dev_pagemap_ops.memory_failure: the driver's answer to broken frames."""
         self.removed = False
@@ -129,7 +129,7 @@ class PageMap:
         self.memory.zone_lost(self.zone.number, cause)
         if coherent:
             for mapped in mappings(self.memory, self.used_frames()):
-                mapped.mm.table.scatter(mapped.pages, mapped.entries & ~np.uint64(pte.KIND) | np.uint64(pte.DEVICE))
+                mapped.mm.table.scatter(mapped.pages, mapped.entries & ~word_of(pte.KIND) | word_of(pte.DEVICE))
 
     async def withdraw(self, spaces: Mapping[int, AddressSpace]) -> None:
         """Other devices may mirror coherent memory in place: return when none reaches what was lost."""

@@ -38,6 +38,7 @@ from hmmnet.pages import (
     ZONE_SHIFT,
     Words,
     distinct,
+    word_of,
 )
 from hmmnet.runs import RunAllocator
 from hmmnet.topology import MemoryNode, Topology
@@ -53,9 +54,9 @@ MAPPING_ERROR = (1 << 64) - 1
 """DMA_MAPPING_ERROR."""
 
 FLAGS = HMM_PFN_DMA_MAPPED | HMM_PFN_P2PDMA | HMM_PFN_P2PDMA_BUS
-_TO_MAPPED = np.uint64(3)
+_TO_MAPPED = word_of(3)
 """VALID is so many bits above DMA_MAPPED."""
-_VALID_DMA = np.uint64(HMM_PFN_VALID | HMM_PFN_DMA_MAPPED)
+_VALID_DMA = word_of(HMM_PFN_VALID | HMM_PFN_DMA_MAPPED)
 
 
 class Route(Enum):
@@ -180,42 +181,42 @@ class DmaMap:
         """
         part = slice(first, first + count)
         words = self.words[part]
-        valid = words & np.uint64(HMM_PFN_VALID) != 0
-        stays = valid & (words & np.uint64(HMM_PFN_DMA_MAPPED) != 0) & (words & np.uint64(HMM_PFN_P2PDMA_BUS) == 0)
-        out = np.where(stays, self._addresses[part], np.uint64(MAPPING_ERROR))
+        valid = words & word_of(HMM_PFN_VALID) != 0
+        stays = valid & (words & word_of(HMM_PFN_DMA_MAPPED) != 0) & (words & word_of(HMM_PFN_P2PDMA_BUS) == 0)
+        out = np.where(stays, self._addresses[part], word_of(MAPPING_ERROR))
         wanted = valid & ~stays
-        words[wanted] &= ~np.uint64(FLAGS)
-        frames = words & np.uint64(HMM_PFN_FRAME_MASK)
-        zones = frames >> np.uint64(ZONE_SHIFT)
+        words[wanted] &= ~word_of(FLAGS)
+        frames = words & word_of(HMM_PFN_FRAME_MASK)
+        zones = frames >> word_of(ZONE_SHIFT)
         for zone in distinct(zones[wanted]).tolist():
             route = self._route_of(zone)
             if route is None:
                 continue
             here = wanted & (zones == zone)
-            words[here] |= np.uint64(route.value)
+            words[here] |= word_of(route.value)
             out[here] = self._addresses_of(route, frames[here], np.flatnonzero(here) + first)
         self._addresses[part] = out
         return out
 
     def _addresses_of(self, route: Route, frames: Words, entries: npt.NDArray[np.intp]) -> Words:
         if route is Route.BUS_ADDRESS:
-            return frames << np.uint64(PAGE_SHIFT) | np.uint64(BUS_ADDRESS_BIT)
+            return frames << word_of(PAGE_SHIFT) | word_of(BUS_ADDRESS_BIT)
         at = frames if self._iova is None else self._iova[entries]
-        return at << np.uint64(PAGE_SHIFT)
+        return at << word_of(PAGE_SHIFT)
 
     def unmap(self, first: int, count: int) -> npt.NDArray[np.bool_]:
         """hmm_dma_unmap_pfn for `count` entries from `first` on; which of them were mapped."""
         words = self.words[first : first + count]
         mapped: npt.NDArray[np.bool_] = words & _VALID_DMA == _VALID_DMA
-        words[mapped] &= ~np.uint64(FLAGS)
+        words[mapped] &= ~word_of(FLAGS)
         self._addresses[first : first + count][mapped] = 0
         return mapped
 
     def bytes_by_route(self) -> dict[Route, int]:
         """How many bytes are mapped in each way."""
-        bits = self.words & np.uint64(FLAGS)
-        valid = self.words & np.uint64(HMM_PFN_VALID) != 0
-        return {route: int(np.count_nonzero(valid & (bits == np.uint64(route.value)))) * PAGE_SIZE for route in Route}
+        bits = self.words & word_of(FLAGS)
+        valid = self.words & word_of(HMM_PFN_VALID) != 0
+        return {route: int(np.count_nonzero(valid & (bits == word_of(route.value)))) * PAGE_SIZE for route in Route}
 
     def free(self) -> None:
         """hmm_dma_map_free. Raises KernelError(EBUSY) while something is mapped: its addresses would go to somebody else."""
@@ -248,15 +249,15 @@ class DeviceDma:
         """
         if len(words) == 0:
             return words
-        frames = words & np.uint64(HMM_PFN_FRAME_MASK)
+        frames = words & word_of(HMM_PFN_FRAME_MASK)
         first, last = int(frames.min()) >> ZONE_SHIFT, int(frames.max()) >> ZONE_SHIFT
         if first == last != self._zone and self._route_of(first) is Route.MEMORY:  # as below, for what is most common
-            return words & ~np.uint64(FLAGS) | (words & np.uint64(HMM_PFN_VALID)) >> _TO_MAPPED
+            return words & ~word_of(FLAGS) | (words & word_of(HMM_PFN_VALID)) >> _TO_MAPPED
         made = DmaMap(self._device, len(words), self._route_of)
-        own = frames >> np.uint64(ZONE_SHIFT) == np.uint64(self._zone)
-        made.words[:] = np.where(own, np.uint64(0), words & ~np.uint64(FLAGS))
+        own = frames >> word_of(ZONE_SHIFT) == word_of(self._zone)
+        made.words[:] = np.where(own, word_of(0), words & ~word_of(FLAGS))
         addresses = made.map(0, len(words))
-        beyond = (made.words & np.uint64(HMM_PFN_VALID) != 0) & (addresses == np.uint64(MAPPING_ERROR))
+        beyond = (made.words & word_of(HMM_PFN_VALID) != 0) & (addresses == word_of(MAPPING_ERROR))
         if fault and beyond.any():
             page, frame = start + int(np.argmax(beyond)), int(frames[np.argmax(beyond)])
             why = f"page 0x{page:x} lies in the memory of {self._place_of(frame >> ZONE_SHIFT)}, to which no link leads"

@@ -33,6 +33,7 @@ from hmmnet.pages import (
     any_of,
     bits_in_all,
     page_by_page,
+    word_of,
     words_by_page,
 )
 
@@ -126,7 +127,7 @@ class Homing:
             raise self._lost(space, first, zone, "the device is gone")
         if self._memory.points.armed:
             await _at("home.fault", space, link, first, count)
-        whole = count == HUGE_PAGES and bool(space.entries(np.array([first], np.uint64))[0] & np.uint64(pte.HUGE))
+        whole = count == HUGE_PAGES and bool(space.entries(np.array([first], np.uint64))[0] & word_of(pte.HUGE))
         try:
             one = count == 1 and link.kind == "private"
             moved = await (self._home_one(space, link, first) if one else self._bring_pages(space, link, first, first + count))
@@ -398,8 +399,8 @@ class Homing:
         """Where the pages were that a migration to a device moved, of a range from page `start` on: (device or HOST, pages)."""
         pages = outcome.moved_pages(start)
         words = words_by_page(outcome.words)
-        zones = words[words & MIGRATE != 0] >> SHIFT >> np.uint64(ZONE_SHIFT)
-        zones[zones < np.uint64(DEVICE_ZONE_MIN)] = 0
+        zones = words[words & MIGRATE != 0] >> SHIFT >> word_of(ZONE_SHIFT)
+        zones[zones < word_of(DEVICE_ZONE_MIN)] = 0
         for zone in np.unique(zones).tolist():
             there = self._memory.zones.get(zone)
             yield HOST if there is None or zone == 0 else there.owner, pages[zones == np.uint64(zone)]

@@ -15,7 +15,7 @@ from hmmnet.fabric.dma import MultiArena
 from hmmnet.fabric.sender import LOOK_S
 from hmmnet.fabric.singles import Singles
 from hmmnet.observe.counters import DEVICE_TO_HOST, Profile
-from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, ZONE_SHIFT, Words
+from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, ZONE_SHIFT, Words, word_of
 from hmmnet.sleeping import sleep
 from hmmnet.topology import Topology
 
@@ -98,7 +98,7 @@ class Interconnect:
 
     def land(self, frames: Words, data: bytes) -> None:
         """Write whole pages to host `frames`."""
-        self.memories.scatter(frames << np.uint64(PAGE_SHIFT), PAGE_SIZE, np.frombuffer(data, dtype=np.uint8))
+        self.memories.scatter(frames << word_of(PAGE_SHIFT), PAGE_SIZE, np.frombuffer(data, dtype=np.uint8))
 
     def land_one(self, frame: int, data: bytes) -> None:
         """Write one whole page to a host frame."""

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from hmmnet.pages import HUGE_PAGES, Words
+from hmmnet.pages import HUGE_PAGES, Words, word_of
 
 if TYPE_CHECKING:
     from hmmnet.errors import KernelError
@@ -105,7 +105,7 @@ class Migration:
     @property
     def cpages(self) -> int:
         """Pages collected and still to move."""
-        rows = int(np.count_nonzero(self.source & np.uint64(2)))
+        rows = int(np.count_nonzero(self.source & word_of(2)))
         return (rows * HUGE_PAGES if self.large else rows) + sum(part.cpages for part in self.torn)
 
 

@@ -43,14 +43,15 @@ from hmmnet.pages import (
     largest,
     page_by_page,
     smallest,
+    word_of,
 )
 from hmmnet.sparse import SparseTable
 
 VALID, WRITE, SUSPENDED = 1, 2, 4
 """Bits of a translation."""
 FRAME_SHIFT = 3
-_VALID, _WRITE, _SUSPENDED, _FRAME_SHIFT = (np.uint64(number) for number in (VALID, WRITE, SUSPENDED, FRAME_SHIFT))
-_PAGE_SHIFT = np.uint64(PAGE_SHIFT)
+_VALID, _WRITE, _SUSPENDED, _FRAME_SHIFT = (word_of(number) for number in (VALID, WRITE, SUSPENDED, FRAME_SHIFT))
+_PAGE_SHIFT = word_of(PAGE_SHIFT)
 
 
 @dataclass(eq=False, slots=True)
@@ -85,11 +86,11 @@ class Domain:
         if len(words) <= FEW:
             self._grant_few(start, words)
             return
-        frames = words & np.uint64(HMM_PFN_FRAME_MASK)
-        usable = (words & np.uint64(HMM_PFN_VALID | HMM_PFN_ERROR)) == np.uint64(HMM_PFN_VALID)
-        usable &= frames >> np.uint64(ZONE_SHIFT) != np.uint64(self.zone)
+        frames = words & word_of(HMM_PFN_FRAME_MASK)
+        usable = (words & word_of(HMM_PFN_VALID | HMM_PFN_ERROR)) == word_of(HMM_PFN_VALID)
+        usable &= frames >> word_of(ZONE_SHIFT) != word_of(self.zone)
         entries = frames << _FRAME_SHIFT | _VALID
-        entries |= np.where(words & np.uint64(HMM_PFN_WRITE) != 0, _WRITE, np.uint64(0))
+        entries |= np.where(words & word_of(HMM_PFN_WRITE) != 0, _WRITE, word_of(0))
         if all_of(usable):
             self.table.write(start, entries)
         else:
@@ -122,10 +123,10 @@ class Domain:
         """`pages` page by page; without large ones where there is no translation among them all, as is most common."""
         if not has_large(pages):
             return pages
-        large = pages & np.uint64(LARGE - 1)
+        large = pages & word_of(LARGE - 1)
         if any(bool(part.any()) for _, part in self.table.existing(int(large.min()), int(large.max()) + HUGE_PAGES)):
             return page_by_page(pages)
-        return pages[pages < np.uint64(LARGE)]
+        return pages[pages < word_of(LARGE)]
 
     def frame(self, page: int) -> int | None:
         """The frame that `page` translates to, or None."""

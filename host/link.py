@@ -39,6 +39,7 @@ from hmmnet.pages import (
     page_by_page,
     pages_in,
     to_wire,
+    word_of,
 )
 from hmmnet.sleeping import Completion, shortest_now, sleep
 from hmmnet.topology import DeviceSpec
@@ -63,7 +64,7 @@ STALLED_S = 0.25
 """Real seconds to read what a peer has said in time, after a stall of this process (a debugger, a long computation) beyond a limit."""
 INLINE_PAGES_MAX = INLINE_BYTES_MAX // PAGE_SIZE
 
-_SHIFT = np.uint64(PAGE_SHIFT)
+_SHIFT = word_of(PAGE_SHIFT)
 M = TypeVar("M", bound=Message)
 
 

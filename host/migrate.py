@@ -46,6 +46,7 @@ from hmmnet.pages import (
     largest,
     page_by_page,
     pages_in,
+    word_of,
     words_by_page,
 )
 
@@ -57,10 +58,10 @@ from .mm.compound import whole_blocks
 from .mm.zones import LOCKED, Zone
 
 BOTH = MIGRATE_PFN_VALID | MIGRATE_PFN_MIGRATE
-MIGRATE = np.uint64(MIGRATE_PFN_MIGRATE)
-VALID = np.uint64(MIGRATE_PFN_VALID)
-SHIFT = np.uint64(MIGRATE_PFN_SHIFT)
-_BLOCK = np.uint64(HUGE_SHIFT)
+MIGRATE = word_of(MIGRATE_PFN_MIGRATE)
+VALID = word_of(MIGRATE_PFN_VALID)
+SHIFT = word_of(MIGRATE_PFN_SHIFT)
+_BLOCK = word_of(HUGE_SHIFT)
 _NONE = np.zeros(0, dtype=np.uint64)
 
 Flags = npt.NDArray[np.bool_]
@@ -135,7 +136,7 @@ async def collect(
                 if len(part.pages):
                     parts.append(part)
                 if len(left):
-                    pages = np.sort(np.concatenate((pages, page_by_page(left << _BLOCK | np.uint64(LARGE)))))
+                    pages = np.sort(np.concatenate((pages, page_by_page(left << _BLOCK | word_of(LARGE)))))
                 if between is not None:
                     await between()
         for run in ([pages] if len(pages) else []) if between is None else entries(pages, compound=bool(select.has(Select.COMPOUND))):
@@ -151,7 +152,7 @@ def _common(large: Words, blocks: Words) -> Words:
 
 def listed(part: Migration, values: Words) -> Words:
     """Pages or frames of `part` as a list that others read: large ones say so."""
-    return values | np.uint64(LARGE) if part.large else values
+    return values | word_of(LARGE) if part.large else values
 
 
 def first_large(part: Migration) -> int | None:
@@ -180,7 +181,7 @@ def words_of(parts: list[Migration], count: int) -> Words:
     found = pieces(parts)
     words = joined([words for _, words in found])
     if len(found) > 1:
-        pages = np.concatenate([pages for pages, _ in found]) & np.uint64(LARGE - 1)
+        pages = np.concatenate([pages for pages, _ in found]) & word_of(LARGE - 1)
         words = words[np.argsort(pages, kind="stable")]
     return np.concatenate((words, np.zeros(count - pages_in(words, MIGRATE_PFN_COMPOUND), np.uint64)))  # a copy: theirs change
 
@@ -317,14 +318,14 @@ class Grant:
             self.pages = len(self.frames)
             return
         if bits_in_all(self.frames) >= LARGE:
-            self._offered, self._heads = _NONE, self.frames & np.uint64(LARGE - 1)
+            self._offered, self._heads = _NONE, self.frames & word_of(LARGE - 1)
             self._locked = self._heads
             self._positions = np.arange(0, len(self._heads) << HUGE_SHIFT, HUGE_PAGES)
             self.pages = len(self._heads) << HUGE_SHIFT
             return
-        large = self.frames >= np.uint64(LARGE)
+        large = self.frames >= word_of(LARGE)
         self._offered = self.frames[(self.frames != 0) & ~large]
-        self._heads = self._locked = self.frames[large] & np.uint64(LARGE - 1)
+        self._heads = self._locked = self.frames[large] & word_of(LARGE - 1)
         counts = np.where(large, HUGE_PAGES, 1)
         self._positions = (np.cumsum(counts) - counts)[large] if len(self._heads) else np.zeros(0, np.int64)
         self.pages = pages_in(self.frames)
@@ -348,7 +349,7 @@ class Grant:
         """Check and lock. Raises ProtocolError for frames that are not idle frames of the zone, each named once."""
         if not self.zone.idle(self._offered) or not self._heads_idle():
             raise ProtocolError(f"{self.zone.owner} offers frames that are in use, named twice, or not its own")
-        if len(self._heads) and (((self._positions + start) % HUGE_PAGES).any() or (self._heads % np.uint64(HUGE_PAGES)).any()):
+        if len(self._heads) and (((self._positions + start) % HUGE_PAGES).any() or (self._heads % word_of(HUGE_PAGES)).any()):
             raise ProtocolError(f"{self.zone.owner} offers a huge page that is not aligned")
         if len(self._offered) <= FEW and not self.zone.folded_count:
             self._lock_few(self._offered.tolist())
@@ -359,7 +360,7 @@ class Grant:
             self.zone.flags[where] = LOCKED
             self.zone.offered = max(self.zone.offered, largest(self._offered) - self.zone.base + 1)
         if len(self._heads):
-            at = (self._heads - np.uint64(self.zone.base)).astype(np.intp)
+            at = (self._heads - word_of(self.zone.base)).astype(np.intp)
             self.zone.flags[at] = LOCKED
             self.zone.set_folded(at >> HUGE_SHIFT)
             self.zone.offered = max(self.zone.offered, int(at.max()) + HUGE_PAGES)
@@ -380,8 +381,8 @@ class Grant:
         """Whether the large ones are whole blocks of the zone that nobody has or was offered, and that no small one lies in."""
         if len(self._heads) == 0:
             return True
-        last = self._heads + np.uint64(HUGE_PAGES - 1)
-        blocks = (self._heads - np.uint64(self.zone.base)).astype(np.intp) >> HUGE_SHIFT
+        last = self._heads + word_of(HUGE_PAGES - 1)
+        blocks = (self._heads - word_of(self.zone.base)).astype(np.intp) >> HUGE_SHIFT
         if not self.zone.holds(self._heads) or not self.zone.holds(last) or len(distinct(blocks)) != len(blocks):
             return False
         if len(self._offered) and np.isin(self._offered >> _BLOCK, self._heads >> _BLOCK).any():
@@ -392,13 +393,13 @@ class Grant:
         """Unlock what is not used. Once the driver knows of it, it may offer those frames to another migration."""
         offered = self._offered
         if len(self._locked):
-            at = (self._locked - np.uint64(self.zone.base)).astype(np.intp)
+            at = (self._locked - word_of(self.zone.base)).astype(np.intp)
             folded = self.zone.folded[at >> HUGE_SHIFT]
             idle = folded & (self.zone.refcount[at] == 0)
             self.zone.flags[at[idle]] = 0
             self.zone.set_unused(at[idle] >> HUGE_SHIFT)
             if not all_of(folded):
-                offered = np.concatenate((offered, page_by_page(self._locked[~folded] | np.uint64(LARGE))))
+                offered = np.concatenate((offered, page_by_page(self._locked[~folded] | word_of(LARGE))))
             self._locked = self._locked[folded & ~idle]
         if len(offered):
             self._offered = self._unlocked(offered)
@@ -550,14 +551,14 @@ def _streamed(part: Migration, offered: Words, own: Words, arrived: Flags | None
         if every & MIGRATE_PFN_MIGRATE and not bits_in_any(part.source) & MIGRATE_PFN_VALID:  # never touched
             return offered, slice(0), slice(None)
     valid = part.source & VALID != 0
-    frames = np.where((part.source & MIGRATE != 0) & ((own != 0) | ~valid), offered, np.uint64(0))
+    frames = np.where((part.source & MIGRATE != 0) & ((own != 0) | ~valid), offered, word_of(0))
     goes = frames != 0
     return frames, goes & valid if arrived is None else goes & valid & ~arrived, goes & ~valid
 
 
 def set_targets(part: Migration, frames: Words) -> None:
     """The driver's destinations for the rows of `part` (0: none)."""
-    bits = np.uint64(MIGRATE_PFN_VALID | (MIGRATE_PFN_COMPOUND if part.large else 0))
+    bits = word_of(MIGRATE_PFN_VALID | (MIGRATE_PFN_COMPOUND if part.large else 0))
     target = part.target
     np.left_shift(frames, SHIFT, out=target)
     if not has_zero(frames):

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hmmnet.errors import Unreachable
-from hmmnet.pages import DEVICE_ZONE_MIN, ZONE_SHIFT, Words, distinct, largest
+from hmmnet.pages import DEVICE_ZONE_MIN, ZONE_SHIFT, Words, distinct, largest, word_of
 
 from .interfaces import DeviceLink, Migration
 from .iommu import Domain
@@ -32,7 +32,7 @@ Across = Callable[[DeviceLink, DeviceLink, int, Words, Words, Words], Awaitable[
 Whether it landed; False when the source could not give the pages, or no link that works leads between the two. Raises what the target's
 `copy_in` raises. All lists may be large."""
 Rows = npt.NDArray[np.intp]
-_ZONE = np.uint64(ZONE_SHIFT)
+_ZONE = word_of(ZONE_SHIFT)
 _NONE = np.zeros(0, np.uint64)
 
 
@@ -55,8 +55,8 @@ def alloc_and_copy(links: Mapping[int, DeviceLink], context_of: Callable[[int, i
             targets = grant.for_part(part, start)
             going = (part.source & (MIGRATE | VALID) == MIGRATE | VALID) & (targets != 0)
             zones = frames >> _ZONE
-            for zone in distinct(zones[going & (zones >= np.uint64(DEVICE_ZONE_MIN))]).tolist():
-                rows = (going & (zones == np.uint64(zone))).nonzero()[0]
+            for zone in distinct(zones[going & (zones >= word_of(DEVICE_ZONE_MIN))]).tolist():
+                rows = (going & (zones == word_of(zone))).nonzero()[0]
                 for domain in domains:
                     domain.suspend(listed(part, part.pages[rows]))
                 came[rows] = await bring(work, links.get(zone), part, rows, targets[rows])

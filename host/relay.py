@@ -17,7 +17,7 @@ import trio
 
 from hmmnet.errors import HmmnetError, Unreachable
 from hmmnet.fabric.dma import BytesSink, BytesSource
-from hmmnet.pages import HUGE_PAGES, LARGE, PAGE_SIZE, Words, pages_in, to_wire
+from hmmnet.pages import HUGE_PAGES, LARGE, PAGE_SIZE, Words, pages_in, to_wire, word_of
 from hmmnet.wire.messages import CopyOut
 
 from .interfaces import DeviceLink
@@ -33,7 +33,7 @@ log = logging.getLogger("hmmnet.host")
 
 def pieces(frames: Words) -> Iterator[slice]:
     """Cut a list of frames, which may be large, into pieces of at most `PIECE_PAGES` pages."""
-    behind = np.cumsum(np.where(frames >= np.uint64(LARGE), HUGE_PAGES, 1))
+    behind = np.cumsum(np.where(frames >= word_of(LARGE), HUGE_PAGES, 1))
     first = 0
     while first < len(frames):
         done = int(behind[first - 1]) if first else 0

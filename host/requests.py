@@ -28,6 +28,7 @@ from hmmnet.pages import (
     from_wire,
     pages_in,
     to_wire,
+    word_of,
 )
 from hmmnet.sleeping import Bell
 from hmmnet.wire.messages import (
@@ -368,7 +369,7 @@ def _check_still_there(context: Context, subscription: Subscription, call: str) 
 
 def _given(subscription: Subscription, start: int, words: Words) -> None:
     """The device gets `words` (HMM_PFN) of pages from `start` on: it may hold those that lead somewhere, and what lies between."""
-    usable = ((words & np.uint64(HMM_PFN_VALID | HMM_PFN_ERROR)) == np.uint64(HMM_PFN_VALID)).nonzero()[0]
+    usable = ((words & word_of(HMM_PFN_VALID | HMM_PFN_ERROR)) == word_of(HMM_PFN_VALID)).nonzero()[0]
     if len(usable):
         subscription.hold(start + int(usable[0]), start + int(usable[-1]) + 1)
 

@@ -41,7 +41,7 @@ from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.fabric.dma import BulkReceiver, BulkSender
 from hmmnet.faults.effects import DeviceEffect
 from hmmnet.faults.injector import Injector, Points
-from hmmnet.pages import LARGE, PAGES_MAX, Words, ascending, from_wire, page_by_page, to_wire
+from hmmnet.pages import LARGE, PAGES_MAX, Words, ascending, from_wire, page_by_page, to_wire, word_of
 from hmmnet.sleeping import Completion, sleep
 from hmmnet.units import show_size
 from hmmnet.wire.messages import (
@@ -467,7 +467,7 @@ class Device:
         if opened is None:
             return MirrorShown(b"", b"")
         pages, frames, writable = opened.context.mirror.translations(message.start, PAGES_PER_MESSAGE_MAX)
-        return MirrorShown(to_wire(pages), to_wire(frames << np.uint64(1) | writable))
+        return MirrorShown(to_wire(pages), to_wire(frames << word_of(1) | writable))
 
     def show_streams(self, message: ShowStreams) -> StreamsShown:
         """How the copy engine goes on with streams out. Raises ProtocolError."""

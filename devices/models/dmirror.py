@@ -46,6 +46,7 @@ from hmmnet.pages import (
     ZERO_FRAME,
     ZONE_SHIFT,
     Words,
+    word_of,
 )
 from hmmnet.wire.messages import Ioctl, IoctlDone
 
@@ -91,10 +92,10 @@ PROT_COHERENT_REMOTE = 0x50
 PROT_ERROR = 0xFF
 """HMM_DMIRROR_PROT_* (lib/test_hmm_uapi.h)."""
 
-_VALID = np.uint64(HMM_PFN_VALID)
-_WRITE = np.uint64(HMM_PFN_WRITE)
-_ERROR = np.uint64(HMM_PFN_ERROR)
-_FRAME = np.uint64(HMM_PFN_FRAME_MASK)
+_VALID = word_of(HMM_PFN_VALID)
+_WRITE = word_of(HMM_PFN_WRITE)
+_ERROR = word_of(HMM_PFN_ERROR)
+_FRAME = word_of(HMM_PFN_FRAME_MASK)
 
 
 class Dmirror(Device):
@@ -324,14 +325,14 @@ class Dmirror(Device):
     def permissions(self, words: Words) -> Bytes:
         """dmirror_mkentry for each word."""
         frames = words & _FRAME
-        zones = frames >> np.uint64(ZONE_SHIFT)
+        zones = frames >> word_of(ZONE_SHIFT)
         own = self.memory.owns(frames)
         local = PROT_COHERENT_LOCAL if self.spec.is_coherent else PROT_PRIVATE_LOCAL
         out = np.where(words & _WRITE != 0, PROT_WRITE, PROT_READ).astype(np.uint8)
         # Today's walker hides a foreign private page; what is on another device and VALID is coherent memory. v25 shows it without VALID.
         out |= np.where(own, local, np.where(zones >= DEVICE_ZONE_MIN, PROT_COHERENT_REMOTE, 0)).astype(np.uint8)
         out |= np.where(frames == ZERO_FRAME, PROT_ZERO, 0).astype(np.uint8)
-        order = words >> np.uint64(HMM_PFN_ORDER_SHIFT) & np.uint64(0x1F)
+        order = words >> word_of(HMM_PFN_ORDER_SHIFT) & word_of(0x1F)
         out |= np.where(order == HUGE_SHIFT, PROT_PMD, np.where(order == 2 * HUGE_SHIFT, PROT_PUD, 0)).astype(np.uint8)
         out[words & _VALID == 0] = PROT_NONE
         foreign = (words & (_VALID | _ERROR) == 0) & (frames != 0)

@@ -14,13 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from hmmnet.arena import Arena
-from hmmnet.pages import PAGE_SHIFT, ZONE_SHIFT, Words
+from hmmnet.pages import PAGE_SHIFT, ZONE_SHIFT, Words, all_of, word_of
 
 ELEMENT_SIZES = frozenset(1 << shift for shift in range(PAGE_SHIFT + 1))
 """Powers of two up to a page: they tile chunks, so no element is cut in two."""
 
 Bytes = npt.NDArray[np.uint8]
-_ZONE_SHIFT = np.uint64(ZONE_SHIFT + PAGE_SHIFT)
+_ZONE_SHIFT = word_of(ZONE_SHIFT + PAGE_SHIFT)
 
 
 class Memory(Protocol):
@@ -78,7 +78,7 @@ class MultiArena:
 
     def _one(self, addresses: Words) -> Arena | None:
         first, last = int(addresses[0]) >> ZONE_SHIFT + PAGE_SHIFT, int(addresses[-1]) >> ZONE_SHIFT + PAGE_SHIFT
-        if first != last or (len(addresses) > 2 and not bool((addresses >> _ZONE_SHIFT == np.uint64(first)).all())):
+        if first != last or (len(addresses) > 2 and not all_of(addresses >> _ZONE_SHIFT == word_of(first))):
             return None
         return self._arenas[first]
 

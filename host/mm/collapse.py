@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hmmnet.errors import KernelError, OutOfMemory
-from hmmnet.pages import HUGE_PAGES, HUGE_SHIFT, Words
+from hmmnet.pages import HUGE_PAGES, HUGE_SHIFT, Words, word_of
 
 from . import pte
 from .filehuge import offsets_of
@@ -126,7 +126,7 @@ def collapse(mm: Mm, vma: Vma, block: int, head: int) -> Scan:
     mm.rss -= len(old)
     if not vma.flags & VM_WRITE:
         for _, part, _ in mm.table.parts(block, block + HUGE_PAGES):
-            part &= ~np.uint64(pte.WRITE)
+            part &= ~word_of(pte.WRITE)
     mm.small_blocks.discard(block)
     return found
 

@@ -40,6 +40,7 @@ from hmmnet.pages import (
     among,
     any_of,
     bits_in_all,
+    word_of,
 )
 
 from . import few, pte
@@ -55,19 +56,19 @@ BOTH = MIGRATE_PFN_VALID | MIGRATE_PFN_MIGRATE
 BLOCK_PAGES = 1 << 14
 """Pages that one pass over arrays takes at a time: eight arrays of them fit in the processor's cache."""
 DEVICES = Select.DEVICE_PRIVATE | Select.DEVICE_COHERENT
-NOT_MIGRATE = np.uint64(~MIGRATE_PFN_MIGRATE & (1 << 64) - 1)
+NOT_MIGRATE = word_of(~MIGRATE_PFN_MIGRATE & (1 << 64) - 1)
 
 Flags = npt.NDArray[np.bool_]
 
 
 def frames_in(words: Words) -> Words:
     """The frames of MIGRATE_PFN words."""
-    return words >> np.uint64(MIGRATE_PFN_SHIFT)
+    return words >> word_of(MIGRATE_PFN_SHIFT)
 
 
 def _words(frames: Words, bits: int) -> Words:
     """MIGRATE_PFN words."""
-    return frames << np.uint64(MIGRATE_PFN_SHIFT) | np.uint64(bits)
+    return frames << word_of(MIGRATE_PFN_SHIFT) | word_of(bits)
 
 
 def collect(mm: Mm, pages: Words, select: Select, owner: int, fault_frame: int | None = None, told: Told = NOBODY) -> Migration:
@@ -198,7 +199,7 @@ def _behind_large(migration: Migration, rows: Rows, frames: Located, free: Flags
     """
     large = frames.fields("flags")[0] & COMPOUND != 0
     stuck = (~free & large & (frames.frames < DEVICE_ZONE_MIN << ZONE_SHIFT)).nonzero()[0]
-    blocks, first = np.unique(migration.pages[rows[stuck]] >> np.uint64(HUGE_SHIFT), return_index=True)
+    blocks, first = np.unique(migration.pages[rows[stuck]] >> word_of(HUGE_SHIFT), return_index=True)
     skipped = np.zeros(len(migration.pages), np.bool_)
     for block, at in zip(blocks.tolist(), rows[stuck[first]].tolist(), strict=True):
         skipped[at : int(np.searchsorted(migration.pages, (block + 1) << HUGE_SHIFT))] = True
@@ -267,7 +268,7 @@ def _among(pages: Words, told: Words) -> Flags:
 def _stay_together(frames: Located, stays: Flags) -> None:
     """Where one page of a large folio `stays`, all of it does: its huge entry cannot wait in part."""
     large = frames.fields("flags")[0] & COMPOUND != 0
-    heads = frames.frames >> np.uint64(HUGE_SHIFT)
+    heads = frames.frames >> word_of(HUGE_SHIFT)
     stays |= large & np.isin(heads, heads[stays & large])
 
 
@@ -282,8 +283,8 @@ def _install(
         mm.table.scatter(chosen(migration.pages, rows), waiting(taken), ascend=True)
         migration.saved[into] = taken
     bits = pte.masked(taken, MIGRATE_PFN_WRITE)  # the same bit there and here
-    bits |= np.uint64(BOTH)
-    bits |= frames.frames << np.uint64(MIGRATE_PFN_SHIFT)
+    bits |= word_of(BOTH)
+    bits |= frames.frames << word_of(MIGRATE_PFN_SHIFT)
     migration.source[into] = bits
     for mapped in migration.others:
         torn = waiting(tear_mapped(mapped.mm, mapped.pages, mapped.entries))
@@ -297,8 +298,8 @@ def _install(
 
 def waiting(entries: Words) -> Words:
     """The migration entries for `entries`."""
-    kept = entries & ~np.uint64(pte.BITS & ~pte.CARRIED)
-    kept |= np.uint64(pte.MIGRATION)
+    kept = entries & ~word_of(pte.BITS & ~pte.CARRIED)
+    kept |= word_of(pte.MIGRATION)
     return kept
 
 
@@ -398,10 +399,10 @@ def _insert(mm: Mm, migration: Migration) -> None:
     if len(rows) == 0:
         return
     frames = frames_in(migration.target[rows])
-    saved = entries & ~np.uint64(pte.HUGE)
+    saved = entries & ~word_of(pte.HUGE)
     huge = join_inserted(mm, pages, entries, frames) if migration.compound else split_zeros(mm, pages, entries)
     if any_of(huge):
-        bits[huge] |= np.uint64(pte.HUGE)
+        bits[huge] |= word_of(pte.HUGE)
         saved[huge] = entries[huge]
     mm.table.scatter(pages, pte.entries_of(pte.NONE, frames) | bits)
     migration.source[rows] |= bits & MIGRATE_PFN_WRITE

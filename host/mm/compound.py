@@ -28,6 +28,7 @@ from hmmnet.pages import (
     bits_in_all,
     bits_in_any,
     is_one_run,
+    word_of,
 )
 
 from . import pte
@@ -37,7 +38,7 @@ from .mm import Mm
 from .zones import COMPOUND
 
 BOTH = MIGRATE_PFN_VALID | MIGRATE_PFN_MIGRATE
-_SHIFT = np.uint64(HUGE_SHIFT)
+_SHIFT = word_of(HUGE_SHIFT)
 
 Rows = npt.NDArray[np.intp]
 
@@ -76,7 +77,7 @@ def tear_collected(mm: Mm, pages: Words, entries: Words, rows: Rows) -> Rows:
             keep &= ~at
         else:
             split_entries(mm, block << HUGE_SHIFT)
-            entries[rows[at]] &= ~np.uint64(pte.HUGE)
+            entries[rows[at]] &= ~word_of(pte.HUGE)
     return rows[keep]
 
 
@@ -89,7 +90,7 @@ def tear_mapped(mm: Mm, pages: Words, entries: Words) -> Words:
     blocks, counts = np.unique(pages[huge] >> _SHIFT, return_counts=True)
     for block in blocks[counts < HUGE_PAGES].tolist():
         split_entries(mm, block << HUGE_SHIFT)
-        entries[pages >> _SHIFT == block] &= ~np.uint64(pte.HUGE)
+        entries[pages >> _SHIFT == block] &= ~word_of(pte.HUGE)
     return entries
 
 
@@ -97,8 +98,8 @@ def fit_targets(memory: PhysicalMemory, mm: Mm | None, migration: Migration) -> 
     """Folios whose targets are not one aligned run are split, while nobody can touch them; those without any stay, as they are."""
     source = migration.source
     whole = bits_in_all(source) & BOTH == BOTH
-    rows = None if whole else (source & np.uint64(BOTH) == BOTH).nonzero()[0]
-    frames = (source if rows is None else source[rows]) >> np.uint64(MIGRATE_PFN_SHIFT)
+    rows = None if whole else (source & word_of(BOTH) == BOTH).nonzero()[0]
+    frames = (source if rows is None else source[rows]) >> word_of(MIGRATE_PFN_SHIFT)
     if not memory.bits_in_any(frames, "flags") & COMPOUND:
         return
     large = memory.field(frames, "flags") & COMPOUND != 0
@@ -108,8 +109,8 @@ def fit_targets(memory: PhysicalMemory, mm: Mm | None, migration: Migration) -> 
     for head in np.unique(heads).tolist():
         at = heads == head
         new = targets[at]
-        valid = new & np.uint64(MIGRATE_PFN_VALID) != 0
-        if any_of(valid) and not (all_of(valid) and is_huge_run(frames[at]) and is_huge_run(new >> np.uint64(MIGRATE_PFN_SHIFT))):
+        valid = new & word_of(MIGRATE_PFN_VALID) != 0
+        if any_of(valid) and not (all_of(valid) and is_huge_run(frames[at]) and is_huge_run(new >> word_of(MIGRATE_PFN_SHIFT))):
             split_under_way(memory, mm, migration, rows[at], head)
 
 

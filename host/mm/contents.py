@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from hmmnet.arena import Bytes
-from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, ZONE_SHIFT, Words, is_one_run, run_bounds
+from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, ZONE_SHIFT, Words, is_one_run, run_bounds, word_of
 
 from .zones import CpuZone
 
@@ -84,12 +84,12 @@ class Contents:
         last = (offset + length) // PAGE_SIZE
         if first:
             yield from self._pieces(frames[:1], offset, PAGE_SIZE - offset)
-        numbers = frames[first:last] >> np.uint64(ZONE_SHIFT)
+        numbers = frames[first:last] >> word_of(ZONE_SHIFT)
         edges_of_zones = np.concatenate(([0], np.flatnonzero(numbers[1:] != numbers[:-1]) + 1, [last - first])).tolist()
         for low, high in itertools.pairwise(edges_of_zones):
             zone = self.in_place[int(numbers[low])]
             start = (first + low) * PAGE_SIZE - offset
-            yield zone, frames[first + low : first + high] << np.uint64(PAGE_SHIFT), start, start + (high - low) * PAGE_SIZE
+            yield zone, frames[first + low : first + high] << word_of(PAGE_SHIFT), start, start + (high - low) * PAGE_SIZE
         if last < len(frames):
             done = last * PAGE_SIZE - offset
             for zone, rows, low, high in self._pieces(frames[last:], 0, length - done):

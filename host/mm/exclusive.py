@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from hmmnet.errors import KernelError
 from hmmnet.host.interfaces import Event
-from hmmnet.pages import HMM_PFN_VALID, HMM_PFN_WRITE, HUGE_PAGES, Words, all_of
+from hmmnet.pages import HMM_PFN_VALID, HMM_PFN_WRITE, HUGE_PAGES, Words, all_of, word_of
 
 from . import fault, huge, pte
 from .gup import Pins
@@ -74,7 +74,7 @@ class ExclusiveAccess(Pins):
                     await self._take_folios(vma, pages, owner)
                 page += len(pages)
         entries = self.mm.table.read(start, stop)
-        words = pte.frames_of(entries) | np.uint64(HMM_PFN_VALID | HMM_PFN_WRITE)
+        words = pte.frames_of(entries) | word_of(HMM_PFN_VALID | HMM_PFN_WRITE)
         words[(entries & pte.KIND != pte.EXCLUSIVE) | self._tails(entries)] = 0
         return words
 
@@ -102,7 +102,7 @@ class ExclusiveAccess(Pins):
         """`pages` without tails of large folios, and with all pages of those whose heads are there, as far as `vma` maps them."""
         entries = self.mm.table.gather(pages)
         frames = pte.frames_of(entries)
-        heads = pages[(self.memory.field(frames, "flags") & COMPOUND != 0) & (frames % np.uint64(HUGE_PAGES) == 0)]
+        heads = pages[(self.memory.field(frames, "flags") & COMPOUND != 0) & (frames % word_of(HUGE_PAGES) == 0)]
         parts = [pages[~self._tails(entries)]]
         parts += [np.arange(head, min(head + HUGE_PAGES, vma.end), dtype=np.uint64) for head in heads.tolist()]
         return np.unique(np.concatenate(parts))
@@ -112,7 +112,7 @@ class ExclusiveAccess(Pins):
         out = np.zeros(len(entries), np.bool_)
         there = ((entries & pte.KIND == pte.PRESENT) | (entries & pte.KIND == pte.EXCLUSIVE)).nonzero()[0]
         frames = pte.frames_of(entries[there])
-        out[there] = (self.memory.field(frames, "flags") & COMPOUND != 0) & (frames % np.uint64(HUGE_PAGES) != 0)
+        out[there] = (self.memory.field(frames, "flags") & COMPOUND != 0) & (frames % word_of(HUGE_PAGES) != 0)
         return out
 
     def _writable_until(self, start: int, end: int) -> int:
@@ -132,7 +132,7 @@ class ExclusiveAccess(Pins):
         entries = self.mm.table.read(start, end)
         held = entries & pte.KIND == pte.EXCLUSIVE
         count = len(entries) if all_of(held) else int(np.argmin(held))
-        return pte.frames_of(entries[:count]) | np.uint64(HMM_PFN_VALID | HMM_PFN_WRITE)
+        return pte.frames_of(entries[:count]) | word_of(HMM_PFN_VALID | HMM_PFN_WRITE)
 
 
 def _may_be_exclusive(vma: Vma) -> bool:

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hmmnet.errors import KernelError
-from hmmnet.pages import FEW, HUGE_PAGES, HUGE_SHIFT, ZERO_FRAME, ZONE_SHIFT, Words, all_of, any_of, bits_in_all
+from hmmnet.pages import FEW, HUGE_PAGES, HUGE_SHIFT, ZERO_FRAME, ZONE_SHIFT, Words, all_of, any_of, bits_in_all, word_of
 
 from . import filehuge, huge, pte
 from .filemap import end_in, fault_around, file_offsets, map_file, read_fault
@@ -240,7 +240,7 @@ def _settle(mm: Mm, vma: Vma, pages: Words, entries: Words, write: bool, keep: s
         if write:
             for block in huge.blocks_of(pages[there][entries[there] & (pte.HUGE | pte.WRITE) == pte.HUGE]):  # pmd_mkwrite
                 for _, part, _ in mm.table.parts(block, block + HUGE_PAGES):
-                    part[part != 0] |= np.uint64(bits & (pte.WRITE | pte.ANON_EXCLUSIVE))
+                    part[part != 0] |= word_of(bits & (pte.WRITE | pte.ANON_EXCLUSIVE))
 
 
 def _populate(mm: Mm, vma: Vma, pages: Words, empty: npt.NDArray[np.bool_], write: bool, keep: slice | None, node: int) -> None:
@@ -338,7 +338,7 @@ def set_exclusive(mm: Mm, pages: Words) -> int:
     ready = entries & (pte.KIND | pte.WRITE | pte.HUGE) == pte.WRITABLE
     count = len(pages) if all_of(ready) else int(np.argmin(ready))
     if count:
-        kept = entries[:count] & ~np.uint64(pte.KIND | pte.YOUNG | pte.DIRTY)
+        kept = entries[:count] & ~word_of(pte.KIND | pte.YOUNG | pte.DIRTY)
         mm.table.scatter(pages[:count], pte.with_bits(kept, pte.EXCLUSIVE))
     return count
 
@@ -347,8 +347,8 @@ def restore_exclusive(mm: Mm, pages: Words) -> None:
     """remove_device_exclusive_entry: those of `pages` that a device holds exclusively are ordinary again. The device has been told."""
     entries = mm.table.gather(pages)
     held = entries & pte.KIND == pte.EXCLUSIVE
-    back = entries[held] ^ np.uint64(pte.EXCLUSIVE ^ pte.PRESENT)
-    back[back & pte.WRITE != 0] |= np.uint64(pte.DIRTY)
+    back = entries[held] ^ word_of(pte.EXCLUSIVE ^ pte.PRESENT)
+    back[back & pte.WRITE != 0] |= word_of(pte.DIRTY)
     if len(back):
         mm.table.scatter(pages[held], back)
 
@@ -409,7 +409,7 @@ def hint(mm: Mm, start: int, end: int) -> int:
     count = 0
     for _, part in mm.table.ptes.present(start, end):
         present = (part & (pte.KIND | pte.SPECIAL | pte.HUGE) == pte.PRESENT) & (part < pte.DEVICE_MIN)
-        part[present] |= np.uint64(pte.HINT)
+        part[present] |= word_of(pte.HINT)
         count += int(np.count_nonzero(present))
     return count
 
@@ -417,7 +417,7 @@ def hint(mm: Mm, start: int, end: int) -> int:
 def unhint(mm: Mm, pages: Words, entries: Words) -> None:
     """do_numa_page: those `entries` of `pages` that are hints are present again, with the rights that they had; in `entries`, too."""
     hinted = entries & pte.KIND == pte.HINT
-    entries[hinted] ^= np.uint64(pte.HINT ^ pte.PRESENT)
+    entries[hinted] ^= word_of(pte.HINT ^ pte.PRESENT)
     mm.table.scatter(pages[hinted], entries[hinted])
 
 
@@ -431,13 +431,13 @@ def move_entries(mm: Mm, start: int, target: int, count: int) -> None:
     """move_page_tables: the entries of `count` pages change place; whatever lives there goes along, on a device or not."""
     if not (start ^ target) & huge.HUGE_MASK:
         blocks = mm.table.blocks(start, start + count)
-        moved = mm.table.take_pmds(blocks) | np.uint64(pte.SOFT_DIRTY)
+        moved = mm.table.take_pmds(blocks) | word_of(pte.SOFT_DIRTY)
         mm.table.set_pmds(blocks + np.uint64(target >> HUGE_SHIFT) - np.uint64(start >> HUGE_SHIFT), moved)
     pages = mm.table.occupied(start, start + count)
     if len(pages):
         entries = mm.table.gather(pages)
         mm.table.clear(start, start + count)
-        mm.table.scatter(pages - np.uint64(start) + np.uint64(target), entries | np.uint64(pte.SOFT_DIRTY))
+        mm.table.scatter(pages - np.uint64(start) + np.uint64(target), entries | word_of(pte.SOFT_DIRTY))
 
 
 def protect(mm: Mm, start: int, end: int, writable: bool, shared: bool = False) -> None:
@@ -448,11 +448,11 @@ def protect(mm: Mm, start: int, end: int, writable: bool, shared: bool = False) 
     """
     alone = 0 if shared else pte.ANON_EXCLUSIVE
     for _, part, _ in mm.table.parts(start, end):
-        part[part & pte.KIND == pte.HINT] ^= np.uint64(pte.HINT ^ pte.PRESENT)
+        part[part & pte.KIND == pte.HINT] ^= word_of(pte.HINT ^ pte.PRESENT)
         if writable:
-            part[part & (pte.KIND | alone | pte.SPECIAL) == pte.PRESENT | alone] |= np.uint64(pte.WRITE)
+            part[part & (pte.KIND | alone | pte.SPECIAL) == pte.PRESENT | alone] |= word_of(pte.WRITE)
         else:
             writable_device = part & (pte.KIND | pte.WRITE) == pte.DEVICE | pte.WRITE
             if any_of(writable_device):
-                part[writable_device] &= ~np.uint64(pte.SOFT_DIRTY)
-            part &= ~np.uint64(pte.WRITE)
+                part[writable_device] &= ~word_of(pte.SOFT_DIRTY)
+            part &= ~word_of(pte.WRITE)

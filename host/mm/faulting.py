@@ -20,7 +20,7 @@ import trio
 from hmmnet.errors import BusError, HmmnetError, InjectedError, KernelError, OutOfMemory, SegmentationFault, SignalError
 from hmmnet.faults.injector import Points
 from hmmnet.host.interfaces import NO_OWNER, Event
-from hmmnet.pages import FEW, HUGE_PAGES, PAGE_SHIFT, ZONE_SHIFT, Words, all_of, any_of
+from hmmnet.pages import FEW, HUGE_PAGES, PAGE_SHIFT, ZONE_SHIFT, Words, all_of, any_of, word_of
 from hmmnet.sleeping import sleep
 
 from . import fault, huge, pte
@@ -345,7 +345,7 @@ class Faulting:
                 done += touched.done
                 if done < stop:
                     run = pages[done : done + touched.blocked]
-                    gaps = run[1:] != run[:-1] + np.uint64(1)
+                    gaps = run[1:] != run[:-1] + word_of(1)
                     together = int(np.argmax(gaps)) + 1 if any_of(gaps) else len(run)
                     await self._resolve(int(run[0]), fault.Touched(0, touched.cause, together), rounds)
         except SignalError as error:

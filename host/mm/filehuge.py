@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hmmnet.errors import KernelError
-from hmmnet.pages import HUGE_PAGES, HUGE_SHIFT, Words
+from hmmnet.pages import HUGE_PAGES, HUGE_SHIFT, Words, word_of
 
 from . import pte
 from .filemap import File
@@ -28,7 +28,7 @@ from .vma import VM_HUGETLB, VM_SHARED, VM_WRITE, Vma
 EAGAIN = 11
 EINVAL = 22
 ENOMEM = 12
-_BLOCK = np.uint64(HUGE_PAGES - 1)
+_BLOCK = word_of(HUGE_PAGES - 1)
 
 
 def offsets_of(block: int) -> Words:

@@ -31,7 +31,7 @@ import numpy.typing as npt
 
 from hmmnet.arena import Bytes
 from hmmnet.errors import KernelError, OutOfMemory
-from hmmnet.pages import HUGE_PAGES, HUGE_SHIFT, PAGE_SHIFT, PAGE_SIZE, PAGES_MAX, Words
+from hmmnet.pages import HUGE_PAGES, HUGE_SHIFT, PAGE_SHIFT, PAGE_SIZE, PAGES_MAX, Words, word_of
 from hmmnet.sparse import SparseTable
 
 from . import pte
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 FAULT_AROUND_PAGES = 16
 """fault_around_bytes, 64 KiB: what one fault on a file maps when it is cached."""
 PTRS_PER_PTE = 512
-SWAPPED = np.uint64(1 << 63)
+SWAPPED = word_of(1 << 63)
 """Marks a slot of swap where else a frame stands; no frame has a number as large."""
 ENOMEM = 12
 
@@ -177,7 +177,7 @@ class File:
         slots = self.memory.swap.save(self.memory, frames)
         if slots is None:
             return False
-        for block in self.blocks & set(np.unique(offsets >> np.uint64(HUGE_SHIFT)).tolist()):
+        for block in self.blocks & set(np.unique(offsets >> word_of(HUGE_SHIFT)).tolist()):
             self.split(block)
         self._cache.scatter(offsets, slots | SWAPPED)
         _put(self.memory, frames)

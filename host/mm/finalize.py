@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hmmnet.host.interfaces import Migration
-from hmmnet.pages import DEVICE_ZONE_MIN, FEW, MIGRATE_PFN_MIGRATE, MIGRATE_PFN_VALID, ZONE_SHIFT, Words, bits_in_all, bits_in_any
+from hmmnet.pages import DEVICE_ZONE_MIN, FEW, MIGRATE_PFN_MIGRATE, MIGRATE_PFN_VALID, ZONE_SHIFT, Words, bits_in_all, bits_in_any, word_of
 
 from . import few, pte
 from .collect import BOTH, blocks, frames_in
@@ -94,13 +94,13 @@ def _difference(held: Located, final: Located) -> Words | np.uint64:
         if final.is_one_run and held.is_one_run:
             return np.uint64((int(final.frames[0]) - int(held.frames[0]) << pte.FRAME_SHIFT) + kind - pte.MIGRATION & (1 << 64) - 1)
         added = final.frames - held.frames
-        added <<= np.uint64(pte.FRAME_SHIFT)
-        added += np.uint64(kind - pte.MIGRATION & (1 << 64) - 1)
+        added <<= word_of(pte.FRAME_SHIFT)
+        added += word_of(kind - pte.MIGRATION & (1 << 64) - 1)
         return added
     kinds = np.zeros(len(final), np.uint64)
     for zone, rows, _ in final.places:
         kinds[rows] = entry_kind(zone)
-    return (final.frames - held.frames << np.uint64(pte.FRAME_SHIFT)) + kinds - np.uint64(pte.MIGRATION)
+    return (final.frames - held.frames << word_of(pte.FRAME_SHIFT)) + kinds - word_of(pte.MIGRATION)
 
 
 def _replace(mm: Mm, pages: Words, before: Words, added: Words | np.uint64, *, ascend: bool = False) -> Counts:
@@ -110,7 +110,7 @@ def _replace(mm: Mm, pages: Words, before: Words, added: Words | np.uint64, *, a
         entries += added
         mm.table.scatter(pages, entries, ascend=ascend)
         return 1
-    there = (entries ^ before) & np.uint64(UNALIKE) == 0
+    there = (entries ^ before) & word_of(UNALIKE) == 0
     mm.table.scatter(pages[there], (entries + added)[there])
     count: npt.NDArray[np.int32] = there.astype(np.int32)
     return count

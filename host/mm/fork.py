@@ -11,14 +11,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from hmmnet.pages import HUGE_SHIFT, Words, any_of
+from hmmnet.pages import HUGE_SHIFT, Words, any_of, word_of
 
 from . import huge, pte
 from .mm import Mm
 from .vma import VM_DONTCOPY, VM_LOCKED, VM_MAYBE_GUARD, VM_SHARED, VM_SPECIAL, VM_UFFD_MISSING, VM_WIPEONFORK, VM_WRITE, Vma
 
 ENOMEM = 12
-HUGE_BITS = np.uint64(HUGE_SHIFT)
+HUGE_BITS = word_of(HUGE_SHIFT)
 
 
 def inherit(child: Mm, vma: Vma) -> Vma | None:
@@ -61,20 +61,20 @@ def _share(parent: Mm, child: Mm, vma: Vma, part: Words, where: np.ndarray[tuple
         pinned[pinned] = parent.memory.field(pte.frames_of(entries[pinned]), "pincount") > 0
     torn = np.isin(pages >> HUGE_BITS, pages[pinned & (entries & pte.HUGE != 0)] >> HUGE_BITS)
     if any_of(torn):  # __split_huge_pmd, for the sake of the pinned ones
-        entries[torn] &= ~np.uint64(pte.HUGE)
+        entries[torn] &= ~word_of(pte.HUGE)
         parent.small_blocks.update(huge.blocks_of(pages[torn]))
     copies = _copies(parent, child, vma, entries[pinned], pages[pinned]) if any_of(pinned) else None
     if any_of(swapped):
         parent.memory.swap.share(pte.frames_of(entries[swapped]))
     lost = (entries & (pte.KIND | pte.WRITE)) == pte.DEVICE | pte.WRITE
-    shared = entries.copy() if vma.flags & VM_SHARED else entries & ~np.uint64(pte.WRITE | pte.ANON_EXCLUSIVE)
-    shared[lost] &= ~np.uint64(pte.SOFT_DIRTY)
+    shared = entries.copy() if vma.flags & VM_SHARED else entries & ~word_of(pte.WRITE | pte.ANON_EXCLUSIVE)
+    shared[lost] &= ~word_of(pte.SOFT_DIRTY)
     part[where] = np.where(pinned, entries, shared)
     for zone, _, at in parent.memory.groups(pte.frames_of(entries[counted & ~pinned])):
         zone.refcount[at] += 1
         zone.mapcount[at] += 1
     child.rss += int(np.count_nonzero(counted))
-    theirs = shared & ~np.uint64(pte.YOUNG)
+    theirs = shared & ~word_of(pte.YOUNG)
     if copies is not None:
         theirs[pinned] = copies
     return theirs

@@ -32,6 +32,7 @@ from hmmnet.pages import (
     is_one_run,
     runs_of,
     unlike,
+    word_of,
 )
 
 from .breaking import Breaking
@@ -215,14 +216,14 @@ class PhysicalMemory(Contents):
             first = int(frames[0]) - zone.base
             return [(zone, slice(None), slice(first, first + len(frames)))]
         if not unlike(frames) >> ZONE_SHIFT:  # all of one zone
-            return [(zone, slice(None), (frames - np.uint64(zone.base)).view(np.intp))]
+            return [(zone, slice(None), (frames - word_of(zone.base)).view(np.intp))]
         return list(self._by_zone(frames))
 
     def _by_zone(self, frames: Words) -> Iterator[Place]:
         """`where` for frames of several zones."""
-        numbers = frames >> np.uint64(ZONE_SHIFT)
+        numbers = frames >> word_of(ZONE_SHIFT)
         for number in distinct(numbers).tolist():
-            rows = (numbers == np.uint64(number)).nonzero()[0]
+            rows = (numbers == word_of(number)).nonzero()[0]
             zone = self.zones[number]
             yield zone, rows, zone.index_of(frames[rows])
 
@@ -546,9 +547,9 @@ class PhysicalMemory(Contents):
         zone.flags[at] = 0
         zone.mapping[at] = 0
         zone.set_unused(at >> HUGE_SHIFT)
-        heads = at.astype(np.uint64) + np.uint64(zone.base)
+        heads = at.astype(np.uint64) + word_of(zone.base)
         if isinstance(zone, HostZone):
-            for start, end in runs_of(np.sort(heads >> np.uint64(HUGE_SHIFT))):
+            for start, end in runs_of(np.sort(heads >> word_of(HUGE_SHIFT))):
                 zone.release_run(start << HUGE_SHIFT, end << HUGE_SHIFT)
         elif zone.on_free_folios is not None:
             zone.on_free_folios(heads)

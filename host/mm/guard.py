@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from hmmnet.pages import Words
+from hmmnet.pages import Words, word_of
 
 from . import pte
 from .huge import blocks_of
@@ -18,7 +18,7 @@ from .vma import VM_HUGETLB, VM_LOCKED, VM_MAYBE_GUARD, VM_SPECIAL, Vma
 
 GUARD = pte.entry(pte.MARKER, pte.MARKER_GUARD)
 _WHAT_BITS = pte.KIND | ~pte.BITS & (1 << 64) - 1
-_WHAT = np.uint64(_WHAT_BITS)
+_WHAT = word_of(_WHAT_BITS)
 
 
 def is_guard(entry: int) -> bool:

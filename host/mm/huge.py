@@ -32,7 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hmmnet.errors import KernelError
-from hmmnet.pages import FEW, HUGE_PAGES, HUGE_SHIFT, PAGE_SIZE, ZERO_FRAME, Words, all_of, any_of, distinct
+from hmmnet.pages import FEW, HUGE_PAGES, HUGE_SHIFT, PAGE_SIZE, ZERO_FRAME, Words, all_of, any_of, distinct, word_of
 
 from . import filehuge, pte
 from .filemap import File, ranges_of
@@ -48,7 +48,7 @@ EINVAL = 22
 HUGE_MASK = HUGE_PAGES - 1
 HUGE_ZERO_ENTRY = pte.ZERO_ENTRY | pte.HUGE
 """The huge zero page, what a load maps; its frame is the zero page's, whose number is 0."""
-_BLOCK = np.uint64(HUGE_MASK)
+_BLOCK = word_of(HUGE_MASK)
 
 
 class Large(NamedTuple):
@@ -159,10 +159,10 @@ def share(parent: Mm, child: Mm, vma: Vma, blocks: Words) -> None:
     blocks, entries, counted = blocks[whole], entries[whole], counted[whole]
     shared = entries
     if not vma.flags & VM_SHARED:
-        shared = entries & ~np.uint64(pte.WRITE | pte.ANON_EXCLUSIVE)
-        shared[entries & (pte.KIND | pte.WRITE) == pte.DEVICE | pte.WRITE] &= ~np.uint64(pte.SOFT_DIRTY)
+        shared = entries & ~word_of(pte.WRITE | pte.ANON_EXCLUSIVE)
+        shared[entries & (pte.KIND | pte.WRITE) == pte.DEVICE | pte.WRITE] &= ~word_of(pte.SOFT_DIRTY)
     parent.table.pmds.scatter(blocks, shared)
-    child.table.set_pmds(blocks, shared & ~np.uint64(pte.YOUNG))
+    child.table.set_pmds(blocks, shared & ~word_of(pte.YOUNG))
     parent.memory.share_folios(pte.frames_of(entries[counted]))
     child.rss += int(np.count_nonzero(counted)) * HUGE_PAGES
 
@@ -179,7 +179,7 @@ def split_entries(mm: Mm, block: int) -> None:
         mm.memory.unmap(pte.frames_of(entries))
         return
     for _, part in mm.table.segments(block, block + HUGE_PAGES):
-        part &= ~np.uint64(pte.HUGE)
+        part &= ~word_of(pte.HUGE)
     mm.small_blocks.add(block)
 
 
@@ -289,7 +289,7 @@ def split_folio(memory: PhysicalMemory, head: int) -> bool:
     for mapped in found:
         mm, pages = mapped.mm, mapped.pages
         mm.small_blocks.update(blocks_of(pages))
-        entries = mapped.entries & ~np.uint64(pte.HUGE)
+        entries = mapped.entries & ~word_of(pte.HUGE)
         zeros = empty[mapped.rows] & _unlocked(mm, pages) & (entries & pte.KIND == pte.PRESENT)
         entries[zeros] = pte.entry(pte.PRESENT, ZERO_FRAME, pte.ZERO_ENTRY)
         mm.table.scatter(pages, entries)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hmmnet.pages import HUGE_PAGES, HUGE_SHIFT, PAGES_MAX, ZONE_SHIFT, Words, distinct
+from hmmnet.pages import HUGE_PAGES, HUGE_SHIFT, PAGES_MAX, ZONE_SHIFT, Words, distinct, word_of
 
 from . import pte
 from .frames import PhysicalMemory
@@ -23,7 +23,7 @@ from .mm import Mm
 from .vma import VM_WRITE, Vma
 from .zones import ANON, COMPOUND, LOCKED, STATE, HostZone, Index, Zone
 
-KIND, WRITE, SPECIAL, EXCLUSIVE = (np.uint64(bits) for bits in (pte.KIND, pte.WRITE, pte.SPECIAL, pte.ANON_EXCLUSIVE))
+KIND, WRITE, SPECIAL, EXCLUSIVE = (word_of(bits) for bits in (pte.KIND, pte.WRITE, pte.SPECIAL, pte.ANON_EXCLUSIVE))
 OWN = WRITE | EXCLUSIVE
 WORD = (1 << 64) - 1
 UNCOUNTED = frozenset((pte.MARKER, pte.SWAP))
@@ -111,7 +111,7 @@ def check_blocks(memory: PhysicalMemory, mm: Mm) -> None:
         return
     entries = mm.table.pmds.gather(blocks)
     assert (entries & pte.HUGE != 0).all(), f"process {mm.number}: an entry of a block that does not say so"
-    aligned = pte.frames_of(entries) % np.uint64(HUGE_PAGES) == 0
+    aligned = pte.frames_of(entries) % word_of(HUGE_PAGES) == 0
     assert aligned.all(), f"process {mm.number}: a block is mapped as one to frames that are no huge page"
     for block in blocks.tolist():
         beside = mm.table.ptes.read(block << HUGE_SHIFT, block + 1 << HUGE_SHIFT)
@@ -122,7 +122,7 @@ def check_blocks(memory: PhysicalMemory, mm: Mm) -> None:
 def check_unfolded(memory: PhysicalMemory, mm: Mm, small: Words) -> None:
     """No one of the entries `small`, which stand for a page each, leads to a page of a folded folio."""
     frames = known(memory, mm, pte.frames_of(small[counted(small) & (small != 0)]))
-    heads = frames >> np.uint64(HUGE_SHIFT) << np.uint64(HUGE_SHIFT)
+    heads = frames >> word_of(HUGE_SHIFT) << word_of(HUGE_SHIFT)
     assert not memory.folded(distinct(heads)).any(), f"process {mm.number}: one page of a folded folio is mapped"
 
 
@@ -215,7 +215,7 @@ def _first(inside: Areas, at: npt.NDArray[np.intp], wrong: npt.NDArray[np.bool_]
 
 def known(memory: PhysicalMemory, mm: Mm, frames: Words) -> Words:
     """`frames`, all of which there is memory for."""
-    for number in set((frames >> np.uint64(ZONE_SHIFT)).tolist()):
+    for number in set((frames >> word_of(ZONE_SHIFT)).tolist()):
         assert number in memory.zones, f"process {mm.number}: an entry leads to a frame of zone {number}, which there is not"
     return frames
 
@@ -281,9 +281,9 @@ def _expected(zone: Zone, frames: Words, counts: npt.NDArray[np.int64]) -> npt.N
     """How often each frame of `zone` that was ever used is mapped, when `frames` are, so often."""
     used = zone.used.stop
     unused = frames[frames >= np.uint64(zone.base + used)]
-    assert len(unused) == 0, f"{zone.owner}: frame {unused[0] - np.uint64(zone.base)} is mapped, and was never allocated"
+    assert len(unused) == 0, f"{zone.owner}: frame {unused[0] - word_of(zone.base)} is mapped, and was never allocated"
     expected = np.zeros(used, np.int32)
-    expected[(frames - np.uint64(zone.base)).astype(np.intp)] = counts
+    expected[(frames - word_of(zone.base)).astype(np.intp)] = counts
     return expected
 
 

@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hmmnet.changes import NO_CHANGES, Changes
-from hmmnet.pages import PAGES_MAX, ZONE_SHIFT, Words
+from hmmnet.pages import PAGES_MAX, ZONE_SHIFT, Words, word_of
 
 from . import invariants, pte
 from .frames import PhysicalMemory
@@ -37,8 +37,8 @@ MIGRATION_S_MAX = 60.0
 """Emulated seconds that a migration entry may stay (I5): longer than a device may be silent, and its lease and patience after that."""
 NOT_YET_S = -1.0
 """Since when, of a page that has been found behind a migration entry in this very look."""
-NOTED = np.uint64(pte.YOUNG | pte.DIRTY | pte.SOFT_DIRTY)
-ZONE_BITS = np.uint64(ZONE_SHIFT)
+NOTED = word_of(pte.YOUNG | pte.DIRTY | pte.SOFT_DIRTY)
+ZONE_BITS = word_of(ZONE_SHIFT)
 
 
 class Ledger:

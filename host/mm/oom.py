@@ -31,7 +31,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from hmmnet.errors import KernelError
-from hmmnet.pages import HUGE_SHIFT, PAGES_MAX
+from hmmnet.pages import HUGE_SHIFT, PAGES_MAX, word_of
 
 from . import pte
 from .mm import Mm
@@ -59,7 +59,7 @@ def swap_entries(mm: Mm) -> int:
 def table_pages(mm: Mm) -> int:
     """mm_pgtables_bytes, in pages: tables on all levels below the root, and the one that is kept for each huge page, for its splitting."""
     small = mm.table.ptes.occupied(0, PAGES_MAX)
-    huge = mm.table.pmds.occupied(0, PAGES_MAX >> HUGE_SHIFT) << np.uint64(HUGE_SHIFT)
+    huge = mm.table.pmds.occupied(0, PAGES_MAX >> HUGE_SHIFT) << word_of(HUGE_SHIFT)
     split = np.array(sorted(mm.small_blocks), np.uint64)
     pages = np.concatenate((small, huge, split))
     return sum(len(np.unique(pages >> np.uint64(shift))) for shift in LEVEL_SHIFTS)

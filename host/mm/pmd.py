@@ -29,6 +29,7 @@ from hmmnet.pages import (
     MIGRATE_PFN_WRITE,
     ZONE_SHIFT,
     Words,
+    word_of,
 )
 
 from . import collect as by_page
@@ -41,13 +42,13 @@ from .mm import Mm
 from .vma import VM_UFFD_MISSING, VM_WRITE
 from .zones import ANON, COMPOUND, LOCKED
 
-BOTH = np.uint64(MIGRATE_PFN_VALID | MIGRATE_PFN_MIGRATE)
-MIGRATE = np.uint64(MIGRATE_PFN_MIGRATE)
-VALID = np.uint64(MIGRATE_PFN_VALID)
-NOT_MIGRATE = np.uint64(~MIGRATE_PFN_MIGRATE & (1 << 64) - 1)
-_FRAME = np.uint64(MIGRATE_PFN_SHIFT)
-_SHIFT = np.uint64(HUGE_SHIFT)
-_COMPOUND = np.uint64(MIGRATE_PFN_COMPOUND)
+BOTH = word_of(MIGRATE_PFN_VALID | MIGRATE_PFN_MIGRATE)
+MIGRATE = word_of(MIGRATE_PFN_MIGRATE)
+VALID = word_of(MIGRATE_PFN_VALID)
+NOT_MIGRATE = word_of(~MIGRATE_PFN_MIGRATE & (1 << 64) - 1)
+_FRAME = word_of(MIGRATE_PFN_SHIFT)
+_SHIFT = word_of(HUGE_SHIFT)
+_COMPOUND = word_of(MIGRATE_PFN_COMPOUND)
 _NONE = np.zeros(0, np.uint64)
 
 Flags = np.ndarray[tuple[int], np.dtype[np.bool_]]
@@ -75,7 +76,7 @@ def _is_zero(entries: Words, select: Select) -> Flags:
     """Which `entries` are the huge zero page, if that is to be replaced."""
     if not select.has(Select.SYSTEM):
         return np.zeros(len(entries), np.bool_)
-    found: Flags = entries & np.uint64(pte.KIND | pte.SPECIAL) == pte.PRESENT | pte.SPECIAL
+    found: Flags = entries & word_of(pte.KIND | pte.SPECIAL) == pte.PRESENT | pte.SPECIAL
     return found
 
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from hmmnet.pages import DEVICE_ZONE_MIN, ZONE_SHIFT, Words, unlike
+from hmmnet.pages import DEVICE_ZONE_MIN, ZONE_SHIFT, Words, unlike, word_of
 
 KIND = 7
 NONE = 0
@@ -73,30 +73,30 @@ def entry(kind: int, frame: int, bits: int = 0) -> int:
 
 def frames_of(entries: Words) -> Words:
     """The frame of each entry."""
-    return entries >> np.uint64(FRAME_SHIFT)
+    return entries >> word_of(FRAME_SHIFT)
 
 
 def zones_of(entries: Words) -> Words:
     """The zone in which each entry's frame lies."""
-    return entries >> np.uint64(FRAME_SHIFT + ZONE_SHIFT)
+    return entries >> word_of(FRAME_SHIFT + ZONE_SHIFT)
 
 
 def kinds_of(entries: Words) -> Words:
     """The kind of each entry."""
-    return entries & np.uint64(KIND)
+    return entries & word_of(KIND)
 
 
 def is_present(entries: Words) -> npt.NDArray[np.bool_]:
     """pte_present: which entries lead to a page that is there for the CPU, trapped or not."""
-    kinds = entries & np.uint64(KIND)
+    kinds = entries & word_of(KIND)
     present: npt.NDArray[np.bool_] = (kinds == PRESENT) | (kinds == HINT)
     return present
 
 
 def entries_of(kind: int, frames: Words, bits: int = 0) -> Words:
     """Entries of `kind` for `frames`, with `bits`."""
-    entries = frames << np.uint64(FRAME_SHIFT)
-    entries |= np.uint64(kind | bits)
+    entries = frames << word_of(FRAME_SHIFT)
+    entries |= word_of(kind | bits)
     return entries
 
 
@@ -109,9 +109,9 @@ def sample(entries: Words) -> Words:
 
 def with_bits(entries: Words, bits: int) -> Words:
     """`entries` with `bits` set."""
-    return entries | np.uint64(bits)
+    return entries | word_of(bits)
 
 
 def masked(entries: Words, mask: int) -> Words:
     """`entries` with only `mask` kept."""
-    return entries & np.uint64(mask)
+    return entries & word_of(mask)

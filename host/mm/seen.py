@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hmmnet.changes import NO_CHANGES, Changes, Seen
-from hmmnet.pages import HUGE_PAGES, HUGE_SHIFT, Words
+from hmmnet.pages import HUGE_PAGES, HUGE_SHIFT, Words, word_of
 
 from . import invariants
 from .frames import PhysicalMemory
@@ -74,7 +74,7 @@ class SeenTable:
         self.changed = self.small
         if not len(self.huge.pages):
             return
-        pages = ((self.huge.pages << np.uint64(HUGE_SHIFT))[:, np.newaxis] + _STEPS).reshape(-1)
+        pages = ((self.huge.pages << word_of(HUGE_SHIFT))[:, np.newaxis] + _STEPS).reshape(-1)
         whole = Changes(pages, self._pages_of(self.huge.before), self._pages_of(self.huge.now))
         self.changed = Changes(*(np.concatenate(both) for both in zip(self.small, whole, strict=True)))
 

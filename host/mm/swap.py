@@ -31,7 +31,7 @@ import numpy.typing as npt
 
 from hmmnet.arena import Arena, Bytes
 from hmmnet.errors import KernelError, OutOfMemory
-from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, Words
+from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, Words, word_of
 from hmmnet.runs import RunAllocator
 
 from . import pte
@@ -73,14 +73,14 @@ class Swap:
             return None
         data = np.empty(len(frames) * PAGE_SIZE, np.uint8)
         memory.read(frames, 0, data)
-        self._arena.scatter(got.frames << np.uint64(PAGE_SHIFT), PAGE_SIZE, data)
+        self._arena.scatter(got.frames << word_of(PAGE_SHIFT), PAGE_SIZE, data)
         self._count[got.frames.astype(np.intp)] = 1
         self._charges[got.frames.astype(np.intp)] = memory.field(frames, "flags") & np.uint32(CHARGE_MASK)
         return got.frames
 
     def contents(self, slots: Words) -> Bytes:
         """The bytes that `slots` hold, behind each other."""
-        return self._arena.gather(slots << np.uint64(PAGE_SHIFT), PAGE_SIZE)
+        return self._arena.gather(slots << word_of(PAGE_SHIFT), PAGE_SIZE)
 
     def load(self, slots: Words, node: int, call: str) -> Words:
         """New frames, from `node` if it has room, with what `slots` hold, charged to the groups that had that before.
@@ -140,7 +140,7 @@ class Swap:
         self._frames[slots.astype(np.intp)] = frames
         for zone, rows, at in self._memory.groups(frames):
             assert isinstance(zone, HostZone), "pages of the host are swapped, and no others"
-            zone.swapped[at] = slots[rows] + np.uint64(1)
+            zone.swapped[at] = slots[rows] + word_of(1)
             zone.refcount[at] += 1
 
     def forget(self, slots: Words) -> int:
@@ -182,12 +182,12 @@ def page_out(mm: Mm, pages: Words) -> None:
     saved = swap.save(mm.memory, frames[~cached])
     if saved is None:
         return
-    slots = known - np.uint64(1)
+    slots = known - word_of(1)
     slots[~cached] = saved
     swap.share(slots[cached])
     for zone, _, at in mm.memory.groups(frames):
         zone.flags[at] &= ~np.uint32(COMPOUND)
-    mm.table.scatter(pages, pte.entries_of(pte.SWAP, slots) | entries & np.uint64(KEPT))
+    mm.table.scatter(pages, pte.entries_of(pte.SWAP, slots) | entries & word_of(KEPT))
     mm.rss -= len(pages)
     mm.memory.unmap(frames)
     swap.forget(slots[cached])
@@ -217,7 +217,7 @@ def swap_in(mm: Mm, vma: Vma, pages: Words, entries: Words, node: int) -> None:
         zone.refcount[at] += 1
         zone.mapcount[at] += 1
     swap.free(slots)
-    bits = old & np.uint64(KEPT & ~pte.ANON_EXCLUSIVE) | np.uint64(pte.YOUNG | pte.DIRTY)
+    bits = old & word_of(KEPT & ~pte.ANON_EXCLUSIVE) | word_of(pte.YOUNG | pte.DIRTY)
     bits[own] |= np.uint64(pte.ANON_EXCLUSIVE | (pte.WRITE if vma.flags & VM_WRITE else 0))
     mm.table.scatter(pages, pte.entries_of(pte.PRESENT, frames) | bits)
     mm.rss += len(pages)

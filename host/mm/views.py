@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hmmnet.pages import HUGE_PAGES, PAGE_SHIFT, PAGE_SIZE, Words
+from hmmnet.pages import HUGE_PAGES, PAGE_SHIFT, PAGE_SIZE, Words, word_of
 from hmmnet.program import (
     PM_FILE,
     PM_GUARD_REGION,
@@ -45,24 +45,24 @@ def pagemap(mm: Mm, start: int, end: int) -> Words:
     out = np.zeros(len(entries), np.uint64)
     present = pte.is_present(entries)
     special = ~present & (kinds != pte.NONE) & (kinds != pte.MARKER)
-    out[present] |= np.uint64(PM_PRESENT)
-    out[special] |= np.uint64(PM_SWAP)
+    out[present] |= word_of(PM_PRESENT)
+    out[special] |= word_of(PM_SWAP)
     numbered = present | special
-    out[numbered] |= pte.frames_of(entries[numbered]) & np.uint64(PM_PFRAME_MASK)
-    out[entries & pte.SOFT_DIRTY != 0] |= np.uint64(PM_SOFT_DIRTY)
+    out[numbered] |= pte.frames_of(entries[numbered]) & word_of(PM_PFRAME_MASK)
+    out[entries & pte.SOFT_DIRTY != 0] |= word_of(PM_SOFT_DIRTY)
     markers = kinds == pte.MARKER
-    out[(entries & pte.UFFD_WP != 0) | (markers & (pte.frames_of(entries) == pte.MARKER_UFFD_WP))] |= np.uint64(PM_UFFD_WP)
-    out[markers & (pte.frames_of(entries) == pte.MARKER_GUARD)] |= np.uint64(PM_GUARD_REGION)
-    out[markers & (pte.frames_of(entries) != pte.MARKER_GUARD)] |= np.uint64(PM_SWAP)
+    out[(entries & pte.UFFD_WP != 0) | (markers & (pte.frames_of(entries) == pte.MARKER_UFFD_WP))] |= word_of(PM_UFFD_WP)
+    out[markers & (pte.frames_of(entries) == pte.MARKER_GUARD)] |= word_of(PM_GUARD_REGION)
+    out[markers & (pte.frames_of(entries) != pte.MARKER_GUARD)] |= word_of(PM_SWAP)
     pages = np.flatnonzero(numbered & (kinds != pte.SWAP) & (entries & pte.SPECIAL == 0))
     if len(pages):
         frames = pte.frames_of(entries[pages])
-        out[pages[mm.memory.field(frames, "flags") & ANON == 0]] |= np.uint64(PM_FILE)
+        out[pages[mm.memory.field(frames, "flags") & ANON == 0]] |= word_of(PM_FILE)
         once = present[pages] & (mm.memory.field(frames, "mapcount") == 1)
-        out[pages[once]] |= np.uint64(PM_MMAP_EXCLUSIVE)
+        out[pages[once]] |= word_of(PM_MMAP_EXCLUSIVE)
     for vma in mm.vmas.overlapping(start, end):
         if vma.flags & VM_SOFTDIRTY:
-            out[max(vma.start - start, 0) : vma.end - start] |= np.uint64(PM_SOFT_DIRTY)
+            out[max(vma.start - start, 0) : vma.end - start] |= word_of(PM_SOFT_DIRTY)
     return out
 
 
@@ -114,5 +114,5 @@ def clear_soft_dirty(mm: Mm, start: int, end: int) -> None:
                 if vma.flags & VM_SHARED:
                     pinned = pinned[(pinned < vma.start - first) | (pinned >= vma.end - first)]
             present[pinned] = clear[pinned] = False
-        part[present] &= ~np.uint64(pte.SOFT_DIRTY | pte.WRITE)
-        part[clear] &= ~np.uint64(pte.SOFT_DIRTY)
+        part[present] &= ~word_of(pte.SOFT_DIRTY | pte.WRITE)
+        part[clear] &= ~word_of(pte.SOFT_DIRTY)

@@ -30,6 +30,7 @@ from hmmnet.pages import (
     all_of,
     any_of,
     bits_in_any,
+    word_of,
 )
 
 from . import pte
@@ -39,7 +40,7 @@ from .vma import VM_PFNMAP, VM_READ, VM_WRITE, Vma
 HMM_PFN_INOUT = HMM_PFN_DMA_MAPPED | HMM_PFN_P2PDMA | HMM_PFN_P2PDMA_BUS
 """Bits of the input that survive."""
 BLOCK_PAGES = 1 << 14
-HUGE_ORDER = np.uint64(HUGE_SHIFT << HMM_PFN_ORDER_SHIFT)
+HUGE_ORDER = word_of(HUGE_SHIFT << HMM_PFN_ORDER_SHIFT)
 """HMM_PFN_ORDER of a page that is mapped with 511 others as one."""
 
 Flags = npt.NDArray[np.bool_]
@@ -133,8 +134,8 @@ class Walker:
         if any_of(private):
             private &= pte.zones_of(entries) == max(self.owner, 0)
         valid = present | private
-        words = np.where(valid, pte.frames_of(entries) | np.uint64(HMM_PFN_VALID), np.uint64(0))
-        words[valid & writable] |= np.uint64(HMM_PFN_WRITE)
+        words = np.where(valid, pte.frames_of(entries) | word_of(HMM_PFN_VALID), word_of(0))
+        words[valid & writable] |= word_of(HMM_PFN_WRITE)
         words[valid & (kinds & pte.HUGE != 0)] |= HUGE_ORDER
         want = (~valid & reads) | (present & ~writable & writes)
         stop = self._refusal(vma, entries, kind, want, want & writes)
@@ -151,11 +152,11 @@ class Walker:
         high = low + len(entries)
         flags = HMM_PFN_VALID | (HMM_PFN_WRITE if kind & pte.WRITE else 0) | (int(HUGE_ORDER) if kind & pte.HUGE else 0)
         if self.sticky:
-            self._fill(low, high, pte.frames_of(entries) | np.uint64(flags))
+            self._fill(low, high, pte.frames_of(entries) | word_of(flags))
         else:
             out = self.words[low:high]
-            np.right_shift(entries, np.uint64(pte.FRAME_SHIFT), out=out)
-            np.bitwise_or(out, np.uint64(flags), out=out)
+            np.right_shift(entries, word_of(pte.FRAME_SHIFT), out=out)
+            np.bitwise_or(out, word_of(flags), out=out)
         if not kind & pte.WRITE:
             writes = self._needs(low, high)[1]
             if np.any(writes):

@@ -35,6 +35,7 @@ from hmmnet.pages import (
     largest,
     runs_of,
     smallest,
+    word_of,
 )
 from hmmnet.runs import RunAllocator
 
@@ -145,7 +146,7 @@ class Zone:
         if is_one_run(frames):
             first = int(frames[0]) - self.base
             return slice(first, first + len(frames))
-        return (frames - np.uint64(self.base)).view(np.intp)
+        return (frames - word_of(self.base)).view(np.intp)
 
     # --- folded folios ------------------------------------------------------------------------------------------------------------
 
@@ -323,7 +324,7 @@ class HostZone(CpuZone):
         """The heads of up to `count` folded folios with one reference each, whatever they hold: the caller overwrites them."""
         heads, fresh = self.allocator.allocate_aligned_runs(HUGE_PAGES, count)
         if len(heads):
-            at = (heads - np.uint64(self.base)).astype(np.intp)
+            at = (heads - word_of(self.base)).astype(np.intp)
             self._free_committed = max(0, self._free_committed - (len(heads) - fresh) * HUGE_PAGES)
             self.refcount[at] = 1
             self.set_folded(at >> HUGE_SHIFT)

@@ -34,6 +34,7 @@ from hmmnet.pages import (
     runs_of,
     to_wire,
     unlike,
+    word_of,
     zone_of,
 )
 
@@ -146,3 +147,13 @@ def test_any_and_all_of_flags(count: int) -> None:
         flags[[at for at in set_at if at < count]] = True
         assert any_of(flags) == flags.any()
         assert all_of(flags) == flags.all()
+
+
+def test_a_word_beside_arrays_is_uint64_and_stays_what_it_is() -> None:
+    """Everybody who asks for the same number is given the same word, so nobody may write to it."""
+    word = word_of(LARGE)
+    assert (np.arange(2, dtype=np.uint64) | word).tolist() == [LARGE, LARGE + 1]
+    assert (np.arange(2, dtype=np.uint64) | word).dtype == np.uint64
+    with pytest.raises(ValueError, match="read-only"):
+        word[...] = 0
+    assert int(word_of(LARGE)) == LARGE
