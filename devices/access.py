@@ -19,7 +19,20 @@ import numpy as np
 import numpy.typing as npt
 
 from hmmnet.errors import HmmnetError
-from hmmnet.pages import ADDRESS_BITS, FEW, PAGE_SHIFT, PAGE_SIZE, ZERO_FRAME, Words, all_of, any_of, distinct, is_ascending, word_of
+from hmmnet.pages import (
+    ADDRESS_BITS,
+    FEW,
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    ZERO_FRAME,
+    Words,
+    all_of,
+    any_of,
+    distinct,
+    is_ascending,
+    largest,
+    word_of,
+)
 
 from .memory import Memory
 from .mirror import Mirror, allows, frames_of
@@ -427,7 +440,7 @@ def check_addresses(addresses: Words, size: int) -> None:
     """Aligned addresses inside the address space. Raises AccessError, JobError."""
     if len(addresses) == 0:
         return
-    if int(addresses.max()) >= ADDRESS_END:
+    if largest(addresses) >= ADDRESS_END:
         bad = int(addresses[int(np.argmax(addresses >= word_of(ADDRESS_END)))])
         raise AccessError(bad, f"the address is beyond the {ADDRESS_BITS}-bit address space")
     crooked = addresses & np.uint64(size - 1)

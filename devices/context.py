@@ -33,9 +33,11 @@ from hmmnet.pages import (
     Words,
     bits_in_any,
     has_large,
+    largest,
     page_by_page,
     pages_in,
     run_bounds,
+    smallest,
     to_wire,
     word_of,
 )
@@ -386,7 +388,7 @@ class Context:
 
         All are registered before the first await, so an invalidation or migration that drops the entries later waits for them.
         """
-        under_way = [_Dma(int(part.pages.min()), int(part.pages.max())) for part in parts]
+        under_way = [_Dma(smallest(part.pages), largest(part.pages)) for part in parts]
         self._dma += under_way
         try:
             for part in parts:

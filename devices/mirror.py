@@ -40,8 +40,10 @@ from hmmnet.pages import (
     any_of,
     ascending,
     has_large,
+    largest,
     page_by_page,
     runs_of,
+    smallest,
     word_of,
 )
 from hmmnet.pagetable import PageTable
@@ -255,7 +257,7 @@ class Mirror:
             if len(pages) == 0:
                 return
         self.table.scatter(pages, 0)
-        self._tell_watches(int(pages.min()), int(pages.max()) + 1)
+        self._tell_watches(smallest(pages), largest(pages) + 1)
 
     def drop_frames(self, pages: Words, frames: Words) -> None:
         """Remove the entries of those `pages` (a hint from the reverse map) that lead to one of `frames` (sorted); both may be large."""

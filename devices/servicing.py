@@ -287,7 +287,7 @@ class FaultService:
         here = may & (frames < _DEVICES) & (frames != _ZERO)
         foreign = may & (frames >= _DEVICES) & ~self._context.memory.owns(frames)
         asked = here | foreign
-        if self._context.memory.free_pages and asked.any() and policy.ranges(pages[asked], write[asked]):
+        if self._context.memory.free_pages and any_of(asked) and policy.ranges(pages[asked], write[asked]):
             self._leave(pages[foreign])
             if here.any():
                 await self._each(self._try_migrate, self._cut(pieces(pages[here])), pages[here], fatal)

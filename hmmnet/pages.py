@@ -219,17 +219,17 @@ def bits_in_any(words: npt.NDArray[Number]) -> int:
 
 def has_zero(words: npt.NDArray[Number]) -> bool:
     """Whether any of `words` is zero."""
-    return 0 in words.tolist() if len(words) <= FEW else not words.all()
+    return 0 in words.tolist() if len(words) <= FEW else int(np.count_nonzero(words)) < len(words)
 
 
 def largest(words: npt.NDArray[Number]) -> int:
     """The largest of `words`, of which there are some."""
-    return max(words.tolist()) if len(words) <= FEW else int(words.max())
+    return max(words.tolist()) if len(words) <= FEW else int(np.maximum.reduce(words))
 
 
 def smallest(words: npt.NDArray[Number]) -> int:
     """The smallest of `words`, of which there are some."""
-    return min(words.tolist()) if len(words) <= FEW else int(words.min())
+    return min(words.tolist()) if len(words) <= FEW else int(np.minimum.reduce(words))
 
 
 def unlike(words: npt.NDArray[Number]) -> int:

@@ -10,13 +10,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-import numpy as np
 import trio
 
 from hmmnet.errors import IommuFault, PeerError, ProtocolError
 from hmmnet.fabric.arbiter import Flow
 from hmmnet.fabric.dma import ArenaSource, LiveSink, Sink
-from hmmnet.pages import PAGE_SHIFT, PAGES_MAX, Words, from_wire
+from hmmnet.pages import PAGE_SHIFT, PAGES_MAX, Words, bits_in_any, from_wire, largest
 from hmmnet.wire.messages import DmaGrant, DmaRead, DmaWrite
 from hmmnet.wire.session import Session
 
@@ -112,9 +111,9 @@ class Dma:
         if len(message.pages) % 8 or len(message.pages) != len(message.addresses) or not message.pages:
             raise ProtocolError(f"DMA with {len(message.pages)} bytes of pages and {len(message.addresses)} of addresses")
         pages, addresses, size = from_wire(message.pages), from_wire(message.addresses), message.size
-        if size & (size - 1) or (addresses & np.uint64(size - 1)).any():
+        if size & (size - 1) or bits_in_any(addresses) & size - 1:
             raise ProtocolError(f"DMA of elements of {size} bytes: the size is a power of two, and addresses are multiples of it")
-        if int(pages.max()) >= PAGES_MAX or len(pages) * size > DMA_BYTES_MAX:
+        if largest(pages) >= PAGES_MAX or len(pages) * size > DMA_BYTES_MAX:
             raise ProtocolError(f"DMA of {len(pages)} elements of {size} bytes: beyond the address space, or over {DMA_BYTES_MAX} bytes")
         if message.stream & 1 == 0 or message.stream in self._streams:
             raise ProtocolError(f"DMA on stream {message.stream}: a device's streams have odd numbers, each used once")

@@ -38,6 +38,8 @@ from hmmnet.pages import (
     ZONE_SHIFT,
     Words,
     distinct,
+    largest,
+    smallest,
     word_of,
 )
 from hmmnet.runs import RunAllocator
@@ -250,7 +252,7 @@ class DeviceDma:
         if len(words) == 0:
             return words
         frames = words & word_of(HMM_PFN_FRAME_MASK)
-        first, last = int(frames.min()) >> ZONE_SHIFT, int(frames.max()) >> ZONE_SHIFT
+        first, last = smallest(frames) >> ZONE_SHIFT, largest(frames) >> ZONE_SHIFT
         if first == last != self._zone and self._route_of(first) is Route.MEMORY:  # as below, for what is most common
             return words & ~word_of(FLAGS) | (words & word_of(HMM_PFN_VALID)) >> _TO_MAPPED
         made = DmaMap(self._device, len(words), self._route_of)

@@ -198,7 +198,7 @@ def large(mm: Mm, pages: Words, *, compound: bool = False, parts_stay: bool = Fa
         blocks, counts = np.unique(pages[entries & pte.HUGE != 0] & ~_BLOCK, return_counts=True)
         apart = ~np.isin(pages & ~_BLOCK, blocks[counts == HUGE_PAGES])
         pages, entries = pages[apart], entries[apart]
-    if not bool((entries & (pte.KIND | pte.HUGE) == pte.PRESENT | pte.HUGE).any() or mm.small_blocks):
+    if not (any_of(entries & (pte.KIND | pte.HUGE) == pte.PRESENT | pte.HUGE) or mm.small_blocks):
         return []
     memory = mm.memory
     zeros = blocks_of(pages[entries & (pte.SPECIAL | pte.HUGE) == pte.SPECIAL | pte.HUGE])

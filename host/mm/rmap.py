@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from hmmnet.pages import Number, Words, all_of, distinct
+from hmmnet.pages import Number, Words, all_of, distinct, largest, smallest
 
 from . import pte
 from .frames import PhysicalMemory
@@ -121,7 +121,7 @@ def _places_of_files(memory: PhysicalMemory, indices: Words, numbers: npt.NDArra
 def _inside(vma: Vma, indices: Words, anon_vmas: npt.NDArray[np.uint32]) -> Words:
     """The pages of `vma` that have one of `indices` in one of its anon_vmas."""
     first, end = vma.pgoff, vma.pgoff + vma.end - vma.start
-    low, high = int(indices.min()), int(indices.max())
+    low, high = smallest(indices), largest(indices)
     if high < first or low >= end:
         return indices[:0]
     here = _one_of(anon_vmas, (vma.anon, *vma.chain))

@@ -14,7 +14,7 @@ import trio
 
 from hmmnet.errors import KernelError
 from hmmnet.host.interfaces import NOBODY, Event, Migration, Select, Told, Walk
-from hmmnet.pages import HUGE_PAGES, HUGE_SHIFT, MIGRATE_PFN_SHIFT, PAGE_SHIFT, ZONE_SHIFT, Words, zone_of
+from hmmnet.pages import HUGE_PAGES, HUGE_SHIFT, MIGRATE_PFN_SHIFT, PAGE_SHIFT, ZONE_SHIFT, Words, any_of, zone_of
 from hmmnet.program import Mapping, Residency
 
 from . import collect as migration_steps
@@ -251,7 +251,7 @@ class Space(Advice):
 
     def leads_to(self, zone: int, start: int, end: int) -> bool:
         """Whether an entry of pages [start, end) leads to a frame of `zone`."""
-        return bool((pte.zones_of(self.mm.table.read(start, end)) == zone).any())
+        return any_of(pte.zones_of(self.mm.table.read(start, end)) == zone)
 
     def residency(self, address: int, pages: int) -> Residency:
         """Where the pages live now: owners of zones, and for each page an index into them (-1: none, -2: in transit)."""
