@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import logging
+from functools import partial
 
 import numpy as np
 import trio
@@ -134,9 +135,16 @@ async def command_device(context: Context, command: str, address: int, pages: in
         done = await _commanded(link, message, data)
         return IoctlResult(done.cpages, done.faults, done.data)
     out = bytearray(pages_out * PAGE_SIZE)
-    async with link.expected(stream_out, BytesSink(out)):
-        done = await _commanded(link, message, data)
+    async with link.expected(stream_out, BytesSink(out), late=True) as arrival:
+        with trio.CancelScope() as scope:
+            arrival.on_failure = partial(_answers_soon, link, scope)  # `arrival` says what it was, unless the answer does
+            done = await _commanded(link, message, data)
     return IoctlResult(done.cpages, done.faults, bytes(out))
+
+
+def _answers_soon(link: SessionLink, scope: trio.CancelScope) -> None:
+    """The data of a command will not come, or not arrive: its answer, for which `scope` waits, says why, or is waited for no longer."""
+    scope.deadline = trio.current_time() + link.real(ANSWER_S)
 
 
 async def _commanded(link: SessionLink, message: Ioctl, data: bytes) -> IoctlDone:
@@ -154,7 +162,7 @@ async def _commanded(link: SessionLink, message: Ioctl, data: bytes) -> IoctlDon
             except PeerError as error:
                 log.info("the data of a command to %s were not taken: %s", link.name, error)
                 failure = PeerError(f"{message.command} did not get its data: {error}")
-                nursery.cancel_scope.deadline = trio.current_time() + link.real(ANSWER_S)
+                _answers_soon(link, nursery.cancel_scope)
 
         nursery.start_soon(send_data)
         try:

@@ -25,7 +25,7 @@ import xxhash
 
 from hmmnet.errors import HmmnetError, PeerError, PeerGone, PeerLost, ProtocolError
 from hmmnet.fabric.arbiter import Flow
-from hmmnet.fabric.dma import ArenaSink, ArenaSource, BulkReceiver, BulkSender, Sink, Source
+from hmmnet.fabric.dma import ArenaSink, ArenaSource, Arrival, BulkReceiver, BulkSender, Sink, Source
 from hmmnet.fabric.stream import TRIES_MAX
 from hmmnet.observe.counters import DEVICE_TO_DEVICE, DEVICE_TO_HOST, HOST_TO_DEVICE
 from hmmnet.pages import (
@@ -454,7 +454,6 @@ class SessionLink:
                 sink,
                 lambda: 0.0 if flow.stalled else flow.bytes_per_s,
                 lambda said_s: flow.arrives_s(said_s, granted_s),
-                watched=True,
             ):
                 yield flow
         finally:
@@ -470,21 +469,23 @@ class SessionLink:
         rate_of: Callable[[], float] | None = None,
         arrives_s: Callable[[float], float] | None = None,
         *,
-        watched: bool = False,
-    ) -> AsyncIterator[None]:
+        late: bool = False,
+    ) -> AsyncIterator[Arrival]:
         """As `coming`, for data that cross no link (a command's buffer): nothing is paced or counted.
 
-        `watched`: the device begins with it at once, and has to go on. (A command may take its time before it gives data.)
+        The device begins with it at once, unless it is `late`: then when it has something to give. From there on it has to go on.
         """
         arrival = self.receiver.expect(stream, sink, rate_of, arrives_s)
-        if watched:
-            self._watchdog.watched[arrival] = None
+        self._watchdog.watched[arrival] = None
+        if late:
+            self._watchdog.late.add(arrival)
         try:
             async with self.transfer():
-                yield
+                yield arrival
                 await arrival.wait()
         finally:
             self._watchdog.watched.pop(arrival, None)
+            self._watchdog.late.discard(arrival)
             arrival.cancel()
 
     async def answers_apart(self, node: int, answers: int) -> None:

@@ -89,7 +89,7 @@ class _Relay:
                 for piece in pieces(frames):
                     data = np.empty(pages_in(frames[piece]) * PAGE_SIZE, np.uint8)
                     stream = link.new_stream()
-                    async with link.expected(stream, BytesSink(data), watched=True):
+                    async with link.expected(stream, BytesSink(data)):
                         await link.ask_engine(
                             CopyOut(stream, self._context, to_wire(pages[piece]), to_wire(frames[piece]), 0.0, math.inf, 0.0)
                         )

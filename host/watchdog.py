@@ -14,8 +14,8 @@ connection for `AWAY_S` ends, as one to a device does then (`ZmqChannel.send`); 
 What a device says is believed: this is for engines that hang, not for devices that lie, and a chunk whose moment was set while its link
 was very slow waits for that moment. Streams *to* a device are the host's own (`sender` repeats for a minute, and waits as long for links;
 and `AWAY_S` for a connection); what else may hold one here has `HUNG_S`, and costs that copy and no device. What a
-command (`Ioctl`) gives is not watched: it takes its time before it gives anything, only its caller waits, and nothing that others want is
-held so long.
+command (`Ioctl`) gives comes *late*: it takes its time before it gives anything, and as long a device knows no such stream. From then on
+it has to go on, as others.
 """
 
 from __future__ import annotations
@@ -71,6 +71,8 @@ class Watchdog:
         """Answers of its copy engine: since when a heartbeat has seen each wait; `NEW`, if none has."""
         self.watched: dict[Arrival, _Seen | None] = {}
         """Streams that come; None: no heartbeat has seen it yet."""
+        self.late: set[Arrival] = set()
+        """Those of them that the device begins with when it has something to give."""
         self._session = session
         self._receiver = receiver
         self._condemn = condemn
@@ -174,7 +176,7 @@ class Watchdog:
         seen, holds, stream = self.watched.get(arrival), said[1], arrival.state.stream
         if seen is None or arrival.done or now_s - seen.since_s < self._clock.real(WATCHDOG_S):
             return  # it is over, or has moved meanwhile
-        if holds not in (Holds.NOTHING, Holds.GONE) or said != seen.said:
+        if holds not in (Holds.NOTHING, Holds.GONE) or said != seen.said or (holds == Holds.GONE and arrival in self.late):
             seen.since_s, seen.said = now_s, said
         elif holds == Holds.GONE:
             self._receiver.give_up(arrival, "its sender knows nothing of it any more")

@@ -55,6 +55,8 @@ class Arrival:
         self.sink = sink
         self.rate_of = rate_of
         self.arrives_s = arrives_s
+        self.on_failure: Callable[[], None] | None = None
+        """Called at the moment at which it is clear that not all of it lands."""
         self._receiver = receiver
         self._event = Completion()
         self._error: str | None = None
@@ -89,6 +91,8 @@ class Arrival:
         self._error = error
         self._moving.end()
         self._event.set()
+        if error is not None and self.on_failure is not None:
+            self.on_failure()
 
 
 class Held:

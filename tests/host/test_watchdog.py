@@ -248,3 +248,18 @@ async def test_only_a_sender_that_is_away_all_the_while_ends_its_streams(between
             for stream in device.streams:
                 stream.done = True
     assert (device.ended, device.lost) == ([], [])
+
+
+async def test_what_the_device_has_not_begun_yet_may_come_late() -> None:
+    """Until then it knows nothing of it, however long; once it has begun it has to go on."""
+    holds = [Holds.GONE]
+    device = _Played(lambda asked: StreamsShown(words(*[0] * len(asked)), words(*holds * len(asked))))
+    device.dog.watched.pop(cast(Arrival, device.streams[1]))
+    device.dog.late.add(cast(Arrival, device.streams[0]))
+    device.lives(300)
+    assert (device.lost, device.ended) == ([], [])
+    assert 20 < len(device.questions) <= 30, "10 s apart"
+    holds[0] = Holds.NOTHING
+    device.lives(3 * WATCHDOG_S)
+    (why,) = device.lost
+    assert why == "its copy engine has hung: stream 2 has not moved for 10 s and waits for nothing"

@@ -37,6 +37,20 @@ b = "gpu1"
 bandwidth = "40 GB/s"
 latency = "1 us"
 """)
+COMMANDED = parse("""
+[[memory]]
+name = "node0"
+size = "64 MiB"
+[[device]]
+name = "unit0"
+model = "dmirror"
+memory = "16 MiB"
+[[link]]
+a = "node0"
+b = "unit0"
+bandwidth = "10 GB/s"
+latency = "1 us"
+""")
 
 PAGES = 1200
 """Five chunks."""
@@ -235,3 +249,54 @@ def test_who_is_slow_lives(slow: str, way: str) -> None:
         await process.exit()
 
     hmmnet.simulate(main, MACHINE, limit_s=3000.0)
+
+
+COMMAND_STALLS = {
+    "from the first chunk": fault("copy.stall", "unit0", direction="to_host"),
+    "in the middle": fault("point.pause", "unit0", point="device.mid_copy", nth=3),
+}
+
+
+@pytest.mark.parametrize("stall", COMMAND_STALLS)
+def test_a_command_whose_data_stall_ends_with_its_device(stall: str) -> None:
+    """By the rule of other streams: its caller hears why."""
+
+    async def main(machine: SimulatedMachine) -> None:
+        process = await machine.create_process()
+        address = await _placed(process, "host")
+        handle = await process.open("unit0")
+        machine.add_fault(COMMAND_STALLS[stall])
+        began_s = trio.current_time()
+        with pytest.raises(PeerError, match=LOST):
+            await handle.ioctl("read", address, PAGES)
+        assert HUNG_S <= trio.current_time() - began_s < MOST_S
+        machine.heal()
+        assert await process.read(address, PAGES * PAGE) == DATA[: PAGES * PAGE]
+        await process.exit()
+
+    hmmnet.simulate(main, COMMANDED, limit_s=300.0)
+
+
+COMMAND_SLOW = {
+    "before it gives anything": fault("point.delay", "unit0", point="device.before_write", latency="45 s", nth=1),
+    "chunks that take 15 s": fault("copy.slow", "unit0", latency="15 s"),
+    "cut off": fault("partition", "unit0", channel="bulk", lasts="45 s"),
+}
+
+
+@pytest.mark.parametrize("slow", COMMAND_SLOW)
+def test_a_command_may_take_its_time(slow: str) -> None:
+    """Before it gives data, and between them, where something holds them."""
+
+    async def main(machine: SimulatedMachine) -> None:
+        process = await machine.create_process()
+        address = await _placed(process, "host")
+        handle = await process.open("unit0")
+        machine.add_fault(COMMAND_SLOW[slow])
+        began_s = trio.current_time()
+        assert (await handle.ioctl("read", address, PAGES)).data == DATA[: PAGES * PAGE]
+        assert trio.current_time() - began_s > HUNG_S
+        assert (await machine.report())["devices"]["unit0"]["lives"] == 1
+        await process.exit()
+
+    hmmnet.simulate(main, COMMANDED, limit_s=300.0)

@@ -182,7 +182,7 @@ async def test_a_connection_that_comes_again_in_time_costs_nothing(way: str) -> 
 
 
 @pytest.mark.usefixtures("_soon")
-@pytest.mark.parametrize("command", ["write"])
+@pytest.mark.parametrize("command", ["write", "read"])
 async def test_a_command_without_its_data_ends(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever way they were to go; the device hears of it when it is connected again, and its file closes."""
     monkeypatch.setattr("hmmnet.host.handles.ANSWER_S", SHORT_S)
