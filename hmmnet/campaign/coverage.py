@@ -7,7 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .places import NOT_APPLICABLE, Pair, pairs, reason
+from hmmnet.wire.exchange import LEASE_S
+
+from .nemesis import MEND_S
+from .places import NOT_APPLICABLE, SECONDS, Pair, pairs, reason
 from .sweep import OUTCOMES, Cell
 from .words import places
 
@@ -23,7 +26,11 @@ Made by `hmmnet sweep {arguments} -o FILE`: {hit} of {pairs} pairs were hit, in 
 - *lost*: pages whose only copy died with a device were lost, and said so;
 - a dash: a point where code cannot wait, or cannot fail, has no such fault (`hmmnet fault points`).
 
-At points that concern no device one of them crashes or hangs at that moment. *death*: the device of a message dies when it is sent.
+At a point *delay* is {delay:g} s, *pause* stops whoever comes there for {pause:g} s, and *hang* stops a device for {hang:g} s, which is shorter
+than its lease of {lease:g} s. *freeze* is a hang of {freeze:g} s: the host has given the device up by then, and it comes back empty. At points
+that concern no device one of them crashes, hangs or freezes at that moment.
+
+*death*: the device of a message dies when it is sent.
 What makes a message unreadable (*truncate*, *garbage*, *old_version*) ends a session, unless it is a request, which can be answered.
 """
 _CELL = re.compile(r"(\d+) (same|refused|lost|wrong)")
@@ -86,7 +93,7 @@ def legend() -> str:
 def document(table: dict[Pair, Cell], arguments: str) -> str:
     """The Markdown file around a table."""
     data = as_json(table)
-    head = INTRODUCTION.format(arguments=arguments, **data)
+    head = INTRODUCTION.format(arguments=arguments, hang=MEND_S, lease=LEASE_S, **SECONDS, **data)
     return f"{head}\n{as_markdown(table)}\nOf the messages these have no row:\n\n{legend()}"
 
 

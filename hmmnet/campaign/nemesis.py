@@ -53,6 +53,10 @@ class Nemesis:
         """Faults that act now, by number, each a harm."""
         self._down: list[tuple[str, list[Suffered]]] = []
         """Devices that crashed or hang at a protocol point, until somebody sees to them."""
+        self._lasting: dict[int, float] = {}
+        """How long they do, where it is longer than `MEND_S`, by the number of the fault; for a program that ends earlier, too."""
+        self._until_s = 0.0
+        """When the last of these is over."""
         crew.machine.injector.on_fired = self._fired
         crew.machine.network.on_fired = self._message_fired
         crew.machine.carrier.told = self._told
@@ -74,7 +78,10 @@ class Nemesis:
                     nursery.start_soon(self._harm, harm)
 
     async def heal(self) -> None:
-        """All faults end; who crashed or hangs is seen to."""
+        """All faults end, those that outlast a lease when they were to; who crashed or hangs is seen to."""
+        left_s = self._until_s - trio.current_time()
+        if left_s > 0.0:
+            await sleep(left_s)
         self._crew.note("all faults end")
         self._machine.carrier.heal()
         self._machine.network.heal()
@@ -185,6 +192,8 @@ class Nemesis:
         node = names[hit.nth % len(names)] if hit.action in LETHAL and hit.point.startswith(HOSTS_OWN) else ""
         fault = PointFault(hit.point, cast(Action, hit.action), controls=controls, delay_s=delay_s, node=node)
         number = self._machine.injector.add(fault)
+        if hit.seconds > MEND_S:
+            self._lasting[number] = hit.seconds
         if hit.action == "pause":
             nursery.start_soon(self._release, number, hit.seconds)
 
@@ -205,7 +214,10 @@ class Nemesis:
         crew.note(f"fault {what} {victim}")
         if fired.action in LETHAL:
             self._down.append((victim, crew.harm_begins([victim], counted)))
-            self._machine.nursery.start_soon(self._mend_soon)
+            seconds = self._lasting.get(fired.number, MEND_S)
+            if seconds > MEND_S:
+                self._until_s = max(self._until_s, trio.current_time() + seconds)
+            self._machine.nursery.start_soon(self._mend_soon, seconds)
         elif fired.action == "fail" and fired.where.point in GIVES_UP:
             self._machine.nursery.start_soon(self._mend_given_up, crew.harm_begins([victim], counted), victim)
         else:
@@ -221,8 +233,8 @@ class Nemesis:
         await restart(self._crew, device)
         self._crew.harm_ends(harms)
 
-    async def _mend_soon(self) -> None:
-        await sleep(MEND_S)
+    async def _mend_soon(self, seconds: float) -> None:
+        await sleep(seconds)
         await self._mend_nodes()
 
     async def _mend_nodes(self) -> None:

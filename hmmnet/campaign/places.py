@@ -13,11 +13,12 @@ import msgspec
 from hmmnet.faults import Controls, MessageFault, Plan, Way
 from hmmnet.faults.network import BULK_WAYS
 from hmmnet.faults.points import POINTS
+from hmmnet.wire.exchange import LEASE_S
 
 from .program import Harm, Hit, Program
-from .words import DEATH, places
+from .words import DEATH, FREEZE, places
 
-SECONDS = {"delay": 0.005, "pause": 0.2}
+SECONDS = {"delay": 0.005, "pause": 0.2, FREEZE: LEASE_S + 1.0}
 LATE_S = 0.01
 DOWN_S = 0.001
 NOT_APPLICABLE: dict[tuple[str, str], str] = {
@@ -42,10 +43,15 @@ class Pair:
     place: str
     fault: str
 
+    @property
+    def action(self) -> str:
+        """What happens at a point, in the words of points: a freeze is a hang."""
+        return "hang" if self.fault == FREEZE else self.fault
+
     def program(self, base: Program, nth: int) -> Program:
         """`base` with the fault at the `nth` time."""
         if self.kind == "point":
-            hit = Hit(self.place, self.fault, nth=nth, seconds=SECONDS.get(self.fault, 0.0))
+            hit = Hit(self.place, self.action, nth=nth, seconds=SECONDS.get(self.fault, 0.0))
             return msgspec.structs.replace(base, hits=(*base.hits, hit))
         if self.fault == DEATH:
             return msgspec.structs.replace(base, harms=(*base.harms, Harm(nth, "message", seconds=DOWN_S, message=self.place)))

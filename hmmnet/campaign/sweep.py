@@ -103,7 +103,7 @@ def try_pair(pair: Pair, base: Program, nth: int) -> Hits:
 def _judged(pair: Pair, before: Outcome, verdict: Verdict) -> Hits:
     """What came of a run, compared with the scenario `before`."""
     outcome = verdict.outcome
-    name = f"{pair.fault} at {pair.place}" if pair.kind == "point" else "message" if pair.fault == DEATH else pair.fault
+    name = f"{pair.action} at {pair.place}" if pair.kind == "point" else "message" if pair.fault == DEATH else pair.fault
     hit = outcome.faults[name] > before.faults[name]
     if verdict.violations:
         return Hits(hit, "wrong", f"{verdict.violations[0].checker}: {verdict.violations[0].what}")
@@ -147,7 +147,7 @@ def forked(pair: Pair, base: Program, nth_max: int) -> list[tuple[int, Hits]]:
     What is wrong in such a run itself comes last, with an nth of `EVERY` or more. Raises HmmnetError when a child fails or dies.
     """
     before, wanted = alone(base), frozenset(_times(pair, nth_max))
-    devices = len(topology_of(base.machine).device_names) if pair.fault in LETHAL and pair.place.startswith(HOSTS_OWN) else 1
+    devices = len(topology_of(base.machine).device_names) if pair.action in LETHAL and pair.place.startswith(HOSTS_OWN) else 1
     found: list[tuple[int, Hits]] = []
     for turn in range(devices):  # at points that concern no device, the `nth` of all devices is meant
         forks: Forks[Hits] = Forks(frozenset(nth for nth in wanted if nth % devices == turn))

@@ -108,6 +108,8 @@ VICTIM_ADDRESS = 0x20_0000_0000
 VICTIM_BYTES = 4 * 4096
 """Where the memory of each victim is: faults can name it."""
 HARM_KINDS = ("death", "partition", "hang", "message")
+FREEZE = "freeze"
+"""At a point: a hang that outlasts the lease of the device."""
 DEATH = "death"
 """Of a message: its device dies when it is sent."""
 UNREADABLE = ("truncate", "garbage", "old_version")
@@ -118,9 +120,15 @@ CONTROL = (*(kind.__name__ for kind in get_args(Body)), *(kind.name for kind in 
 """Every message of a session."""
 
 
+def _with_freeze(actions: tuple[str, ...]) -> tuple[str, ...]:
+    """Who can hang for a moment can hang for long."""
+    behind = actions.index("hang") + 1 if "hang" in actions else 0
+    return (*actions[:behind], FREEZE, *actions[behind:]) if behind else actions
+
+
 def places() -> dict[str, tuple[str, ...]]:
     """Every place, in order, with what could happen there if it applied."""
-    found = {point.name: point.actions for point in POINTS.values()}
+    found = {point.name: _with_freeze(point.actions) for point in POINTS.values()}
     found |= dict.fromkeys(CONTROL, CONTROL_FAULTS)
     return found | dict.fromkeys(BULK_WAYS, BULK_FAULTS)
 

@@ -39,11 +39,11 @@ def sweep(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     listed: Annotated[bool, typer.Option("--list", help="Name the scenarios; run nothing.")] = False,
 ) -> int:
-    """Fail, delay, pause, crash and hang at every protocol point in turn; lose, delay, repeat and damage every message; kill at each.
+    """Fail, delay, pause, crash, hang and freeze at every protocol point in turn; lose, delay, repeat, damage every message; kill at each.
 
-    Each is hit the first time, the second, the third ... until nothing is left. After each hit everything is healed and must be well.
-    Prints which places were hit by which fault, and how it ended; Ctrl-C prints what was found so far. Exit code 1 when something is wrong,
-    2 for what there is not.
+    Each is hit the first time, the second, the third ... until nothing is left. A freeze is a hang that outlasts the device's lease. After
+    each hit everything is healed and must be well. Prints which places were hit by which fault, and how it ended; Ctrl-C prints what was
+    found so far. Exit code 1 when something is wrong, 2 for what there is not.
     """
     from hmmnet.campaign.coverage import document
     from hmmnet.campaign.scenarios import SCENARIOS
