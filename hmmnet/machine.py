@@ -26,6 +26,7 @@ from hmmnet.cable.cable import HOST_ADDRESS
 from hmmnet.errors import HmmnetError
 from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.fabric.measure import automatic_rate
+from hmmnet.faults.carry import Carrier
 from hmmnet.faults.forms import Plannable, as_plan, one_fault
 from hmmnet.faults.injector import Injector
 from hmmnet.faults.kinds import Fault
@@ -77,6 +78,8 @@ class Host(Protocol):
     """Carries out what faults do at the host (`hmmnet.host.injection`)."""
     network: Network
     """What happens to messages on the wires of real devices."""
+    faults: Carrier
+    """The faults of a launched machine."""
 
     def add_fault(self, fault: Fault) -> int:
         """A fault begins; its number."""

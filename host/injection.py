@@ -118,7 +118,7 @@ class Injection:
             sleep,
             counted={PointFault: self._at_points, MessageFault: self._on_wires, LinkEffect: self.link},
         )
-        made.told = self._tell
+        made.told.append(self._tell)
         self._carrier = made
         return made
 

@@ -26,9 +26,9 @@ Made by `hmmnet sweep {arguments} -o FILE`: {hit} of {pairs} pairs were hit, in 
 - *lost*: pages whose only copy died with a device were lost, and said so;
 - a dash: a point where code cannot wait, or cannot fail, has no such fault (`hmmnet fault points`).
 
-At a point *delay* is {delay:g} s, *pause* stops whoever comes there for {pause:g} s, and *hang* stops a device for {hang:g} s, which is shorter
-than its lease of {lease:g} s. *freeze* is a hang of {freeze:g} s: the host has given the device up by then, and it comes back empty. At points
-that concern no device one of them crashes, hangs or freezes at that moment.
+At a point *delay* is {delay:g} s, *pause* stops whoever comes there for {pause:g} s, and *hang* stops a device for {hang:g} s,
+which is shorter than its lease of {lease:g} s. *freeze* is a hang of {freeze:g} s: the host has given the device up by then, and it
+comes back empty. At points that concern no device one of them crashes, hangs or freezes at that moment.
 
 *death*: the device of a message dies when it is sent.
 What makes a message unreadable (*truncate*, *garbage*, *old_version*) ends a session, unless it is a request, which can be answered.

@@ -59,7 +59,7 @@ class Nemesis:
         """When the last of these is over."""
         crew.machine.injector.on_fired = self._fired
         crew.machine.network.on_fired = self._message_fired
-        crew.machine.carrier.told = self._told
+        crew.machine.carrier.told.append(self._told)
 
     def begin(self, nursery: trio.Nursery) -> None:
         """Faults that are there from the beginning, and what waits at protocol points; `nursery` is that of the run."""

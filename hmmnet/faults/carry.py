@@ -71,7 +71,7 @@ class Carrier:
         counted: Mapping[type, Callable[[Any, Tally], Undo]],
     ) -> None:
         self.world = world
-        self.told: Callable[[int, Fault | None], None] | None = None
+        self.told: list[Callable[[int, Fault | None], None]] = []
         """Called with each fault that begins, and with None when it ends."""
         self._begin = dict(begin)
         self._counted = dict(counted)
@@ -98,8 +98,7 @@ class Carrier:
     def _enter(self, carried: Carried) -> None:
         carried.begun = True
         try:
-            if self.told is not None:  # before what happens: somebody wants to know why it does
-                self.told(carried.number, carried.fault)
+            self._tell(carried.number, carried.fault)  # before what happens: somebody wants to know why it does
             tally = Tally()
             for effect in carried.fault.effects:
                 begin, counted = self._begin.get(type(effect)), self._counted.get(type(effect))
@@ -135,8 +134,12 @@ class Carrier:
         self._past[carried.fault.kind.name] += carried.fired
         for undo in reversed(carried.undos):
             undo()
-        if carried.begun and self.told is not None:
-            self.told(number, None)
+        if carried.begun:
+            self._tell(number, None)
+
+    def _tell(self, number: int, fault: Fault | None) -> None:
+        for tell in self.told:
+            tell(number, fault)
 
     def heal(self) -> None:
         """All faults end."""

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from hmmnet.faults import Plan
+from hmmnet.faults.carry import Carrier
+from hmmnet.faults.kinds import Fault
 from hmmnet.machine import Host
 from hmmnet.observe.events import Event
 from hmmnet.sim import Trace
@@ -60,8 +62,16 @@ class Case:
         self.migrations.hear(event)
         self.story.hear(event, marked=len(self.migrations.unexpected) > before)
 
-    def hear_faults(self, host: Host, now_s: Callable[[], float]) -> None:
-        """Hear what faults do to the messages of real devices, and at the host's protocol points; `now_s` is emulated time."""
+    def hear_faults(self, carrier: Carrier, now_s: Callable[[], float]) -> None:
+        """Hear of each fault that begins, and that is over before the machine is; `now_s` is emulated time."""
+
+        def told(number: int, fault: Fault | None) -> None:
+            self.story.note(now_s(), f"fault {number} is over" if fault is None else f"fault {number} begins: {fault}")
+
+        carrier.told.append(told)
+
+    def hear_effects(self, host: Host, now_s: Callable[[], float]) -> None:
+        """Hear what faults do to the messages of real devices, and at the host's protocol points."""
         host.network.told = lambda _, what: self.story.fault(now_s(), what)
         host.injector.on_fired = lambda fired: self.story.fault(fired.at_s, fired.line)
 

@@ -13,7 +13,7 @@ import trio
 
 from hmmnet.blocking import Blocking, only_error
 from hmmnet.errors import HmmnetError
-from hmmnet.faults import Fault, Plan, Plannable
+from hmmnet.faults import Fault, Plan, Plannable, as_plan
 from hmmnet.faults.plan import named
 from hmmnet.machine import LaunchedBlockingMachine, LaunchedMachine, launch
 from hmmnet.observe.logs import tracebacks
@@ -50,7 +50,8 @@ async def real(case: Case) -> AsyncIterator[LaunchedMachine]:
         async with trio.open_nursery() as nursery, launch(case.topology, name=name) as machine:
             with case.listening(machine.host):
                 _look_for_crashes(case, machine)
-                case.hear_faults(machine.host, machine.emulated_s)
+                case.hear_faults(machine.host.faults, machine.emulated_s)
+                case.hear_effects(machine.host, machine.emulated_s)
                 for fault in faults:
                     machine.add_fault(fault)
                 nursery.start_soon(_bell, case.limit_s)
@@ -99,9 +100,17 @@ def real_blocking(case: Case) -> Iterator[LaunchedBlockingMachine]:
 @asynccontextmanager
 async def virtual(case: Case) -> AsyncIterator[SimulatedMachine]:
     """A simulated machine, in a trio run in virtual time. Raises HmmnetError."""
-    async with simulated(case.topology, trace=Told(case.story), seed=case.seed, faults=case.plan.faults) as machine:
+    async with simulated(case.topology, trace=Told(case.story), seed=case.seed) as machine:
         with case.listening(machine.host):
+            _begin(case, machine, case.plan)
             yield machine
+
+
+def _begin(case: Case, machine: SimulatedMachine, plan: Plan) -> None:
+    """The faults of `plan` begin, and the story tells each. Raises HmmnetError."""
+    case.hear_faults(machine.carrier, trio.current_time)
+    for fault in plan.faults:
+        machine.add_fault(fault)
 
 
 @contextmanager
@@ -153,12 +162,13 @@ class Simulate:
         """Run `main(machine)` in virtual time; what is not given is the test's. See `hmmnet.simulate`."""
         case = self._case
         chosen = case.seed if seed is None else seed
-        plan = case.plan if faults is None else faults
+        plan = case.plan if faults is None else as_plan(faults)
         trace = Told(case.story, keep=keep)
 
         async def inside() -> tuple[T, float]:
-            async with simulated(topology or case.topology, trace=trace, seed=chosen, faults=plan) as machine:
+            async with simulated(topology or case.topology, trace=trace, seed=chosen) as machine:
                 with case.listening(machine.host):
+                    _begin(case, machine, plan)
                     value = await main(machine)
             return value, trio.current_time()
 

@@ -14,7 +14,7 @@ from hmmnet.campaign.nemesis import GIVES_UP
 from hmmnet.campaign.places import NOT_APPLICABLE, Pair, pairs, reason
 from hmmnet.campaign.scenarios import SCENARIOS, scenario
 from hmmnet.campaign.sweep import NTH_MAX, OUTCOMES, alone, expected, sweep, try_all, try_pair
-from hmmnet.campaign.words import CONTROL, UNREADABLE, places
+from hmmnet.campaign.words import CONTROL, FREEZE, UNREADABLE, places
 from hmmnet.cli import exit_code
 from hmmnet.cli.sweep import roughly
 from hmmnet.errors import HmmnetError
@@ -97,9 +97,16 @@ def test_a_cell_is_what_comes_of_it(pair: Pair) -> None:
 # --- sweeping -----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("action", ["crash", "hang"])
+@pytest.mark.parametrize("place", ["home.fault", "process.exit"])
+def test_a_freeze_outlasts_the_lease_and_a_hang_does_not(place: str) -> None:
+    """The host waits for who hangs; who freezes is given up with its pages, also where the program would end before."""
+    found = {fault: try_pair(Pair("point", place, fault), SCENARIOS["tour"], 1) for fault in ("hang", FREEZE)}
+    assert {fault: (hits.hit, hits.outcome) for fault, hits in found.items()} == {"hang": (True, "same"), FREEZE: (True, "lost")}
+
+
+@pytest.mark.parametrize("action", ["crash", "hang", FREEZE])
 def test_a_device_falls_while_the_host_does_its_own(action: str) -> None:
-    """At a point that concerns no device one of them crashes or hangs; the host goes on."""
+    """At a point that concerns no device one of them crashes, hangs or freezes; the host goes on."""
     found = try_pair(Pair("point", "hub.before_range_end", action), SCENARIOS["tour"], 1)
     assert found.hit
     assert found.wrong == ""

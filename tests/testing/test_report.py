@@ -253,12 +253,43 @@ LOSING = """
     """
 
 
+def test_every_kind_of_fault_is_in_the_story(pytester: pytest.Pytester) -> None:
+    """Also those that happen at no point and to no message: when they begin, and when they are over."""
+    write(
+        pytester,
+        """
+        import pytest
+
+        @pytest.mark.faults({"kind": "process.munmap", "point": "migrate.after", "nth": 1}, {"kind": "link.down", "on": "node0-gpu0"})
+        def test_it(simulated_machine):
+            process = simulated_machine.process()
+            number = simulated_machine.add_fault("clock.jump", on="gpu1")
+            simulated_machine.sleep(1)
+            simulated_machine.remove_fault(number)
+            simulated_machine.add_fault("page.retire", on="gpu1")
+            assert 0
+        """,
+    )
+    result = run(pytester)
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(
+        [
+            "* 0.000000 ms  fault 1 begins: process.munmap * point=migrate.after",
+            "* 0.000000 ms  fault 2 begins: link.down node0-gpu0",
+            "* ms  fault 3 begins: clock.jump gpu1 by=1",
+            "*1000.* ms  fault 3 is over",
+            "*1000.* ms  fault 4 begins: page.retire gpu1*",
+        ]
+    )
+
+
 def test_faults_of_real_machines_are_in_the_story(pytester: pytest.Pytester) -> None:
-    """Lost messages, and what happened at the host's points, as on simulated machines."""
+    """Lost messages, what happened at the host's points, and which faults began, as on simulated machines."""
     write(pytester, LOSING)
     result = run(pytester, "-o", "hmmnet_story=1000")
     result.assert_outcomes(failed=1)
     story = told(result, "test_lossy")
+    assert any("fault 1 begins: loss gpu0" in line for line in story), story
     assert any("the message is gone (loss)" in line for line in story), story
     assert any(
         re.search(r"fault: delay migrate.before_copy node=host device=gpu0 process=1000 start=0x[0-9a-f]+ pages=1", line) for line in story
