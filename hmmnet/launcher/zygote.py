@@ -81,8 +81,7 @@ class ZygoteClient:
                     *lines, self._received = (self._received + data).split(b"\n")
                     for line in lines:
                         self._hear(json.loads(line), tell)
-            with trio.move_on_after(KILL_S):  # the kernel closes a process's files before it has ended: `how` is asked next
-                await wait_process(self.process)
+            await wait_process(self.process)  # the kernel closes a process's files before it has ended, on a busy computer long before
             self._gone.set()
         finally:
             self._hearing = False
