@@ -22,6 +22,8 @@ from hmmnet.lifeline import wait_ended
 from hmmnet.topology.model import DeviceSpec, LinkSpec, MemoryNode, Topology
 
 HERE = Path(__file__).parent
+BOUND_S = 30
+"""A hang, and no slow computer. Shorter than what has to be ended would live by itself."""
 TOPOLOGY = Topology(
     "pair",
     "two devices",
@@ -52,7 +54,7 @@ class Seen:
         self._changed = trio.Event()
 
     async def until(self, holds: Callable[[MachineRecord], bool]) -> MachineRecord:
-        with trio.fail_after(20):
+        with trio.fail_after(BOUND_S):
             while not self.records or not holds(self.records[-1]):
                 await self._changed.wait()
         return self.records[-1]
@@ -76,7 +78,7 @@ async def held(name: str) -> AsyncIterator[tuple[Supervisor, Seen]]:
 
 
 async def gone(*pids: int) -> None:
-    with trio.fail_after(10):
+    with trio.fail_after(BOUND_S):
         for pid in pids:
             await wait_ended(pid)
 
@@ -86,7 +88,7 @@ def pids_of(record: MachineRecord) -> list[int]:
 
 
 async def test_a_machine_starts_shows_itself_and_leaves_nothing(base: Path) -> None:
-    """Record on disk while it runs; no process and no file afterwards, within a second."""
+    """Record on disk while it runs; no process and no file afterwards."""
     async with held("well") as (supervisor, _):
         on_disk = Directory.named("well").read()
         assert on_disk is not None
@@ -99,7 +101,7 @@ async def test_a_machine_starts_shows_itself_and_leaves_nothing(base: Path) -> N
         with pytest.raises(MachineExists, match="runs already"):
             await made("well", Seen()).run()
         began_s = trio.current_time()
-    assert trio.current_time() - began_s < 3
+    assert trio.current_time() - began_s < BOUND_S
     await gone(*pids)
     assert list(base.iterdir()) == []
 
@@ -123,7 +125,7 @@ async def test_a_killed_device_is_shown_logged_and_told_to_the_host() -> None:
         assert record.devices[1].how == "killed by SIGKILL"
         assert record.state == "running"
         told = supervisor.directory.logs / "told"
-        with trio.fail_after(10):
+        with trio.fail_after(BOUND_S):
             while "SIGKILL" not in told.read_text():
                 await trio.sleep(0.01)
         assert told.read_text() == '{"exited":"gpu1","how":"killed by SIGKILL"}\n'
@@ -177,7 +179,7 @@ async def test_a_machine_without_devices_is_there_at_once() -> None:
     """It waits for nobody."""
     supervisor = made("well", Seen(), Topology("plain", "no device", TOPOLOGY.nodes, (), (), ()))
     async with trio.open_nursery() as nursery:
-        with trio.fail_after(20):
+        with trio.fail_after(BOUND_S):
             record = await nursery.start(supervisor.run)
         assert (record.state, record.devices) == ("running", [])
         nursery.cancel_scope.cancel()
@@ -205,7 +207,7 @@ async def test_a_host_that_does_not_end_is_killed() -> None:
     async with held("stuck") as (_, seen):
         host_pid = seen.records[-1].host_pid
         began_s = trio.current_time()
-    assert trio.current_time() - began_s < 3
+    assert trio.current_time() - began_s < BOUND_S
     await gone(host_pid)
 
 

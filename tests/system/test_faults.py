@@ -28,6 +28,8 @@ from hmmnet.testing import outcomes
 
 PAGE = 4096
 COUNT = 1 << 12
+BOUND_S = 60
+"""A hang, and no slow computer."""
 
 
 async def command(*words: str) -> str:
@@ -77,6 +79,7 @@ async def test_points_of_both_sides_and_the_command_line() -> None:
         await process.exit()
 
 
+@pytest.mark.usefixtures("patient")
 async def test_a_device_hangs_and_dies_by_fault() -> None:
     """Shorter than the lease a hang is only slow; a device that dies in the middle of a copy leaves the source as it was."""
     async with hmmnet.launch("two-gpus", rate=1.0) as machine:
@@ -104,7 +107,7 @@ async def test_a_device_hangs_and_dies_by_fault() -> None:
 
 async def back(machine: hmmnet.LaunchedMachine, device: str, pid: int) -> None:
     """Wait until another process is that device, and ready."""
-    with trio.fail_after(20):
+    with trio.fail_after(BOUND_S):
         while True:
             figures = (await machine.report())["devices"][device]
             if figures["state"] == "ready" and figures["pid"] not in (0, pid):
@@ -181,7 +184,7 @@ async def test_a_plan_on_a_machine_that_is_up(place: Path) -> None:
     printed = b""
     async with up("--name", "broken", "--faults", str(plan)) as process:
         assert process.stdout is not None
-        with trio.fail_after(60):
+        with trio.fail_after(BOUND_S):
             while printed.count(b"gpu1 ready") < 2:
                 data = await process.stdout.receive_some()
                 assert data, printed.decode()
@@ -203,6 +206,7 @@ def stopped(stat: Path) -> bool:
     return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] == "T"
 
 
+@pytest.mark.usefixtures("patient")
 async def test_toxics_and_verbs_on_a_running_machine() -> None:
     """Targets are slow, held, down and gone by a word each; what real processes cannot do is refused, and nothing of that line stays."""
     async with hmmnet.launch("two-gpus", rate=1.0) as machine:
@@ -227,7 +231,7 @@ async def test_toxics_and_verbs_on_a_running_machine() -> None:
         assert await said("add", "gpu0<->host", "loss=5%", "duplicate=20%") == (
             "fault 2: loss gpu0<->host probability=0.05\nfault 3: duplicate gpu0<->host probability=0.2\n"
         )
-        with trio.fail_after(60):
+        with trio.fail_after(BOUND_S):
             while min((await machine.report())["faults"].values()) == 0:
                 await there_and_back_s()
         assert await said("rm", "all") == "fault 2 has ended\nfault 3 has ended\n"
@@ -249,7 +253,7 @@ async def test_toxics_and_verbs_on_a_running_machine() -> None:
         assert "bounce gpu1 down=10ms" in await said("bounce", "gpu1", "--down", "10ms")
         await back(machine, "gpu1", before["gpu1"])
         assert (await said("crash", "gpu1")).endswith("crash gpu1\n")
-        with trio.fail_after(10):
+        with trio.fail_after(BOUND_S):
             while "gpu1" in machine.running:
                 await trio.sleep(0.02)
         for verb in ("crash", "hold"):
@@ -281,7 +285,7 @@ async def test_messages_between_processes_suffer(kind: str, transport: LaunchKin
         await process.write(a, values)
         number = machine.add_fault(fault(kind, probability=0.1))
         devices = cycle(("gpu0", "gpu1"))
-        with trio.fail_after(60):
+        with trio.fail_after(BOUND_S):
             while not (await machine.report())["faults"][kind]:
                 device = next(devices)
                 await process.launch("vector_add", device, a=a, b=a, out=out, n=COUNT)
@@ -292,6 +296,7 @@ async def test_messages_between_processes_suffer(kind: str, transport: LaunchKin
         assert (await machine.check())["complaints"] == []
 
 
+@pytest.mark.usefixtures("patient")
 @pytest.mark.parametrize(("kind", "on"), [("partition", "gpu0<->host"), ("partition", "gpu0->host"), ("hold", "host->gpu0")])
 async def test_a_wire_that_is_cut_for_less_than_a_lease(kind: str, on: str) -> None:
     """Nothing passes, and then all goes on as if nothing had been."""
@@ -325,7 +330,7 @@ async def test_a_wire_that_is_cut_for_longer_than_a_lease() -> None:
             await process.write(address, b"data")
             await process.migrate(address, PAGE, device)
         machine.add_fault(fault("partition", on="gpu0<->host"))
-        with trio.fail_after(20), pytest.raises(BusError, match='only copy on device "gpu0"'):
+        with trio.fail_after(BOUND_S), pytest.raises(BusError, match='only copy on device "gpu0"'):
             await process.read(lost, 4)
         assert await process.read(kept, 4) == b"data"
         assert [(one.state, one.how.partition(" for")[0]) for one in machine.devices] == [("lost", "gpu0 was silent"), ("ready", "")]
@@ -358,12 +363,12 @@ async def test_a_device_and_a_process_are_taken_out_by_command() -> None:
         assert "is not there: it was lost: it was unplugged" in await command("fault", "unplug", "gpu0", "-m", machine.name)
         assert (await large.read_array(address, "<u8", COUNT) == values).all()
         assert (await machine.report())["devices"]["gpu0"]["pages_used"] == 0
-        with trio.fail_after(10):
+        with trio.fail_after(BOUND_S):
             while next(record.state for record in machine.devices if record.name == "gpu0") != "unplugged":
                 await trio.sleep(0.02)
         assert "unplugged" in await command("ps", machine.name)
         assert (await command("fault", "bounce", "gpu0", "--down", "10ms", "-m", machine.name)).startswith("fault 1: bounce gpu0")
-        with trio.fail_after(20):
+        with trio.fail_after(BOUND_S):
             while next(record.state for record in machine.devices if record.name == "gpu0") != "ready":
                 await trio.sleep(0.02)
         assert await command("fault", "oom", "-m", machine.name) == f"process {large.pid} is killed\n"

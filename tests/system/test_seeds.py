@@ -19,7 +19,7 @@ import trio
 import hmmnet
 from hmmnet.faults import Plan
 
-from .test_up import gone, hmmnet_command, up
+from .test_up import hmmnet_command, up
 
 PLAN = """
 [[fault]]
@@ -89,19 +89,38 @@ def facts(*command: str) -> dict[str, str]:
     return {"jobs": shown["jobs"], "homes": shown["homes"]}
 
 
-def test_the_same_seed_breaks_the_same(files: tuple[str, str]) -> None:
-    """`launch`, `run` and `up`, in the foreground and in the background, with one seed; and with another it is another story."""
+@pytest.fixture(scope="module")
+def expected() -> dict[str, str]:
+    """What a machine that this program launches does with seed 7."""
+    done = trio.run(launched, 7)
+    assert {*done["jobs"]} == {*done["homes"]} == {".", "x"}
+    return done
+
+
+def test_a_run_with_the_same_seed_breaks_the_same(files: tuple[str, str], expected: dict[str, str]) -> None:
+    """As a machine that a program launches."""
     plan, story = files
-    expected = trio.run(launched, 7)
-    assert {*expected["jobs"]} == {*expected["homes"]} == {".", "x"}
     assert facts(story, "--faults", plan, "--seed", "7", "--rate", "1") == expected
+
+
+def test_with_another_seed_it_is_another_story(files: tuple[str, str], expected: dict[str, str]) -> None:
+    """In the host, and in a device."""
+    plan, story = files
     other = facts(story, "--faults", plan, "--seed", "8", "--rate", "1")
     assert other["jobs"] != expected["jobs"]
     assert other["homes"] != expected["homes"]
-    with up("--faults", plan, "--seed", "7") as machine:
+
+
+def test_a_machine_that_is_up_breaks_the_same(files: tuple[str, str], expected: dict[str, str]) -> None:
+    """In the foreground."""
+    plan, story = files
+    with up("--faults", plan, "--seed", "7"):
         assert facts(story, "--on", "default") == expected
-        pids = machine.pids
-    gone(*pids)
+
+
+def test_a_machine_in_the_background_breaks_the_same(files: tuple[str, str], expected: dict[str, str]) -> None:
+    """The seed is handed on to the process that stays."""
+    plan, story = files
     assert hmmnet_command("up", "--detach", "--rate", "1", "--faults", plan, "--seed", "7").returncode == 0
     try:
         assert facts(story, "--on", "default") == expected
