@@ -10,6 +10,8 @@ import pytest
 
 OTHERS = ("trio", "asyncio", "anyio")
 """Plugins that run asynchronous tests."""
+BOUND_S = 250
+"""A hang, and no slow computer: pytest's own limit is a little more."""
 STRICT = ("-W", "error", "--strict-markers", "--strict-config", "-p", "no:cacheprovider")
 
 
@@ -25,4 +27,4 @@ def write(pytester: pytest.Pytester, text: str, name: str = "test_mine.py", ini:
 def run(pytester: pytest.Pytester, *arguments: str, beside: Iterable[str] = ("trio",)) -> pytest.RunResult:
     """Run the suite with the plugins `beside`, and everything a warning can be an error."""
     absent = [word for name in OTHERS if name not in beside for word in ("-p", f"no:{name}")]
-    return pytester.runpytest_subprocess(*STRICT, *absent, *arguments, timeout=100)
+    return pytester.runpytest_subprocess(*STRICT, *absent, *arguments, timeout=BOUND_S)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from .suites import run, write
+from .suites import BOUND_S, run, write
 
 HEAVY = (
     "trio",
@@ -133,7 +133,7 @@ def test_an_interrupted_run_leaves_nothing(pytester: pytest.Pytester, test: str,
         (pytester.path / "log").open("wb") as log,
         subprocess.Popen(command, cwd=pytester.path, env=environment, stdout=log, stderr=log) as suite,
     ):
-        deadline = time.monotonic() + 40
+        deadline = time.monotonic() + BOUND_S
         while not (pytester.path / "ready").exists():
             assert suite.poll() is None, (pytester.path / "log").read_text()
             assert time.monotonic() < deadline
@@ -141,7 +141,7 @@ def test_an_interrupted_run_leaves_nothing(pytester: pytest.Pytester, test: str,
         pids = [int(word) for word in (pytester.path / "ready").read_text().split()]
         assert [gone(pid) for pid in pids] == [False, False]
         suite.send_signal(number)
-        code = suite.wait(30)
+        code = suite.wait(BOUND_S)
     if number == signal.SIGKILL:
         assert code == -signal.SIGKILL
     else:  # pytest-trio has Ctrl-C in a group of errors, which pytest takes for a failure
@@ -153,6 +153,6 @@ def test_an_interrupted_run_leaves_nothing(pytester: pytest.Pytester, test: str,
         (record,) = folder.glob("*/machine.json")
         sockets = Path(json.loads(record.read_text())["sockets"])
         assert sockets.is_dir()
-        subprocess.run([sys.executable, "-m", "hmmnet", "clean"], env=environment, cwd=pytester.path, check=True, timeout=30)
+        subprocess.run([sys.executable, "-m", "hmmnet", "clean"], env=environment, cwd=pytester.path, check=True, timeout=BOUND_S)
         assert not sockets.exists()
     assert list(folder.iterdir()) == []
