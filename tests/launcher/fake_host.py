@@ -23,11 +23,11 @@ if name == "fails":
     sys.exit(3)
 if name == "stuck":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-if name != "mute":
-    tell({"control": "ipc:///nowhere", "client": "ipc:///nowhere/client", "rate": 0.5})
-    for device in config["topology"]["devices"]:
-        tell({"device": device["name"], "state": "ready", "how": ""})
-with (Path(config["log_folder"]) / "told").open("w") as file:
+with (Path(config["log_folder"]) / "told").open("w") as file:  # there before anybody hears of us
+    if name != "mute":
+        tell({"control": "ipc:///nowhere", "client": "ipc:///nowhere/client", "rate": 0.5})
+        for device in config["topology"]["devices"]:
+            tell({"device": device["name"], "state": "ready", "how": ""})
     for line in sys.stdin:
         file.write(line)
         file.flush()
