@@ -10,36 +10,20 @@ periodic task for each session, not a timer for each request.
 
 from __future__ import annotations
 
-import errno
 import logging
-import re
 from collections.abc import Awaitable, Callable
 from enum import Enum, auto
 from typing import Any, TypeAlias, TypeVar
 
 import trio
 
-from hmmnet.errors import (
-    BusError,
-    HmmnetError,
-    KernelError,
-    PeerError,
-    PeerGone,
-    PeerLost,
-    PlanError,
-    ProtocolError,
-    RemoteError,
-    SegmentationFault,
-    SignalError,
-    TopologyError,
-    WrongUse,
-)
+from hmmnet.errors import PeerGone, PeerLost, ProtocolError
 from hmmnet.sleeping import RUN, Bell, Completion, shortest_now, sleep, suspended
 
-from . import crashes
 from .codec import ANSWERS_MASK, Kind, decode_body, decode_header, encode
 from .exchange import ACKNOWLEDGE_EVERY, AT_ONCE, BYE_S, HEARTBEAT_S, LEASE_S, RETRY_S, Action, Arrival, Exchange, State
-from .messages import TEXT_MAX, Call, Done, Failed, Message
+from .failures import failed, failure
+from .messages import TEXT_MAX, Done, Failed, Message
 from .reading import Reader
 
 
@@ -57,9 +41,7 @@ M = TypeVar("M", bound=Message)
 PROTOCOL_ERRORS_MAX = 16
 """Broken frames from a welcomed peer after which it is given up."""
 
-SIGNALS: dict[str, type[SignalError]] = {kind.signal_name: kind for kind in (SegmentationFault, BusError)}
 _LIVE = State.LIVE
-_SIGNAL_TEXT = re.compile(r"0x([0-9a-f]{1,16}): (.*)", re.DOTALL)
 
 log = logging.getLogger("hmmnet.wire")
 
@@ -410,8 +392,8 @@ class Session:
             raise ProtocolError(f"{type(body).__name__}, which this end does not handle")
         try:
             result = entry[0](body)
-        except Exception as error:  # noqa: BLE001 - becomes an answer or a log entry, see _failed()
-            self._reply(asked, self._failed(body, error))
+        except Exception as error:  # noqa: BLE001 - becomes an answer or a log entry, see `failed`
+            self._reply(asked, failed(body, error, self.peer_name))
             return None
         if result is None or isinstance(result, Message):
             if asked and self.lost is None:
@@ -432,8 +414,8 @@ class Session:
     async def _finish(self, asked: int, body: Message, result: Awaitable[Message | None]) -> None:
         try:
             answer = await result
-        except Exception as error:  # noqa: BLE001 - becomes an answer or a log entry, see _failed()
-            answer = self._failed(body, error)
+        except Exception as error:  # noqa: BLE001 - becomes an answer or a log entry, see `failed`
+            answer = failed(body, error, self.peer_name)
         self._reply(asked, answer)
 
     def _reply(self, asked: int, answer: Message | None) -> None:
@@ -445,22 +427,9 @@ class Session:
         asked = self._asked
 
         def answer(result: Message | Exception | None) -> None:
-            self._reply(asked, self._failed(message, result) if isinstance(result, Exception) else result)
+            self._reply(asked, failed(message, result, self.peer_name) if isinstance(result, Exception) else result)
 
         return answer
-
-    def _failed(self, body: Message, error: Exception) -> Failed:
-        call = type(body).__name__
-        if isinstance(error, KernelError):
-            return Failed(error.code, error.call[:TEXT_MAX], error.why[:TEXT_MAX])
-        if isinstance(error, SignalError):
-            return Failed(errno.EFAULT, error.signal_name, f"0x{error.address:x}: {error.why}"[:TEXT_MAX])
-        if isinstance(error, PeerError | WrongUse):
-            log.warning("%s of %s failed: %s", call, self.peer_name, error)
-        else:
-            log.error("%s of %s failed", call, self.peer_name, exc_info=error)
-            crashes.tell(f"{call} of {self.peer_name}", error)
-        return Failed(0, call, f"{type(error).__name__}: {error}"[:TEXT_MAX])
 
     # --- living and ending -----------------------------------------------------------------------------------------------------------
 
@@ -556,27 +525,3 @@ class Session:
 
 
 _DONE = Done()
-HOST = "host"
-"""What its peers call the host."""
-SAID: dict[str, Callable[[str], Exception]] = {
-    HmmnetError.__name__: RemoteError,
-    WrongUse.__name__: WrongUse,
-    TopologyError.__name__: lambda told: TopologyError(told.splitlines()),
-    PlanError.__name__: lambda told: PlanError(told.splitlines()),
-}
-"""What a host says to people, by what it raised: a command that asked for what there is not ends as if it had found out itself."""
-
-
-def failure(peer_name: str, failed: Failed) -> Exception:
-    """The exception that a peer's `Failed` stands for."""
-    signal = SIGNALS.get(failed.call)
-    if signal is not None:
-        match = _SIGNAL_TEXT.fullmatch(failed.why)
-        if match is not None:
-            return signal(int(match[1], 16), match[2])
-    if failed.errno > 0:
-        return KernelError(failed.errno, failed.call, failed.why)
-    kind, _, told = failed.why.partition(": ")
-    if peer_name == HOST and failed.call == Call.__name__ and kind in SAID:
-        return SAID[kind](told)  # what a host says to people is a sentence by itself
-    return RemoteError(f"{peer_name}: {failed.call}: {failed.why}")

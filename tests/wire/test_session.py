@@ -25,9 +25,9 @@ from hmmnet.errors import (
 )
 from hmmnet.topology.problems import Problem
 from hmmnet.wire.exchange import RETRY_S, WINDOW
+from hmmnet.wire.failures import failure
 from hmmnet.wire.messages import Call, CloseContext, Done, Failed, FreeFrames, Inspect, MigrateDone, OpenContext, Report
 from hmmnet.wire.reading import Reader
-from hmmnet.wire.session import failure
 
 from .lines import World
 
