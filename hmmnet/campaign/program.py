@@ -16,9 +16,9 @@ from typing import Annotated, TypeAlias, cast
 import msgspec
 from msgspec import Meta
 
-from hmmnet.errors import HmmnetError, TopologyError, WrongUse
+from hmmnet.errors import HmmnetError, PlanError, TopologyError, WrongUse
 from hmmnet.faults.kinds import Fault
-from hmmnet.faults.plan import Plan, PlanError
+from hmmnet.faults.plan import Plan
 from hmmnet.faults.points import POINTS
 from hmmnet.topology.problems import did_you_mean
 from hmmnet.units import counted
