@@ -178,8 +178,6 @@ class Interconnect:
         """A transfer from one device to another. Close it."""
         return self.arbiter.open_flow(source, target, self.now())
 
-    def open_out(self, device: str, frame: int, nbytes: int) -> Flow:
-        """A transfer of `nbytes` from `device` to the memory that `frame` lies in; the device will send at its rate. Close it."""
-        flow = self.arbiter.open_flow(device, self._nodes[frame >> ZONE_SHIFT], self.now())
-        flow.count(nbytes)
-        return flow
+    def open_out(self, device: str, frame: int) -> Flow:
+        """A transfer from `device` to the memory that `frame` lies in; the device will send at its rate. Close it."""
+        return self.arbiter.open_flow(device, self._nodes[frame >> ZONE_SHIFT], self.now())

@@ -446,15 +446,9 @@ class SessionLink:
         After an error nothing lands any more. Raises PeerLost, PeerError.
         """
         links = self._interconnect
-        flow = links.open_out(self.name, frame, sink.nbytes)
-        granted_s = flow.latency_s
+        flow = links.open_out(self.name, frame)
         try:
-            async with self.expected(
-                stream,
-                sink,
-                lambda: 0.0 if flow.stalled else flow.bytes_per_s,
-                lambda said_s: flow.arrives_s(said_s, granted_s),
-            ):
+            async with self.expected(stream, sink, flow):
                 yield flow
         finally:
             now_s = links.now()
@@ -462,20 +456,12 @@ class SessionLink:
         links.profile.record(DEVICE_TO_HOST, sink.nbytes, now_s - flow.start_s, self.name)
 
     @asynccontextmanager
-    async def expected(
-        self,
-        stream: int,
-        sink: Sink,
-        rate_of: Callable[[], float] | None = None,
-        arrives_s: Callable[[float], float] | None = None,
-        *,
-        late: bool = False,
-    ) -> AsyncIterator[Arrival]:
+    async def expected(self, stream: int, sink: Sink, flow: Flow | None = None, *, late: bool = False) -> AsyncIterator[Arrival]:
         """As `coming`, for data that cross no link (a command's buffer): nothing is paced or counted.
 
         The device begins with it at once, unless it is `late`: then when it has something to give. From there on it has to go on.
         """
-        arrival = self.receiver.expect(stream, sink, rate_of, arrives_s)
+        arrival = self.receiver.expect(stream, sink, flow)
         self._watchdog.watched[arrival] = None
         if late:
             self._watchdog.late.add(arrival)

@@ -11,11 +11,11 @@ that said so was lost.
 Whether anybody can send is seen here at once: who receives is a router, and knows whom it is connected to. A stream whose sender has had no
 connection for `AWAY_S` ends, as one to a device does then (`ZmqChannel.send`); the device lives, and keeps what it was to send.
 
-What a device says is believed: this is for engines that hang, not for devices that lie, and a chunk whose moment was set while its link
-was very slow waits for that moment. Streams *to* a device are the host's own (`sender` repeats for a minute, and waits as long for links;
-and `AWAY_S` for a connection); what else may hold one here has `HUNG_S`, and costs that copy and no device. What a
-command (`Ioctl`) gives comes *late*: it takes its time before it gives anything, and as long a device knows no such stream. From then on
-it has to go on, as others.
+What a device says is believed: this is for engines that hang, not for devices that lie. One whose chunk waits for its moment is told its
+rate again: that its links are faster may have been lost on the way (see `receiver`). Streams *to* a device are the host's own (`sender`
+repeats for a minute, and waits as long for links; and `AWAY_S` for a connection); what else may hold one here has `HUNG_S`, and costs that
+copy and no device. What a command (`Ioctl`) gives comes *late*: it takes its time before it gives anything, and as long a device knows no
+such stream. From then on it has to go on, as others.
 """
 
 from __future__ import annotations
@@ -178,6 +178,8 @@ class Watchdog:
             return  # it is over, or has moved meanwhile
         if holds not in (Holds.NOTHING, Holds.GONE) or said != seen.said or (holds == Holds.GONE and arrival in self.late):
             seen.since_s, seen.said = now_s, said
+            if holds == Holds.PACE:
+                self._receiver.tell_rate(arrival)
         elif holds == Holds.GONE:
             self._receiver.give_up(arrival, "its sender knows nothing of it any more")
         else:

@@ -20,37 +20,30 @@ from hmmnet.topology.model import Topology
 from hmmnet.topology.routes import Routes
 
 from .link import Link, LinkReport
-from .pace import Grant
+from .pace import Grant, Schedule
 
 
-class Flow:
+class Flow(Schedule):
     """One transfer on its way. Made by `Arbiter.open_flow`; must be closed.
 
-    Two times run along. `_next_s` is when the next chunk may leave; it skips what a late sender cannot catch up with. `_carried_s` does not
+    Two times run along. `last` says when the next chunk may leave; it skips what a late sender cannot catch up with. `_carried_s` does not
     skip: it is when the links of the *model* are done with what was granted, whatever became of it here. Reports measure lateness by it.
 
-    When a link on its way goes down, a flow goes on over other links; while there are none it is `stalled`.
+    When a link on its way goes down, a flow goes on over other links; while there are none it is `stalled`. What has left is through.
     """
 
     def __init__(self, arbiter: Arbiter, source: str, target: str, links: tuple[Link, ...], start_s: float, *, empty: bool = False) -> None:
         self.source = source
         self.target = target
         self.links = links
-        self.stalled = False
-        """No links that work lead there: what is sent now is gone."""
         self._empty = empty
         self._late: dict[tuple[Link, int], float] = {}
         """What faults add to it on each link, by their numbers."""
-        self.latency_s = self._takes_s()
-        self._latencies = [(start_s, self.latency_s)]
-        """Since when it takes how long to get there, in order."""
-        self.bytes_per_s = float("inf")
-        self.start_s = start_s
+        super().__init__(start_s, float("inf"), self._takes_s())
         self._arbiter = arbiter
-        self._next_s = start_s
         self._carried_s = start_s
         self._ahead = 0.0
-        """Bytes of `count` that the model has not carried yet at `_carried_s`."""
+        """Bytes that were granted, and that the model has not carried yet at `_carried_s`."""
         self._bytes = 0
         """Granted on these links."""
         self._leg_s = start_s
@@ -60,26 +53,9 @@ class Flow:
 
     def grant(self, nbytes: int, now_s: float, catch_up_s: float = 0.0) -> Grant:
         """When the next `nbytes` may go. A sender that is late may make up for `catch_up_s` (see `pace`)."""
-        start_s = max(self._next_s, now_s - catch_up_s)
-        takes_s = nbytes / self.bytes_per_s
-        self._next_s = finish_s = start_s + takes_s
-        self._carried_s += takes_s
-        self._bytes += nbytes
-        return Grant(start_s, finish_s, finish_s + self.latency_s)
-
-    def count(self, nbytes: int) -> None:
-        """The far end sends `nbytes` from the start on, at this flow's rate: count them."""
         self._ahead += nbytes
         self._bytes += nbytes
-
-    def arrives_s(self, said_s: float, granted_s: float) -> float:
-        """When a chunk is there of which its sender, who was granted a latency of `granted_s` once, says that it is there at `said_s`.
-
-        The links may have changed since: what left before goes the old way still.
-        """
-        left_s = said_s - granted_s
-        latency_s = next((latency_s for since_s, latency_s in reversed(self._latencies) if left_s >= since_s), self._latencies[0][1])
-        return left_s + latency_s
+        return super().grant(nbytes, now_s, catch_up_s)
 
     def _takes_s(self) -> float:
         """The latency of its links, with what faults add: of each that is asked once."""
@@ -93,17 +69,16 @@ class Flow:
                 takes_s += added_s
         return takes_s
 
-    def change_latency(self, now_s: float) -> None:
+    def look_at_latency(self, now_s: float) -> None:
         """Its links may take longer than they did, or less (called by the arbiter)."""
         latency_s = self._takes_s()
         if latency_s != self.latency_s:
-            self.latency_s = latency_s
-            self._latencies.append((now_s, latency_s))
+            self._change_latency(latency_s, now_s)
 
     def change_rate(self, bytes_per_s: float, now_s: float) -> None:
         """Go on at another rate (called by the arbiter)."""
         self._carry(now_s)
-        self.bytes_per_s = bytes_per_s
+        super().change_rate(bytes_per_s, now_s)
 
     def _carry(self, now_s: float) -> None:
         if self._ahead:
@@ -114,15 +89,27 @@ class Flow:
     def change_links(self, links: tuple[Link, ...], now_s: float) -> None:
         """Go on over other links; without any, wait for some (called by the arbiter). What was carried stays with those that did."""
         if self.stalled:
-            self._carried_s, self._next_s = max(self._carried_s, now_s), max(self._next_s, now_s)
+            self._carried_s = max(self._carried_s, now_s)
+            self._put_off(now_s)
         else:
             self._carry(now_s)
             self._record(int(self._bytes - self._ahead), now_s, now_s)
             self._bytes = math.ceil(self._ahead)
         self.links = links
         self.stalled = not links
-        self.change_latency(now_s)
+        if links:
+            self.look_at_latency(now_s)
         self._leg_s = now_s
+
+    def _put_off(self, now_s: float) -> None:
+        """It was stalled until now: what has not left goes on from here."""
+        start_s, finish_s, arrive_s = self.last
+        if start_s > self._leg_s and arrive_s > -math.inf:
+            start_s, late_s = max(start_s, now_s), max(now_s - start_s, 0.0)
+            self.last = Grant(start_s, finish_s + late_s, arrive_s + late_s)
+        else:
+            self.last = Grant(start_s, max(finish_s, now_s), arrive_s)
+        self._tell()
 
     def _record(self, nbytes: int, due_s: float, now_s: float) -> None:
         for link in self.links if nbytes else ():
@@ -203,7 +190,7 @@ class Arbiter:
         self.changed += 1
         self._reroute(down, now_s)
         for flow in self._flows:
-            flow.change_latency(now_s)
+            flow.look_at_latency(now_s)
         if self._flows:
             self._share(now_s)
 

@@ -20,6 +20,7 @@ from collections.abc import Callable
 import trio
 
 from hmmnet.errors import HmmnetError
+from hmmnet.sleeping import Bell, sleep_until
 
 SLEEP_MIN_S = 0.001
 """Real seconds. trio sleeps whole milliseconds, rounding up; less is accounted for and not slept."""
@@ -96,8 +97,18 @@ class EmulatedClock(trio.abc.Clock):
 
     async def sleep_until(self, emulated_s: float) -> None:
         """Return at that emulated moment, or up to a real millisecond early: what is shorter is not worth a sleep."""
-        while (left_s := self.real_until(emulated_s)) >= SLEEP_MIN_S:  # noqa: ASYNC110 - time is what is waited for; the rate may change
-            await trio.sleep(self.real(min(left_s, SLEEP_MAX_S) - SLEEP_MIN_S / 2))
+        while (look_s := self._look_at(emulated_s)) is not None:
+            await sleep_until(look_s)
+
+    async def sleep_until_then(self, moment: Callable[[], float], bell: Bell) -> None:
+        """`sleep_until` for a moment that may change: whoever changes it rings `bell`, for which nobody else waits."""
+        while (look_s := self._look_at(moment())) is not None:
+            await bell.heard_by(look_s)
+
+    def _look_at(self, emulated_s: float) -> float | None:
+        """When to look, by trio's clock, whether that moment has come; None: it has. The rate may change meanwhile."""
+        left_s = self.real_until(emulated_s)
+        return None if left_s < SLEEP_MIN_S else trio.current_time() + self.real(min(left_s, SLEEP_MAX_S) - SLEEP_MIN_S / 2)
 
     # --- as the clock of a trio run
 

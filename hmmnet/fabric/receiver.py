@@ -22,13 +22,14 @@ import trio
 import xxhash
 
 from hmmnet.errors import PeerError, ProtocolError
-from hmmnet.sleeping import Completion
+from hmmnet.sleeping import Bell, Completion
 from hmmnet.wire.shortwait import BulkStream
 from hmmnet.wire.transport import Channel, Payload
 
 from .chunk import CHUNK_BYTES, Abort, Chunk, Credit, pack_abort, pack_credit, split_forward, unpack_forward
 from .clock import EmulatedClock
 from .ends import Bytes, Sink
+from .pace import CATCH_UP_S, Schedule
 from .ring import Ring
 from .stream import ReceiveState
 
@@ -48,19 +49,23 @@ class Arrival:
         receiver: BulkReceiver,
         stream: int,
         sink: Sink,
-        rate_of: Callable[[], float] | None,
-        arrives_s: Callable[[float], float] | None,
+        flow: Schedule | None,
     ) -> None:
         self.state = ReceiveState(stream, sink.nbytes)
         self.sink = sink
-        self.rate_of = rate_of
-        self.arrives_s = arrives_s
+        self.flow = flow
         self.on_failure: Callable[[], None] | None = None
         """Called at the moment at which it is clear that not all of it lands."""
+        self._told_bytes_per_s = 0.0 if flow is None else flow.bytes_per_s
+        """What its sender knows of the rate, if nothing was lost."""
+        self._moment = Bell()
+        """Rings when its flow has changed."""
         self._receiver = receiver
         self._event = Completion()
         self._error: str | None = None
         self._moving = BulkStream()
+        if flow is not None:
+            flow.watch(self._changed)
 
     @property
     def done(self) -> bool:
@@ -79,7 +84,27 @@ class Arrival:
             raise
         if self._error is not None:
             raise PeerError(f"stream {self.state.stream}: {self._error}")
-        await self._receiver.clock.sleep_until(self.state.arrive_s)
+        clock, flow = self._receiver.clock, self.flow
+        if flow is None:
+            await clock.sleep_until(self.state.arrive_s)
+        else:
+            await clock.sleep_until_then(lambda: flow.there_s, self._moment)
+
+    def _changed(self) -> None:
+        """Its flow has changed. The sender learns the rate with the next credit, which is late for who waits long for its next chunk."""
+        self._moment.ring()
+        assert self.flow is not None, "it is that flow which says so"
+        told = self._told_bytes_per_s
+        if told < self.flow.bytes_per_s and CHUNK_BYTES / told > CATCH_UP_S * self._receiver.clock.rate:
+            self._receiver.tell_rate(self)
+
+    def paced(self, credit: Credit) -> Credit:
+        """With the present rate; without one, if there is none, or no link."""
+        flow = self.flow
+        if flow is None or flow.stalled or not math.isfinite(flow.bytes_per_s):
+            return credit
+        self._told_bytes_per_s = flow.bytes_per_s
+        return credit._replace(bytes_per_s=flow.bytes_per_s)
 
     def cancel(self) -> None:
         """Nothing may land any more, from this moment on; the sender is told."""
@@ -134,20 +159,14 @@ class BulkReceiver:
         self._staging = np.empty(CHUNK_BYTES, dtype=np.uint8)
         self._closed: str | None = None
 
-    def expect(
-        self,
-        stream: int,
-        sink: Sink,
-        rate_of: Callable[[], float] | None = None,
-        arrives_s: Callable[[float], float] | None = None,
-    ) -> Arrival:
+    def expect(self, stream: int, sink: Sink, flow: Schedule | None = None) -> Arrival:
         """A stream of exactly ``sink.nbytes`` will come.
 
-        `rate_of` gives the pace to tell the sender with each credit; 0 while links are down, and what comes is lost. `arrives_s` says when
-        a chunk is there that says when it is: the sender knows what it was told of its links, and no more.
+        With a `flow` the arbiter is at this end: that says when a chunk is there, whatever its sender was told and says; what comes while
+        it is stalled is lost; and the sender is told its rate, now and with each credit.
         """
         assert stream not in self._expected, f"stream {stream} is expected already"
-        arrival = Arrival(self, stream, sink, rate_of, arrives_s)
+        arrival = Arrival(self, stream, sink, flow)
         last_word = self._ended.get(stream)
         if self._closed is not None or sink.nbytes == 0:
             arrival.end(self._closed)
@@ -251,22 +270,22 @@ class BulkReceiver:
 
     def _land(self, arrival: Arrival, chunk: Chunk, payload: Payload) -> None:
         """Put a chunk where it belongs, check it, credit it."""
-        state = arrival.state
-        if arrival.rate_of is not None and arrival.rate_of() == 0.0:
+        state, flow = arrival.state, arrival.flow
+        if flow is not None and flow.stalled:
             return  # lost with its link, and sent again when that is up
-        if arrival.arrives_s is not None:
-            chunk = chunk._replace(arrive_s=arrival.arrives_s(chunk.arrive_s))
         try:
             if not state.wants(chunk):
                 if chunk.probe:
-                    self._answer(self._paced(arrival, state.again()))
+                    self._answer(arrival.paced(state.again()))
                 return
+            if flow is not None:
+                flow.grant(chunk.length, self.clock.now(), CATCH_UP_S * self.clock.rate)
             credit = state.take(chunk, self._put(arrival.sink, chunk, payload))
         except ProtocolError as error:
             self.give_up(arrival, str(error))
             raise
         if credit is not None:
-            credit = self._paced(arrival, credit)
+            credit = arrival.paced(credit)
             self._answer(credit)
             if state.done:
                 self._end(arrival, credit, None)
@@ -287,11 +306,9 @@ class BulkReceiver:
             sink.put(offset, data)
         return intact
 
-    def _paced(self, arrival: Arrival, credit: Credit) -> Credit:
-        if arrival.rate_of is None:
-            return credit
-        rate = arrival.rate_of()
-        return credit._replace(bytes_per_s=rate) if math.isfinite(rate) else credit
+    def tell_rate(self, arrival: Arrival) -> None:
+        """Tell a sender that may have no chunk out how fast it may send. (What is lost, the host's watchdog has sent again.)"""
+        self._answer(arrival.paced(arrival.state.credit()))
 
     def _park(self, chunk: Chunk, payload: Payload) -> None:
         """A chunk has overtaken the control message that announces its stream: keep it, if it is new and there is room."""

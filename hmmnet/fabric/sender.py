@@ -63,10 +63,10 @@ class _Outgoing:
         """Where its chunks lie in the ring, by sequence."""
         self.held: list[bytes] = []
         """Headers of chunks that lie in the ring and are not announced yet."""
-        self.due_s = 0.0
-        """When the chunk that was taken up last may leave."""
+        self.moment = Bell()
+        """Rings when the moments that it was granted have changed."""
         self.paced = False
-        """Whether it sleeps until then, or longer, where its clock has changed meanwhile."""
+        """Whether it sleeps until its chunk may leave, or longer, where its clock has changed meanwhile."""
         self.no_way = False
         """Whether it waits for a link, or for room in the channel."""
 
@@ -152,7 +152,7 @@ class BulkSender:
         elif out.bell.awaited:
             holds = Holds.CREDIT
         else:
-            holds = Holds.PACE if out.paced or self._clock.now() < out.due_s else Holds.NOTHING
+            holds = Holds.PACE if out.paced or self._clock.now() < out.pacer.last.start_s else Holds.NOTHING
         return out.state.begun, holds
 
     def refused(self, stream: int, why: object) -> None:
@@ -174,7 +174,7 @@ class BulkSender:
             out.state.credit(message)
             self._free_slots(out, out.state.landed)
             if message.bytes_per_s > 0 and isinstance(out.pacer, Pace):  # the arbiter is at the other end
-                out.pacer.bytes_per_s = message.bytes_per_s
+                out.pacer.change_rate(message.bytes_per_s, self._clock.now())
         out.wake()
 
     async def send(self, stream: int, source: Source, pacer: Pacer = UNPACED) -> StreamReport:
@@ -188,8 +188,17 @@ class BulkSender:
         if source.nbytes == 0:
             return StreamReport(0, 0, 0.0)
         out = self._streams[stream] = _Outgoing(SendState(stream, source.nbytes), pacer)
+        pacer.watch(out.moment.ring)
+        began_s = self._clock.now()
+        try:
+            await self._send_all(out, source)
+            await self._clock.sleep_until_then(lambda: pacer.there_s, out.moment)
+        finally:
+            del self._streams[stream]
+        return StreamReport(source.nbytes, out.state.resent, max(pacer.there_s, self._clock.now()) - began_s)
+
+    async def _send_all(self, out: _Outgoing, source: Source) -> None:
         moving = BulkStream()
-        arrive_s = began_s = self._clock.now()
         try:
             while not out.state.done:
                 out.heard = False
@@ -199,33 +208,27 @@ class BulkSender:
                     await self._announce(out)
                     await self._await_credit(out)
                 else:
-                    arrive_s = max(arrive_s, await self._send_chunk(out, source, sequence))
+                    await self._send_chunk(out, source, sequence)
         except BaseException as error:
-            self.abandon(stream, str(error) if isinstance(error, HmmnetError) else "")
+            self.abandon(out.state.stream, str(error) if isinstance(error, HmmnetError) else "")
             raise
         finally:
-            del self._streams[stream]
             moving.end()
             self._free_slots(out, out.state.chunks)
-        await self._clock.sleep_until(arrive_s)
-        return StreamReport(source.nbytes, out.state.resent, max(arrive_s, self._clock.now()) - began_s)
 
-    async def _send_chunk(self, out: _Outgoing, source: Source, sequence: int) -> float:
-        """Returns when the chunk will be there, emulated."""
+    async def _send_chunk(self, out: _Outgoing, source: Source, sequence: int) -> None:
         state, clock = out.state, self._clock
         if out.pacer.stalled:
             await self._await_link(out)
         offset = sequence * state.stride
         length = min(state.stride, state.total - offset)
         grant = out.pacer.grant(length, clock.now(), CATCH_UP_S * clock.rate)
-        out.due_s = grant.start_s
         if self.step is not None:
             await self.step()
-        if out.held and clock.real_until(grant.start_s) >= clock.sleep_min_s:
+        if clock.real_until(grant.start_s) > clock.sleep_min_s:
             await self._announce(out)
-        out.paced = True
-        await clock.sleep_until(grant.start_s)
-        out.paced = False
+            await self._await_moment(out)
+            grant = out.pacer.last
         if self.ring is not None:
             await trio.lowlevel.checkpoint()  # a megabyte, as every one: others have their turn
         slot = self._slot(out, sequence)
@@ -242,7 +245,16 @@ class BulkSender:
         else:
             await self._announce(out)
             await self._send_message(out, header, payload)
-        return grant.arrive_s
+
+    async def _await_moment(self, out: _Outgoing) -> None:
+        """Return when the chunk that was granted last may leave, over a link that works. Raises what `_await_link` does."""
+        while True:
+            out.paced = True
+            await self._clock.sleep_until_then(lambda: out.pacer.last.start_s, out.moment)
+            out.paced = False
+            if not out.pacer.stalled:
+                return
+            await self._await_link(out)
 
     async def _announce(self, out: _Outgoing) -> None:
         """Tell the receiver of the chunks that lie in the ring."""

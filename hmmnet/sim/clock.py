@@ -196,10 +196,22 @@ class VirtualClock(EmulatedClock):
         return seconds
 
     async def sleep_until(self, emulated_s: float) -> None:
-        """Return at that emulated moment, exactly; at another rate than the run's, as soon as a float can say that it has come."""
-        while (left_s := self.real_until(emulated_s)) > 0:  # time is what is waited for; the rate may change
-            now_s = self._monotonic()
-            await self._nap(max(now_s + left_s, math.nextafter(now_s, math.inf)))
+        """See `EmulatedClock.sleep_until`."""
+        while (look_s := self._look_at(emulated_s)) is not None:
+            await self._nap(look_s, Bell())
+
+    async def sleep_until_then(self, moment: Callable[[], float], bell: Bell) -> None:
+        """See `EmulatedClock.sleep_until_then`."""
+        while (look_s := self._look_at(moment())) is not None:
+            await self._nap(look_s, bell)
+
+    def _look_at(self, emulated_s: float) -> float | None:
+        """See `EmulatedClock`: at that moment exactly; at another rate than the run's, as soon as a float can say that it has come."""
+        left_s = self.real_until(emulated_s)
+        if left_s <= 0:
+            return None
+        now_s = self._monotonic()
+        return max(now_s + left_s, math.nextafter(now_s, math.inf))
 
     async def sleep(self, seconds: float) -> None:
         """Return so many emulated seconds later; at the rate of the run exactly when `hmmnet.sleeping.sleep` would."""
@@ -207,12 +219,11 @@ class VirtualClock(EmulatedClock):
         if seconds <= 0:
             await sleep(seconds)
         elif self.rate == 1:
-            await self._nap(self._monotonic() + seconds)
+            await self._nap(self._monotonic() + seconds, Bell())
         await self.sleep_until(emulated_s)
 
-    async def _nap(self, run_s: float) -> None:
-        """Return at that moment of the run, or when the clock has changed."""
-        bell = Bell()
+    async def _nap(self, run_s: float, bell: Bell) -> None:
+        """Return at that moment of the run, or when the clock has changed, or whoever has the bell rings it."""
         self._sleepers[bell] = None
         try:
             await bell.heard_by(run_s)

@@ -34,7 +34,7 @@ class FaultyChannel:
         self.sent = 0
         self.faults = 0
         self._random = random.Random(seed)
-        self._loss, self._damage, self._repeat, self._swap = loss, damage, repeat, swap
+        self.loss, self._damage, self._repeat, self._swap = loss, damage, repeat, swap
         self._inbox: deque[tuple[bytes, bytes | None]] = deque()
         self._lot = trio.lowlevel.ParkingLot()
         self._closed = False
@@ -47,7 +47,7 @@ class FaultyChannel:
         data = None if payload is None else bytes(memoryview(payload).cast("B"))
         # five throws each time, so that faults do not depend on how tasks take turns
         lost, damaged, repeated, swapped, where = (self._random.random() for _ in range(5))
-        if lost < self._loss:
+        if lost < self.loss:
             self.faults += 1
             return
         if data and damaged < self._damage:

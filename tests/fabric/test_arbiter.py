@@ -125,35 +125,31 @@ def test_time_that_cannot_be_caught_up_with_is_still_late() -> None:
     assert not uplink.kept_up
 
 
-@pytest.mark.parametrize("far", [False, True])
-def test_a_flow_that_others_slow_down_is_not_late(far: bool) -> None:
-    """Full speed for a half, half of it for the other, as the model says; whether we send chunk by chunk or the far end does."""
+def test_a_flow_that_others_slow_down_is_not_late() -> None:
+    """Full speed for a half, half of it for the other, as the model says; whether it was granted before or after."""
     arbiter = switch()
     total, speed = 64 * MIB, 31.5e9
     flow = arbiter.open_flow("node0", "gpu0", 0.0)
-    if far:
-        flow.count(total)
-    else:
-        for _ in range(32):
-            flow.grant(MIB, 0.0)
+    for _ in range(48):
+        flow.grant(MIB, 0.0)
     half_s = total / 2 / speed
     other = arbiter.open_flow("node0", "gpu1", half_s)
-    if not far:
-        for _ in range(32):
-            flow.grant(MIB, half_s)
+    for _ in range(16):
+        flow.grant(MIB, half_s)
     assert flow.bytes_per_s == speed / 2
     assert flow.due_s == pytest.approx(3 * half_s + flow.latency_s)
+    assert flow.there_s == pytest.approx(flow.due_s)
     flow.close(flow.due_s)
     other.close(flow.due_s)
     assert report_of(arbiter, "uplink", "node0").kept_up
     assert report_of(arbiter, "uplink", "node0").bytes_moved == total
 
 
-def test_what_the_far_end_has_sent_already_is_not_slowed_down() -> None:
+def test_what_has_been_carried_already_is_not_slowed_down() -> None:
     """A flow that the model is done with, but we are not, is due when it was."""
     arbiter = switch()
     flow = arbiter.open_flow("gpu0", "node0", 0.0)
-    flow.count(MIB)
+    flow.grant(MIB, 0.0)
     due_s = flow.due_s
     arbiter.open_flow("gpu1", "node0", 10 * due_s)
     assert flow.due_s == pytest.approx(due_s)
@@ -191,9 +187,7 @@ DEVICE_LINKS = MACHINE.rpartition("31.5 GB/s")
 UNEQUAL = DEVICE_LINKS[0] + "20 GB/s" + DEVICE_LINKS[2]
 """Two GPUs fill the uplink, one does not."""
 CAPACITY_OF = {"uplink": 31.5e9, **{f"switch0-gpu{i}": 20e9 for i in range(4)}}
-EVENTS = st.lists(
-    st.tuples(st.sampled_from(("open", "grant", "count", "close", "slow")), st.integers(0, 99), st.integers(1, 8)), max_size=60
-)
+EVENTS = st.lists(st.tuples(st.sampled_from(("open", "grant", "close", "slow")), st.integers(0, 99), st.integers(1, 8)), max_size=60)
 
 
 @settings(deadline=None)
@@ -217,7 +211,7 @@ def test_flows_come_and_go(events: list[tuple[str, int, int]]) -> None:
                 flows.remove(flow)
                 flow.close(now_s)
             else:
-                (flow.grant(size * MIB, now_s, CATCH_UP_S) if event == "grant" else flow.count(size * MIB))
+                flow.grant(size * MIB, now_s, CATCH_UP_S)
                 for link in flow.links:
                     moved[link.name, link.source] = moved.get((link.name, link.source), 0) + size * MIB
         assert_max_min_fair([flow.bytes_per_s for flow in flows], [flow.links for flow in flows])
@@ -302,16 +296,16 @@ def test_a_flow_under_way_goes_on_over_another_link() -> None:
     assert all(link.flows == 0 for link in arbiter.route("node0", "gpu0"))
 
 
-def test_a_flow_whose_sender_is_far_away_is_counted_where_it_went() -> None:
-    """Of what the device sends at the flow's rate, the first link has what was through when it went down."""
+def test_a_flow_is_counted_where_it_went() -> None:
+    """Of what was granted, the first link has what was through when it went down."""
     arbiter = Arbiter(parse(TWO_WAYS))
     flow = arbiter.open_flow("gpu0", "node0", 0.0)
-    flow.count(200_000_000)
+    flow.grant(200_000_000, 0.0)
     arbiter.change(1, DOWN, 0.001)
     flow.close(0.02)
     carried = {link.link: link.bytes_moved for link in arbiter.report() if link.bytes_moved}
     assert carried == {"nvlink": 100_000_000, "pcie": 100_000_000, "uplink": 100_000_000}
-    assert flow.due_s == pytest.approx(0.001 + 0.01, rel=1e-3)
+    assert flow.due_s == flow.there_s == pytest.approx(0.001 + 0.01, rel=1e-3)
 
 
 def test_a_flow_without_any_way_waits_until_its_link_is_up() -> None:
@@ -332,6 +326,59 @@ def test_a_flow_without_any_way_waits_until_its_link_is_up() -> None:
     assert first.start_s == 0.0
     flow.close(0.6)
     other.close(0.6)
+
+
+SLOW = LinkChange(frozenset({("uplink", True)}), factor=1e-8)
+LATE = LinkChange(frozenset({("uplink", True)}), late_s=lambda: 3.0)
+
+
+def test_what_waits_for_a_link_that_was_very_slow_goes_when_it_is_not() -> None:
+    """Grants of then are worth what they would have carried meanwhile; who waits is told."""
+    arbiter, told = switch(), []
+    flow = arbiter.open_flow("node0", "gpu0", 0.0)
+    flow.watch(lambda: told.append(flow.last.start_s))
+    arbiter.change(1, SLOW, 0.0)
+    for _ in range(5):
+        flow.grant(MIB, 0.0)
+    assert flow.last.start_s > 10_000
+    arbiter.change(1, None, 1.0)
+    assert flow.there_s == pytest.approx(1.0 + (5 * MIB - 315) / 31.5e9 + flow.latency_s, abs=1e-12)
+    assert told == [0.0, flow.last.start_s]
+    assert flow.due_s == pytest.approx(flow.there_s)
+
+
+def test_what_has_not_left_when_its_links_go_down_goes_on_when_they_are_up() -> None:
+    """And what has left is through."""
+    arbiter = switch()
+    down = LinkChange(frozenset({("switch0-gpu0", False)}), down=True)
+    arbiter.change(1, SLOW, 0.0)
+    flow = arbiter.open_flow("node0", "gpu0", 0.0)
+    first = flow.grant(315, 0.0)
+    arbiter.change(2, down, 0.25)
+    arbiter.change(2, None, 2.0)
+    assert flow.there_s == first.arrive_s < 1.1
+    assert flow.grant(315, 2.0) == pytest.approx((2.0, 3.0, 3.0), abs=1e-5)
+    waits = flow.grant(315, 2.0)
+    arbiter.change(2, down, 2.5)
+    arbiter.change(2, None, 9.0)
+    assert flow.last == pytest.approx((9.0, 10.0, 10.0), abs=1e-5)
+    assert waits.start_s == pytest.approx(3.0)
+    flow.close(10.0)
+
+
+def test_what_has_left_goes_the_old_way_still() -> None:
+    """Links that take longer are of no matter to what is through; and what left by them is there no sooner when they do not any more."""
+    arbiter = switch()
+    arbiter.change(1, SLOW, 0.0)
+    flow = arbiter.open_flow("node0", "gpu0", 0.0)
+    flow.grant(315, 0.0)
+    arbiter.change(2, LATE, 1.5)
+    assert flow.there_s == pytest.approx(1.0, abs=1e-5)
+    flow.grant(315, 2.0)
+    assert flow.there_s == pytest.approx(6.0, abs=1e-5)
+    arbiter.change(2, None, 2.75)
+    assert flow.last.arrive_s == pytest.approx(3.0, abs=1e-5)
+    assert flow.there_s == pytest.approx(5.75, abs=1e-5)
 
 
 def test_a_flow_that_waits_can_be_closed() -> None:

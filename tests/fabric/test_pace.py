@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -33,8 +35,71 @@ def test_rate_changes_for_what_follows() -> None:
     """As the host's credits tell."""
     pace = Pace(0.0, 100.0, 0.0)
     pace.grant(100, 0.0, 0.0)
-    pace.bytes_per_s = 50.0
+    pace.change_rate(50.0, 2.0)
     assert pace.grant(100, 0.0, 0.0).finish_s == 3.0
+
+
+STRETCHES = st.lists(st.tuples(st.floats(0.0, 5.0), st.sampled_from([1e-6, 0.5, 1.0, 3.0, 1e6])), max_size=12)
+"""After so long, go on at so many bytes per second."""
+
+
+@settings(deadline=None)
+@given(st.floats(0.0, 3.0), st.lists(st.integers(1, 10), min_size=1, max_size=12), STRETCHES)
+def test_a_transfer_takes_what_its_links_carry_at_the_rates_of_each_stretch(
+    start_s: float, chunks: list[int], stretches: list[tuple[float, float]]
+) -> None:
+    """Chunks ask for their turn as soon as the one before has left. All is there when the integral of the rate is all bytes."""
+    pace, now_s, left = Pace(start_s, 1.0, 0.25), 0.0, 0
+    ends = itertools.accumulate(after_s for after_s, _ in stretches)
+    changes = list(zip(ends, (rate for _, rate in stretches), strict=True))
+    pending = list(changes)
+    pace.grant(chunks[0], 0.0, 0.0)
+    while left < len(chunks):
+        if pending and pending[0][0] <= pace.last.start_s:
+            now_s, rate = pending.pop(0)
+            pace.change_rate(rate, now_s)
+        else:
+            left += 1
+            now_s = max(now_s, pace.last.start_s)
+            if left < len(chunks):
+                pace.grant(chunks[left], now_s, 0.0)
+    for now_s, rate in pending:
+        pace.change_rate(rate, now_s)
+    assert pace.there_s == pytest.approx(_carried_by(sum(chunks), start_s, changes) + 0.25)
+
+
+def _carried_by(nbytes: float, start_s: float, changes: list[tuple[float, float]]) -> float:
+    """When links that begin at `start_s`, at 1 byte per second, have carried so many bytes."""
+    rate = 1.0
+    for change_s, then in changes:
+        if change_s > start_s:
+            if nbytes <= (change_s - start_s) * rate:
+                break
+            nbytes, start_s = nbytes - (change_s - start_s) * rate, change_s
+        rate = then
+    return start_s + nbytes / rate
+
+
+def test_who_waits_is_told_of_a_change() -> None:
+    """Of another rate, also where all is there; not of the same."""
+    told: list[float] = []
+    pace = Pace(0.0, 100.0, 0.0)
+    pace.watch(lambda: told.append(pace.last.start_s))
+    pace.grant(100, 0.0, 0.0)
+    pace.grant(100, 0.0, 0.0)
+    pace.change_rate(100.0, 0.5)
+    pace.change_rate(50.0, 0.5)
+    pace.change_rate(100.0, 7.0)
+    assert told == [1.5, 1.5]
+
+
+def test_a_start_that_is_not_here_yet_is_no_matter_of_the_rate() -> None:
+    """Nothing has been carried before, and nobody is carried to it sooner."""
+    pace = Pace(10.0, 1e-8, 0.0)
+    pace.change_rate(1.0, 1.0)
+    assert pace.grant(5, 2.0, 0.0) == (10.0, 15.0, 15.0)
+    pace.change_rate(5.0, 3.0)
+    assert pace.last == (10.0, 11.0, 11.0)
 
 
 def test_unpaced_is_now() -> None:

@@ -48,6 +48,7 @@ class _Played:
         self.lost: list[str] = []
         self.ended: list[int] = []
         self.away = False
+        self.told: list[int] = []
         self._say = say
         self.streams = [_Stream(2), _Stream(4)]
         self.dog = Watchdog(cast(Session, self), cast(BulkReceiver, self), self.lost.append, EmulatedClock())
@@ -73,6 +74,9 @@ class _Played:
         arrival.done = True
         del self.dog.watched[cast(Arrival, arrival)]
 
+    def tell_rate(self, arrival: _Stream) -> None:
+        self.told.append(arrival.state.stream)
+
     def lives(self, seconds: float, act: Callable[[], None] = lambda: None) -> None:
         """Heartbeats for so long, unless it is lost; `act` before each."""
         for _ in range(round(seconds / BEAT_S)):
@@ -89,6 +93,7 @@ async def test_what_is_held_is_waited_for(holds: Holds) -> None:
     device.lives(300)
     assert (device.lost, device.ended) == ([], [])
     assert len(device.questions) > 20
+    assert device.told == ([2, 4] * len(device.questions) if holds == Holds.PACE else []), "the rate, of which it may not have heard"
 
 
 async def test_a_stream_that_waits_for_nothing_costs_the_device_its_life() -> None:

@@ -179,6 +179,58 @@ def test_a_stream_that_its_device_has_given_up_ends_at_the_host_too() -> None:
     hmmnet.simulate(main, MACHINE, limit_s=600.0)
 
 
+def _taken_s(way: str, pages: int, slow: Fault, *, slow_s: float, after_s: float = 0.0, deaf: bool = False) -> float:
+    """Emulated seconds of a copy whose links are slow for so long, from `after_s` on. A `deaf` device is not told of it, and of its end."""
+
+    async def main(machine: SimulatedMachine) -> float:
+        process = await machine.create_process()
+        address = await _placed(process, "host" if way == "there" else "gpu0")
+        began_s = machine.emulated_s()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(process.migrate, address, pages * PAGE, {"there": "gpu0", "home": "host", "across": "gpu1"}[way])
+            await trio.sleep(after_s)
+            number = machine.add_fault(slow)
+            if deaf:
+                machine.add_fault(fault("loss", "host->gpu0", channel="bulk", lasts=f"{slow_s + 0.1} s"))
+            await trio.sleep(slow_s)
+            machine.remove_fault(number)
+        taken_s = machine.emulated_s() - began_s
+        await trio.sleep(1)
+        assert not any(machine.device(name).copies._leaving for name in MACHINE.device_names), "no engine waits on"
+        assert await process.read(address, PAGES * PAGE) == DATA[: PAGES * PAGE]
+        assert (await machine.report())["devices"]["gpu0"]["lives"] == 1
+        await process.exit()
+        return taken_s
+
+    return hmmnet.simulate(main, MACHINE, limit_s=300.0).value
+
+
+VERY_SLOW = fault("link.slow", "*", factor=1e-8)
+WAYS = {"there": 10e9, "home": 10e9, "across": 40e9}
+"""And the bandwidth of their links."""
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("pages", [PAGES, 100])
+def test_a_link_that_was_very_slow_for_a_second_costs_that_second(way: str, pages: int) -> None:
+    """Chunks that wait for their moment, and one that has left, take what they would have taken, once the link is what it was."""
+    taken_s = _taken_s(way, pages, VERY_SLOW, slow_s=1.0)
+    assert taken_s == pytest.approx(1.0 + pages * PAGE / WAYS[way] + 1e-6, abs=5e-7)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_link_that_becomes_slow_has_carried_what_it_has(way: str) -> None:
+    """Half of it before, a fiftieth of the other half while it is slow, the rest afterwards."""
+    half_s = PAGES * PAGE / WAYS[way] / 2
+    taken_s = _taken_s(way, PAGES, fault("link.slow", "*", factor=1e-3), after_s=half_s, slow_s=20 * half_s)
+    assert taken_s == pytest.approx(half_s * (1 + 20 + 0.98) + 1e-6, abs=1e-6)
+
+
+def test_a_device_that_has_not_heard_that_its_link_is_faster_is_told_again() -> None:
+    """The word was lost. It has no chunk out that would be credited, and says, when it is asked, that it waits for its moment."""
+    assert 1.0 < _taken_s("home", PAGES, VERY_SLOW, slow_s=1.0, deaf=True) < HUNG_S
+
+
 SLOW: dict[str, tuple[Fault, ...]] = {
     "stalled for 18 s": (fault("copy.stall", "gpu0", lasts="18 s"),),
     "chunks that take 15 s": (fault("copy.slow", "gpu0", latency="15 s"),),
