@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, suppress
 from fnmatch import fnmatchcase
 from functools import cache, partial
 from importlib.metadata import entry_points
@@ -477,7 +478,8 @@ async def simulated(
     clock = VirtualClock()
     injector = Injector(Random(seed ^ POINTS_SEED), sleep=clock.sleep)  # noqa: S311 - chance, not secrecy
     host: Host = _host()(machine, wires, Path(), SECRET, clock, name, scheme="mem", incarnation=1, injector=injector)
-    with only_error():
+    with only_error(), ExitStack() as saying:
+        saying.callback(_closed)
         async with trio.open_nursery() as nursery:
             async with host.running():
                 network = Network(Random(seed), None if trace is None else trace.add)  # noqa: S311 - chance, not secrecy
@@ -489,12 +491,31 @@ async def simulated(
                     await world.start_device(device)
                 for fault in plan.faults:
                     world.add_fault(fault)
-                with telling(world.held_up):
+                saying.enter_context(telling(world.held_up))
+                try:
                     yield world
-                world.carrier.heal()
-                network.heal()
-                injector.heal(but="session.bye")
+                except Exception as error:
+                    _left_by(error)
+                    raise
+                finally:
+                    world.carrier.heal()
+                    network.heal()
+                    injector.heal(but="session.bye")
             nursery.cancel_scope.cancel()
+
+
+def _left_by(error: Exception) -> None:
+    """The program leaves its machine with that."""
+    clock = trio.lowlevel.current_clock()
+    if isinstance(clock, JumpClock):
+        clock.left_by = error
+
+
+def _closed() -> None:
+    """The machine has; unless that is being cancelled, what the program left it by is no longer of interest."""
+    clock = trio.lowlevel.current_clock()
+    if isinstance(clock, JumpClock) and trio.current_effective_deadline() > -math.inf:
+        clock.left_by = None
 
 
 def _nothing() -> None:

@@ -47,8 +47,9 @@ def run_virtual(main: Callable[..., Awaitable[T]], *arguments: Any, seed: int = 
     """`trio.run` in virtual time, scheduled from `seed`.
 
     Raises SimulationStuck after `limit_s` virtual seconds, when things happen without an end while no time passes, and when nothing can
-    happen any more (`clock`); it names faults that act, whom they hold, and who waits for what. Ctrl-C is KeyboardInterrupt, whatever ends
-    with it.
+    happen any more (`clock`); it names faults that act, whom they hold, and who waits for what. Where the program had left its machine
+    with an error by then, and only the closing did not end, that error is raised, from the SimulationStuck and with its text as a note.
+    Ctrl-C is KeyboardInterrupt, whatever ends with it.
     """
     clock, ctrl_c = JumpClock(), CtrlC()
     clock.limit_s = limit_s
@@ -62,7 +63,11 @@ def run_virtual(main: Callable[..., Awaitable[T]], *arguments: Any, seed: int = 
         else:
             how = "tasks wait for each other, shielded from that limit" if clock.deadlocked else "somebody waits for what never comes"
             said = f"no end after {limit_s:g} virtual seconds (seed {seed}): {how}"
-        raise SimulationStuck("\n  ".join([said, *clock.told]))
+        stuck = SimulationStuck("\n  ".join([said, *clock.told]))
+        if clock.left_by is None:
+            raise stuck
+        clock.left_by.add_note(f"and then the machine did not close: {stuck}")
+        raise clock.left_by from stuck
 
     with seeded(seed):
         try:
@@ -92,7 +97,7 @@ def simulate(
     `faults`: a plan, its file, faults, dictionaries, kinds (`hmmnet.faults.forms`); they begin when all devices are there. `keep`: with
     the lines of its trace. `personality`: as `hmmnet.launch`.
 
-    Raises what `main` raises, TopologyError, PlanError, and SimulationStuck when it has not ended after `limit_s` virtual seconds.
+    Raises what `main` raises, TopologyError, PlanError, and SimulationStuck as `run_virtual`.
     """
     trace = Trace(keep=keep)
 

@@ -5,7 +5,8 @@ Every task of host and devices is in this process, so each can be asked where it
 - a task that waits for an **mmap lock** waits for those whose frames are inside a migration or fault of that address space;
 - a task that waits for a **migration entry** waits for the task that migrates pages of that process;
 - a task that waits for an **answer** waits for the peer's task that serves that request;
-- a task that waits for a **transfer** waits for the other end of the stream.
+- a task that waits for a **transfer** waits for the other end of the stream;
+- a task that is held at a **point** waits for the fault that holds it there.
 
 Names come from the code itself, so that the story reads as the code does.
 """
@@ -119,6 +120,9 @@ def _waits_for(frame: FrameType) -> tuple[tuple[str, Any] | None, str]:
         return ("answer", (getattr(this, "name", ""), "Invalidate")), "an acknowledgement of an invalidation"
     if (name in {"receive", "expected"} and "fabric" in module) or (name == "send" and module.endswith("fabric.sender")):
         return ("stream", frame.f_locals.get("stream")), f"stream {frame.f_locals.get('stream')}"
+    if name == "at" and module.endswith("faults.injector") and "where" in frame.f_locals:
+        where = frame.f_locals["where"]
+        return ("point", id(this)), f"a fault to let go of {where}"
     if name == "hold" and module.endswith("devices.locks"):
         return ("turn", id(this)), "its turn on a range of pages"
     return None, ""

@@ -19,6 +19,7 @@ from trio._core import _run as trio_run
 import hmmnet
 from hmmnet.errors import BusError, HmmnetError, KernelError, PeerError
 from hmmnet.faults import AnyFault, fault
+from hmmnet.faults.injector import PointFault
 from hmmnet.pages import PAGE_SIZE as PAGE
 from hmmnet.play.world import TOPOLOGY, UnitWorld, play_all, prepare_all
 from hmmnet.sim import SimulatedMachine, Trace, run_virtual, simulated
@@ -226,6 +227,47 @@ def test_faults_are_told_where_time_stands_still(monkeypatch: pytest.MonkeyPatch
     assert said.startswith("time stands still at ")
     assert re.search(r"\n  fault 2 \(alloc.host \*\) is there, and has happened [\d,]+ times", said)
     assert "crash" not in said, "it is to come"
+
+
+def test_the_program_s_own_error_comes_out_of_a_machine_that_does_not_close() -> None:
+    """Closing is held for ever at a point: what the program raised comes, and with it who holds what, and who waits for it."""
+
+    async def main(machine: SimulatedMachine) -> None:
+        machine.injector.add(PointFault("session.bye", "pause"))
+        raise ValueError("my own")
+
+    with pytest.raises(ValueError, match=r"\Amy own") as found:
+        hmmnet.simulate(main, limit_s=30.0)
+    assert isinstance(found.value.__cause__, SimulationStuck)
+    (note,) = found.value.__notes__
+    assert note.startswith("and then the machine did not close: no end after 30 virtual seconds (seed 0)")
+    assert "a fault to let go of host at session.bye" in note, "who waits for whom"
+
+
+def test_an_error_that_was_dealt_with_is_not_why_nothing_ends() -> None:
+    """The machine was left by it and has closed; what hangs afterwards is another matter."""
+
+    async def main() -> None:
+        with contextlib.suppress(ValueError):
+            async with simulated():
+                raise ValueError("over")
+        await trio.sleep_forever()
+
+    with pytest.raises(SimulationStuck):
+        run_virtual(main, limit_s=30.0)
+
+
+@pytest.mark.parametrize("kind", ["hang", "point.pause"])
+def test_faults_end_when_a_program_fails(kind: str) -> None:
+    """As when it ends in order: a host that hangs, or is held, holds up nobody who leaves."""
+
+    async def main(machine: SimulatedMachine) -> None:
+        machine.add_fault(fault("hang", "host") if kind == "hang" else fault("point.pause", point="session.bye"))
+        raise ValueError("my own")
+
+    with pytest.raises(ValueError, match="my own") as found:
+        hmmnet.simulate(main, limit_s=30.0)
+    assert not hasattr(found.value, "__notes__")
 
 
 async def test_real_time_is_refused() -> None:
