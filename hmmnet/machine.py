@@ -99,6 +99,14 @@ class Host(Protocol):
         """Serve while the block runs; devices are told goodbye at its end."""
         ...
 
+    def crash(self, why: str) -> None:
+        """It is gone: nobody is told, and whoever waits for it, or calls it, gets PeerLost with `why`."""
+        ...
+
+    def owns(self, task: trio.lowlevel.Task) -> bool:
+        """Whether a task runs for the host itself, and not for a program that calls it."""
+        ...
+
     async def device_ready(self, name: str) -> None:
         """Return when the device called `name` is welcomed and serves."""
         ...

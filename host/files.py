@@ -54,6 +54,7 @@ class MemFd:
 
     def file(self, call: str) -> File:
         """What is open. Raises KernelError(EBADF)."""
+        self._memory.there()
         if self._file is None:
             raise KernelError(errno.EBADF, call, "the file is closed")
         return self._file
@@ -106,6 +107,7 @@ class MemFd:
 
     async def close(self) -> None:
         """close(2)."""
+        self._memory.there()
         self._close()
 
     def _close(self) -> None:

@@ -92,6 +92,7 @@ class Handle:
         await self.file.let_go()
 
     def _check_open(self, call: str) -> None:
+        self.file.context.life.page_map.memory.there()
         if self._table.get(self.number) is not self:
             raise KernelError(errno.EBADF, call, f"this handle on {self.device} is closed")
 
@@ -108,6 +109,7 @@ class HeldPages:
 
     async def read(self, pages: int, first: int = 0) -> bytes:
         """What they hold. Raises KernelError(EINVAL) when they were let go, or are fewer."""
+        self._space.memory.there()
         if not 0 <= first <= first + pages <= len(self._frames):
             raise KernelError(errno.EINVAL, "read", f"{len(self._frames)} pages are held, not {first} + {pages}")
         data = np.empty(pages * PAGE_SIZE, np.uint8)
@@ -116,6 +118,7 @@ class HeldPages:
 
     async def put(self) -> None:
         """Let them go."""
+        self._space.memory.there()
         frames, self._frames = self._frames, self._frames[:0]
         self._space.put_pages(frames, pin=self._pin)
         if self._space.memory.emptied:

@@ -157,6 +157,7 @@ class Homing:
         raise BusError(first << PAGE_SHIFT, f"{why} in {COPIES_MAX} tries: {error}") from error
 
     def _lost(self, space: AddressSpace, page: int, zone: int, cause: str) -> BusError:
+        self._memory.there()
         owner = self._memory.zones[zone].owner if zone in self._memory.zones else f"zone {zone}"
         why = f'page 0x{page:x} of process {space.number} has its only copy on device "{owner}" and cannot come home: {cause}'
         return BusError(page << PAGE_SHIFT, why)

@@ -392,6 +392,7 @@ class Process:
 
     async def kill(self, *, out_of_memory: bool = False) -> None:
         """See `Process.kill`. Source: kernel/signal.c, and mm/oom_kill.c, __oom_kill_process."""
+        self.space.memory.there()
         if out_of_memory:
             await self.reap()
         self.ended = True
@@ -411,6 +412,7 @@ class Process:
 
         A second call waits for the first, and finishes what a cancelled one has left.
         """
+        self.space.memory.there()
         async with self._exiting:
             if self._gone:
                 return
@@ -435,8 +437,9 @@ class Process:
             self.contexts.process_ended(self.space)
 
     def _alive(self, call: str) -> None:
-        """Raises KernelError(ESRCH) when it has exited, as every call does then but a further `exit` or `kill`."""
+        """Raises KernelError(ESRCH) when it has exited, as every call does then but a further `exit` or `kill`; PeerLost with its host."""
         if self.ended:
+            self.space.memory.there()
             raise KernelError(errno.ESRCH, call, f"process {self.pid} has exited")
 
 

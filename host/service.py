@@ -214,6 +214,25 @@ class Host:
         if failure is not None:
             raise failure
 
+    def crash(self, why: str) -> None:
+        """It is gone from one moment to the next, in a simulated machine, which cuts its wires: nobody is told, no device is declared lost,
+        nothing is asked of a peer again. Whoever waits for a device gets PeerLost with `why`; so does every call of a program from now on.
+        """
+        self._ending = True
+        self.memory.crashed = why
+        for process in self.processes.values():
+            process.ended = True
+        for server in self._servers:
+            for session in server.sessions:
+                session.cut(PeerLost(why))
+
+    def owns(self, task: trio.lowlevel.Task) -> bool:
+        """Whether it runs for the host itself, and not for a program that calls it."""
+        nursery = task.parent_nursery
+        while nursery is not None and nursery is not self._nursery:
+            nursery = nursery.parent_task.parent_nursery
+        return nursery is not None
+
     def _endpoint(self, name: str) -> str:
         if self._scheme == "tcp":
             return f"tcp://{self._address}:*"
@@ -252,6 +271,8 @@ class Host:
             server.hang_up()
 
     async def _goodbye(self) -> None:
+        if self.memory.crashed:
+            return
         self.network.heal()  # goodbyes are for everybody
         if self.points.armed:
             await self.points.at("session.bye")

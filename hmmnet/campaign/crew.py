@@ -307,9 +307,9 @@ class Crew:
         self.excuses.calm()
 
     def excused(self, error: HmmnetError, began_s: float) -> bool:
-        """Whether work that began then may have failed like that because of what happened to somebody."""
+        """Whether work that began then may have failed like that because of what happened to somebody; with its host everything does."""
         address = error.address if isinstance(error, SignalError) else None
-        return self.excuses.cover(str(error), began_s, self.machine.device_names, address)
+        return self.machine.host_crashed or self.excuses.cover(str(error), began_s, self.machine.device_names, address)
 
     def in_aftermath(self, at_s: float) -> bool:
         """Whether somebody is harmed then, or was not long ago."""

@@ -141,6 +141,8 @@ class _AsSimulated:
         """See `SimulatedMachine.left_over`: of the host's books; devices are other processes."""
         return self._machine.host.left_over()
 
+    host_crashed = False
+    """That is no fault which real processes can have."""
     settled = False
     """Nobody here sees what is on its way between processes: time has to tell."""
 

@@ -12,6 +12,8 @@ import trio
 
 from hmmnet.sim import SimulatedMachine, Trace, run_virtual, simulated
 from hmmnet.sim.run import SimulationStuck
+from hmmnet.sleeping import sleep
+from hmmnet.wire.exchange import HEARTBEAT_S, LEASE_S
 
 from .audit import Auditor
 from .crew import AtomicProcess, Crew, Outcome, Violation
@@ -26,6 +28,8 @@ from .waits import Watchdog
 
 LIMIT_S = 900.0
 """Virtual seconds for one program: the watchdog sees sooner that nothing moves."""
+BURIED_S = LEASE_S + 2 * HEARTBEAT_S
+"""Virtual seconds after which devices whose host has crashed have let go of everything: there is no more that can be looked at then."""
 CGROUP = "campaign"
 
 
@@ -123,6 +127,10 @@ async def _live(crew: Crew, nemesis: Nemesis, victims: Sequence[Victim], count: 
         if count:
             crew.outcome.reached.update({**crew.machine.injector.reached, **crew.messages})
         await nemesis.heal()
+    if crew.machine.host_crashed:
+        await sleep(BURIED_S)
+        auditor.full(quiet=True)
+        return
     await converge(crew)
     await last_check(crew)
     auditor.full(quiet=True)

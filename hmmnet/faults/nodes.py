@@ -69,8 +69,8 @@ KINDS = (
     Kind(
         "host.crash",
         "nodes",
-        "the host is gone",
-        "devices stop using their mirrors within the lease, and end",
+        "the host is gone (SIGKILL), with every process and page",
+        "every call ends with PeerLost, those under way too; devices stop using their mirrors within the lease, and end",
         lambda _: [NodeEffect("crash", "host")],
         "nothing",
         not_in={"real": "the host runs inside the program, or holds this very session: end its process instead"},

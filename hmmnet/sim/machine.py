@@ -33,6 +33,7 @@ from hmmnet.topology.load import installed_models, load
 from hmmnet.topology.model import Personality, Topology, with_personality
 from hmmnet.wire.memory_transport import MemoryTransport
 
+from . import crash
 from .clock import JumpClock, VirtualClock, telling
 from .node import Node, NodeTransport
 from .suffering import Suffering
@@ -42,6 +43,7 @@ SECRET = bytes(32)
 """Everybody who can reach these wires is in this process."""
 POINTS_SEED = 0x506F696E74
 """Chance at points is drawn apart from that of messages: one more fault there changes nothing here."""
+HOST_CRASHED = "the host has crashed (fault host.crash), and with it every process and page of this machine"
 PID = 1
 """The pid that devices give: none of them is a process."""
 
@@ -76,7 +78,7 @@ class SimulatedMachine:
         self.carrier = Carrier(
             "sim",
             {
-                HostEffect: host.injection.deed,
+                HostEffect: self._at_host,
                 DeviceEffect: self._in_devices,
                 NodeEffect: self._to_nodes,
             },
@@ -89,6 +91,8 @@ class SimulatedMachine:
         self._kept: dict[str, Any] = {}
         """Memory of devices that have ended, which their next life begins with."""
         self._host_silent = False
+        self.host_crashed = False
+        """Whether the host is gone for good: every call raises PeerLost then, but those that are about devices and faults."""
         self._points = {device: injector.points_of(device) for device in topology.device_names}
         self._wires = wires
         self.nursery = nursery
@@ -119,34 +123,41 @@ class SimulatedMachine:
 
         Raises HmmnetError.
         """
+        self._with_host()
         self.host.set_rate(rate)
 
     async def create_process(self, node: str = "", cgroup: str = "") -> Process:
         """See `Machine.create_process`."""
+        self._with_host()
         return await self.host.create_process(node, cgroup)
 
     async def process(self, node: str = "", cgroup: str = "") -> Process:
         """The same as `create_process`, for short programs."""
-        return await self.host.create_process(node, cgroup)
+        return await self.create_process(node, cgroup)
 
     async def create_cgroup(self, name: str, limit_bytes: int | None = None) -> None:
         """See `Machine.create_cgroup`."""
+        self._with_host()
         await self.host.create_cgroup(name, limit_bytes)
 
     async def oom_kill(self, cgroup: str = "") -> int:
         """See `Machine.oom_kill`."""
+        self._with_host()
         return await self.host.oom_kill(cgroup)
 
     async def unplug(self, device: str) -> None:
         """See `Machine.unplug`."""
+        self._with_host()
         await self.host.unplug(device)
 
     async def check(self) -> dict[str, Any]:
         """See `Machine.check`."""
+        self._with_host()
         return await self.host.check()
 
     async def report(self) -> dict[str, Any]:
         """See `Machine.report`."""
+        self._with_host()
         return {**await self.host.report(), "faults": self.carrier.fired()}
 
     # --- devices --------------------------------------------------------------------------------------------------------------
@@ -159,12 +170,12 @@ class SimulatedMachine:
     @property
     def all_ready(self) -> bool:
         """Whether every device serves, as the host sees it."""
-        return self.host.all_ready
+        return not self.host_crashed and self.host.all_ready
 
     @property
     def settled(self) -> bool:
         """Whether nothing is on its way: no message is late, and the host has heard of every device lately and waits for none."""
-        return self.network.idle and self.host.settled
+        return not self.host_crashed and self.network.idle and self.host.settled
 
     def device(self, name: str) -> Any:
         """The device called `name` itself, to look at (`hmmnet.devices.models.base.Device`). Raises KernelError(ENOENT) unless it runs."""
@@ -176,11 +187,12 @@ class SimulatedMachine:
     def audit(self, *, quiet: bool = False) -> list[str]:
         """What is wrong with the books of the host and the mirrors of its devices now (I1 to I5, I7, I8); empty when all is well.
 
-        `quiet`: nothing is under way, so that nothing may be in transit.
+        `quiet`: nothing is under way, so that nothing may be in transit. Of a machine whose host has crashed, whose books are gone: what
+        devices use beyond their lease.
         """
-        found = self.host.audit(quiet=quiet)
+        found = [] if self.host_crashed else self.host.audit(quiet=quiet)
         for name, node in self._nodes.items():
-            for mirror in [] if node.device is None else node.device.mirrors():
+            for mirror in [] if self.host_crashed or node.device is None else node.device.mirrors():
                 found += self.host.audit_mirror(name, *mirror)
         for name, node in self._nodes.items():
             if node.device is not None:
@@ -197,6 +209,8 @@ class SimulatedMachine:
                 mirrors[name] = device.open_mirrors
                 if device.fenced:
                     found += self._used_beyond_lease(name, device)
+        if self.host_crashed:
+            return found
         return self.host.audit_changes(mirrors) + found
 
     @staticmethod
@@ -211,8 +225,10 @@ class SimulatedMachine:
     def left_over(self) -> list[str]:
         """What is still in use, when no process is there any more: of each device's own books, and of the host's (`Host.left_over`).
 
-        Broken frames stay so.
+        Broken frames stay so. Nothing can be said of a machine whose host has crashed: who was to let go of what was known there.
         """
+        if self.host_crashed:
+            return []
         used = {
             name: node.device.memory.used_pages - self.host.poisoned_pages(name)
             for name, node in self._nodes.items()
@@ -229,7 +245,7 @@ class SimulatedMachine:
         if name in self._nodes:
             raise KernelError(16, "start_device", f"device {name} runs already")
         self._incarnations[name] += 1
-        if self._host_silent:
+        if self._host_silent and not self.host_crashed:
             self.network.hold(name)
         node = Node(NodeTransport(self._wires, name, self.network), trio.CancelScope(), self._incarnations[name])
         self._nodes[name] = node
@@ -238,6 +254,8 @@ class SimulatedMachine:
             async with trio.open_nursery() as watch:
                 watch.start_soon(self._give_up_with, node, watch.cancel_scope)
                 self.nursery.start_soon(self._be, name, node)
+                if self.host_crashed:
+                    await trio.sleep_forever()  # nobody answers it, and it gives up
                 await self.host.device_ready(name)
                 ready = True
                 watch.cancel_scope.cancel()
@@ -275,7 +293,7 @@ class SimulatedMachine:
         self.network.release(name, lost=True)
         node.transport.cut()
         node.scope.cancel()
-        if told:
+        if told and not self.host_crashed:
             self.host.device_exited(name, "was killed")
         if name in self._revived:
             self.nursery.start_soon(self._again, name, self._revived[name])
@@ -349,6 +367,9 @@ class SimulatedMachine:
         number = self.network.add(fault, tally)
         return AtWork(partial(self.network.discard, number), partial(self.network.count, number), partial(self.network.held, number))
 
+    def _at_host(self, effect: HostEffect) -> Undo:
+        return _nothing if self.host_crashed else self.host.injection.deed(effect)
+
     def _in_devices(self, effect: DeviceEffect) -> Undo:
         suffering = Suffering(effect)
         for name, node in self._nodes.items():
@@ -368,7 +389,7 @@ class SimulatedMachine:
     def _to_nodes(self, effect: NodeEffect) -> Undo:
         """Raises HmmnetError when nothing is called so."""
         if effect.node == HOST:
-            return self._silence(lasting=effect.deed == "hang")
+            return self._silence() if effect.deed == "hang" else self._crash_host()
         names = [name for name in self.device_names if fnmatchcase(name, effect.node)]
         if not names:
             raise HmmnetError(f'no device is called "{effect.node}"; there are {", ".join(self.device_names)}')
@@ -389,8 +410,26 @@ class SimulatedMachine:
             self.nursery.start_soon(self._again, name, down_s)
         return partial(self._resume_all, names) if effect.deed == "hang" else _nothing
 
-    def _silence(self, *, lasting: bool) -> Undo:
-        """The host stops where it is; for good, or (`lasting`) until that is undone. Devices that start meanwhile find nobody."""
+    def _with_host(self) -> None:
+        """Raises PeerLost when the host has crashed."""
+        if self.host_crashed:
+            raise PeerLost(HOST_CRASHED)
+
+    def _crash_host(self) -> Undo:
+        """The host is gone from one moment to the next (SIGKILL), with all of its memory; calls that are under way in it end. Devices hear
+        nothing any more; those that start find nobody.
+        """
+        if not self.host_crashed:
+            self.host_crashed = True
+            self._wires.cut_listeners()
+            for node in self._nodes.values():
+                node.transport.cut()
+            self.host.crash(HOST_CRASHED)
+            self.nursery.start_soon(crash.end_calls, self.host.owns, HOST_CRASHED)
+        return _nothing
+
+    def _silence(self) -> Undo:
+        """The host stops where it is until that is undone. Devices that start meanwhile find nobody."""
         self.injector.stop(HOST)
         self._host_silent = True
         for name in self.device_names:
@@ -402,7 +441,7 @@ class SimulatedMachine:
             for name in self.device_names:
                 self.network.release(name)
 
-        return undo if lasting else _nothing
+        return undo
 
     def _resume_all(self, names: Sequence[str]) -> None:
         for name in names:

@@ -4,9 +4,9 @@ Tasks that become runnable in the same instant may run in any order; trio shuffl
 on one. Seeded, and with the tasks in a fixed order before the shuffle, that generator makes a run repeatable and still tries other orders
 with other seeds. trio has no public name for either; testing libraries reach for the same two (`_r`, `_ALLOW_DETERMINISTIC_SCHEDULING`).
 Nor has it one for who waits in `wait_all_tasks_blocked`, which a clock that jumps has to know (`tasks_wait_for_idle`), nor for the scopes
-that tasks are in (`drop_shields`), nor for whom the scheduler asks at each step of a task (`Hooks`), nor for the files in which it waits
-for the world outside, which a run that is forked must not share (`part`), and at which it need not look in every round (`rounds`), nor for
-how scopes and nurseries begin and end (`scopes`).
+that tasks are in (`drop_shields`), nor for what makes a wait fail from outside (`interrupt`), nor for whom the scheduler asks at each step
+of a task (`Hooks`), nor for the files in which it waits for the world outside, which a run that is forked must not share (`part`), and at
+which it need not look in every round (`rounds`), nor for how scopes and nurseries begin and end (`scopes`).
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import os
 import select
 import socket
 import threading
-from collections.abc import Iterator, MutableSequence, Sequence
+from collections.abc import Callable, Iterator, MutableSequence, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from random import Random
-from typing import Any
+from typing import Any, NoReturn
 
 import trio
 from trio._core import _run as trio_run
@@ -133,6 +133,12 @@ def drop_shields() -> None:
             status._scope.shield = False  # noqa: SLF001
             status = status.parent
     unshield()
+
+
+def interrupt(task: Any, failed: Callable[[], NoReturn]) -> None:
+    """What `task` of this trio run waits for, if it can be left, raises what `failed` does, cancelled or not."""
+    if task._abort_func is not None:  # noqa: SLF001 - see above
+        task._attempt_abort(failed)  # noqa: SLF001 - see above
 
 
 EPOLL, REGISTERED, FORCED, ENTRIES = "_epoll", "_registered", "_force_wakeup", "entry_queue"

@@ -46,7 +46,7 @@ def wait_story() -> str:
 
 def waits() -> list[str]:
     """The lines of `wait_story`; none when nobody waits for anything."""
-    waiting = [task for task in map(_look, _tasks()) if task.key is not None]
+    waiting = [task for task in map(_look, all_tasks()) if task.key is not None]
     edges = {i: [j for j, other in enumerate(waiting) if j != i and _holds(other, task.key)] for i, task in enumerate(waiting)}
     lines = []
     cycle = find_cycle(edges)
@@ -84,7 +84,8 @@ def _walk(node: int, edges: dict[int, list[int]], path: list[int], done: set[int
     return []
 
 
-def _tasks() -> list[trio.lowlevel.Task]:
+def all_tasks() -> list[trio.lowlevel.Task]:
+    """Every task of this trio run."""
     root = trio.lowlevel.current_root_task()
     found, left = [], [] if root is None else [root]
     while left:

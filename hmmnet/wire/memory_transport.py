@@ -449,6 +449,11 @@ class MemoryTransport:
         self._identities += 1
         return f"{name}:{self._identities}".encode()[-255:]
 
+    def cut_listeners(self) -> None:
+        """Whoever listens dies: what is sent to them, now and later, falls into the void. Whoever listens waits for ever."""
+        for hub in self._hubs.values():
+            hub.inbound.detach()
+
     def close(self) -> None:
         """See `Transport.close`."""
         for hub in self._hubs.values():

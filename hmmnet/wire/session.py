@@ -512,6 +512,11 @@ class Session:
             await self._ended.wait()
         self.end(PeerLost(f"we said goodbye to {self.peer_name}, which did not answer"))
 
+    def cut(self, cause: PeerLost) -> None:
+        """Our own end is gone from one moment to the next: nobody is told, neither the peer nor `on_lost`; who waits gets `cause`."""
+        self._on_lost.clear()
+        self.end(cause)
+
     def hang_up(self) -> None:
         """`bye` of an end that will hear no answer, because nobody delivers frames any more: it is over at once."""
         if self._exchange.state is State.LIVE:

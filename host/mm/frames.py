@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hmmnet.arena import Arena
-from hmmnet.errors import HmmnetError, InjectedError
+from hmmnet.errors import HmmnetError, InjectedError, PeerLost
 from hmmnet.faults.injector import Points
 from hmmnet.pages import (
     DEVICE_ZONE_MIN,
@@ -92,8 +92,15 @@ class PhysicalMemory(Contents):
         self.poisoned = 0
         self.breaking = Breaking()
         """Frames that have broken; they stay allocated."""
+        self.crashed = ""
+        """Why nothing of this can be had any more, once the host has crashed whose memory it is (`there`)."""
         self._numbers = 0
         self._swap: Swap | None = None
+
+    def there(self) -> None:
+        """Raises PeerLost when its host has crashed."""
+        if self.crashed:
+            raise PeerLost(self.crashed)
 
     @property
     def swap(self) -> Swap:

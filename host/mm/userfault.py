@@ -56,6 +56,7 @@ class UserFault:
 
     async def read(self) -> int:
         """The address of a page that somebody waits for. Raises KernelError(EBADF) when the registration is closed."""
+        self._space.memory.there()
         while not self._pending:
             if self._closed:
                 raise KernelError(errno.EBADF, "read", "the userfaultfd registration is closed")
@@ -70,6 +71,7 @@ class UserFault:
 
         Raises KernelError: EINVAL (not whole pages), ENOENT (not registered), EEXIST, ENOMEM.
         """
+        self._space.memory.there()
         await self._space.relieving(lambda: self._copy(address, data))
 
     async def _copy(self, address: int, data: bytes) -> None:
@@ -96,6 +98,7 @@ class UserFault:
 
     async def close(self) -> None:
         """UFFDIO_UNREGISTER and close(2): missing pages are what they are elsewhere. A second time does nothing."""
+        self._space.memory.there()
         if self._closed:
             return
         self.abandon()

@@ -100,6 +100,17 @@ def test_every_kind_is_drawn_or_has_its_reason() -> None:
     assert seen == set(RECIPES) - ALONE
 
 
+@pytest.mark.parametrize("at", [0, 7, 19])
+@pytest.mark.parametrize(("seed", "mix"), [(1, "all"), (3, "process"), (5, "all")])
+def test_a_host_that_crashes_is_no_violation(seed: int, mix: str, at: int) -> None:
+    """No seed draws it; in a program that somebody has written it ends everything, which is what is asked of it."""
+    crash = Planned(at, '[[fault]]\nkind = "host.crash"\n')
+    program = draw(seed, mix, 20)
+    verdict = run_program(msgspec.structs.replace(program, planned=(*program.planned, crash)))
+    assert verdict.violations == []
+    assert verdict.outcome.faults["host.crash"] == 1
+
+
 @pytest.mark.parametrize("deed", ["mprotect", "mremap", "munmap", "madvise"])
 def test_what_changes_memory_at_once_is_drawn_with_a_range(deed: str) -> None:
     """Of the victim's own memory, at an operation, and not before there is any; what happens at a point is at the pages concerned there."""

@@ -9,12 +9,13 @@ import pytest
 import trio
 
 import hmmnet
-from hmmnet.errors import BusError, HmmnetError, KernelError, PeerError, SegmentationFault, SignalError
+from hmmnet.errors import BusError, HmmnetError, KernelError, PeerError, PeerLost, SegmentationFault, SignalError
 from hmmnet.faults import KINDS, Plan, fault
 from hmmnet.faults.kinds import EACH
 from hmmnet.sim import SimulatedMachine
 from hmmnet.sim.run import SimulationStuck
 from hmmnet.topology.load import parse
+from hmmnet.wire.exchange import HEARTBEAT_S, LEASE_S
 
 from .everything import COUNT, MACHINE, MIB, MOVED, NBYTES, PAGE, VALUES, everything
 from .test_points import RIGHT, leave
@@ -51,6 +52,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "fault.unserviceable": {"nth": 2},
     "alternate": {"to": "gpu1"},
     "crash": {"on": "gpu1", "after": "1 ms"},
+    "host.crash": {"after": "200 us"},
     "unplug": {"on": "gpu1", "after": "1 ms"},
     "unload": {"on": "gpu1", "after": "1 ms"},
     "bounce": {"on": "gpu1", "after": "1 ms"},
@@ -63,10 +65,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     **{f"alloc.{what}": {"nth": 1} for what in ("host", "home", "page_cache", "cgroup")},
 }
 """What a kind is tried with, where its defaults would be all or nothing."""
-IN_SIM = sorted(name for name, kind in KINDS.items() if "sim" not in kind.not_in and name != "host.crash")
+IN_SIM = sorted(name for name, kind in KINDS.items() if "sim" not in kind.not_in)
 BREAKS = {
     *(
         "crash",
+        "host.crash",
         "unplug",
         "unload",
         "bounce",
@@ -104,6 +107,10 @@ def test_every_kind(name: str) -> None:
                 assert all(0 <= int(str(seen[at])) <= most for at, most in MOVED.items())
                 assert name in PLACES or seen == RIGHT
         machine.heal()
+        if name == "host.crash":
+            assert machine.host_crashed
+            await at_rest_without_host(machine)
+            return
         await leave(machine)
         for device in MACHINE.device_names:
             if device not in machine.running:
@@ -117,6 +124,16 @@ def test_every_kind(name: str) -> None:
         await process.exit()
 
     hmmnet.simulate(main, MACHINE, limit_s=900.0)
+
+
+async def at_rest_without_host(machine: SimulatedMachine) -> None:
+    """Nothing brings it back; its devices have ended, and nobody asks what was let go of."""
+    for call in (machine.create_process, machine.report, machine.check):
+        with pytest.raises(PeerLost, match="the host has crashed"):
+            await call()
+    await trio.sleep(LEASE_S + 2 * HEARTBEAT_S)
+    assert machine.running == ()
+    assert machine.audit(quiet=True) == machine.left_over() == []
 
 
 @pytest.mark.parametrize("name", sorted(name for name, kind in KINDS.items() if EACH in kind.holds))
@@ -144,7 +161,7 @@ def test_which_kinds_let_nothing_through() -> None:
     }
 
 
-@pytest.mark.parametrize("name", sorted(set(KINDS) - set(IN_SIM) - {"host.crash"}))
+@pytest.mark.parametrize("name", sorted(set(KINDS) - set(IN_SIM)))
 def test_what_the_simulated_world_cannot_do(name: str) -> None:
     """It says so, and why."""
 
