@@ -16,7 +16,7 @@ from typing import Annotated, TypeAlias, cast
 import msgspec
 from msgspec import Meta
 
-from hmmnet.errors import HmmnetError, PlanError, TopologyError, WrongUse
+from hmmnet.errors import PlanError, TopologyError, WrongUse
 from hmmnet.faults.kinds import Fault
 from hmmnet.faults.plan import Plan
 from hmmnet.faults.points import POINTS
@@ -121,12 +121,9 @@ class Program(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fi
     note: str = ""
     """Why it was kept: the violation it shows."""
 
-    def write(self, file: Path) -> None:
-        """As a file. Raises HmmnetError."""
-        try:
-            file.write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n")
-        except OSError as error:
-            raise HmmnetError(f"{file}: {error.strerror}") from None
+    def text(self) -> str:
+        """What stands in a file of it."""
+        return msgspec.json.format(msgspec.json.encode(self), indent=1).decode() + "\n"
 
 
 class _Version(msgspec.Struct):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .completion import topologies
-from .outputs import writable, write
+from .outputs import attempt, writable
 from .plans import Breaking, FaultsFile, plan_for
 from .worlds import WORLD_HELP, World
 
@@ -74,7 +74,7 @@ def _conduct(text: Input, topology: str, rate: str, seed: int, world: WorldName,
 
     from hmmnet.demo.conduct import Conductor
     from hmmnet.demo.screen import Screen, columns_of
-    from hmmnet.errors import HmmnetError, WrongUse
+    from hmmnet.errors import WrongUse
     from hmmnet.launcher.rate import parse_rate
     from hmmnet.observe.residency import svg_picture
     from hmmnet.sim.worlds import run_in
@@ -88,12 +88,7 @@ def _conduct(text: Input, topology: str, rate: str, seed: int, world: WorldName,
     conductor = Conductor(text, topology, seed, screen.tell, screen.started, parse_rate(rate), world=world, during=plan.on)
     with plan.telling():
         outcome = run_in(world, conductor.run, seed=seed)
-    unwritten: HmmnetError | None = None
-    if svg is not None:
-        try:
-            write(svg, svg_picture(columns_of(screen.samples, outcome.devices)))
-        except HmmnetError as error:
-            unwritten = error
+    unwritten = None if svg is None else attempt(svg, svg_picture(columns_of(screen.samples, outcome.devices)))
     if as_json:
         json.dump({**outcome.as_json(), **plan.as_json()}, sys.stdout, indent=1)
         sys.stdout.write("\n")

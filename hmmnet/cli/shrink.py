@@ -10,7 +10,7 @@ import typer
 
 from hmmnet.units import counted
 
-from .outputs import writable
+from .outputs import attempt, writable
 from .replay import program_of
 
 
@@ -27,8 +27,8 @@ def shrink(
 ) -> int:
     """Leave out faults, actors, operations, devices and regions while the run fails in the same way, and write what is left to a file.
 
-    Attach the file to a bug report: hmmnet replay FILE shows the failure. Ctrl-C writes the shortest so far. Exit code 1 when the run does
-    not fail.
+    Attach the file to a bug report: hmmnet replay FILE shows the failure. Ctrl-C writes the shortest so far. What cannot be written to
+    the file is printed. Exit code 1 for that, and when the run does not fail.
     """
     from hmmnet.campaign.program import Program
     from hmmnet.campaign.shrink import Shrinker
@@ -52,8 +52,12 @@ def shrink(
     except KeyboardInterrupt:
         interrupted = True
     short = shrinker.best
-    short.write(output)
+    unwritten = attempt(output, short.text())
     became = f"{counted(len(program.steps), 'step')} became {len(short.steps)} in {counted(shrinker.runs, 'run')}"
     early = ", when it was interrupted: it may become shorter still" if interrupted else ""
+    if unwritten is not None:
+        sys.stdout.write(short.text())
+        print(f"{became}{early}: {short.note}\nwhat was to be in the file is on standard output", file=sys.stderr)
+        raise unwritten
     print(f"{became}{early}: {short.note}\nagain: hmmnet replay {output}")
     return 130 if interrupted else 0

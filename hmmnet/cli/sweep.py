@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .completion import scenarios
-from .outputs import writable, write
+from .outputs import attempt, writable
 
 if TYPE_CHECKING:
     from hmmnet.campaign.places import Pair
@@ -45,7 +45,6 @@ def sweep(
     each hit everything is healed and must be well. Prints which places were hit by which fault, and how it ended; Ctrl-C prints what was
     found so far. Exit code 1 when something is wrong, 2 for what there is not.
     """
-    from hmmnet.campaign.coverage import document
     from hmmnet.campaign.scenarios import SCENARIOS
     from hmmnet.campaign.scenarios import scenario as named
     from hmmnet.campaign.sweep import sweep as run
@@ -69,9 +68,7 @@ def sweep(
         output = None  # half a table is no document
     finally:
         screen.clear()
-    if output is not None:
-        write(output, document(table, f"{scenario}{f' --nth {nth}' if nth != 500 else ''}{' --first' if first else ''}"))
-    code = _told(table, as_json=as_json)
+    code = _told(table, f"{scenario}{f' --nth {nth}' if nth != 500 else ''}{' --first' if first else ''}", output, as_json=as_json)
     return 130 if interrupted else code
 
 
@@ -130,11 +127,12 @@ def _chosen(only: str, fault: str) -> list[Pair]:
     return chosen
 
 
-def _told(table: dict[Pair, Cell], *, as_json: bool) -> int:
-    """Print a table; the exit code."""
+def _told(table: dict[Pair, Cell], options: str, output: Path | None, *, as_json: bool) -> int:
+    """Write a table to `output`, as that of a sweep with those `options`, and print it; the exit code. Raises HmmnetError: not written."""
     from hmmnet.campaign.coverage import as_json as as_data
-    from hmmnet.campaign.coverage import as_markdown
+    from hmmnet.campaign.coverage import as_markdown, document
 
+    unwritten = None if output is None else attempt(output, document(table, options))
     data = as_data(table)
     if as_json:
         json.dump(data, sys.stdout, indent=1)
@@ -142,17 +140,17 @@ def _told(table: dict[Pair, Cell], *, as_json: bool) -> int:
     else:
         print(as_markdown(table), end="")
         print(f"{data['hit']} of {data['pairs']} pairs were hit, in {data['runs']} runs")
+    if unwritten is not None:
+        raise unwritten
     return 1 if any(cell.wrong for cell in table.values()) else 0
 
 
 def _merged(pieces: list[Path], output: Path | None, *, as_json: bool) -> int:
     """Sweeps that were run in pieces, as one table. Raises WrongUse."""
-    from hmmnet.campaign.coverage import document, from_json
+    from hmmnet.campaign.coverage import from_json
 
     table = from_json([_piece(piece) for piece in pieces])
-    if output is not None:
-        write(output, document(table, " ".join(f"--merge {piece.name}" for piece in pieces)))
-    return _told(table, as_json=as_json)
+    return _told(table, " ".join(f"--merge {piece.name}" for piece in pieces), output, as_json=as_json)
 
 
 def _piece(file: Path) -> dict[str, Any]:

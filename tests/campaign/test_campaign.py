@@ -21,6 +21,7 @@ import msgspec
 import pytest
 
 from hmmnet.campaign.campaign import AHEAD, Summary, collect_rarely, run_campaign, try_seed
+from hmmnet.campaign.crew import Outcome
 from hmmnet.campaign.draw import ANY_DEVICES, MIXES, SOMETIMES, draw
 from hmmnet.campaign.machines import devices_of, topology_of
 from hmmnet.campaign.nemesis import all_faults
@@ -30,7 +31,7 @@ from hmmnet.campaign.recipes import ADVISED, ALONE, FAMILIES, NOT_DRAWN, RECIPES
 from hmmnet.campaign.scenarios import SCENARIOS
 from hmmnet.campaign.shrink import Shrinker, without, without_actor, without_device_number, without_region
 from hmmnet.campaign.sweep import Cell
-from hmmnet.campaign.trial import run_program
+from hmmnet.campaign.trial import Verdict, run_program
 from hmmnet.campaign.words import VICTIM_ADDRESS, VICTIM_BYTES
 from hmmnet.campaign.workers import workers
 from hmmnet.cli import exit_code
@@ -41,6 +42,7 @@ from hmmnet.faults.targets import wrong_targets
 from hmmnet.launcher.directory import process_started
 from hmmnet.sim import Trace
 from hmmnet.sim.waits import find_cycle
+from tests import disks
 
 SEEDS = range(24)
 KEPT = Path(__file__).with_name("kept")
@@ -230,7 +232,7 @@ def test_shrink_leaves_what_the_failure_needs(tmp_path: Path) -> None:
     assert (short.faults, short.planned, short.victims) == ((), (), 0)
     assert devices_of(short.machine) == ("dev2",)
     assert (short.actors, len(short.regions)) == (1, 1)
-    short.write(tmp_path / "bug.json")
+    (tmp_path / "bug.json").write_text(short.text())
     assert read(tmp_path / "bug.json") == short
     assert "made up" in short.note
 
@@ -246,7 +248,7 @@ def test_a_shrink_that_is_interrupted_keeps_what_it_has(
             raise KeyboardInterrupt
         return broken(program)
 
-    failing().write(whole)
+    whole.write_text(failing().text())
     monkeypatch.setattr("hmmnet.campaign.shrink.Shrinker", partial(Shrinker, run=interrupted))
     assert exit_code(["shrink", str(whole), "-o", str(short)]) == 130
     kept = read(short)
@@ -255,6 +257,25 @@ def test_a_shrink_that_is_interrupted_keeps_what_it_has(
     told = capsys.readouterr().out
     assert f"200 steps became {len(kept.steps)} in 12 runs, when it was interrupted" in told
     assert f"again: hmmnet replay {short}" in told
+
+
+def test_what_shrink_cannot_write_is_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Minutes of work are not lost to a full disk; nor is the file that it read, where that was to be written."""
+    file, short = tmp_path / "bug.json", tmp_path / "short.json"
+    file.write_text(failing().text())
+
+    def fails(program: Program) -> Verdict:
+        return Verdict(program, Outcome(violations=[_violation()] if any(step.serial == 77 for step in program.steps) else []))
+
+    monkeypatch.setattr("hmmnet.campaign.shrink.Shrinker", partial(Shrinker, run=fails))
+    with disks.full():
+        assert exit_code(["shrink", str(file), "-o", str(file)]) == 1
+    told = capsys.readouterr()
+    assert "what was to be in the file is on standard output" in told.err
+    assert f"hmmnet shrink: {file}: cannot be written: " in told.err
+    short.write_text(told.out)
+    assert read(short).note == "history: made up"
+    assert len(read(short).steps) < len(read(file).steps) == len(failing().steps)
 
 
 def test_what_is_left_out_leaves_the_rest_as_it_is() -> None:
@@ -294,7 +315,7 @@ def test_command_line(tmp_path: Path) -> None:
     report = json.loads(done.stdout)
     assert set(report) == {"seeds", "operations", "faults", "violations", "seconds"}
     assert (report["seeds"], report["operations"], report["violations"]) == (3, 600, [])
-    draw(5).write(tmp_path / "five.json")
+    (tmp_path / "five.json").write_text(draw(5).text())
     digests = [json.loads(hmmnet("replay", what, "--json").stdout)["digest"] for what in ("5", str(tmp_path / "five.json"))]
     assert digests[0] == digests[1]
     for arguments, code, words in (
@@ -352,7 +373,7 @@ def test_a_file_that_is_not_what_is_wanted(
 ) -> None:
     """It is said what it is; and which options a file has no use for."""
     file = tmp_path / "given"
-    draw(0, "none", 5).write(file) if text is None else file.write_text(text)
+    file.write_text(draw(0, "none", 5).text() if text is None else text)
     own = ["-o", str(tmp_path / "short.json")] if command == "shrink" else []
     assert exit_code([command, str(file), *own, *options.split()]) == 2
     told = capsys.readouterr()
@@ -364,7 +385,7 @@ def test_a_story_of_one_actor_has_no_plural(tmp_path: Path, capsys: pytest.Captu
     """Nor has one of one operation."""
     file = tmp_path / "one.json"
     program = draw(0, "none", 5)
-    msgspec.structs.replace(program, actors=1, steps=(msgspec.structs.replace(program.steps[0], actor=0),)).write(file)
+    file.write_text(msgspec.structs.replace(program, actors=1, steps=(msgspec.structs.replace(program.steps[0], actor=0),)).text())
     assert exit_code(["replay", str(file)]) == 0
     assert "1 operation of 1 actor, digest" in capsys.readouterr().out
 
@@ -430,7 +451,7 @@ def test_what_is_drawn_and_swept_can_be_read(tmp_path: Path) -> None:
     file = tmp_path / "one.json"
     swept = [pair.program(base, 1) for base in SCENARIOS.values() for pair in pairs()[::7]]
     for program in (*(draw(seed, mix) for mix in MIXES for seed in range(10)), *swept):
-        program.write(file)
+        file.write_text(program.text())
         assert read(file) == program
 
 
@@ -440,7 +461,7 @@ def test_a_death_at_any_message_needs_no_trace(tmp_path: Path, capsys: pytest.Ca
     traced, alone = run_program(program, trace=Trace()).outcome, run_program(program).outcome
     assert alone.faults["message"] == 1
     assert alone == traced
-    program.write(tmp_path / "dies.json")
+    (tmp_path / "dies.json").write_text(program.text())
     assert exit_code(["shrink", str(tmp_path / "dies.json"), "-o", str(tmp_path / "short.json")]) == 1
     assert "does not fail" in capsys.readouterr().err
 
@@ -535,3 +556,21 @@ def test_garbage_is_looked_for_rarely_while_seeds_run() -> None:
     assert len(seen) == 2
     assert min(seen) > before
     assert summary.operations == sum(try_seed(seed).operations for seed in range(2))
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_table_that_cannot_be_written_is_printed(
+    options: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A sweep of hours is not lost to a full disk."""
+
+    def swept(*_: object, table: dict[Pair, Cell], **__: object) -> None:
+        table[Pair("message", "Migrate", "loss")] = Cell(Counter(same=2))
+
+    monkeypatch.setattr("hmmnet.campaign.sweep.sweep", swept)
+    with disks.full():
+        assert exit_code(["sweep", "tour", "-o", str(tmp_path / "table.md"), *options]) == 1
+    told = capsys.readouterr()
+    assert ('"runs": 2' if options else "1 of 1 pairs were hit, in 2 runs") in told.out
+    assert told.err.splitlines()[-1].startswith(f"hmmnet sweep: {tmp_path}/table.md: cannot be written: ")
+    assert not list(tmp_path.iterdir())

@@ -13,6 +13,7 @@ from hmmnet.cli import exit_code
 from hmmnet.cli.outputs import writable, write
 from hmmnet.demo.screen import shorten
 from hmmnet.errors import HmmnetError
+from tests import disks
 
 WORKLOAD = """
 async def alone():
@@ -82,20 +83,35 @@ def test_a_picture_that_cannot_be_written_is_told_first(tmp_path: Path, capsys: 
     assert old.read_text() == "kept"
 
 
-def test_a_file_that_could_not_be_written_is_not_left_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was there before is the user's, whatever became of it."""
-
-    def full(path: Path, *_: object, **__: object) -> int:
-        path.touch()
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(Path, "write_text", full)
+def test_a_file_that_could_not_be_written_is_not_begun(tmp_path: Path) -> None:
+    """What was there before is the user's, whatever became of it; nothing else is left."""
     new, old = tmp_path / "new.svg", tmp_path / "old.svg"
-    old.touch()
+    old.write_text("kept")
     for file in (new, old):
-        with pytest.raises(HmmnetError, match="cannot be written: No space left on device; name another file"):
-            write(file, "text")
-    assert [file.exists() for file in (new, old)] == [False, True]
+        with disks.full(), pytest.raises(HmmnetError, match=r"cannot be written: .*; name another file"):
+            write(file, "text" * 10_000)
+    assert [file.name for file in tmp_path.iterdir()] == ["old.svg"]
+    assert old.read_text() == "kept"
+
+
+def test_a_file_is_written_whole_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its rights stay, a link stays one, what is no file is written to; and where no other file can be beside it, it is written anyway."""
+    file, link = tmp_path / "real", tmp_path / "link"
+    file.write_text("before")
+    file.chmod(0o640)
+    link.symlink_to(file)
+    write(link, "text")
+    assert (file.read_text(), link.is_symlink(), file.stat().st_mode & 0o777) == ("text", True, 0o640)
+    write(Path("/dev/null"), "text")
+    assert Path("/dev/null").is_char_device()
+
+    def busy(*_: object) -> Path:
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+    monkeypatch.setattr(Path, "replace", busy)
+    write(file, "again")
+    assert file.read_text() == "again"
+    assert {one.name for one in tmp_path.iterdir()} == {"real", "link"}
 
 
 def test_all_mistakes_of_a_topology_are_told_by_every_way_to_start_one(tmp_path: Path) -> None:
