@@ -32,6 +32,10 @@ def bugs(
     """
     from hmmnet.bugs import BUGS
 
+    if run_all and names:
+        raise WrongUse(f"--all runs every bug, and {', '.join(names)} with the others: leave one of both out")
+    if seed is not None and not (run_all or names):
+        raise WrongUse("--seed means nothing without a bug to run from it: name one, or write --all")
     chosen = list(BUGS) if run_all else names or []
     for name in chosen:
         _check(name, BUGS)
@@ -82,6 +86,8 @@ def _run(chosen: list[Bug], seed: int | None, *, as_json: bool, tell: bool) -> i
                 trial = try_bug(bug, kind, seed)
             trials.append(trial)
             _show(console, trial)
+            if kind == "buggy" and seed is not None and not (trial.as_told or as_json):
+                _show_where(console, bug)
     if as_json:
         _write([trial.as_json() for trial in trials])
     told = sum(trial.as_told for trial in trials)
@@ -114,6 +120,16 @@ def _show(console: Console, trial: Trial) -> None:
     verdict = escape(trial.found) if trial.found else "nothing wrong"
     wonder = "" if trial.as_told else "   [bold]NOT AS TOLD[/bold]"
     console.print(f"{trial.bug}  {trial.kind:<5}  seed {trial.seed}  {verdict}{wonder}")
+
+
+def _show_where(console: Console, bug: Bug) -> None:
+    """From which of its seeds a bug shows that did not from the one that was asked for."""
+    from hmmnet.bugs import try_bug
+
+    with _unheard():
+        showing = [seed for seed in range(bug.seeds) if try_bug(bug, "buggy", seed).found]
+    if showing:
+        console.print(f"  the order of events decides whether it shows: it does with --seed {' or '.join(map(str, showing))}")
 
 
 def _write(data: Any) -> None:

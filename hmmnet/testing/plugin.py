@@ -123,9 +123,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if mistake:
         pytest.fail(f"{item.nodeid}: {mistake}", pytrace=False)
     if SEED not in metafunc.fixturenames:
-        if any(mark.name == "seeds" for mark in item.own_markers):
+        own = {mark.name for mark in item.own_markers}
+        if "seeds" in own:
             pytest.fail(
                 f"{item.nodeid}: seeds(...) on a test without a seed: ask for simulated_machine, simulate, machine or {SEED}", pytrace=False
+            )
+        if "faults" in own:
+            pytest.fail(
+                f"{item.nodeid}: faults(...) on a test without a machine: ask for simulated_machine, simulate or machine", pytrace=False
             )
         return
     if not seeds:

@@ -11,7 +11,7 @@ import json
 
 import pytest
 
-from hmmnet.bugs import BUGS, KINDS, Kind, Trial, try_bug
+from hmmnet.bugs import BUGS, KINDS, Bug, Kind, Trial, try_bug
 from hmmnet.cli import exit_code
 from hmmnet.devices.bugs import MODELS
 from hmmnet.devices.models import load_model
@@ -73,3 +73,28 @@ def test_a_bug_that_does_not_show_is_a_failure(capsys: pytest.CaptureFixture[str
     monkeypatch.setattr("hmmnet.bugs.try_bug", lambda bug, kind, seed: Trial(bug.name, kind, "", 0))
     assert exit_code(["bugs", "owner-not-compared"]) == 1
     assert "NOT AS TOLD" in capsys.readouterr().out
+
+
+def test_a_bug_that_a_seed_does_not_show_names_those_that_do(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the seeds that it is tried with; where no seed would, none is named."""
+
+    def tried(bug: Bug, kind: Kind, seed: int | None = None) -> Trial:
+        return Trial(bug.name, kind, "seen" if kind == "buggy" and seed in {2, 5} else "", seed or 0)
+
+    monkeypatch.setattr("hmmnet.bugs.try_bug", tried)
+    many = next(bug.name for bug in BUGS.values() if bug.seeds > 5)
+    assert exit_code(["bugs", many, "--seed", "0"]) == 1
+    assert "it does with --seed 2 or 5 " in " ".join(capsys.readouterr().out.split())
+    assert exit_code(["bugs", "owner-not-compared", "--seed", "0"]) == 1
+    assert "it does with" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"), [("--seed 3", "name one, or write --all"), ("--all owner-not-compared", "leave one of both out")]
+)
+def test_an_argument_that_would_be_passed_over_is_refused(arguments: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before anything is run."""
+    assert exit_code(["bugs", *arguments.split()]) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert words in told.err

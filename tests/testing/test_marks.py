@@ -136,9 +136,10 @@ def test_mistakes_are_one_line_each(pytester: pytest.Pytester) -> None:
         "faults": "faults(loss=7)",
         "seeds": 'seeds("20")',
         "useless": "seeds(20)",
+        "harmless": "faults(loss=0.5)",
         "strict": "strict_migrations(3)",
     }.items():
-        arguments = "" if name == "useless" else "simulated_machine"
+        arguments = "" if name in {"useless", "harmless"} else "simulated_machine"
         write(pytester, f"import pytest\n\n@pytest.mark.{marker}\ndef test_it({arguments}):\n    pass\n", f"test_{name}.py")
     parameter = """
     import pytest
@@ -149,13 +150,14 @@ def test_mistakes_are_one_line_each(pytester: pytest.Pytester) -> None:
     """
     write(pytester, parameter, "test_parameter.py")
     result = run(pytester, "--continue-on-collection-errors")
-    result.assert_outcomes(errors=6)
+    result.assert_outcomes(errors=7)
     lines = [line for line in result.outlines if line.startswith(("test_", "topology("))]
     wanted = [
         "test_faults.py::test_it: faults(loss=7): fault 1: probability: 7.0 is not between 0 and 1",
         "test_seeds.py::test_it: seeds('20'): a whole number, a range or a list of seeds is wanted, such as seeds(20)",
         "test_strict.py::test_it: strict_migrations(3): True or False is wanted, or nothing",
         "test_topology.py::test_it: topology('nvlnk-8'): *did you mean \"nvlink-8\"?*",
+        "test_harmless.py::test_it: faults(...) on a test without a machine: ask for *",
         "test_useless.py::test_it: seeds(...) on a test without a seed: ask for *",
         "topology('nvlnk-8'): *did you mean*",
     ]
