@@ -140,10 +140,11 @@ def run_campaign(
 
 @contextmanager
 def _results(seeds: list[int], each: Each, jobs: int, dask: str) -> Iterator[Iterable[Found]]:
+    jobs = min(jobs, len(seeds))
     if dask:
         with _over_dask(seeds, each, dask) as found:
             yield found
-    elif jobs == 1:
+    elif jobs <= 1:
         with rarely_collected():
             yield map(each, seeds)
     else:

@@ -211,7 +211,8 @@ def _do(work: Work) -> list[Tried]:
 @contextmanager
 def _results(work: list[Work], jobs: int) -> Iterator[Iterator[list[Tried]]]:
     """The runs of each piece of work, in order."""
-    if jobs == 1:
+    jobs = min(jobs, len(work))
+    if jobs <= 1:
         with rarely_collected():
             yield map(_do, work)
         return

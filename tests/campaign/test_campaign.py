@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager
 from functools import partial
 from multiprocessing import active_children, get_context
 from pathlib import Path
@@ -502,6 +506,57 @@ def test_an_interrupted_pool_is_gone_at_once() -> None:
     assert active_children() == [own]
     own.kill()
     own.join()
+
+
+STARTING = """
+import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from hmmnet.campaign import workers
+
+def begin():
+    print("starting\\n", end="", flush=True)
+    time.sleep(60)
+
+if __name__ == "__main__":
+    workers.ProcessPoolExecutor = partial(ProcessPoolExecutor, mp_context=get_context("METHOD"))
+    try:
+        with workers.workers(2, begin) as pool:
+            print(pool.submit(abs, -1).result())
+    except KeyboardInterrupt:
+        print("interrupted")
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_ctrl_c_while_workers_start_is_one(method: str, tmp_path: Path) -> None:
+    """A terminal sends it to them, too, and that a worker ends as it starts breaks a pool: they hear none, however they are started."""
+    script = tmp_path / "starting.py"
+    script.write_text(STARTING.replace("METHOD", method))
+    with subprocess.Popen(
+        [sys.executable, "-P", str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "starting\n"
+        os.killpg(process.pid, signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+    assert [line for line in output.splitlines() if line != "starting"] == ["interrupted"]
+    assert errors == ""
+
+
+def test_nobody_starts_more_workers_than_there_is_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes a second to start, and one would have nothing to do."""
+    started = []
+
+    def noted(jobs: int, initializer: Callable[[], None]) -> AbstractContextManager[ProcessPoolExecutor]:
+        started.append(jobs)
+        return workers(jobs, initializer)
+
+    monkeypatch.setattr("hmmnet.campaign.campaign.workers", noted)
+    assert run_campaign([0, 1], "none", 5, jobs=40).seeds == 2
+    assert run_campaign([3], "none", 5, jobs=40).seeds == 1
+    assert started == [2]
 
 
 def test_workers_of_a_killed_campaign_die_with_it() -> None:
