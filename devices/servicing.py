@@ -139,7 +139,7 @@ class FaultService:
                 # The host is gone or at fault, or the process is: whoever waits for these pages must not wait for ever.
                 fatal = dict.fromkeys(batch.pages.tolist(), error)
             self._count(batch, fatal, self._now() - began_s)
-            if points.armed and points.fails("device.replay_lost"):
+            if points.armed and self._fails("device.replay_lost", batch.pages):
                 await sleep(REPLAY_LOST_S)
                 self.buffer.again(batch)
                 continue
@@ -147,12 +147,17 @@ class FaultService:
 
     async def _faulty(self, batch: Batch) -> dict[int, HmmnetError]:
         """What faults of the fault path itself do to a batch that was serviced; pages that cannot be had by it."""
-        points, page = self._context.points, int(batch.pages[0])
-        if points.fails("device.duplicate", start=page, pages=1):
+        points, first, page = self._context.points, batch.pages[:1], int(batch.pages[0])
+        if self._fails("device.duplicate", first):
             await self._service(batch)
-        if points.fails("device.unserviceable", start=page, pages=1):
+        if self._fails("device.unserviceable", first):
             return {page: KernelError(EFAULT, "fault", f"page 0x{page:x}: {points.why('device.unserviceable')}")}
         return {}
+
+    def _fails(self, name: str, pages: Words) -> bool:
+        """A choice that concerns sorted `pages`."""
+        start, process = int(pages[0]), self._context.process.number
+        return self._context.points.fails(name, process=process, start=start, pages=int(pages[-1]) + 1 - start)
 
     def _count(self, batch: Batch, fatal: dict[int, HmmnetError], seconds: float) -> None:
         self.counts.groups += 1

@@ -107,7 +107,7 @@ def _split_fails(space: AddressSpace, found: Large) -> bool:
     if not where:
         return False
     pages = where[0][1]
-    return space.points.fails("migrate.split", start=int(pages[0]), pages=len(pages))
+    return space.points.fails("migrate.split", process=space.number, start=int(pages[0]), pages=len(pages))
 
 
 async def clear_wherever(

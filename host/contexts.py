@@ -37,6 +37,14 @@ class Contexts:
         """The devices that are there, in the order of the topology."""
         return [device.life.link for device in self._devices.values() if device.life is not None]
 
+    def process_of(self, number: int) -> int:
+        """The process of the context with that number; 0 when there is none."""
+        for device in self._devices.values():
+            context = None if device.life is None else device.life.contexts.get(number)
+            if context is not None:
+                return context.space.number
+        return 0
+
     def device(self, name: str, call: str = "open") -> Device:
         """A device of the topology. Raises KernelError(ENOENT), in the name of `call`."""
         device = self._devices.get(name)

@@ -83,6 +83,11 @@ class Invalidation:
         hub = self._hub
         await hub.points.at(name, process=hub.process, start=self.start, pages=self.end - self.start, event=self.event.value)
 
+    def _fails(self, name: str, device: str) -> bool:
+        """A choice that concerns `device`."""
+        hub, pages = self._hub, self.end - self.start
+        return hub.points.fails(name, device=device, process=hub.process, start=self.start, pages=pages, event=self.event.value)
+
     def _tell(self, found: list[Subscription], sequence: int) -> list[tuple[Subscription, Acknowledgement]]:
         """The first pass: set each subscription's sequence and start the device's work."""
         started: list[tuple[Subscription, Acknowledgement]] = []
@@ -90,7 +95,8 @@ class Invalidation:
         filters = self.event is Event.MIGRATE
         for subscription in found:
             link = subscription.link
-            if filters and subscription.own and link.zone == self.owner and not (points.armed and points.fails("hub.wrong_owner")):
+            its_own = filters and subscription.own and link.zone == self.owner
+            if its_own and not (points.armed and self._fails("hub.wrong_owner", link.name)):
                 continue
             start, end = self.start, self.end
             subscription.sequence = sequence
@@ -98,7 +104,7 @@ class Invalidation:
                 self._hub.too_late(subscription, f"was told of pages [0x{start:x}, 0x{end:x}) after its removal had returned")
             if not subscription.concerns(start, end):
                 continue
-            if points.armed and points.fails("hub.wide", device=link.name, start=start, pages=end - start, event=self.event.value):
+            if points.armed and self._fails("hub.wide", link.name):
                 start, end = max(0, start - WIDE_PAGES), min(PAGES_MAX, end + WIDE_PAGES)
             acknowledgement = link.invalidate_start(subscription.context, subscription.number, start, end, self.event, self.owner, sequence)
             if acknowledgement is not None:

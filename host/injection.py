@@ -24,7 +24,7 @@ from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.faults.carry import AtWork, Carrier, Undo
 from hmmnet.faults.catalogue import as_given
 from hmmnet.faults.controls import Chance, Tally
-from hmmnet.faults.effects import HostEffect, LinkEffect, NodeEffect
+from hmmnet.faults.effects import HostEffect, LinkEffect, NodeEffect, told_at
 from hmmnet.faults.injector import HOST, Injector, PointFault
 from hmmnet.faults.kinds import Fault
 from hmmnet.faults.messages import MessageFault
@@ -260,13 +260,15 @@ class Injection:
         if not effect.point:
             at(Where("", "host", process=effect.process, start=effect.start >> PAGE_SHIFT, pages=pages_of(effect)))
             return _nothing
+        told = told_at(effect.point, "call")  # where nobody is named, it is done whoever is there
+        start, end = (effect.start, effect.end) if "range" in told else (0, 0)
         point = PointFault(
             effect.point,
             "call",
             effect.device,
-            effect.process,
-            effect.start,
-            effect.end,
+            effect.process if "process" in told else 0,
+            start,
+            end,
             str(effect.settings.get("event", "")),
             effect.controls,
             call=at,

@@ -126,6 +126,7 @@ class Host:
         """Where to hear what happens."""
         self.contexts = Contexts(self.devices, self.hubs, self.interconnect.profile)
         self._table.serve(self.homing, self.contexts)
+        self.network.process_of = self.contexts.process_of
         beside = partial(self.interconnect.attach_beside, place=topology.nodes[0].name)
         self.kernel = self.personality.kernel(self.memory, self.spaces, beside, self.interconnect.detach)
         """What a v25 kernel exports to drivers in the host; None today."""

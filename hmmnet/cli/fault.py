@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .toxics import Sights
 
 ON_HELP = 'The machine; not needed when only one runs, or for "default".'
+NARROWED: tuple[Literal["process", "range"], ...] = ("process", "range")
 CHOICES_LISTED = 24
 """Of more names that a parameter may have, the catalogue says how many there are."""
 app = typer.Typer(
@@ -55,7 +56,7 @@ def kinds(
             print(f"\n{kind.family}" if family else kind.family)
             family = kind.family
         _describe(kind)
-    print("\nevery kind")
+    print("\nevery kind; process and range where nothing else is said of them")
     for parameter in TARGETS.values():
         _parameter(parameter)
     print("\ncontrols, of every kind that says nothing else of them")
@@ -87,11 +88,23 @@ def _describe(kind: Kind) -> None:
     if kind.controlled != "always":
         few = "none" if kind.controlled == "never" else "only with a point; without one"
         print(hang(f"    {'controls':<22}", f"{few}{':' if kind.controlled == 'never' else ''} {kind.why_uncontrolled}"))
+    _narrowing(kind)
     if kind.holds:
         print(hang(f"    {'afterwards':<22}", kind.holds))
     for world in WORLDS:
         if world in kind.not_in:
             print(hang(f"    {'not in ' + world:<22}", kind.not_in[world]))
+
+
+def _narrowing(kind: Kind) -> None:
+    """Whether process and range are anything to it, where they are not always."""
+    said: dict[str, list[str]] = {}
+    for name in NARROWED:
+        only = kind.narrowed_with(name)
+        if kind.narrowed_by(name) != "always":
+            said.setdefault(f"only with {only}" if only else f"none: {kind.why_wide(name)}", []).append(name)
+    for what, names in said.items():
+        print(hang(f"    {', '.join(names):<22}", what))
 
 
 def _parameter(parameter: Parameter) -> None:
@@ -121,7 +134,8 @@ def points(as_json: AsJson = False) -> int:
     if as_json:
         return _write([point.as_json() for point in POINTS.values()])
     for point in POINTS.values():
-        print(hang(f"{point.name:<26}{point.side:<8}", f"{point.what} ({', '.join(point.actions)})"))
+        told = f"; tells {', '.join(point.tells)}" if point.tells else ""
+        print(hang(f"{point.name:<26}{point.side:<8}", f"{point.what} ({', '.join(point.actions)}){told}"))
     return 0
 
 

@@ -21,6 +21,7 @@ from .effects import does_nothing
 from .injector import Unfit
 from .kinds import Fault, Kind, Parameter
 from .messages import HOST, Way, is_way
+from .points import NARROWING
 
 Mistake: TypeAlias = tuple[str, str]
 """A field, or nothing when it is the whole, and what is wrong with it."""
@@ -41,7 +42,7 @@ CONTROLS: dict[str, Parameter] = {
 """The kernel's controls (see `Controls`), which every kind has that happens now and then (`Kind.controlled`)."""
 TARGETS: dict[str, Parameter] = {
     "on": Parameter("on", "text", "devices, messages, links or nodes, by pattern", ""),
-    "process": Parameter("process", "count", "only this process (0: any)", 0),
+    "process": Parameter("process", "count", "only this process (0: any), where it is told whose", 0),
     "range": Parameter("range", "text", "only these addresses, such as 0x7f0000000000+64KiB", ""),
     "after": Parameter("after", "time", "begins so long after it was added (emulated)", 0.0),
     "lasts": Parameter("lasts", "time", "ends so long after it began (0: when it is removed)", 0.0),
@@ -95,11 +96,24 @@ def checked(kind: str, given: Mapping[str, Any]) -> tuple[Fault | None, list[Mis
     if mistakes:
         return None, mistakes
     try:
-        return _made(found, read), []
+        made = _made(found, read)
     except Unfit as error:
         return None, [(error.parameter if found.parameter(error.parameter) else "", str(error))]
     except HmmnetError as error:
         return None, [("", str(error))]
+    wide = _not_narrowed(made, given)
+    return (None, wide) if wide else (made, [])
+
+
+def _not_narrowed(made: Fault, given: Mapping[str, Any]) -> list[Mistake]:
+    """Processes, addresses and events to which it cannot be narrowed."""
+    found: list[Mistake] = []
+    for name in NARROWING:
+        why = made.not_narrowed_by(name) if given.get(name) else ""
+        if why:
+            only = made.kind.narrowed_with(name)
+            found.append((name, f"{why}; leave it out{f', or give {only}' if only else ''}"))
+    return found
 
 
 def _uncontrolled(kind: Kind, read: Mapping[str, Any], *, at_point: bool) -> list[Mistake]:

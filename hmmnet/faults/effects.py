@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, TypeAlias
 
 from .controls import Controls
 from .injector import PointFault
-from .messages import MessageFault
-from .points import matching
+from .messages import TELLING, MessageFault
+from .points import NARROWING, Narrowing, matching
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class LinkEffect:
 class HostEffect:
     """The host does `deed`, at each occurrence of `point` that `controls` choose (empty: at once), to who is concerned there.
 
-    `process` (0: whoever reaches the point) and addresses [`start`, `end`) (empty: what is concerned there) narrow it, as in `PointFault`.
+    `process` (0: whoever reaches the point) and addresses [`start`, `end`) (empty: what is concerned there) narrow it, as in `PointFault`;
+    at a point that tells no process (or no addresses: `told_at`) they are whose deed it is, and what it is done to, whoever is there.
     Raises HmmnetError when no point is called so.
     """
 
@@ -75,6 +77,41 @@ class NodeEffect:
 
 
 Effect: TypeAlias = PointFault | MessageFault | LinkEffect | HostEffect | DeviceEffect | NodeEffect
+
+
+AT_ADDRESSES = frozenset({"fork", "mprotect", "mremap", "munmap", "madvise", "poison"})
+"""What the host does to addresses, or about them: any of its deeds is that of a process."""
+NOT_OF_PROCESSES = frozenset({"corrected"})
+
+
+def narrowed_by(effect: Effect) -> frozenset[Narrowing]:
+    """What narrows it: only some processes', only at some addresses, only for one event of the notifier."""
+    if isinstance(effect, PointFault):
+        return told_at(effect.point, effect.action)
+    if isinstance(effect, MessageFault):
+        return frozenset({"process", "range"}) if effect.message == TELLING else frozenset()
+    if not isinstance(effect, HostEffect) or effect.deed in NOT_OF_PROCESSES:
+        return frozenset()
+    its_own: set[Narrowing] = {"process", "range"} if effect.deed in AT_ADDRESSES else {"process"}
+    return frozenset(its_own) | (told_at(effect.point, "call") if effect.point else frozenset())
+
+
+@cache
+def told_at(pattern: str, action: str) -> frozenset[Narrowing]:
+    """What is told, of what is concerned, at some of the points that are meant."""
+    told = {one for point in matching(pattern) if action in point.actions for one in point.tells}
+    return frozenset(one for one in NARROWING if one in told)
+
+
+def why_not_narrowed(effect: Effect) -> str:
+    """Why something does not narrow it, which it could be told."""
+    if isinstance(effect, PointFault) or (isinstance(effect, HostEffect) and effect.point):
+        return f'"{effect.point}" does not tell it'
+    if isinstance(effect, MessageFault):
+        return f"messages do not tell it, but for {TELLING}"
+    if isinstance(effect, HostEffect):
+        return "it is done at once, to the whole"
+    return f"it happens to a whole {'link' if isinstance(effect, LinkEffect) else 'device or node'}"
 
 
 def has_occurrences(effect: Effect) -> bool:

@@ -7,7 +7,8 @@ The families of the catalogue (a file each: `allocation`, `copying`, `memory_err
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -17,8 +18,9 @@ from hmmnet.topology.problems import did_you_mean
 from hmmnet.units import parse_size, parse_time, show_size, show_time
 
 from .controls import Controls
-from .effects import Effect, has_occurrences
-from .points import matching
+from .effects import Effect, has_occurrences, narrowed_by, why_not_narrowed
+from .messages import TELLING
+from .points import POINTS, Narrowing, matching
 
 Form = Literal["time", "number", "count", "size", "choice", "text", "flag", "point"]
 World = Literal["sim", "real"]
@@ -27,6 +29,8 @@ On = Literal["device", "way", "link", "node", "nothing"]
 """What `Fault.on` names: devices, messages of devices in a direction, links, nodes (devices or ``host``), or nothing at all."""
 Controlled = Literal["always", "with point", "never"]
 """Whether a kind takes `Controls`: it happens now and then, does so at a point that is given, or is done at once or lasts."""
+Narrowed = Literal["always", "some", "never"]
+"""Whether a kind can be narrowed to some processes or addresses: however it is made, or with some of its parameters only."""
 EXAMPLE_POINT = "migrate.mid_copy"
 """One at which everything can happen that kinds do at a point of one's choice."""
 CHOICES_SHOWN = 5
@@ -167,11 +171,38 @@ class Kind:
 
     def _occurs(self, point: str) -> bool:
         """Whether one with every parameter at its default, and at `point`, happens now and then."""
+        return any(map(has_occurrences, self._with({"point": point} if point else {}).effects))
+
+    def _with(self, given: Mapping[str, Any]) -> Fault:
+        """One with `given`, and every other parameter at its default."""
         needed = {"point": EXAMPLE_POINT}
         settings = {one.name: needed.get(one.name, "*") if one.default is None else one.default for one in self.parameters}
-        settings |= {"point": point} if point else {}
-        one = Fault(self, "*<->host" if self.on == "way" else "*", settings=settings)
-        return any(map(has_occurrences, one.effects))
+        return Fault(self, "*<->host" if self.on == "way" else "*", settings={**settings, **given})
+
+    def narrowed_by(self, name: Narrowing) -> Narrowed:
+        """Whether `name` narrows it, as its effects say (`effects.narrowed_by`)."""
+        answers = {not one.not_narrowed_by(name) for one in self._variants()}
+        return "some" if len(answers) == 2 else "always" if answers == {True} else "never"
+
+    def _variants(self) -> Iterator[Fault]:
+        """One of each sort that may be narrowed by something else than the others."""
+        point, message = self.parameter("point"), self.parameter("message")
+        at = [] if point is None else [{"point": name} for name in ([""] if point.default == "" else []) + list(POINTS)]
+        for given in at or [{}] + ([{"message": TELLING}] if message else []):
+            one = self._with(given)
+            with suppress(HmmnetError):  # not at that point
+                one.effects  # noqa: B018 - where it shows
+                yield one
+
+    def why_wide(self, name: Narrowing) -> str:
+        """Why `name` does not narrow it by itself; empty when it does."""
+        return next((why for one in self._variants() if (why := one.not_narrowed_by(name))), "")
+
+    def narrowed_with(self, name: Narrowing) -> str:
+        """With what `name` narrows it, where not with everything."""
+        if self.narrowed_by(name) != "some":
+            return ""
+        return f"message={TELLING}" if self.parameter("message") else "a point that tells it (`hmmnet fault points`)"
 
     @property
     def nowhere(self) -> str:
@@ -200,6 +231,7 @@ class Kind:
             "holds": self.holds,
             "once": self.once,
             "controls": self.controlled,
+            "narrowed_by": {name: self.narrowed_by(name) for name in ("process", "range")},
             "not_in": dict(self.not_in),
         }
 
@@ -240,6 +272,12 @@ class Fault:
     def effects(self) -> Sequence[Effect]:
         """What it comes down to."""
         return self.kind.makes(self)
+
+    def not_narrowed_by(self, name: Narrowing) -> str:
+        """Why `name` (a process, addresses, an event) means nothing to it; empty when it does."""
+        if self.kind.nowhere:
+            return "it can be done in no world"
+        return next((why_not_narrowed(one) for one in self.effects if name not in narrowed_by(one)), "")
 
     def __str__(self) -> str:
         given = [f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in self.settings.items() if value]

@@ -7,12 +7,13 @@ these may lose data or hang; too much of them for too long costs the device its 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from random import Random
 from typing import Literal
 
 from hmmnet.errors import WrongUse
+from hmmnet.pages import PAGE_SHIFT
 
 from .controls import Controls
 
@@ -73,6 +74,7 @@ class MessageFault:
 
     `message`, if it is not empty, is the type of the control messages that are meant, or of frames without one (``BEAT``, ``BYE`` ...).
     `shape` is of ``corrupt``: one ``bit``, a ``burst`` of bytes, or halves that ``swap`` places.
+    `process` (0: any) and addresses [`start`, `end`) (empty: any) are of ``Invalidate``, the one message that tells them.
     """
 
     kind: str
@@ -82,6 +84,9 @@ class MessageFault:
     jitter_s: float = 0.0
     message: str = ""
     shape: str = "bit"
+    process: int = 0
+    start: int = 0
+    end: int = 0
 
     def __post_init__(self) -> None:
         if self.kind not in FAULTS:
@@ -92,10 +97,26 @@ class MessageFault:
             raise WrongUse(f'data are not damaged in the shape "{self.shape}"; there are {", ".join(SHAPES)}')
         if self.message and self.way.channel == "bulk":
             raise WrongUse("chunks on the bulk channel have no message types")
+        if self.narrowed and self.message != TELLING:
+            raise WrongUse(f"of messages only {TELLING} tells a process and addresses")
         if self.kind == "corrupt" and self.way.channel != "bulk":
             raise WrongUse(
                 '"corrupt" is for the bulk channel, where chunks have checksums; control messages travel over checked transports'
             )
+
+    def narrowed_as(self, process: int, start: int, end: int) -> MessageFault:
+        """The same for those only, if its messages tell them; else itself."""
+        return replace(self, process=process, start=start, end=end) if self.message == TELLING else self
+
+    @property
+    def narrowed(self) -> bool:
+        """Whether it concerns only some of the messages of its type."""
+        return bool(self.process or self.end > self.start)
+
+    def touches(self, process: int, start: int, end: int) -> bool:
+        """Whether pages [`start`, `end`) of `process` are meant."""
+        here = self.end <= self.start or (start << PAGE_SHIFT < self.end and self.start < end << PAGE_SHIFT)
+        return here and self.process in (0, process)
 
     def apply(self, deliveries: list[Delivery], random: Random) -> list[Delivery]:
         """What becomes of one message, or of what other faults have made of it."""
@@ -116,6 +137,8 @@ class MessageFault:
 
 LATE_S = 0.001
 """Where nothing is said of how late."""
+TELLING = "Invalidate"
+"""The type of the messages that tell whose memory they concern, and which; chunks are of frames, and answers tell nothing."""
 FAULTS = {
     "loss": "the message is gone",
     "delay": "it arrives later, and everything behind it too",

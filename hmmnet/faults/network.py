@@ -21,18 +21,24 @@ from hmmnet.errors import ProtocolError
 from hmmnet.sleeping import Bell
 from hmmnet.units import counted
 from hmmnet.wire.codec import WITH_BODY, decode_body, decode_header
-from hmmnet.wire.messages import Body
+from hmmnet.wire.messages import Body, Invalidate
 
 from .controls import Chance, Tally
 from .messages import Channel, Delivery, MessageFault, Parts
 
 Deliver = Callable[[Parts], object]
+ProcessOf = Callable[[int], int]
+"""The process whose context has that number; 0 when there is none."""
 BULK_WAYS = ("bulk to host", "bulk to device")
 """What `Network.watch` is told of chunks and their acknowledgements."""
 BODIES = frozenset(body.__name__ for body in get_args(Body))
 """Types of messages: each stands in it by name."""
 WIRES_MAX = 4096
 """Ways of messages that are remembered: those of many more devices than a machine may have."""
+
+
+def _nobody(_: int) -> int:
+    return 0
 
 
 @dataclass(eq=False)
@@ -50,10 +56,17 @@ class Active:
     def __post_init__(self) -> None:
         self.tag = self.fault.message.encode() if self.fault.message in BODIES else b""
 
-    def concerns(self, channel: Channel, parts: Parts) -> bool:
+    def concerns(self, channel: Channel, parts: Parts, process_of: ProcessOf) -> bool:
         """Whether it may happen to that message, which goes its way."""
         wanted = self.fault.message
-        return not wanted or (self.tag in parts[-1] and wanted == type_of(parts, channel))
+        if wanted and not (self.tag in parts[-1] and wanted == type_of(parts, channel)):
+            return False
+        return not self.fault.narrowed or self._touches(parts, process_of)
+
+    def _touches(self, parts: Parts, process_of: ProcessOf) -> bool:
+        told = decode_body(parts[-1])
+        assert isinstance(told, Invalidate), "no other message can be narrowed"
+        return self.fault.touches(process_of(told.context), told.start, told.end)
 
     def end(self) -> None:
         """It is over."""
@@ -121,6 +134,8 @@ class Network:
     fired: Counter[str] = field(default_factory=Counter)
     on_fired: Callable[[MessageFault, str, Channel], None] | None = None
     """Told of each fault that happens to a message: to a message of which device, on which channel."""
+    process_of: ProcessOf = _nobody
+    """Whose contexts are: a host's."""
 
     def __post_init__(self) -> None:
         self._numbers = itertools.count(1)
@@ -226,7 +241,7 @@ class Network:
         if wire.quiet_until_s or wire.device in self._held:
             deliveries = [(self._quiet_s(wire), parts)]
         for active in matching:
-            if active.concerns(wire.channel, parts) and active.chance.fires(sum(map(len, parts))):
+            if active.concerns(wire.channel, parts, self.process_of) and active.chance.fires(sum(map(len, parts))):
                 deliveries = self._happens(active, wire, parts, deliver, [(0.0, parts)] if deliveries is None else deliveries)
         if deliveries is None:  # as mostly
             deliver(parts)

@@ -16,7 +16,8 @@ def _message(kind: str, message: str, *, to_device: bool) -> Any:
     def makes(fault: Fault) -> list[MessageFault]:
         way = Way(fault.on, to_device, not to_device, "control")
         latency, jitter = fault.settings.get("latency", 0.0), fault.settings.get("jitter", 0.0)
-        return [MessageFault(kind, way, fault.controls, latency, jitter, message=message)]
+        made = MessageFault(kind, way, fault.controls, latency, jitter, message=message)
+        return [made.narrowed_as(fault.process, fault.start, fault.end)]
 
     return makes
 

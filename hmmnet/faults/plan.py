@@ -181,7 +181,7 @@ def named(one: AnyFault) -> Fault:
     given: dict[str, Any] = _controls(one.controls)
     if isinstance(one, MessageFault):
         given |= {"on": one.way.text, "channel": one.way.channel, "latency": one.late_s, "jitter": one.jitter_s}
-        given |= {"message": one.message, "shape": one.shape}
+        given |= {"message": one.message, "shape": one.shape} | _narrowing(one)
         kind = kind_named(one.kind)
     else:
         if one.call is not None:
@@ -194,11 +194,15 @@ def named(one: AnyFault) -> Fault:
             "latency": one.delay_s,
             "jitter": one.jitter_s,
         }
-        given |= {"process": one.process} if one.process else {}
-        given |= {"range": f"0x{one.start:x}+{one.end - one.start}"} if one.end > one.start else {}
+        given |= _narrowing(one)
         kind = kind_named(f"point.{one.action}")
     fitting = {*CONTROLS, "on", "process", "range", *(parameter.name for parameter in kind.parameters)}
     return make_fault(kind.name, **{name: value for name, value in given.items() if name in fitting})
+
+
+def _narrowing(one: MessageFault | PointFault) -> dict[str, Any]:
+    process = {"process": one.process} if one.process else {}
+    return process | ({"range": f"0x{one.start:x}+{one.end - one.start}"} if one.end > one.start else {})
 
 
 def _controls(controls: Controls) -> dict[str, Any]:

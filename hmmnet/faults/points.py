@@ -24,6 +24,9 @@ _WAITS_FAILS: tuple[Action, ...] = (*_WAITS, "fail")
 _DECIDES: tuple[Action, ...] = ("fail", "call")
 HOSTS_OWN = ("hub.", "process.", "session.bye")
 """How the names of points begin that concern no device: who crashes or hangs there has to be said."""
+Narrowing = Literal["process", "range", "event"]
+"""By what a fault may be narrowed to some of what happens: whose it is, at which addresses, of which event of the notifier."""
+NARROWING: tuple[Narrowing, ...] = ("process", "range", "event")
 COPY_ENGINE = -1
 """In place of an errno: the copy engine, or the link, gives up in the middle of a transfer."""
 
@@ -82,9 +85,15 @@ class Point:
         """Whether a task can be held up there."""
         return "pause" in self.actions
 
+    @property
+    def tells(self) -> tuple[Narrowing, ...]:
+        """What is said there of what is concerned, beside the device."""
+        untold = _UNTOLD.get(self.name, _UNTOLD.get(f"{self.name.partition('.')[0]}.*", ()))
+        return tuple(one for one in NARROWING if one not in untold and (one != "event" or self.name in _OF_EVENTS))
+
     def as_json(self) -> dict[str, Any]:
         """Plain data: all that `hmmnet fault points` says of it."""
-        return {"name": self.name, "side": self.side, "what": self.what, "actions": list(self.actions)}
+        return {"name": self.name, "side": self.side, "what": self.what, "actions": list(self.actions), "tells": list(self.tells)}
 
     def error(self, where: Where) -> HmmnetError:
         """What ``fail`` raises."""
@@ -206,6 +215,22 @@ _ALL = [
         ("device.welcome", "the device finds that it cannot be what the host's welcome wants"),
     ),
 ]
+_NEITHER: tuple[Narrowing, ...] = ("process", "range")
+_UNTOLD: dict[str, tuple[Narrowing, ...]] = {
+    **dict.fromkeys(("session.*", "evict.*", "host.*", "memcg.*"), _NEITHER),
+    **dict.fromkeys(("migrate.mid_copy", "migrate.before_finalize", "home.evict"), _NEITHER),
+    **dict.fromkeys(("device.hello", "device.welcome", "device.copy_in", "device.copy_out", "device.mid_copy"), _NEITHER),
+    **dict.fromkeys(("device.bad_copy", "device.alloc.large"), _NEITHER),
+    **dict.fromkeys(("process.fork", "process.exit", "device.job_start", "device.job_step", "device.job_end"), ("range",)),
+}
+"""By point, or ``part.*``: which of process and range is not known there. Data that are copied are frames, whosever pages they are."""
+_OF_EVENTS = frozenset(
+    {
+        *("hub.before_callbacks", "hub.after_callbacks", "hub.after_acks", "hub.before_range_end"),
+        *("hub.wrong_owner", "hub.wide", "device.before_ack"),
+    }
+)
+"""Points that an event of the notifier reaches."""
 POINTS: dict[str, Point] = {point.name: point for point in _ALL}
 """Every point by name."""
 

@@ -25,17 +25,16 @@ def _message(kind: str) -> Any:
     def makes(fault: Fault) -> list[MessageFault]:
         settings = fault.settings
         way = Way.parse(fault.on, settings.get("channel", "any"))
-        return [
-            MessageFault(
-                kind,
-                way,
-                fault.controls,
-                settings.get("latency", 0.0),
-                settings.get("jitter", 0.0),
-                message=settings.get("message", ""),
-                shape=settings.get("shape", "bit"),
-            )
-        ]
+        made = MessageFault(
+            kind,
+            way,
+            fault.controls,
+            settings.get("latency", 0.0),
+            settings.get("jitter", 0.0),
+            message=settings.get("message", ""),
+            shape=settings.get("shape", "bit"),
+        )
+        return [made.narrowed_as(fault.process, fault.start, fault.end)]
 
     return makes
 

@@ -522,6 +522,7 @@ async def simulated(
         async with trio.open_nursery() as nursery:
             async with host.running():
                 network = Network(Random(seed), None if trace is None else trace.add)  # noqa: S311 - chance, not secrecy
+                network.process_of = host.network.process_of
                 if trace is not None:
                     injector.on_fired = trace.fired
                 nursery.start_soon(network.run)

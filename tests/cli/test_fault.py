@@ -90,6 +90,27 @@ def test_kinds_say_which_take_controls(capsys: pytest.CaptureFixture[str]) -> No
     assert {one["name"]: one["controls"] for one in every} == dict(zip(chosen, ["always", "never", "with point", "never"], strict=True))
 
 
+def test_kinds_say_which_can_be_narrowed(capsys: pytest.CaptureFixture[str]) -> None:
+    """To processes and addresses: for people where not always, and why; for programs of each."""
+    chosen = ["loss", "link.slow", "process.exit", "invalidate.late"]
+    lines = [
+        line.split(maxsplit=1) for line in told(["kinds", *chosen], capsys).splitlines() if line.startswith(("    process", "    range"))
+    ]
+    assert lines[:3] == [
+        ["process,", "range        only with message=Invalidate"],
+        ["process,", "range        none: it happens to a whole link"],
+        ["range", "only with a point that tells it (`hmmnet fault points`)"],
+    ]
+    every: list[dict[str, Any]] = json.loads(told(["kinds", *chosen, "--json"], capsys))
+    assert {one["name"]: list(one["narrowed_by"].values()) for one in every} == {
+        "loss": ["some", "some"],
+        "link.slow": ["never", "never"],
+        "process.exit": ["always", "some"],
+        "invalidate.late": ["always", "always"],
+    }
+    assert "; tells process, range, event" in told(["points"], capsys)
+
+
 def test_a_kind_that_there_is_not(capsys: pytest.CaptureFixture[str]) -> None:
     """Every wrong word, with what was meant; nothing is listed."""
     assert exit_code(["fault", "kinds", "crsh", "loss", "copyengine"]) == 2

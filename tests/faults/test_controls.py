@@ -113,8 +113,11 @@ def test_a_kind_says_whether_it_takes_controls(kind: Kind) -> None:
     """As making one has it: without a point where it may do without, and with one."""
     given = {one.name: "migrate.mid_copy" if one.form == "point" else "gpu1" for one in kind.parameters if one.default is None}
 
+    if kind.needs_range:
+        given["range"] = "0x10000+4KiB"
+
     def takes(**more: str) -> bool:
-        return checked(kind.name, {"range": "0x10000+4KiB", "nth": 2, **given, **more})[0] is not None
+        return checked(kind.name, {"nth": 2, **given, **more})[0] is not None
 
     may_have_point = kind.parameter("point") is not None
     taken = {"always": (True, True), "with point": (False, True), "never": (False, False)}[kind.controlled]
