@@ -1,0 +1,91 @@
+"""A stream takes what its links give at the rate of each stretch, whichever end the arbiter is at."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import trio
+import trio.testing
+
+from hmmnet.fabric.clock import EmulatedClock
+from hmmnet.fabric.dma import BulkReceiver, BulkSender, BytesSink, BytesSource, Pace
+from hmmnet.fabric.pace import Schedule
+from tests.fabric.faulty import faulty_pair
+from tests.fabric.test_dma import MIB, pattern
+
+
+def _taken_s(changes: list[tuple[float, float]], nbytes: int, *, near: bool, loses: bool = False) -> tuple[float, int]:
+    """How long `nbytes` take whose links have that rate after so many seconds; and how many messages came back.
+
+    The arbiter is at the sender's end (`near`), or at the receiver's. It `loses` what the receiver says while the rate changes.
+    """
+
+    async def main() -> tuple[float, int]:
+        there, here = faulty_pair(1)
+        clock = EmulatedClock(1.0, trio.current_time)
+        sender, receiver = BulkSender(there, clock), BulkReceiver(here, clock)
+        flow = Schedule(0.0, changes[0][1], 0.25)
+        pacer = flow if near else Pace(0.0, changes[0][1], 0.25)
+        async with trio.open_nursery() as nursery:
+
+            async def change() -> None:
+                for at_s, rate in changes:
+                    await trio.sleep_until(at_s)
+                    here.loss = float(loses)
+                    flow.change_rate(rate, clock.now())
+                    here.loss = 0.0
+                if loses:
+                    await trio.sleep(10)
+                    receiver.tell_rate(arrival)
+
+            nursery.start_soon(sender.run)
+            nursery.start_soon(receiver.run)
+            nursery.start_soon(change)
+            arrival = receiver.expect(2, BytesSink(np.zeros(nbytes, dtype=np.uint8)), None if near else flow)
+            report = await sender.send(2, BytesSource(pattern(nbytes)), pacer)
+            if near:
+                assert report.emulated_s == pytest.approx(clock.now(), abs=2e-3)
+            else:
+                await arrival.wait()
+            nursery.cancel_scope.cancel()
+        return clock.now(), here.sent
+
+    return trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+@pytest.mark.parametrize("near", [True, False])
+@pytest.mark.parametrize(
+    ("changes", "takes_s"),
+    [
+        ([(0.0, 100.0), (1.0, 100e6)], 1.0 + (5 * MIB - 100) / 100e6),
+        ([(0.0, 1e6), (1.0, 10.0), (21.0, 1e6)], 20.0 + 5 * MIB / 1e6 - 200e-6),
+        ([(0.0, 1e6), (1.3, 100e6), (1.31, 1e6)], 1.31 + (5 * MIB - 2.3e6) / 1e6),
+        ([(0.0, 1e6), (0.5, 0.5e6), (1.5, 0.25e6)], 1.5 + (5 * MIB - 1e6) / 0.25e6),
+    ],
+    ids=["very slow first", "very slow between", "fast for a moment", "ever slower"],
+)
+def test_a_stream_takes_what_its_links_give_at_the_rate_of_each_stretch(
+    changes: list[tuple[float, float]], takes_s: float, near: bool
+) -> None:
+    """A chunk that waits for its moment, and one that has left, by then."""
+    taken_s, _ = _taken_s(changes, 5 * MIB, near=near)
+    assert taken_s == pytest.approx(takes_s + 0.25, abs=2e-3)
+
+
+def test_a_single_chunk_is_there_when_its_links_have_carried_it() -> None:
+    """It has left long ago, at either end."""
+    for near in (True, False):
+        assert _taken_s([(0.0, 100.0), (1.0, 100e6)], MIB, near=near)[0] == pytest.approx(1.25 + MIB / 100e6, abs=2e-3)
+
+
+def test_a_sender_is_told_again_how_fast_it_may_send() -> None:
+    """What it was told was lost: until whoever looks after it asks for that."""
+    taken_s, _ = _taken_s([(0.0, 100.0), (1.0, 100e6)], 5 * MIB, near=False, loses=True)
+    assert taken_s == pytest.approx(11.0 + 4 * MIB / 100e6 + 0.25, abs=2e-2)
+
+
+def test_rates_that_matter_little_ride_on_credits_only() -> None:
+    """Chunks that follow each other soon are credited soon; one message more for those that do not, when the rate rises."""
+    assert _taken_s([(0.0, 100e6), (0.001, 200e6), (0.002, 400e6)], 8 * MIB, near=False)[1] == 2
+    assert _taken_s([(0.0, 1e6), (0.5, 0.5e6), (1.0, 0.4e6)], 8 * MIB, near=False)[1] == 2
+    assert _taken_s([(0.0, 1e6), (0.5, 2e6)], 8 * MIB, near=False)[1] == 3
