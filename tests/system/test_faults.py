@@ -362,7 +362,8 @@ async def test_a_device_and_a_process_are_taken_out_by_command() -> None:
         await large.write(address, values)
         assert await large.migrate(address, COUNT * 8, "gpu0") == COUNT * 8
         assert await command("fault", "unplug", "gpu0", "-m", machine.name) == "gpu0 is unplugged\n"
-        assert "is not there: it was lost: it was unplugged" in await command("fault", "unplug", "gpu0", "-m", machine.name)
+        again = await command("fault", "unplug", "gpu0", "-m", machine.name)
+        assert "gpu0 does not run: it was unplugged; `hmmnet fault bounce gpu0` starts it again" in again
         assert (await large.read_array(address, "<u8", COUNT) == values).all()
         assert (await machine.report())["devices"]["gpu0"]["pages_used"] == 0
         with trio.fail_after(BOUND_S):
