@@ -49,6 +49,8 @@ class Recipe:
             given["node"] = f"dev{random.randrange(devices)}"
         if name == "alternate":
             given["to"] = f"dev{random.randrange(devices)}"
+            if given["to"] == given["on"]:
+                given["on"] = "*"
         return fault(name, **given)
 
 

@@ -6,6 +6,7 @@ values that are wrong, targets that nothing can be, and what the world at hand c
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -92,7 +93,8 @@ def checked(kind: str, given: Mapping[str, Any]) -> tuple[Fault | None, list[Mis
             mistakes.append((name, str(error)))
     mistakes += [(one.name, f"missing: {one.what}") for one in found.parameters if one.default is None and one.name not in given]
     at_point = bool(given.get("point"))
-    mistakes += _amiss(found, read, at_point=at_point) + _uncontrolled(found, read, at_point=at_point)
+    wrong = _amiss(found, read, at_point=at_point) + _uncontrolled(found, read, at_point=at_point)
+    mistakes += wrong or _idle(found, read, at_point=at_point)
     if mistakes:
         return None, mistakes
     try:
@@ -161,6 +163,22 @@ def _amiss(kind: Kind, read: Mapping[str, Any], *, at_point: bool) -> list[Mista
     return found
 
 
+def _idle(kind: Kind, read: Mapping[str, Any], *, at_point: bool) -> list[Mistake]:
+    """Values with which nothing can happen, or others mean nothing; each is right by itself."""
+    found: list[Mistake] = []
+    others = [name for name, one in CONTROLS.items() if read.get(name, one.default) not in (one.default, *([1] if name == "times" else []))]
+    if read.get("nth"):
+        why = "nth is the one occurrence at which it happens, whatever else is said; leave one of the two out"
+        found += [(name, why) for name in others if name != "nth"]
+    at_once = kind.once or (not at_point and getattr(kind.parameter("point"), "default", None) == "")
+    if read.get("lasts") and at_once:
+        found.append(("lasts", "it happens once, as it begins, and has no end; leave it out"))
+    if kind.name == "alternate" and read.get("to") and read["to"] == read.get("on"):
+        found.append(("to", f'"{read["to"]}" is the device that it is on; name another'))
+    times = [one for one in (*TARGETS.values(), *kind.parameters) if one.form in ("time", "number")]
+    return found + [(one.name, f"{read[one.name]:g} where a finite one is wanted") for one in times if math.isinf(read.get(one.name, 0))]
+
+
 def _wrong_way(kind: Kind, on: str) -> Iterator[str]:
     try:
         way = Way.parse(_as_way(on))
@@ -213,6 +231,8 @@ def _range(value: Any) -> tuple[int, int]:
         raise ValueError(f"{value!r} where addresses are wanted, such as 0x7f0000000000+64KiB")
     start = int(found[1], 0)
     length = int(found[2], 0) if found[2].isdigit() else parse_size(re.sub(r"(?<=\d)(?=[A-Za-z])", " ", found[2]))
+    if not length:
+        raise ValueError(f"{value!r} is empty, and would narrow nothing; give a length above 0, or leave it out")
     return start, start + length
 
 

@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from hmmnet.errors import WrongUse
+from hmmnet.pages import PAGE_SHIFT
 from hmmnet.topology.problems import did_you_mean
 from hmmnet.topology.routes import Routes
 
@@ -54,10 +55,20 @@ def _unknown(effect: Effect, topology: Topology) -> Iterator[str]:
         yield from _named("device", effect.way.device, devices)
     elif isinstance(effect, PointFault | HostEffect | DeviceEffect):
         yield from _named("device", effect.device, devices)
+    if isinstance(effect, DeviceEffect) and "pages" in effect.settings:
+        yield from _too_many(effect, topology)
     if isinstance(effect, PointFault) and effect.node:
         yield from _named("device", effect.node, devices, "node: ", exact=True)
     if isinstance(effect, HostEffect) and effect.settings.get("to"):
         yield from _named("device", str(effect.settings["to"]), devices, "to: ", exact=True)
+
+
+def _too_many(effect: DeviceEffect, topology: Topology) -> Iterator[str]:
+    """More pages than any of the devices that are meant has."""
+    has = {one.name: one.memory_bytes >> PAGE_SHIFT for one in topology.devices if fnmatchcase(one.name, effect.device)}
+    if has and effect.settings["pages"] > max(has.values()):
+        most = max(has, key=has.__getitem__)
+        yield f"pages: {effect.settings['pages']} where {most} has {has[most]}; give fewer"
 
 
 def directions(effect: LinkEffect, topology: Topology) -> frozenset[tuple[str, bool]]:

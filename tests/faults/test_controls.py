@@ -185,7 +185,6 @@ def test_what_would_do_nothing_is_refused(kind: str, given: dict[str, Any], fiel
         ("copy.timeout", {"latency": 0}),
         ("ecc.storm", {"latency": 0}),
         ("bounce", {"down": 0}),
-        ("loss", {"probability": 0, "nth": 3}),
         ("clock.skew", {"factor": 0.5}),
     ],
 )
