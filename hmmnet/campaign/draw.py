@@ -12,7 +12,7 @@ from hmmnet.faults import Plan
 from hmmnet.topology.problems import did_you_mean
 
 from .program import Harm, Hit, Layout, Planned, Program, Step
-from .recipes import FAMILIES, INSIDE, RECIPES
+from .recipes import FAMILIES, INSIDE, NOT_DRAWN, RECIPES
 from .words import CHOICES
 
 OPERATIONS = 200
@@ -133,6 +133,8 @@ def families_of(mix: str) -> list[tuple[str, ...]]:
         return [(mix,)]
     if mix in FAMILIES:
         return [FAMILIES[mix]]
+    if mix in NOT_DRAWN:
+        raise WrongUse(f"{mix} is drawn by no campaign: {NOT_DRAWN[mix]}")
     if mix not in MIXES:
         guess = did_you_mean(mix, [*MIXES, *FAMILIES, *RECIPES])
         there = f"{guess} There" if guess else "there"

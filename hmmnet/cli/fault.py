@@ -301,6 +301,11 @@ def said(kind: str, words: list[str]) -> dict[str, Any]:
     from hmmnet.errors import WrongUse
     from hmmnet.faults.catalogue import KINDS, fault
 
+    if kind not in KINDS and not words and not did_you_mean(kind, list(KINDS)):
+        raise WrongUse(
+            f'no fault is called "{kind}": if it is a target, what is to happen there is missing, such as latency=5ms; '
+            "`hmmnet fault kinds` lists the faults"
+        )
     if kind not in KINDS:
         raise WrongUse(f'no fault is called "{kind}"{did_you_mean(kind, list(KINDS))}; `hmmnet fault kinds` lists them')
     made: dict[str, Any] = {"kind": kind}

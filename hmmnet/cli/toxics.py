@@ -235,7 +235,7 @@ def cut(target: str, sights: Sights, *, oneway: bool) -> list[dict[str, Any]]:
     if links:
         return [{"kind": "link.down", "on": link} for link in links]
     way = way_of(target, oneway=oneway)
-    sights.matching(way.device)
+    sights.running(way.device)
     return [{"kind": "partition", "on": way.text}]
 
 
@@ -247,17 +247,24 @@ def held(target: str, sights: Sights, *, oneway: bool) -> list[dict[str, Any]]:
     return [{"kind": "hang", "on": way.device} if both else {"kind": "hold", "on": way.text}]
 
 
+def _meet(target: str, on: str) -> bool:
+    """Whether a fault that is on `on` is at `target`: ways of one device meet when they have a direction in common."""
+    if not is_way(target) or not is_way(on):
+        return (Way.parse(target).device if is_way(target) else target) == (Way.parse(on).device if is_way(on) else on) or target == on
+    one, other = Way.parse(target), Way.parse(on)
+    return one.device == other.device and ((one.to_device and other.to_device) or (one.to_host and other.to_host))
+
+
 UNDONE_BY = {"repair": ("partition", "link.down"), "release": ("hold", "hang")}
 """The kinds that a verb ends."""
 
 
 def ended_by(verb: str, targets: Sequence[str], faults: Sequence[Mapping[str, Any]]) -> list[int]:
     """The numbers of the faults that ``repair`` or ``release`` ends, at any of `targets`. Raises HmmnetError when there is none."""
-    devices = {Way.parse(target).device if is_way(target) else target for target in targets}
     found = []
     for one in faults:
         kind, on = one["fault"]["kind"], one["fault"].get("on", "")
-        if kind in UNDONE_BY[verb] and devices & {on, Way.parse(on).device if is_way(on) else on}:
+        if kind in UNDONE_BY[verb] and any(_meet(target, on) for target in targets):
             found.append(int(one["number"]))
     if not found:
         where, no = ", ".join(targets), " or ".join(UNDONE_BY[verb])

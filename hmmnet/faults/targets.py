@@ -123,11 +123,11 @@ def _named(what: str, pattern: str, known: Sequence[str], field: str = "", *, ex
 
 
 def _out_of_reach(effect: Effect, world: World) -> Iterator[str]:
-    """What real processes cannot do, each of which passes its own points only; in the simulated world everybody is at hand."""
-    if world != "real":
-        return
+    """What the host does it does at its own points, in every world; and what real processes, which pass their own, cannot."""
     if isinstance(effect, HostEffect) and effect.point and all(point.side == "device" for point in matching(effect.point)):
         yield f'"{effect.point}" is passed in a device\'s own process, where the host cannot act; give a point of the host'
+    if world != "real":
+        return
     other = isinstance(effect, PointFault) and effect.node not in ("", effect.device)
     if isinstance(effect, PointFault) and other and all(point.side == "device" for point in matching(effect.point)):
         yield f'"{effect.point}" is passed in a device\'s own process, which can {effect.action} nobody else; say on={effect.node}'

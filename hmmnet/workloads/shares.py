@@ -34,7 +34,8 @@ async def chosen_devices(machine: Machine, devices: Sequence[str] | str | None) 
         found = (await machine.report())["devices"]
         names = tuple(name for name in machine.device_names if found[name]["state"] != "lost")
         if not names:
-            raise ValueError(f"all devices of this machine are lost: {', '.join(machine.device_names)}; start the machine anew")
+            mend = "`hmmnet fault bounce DEVICE` starts one again, or start the machine anew"
+            raise ValueError(f"all devices of this machine are lost: {', '.join(machine.device_names)}; {mend}")
         return names
     names = tuple(devices.split(",")) if isinstance(devices, str) else tuple(devices)
     unknown = [name for name in names if name not in machine.device_names]

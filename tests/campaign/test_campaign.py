@@ -325,6 +325,7 @@ def test_command_line(tmp_path: Path) -> None:
     for arguments, code, words in (
         (("campaign", "--seeds", "7:3"), 2, "names no seeds"),
         (("campaign", "--faults", "some"), 2, "there is no mix"),
+        (("campaign", "--faults", "row_remap.pending"), 2, "row_remap.pending is drawn by no campaign: memory here has no rows"),
         (("campaign", "--dask", "tcp://127.0.0.1:1"), 1, "dask"),
         (("campaign", "--dask", "tcp://127.0.0.1:1", "--jobs", "2"), 2, "--jobs means nothing with --dask"),
         (("replay", str(tmp_path / "none.json")), 2, "there is no such file"),

@@ -198,3 +198,25 @@ def test_for_how_long_a_device_stays_away() -> None:
     assert toxics.waits({"kind": "bounce", "down": "100ms", "after": "100ms"}, slow) == f" (begins in 50 s, away for 50 s {clock})"
     later = {"kind": "bounce", "down": "0ms", "after": "100ms"}
     assert toxics.waits(later, slow) == f" (begins in 50 s {clock}; it starts again at once)"
+
+
+def test_a_direction_is_repaired_by_itself() -> None:
+    """What is cut from the device to the host is not mended by the other way; both ways, or the device, are either."""
+    cut = [{"number": 4, "fault": {"kind": "partition", "on": "gpu1->host"}}]
+    with pytest.raises(HmmnetError, match="nothing to repair at host->gpu1"):
+        toxics.ended_by("repair", ["host->gpu1"], cut)
+    for target in ("gpu1->host", "host<-gpu1", "gpu1<->host", "gpu1"):
+        assert toxics.ended_by("repair", [target], cut) == [4]
+
+
+def test_nothing_is_cut_from_a_device_that_is_lost() -> None:
+    """Nobody is there whom it could concern."""
+    sights = toxics.Sights(SIGHTS.devices, SIGHTS.links, {"gpu1": "killed by SIGKILL"})
+    with pytest.raises(HmmnetError, match="gpu1 does not run: killed by SIGKILL"):
+        toxics.cut("gpu1", sights, oneway=False)
+
+
+def test_a_target_alone_says_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    """It is no misspelt kind."""
+    assert exit_code(["fault", "add", "gpu0"]) == 2
+    assert "what is to happen there is missing, such as latency=5ms" in capsys.readouterr().err

@@ -71,8 +71,13 @@ def test_what_a_real_process_never_sees_is_refused_there() -> None:
     other = fault("point.crash", "gpu0", point="device.job_step", node="gpu1")
     with pytest.raises(HmmnetError, match="which can crash nobody else; say on=gpu1"):
         check_target(other, TOPOLOGY, "real")
-    for right in (early, other):
-        check_target(right, TOPOLOGY, "sim")
+    check_target(other, TOPOLOGY, "sim")
+
+
+def test_the_host_acts_at_its_own_points() -> None:
+    """A simulated host, too: what works there works on real processes."""
+    with pytest.raises(HmmnetError, match=r'"device\.fetch" is passed in a device.*; give a point of the host'):
+        check_target(fault("process.fork", point="device.fetch"), TOPOLOGY, "sim")
     check_target(fault("process.fork", point="*.before_*"), TOPOLOGY, "real")
     check_target(fault("point.crash", "gpu1", point="device.job_step", node="gpu1"), TOPOLOGY, "real")
 

@@ -70,7 +70,7 @@ async def test_a_lost_device_gets_no_share(workload: Any, arguments: dict[str, A
     await workload(machine, devices="gpu0", **arguments)
     assert machine.launched[-1][1] == "gpu0"
     machine.lost = {"gpu0", "gpu1"}
-    with pytest.raises(ValueError, match="all devices of this machine are lost: gpu0, gpu1"):
+    with pytest.raises(ValueError, match="all devices of this machine are lost: gpu0, gpu1; `hmmnet fault bounce DEVICE`"):
         await workload(machine, **arguments)
 
 
