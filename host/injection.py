@@ -24,7 +24,7 @@ from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.faults.carry import AtWork, Carrier, Undo
 from hmmnet.faults.catalogue import as_given
 from hmmnet.faults.controls import Chance, Tally
-from hmmnet.faults.effects import HostEffect, LinkEffect, NodeEffect, told_at
+from hmmnet.faults.effects import HostEffect, InVain, LinkEffect, NodeEffect, told_at
 from hmmnet.faults.injector import HOST, Injector, PointFault
 from hmmnet.faults.kinds import Fault
 from hmmnet.faults.messages import MessageFault
@@ -164,6 +164,8 @@ class Injection:
         names = self._devices_called(effect.node)
         if effect.deed in ("bounce", "revive"):
             return self._revive(names, effect)
+        if not any(self._host.devices[name].life for name in names):
+            raise InVain(f"{', '.join(names)}: does not run; `hmmnet fault bounce DEVICE` starts it again, empty")
         lives = [life for name in names if (life := self._host.devices[name].life) is not None]
         for name in names:
             self._signal(name, {"hang": signal.SIGSTOP, "unload": signal.SIGTERM}.get(effect.deed, signal.SIGKILL))
@@ -258,6 +260,9 @@ class Injection:
                 self._host.spawn(guarded, where)
 
         if not effect.point:
+            if effect.process and effect.process not in self._host.processes:
+                there = ", ".join(map(str, self._host.processes)) or "none"
+                raise InVain(f"there is no process {effect.process}; those that run are {there}")
             at(Where("", "host", process=effect.process, start=effect.start >> PAGE_SHIFT, pages=pages_of(effect)))
             return _nothing
         told = told_at(effect.point, "call")  # where nobody is named, it is done whoever is there

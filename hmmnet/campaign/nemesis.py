@@ -14,6 +14,7 @@ from typing import ClassVar, cast
 import trio
 
 from hmmnet.faults import KINDS, Controls, MessageFault, Plan, Way
+from hmmnet.faults.effects import InVain
 from hmmnet.faults.injector import HOST, Fired, PointFault
 from hmmnet.faults.kinds import Fault
 from hmmnet.faults.messages import Channel
@@ -100,7 +101,13 @@ class Nemesis:
             if wrong_targets(fault, self._machine.topology, "sim"):
                 self._crew.note(f"nothing here is meant by {fault}")
             else:
-                self._machine.add_fault(fault)
+                self._add_now(fault)
+
+    def _add_now(self, fault: Fault) -> None:
+        try:
+            self._machine.add_fault(fault)
+        except InVain as error:
+            self._crew.note(f"{fault} does nothing: {error}")
 
     def _told(self, number: int, fault: Fault | None) -> None:
         """A fault begins, or has ended."""

@@ -8,6 +8,7 @@ here is counted together: ``times=1`` is once, also where a fault is at two poin
 from __future__ import annotations
 
 import itertools
+import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,8 +19,10 @@ from hmmnet.units import counted
 
 from .catalogue import as_given
 from .controls import Tally
+from .effects import InVain
 from .kinds import Fault, World
 
+log = logging.getLogger("hmmnet.faults")
 Undo = Callable[[], None]
 
 
@@ -118,7 +121,11 @@ class Carrier:
             await self._sleep(carried.fault.after_s)
         if carried.ended:
             return
-        self._enter(carried)
+        try:
+            self._enter(carried)
+        except InVain as error:
+            log.warning("fault %d (%s) did not happen: %s", carried.number, carried.fault, error)
+            return
         if carried.fault.lasts_s and not carried.fault.kind.once:
             await self._sleep(carried.fault.lasts_s)
             if not carried.ended:

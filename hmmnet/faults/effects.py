@@ -12,10 +12,16 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, TypeAlias
 
+from hmmnet.errors import HmmnetError
+
 from .controls import Controls
 from .injector import PointFault
 from .messages import TELLING, MessageFault
 from .points import NARROWING, Narrowing, matching
+
+
+class InVain(HmmnetError):
+    """What a fault would be done to at once is not there: nothing happens."""
 
 
 @dataclass(frozen=True)

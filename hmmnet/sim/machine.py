@@ -19,7 +19,7 @@ from hmmnet.blocking import only_error
 from hmmnet.errors import HmmnetError, KernelError, PeerLost
 from hmmnet.faults.carry import AtWork, Carrier, Undo
 from hmmnet.faults.controls import Tally
-from hmmnet.faults.effects import DeviceEffect, HostEffect, LinkEffect, NodeEffect
+from hmmnet.faults.effects import DeviceEffect, HostEffect, InVain, LinkEffect, NodeEffect
 from hmmnet.faults.forms import Plannable, as_plan, one_fault
 from hmmnet.faults.injector import HOST, Injector, PointFault
 from hmmnet.faults.kinds import Fault
@@ -397,6 +397,8 @@ class SimulatedMachine:
         down_s = float(effect.settings.get("down", 0.0))
         if effect.deed == "revive":
             return self._revive(names, down_s)
+        if not running and effect.deed != "bounce":
+            raise InVain(f"{', '.join(names)}: does not run; start it first, or `bounce` it")
         for name in running:
             if effect.settings.get("kept") and (device := self._nodes[name].device) is not None:
                 self._kept[name] = device.memory

@@ -1,0 +1,51 @@
+"""What can happen to nobody is refused while somebody watches; later it counts for nothing, and the log has it."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import trio
+
+import hmmnet
+from hmmnet.errors import HmmnetError
+from hmmnet.faults import fault
+from hmmnet.sim import SimulatedMachine
+
+
+@pytest.mark.parametrize("kind", ["process.exit", "process.munmap", "ecc.uncorrectable"])
+def test_no_such_process(kind: str) -> None:
+    """Who runs is said; nothing stays in the list, and nothing has happened."""
+
+    async def main(machine: SimulatedMachine) -> None:
+        process = await machine.create_process()
+        given = {} if kind == "process.exit" else {"range": "0x10000+4096"}
+        with pytest.raises(HmmnetError, match=f"there is no process 4242; those that run are {process.pid}"):
+            machine.add_fault(kind, process=4242, **given)
+        assert machine.list_faults() == []
+        assert machine.carrier.fired() == {kind: 0}
+        await process.exit()
+
+    hmmnet.simulate(main)
+
+
+@pytest.mark.parametrize("kind", ["crash", "unplug", "unload", "hang"])
+def test_a_device_that_is_gone(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    """It cannot go again, now or later; but it can start again."""
+
+    async def main(machine: SimulatedMachine) -> None:
+        machine.add_fault("crash", on="gpu1")
+        with pytest.raises(HmmnetError, match="gpu1: does not run"):
+            machine.add_fault(kind, on="gpu1")
+        before = machine.carrier.fired()[kind]
+        machine.add_fault(fault(kind, "gpu1", after="1 s"))
+        with caplog.at_level(logging.WARNING, "hmmnet.faults"):
+            await trio.sleep(2)
+        assert machine.carrier.fired()[kind] == before
+        assert "did not happen: gpu1: does not run" in caplog.text
+        assert machine.list_faults() == []
+        machine.add_fault("bounce", on="gpu1")
+        await trio.sleep(1)
+        assert "gpu1" in machine.running
+
+    hmmnet.simulate(main)
