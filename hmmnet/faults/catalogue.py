@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 from hmmnet.errors import HmmnetError, WrongUse
 from hmmnet.topology.problems import did_you_mean
-from hmmnet.units import parse_size
+from hmmnet.units import parse_size, show_time
 
 from . import allocation, clocks, copying, device_faults, memory_errors, nodes, notifier, process_events, stepping, wires
 from .controls import Controls
@@ -53,6 +53,8 @@ COUNTED = (
     "one simulated machine counts once for all; of real processes the host and each device count for themselves: times=1 is once in each"
 )
 """How the controls count."""
+DOWN_S_MAX = 3600.0
+"""Emulated seconds that a device may stay away before it starts again: what is over once it has begun stands in no list of faults."""
 LANES = 16
 """Of a link's, as `link.lanes` counts."""
 _EVERYBODY = {"way": "*<->host", "nothing": ""}
@@ -173,6 +175,8 @@ def _idle(kind: Kind, read: Mapping[str, Any], *, at_point: bool) -> list[Mistak
     at_once = kind.once or (not at_point and getattr(kind.parameter("point"), "default", None) == "")
     if read.get("lasts") and at_once:
         found.append(("lasts", "it happens once, as it begins, and has no end; leave it out"))
+    if read.get("down", 0) > DOWN_S_MAX:
+        found.append(("down", f"more than {show_time(DOWN_S_MAX)}, which nobody waits for; give less, or have it crash"))
     if kind.name == "alternate" and read.get("to") and read["to"] == read.get("on"):
         found.append(("to", f'"{read["to"]}" is the device that it is on; name another'))
     times = [one for one in (*TARGETS.values(), *kind.parameters) if one.form in ("time", "number")]

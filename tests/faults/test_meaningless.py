@@ -22,6 +22,7 @@ from hmmnet.topology.load import load
         ("loss", {"nth": 3, "probability": 0}, "probability: nth is the one occurrence"),
         ("loss", {"nth": 3, "interval": 2, "space": 9}, "interval: nth .*; space: nth "),
         ("crash", {"on": "gpu0", "lasts": "5 s"}, "lasts: it happens once, as it begins, and has no end; leave it out"),
+        ("bounce", {"down": "100000000s"}, "down: more than 3600 s, which nobody waits for; give less, or have it crash"),
         ("page.retire", {"lasts": "1 s"}, "lasts: it happens once"),
         ("process.exit", {"lasts": "1 s"}, "lasts: it happens once"),
         ("alternate", {"on": "gpu0", "to": "gpu0"}, 'to: "gpu0" is the device that it is on; name another'),
