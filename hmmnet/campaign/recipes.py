@@ -215,7 +215,7 @@ RECIPES: dict[str, Recipe] = {
     "ecc.corrected": Recipe(counted("count", 1, 100)),
     "ecc.uncorrectable": Recipe(_broken, victim=True),
     "ecc.in_flight": Recipe(some(0.1), ERRORS),
-    "page.retire": Recipe(counted("pages", 1, 4, 16)),
+    "page.retire": Recipe(counted("pages", 1, 4, 8)),
     "ecc.storm": Recipe(some(0.5, latency=(0.0, 0.0005))),
     # notifier
     "invalidate.lost": Recipe(some(0.2)),
