@@ -10,7 +10,7 @@ from hmmnet.cli import exit_code
 from hmmnet.cli import replay as command
 from tests.campaign.mutations import retry_check_skipped_by_the_device
 
-REFUSED_SEED = 19
+REFUSED_SEED = 14
 """A seed at which this planted bug shows itself by a refused access of a device, before anything else goes wrong."""
 
 

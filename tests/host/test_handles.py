@@ -18,6 +18,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from hmmnet.errors import KernelError
 from hmmnet.host.handles import FAIL_ALLOC, Handle, OpenFile
+from hmmnet.host.mm.frames import PhysicalMemory
 from hmmnet.host.process import Process
 from hmmnet.host.service import Host
 from hmmnet.pages import PAGE_SIZE
@@ -60,7 +61,8 @@ class Dmirror:
 
     def __init__(self) -> None:
         self.link = SimpleNamespace(fail_large=set[int]())
-        life = SimpleNamespace(name="gpu0", spec=SimpleNamespace(model="dmirror"), link=self.link)
+        page_map = SimpleNamespace(memory=PhysicalMemory())
+        life = SimpleNamespace(name="gpu0", spec=SimpleNamespace(model="dmirror"), link=self.link, page_map=page_map)
         self.file = SimpleNamespace(context=SimpleNamespace(number=7, life=life), references=0)
         self.gate = trio.Event()
         self.took: list[int] = []
