@@ -88,6 +88,8 @@ class Flow(Schedule):
 
     def change_links(self, links: tuple[Link, ...], now_s: float) -> None:
         """Go on over other links; without any, wait for some (called by the arbiter). What was carried stays with those that did."""
+        if self.stalled and not links:
+            return  # it waits still, since when it did
         if self.stalled:
             self._carried_s = max(self._carried_s, now_s)
             self._put_off(now_s)

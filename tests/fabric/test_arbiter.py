@@ -366,6 +366,21 @@ def test_what_has_not_left_when_its_links_go_down_goes_on_when_they_are_up() -> 
     flow.close(10.0)
 
 
+def test_what_changes_elsewhere_does_not_end_a_wait_for_a_link() -> None:
+    """Another link is slower for a while, and then the uplink: the one on the way is up when it is up."""
+    arbiter = switch()
+    arbiter.change(1, SLOW, 0.0)
+    flow = arbiter.open_flow("node0", "gpu0", 0.0)
+    for _ in range(2):
+        flow.grant(315, 0.0)
+    arbiter.change(2, LinkChange(frozenset({("switch0-gpu0", False)}), down=True), 0.5)
+    arbiter.change(3, LinkChange(frozenset({("switch0-gpu3", True)}), factor=0.5), 3.0)
+    arbiter.change(3, LinkChange(frozenset({("uplink", False)}), factor=0.5), 4.0)
+    arbiter.change(2, None, 9.0)
+    assert flow.last.start_s >= 9.0
+    assert flow.there_s == pytest.approx(flow.last.start_s + 1.0, abs=1e-5)
+
+
 def test_what_has_left_goes_the_old_way_still() -> None:
     """Links that take longer are of no matter to what is through; and what left by them is there no sooner when they do not any more."""
     arbiter = switch()
