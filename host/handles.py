@@ -141,7 +141,10 @@ async def command_device(context: Context, command: str, address: int, pages: in
     async with link.expected(stream_out, BytesSink(out), late=True) as arrival:
         with trio.CancelScope() as scope:
             arrival.on_failure = partial(_answers_soon, link, scope)  # `arrival` says what it was, unless the answer does
+            if arrival.failed:  # before anybody was to be told
+                arrival.on_failure()
             done = await _commanded(link, message, data)
+            link.answered(arrival)
     return IoctlResult(done.cpages, done.faults, bytes(out))
 
 

@@ -459,7 +459,7 @@ class SessionLink:
     async def expected(self, stream: int, sink: Sink, flow: Flow | None = None, *, late: bool = False) -> AsyncIterator[Arrival]:
         """As `coming`, for data that cross no link (a command's buffer): nothing is paced or counted.
 
-        The device begins with it at once, unless it is `late`: then when it has something to give. From there on it has to go on.
+        The device begins with it at once, unless it is `late`: then when it has something to give, or never (see `answered`).
         """
         arrival = self.receiver.expect(stream, sink, flow)
         self._watchdog.watched[arrival] = None
@@ -473,6 +473,10 @@ class SessionLink:
             self._watchdog.watched.pop(arrival, None)
             self._watchdog.late.discard(arrival)
             arrival.cancel()
+
+    def answered(self, arrival: Arrival) -> None:
+        """The command that gives it was answered: what the device has not begun with by now never comes."""
+        self._watchdog.late.discard(arrival)
 
     async def answers_apart(self, node: int, answers: int) -> None:
         """See `DeviceLink.answers_apart`."""

@@ -15,7 +15,7 @@ What a device says is believed: this is for engines that hang, not for devices t
 rate again: that its links are faster may have been lost on the way (see `receiver`). Streams *to* a device are the host's own (`sender`
 repeats for a minute, and waits as long for links; and `AWAY_S` for a connection); what else may hold one here has `HUNG_S`, and costs that
 copy and no device. What a command (`Ioctl`) gives comes *late*: it takes its time before it gives anything, and as long a device knows no
-such stream. From then on it has to go on, as others.
+such stream. Once something has come, the device has said anything else of it, or the command was answered, it has to go on, as others.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Watchdog:
         self.watched: dict[Arrival, _Seen | None] = {}
         """Streams that come; None: no heartbeat has seen it yet."""
         self.late: set[Arrival] = set()
-        """Those of them that the device begins with when it has something to give."""
+        """Those of them that the device begins with when it has something to give, and has not begun with yet."""
         self._session = session
         self._receiver = receiver
         self._condemn = condemn
@@ -151,6 +151,8 @@ class Watchdog:
     def _is_due(self, arrival: Arrival, now_s: float, *, stalled: bool) -> bool:
         """Whether nothing has come of it for too long."""
         seen, came = self.watched[arrival], arrival.state.came
+        if came:
+            self.late.discard(arrival)
         if seen is None or seen.came != came or stalled:
             self.watched[arrival] = _Seen(came, now_s)
             return False
@@ -174,6 +176,8 @@ class Watchdog:
 
     def _judge(self, arrival: Arrival, said: tuple[int, int], now_s: float) -> None:
         seen, holds, stream = self.watched.get(arrival), said[1], arrival.state.stream
+        if holds != Holds.GONE:
+            self.late.discard(arrival)
         if seen is None or arrival.done or now_s - seen.since_s < self._clock.real(WATCHDOG_S):
             return  # it is over, or has moved meanwhile
         if holds not in (Holds.NOTHING, Holds.GONE) or said != seen.said or (holds == Holds.GONE and arrival in self.late):

@@ -72,6 +72,11 @@ class Arrival:
         """Whether it is over, well or not."""
         return self._event.is_set()
 
+    @property
+    def failed(self) -> bool:
+        """Whether it is over, and not all of it has landed."""
+        return self._error is not None
+
     async def wait(self) -> None:
         """Return when everything has landed and its emulated time has come. Raises PeerError when the sender gave up or is gone.
 

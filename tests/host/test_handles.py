@@ -16,14 +16,15 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from hmmnet.errors import KernelError
-from hmmnet.host.handles import FAIL_ALLOC, Handle, OpenFile
+from hmmnet.errors import KernelError, PeerError
+from hmmnet.host.handles import FAIL_ALLOC, Handle, OpenFile, command_device
 from hmmnet.host.mm.frames import PhysicalMemory
 from hmmnet.host.process import Process
 from hmmnet.host.service import Host
+from hmmnet.host.watchdog import ANSWER_S
 from hmmnet.pages import PAGE_SIZE
 from hmmnet.program import IoctlResult
-from hmmnet.wire.messages import CloseContext, OpenContext
+from hmmnet.wire.messages import CloseContext, Ioctl, Message, OpenContext
 
 from .scripted_device import ScriptedDevice, running_host, scripted_device
 
@@ -101,6 +102,27 @@ async def test_another_command_may_be_cancelled(monkeypatch: pytest.MonkeyPatch)
     with trio.move_on_after(0.01) as scope:
         await handle.ioctl("read", 0, 0)
     assert scope.cancelled_caught
+
+
+@pytest.mark.parametrize("when", ["before it begins", "meanwhile"])
+async def test_a_command_whose_data_cannot_come_is_not_waited_for(when: str) -> None:
+    """Nobody takes page data any more, and the device does not answer: it has its time to say why, and the caller goes on."""
+    async with running_host("gpu0") as (host, transport), scripted_device(host, transport, "gpu0") as device:
+        process = await host.create_process()
+        context = (await process.open("gpu0")).file.context
+        began_s = trio.current_time()
+
+        async def answer(_: Message) -> None:
+            if when == "meanwhile":
+                context.life.link.receiver.fail("nobody takes it")
+            await trio.sleep(10 * ANSWER_S)
+
+        device.session.on(Ioctl, answer)
+        if when == "before it begins":
+            context.life.link.receiver.fail("nobody takes it")
+        with pytest.raises(PeerError, match="nobody takes it"):
+            await command_device(context, "echo", 0, 1, b"", 0, 1)
+        assert trio.current_time() - began_s == pytest.approx(ANSWER_S, abs=0.5)
 
 
 async def test_the_last_close_closes() -> None:

@@ -268,3 +268,22 @@ async def test_what_the_device_has_not_begun_yet_may_come_late() -> None:
     device.lives(3 * WATCHDOG_S)
     (why,) = device.lost
     assert why == "its copy engine has hung: stream 2 has not moved for 10 s and waits for nothing"
+
+
+@pytest.mark.parametrize("how", ["a chunk came", "the device knew of it"])
+async def test_what_the_device_has_begun_does_not_come_late(how: str) -> None:
+    """If it knows nothing of it then, it has given it up, and nobody waits on."""
+    holds = [Holds.GONE]
+    device = _Played(lambda asked: StreamsShown(words(*[0] * len(asked)), words(*holds * len(asked))))
+    device.dog.watched.pop(cast(Arrival, device.streams[1]))
+    device.dog.late.add(cast(Arrival, device.streams[0]))
+    device.lives(60)
+    assert device.ended == []
+    if how == "a chunk came":
+        device.streams[0].state.came = 1
+    else:
+        holds[0] = Holds.CREDIT
+        device.lives(WATCHDOG_S + BEAT_S)
+        holds[0] = Holds.GONE
+    device.lives(HUNG_S + WATCHDOG_S)
+    assert (device.lost, device.ended) == ([], [2])

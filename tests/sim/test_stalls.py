@@ -8,6 +8,7 @@ import pytest
 import trio
 
 import hmmnet
+from hmmnet.devices.models.dmirror import Dmirror
 from hmmnet.errors import BusError, KernelError, PeerError
 from hmmnet.faults import fault
 from hmmnet.faults.kinds import Fault
@@ -349,6 +350,29 @@ def test_a_command_may_take_its_time(slow: str) -> None:
         assert (await handle.ioctl("read", address, PAGES)).data == DATA[: PAGES * PAGE]
         assert trio.current_time() - began_s > HUNG_S
         assert (await machine.report())["devices"]["unit0"]["lives"] == 1
+        await process.exit()
+
+    hmmnet.simulate(main, COMMANDED, limit_s=300.0)
+
+
+def test_a_command_that_is_answered_and_gives_nothing_holds_nobody_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of a device may be wrong: who waits for its data hears of it, and the device lives."""
+
+    async def gives_nothing(_dmirror: Dmirror, _stream: int, _data: object) -> None:
+        await trio.lowlevel.checkpoint()
+
+    monkeypatch.setattr(Dmirror, "_give", gives_nothing)
+
+    async def main(machine: SimulatedMachine) -> None:
+        process = await machine.create_process()
+        address = await process.mmap(PAGE)
+        handle = await process.open("unit0")
+        began_s = trio.current_time()
+        with pytest.raises(PeerError, match="its sender knows nothing of it any more"):
+            await handle.ioctl("read", address, 1)
+        assert HUNG_S <= trio.current_time() - began_s < MOST_S
+        assert (await machine.report())["devices"]["unit0"]["state"] == "ready"
+        await handle.close()
         await process.exit()
 
     hmmnet.simulate(main, COMMANDED, limit_s=300.0)
