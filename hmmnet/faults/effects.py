@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, TypeAlias
 
-from hmmnet.errors import HmmnetError
+from hmmnet.errors import WrongUse
 
 from .controls import Controls
 from .injector import PointFault
@@ -20,7 +20,7 @@ from .messages import TELLING, MessageFault
 from .points import NARROWING, Narrowing, matching
 
 
-class InVain(HmmnetError):
+class InVain(WrongUse):
     """What a fault would be done to at once is not there: nothing happens."""
 
 

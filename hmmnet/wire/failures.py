@@ -37,7 +37,10 @@ SAID: dict[str, Callable[[str], Exception]] = {
     TopologyError.__name__: lambda told: TopologyError(told.splitlines()),
     PlanError.__name__: lambda told: PlanError(told.splitlines()),
 }
-"""What a host says to people, by what it raised: a command that asked for what there is not ends as if it had found out itself."""
+"""What a host says to people, by what it raised: a command that asked for what there is not ends as if it had found out itself.
+
+A mistake of another kind goes as the nearest of these that it is: the other end may not know it.
+"""
 
 log = logging.getLogger("hmmnet.wire")
 
@@ -49,12 +52,15 @@ def failed(asked: Message, error: Exception, peer_name: str) -> Failed:
         return Failed(error.code, error.call[:TEXT_MAX], error.why[:TEXT_MAX])
     if isinstance(error, SignalError):
         return Failed(errno.EFAULT, error.signal_name, f"0x{error.address:x}: {error.why}"[:TEXT_MAX])
+    kind = type(error).__name__
     if isinstance(error, PeerError | WrongUse):
         log.warning("%s of %s failed: %s", call, peer_name, error)
+        if isinstance(error, WrongUse):
+            kind = next(above.__name__ for above in type(error).__mro__ if above.__name__ in SAID)
     else:
         log.error("%s of %s failed", call, peer_name, exc_info=error)
         crashes.tell(f"{call} of {peer_name}", error)
-    return Failed(0, call, f"{type(error).__name__}: {error}"[:TEXT_MAX])
+    return Failed(0, call, f"{kind}: {error}"[:TEXT_MAX])
 
 
 def failure(peer_name: str, failed: Failed) -> Exception:

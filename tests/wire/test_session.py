@@ -23,6 +23,7 @@ from hmmnet.errors import (
     TopologyError,
     WrongUse,
 )
+from hmmnet.faults.effects import InVain
 from hmmnet.topology.problems import Problem
 from hmmnet.wire.exchange import RETRY_S, WINDOW
 from hmmnet.wire.failures import failure
@@ -136,6 +137,21 @@ async def test_mistakes_that_a_host_finds_arrive_as_they_are(
         await world.device.request(Call("add_fault", b""))
     assert caught.value.problems == ["my.toml:3: fault 1: on: no such device; there is gpu0", "my.toml:7: falt: no section"]
     assert str(caught.value) == str(kind(problems))
+    assert [(record.levelname, record.exc_info) for record in caplog.records] == [("WARNING", None)]
+
+
+async def test_a_mistake_of_a_kind_that_only_the_host_knows_is_one_at_the_other_end(
+    world: World, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Who asks for a fault on nobody has made a mistake, and no host has failed."""
+
+    def refuse(_: Call) -> Report:
+        raise InVain("there is no process 4242; those that run are 1")
+
+    world.host.on(Call, refuse)
+    with pytest.raises(WrongUse) as caught:
+        await world.device.request(Call("add_fault", b""))
+    assert (type(caught.value), str(caught.value)) == (WrongUse, "there is no process 4242; those that run are 1")
     assert [(record.levelname, record.exc_info) for record in caplog.records] == [("WARNING", None)]
 
 
