@@ -32,6 +32,9 @@ DOWN_S = REPEAT_S * REPEATS_MAX
 """Real seconds that a stream waits for a link that is down: as long as it repeats what nobody answers."""
 ABORTS_MAX = 8
 """How often a receiver is told that nothing more comes of a stream, `REPEAT_S` apart: who has not said then that it has heard is gone."""
+ABANDONED_MAX = 1024
+"""Streams of which a receiver that has no connection is to be told that; beyond, the oldest are forgotten, and who waits for one asks (see
+`hmmnet.host.watchdog`)."""
 LOOK_S = 0.005
 """Real seconds between two looks at such a link."""
 IDLE_S = 1.0
@@ -333,6 +336,8 @@ class BulkSender:
         abort = Abort(stream, "the sender gave it up" + (f": {why}" if why else ""))
         if self._closed is None:
             self._abandoned[stream] = (abort, 1)
+            if len(self._abandoned) > ABANDONED_MAX:
+                del self._abandoned[next(iter(self._abandoned))]
             self._repeat()
         self._tell(abort)
 
@@ -351,6 +356,8 @@ class BulkSender:
                     del self._abandoned[stream]
                 elif self._tell(abort):
                     self._abandoned[stream] = (abort, told + 1)
+                else:
+                    break  # the others would go the same way
         self._repeating = False
 
     def _tell(self, abort: Abort) -> bool:

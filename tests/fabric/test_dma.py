@@ -442,6 +442,7 @@ class Away(Deaf):
     """One end of a channel whose peer is not connected while `there` is false."""
 
     there = False
+    tried = 0
 
     async def send(self, header: bytes, payload: Any = None) -> None:
         """Nobody is waited for."""
@@ -451,6 +452,7 @@ class Away(Deaf):
 
     def send_nowait(self, header: bytes, payload: Any = None) -> None:
         """Sent, or not."""
+        self.tried += 1
         if not self.there:
             raise trio.WouldBlock
         super().send_nowait(header, payload)
@@ -471,6 +473,28 @@ async def test_a_stream_to_a_peer_that_is_away_fails_and_is_told_when_it_comes(a
             await arrival.wait()
         await trio.sleep(REPEAT_S * (ABORTS_MAX + 4))
         assert sending.sent == 1, "it says that it has heard"
+
+
+async def test_a_peer_that_stays_away_is_not_told_of_more_and_more(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One try at a time finds out that it is away, and what it is to hear is bounded: the newest."""
+    monkeypatch.setattr("hmmnet.fabric.sender.ABANDONED_MAX", 8)
+    near, far = memory_pair()
+    sending = Away(near, 0)
+    async with ends(cast(Channel, sending), far) as (sender, receiver):
+        for stream in range(40):
+            sender.abandon(stream)
+        assert sending.tried == 40, "each at once"
+        await trio.sleep(10.5 * REPEAT_S)
+        assert sending.tried == 40 + 10
+        sending.there = True
+        await trio.sleep(REPEAT_S * (ABORTS_MAX + 4))
+        assert sending.sent == 8
+        arrivals = [receiver.expect(stream, BytesSink(np.zeros(MIB, np.uint8))) for stream in range(40)]
+        assert [arrival.state.stream for arrival in arrivals if arrival.done] == list(range(32, 40))
+        for arrival in arrivals:
+            arrival.cancel()
 
 
 async def test_a_stream_of_another_length_is_refused() -> None:
