@@ -71,7 +71,10 @@ class Channel(Protocol):
         ...
 
     def missing(self) -> bool:
-        """Whether it is certain that nobody is at the other end at this moment. It may ask by an empty message, which is not received."""
+        """Whether it is certain that nobody is at the other end at this moment. It may ask by an empty message, which is not received.
+
+        It raises nothing. Of a channel that was closed here it says what it likes: whoever receives there hears of that at once.
+        """
         ...
 
     async def receive(self) -> tuple[bytes, Payload | None]:

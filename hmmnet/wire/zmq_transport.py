@@ -8,6 +8,8 @@ allocates), so the largest thing that a stranger can make us hold is known.
 Who may connect: an ipc path is guarded by the permissions of its file (0600); control by the machine secret in `Hello`; bulk by the
 channel's key, a random identity that only the welcomed peer was told; telemetry by the proof in each sample. tcp beyond loopback needs
 CURVE keys besides, which encrypt, and prove to the peer whom it talks to.
+
+Seconds are those of the trio run, and real ones: a run that goes by a machine's clock (`EmulatedClock`) has memory channels, no sockets.
 """
 
 from __future__ import annotations
@@ -135,7 +137,7 @@ class ZmqChannel:
             return False
         try:
             self._bridge.send_nowait((self._peer, b""))
-        except trio.BrokenResourceError:
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
             return True
         except trio.WouldBlock:
             return False

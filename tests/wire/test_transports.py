@@ -336,6 +336,8 @@ async def test_who_sends_to_a_peer_that_does_not_come_is_told(
         await bound.send(b"last")
         assert (await peer.receive())[0] == b"last"
         assert not peer.missing()
+        await bound.aclose()
+        assert bound.missing(), "a heartbeat may ask at any moment"
 
 
 async def test_oversized_messages_end_the_connection(place: str) -> None:
