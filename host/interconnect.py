@@ -80,7 +80,7 @@ class Interconnect:
         for link in way.links:
             link.record(nbytes, begin_s, due_s, due_s)
         if self.clock.real_until(due_s) >= self.clock.sleep_min_s:
-            self._memory.owed = partial(self._pass_time, way, due_s)
+            self._memory.owed = partial(way.pass_by, due_s, self.clock)
 
     async def _stall(self, source: str, target: str) -> None:
         """Return when a link leads there again. Raises Unreachable when none does for `STALL_S`."""
@@ -91,10 +91,6 @@ class Interconnect:
                     return
                 await sleep(self.clock.real(LOOK_S))
         self.arbiter.route(source, target)
-
-    async def _pass_time(self, way: Singles, due_s: float) -> None:
-        with way.held(self.now):
-            await self.clock.sleep_until(due_s)
 
     def land(self, frames: Words, data: bytes) -> None:
         """Write whole pages to host `frames`."""
@@ -112,20 +108,19 @@ class Interconnect:
         times = begin_s, due_s, now_s = self.passes_out(device, frame, nbytes, start_s)
         if now_s >= due_s:
             return times
-        await self.pass_time_out(device, frame, due_s)
-        return begin_s, due_s, due_s
+        due_s = await self.pass_time_out(device, frame, due_s)
+        return min(begin_s, due_s), due_s, due_s
 
     def passes_out(self, device: str, frame: int, nbytes: int, start_s: float) -> tuple[float, float, float]:
         """`pass_out` for who goes on without waiting where the third of the times, now, is not before the second."""
         begin_s, due_s = self._way(device, self._nodes[frame >> ZONE_SHIFT]).turn(nbytes, start_s)
         return begin_s, due_s, self.now()
 
-    async def pass_time_out(self, device: str, frame: int, due_s: float) -> None:
-        """Return when what is on its way from `device` to the memory of `frame` is due, unless that is too soon to sleep for."""
+    async def pass_time_out(self, device: str, frame: int, due_s: float) -> float:
+        """Return when what is on its way from `device` to the memory of `frame` is due, and when that was; at once, if it is soon."""
         if self.clock.real_until(due_s) >= self.clock.sleep_min_s:
-            way = self._way_out(device, frame)
-            with way.held(self.now):
-                await self.clock.sleep_until(due_s)
+            return await self._way_out(device, frame).pass_by(due_s, self.clock)
+        return due_s
 
     async def pass_latencies_out(self, device: str, node: int, count: int) -> None:
         """Return when as much time has passed as `count` ways from `device` to host memory `node` take, one after the other."""

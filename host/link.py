@@ -403,8 +403,8 @@ class SessionLink:
         links.land_one(target, data)
         begin_s, due_s, now_s = links.passes_out(self.name, target, PAGE_SIZE, start_s)
         if now_s < due_s:
-            await links.pass_time_out(self.name, target, due_s)
-            now_s = due_s
+            now_s = due_s = await links.pass_time_out(self.name, target, due_s)
+            begin_s = min(begin_s, due_s)
         self._count_later((target, PAGE_SIZE, begin_s, due_s, now_s))
 
     async def _answer(self, message: CopyOut, pending: PendingReply, nbytes: int) -> bytes:

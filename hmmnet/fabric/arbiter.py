@@ -168,6 +168,8 @@ class Arbiter:
         self._changes: dict[int, LinkChange] = {}
         self.changed = 0
         """How often links have changed: who keeps routes looks whether they are still good."""
+        self.followers: dict[Callable[[float], None], None] = {}
+        """Called with the time when they have, in the order in which they came (see `singles`)."""
 
     def change(self, number: int, change: LinkChange | None, now_s: float) -> None:
         """From now on `change` holds under `number`; None: no more.
@@ -183,7 +185,9 @@ class Arbiter:
             for forward in (True, False):
                 link = self._links[spec.name, forward]
                 held = {number: one for number, one in self._changes.items() if (spec.name, forward) in one.directions}
-                link.capacity_bytes_per_s = spec.capacity_bytes_per_s(forward) * math.prod(one.factor for one in held.values())
+                capacity = spec.capacity_bytes_per_s(forward) * math.prod(one.factor for one in held.values())
+                if capacity != link.capacity_bytes_per_s:
+                    link.change_capacity(capacity, now_s)
                 link.late = tuple((number, one.late_s) for number, one in held.items() if one.late_s is not None)
                 if any(one.down for one in held.values()):
                     down.add(spec.name)
@@ -195,6 +199,8 @@ class Arbiter:
             flow.look_at_latency(now_s)
         if self._flows:
             self._share(now_s)
+        for follow in list(self.followers):
+            follow(now_s)
 
     def _reroute(self, down: set[str], now_s: float) -> None:
         """Flows over links that are `down` take others if they can; those that wait go on where they can."""

@@ -101,6 +101,12 @@ class Link:
         self._granted = Stretch()
         self._taken = Stretch()
 
+    def change_capacity(self, bytes_per_s: float, now_s: float) -> None:
+        """It carries so much from now on; turns on it that were given, and have not passed, take longer or less (see `singles`)."""
+        if self.free_s > now_s:
+            self.free_s = now_s + (self.free_s - now_s) * self.capacity_bytes_per_s / bytes_per_s
+        self.capacity_bytes_per_s = bytes_per_s
+
     def record(self, nbytes: int, start_s: float, due_s: float, arrived_s: float) -> None:
         """A transfer of `nbytes` was granted ``[start_s, due_s)`` and had arrived at `arrived_s`."""
         self.bytes_moved += nbytes

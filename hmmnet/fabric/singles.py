@@ -1,9 +1,9 @@
-"""Transfers of a page or a few, which a CPU waits for: too short for a flow and its messages. Pure; the caller owns time.
+"""Transfers of a page or a few, which a CPU waits for: too short for a flow and its messages. Pure but for `pass_by`; the caller owns time.
 
 They share every link one after the other, by absolute times: whoever comes while others pass, from whatever device, has a turn behind them.
 Where flows are open on the way, singles pass at the share that one more flow would get, all of them together. While somebody really sleeps
-until his turn is over (`Singles.held`) there *is* one more flow, so that the others go slower by as much; what is shorter than a sleep
-they do not notice.
+until his turn is over (`Singles.pass_by`) there *is* one more flow, so that the others go slower by as much; what is shorter than a sleep
+they do not notice. When a fault changes what the links carry, whatever has not passed takes longer, or less, as with flows (see `pace`).
 """
 
 from __future__ import annotations
@@ -11,8 +11,46 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from operator import attrgetter
+
+from hmmnet.sleeping import Bell
 
 from .arbiter import Arbiter, Flow
+from .clock import EmulatedClock
+from .link import Link
+
+
+def _carry_bytes_per_s(links: tuple[Link, ...]) -> float:
+    """What the narrowest of them carries."""
+    return min((link.capacity_bytes_per_s for link in links), default=math.inf)
+
+
+class Turn(Bell):
+    """One that is slept for: the links are done with it at `passed_s`, and it is there at `due_s`. Rings when that has changed."""
+
+    __slots__ = ("_bytes_per_s", "_links", "_passed_s", "due_s")
+
+    def __init__(self, links: tuple[Link, ...], bytes_per_s: float, passed_s: float, due_s: float) -> None:
+        super().__init__()
+        self.due_s = due_s
+        self._links = links
+        self._bytes_per_s = bytes_per_s
+        self._passed_s = passed_s
+
+    def follow(self, now_s: float) -> None:
+        """Links have changed."""
+        bytes_per_s = _carry_bytes_per_s(self._links)
+        ahead_s = self._passed_s - now_s
+        if bytes_per_s != self._bytes_per_s and ahead_s > 0:
+            late_s = ahead_s * (self._bytes_per_s / bytes_per_s - 1)
+            self._passed_s += late_s
+            self.due_s += late_s
+            self.ring()
+        self._bytes_per_s = bytes_per_s
+
+
+_DUE: Callable[[Turn], float] = attrgetter("due_s")
 
 
 class Singles:
@@ -21,6 +59,9 @@ class Singles:
     def __init__(self, arbiter: Arbiter, source: str, target: str) -> None:
         self.links = arbiter.route(source, target)
         self._arbiter = arbiter
+        self._changed = arbiter.changed
+        self._bytes_per_s = _carry_bytes_per_s(self.links)
+        """As of `_changed`: an Interconnect has another way for what comes later."""
         self._ends = source, target
         self.latency_s = sum(link.latency_s for link in self.links)
         self._late = [late_s for link in self.links for _, late_s in link.late]
@@ -49,6 +90,20 @@ class Singles:
     def passes_s(self, count: int = 1) -> float:
         """How long as many ways take as the next `count` transfers go: the latency of the links, and what faults add to it."""
         return count * self.latency_s + sum(late_s() for _ in range(count) for late_s in self._late)
+
+    async def pass_by(self, due_s: float, clock: EmulatedClock) -> float:
+        """Return when the turn that was given last, until `due_s`, is over; as links change it is at another time, which is returned."""
+        turn = Turn(self.links, self._bytes_per_s, min(self._next_s, due_s), due_s)
+        if self._changed != self._arbiter.changed:
+            turn.follow(clock.now())
+        followers, follow = self._arbiter.followers, turn.follow
+        followers[follow] = None
+        try:
+            with self.held(clock.now):
+                await clock.sleep_until_then(partial(_DUE, turn), turn)
+        finally:
+            del followers[follow]
+        return turn.due_s
 
     @contextmanager
     def held(self, now: Callable[[], float]) -> Iterator[None]:

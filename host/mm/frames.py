@@ -75,7 +75,7 @@ class PhysicalMemory(Contents):
         """Where frames wait that became free while a change was not yet told to mirrors; None where mirrors are told first."""
         self.zones: dict[int, Zone] = {}
         self.nodes: list[HostZone] = []
-        self.owed: Callable[[], Awaitable[None]] | None = None
+        self.owed: Callable[[], Awaitable[object]] | None = None
         """Time that an access in place takes on its link, to be waited for by whoever made it."""
         self.families: dict[int, list[Mm]] = {}
         self.anon_families: dict[int, int] = {}

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import trio
+import trio.testing
 
-from hmmnet.fabric.arbiter import Arbiter
+from hmmnet.fabric.arbiter import Arbiter, LinkChange
+from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.fabric.singles import Singles
 from hmmnet.topology.load import parse
 
@@ -113,3 +116,61 @@ def test_holding_does_not_slow_down_who_is_alone() -> None:
     _, way, _ = machine()
     with way.held(lambda: 0.0):
         assert way.turn(10 * KB, 0.0)[1] == pytest.approx(1 * MS + 3 * MS)
+
+
+SLOW = LinkChange(frozenset({("uplink", False)}), factor=1e-3)
+PRECISION_S = 1e-3
+"""What the clock does not sleep for."""
+
+
+async def _passes(arbiter: Arbiter, way: Singles, due_s: float, *changes: tuple[float, LinkChange | None]) -> float:
+    """When who sleeps until `due_s` goes on, and was told that it is; the links change at these times."""
+    clock, told = EmulatedClock(1.0, trio.current_time), []
+
+    async def passes() -> None:
+        told.append(await way.pass_by(due_s, clock))
+        assert clock.now() == pytest.approx(told[0], abs=PRECISION_S)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(passes)
+        for at_s, change in changes:
+            await trio.sleep_until(at_s)
+            arbiter.change(1, change, clock.now())
+    assert not arbiter.followers
+    return told[0]
+
+
+def _run(arbiter: Arbiter, way: Singles, due_s: float, *changes: tuple[float, LinkChange | None]) -> float:
+    return trio.run(_passes, arbiter, way, due_s, *changes, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+def test_a_turn_on_a_link_that_was_very_slow_is_over_soon_after_that() -> None:
+    """1 MB at 10 kB/s, for 4 of 100 s; the rest at 10 MB/s. Whoever comes next is behind it, and no later."""
+    arbiter, _, _ = machine()
+    arbiter.change(1, SLOW, 0.0)
+    way = Singles(arbiter, "gpu0", "node0")
+    _, due_s = way.turn(1000 * KB, 0.0)
+    assert due_s == pytest.approx(100 + 3 * MS)
+    assert _run(arbiter, way, due_s, (4.0, None)) == pytest.approx(4.0 + 96 * MS + 3 * MS)
+    assert Singles(arbiter, "gpu1", "node0").turn(KB, 4.0)[0] == pytest.approx(4.0 + 96 * MS)
+    assert arbiter.open_flow("gpu1", "node0", 4.0).grant(KB, 4.0).start_s == pytest.approx(4.0 + 96 * MS + 0.1 * MS)
+
+
+def test_a_turn_on_a_link_that_becomes_slow_takes_longer() -> None:
+    """Half of 2 s have passed; and the link is what it was for the last quarter. What is through is on its way as long as before."""
+    arbiter, way, _ = machine()
+    _, due_s = way.turn(20_000 * KB, 0.0)
+    assert _run(arbiter, way, due_s, (1.0, SLOW), (501.0, None)) == pytest.approx(501.5 + 3 * MS)
+    arbiter, way, _ = machine()
+    _, due_s = way.turn(10 * KB, 0.0)
+    assert _run(arbiter, way, due_s, (2 * MS, SLOW)) == pytest.approx(due_s) == pytest.approx(4 * MS)
+
+
+def test_a_turn_that_is_slept_for_later_has_heard_what_changed_until_then() -> None:
+    """A CPU pays for what it reached at the end of its access."""
+    arbiter, _, _ = machine()
+    arbiter.change(1, SLOW, 0.0)
+    way = Singles(arbiter, "gpu0", "node0")
+    _, due_s = way.turn(1000 * KB, 0.0)
+    arbiter.change(1, None, 0.0)
+    assert _run(arbiter, way, due_s) == pytest.approx(100 * MS + 3 * MS)

@@ -219,6 +219,28 @@ def test_a_link_that_was_very_slow_for_a_second_costs_that_second(way: str, page
     assert taken_s == pytest.approx(1.0 + pages * PAGE / WAYS[way] + 1e-6, abs=5e-7)
 
 
+def test_single_pages_cost_no_more_than_that_second() -> None:
+    """CPUs load them, each 41 s behind the one before; and what is migrated once the link is what it was does not wait for them."""
+
+    async def main(machine: SimulatedMachine) -> float:
+        process = await machine.create_process()
+        address = await _placed(process, "gpu0")
+        began_s = machine.emulated_s()
+        number = machine.add_fault(VERY_SLOW)
+        async with trio.open_nursery() as nursery:
+            for page in (0, 300, 600):
+                nursery.start_soon(process.read, address + page * PAGE, 8)
+            await trio.sleep(1)
+            machine.remove_fault(number)
+            await process.migrate(address + 900 * PAGE, 8 * PAGE, "host")
+        taken_s = machine.emulated_s() - began_s
+        assert await process.read(address, PAGES * PAGE) == DATA[: PAGES * PAGE]
+        await process.exit()
+        return taken_s
+
+    assert hmmnet.simulate(main, MACHINE, limit_s=300.0).value == pytest.approx(1.0, abs=1e-4)
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_a_link_that_becomes_slow_has_carried_what_it_has(way: str) -> None:
     """Half of it before, a fiftieth of the other half while it is slow, the rest afterwards."""
