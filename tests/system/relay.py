@@ -15,6 +15,8 @@ class Relay:
 
     def __init__(self, nursery: trio.Nursery, to: int) -> None:
         self.port = 0
+        self.left: int | None = None
+        """Bytes that it carries from who connected until it cuts itself; None: as many as come."""
         self._nursery = nursery
         self._to = to
         self.open()
@@ -25,7 +27,8 @@ class Relay:
         return f"tcp://127.0.0.1:{self.port}"
 
     def open(self) -> None:
-        """Serve, at the same port as before."""
+        """Serve, at the same port as before, whatever comes."""
+        self.left = None
         sock = socket.create_server(("127.0.0.1", self.port), reuse_port=False)
         sock.setblocking(False)
         self.port = sock.getsockname()[1]
@@ -49,13 +52,17 @@ class Relay:
             except OSError:
                 return  # nobody is there (any more), and who asked finds a connection that ends
             async with far, trio.open_nursery() as nursery:
-                nursery.start_soon(_pump, near, far, nursery.cancel_scope)
-                nursery.start_soon(_pump, far, near, nursery.cancel_scope)
+                nursery.start_soon(self._pump, near, far, nursery.cancel_scope, True)
+                nursery.start_soon(self._pump, far, near, nursery.cancel_scope, False)
 
-
-async def _pump(source: trio.SocketStream, target: trio.SocketStream, both: trio.CancelScope) -> None:
-    """Carry bytes until one of the two ends; then the other is ended, too."""
-    with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
-        while data := await source.receive_some(BYTES_AT_ONCE):
-            await target.send_all(data)
-    both.cancel()
+    async def _pump(self, source: trio.SocketStream, target: trio.SocketStream, both: trio.CancelScope, counts: bool) -> None:
+        """Carry bytes until one of the two ends; then the other is ended, too."""
+        with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            while data := await source.receive_some(BYTES_AT_ONCE):
+                if counts and self.left is not None:
+                    data = data[: self.left]
+                    self.left -= len(data)
+                await target.send_all(data)
+                if self.left == 0:
+                    self.cut()
+        both.cancel()
