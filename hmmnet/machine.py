@@ -63,6 +63,8 @@ _numbers = itertools.count(1)
 class Host(Protocol):
     """What is used of `hmmnet.host.service.Host`."""
 
+    memory: Any
+    """Its physical memory, by which its code is known from another host's in the same process."""
     control_endpoint: str
     client_endpoint: str
     injector: Injector

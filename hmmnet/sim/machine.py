@@ -427,7 +427,7 @@ class SimulatedMachine:
             for node in self._nodes.values():
                 node.transport.cut()
             self.host.crash(HOST_CRASHED)
-            self.nursery.start_soon(crash.end_calls, self.host.owns, HOST_CRASHED)
+            self.nursery.start_soon(crash.end_calls, self.host, HOST_CRASHED)
         return _nothing
 
     def _silence(self) -> Undo:

@@ -18,7 +18,7 @@ import hmmnet
 from hmmnet.client import remote_machine
 from hmmnet.errors import HmmnetError, PeerLost, SegmentationFault
 from hmmnet.faults import PointFault, fault
-from hmmnet.sim import SimulatedMachine
+from hmmnet.sim import SimulatedMachine, run_virtual, simulated
 from hmmnet.sim.crash import HOSTS_CODE
 from hmmnet.sim.machine import SECRET
 from hmmnet.wire.exchange import HEARTBEAT_S, LEASE_S
@@ -243,3 +243,40 @@ def test_clients_hear_nothing_any_more() -> None:
                 pytest.fail("nobody is there")
 
     hmmnet.simulate(main, MACHINE, limit_s=60.0)
+
+
+def test_another_machine_of_the_run_goes_on() -> None:
+    """Its host's own tasks, and calls under way in it, be they just begun or held; those of the host that crashed end."""
+
+    async def main() -> None:
+        async with simulated(MACHINE, name="a") as crashed, simulated(MACHINE, name="b") as other, trio.open_nursery() as nursery:
+            for machine in (crashed, other):
+                machine.add_fault("point.pause", point="migrate.before_copy", on="gpu1", lasts=1.0)
+            processes = [await machine.create_process() for machine in (crashed, other)]
+            gone, process = processes
+            data, held = await process.mmap(NBYTES), await process.mmap(NBYTES)
+            await process.write(data, bytes(NBYTES))
+            watched = [await one.mmap(PAGE) for one in processes]
+            faults = [await one.userfaultfd(address, PAGE) for one, address in zip(processes, watched, strict=True)]
+            nursery.start_soon(at_once, faults[0].read)
+            nursery.start_soon(at_once, partial(gone.launch, "reduction", "dmirror0", a=watched[0], n=8))
+            heard: list[int] = []
+
+            async def read() -> None:
+                heard.append(await faults[1].read())
+                await faults[1].copy(watched[1], bytes(PAGE))
+
+            nursery.start_soon(read)
+            nursery.start_soon(process.migrate, data, NBYTES, "gpu0")
+            nursery.start_soon(process.migrate, held, NBYTES, "gpu1")
+            await trio.lowlevel.checkpoint()
+            crashed.add_fault("host.crash")
+            await trio.sleep(0.01)
+            assert await process.load(watched[1]) == 0
+            assert heard == [watched[1]]
+            await trio.sleep(2 * SILENT_S)
+            assert (await other.check())["complaints"] == []
+            assert other.running == MACHINE.device_names
+            assert crashed.running == ()
+
+    run_virtual(main, limit_s=60.0)
