@@ -90,7 +90,7 @@ class Flow(Schedule):
         """Go on over other links; without any, wait for some (called by the arbiter). What was carried stays with those that did."""
         if self.stalled and not links:
             return  # it waits still, since when it did
-        if self.stalled:
+        if waited := self.stalled:
             self._carried_s = max(self._carried_s, now_s)
             self._put_off(now_s)
         else:
@@ -102,16 +102,27 @@ class Flow(Schedule):
         if links:
             self.look_at_latency(now_s)
         self._leg_s = now_s
+        if waited or self.stalled:
+            self._tell()
+
+    @property
+    def there_s(self) -> float:
+        """See `Pacer`; nobody knows while something waits for a link to leave by: infinite."""
+        return math.inf if self.stalled and self._waits else max(self.last.arrive_s, self._old_way_s)
+
+    @property
+    def _waits(self) -> bool:
+        """Whether the last that was granted had not left when it came to these links, or lost its own."""
+        return self.last.start_s > self._leg_s and self.last.arrive_s > -math.inf
 
     def _put_off(self, now_s: float) -> None:
-        """It was stalled until now: what has not left goes on from here."""
+        """It was stalled until now: what has not left, and other chunks may be before the last, is as much later as that was long."""
         start_s, finish_s, arrive_s = self.last
-        if start_s > self._leg_s and arrive_s > -math.inf:
-            start_s, late_s = max(start_s, now_s), max(now_s - start_s, 0.0)
-            self.last = Grant(start_s, finish_s + late_s, arrive_s + late_s)
+        if self._waits:
+            late_s = now_s - self._leg_s
+            self.last = Grant(start_s + late_s, finish_s + late_s, arrive_s + late_s)
         else:
             self.last = Grant(start_s, max(finish_s, now_s), arrive_s)
-        self._tell()
 
     def _record(self, nbytes: int, due_s: float, now_s: float) -> None:
         for link in self.links if nbytes else ():

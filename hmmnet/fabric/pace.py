@@ -42,7 +42,7 @@ class Pacer(Protocol):
 
     @property
     def there_s(self) -> float:
-        """When all that was granted is there, as it is now; infinitely long ago, if nothing was."""
+        """When all that was granted is there, as it is now: infinitely long ago, if nothing was; infinite, if some waits for a link."""
         ...
 
     def grant(self, nbytes: int, now_s: float, catch_up_s: float) -> Grant:

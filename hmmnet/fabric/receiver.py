@@ -31,6 +31,7 @@ from .clock import EmulatedClock
 from .ends import Bytes, Sink
 from .pace import CATCH_UP_S, Schedule
 from .ring import Ring
+from .sender import until_there
 from .stream import ReceiveState
 
 PARKED_BYTES_MAX = 64 << 20
@@ -80,7 +81,8 @@ class Arrival:
     async def wait(self) -> None:
         """Return when everything has landed and its emulated time has come. Raises PeerError when the sender gave up or is gone.
 
-        Cancelled, the stream is no longer expected (see `cancel`).
+        Raises Unreachable when links go down before the model has carried all of it, for too long (see `until_there`). Cancelled, the
+        stream is no longer expected (see `cancel`).
         """
         try:
             await self._event.wait()
@@ -93,7 +95,7 @@ class Arrival:
         if flow is None:
             await clock.sleep_until(self.state.arrive_s)
         else:
-            await clock.sleep_until_then(lambda: flow.there_s, self._moment)
+            await until_there(flow, clock, self._moment)
 
     def _changed(self) -> None:
         """Its flow has changed. The sender learns the rate with the next credit, which is late for who waits long for its next chunk."""

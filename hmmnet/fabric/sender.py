@@ -7,6 +7,7 @@ credit; `BulkSender.run` takes the credits of all streams. A credit ends the pin
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -195,7 +196,7 @@ class BulkSender:
         began_s = self._clock.now()
         try:
             await self._send_all(out, source)
-            await self._clock.sleep_until_then(lambda: pacer.there_s, out.moment)
+            await until_there(pacer, self._clock, out.moment)
         finally:
             del self._streams[stream]
         return StreamReport(source.nbytes, out.state.resent, max(pacer.there_s, self._clock.now()) - began_s)
@@ -368,6 +369,22 @@ class BulkSender:
             log.debug("the receiver of stream %d, which is given up, is not told now: the channel is closed or full", abort.stream)
             return False
         return True
+
+
+async def until_there(pacer: Pacer, clock: EmulatedClock, changed: Bell) -> None:
+    """Return when all that was granted is there. Raises Unreachable when some of it has had no link to leave by for `DOWN_S`.
+
+    `changed` rings when the moments of `pacer` have changed.
+    """
+    while True:
+        await clock.sleep_until_then(lambda: -math.inf if pacer.stalled and pacer.there_s == math.inf else pacer.there_s, changed)
+        if not (pacer.stalled and pacer.there_s == math.inf):
+            return
+        up_by_s = trio.current_time() + clock.real(DOWN_S)
+        while pacer.there_s == math.inf:
+            if trio.current_time() >= up_by_s:
+                raise Unreachable(f"no link that works leads from the sender to the receiver: links are down for {DOWN_S:g} s")
+            await changed.heard_by(up_by_s)
 
 
 def _fill(source: Source, offset: int, place: Bytes) -> int:

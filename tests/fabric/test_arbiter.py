@@ -361,9 +361,24 @@ def test_what_has_not_left_when_its_links_go_down_goes_on_when_they_are_up() -> 
     waits = flow.grant(315, 2.0)
     arbiter.change(2, down, 2.5)
     arbiter.change(2, None, 9.0)
-    assert flow.last == pytest.approx((9.0, 10.0, 10.0), abs=1e-5)
+    assert flow.last == pytest.approx((9.5, 10.5, 10.5), abs=1e-5), "half of the chunk before it was still to be carried"
     assert waits.start_s == pytest.approx(3.0)
-    flow.close(10.0)
+    flow.close(10.5)
+
+
+def test_nobody_knows_when_what_waits_for_a_link_is_there() -> None:
+    """Of five chunks the first has left when the link goes down; the others are there as much later as it was down, one after the other."""
+    arbiter, told = switch(), []
+    arbiter.change(1, SLOW, 0.0)
+    flow = arbiter.open_flow("node0", "gpu0", 0.0)
+    flow.watch(lambda: told.append(flow.there_s))
+    for _ in range(5):
+        flow.grant(315, 0.0)
+    assert flow.there_s == pytest.approx(5.0, abs=1e-5)
+    arbiter.change(2, LinkChange(frozenset({("switch0-gpu0", False)}), down=True), 0.5)
+    assert flow.there_s == float("inf")
+    arbiter.change(2, None, 60.5)
+    assert flow.there_s == flow.due_s == told[-1] == pytest.approx(65.0, abs=1e-5)
 
 
 def test_what_changes_elsewhere_does_not_end_a_wait_for_a_link() -> None:

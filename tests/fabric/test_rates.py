@@ -7,10 +7,14 @@ import pytest
 import trio
 import trio.testing
 
+from hmmnet.errors import Unreachable
+from hmmnet.fabric.arbiter import LinkChange
 from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.fabric.dma import BulkReceiver, BulkSender, BytesSink, BytesSource, Pace
 from hmmnet.fabric.pace import Schedule
+from hmmnet.fabric.sender import DOWN_S
 from tests.fabric.faulty import faulty_pair
+from tests.fabric.test_arbiter import switch
 from tests.fabric.test_dma import MIB, pattern
 
 
@@ -89,3 +93,48 @@ def test_rates_that_matter_little_ride_on_credits_only() -> None:
     assert _taken_s([(0.0, 100e6), (0.001, 200e6), (0.002, 400e6)], 8 * MIB, near=False)[1] == 2
     assert _taken_s([(0.0, 1e6), (0.5, 0.5e6), (1.0, 0.4e6)], 8 * MIB, near=False)[1] == 2
     assert _taken_s([(0.0, 1e6), (0.5, 2e6)], 8 * MIB, near=False)[1] == 3
+
+
+def _there_s(up_s: float) -> float:
+    """When a receiver that came by all data at once has them by the model: 3.3 s a chunk, and the link is down from 0.5 s on."""
+
+    async def main() -> float:
+        there, here = faulty_pair(1)
+        clock = EmulatedClock(1.0, trio.current_time)
+        sender, receiver = BulkSender(there, clock), BulkReceiver(here, clock)
+        arbiter = switch()
+        flow = arbiter.open_flow("gpu0", "node0", 0.0)
+        arbiter.change(1, LinkChange(frozenset({("uplink", False)}), factor=1e-5), 0.0)
+        async with trio.open_nursery() as nursery:
+
+            async def change() -> None:
+                await trio.sleep_until(0.5)
+                arbiter.change(2, LinkChange(frozenset({("uplink", False)}), down=True), clock.now())
+                await trio.sleep_until(up_s)
+                arbiter.change(2, None, clock.now())
+
+            nursery.start_soon(sender.run)
+            nursery.start_soon(receiver.run)
+            nursery.start_soon(change)
+            arrival = receiver.expect(2, BytesSink(bytearray(4 * MIB)), flow)
+            nursery.start_soon(sender.send, 2, BytesSource(pattern(4 * MIB)), Pace(0.0, 1e12, 0.0))
+            try:
+                await arrival.wait()
+            finally:
+                nursery.cancel_scope.cancel()
+        return clock.now()
+
+    return trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+def test_nothing_is_there_over_links_that_are_down() -> None:
+    """What came before its moment waits for the link, and then for the rest of its way."""
+    assert _there_s(60.0) == pytest.approx(59.5 + 4 * MIB / 31.5e4, abs=2e-3)
+
+
+def test_what_waits_for_a_link_for_too_long_is_not_there() -> None:
+    """Whoever waits for it is told after `DOWN_S`."""
+    assert _there_s(0.5 + DOWN_S - 0.1) > DOWN_S
+    with pytest.raises(BaseExceptionGroup) as caught:
+        _there_s(0.5 + DOWN_S + 0.1)
+    assert caught.group_contains(Unreachable, match="links are down for 60 s")
