@@ -101,7 +101,7 @@ class Mistakes(WrongUse):
         super().__init__("\n".join(map(str, self.problems)))
 
     def __reduce__(self) -> tuple[object, ...]:
-        return (type(self), (self.problems,))
+        return (type(self), (self.problems,), self.__dict__)
 
 
 class TopologyError(Mistakes):

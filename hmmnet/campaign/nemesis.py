@@ -52,12 +52,10 @@ class Nemesis:
         self._machine = crew.machine
         self._silencing: dict[int, tuple[Fault, list[Suffered]]] = {}
         """Faults that act now, by number, each a harm."""
-        self._down: list[tuple[str, list[Suffered]]] = []
-        """Devices that crashed or hang at a protocol point, until somebody sees to them."""
+        self._down: list[tuple[str, list[Suffered], float]] = []
+        """Devices that crashed or hang at a protocol point, until somebody sees to them; not before then."""
         self._lasting: dict[int, float] = {}
         """How long they do, where it is longer than `MEND_S`, by the number of the fault; for a program that ends earlier, too."""
-        self._until_s = 0.0
-        """When the last of these is over."""
         crew.machine.injector.on_fired = self._fired
         crew.machine.network.on_fired = self._message_fired
         crew.machine.carrier.told.append(self._told)
@@ -80,7 +78,7 @@ class Nemesis:
 
     async def heal(self) -> None:
         """All faults end, those that outlast a lease when they were to; who crashed or hangs is seen to."""
-        left_s = self._until_s - trio.current_time()
+        left_s = max((until_s for _, _, until_s in self._down), default=0.0) - trio.current_time()
         if left_s > 0.0:
             await sleep(left_s)
         self._crew.note("all faults end")
@@ -220,10 +218,9 @@ class Nemesis:
         counted = "" if fired.kind in KINDS or fired.action == "call" else what
         crew.note(f"fault {what} {victim}")
         if fired.action in LETHAL:
-            self._down.append((victim, crew.harm_begins([victim], counted)))
             seconds = self._lasting.get(fired.number, MEND_S)
-            if seconds > MEND_S:
-                self._until_s = max(self._until_s, trio.current_time() + seconds)
+            until_s = trio.current_time() + seconds if seconds > MEND_S else 0.0
+            self._down.append((victim, crew.harm_begins([victim], counted), until_s))
             self._machine.nursery.start_soon(self._mend_soon, seconds)
         elif fired.action == "fail" and fired.where.point in GIVES_UP:
             self._machine.nursery.start_soon(self._mend_given_up, crew.harm_begins([victim], counted), victim)
@@ -246,8 +243,11 @@ class Nemesis:
 
     async def _mend_nodes(self) -> None:
         """Who hangs goes on; who has crashed is started again."""
-        while self._down:
-            device, harms = self._down.pop()
+        now_s = trio.current_time()
+        due = [down for down in self._down if down[2] <= now_s]
+        self._down = [down for down in self._down if down[2] > now_s]
+        while due:
+            device, harms, _ = due.pop()
             if device in self._machine.running:
                 await self._machine.resume_device(device)
             else:

@@ -24,7 +24,6 @@ from hmmnet.topology.problems import did_you_mean
 from hmmnet.units import counted
 
 from .machines import devices_of
-from .recipes import NOT_DRAWN
 from .words import HARM_KINDS, HUGE_SPREAD, REGION_KINDS, STEP_KINDS, choices_of, places
 
 FORMAT = 1
@@ -199,9 +198,9 @@ def _wrong_faults(place: str, text: str) -> Iterator[str]:
     except PlanError as error:
         yield "; ".join(map(str, error.problems))
         return
-    for kind in (cast(Fault, fault).kind.name for fault in faults):
-        if kind in NOT_DRAWN:
-            yield f'{place}: no campaign has the fault "{kind}": {NOT_DRAWN[kind]}; leave it out'
+    for kind in (cast(Fault, fault).kind for fault in faults):
+        if "sim" in kind.not_in:
+            yield f'{place}: no campaign has the fault "{kind.name}": {kind.not_in["sim"]}; leave it out'
 
 
 def _what_else(data: bytes) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import secrets
 import shutil
 from pathlib import Path
 
@@ -28,7 +29,10 @@ def writable(path: Path) -> None:
 
 
 def write(path: Path, text: str) -> None:
-    """Write `text` to `path`, all of it or nothing: until then what was there stays. Raises HmmnetError."""
+    """Write `text` to `path`, all of it or nothing: until then what was there stays, unless its folder takes no new file (`IN_PLACE`).
+
+    Raises HmmnetError.
+    """
     try:
         target = path.resolve()
         if target.exists() and not target.is_file():
@@ -50,9 +54,9 @@ def attempt(path: Path, text: str) -> HmmnetError | None:
 
 def _replace(target: Path, text: str) -> None:
     """Through a new file beside it. Raises OSError."""
-    new = target.with_name(f".hmmnet-{os.getpid()}")
+    new = target.with_name(f".hmmnet-{secrets.token_hex(8)}")
     try:
-        with new.open("w", encoding="utf-8") as file:
+        with new.open("x", encoding="utf-8") as file:  # nobody else's, and no link
             file.write(text)
             file.flush()
             os.fsync(file.fileno())  # some disks say only now that they are full

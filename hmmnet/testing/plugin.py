@@ -128,7 +128,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             pytest.fail(
                 f"{item.nodeid}: seeds(...) on a test without a seed: ask for simulated_machine, simulate, machine or {SEED}", pytrace=False
             )
-        if "faults" in own:
+        if "faults" in own and "request" not in metafunc.fixturenames:  # by which it may get one
             pytest.fail(
                 f"{item.nodeid}: faults(...) on a test without a machine: ask for simulated_machine, simulate or machine", pytrace=False
             )

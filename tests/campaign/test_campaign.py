@@ -420,7 +420,6 @@ def test_a_story_of_one_actor_has_no_plural(tmp_path: Path, capsys: pytest.Captu
         ({"planned": [{"at": -5, "fault": '[[fault]]\nkind = "loss"\n'}]}, "planned[0].at: expected `int` >= 0"),
         ({"planned": [{"at": 5, "fault": '[[fault]]\nkind = "los"\n'}]}, 'planned[0].fault:2: fault 1: kind: no fault is called "los"'),
         ({"faults": ["zzz"]}, "faults[0]:1: no valid TOML"),
-        ({"faults": ['[[fault]]\nkind = "host.crash"\n']}, 'faults[0]: no campaign has the fault "host.crash": with the host'),
         ({"faults": ['[[fault]]\nkind = "disk.slow"\n']}, 'faults[0]: no campaign has the fault "disk.slow": a simulated machine'),
         ({"machine": "x = "}, "machine:1: no valid TOML"),
         ({"machine": '[[memory]]\nname = "node0"\nsize = "4 MiB"\n'}, "machine: no device; write [[device]]"),

@@ -7,13 +7,16 @@ import re
 from pathlib import Path
 from typing import get_args
 
+import msgspec
 import pytest
 
 from hmmnet.campaign.coverage import FILE, as_json, as_markdown, document, from_json, lacking, read
 from hmmnet.campaign.nemesis import GIVES_UP
 from hmmnet.campaign.places import NOT_APPLICABLE, Pair, pairs, reason
+from hmmnet.campaign.program import Hit
 from hmmnet.campaign.scenarios import SCENARIOS, scenario
 from hmmnet.campaign.sweep import NTH_MAX, OUTCOMES, alone, expected, sweep, try_all, try_pair
+from hmmnet.campaign.trial import run_program
 from hmmnet.campaign.words import CONTROL, FREEZE, UNREADABLE, places
 from hmmnet.cli import exit_code
 from hmmnet.cli.sweep import roughly
@@ -102,6 +105,13 @@ def test_a_freeze_outlasts_the_lease_and_a_hang_does_not(place: str) -> None:
     """The host waits for who hangs; who freezes is given up with its pages, also where the program would end before."""
     found = {fault: try_pair(Pair("point", place, fault), SCENARIOS["tour"], 1) for fault in ("hang", FREEZE)}
     assert {fault: (hits.hit, hits.outcome) for fault, hits in found.items()} == {"hang": (True, "same"), FREEZE: (True, "lost")}
+
+
+def test_a_freeze_goes_on_when_another_hang_is_over() -> None:
+    """Who is seen to after a moment is who hangs for a moment."""
+    frozen = Pair("point", "migrate.after", FREEZE).program(SCENARIOS["tour"], 1)
+    both = msgspec.structs.replace(frozen, hits=(*frozen.hits, Hit("hub.before_range_end", "hang", nth=1)))
+    assert [run_program(program).outcome.lost > 0 for program in (frozen, both)] == [True, True]
 
 
 @pytest.mark.parametrize("action", ["crash", "hang", FREEZE])

@@ -13,6 +13,7 @@ from hmmnet.cli import exit_code
 from hmmnet.cli.outputs import writable, write
 from hmmnet.demo.screen import shorten
 from hmmnet.errors import HmmnetError
+from hmmnet.topology.files import exists, is_file
 from tests import disks
 
 WORKLOAD = """
@@ -92,6 +93,30 @@ def test_a_file_that_could_not_be_written_is_not_begun(tmp_path: Path) -> None:
             write(file, "text" * 10_000)
     assert [file.name for file in tmp_path.iterdir()] == ["old.svg"]
     assert old.read_text() == "kept"
+
+
+def test_a_link_that_waits_for_a_file_is_not_followed(tmp_path: Path) -> None:
+    """In a folder of everybody's somebody may guess the name of the file that replaces another: it has none that can be guessed."""
+    theirs = tmp_path / "theirs"
+    theirs.write_text("kept")
+    (tmp_path / f".hmmnet-{os.getpid()}").symlink_to(theirs)
+    write(tmp_path / "mine", "text")
+    assert (theirs.read_text(), (tmp_path / "mine").read_text(), (tmp_path / "mine").is_symlink()) == ("kept", "text", False)
+
+
+def test_where_nobody_may_look_a_file_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever reads it says why not; where no file can be there is none."""
+    assert not exists(tmp_path / "none")
+    assert not is_file(tmp_path)
+    assert not is_file(tmp_path / ("x" * 5000))
+    assert not is_file(tmp_path / "a\0b")
+
+    def refused(*_: object, **__: object) -> os.stat_result:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "stat", refused)
+    assert exists(tmp_path / "none")
+    assert is_file(tmp_path / "none")
 
 
 def test_a_file_is_written_whole_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -167,6 +167,25 @@ def test_mistakes_are_one_line_each(pytester: pytest.Pytester) -> None:
     assert "plugin.py" not in result.stdout.str()
 
 
+def test_a_machine_may_be_asked_for_by_request(pytester: pytest.Pytester) -> None:
+    """A fixture of both worlds gets its machine by name: the faults of its tests are on that."""
+    write(
+        pytester,
+        """
+        import pytest
+
+        @pytest.fixture(params=["simulated_machine"])
+        def world(request):
+            return request.getfixturevalue(request.param)
+
+        @pytest.mark.faults({"kind": "alloc.device", "nth": 1, "on": "gpu0"})
+        def test_it(world):
+            assert len(world.list_faults()) == 1
+        """,
+    )
+    run(pytester).assert_outcomes(passed=1)
+
+
 def test_default_machine(pytester: pytest.Pytester) -> None:
     """hmmnet_topology is the machine of tests that name none; a file is seen from the root of the suite."""
     (pytester.path / "mine.toml").write_text(Path(__file__).parents[2].joinpath("hmmnet/topology/presets/two-gpus.toml").read_text())
