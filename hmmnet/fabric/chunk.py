@@ -6,7 +6,6 @@ the checksum at its end, is a ProtocolError.
 
 from __future__ import annotations
 
-import math
 import struct
 import zlib
 from typing import NamedTuple
@@ -20,7 +19,7 @@ MISSING_MAX = 64
 """Chunks that one credit can ask for again; further ones are asked for by the next."""
 REASON_MAX = 512
 
-_CHUNK = struct.Struct("<4sIQQIIQdI")
+_CHUNK = struct.Struct("<4sIQQIIQI")
 _CREDIT = struct.Struct("<4sIQIId")
 _ABORT = struct.Struct("<4sIQ")
 _SEAL = struct.Struct("<I")
@@ -29,7 +28,7 @@ HEADER_BYTES = _CHUNK.size + _SEAL.size
 ANNOUNCED_MAX = 4
 """Chunks that one message announces, each with a header of its own. A message wakes three threads in turn, which costs as much as copying a
 quarter of a chunk; of more than four that is not worth their delay."""
-_CHUNK_MAGIC, _CREDIT_MAGIC, _ABORT_MAGIC = b"HMc2", b"HMk1", b"HMa1"
+_CHUNK_MAGIC, _CREDIT_MAGIC, _ABORT_MAGIC = b"HMc3", b"HMk1", b"HMa1"
 UNCHECKED = 1
 """Flag of a chunk: it carries no checksum."""
 PROBE = 2
@@ -41,8 +40,8 @@ IN_RING = 4
 class Chunk(NamedTuple):
     """Header of chunk `sequence` of `stream`: bytes ``[sequence * stride, ... + length)`` of `total`.
 
-    It is there at `arrive_s`, emulated. A `probe` is to be answered in any case. With a `slot` its bytes lie there in the ring, and it
-    has no payload.
+    A `probe` is to be answered in any case; one without data and slot is no more than a question. With a `slot` its bytes lie there in the
+    ring, and it has no payload.
     """
 
     stream: int
@@ -50,7 +49,6 @@ class Chunk(NamedTuple):
     sequence: int
     stride: int
     checksum: int | None
-    arrive_s: float
     probe: bool = False
     slot: int | None = None
 
@@ -85,9 +83,9 @@ class Abort(NamedTuple):
 
 def pack_chunk(chunk: Chunk) -> bytes:
     """The header as bytes."""
-    stream, total, sequence, stride, checksum, arrive_s, probe, slot = chunk
+    stream, total, sequence, stride, checksum, probe, slot = chunk
     flags = (UNCHECKED if checksum is None else 0) | (PROBE if probe else 0) | (0 if slot is None else IN_RING)
-    return _sealed(_CHUNK.pack(_CHUNK_MAGIC, flags, stream, total, sequence, stride, checksum or 0, arrive_s, slot or 0))
+    return _sealed(_CHUNK.pack(_CHUNK_MAGIC, flags, stream, total, sequence, stride, checksum or 0, slot or 0))
 
 
 def pack_credit(credit: Credit) -> bytes:
@@ -119,13 +117,13 @@ def unpack_forward(header: bytes) -> Chunk | Abort:
         return _unpack_abort(header)
     if len(header) != _CHUNK.size:
         raise ProtocolError(f"chunk header of {len(header)} bytes, not {_CHUNK.size}")
-    _, flags, stream, total, sequence, stride, checksum, arrive_s, slot = _CHUNK.unpack(header)
-    if not (0 < total <= STREAM_BYTES_MAX and 0 < stride <= CHUNK_BYTES and sequence * stride < total) or not math.isfinite(arrive_s):
+    _, flags, stream, total, sequence, stride, checksum, slot = _CHUNK.unpack(header)
+    if not (0 < total <= STREAM_BYTES_MAX and 0 < stride <= CHUNK_BYTES and sequence * stride < total):
         raise ProtocolError(f"chunk {sequence} of {stride} bytes is no part of a stream of {total} bytes")
     if flags & ~(UNCHECKED | PROBE | IN_RING) or (slot and not flags & IN_RING):
         raise ProtocolError(f"chunk with unknown flags {flags:#x}, or a slot in no ring")
     where = slot if flags & IN_RING else None
-    return Chunk(stream, total, sequence, stride, None if flags & UNCHECKED else checksum, arrive_s, flags & PROBE != 0, where)
+    return Chunk(stream, total, sequence, stride, None if flags & UNCHECKED else checksum, flags & PROBE != 0, where)
 
 
 def unpack_back(header: bytes) -> Credit | Abort:

@@ -79,10 +79,11 @@ class Arrival:
         return self._error is not None
 
     async def wait(self) -> None:
-        """Return when everything has landed and its emulated time has come. Raises PeerError when the sender gave up or is gone.
+        """Return when everything has landed and, with a flow, its emulated time has come.
 
-        Raises Unreachable when links go down before the model has carried all of it, for too long (see `until_there`). Cancelled, the
-        stream is no longer expected (see `cancel`).
+        Without one the sender alone knows that time: who waits for it, waits for that one's word, too. Raises PeerError when the sender
+        gave up or is gone, Unreachable when links go down before the model has carried all of it, for too long (see `until_there`).
+        Cancelled, the stream is no longer expected (see `cancel`).
         """
         try:
             await self._event.wait()
@@ -92,9 +93,7 @@ class Arrival:
         if self._error is not None:
             raise PeerError(f"stream {self.state.stream}: {self._error}")
         clock, flow = self._receiver.clock, self.flow
-        if flow is None:
-            await clock.sleep_until(self.state.arrive_s)
-        else:
+        if flow is not None:
             await until_there(flow, clock, self._moment)
 
     def _changed(self) -> None:
@@ -102,7 +101,7 @@ class Arrival:
         self._moment.ring()
         assert self.flow is not None, "it is that flow which says so"
         told = self._told_bytes_per_s
-        if told < self.flow.bytes_per_s and CHUNK_BYTES / told > CATCH_UP_S * self._receiver.clock.rate:
+        if self._error is None and told < self.flow.bytes_per_s and CHUNK_BYTES / told > CATCH_UP_S * self._receiver.clock.rate:
             self._receiver.tell_rate(self)
 
     def paced(self, credit: Credit) -> Credit:
@@ -169,8 +168,9 @@ class BulkReceiver:
     def expect(self, stream: int, sink: Sink, flow: Schedule | None = None) -> Arrival:
         """A stream of exactly ``sink.nbytes`` will come.
 
-        With a `flow` the arbiter is at this end: that says when a chunk is there, whatever its sender was told and says; what comes while
-        it is stalled is lost; and the sender is told its rate, now and with each credit.
+        With a `flow` the arbiter is at this end: that says when a chunk is there, whatever its sender was told and says, and what comes
+        while it is stalled is lost. The sender, whose grant has the rate of now, is told it with each credit, when it has risen much, and
+        when it asks.
         """
         assert stream not in self._expected, f"stream {stream} is expected already"
         arrival = Arrival(self, stream, sink, flow)
@@ -250,14 +250,18 @@ class BulkReceiver:
         if isinstance(message, Abort):
             self._take_abort(message, arrival)
             return
+        if arrival is None and message.stream in self._ended:
+            self._answer(self._ended[message.stream])
+            return
         if message.slot is not None:
             payload = self._in_ring(message)
+        elif payload is None and message.probe and arrival is not None:
+            self.tell_rate(arrival)
+            return
         if payload is None:
             raise ProtocolError(f"stream {message.stream}: a chunk without data")
         if arrival is not None:
             self._land(arrival, message, payload)
-        elif message.stream in self._ended:
-            self._answer(self._ended[message.stream])
         else:
             self._park(message, payload)
 
@@ -314,8 +318,14 @@ class BulkReceiver:
         return intact
 
     def tell_rate(self, arrival: Arrival) -> None:
-        """Tell a sender that may have no chunk out how fast it may send. (What is lost, the host's watchdog has sent again.)"""
-        self._answer(arrival.paced(arrival.state.credit()))
+        """Tell a sender that may have no chunk out how fast it may send.
+
+        What is lost, the host's watchdog has sent again; when all has landed, its sender asks for it.
+        """
+        credit = arrival.paced(arrival.state.credit())
+        if arrival.done:
+            self._remember(credit)
+        self._answer(credit)
 
     def _park(self, chunk: Chunk, payload: Payload) -> None:
         """A chunk has overtaken the control message that announces its stream: keep it, if it is new and there is room."""

@@ -196,6 +196,7 @@ class BulkSender:
         began_s = self._clock.now()
         try:
             await self._send_all(out, source)
+            await self._ask_until(out, lambda: pacer.there_s)
             await until_there(pacer, self._clock, out.moment)
         finally:
             del self._streams[stream]
@@ -226,13 +227,12 @@ class BulkSender:
             await self._await_link(out)
         offset = sequence * state.stride
         length = min(state.stride, state.total - offset)
-        grant = out.pacer.grant(length, clock.now(), CATCH_UP_S * clock.rate)
+        out.pacer.grant(length, clock.now(), CATCH_UP_S * clock.rate)
         if self.step is not None:
             await self.step()
-        if clock.real_until(grant.start_s) > clock.sleep_min_s:
+        if clock.real_until(out.pacer.last.start_s) > clock.sleep_min_s:
             await self._announce(out)
             await self._await_moment(out)
-            grant = out.pacer.last
         if self.ring is not None:
             await trio.lowlevel.checkpoint()  # a megabyte, as every one: others have their turn
         slot = self._slot(out, sequence)
@@ -241,7 +241,7 @@ class BulkSender:
             checksum = xxhash.xxh3_64_intdigest(payload) if self._checksums else None
         else:
             payload, checksum = None, _fill(source, offset, self.ring.part(slot, length))
-        header = pack_chunk(state.chunk(sequence, checksum, grant.arrive_s, slot))
+        header = pack_chunk(state.chunk(sequence, checksum, slot))
         if payload is None:
             out.held.append(header)
             if len(out.held) == ANNOUNCED_MAX or state.out < CREDIT_EVERY:  # with few out, the receiver may be waiting
@@ -254,6 +254,8 @@ class BulkSender:
         """Return when the chunk that was granted last may leave, over a link that works. Raises what `_await_link` does."""
         while True:
             out.paced = True
+            if out.state.unsure:
+                await self._ask_until(out, lambda: out.pacer.last.start_s)
             await self._clock.sleep_until_then(lambda: out.pacer.last.start_s, out.moment)
             out.paced = False
             if not out.pacer.stalled:
@@ -325,6 +327,22 @@ class BulkSender:
         raise Unreachable(f"stream {out.state.stream}: no link that works leads to its receiver: links are down for {DOWN_S:g} s")
 
     # --- waiting --------------------------------------------------------------------------------------------------------------
+
+    async def _ask_until(self, out: _Outgoing, moment: Callable[[], float]) -> None:
+        """Ask the arbiter, if it is at the other end, for the pace, again and again until that moment is near.
+
+        It may have told a new one in vain, and tells it again (`host.watchdog`) only while it expects something: this is for who may
+        have sent all.
+        """
+        clock = self._clock
+        while isinstance(out.pacer, Pace) and clock.real_until(moment()) > REPEAT_S:
+            with trio.move_on_after(clock.real(REPEAT_S)):
+                await clock.sleep_until_then(moment, out.moment)
+                return
+            try:
+                self._channel.send_nowait(pack_chunk(out.state.question()))
+            except (trio.WouldBlock, trio.ClosedResourceError):
+                log.debug("the receiver of stream %d is not asked for its pace now: the channel is closed or full", out.state.stream)
 
     async def _await_credit(self, out: _Outgoing) -> None:
         if not out.heard:  # since the state was looked at

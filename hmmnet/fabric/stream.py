@@ -91,12 +91,21 @@ class SendState:
             return self._next - 1
         return None
 
-    def chunk(self, sequence: int, checksum: int | None, arrive_s: float, slot: int | None = None) -> Chunk:
+    def chunk(self, sequence: int, checksum: int | None, slot: int | None = None) -> Chunk:
         """The header of the chunk that `next` gave; `slot` is where it lies in the ring, if it does."""
         probe = sequence == self._probe
         if probe:
             self._probe = -1
-        return Chunk(self.stream, self.total, sequence, self.stride, checksum, arrive_s, probe, slot)
+        return Chunk(self.stream, self.total, sequence, self.stride, checksum, probe, slot)
+
+    @property
+    def unsure(self) -> bool:
+        """Whether the chunk that goes next is repeated since nothing was heard: all may have landed."""
+        return self._probe >= 0
+
+    def question(self) -> Chunk:
+        """What asks how far all is, and for the pace: the last chunk, without its data."""
+        return Chunk(self.stream, self.total, self.chunks - 1, self.stride, None, probe=True)
 
     def credit(self, credit: Credit) -> None:
         """Take a credit. Raises ProtocolError when it credits what was never sent."""
@@ -130,7 +139,6 @@ class ReceiveState:
         self.landed = 0
         self.corrupted = 0
         self.duplicates = 0
-        self.arrive_s = float("-inf")
         self._ahead: set[int] = set()
         self._highest = -1
         self._asked: set[int] = set()
@@ -168,7 +176,6 @@ class ReceiveState:
             return self._refuse(sequence)
         self._asked.discard(sequence)
         self._damaged.pop(sequence, None)
-        self.arrive_s = max(self.arrive_s, chunk.arrive_s)
         self._since_credit += 1
         if sequence == self.landed:
             self.landed += 1

@@ -28,7 +28,7 @@ from hmmnet.fabric.chunk import (
 def test_chunks_survive(total: int, stride: int, checksum: int | None, probe: bool) -> None:
     """The last chunk of any stream comes back as it was, with what is left as its length."""
     sequence = min((total - 1) // stride, 2**32 - 1)
-    chunk = Chunk(7, total, sequence, stride, checksum, 1.5, probe)
+    chunk = Chunk(7, total, sequence, stride, checksum, probe)
     assert unpack_forward(pack_chunk(chunk)) == chunk
     assert 0 < chunk.length <= stride
     assert chunk.offset + chunk.length <= total
@@ -56,9 +56,7 @@ def test_garbage_is_refused(header: bytes) -> None:
 
 def test_chunks_are_announced_together() -> None:
     """A few headers in one message come apart again; more than may be are no header at all, and neither is half of one."""
-    headers = [
-        pack_chunk(Chunk(7, 10 * CHUNK_BYTES, sequence, CHUNK_BYTES, 0, 0.0, slot=sequence)) for sequence in range(ANNOUNCED_MAX + 1)
-    ]
+    headers = [pack_chunk(Chunk(7, 10 * CHUNK_BYTES, sequence, CHUNK_BYTES, 0, slot=sequence)) for sequence in range(ANNOUNCED_MAX + 1)]
     assert {len(header) for header in headers} == {HEADER_BYTES}
     assert split_forward(headers[0]) == headers[:1]
     assert split_forward(b"".join(headers[:ANNOUNCED_MAX])) == headers[:ANNOUNCED_MAX]
@@ -77,14 +75,13 @@ def test_chunks_are_announced_together() -> None:
 @pytest.mark.parametrize(
     "chunk",
     [
-        Chunk(1, 0, 0, 1, 0, 0.0),
-        Chunk(1, 1 << 41, 0, 1, 0, 0.0),
-        Chunk(1, 10, 0, CHUNK_BYTES + 1, 0, 0.0),
-        Chunk(1, 10, 10, 1, 0, 0.0),
-        Chunk(1, 10, 0, 10, 0, float("nan")),
+        Chunk(1, 0, 0, 1, 0),
+        Chunk(1, 1 << 41, 0, 1, 0),
+        Chunk(1, 10, 0, CHUNK_BYTES + 1, 0),
+        Chunk(1, 10, 10, 1, 0),
     ],
 )
 def test_impossible_chunks_are_refused(chunk: Chunk) -> None:
-    """Empty, oversized and out-of-range chunks, and arrivals at no time."""
+    """Empty, oversized and out-of-range chunks."""
     with pytest.raises(ProtocolError):
         unpack_forward(pack_chunk(chunk))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 import pytest
 import trio
@@ -13,13 +15,31 @@ from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.fabric.dma import BulkReceiver, BulkSender, BytesSink, BytesSource, Pace
 from hmmnet.fabric.pace import Schedule
 from hmmnet.fabric.sender import DOWN_S
+from hmmnet.host.watchdog import WATCHDOG_S, Watchdog
+from hmmnet.pages import from_wire, to_wire
+from hmmnet.wire.messages import ShowStreams, StreamsShown
+from hmmnet.wire.session import PendingReply, Session
 from tests.fabric.faulty import faulty_pair
 from tests.fabric.test_arbiter import switch
 from tests.fabric.test_dma import MIB, pattern
 
 
+class _Asked:
+    """The session of a device that says how its streams go on."""
+
+    def __init__(self, sender: BulkSender) -> None:
+        self._sender = sender
+
+    def begin(self, question: ShowStreams) -> PendingReply:
+        begun, holds = zip(*map(self._sender.account, from_wire(question.streams).tolist()), strict=True)
+        pending = PendingReply()
+        pending.resolve(StreamsShown(to_wire(np.array(begun, np.uint64)), to_wire(np.array(holds, np.uint64))))
+        return pending
+
+
 def _taken_s(changes: list[tuple[float, float]], nbytes: int, *, near: bool, loses: bool = False) -> tuple[float, int]:
-    """How long `nbytes` take whose links have that rate after so many seconds; and how many messages came back.
+    """How long `nbytes` take, for the end that hears of it last, whose links have that rate after so many seconds; and how many messages
+    came back unasked.
 
     The arbiter is at the sender's end (`near`), or at the receiver's. It `loses` what the receiver says while the rate changes.
     """
@@ -30,6 +50,8 @@ def _taken_s(changes: list[tuple[float, float]], nbytes: int, *, near: bool, los
         sender, receiver = BulkSender(there, clock), BulkReceiver(here, clock)
         flow = Schedule(0.0, changes[0][1], 0.25)
         pacer = flow if near else Pace(0.0, changes[0][1], 0.25)
+        lost: list[str] = []
+        dog = Watchdog(cast(Session, _Asked(sender)), receiver, lost.append, clock)
         async with trio.open_nursery() as nursery:
 
             async def change() -> None:
@@ -38,21 +60,28 @@ def _taken_s(changes: list[tuple[float, float]], nbytes: int, *, near: bool, los
                     here.loss = float(loses)
                     flow.change_rate(rate, clock.now())
                     here.loss = 0.0
-                if loses:
-                    await trio.sleep(10)
-                    receiver.tell_rate(arrival)
+
+            async def beat() -> None:
+                while not arrival.done:
+                    await trio.sleep(0.25)
+                    dog.look(clock.now(), False)
 
             nursery.start_soon(sender.run)
             nursery.start_soon(receiver.run)
             nursery.start_soon(change)
             arrival = receiver.expect(2, BytesSink(np.zeros(nbytes, dtype=np.uint8)), None if near else flow)
+            if not near:
+                dog.watched[arrival] = None
+                nursery.start_soon(beat)
             report = await sender.send(2, BytesSource(pattern(nbytes)), pacer)
+            sent_s = clock.now()
+            await arrival.wait()
             if near:
                 assert report.emulated_s == pytest.approx(clock.now(), abs=2e-3)
-            else:
-                await arrival.wait()
+                assert clock.now() == sent_s, "all is there when its sender says so"
             nursery.cancel_scope.cancel()
-        return clock.now(), here.sent
+        assert not lost
+        return clock.now(), here.sent - (there.sent - -(-nbytes // MIB))
 
     return trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
 
@@ -83,9 +112,15 @@ def test_a_single_chunk_is_there_when_its_links_have_carried_it() -> None:
 
 
 def test_a_sender_is_told_again_how_fast_it_may_send() -> None:
-    """What it was told was lost: until whoever looks after it asks for that."""
+    """What it was told was lost: the watchdog sees that it waits for its moment, after 10 s and two heartbeats."""
     taken_s, _ = _taken_s([(0.0, 100.0), (1.0, 100e6)], 5 * MIB, near=False, loses=True)
-    assert taken_s == pytest.approx(11.0 + 4 * MIB / 100e6 + 0.25, abs=2e-2)
+    assert taken_s == pytest.approx(WATCHDOG_S + 0.5 + 4 * MIB / 100e6 + 0.25, abs=0.26)
+
+
+def test_a_sender_whose_data_have_landed_asks_how_fast_they_travel() -> None:
+    """What it was told was lost, and the receiver has everything: nobody waits for it there."""
+    taken_s, _ = _taken_s([(0.0, 100.0), (1.1, 100e6)], MIB, near=False, loses=True)
+    assert taken_s == pytest.approx(1.25 + MIB / 100e6 + 0.25, abs=2e-2)
 
 
 def test_rates_that_matter_little_ride_on_credits_only() -> None:

@@ -281,7 +281,7 @@ async def test_a_slot_outside_the_ring(rings: tuple[Rings, Rings], slot: int) ->
     data, landing = pattern(MIB), np.zeros(MIB, dtype=np.uint8)
     async with ends(near, far, host.to_device, device.to_device) as (sender, receiver):
         arrival = receiver.expect(2, BytesSink(landing))
-        await near.send(pack_chunk(Chunk(2, MIB, 0, MIB, 0, 0.0, slot=slot)))
+        await near.send(pack_chunk(Chunk(2, MIB, 0, MIB, 0, slot=slot)))
         await trio.testing.wait_all_tasks_blocked()
         assert receiver.dropped == 1
         assert not landing.any()
@@ -295,7 +295,7 @@ async def test_a_slot_where_there_is_no_ring() -> None:
     near, far = channels()
     async with ends(near, far, None, None) as (_, receiver):
         receiver.expect(2, BytesSink(np.zeros(MIB, dtype=np.uint8)))
-        await near.send(pack_chunk(Chunk(2, MIB, 0, MIB, 0, 0.0, slot=1)))
+        await near.send(pack_chunk(Chunk(2, MIB, 0, MIB, 0, slot=1)))
         await trio.testing.wait_all_tasks_blocked()
         assert receiver.dropped == 1
 
@@ -411,7 +411,7 @@ async def test_a_closed_ring_is_no_ring(rings: tuple[Rings, Rings]) -> None:
     async with ends(near, far, host.to_device, host.to_device) as (sender, receiver):
         assert sender.carries == "messages"
         arrival = receiver.expect(2, BytesSink(landing))
-        await near.send(pack_chunk(Chunk(2, MIB, 0, MIB, 0, 0.0, slot=0)))
+        await near.send(pack_chunk(Chunk(2, MIB, 0, MIB, 0, slot=0)))
         await sender.send(2, BytesSource(data))
         await arrival.wait()
         assert receiver.dropped == 1

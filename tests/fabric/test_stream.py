@@ -17,9 +17,9 @@ STRIDE = 10
 Message = TypeVar("Message", Chunk, Credit)
 
 
-def chunk(sequence: int, total: int, stride: int = STRIDE, arrive_s: float = 0.0, probe: bool = False) -> Chunk:
+def chunk(sequence: int, total: int, stride: int = STRIDE, probe: bool = False) -> Chunk:
     """A chunk of stream 2."""
-    return Chunk(2, total, sequence, stride, None, arrive_s, probe)
+    return Chunk(2, total, sequence, stride, None, probe)
 
 
 def all_next(state: SendState) -> list[int]:
@@ -43,10 +43,9 @@ def test_one_chunk_is_one_message_each_way() -> None:
     sender, receiver = SendState(2, 7), ReceiveState(2, 7)
     assert all_next(sender) == [0]
     assert receiver.wants(chunk(0, 7, 7))
-    credit = receiver.take(chunk(0, 7, 7, arrive_s=3.0), intact=True)
+    credit = receiver.take(chunk(0, 7, 7), intact=True)
     assert credit == Credit(2, 1, (), 0.0)
     assert receiver.done
-    assert receiver.arrive_s == 3.0
     sender.credit(credit)
     assert sender.done
     assert sender.next() is None
@@ -108,7 +107,7 @@ def test_silence_repeats_the_oldest() -> None:
     for _ in range(REPEATS_MAX):
         sender.timeout()
         assert all_next(sender) == [3]
-        assert [sender.chunk(n, None, 0.0).probe for n in (2, 3, 3)] == [False, True, False]
+        assert [sender.chunk(n, None).probe for n in (2, 3, 3)] == [False, True, False]
     with pytest.raises(PeerError, match="nobody answered"):
         sender.timeout()
     sender.credit(Credit(2, 3, (), 0.0))
@@ -186,7 +185,7 @@ class World:
                 return
             for sequence in all_next(self.sender):
                 assert sequence < self.sender.landed + WINDOW
-                self._put(self._forward, self.sender.chunk(sequence, None, 0.0))
+                self._put(self._forward, self.sender.chunk(sequence, None))
             if self._forward:
                 credit = self._land(self._forward.pop(0))
                 if credit is not None:

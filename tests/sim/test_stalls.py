@@ -249,9 +249,31 @@ def test_a_link_that_becomes_slow_has_carried_what_it_has(way: str) -> None:
     assert taken_s == pytest.approx(half_s * (1 + 20 + 0.98) + 1e-6, abs=1e-6)
 
 
-def test_a_device_that_has_not_heard_that_its_link_is_faster_is_told_again() -> None:
-    """The word was lost. It has no chunk out that would be credited, and says, when it is asked, that it waits for its moment."""
-    assert 1.0 < _taken_s("home", PAGES, VERY_SLOW, slow_s=1.0, deaf=True) < HUNG_S
+@pytest.mark.parametrize("pages", [PAGES, 100])
+def test_a_device_that_has_not_heard_that_its_link_is_faster_is_told_again(pages: int) -> None:
+    """The word was lost. It has no chunk out that would be credited: it says, when it is asked, that it waits for its moment; or asks."""
+    assert 1.0 < _taken_s("home", pages, VERY_SLOW, slow_s=1.0, deaf=True) < HUNG_S
+
+
+def test_a_device_that_reads_over_a_link_that_was_very_slow_lets_go_when_all_is_there() -> None:
+    """Its chunk left when it was slow. What is unmapped then costs the device nothing."""
+
+    async def main(machine: SimulatedMachine) -> None:
+        process = await machine.create_process()
+        address = await _placed(process, "host")
+        handle = await process.open("unit0")
+        number = machine.add_fault(fault("link.slow", "*", factor=1e-6))
+        began_s = machine.emulated_s()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(handle.ioctl, "read", address, 200)
+            await trio.sleep(1)
+            machine.remove_fault(number)
+        assert machine.emulated_s() - began_s == pytest.approx(1, abs=0.01)
+        await process.munmap(address, PAGES * PAGE)
+        assert (await machine.report())["devices"]["unit0"]["lives"] == 1
+        await process.exit()
+
+    hmmnet.simulate(main, COMMANDED, limit_s=300.0)
 
 
 SLOW: dict[str, tuple[Fault, ...]] = {
