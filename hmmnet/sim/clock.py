@@ -57,7 +57,7 @@ class JumpClock(WakingClock):
         """Who can say why nothing ends."""
         self.told: list[str] = []
         """What they said."""
-        self.left_by: Exception | None = None
+        self.left_by: BaseException | None = None
         """What the program has left its machine with, which closes since: should that not end, this is what went wrong first."""
         self._now_s = 0.0
         self._looks = 0

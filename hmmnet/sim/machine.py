@@ -44,6 +44,8 @@ SECRET = bytes(32)
 POINTS_SEED = 0x506F696E74
 """Chance at points is drawn apart from that of messages: one more fault there changes nothing here."""
 HOST_CRASHED = "the host has crashed (fault host.crash), and with it every process and page of this machine"
+ENDS = (trio.Cancelled, KeyboardInterrupt, GeneratorExit)
+"""What ends a program of which nothing is wrong."""
 PID = 1
 """The pid that devices give: none of them is a process."""
 
@@ -536,7 +538,7 @@ async def simulated(
                 saying.enter_context(telling(world.held_up))
                 try:
                     yield world
-                except Exception as error:
+                except BaseException as error:
                     _left_by(error)
                     raise
                 finally:
@@ -546,11 +548,18 @@ async def simulated(
             nursery.cancel_scope.cancel()
 
 
-def _left_by(error: Exception) -> None:
-    """The program leaves its machine with that."""
-    clock = trio.lowlevel.current_clock()
-    if isinstance(clock, JumpClock):
-        clock.left_by = error
+def _left_by(error: BaseException) -> None:
+    """The program leaves its machine with that. What only ends it hides nothing: a machine inside may have been left by an error."""
+    clock, own = trio.lowlevel.current_clock(), _own(error)
+    if isinstance(clock, JumpClock) and own is not None:
+        clock.left_by = own
+
+
+def _own(error: BaseException) -> BaseException | None:
+    """What is wrong with a program, a verdict of pytest too (no Exception); None of those that only end it."""
+    if isinstance(error, BaseExceptionGroup):
+        return error.split(ENDS)[1]
+    return None if isinstance(error, ENDS) else error
 
 
 def _closed() -> None:

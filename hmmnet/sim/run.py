@@ -48,16 +48,22 @@ def run_virtual(main: Callable[..., Awaitable[T]], *arguments: Any, seed: int = 
 
     Raises SimulationStuck after `limit_s` virtual seconds, when things happen without an end while no time passes, and when nothing can
     happen any more (`clock`); it names faults that act, whom they hold, and who waits for what. Where the program had left its machine
-    with an error by then, and only the closing did not end, that error is raised, from the SimulationStuck and with its text as a note.
-    Ctrl-C is KeyboardInterrupt, whatever ends with it.
+    with an error by then, and only the closing did not end, that error is raised, with the SimulationStuck's text as a note, and from it
+    unless it came of something else. Ctrl-C is KeyboardInterrupt, whatever ends with it.
     """
     clock, ctrl_c = JumpClock(), CtrlC()
     clock.limit_s = limit_s
     clock.tellers.append(waits)
 
     async def program() -> T:
-        with trio.move_on_after(limit_s) as clock.scope, ctrl_c.cancels(clock.scope):
-            return await main(*arguments)
+        failed: BaseException | None = None
+        try:
+            with trio.move_on_after(limit_s) as clock.scope, ctrl_c.cancels(clock.scope):
+                return await main(*arguments)
+        except BaseException as error:
+            failed = error
+            if clock.left_by is None or clock.scope is None or not clock.scope.cancel_called:
+                raise
         if clock.stuck:
             said = f"time stands still at {trio.current_time():g} virtual seconds (seed {seed}): somebody goes in circles"
         else:
@@ -66,8 +72,11 @@ def run_virtual(main: Callable[..., Awaitable[T]], *arguments: Any, seed: int = 
         stuck = SimulationStuck("\n  ".join([said, *clock.told]))
         if clock.left_by is None:
             raise stuck
-        clock.left_by.add_note(f"and then the machine did not close: {stuck}")
-        raise clock.left_by from stuck
+        first = clock.left_by if failed is None or _leaves(failed) <= _leaves(clock.left_by) else failed
+        first.add_note(f"and then the machine did not close: {stuck}")
+        if first.__cause__ is None and (first.__context__ is None or first.__suppress_context__):
+            raise first from stuck
+        raise first  # which says by itself what it came of
 
     with seeded(seed):
         try:
@@ -80,6 +89,11 @@ def run_virtual(main: Callable[..., Awaitable[T]], *arguments: Any, seed: int = 
     if ctrl_c.came:
         raise KeyboardInterrupt
     return value
+
+
+def _leaves(error: BaseException) -> set[int]:
+    """What is in a group, and in groups in it, by `id`."""
+    return set().union(*map(_leaves, error.exceptions)) if isinstance(error, BaseExceptionGroup) else {id(error)}
 
 
 def simulate(

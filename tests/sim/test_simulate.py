@@ -244,6 +244,66 @@ def test_the_program_s_own_error_comes_out_of_a_machine_that_does_not_close() ->
     assert "a fault to let go of host at session.bye" in note, "who waits for whom"
 
 
+@pytest.mark.parametrize(
+    ("kind", "held"), [*((kind, held) for kind in ("verdict", "exit", "caused", "within") for held in ("host", "task")), ("group", "host")]
+)
+def test_whatever_a_program_raised_comes_out_as_it_is(kind: str, held: str) -> None:
+    """Verdicts of pytest and SystemExit, no Exceptions; what came of another error keeps that. The note says what holds it."""
+
+    def fail() -> None:
+        if kind == "verdict":
+            pytest.fail("my own")
+        if kind == "exit":
+            raise SystemExit("my own")
+        if kind == "group":
+            raise BaseExceptionGroup("my own", [KeyError("one"), GeneratorExit()])
+        try:
+            int("x")
+        except ValueError as error:
+            if kind == "caused":
+                raise KeyError("my own") from error
+            raise KeyError("my own")  # noqa: B904 - that is the case
+
+    async def main(machine: SimulatedMachine) -> None:
+        async def shielded() -> None:
+            with trio.CancelScope(shield=True):
+                await trio.sleep_forever()
+
+        if held == "host":
+            machine.injector.add(PointFault("session.bye", "pause"))
+        else:
+            machine.nursery.start_soon(shielded)
+            await trio.sleep(1e-3)
+        fail()
+
+    expected = {"verdict": pytest.fail.Exception, "exit": SystemExit, "group": BaseExceptionGroup}.get(kind, KeyError)
+    with pytest.raises(expected, match="my own") as found:
+        hmmnet.simulate(main, limit_s=30.0)
+    error = found.value
+    (note,) = error.__notes__
+    assert note.startswith("and then the machine did not close: no end after 30 virtual seconds (seed 0)")
+    if kind == "caused":
+        assert isinstance(error.__cause__, ValueError)
+    elif kind == "within":
+        assert error.__cause__ is None
+        assert isinstance(error.__context__, ValueError)
+        assert not error.__suppress_context__
+    else:
+        assert isinstance(error.__cause__, SimulationStuck)
+
+
+def test_an_error_comes_out_of_a_machine_within_another() -> None:
+    """The outer one is left because the run is over, and not by an error."""
+
+    async def main(_outer: SimulatedMachine) -> None:
+        async with simulated(name="inner") as machine:
+            machine.injector.add(PointFault("session.bye", "pause"))
+            raise KeyError("my own")
+
+    with pytest.raises(KeyError, match="my own"):
+        hmmnet.simulate(main, limit_s=30.0)
+
+
 def test_an_error_that_was_dealt_with_is_not_why_nothing_ends() -> None:
     """The machine was left by it and has closed; what hangs afterwards is another matter."""
 
