@@ -19,7 +19,7 @@ from hmmnet.errors import Unreachable
 from hmmnet.topology.model import Topology
 from hmmnet.topology.routes import Routes
 
-from .link import Link, LinkReport
+from .link import Link, LinkReport, carry_bytes_per_s
 from .pace import Grant, Schedule
 
 
@@ -79,6 +79,13 @@ class Flow(Schedule):
         """Go on at another rate (called by the arbiter)."""
         self._carry(now_s)
         super().change_rate(bytes_per_s, now_s)
+
+    def begin_at(self, start_s: float) -> None:
+        """See `Schedule` (called by the arbiter)."""
+        self._carried_s += start_s - self.start_s
+        if self._leg_s == self.start_s:
+            self._leg_s = start_s
+        super().begin_at(start_s)
 
     def _carry(self, now_s: float) -> None:
         if self._ahead:
@@ -191,6 +198,7 @@ class Arbiter:
             self._changes.pop(number, None)
         else:
             self._changes[number] = change
+        behind = [(flow, flow.links, carry_bytes_per_s(flow.links)) for flow in self._flows if flow.start_s > now_s]
         down: set[str] = set()
         for spec in self._topology.links:
             for forward in (True, False):
@@ -205,6 +213,10 @@ class Arbiter:
         left = [spec for spec in self._topology.links if spec.name not in down]
         self._routes = Routes(replace(self._topology, links=tuple(left)) if down else self._topology)
         self.changed += 1
+        for flow, links, before in behind:
+            factor = before / carry_bytes_per_s(links)
+            if factor != 1:
+                flow.begin_at(now_s + (flow.start_s - now_s) * factor)
         self._reroute(down, now_s)
         for flow in self._flows:
             flow.look_at_latency(now_s)

@@ -11,6 +11,7 @@ be trusted; a smaller rate of the clock mends it.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -129,3 +130,8 @@ class Link:
             self.bytes_moved,
             self.transfers,
         )
+
+
+def carry_bytes_per_s(links: tuple[Link, ...]) -> float:
+    """What the narrowest of them carries."""
+    return min((link.capacity_bytes_per_s for link in links), default=math.inf)

@@ -84,6 +84,13 @@ class Schedule:
         self.last = grant = Grant(start_s, finish_s, finish_s + self.latency_s)
         return grant
 
+    def begin_at(self, start_s: float) -> None:
+        """It has not begun, behind turns of single pages (see `singles`), and does so then."""
+        by_s = start_s - self.start_s
+        self.last = Grant(*(moment_s + by_s for moment_s in self.last))
+        self.start_s = start_s
+        self._tell()
+
     def change_rate(self, bytes_per_s: float, now_s: float) -> None:
         """Go on at another rate."""
         if bytes_per_s == self.bytes_per_s:
@@ -115,6 +122,12 @@ class Schedule:
 
 class Pace(Schedule):
     """A grant that came in a message, for who sends at the other end. Credits may change the rate."""
+
+    def hear_rate(self, bytes_per_s: float, now_s: float) -> None:
+        """A credit tells the rate. Before the start, what is before it on its links goes faster as well: rather too early than too late."""
+        if self.start_s > now_s and bytes_per_s > self.bytes_per_s:
+            self.begin_at(now_s + (self.start_s - now_s) * self.bytes_per_s / bytes_per_s)
+        self.change_rate(bytes_per_s, now_s)
 
 
 class _Unpaced:

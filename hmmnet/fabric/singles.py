@@ -18,12 +18,7 @@ from hmmnet.sleeping import Bell
 
 from .arbiter import Arbiter, Flow
 from .clock import EmulatedClock
-from .link import Link
-
-
-def _carry_bytes_per_s(links: tuple[Link, ...]) -> float:
-    """What the narrowest of them carries."""
-    return min((link.capacity_bytes_per_s for link in links), default=math.inf)
+from .link import Link, carry_bytes_per_s
 
 
 class Turn(Bell):
@@ -40,7 +35,7 @@ class Turn(Bell):
 
     def follow(self, now_s: float) -> None:
         """Links have changed."""
-        bytes_per_s = _carry_bytes_per_s(self._links)
+        bytes_per_s = carry_bytes_per_s(self._links)
         ahead_s = self._passed_s - now_s
         if bytes_per_s != self._bytes_per_s and ahead_s > 0:
             late_s = ahead_s * (self._bytes_per_s / bytes_per_s - 1)
@@ -60,7 +55,7 @@ class Singles:
         self.links = arbiter.route(source, target)
         self._arbiter = arbiter
         self._changed = arbiter.changed
-        self._bytes_per_s = _carry_bytes_per_s(self.links)
+        self._bytes_per_s = carry_bytes_per_s(self.links)
         """As of `_changed`: an Interconnect has another way for what comes later."""
         self._ends = source, target
         self.latency_s = sum(link.latency_s for link in self.links)

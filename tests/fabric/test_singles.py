@@ -174,3 +174,20 @@ def test_a_turn_that_is_slept_for_later_has_heard_what_changed_until_then() -> N
     _, due_s = way.turn(1000 * KB, 0.0)
     arbiter.change(1, None, 0.0)
     assert _run(arbiter, way, due_s) == pytest.approx(100 * MS + 3 * MS)
+
+
+def test_a_flow_behind_turns_begins_when_they_have_passed() -> None:
+    """It was opened while a link was very slow, for 100 s of turns, and has chunks granted; the link is what it was after 4 s."""
+    arbiter, told = machine()[0], []
+    arbiter.change(1, SLOW, 0.0)
+    Singles(arbiter, "gpu0", "node0").turn(1000 * KB, 0.0)
+    flow = arbiter.open_flow("gpu1", "node0", 1.0)
+    flow.watch(lambda: told.append(flow.last.start_s))
+    for _ in range(2):
+        flow.grant(1000 * KB, 1.0)
+    assert flow.last.start_s == pytest.approx(200.0)
+    arbiter.change(1, None, 4.0)
+    assert flow.start_s == pytest.approx(4.0 + 96 * MS)
+    assert flow.last == pytest.approx((4.196, 4.296, 4.299))
+    assert told[-1] == flow.last.start_s
+    assert flow.due_s == pytest.approx(flow.there_s)
