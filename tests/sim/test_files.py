@@ -13,7 +13,7 @@ from hmmnet.sim import SimulatedMachine, simulate
 
 def used(machine: SimulatedMachine) -> int:
     """Frames of the host that are not free."""
-    return sum(node.allocator.used_count for node in machine.host.memory.nodes)  # type: ignore[attr-defined]
+    return sum(node.allocator.used_count for node in machine.host.memory.nodes)
 
 
 def test_the_last_exit_closes_what_was_left_open() -> None:

@@ -277,7 +277,7 @@ def test_broken_memory_is_no_leak() -> None:
         await machine.start_device("gpu0")
         await machine.unplug("gpu1")
         assert machine.host.poisoned_pages("gpu0") == 0
-        owners = [zone.owner for zone in machine.host.memory.zones.values()]  # type: ignore[attr-defined]  # the host behind the interface
+        owners = [zone.owner for zone in machine.host.memory.zones.values()]  # the host behind the interface
         assert sorted(owners) == ["dmirror0", "gpu0", "node0"], "that of gpu1 is gone, and that of the gpu0 that died"
 
     hmmnet.simulate(main, MACHINE, limit_s=300.0)
