@@ -105,15 +105,16 @@ def checked(kind: str, given: Mapping[str, Any]) -> tuple[Fault | None, list[Mis
         return None, [(error.parameter if found.parameter(error.parameter) else "", str(error))]
     except HmmnetError as error:
         return None, [("", str(error))]
-    wide = _not_narrowed(made, given)
+    wide = _not_narrowed(made)
     return (None, wide) if wide else (made, [])
 
 
-def _not_narrowed(made: Fault, given: Mapping[str, Any]) -> list[Mistake]:
+def _not_narrowed(made: Fault) -> list[Mistake]:
     """Processes, addresses and events to which it cannot be narrowed."""
     found: list[Mistake] = []
+    narrow = {"process": made.process, "range": made.end > made.start, "event": made.settings.get("event")}
     for name in NARROWING:
-        why = made.not_narrowed_by(name) if given.get(name) else ""
+        why = made.not_narrowed_by(name) if narrow[name] else ""
         if why:
             only = made.kind.narrowed_with(name)
             found.append((name, f"{why}; leave it out{f', or give {only}' if only else ''}"))

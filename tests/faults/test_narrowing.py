@@ -156,6 +156,12 @@ def test_what_cannot_be_narrowed_so(kind: str, given: dict[str, Any], wrong: str
         fault(kind, **given)
 
 
+@pytest.mark.parametrize("nobody", [0, "0"])
+def test_process_0_is_any(nobody: int | str) -> None:
+    """However it is written: it narrows nothing, and is no mistake."""
+    assert fault("delay", process=nobody) == fault("delay")
+
+
 def test_a_message_that_tells_nothing_is_not_narrowed() -> None:
     """Nor does one that is narrowed lose that when it is written down."""
     with pytest.raises(HmmnetError, match="only Invalidate tells a process"):
