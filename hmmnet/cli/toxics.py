@@ -66,12 +66,15 @@ class Sights:
         """Whether a target is links."""
         return any(fnmatchcase(name, pattern) for name in self.links)
 
-    def running(self, pattern: str) -> tuple[str, ...]:
-        """Of the devices whose names match, those that are not lost. Raises HmmnetError when none does, or all are."""
+    def running(self, pattern: str, verb: str = "") -> tuple[str, ...]:
+        """Of the devices whose names match, those that are not lost. Raises HmmnetError when none does, or all are: `verb` is what is to be
+        done once one is started again.
+        """
         matching = self.matching(pattern)
         running = tuple(name for name in matching if name not in self.lost)
         if not running:
-            raise HmmnetError("\n".join(f"{name} does not run: {self.lost[name]}; {again(name)}" for name in matching))
+            then = f"; do that first, then {verb} it" if verb else ""
+            raise HmmnetError("\n".join(f"{name} does not run: {self.lost[name]}; {again(name)}{then}" for name in matching))
         return running
 
     def lost_by(self, faults: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -235,14 +238,14 @@ def cut(target: str, sights: Sights, *, oneway: bool) -> list[dict[str, Any]]:
     if links:
         return [{"kind": "link.down", "on": link} for link in links]
     way = way_of(target, oneway=oneway)
-    sights.running(way.device)
+    sights.running(way.device, "partition")
     return [{"kind": "partition", "on": way.text}]
 
 
 def held(target: str, sights: Sights, *, oneway: bool) -> list[dict[str, Any]]:
     """What makes ``fault hold TARGET``: a device is stopped, so that what it is sent waits; in one direction messages wait."""
     way = way_of(target, oneway=oneway)
-    sights.running(way.device)
+    sights.running(way.device, "hold")
     both = way.to_device and way.to_host
     return [{"kind": "hang", "on": way.device} if both else {"kind": "hold", "on": way.text}]
 

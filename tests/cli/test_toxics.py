@@ -212,7 +212,9 @@ def test_a_direction_is_repaired_by_itself() -> None:
 def test_nothing_is_cut_from_a_device_that_is_lost() -> None:
     """Nobody is there whom it could concern."""
     sights = toxics.Sights(SIGHTS.devices, SIGHTS.links, {"gpu1": "killed by SIGKILL"})
-    with pytest.raises(HmmnetError, match="gpu1 does not run: killed by SIGKILL"):
+    with pytest.raises(
+        HmmnetError, match=r"gpu1 does not run: killed by SIGKILL; `hmmnet fault bounce gpu1` .*; do that first, then partition it"
+    ):
         toxics.cut("gpu1", sights, oneway=False)
 
 
