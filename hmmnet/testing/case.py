@@ -62,13 +62,18 @@ class Case:
         self.migrations.hear(event)
         self.story.hear(event, marked=len(self.migrations.unexpected) > before)
 
-    def hear_faults(self, carrier: Carrier, now_s: Callable[[], float]) -> None:
-        """Hear of each fault that begins, and that is over before the machine is; `now_s` is emulated time."""
+    @contextmanager
+    def hearing_faults(self, carrier: Carrier, now_s: Callable[[], float]) -> Iterator[None]:
+        """Hear of each fault that begins, and that is over, while the block runs; `now_s` is emulated time."""
 
         def told(number: int, fault: Fault | None) -> None:
             self.story.note(now_s(), f"fault {number} is over" if fault is None else f"fault {number} begins: {fault}")
 
         carrier.told.append(told)
+        try:
+            yield
+        finally:
+            carrier.told.remove(told)
 
     def hear_effects(self, host: Host, now_s: Callable[[], float]) -> None:
         """Hear what faults do to the messages of real devices, and at the host's protocol points."""

@@ -121,7 +121,7 @@ def told(event: Event) -> str:
 def told_fault(what: str) -> str:
     """A fault of the trace in words: ``fault loss gpu0 control in``, or whatever stands behind ``fault``."""
     words = what.split()
-    if len(words) == 5 and words[1] in FAULTS:
+    if len(words) == 5 and words[1] in FAULTS and words[3] in ("control", "bulk"):  # points have such words, too
         _, kind, device, channel, way = words
         return f"fault: a {channel} message {'to' if way == 'in' else 'from'} {device}: {FAULTS[kind]} ({kind})"
     return f"fault: {' '.join(words[1:])}"

@@ -48,9 +48,8 @@ async def real(case: Case) -> AsyncIterator[LaunchedMachine]:
     name = f"test-{os.getpid()}-{next(_numbers)}"
     with only_error():
         async with trio.open_nursery() as nursery, launch(case.topology, name=name) as machine:
-            with case.listening(machine.host):
+            with case.listening(machine.host), case.hearing_faults(machine.host.faults, machine.emulated_s):
                 _look_for_crashes(case, machine)
-                case.hear_faults(machine.host.faults, machine.emulated_s)
                 case.hear_effects(machine.host, machine.emulated_s)
                 for fault in faults:
                     machine.add_fault(fault)
@@ -101,16 +100,17 @@ def real_blocking(case: Case) -> Iterator[LaunchedBlockingMachine]:
 async def virtual(case: Case) -> AsyncIterator[SimulatedMachine]:
     """A simulated machine, in a trio run in virtual time. Raises HmmnetError."""
     async with simulated(case.topology, trace=Told(case.story), seed=case.seed) as machine:
-        with case.listening(machine.host):
-            _begin(case, machine, case.plan)
+        with _told(case, machine, case.plan):
             yield machine
 
 
-def _begin(case: Case, machine: SimulatedMachine, plan: Plan) -> None:
-    """The faults of `plan` begin, and the story tells each. Raises HmmnetError."""
-    case.hear_faults(machine.carrier, trio.current_time)
-    for fault in plan.faults:
-        machine.add_fault(fault)
+@contextmanager
+def _told(case: Case, machine: SimulatedMachine, plan: Plan) -> Iterator[None]:
+    """The faults of `plan` begin, and the story tells what happens while the block runs. Raises HmmnetError."""
+    with case.listening(machine.host), case.hearing_faults(machine.carrier, trio.current_time):
+        for fault in plan.faults:
+            machine.add_fault(fault)
+        yield
 
 
 @contextmanager
@@ -167,8 +167,7 @@ class Simulate:
 
         async def inside() -> tuple[T, float]:
             async with simulated(topology or case.topology, trace=trace, seed=chosen) as machine:
-                with case.listening(machine.host):
-                    _begin(case, machine, plan)
+                with _told(case, machine, plan):
                     value = await main(machine)
             return value, trio.current_time()
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from hmmnet.observe.events import DeviceChanged, Invalidated, Moved, Refused
-from hmmnet.testing.story import Story
+from hmmnet.testing.story import Story, told_fault
 
 from .suites import run, write
 
@@ -281,6 +281,42 @@ def test_every_kind_of_fault_is_in_the_story(pytester: pytest.Pytester) -> None:
             "*1000.* ms  fault 4 begins: page.retire gpu1*",
         ]
     )
+
+
+def test_a_fault_that_outlives_its_machine_is_not_over_in_the_story(pytester: pytest.Pytester) -> None:
+    """What the end of a machine ends is told nowhere, in whichever form the test has one."""
+    write(
+        pytester,
+        """
+        async def test_awaiting(simulated_machine):
+            simulated_machine.remove_fault(simulated_machine.add_fault("clock.jump", on="gpu1"))
+            simulated_machine.add_fault("clock.jump", on="gpu1")
+            assert 0
+
+        def test_simulating(simulate):
+            async def main(machine):
+                machine.remove_fault(machine.add_fault("clock.jump", on="gpu1"))
+                machine.add_fault("clock.jump", on="gpu1")
+                assert 0
+
+            simulate(main)
+        """,
+    )
+    result = run(pytester)
+    result.assert_outcomes(failed=2)
+    for test in ("test_awaiting", "test_simulating"):
+        lines = [line for line in told(result, test) if "fault " in line]
+        assert [line.split("ms", 1)[1].strip() for line in lines] == [
+            "fault 1 begins: clock.jump gpu1 by=1",
+            "fault 1 is over",
+            "fault 2 begins: clock.jump gpu1 by=1",
+        ]
+
+
+def test_a_delay_at_a_point_is_no_message() -> None:
+    """Even where it tells as many words as one about a message has."""
+    assert told_fault("fault delay migrate.mid_copy node=host pages=1") == "fault: delay migrate.mid_copy node=host pages=1"
+    assert "a control message to gpu0" in told_fault("fault delay gpu0 control in")
 
 
 def test_faults_of_real_machines_are_in_the_story(pytester: pytest.Pytester) -> None:
