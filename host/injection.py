@@ -24,7 +24,7 @@ from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.faults.carry import AtWork, Carrier, Undo
 from hmmnet.faults.catalogue import as_given
 from hmmnet.faults.controls import Chance, Tally
-from hmmnet.faults.effects import HostEffect, InVain, LinkEffect, NodeEffect, told_at
+from hmmnet.faults.effects import HostEffect, LinkEffect, NodeEffect, told_at
 from hmmnet.faults.injector import HOST, Injector, PointFault
 from hmmnet.faults.kinds import Fault
 from hmmnet.faults.messages import MessageFault
@@ -117,10 +117,27 @@ class Injection:
             self._host.spawn,
             sleep,
             counted={PointFault: self._at_points, MessageFault: self._on_wires, LinkEffect: self.link},
+            in_vain=self._in_vain,
         )
         made.told.append(self._tell)
         self._carrier = made
         return made
+
+    def _in_vain(self, fault: Fault) -> str:
+        """Why a fault that begins now would happen to nobody; empty when it would not."""
+        meant = [name for name in self._host.devices if fnmatchcase(name, fault.needs_running)]
+        if meant and not any(self._host.devices[name].life for name in meant):
+            return f"{', '.join(meant)}: does not run; `hmmnet fault bounce DEVICE` starts it again, empty"
+        return self.no_process(fault)
+
+    def no_process(self, fault: Fault) -> str:
+        """Why a fault that begins now would happen to no process; empty when it would not, or is no fault of one."""
+        process = fault.needs_process
+        if not process or process in self._host.processes:
+            return ""
+        there = ", ".join(map(str, self._host.processes)) or "none"
+        point = ", or a point" if fault.kind.parameter("point") else ""
+        return f"there is no process {process}; those that run are {there}; give after=TIME by when it runs{point}"
 
     def _tell(self, number: int, fault: Fault | None) -> None:
         packed = b"" if fault is None else msgspec.msgpack.encode(as_given(fault))
@@ -164,8 +181,6 @@ class Injection:
         names = self._devices_called(effect.node)
         if effect.deed in ("bounce", "revive"):
             return self._revive(names, effect)
-        if not any(self._host.devices[name].life for name in names):
-            raise InVain(f"{', '.join(names)}: does not run; `hmmnet fault bounce DEVICE` starts it again, empty")
         lives = [life for name in names if (life := self._host.devices[name].life) is not None]
         for name in names:
             self._signal(name, {"hang": signal.SIGSTOP, "unload": signal.SIGTERM}.get(effect.deed, signal.SIGKILL))
@@ -260,9 +275,6 @@ class Injection:
                 self._host.spawn(guarded, where)
 
         if not effect.point:
-            if effect.process and effect.process not in self._host.processes:
-                there = ", ".join(map(str, self._host.processes)) or "none"
-                raise InVain(f"there is no process {effect.process}; those that run are {there}")
             at(Where("", "host", process=effect.process, start=effect.start >> PAGE_SHIFT, pages=pages_of(effect)))
             return _nothing
         told = told_at(effect.point, "call")  # where nobody is named, it is done whoever is there

@@ -62,7 +62,9 @@ class Carried:
 
 
 class Carrier:
-    """See the module. `start` runs a function as a task; `sleep` is emulated."""
+    """See the module. `start` runs a function as a task; `sleep` is emulated. `in_vain` says why a fault that begins now would happen to
+    nobody; empty when it would not.
+    """
 
     def __init__(
         self,
@@ -72,12 +74,14 @@ class Carrier:
         sleep: Callable[[float], Awaitable[None]],
         *,
         counted: Mapping[type, Callable[[Any, Tally], Undo]],
+        in_vain: Callable[[Fault], str] = lambda _: "",
     ) -> None:
         self.world = world
         self.told: list[Callable[[int, Fault | None], None]] = []
         """Called with each fault that begins, and with None when it ends."""
         self._begin = dict(begin)
         self._counted = dict(counted)
+        self._in_vain = in_vain
         self._start = start
         self._sleep = sleep
         self._numbers = itertools.count(1)
@@ -95,10 +99,17 @@ class Carrier:
         if fault.after_s or fault.lasts_s:
             self._start(self._timed, carried)
         else:
-            self._enter(carried)
+            try:
+                self._enter(carried)
+            except InVain as error:
+                raise InVain(f"fault {fault.kind.name}: {error}") from None
         return carried.number
 
     def _enter(self, carried: Carried) -> None:
+        """Raises InVain, before anybody is told, when it would happen to nobody."""
+        if why := self._in_vain(carried.fault):
+            self.remove(carried.number)
+            raise InVain(why)
         carried.begun = True
         try:
             self._tell(carried.number, carried.fault)  # before what happens: somebody wants to know why it does

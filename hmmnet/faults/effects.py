@@ -85,6 +85,8 @@ class NodeEffect:
 Effect: TypeAlias = PointFault | MessageFault | LinkEffect | HostEffect | DeviceEffect | NodeEffect
 
 
+STARTING = frozenset({"bounce", "revive"})
+"""What has devices start, also those that have ended."""
 AT_ADDRESSES = frozenset({"fork", "mprotect", "mremap", "munmap", "madvise", "poison"})
 """What the host does to addresses, or about them: any of its deeds is that of a process."""
 NOT_OF_PROCESSES = frozenset({"corrected"})

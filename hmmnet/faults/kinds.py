@@ -18,8 +18,8 @@ from hmmnet.topology.problems import did_you_mean
 from hmmnet.units import parse_size, parse_time, show_size, show_time
 
 from .controls import Controls
-from .effects import Effect, has_occurrences, narrowed_by, why_not_narrowed
-from .messages import TELLING
+from .effects import STARTING, DeviceEffect, Effect, HostEffect, NodeEffect, has_occurrences, narrowed_by, why_not_narrowed
+from .messages import HOST, TELLING
 from .points import POINTS, Narrowing, matching
 
 Form = Literal["time", "number", "count", "size", "choice", "text", "flag", "point"]
@@ -268,10 +268,25 @@ class Fault:
         """It happens as it is added, and never again."""
         return self.kind.once or self.settings.get("point") == ""
 
-    @property
+    @cached_property
     def effects(self) -> Sequence[Effect]:
         """What it comes down to."""
         return self.kind.makes(self)
+
+    @property
+    def needs_running(self) -> str:
+        """Devices, by pattern, one of which has to run as it begins; empty when it needs none."""
+        for effect in self.effects:
+            if isinstance(effect, NodeEffect) and effect.node != HOST and effect.deed not in STARTING:
+                return effect.node
+            if isinstance(effect, DeviceEffect) and self.kind.once:
+                return effect.device
+        return ""
+
+    @property
+    def needs_process(self) -> int:
+        """The process that has to run as it begins; 0 when it needs none."""
+        return next((effect.process for effect in self.effects if isinstance(effect, HostEffect) and not effect.point), 0)
 
     def not_narrowed_by(self, name: Narrowing) -> str:
         """Why `name` (a process, addresses, an event) means nothing to it; empty when it does."""

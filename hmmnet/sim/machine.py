@@ -19,7 +19,7 @@ from hmmnet.blocking import only_error
 from hmmnet.errors import HmmnetError, KernelError, PeerLost
 from hmmnet.faults.carry import AtWork, Carrier, Undo
 from hmmnet.faults.controls import Tally
-from hmmnet.faults.effects import DeviceEffect, HostEffect, InVain, LinkEffect, NodeEffect
+from hmmnet.faults.effects import DeviceEffect, HostEffect, LinkEffect, NodeEffect
 from hmmnet.faults.forms import Plannable, as_plan, one_fault
 from hmmnet.faults.injector import HOST, Injector, PointFault
 from hmmnet.faults.kinds import Fault
@@ -80,13 +80,14 @@ class SimulatedMachine:
         self.carrier = Carrier(
             "sim",
             {
-                HostEffect: self._at_host,
+                HostEffect: host.injection.deed,
                 DeviceEffect: self._in_devices,
                 NodeEffect: self._to_nodes,
             },
             nursery.start_soon,
             clock.sleep,
             counted={PointFault: self._at_points, MessageFault: self._on_wires, LinkEffect: host.injection.link},
+            in_vain=self._in_vain,
         )
         """The faults that were added, by number."""
         self._revived: dict[str, float] = {}
@@ -369,15 +370,22 @@ class SimulatedMachine:
         number = self.network.add(fault, tally)
         return AtWork(partial(self.network.discard, number), partial(self.network.count, number), partial(self.network.held, number))
 
-    def _at_host(self, effect: HostEffect) -> Undo:
-        return _nothing if self.host_crashed else self.host.injection.deed(effect)
+    def _in_vain(self, fault: Fault) -> str:
+        """Why a fault that begins now would happen to nobody; empty when it would not."""
+        if self.host_crashed and any(isinstance(effect, HostEffect) for effect in fault.effects):
+            return HOST_CRASHED
+        meant = [name for name in self.device_names if fnmatchcase(name, fault.needs_running)]
+        if meant and not any(name in self._nodes for name in meant):
+            return f"{', '.join(meant)}: does not run; start it first, or `bounce` it"
+        why: str = self.host.injection.no_process(fault)
+        return why
 
     def _in_devices(self, effect: DeviceEffect) -> Undo:
         suffering = Suffering(effect)
         for name, node in self._nodes.items():
             if node.device is not None:
                 suffering.begin(name, node.device)
-        return suffering
+        return AtWork(suffering, suffering.fired)
 
     def _made(self, name: str, node: Node, device: Any) -> None:
         """A device has started: it suffers what those of its name do now, as a real one is told when it comes."""
@@ -385,8 +393,8 @@ class SimulatedMachine:
         if name in self._kept:
             device.memory.begin_with(self._kept.pop(name))
         for undo in self.carrier.at_work:
-            if isinstance(undo, Suffering):
-                undo.begin(name, device)
+            if isinstance(undo, AtWork) and isinstance(undo.end, Suffering):
+                undo.end.begin(name, device)
 
     def _to_nodes(self, effect: NodeEffect) -> Undo:
         """Raises HmmnetError when nothing is called so."""
@@ -399,8 +407,6 @@ class SimulatedMachine:
         down_s = float(effect.settings.get("down", 0.0))
         if effect.deed == "revive":
             return self._revive(names, down_s)
-        if not running and effect.deed != "bounce":
-            raise InVain(f"{', '.join(names)}: does not run; start it first, or `bounce` it")
         for name in running:
             if effect.settings.get("kept") and (device := self._nodes[name].device) is not None:
                 self._kept[name] = device.memory

@@ -21,6 +21,10 @@ class Suffering:
         if fnmatchcase(name, self._effect.device):
             self._undos[name] = device.suffer(self._effect)
 
+    def fired(self) -> int:
+        """1 once any device has suffered it, else 0."""
+        return int(bool(self._undos))
+
     def __call__(self) -> None:
         """It ends in every device."""
         for undo in self._undos.values():

@@ -9,6 +9,7 @@ import trio
 
 from hmmnet.campaign import operations
 from hmmnet.campaign.crew import AtomicProcess, Crew, Outcome
+from hmmnet.campaign.nemesis import Nemesis
 from hmmnet.campaign.operations import device_add
 from hmmnet.campaign.program import Step
 from hmmnet.campaign.scenarios import SCENARIOS
@@ -76,3 +77,17 @@ def test_an_addition_that_never_began_makes_no_counter_sure(monkeypatch: pytest.
         return crew.adds_sure
 
     assert simulate(main).value is False
+
+
+def test_a_late_crash_of_a_device_that_is_gone_is_no_harm() -> None:
+    """Nothing has happened, so that nothing is excused by it."""
+
+    async def main(machine: SimulatedMachine) -> int:
+        crew = await crew_of(machine)
+        Nemesis(crew)
+        machine.add_fault("crash", on="gpu1", after="1 ms")
+        machine.add_fault("crash", on="gpu1", after="2 ms")
+        await trio.sleep(0.01)
+        return crew.harms
+
+    assert simulate(main).value == 1

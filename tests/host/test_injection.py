@@ -225,7 +225,7 @@ async def test_deeds_are_done_to_the_process_that_is_meant() -> None:
         for deed in ("fork", "mprotect", "mremap", "munmap", "madvise", "touch", "nested"):
             host.injection.deed(HostEffect(deed, process=one.pid))
         with pytest.raises(HmmnetError, match=f"there is no process {other.pid + 1}; those that run are {one.pid}, {other.pid}"):
-            host.injection.deed(HostEffect("exec", process=other.pid + 1))
+            host.add_fault(fault("process.exec", process=other.pid + 1))
         await trio.testing.wait_all_tasks_blocked()
         await check(one, address)
         assert sorted(host.processes) == [one.pid, other.pid]
