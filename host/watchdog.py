@@ -29,6 +29,7 @@ import numpy as np
 from hmmnet.errors import HmmnetError, ProtocolError
 from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.fabric.dma import Arrival, BulkReceiver
+from hmmnet.fabric.sender import DOWN_S
 from hmmnet.fabric.stream import Holds
 from hmmnet.pages import from_wire, to_wire
 from hmmnet.wire.messages import STREAMS_SHOWN_MAX, Message, ShowStreams, StreamsShown
@@ -55,6 +56,8 @@ class _Seen:
     came: int
     since_s: float
     said: tuple[int, int] | None = None
+    down_s: float | None = None
+    """Since when no link leads here."""
 
 
 class Watchdog:
@@ -112,6 +115,7 @@ class Watchdog:
         due = [arrival for arrival in self.watched if self._is_due(arrival, now_s, stalled=stalled)]
         if self.watched:
             self._look_for_sender(now_s, stalled=stalled)
+            self._look_for_links(now_s, stalled=stalled)
         if self._asked is not None and self._asked[0].answered:
             pending, asked = self._asked
             self._asked = None
@@ -141,6 +145,18 @@ class Watchdog:
             for arrival, seen in list(self.watched.items()):  # what has waited all the while, for nobody
                 if seen is not None and not arrival.done and now_s - seen.since_s >= self._clock.real(AWAY_S):
                     self._receiver.give_up(arrival, f"its sender has had no connection for {AWAY_S:g} s")
+
+    def _look_for_links(self, now_s: float, *, stalled: bool) -> None:
+        """What has had no link for as long as senders wait for one is over, though its sender may wait for a moment that is far away."""
+        for arrival, seen in list(self.watched.items()):
+            if seen is None or arrival.done:
+                continue
+            if stalled or arrival.flow is None or not arrival.flow.stalled:
+                seen.down_s = None
+            elif seen.down_s is None:
+                seen.down_s = now_s
+            elif now_s - seen.down_s >= self._clock.real(DOWN_S):
+                self._receiver.give_up(arrival, f"links are down for {DOWN_S:g} s")
 
     def forget(self) -> None:
         """Nobody waits for what was asked any more: the streams are over or go on, or the device is lost."""

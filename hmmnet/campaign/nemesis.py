@@ -6,6 +6,7 @@ may be refused; of a fault that costs only time nobody is told, so that nothing 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from fnmatch import fnmatchcase
 from functools import lru_cache
@@ -85,7 +86,7 @@ class Nemesis:
         self._machine.carrier.heal()
         self._machine.network.heal()
         self._machine.injector.heal(but=BYE)
-        await self._mend_nodes()
+        await self._mend_nodes(math.inf)
 
     # --- faults of the catalogue ----------------------------------------------------------------------------------------------
 
@@ -239,13 +240,12 @@ class Nemesis:
 
     async def _mend_soon(self, seconds: float) -> None:
         await sleep(seconds)
-        await self._mend_nodes()
+        await self._mend_nodes(trio.current_time())
 
-    async def _mend_nodes(self) -> None:
-        """Who hangs goes on; who has crashed is started again."""
-        now_s = trio.current_time()
-        due = [down for down in self._down if down[2] <= now_s]
-        self._down = [down for down in self._down if down[2] > now_s]
+    async def _mend_nodes(self, by_s: float) -> None:
+        """Who hangs goes on, who has crashed is started again: those whose time is over `by_s`."""
+        due = [down for down in self._down if down[2] <= by_s]
+        self._down = [down for down in self._down if down[2] > by_s]
         while due:
             device, harms, _ = due.pop()
             if device in self._machine.running:

@@ -259,6 +259,8 @@ class BulkReceiver:
             self.tell_rate(arrival)
             return
         if payload is None:
+            if message.probe:
+                return  # a question about a stream that is forgotten
             raise ProtocolError(f"stream {message.stream}: a chunk without data")
         if arrival is not None:
             self._land(arrival, message, payload)
@@ -320,8 +322,11 @@ class BulkReceiver:
     def tell_rate(self, arrival: Arrival) -> None:
         """Tell a sender that may have no chunk out how fast it may send.
 
-        What is lost, the host's watchdog has sent again; when all has landed, its sender asks for it.
+        What is lost, the host's watchdog has sent again; when all has landed, its sender asks for it. While links are down there is no
+        rate, and a sender that heard of one would take it for a sign that what it sends arrives.
         """
+        if arrival.flow is not None and arrival.flow.stalled:
+            return
         credit = arrival.paced(arrival.state.credit())
         if arrival.done:
             self._remember(credit)

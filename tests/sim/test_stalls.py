@@ -10,6 +10,7 @@ import trio
 import hmmnet
 from hmmnet.devices.models.dmirror import Dmirror
 from hmmnet.errors import BusError, KernelError, PeerError
+from hmmnet.fabric.sender import DOWN_S
 from hmmnet.faults import fault
 from hmmnet.faults.kinds import Fault
 from hmmnet.host.service import Host
@@ -293,6 +294,30 @@ SLOW: dict[str, tuple[Fault, ...]] = {
 
 
 CLOCKS = ("is righted", "jumps", "runs faster")
+
+
+@pytest.mark.parametrize("factor", [1.0, 1e-2, 1e-5])
+def test_a_slow_link_that_is_down_for_good_holds_nobody_for_ever(factor: float) -> None:
+    """However far away the moment is that a device's chunk waits for: who reads hears of it within little more than `DOWN_S`."""
+
+    async def main(machine: SimulatedMachine) -> float:
+        process = await machine.create_process()
+        address = await _placed(process, "gpu0")
+        if factor < 1.0:
+            machine.add_fault("link.slow", on="*", factor=factor)
+        began_s = trio.current_time()
+        async with trio.open_nursery() as nursery:
+
+            async def cut() -> None:
+                await trio.sleep(50e-6 / factor)
+                machine.add_fault("link.down", on="*")
+
+            nursery.start_soon(cut)
+            with pytest.raises(BusError):
+                await process.read(address, PAGES * PAGE)
+        return trio.current_time() - began_s
+
+    assert hmmnet.simulate(main, MACHINE, limit_s=1000.0).value < DOWN_S + 50e-6 / factor + 15.0
 
 
 @pytest.mark.parametrize("clock", CLOCKS)
