@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import cast
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from hmmnet.errors import HmmnetError, RemoteError
 from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.fabric.dma import Arrival, BulkReceiver
+from hmmnet.fabric.sender import DOWN_S
 from hmmnet.fabric.stream import Holds
 from hmmnet.host.watchdog import ANSWER_S, ASKED_MAX, HUNG_S, WATCHDOG_S, Watchdog
 from hmmnet.pages import from_wire, to_wire
@@ -36,6 +38,7 @@ class _Stream:
 
     def __init__(self, stream: int) -> None:
         self.state = _State(stream)
+        self.flow = SimpleNamespace(stalled=False)
         self.done = False
 
 
@@ -69,7 +72,8 @@ class _Played:
         return self.away
 
     def give_up(self, arrival: _Stream, reason: str) -> None:
-        assert ("has had no connection for 5 s" if self.away else "knows nothing") in reason
+        down = "links are down for 60 s" if arrival.flow.stalled else "knows nothing"
+        assert ("has had no connection for 5 s" if self.away else down) in reason
         self.ended.append(arrival.state.stream)
         arrival.done = True
         del self.dog.watched[cast(Arrival, arrival)]
@@ -84,6 +88,22 @@ class _Played:
                 self.now_s += BEAT_S
                 act()
                 self.dog.look(self.now_s, False)
+
+
+async def test_what_has_no_link_for_a_minute_is_over() -> None:
+    """Whatever its sender waits for; one whose link is up again in time, or goes down again, has a whole minute."""
+    device = _Played(lambda asked: StreamsShown(words(*[1] * len(asked)), words(*[Holds.PACE] * len(asked))))
+    first, second = device.streams
+    first.flow.stalled = second.flow.stalled = True
+    device.lives(DOWN_S - 2 * BEAT_S)
+    second.flow.stalled = False
+    device.lives(BEAT_S)
+    second.flow.stalled = True
+    assert device.ended == []
+    device.lives(3 * BEAT_S)
+    assert (device.ended, device.lost) == ([2], [])
+    device.lives(DOWN_S)
+    assert (device.ended, device.lost) == ([2, 4], [])
 
 
 @pytest.mark.parametrize("holds", [Holds.PACE, Holds.CREDIT, Holds.WAY])
