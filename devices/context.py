@@ -235,8 +235,13 @@ class Context:
         subscription = await self.subscription(start)
         async with self.process.turns.hold(start, end):
             for _ in range(RETRIES_MAX):
-                sequence, words = await self._bus.make_exclusive(self.number, subscription.number, start, end - start, folios=folios)
-                if subscription.sequence <= sequence and len(words):
+                watch = self.mirror.watch(start, end, subscription.number)
+                try:
+                    sequence, words = await self._bus.make_exclusive(self.number, subscription.number, start, end - start, folios=folios)
+                finally:
+                    self.mirror.unwatch(watch)
+                void = watch.dropped or watch.announced  # the lease was over, for example: its end has no sequence
+                if subscription.sequence <= sequence and len(words) and not void:
                     had = np.flatnonzero(words).astype(np.uint64)
                     if len(words) == end - start or not folios:
                         for low, high in pairwise(run_bounds(had).tolist()):
