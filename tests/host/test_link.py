@@ -234,3 +234,15 @@ async def test_a_new_incarnation_replaces_a_device_that_still_lives(machine: Mac
         again = await process.mmap(PAGE_SIZE)
         assert await process.migrate(again, PAGE_SIZE, "gpu0") == PAGE_SIZE
         assert second.welcome.zone == device.welcome.zone + 1
+
+
+async def test_whose_a_context_is(machine: Machine) -> None:
+    """By its number: messages of devices name contexts, and faults name processes. 0 when its process has exited or there is none."""
+    host, _, _, process, _ = machine
+    life = host.devices["gpu0"].life
+    assert life is not None
+    (context,) = life.contexts.values()
+    assert host.contexts.process_of(context.number) == process.pid
+    assert host.contexts.process_of(context.number + 1) == 0
+    await process.exit()
+    assert host.contexts.process_of(context.number) == 0

@@ -367,6 +367,23 @@ async def test_an_answer_that_an_invalidation_overtook_is_asked_for_again() -> N
         assert await failing(host, "check_exclusive", PAGE, 2) == "EPERM"
 
 
+async def test_what_comes_when_all_mirrors_were_dropped_is_asked_for_again() -> None:
+    """The end of a lease has no sequence: an answer from before is void all the same."""
+    async with unit() as (host, device):
+        host.mmap(PAGE, 2)
+        times = 0
+
+        async def lease_over() -> None:
+            nonlocal times
+            times += 1
+            if times == 1:
+                device.drop_mirrors()
+
+        host.pauses[m.MakeExclusive] = lease_over
+        await host.session.ask(m.Ioctl(1, "exclusive", PAGE * PAGE_SIZE, 2), m.IoctlDone)
+        assert times == 2
+
+
 @pytest.mark.parametrize("flags", [0, COMPOUND])
 async def test_pages_that_are_always_taken_back_are_ebusy(flags: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers without words are asked for again, but not for ever."""
