@@ -39,6 +39,8 @@ bandwidth = "10 GB/s"
 latency = "1 us"
 """
 COHERENT = MACHINE.replace('memory = "4 MiB"\nunit', 'memory = "4 MiB"\nkind = "coherent"\nunit')
+SMALL_MACHINE = MACHINE.replace('memory = "4 MiB"', 'memory = "12 KiB"')
+"""Each device has three pages."""
 ANON, SHARED, FILE, HUGE = 0, 1, 2, 3
 REGIONS = (Layout("anon", 4), Layout("shared", 2), Layout("file", 2), Layout("huge", 7))
 
@@ -212,7 +214,6 @@ SMALL = _steps(
     ("load", ANON, 0, 600),
     ("load", ANON, 2, 600),
 )
-"""The devices have memory for three pages."""
 ORDER = _steps(
     ("store", ANON, 0, 600),
     ("store", ANON, 2, 600),
@@ -257,6 +258,24 @@ WRITTEN = _steps(
     ("load", ANON, 0, 8, 0, "", 0),
 )
 """A page that a device writes over the link comes to it; it has been copied when the device is about to write it again."""
+TURNS = _steps(
+    ("device_store", ANON, 0, 8, 0, "remote", 0),
+    ("device_load", SHARED, 0, 8, 1, "remote", 1),
+    ("migrate", PAGES_ANON, 0, 1, 0, "", 1),
+    ("device_load", ANON, 0, 8, 0, "remote", 0),
+    ("load", ANON, 0, 8, 0, "", 0),
+)
+"""A device is about to map a page over its link when the page is to come to it: it has to do one thing after the other."""
+LATE = _steps(
+    ("store", ANON, 0, 600),
+    ("store", ANON, 2, 600),
+    ("migrate", PAGES_ANON, 0, 3, 0),
+    ("migrate", HUGE + 1, 0, 3, 0),
+    ("device_load", HUGE, 0, 600, 0, "demand"),
+    ("load", HUGE, 0, 600),
+    ("load", ANON, 0, 600),
+)
+"""The data of a migration that was refused arrive when its frames have been given to pages that are all zeros."""
 STALLED = _steps(
     ("store", HUGE, 0, 600),
     ("migrate", HUGE + 1, 0, 1, 0, "whole"),
@@ -289,7 +308,7 @@ _EVERY = (
     _made("jobs", "jobs of all kinds: unknown ones, and ones that are cancelled", JOBS),
     _made("files", "files and shared memory", FILES),
     _made("exclusive", "atomic access of a device, and who takes it away", EXCLUSIVE),
-    _made("small", "devices with too little memory", SMALL, machine=MACHINE.replace('memory = "4 MiB"', 'memory = "12 KiB"')),
+    _made("small", "devices with too little memory", SMALL, machine=SMALL_MACHINE),
     _made(
         "v25", "the tour under the rules of HMM's first version", OLDEN, machine=MACHINE.replace('"swept"', '"swept"\npersonality = "v25"')
     ),
@@ -342,6 +361,21 @@ _EVERY = (
             Hit("device.job_start", "delay", nth=2, seconds=0.004),
             Hit("migrate.before_pages", "delay", nth=1, seconds=0.01),
         ),
+    ),
+    _made(
+        "turns",
+        "a page that a device is about to map over its link when it is to come there",
+        TURNS,
+        actors=2,
+        hits=(Hit("device.before_write", "delay", nth=1, seconds=0.01), Hit("device.job_start", "delay", nth=2, seconds=0.002)),
+    ),
+    _made(
+        "late",
+        "data that arrive when their migration has been given up, and their frames are others'",
+        LATE,
+        machine=SMALL_MACHINE,
+        hits=(Hit("device.copy_in", "fail", nth=1), Hit("device.job_start", "delay", nth=1, seconds=0.1)),
+        faults=(_message(MessageFault("delay", Way(channel="bulk"), Controls(times=1), latency_s=0.05)),),
     ),
     _made("stalled", "a copy engine that stands still for a while", STALLED, hits=(Hit("device.mid_copy", "delay", nth=1, seconds=12.0),)),
     _made("silence", "a device that is silent for longer than its lease", TOUR, harms=(Harm(6, "hang", 0, 8.0),)),

@@ -28,7 +28,13 @@ from hmmnet.wire.messages import Body
 SAMPLE = 13
 """Every so-and-so-many-th cell of the table is run again here; ``hmmnet sweep all`` runs all of them."""
 TABLE = read(FILE.read_text())
-BY_ITSELF = {"refusal": {"fail at session.hello"}, "noise": {"loss"}, "given_up": {"fail at device.before_ack"}, "silence": {"hang"}}
+BY_ITSELF = {
+    "refusal": {"fail at session.hello"},
+    "noise": {"loss"},
+    "given_up": {"fail at device.before_ack"},
+    "silence": {"hang"},
+    "late": {"fail at device.copy_in"},
+}
 """Scenarios that break something themselves."""
 
 
