@@ -318,8 +318,8 @@ class SessionLink:
         try:
             await send()
         except PeerError:
-            if pending.answered:
-                await pending.wait()  # that says more
+            with self._watchdog.asked(pending):
+                await pending.wait()  # if it was refused, that says more, though a stream that is given up may be heard of sooner
             raise
         with self._watchdog.asked(pending):
             await self.session.answer(message, pending, Done)

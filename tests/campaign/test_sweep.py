@@ -120,6 +120,13 @@ def test_a_freeze_goes_on_when_another_hang_is_over() -> None:
     assert [run_program(program).outcome.lost > 0 for program in (frozen, both)] == [True, True]
 
 
+@pytest.mark.parametrize("fault", ["loss", "delay", "reorder"])
+def test_a_refusal_is_waited_for_though_its_stream_was_given_up_before(fault: str) -> None:
+    """The bulk channel may be faster than the answer: who migrates hears why, not that a stream is over."""
+    found = try_pair(Pair("message", "Failed", fault), SCENARIOS["late"], 1)
+    assert (found.hit, found.wrong) == (True, "")
+
+
 @pytest.mark.parametrize("action", ["crash", "hang", FREEZE])
 def test_a_device_falls_while_the_host_does_its_own(action: str) -> None:
     """At a point that concerns no device one of them crashes, hangs or freezes; the host goes on."""
