@@ -1,30 +1,32 @@
 """What faults have the host do at the wrong moment, as its processes, its system and its devices' drivers would: one function for each.
 
-A deed is for the processes that its fault names, or the one at whose point it happens; its range is the fault's, or the point's.
+A deed is for the processes that its fault names, or the one at whose point it happens; its range is the fault's, or the point's. It raises
+HmmnetError when nothing came of it, which `in_vain` tells beforehand wherever that can be seen.
 """
 
 from __future__ import annotations
 
-import logging
+import errno
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from typing import Protocol
 
-from hmmnet.faults.effects import HostEffect
+from hmmnet.errors import HmmnetError, KernelError
+from hmmnet.faults.effects import AT_ADDRESSES, NOT_OF_PROCESSES, HostEffect
 from hmmnet.faults.points import Where
 from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, PAGES_MAX
 
-from .announce import MappedAnew
 from .hub import Hub
 from .interfaces import AddressSpace, Event
 from .mm.frames import PhysicalMemory
-from .poison import break_memory
+from .poison import break_memory, breakable
 from .process import Process
-
-log = logging.getLogger("hmmnet.host")
 
 RANGE_PAGES_MAX = 1 << 12
 """Pages that a fault without a range does something to: of what is concerned at a point, the first 16 MiB."""
+WHOLE = frozenset({"mprotect", "mremap"})
+"""Deeds that fail where a part of the addresses is not mapped."""
 
 
 class Doer(Protocol):
@@ -68,13 +70,63 @@ def pages_of(effect: HostEffect) -> int:
     return (effect.end - effect.start + PAGE_SIZE - 1) >> PAGE_SHIFT
 
 
-def _concerned(host: Doer, effect: HostEffect, where: Where) -> list[Process]:
-    """The processes that are meant: one, or, at no point and without a number, all."""
+def in_vain(host: Doer, effect: HostEffect, where: Where) -> str:
+    """Why it would change nothing there now; empty when it would."""
+    if effect.deed in NOT_OF_PROCESSES:
+        return ""
+    number, meant = effect.process or where.process, _meant(host, effect, where)
+    if not meant:
+        there = ", ".join(map(str, host.processes)) or "none"
+        return f"there is no process {number}; those that run are {there}" if number else "no process runs"
+    reasons = [_lacks(host, effect, where, process) for process in meant]
+    return reasons[0] if all(reasons) else ""
+
+
+def _meant(host: Doer, effect: HostEffect, where: Where) -> list[Process]:
+    """The processes that are meant: one, or, where nobody says which, all."""
     number = effect.process or where.process
     if not number:
         return list(host.processes.values())
     process = host.processes.get(number)
     return [] if process is None else [process]
+
+
+def _concerned(host: Doer, effect: HostEffect, where: Where) -> list[Process]:
+    """Of those that are meant, the processes to which there is something to do."""
+    return [process for process in _meant(host, effect, where) if not _lacks(host, effect, where, process)]
+
+
+def _lacks(host: Doer, effect: HostEffect, where: Where, process: Process) -> str:
+    """What a process has not that the deed is done to; empty when it has it."""
+    address, length = _range(effect, where)
+    start, end = address >> PAGE_SHIFT, address + length >> PAGE_SHIFT
+    deed, space = effect.deed, process.space
+    if deed == "exec":
+        return "" if space.vmas(0, PAGES_MAX) else f"process {process.pid} has nothing mapped"
+    if deed not in AT_ADDRESSES:
+        return ""
+    if start == end:
+        return "" if deed == "fork" else "nobody says which addresses"
+    there = f"at 0x{address:x}-0x{address + length - 1:x}"
+    if not space.vmas(start, end):
+        return f"process {process.pid} has nothing mapped {there}"
+    needed = end - 1 if deed == "munmap" else start if deed in WHOLE else end
+    hole = _mapped_until(process, needed, end)
+    if hole < end:
+        return f"page 0x{hole:x} of process {process.pid} is not mapped"
+    parts = [(max(start, vma.start), min(end, vma.end)) for vma in space.vmas(start, end)] if deed == "poison" else []
+    if parts and not any(len(breakable(host.memory, space, *part)) for part in parts):
+        return f"process {process.pid} has no anonymous page {there}"
+    return ""
+
+
+def _mapped_until(process: Process, start: int, end: int) -> int:
+    """Up to which page of [start, end) all are mapped."""
+    for vma in process.space.vmas(start, end):
+        if vma.start > start:
+            break
+        start = vma.end
+    return min(start, end)
 
 
 def _range(effect: HostEffect, where: Where) -> tuple[int, int]:
@@ -112,8 +164,9 @@ async def _fork(host: Doer, effect: HostEffect, where: Where) -> None:
     for process in _concerned(host, effect, where):
         child = await process.fork()
         try:
-            if length:
-                await child.read(address, length)
+            with suppress(HmmnetError):  # the child has what the process had, holes too
+                if length:
+                    await child.read(address, length)
         finally:
             await child.exit()
 
@@ -129,7 +182,11 @@ async def _mremap(host: Doer, effect: HostEffect, where: Where) -> None:
     address, length = _range(effect, where)
     for process in _concerned(host, effect, where) if length else ():
         there = await process.mmap(length)
-        await process.mremap(address, length, length, there)
+        try:
+            await process.mremap(address, length, length, there)
+        except HmmnetError:
+            await process.munmap(there, length)
+            raise
         await process.mremap(there, length, length, address)
 
 
@@ -142,17 +199,21 @@ async def _munmap(host: Doer, effect: HostEffect, where: Where) -> None:
 async def _madvise(host: Doer, effect: HostEffect, where: Where) -> None:
     address, length = _range(effect, where)
     for process in _concerned(host, effect, where) if length else ():
-        await process.madvise(address, length, str(effect.settings.get("advice") or "DONTNEED"))
+        try:
+            await process.madvise(address, length, str(effect.settings.get("advice") or "DONTNEED"))
+        except KernelError as error:
+            end = address + length >> PAGE_SHIFT
+            if error.code != errno.ENOMEM or _mapped_until(process, address >> PAGE_SHIFT, end) == end:
+                raise
+            # a hole: all around it is advised, as by madvise(2)
 
 
 async def _poison(host: Doer, effect: HostEffect, where: Where) -> None:
     address, length = _range(effect, where)
     for process in _concerned(host, effect, where) if length else ():
         start = address >> PAGE_SHIFT
-        try:
-            await break_memory(host.memory, host.spaces, process.space, start, start + (length >> PAGE_SHIFT))
-        except MappedAnew as error:  # as when the kernel's memory_failure() fails: it says so, to nobody in particular
-            log.warning("memory stays as it is: %s", error)
+        if not await break_memory(host.memory, host.spaces, process.space, start, start + (length >> PAGE_SHIFT)):
+            raise HmmnetError(f"no page of process {process.pid} there stays where it is")
 
 
 async def _corrected(host: Doer, effect: HostEffect, where: Where) -> None:
@@ -204,3 +265,10 @@ DEEDS: dict[str, Deed] = {
     "nested": _nested,
 }
 """What the host can be made to do, by name."""
+
+
+async def do(host: Doer, effect: HostEffect, where: Where) -> None:
+    """What `effect` says. Raises HmmnetError when nothing comes of it: since it was asked for, it may have become in vain."""
+    if why := in_vain(host, effect, where):
+        raise HmmnetError(why)
+    await DEEDS[effect.deed](host, effect, where)

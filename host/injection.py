@@ -36,7 +36,7 @@ from hmmnet.topology import Topology
 from hmmnet.wire.messages import Inject
 from hmmnet.wire.session import Session
 
-from .deeds import DEEDS, Doer, pages_of
+from .deeds import DEEDS, Doer, do, in_vain, pages_of
 from .device import Device
 from .interconnect import Interconnect
 from .link import SessionLink
@@ -128,16 +128,16 @@ class Injection:
         meant = [name for name in self._host.devices if fnmatchcase(name, fault.needs_running)]
         if meant and not any(self._host.devices[name].life for name in meant):
             return f"{', '.join(meant)}: does not run; `hmmnet fault bounce DEVICE` starts it again, empty"
-        return self.no_process(fault)
+        return self.nothing_there(fault)
 
-    def no_process(self, fault: Fault) -> str:
-        """Why a fault that begins now would happen to no process; empty when it would not, or is no fault of one."""
-        process = fault.needs_process
-        if not process or process in self._host.processes:
+    def nothing_there(self, fault: Fault) -> str:
+        """Why what a fault does at once would change nothing at this host; empty when it would."""
+        at_once = [effect for effect in fault.effects if isinstance(effect, HostEffect) and not effect.point]
+        reasons = [in_vain(self._host, effect, _at_once(effect)) for effect in at_once]
+        if not at_once or not all(reasons):
             return ""
-        there = ", ".join(map(str, self._host.processes)) or "none"
-        point = ", or a point" if fault.kind.parameter("point") else ""
-        return f"there is no process {process}; those that run are {there}; give after=TIME by when it runs{point}"
+        point = ", or at a point" if fault.kind.parameter("point") else ""
+        return f"{reasons[0]}; have it begin later, with after=TIME{point}"
 
     def _tell(self, number: int, fault: Fault | None) -> None:
         packed = b"" if fault is None else msgspec.msgpack.encode(as_given(fault))
@@ -157,7 +157,7 @@ class Injection:
             raise ProtocolError(f"{node} tells of fault {message.number} what is no count: {error}") from error
         self._carrier.heard(message.number, node, told.get("fired", 0))
 
-    def _at_points(self, fault: PointFault, tally: Tally | None = None) -> Undo:
+    def _at_points(self, fault: PointFault, tally: Tally | None = None) -> AtWork:
         number = self._injector.add(fault, tally=tally)
         return AtWork(partial(self._injector.remove, number), partial(self._injector.count, number))
 
@@ -252,31 +252,32 @@ class Injection:
         return undo if lasting else AtWork(undo, lambda: chance.fired)
 
     def deed(self, effect: HostEffect) -> Undo:
-        """Do something at once, or at points; what ends that. Raises HmmnetError."""
-        do = DEEDS.get(effect.deed)
-        if do is None:
+        """Do something at once, or at points, where it would change anything; what ends that. Raises HmmnetError."""
+        if effect.deed not in DEEDS:
             raise HmmnetError(f'the host has no deed "{effect.deed}"')
 
-        running = False
+        running, done = False, 0
 
         async def guarded(where: Where) -> None:
-            nonlocal running
+            nonlocal running, done
             try:
                 await do(self._host, effect, where)
             except HmmnetError as error:
-                log.info("a fault could not %s: %s", effect.deed, error)
+                done -= 1
+                say = log.info if effect.point else log.warning
+                say("a fault did not happen: it could not %s: %s", effect.deed, error)
             finally:
                 running = False
 
         def at(where: Where) -> None:
-            nonlocal running
-            if not running:  # what it does reaches points, too
-                running = True
-                self._host.spawn(guarded, where)
+            nonlocal running, done
+            running = True
+            done += 1
+            self._host.spawn(guarded, where)
 
         if not effect.point:
-            at(Where("", "host", process=effect.process, start=effect.start >> PAGE_SHIFT, pages=pages_of(effect)))
-            return _nothing
+            at(_at_once(effect))
+            return AtWork(_nothing, lambda: done)
         told = told_at(effect.point, "call")  # where nobody is named, it is done whoever is there
         start, end = (effect.start, effect.end) if "range" in told else (0, 0)
         point = PointFault(
@@ -289,9 +290,15 @@ class Injection:
             str(effect.settings.get("event", "")),
             effect.controls,
             call=at,
+            would=lambda where: not running and not in_vain(self._host, effect, where),  # what it does reaches points, too
             kind=effect.deed,
         )
-        return self._at_points(point)
+        return AtWork(self._at_points(point).end, lambda: done)
+
+
+def _at_once(effect: HostEffect) -> Where:
+    """Where something is done that is done at no point."""
+    return Where("", HOST, process=effect.process, start=effect.start >> PAGE_SHIFT, pages=pages_of(effect))
 
 
 def _nothing() -> None:

@@ -79,12 +79,17 @@ async def break_memory(memory: PhysicalMemory, spaces: Mapping[int, AddressSpace
     pages = np.arange(start, end, dtype=np.uint64)
     async with space.mmap_lock.read():
         await split_large(space, spaces, pages, NO_OWNER, compound=False)
-        entries = space.entries(pages)
-        kinds = entries & pte.KIND
-        frames = pte.frames_of(entries[((kinds == pte.PRESENT) | (kinds == pte.DEVICE)) & (entries & (pte.SPECIAL | pte.HUGE) == 0)])
-        frames = frames[memory.field(frames, "flags") & (ANON | LOCKED) == ANON] if len(frames) else frames
+        frames = breakable(memory, space, start, end, LOCKED, pte.HUGE)
         await _break(memory, spaces, frames)
         return len(frames)
+
+
+def breakable(memory: PhysicalMemory, space: AddressSpace, start: int, end: int, flags: int = 0, bits: int = 0) -> Words:
+    """The frames of anonymous pages that are there, of pages [start, end), but those with any of `flags`, or `bits` in their entries."""
+    entries = space.entries(np.arange(start, end, dtype=np.uint64))
+    kinds = entries & pte.KIND
+    frames = pte.frames_of(entries[((kinds == pte.PRESENT) | (kinds == pte.DEVICE)) & (entries & (pte.SPECIAL | bits) == 0)])
+    return frames[memory.field(frames, "flags") & (ANON | flags) == ANON] if len(frames) else frames
 
 
 async def _break(memory: PhysicalMemory, spaces: Mapping[int, AddressSpace], frames: Words) -> None:

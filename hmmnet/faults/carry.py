@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +24,8 @@ from .kinds import Fault, World
 
 log = logging.getLogger("hmmnet.faults")
 Undo = Callable[[], None]
+OVER_MAX = 1000
+"""Faults that are over as they begin, whose deeds, which go on beside everything else, may yet prove to be in vain: the last of them."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ class Carrier:
         self._numbers = itertools.count(1)
         self._carried: dict[int, Carried] = {}
         self._past: Counter[str] = Counter()
+        self._over: deque[Carried] = deque()
         self._elsewhere: dict[tuple[int, str], int] = {}
         self._names: dict[int, str] = {}
 
@@ -125,7 +128,9 @@ class Carrier:
             raise
         if carried.fault.kind.once:
             del self._carried[carried.number]
-            self._past[carried.fault.kind.name] += carried.fired
+            self._over.append(carried)
+            if len(self._over) > OVER_MAX:
+                self._count(self._over.popleft())
 
     async def _timed(self, carried: Carried) -> None:
         if carried.fault.after_s:
@@ -149,11 +154,15 @@ class Carrier:
             there = f"the numbers are {', '.join(map(str, self._carried))}" if self._carried else "there is no fault"
             raise WrongUse(f"no fault has number {number}; {there}")
         carried.ended = True
-        self._past[carried.fault.kind.name] += carried.fired
+        self._count(carried)
         for undo in reversed(carried.undos):
             undo()
         if carried.begun:
             self._tell(number, None)
+
+    def _count(self, carried: Carried) -> None:
+        """It happens no more."""
+        self._past[carried.fault.kind.name] += carried.fired
 
     def _tell(self, number: int, fault: Fault | None) -> None:
         for tell in self.told:
@@ -172,7 +181,7 @@ class Carrier:
         """How often faults have happened, by kind: every kind that was ever added, also those that never did."""
         total = Counter(dict.fromkeys(self._names.values(), 0))
         total.update(self._past)
-        for carried in self._carried.values():
+        for carried in (*self._carried.values(), *self._over):
             total[carried.fault.kind.name] += carried.fired
         for (number, _), count in self._elsewhere.items():
             total[self._names.get(number, "")] += count

@@ -64,7 +64,7 @@ class PointFault:
 
     `point` is a name or a pattern of names. `device` is a pattern of device names; `process` a pid (0: any); [`start`, `end`) addresses
     that must be touched; `event` an event of the notifier. `node` is who crashes or hangs (default: the device concerned). `delay_s` and
-    `jitter_s` are emulated seconds. `kind` is what records call it.
+    `jitter_s` are emulated seconds. `would` tells whether `call` would do anything there. `kind` is what records call it.
     """
 
     point: str
@@ -79,6 +79,7 @@ class PointFault:
     jitter_s: float = 0.0
     node: str = ""
     call: Called | None = None
+    would: Callable[[Where], bool] | None = None
     kind: str = ""
 
     def __post_init__(self) -> None:
@@ -117,11 +118,12 @@ class PointFault:
         return self.may_concern(where.point, where.node, where.device) and self.touches(where)
 
     def touches(self, where: Where) -> bool:
-        """Whether process, event and addresses are those that are meant."""
+        """Whether process, event and addresses are those that are meant, and there is something to do."""
         return (
             self.process in (0, where.process)
             and self.event in ("", where.event)
             and (self.end <= self.start or (where.address < self.end and self.start < where.address_end))
+            and (self.would is None or self.would(where))
         )
 
 

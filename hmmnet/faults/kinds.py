@@ -18,7 +18,7 @@ from hmmnet.topology.problems import did_you_mean
 from hmmnet.units import parse_size, parse_time, show_size, show_time
 
 from .controls import Controls
-from .effects import STARTING, DeviceEffect, Effect, HostEffect, NodeEffect, has_occurrences, narrowed_by, why_not_narrowed
+from .effects import STARTING, DeviceEffect, Effect, NodeEffect, has_occurrences, narrowed_by, why_not_narrowed
 from .messages import HOST, TELLING
 from .points import POINTS, Narrowing, matching
 
@@ -282,11 +282,6 @@ class Fault:
             if isinstance(effect, DeviceEffect) and self.kind.once:
                 return effect.device
         return ""
-
-    @property
-    def needs_process(self) -> int:
-        """The process that has to run as it begins; 0 when it needs none."""
-        return next((effect.process for effect in self.effects if isinstance(effect, HostEffect) and not effect.point), 0)
 
     def not_narrowed_by(self, name: Narrowing) -> str:
         """Why `name` (a process, addresses, an event) means nothing to it; empty when it does."""

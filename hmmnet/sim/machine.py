@@ -377,7 +377,7 @@ class SimulatedMachine:
         meant = [name for name in self.device_names if fnmatchcase(name, fault.needs_running)]
         if meant and not any(name in self._nodes for name in meant):
             return f"{', '.join(meant)}: does not run; start it first, or `bounce` it"
-        why: str = self.host.injection.no_process(fault)
+        why: str = self.host.injection.nothing_there(fault)
         return why
 
     def _in_devices(self, effect: DeviceEffect) -> Undo:

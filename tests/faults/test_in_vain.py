@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 
 import pytest
 import trio
 
 import hmmnet
-from hmmnet.errors import HmmnetError
+from hmmnet.errors import BusError, HmmnetError, KernelError
 from hmmnet.faults import fault
 from hmmnet.sim import SimulatedMachine
 
 
 @pytest.mark.parametrize(
-    ("kind", "mend"), [("process.exit", ", or a point"), ("process.munmap", ", or a point"), ("ecc.uncorrectable", "")]
+    ("kind", "mend"), [("process.exit", ", or at a point"), ("process.munmap", ", or at a point"), ("ecc.uncorrectable", "")]
 )
 def test_no_such_process(kind: str, mend: str) -> None:
     """Who runs is said; nothing stays in the list, and nothing has happened."""
 
     async def main(machine: SimulatedMachine) -> None:
         process = await machine.create_process()
-        says = f"^fault {kind}: there is no process 4242; those that run are {{}}; give after=TIME by when it runs{mend}$"
+        says = f"^fault {kind}: there is no process 4242; those that run are {{}}; have it begin later, with after=TIME{mend}$"
         given = {} if kind == "process.exit" else {"range": "0x10000+4096"}
         with pytest.raises(HmmnetError, match=says.format(process.pid)):
             machine.add_fault(kind, process=4242, **given)
@@ -30,6 +31,123 @@ def test_no_such_process(kind: str, mend: str) -> None:
         await process.exit()
 
     hmmnet.simulate(main)
+
+
+PAGE = 4096
+HOLE = r"page 0x{hole:x} of process {pid} is not mapped; have it begin later, with after=TIME, or at a point$"
+NOTHING = r"process {pid} has nothing mapped at 0x{away:x}-0x{end:x}; have it begin later, with after=TIME"
+
+
+@pytest.mark.parametrize(
+    ("kind", "at", "says"),
+    [
+        *((f"process.{deed}", "away", NOTHING) for deed in ("munmap", "mprotect", "mremap", "madvise", "fork")),
+        *((f"process.{deed}", "over", HOLE) for deed in ("munmap", "mprotect", "mremap")),
+        ("ecc.uncorrectable", "away", NOTHING),
+        ("ecc.uncorrectable", "fresh", r"process {pid} has no anonymous page at 0x[0-9a-f]+-0x[0-9a-f]+; have it begin later"),
+    ],
+)
+def test_nothing_is_there(kind: str, at: str, says: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A range that is not mapped, wholly or where it matters, or in which no page is; later it is no harm, and is not counted."""
+
+    async def main(machine: SimulatedMachine) -> None:
+        process = await machine.create_process()
+        address = await process.mmap(4 * PAGE)
+        await process.write(address, b"x" * 2 * PAGE)
+        start = {"away": 0x10000, "over": address + 2 * PAGE, "fresh": address + 3 * PAGE}[at]
+        length = {"away": 2, "over": 4, "fresh": 1}[at] * PAGE
+        hole = (address >> 12) + (5 if kind == "process.munmap" else 4)
+        why = says.format(pid=process.pid, hole=hole, away=start, end=start + length - 1)
+        given = {"process": process.pid, "range": f"0x{start:x}+{length}"}
+        with pytest.raises(HmmnetError, match=f"^fault {kind}: {why}"):
+            machine.add_fault(kind, **given)
+        assert machine.list_faults() == []
+        machine.add_fault(kind, **given, after="1 ms")
+        with caplog.at_level(logging.WARNING, "hmmnet.faults"):
+            await trio.sleep(0.01)
+        assert "did not happen" in caplog.text
+        assert machine.carrier.fired() == {kind: 0}
+        assert await process.read(address, 2 * PAGE) == b"x" * 2 * PAGE
+
+    hmmnet.simulate(main)
+
+
+def test_what_a_part_of_the_range_is_enough_for() -> None:
+    """madvise skips holes, a fork has all that there is, and of anonymous pages those break that are there."""
+
+    async def main(machine: SimulatedMachine) -> dict[str, int]:
+        process = await machine.create_process()
+        address = await process.mmap(4 * PAGE)
+        await process.write(address, b"x" * 2 * PAGE)
+        given = {"process": process.pid, "range": f"0x{address + PAGE:x}+{6 * PAGE}"}
+        for kind in ("process.fork", "process.madvise"):
+            machine.add_fault(kind, **given)
+            await trio.sleep(0.01)
+        assert await process.read(address, 2 * PAGE) == b"x" * PAGE + bytes(PAGE)
+        await process.write(address + PAGE, b"y")
+        machine.add_fault("ecc.uncorrectable", **given)
+        await trio.sleep(0.01)
+        with pytest.raises(BusError):
+            await process.read(address + PAGE, 1)
+        return machine.carrier.fired()
+
+    assert hmmnet.simulate(main).value == {"process.fork": 1, "process.madvise": 1, "ecc.uncorrectable": 1}
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "times", "happens"),
+    [
+        ("process.madvise", {"advice": "REMOVE"}, 1, 0),
+        ("process.mremap", {}, 1, 0),
+        ("process.munmap", {}, 2, 1),
+        ("ecc.uncorrectable", {}, 2, 1),
+    ],
+)
+def test_a_deed_that_comes_to_nothing_is_not_counted(
+    kind: str, given: dict[str, str], times: int, happens: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What only shows as it is done: advice that private memory refuses, two mappings that do not move as one, what another has taken."""
+
+    async def main(machine: SimulatedMachine) -> None:
+        process = await machine.create_process()
+        address = await process.mmap(2 * PAGE)
+        await process.write(address, b"x" * 2 * PAGE)
+        if kind == "process.mremap":
+            await process.mprotect(address, PAGE, "r")
+        with caplog.at_level(logging.WARNING, "hmmnet.host"):
+            for _ in range(times):
+                machine.add_fault(kind, process=process.pid, range=f"0x{address:x}+{2 * PAGE}", **given)
+            await trio.sleep(0.01)
+        assert caplog.text.count("a fault did not happen: it could not ") == times - happens
+        assert machine.carrier.fired() == {kind: happens}
+        assert sum(mapping.end - mapping.start for mapping in await process.smaps()) == (2 - (kind == "process.munmap")) * PAGE
+
+    hmmnet.simulate(main)
+
+
+def test_a_deed_at_a_point_waits_for_what_it_is_done_to() -> None:
+    """Until the process is there, and the pages are; occurrences before then are none, and what it does itself is none either."""
+
+    async def main(machine: SimulatedMachine) -> list[int]:
+        one = await machine.create_process()
+        machine.add_fault("process.munmap", point="process.mprotect", process=one.pid + 1, range="0x10000000+8192", times=1)
+        machine.add_fault("process.mprotect", point="process.mprotect", process=one.pid)
+        counts, other = [], one
+        for index in range(4):
+            if index == 1:
+                other = await machine.create_process()
+            if index == 2:
+                await other.mmap(2 * PAGE, "rw", 0x10000000)
+            address = await one.mmap(PAGE)
+            for process, where in ((one, address), (other, 0x10000000)):
+                with suppress(KernelError):
+                    await process.mprotect(where, PAGE, "rw")
+                await trio.sleep(0.01)
+            counts.append(machine.carrier.fired()["process.munmap"])
+        assert machine.carrier.fired()["process.mprotect"] == 4
+        return counts
+
+    assert hmmnet.simulate(main).value == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize("kind", ["crash", "unplug", "unload", "hang", "page.retire"])
