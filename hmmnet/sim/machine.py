@@ -19,13 +19,14 @@ from hmmnet.blocking import only_error
 from hmmnet.errors import HmmnetError, KernelError, PeerLost
 from hmmnet.faults.carry import AtWork, Carrier, Undo
 from hmmnet.faults.controls import Tally
-from hmmnet.faults.effects import DeviceEffect, HostEffect, LinkEffect, NodeEffect
+from hmmnet.faults.effects import DeviceEffect, Effect, HostEffect, LinkEffect, NodeEffect
 from hmmnet.faults.forms import Plannable, as_plan, one_fault
 from hmmnet.faults.injector import HOST, Injector, PointFault
 from hmmnet.faults.kinds import Fault
 from hmmnet.faults.messages import MessageFault
 from hmmnet.faults.network import Network
 from hmmnet.faults.plan import plain
+from hmmnet.faults.points import matching
 from hmmnet.faults.targets import check_target
 from hmmnet.machine import Host, host_class
 from hmmnet.program import Machine, Process, documented_by
@@ -372,7 +373,7 @@ class SimulatedMachine:
 
     def _in_vain(self, fault: Fault) -> str:
         """Why a fault that begins now would happen to nobody; empty when it would not."""
-        if self.host_crashed and any(isinstance(effect, HostEffect) for effect in fault.effects):
+        if self.host_crashed and all(map(_of_host, fault.effects)):
             return HOST_CRASHED
         meant = [name for name in self.device_names if fnmatchcase(name, fault.needs_running)]
         if meant and not any(name in self._nodes for name in meant):
@@ -552,6 +553,13 @@ async def simulated(
                     network.heal()
                     injector.heal(but="session.bye")
             nursery.cancel_scope.cancel()
+
+
+def _of_host(effect: Effect) -> bool:
+    """Whether it happens at the host, and nowhere else."""
+    if isinstance(effect, PointFault):
+        return all(point.side == "host" for point in matching(effect.point))
+    return isinstance(effect, HostEffect | LinkEffect) or (isinstance(effect, NodeEffect) and effect.node == HOST)
 
 
 def _left_by(error: BaseException) -> None:

@@ -188,6 +188,34 @@ def test_a_state_of_a_device_that_is_gone_waits_for_it() -> None:
     hmmnet.simulate(main)
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"kind": "host.crash"},
+        {"kind": "hang", "on": "host"},
+        {"kind": "alloc.host"},
+        {"kind": "point.delay", "point": "hub.*"},
+        {"kind": "link.down", "on": "*"},
+    ],
+)
+def test_a_host_crashes_once(given: dict[str, str], caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing that would happen at it happens afterwards, a second crash neither: now it is refused, later it counts for nothing."""
+
+    async def main(machine: SimulatedMachine) -> dict[str, int]:
+        machine.add_fault("host.crash")
+        with pytest.raises(HmmnetError, match=f"^fault {given['kind']}: the host has crashed".replace(".", r"\.")):
+            machine.add_fault(given)
+        machine.add_fault({**given, "after": "1 ms"})
+        with caplog.at_level(logging.WARNING, "hmmnet.faults"):
+            await trio.sleep(0.01)
+        assert "did not happen: the host has crashed" in caplog.text
+        assert machine.list_faults() == []
+        machine.add_fault("crash", on="gpu0")  # devices go on, until their leases are over
+        return machine.carrier.fired()
+
+    assert hmmnet.simulate(main).value == {given["kind"]: 0} | {"host.crash": 1, "crash": 1}
+
+
 @pytest.mark.parametrize("given", [{}, {"point": "migrate.after"}])
 def test_nothing_happens_at_a_host_that_has_crashed(given: dict[str, str]) -> None:
     """Its processes are gone with it, and nobody reaches its points."""
