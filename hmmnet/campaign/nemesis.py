@@ -95,7 +95,10 @@ class Nemesis:
         self._add(planned.fault)
 
     def _add(self, text: str) -> None:
-        """What is on something that this machine has not does nothing: a program with parts left out is a program."""
+        """What is on something that this machine has not does nothing: a program with parts left out is a program.
+
+        What waits for ever, as drawn (on a device, at a point that tells none), may do so.
+        """
         for fault in faults_in(text):
             if wrong_targets(fault, self._machine.topology, "sim"):
                 self._crew.note(f"nothing here is meant by {fault}")
@@ -104,7 +107,7 @@ class Nemesis:
 
     def _add_now(self, fault: Fault) -> None:
         try:
-            self._machine.add_fault(fault)
+            self._machine.carrier.add(fault)
         except InVain as error:
             self._crew.note(f"{fault} does nothing: {error}")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,11 +14,13 @@ from .completion import devices, machines
 
 if TYPE_CHECKING:
     from hmmnet.faults.kinds import Kind, Parameter
+    from hmmnet.faults.points import Narrowing
 
     from .toxics import Sights
 
 ON_HELP = 'The machine; not needed when only one runs, or for "default".'
-NARROWED: tuple[Literal["process", "range"], ...] = ("process", "range")
+NARROWED: dict[Narrowing, str] = {"device": "on", "process": "process", "range": "range"}
+"""What narrows a fault, and what it is called where one is made."""
 CHOICES_LISTED = 24
 """Of more names that a parameter may have, the catalogue says how many there are."""
 app = typer.Typer(
@@ -56,7 +58,7 @@ def kinds(
             print(f"\n{kind.family}" if family else kind.family)
             family = kind.family
         _describe(kind)
-    print("\nevery kind; process and range where nothing else is said of them")
+    print("\nevery kind; on, process and range where nothing else is said of them")
     for parameter in TARGETS.values():
         _parameter(parameter)
     print("\ncontrols, of every kind that says nothing else of them")
@@ -97,12 +99,12 @@ def _describe(kind: Kind) -> None:
 
 
 def _narrowing(kind: Kind) -> None:
-    """Whether process and range are anything to it, where they are not always."""
+    """Whether on, process and range are anything to it, where they are not always."""
     said: dict[str, list[str]] = {}
-    for name in NARROWED:
+    for name, called in NARROWED.items():
         only = kind.narrowed_with(name)
         if kind.narrowed_by(name) != "always":
-            said.setdefault(f"only with {only}" if only else f"none: {kind.why_wide(name)}", []).append(name)
+            said.setdefault(f"only with {only}" if only else f"none: {kind.why_wide(name)}", []).append(called)
     for what, names in said.items():
         print(hang(f"    {', '.join(names):<22}", what))
 

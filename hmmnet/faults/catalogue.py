@@ -113,8 +113,8 @@ def _not_narrowed(made: Fault) -> list[Mistake]:
     """Processes, addresses and events to which it cannot be narrowed."""
     found: list[Mistake] = []
     narrow = {"process": made.process, "range": made.end > made.start, "event": made.settings.get("event")}
-    for name in NARROWING:
-        why = made.not_narrowed_by(name) if narrow[name] else ""
+    for name in NARROWING:  # what it is on is looked at with the machine: `targets`
+        why = made.not_narrowed_by(name) if narrow.get(name) else ""
         if why:
             only = made.kind.narrowed_with(name)
             found.append((name, f"{why}; leave it out{f', or give {only}' if only else ''}"))

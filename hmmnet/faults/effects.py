@@ -93,13 +93,13 @@ NOT_OF_PROCESSES = frozenset({"corrected"})
 
 
 def narrowed_by(effect: Effect) -> frozenset[Narrowing]:
-    """What narrows it: only some processes', only at some addresses, only for one event of the notifier."""
+    """What narrows it: only what it is on, only some processes', only at some addresses, only for one event of the notifier."""
     if isinstance(effect, PointFault):
         return told_at(effect.point, effect.action)
-    if isinstance(effect, MessageFault):
-        return frozenset({"process", "range"}) if effect.message == TELLING else frozenset()
+    if isinstance(effect, MessageFault) and effect.message == TELLING:
+        return frozenset({"device", "process", "range"})
     if not isinstance(effect, HostEffect) or effect.deed in NOT_OF_PROCESSES:
-        return frozenset()
+        return frozenset({"device"})
     its_own: set[Narrowing] = {"process", "range"} if effect.deed in AT_ADDRESSES else {"process"}
     return frozenset(its_own) | (told_at(effect.point, "call") if effect.point else frozenset())
 

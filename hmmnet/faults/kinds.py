@@ -231,7 +231,7 @@ class Kind:
             "holds": self.holds,
             "once": self.once,
             "controls": self.controlled,
-            "narrowed_by": {name: self.narrowed_by(name) for name in ("process", "range")},
+            "narrowed_by": {"on": self.narrowed_by("device"), **{name: self.narrowed_by(name) for name in ("process", "range")}},
             "not_in": dict(self.not_in),
         }
 
@@ -284,9 +284,11 @@ class Fault:
         return ""
 
     def not_narrowed_by(self, name: Narrowing) -> str:
-        """Why `name` (a process, addresses, an event) means nothing to it; empty when it does."""
+        """Why `name` (what it is on, a process, addresses, an event) means nothing to it; empty when it does."""
         if self.kind.nowhere:
             return "it can be done in no world"
+        if name == "device" and self.kind.on == "nothing":
+            return "there is one host"
         return next((why_not_narrowed(one) for one in self.effects if name not in narrowed_by(one)), "")
 
     def __str__(self) -> str:

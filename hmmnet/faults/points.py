@@ -24,9 +24,9 @@ _WAITS_FAILS: tuple[Action, ...] = (*_WAITS, "fail")
 _DECIDES: tuple[Action, ...] = ("fail", "call")
 HOSTS_OWN = ("hub.", "process.", "session.bye")
 """How the names of points begin that concern no device: who crashes or hangs there has to be said."""
-Narrowing = Literal["process", "range", "event"]
-"""By what a fault may be narrowed to some of what happens: whose it is, at which addresses, of which event of the notifier."""
-NARROWING: tuple[Narrowing, ...] = ("process", "range", "event")
+Narrowing = Literal["device", "process", "range", "event"]
+"""By what a fault may be narrowed to some of what happens: what it is on, whose it is, at which addresses, of which event."""
+NARROWING: tuple[Narrowing, ...] = ("device", "process", "range", "event")
 COPY_ENGINE = -1
 """In place of an errno: the copy engine, or the link, gives up in the middle of a transfer."""
 
@@ -87,7 +87,7 @@ class Point:
 
     @property
     def tells(self) -> tuple[Narrowing, ...]:
-        """What is said there of what is concerned, beside the device."""
+        """What is said there of what is concerned."""
         untold = _UNTOLD.get(self.name, _UNTOLD.get(f"{self.name.partition('.')[0]}.*", ()))
         return tuple(one for one in NARROWING if one not in untold and (one != "event" or self.name in _OF_EVENTS))
 
@@ -216,14 +216,19 @@ _ALL = [
     ),
 ]
 _NEITHER: tuple[Narrowing, ...] = ("process", "range")
+_NOTHING: tuple[Narrowing, ...] = ("device", *_NEITHER)
 _UNTOLD: dict[str, tuple[Narrowing, ...]] = {
-    **dict.fromkeys(("session.*", "evict.*", "host.*", "memcg.*"), _NEITHER),
+    **dict.fromkeys(("host.*", "memcg.*", "session.bye"), _NOTHING),
+    **dict.fromkeys(("session.*", "evict.*"), _NEITHER),
+    **dict.fromkeys(("process.*", "hub.before_callbacks", "hub.after_callbacks", "hub.after_acks", "hub.before_range_end"), ("device",)),
+    **dict.fromkeys(("migrate.trylock", "migrate.count", "migrate.insert", "migrate.split"), ("device",)),
+    **dict.fromkeys(("process.fork", "process.exit"), ("device", "range")),
     **dict.fromkeys(("migrate.mid_copy", "migrate.before_finalize", "home.evict"), _NEITHER),
     **dict.fromkeys(("device.hello", "device.welcome", "device.copy_in", "device.copy_out", "device.mid_copy"), _NEITHER),
     **dict.fromkeys(("device.bad_copy", "device.alloc.large"), _NEITHER),
-    **dict.fromkeys(("process.fork", "process.exit", "device.job_start", "device.job_step", "device.job_end"), ("range",)),
+    **dict.fromkeys(("device.job_start", "device.job_step", "device.job_end"), ("range",)),
 }
-"""By point, or ``part.*``: which of process and range is not known there. Data that are copied are frames, whosever pages they are."""
+"""By point, or ``part.*``: what of device, process and range is not known there. Data that are copied are frames, whosever pages."""
 _OF_EVENTS = frozenset(
     {
         *("hub.before_callbacks", "hub.after_callbacks", "hub.after_acks", "hub.before_range_end"),

@@ -14,11 +14,12 @@ from hmmnet.pages import PAGE_SHIFT
 from hmmnet.topology.problems import did_you_mean
 from hmmnet.topology.routes import Routes
 
-from .effects import DeviceEffect, Effect, HostEffect, LinkEffect, NodeEffect
+from .effects import DeviceEffect, Effect, HostEffect, LinkEffect, NodeEffect, told_at
 from .injector import HOST, PointFault
 from .kinds import Fault, World
 from .messages import MessageFault, Way, is_way
 from .points import matching
+from .process_events import CHANGES
 
 if TYPE_CHECKING:
     from hmmnet.topology.model import Topology
@@ -29,20 +30,35 @@ NAMES_MAX = 8
 
 def check_target(fault: Fault, topology: Topology, world: World) -> None:
     """Raises HmmnetError with everything that is wrong with whom `fault` is on."""
-    mistakes = wrong_targets(fault, topology, world)
+    mistakes = target_mistakes(fault, topology, world)
     if mistakes:
-        raise WrongUse("\n".join(mistakes))
-
-
-def wrong_targets(fault: Fault, topology: Topology, world: World) -> list[str]:
-    """What is wrong with whom `fault` is on: nothing of that machine is called so, or that `world` cannot do it there."""
-    return [f"fault {fault.kind.name}: {cause}" for cause in target_mistakes(fault, topology, world)]
+        raise WrongUse("\n".join(f"fault {fault.kind.name}: {cause}" for cause in mistakes))
 
 
 def target_mistakes(fault: Fault, topology: Topology, world: World) -> list[str]:
-    """`wrong_targets`, for who says himself which fault it is."""
+    """What is wrong with whom `fault` is on, for who says himself which fault it is."""
+    return wrong_targets(fault, topology, world) or list(_never_met(fault))
+
+
+def wrong_targets(fault: Fault, topology: Topology, world: World) -> list[str]:
+    """What of it nothing of that machine is called, or `world` cannot do there."""
     causes = [cause for effect in fault.effects for cause in (*_unknown(effect, topology), *_out_of_reach(effect, world))]
     return list(dict.fromkeys(causes))
+
+
+def _never_met(fault: Fault) -> Iterator[str]:
+    """What it is narrowed to, or needs, and nobody tells where it would happen: it would wait for ever."""
+    on = fault.on or next((effect.device for effect in fault.effects if isinstance(effect, PointFault)), "")
+    points = [effect.point for effect in fault.effects if isinstance(effect, PointFault | HostEffect) and effect.point]
+    why = "" if fnmatchcase("", on) else fault.not_narrowed_by("device")
+    if why and points:
+        yield f'on: "{points[0]}" tells no device, so that it would never happen on "{on}"; leave it out'
+    elif why:
+        yield f'on: {why}, so that "{on}" means nothing; leave it out'
+    for effect in fault.effects:
+        changes = isinstance(effect, HostEffect) and effect.deed in CHANGES and effect.end <= effect.start
+        if changes and "range" not in told_at(points[0], "call"):
+            yield f'range: missing: "{points[0]}" does not tell which addresses; give some, such as 0x7f0000000000+64KiB'
 
 
 def _unknown(effect: Effect, topology: Topology) -> Iterator[str]:

@@ -93,22 +93,24 @@ def test_kinds_say_which_take_controls(capsys: pytest.CaptureFixture[str]) -> No
 def test_kinds_say_which_can_be_narrowed(capsys: pytest.CaptureFixture[str]) -> None:
     """To processes and addresses: for people where not always, and why; for programs of each."""
     chosen = ["loss", "link.slow", "process.exit", "invalidate.late"]
-    lines = [
-        line.split(maxsplit=1) for line in told(["kinds", *chosen], capsys).splitlines() if line.startswith(("    process", "    range"))
-    ]
+    said = ("    on,", "    process,", "    range,")
+    lines = [line.split(maxsplit=1) for line in told(["kinds", *chosen], capsys).splitlines() if line.startswith(said)]
     assert lines[:3] == [
         ["process,", "range        only with message=Invalidate"],
         ["process,", "range        none: it happens to a whole link"],
-        ["range", "only with a point that tells it (`hmmnet fault points`)"],
+        ["on,", "range             only with a point that tells it (`hmmnet fault points`)"],
     ]
     every: list[dict[str, Any]] = json.loads(told(["kinds", *chosen, "--json"], capsys))
     assert {one["name"]: list(one["narrowed_by"].values()) for one in every} == {
-        "loss": ["some", "some"],
-        "link.slow": ["never", "never"],
-        "process.exit": ["always", "some"],
-        "invalidate.late": ["always", "always"],
+        "loss": ["always", "some", "some"],
+        "link.slow": ["always", "never", "never"],
+        "process.exit": ["some", "always", "some"],
+        "invalidate.late": ["always", "always", "always"],
     }
-    assert "; tells process, range, event" in told(["points"], capsys)
+    text = told(["points"], capsys)
+    assert "; tells process, range, event" in text
+    assert "; tells device, process, range, event" in text
+    assert '    on, process, range    none: "host.alloc.frame" does not tell it' in told(["kinds", "alloc.host"], capsys)
 
 
 def test_a_kind_that_there_is_not(capsys: pytest.CaptureFixture[str]) -> None:

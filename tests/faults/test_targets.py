@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 
 import hmmnet
-from hmmnet.errors import HmmnetError
-from hmmnet.faults import Controls, MessageFault, PointFault, Way, fault
+from hmmnet.errors import HmmnetError, PlanError
+from hmmnet.faults import Controls, MessageFault, Plan, PointFault, Way, fault
 from hmmnet.faults.kinds import World
 from hmmnet.faults.plan import AnyFault
 from hmmnet.faults.targets import check_target, wrong_targets
@@ -80,6 +81,51 @@ def test_the_host_acts_at_its_own_points() -> None:
         check_target(fault("process.fork", point="device.fetch"), TOPOLOGY, "sim")
     check_target(fault("process.fork", point="*.before_*"), TOPOLOGY, "real")
     check_target(fault("point.crash", "gpu1", point="device.job_step", node="gpu1"), TOPOLOGY, "real")
+
+
+ON = 'on: "{}" tells no device, so that it would never happen on "gpu0"; leave it out'
+DEAF: list[tuple[dict[str, Any], str]] = [
+    ({"kind": "alloc.host", "on": "gpu0"}, ON.format("host.alloc.frame")),
+    ({"kind": "alloc.cgroup", "on": "gpu0"}, ON.format("memcg.charge")),
+    ({"kind": "point.fail", "on": "gpu0", "point": "host.alloc.*"}, ON.format("host.alloc.*")),
+    ({"kind": "point.delay", "on": "gpu0", "point": "hub.*"}, ON.format("hub.*")),
+    ({"kind": "point.fail", "on": "gpu0", "point": "migrate.count"}, ON.format("migrate.count")),
+    ({"kind": "process.exit", "on": "gpu0", "point": "process.fork"}, ON.format("process.fork")),
+    ({"kind": "process.exit", "on": "gpu0"}, 'on: it is done at once, to the whole, so that "gpu0" means nothing; leave it out'),
+    ({"kind": "host.crash", "on": "gpu0"}, 'on: there is one host, so that "gpu0" means nothing; leave it out'),
+    (
+        {"kind": "process.munmap", "point": "migrate.mid_copy"},
+        'range: missing: "migrate.mid_copy" does not tell which addresses; give some, such as 0x7f0000000000+64KiB',
+    ),
+]
+"""What would wait for ever, and why."""
+
+
+@pytest.mark.parametrize(("given", "says"), DEAF)
+def test_what_nobody_tells_is_refused(given: dict[str, Any], says: str) -> None:
+    """With place, cause and mend: in a plan, with the line, and of one fault; the live command hands on what a host says."""
+    text = f"# a plan\n{Plan([fault(**given)]).as_toml()}"
+    with pytest.raises(PlanError) as wrong:
+        Plan.parse(text, "deaf.toml").check("sim", TOPOLOGY)
+    assert str(wrong.value) == f"deaf.toml:2: fault 1: {says}"
+    worlds: tuple[World, ...] = ("sim", "real")
+    for world in worlds:
+        if world not in fault(**given).kind.not_in:
+            with pytest.raises(HmmnetError, match=re.escape(f"fault {given['kind']}: {says}")):
+                check_target(fault(**given), TOPOLOGY, world)
+
+
+def test_a_fault_at_a_point_that_tells_no_device() -> None:
+    """Also one that is made of the point itself; a pattern that means other points, too, is right."""
+
+    async def main(machine: SimulatedMachine) -> None:
+        with pytest.raises(HmmnetError, match=r'on: "host\.alloc\.frame" tells no device'):
+            machine.add_fault(PointFault("host.alloc.frame", "fail", device="gpu0"))
+        machine.add_fault(PointFault("host.alloc.frame", "fail"))
+        machine.add_fault(PointFault("*", "delay", device="gpu0", delay_s=1e-6))
+        machine.add_fault("point.fail", on="*", point="host.alloc.*", times=1)
+
+    hmmnet.simulate(main)
 
 
 def test_a_misspelt_point_is_a_mistake_of_every_kind_that_has_points() -> None:
