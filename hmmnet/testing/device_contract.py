@@ -7,7 +7,8 @@ Each check gets a `ScriptedHost` with context 1 of process 10 open, and the devi
 test's seed: with the marker ``seeds(20)`` on the class every check is played in twenty orders of events. `play` plays one check.
 
 They say: a device keeps what it is given and gives it back, drops what it is told to drop, refuses by name what makes no sense, and
-goes on. After every check the host must have seen no DMA without a translation, and the frames in use must be those that hold a page.
+goes on; `job_checks` says what its jobs must see and may do. After every check the host must have seen no DMA without a translation, and
+the frames in use must be those that hold a page.
 """
 
 from __future__ import annotations
@@ -35,9 +36,10 @@ from hmmnet.sim import run_virtual
 from hmmnet.sim.clock import VirtualClock
 from hmmnet.wire import messages as m
 
-from .scripted_host import Model, ScriptedHost, machine, results_of, u64
+from .compared import same
+from .job_checks import JOB_CHECKS
+from .scripted_host import PAGE, Model, ScriptedHost, machine, results_of, u64
 
-PAGE = 0x20000
 INFINITE = float("inf")
 FIGURES = {
     "name", "model", "kind", "zone", "pages", "pages_used", "pages_used_max", "contexts", "jobs_running", "jobs_finished",
@@ -112,7 +114,7 @@ async def keeps_data_there_and_back(host: ScriptedHost, device: Model) -> None:
     assert await prefetch(host, PAGE, 700) == 700
     assert all(host.on_device(PAGE, 700))
     assert await send_home(host, PAGE, 300) == 300
-    assert await host.cpu_read(at, 600 * PAGE_SIZE) == data
+    same(await host.cpu_read(at, 600 * PAGE_SIZE), data)
     assert not any(await host.cpu_read(at + 600 * PAGE_SIZE, 100 * PAGE_SIZE))
 
 
@@ -127,7 +129,7 @@ async def zeroes_what_was_used(host: ScriptedHost, device: Model) -> None:
     await host.cpu_write(at, b"\x01" * PAGE_SIZE)
     await prefetch(host, other, pages)
     await send_home(host, other, pages)
-    assert await host.cpu_read(at, PAGE_SIZE) == b"\x01" * PAGE_SIZE
+    same(await host.cpu_read(at, PAGE_SIZE), b"\x01" * PAGE_SIZE)
     assert not any(await host.cpu_read(at + PAGE_SIZE, (pages - 1) * PAGE_SIZE))
 
 
@@ -311,7 +313,7 @@ async def answers_a_copy_without_a_stream(host: ScriptedHost, device: Model) -> 
     mirror = device.contexts[1].context.mirror
     frames = u64([host.table[PAGE + 1].frame, host.table[PAGE + 2].frame])
     copied = await host.session.ask(m.CopyOut(0, 1, to_wire(u64([PAGE + 1, PAGE + 2])), to_wire(frames), 0.0, INFINITE, 0.0), m.Copied)
-    assert copied.data == np.arange(512, 3 * 512, dtype="<i8").tobytes()
+    same(copied.data, np.arange(512, 3 * 512, dtype="<i8").tobytes())
     assert copied.checksum == xxhash.xxh3_64_intdigest(copied.data)
     assert (mirror.range(PAGE, PAGE + 4) != 0).tolist() == [True, False, False, True]
     many = to_wire(u64(host.table[PAGE + i].frame for i in range(64)))
@@ -334,7 +336,7 @@ async def says_how_its_copies_go_on(host: ScriptedHost, device: Model) -> None:
     assert from_wire(shown.begun).tolist()[0] > 0
     await refused(host, m.ShowStreams(bytes(9)), m.StreamsShown)
     await host.receiver.expect(stream, BytesSink(data)).wait()
-    assert data == bytes(64 * PAGE_SIZE)
+    same(bytes(data), bytes(64 * PAGE_SIZE))
 
 
 async def ignores_bad_frees(host: ScriptedHost, device: Model) -> None:
@@ -460,7 +462,7 @@ async def survives_a_soak(host: ScriptedHost, device: Model) -> None:
             assert results_of(finished) == {"sum": int(view.sum(dtype=np.uint64))}, f"step {step}"
         else:
             host.pinned = {PAGE + chance.randrange(pages)}
-    assert await host.cpu_read(at, len(expected)) == bytes(expected)
+    same(await host.cpu_read(at, len(expected)), bytes(expected))
 
 
 CHECKS: tuple[Check, ...] = (
@@ -489,6 +491,7 @@ CHECKS: tuple[Check, ...] = (
     adopts_the_clock,
     runs_when_memory_is_full,
     survives_a_soak,
+    *JOB_CHECKS,
 )
 
 

@@ -44,7 +44,7 @@ STORY = "_hmmnet_story"
 _case_key = pytest.StashKey["Case"]()
 
 # A check that fails shows what it compared, as a test of the user's own does.
-pytest.register_assert_rewrite("hmmnet.testing.device_contract", "hmmnet.testing.policy_contract")
+pytest.register_assert_rewrite("hmmnet.testing.device_contract", "hmmnet.testing.job_checks", "hmmnet.testing.policy_contract")
 
 
 # --- options and markers --------------------------------------------------------------------------------------------------------------
@@ -356,7 +356,9 @@ def _tell(report: pytest.TestReport, case: Case, most: int) -> None:
 
 WITHIN = frozenset({"hmmnet", "trio", "outcome", "contextlib", "_pytest", "pluggy"})
 """Packages whose lines say nothing of what a test did wrong."""
-CHECKS = frozenset({f"hmmnet.testing.{module}" for module in ("outcomes", "policy_contract", "device_contract", "scripted_host")})
+CHECKS = frozenset(
+    f"hmmnet.testing.{module}" for module in ("outcomes", "policy_contract", "device_contract", "job_checks", "scripted_host", "compared")
+)
 """Modules whose AssertionErrors are about who uses them."""
 
 

@@ -49,6 +49,8 @@ from hmmnet.wire.transport import Transport
 
 SECRET = bytes(range(32))
 ZONE = 70
+PAGE = 0x20000
+"""Where checks of the device contract map memory."""
 SYSTEM_PAGES = 1 << 14
 
 
@@ -109,7 +111,7 @@ class ScriptedHost:
         self.messages: list[m.Message] = []
         self.migrations: list[Migration] = []
         self.pauses: dict[type, Callable[[], Any]] = {}
-        """Awaited while the host works on a message of that type, after it has looked at its table."""
+        """Awaited while the host works on a message of that type, after it has looked at its table; `Migrated`: before it is sent."""
         self.sequence = 2
         self.session: Session
         self.subscriptions: dict[int, m.Subscribe] = {}
@@ -401,7 +403,9 @@ class ScriptedHost:
         self._numbers += 1
         number = self._numbers
         self._undone[number] = moving
-        return m.Migrated(number, to_wire(u64(words)), len(moving.pages), code, tried)
+        answer = m.Migrated(number, to_wire(u64(words)), len(moving.pages), code, tried)
+        await self._pause(answer)
+        return answer
 
     async def _copy_in(self, sources: list[int], targets: list[int], zeros: list[int]) -> None:
         stream = self.new_stream() if sources else 0
@@ -495,6 +499,12 @@ class ScriptedHost:
     async def launch(self, kernel: str, placement: str = "demand", context: int = 1, job: int = 1, **arguments: Any) -> m.Finished:
         """Run a job."""
         return await self.session.ask(m.Launch(context, job, kernel, msgspec.msgpack.encode(arguments), placement), m.Finished)
+
+    async def peek(self, address: int, words: int, placement: str = "demand", context: int = 1) -> Words:
+        """64-bit words, as a job on the device sees them, which must end well."""
+        finished = await self.launch("peek", placement, context, a=address, n=words)
+        assert not finished.error, finished.error
+        return np.frombuffer(results_of(finished)["words"], np.uint64)
 
     async def ioctl(
         self, command: str, page: int, pages: int, data: bytes = b"", context: int = 1, flags: int = 0

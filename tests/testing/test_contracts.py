@@ -9,16 +9,33 @@ from random import Random
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import trio
 
+from hmmnet.devices.mirror import Watch
+from hmmnet.devices.models.base import Opened
 from hmmnet.devices.models.gpu import Gpu
 from hmmnet.devices.policy import Policy
 from hmmnet.devices.policy.demand import Demand
 from hmmnet.errors import HmmnetError, KernelError
+from hmmnet.pages import HMM_PFN_WRITE, Words
 from hmmnet.plugins import POLICIES, offered
-from hmmnet.testing import PolicyContract, device_contract, policy_contract
-from hmmnet.wire.messages import Copied, CopyIn, CopyOut, FreeFrames, Invalidate, Ioctl, IoctlDone
+from hmmnet.testing import PolicyContract, device_contract, job_checks, policy_contract
+from hmmnet.wire.messages import (
+    Copied,
+    CopyIn,
+    CopyOut,
+    EndJob,
+    Finished,
+    FreeFrames,
+    Invalidate,
+    Ioctl,
+    IoctlDone,
+    Launch,
+    MirrorShown,
+    ShowMirror,
+)
 from hmmnet.wire.session import Later
 
 from .suites import run, write
@@ -122,6 +139,91 @@ class Obliging(Gpu):
             raise
 
 
+class Trusting(Gpu):
+    """Programs words without a look at what it was told meanwhile (no read_retry)."""
+
+    async def opened(self, opened: Opened) -> None:
+        opened.context.mirror.is_current = lambda *_: True  # type: ignore[method-assign]
+
+
+class Possessive(Gpu):
+    """Uses pages that were moved here, though it was told to drop them before it had heard of that."""
+
+    async def opened(self, opened: Opened) -> None:
+        context = opened.context
+        take_in = context._take_in
+
+        def take(pages: Words, frames: Words, writable: npt.NDArray[np.bool_], watch: Watch) -> None:
+            take_in(pages, frames, writable, Watch(watch.start, watch.end, watch.since))
+
+        context._take_in = take  # type: ignore[method-assign]
+
+
+class Communal(Gpu):
+    """Has one table for all contexts: it is found by page alone."""
+
+    async def opened(self, opened: Opened) -> None:
+        opened.context.mirror.table = next(iter(self.contexts.values())).context.mirror.table
+
+
+class Generous(Gpu):
+    """Maps own memory writable, whatever the host says."""
+
+    async def opened(self, opened: Opened) -> None:
+        mirror = opened.context.mirror
+        program = mirror.program_own
+        mirror.program_own = lambda pages, frames, writable: program(pages, frames, np.ones_like(writable))  # type: ignore[method-assign]
+
+
+class Presuming(Gpu):
+    """The same for memory of the host."""
+
+    async def opened(self, opened: Opened) -> None:
+        mirror = opened.context.mirror
+        program = mirror.program
+        mirror.program = lambda start, words: program(start, words | np.uint64(HMM_PFN_WRITE))  # type: ignore[method-assign]
+
+
+class Unmoved(Gpu):
+    """Takes a page that the CPU stores to for the zero page that it was."""
+
+    def invalidate(self, message: Invalidate) -> Awaitable[None] | None:
+        return None if message.event == "clear" else super().invalidate(message)
+
+
+class Undoing(Gpu):
+    """What a job stores in own memory is gone when it ends."""
+
+    async def launch(self, message: Launch) -> Finished:
+        before = self.memory.arena.bytes.copy()
+        finished = await super().launch(message)
+        if message.kernel != "peek":
+            self.memory.arena.bytes[:] = before
+        return finished
+
+
+class Repeating(Gpu):
+    """Runs jobs again, to be sure."""
+
+    async def launch(self, message: Launch) -> Finished:
+        await super().launch(message)
+        return await super().launch(message)
+
+
+class Stubborn(Gpu):
+    """Ends no job."""
+
+    def end_job(self, message: EndJob) -> None:
+        return None
+
+
+class Secretive(Gpu):
+    """Shows nothing of what it holds."""
+
+    def show_mirror(self, message: ShowMirror) -> MirrorShown:
+        return MirrorShown(b"", b"")
+
+
 @pytest.mark.parametrize(
     ("model", "check"),
     [
@@ -135,6 +237,16 @@ class Obliging(Gpu):
         (Hoarder, device_contract.keeps_data_there_and_back),
         (Obliging, device_contract.refuses_unknown_commands),
         (Obliging, device_contract.refuses_ranges_that_are_none),
+        (Trusting, job_checks.asks_again_for_what_changed_meanwhile),
+        (Possessive, job_checks.asks_again_for_what_was_dropped_on_its_way),
+        (Communal, job_checks.keeps_contexts_apart),
+        (Generous, job_checks.keeps_to_rights),
+        (Presuming, job_checks.keeps_to_rights),
+        (Unmoved, job_checks.loads_what_the_cpu_has_stored),
+        (Undoing, job_checks.stores_what_others_load),
+        (Repeating, job_checks.adds_once),
+        (Stubborn, job_checks.ends_jobs),
+        (Secretive, job_checks.shows_what_it_holds),
     ],
 )
 def test_broken_models_are_found(model: type, check: device_contract.Check) -> None:
@@ -142,6 +254,20 @@ def test_broken_models_are_found(model: type, check: device_contract.Check) -> N
     device_contract.play(check, Gpu, memory_bytes=800 << 12)
     with pytest.raises((AssertionError, HmmnetError, trio.TooSlowError)):
         device_contract.play(check, model, memory_bytes=800 << 12)
+
+
+class Flipping(Gpu):
+    """Spoils what it copies out."""
+
+    def copy_out(self, message: CopyOut) -> Copied | Awaitable[Copied] | Later | None:
+        self.memory.arena.bytes[:] ^= np.uint8(1)
+        return super().copy_out(message)
+
+
+def test_megabytes_that_differ_are_told_in_a_line() -> None:
+    """By the first byte, in the words of the check itself: pytest's own takes minutes for so much, where it explains in full."""
+    with pytest.raises(AssertionError, match=r"^byte 0 is 0x\w+ and not 0x\w+; \d+ of 2457600 differ$"):
+        device_contract.play(device_contract.keeps_data_there_and_back, Flipping, memory_bytes=800 << 12)
 
 
 class Backwards:
