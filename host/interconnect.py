@@ -14,6 +14,7 @@ from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.fabric.dma import MultiArena
 from hmmnet.fabric.sender import LOOK_S
 from hmmnet.fabric.singles import Singles
+from hmmnet.fabric.turns import Turn
 from hmmnet.observe.counters import DEVICE_TO_HOST, Profile
 from hmmnet.pages import PAGE_SHIFT, PAGE_SIZE, ZONE_SHIFT, Words, word_of
 from hmmnet.sleeping import sleep
@@ -76,11 +77,10 @@ class Interconnect:
         except Unreachable:
             self._memory.owed = partial(self._stall, source, target)
             return
-        begin_s, due_s = way.turn(nbytes, self.now())
-        for link in way.links:
-            link.record(nbytes, begin_s, due_s, due_s)
-        if self.clock.real_until(due_s) >= self.clock.sleep_min_s:
-            self._memory.owed = partial(way.pass_by, due_s, self.clock)
+        turn = way.turn(nbytes, self.now())
+        _record(turn, nbytes, turn.due_s)
+        if self.clock.real_until(turn.due_s) >= self.clock.sleep_min_s:
+            self._memory.owed = partial(way.pass_by, turn, self.clock)
 
     async def _stall(self, source: str, target: str) -> None:
         """Return when a link leads there again. Raises Unreachable when none does for `STALL_S`."""
@@ -100,27 +100,23 @@ class Interconnect:
         """Write one whole page to a host frame."""
         self._memory.write_small(frame, 0, data)
 
-    async def pass_out(self, device: str, frame: int, nbytes: int, start_s: float) -> tuple[float, float, float]:
+    async def pass_out(self, device: str, frame: int, nbytes: int, start_s: float) -> tuple[Turn, float]:
         """`nbytes` from `device` to the memory of `frame`, ready at `start_s` and here already: return at their emulated time.
 
-        Returns when the model let them leave, when they were due, and when they were there. No flow is opened for them (see `Singles`).
+        Returns the turn that the model gave them, and when they were there. No flow is opened for them (see `Singles`).
         """
-        times = begin_s, due_s, now_s = self.passes_out(device, frame, nbytes, start_s)
-        if now_s >= due_s:
-            return times
-        due_s = await self.pass_time_out(device, frame, due_s)
-        return min(begin_s, due_s), due_s, due_s
+        turn, now_s = self.passes_out(device, frame, nbytes, start_s)
+        return turn, now_s if now_s >= turn.due_s else await self.pass_time_out(device, frame, turn)
 
-    def passes_out(self, device: str, frame: int, nbytes: int, start_s: float) -> tuple[float, float, float]:
-        """`pass_out` for who goes on without waiting where the third of the times, now, is not before the second."""
-        begin_s, due_s = self._way(device, self._nodes[frame >> ZONE_SHIFT]).turn(nbytes, start_s)
-        return begin_s, due_s, self.now()
+    def passes_out(self, device: str, frame: int, nbytes: int, start_s: float) -> tuple[Turn, float]:
+        """`pass_out` for who goes on without waiting where now, which is returned, the turn is due."""
+        return self._way_out(device, frame).turn(nbytes, start_s), self.now()
 
-    async def pass_time_out(self, device: str, frame: int, due_s: float) -> float:
-        """Return when what is on its way from `device` to the memory of `frame` is due, and when that was; at once, if it is soon."""
-        if self.clock.real_until(due_s) >= self.clock.sleep_min_s:
-            return await self._way_out(device, frame).pass_by(due_s, self.clock)
-        return due_s
+    async def pass_time_out(self, device: str, frame: int, turn: Turn) -> float:
+        """Return when what has just got a `turn` from `device` to the memory of `frame` is due, if that is not soon, and when that is."""
+        if self.clock.real_until(turn.due_s) >= self.clock.sleep_min_s:
+            return await self._way_out(device, frame).pass_by(turn, self.clock)
+        return turn.due_s
 
     async def pass_latencies_out(self, device: str, node: int, count: int) -> None:
         """Return when as much time has passed as `count` ways from `device` to host memory `node` take, one after the other."""
@@ -142,15 +138,10 @@ class Interconnect:
             way = self._ways[key] = Singles(self.arbiter, source, target)
         return way
 
-    def count_out(self, device: str, frame: int, nbytes: int, start_s: float, due_s: float, end_s: float) -> None:
+    def count_out(self, device: str, nbytes: int, turn: Turn, end_s: float) -> None:
         """Count what `pass_out` let through."""
-        try:
-            links = self._way_out(device, frame).links
-        except PeerError:  # they are down by now, and nobody looks at them
-            links = ()
-        for link in links:
-            link.record(nbytes, start_s, due_s, end_s)
-        self.profile.record(DEVICE_TO_HOST, nbytes, end_s - start_s, device)
+        _record(turn, nbytes, end_s)
+        self.profile.record(DEVICE_TO_HOST, nbytes, end_s - turn.begin_s, device)
 
     async def settle(self) -> None:
         """Return when what a device may take for done by now is counted here, if it is.
@@ -176,3 +167,8 @@ class Interconnect:
     def open_out(self, device: str, frame: int) -> Flow:
         """A transfer from `device` to the memory that `frame` lies in; the device will send at its rate. Close it."""
         return self.arbiter.open_flow(device, self._nodes[frame >> ZONE_SHIFT], self.now())
+
+
+def _record(turn: Turn, nbytes: int, arrived_s: float) -> None:
+    for link in turn.links:
+        link.record(nbytes, turn.begin_s, turn.due_s, arrived_s)

@@ -27,6 +27,7 @@ from hmmnet.errors import HmmnetError, PeerError, PeerGone, PeerLost, ProtocolEr
 from hmmnet.fabric.arbiter import Flow
 from hmmnet.fabric.dma import ArenaSink, ArenaSource, Arrival, BulkReceiver, BulkSender, Sink, Source
 from hmmnet.fabric.stream import TRIES_MAX
+from hmmnet.fabric.turns import Turn
 from hmmnet.observe.counters import DEVICE_TO_DEVICE, DEVICE_TO_HOST, HOST_TO_DEVICE
 from hmmnet.pages import (
     DEVICE_ZONE_MIN,
@@ -173,8 +174,8 @@ class SessionLink:
         self._freed: list[Words] = []
         self._freed_singly: list[int] = []
         """Frames that were freed one by one since the last of those."""
-        self._moved: list[tuple[int, int, float, float, float]] = []
-        """Pages that came with answers and are not counted yet: frame, bytes, start, due, end."""
+        self._moved: list[tuple[int, Turn, float]] = []
+        """Pages that came with answers and are not counted yet: bytes, their turn, when they were there."""
         self._something_to_tell = Completion()
         self._telling = False
         """Whether that is set."""
@@ -401,11 +402,10 @@ class SessionLink:
         if data is None:
             data = await self._again(message, PAGE_SIZE)
         links.land_one(target, data)
-        begin_s, due_s, now_s = links.passes_out(self.name, target, PAGE_SIZE, start_s)
-        if now_s < due_s:
-            now_s = due_s = await links.pass_time_out(self.name, target, due_s)
-            begin_s = min(begin_s, due_s)
-        self._count_later((target, PAGE_SIZE, begin_s, due_s, now_s))
+        turn, now_s = links.passes_out(self.name, target, PAGE_SIZE, start_s)
+        if now_s < turn.due_s:
+            now_s = await links.pass_time_out(self.name, target, turn)
+        self._count_later((PAGE_SIZE, turn, now_s))
 
     async def _answer(self, message: CopyOut, pending: PendingReply, nbytes: int) -> bytes:
         """The pages in the answer to `message`; damaged ones are asked for again. Raises PeerError."""
@@ -425,10 +425,9 @@ class SessionLink:
 
     async def _arrived(self, frame: int, nbytes: int, start_s: float) -> None:
         """Pages came with an answer: return at their emulated time; they are counted later."""
-        times = await self._interconnect.pass_out(self.name, frame, nbytes, start_s)
-        self._count_later((frame, nbytes, *times))
+        self._count_later((nbytes, *await self._interconnect.pass_out(self.name, frame, nbytes, start_s)))
 
-    def _count_later(self, moved: tuple[int, int, float, float, float]) -> None:
+    def _count_later(self, moved: tuple[int, Turn, float]) -> None:
         self._moved.append(moved)
         if not self._telling:
             self._tell_soon()
@@ -526,8 +525,8 @@ class SessionLink:
     def settle(self) -> None:
         """Count the pages that came with answers."""
         moved, self._moved = self._moved, []
-        for frame, nbytes, start_s, due_s, end_s in moved:
-            self._interconnect.count_out(self.name, frame, nbytes, start_s, due_s, end_s)
+        for nbytes, turn, end_s in moved:
+            self._interconnect.count_out(self.name, nbytes, turn, end_s)
 
     async def run(self) -> None:
         """Tell the device of freed frames, and settle accounts, from time to time, until cancelled."""

@@ -19,8 +19,9 @@ from hmmnet.errors import Unreachable
 from hmmnet.topology.model import Topology
 from hmmnet.topology.routes import Routes
 
-from .link import Link, LinkReport, carry_bytes_per_s
+from .link import Link, LinkReport
 from .pace import Grant, Schedule
+from .turns import Start, Turns
 
 
 class Flow(Schedule):
@@ -123,10 +124,10 @@ class Flow(Schedule):
         return self.last.start_s > self._leg_s and self.last.arrive_s > -math.inf
 
     def _put_off(self, now_s: float) -> None:
-        """It was stalled until now: what has not left, and other chunks may be before the last, is as much later as that was long."""
+        """It was stalled until now: what has not left, and other chunks may be before the last, is later by what it would have gone on."""
         start_s, finish_s, arrive_s = self.last
         if self._waits:
-            late_s = now_s - self._leg_s
+            late_s = max(now_s - max(self._leg_s, self.start_s), 0.0)
             self.last = Grant(start_s + late_s, finish_s + late_s, arrive_s + late_s)
         else:
             self.last = Grant(start_s, max(finish_s, now_s), arrive_s)
@@ -186,8 +187,8 @@ class Arbiter:
         self._changes: dict[int, LinkChange] = {}
         self.changed = 0
         """How often links have changed: who keeps routes looks whether they are still good."""
-        self.followers: dict[Callable[[float], None], None] = {}
-        """Called with the time when they have, in the order in which they came (see `singles`)."""
+        self.turns = Turns()
+        """Who waits on the links without a flow, or for a flow to begin."""
 
     def change(self, number: int, change: LinkChange | None, now_s: float) -> None:
         """From now on `change` holds under `number`; None: no more.
@@ -198,32 +199,30 @@ class Arbiter:
             self._changes.pop(number, None)
         else:
             self._changes[number] = change
-        behind = [(flow, flow.links, carry_bytes_per_s(flow.links)) for flow in self._flows if flow.start_s > now_s]
         down: set[str] = set()
+        slower: dict[Link | Schedule, float] = {}
+        rates = [(flow, flow.bytes_per_s) for flow in self._flows]
         for spec in self._topology.links:
             for forward in (True, False):
                 link = self._links[spec.name, forward]
                 held = {number: one for number, one in self._changes.items() if (spec.name, forward) in one.directions}
                 capacity = spec.capacity_bytes_per_s(forward) * math.prod(one.factor for one in held.values())
                 if capacity != link.capacity_bytes_per_s:
-                    link.change_capacity(capacity, now_s)
+                    slower[link] = link.capacity_bytes_per_s / capacity
+                    link.capacity_bytes_per_s = capacity
                 link.late = tuple((number, one.late_s) for number, one in held.items() if one.late_s is not None)
                 if any(one.down for one in held.values()):
                     down.add(spec.name)
         left = [spec for spec in self._topology.links if spec.name not in down]
         self._routes = Routes(replace(self._topology, links=tuple(left)) if down else self._topology)
         self.changed += 1
-        for flow, links, before in behind:
-            factor = before / carry_bytes_per_s(links)
-            if factor != 1:
-                flow.begin_at(now_s + (flow.start_s - now_s) * factor)
         self._reroute(down, now_s)
         for flow in self._flows:
             flow.look_at_latency(now_s)
         if self._flows:
             self._share(now_s)
-        for follow in list(self.followers):
-            follow(now_s)
+        if slower:
+            self.turns.follow(slower | {flow: before / flow.bytes_per_s for flow, before in rates}, now_s)
 
     def _reroute(self, down: set[str], now_s: float) -> None:
         """Flows over links that are `down` take others if they can; those that wait go on where they can."""
@@ -258,6 +257,8 @@ class Arbiter:
         """
         links = self.route(source, target)
         flow = Flow(self, source, target, links, max([now_s, *(link.free_s for link in links)]), empty=empty)
+        if flow.start_s > now_s and not empty:
+            self.turns.add(Start(flow, links), now_s)
         if links:
             self._join(flow)
             if any(link.flows > 1 for link in links):

@@ -6,6 +6,7 @@ the checksum at its end, is a ProtocolError.
 
 from __future__ import annotations
 
+import math
 import struct
 import zlib
 from typing import NamedTuple
@@ -22,6 +23,7 @@ REASON_MAX = 512
 _CHUNK = struct.Struct("<4sIQQIIQI")
 _CREDIT = struct.Struct("<4sIQIId")
 _ABORT = struct.Struct("<4sIQ")
+_START = struct.Struct("<d")
 _SEAL = struct.Struct("<I")
 HEADER_BYTES = _CHUNK.size + _SEAL.size
 """Of a chunk."""
@@ -35,6 +37,8 @@ PROBE = 2
 """Flag of a chunk: its sender has heard nothing for a while and wants to be told everything."""
 IN_RING = 4
 """Flag of a chunk: its bytes are no part of the message; they lie in a slot of shared memory."""
+BEGINS = 1
+"""Flag of a credit: it says when the stream begins."""
 
 
 class Chunk(NamedTuple):
@@ -65,13 +69,14 @@ class Chunk(NamedTuple):
 
 class Credit(NamedTuple):
     """Chunks below `landed` have landed, verified; those in `missing` are wanted again. `bytes_per_s` is the pace from here on (0: as
-    before).
+    before). `start_s` is when the stream begins, or has begun, if that is another moment than its grant said.
     """
 
     stream: int
     landed: int
     missing: tuple[int, ...]
     bytes_per_s: float
+    start_s: float | None = None
 
 
 class Abort(NamedTuple):
@@ -91,7 +96,10 @@ def pack_chunk(chunk: Chunk) -> bytes:
 def pack_credit(credit: Credit) -> bytes:
     """The credit as bytes."""
     missing = credit.missing[:MISSING_MAX]
-    head = _CREDIT.pack(_CREDIT_MAGIC, len(missing), credit.stream, credit.landed, 0, credit.bytes_per_s)
+    flags = 0 if credit.start_s is None else BEGINS
+    head = _CREDIT.pack(_CREDIT_MAGIC, len(missing), credit.stream, credit.landed, flags, credit.bytes_per_s)
+    if credit.start_s is not None:
+        head += _START.pack(credit.start_s)
     return _sealed(head + struct.pack(f"<{len(missing)}I", *missing) if missing else head)
 
 
@@ -133,10 +141,16 @@ def unpack_back(header: bytes) -> Credit | Abort:
         return _unpack_abort(header)
     if len(header) < _CREDIT.size:
         raise ProtocolError(f"credit of {len(header)} bytes, shorter than {_CREDIT.size}")
-    _, count, stream, landed, reserved, bytes_per_s = _CREDIT.unpack_from(header)
-    if reserved or count > MISSING_MAX or len(header) != _CREDIT.size + 4 * count or not bytes_per_s >= 0:
+    _, count, stream, landed, flags, bytes_per_s = _CREDIT.unpack_from(header)
+    head_bytes = _CREDIT.size + (_START.size if flags & BEGINS else 0)
+    if flags & ~BEGINS or count > MISSING_MAX or len(header) != head_bytes + 4 * count or not bytes_per_s >= 0:
         raise ProtocolError(f"malformed credit for stream {stream}")
-    return Credit(stream, landed, struct.unpack_from(f"<{count}I", header, _CREDIT.size), bytes_per_s)
+    start_s = None
+    if flags & BEGINS:
+        (start_s,) = _START.unpack_from(header, _CREDIT.size)
+        if not math.isfinite(start_s):
+            raise ProtocolError(f"a credit has stream {stream} begin at {start_s} s")
+    return Credit(stream, landed, struct.unpack_from(f"<{count}I", header, head_bytes), bytes_per_s, start_s)
 
 
 def _sealed(raw: bytes) -> bytes:

@@ -11,7 +11,6 @@ be trusted; a smaller rate of the clock mends it.
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -98,15 +97,9 @@ class Link:
         self.flows = 0
         """Flows that are open over this link (`arbiter.Arbiter` counts them)."""
         self.free_s = float("-inf")
-        """When the last transfer without a flow has passed (`singles.Singles` sets it)."""
+        """When the last transfer without a flow has passed (`singles.Singles` sets it, and `turns.Turns`)."""
         self._granted = Stretch()
         self._taken = Stretch()
-
-    def change_capacity(self, bytes_per_s: float, now_s: float) -> None:
-        """It carries so much from now on; turns on it that were given, and have not passed, take longer or less (see `singles`)."""
-        if self.free_s > now_s:
-            self.free_s = now_s + (self.free_s - now_s) * self.capacity_bytes_per_s / bytes_per_s
-        self.capacity_bytes_per_s = bytes_per_s
 
     def record(self, nbytes: int, start_s: float, due_s: float, arrived_s: float) -> None:
         """A transfer of `nbytes` was granted ``[start_s, due_s)`` and had arrived at `arrived_s`."""
@@ -130,8 +123,3 @@ class Link:
             self.bytes_moved,
             self.transfers,
         )
-
-
-def carry_bytes_per_s(links: tuple[Link, ...]) -> float:
-    """What the narrowest of them carries."""
-    return min((link.capacity_bytes_per_s for link in links), default=math.inf)

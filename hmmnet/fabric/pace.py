@@ -123,11 +123,11 @@ class Schedule:
 class Pace(Schedule):
     """A grant that came in a message, for who sends at the other end. Credits may change the rate."""
 
-    def hear_rate(self, bytes_per_s: float, now_s: float) -> None:
-        """A credit tells the rate. Before the start, what is before it on its links goes faster as well: rather too early than too late."""
-        if self.start_s > now_s and bytes_per_s > self.bytes_per_s:
-            self.begin_at(now_s + (self.start_s - now_s) * self.bytes_per_s / bytes_per_s)
+    def hear(self, bytes_per_s: float, start_s: float | None, now_s: float) -> None:
+        """A credit tells the rate, and, if that has changed, when it begins: now, for who hears late; nothing new for who has begun."""
         self.change_rate(bytes_per_s, now_s)
+        if start_s is not None and self.start_s > now_s and start_s != self.start_s:
+            self.begin_at(max(start_s, now_s))
 
 
 class _Unpaced:

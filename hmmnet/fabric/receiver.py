@@ -59,6 +59,10 @@ class Arrival:
         """Called at the moment at which it is clear that not all of it lands."""
         self._told_bytes_per_s = 0.0 if flow is None else flow.bytes_per_s
         """What its sender knows of the rate, if nothing was lost."""
+        self._told_start_s = 0.0 if flow is None else flow.start_s
+        """And of when it begins."""
+        self._moved = False
+        """Whether that is not what its grant said, or was not once."""
         self._moment = Bell()
         """Rings when its flow has changed."""
         self._receiver = receiver
@@ -99,9 +103,10 @@ class Arrival:
     def _changed(self) -> None:
         """Its flow has changed. The sender learns the rate with the next credit, which is late for who waits long for its next chunk."""
         self._moment.ring()
-        assert self.flow is not None, "it is that flow which says so"
-        told = self._told_bytes_per_s
-        if self._error is None and told < self.flow.bytes_per_s and CHUNK_BYTES / told > CATCH_UP_S * self._receiver.clock.rate:
+        flow, told = self.flow, self._told_bytes_per_s
+        assert flow is not None, "it is that flow which says so"
+        faster = told < flow.bytes_per_s and CHUNK_BYTES / told > CATCH_UP_S * self._receiver.clock.rate
+        if self._error is None and (faster or flow.start_s != self._told_start_s):
             self._receiver.tell_rate(self)
 
     def paced(self, credit: Credit) -> Credit:
@@ -109,8 +114,9 @@ class Arrival:
         flow = self.flow
         if flow is None or flow.stalled or not math.isfinite(flow.bytes_per_s):
             return credit
-        self._told_bytes_per_s = flow.bytes_per_s
-        return credit._replace(bytes_per_s=flow.bytes_per_s)
+        self._moved = self._moved or flow.start_s != self._told_start_s
+        self._told_bytes_per_s, self._told_start_s = flow.bytes_per_s, flow.start_s
+        return credit._replace(bytes_per_s=flow.bytes_per_s, start_s=flow.start_s if self._moved else None)
 
     def cancel(self) -> None:
         """Nothing may land any more, from this moment on; the sender is told."""
@@ -320,7 +326,7 @@ class BulkReceiver:
         return intact
 
     def tell_rate(self, arrival: Arrival) -> None:
-        """Tell a sender that may have no chunk out how fast it may send.
+        """Tell a sender that may have no chunk out how fast it may send, and from when on.
 
         What is lost, the host's watchdog has sent again; when all has landed, its sender asks for it. While links are down there is no
         rate, and a sender that heard of one would take it for a sign that what it sends arrives.

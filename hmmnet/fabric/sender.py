@@ -178,7 +178,7 @@ class BulkSender:
             out.state.credit(message)
             self._free_slots(out, out.state.landed)
             if message.bytes_per_s > 0 and isinstance(out.pacer, Pace):  # the arbiter is at the other end
-                out.pacer.hear_rate(message.bytes_per_s, self._clock.now())
+                out.pacer.hear(message.bytes_per_s, message.start_s, self._clock.now())
         out.wake()
 
     async def send(self, stream: int, source: Source, pacer: Pacer = UNPACED) -> StreamReport:

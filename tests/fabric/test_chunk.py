@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -36,11 +38,18 @@ def test_chunks_survive(total: int, stride: int, checksum: int | None, probe: bo
 
 def test_credits_and_aborts_survive() -> None:
     """So do the messages of the other direction, and aborts of both."""
-    credit = Credit(9, 3, (4, 7), 2.5e9)
-    assert unpack_back(pack_credit(credit)) == credit
+    for credit in (Credit(9, 3, (4, 7), 2.5e9), Credit(9, 3, (4, 7), 2.5e9, -8.25), Credit(9, 3, (), 0.0, 0.0)):
+        assert unpack_back(pack_credit(credit)) == credit
     abort = Abort(9, "the device is gone")
     assert unpack_back(pack_abort(abort)) == abort
     assert unpack_forward(pack_abort(abort)) == abort
+
+
+@pytest.mark.parametrize("start_s", [math.nan, math.inf])
+def test_a_stream_begins_at_some_moment(start_s: float) -> None:
+    """Its sender would wait for ever."""
+    with pytest.raises(ProtocolError, match="has stream 9 begin at"):
+        unpack_back(pack_credit(Credit(9, 3, (4, 7), 2.5e9, start_s)))
 
 
 @settings(deadline=None)

@@ -102,6 +102,24 @@ def test_a_start_that_is_not_here_yet_is_no_matter_of_the_rate() -> None:
     assert pace.last == (10.0, 11.0, 11.0)
 
 
+def test_who_has_not_begun_hears_when_it_does() -> None:
+    """Whatever the rate: later, sooner, and now, if that was before. Who has begun goes on."""
+    pace, told = Pace(10.0, 1.0, 0.25), []
+    pace.watch(lambda: told.append(pace.last.start_s))
+    pace.grant(5, 2.0, 0.0)
+    pace.hear(1.0, 20.0, 3.0)
+    assert pace.last == (20.0, 25.0, 25.25)
+    pace.hear(5.0, 8.0, 4.0)
+    assert pace.last == (8.0, 9.0, 9.25)
+    pace.hear(5.0, None, 5.0)
+    pace.hear(5.0, 5.5, 6.0)
+    assert pace.last == (6.0, 7.0, 7.25)
+    pace.hear(5.0, 5.5, 6.5)
+    pace.hear(5.0, 30.0, 6.5)
+    assert pace.last == (6.0, 7.0, 7.25)
+    assert told == [20.0, 20.0, 8.0, 6.0]
+
+
 def test_unpaced_is_now() -> None:
     """No wait, no latency."""
     assert UNPACED.grant(1 << 20, 7.0, 0.0) == (7.0, 7.0, 7.0)

@@ -22,6 +22,8 @@ from hmmnet.wire.session import PendingReply, Session
 from tests.fabric.faulty import faulty_pair
 from tests.fabric.test_arbiter import switch
 from tests.fabric.test_dma import MIB, pattern
+from tests.fabric.test_singles import KB, machine
+from tests.fabric.test_turns import OWN, UPLINK, changed
 
 
 class _Asked:
@@ -173,3 +175,71 @@ def test_what_waits_for_a_link_for_too_long_is_not_there() -> None:
     with pytest.raises(BaseExceptionGroup) as caught:
         _there_s(0.5 + DOWN_S + 0.1)
     assert caught.group_contains(Unreachable, match="links are down for 60 s")
+
+
+STARTS: dict[str, tuple[dict[int, float], list[tuple[float, int, float]], float]] = {
+    "the queue is soon over": ({OWN: 1e-4, UPLINK: 1e-3}, [(1.0, UPLINK, 1.0)], 1.099 + 2.0),
+    "the queue is as long as ever": ({OWN: 1e-4, UPLINK: 1e-3}, [(1.0, OWN, 1.0)], 100 + 0.4),
+    "the queue is soon over, and then it is not": ({OWN: 1e-4, UPLINK: 1e-3}, [(1.0, UPLINK, 1.0), (1.05, UPLINK, 1e-3)], 50.05 + 2.0),
+    "it is slow in the end": ({OWN: 1e-4}, [(0.05, UPLINK, 1e-3)], 0.05 + 50 + 2.0),
+    "all is as it was when it was granted": ({OWN: 1e-4}, [(0.05, UPLINK, 1e-3), (0.05, UPLINK, 1.0)], 0.1 + 2.0),
+}
+"""What is slow at first, and then; and when 4 kB of gpu0 have passed, behind a hundred pages of gpu1 on the uplink."""
+
+
+def _passed_s(before: dict[int, float], changes: list[tuple[float, int, float]], *, loses: bool = False) -> tuple[float, float]:
+    """When a device that sends behind them is done, and when the host is, less the latency. It `loses` what is said during the changes."""
+
+    async def main() -> tuple[float, float]:
+        there, here = faulty_pair(1)
+        clock = EmulatedClock(1.0, trio.current_time)
+        sender, receiver = BulkSender(there, clock), BulkReceiver(here, clock)
+        arbiter, _, other = machine()
+        for link, factor in before.items():
+            changed(arbiter, link, factor, 0.0)
+        for _ in range(100):
+            other.turn(10 * KB, 0.0)
+        flow = arbiter.open_flow("gpu0", "node0", 0.0)
+        sent: list[float] = []
+        dog = Watchdog(cast(Session, _Asked(sender)), receiver, pytest.fail, clock)
+
+        async def send() -> None:
+            await sender.send(2, BytesSource(pattern(4 * KB)), Pace(flow.start_s, flow.bytes_per_s, flow.latency_s))
+            sent.append(clock.now())
+
+        async def beat() -> None:
+            while not arrival.done:
+                await trio.sleep(0.25)
+                dog.look(clock.now(), False)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(sender.run)
+            nursery.start_soon(receiver.run)
+            arrival = receiver.expect(2, BytesSink(bytearray(4 * KB)), flow)
+            dog.watched[arrival] = None
+            nursery.start_soon(beat)
+            async with trio.open_nursery() as work:
+                work.start_soon(send)
+                work.start_soon(arrival.wait)
+                for at_s, link, factor in changes:
+                    await trio.sleep_until(at_s)
+                    here.loss = float(loses)
+                    changed(arbiter, link, factor, clock.now())
+                    here.loss = 0.0
+            nursery.cancel_scope.cancel()
+        return sent[0] - flow.latency_s, clock.now() - flow.latency_s
+
+    return trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+@pytest.mark.parametrize("story", STARTS)
+def test_both_ends_know_when_the_queue_before_a_stream_is_over(story: str) -> None:
+    """Whatever its rate does: a device that sends learns the moment at which it begins, as it changes."""
+    before, changes, passed_s = STARTS[story]
+    assert _passed_s(before, changes) == pytest.approx((passed_s, passed_s), abs=2e-3)
+
+
+def test_a_sender_is_told_again_when_it_begins() -> None:
+    """What it was told was lost: it would wait for 100 s. It begins when it hears of it, and takes 2 s."""
+    before, changes, _ = STARTS["the queue is soon over"]
+    assert _passed_s(before, changes, loses=True) == pytest.approx((WATCHDOG_S + 0.5 + 2.0,) * 2, abs=0.26)
