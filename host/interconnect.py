@@ -25,6 +25,8 @@ from .mm.zones import CpuZone, Zone
 
 STALL_S = 5.0
 """Real seconds that a CPU stalls on links that are down: as long as on a device that does not let go. Then it is a bus error."""
+CROSSING_LOOK = 64
+"""Accesses to devices' memory before it is looked which of them are over and can be counted; later, twice as many as were not."""
 LOOKS_AT_ENDING = 4
 """Half milliseconds that accounts wait for flows that are due: for one that is late they would wait in vain."""
 
@@ -43,6 +45,9 @@ class Interconnect:
         self._memory = memory
         self._ways: dict[tuple[str, str], Singles] = {}
         self._changed = 0
+        self._crossing: list[tuple[Turn, int]] = []
+        """What the CPU has reached, and how many bytes, and is not counted: their turns may change while they last."""
+        self._count_at = CROSSING_LOOK
         self._nodes = {node.number: node.owner for node in memory.nodes}
         """Where on the links each zone lies that the CPU, or another device, reaches."""
 
@@ -78,9 +83,20 @@ class Interconnect:
             self._memory.owed = partial(self._stall, source, target)
             return
         turn = way.turn(nbytes, self.now())
-        _record(turn, nbytes, turn.due_s)
+        self._crossing.append((turn, nbytes))
+        if len(self._crossing) >= self._count_at:
+            self._count_crossed()
+            self._count_at = max(CROSSING_LOOK, 2 * len(self._crossing))
         if self.clock.real_until(turn.due_s) >= self.clock.sleep_min_s:
             self._memory.owed = partial(way.pass_by, turn, self.clock)
+
+    def _count_crossed(self) -> None:
+        """Count what the CPU has reached and may go on with by now, as it came to pass."""
+        by_s = self.now() + self.clock.sleep_min_s * self.clock.rate
+        for turn, nbytes in self._crossing:
+            if turn.due_s <= by_s:
+                _record(turn, nbytes, turn.due_s)
+        self._crossing = [one for one in self._crossing if one[0].due_s > by_s]
 
     async def _stall(self, source: str, target: str) -> None:
         """Return when a link leads there again. Raises Unreachable when none does for `STALL_S`."""
@@ -144,11 +160,12 @@ class Interconnect:
         self.profile.record(DEVICE_TO_HOST, nbytes, end_s - turn.begin_s, device)
 
     async def settle(self) -> None:
-        """Return when what a device may take for done by now is counted here, if it is.
+        """Return when what a CPU or a device may take for done by now is counted here, if it is.
 
         Who waits for a transfer goes on up to `sleep_min_s` before it is due. A device that did so may be heard of before whoever closes
         the flow here was woken, and who has its word would look at books without it.
         """
+        self._count_crossed()
         early_s = self.clock.sleep_min_s
         ending = self.arbiter.due(self.now() + early_s * self.clock.rate) if early_s else []
         for _ in range(LOOKS_AT_ENDING):
