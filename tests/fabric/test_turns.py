@@ -136,13 +136,15 @@ def test_sleepers_follow_the_link_that_sets_their_rate() -> None:
     trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
 
 
-def test_sleepers_are_told_of_their_turns_only() -> None:
-    """Nobody is woken for a change that does not concern him: the queue before him stands on another link."""
+def test_a_change_that_matters_to_nobody_moves_nothing() -> None:
+    """Half of a millisecond, or a little more, is less than what the uplink takes; and what is ready later leaves later."""
     arbiter, way = queued()
-    page = way.turn(10 * KB, 0.0)
-    before = page.due_s
+    pages = [way.turn(10 * KB, 0.0), way.turn(10 * KB, 5.0)]
+    before = [(page.begin_s, page.passed_s, page.due_s) for page in pages]
     changed(arbiter, OWN, 0.9, 0.0)
-    assert page.due_s == before, "half of a millisecond, or a little more, is less than what the uplink takes"
+    assert [(page.begin_s, page.passed_s, page.due_s) for page in pages] == before
+    changed(arbiter, UPLINK, 0.5, 0.0)
+    assert [page.begin_s for page in pages] == pytest.approx([0.2, 5.0])
 
 
 def test_turns_that_have_passed_are_not_kept() -> None:
