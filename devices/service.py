@@ -39,7 +39,7 @@ from hmmnet.wire.client import connect
 from hmmnet.wire.messages import PROTOCOL_VERSION, Hello, Welcome
 from hmmnet.wire.secrets import read_secret
 from hmmnet.wire.session import Session
-from hmmnet.wire.transport import Transport
+from hmmnet.wire.transport import ANSWER_BYTES_MAX, Transport
 
 from .models import load_model
 from .models.base import Device, Wiring
@@ -151,7 +151,7 @@ def assemble(
     rings = shared_rings(spec.ring_file, spec.ring_token)
     ring_in, ring_out = (None, None) if rings is None else (rings.to_device, rings.to_host)
     receiver = BulkReceiver(transport.connect_channel(welcome.bulk_in, key=welcome.bulk_key), clock, ring=ring_in)
-    sender = BulkSender(transport.connect_channel(welcome.bulk_out, key=welcome.bulk_key), clock, ring=ring_out)
+    sender = BulkSender(transport.connect_channel(welcome.bulk_out, ANSWER_BYTES_MAX, welcome.bulk_key), clock, ring=ring_out)
     nursery.start_soon(receiver.run)
     nursery.start_soon(sender.run)
     device = model(spec, welcome.zone, Wiring(session, sender, receiver, clock, nursery, points, injector, trim))

@@ -21,7 +21,7 @@ from hmmnet.fabric.dma import Rings, new_rings
 from hmmnet.pages import DEVICE_ZONE_MIN, PAGE_SIZE, ZONE_SHIFT, ZONES_MAX
 from hmmnet.topology import DeviceSpec, Topology
 from hmmnet.wire.messages import PROTOCOL_VERSION, TEXT_MAX, Hello, Refused, Welcome, Zone
-from hmmnet.wire.transport import Channel, Transport
+from hmmnet.wire.transport import ANSWER_BYTES_MAX, CHANNEL_BYTES_MAX, Channel, Transport
 
 from .mm.frames import PhysicalMemory
 
@@ -114,8 +114,8 @@ class Admission:
         try:
             rings = new_rings(spec.name) if self._ring else None
             shared = SharedMemory(spec.name, zone, spec.pages) if spec.kind == "coherent" else None
-            for endpoint in (self._endpoint_of(f"b{zone}{end}") for end in "io"):
-                channel = self._transport.bind_channel(endpoint, key=key)
+            for end, max_bytes in (("i", ANSWER_BYTES_MAX), ("o", CHANNEL_BYTES_MAX)):
+                channel = self._transport.bind_channel(self._endpoint_of(f"b{zone}{end}"), max_bytes, key)
                 bound.append(self._tap(channel, spec.name))
         except (HmmnetError, OSError) as error:
             for channel in bound:

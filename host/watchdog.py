@@ -58,6 +58,8 @@ class _Seen:
     said: tuple[int, int] | None = None
     down_s: float | None = None
     """Since when no link leads here."""
+    away_s: float | None = None
+    """Since when nobody is there to send."""
 
 
 class Watchdog:
@@ -83,8 +85,6 @@ class Watchdog:
         self._asked: tuple[PendingReply, list[Arrival]] | None = None
         self._in_vain = 0
         """Questions in a row, and what came says nothing."""
-        self._away_s: float | None = None
-        """Since when nobody has been there to send; None: somebody was when it was looked at last."""
 
     @contextmanager
     def asked(self, pending: PendingReply) -> Iterator[None]:
@@ -137,14 +137,17 @@ class Watchdog:
             self.forget()
 
     def _look_for_sender(self, now_s: float, *, stalled: bool) -> None:
-        if stalled or not self._receiver.missing():
-            self._away_s = None
-        elif self._away_s is None:
-            self._away_s = now_s
-        elif now_s - self._away_s >= self._clock.real(AWAY_S):
-            for arrival, seen in list(self.watched.items()):  # what has waited all the while, for nobody
-                if seen is not None and not arrival.done and now_s - seen.since_s >= self._clock.real(AWAY_S):
-                    self._receiver.give_up(arrival, f"its sender has had no connection for {AWAY_S:g} s")
+        """What has waited for nobody all the while is over, whatever its sender, who does not know, says of it meanwhile."""
+        missing = not stalled and self._receiver.missing()
+        for arrival, seen in list(self.watched.items()):
+            if seen is None or arrival.done:
+                continue
+            if not missing:
+                seen.away_s = None
+            elif seen.away_s is None:
+                seen.away_s = now_s
+            elif now_s - seen.away_s >= self._clock.real(AWAY_S):
+                self._receiver.give_up(arrival, f"its sender has had no connection for {AWAY_S:g} s")
 
     def _look_for_links(self, now_s: float, *, stalled: bool) -> None:
         """What has had no link for as long as senders wait for one is over, though its sender may wait for a moment that is far away."""

@@ -15,7 +15,7 @@ import trio
 
 from hmmnet.topology.model import Topology
 from hmmnet.topology.routes import Routes
-from hmmnet.wire.transport import Channel, Transport
+from hmmnet.wire.transport import ANSWER_BYTES_MAX, Channel, Transport
 
 from .clock import EmulatedClock
 from .dma import BulkReceiver, BulkSender, BytesSink, BytesSource, Ring, Rings, new_rings
@@ -34,7 +34,7 @@ FLOWS_AT_ONCE_MAX = 4
 async def measure_bytes_per_s(transport: Transport, endpoint: str, clock: EmulatedClock, *, ring: bool = False) -> float:
     """Move `PROBE_BYTES` through a channel bound at `endpoint`, or a `ring` beside it, with checksums, twice; the better figure."""
     key = transport.fresh_identity("measure")
-    near = transport.bind_channel(endpoint, key=key)
+    near = transport.bind_channel(endpoint, ANSWER_BYTES_MAX, key)
     far = transport.connect_channel(near.endpoint, key=key)
     rings = new_rings("measure") if ring else None
     seen = None if rings is None else Rings.opened(rings.place)

@@ -115,7 +115,8 @@ class Pipe:
         """Where what is put goes first, when something may happen to it on the way."""
         self._dead = False
         self._limit = limit
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
+        """Of a part; longer ones are lost."""
         self._first = int(addressed)
         """The first part that may be too long: an address is ours."""
         self._takers = Waiters()
@@ -128,7 +129,7 @@ class Pipe:
         """Append; False when full. A part above the limit is lost, as a socket would drop it with its connection."""
         if self.closed:
             return True
-        max_bytes = self._max_bytes
+        max_bytes = self.max_bytes
         for part in parts[self._first :]:
             if len(part) > max_bytes:
                 return True
@@ -428,12 +429,14 @@ class MemoryTransport:
 
     def bind_channel(self, endpoint: str, max_bytes: int = CHANNEL_BYTES_MAX, key: bytes = b"") -> MemoryChannel:
         """See `Transport.bind_channel`."""
-        inbound, outbound = self._pair(endpoint, max_bytes, key)
+        inbound, outbound = self._pair(endpoint, key)
+        inbound.max_bytes = max_bytes
         return MemoryChannel(endpoint, inbound, outbound)
 
     def connect_channel(self, endpoint: str, max_bytes: int = CHANNEL_BYTES_MAX, key: bytes = b"") -> MemoryChannel:
         """See `Transport.connect_channel`."""
-        outbound, inbound = self._pair(endpoint, max_bytes, key)
+        outbound, inbound = self._pair(endpoint, key)
+        inbound.max_bytes = max_bytes
         return MemoryChannel(endpoint, inbound, outbound)
 
     def bind_telemetry(self, endpoint: str) -> MemoryChannel:
@@ -472,11 +475,11 @@ class MemoryTransport:
             self._hubs[endpoint] = Hub(endpoint, self._watch)
         return self._hubs[endpoint]
 
-    def _pair(self, endpoint: str, max_bytes: int, key: bytes) -> tuple[Pipe, Pipe]:
+    def _pair(self, endpoint: str, key: bytes) -> tuple[Pipe, Pipe]:
         check_endpoint(endpoint)
         pair = self._pairs.get((endpoint, key))
         if pair is None or pair[0].closed or pair[1].closed:
-            ways = (Pipe(PIPE_MESSAGES_MAX, max_bytes, f"{sign}{endpoint}", self._watch) for sign in "><")
+            ways = (Pipe(PIPE_MESSAGES_MAX, CHANNEL_BYTES_MAX, f"{sign}{endpoint}", self._watch) for sign in "><")
             pair = self._pairs[endpoint, key] = (next(ways), next(ways))
         return pair
 

@@ -33,6 +33,20 @@ AWAY_S = 5.0
 What waits for it longer ends."""
 CHANNEL_BYTES_MAX = (1 << 20) + 4096
 """A bulk chunk (1 MiB) and its header: the limit of a bulk channel's part unless told otherwise."""
+ANSWER_BYTES_MAX = 4096
+"""The limit where chunks are sent, and credits and aborts come back."""
+PING_S = 1.0
+"""Real seconds between two questions of either end of a bulk connection over tcp, by which the other knows that it is there."""
+MUTE_S = 5.0
+"""Real seconds without any frame (a question is one) after which such a connection has broken, though both ends see it open: something
+between them, a relay or a NAT, forwards nothing any more. A peer that is stopped for less than its lease is silent for less."""
+SLOW_BYTES_PER_S = 1e5
+"""What may come has so much longer as it takes over a link that is as slow: a chunk, which holds questions up, 10 s."""
+
+
+def mute_s(max_bytes: int) -> float:
+    """Real seconds without any frame after which a bulk connection over which parts of `max_bytes` come has broken."""
+    return MUTE_S + max_bytes / SLOW_BYTES_PER_S
 
 
 class Payload(Protocol):
@@ -155,7 +169,10 @@ class Transport(Protocol):
         ...
 
     def bind_channel(self, endpoint: str, max_bytes: int = CHANNEL_BYTES_MAX, key: bytes = b"") -> Channel:
-        """Bulk: this end of a channel for exactly one peer: the one that has the `key` (as `fresh_identity` makes them); empty: anybody."""
+        """Bulk: this end of a channel for exactly one peer: the one that has the `key` (as `fresh_identity` makes them); empty: anybody.
+
+        Longer parts than `max_bytes` do not come. The end that sends chunks says `ANSWER_BYTES_MAX`: it sees sooner that nobody is there.
+        """
         ...
 
     def connect_channel(self, endpoint: str, max_bytes: int = CHANNEL_BYTES_MAX, key: bytes = b"") -> Channel:

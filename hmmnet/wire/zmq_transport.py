@@ -33,7 +33,7 @@ from hmmnet.errors import HmmnetError
 from .allocator import keep_freed_buffers
 from .bridge import BULK_BYTES, Bridge
 from .iothreads import bulk_made_nice
-from .transport import AWAY_S, CHANNEL_BYTES_MAX, FRAME_BYTES_MAX, Buffer
+from .transport import AWAY_S, CHANNEL_BYTES_MAX, FRAME_BYTES_MAX, MUTE_S, PING_S, Buffer, mute_s
 
 IO_THREADS = 2
 CONTROL_THREAD = 1 << 0
@@ -338,6 +338,8 @@ class ZmqTransport:
             if self._curve is not None and endpoint.startswith("tcp:"):
                 socket.setsockopt(zmq.CURVE_SERVER, 1)
                 socket.setsockopt(zmq.CURVE_SECRETKEY, self._curve.host_secret)
+            if bulk and endpoint.startswith("tcp:"):
+                _break_when_mute(socket)
             socket.bind(endpoint)
         bound: bytes = socket.getsockopt(zmq.LAST_ENDPOINT)  # type: ignore[assignment]
         on_close = _guard(Path(endpoint[6:])) if endpoint.startswith("ipc://") else None
@@ -350,8 +352,22 @@ class ZmqTransport:
                 socket.setsockopt(zmq.CURVE_SERVERKEY, self._curve.host_public)
                 socket.setsockopt(zmq.CURVE_PUBLICKEY, self._curve.peer_public)
                 socket.setsockopt(zmq.CURVE_SECRETKEY, self._curve.peer_secret)
+            if bulk and endpoint.startswith("tcp:"):
+                _break_when_mute(socket)
             socket.connect(endpoint)
         return ZmqChannel(self._bridge(socket, bulk=bulk), endpoint)
+
+
+def _break_when_mute(socket: zmq.Socket[bytes]) -> None:
+    """Let a bulk socket break connections over which nothing comes any more, or that do not become ready; it connects anew.
+
+    Both ends ask (libzmq's PING), and see by the *questions* of the other that it is there. Its answers would not do: on a slow link they
+    wait behind its page data, for long; so do its questions, but then page data come.
+    """
+    comes_max: int = socket.getsockopt(zmq.MAXMSGSIZE)  # type: ignore[assignment]
+    socket.setsockopt(zmq.HEARTBEAT_IVL, int(PING_S * 1000))
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(mute_s(comes_max) * 1000))
+    socket.setsockopt(zmq.HANDSHAKE_IVL, int(MUTE_S * 1000))
 
 
 @contextlib.contextmanager

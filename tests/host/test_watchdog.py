@@ -252,6 +252,16 @@ async def test_streams_whose_sender_has_no_connection_end_and_nothing_else() -> 
     assert (device.ended, device.lost) == ([2, 4], [])
 
 
+async def test_what_a_sender_without_a_connection_says_of_its_streams_does_not_keep_them() -> None:
+    """It goes on repeating, and knows nothing of that. Who was mute at first is asked, and goes away just before it answers."""
+    device = _Played(lambda asked: StreamsShown(words(*[len(device.questions)] * len(asked)), words(*[Holds.CREDIT] * len(asked))))
+    device.lives(WATCHDOG_S - 1)
+    device.away = True
+    device.lives(AWAY_S + BEAT_S)
+    assert len(device.questions) == 1
+    assert (device.ended, device.lost) == ([2, 4], [])
+
+
 @pytest.mark.parametrize("between", ["it is there", "a stall", "nothing is sent", "all is there"])
 async def test_only_a_sender_that_is_away_all_the_while_ends_its_streams(between: str) -> None:
     """It may come again at any moment, and whoever begins later waits as long."""

@@ -1,14 +1,15 @@
-"""Page data lose their connection while control goes on: over tcp the two are different connections.
+"""Page data lose their connection, or nothing comes over it any more, while control goes on: over tcp the two are different connections.
 
     host ══ control ═══════════════ gpu0, gpu1, unit0
          ══ page data ══ relay ════
 
-Sockets and devices are real, and share the test's process; the relays are cut. The oracle is the program: no CPU waits for ever, and what
+Sockets and devices are real, and share the test's process; the relays fail. The oracle is the program: no CPU waits for ever, and what
 it loads is what was last stored.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import tempfile
 import time
@@ -21,14 +22,16 @@ import trio
 
 from hmmnet.devices.service import serve
 from hmmnet.errors import HmmnetError, PeerError
+from hmmnet.fabric.chunk import CHUNK_BYTES
 from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.host import watchdog
 from hmmnet.host.process import Process
 from hmmnet.host.service import Host
 from hmmnet.topology.load import parse
 from hmmnet.wire import zmq_transport
+from hmmnet.wire.exchange import LEASE_S
 from hmmnet.wire.secrets import new_secret
-from hmmnet.wire.transport import AWAY_S, CHANNEL_BYTES_MAX
+from hmmnet.wire.transport import ANSWER_BYTES_MAX, AWAY_S, CHANNEL_BYTES_MAX, MUTE_S, PING_S
 from hmmnet.wire.zmq_transport import ZmqChannel, ZmqTransport
 
 from .relay import Relay
@@ -63,16 +66,36 @@ class Relayed(ZmqTransport):
         for relay in self.relays:
             relay.cut()
 
-    async def cut_in_the_middle(self, after_s: float | None) -> None:
+    def swallow(self, *, new: bool = False) -> None:
+        """Connections that are there, and maybe `new` ones, stay open, and nothing comes over them."""
+        for relay in self.relays:
+            relay.swallow(new=new)
+
+    def pause(self) -> None:
+        """Relays take nothing."""
+        for relay in self.relays:
+            relay.pause()
+
+    def go_on(self) -> None:
+        """They do again."""
+        for relay in self.relays:
+            relay.go_on()
+
+    async def fail_in_the_middle(self, after_s: float | None, fail: Callable[[], None]) -> None:
         """Of a copy that begins now: after so long; None: as soon as the device has given `GIVEN` bytes of it."""
         if after_s is None:
             for relay in self.relays:
-                relay.left = GIVEN
+                relay.left, relay.then = GIVEN, fail
             while all(relay.left for relay in self.relays):
                 await trio.sleep(0.01)
         else:
             await trio.sleep(after_s)
-        self.cut()
+            fail()
+
+    @property
+    def connections(self) -> int:
+        """Made so far."""
+        return sum(relay.connections for relay in self.relays)
 
     def mend(self) -> None:
         """It does again."""
@@ -122,6 +145,13 @@ def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "AWAY_S", SHORT_S)
 
 
+@pytest.fixture
+def _soon_mute(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MUTE_S", "PING_S"):
+        monkeypatch.setattr(zmq_transport, name, SHORT_S)
+    monkeypatch.setattr(zmq_transport, "mute_s", lambda max_bytes: (1 if max_bytes <= ANSWER_BYTES_MAX else 3) * SHORT_S)
+
+
 async def placed(process: Process, owner: str) -> int:
     """Where `DATA` lie, in the memory of `owner`."""
     address = await process.mmap(PAGES * PAGE)
@@ -159,7 +189,7 @@ async def test_who_waits_for_page_data_without_a_connection_does_not_wait_for_ev
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(migrate)
-            await wires[cut].cut_in_the_middle(after_s)
+            await wires[cut].fail_in_the_middle(after_s, wires[cut].cut)
             assert failures == []
             if target != "gpu1":
                 page = address + 1500 * PAGE
@@ -189,12 +219,99 @@ async def test_a_connection_that_comes_again_in_time_costs_nothing(way: str) -> 
         address = await placed(process, source)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(process.migrate, address, PAGES * PAGE, target)
-            await wires[cut].cut_in_the_middle(after_s)
+            await wires[cut].fail_in_the_middle(after_s, wires[cut].cut)
             await trio.sleep(AWAY_S / 4)
             wires[cut].mend()
         assert (await process.residency(address, PAGES)).owners == (target.replace("host", "node0"),)
         assert await process.read(address, PAGES * PAGE) == DATA[: PAGES * PAGE]
         assert all(device.life is not None and device.lives == 1 for device in host.devices.values())
+        await process.exit()
+
+
+@pytest.mark.usefixtures("_soon", "_soon_mute")
+@pytest.mark.parametrize(
+    ("way", "relay"),
+    [
+        ("there", "swallows"),
+        ("there", "stands still"),
+        ("home", "swallows"),
+        ("home", "stands still"),
+        ("across, from the source", "swallows"),
+    ],
+)
+async def test_a_connection_over_which_nothing_comes_is_given_up(way: str, relay: str) -> None:
+    """Both ends see it open, and new ones are as it is. The copy ends as where there is none, and later it all works again."""
+    source, target, cut, after_s = WAYS[way]
+    async with machine(8e6) as (host, wires):
+        process = await host.create_process()
+        address = await placed(process, source)
+        fail = wires[cut].pause if relay == "stands still" else lambda: wires[cut].swallow(new=True)
+        async with trio.open_nursery() as nursery:
+            failures: list[HmmnetError] = []
+
+            async def migrate() -> None:
+                try:
+                    await process.migrate(address, PAGES * PAGE, target)
+                except HmmnetError as error:
+                    failures.append(error)
+
+            nursery.start_soon(migrate)
+            await wires[cut].fail_in_the_middle(after_s, fail)
+            nursery.cancel_scope.deadline = trio.current_time() + 10 * SHORT_S
+        assert not nursery.cancel_scope.cancelled_caught, "it took as long as its repeats"
+        assert all(re.search(GONE, str(error)) for error in failures), failures
+        assert set((await process.residency(address, PAGES)).owners) <= {source.replace("host", "node0"), "node0"}
+        assert all(device.life is not None and device.lives == 1 for device in host.devices.values())
+        wires[cut].cut()
+        await trio.sleep(0.1)
+        wires[cut].mend()
+        if target != "host":
+            await process.migrate(address, 64 * PAGE, target)
+            assert (await process.residency(address, 64)).owners == (target,)
+        assert await process.read(address, PAGES * PAGE) == DATA[: PAGES * PAGE]
+        await process.exit()
+
+
+async def test_what_a_half_dead_connection_swallows_is_sent_over_a_new_one() -> None:
+    """A relay has forgotten the connections, and serves new ones: pages are home a few seconds later."""
+    async with machine(8e6) as (host, wires):
+        process = await host.create_process()
+        address = await placed(process, "gpu0")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(process.migrate, address, PAGES * PAGE, "host")
+            await trio.sleep(0.2)
+            wires["gpu0"].swallow()
+            began_s = trio.current_time()
+        assert MUTE_S - PING_S < trio.current_time() - began_s < MUTE_S + 5 * PING_S
+        assert await process.read(address, PAGES * PAGE) == DATA[: PAGES * PAGE]
+        await process.exit()
+
+
+async def test_a_slow_connection_is_none_over_which_nothing_comes() -> None:
+    """A chunk takes longer than a connection may be mute, in either direction; so it is with one that stands still for most of a lease."""
+    async with machine(1e9) as (host, wires):
+        process = await host.create_process()
+        there, home, paused = [await placed(process, owner) for owner in ("host", "gpu1", "host")]
+        made = {name: wires[name].connections for name in wires}
+        for name in ("gpu0", "gpu1"):
+            for relay in wires[name].relays:
+                relay.bytes_per_s = CHUNK_BYTES / (MUTE_S + 2 * PING_S)
+        wires["unit0"].pause()
+        pages = CHUNK_BYTES // PAGE
+        async with trio.open_nursery() as nursery:
+            began_s = trio.current_time()
+            nursery.start_soon(process.migrate, there, CHUNK_BYTES, "gpu0")
+            nursery.start_soon(process.migrate, home, CHUNK_BYTES, "host")
+            nursery.start_soon(process.migrate, paused, CHUNK_BYTES, "unit0")
+            await trio.sleep(0.9 * LEASE_S)
+            wires["unit0"].go_on()
+        assert trio.current_time() - began_s > MUTE_S + PING_S
+        owners = [(await process.residency(address, pages)).owners for address in (there, home, paused)]
+        assert owners == [("gpu0",), ("node0",), ("unit0",)]
+        assert {name: wires[name].connections for name in wires} == made, "nobody has connected anew"
+        for name in ("gpu0", "gpu1"):
+            for relay in wires[name].relays:
+                relay.bytes_per_s = math.inf
         await process.exit()
 
 
