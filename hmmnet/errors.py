@@ -12,15 +12,24 @@ Every text names the place, the cause and, where there is one, the mend.
 from __future__ import annotations
 
 import errno as _errno
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 _NAMES = {**_errno.errorcode, _errno.EOPNOTSUPP: "EOPNOTSUPP"}
 """ENOTSUP has the same number, and is what Python calls it; the kernel has no ENOTSUP."""
 
 
+on_made: Callable[[HmmnetError], None] | None = None
+"""Told of each `HmmnetError` when it is made; what it raises, comes in place of that (`hmmnet.sim.livelock`)."""
+
+
 class HmmnetError(Exception):
     """Root of everything that hmmnet raises on purpose."""
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*arguments)
+        if on_made is not None:
+            on_made(self)
 
 
 class WrongUse(HmmnetError):

@@ -7,7 +7,8 @@ beside an unknown trio, by the scheduler when it asks how long to sleep. Only `w
 It also finds out when a simulation goes in circles. Tasks that ask and answer each other without an end, and without waiting for the clock,
 keep it where it is: no timeout of theirs ever comes, and no limit on virtual time either. So the scheduler's rounds and looks at the clock
 at one and the same moment are counted, and after a number that no honest program needs the run is cancelled. And when nobody can run and
-nobody waits for the clock, shielded from the limit on virtual time, nothing will ever happen again: then the shields fall.
+nobody waits for the clock, shielded from the limit on virtual time, nothing will ever happen again: then the shields fall. Who never lets
+the scheduler have its turn at all is found by his failures (`livelock`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from trio.lowlevel import Task
 from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.sleeping import RUN, WORD, Bell, WakingClock, shortest_now, sleep
 
+from .livelock import Failures
 from .schedule import drop_shields, tasks_wait_for_idle, threads_at_work
 
 LOOKS_MAX = 2_000_000
@@ -59,6 +61,7 @@ class JumpClock(WakingClock):
         """What they said."""
         self.left_by: BaseException | None = None
         """What the program has left its machine with, which closes since: should that not end, this is what went wrong first."""
+        self.failures = Failures()
         self._now_s = 0.0
         self._looks = 0
         self._looks_max = looks_max

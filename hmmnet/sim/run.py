@@ -15,6 +15,7 @@ from hmmnet.topology.model import Personality, Topology
 
 from .clock import JumpClock
 from .interrupts import CtrlC
+from .livelock import livelock_in
 from .machine import SimulatedMachine, simulated
 from .schedule import seeded
 from .trace import Trace
@@ -47,9 +48,10 @@ def run_virtual(main: Callable[..., Awaitable[T]], *arguments: Any, seed: int = 
     """`trio.run` in virtual time, scheduled from `seed`.
 
     Raises SimulationStuck after `limit_s` virtual seconds, when things happen without an end while no time passes, and when nothing can
-    happen any more (`clock`); it names faults that act, whom they hold, and who waits for what. Where the program had left its machine
-    with an error by then, and only the closing did not end, that error is raised, with the SimulationStuck's text as a note, and from it
-    unless it came of something else. Ctrl-C is KeyboardInterrupt, whatever ends with it.
+    happen any more (`clock`); it names faults that act, whom they hold, and who waits for what. So it does, with what and where, when
+    something fails and is tried again without an end meanwhile (`livelock`). Where the program had left its machine with an error by then,
+    and only the closing did not end, that error is raised, with the SimulationStuck's text as a note, and from it unless it came of
+    something else. Ctrl-C is KeyboardInterrupt, whatever ends with it.
     """
     clock, ctrl_c = JumpClock(), CtrlC()
     clock.limit_s = limit_s
@@ -62,8 +64,12 @@ def run_virtual(main: Callable[..., Awaitable[T]], *arguments: Any, seed: int = 
                 return await main(*arguments)
         except BaseException as error:
             failed = error
-            if clock.left_by is None or clock.scope is None or not clock.scope.cancel_called:
+            left = clock.left_by is not None and clock.scope is not None and clock.scope.cancel_called
+            if not left and livelock_in(error) is None:
                 raise
+        livelock = livelock_in(failed) or livelock_in(clock.left_by)
+        if livelock is not None:
+            raise SimulationStuck(f"{livelock} (seed {seed})") from livelock
         if clock.stuck:
             said = f"time stands still at {trio.current_time():g} virtual seconds (seed {seed}): somebody goes in circles"
         else:
