@@ -56,7 +56,8 @@ def _refused_after_the_end() -> Iterator[None]:
 def only_error(body: BaseException | None = None) -> Iterator[None]:
     """Let an exception group with one leaf be that leaf: a nursery inside is no business of the caller's.
 
-    When the leaf is `body`, the exception that the caller's own block was left with, nothing is raised: it goes on by itself.
+    It tells what it came of, as it did before. When the leaf is `body`, the exception that the caller's own block was left with, nothing is
+    raised: it goes on by itself.
     """
     try:
         yield
@@ -68,7 +69,11 @@ def only_error(body: BaseException | None = None) -> Iterator[None]:
             return
         if isinstance(leaf, BaseExceptionGroup):
             raise
-        raise leaf from leaf.__cause__  # its own cause tells whose loss it is (`hmmnet.cli.run.said_of`)
+        context = leaf.__context__
+        try:
+            raise leaf
+        finally:
+            leaf.__context__ = context  # Python has put the group there, in place of what the leaf came of
 
 
 def only_under_trio(call: str) -> None:

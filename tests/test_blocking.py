@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+import traceback
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -231,6 +232,38 @@ def test_one_leaf_comes_out_of_its_groups() -> None:
         raise ExceptionGroup("a", [leaf, KeyError("y")])
     with only_error(leaf):
         raise ExceptionGroup("a", [leaf])
+
+
+def failing(how: str) -> None:
+    """With ValueError, for which a KeyError is meant to be the reason, or not, or which has come meanwhile."""
+    empty: dict[str, None] = {}
+    try:
+        empty["first"]
+    except KeyError as first:
+        if how == "meanwhile":
+            int("then")
+        raise ValueError("then") from (first if how == "from" else None)
+
+
+@pytest.mark.parametrize("how", ["from", "from None", "meanwhile"])
+def test_what_comes_out_of_a_group_tells_what_it_came_of(how: str) -> None:
+    """A traceback shows what it would without the groups, and no group."""
+    with pytest.raises(ValueError, match="then") as bare:
+        failing(how)
+
+    async def nested() -> None:
+        with only_error():
+            async with trio.open_nursery():
+                async with trio.open_nursery():
+                    failing(how)
+
+    with pytest.raises(ValueError, match="then") as taken:
+        trio.run(nested)
+    stories = ["".join(traceback.format_exception(raised.value)) for raised in (bare, taken)]
+    assert "first" in stories[0] or how == "from None", "this test's own question"
+    for word in ("first", "Group", "direct cause", "During handling"):
+        assert (word in stories[1]) == (word in stories[0]), stories[1]
+    assert isinstance(taken.value.__context__, KeyError)
 
 
 @pytest.mark.parametrize(
