@@ -43,7 +43,8 @@ KINDS = (
         "cpu.starve",
         "computer",
         "a device's process hardly gets the CPU: every step waits",
-        "results as without it; it takes longer; from a real second at each step on it may cost the device (it has 2 s and 5 s)",
+        "results as without it, and it takes longer; with more than a real second at each step the device is lost, as if it hung: after a "
+        "migration it has 2 s for two of them, to say that its table is up to date, and 5 s for any other answer",
         _starve,
         parameters=(Parameter("latency", "time", "at each step", 0.002),),
     ),

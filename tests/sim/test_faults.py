@@ -8,6 +8,11 @@ import trio
 import hmmnet
 from hmmnet.errors import BusError, PeerLost
 from hmmnet.faults import Controls, MessageFault, Way
+from hmmnet.faults.clocks import KINDS
+from hmmnet.host.link import STALLED_S
+from hmmnet.host.requests import TABLE_UPDATE_S
+from hmmnet.host.watchdog import ANSWER_S
+from hmmnet.pages import PAGE_SIZE as PAGE
 from hmmnet.sim import SimulatedMachine
 
 from .story import story
@@ -76,6 +81,40 @@ def test_a_partition_is_a_death_for_the_other_side_and_can_be_mended() -> None:
         await process.write(other, data)
         assert await process.migrate(other, MIB, "gpu1") == MIB
         assert await process.read(other, MIB) == data
+        await process.exit()
+
+    hmmnet.simulate(main, limit_s=300.0)
+
+
+STEPS = 2
+"""Of a device between the answer to a migration and its word that its table is up to date."""
+
+
+@pytest.mark.parametrize(
+    ("at_each_step_s", "lives"), [(0.99 * TABLE_UPDATE_S / STEPS, True), (1.01 * (TABLE_UPDATE_S + STALLED_S) / STEPS, False)]
+)
+def test_a_starved_device_is_lost_where_its_description_says(at_each_step_s: float, lives: bool) -> None:
+    """Just below, results are as without it; just above, the host takes it for one that hangs. Pages that were to move are intact."""
+    said = next(kind for kind in KINDS if kind.name == "cpu.starve").holds
+    assert f"{TABLE_UPDATE_S:g} s for two" in said
+    assert f"{ANSWER_S:g} s for any other" in said
+
+    async def main(machine: SimulatedMachine) -> None:
+        process = await machine.create_process()
+        address = await process.mmap(4 * PAGE)
+        data = bytes(range(256)) * (4 * PAGE // 256)
+        await process.write(address, data)
+        machine.add_fault("cpu.starve", on="gpu0", latency=f"{at_each_step_s} s")
+        if lives:
+            assert await process.migrate(address, 4 * PAGE, "gpu0") == 4 * PAGE
+            await process.munmap(address + PAGE, PAGE)
+        else:
+            with pytest.raises(PeerLost, match=f"did not say that its table is up to date within {TABLE_UPDATE_S:g} s"):
+                await process.migrate(address, 4 * PAGE, "gpu0")
+        assert await process.read(address, PAGE) == data[:PAGE]
+        assert await process.read(address + 2 * PAGE, 2 * PAGE) == data[2 * PAGE :]
+        device = (await machine.report())["devices"]["gpu0"]
+        assert (device["state"] == "ready", device["lives"]) == (lives, 1)
         await process.exit()
 
     hmmnet.simulate(main, limit_s=300.0)
