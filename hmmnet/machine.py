@@ -447,8 +447,7 @@ async def embedded(
         record.rate, record.state, record.client_endpoint = clock.rate, "running", host.client_endpoint
         save()
         machine = LaunchedMachine(name, topology, host, crew, clock, directory, cables)
-        for fault in plan.faults:
-            machine.add_fault(fault)
+        plan.begin(machine.add_fault)
         yield machine
         cables.repair()  # goodbyes are for everybody
 

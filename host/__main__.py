@@ -1,12 +1,12 @@
 """``python -m hmmnet.host``: the host as a process of its own, held by a launcher.
 
 It reads one JSON object a line from stdin: first its `Config`, then what the launcher sees, ``{"exited": DEVICE, "how": TEXT}``, and faults
-that are to begin, ``{"faults": [WHAT MAKES ONE, ...]}``. It writes one JSON object a line to stdout:
+that are to begin, ``{"faults": [WHAT MAKES ONE, ...]}``, each with its `place` in a plan. It writes one JSON object a line to stdout:
 ``{"control": ENDPOINT, "client": ENDPOINT, "rate": NUMBER}`` when it serves, then
 ``{"device": NAME, "state": "ready" | "lost", "how": TEXT}`` whenever a device comes or goes, ``{"device": NAME, "state": "unplugged"}``
 before one is told goodbye that is taken out in order, ``{"restart": NAME, "after": SECONDS}`` when a fault wants a device started again,
 so many real seconds after its end, ``{"fired": {KIND: COUNT}}`` when faults have happened, and
-``{"refused": TEXT}`` for faults that cannot begin. It says goodbye to its peers and ends on
+``{"refused": TEXT}`` for the first that cannot begin, or ``{"begun": COUNT}`` when all have. It says goodbye to its peers and ends on
 SIGTERM, SIGINT, and at the end of stdin: then its launcher is gone.
 """
 
@@ -131,18 +131,22 @@ def obey(host: Host, line: bytes) -> None:
         told = msgspec.json.decode(line, type=Told)
         if told.exited:
             host.device_exited(told.exited, told.how)
-        for given in told.faults:
-            harm(host, given)
+        if told.faults and all(harm(host, given) for given in told.faults):
+            tell({"begun": len(told.faults)})
     except (msgspec.MsgspecError, KernelError) as error:
         log.warning("the launcher told something that makes no sense: %s", error)
 
 
-def harm(host: Host, given: dict[str, Any]) -> None:
-    """A fault of the plan begins; the launcher hears of one that cannot."""
+def harm(host: Host, given: dict[str, Any]) -> bool:
+    """Whether a fault of the plan begins; the launcher hears of one that cannot."""
+    place, kind = given.pop("place", ""), given.get("kind")
     try:
         host.add_fault(fault(**given))
     except HmmnetError as error:
-        tell({"refused": str(error)})
+        why = str(error)
+        tell({"refused": f"{place}: {why.removeprefix(f'fault {kind}: ')}" if place else why})
+        return False
+    return True
 
 
 async def tell_fired(host: Host) -> None:

@@ -17,6 +17,7 @@ import typer
 
 if TYPE_CHECKING:
     from hmmnet.faults.kinds import Fault
+    from hmmnet.faults.plan import Plan
     from hmmnet.sim.worlds import WorldName
     from hmmnet.topology.model import Topology
 
@@ -34,20 +35,23 @@ def plan_for(path: Path | None, world: WorldName, topology: Topology | None = No
 
     `topology`, where it is known before the machine is, must have what the faults are on.
     """
-    from hmmnet.faults.plan import Plan, named
+    from hmmnet.faults.plan import Plan
 
     if path is None:
-        return Breaking(())
+        return Breaking(Plan())
     plan = Plan.load(path)
     plan.check(world, topology)
-    return Breaking(tuple(named(one) for one in plan.faults))
+    return Breaking(plan)
 
 
 class Breaking:
     """The faults of a plan; `fired` counts by kind what happened on the machines that had them."""
 
-    def __init__(self, faults: tuple[Fault, ...]) -> None:
-        self.faults = faults
+    def __init__(self, plan: Plan) -> None:
+        from hmmnet.faults.plan import named
+
+        self.plan = plan
+        self.faults = [named(one) for one in plan.faults]
         self.fired: Counter[str] = Counter()
 
     def __bool__(self) -> bool:
@@ -56,7 +60,7 @@ class Breaking:
 
     @asynccontextmanager
     async def on(self, machine: Any, *, stays: bool = False) -> AsyncIterator[None]:
-        """The faults act on `machine`, all of whose devices are there, while the block runs. Raises HmmnetError for what cannot be done.
+        """The faults act on `machine`, all of whose devices are there, while the block runs. Raises PlanError for what cannot be done.
 
         `stays`: the machine goes on without us, and must be rid of them.
         """
@@ -66,9 +70,9 @@ class Breaking:
         before = dict((await machine.report())["faults"])
         numbers: list[int] = []
         try:
-            for fault in self.faults:
-                number = await begin(machine, fault)
-                numbers.append(number)
+            for index, fault in enumerate(self.faults):
+                with self.plan.naming(index):
+                    numbers.append(await begin(machine, fault))
             yield
         except BaseException:
             await self._count_what_broke(machine, before)
@@ -115,10 +119,10 @@ class Breaking:
             self.fired[kind] += after.get(kind, 0) - before.get(kind, 0)
 
     def as_given(self) -> list[dict[str, Any]]:
-        """What makes the faults again, as plain data."""
+        """What makes the faults again, as plain data, and the `place` of each in its file."""
         from hmmnet.faults.catalogue import as_given
 
-        return [as_given(fault) for fault in self.faults]
+        return [{**as_given(fault), "place": self.plan.place(index)} for index, fault in enumerate(self.faults)]
 
     @property
     def text(self) -> str:

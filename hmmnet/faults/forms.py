@@ -49,8 +49,7 @@ def as_plan(given: Plannable, place: str = "faults", folder: Path | None = None)
         beside = Path(given) if folder is None else folder / given
         return Plan.load(beside if there_is_file(beside) else given)
     if isinstance(given, Iterable):
-        each = [as_plan(one, f"{place}[{index}]", folder) for index, one in enumerate(given)]
-        return Plan(tuple(one for plan in each for one in plan.faults), place)
+        return Plan.joined([as_plan(one, f"{place}[{index}]", folder) for index, one in enumerate(given)], place)
     raise WrongUse(f"{place}: {given!r} is no plan: {WANTED} {{'kind': 'loss', 'probability': 0.05}}")
 
 

@@ -14,7 +14,9 @@ range = "0x7f0000000000+64KiB"  # only these addresses
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -38,15 +40,18 @@ if TYPE_CHECKING:
 AnyFault: TypeAlias = Fault | MessageFault | PointFault
 """A named fault with its parameters, or what such a one comes down to."""
 SECTION = "fault"
+_KIND = re.compile(r"\Afault \S+: ")
+"""How an error of one fault begins, where no place is known."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Faults that act together. `file` and `lines` say where each was read, if it was."""
+    """Faults that act together. `file` and `lines` say where each was read, if it was; of several plans in one, `parts` do."""
 
     faults: Sequence[AnyFault] = ()
     file: str = dataclasses.field(default="plan", compare=False)
     lines: Sequence[int] = dataclasses.field(default=(), compare=False, repr=False)
+    parts: Sequence[Plan] = dataclasses.field(default=(), compare=False, repr=False)
 
     @classmethod
     def parse(cls, text: str, file: str = "plan.toml") -> Plan:
@@ -86,6 +91,12 @@ class Plan:
         return cls(tuple(faults), file, _Lines(lines, len(faults)))
 
     @classmethod
+    def joined(cls, parts: Iterable[Plan], place: str) -> Plan:
+        """One plan of several, whose faults keep their places."""
+        each = tuple(parts)
+        return cls(tuple(one for plan in each for one in plan.faults), place, parts=each)
+
+    @classmethod
     def load(cls, path: str | Path) -> Plan:
         """The plan in a file. Raises PlanError; HmmnetError when it cannot be read."""
         try:
@@ -98,14 +109,40 @@ class Plan:
 
     def check(self, world: World, topology: Topology | None = None) -> None:
         """Raises PlanError that names every fault which cannot be done in `world`, or not on that machine, with its line, and why."""
-        found = []
-        for index, one in enumerate(self.faults):
-            line = self.lines[index] if len(self.lines) == len(self.faults) else 0
-            for cause in _impossible(one, world, topology):
-                cause, _, mend = cause.partition("; ")
-                found.append(Problem(self.file, line, f"fault {index + 1}", "", cause, mend))
+        found = [self.problem(index, cause) for index, one in enumerate(self.faults) for cause in _impossible(one, world, topology)]
         if found:
             raise PlanError(found)
+
+    def begin(self, add: Callable[[AnyFault], object]) -> None:
+        """Its faults begin, each by `add`. Raises PlanError with the line of one that cannot, or would be in vain."""
+        for index, one in enumerate(self.faults):
+            with self.naming(index):
+                add(one)
+
+    @contextmanager
+    def naming(self, index: int) -> Iterator[None]:
+        """What is wrong with the fault of that index, as it begins in the block, is said with its place. Raises PlanError for WrongUse."""
+        try:
+            yield
+        except WrongUse as error:
+            raise PlanError([self.problem(index, _KIND.sub("", cause)) for cause in str(error).splitlines()]) from None
+
+    def place(self, index: int) -> str:
+        """What messages call the fault of that index: its file, its line, and which one it is there."""
+        return str(self.problem(index, ""))
+
+    def problem(self, index: int, cause: str) -> Problem:
+        """What is wrong with the fault of that index: `cause`, and behind a semicolon its mend."""
+        before = 0
+        for part in self.parts:
+            if before <= index < before + len(part.faults):
+                there = part.problem(index - before, cause)
+                if there.line:  # in a file
+                    return there
+            before += len(part.faults)
+        line = self.lines[index] if len(self.lines) == len(self.faults) else 0
+        cause, _, mend = cause.partition("; ")
+        return Problem(self.file, line, f"fault {index + 1}", "", cause, mend)
 
     def as_toml(self) -> str:
         """A file that `parse` reads as this plan. Raises HmmnetError for a fault with a function in it."""

@@ -35,8 +35,8 @@ STDERR = "stderr.txt"
 
 class Supervisor:
     """One machine under a launcher. `changed` is called with the record after every change; `quiet` sends stderr of all processes to the
-    logs. `faults` begin when every device is there; each is what makes one (`hmmnet.faults.catalogue.as_given`). `seed` is what their
-    chances are drawn from.
+    logs. `faults` begin when every device is there; each is what makes one (`hmmnet.faults.catalogue.as_given`), and its `place` in a plan.
+    `seed` is what their chances are drawn from.
     """
 
     host_command: Sequence[str] | None = None
@@ -65,6 +65,7 @@ class Supervisor:
         self._seed = seed
         self._serving = trio.Event()
         self._all_ready = trio.Event()
+        self._begun = trio.Event()
         self._control = ""
 
     async def run(self, *, task_status: trio.TaskStatus[MachineRecord] = trio.TASK_STATUS_IGNORED) -> None:
@@ -117,11 +118,12 @@ class Supervisor:
         await self.crew.start(self._control, self.host.process.pid)
         self._save()
         await self._wait(self._all_ready, READY_S, "not every device came")
+        if self._faults:  # a machine whose plan is refused never ran
+            await self.host.tell({"faults": list(self._faults)})
+            await self._wait(self._begun, START_S, "its faults did not begin")
         self.record.state = "running"
         self._save()
         log.info("machine %s runs", self.record.name, extra={"fields": {"topology": self.record.topology, "rate": self.record.rate}})
-        if self._faults:
-            await self.host.tell({"faults": list(self._faults)})
         task_status.started(self.record)
         await trio.sleep_forever()
 
@@ -165,6 +167,8 @@ class Supervisor:
             self._nursery.start_soon(self._start_again, told["restart"], float(told["after"]))
         elif "fired" in told:
             self.record.faults = told["fired"]
+        elif "begun" in told:
+            self._begun.set()
         elif "refused" in told:
             self._nursery.start_soon(self._give_up, told["refused"])
         self._save()

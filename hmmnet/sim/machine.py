@@ -540,8 +540,7 @@ async def simulated(
                 world = SimulatedMachine(name, machine, host, wires, network, injector, nursery, _serve(), clock)
                 for device in machine.device_names:
                     await world.start_device(device)
-                for fault in plan.faults:
-                    world.add_fault(fault)
+                plan.begin(world.add_fault)
                 saying.enter_context(telling(world.held_up))
                 try:
                     yield world

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hmmnet.faults import AnyFault, Plan
+    from hmmnet.faults import Plan
     from hmmnet.topology.model import Topology
 
 SEEDS_MAX = 100_000
@@ -103,7 +103,7 @@ def read_faults(marks: Iterable[Mark], folder: Path) -> Plan:
     from hmmnet.errors import HmmnetError
     from hmmnet.faults import Plan, as_plan
 
-    faults: list[AnyFault] = []
+    parts: list[Plan] = []
     places = []
     for mark in marks:
         what = f"faults({_shown(mark)})"
@@ -111,12 +111,11 @@ def read_faults(marks: Iterable[Mark], folder: Path) -> Plan:
         if not mark.args and not mark.kwargs:
             raise MarkMistake(f"{what}: says nothing; a plan or kinds are wanted, such as faults(loss=0.05)")
         try:
-            for given in (*mark.args, dict(mark.kwargs)):
-                faults += as_plan(given, what, folder).faults
+            parts += [as_plan(given, what, folder) for given in (*mark.args, dict(mark.kwargs))]
         except HmmnetError as error:
             text = str(error)
             raise MarkMistake(text if text.startswith(what) else f"{what}: {text}") from None
-    return Plan(faults, " + ".join(places))
+    return Plan.joined(parts, " + ".join(places))
 
 
 def read_strict(mark: Mark) -> bool:

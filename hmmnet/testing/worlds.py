@@ -13,7 +13,7 @@ import trio
 
 from hmmnet.blocking import Blocking, only_error
 from hmmnet.errors import HmmnetError
-from hmmnet.faults import Fault, Plan, Plannable, as_plan
+from hmmnet.faults import Plan, Plannable, as_plan
 from hmmnet.faults.plan import named
 from hmmnet.machine import LaunchedBlockingMachine, LaunchedMachine, launch
 from hmmnet.observe.logs import tracebacks
@@ -44,15 +44,14 @@ async def real(case: Case) -> AsyncIterator[LaunchedMachine]:
 
     Raises HmmnetError, for faults too that only a simulated machine can have; MachineOverdue.
     """
-    faults = _for_processes(case.plan)
+    _check_for_processes(case.plan)
     name = f"test-{os.getpid()}-{next(_numbers)}"
     with only_error():
         async with trio.open_nursery() as nursery, launch(case.topology, name=name) as machine:
             with case.listening(machine.host), case.hearing_faults(machine.host.faults, machine.emulated_s):
                 _look_for_crashes(case, machine)
                 case.hear_effects(machine.host, machine.emulated_s)
-                for fault in faults:
-                    machine.add_fault(fault)
+                case.plan.begin(machine.add_fault)
                 nursery.start_soon(_bell, case.limit_s)
                 yield machine
                 nursery.cancel_scope.cancel()
@@ -72,10 +71,11 @@ def _look_for_crashes(case: Case, machine: LaunchedMachine) -> None:
     machine.when_ended(last)
 
 
-def _for_processes(plan: Plan) -> list[Fault]:
-    """The faults of `plan` as real processes can have them. Raises HmmnetError for one that they cannot."""
+def _check_for_processes(plan: Plan) -> None:
+    """Raises HmmnetError for a fault of `plan` that real processes cannot have."""
     try:
-        return [named(one) for one in plan.faults]
+        for one in plan.faults:
+            named(one)
     except HmmnetError as error:
         raise HmmnetError(f"{error}\n{ELSEWHERE}") from None
 
@@ -108,8 +108,7 @@ async def virtual(case: Case) -> AsyncIterator[SimulatedMachine]:
 def _told(case: Case, machine: SimulatedMachine, plan: Plan) -> Iterator[None]:
     """The faults of `plan` begin, and the story tells what happens while the block runs. Raises HmmnetError."""
     with case.listening(machine.host), case.hearing_faults(machine.carrier, trio.current_time):
-        for fault in plan.faults:
-            machine.add_fault(fault)
+        plan.begin(machine.add_fault)
         yield
 
 

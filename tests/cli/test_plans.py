@@ -45,6 +45,16 @@ def test_mistakes_are_told_before_anything_starts(
     assert "starting" not in captured.out + captured.err
 
 
+VAIN = '# nobody\n[[fault]]\nkind = "process.exit"\nprocess = 4242\n'
+
+
+def test_what_is_in_vain_from_the_start_is_told_with_its_line(plan: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit code 2, and the line of the plan on stderr."""
+    plan.write_text(VAIN)
+    assert exit_code(["run", "vector_add", "n=4096", "--world", "sim", "--faults", str(plan)]) == 2
+    assert f"{plan}:2: fault 1: there is no process 4242; those that run are " in capsys.readouterr().err
+
+
 def test_a_workload_under_faults_in_virtual_time(plan: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The results are right, and the last line counts what happened and names what did not; the same seed counts the same."""
     plan.write_text(LATE)

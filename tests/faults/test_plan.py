@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
+from hmmnet import simulate
 from hmmnet.errors import HmmnetError
-from hmmnet.faults import FAULTS, KINDS, Controls, Fault, MessageFault, Plan, PlanError, PointFault, Way, fault
+from hmmnet.faults import FAULTS, KINDS, Controls, Fault, MessageFault, Plan, PlanError, PointFault, Way, as_plan, fault
 from hmmnet.faults.effects import has_occurrences
 from hmmnet.faults.plan import named
+from hmmnet.sim import SimulatedMachine
 from hmmnet.topology.load import load
 
 TEXT = """
@@ -259,6 +261,37 @@ def test_what_a_machine_cannot_have_is_told_at_once_with_lines() -> None:
     plan = Plan.of([{"kind": kind, "on": on} for kind, on in kinds.items() if kind == "crash"])
     with pytest.raises(PlanError, match=r'^plan: fault 1: no device is called "gpu9"'):
         plan.check("sim", load("two-gpus"))
+
+
+VAIN = """\
+# nobody has process 4242
+[[fault]]
+kind = "delay"
+
+[[fault]]
+kind = "process.exit"
+process = 4242
+"""
+IN_VAIN = "{}:5: fault 2: there is no process 4242; those that run are none; have it begin later, with after=TIME, or at a point"
+
+
+def test_what_is_in_vain_from_the_start_is_told_with_its_line(tmp_path: Path) -> None:
+    """Where it stands, in a file or in Python; also of a file that is one of several things."""
+    file = tmp_path / "vain.toml"
+    file.write_text(VAIN)
+
+    async def main(_: SimulatedMachine) -> None:
+        raise AssertionError("it does not begin")
+
+    for faults in (file, str(file), Plan.load(file), ["loss", file], [[file], {"delay": 0.1}]):
+        with pytest.raises(PlanError) as wrong:
+            simulate(main, faults=faults)
+        assert str(wrong.value) == IN_VAIN.format(file)
+        assert wrong.value.problems[0].line == 5
+    with pytest.raises(PlanError, match=r"^faults: fault 2: there is no process 4242; "):
+        simulate(main, faults=["loss", {"kind": "process.exit", "process": 4242}])
+    with pytest.raises(PlanError, match=r'^both: fault 2: no device is called "gpu9"; '):
+        Plan.joined([Plan(), as_plan([{"loss": 0.1}, {"kind": "crash", "on": "gpu9"}])], "both").check("sim", load("two-gpus"))
 
 
 def test_lines_end_where_the_faults_do() -> None:

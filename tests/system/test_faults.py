@@ -201,6 +201,19 @@ async def test_a_plan_on_a_machine_that_is_up(place: Path) -> None:
     assert printed.decode().splitlines()[-1] == 'machine "broken" has ended; faults: bounce 1, alloc.host 0'
 
 
+async def test_a_plan_that_is_in_vain_on_a_machine_that_is_up(place: Path) -> None:
+    """The machine ends, and says which line of the plan it is; in the background, too."""
+    plan = place / "plan.toml"
+    plan.write_text('[[fault]]\nkind = "loss"\nprobability = 0.01\n\n[[fault]]\nkind = "process.exit"\nprocess = 4242\n')
+    says = f"{plan}:5: fault 2: there is no process 4242; those that run are none; have it begin later, with after=TIME, or at a point"
+    for how in ((), ("--detach",)):
+        words = [sys.executable, "-m", "hmmnet", "up", "--rate", "1", "--name", "vain", "--faults", str(plan), *how]
+        with trio.fail_after(BOUND_S):
+            ended = await trio.run_process(words, check=False, capture_stdout=True, capture_stderr=True)
+        assert ended.returncode, ended
+        assert says in ended.stderr.decode()
+
+
 def stopped(stat: Path) -> bool:
     """Whether a process is held by SIGSTOP."""
     return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] == "T"
