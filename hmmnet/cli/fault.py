@@ -325,7 +325,7 @@ def _begin(machine: str | None, makes: Callable[[Sights], list[dict[str, Any]]])
     import hmmnet
     from hmmnet.errors import HmmnetError
 
-    from .toxics import Sights, waits
+    from .toxics import Sights, until, waits
 
     async def main() -> None:
         async with hmmnet.attach(machine) as entered:
@@ -340,7 +340,7 @@ def _begin(machine: str | None, makes: Callable[[Sights], list[dict[str, Any]]])
                     raise
                 begun.append(number)
                 words = [f"{name}={value}" if name not in ("kind", "on") else str(value) for name, value in made.items()]
-                print(f"fault {number}: {' '.join(words)}{waits(made, sights)}")
+                print(f"fault {number}: {' '.join(words)}{waits(made, sights)}{until(made, number)}")
 
     _run(main)
     return 0

@@ -10,6 +10,7 @@ late, in real time, those of the protocol too.) Loss and the like happen to mess
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -133,6 +134,21 @@ def waits(made: Mapping[str, Any], sights: Sights) -> str:
     told = ([f"begins in {show_time(after_s)}"] if after_s else []) + ([f"away for {show_time(down_s)}"] if down_s else [])
     clock = f"{', '.join(told)} of real time: this machine's clock runs at {sights.rate:.2g} of it"
     return f" ({'; '.join(([clock] if told else []) + ([] if down_s else ['it starts again at once']))})"
+
+
+def until(made: Mapping[str, Any], number: int) -> str:
+    """What ends a fault that does not end by itself; nothing for any other."""
+    from hmmnet.faults.catalogue import fault
+    from hmmnet.faults.effects import has_occurrences
+    from hmmnet.faults.kinds import EACH
+
+    begun = fault(**made)
+    if not begun.endless:
+        return ""
+    verb = next((verb for verb, kinds in UNDONE_BY.items() if made["kind"] in kinds), "")
+    mend = f"{verb} {shlex.quote(made['on'])}" if verb and made.get("on") else f"rm {number}"
+    each = "to each, " if not verb and any(map(has_occurrences, begun.effects)) else ""
+    return f" ({each}until `hmmnet fault {mend}`{': nothing gets through' if begun.kind.holds.endswith(EACH) else ''})"
 
 
 def is_target(word: str, rest: Sequence[str]) -> bool:

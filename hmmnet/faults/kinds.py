@@ -241,7 +241,7 @@ class Kind:
             raise WrongUse(f'the fault "{self.name}" cannot be done in the {world} world: {self.not_in[world]}')
 
 
-EACH = "; while it happens to each, as it does by default, nothing gets through, and the device may be given up"
+EACH = "; by default it happens to each until the fault ends: nothing gets through, and a device may be given up (times=1: to one)"
 """Of what is mended by doing it again, which is in vain if every try goes wrong (``probability=0.1``, ``times=1`` say less)."""
 
 
@@ -267,6 +267,11 @@ class Fault:
     def at_once(self) -> bool:
         """It happens as it is added, and never again."""
         return self.kind.once or self.settings.get("point") == ""
+
+    @property
+    def endless(self) -> bool:
+        """Whether it goes on, and happens to each, until somebody removes it: it neither ends by itself nor happens now and then."""
+        return not (self.at_once or self.lasts_s) and self.controls == Controls()
 
     @cached_property
     def effects(self) -> Sequence[Effect]:

@@ -39,7 +39,7 @@ KINDS = (
         "invalidate.lost",
         "notifier",
         "an invalidation is lost on its way",
-        "it is repeated; " + SAME + "; if each is lost, as by default: as if the device never said that it has let go",
+        "it is repeated; " + SAME + "; if each is, as by default until the fault ends: as if the device never said that it has let go",
         _message("loss", "Invalidate", to_device=True),
     ),
     Kind(

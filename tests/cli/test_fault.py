@@ -113,6 +113,14 @@ def test_kinds_say_which_can_be_narrowed(capsys: pytest.CaptureFixture[str]) -> 
     assert '    on, process, range    none: "host.alloc.frame" does not tell it' in told(["kinds", "alloc.host"], capsys)
 
 
+@pytest.mark.parametrize("kind", ["loss", "corrupt", "ack.lost", "replay.lost", "copy.lost", "copy.corrupt"])
+def test_kinds_say_what_happens_without_end(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is mended by doing it again is in vain while each goes wrong, and how one says less."""
+    text = " ".join(told(["kinds", kind], capsys).split())
+    assert "by default it happens to each until the fault ends: nothing gets through" in text
+    assert "(times=1: to one)" in text
+
+
 def test_a_kind_that_there_is_not(capsys: pytest.CaptureFixture[str]) -> None:
     """Every wrong word, with what was meant; nothing is listed."""
     assert exit_code(["fault", "kinds", "crsh", "loss", "copyengine"]) == 2

@@ -200,6 +200,28 @@ def test_for_how_long_a_device_stays_away() -> None:
     assert toxics.waits(later, slow) == f" (begins in 50 s {clock}; it starts again at once)"
 
 
+@pytest.mark.parametrize(
+    ("made", "says"),
+    [
+        ({"kind": "ack.lost"}, "to each, until `hmmnet fault rm 3`: nothing gets through"),
+        ({"kind": "replay.lost", "on": "gpu0"}, "to each, until `hmmnet fault rm 3`: nothing gets through"),
+        ({"kind": "loss", "on": "gpu0<->host"}, "to each, until `hmmnet fault rm 3`: nothing gets through"),
+        ({"kind": "link.latency", "on": "gpu0<->host", "latency": "5ms"}, "to each, until `hmmnet fault rm 3`"),
+        ({"kind": "clock.skew"}, "until `hmmnet fault rm 3`"),
+        ({"kind": "partition", "on": "gpu0<->host"}, "until `hmmnet fault repair 'gpu0<->host'`"),
+        ({"kind": "hang", "on": "gpu0"}, "until `hmmnet fault release gpu0`"),
+        ({"kind": "ack.lost", "times": "1"}, ""),
+        ({"kind": "loss", "probability": "0.1"}, ""),
+        ({"kind": "loss", "lasts": "1 s"}, ""),
+        ({"kind": "crash"}, ""),
+        ({"kind": "process.exit"}, ""),
+    ],
+)
+def test_what_ends_a_fault_that_does_not_end_by_itself(made: dict[str, Any], says: str) -> None:
+    """As it is added: what is to be done, and whether the machine stands still until then."""
+    assert toxics.until(made, 3) == (f" ({says})" if says else "")
+
+
 def test_a_direction_is_repaired_by_itself() -> None:
     """What is cut from the device to the host is not mended by the other way; both ways, or the device, are either."""
     cut = [{"number": 4, "fault": {"kind": "partition", "on": "gpu1->host"}}]

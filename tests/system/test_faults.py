@@ -51,7 +51,7 @@ async def test_points_of_both_sides_and_the_command_line() -> None:
 
         usual = await total()
         assert await command("fault", "add", "point.fail", "gpu0", "point=device.job_start", "-m", machine.name) == (
-            "fault 1: point.fail gpu0 point=device.job_start\n"
+            "fault 1: point.fail gpu0 point=device.job_start (to each, until `hmmnet fault rm 1`)\n"
         )
         with pytest.raises(KernelError, match="ENOMEM"):
             await total()
@@ -238,7 +238,7 @@ async def test_toxics_and_verbs_on_a_running_machine() -> None:
             return time.monotonic() - began_s
 
         delayed = await said("add", "gpu0<->host", "latency=150ms", "jitter=1ms")
-        assert delayed == "fault 1: link.latency gpu0<->host latency=150ms jitter=1ms\n"
+        assert delayed == "fault 1: link.latency gpu0<->host latency=150ms jitter=1ms (to each, until `hmmnet fault rm 1`)\n"
         assert await there_and_back_s() > 0.29
         assert await said("rm", "1") == "fault 1 has ended\n"
         assert await said("add", "gpu0<->host", "loss=5%", "duplicate=20%") == (
@@ -257,7 +257,7 @@ async def test_toxics_and_verbs_on_a_running_machine() -> None:
         assert "end its process instead" in await said("crash", "host")
         stat = Path(f"/proc/{machine.devices[0].pid}/stat")
         held = await said("hold", "gpu0")
-        assert held.endswith("hang gpu0\n")
+        assert held.endswith("hang gpu0 (until `hmmnet fault release gpu0`)\n")
         with trio.fail_after(BOUND_S):
             while not stopped(stat):  # it gets its signal when it is scheduled
                 await trio.sleep(0.01)
