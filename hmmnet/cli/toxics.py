@@ -18,7 +18,7 @@ from typing import Any
 
 from hmmnet.errors import HmmnetError, WrongUse
 from hmmnet.faults.catalogue import CONTROLS, TARGETS
-from hmmnet.faults.messages import Way, is_way
+from hmmnet.faults.messages import HOST, Way, is_way
 from hmmnet.topology.problems import did_you_mean
 from hmmnet.units import show_time
 
@@ -158,6 +158,8 @@ def is_target(word: str, rest: Sequence[str]) -> bool:
 
 def way_of(target: str, *, oneway: bool = False) -> Way:
     """The way that a target means; `oneway`: from the device to the host, where it does not say. Raises HmmnetError."""
+    if target == HOST:
+        raise WrongUse(f"the host is one end of every way; name the device at the other: DEVICE<->{HOST}, where * is each")
     way = Way.parse(target if is_way(target) else f"{target}{'->' if oneway else '<->'}host")
     if oneway and way.to_device and way.to_host:
         raise WrongUse(f'"{target}" is both ways; with --oneway write {way.device}->host or host->{way.device}')

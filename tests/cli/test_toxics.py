@@ -152,6 +152,15 @@ def test_each_of_the_links_between_two_devices() -> None:
         toxics.cut("gpu0->gpu1", two, oneway=True)
 
 
+def test_the_host_alone_is_no_target() -> None:
+    """Of every verb and toxic: which device is at the other end is to be said."""
+    for verb in (toxics.cut, toxics.held):
+        with pytest.raises(HmmnetError, match=r"name the device at the other: DEVICE<->host"):
+            verb("host", SIGHTS, oneway=False)
+    with pytest.raises(HmmnetError, match=r"name the device at the other: DEVICE<->host"):
+        toxics.faults_for("host", ["latency=5ms"], SIGHTS)
+
+
 @pytest.mark.parametrize("target", ["pcie0", "pcie0<->host"])
 def test_a_link_cannot_be_held(target: str) -> None:
     """It is said what it is, and what takes links; a word is never what was meant by itself."""
