@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
 from fnmatch import fnmatchcase
@@ -36,6 +35,7 @@ from hmmnet.wire.memory_transport import MemoryTransport
 
 from . import crash
 from .clock import JumpClock, VirtualClock, telling
+from .leaving import closed, left_by
 from .node import Node, NodeTransport
 from .suffering import Suffering
 from .trace import Trace
@@ -45,8 +45,6 @@ SECRET = bytes(32)
 POINTS_SEED = 0x506F696E74
 """Chance at points is drawn apart from that of messages: one more fault there changes nothing here."""
 HOST_CRASHED = "the host has crashed (fault host.crash), and with it every process and page of this machine"
-ENDS = (trio.Cancelled, KeyboardInterrupt, GeneratorExit)
-"""What ends a program of which nothing is wrong."""
 PID = 1
 """The pid that devices give: none of them is a process."""
 
@@ -529,7 +527,7 @@ async def simulated(
     injector = Injector(Random(seed ^ POINTS_SEED), sleep=clock.sleep)  # noqa: S311 - chance, not secrecy
     host: Host = _host()(machine, wires, Path(), SECRET, clock, name, scheme="mem", incarnation=1, injector=injector)
     with only_error(), ExitStack() as saying:
-        saying.callback(_closed)
+        saying.callback(closed)
         async with trio.open_nursery() as nursery:
             async with host.running():
                 network = Network(Random(seed), None if trace is None else trace.add)  # noqa: S311 - chance, not secrecy
@@ -545,7 +543,7 @@ async def simulated(
                 try:
                     yield world
                 except BaseException as error:
-                    _left_by(error)
+                    left_by(error)
                     raise
                 finally:
                     world.carrier.heal()
@@ -559,27 +557,6 @@ def _of_host(effect: Effect) -> bool:
     if isinstance(effect, PointFault):
         return all(point.side == "host" for point in matching(effect.point))
     return isinstance(effect, HostEffect | LinkEffect) or (isinstance(effect, NodeEffect) and effect.node == HOST)
-
-
-def _left_by(error: BaseException) -> None:
-    """The program leaves its machine with that. What only ends it hides nothing: a machine inside may have been left by an error."""
-    clock, own = trio.lowlevel.current_clock(), _own(error)
-    if isinstance(clock, JumpClock) and own is not None:
-        clock.left_by = own
-
-
-def _own(error: BaseException) -> BaseException | None:
-    """What is wrong with a program, a verdict of pytest too (no Exception); None of those that only end it."""
-    if isinstance(error, BaseExceptionGroup):
-        return error.split(ENDS)[1]
-    return None if isinstance(error, ENDS) else error
-
-
-def _closed() -> None:
-    """The machine has; unless that is being cancelled, what the program left it by is no longer of interest."""
-    clock = trio.lowlevel.current_clock()
-    if isinstance(clock, JumpClock) and trio.current_effective_deadline() > -math.inf:
-        clock.left_by = None
 
 
 def _nothing() -> None:
