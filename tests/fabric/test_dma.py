@@ -56,7 +56,7 @@ def pattern(nbytes: int, seed: int = 1) -> np.ndarray[tuple[int], np.dtype[np.ui
 
 
 @pytest.mark.parametrize("nbytes", [1, 4096, MIB, MIB + 1, 40 * MIB])
-async def test_every_byte_arrives(nbytes: int) -> None:
+async def test_every_byte_arrives(nbytes: int, autojump_clock: trio.testing.MockClock) -> None:
     """One byte, one page, one chunk, a bit more, and several windows."""
     data, landing = pattern(nbytes), np.zeros(nbytes, dtype=np.uint8)
     async with ends(*memory_pair()) as (sender, receiver):
@@ -83,7 +83,7 @@ async def test_a_bad_channel_changes_nothing(seed: int, autojump_clock: trio.tes
     assert np.array_equal(data, landing)
 
 
-async def test_damage_is_caught_where_it_happens() -> None:
+async def test_damage_is_caught_where_it_happens(autojump_clock: trio.testing.MockClock) -> None:
     """A chunk whose checksum does not fit is asked for again; nothing else is."""
     near, far = faulty_pair(3, damage=0.5)
     data, landing = pattern(8 * MIB), np.zeros(8 * MIB, dtype=np.uint8)

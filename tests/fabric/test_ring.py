@@ -183,7 +183,7 @@ async def test_a_bad_channel_changes_nothing(seed: int, rings: tuple[Rings, Ring
     assert np.array_equal(data, landing)
 
 
-async def test_a_peer_that_scribbles_is_caught(rings: tuple[Rings, Rings]) -> None:
+async def test_a_peer_that_scribbles_is_caught(rings: tuple[Rings, Rings], autojump_clock: trio.testing.MockClock) -> None:
     """Bytes of a slot that were changed behind the checksum's back are refused and sent again, from the source."""
     host, device = rings
     scribbled: list[int] = []
