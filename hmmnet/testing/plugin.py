@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import os
 import shlex
-from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Generator, Iterator, Sequence
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -39,9 +39,13 @@ SEED = "hmmnet_seed"
 AWAITED, SIMULATED_AWAITED = "_hmmnet_machine_awaited", "_hmmnet_simulated_awaited"
 BLOCKING, SIMULATED_BLOCKING = "_hmmnet_machine_blocking", "_hmmnet_simulated_blocking"
 
+MACHINES = ("simulated_machine", "simulate", "machine")
+"""Fixtures that give a test what markers tell of."""
 STORY = "_hmmnet_story"
 
 _case_key = pytest.StashKey["Case"]()
+_asked_key = pytest.StashKey[set[str]]()
+"""Which of our fixtures a test has asked for, by name or by its request."""
 
 # A check that fails shows what it compared, as a test of the user's own does.
 pytest.register_assert_rewrite("hmmnet.testing.device_contract", "hmmnet.testing.job_checks", "hmmnet.testing.policy_contract")
@@ -122,22 +126,29 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     seeds, mistake = _checked_seeds(item)
     if mistake:
         pytest.fail(f"{item.nodeid}: {mistake}", pytrace=False)
+    if SEED not in metafunc.fixturenames and any(mark.name == "seeds" for mark in item.own_markers):
+        pytest.fail(
+            f"{item.nodeid}: seeds(...) on a test without a seed: ask for simulated_machine, simulate, machine or {SEED}", pytrace=False
+        )
+    idle = "" if "request" in metafunc.fixturenames else _idle_marker(item, metafunc.fixturenames)  # by which it may get a machine
+    if idle:
+        pytest.fail(f"{item.nodeid}: {idle}", pytrace=False)
     if SEED not in metafunc.fixturenames:
-        own = {mark.name for mark in item.own_markers}
-        if "seeds" in own:
-            pytest.fail(
-                f"{item.nodeid}: seeds(...) on a test without a seed: ask for simulated_machine, simulate, machine or {SEED}", pytrace=False
-            )
-        if "faults" in own and "request" not in metafunc.fixturenames:  # by which it may get one
-            pytest.fail(
-                f"{item.nodeid}: faults(...) on a test without a machine: ask for simulated_machine, simulate or machine", pytrace=False
-            )
         return
     if not seeds:
         return
     forced, count = metafunc.config.getoption("hmmnet_seed"), metafunc.config.getoption("hmmnet_seeds")
     chosen = [forced] if forced is not None else list(range(count)) if count else seeds
     metafunc.parametrize(SEED, chosen, indirect=True, ids=[f"seed{seed}" for seed in chosen])
+
+
+def _idle_marker(item: pytest.Item, given: Collection[str]) -> str:
+    """What to say of a marker of the test's own that none of the fixtures it is `given` has a use for; nothing if there is none."""
+    for name in ("topology", "faults", "strict_migrations"):
+        users = MACHINES if name != "strict_migrations" else (*MACHINES, "migrations")
+        if any(mark.name == name for mark in item.own_markers) and not any(user in given for user in users):
+            return f"{name}(...) on a test without a machine: ask for {', '.join(users[:-1])} or {users[-1]}"
+    return ""
 
 
 def _checked_seeds(item: pytest.Item) -> tuple[Sequence[int], str]:
@@ -171,8 +182,9 @@ def _seed_of(item: pytest.Item) -> int:
     return int(item.config.getoption("hmmnet_seed") or 0)
 
 
-def _case(item: pytest.Item) -> Case:
-    """What this test asks of its machine."""
+def _case(item: pytest.Item, fixture: str = "") -> Case:
+    """What this test asks of its machine; now for the fixture called so."""
+    item.stash.setdefault(_asked_key, set()).add(fixture)
     if _case_key not in item.stash:
         try:
             item.stash[_case_key] = _new_case(item)
@@ -232,7 +244,7 @@ def _run_by_pytest_trio(item: pytest.Item) -> bool:
 
 def _machine(request: pytest.FixtureRequest, fixture: str) -> Any:
     """The machine of the fixture called `fixture`, as this test wants it."""
-    case = _case(request.node)
+    case = _case(request.node, fixture)
     if case.machine not in ("", fixture):
         pytest.fail(f"a test has one machine: {case.machine} or {fixture}, not both", pytrace=False)
     case.machine = fixture
@@ -301,6 +313,10 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
     finally:
         if waiting:
             item.obj = original  # type: ignore[attr-defined]
+    asked: set[str] = item.stash.get(_asked_key, set())
+    idle = _idle_marker(item, asked)
+    if idle:
+        pytest.fail(idle, pytrace=False)
     case = item.stash.get(_case_key, None)
     complaint = case.migrations.complaint() if case is not None else ""
     if case is not None and complaint:
@@ -465,13 +481,13 @@ def simulate(request: pytest.FixtureRequest, hmmnet_seed: int) -> Simulate:  # n
     """Call it with an asynchronous function: ``simulate(main)`` runs main(machine) as `hmmnet.simulate`, with the test's markers."""
     from .worlds import Simulate
 
-    return Simulate(_case(request.node))
+    return Simulate(_case(request.node, "simulate"))
 
 
 @pytest.fixture
 def migrations(request: pytest.FixtureRequest, hmmnet_seed: int) -> Migrations:  # noqa: ARG001 - see machine
     """What moves in this test, and what may: `hmmnet.testing.Migrations`."""
-    return _case(request.node).migrations
+    return _case(request.node, "migrations").migrations
 
 
 @pytest.fixture(name=STORY)

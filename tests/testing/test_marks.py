@@ -138,8 +138,9 @@ def test_mistakes_are_one_line_each(pytester: pytest.Pytester) -> None:
         "useless": "seeds(20)",
         "harmless": "faults(loss=0.5)",
         "strict": "strict_migrations(3)",
+        "misspelt": 'topology("nvlink-8")',
     }.items():
-        arguments = "" if name in {"useless", "harmless"} else "simulated_machine"
+        arguments = "" if name in {"useless", "harmless", "misspelt"} else "simulated_machine"
         write(pytester, f"import pytest\n\n@pytest.mark.{marker}\ndef test_it({arguments}):\n    pass\n", f"test_{name}.py")
     parameter = """
     import pytest
@@ -150,7 +151,7 @@ def test_mistakes_are_one_line_each(pytester: pytest.Pytester) -> None:
     """
     write(pytester, parameter, "test_parameter.py")
     result = run(pytester, "--continue-on-collection-errors")
-    result.assert_outcomes(errors=7)
+    result.assert_outcomes(errors=8)
     lines = [line for line in result.outlines if line.startswith(("test_", "topology("))]
     wanted = [
         "test_faults.py::test_it: faults(loss=7): fault 1: probability: 7.0 is not between 0 and 1",
@@ -158,6 +159,7 @@ def test_mistakes_are_one_line_each(pytester: pytest.Pytester) -> None:
         "test_strict.py::test_it: strict_migrations(3): True or False is wanted, or nothing",
         "test_topology.py::test_it: topology('nvlnk-8'): *did you mean \"nvlink-8\"?*",
         "test_harmless.py::test_it: faults(...) on a test without a machine: ask for *",
+        "test_misspelt.py::test_it: topology(...) on a test without a machine: ask for *",
         "test_useless.py::test_it: seeds(...) on a test without a seed: ask for *",
         "topology('nvlnk-8'): *did you mean*",
     ]
@@ -184,6 +186,53 @@ def test_a_machine_may_be_asked_for_by_request(pytester: pytest.Pytester) -> Non
         """,
     )
     run(pytester).assert_outcomes(passed=1)
+
+
+def test_a_request_that_asks_for_no_machine(pytester: pytest.Pytester) -> None:
+    """Whether it does is known when the test is over: a marker that has told nobody anything fails it, unless it has failed by itself."""
+    write(
+        pytester,
+        """
+        import pytest
+
+        @pytest.fixture(autouse=True)
+        def everywhere(request):
+            if "late" in request.node.name:
+                request.getfixturevalue("simulate")
+
+        @pytest.mark.topology("nvlink-8")
+        def test_late():
+            pass
+
+        @pytest.mark.strict_migrations
+        def test_migrations(migrations):
+            pass
+
+        @pytest.mark.topology("nvlink-8")
+        def test_topology():
+            pass
+
+        @pytest.mark.faults(loss=0.5)
+        def test_faults(migrations):
+            pass
+
+        @pytest.mark.strict_migrations
+        def test_strict(hmmnet_seed):
+            pass
+
+        @pytest.mark.topology("nvlink-8")
+        def test_wrong():
+            assert False, "by itself"
+
+        @pytest.mark.topology("nvlink-8")
+        def test_skipped():
+            pytest.skip("today")
+        """,
+    )
+    result = run(pytester)
+    result.assert_outcomes(passed=2, failed=4, skipped=1)
+    wanted = [f"{name}(...) on a test without a machine: ask for *" for name in ("topology", "faults", "strict_migrations")]
+    result.stdout.fnmatch_lines_random([*wanted, "*AssertionError: by itself"])
 
 
 def test_default_machine(pytester: pytest.Pytester) -> None:
