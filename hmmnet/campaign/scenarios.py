@@ -391,5 +391,7 @@ def scenario(name: str) -> list[Program]:
     if name not in SCENARIOS:
         guess = closest(name, SCENARIOS)
         hint = f'; did you mean "{guess}"? There' if guess else "; there"
-        raise WrongUse(f'there is no scenario "{name}"{hint} are {", ".join(SCENARIOS)}, and all')
+        raise WrongUse(
+            f'there is no scenario "{name}", nor such a file{hint} are {", ".join(SCENARIOS)}, and all; "hmmnet shrink" writes files'
+        )
     return [SCENARIOS[name]]

@@ -23,7 +23,10 @@ LONG_S = 60.0
 
 
 def sweep(
-    scenario: Annotated[str, typer.Argument(autocompletion=scenarios, help="A scenario (see --list), or all.")] = "all",
+    scenario: Annotated[
+        str,
+        typer.Argument(metavar="SCENARIO|FILE", autocompletion=scenarios, help="A scenario (see --list), all, or a file of hmmnet shrink."),
+    ] = "all",
     only: Annotated[str, typer.Option(help="Only places whose name begins so.", show_default=False)] = "",
     fault: Annotated[str, typer.Option(help="Only this fault, such as crash or loss.", show_default=False)] = "",
     nth: Annotated[int, typer.Option(min=1, help="At most so many hits of each pair in each scenario.")] = 500,
@@ -46,7 +49,6 @@ def sweep(
     found so far. Exit code 1 when something is wrong, 2 for what there is not.
     """
     from hmmnet.campaign.scenarios import SCENARIOS
-    from hmmnet.campaign.scenarios import scenario as named
     from hmmnet.campaign.sweep import sweep as run
 
     if listed:
@@ -55,8 +57,8 @@ def sweep(
         writable(output)
     if pieces:
         return _merged(pieces, output, as_json=as_json)
-    scenarios = named(scenario)
     chosen = _chosen(only, fault)
+    scenarios = _meant(scenario)
     _announce(scenarios, chosen, nth, jobs, first=first)
     screen = _Screen()
     table: dict[Pair, Cell] = {}
@@ -104,6 +106,26 @@ def _list(scenarios: dict[str, str], *, as_json: bool) -> int:
         for name, what in scenarios.items():
             print(f"{name:<12}{what}")
     return 0
+
+
+def _meant(what: str) -> list[Program]:
+    """The scenarios of that name, or the program in a file, as a scenario of the file's name. Raises WrongUse."""
+    from msgspec.structs import replace
+
+    from hmmnet.campaign.program import read
+    from hmmnet.campaign.scenarios import SCENARIOS, scenario
+    from hmmnet.campaign.trial import run_program
+    from hmmnet.errors import WrongUse
+    from hmmnet.topology.files import exists
+
+    file = Path(what)
+    if what in ("all", *SCENARIOS) or not exists(file):
+        return scenario(what)
+    program = replace(read(file), mix=file.stem)
+    for found in run_program(program).violations[:1]:
+        mend = f'"hmmnet replay {what}" tells of it; a sweep wants a program in which all is well'
+        raise WrongUse(f"{what}: without a fault of the sweep: {found.checker}: {found.what}; {mend}")
+    return [program]
 
 
 def _chosen(only: str, fault: str) -> list[Pair]:
@@ -164,7 +186,7 @@ def _piece(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise WrongUse(f"--merge: {file}: cannot be read: {error.strerror or error}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WrongUse(f"--merge: {file}: not what hmmnet sweep SCENARIO --json writes: {error}") from None
+        raise WrongUse(f"--merge: {file}: not what hmmnet sweep --json writes: {error}") from None
     return piece
 
 

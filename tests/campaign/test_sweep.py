@@ -11,11 +11,12 @@ import msgspec
 import pytest
 
 from hmmnet.campaign.coverage import FILE, as_json, as_markdown, document, from_json, lacking, read
+from hmmnet.campaign.crew import Violation
 from hmmnet.campaign.nemesis import GIVES_UP
 from hmmnet.campaign.places import NOT_APPLICABLE, Pair, pairs, reason
 from hmmnet.campaign.program import Hit
 from hmmnet.campaign.scenarios import SCENARIOS, scenario
-from hmmnet.campaign.sweep import NTH_MAX, OUTCOMES, alone, expected, sweep, try_all, try_pair
+from hmmnet.campaign.sweep import NTH_MAX, OUTCOMES, Hits, alone, expected, sweep, try_all, try_pair
 from hmmnet.campaign.trial import run_program
 from hmmnet.campaign.words import CONTROL, FREEZE, UNREADABLE, places
 from hmmnet.cli import exit_code
@@ -195,6 +196,60 @@ def test_pieces_make_one_table(tmp_path: Path) -> None:
     assert exit_code(["sweep", *(word for file in files for word in ("--merge", str(file))), "-o", str(output)]) == 0
     assert read(output.read_text())["Migrate", "loss"] == {"same": 2}
     assert exit_code(["sweep", "--merge", str(output)]) == 2
+
+
+def test_a_program_in_a_file_is_swept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a scenario of the file's name: the same table as the built-in one that it was made of, and with nothing of it changed."""
+    file = tmp_path / "mine.json"
+    file.write_text(SCENARIOS["small"].text())
+    options = ("--only", "migrate.before_finalize", "--nth", "2", "--json")
+    assert exit_code(["sweep", str(file), *options]) == 0
+    of_file = capsys.readouterr().out
+    assert exit_code(["sweep", "small", *options]) == 0
+    assert of_file == capsys.readouterr().out
+    assert json.loads(of_file)["hit"] == 5
+
+
+def test_what_a_sweep_finds_has_the_name_of_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In --json, and where it is told as it is found."""
+    file = tmp_path / "mine.json"
+    file.write_text(SCENARIOS["small"].text())
+    monkeypatch.setattr("hmmnet.campaign.sweep.can_fork", lambda machine: False)
+    monkeypatch.setattr(
+        "hmmnet.campaign.sweep.try_pair", lambda pair, base, nth: Hits(nth == 1, "wrong" if nth == 1 else "same", "model: x")
+    )
+    assert exit_code(["sweep", str(file), "--only", "migrate.before_finalize", "--fault", "delay", "--json"]) == 1
+    told = capsys.readouterr()
+    assert json.loads(told.out)["cells"][0]["wrong"] == ["mine nth=1: model: x"]
+    assert "migrate.before_finalize delay, mine, nth=1: model: x\n" in told.err
+
+
+def test_a_file_that_cannot_be_swept(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line with the place and the mend, and exit code 2: no program, one that goes wrong by itself, and a name of nothing."""
+
+    def told(what: Path) -> str:
+        assert exit_code(["sweep", str(what)]) == 2
+        out, err = capsys.readouterr()
+        assert (out, err.count("\n")) == ("", 1)
+        assert err.startswith("hmmnet sweep: ")
+        return err.removeprefix("hmmnet sweep: ").rstrip("\n")
+
+    file = tmp_path / "mine.json"
+    assert told(file).startswith(f'there is no scenario "{file}", nor such a file; there are tour, ')
+    assert told(file).endswith('and all; "hmmnet shrink" writes files')
+    file.write_text("{}")
+    assert (
+        told(file) == f"{file}: no program of a campaign: Object missing required field `seed`; hmmnet shrink writes the files wanted here"
+    )
+    assert told(tmp_path) == f"{tmp_path}: cannot be read: Is a directory"
+    file.write_text(SCENARIOS["small"].text())
+    verdict = run_program(SCENARIOS["small"])
+    verdict.outcome.violations.append(Violation("model", "a lie", 3))
+    monkeypatch.setattr("hmmnet.campaign.trial.run_program", lambda program: verdict)
+    mend = f'"hmmnet replay {file}" tells of it; a sweep wants a program in which all is well'
+    assert told(file) == f"{file}: without a fault of the sweep: model: a lie; {mend}"
 
 
 def test_unknown_scenario() -> None:

@@ -68,7 +68,7 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
         (["campaign", "--seeds", "3:1"], "names no seeds"),
         (["campaign", "--faults", "los"], 'did you mean "loss"? There are all, none'),
         (["replay", "nowhere.json"], "is no seed, and there is no such file"),
-        (["sweep", "tuor"], 'did you mean "tour"? There are tour'),
+        (["sweep", "tuor"], 'nor such a file; did you mean "tour"? There are tour'),
         (["sweep", "--fault", "crsh"], 'no fault of a sweep is called "crsh"; did you mean "crash"?'),
         (["sweep", "--only", "migrat.mid_copy"], 'begins with "migrat.mid_copy"; did you mean "migrate.mid_copy"?'),
         (["sweep", "--only", "migrate.mid_copy", "--fault", "loss"], '"loss" cannot happen; what can is delay'),
