@@ -41,6 +41,8 @@ BLOCKING, SIMULATED_BLOCKING = "_hmmnet_machine_blocking", "_hmmnet_simulated_bl
 
 MACHINES = ("simulated_machine", "simulate", "machine")
 """Fixtures that give a test what markers tell of."""
+CONTRACTS = frozenset({"hmmnet.testing.device_contract", "hmmnet.testing.policy_contract"})
+"""Modules of tests to inherit."""
 STORY = "_hmmnet_story"
 
 _case_key = pytest.StashKey["Case"]()
@@ -131,6 +133,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             f"{item.nodeid}: seeds(...) on a test without a seed: ask for simulated_machine, simulate, machine or {SEED}", pytrace=False
         )
     idle = "" if "request" in metafunc.fixturenames else _idle_marker(item, metafunc.fixturenames)  # by which it may get a machine
+    idle = idle or _idle_on_contract(item)
     if idle:
         pytest.fail(f"{item.nodeid}: {idle}", pytrace=False)
     if SEED not in metafunc.fixturenames:
@@ -148,6 +151,22 @@ def _idle_marker(item: pytest.Item, given: Collection[str]) -> str:
         users = MACHINES if name != "strict_migrations" else (*MACHINES, "migrations")
         if any(mark.name == name for mark in item.own_markers) and not any(user in given for user in users):
             return f"{name}(...) on a test without a machine: ask for {', '.join(users[:-1])} or {users[-1]}"
+    return ""
+
+
+def _idle_on_contract(item: pytest.Function) -> str:
+    """What to say of a marker of the class of a contract's test, where all tests of the class are the contract's; nothing if there is none.
+
+    A contract plays its checks on machines of its own.
+    """
+    owner = item.getparent(pytest.Class)
+    if owner is None or item.function.__module__ not in CONTRACTS:
+        return ""
+    if any(name.startswith("test") and getattr(thing, "__module__", "") not in CONTRACTS for name, thing in inspect.getmembers(item.cls)):
+        return ""  # a test of the user's own may be what it is for
+    for mark in owner.own_markers:
+        if mark.name in ("topology", "faults", "strict_migrations"):
+            return f"{mark.name}(...) on a contract, which has machines of its own: leave it out; seeds(...) is what a contract takes"
     return ""
 
 
@@ -372,9 +391,7 @@ def _tell(report: pytest.TestReport, case: Case, most: int) -> None:
 
 WITHIN = frozenset({"hmmnet", "trio", "outcome", "contextlib", "_pytest", "pluggy"})
 """Packages whose lines say nothing of what a test did wrong."""
-CHECKS = frozenset(
-    f"hmmnet.testing.{module}" for module in ("outcomes", "policy_contract", "device_contract", "job_checks", "scripted_host", "compared")
-)
+CHECKS = CONTRACTS | {f"hmmnet.testing.{module}" for module in ("outcomes", "job_checks", "scripted_host", "compared")}
 """Modules whose AssertionErrors are about who uses them."""
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Awaitable, Coroutine
 from errno import EINVAL
-from itertools import count
+from itertools import count, product
 from random import Random
 from typing import Any
 
@@ -406,6 +407,55 @@ SUITE = """
     class TestRash(PolicyContract):
         policy = Rash
     """
+
+
+IDLE = """
+    @pytest.mark.{marker}
+    class Base{number}:
+        pass
+
+    class Test{number}(Base{number}, {contract}):
+        model = "gpu"
+        policy = "demand"
+    """
+
+
+def test_a_marker_that_a_contract_has_no_use_for(pytester: pytest.Pytester) -> None:
+    """Is said as the tests are collected, also of a base class: the checks would pass on another machine than it names."""
+    markers = ['topology("nvlink-8")', "faults(loss=0.5)", "strict_migrations"]
+    cases = list(enumerate(product(markers, ["DeviceContract", "PolicyContract"])))
+    classes = [textwrap.dedent(IDLE).format(number=number, marker=marker, contract=contract) for number, (marker, contract) in cases]
+    write(pytester, "\n".join(["import pytest", "from hmmnet.testing import DeviceContract, PolicyContract", *classes]))
+    result = run(pytester)
+    result.assert_outcomes(errors=len(cases))
+    for number, (marker, _) in cases:
+        name = marker.partition("(")[0]
+        says = f"{name}(...) on a contract, which has machines of its own: leave it out; seeds(...) is what a contract takes"
+        result.stdout.fnmatch_lines_random([f"test_mine.py::Test{number}::test_*: {says}"])
+
+
+def test_a_marker_beside_a_contract(pytester: pytest.Pytester) -> None:
+    """Of a module, or of a class that has tests of its own, too: it is for those."""
+    write(
+        pytester,
+        """
+        import pytest
+        from hmmnet.testing import PolicyContract
+
+        pytestmark = pytest.mark.strict_migrations
+
+        @pytest.mark.topology("nvlink-8")
+        class TestMine(PolicyContract):
+            policy = "demand"
+
+            def test_eight(self, simulated_machine):
+                assert len(simulated_machine.device_names) == 8
+
+        class TestOther(PolicyContract):
+            policy = "remote"
+        """,
+    )
+    run(pytester, "-k", "eight or at_once").assert_outcomes(passed=3)
 
 
 FAILING = """
