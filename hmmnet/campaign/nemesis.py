@@ -20,7 +20,7 @@ from hmmnet.faults.injector import HOST, Fired, PointFault
 from hmmnet.faults.kinds import Fault
 from hmmnet.faults.messages import Channel
 from hmmnet.faults.points import HOSTS_OWN, Action
-from hmmnet.faults.targets import wrong_targets
+from hmmnet.faults.targets import target_mistakes
 from hmmnet.sleeping import sleep
 from hmmnet.wire.exchange import LEASE_S
 
@@ -95,19 +95,16 @@ class Nemesis:
         self._add(planned.fault)
 
     def _add(self, text: str) -> None:
-        """What is on something that this machine has not does nothing: a program with parts left out is a program.
-
-        What waits for ever, as drawn (on a device, at a point that tells none), may do so.
-        """
+        """What is on something that this machine has not does nothing: a program with parts left out is a program."""
         for fault in faults_in(text):
-            if wrong_targets(fault, self._machine.topology, "sim"):
+            if target_mistakes(fault, self._machine.topology, "sim"):
                 self._crew.note(f"nothing here is meant by {fault}")
             else:
                 self._add_now(fault)
 
     def _add_now(self, fault: Fault) -> None:
         try:
-            self._machine.carrier.add(fault)
+            self._machine.add_fault(fault)
         except InVain as error:
             self._crew.note(f"{fault} does nothing: {error}")
 

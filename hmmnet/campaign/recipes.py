@@ -13,6 +13,7 @@ from random import Random
 from typing import Any, Literal
 
 from hmmnet.faults import KINDS, fault
+from hmmnet.faults.effects import told_at
 from hmmnet.faults.kinds import Fault
 from hmmnet.faults.points import HOSTS_OWN, POINTS, Point
 from hmmnet.faults.process_events import ADVICE
@@ -51,7 +52,8 @@ class Recipe:
             given["to"] = f"dev{random.randrange(devices)}"
             if given["to"] == given["on"]:
                 given["on"] = "*"
-        return fault(name, **given)
+        made = fault(name, **given)
+        return made if made.on == "*" or not made.not_narrowed_by("device") else fault(name, **given | {"on": "*"})
 
 
 def _target(random: Random, name: str, devices: int) -> str:
@@ -141,12 +143,12 @@ def _deed(most: float, **ranges: tuple[str, ...]) -> Settings:
 
 
 def _change(most: float, **ranges: tuple[str, ...]) -> Settings:
-    """A deed that is done to addresses: at once to some of the victim's."""
+    """A deed that is done to addresses: at once, or at a point that tells none, to some of the victim's."""
     deed = _deed(most, **ranges)
 
     def settings(random: Random) -> dict[str, Any]:
-        made = deed(random)
-        return made if made["point"] else made | {"range": _pages(random, random.choice((1, 1, 2, VICTIM_PAGES)))}
+        made, some_pages = deed(random), _pages(random, random.choice((1, 1, 2, VICTIM_PAGES)))
+        return made if made["point"] and "range" in told_at(made["point"], "call") else made | {"range": some_pages}
 
     return settings
 

@@ -37,10 +37,10 @@ def check_target(fault: Fault, topology: Topology, world: World) -> None:
 
 def target_mistakes(fault: Fault, topology: Topology, world: World) -> list[str]:
     """What is wrong with whom `fault` is on, for who says himself which fault it is."""
-    return wrong_targets(fault, topology, world) or list(_never_met(fault))
+    return _wrong_targets(fault, topology, world) or list(_never_met(fault))
 
 
-def wrong_targets(fault: Fault, topology: Topology, world: World) -> list[str]:
+def _wrong_targets(fault: Fault, topology: Topology, world: World) -> list[str]:
     """What of it nothing of that machine is called, or `world` cannot do there."""
     causes = [cause for effect in fault.effects for cause in (*_unknown(effect, topology), *_out_of_reach(effect, world))]
     return list(dict.fromkeys(causes))

@@ -40,8 +40,9 @@ from hmmnet.campaign.workers import workers
 from hmmnet.cli import exit_code
 from hmmnet.errors import HmmnetError
 from hmmnet.faults import KINDS, Plan, fault
+from hmmnet.faults.effects import told_at
 from hmmnet.faults.kinds import Fault
-from hmmnet.faults.targets import wrong_targets
+from hmmnet.faults.targets import target_mistakes
 from hmmnet.launcher.directory import process_started
 from hmmnet.sim import Trace
 from hmmnet.sim.waits import find_cycle
@@ -101,7 +102,7 @@ def test_every_kind_is_drawn_or_has_its_reason() -> None:
         program = draw(seed)
         faults = all_faults(program)
         seen |= {fault.kind.name for fault in faults}
-        assert not [wrong for fault in faults for wrong in wrong_targets(fault, topology_of(program.machine), "sim")]
+        assert not [wrong for fault in faults for wrong in target_mistakes(fault, topology_of(program.machine), "sim")]
     assert seen == set(RECIPES) - ALONE
 
 
@@ -117,13 +118,15 @@ def test_a_host_that_crashes_is_no_violation(seed: int, mix: str, at: int) -> No
 
 
 @pytest.mark.parametrize("deed", ["mprotect", "mremap", "munmap", "madvise"])
-def test_what_changes_memory_at_once_is_drawn_with_a_range(deed: str) -> None:
-    """Of the victim's own memory, at an operation, and not before there is any; what happens at a point is at the pages concerned there."""
+def test_what_changes_memory_is_drawn_with_a_range(deed: str) -> None:
+    """Of the victim's own memory, and at once not before there is any; at a point that tells its pages it is at those."""
     faults = [fault for seed in range(400) for fault in all_faults(draw(seed, f"process.{deed}"))]
     at_once = [fault for fault in faults if fault.at_once]
     assert at_once
-    assert all(VICTIM_ADDRESS <= one.start < one.end <= VICTIM_ADDRESS + VICTIM_BYTES for one in at_once)
-    assert all(one.settings["point"] and one.end == 0 for one in faults if one not in at_once)
+    told = [one for one in faults if not one.at_once and "range" in told_at(one.settings["point"], "call")]
+    assert told
+    assert all(one.end == 0 for one in told)
+    assert all(VICTIM_ADDRESS <= one.start < one.end <= VICTIM_ADDRESS + VICTIM_BYTES for one in faults if one not in told)
     first = [fault for seed in range(400) for text in draw(seed, f"process.{deed}").faults for fault in Plan.parse(text).faults]
     assert not [fault for fault in first if isinstance(fault, Fault) and fault.at_once]
 

@@ -12,7 +12,7 @@ from hmmnet.errors import HmmnetError, PlanError
 from hmmnet.faults import Controls, MessageFault, Plan, PointFault, Way, fault
 from hmmnet.faults.kinds import World
 from hmmnet.faults.plan import AnyFault
-from hmmnet.faults.targets import check_target, wrong_targets
+from hmmnet.faults.targets import check_target, target_mistakes
 from hmmnet.sim import SimulatedMachine
 from hmmnet.topology.load import load
 
@@ -45,7 +45,7 @@ def test_patterns_and_everybody_are_right(given: dict[str, Any]) -> None:
     """As they are without a target."""
     kind = str(given["kind"])
     more = {name: value for name, value in given.items() if name not in ("kind", "on")}
-    assert wrong_targets(fault(**given), TOPOLOGY, "real") == wrong_targets(fault(kind, **more), TOPOLOGY, "sim") == []
+    assert target_mistakes(fault(**given), TOPOLOGY, "real") == target_mistakes(fault(kind, **more), TOPOLOGY, "sim") == []
 
 
 def test_a_simulated_machine_refuses_what_it_has_not() -> None:
