@@ -25,8 +25,9 @@ from hmmnet.program import Process
 from hmmnet.sim import SimulatedMachine, Trace
 from hmmnet.wire.crashes import listening
 
+from .counter import Counter
 from .excuses import AFTERMATH_S, Excuses, Harm, named_in
-from .history import Clock, Counter, Words
+from .history import Clock, Words
 from .program import Program
 from .regions import READ, WORD_BYTES, WORDS_PER_PAGE, WRITE, Look, Region
 from .words import VICTIM_PID_FIRST
@@ -152,7 +153,7 @@ class Crew:
         self.counters: Region | None = None
         self.adds = [Counter(self.clock) for _ in range(COUNTERS)]
         self.adds_sure = True
-        """No addition failed and no page of counters was lost: then they can be judged."""
+        """No page of counters was given up: then they can be judged."""
         self.harms = 0
         """Harms under way."""
         self.excuses = Excuses(range(VICTIM_PID_FIRST, VICTIM_PID_FIRST + program.victims))
@@ -499,10 +500,7 @@ class Crew:
         try:
             old = await work(self.counters.base + which * WORD_BYTES)
         except BaseException as error:
-            if refused(error):
-                counter.add_refused()
-            else:
-                self.adds_sure = False
+            (counter.add_refused if refused(error) else counter.add_fails)(began)
             raise
         wrong = counter.add_ends(began, old)
         if wrong and self.adds_sure:

@@ -81,7 +81,7 @@ async def last_check(crew: Crew) -> None:
 
 
 async def _counters(crew: Crew) -> None:
-    """Counters have counted, unless an addition failed, or their page was lost."""
+    """Counters have counted what ended, and perhaps what failed, unless their page was lost."""
     assert crew.counters is not None, "a region of counters is mapped first"
     values = np.frombuffer(await crew.process.read(crew.counters.base, COUNTERS * WORD_BYTES), np.uint64)
     for number, (counter, value) in enumerate(zip(crew.adds, values.tolist(), strict=True)):

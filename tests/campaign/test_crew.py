@@ -1,4 +1,4 @@
-"""What actors share: whether the counters can be judged."""
+"""What actors share: what counters may have counted, and what a crash excuses."""
 
 from __future__ import annotations
 
@@ -52,31 +52,31 @@ async def add_and_fail(crew: Crew) -> None:
         await crew.add("2:add", 0, lost)
 
 
-@pytest.mark.parametrize(("why", "sure"), [(PINNED, True), ("read", False)])
-def test_an_addition_that_never_began_leaves_counters_sure(why: str, *, sure: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its page is pinned elsewhere; any other end leaves open what was added."""
+@pytest.mark.parametrize(("why", "most"), [(PINNED, 0), ("read", 1)])
+def test_an_addition_that_never_began_counts_nothing(why: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its page is pinned elsewhere; any other end leaves open whether it was done."""
     job_that_fails(monkeypatch, why)
 
-    async def main(machine: SimulatedMachine) -> bool:
+    async def main(machine: SimulatedMachine) -> list[bool]:
         crew = await crew_of(machine)
         await add_on_a_device(crew)
-        return crew.adds_sure
+        return [crew.adds[0].is_over(value) == "" for value in (most + 1, most)]
 
-    assert simulate(main).value is sure
+    assert simulate(main).value == [False, True]
 
 
-def test_an_addition_that_never_began_makes_no_counter_sure(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What another addition has found out meanwhile holds."""
+def test_an_addition_that_never_began_is_not_the_one_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What another addition has done meanwhile is as open as before."""
     job_that_fails(monkeypatch, PINNED)
 
-    async def main(machine: SimulatedMachine) -> bool:
+    async def main(machine: SimulatedMachine) -> list[bool]:
         crew = await crew_of(machine)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(add_on_a_device, crew)
             nursery.start_soon(add_and_fail, crew)
-        return crew.adds_sure
+        return [crew.adds[0].is_over(value) == "" for value in (2, 1)]
 
-    assert simulate(main).value is False
+    assert simulate(main).value == [False, True]
 
 
 def test_a_late_crash_of_a_device_that_is_gone_is_no_harm() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hmmnet.campaign.history import NEVER, ROWS, Clock, Counter, History, Words
+from hmmnet.campaign.history import NEVER, ROWS, Clock, History, Words
 
 
 def words(*values: int) -> Words:
@@ -251,17 +251,6 @@ def test_it_accuses_exactly_what_no_order_explains() -> None:
             if wrong is not None:
                 break
     assert min(verdicts) > 500
-
-
-def test_counters() -> None:
-    """Additions return each value once, in order; a value that was seen is never gone."""
-    counter = Counter(Clock())
-    assert counter.add_ends(counter.add_begins(), 0) == ""
-    first, second = counter.add_begins(), counter.add_begins()
-    assert counter.add_ends(second, 1) == ""
-    assert "one is lost" in counter.add_ends(first, 1)
-    assert "seen before" in counter.load_ends(counter.clock.tick(), 0)
-    assert "more than" in counter.load_ends(counter.clock.tick(), 99)
 
 
 def test_the_short_ways_judge_as_the_long_way_does() -> None:
