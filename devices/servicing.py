@@ -45,6 +45,7 @@ from hmmnet.pages import (
     runs_of,
     word_of,
 )
+from hmmnet.plugins import absent
 from hmmnet.sleeping import Completion, sleep
 
 from .context import MIGRATE_PAGES_MAX, Context, cut
@@ -173,7 +174,7 @@ class FaultService:
     async def _service(self, batch: Batch) -> dict[int, HmmnetError]:
         policy = self.policy(batch.placement)  # made at the launch of the job, if that was one of the host's
         if policy is None:
-            raise KernelError(EINVAL, "launch", f'no placement is called "{batch.placement}"')
+            raise KernelError(EINVAL, "launch", absent("placement", batch.placement))
         fatal: dict[int, HmmnetError] = {}
         pages, write = self._still_missing(batch.pages, batch.write)
         self.counts.stale += len(batch.pages) - len(pages)

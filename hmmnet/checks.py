@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from .errors import KernelError
 from .pages import ADDRESS_BITS, PAGE_SHIFT, PAGES_MAX
+from .plugins import KERNELS, POLICIES, absent, only_here
 
 Arrayable = bytes | bytearray | memoryview | npt.NDArray[Any]
 """What a program stores."""
@@ -65,6 +66,15 @@ def plain_arguments(kernel: str, arguments: Mapping[str, Any]) -> dict[str, Any]
         except (TypeError, ValueError, OverflowError) as error:
             raise KernelError(errno.EINVAL, "launch", f"argument {name} of {kernel} cannot be sent to a device: {error}") from error
     return plain
+
+
+def not_found(error: KernelError, kernel: str, placement: str) -> KernelError | None:
+    """What a device answered to a launch, with the mend, where it does not know what this process has registered; otherwise None."""
+    for what, group, name in (("kernel", KERNELS, kernel), ("placement", POLICIES, placement)):
+        mend = only_here(group, name) if error.why.startswith(absent(what, name)) else ""
+        if mend and mend not in error.why:  # the host that answers a program may be in its process
+            return KernelError(error.code, error.call, f"{error.why}; {mend}")
+    return None
 
 
 def as_type(call: str, dtype: str) -> np.dtype[Any]:

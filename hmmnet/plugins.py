@@ -69,6 +69,18 @@ def names(group: str, built_in: Mapping[str, str] = _NOTHING) -> list[str]:
     return sorted({*built_in, *registered, *(entry.name for entry in _installed(group, tuple(sys.path)))})
 
 
+def absent(what: str, name: str) -> str:
+    """What is said of a name that `load` does not find, by devices too; `what` is ``kernel`` or ``placement``."""
+    return f'no {what} is called "{name}"'
+
+
+def only_here(group: str, name: str) -> str:
+    """The mend where a device has not found `name`, if it is that of something that this process registered; otherwise nothing."""
+    if (group, name) not in _registered:
+        return ""
+    return f'it is registered in this process, and the device is another one: offer it through the entry point group "{group}"'
+
+
 @cache
 def _installed(group: str, path: tuple[str, ...]) -> tuple[EntryPoint, ...]:  # noqa: ARG001 - `path` is where they are found
     """What the packages of this `sys.path` offer."""

@@ -19,7 +19,18 @@ import numpy as np
 import numpy.typing as npt
 import trio
 
-from hmmnet.checks import Arrayable, as_bytes, as_type, as_value, check_file, check_pages, check_range, check_whole, plain_arguments
+from hmmnet.checks import (
+    Arrayable,
+    as_bytes,
+    as_type,
+    as_value,
+    check_file,
+    check_pages,
+    check_range,
+    check_whole,
+    not_found,
+    plain_arguments,
+)
 from hmmnet.errors import KernelError, PeerGone, PeerLost, RemoteError
 from hmmnet.pages import PAGE_SIZE
 from hmmnet.program import (
@@ -457,7 +468,14 @@ class RemoteProcess:
     async def launch(self, kernel: str, device: str, placement: str = "demand", **arguments: Any) -> JobResult:
         """See `Process.launch`."""
         where: dict[str, Any] = {"kernel": kernel, "device": device, "placement": placement}
-        done = await self._calls.recallable("launch", process=self.pid, arguments=plain_arguments(kernel, arguments), **where)
+        packed = plain_arguments(kernel, arguments)
+        try:
+            done = await self._calls.recallable("launch", process=self.pid, arguments=packed, **where)
+        except KernelError as error:
+            mended = not_found(error, kernel, placement)
+            if mended is None:
+                raise
+            raise mended from None
         return JobResult(done["results"], done["counters"])
 
     async def migrate(self, address: int, length: int, to: str) -> int:

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import trio
 
 from hmmnet import program
-from hmmnet.checks import Arrayable, as_bytes, as_type, as_value, check_pages, check_range, check_whole, plain_arguments
+from hmmnet.checks import Arrayable, as_bytes, as_type, as_value, check_pages, check_range, check_whole, not_found, plain_arguments
 from hmmnet.errors import HmmnetError, KernelError, PeerError, RemoteError
 from hmmnet.observe.counters import GPU_FAULT_GROUP
 from hmmnet.pages import HUGE_PAGES, PAGE_SHIFT, PAGE_SIZE, page_range
@@ -342,6 +342,11 @@ class Process:
         except trio.Cancelled:
             life.link.session.note(EndJob(context.number, job))
             raise
+        except KernelError as error:
+            mended = not_found(error, kernel, placement)
+            if mended is None:
+                raise
+            raise mended from None
         counters = _map_in(done.counters)
         groups = int(counters.get("fault_groups", 0))
         if groups > 0:

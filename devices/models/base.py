@@ -42,6 +42,7 @@ from hmmnet.fabric.dma import BulkReceiver, BulkSender
 from hmmnet.faults.effects import DeviceEffect
 from hmmnet.faults.injector import Injector, Points
 from hmmnet.pages import LARGE, PAGES_MAX, Words, ascending, from_wire, page_by_page, to_wire, word_of
+from hmmnet.plugins import absent
 from hmmnet.sleeping import Completion, sleep
 from hmmnet.units import show_size
 from hmmnet.wire.messages import (
@@ -406,10 +407,10 @@ class Device:
         opened = self.opened_context(message.context, "launch")
         kernel = load_kernel(message.kernel)
         if kernel is None:
-            raise KernelError(ENOENT, "launch", f'no kernel is called "{message.kernel}"; there are {", ".join(kernel_names())}')
+            raise KernelError(ENOENT, "launch", f"{absent('kernel', message.kernel)}; there are {', '.join(kernel_names())}")
         policy = opened.service.policy(message.placement)
         if policy is None:
-            raise KernelError(EINVAL, "launch", f'no placement is called "{message.placement}": there are {", ".join(policy_names())}')
+            raise KernelError(EINVAL, "launch", f"{absent('placement', message.placement)}; there are {', '.join(policy_names())}")
         if policy.page_bytes not in self.spec.page_sizes:
             wants, mapped = show_size(policy.page_bytes), ", ".join(show_size(size) for size in self.spec.page_sizes)
             why = f'placement "{message.placement}" wants pages of {wants}; page_sizes of device "{self.spec.name}" are {mapped}'

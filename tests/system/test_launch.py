@@ -26,12 +26,14 @@ import trio
 
 import hmmnet
 import hmmnet.machine
+from hmmnet.devices.policy.demand import Demand
 from hmmnet.errors import BusError, HmmnetError, KernelError, PeerLost, SegmentationFault
 from hmmnet.faults import fault
 from hmmnet.launcher.crew import Crew
 from hmmnet.launcher.directory import MachineExists, directories
 from hmmnet.lifeline import wait_ended
 from hmmnet.pages import PAGE_SIZE
+from hmmnet.plugins import KERNELS, POLICIES, offered
 from hmmnet.program import Machine, Process
 from hmmnet.topology.model import MemoryNode, Topology
 from hmmnet.wire.exchange import LEASE_S
@@ -319,6 +321,23 @@ async def test_a_killed_device_is_known_at_once() -> None:
         assert await add(process, "gpu1")
         with pytest.raises(KernelError, match=r'ENOENT.*there is no device "gpu7"; there are gpu0, gpu1'):
             await machine.kill_device("gpu7")
+
+
+@pytest.mark.usefixtures("patient")
+async def test_what_only_this_process_has_registered() -> None:
+    """Devices are processes of their own: the error says so, here and in a program that has attached; of other names it says nothing."""
+    async with hmmnet.launch("two-gpus", rate=1.0, name="own") as machine, hmmnet.attach("own") as attached:
+        for process in (await machine.process(), await attached.process()):
+            with offered(POLICIES, "mine", Demand), pytest.raises(KernelError) as caught:
+                await process.launch("reduction", "gpu0", "mine", a=0, n=1)
+            there = 'no placement is called "mine"; there are demand, demand-2m, remote'
+            mend = "it is registered in this process, and the device is another one: offer it through the entry point group"
+            assert str(caught.value) == f'launch: EINVAL: {there}; {mend} "hmmnet.policies"'
+            with offered(KERNELS, "mine", print), pytest.raises(KernelError, match=f'ENOENT: no kernel .*; {mend} "hmmnet.kernels"'):
+                await process.launch("mine", "gpu0")
+            with pytest.raises(KernelError) as caught:
+                await process.launch("reduction", "gpu0", "mine", a=0, n=1)
+            assert str(caught.value) == f"launch: EINVAL: {there}"
 
 
 async def test_a_killed_zygote_ends_the_block() -> None:
