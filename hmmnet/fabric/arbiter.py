@@ -201,7 +201,7 @@ class Arbiter:
             self._changes[number] = change
         down: set[str] = set()
         slower: dict[Link | Schedule, float] = {}
-        rates = [(flow, flow.bytes_per_s) for flow in self._flows]
+        rates = [(flow, flow.bytes_per_s) for flow in (*self._flows, *self._stalled)]
         for spec in self._topology.links:
             for forward in (True, False):
                 link = self._links[spec.name, forward]
@@ -221,8 +221,7 @@ class Arbiter:
             flow.look_at_latency(now_s)
         if self._flows:
             self._share(now_s)
-        if slower:
-            self.turns.follow(slower | {flow: before / flow.bytes_per_s for flow, before in rates}, now_s)
+        self.turns.follow(slower | {flow: before / flow.bytes_per_s for flow, before in rates}, now_s)
 
     def _reroute(self, down: set[str], now_s: float) -> None:
         """Flows over links that are `down` take others if they can; those that wait go on where they can."""
@@ -258,7 +257,7 @@ class Arbiter:
         links = self.route(source, target)
         flow = Flow(self, source, target, links, max([now_s, *(link.free_s for link in links)]), empty=empty)
         if flow.start_s > now_s and not empty:
-            self.turns.add(Start(flow, links), now_s)
+            self.turns.add(Start(flow), now_s)
         if links:
             self._join(flow)
             if any(link.flows > 1 for link in links):

@@ -1,4 +1,4 @@
-"""Who waits on which links, and for how long when what they carry changes. Pure; the caller owns time.
+"""Who waits on which links, and for how long when these change. Pure but for the bells of those who sleep; the caller owns time.
 
 A turn (see `singles`) keeps each link of its way from its beginning until the link has carried its bytes, and begins when all links are
 free: most of what it waits may be the queue of one link, while the others idle. So when a fault changes what one link carries, no moment
@@ -54,7 +54,7 @@ class Turn(Bell):
         after: Turn | None,
         keeps: list[float] | Schedule,
     ) -> None:
-        self._who = []
+        super().__init__()
         self.links = links
         self._ready_s, self.begin_s, self.passed_s = times
         self.due_s = self.passed_s + latency_s
@@ -101,6 +101,7 @@ class Starting(Protocol):
 
     start_s: float
     open: bool
+    links: tuple[Link, ...]
 
     def begin_at(self, start_s: float) -> None:
         """See `Schedule`."""
@@ -108,11 +109,11 @@ class Starting(Protocol):
 
 
 class Start:
-    """A flow begins behind turns on these links."""
+    """A flow begins behind turns on its links; while it has none, as behind those that it had."""
 
-    def __init__(self, flow: Starting, links: tuple[Link, ...]) -> None:
+    def __init__(self, flow: Starting) -> None:
         self._flow = flow
-        self._links = links
+        self._links = flow.links
 
     @property
     def passed_s(self) -> float:
@@ -124,6 +125,7 @@ class Start:
 
     def follow(self, change: Change) -> None:
         """See `Turn`."""
+        self._links = self._flow.links or self._links
         start_s = change.free(self._links)
         if start_s != self._flow.start_s:
             self._flow.begin_at(start_s)

@@ -22,6 +22,7 @@ from hmmnet.fabric.clock import EmulatedClock
 from hmmnet.fabric.link import Link
 from hmmnet.fabric.singles import Singles
 from hmmnet.fabric.turns import QUEUE_LOOK, Turn
+from hmmnet.topology.load import parse
 from tests.fabric.test_singles import KB, MS, machine
 
 OWN, UPLINK = 1, 2
@@ -71,6 +72,81 @@ def test_a_flow_waits_for_the_link_whose_queue_it_is_in(behind: bool, starts: li
         assert flow.last.start_s == told[-1] == pytest.approx(flow.start_s)
     assert began == pytest.approx(starts)
     assert flow.due_s == pytest.approx(flow.there_s) == pytest.approx(starts[-1] + 0.5 + 3 * MS)
+
+
+TWO_WAYS = """
+[[memory]]
+name = "node0"
+size = "1 GiB"
+[[device]]
+name = "gpu[0-1]"
+memory = "1 GiB"
+[[switch]]
+name = "switch[0-1]"
+[[link]]
+a = "gpu0"
+b = "switch0"
+bandwidth = "20 MB/s"
+latency = "1 ms"
+[[link]]
+a = "gpu0"
+b = "switch1"
+bandwidth = "10 MB/s"
+latency = "2 ms"
+[[link]]
+a = "gpu1"
+b = "switch0"
+bandwidth = "20 MB/s"
+latency = "1 ms"
+[[link]]
+name = "uplink"
+a = "switch0"
+b = "node0"
+bandwidth = "10 MB/s"
+latency = "1 ms"
+[[link]]
+a = "switch1"
+b = "node0"
+bandwidth = "10 MB/s"
+latency = "2 ms"
+"""
+
+
+def test_a_flow_that_takes_another_way_leaves_the_queue() -> None:
+    """Over links that are free it begins at once, and what becomes of the queue that it was in is nothing to it."""
+    arbiter = Arbiter(parse(TWO_WAYS))
+    other = Singles(arbiter, "gpu1", "node0")
+    for _ in range(100):
+        other.turn(10 * KB, 0.0)
+    flow = arbiter.open_flow("gpu0", "node0", 0.0)
+    flow.grant(10 * KB, 0.0)
+    assert flow.start_s == pytest.approx(0.1)
+    down = frozenset({(flow.links[0].name, True), (flow.links[0].name, False)})
+    arbiter.change(OWN, LinkChange(down, down=True), 0.01)
+    arbiter.change(UPLINK, LinkChange(frozenset({("uplink", True)}), factor=1e-3), 0.02)
+    assert flow.start_s == 0.01
+    assert flow.due_s == pytest.approx(0.01 + 0.001 + 4 * MS)
+
+
+async def test_sleepers_follow_a_rate_that_changed_while_their_link_was_down(autojump_clock: trio.testing.MockClock) -> None:
+    """Two pages of 100 ms each: what is left takes a hundred times as long from 30 ms on, though a link is down then."""
+    arbiter, way, _ = machine()
+    clock, dues = EmulatedClock(1.0, trio.current_time), []
+
+    async def sleep() -> None:
+        dues.append(await way.pass_by(way.turn(1000 * KB, 0.0), clock))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(sleep)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.start_soon(sleep)
+        await trio.sleep_until(0.02)
+        arbiter.change(OWN, LinkChange(frozenset({LINKS[OWN]}), down=True), 0.02)
+        await trio.sleep_until(0.03)
+        changed(arbiter, UPLINK, 1e-2, 0.03)
+        await trio.sleep_until(0.04)
+        changed(arbiter, OWN, 1.0, 0.04)
+    assert dues == pytest.approx([0.03 + 7 + 3 * MS, 0.03 + 7 + 10 + 3 * MS], abs=1e-3)
 
 
 def test_a_flow_that_is_closed_before_it_began_is_told_nothing() -> None:
