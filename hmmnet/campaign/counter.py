@@ -11,7 +11,9 @@ fails, nothing else works (a matching in a convex bipartite graph; Glover 1967).
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
+from heapq import heappop, heappush
+from operator import itemgetter
 
 from .history import Clock
 
@@ -23,13 +25,15 @@ class Counter:
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
-        self._slots: dict[int, int] = {}
-        """What additions have found: when they began."""
+        self._slots: set[int] = set()
+        """What additions have found."""
         self._unknown: dict[int, float] = {}
         """Additions without a slot, by when they began: when they failed."""
         self._failed = 0
         self._shown: list[tuple[int, int]] = [(0, 0)]
-        """(when, the least that an access beginning later must find), ascending."""
+        """(when, the least that an access beginning later must find), both ascending."""
+        self._holes: list[int] = []
+        """Slots below that least that nobody is known to have taken, ascending."""
         self._after: list[tuple[int, int]] = []
         """(value, when the last access began that showed no more), both ascending."""
 
@@ -59,7 +63,10 @@ class Counter:
         del self._unknown[began]
         if old in self._slots:
             return f"two additions found {old}: one is lost"
-        self._slots[old] = began
+        self._slots.add(old)
+        at = bisect_left(self._holes, old)
+        if self._holes[at : at + 1] == [old]:
+            del self._holes[at]
         if old >= known:
             return f"{old} was there before this addition, of {known} so far: one was done twice"
         return self._sees(began, old, old + 1)
@@ -85,9 +92,10 @@ class Counter:
         if value < floor:
             return f"{value} is older than {floor}, which somebody had seen before"
         if after > shown[-1][1]:
+            self._holes += (slot for slot in range(shown[-1][1], after) if slot not in self._slots)
             shown.append((self.clock.tick(), after))
         self._hides(began, value)
-        taken = self._not_taken()
+        taken = self._not_taken() if self._holes else None
         return "" if taken is None else f"{value} fits no order: no addition is left that can have found {taken}"
 
     def _hides(self, began: int, value: int) -> None:
@@ -103,18 +111,18 @@ class Counter:
 
     def _not_taken(self) -> int | None:
         """A slot that must have been taken by now, by an addition that nobody knows, and for which there is none."""
-        least = self._shown[-1][1]
-        if least <= len(self._slots):
-            return None
-        left = sorted(self._unknown.items(), key=lambda one: one[1])
-        for slot in range(least):
-            if slot not in self._slots:
-                since = self._begins_after(slot)
-                until = next(when for when, shown in self._shown if shown > slot)
-                fitting = next((one for one in left if one[0] < until and one[1] > since), None)
-                if fitting is None:
-                    return slot
-                left.remove(fitting)
+        left, fitting, following = list(self._unknown.items()), list[float](), 0  # they are in the order in which they began
+        for slot in self._holes:
+            until = self._shown[bisect_right(self._shown, slot, key=itemgetter(1))][0]
+            while following < len(left) and left[following][0] < until:
+                heappush(fitting, left[following][1])
+                following += 1
+            since = self._begins_after(slot)
+            while fitting and fitting[0] <= since:
+                heappop(fitting)
+            if not fitting:
+                return slot
+            heappop(fitting)
         return None
 
     def _begins_after(self, slot: int) -> int:

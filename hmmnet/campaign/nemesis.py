@@ -97,8 +97,9 @@ class Nemesis:
     def _add(self, text: str) -> None:
         """What is on something that this machine has not does nothing: a program with parts left out is a program."""
         for fault in faults_in(text):
-            if target_mistakes(fault, self._machine.topology, "sim"):
-                self._crew.note(f"nothing here is meant by {fault}")
+            mistakes = target_mistakes(fault, self._machine.topology, "sim")
+            if mistakes:
+                self._crew.note(f"{fault} does nothing: {'; '.join(mistakes)}")
             else:
                 self._add_now(fault)
 

@@ -391,7 +391,6 @@ def scenario(name: str) -> list[Program]:
     if name not in SCENARIOS:
         guess = closest(name, SCENARIOS)
         hint = f'; did you mean "{guess}"? There' if guess else "; there"
-        raise WrongUse(
-            f'there is no scenario "{name}", nor such a file{hint} are {", ".join(SCENARIOS)}, and all; "hmmnet shrink" writes files'
-        )
+        there = f'there is no scenario "{name}", nor such a file{hint} are {", ".join(SCENARIOS)}, and all'
+        raise WrongUse(f'{there}; "hmmnet replay SEED -o FILE" writes a file')
     return [SCENARIOS[name]]

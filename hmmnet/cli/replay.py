@@ -12,6 +12,7 @@ import typer
 from hmmnet.units import counted
 
 from . import options_given
+from .outputs import writable, write
 
 if TYPE_CHECKING:
     from hmmnet.campaign.program import Program
@@ -23,22 +24,26 @@ AFTER = 6
 
 def replay(
     context: typer.Context,
-    what: Annotated[str, typer.Argument(metavar="SEED|FILE", help="A seed of a campaign, or a file of hmmnet shrink.", show_default=False)],
+    what: Annotated[str, typer.Argument(metavar="SEED|FILE", help="A seed of a campaign, or a file of a program.", show_default=False)],
     faults: Annotated[str, typer.Option("--faults", "--mix", metavar="MIX", help="The campaign's mix of faults, for a seed.")] = "all",
     operations: Annotated[int, typer.Option(min=1, max=100_000, help="The campaign's operations, for a seed.")] = 200,
     devices: Annotated[int, typer.Option(min=0, max=64, help="The campaign's devices, for a seed.")] = 4,
     lines: Annotated[int, typer.Option(min=0, help="Lines of the story before the violation.")] = 40,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write what is run to a file, to be changed or swept.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
     """Repeat a run exactly, and tell what happened around its first violation. Exit code 1 when there is one, 2 for no such seed
     or file.
 
-    The same seed or file gives the same digest on every computer.
+    The same seed or file gives the same digest on every computer. What hmmnet shrink or --output has written is such a file.
     """
     from hmmnet.campaign.trial import run_program
     from hmmnet.sim import Trace
 
     program = program_of(context, what, faults, operations, devices)
+    if output is not None:
+        writable(output)
+        write(output, program.text())
     verdict = run_program(program, trace=Trace(keep=True))
     if as_json:
         json.dump(_as_json(verdict, lines), sys.stdout, indent=1)
@@ -70,7 +75,9 @@ def program_of(context: typer.Context, what: str, mix: str, operations: int, dev
     if strange and there:
         raise WrongUse(f"{', '.join(strange)} mean{'s' * (len(strange) == 1)} nothing with a file, which has its own; leave it out")
     if not there:
-        raise WrongUse(f'"{what}" is no seed, and there is no such file; a seed is a whole number, "hmmnet shrink" writes files')
+        raise WrongUse(
+            f'"{what}" is no seed, and there is no such file; a seed is a whole number, and "hmmnet replay SEED -o FILE" writes a file'
+        )
     return read(Path(what))
 
 

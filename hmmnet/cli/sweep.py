@@ -25,7 +25,7 @@ LONG_S = 60.0
 def sweep(
     scenario: Annotated[
         str,
-        typer.Argument(metavar="SCENARIO|FILE", autocompletion=scenarios, help="A scenario (see --list), all, or a file of hmmnet shrink."),
+        typer.Argument(metavar="SCENARIO|FILE", autocompletion=scenarios, help="A scenario (see --list), all, or a file of a program."),
     ] = "all",
     only: Annotated[str, typer.Option(help="Only places whose name begins so.", show_default=False)] = "",
     fault: Annotated[str, typer.Option(help="Only this fault, such as crash or loss.", show_default=False)] = "",

@@ -137,7 +137,7 @@ def waits(made: Mapping[str, Any], sights: Sights) -> str:
 
 
 def until(made: Mapping[str, Any], number: int) -> str:
-    """What ends a fault that does not end by itself; nothing for any other."""
+    """What ends a fault that goes on, and happens to each, and whether it is to everything; nothing for any other."""
     from hmmnet.faults.catalogue import fault
     from hmmnet.faults.effects import has_occurrences
     from hmmnet.faults.kinds import EACH
@@ -148,7 +148,8 @@ def until(made: Mapping[str, Any], number: int) -> str:
     verb = next((verb for verb, kinds in UNDONE_BY.items() if made["kind"] in kinds), "")
     mend = f"{verb} {shlex.quote(made['on'])}" if verb and made.get("on") else f"rm {number}"
     each = "to each, " if not verb and any(map(has_occurrences, begun.effects)) else ""
-    return f" ({each}until `hmmnet fault {mend}`{': nothing gets through' if begun.kind.holds.endswith(EACH) else ''})"
+    everything = begun.kind.holds.endswith(EACH) and not made.keys() - {"kind", "on"}
+    return f" ({each}until `hmmnet fault {mend}`{': nothing gets through' if everything else ''})"
 
 
 def is_target(word: str, rest: Sequence[str]) -> bool:

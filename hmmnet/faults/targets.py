@@ -56,9 +56,10 @@ def _never_met(fault: Fault) -> Iterator[str]:
     elif why:
         yield f'on: {why}, so that "{on}" means nothing; leave it out'
     for effect in fault.effects:
-        changes = isinstance(effect, HostEffect) and effect.deed in CHANGES and effect.end <= effect.start
-        if changes and "range" not in told_at(points[0], "call"):
-            yield f'range: missing: "{points[0]}" does not tell which addresses; give some, such as 0x7f0000000000+64KiB'
+        if not isinstance(effect, HostEffect) or effect.deed not in CHANGES or effect.end > effect.start or not effect.point:
+            continue
+        if "range" not in told_at(effect.point, "call"):
+            yield f'range: missing: "{effect.point}" does not tell which addresses; give some, such as 0x7f0000000000+64KiB'
 
 
 def _unknown(effect: Effect, topology: Topology) -> Iterator[str]:

@@ -238,7 +238,7 @@ def test_a_file_that_cannot_be_swept(tmp_path: Path, capsys: pytest.CaptureFixtu
 
     file = tmp_path / "mine.json"
     assert told(file).startswith(f'there is no scenario "{file}", nor such a file; there are tour, ')
-    assert told(file).endswith('and all; "hmmnet shrink" writes files')
+    assert told(file).endswith('and all; "hmmnet replay SEED -o FILE" writes a file')
     file.write_text("{}")
     assert (
         told(file) == f"{file}: no program of a campaign: Object missing required field `seed`; hmmnet shrink writes the files wanted here"

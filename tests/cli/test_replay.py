@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +11,7 @@ from hmmnet.cli import exit_code
 from hmmnet.cli import replay as command
 from tests.campaign.mutations import retry_check_skipped_by_the_device
 
-REFUSED_SEED = 14
+REFUSED_SEED = 25
 """A seed at which this planted bug shows itself by a refused access of a device, before anything else goes wrong."""
 
 
@@ -51,3 +52,15 @@ def test_the_first_of_several_is_marked() -> None:
     assert command.story(verdict, 4) == verdict.lines[-10:]
     verdict.outcome.violations += [Violation("late", "b", 90), Violation("early", "a", 50), Violation("nowhere", "c")]
     assert command.story(verdict, 3) == [*verdict.lines[47:50], "VIOLATION early: a", *verdict.lines[50:56]]
+
+
+def test_what_is_run_can_be_written_to_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The file gives the run of the seed; where it cannot be written nothing is run."""
+    file = tmp_path / "small.json"
+    assert exit_code(["replay", "7", "--operations", "20", "-o", str(file)]) == 0
+    first = capsys.readouterr().out
+    assert exit_code(["replay", str(file)]) == 0
+    assert capsys.readouterr().out == first
+    assert exit_code(["replay", "7", "-o", str(tmp_path)]) == 2
+    out, error = capsys.readouterr()
+    assert (out, "cannot be written" in error) == ("", True)

@@ -215,6 +215,7 @@ def test_for_how_long_a_device_stays_away() -> None:
         ({"kind": "ack.lost"}, "to each, until `hmmnet fault rm 3`: nothing gets through"),
         ({"kind": "replay.lost", "on": "gpu0"}, "to each, until `hmmnet fault rm 3`: nothing gets through"),
         ({"kind": "loss", "on": "gpu0<->host"}, "to each, until `hmmnet fault rm 3`: nothing gets through"),
+        ({"kind": "loss", "on": "gpu0<->host", "message": "Inspect"}, "to each, until `hmmnet fault rm 3`"),
         ({"kind": "link.latency", "on": "gpu0<->host", "latency": "5ms"}, "to each, until `hmmnet fault rm 3`"),
         ({"kind": "clock.skew"}, "until `hmmnet fault rm 3`"),
         ({"kind": "partition", "on": "gpu0<->host"}, "until `hmmnet fault repair 'gpu0<->host'`"),
