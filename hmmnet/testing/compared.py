@@ -12,8 +12,9 @@ from hmmnet.pages import Words
 
 
 def same(found: Words | bytes, expected: Words | bytes, what: str = "") -> None:
-    """Raises AssertionError unless both are the same: in words or bytes, whichever they are. `what` is what the error begins with."""
+    """Raises AssertionError unless both are the same: in words or bytes, whichever both are. `what` is what the error begins with."""
     left, right = (np.frombuffer(one, np.uint8) if isinstance(one, bytes) else one for one in (found, expected))
+    assert left.dtype == right.dtype, f"{what}{left.dtype} where {right.dtype} is wanted"
     unit = "byte" if isinstance(found, bytes) else "word"
     assert len(left) == len(right), f"{what}{len(left)} {unit}s where {len(right)} are wanted"
     wrong = np.flatnonzero(left != right)

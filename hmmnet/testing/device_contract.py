@@ -503,7 +503,7 @@ class DeviceContract:
     memory_bytes: ClassVar[int] = 800 << 12
     """Its memory: the checks fill it, and need 700 pages."""
     spec: ClassVar[Mapping[str, Any]] = MappingProxyType({})
-    """More of its entry in a topology (``kind``, ``fault_capable``)."""
+    """More of its entry in a topology (``kind``, ``atomics``). Not ``fault_capable``: the checks are for devices whose jobs can fault."""
 
     @pytest.fixture
     def hmmnet_seed(self, request: pytest.FixtureRequest) -> int:

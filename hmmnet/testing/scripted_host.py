@@ -503,7 +503,6 @@ class ScriptedHost:
     async def peek(self, address: int, words: int, placement: str = "demand", context: int = 1) -> Words:
         """64-bit words, as a job on the device sees them, which must end well."""
         finished = await self.launch("peek", placement, context, a=address, n=words)
-        assert not finished.error, finished.error
         return np.frombuffer(results_of(finished)["words"], np.uint64)
 
     async def ioctl(
@@ -549,7 +548,8 @@ async def until(condition: Callable[[], bool], within_s: float = 10.0) -> None:
 
 
 def results_of(finished: m.Finished) -> dict[str, Any]:
-    """What a kernel returned."""
+    """What a kernel returned, whose job must have ended well."""
+    assert not finished.error, finished.error
     return msgspec.msgpack.decode(finished.results, type=dict[str, Any])
 
 

@@ -9,6 +9,7 @@ from itertools import count, product
 from random import Random
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -23,6 +24,7 @@ from hmmnet.errors import HmmnetError, KernelError
 from hmmnet.pages import HMM_PFN_WRITE, Words
 from hmmnet.plugins import POLICIES, offered
 from hmmnet.testing import PolicyContract, device_contract, job_checks, policy_contract
+from hmmnet.testing.compared import same
 from hmmnet.wire.messages import (
     Copied,
     CopyIn,
@@ -218,6 +220,13 @@ class Stubborn(Gpu):
         return None
 
 
+class Bold(Gpu):
+    """Adds, though it has no atomics."""
+
+    async def opened(self, opened: Opened) -> None:
+        opened.engine._spec = msgspec.structs.replace(opened.engine._spec, atomics=True)
+
+
 class Secretive(Gpu):
     """Shows nothing of what it holds."""
 
@@ -255,6 +264,33 @@ def test_broken_models_are_found(model: type, check: device_contract.Check) -> N
     device_contract.play(check, Gpu, memory_bytes=800 << 12)
     with pytest.raises((AssertionError, HmmnetError, trio.TooSlowError)):
         device_contract.play(check, model, memory_bytes=800 << 12)
+
+
+def test_a_device_without_atomics_keeps_the_contract() -> None:
+    """Its additions are refused, by the capability that its topology says it lacks; one that adds all the same does not pass."""
+    device_contract.play(job_checks.adds_once, Gpu, memory_bytes=800 << 12, atomics=False)
+    with pytest.raises(AssertionError, match="a device without atomics must refuse them"):
+        device_contract.play(job_checks.adds_once, Bold, memory_bytes=800 << 12, atomics=False)
+
+
+@pytest.mark.parametrize(
+    ("check", "cause"),
+    [
+        (job_checks.adds_once, "which cannot fault"),
+        (device_contract.runs_jobs, "which cannot fault"),
+        (job_checks.ends_jobs, "the job sent no RangeFault"),
+    ],
+)
+def test_jobs_that_end_at_once_are_told_with_their_cause(check: device_contract.Check, cause: str) -> None:
+    """Their own error, where a check wants their results; where it waits for what they should do, what they have not done."""
+    with pytest.raises(AssertionError, match=cause):
+        device_contract.play(check, Gpu, memory_bytes=800 << 12, fault_capable=False)
+
+
+def test_words_and_bytes_are_not_compared() -> None:
+    """They would be the same where the numbers are."""
+    with pytest.raises(AssertionError, match="uint8 where uint64 is wanted"):
+        same(bytes(512), np.zeros(512, np.uint64), "a page: ")
 
 
 class Flipping(Gpu):
