@@ -35,7 +35,7 @@ from hmmnet.wire.memory_transport import MemoryTransport
 
 from . import crash
 from .clock import JumpClock, VirtualClock, telling
-from .leaving import closed, left_by
+from .leaving import closed, leaves, left_by
 from .node import Node, NodeTransport
 from .suffering import Suffering
 from .trace import Trace
@@ -546,6 +546,7 @@ async def simulated(
                     left_by(error)
                     raise
                 finally:
+                    leaves()
                     world.carrier.heal()
                     network.heal()
                     injector.heal(but="session.bye")

@@ -15,7 +15,7 @@ from hmmnet.topology.model import Personality, Topology
 
 from .clock import JumpClock
 from .interrupts import CtrlC
-from .livelock import livelock_in
+from .livelock import Livelock
 from .machine import SimulatedMachine, simulated
 from .schedule import seeded
 from .trace import Trace
@@ -49,9 +49,10 @@ def run_virtual(main: Callable[..., Awaitable[T]], *arguments: Any, seed: int = 
 
     Raises SimulationStuck after `limit_s` virtual seconds, when things happen without an end while no time passes, and when nothing can
     happen any more (`clock`); it names faults that act, whom they hold, and who waits for what. So it does, with what and where, when
-    something fails and is tried again without an end meanwhile (`livelock`). Where the program had left its machine with an error by then,
-    and only the closing did not end, that error is raised, with the SimulationStuck's text as a note, and from it unless it came of
-    something else. Ctrl-C is KeyboardInterrupt, whatever ends with it.
+    something fails and is tried again without an end meanwhile (`livelock`), even where `main` has taken that for one more failure; what
+    `main` ends with otherwise is a note then. Where the program had left its machine with an error by then, and only the closing did not
+    end, that error is raised, with the SimulationStuck's text as a note, and from it unless it came of something else. Ctrl-C is
+    KeyboardInterrupt, whatever ends with it.
     """
     clock, ctrl_c = JumpClock(), CtrlC()
     clock.limit_s = limit_s
@@ -61,15 +62,17 @@ def run_virtual(main: Callable[..., Awaitable[T]], *arguments: Any, seed: int = 
         failed: BaseException | None = None
         try:
             with trio.move_on_after(limit_s) as clock.scope, ctrl_c.cancels(clock.scope):
-                return await main(*arguments)
+                value = await main(*arguments)
+                if clock.failures.first is None:
+                    return value
         except BaseException as error:
             failed = error
             left = clock.left_by is not None and clock.scope is not None and clock.scope.cancel_called
-            if not left and livelock_in(error) is None:
+            if not left and clock.failures.first is None:
                 raise
-        livelock = livelock_in(failed) or livelock_in(clock.left_by)
-        if livelock is not None:
-            raise SimulationStuck(f"{livelock} (seed {seed})") from livelock
+        clock.failures.begin_anew()
+        if clock.failures.first is not None:
+            raise _fails_for_ever(clock.failures.first, failed, seed) from clock.failures.first
         if clock.stuck:
             said = f"time stands still at {trio.current_time():g} virtual seconds (seed {seed}): somebody goes in circles"
         else:
@@ -95,6 +98,15 @@ def run_virtual(main: Callable[..., Awaitable[T]], *arguments: Any, seed: int = 
     if ctrl_c.came:
         raise KeyboardInterrupt
     return value
+
+
+def _fails_for_ever(livelock: Livelock, failed: BaseException | None, seed: int) -> SimulationStuck:
+    """`failed`: what the program has ended with, which may be that, something with it, or what it made of it."""
+    stuck = SimulationStuck(f"{livelock} (seed {seed})")
+    other = failed.split((Livelock, trio.Cancelled))[1] if isinstance(failed, BaseExceptionGroup) else failed
+    if other is not None and not isinstance(other, (Livelock, trio.Cancelled)):
+        stuck.add_note(f"and then the program ended with {other!r}")
+    return stuck
 
 
 def _leaves(error: BaseException) -> set[int]:
