@@ -36,7 +36,7 @@ from hmmnet.topology import Topology
 from hmmnet.wire.messages import Inject
 from hmmnet.wire.session import Session
 
-from .deeds import DEEDS, Doer, do, in_vain, pages_of
+from .deeds import DEEDS, TO_PROCESSES, Doer, do, in_vain, pages_of
 from .device import Device
 from .interconnect import Interconnect
 from .link import SessionLink
@@ -253,7 +253,7 @@ class Injection:
 
     def deed(self, effect: HostEffect) -> Undo:
         """Do something at once, or at points, where it would change anything; what ends that. Raises HmmnetError."""
-        if effect.deed not in DEEDS:
+        if effect.deed not in DEEDS and effect.deed not in TO_PROCESSES:
             raise HmmnetError(f'the host has no deed "{effect.deed}"')
 
         running, done = False, 0

@@ -125,6 +125,48 @@ def test_a_deed_that_comes_to_nothing_is_not_counted(
     hmmnet.simulate(main)
 
 
+@pytest.mark.parametrize("refuses", [0, 1, 2])
+def test_a_deed_to_several_is_done_to_all_that_do_not_refuse(refuses: int, caplog: pytest.LogCaptureFixture) -> None:
+    """Wherever in the row who does stands: a mapping that two share takes no WIPEONFORK. It happened, and who refused is told."""
+
+    async def main(machine: SimulatedMachine) -> list[bytes]:
+        processes = [await machine.create_process() for _ in range(3)]
+        for process in processes:
+            address = await process.mmap(PAGE, shared=process is processes[refuses])
+            await process.write(address, b"x" * PAGE)
+        with caplog.at_level(logging.WARNING, "hmmnet.host"):
+            machine.add_fault("process.madvise", advice="WIPEONFORK", range=f"0x{address:x}+{PAGE}")
+            await trio.sleep(0.01)
+        assert machine.carrier.fired() == {"process.madvise": 1}
+        pid = processes[refuses].pid
+        why = f"WIPEONFORK is not for the mapping at 0x{address:x} of process {pid}"
+        said = [record.getMessage() for record in caplog.records]
+        assert said == [f"a fault did not happen to process {pid}: it could not madvise: madvise: EINVAL: {why}"]
+        return [await (await process.fork()).read(address, 1) for process in processes]
+
+    assert hmmnet.simulate(main).value == [b"x" if i == refuses else b"\0" for i in range(3)]
+
+
+def test_a_deed_that_all_refuse_did_not_happen(caplog: pytest.LogCaptureFixture) -> None:
+    """Told once, with what each of them says."""
+
+    async def main(machine: SimulatedMachine) -> list[int]:
+        processes = [await machine.create_process() for _ in range(2)]
+        for process in processes:
+            address = await process.mmap(PAGE, shared=True)
+        machine.add_fault("process.madvise", advice="WIPEONFORK", range=f"0x{address:x}+{PAGE}")
+        await trio.sleep(0.01)
+        assert machine.carrier.fired() == {"process.madvise": 0}
+        return [process.pid for process in processes]
+
+    one, other = hmmnet.simulate(main).value
+    (record,) = [record for record in caplog.records if record.name == "hmmnet.host" and record.levelno == logging.WARNING]
+    said = record.getMessage()
+    assert said.startswith("a fault did not happen: it could not madvise: ")
+    assert f"of process {one}; " in said
+    assert said.endswith(f"of process {other}")
+
+
 def test_a_deed_at_a_point_waits_for_what_it_is_done_to() -> None:
     """Until the process is there, and the pages are; occurrences before then are none, and what it does itself is none either."""
 
