@@ -22,16 +22,18 @@ if TYPE_CHECKING:
     from . import outcomes
     from .device_contract import DeviceContract
     from .frozen import FrozenMachine
+    from .idle import IdleMarkerWarning
     from .migrations import Migrations
     from .policy_contract import PolicyContract
     from .shrink import shrink
     from .worlds import Simulate
 
-__all__ = ["DeviceContract", "FrozenMachine", "Migrations", "PolicyContract", "Simulate", "outcomes", "shrink"]
+__all__ = ["DeviceContract", "FrozenMachine", "IdleMarkerWarning", "Migrations", "PolicyContract", "Simulate", "outcomes", "shrink"]
 
 _PLACES = {
     "DeviceContract": "hmmnet.testing.device_contract",
     "FrozenMachine": "hmmnet.testing.frozen",
+    "IdleMarkerWarning": "hmmnet.testing.idle",
     "Migrations": "hmmnet.testing.migrations",
     "PolicyContract": "hmmnet.testing.policy_contract",
     "Simulate": "hmmnet.testing.worlds",

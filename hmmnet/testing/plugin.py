@@ -13,13 +13,14 @@ from __future__ import annotations
 import inspect
 import os
 import shlex
-from collections.abc import AsyncIterator, Callable, Collection, Generator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from .idle import CONTRACTS, IdleMarkerWarning, idle_at_collection, idle_marker
 from .marks import MARKERS, Mark, MarkMistake, load_topology, read_faults, read_seeds, read_strict, read_topology
 
 if TYPE_CHECKING:
@@ -39,10 +40,6 @@ SEED = "hmmnet_seed"
 AWAITED, SIMULATED_AWAITED = "_hmmnet_machine_awaited", "_hmmnet_simulated_awaited"
 BLOCKING, SIMULATED_BLOCKING = "_hmmnet_machine_blocking", "_hmmnet_simulated_blocking"
 
-MACHINES = ("simulated_machine", "simulate", "machine")
-"""Fixtures that give a test what markers tell of."""
-CONTRACTS = frozenset({"hmmnet.testing.device_contract", "hmmnet.testing.policy_contract"})
-"""Modules of tests to inherit."""
 STORY = "_hmmnet_story"
 
 _case_key = pytest.StashKey["Case"]()
@@ -132,8 +129,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         pytest.fail(
             f"{item.nodeid}: seeds(...) on a test without a seed: ask for simulated_machine, simulate, machine or {SEED}", pytrace=False
         )
-    idle = "" if "request" in metafunc.fixturenames else _idle_marker(item, metafunc.fixturenames)  # by which it may get a machine
-    idle = idle or _idle_on_contract(item)
+    idle = idle_at_collection(item, metafunc.fixturenames)
     if idle:
         pytest.fail(f"{item.nodeid}: {idle}", pytrace=False)
     if SEED not in metafunc.fixturenames:
@@ -143,31 +139,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     forced, count = metafunc.config.getoption("hmmnet_seed"), metafunc.config.getoption("hmmnet_seeds")
     chosen = [forced] if forced is not None else list(range(count)) if count else seeds
     metafunc.parametrize(SEED, chosen, indirect=True, ids=[f"seed{seed}" for seed in chosen])
-
-
-def _idle_marker(item: pytest.Item, given: Collection[str]) -> str:
-    """What to say of a marker of the test's own that none of the fixtures it is `given` has a use for; nothing if there is none."""
-    for name in ("topology", "faults", "strict_migrations"):
-        users = MACHINES if name != "strict_migrations" else (*MACHINES, "migrations")
-        if any(mark.name == name for mark in item.own_markers) and not any(user in given for user in users):
-            return f"{name}(...) on a test without a machine: ask for {', '.join(users[:-1])} or {users[-1]}"
-    return ""
-
-
-def _idle_on_contract(item: pytest.Function) -> str:
-    """What to say of a marker of the class of a contract's test, where all tests of the class are the contract's; nothing if there is none.
-
-    A contract plays its checks on machines of its own.
-    """
-    owner = item.getparent(pytest.Class)
-    if owner is None or item.function.__module__ not in CONTRACTS:
-        return ""
-    if any(name.startswith("test") and getattr(thing, "__module__", "") not in CONTRACTS for name, thing in inspect.getmembers(item.cls)):
-        return ""  # a test of the user's own may be what it is for
-    for mark in owner.own_markers:
-        if mark.name in ("topology", "faults", "strict_migrations"):
-            return f"{mark.name}(...) on a contract, which has machines of its own: leave it out; seeds(...) is what a contract takes"
-    return ""
 
 
 def _checked_seeds(item: pytest.Item) -> tuple[Sequence[int], str]:
@@ -332,15 +303,22 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
     finally:
         if waiting:
             item.obj = original  # type: ignore[attr-defined]
-    asked: set[str] = item.stash.get(_asked_key, set())
-    idle = _idle_marker(item, asked)
-    if idle:
-        pytest.fail(idle, pytrace=False)
+    _warn_of_idle(item)
     case = item.stash.get(_case_key, None)
     complaint = case.migrations.complaint() if case is not None else ""
     if case is not None and complaint:
         case.forbidden = True
         pytest.fail(complaint, pytrace=False)
+
+
+def _warn_of_idle(item: pytest.Item) -> None:
+    """Where the test has passed, and has asked for no machine that its markers tell of. A failure of one line where warnings are errors."""
+    idle = idle_marker(item, {*getattr(item, "fixturenames", ()), *item.stash.get(_asked_key, ())})
+    if idle:
+        try:
+            item.warn(IdleMarkerWarning(idle))
+        except IdleMarkerWarning as warning:
+            pytest.fail(str(warning), pytrace=False)
 
 
 def _run_here(test: Any, **arguments: Any) -> None:

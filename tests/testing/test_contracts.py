@@ -471,7 +471,7 @@ def test_a_marker_that_a_contract_has_no_use_for(pytester: pytest.Pytester) -> N
 
 
 def test_a_marker_beside_a_contract(pytester: pytest.Pytester) -> None:
-    """Of a module, or of a class that has tests of its own, too: it is for those."""
+    """Of a module, of a class that has tests of its own, too, or a fixture with a machine: it is for those."""
     write(
         pytester,
         """
@@ -489,9 +489,17 @@ def test_a_marker_beside_a_contract(pytester: pytest.Pytester) -> None:
 
         class TestOther(PolicyContract):
             policy = "remote"
+
+        @pytest.mark.topology("nvlink-8")
+        class TestBeside(PolicyContract):
+            policy = "remote"
+
+            @pytest.fixture(autouse=True)
+            def eight(self, simulated_machine):
+                assert len(simulated_machine.device_names) == 8
         """,
     )
-    run(pytester, "-k", "eight or at_once").assert_outcomes(passed=3)
+    run(pytester, "-k", "eight or at_once").assert_outcomes(passed=4)
 
 
 FAILING = """

@@ -189,7 +189,7 @@ def test_a_machine_may_be_asked_for_by_request(pytester: pytest.Pytester) -> Non
 
 
 def test_a_request_that_asks_for_no_machine(pytester: pytest.Pytester) -> None:
-    """Whether it does is known when the test is over: a marker that has told nobody anything fails it, unless it has failed by itself."""
+    """Whether it does is known when the test is over: a marker that has told nobody anything is a warning, unless it has failed."""
     write(
         pytester,
         """
@@ -229,10 +229,80 @@ def test_a_request_that_asks_for_no_machine(pytester: pytest.Pytester) -> None:
             pytest.skip("today")
         """,
     )
+    wanted = [f"{name}(...) on a test without a machine: ask for *" for name in ("topology", "faults", "strict_migrations")]
+    result = run(pytester, "-W", "default::hmmnet.testing.IdleMarkerWarning")
+    result.assert_outcomes(passed=5, failed=1, skipped=1, warnings=3)
+    result.stdout.fnmatch_lines_random([*(f"*IdleMarkerWarning: {line}" for line in wanted), "*AssertionError: by itself"])
     result = run(pytester)
     result.assert_outcomes(passed=2, failed=4, skipped=1)
-    wanted = [f"{name}(...) on a test without a machine: ask for *" for name in ("topology", "faults", "strict_migrations")]
     result.stdout.fnmatch_lines_random([*wanted, "*AssertionError: by itself"])
+    assert "plugin.py" not in result.stdout.str()
+
+
+def test_a_machine_that_nobody_sees(pytester: pytest.Pytester) -> None:
+    """A fixture of the suite's own that reads the marker, or that may ask for a machine later: the tests pass."""
+    write(
+        pytester,
+        """
+        import hmmnet
+        import pytest
+
+        pytestmark = pytest.mark.filterwarnings("default::hmmnet.testing.IdleMarkerWarning")
+
+        @pytest.fixture
+        def devices(request):
+            async def main(machine):
+                return machine.device_names
+
+            return hmmnet.simulate(main, request.node.get_closest_marker("topology").args[0]).value
+
+        @pytest.fixture
+        def machine(devices):
+            return devices
+
+        @pytest.fixture
+        def factory(request):
+            return lambda: request.getfixturevalue("simulated_machine")
+
+        @pytest.mark.topology("dmirror-4")
+        def test_own(devices):
+            assert len(devices) == 4
+
+        @pytest.mark.topology("dmirror-4")
+        def test_named(machine):
+            assert len(machine) == 4
+
+        @pytest.mark.topology("dmirror-4")
+        @pytest.mark.parametrize("called", [True, False])
+        def test_later(factory, called):
+            if called:
+                assert len(factory().device_names) == 4
+        """,
+    )
+    run(pytester).assert_outcomes(passed=4, warnings=2)
+
+
+def test_a_test_that_is_skipped_has_use_for_no_marker(pytester: pytest.Pytester) -> None:
+    """It is skipped, and no error, whatever it says of machines."""
+    write(
+        pytester,
+        """
+        import pytest
+        from hmmnet.testing import PolicyContract
+
+        @pytest.mark.skip("today")
+        @pytest.mark.topology("nvlink-8")
+        def test_it():
+            pass
+
+        @pytest.mark.skip("today")
+        @pytest.mark.topology("nvlink-8")
+        class TestMine(PolicyContract):
+            policy = "demand"
+        """,
+    )
+    result = run(pytester, "-k", "test_it or at_once")
+    result.assert_outcomes(skipped=2)
 
 
 def test_default_machine(pytester: pytest.Pytester) -> None:
