@@ -100,10 +100,13 @@ async def test_the_launcher_is_obeyed_and_nonsense_is_not(told: list[dict[str, A
     """A device whose process ended is lost with that cause; faults begin or are refused; garbage is logged, and the host goes on."""
     async with running_host("gpu0") as (host, transport), scripted_device(host, transport, "gpu0") as device:
         await host.device_ready("gpu0")
-        given = [{"kind": "alloc.host", "probability": 0.5}, {"kind": "crash", "on": "gpu7"}, {"kind": "nonsense"}]
-        program.obey(host, msgspec.json.encode({"faults": given}))
-        assert [one["fault"]["kind"] for one in host.list_faults()] == ["alloc.host"]
-        assert ['no device is called "gpu7"' in told[0]["refused"], "nonsense" in told[1]["refused"]] == [True, True]
+        begins = {"kind": "alloc.host", "probability": 0.5}
+        for given in ([begins, {"kind": "crash", "on": "gpu7", "place": "my.toml:3"}, begins], [{"kind": "nonsense"}], [begins]):
+            program.obey(host, msgspec.json.encode({"faults": given}))
+        assert [one["fault"]["kind"] for one in host.list_faults()] == ["alloc.host", "alloc.host"], "the first that is refused is the last"
+        assert told[0]["refused"].startswith('my.toml:3: no device is called "gpu7"')
+        assert "nonsense" in told[1]["refused"]
+        assert told[2:] == [{"begun": 1}]
         for line in (b"{", b'{"left": 1}', msgspec.json.encode({"exited": "gpu7", "how": "died"})):
             program.obey(host, line)
         assert caplog.text.count("the launcher told something that makes no sense") == 3
