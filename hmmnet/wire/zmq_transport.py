@@ -364,7 +364,7 @@ def _break_when_mute(socket: zmq.Socket[bytes]) -> None:
     Both ends ask (libzmq's PING), and see by the *questions* of the other that it is there. Its answers would not do: on a slow link they
     wait behind its page data, for long; so do its questions, but then page data come.
     """
-    comes_max: int = socket.getsockopt(zmq.MAXMSGSIZE)  # type: ignore[assignment]
+    comes_max = int(socket.getsockopt(zmq.MAXMSGSIZE))
     socket.setsockopt(zmq.HEARTBEAT_IVL, int(PING_S * 1000))
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(mute_s(comes_max) * 1000))
     socket.setsockopt(zmq.HANDSHAKE_IVL, int(MUTE_S * 1000))

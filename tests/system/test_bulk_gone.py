@@ -174,6 +174,14 @@ WAYS = {
 no link paces what a source gives a host."""
 
 
+async def migrated(process: Process, address: int, target: str, failures: list[HmmnetError]) -> None:
+    """All pages move to `target`, or it is noted why not."""
+    try:
+        await process.migrate(address, PAGES * PAGE, target)
+    except HmmnetError as error:
+        failures.append(error)
+
+
 @pytest.mark.usefixtures("_soon")
 @pytest.mark.parametrize("way", WAYS)
 async def test_who_waits_for_page_data_without_a_connection_does_not_wait_for_ever(way: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -183,15 +191,8 @@ async def test_who_waits_for_page_data_without_a_connection_does_not_wait_for_ev
         process = await host.create_process()
         address = await placed(process, source)
         failures: list[HmmnetError] = []
-
-        async def migrate() -> None:
-            try:
-                await process.migrate(address, PAGES * PAGE, target)
-            except HmmnetError as error:
-                failures.append(error)
-
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(migrate)
+            nursery.start_soon(migrated, process, address, target, failures)
             await wires[cut].fail_in_the_middle(after_s, wires[cut].cut)
             assert failures == []
             if target != "gpu1":
@@ -251,14 +252,7 @@ async def test_a_connection_over_which_nothing_comes_is_given_up(way: str, relay
         fail = wires[cut].pause if relay == "stands still" else lambda: wires[cut].swallow(new=True)
         async with trio.open_nursery() as nursery:
             failures: list[HmmnetError] = []
-
-            async def migrate() -> None:
-                try:
-                    await process.migrate(address, PAGES * PAGE, target)
-                except HmmnetError as error:
-                    failures.append(error)
-
-            nursery.start_soon(migrate)
+            nursery.start_soon(migrated, process, address, target, failures)
             await wires[cut].fail_in_the_middle(after_s, fail)
             nursery.cancel_scope.deadline = trio.current_time() + SOONER_S
         assert not nursery.cancel_scope.cancelled_caught, "it took as long as its repeats"

@@ -146,7 +146,7 @@ class Trusting(Gpu):
     """Programs words without a look at what it was told meanwhile (no read_retry)."""
 
     async def opened(self, opened: Opened) -> None:
-        opened.context.mirror.is_current = lambda *_: True  # type: ignore[method-assign]
+        opened.context.mirror.is_current = lambda *_: True  # type: ignore[method-assign]  # the planted bug
 
 
 class Possessive(Gpu):
@@ -159,7 +159,7 @@ class Possessive(Gpu):
         def take(pages: Words, frames: Words, writable: npt.NDArray[np.bool_], watch: Watch) -> None:
             take_in(pages, frames, writable, Watch(watch.start, watch.end, watch.since))
 
-        context._take_in = take  # type: ignore[method-assign]
+        context._take_in = take  # type: ignore[method-assign]  # the planted bug
 
 
 class Communal(Gpu):
@@ -175,7 +175,7 @@ class Generous(Gpu):
     async def opened(self, opened: Opened) -> None:
         mirror = opened.context.mirror
         program = mirror.program_own
-        mirror.program_own = lambda pages, frames, writable: program(pages, frames, np.ones_like(writable))  # type: ignore[method-assign]
+        mirror.program_own = lambda pages, frames, writable: program(pages, frames, np.ones_like(writable))  # type: ignore[method-assign]  # the planted bug
 
 
 class Presuming(Gpu):
@@ -184,7 +184,7 @@ class Presuming(Gpu):
     async def opened(self, opened: Opened) -> None:
         mirror = opened.context.mirror
         program = mirror.program
-        mirror.program = lambda start, words: program(start, words | np.uint64(HMM_PFN_WRITE))  # type: ignore[method-assign]
+        mirror.program = lambda start, words: program(start, words | np.uint64(HMM_PFN_WRITE))  # type: ignore[method-assign]  # the planted bug
 
 
 class Unmoved(Gpu):
